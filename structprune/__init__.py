@@ -1,0 +1,24 @@
+"""structprune: make masked diffusion language models smaller, and dense still."""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "load_model": "structprune.models.loading",
+    "load_tokenizer": "structprune.models.loading",
+    "Config": "structprune.config",
+    "load_calibration": "structprune.calibration.build",
+    "prune": "structprune.pipeline",
+    "apply_plan": "structprune.structured.surgery",
+    "Plan": "structprune.structured.plan",
+    "save_pruned": "structprune.checkpoint.save",
+    "UserError": "structprune.errors",
+}
+__all__ = [*_LAZY, "__version__"]
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'structprune' has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""The small trained model and text of the embedded default."""

@@ -1,0 +1,1 @@
+"""Calibration: windows of tokens, noise levels, and the file that replays both."""

@@ -1,0 +1,180 @@
+"""One validated configuration per run: a YAML file plus `--set section.key=value` overrides; an unknown key is an error."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from structprune.errors import UserError, nearest
+
+Arm = Literal["clean", "masked", "masked+sink", "clean+sink"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSettings(Section):
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Weights in memory; default float32 on CPU, the checkpoint's own on an accelerator."""
+    device: str | None = None
+    """Where the model computes, such as cpu or cuda:0; default cuda where there is one."""
+    mask_id: int | None = None
+    """The mask token's id, where neither config.json nor the tokenizer has it."""
+    allow_pickle: bool = False
+    """Also read .bin shards (weights only)."""
+
+
+class CalibrationSettings(Section):
+    source: str = "wikitext2"
+    """wikitext2, c4, a Hub dataset id, a .txt, .jsonl or .parquet file, or a calibration.safetensors to replay."""
+    subset: str | None = None
+    """The Hub dataset's configuration name."""
+    split: str = "train"
+    column: str | None = None
+    """Text column of a dataset, .jsonl or .parquet; default `messages` where there is one, else `text`."""
+    windows: int = Field(128, ge=1)
+    """Windows that scores and refit are computed on."""
+    held_out: int = Field(16, ge=1)
+    """Further windows, disjoint from those, that choose damping and split and make the final check."""
+    length: int = Field(2048, ge=2)
+    """Tokens in a window."""
+    steps: int = Field(50, ge=1)
+    """N: denoising steps of the forward process (LLaDA); with `interval` also the number of levels of Dream."""
+    interval: int = Field(5, ge=1)
+    """Every interval-th step is a noise level: S = steps // interval."""
+    seed: int = 0
+    batch: int = Field(1, ge=1)
+    """Windows in a forward pass (times S noise levels)."""
+
+
+class SinkSettings(Section):
+    mask: Literal["soft", "hard"] = "soft"
+    alpha: float = Field(5.0, gt=0)
+    kappa: float = 2.0
+    scale_free: bool = False
+    """Divide the mass by its mean first, so that phi does not harden with heads x layers."""
+
+
+class StructuredSettings(Section):
+    ratio: float = 0.5
+    """Removed share of the parameters of q, k, v, output, gate, up and down projections of unprotected blocks."""
+    score: Literal["magnitude", "wanda", "fluctuation", "taylor", "obs"] = "obs"
+    arm: Arm | None = None
+    """Activations the score sees; default `masked` (none for magnitude)."""
+    allocation: Literal["uniform", "global", "depth"] = "uniform"
+    depth_slope: float = Field(0.2, ge=-1, le=1)
+    """For `depth`: ratio of the first block minus ratio of the last."""
+    split: Literal["equal", "by-cost", "measured"] | int | None = None
+    """Heads against channels; a number is attention steps removed per block. Default `measured`, and none for `global`."""
+    gqa: Literal["query_heads", "kv_groups"] = "query_heads"
+    """Attention unit where K < H: one query head of every KV group, or a KV head with its query heads."""
+    protect_first: int = Field(0, ge=0)
+    protect_last: int = Field(0, ge=0)
+    round_to: Literal["auto"] | int = "auto"
+    """Kept MLP widths are multiples of this; auto: 128, less where the MLP is narrower than 16 such steps."""
+    damping: float = Field(0.01, gt=0)
+    """For `obs`: lambda relative to the mean diagonal of the Gram matrix."""
+    rounds: int = Field(64, ge=1)
+    """For `obs`: channels go in this many rounds, re-scored after each."""
+
+
+class ReconstructSettings(Section):
+    enabled: bool = True
+    target: Literal["dense", "layer"] = "dense"
+    arm: Arm = "masked"
+    constant: bool = False
+    """Append a constant feature, which gives the pruned layer a bias."""
+    mode: Literal["least-squares", "bias"] = "least-squares"
+    """bias: only the removed units' mean output is added (FLAP's compensation)."""
+    damping: tuple[float, ...] = (0.0003, 0.001, 0.003, 0.01, 0.1)
+    """The lambdas to choose from per layer, relative to the mean diagonal; infinity is always among them."""
+
+
+class ExportSettings(Section):
+    compat: Literal["official", "uniform", "free"] = "free"
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of the written weights; default the checkpoint's own."""
+    max_shard_size: str = "5GB"
+
+
+class MemorySettings(Section):
+    budget_gb: float = Field(8.0, gt=0)
+    """Above this, hidden states are kept in files and held activations are recomputed instead."""
+
+
+class Config(Section):
+    """Every choice of a run, by section."""
+
+    model: ModelSettings = ModelSettings()
+    calibration: CalibrationSettings = CalibrationSettings()
+    sink: SinkSettings = SinkSettings()
+    structured: StructuredSettings = StructuredSettings()
+    reconstruct: ReconstructSettings = ReconstructSettings()
+    export: ExportSettings = ExportSettings()
+    memory: MemorySettings = MemorySettings()
+
+    @classmethod
+    def load(cls, path: str | Path | None = None, overrides: list[str] | dict[str, Any] | None = None) -> "Config":
+        """Read a YAML file and apply overrides, `["structured.ratio=0.3"]` or `{"structured.ratio": 0.3}`.
+
+        Raises:
+            UserError: no such file, not YAML, an unknown key (with the nearest known one), or a value out of range.
+        """
+        values: dict = {}
+        if path is not None:
+            try:
+                values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+            except FileNotFoundError as error:
+                raise UserError(f"no config file at '{path}'") from error
+            except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+                raise UserError(f"{path} cannot be read as YAML ({str(error).splitlines()[0]})") from error
+            if not isinstance(values, dict):
+                raise UserError(f"{path} is not a mapping of sections")
+        pairs = overrides.items() if isinstance(overrides, dict) else [_parse(text) for text in overrides or []]
+        for name, value in pairs:
+            section, _, key = name.partition(".")
+            if not key:
+                raise UserError(f"'{name}' names no section: write section.key=value, such as structured.ratio=0.3")
+            branch = values.setdefault(section, {})
+            if not isinstance(branch, dict):
+                raise UserError(f"{path}: '{section}' is not a mapping")
+            branch[key] = value
+        return cls.build(values)
+
+    @classmethod
+    def build(cls, values: dict) -> "Config":
+        """Validate nested plain values.
+
+        Raises:
+            UserError: an unknown key or a bad value.
+        """
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise UserError(_explain(error.errors()[0])) from error
+
+
+def _parse(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise UserError(f"'{text}' is not key=value")
+    return name.strip(), yaml.safe_load(value)
+
+
+def known_keys() -> list[str]:
+    """Every key of a configuration, as `section.key`."""
+    return [f"{name}.{key}" for name, field in Config.model_fields.items() for key in field.annotation.model_fields]
+
+
+def _explain(problem: dict) -> str:
+    name = ".".join(str(part) for part in problem["loc"][:2])
+    if problem["type"] == "extra_forbidden":
+        if "." not in name:
+            return f"unknown config section '{name}'{nearest(name, list(Config.model_fields))}"
+        section, _, key = name.partition(".")
+        inside = Config.model_fields[section].annotation.model_fields
+        close = nearest(key, list(inside)) or nearest(name, known_keys())
+        return f"unknown config key '{name}'{close}"
+    return f"config key {name} = {problem['input']!r}: {problem['msg'].lower()}"

@@ -1,0 +1,1 @@
+"""Structured scores, one per file, and the table that names them."""

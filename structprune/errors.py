@@ -1,0 +1,13 @@
+"""The one exception a user can cause: shown as a single line, exit code 2."""
+
+
+class UserError(ValueError):
+    """Input that cannot be used: the message names the offending value and the remedy, in one line."""
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """`" (did you mean 'x'?)"` for the known word closest to `word`, or an empty string."""
+    import difflib
+
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f" (did you mean '{close[0]}'?)" if close else ""

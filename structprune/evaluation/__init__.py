@@ -1,0 +1,1 @@
+"""Evaluation: masked-diffusion NELBO and paired comparison."""

@@ -1,0 +1,1 @@
+"""Models: the families, their configuration, and loading of official checkpoints."""

@@ -1,0 +1,96 @@
+"""The only uniform view of a model: its blocks, their projections and widths, whatever the family."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from structprune.models.configuration_structprune import layer_width
+from structprune.models.families import ROLES, Family, family_of
+from structprune.models.modeling_structprune import DiffusionLM
+
+CONSUMERS = ("attention_output", "down")  # the linear that reads each kind of unit
+PRODUCERS = {"attention_output": ("query", "key", "value"), "down": ("gate", "up")}
+
+
+@dataclass(frozen=True)
+class Widths:
+    """What can be cut in one block: query heads H, key/value heads K, MLP channels M."""
+
+    query_heads: int
+    kv_heads: int
+    channels: int
+
+
+@dataclass(frozen=True)
+class BlockView:
+    """One block: `module` (its forward is `module(x, rotary, mask)`), the seven linears by role, the attention seam."""
+
+    index: int
+    name: str
+    module: nn.Module
+    widths: Widths
+    head_dim: int
+    core: nn.Module
+    names: dict[str, str]  # role -> full module name
+    linears: dict[str, nn.Linear] = field(repr=False)
+
+    def __getitem__(self, role: str) -> nn.Linear:
+        return self.linears[role]
+
+
+class Adapter:
+    """Uniform access to a structprune model.
+
+    Raises:
+        TypeError: the model is not one that `structprune.load_model` returns.
+    """
+
+    def __init__(self, model: DiffusionLM):
+        self.model = model
+        self.family: Family = family_of(model.config)
+        self.head_dim: int = model.config.head_dim
+        self.blocks = [self._view(index, module) for index, module in enumerate(model.blocks)]
+
+    def _view(self, index: int, module: nn.Module) -> BlockView:
+        prefix = f"{self.family.blocks}.{index}"
+        linears = {role: module.get_submodule(self.family.projections[role]) for role in ROLES}
+        names = {role: f"{prefix}.{self.family.projections[role]}" for role in ROLES}
+        core = module.get_submodule(self.family.core)
+        widths = block_widths(self.model.config, self.family, index)
+        return BlockView(index, prefix, module, widths, self.head_dim, core, names, linears)
+
+    @property
+    def hidden_size(self) -> int:
+        return getattr(self.model.config, self.family.keys["hidden"])
+
+    @property
+    def vocabulary(self) -> int:
+        return getattr(self.model.config, self.family.keys["vocabulary"])
+
+    @property
+    def mask_id(self) -> int:
+        return self.model.config.mask_token_id
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.embedding.weight.device
+
+
+def block_widths(config, family: Family, index: int) -> Widths:
+    """The widths of block `index` that `config` describes."""
+    return Widths(**{role: layer_width(config, index, key) for role, key in family.width_keys.items()})
+
+
+def set_widths(values: dict, family: Family, widths: list[Widths]) -> dict:
+    """A copy of the config dictionary `values` whose blocks have `widths`: global where all agree, else per layer."""
+    values = {key: value for key, value in values.items() if key != "per_layer_config"}
+    overrides: dict[str, dict[str, int]] = {str(index): {} for index in range(len(widths))}
+    for role, key in family.width_keys.items():
+        sizes = [getattr(block, role) for block in widths]
+        values[key] = max(set(sizes), key=sizes.count)  # the commonest width, so that overrides stay few
+        for index, size in enumerate(sizes):
+            if size != values[key]:
+                overrides[str(index)][key] = size
+    overrides = {index: override for index, override in overrides.items() if override}
+    return values | {"per_layer_config": overrides} if overrides else values

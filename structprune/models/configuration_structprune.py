@@ -1,0 +1,77 @@
+"""Configurations of structprune's LLaDA and Dream, whose blocks may differ in width.
+
+Copied next to every checkpoint structprune writes: imports transformers (4.46 to 4.57 and 5) only.
+"""
+
+from transformers import PretrainedConfig
+
+
+class StructpruneLLaDAConfig(PretrainedConfig):
+    """LLaDA's configuration under its own key names, with explicit `head_dim` and optional per-layer widths.
+
+    `per_layer_config` maps a block index to the `n_heads`, `n_kv_heads` and `mlp_hidden_size` that differ there.
+    """
+
+    model_type = "structprune_llada"
+    attribute_map = {
+        "hidden_size": "d_model",
+        "num_attention_heads": "n_heads",
+        "num_key_value_heads": "n_kv_heads",
+        "num_hidden_layers": "n_layers",
+        "intermediate_size": "mlp_hidden_size",
+        "max_position_embeddings": "max_sequence_length",
+    }
+
+    def __init__(
+        self, d_model=4096, n_heads=32, n_kv_heads=None, head_dim=None, n_layers=32, mlp_hidden_size=12288,
+        vocab_size=126464, embedding_size=None, max_sequence_length=4096, rope_theta=500000.0, rms_norm_eps=1e-5,
+        include_bias=False, include_qkv_bias=False, attention_output_bias=False, mlp_output_bias=False,
+        mask_token_id=126336, initializer_range=0.02, **kwargs,
+    ):  # fmt: skip
+        self.d_model, self.n_heads, self.n_layers = d_model, n_heads, n_layers
+        self.n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
+        self.head_dim = d_model // n_heads if head_dim is None else head_dim
+        self.mlp_hidden_size, self.vocab_size = mlp_hidden_size, vocab_size
+        self.embedding_size = vocab_size if embedding_size is None else embedding_size
+        self.max_sequence_length, self.rope_theta, self.rms_norm_eps = max_sequence_length, rope_theta, rms_norm_eps
+        self.include_bias, self.include_qkv_bias = include_bias, include_qkv_bias
+        self.attention_output_bias, self.mlp_output_bias = attention_output_bias, mlp_output_bias
+        self.mask_token_id, self.initializer_range = mask_token_id, initializer_range
+        kwargs.setdefault("tie_word_embeddings", False)
+        super().__init__(**kwargs)
+
+
+class StructpruneDreamConfig(PretrainedConfig):
+    """Dream's (Qwen2's) configuration with explicit `head_dim` and optional per-layer widths.
+
+    `per_layer_config` maps a layer index to the `num_attention_heads`, `num_key_value_heads` and
+    `intermediate_size` that differ there.
+    """
+
+    model_type = "structprune_dream"
+
+    def __init__(
+        self, vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
+        num_attention_heads=28, num_key_value_heads=4, head_dim=None, max_position_embeddings=131072,
+        rope_theta=1000000.0, rms_norm_eps=1e-6, attention_output_bias=False, mlp_output_bias=False,
+        mask_token_id=151666, initializer_range=0.02, **kwargs,
+    ):  # fmt: skip
+        self.vocab_size, self.hidden_size, self.intermediate_size = vocab_size, hidden_size, intermediate_size
+        self.num_hidden_layers, self.num_attention_heads = num_hidden_layers, num_attention_heads
+        self.num_key_value_heads = num_attention_heads if num_key_value_heads is None else num_key_value_heads
+        self.head_dim = hidden_size // num_attention_heads if head_dim is None else head_dim
+        self.max_position_embeddings, self.rope_theta = max_position_embeddings, rope_theta
+        self.rms_norm_eps, self.initializer_range = rms_norm_eps, initializer_range
+        self.attention_output_bias, self.mlp_output_bias = attention_output_bias, mlp_output_bias
+        self.mask_token_id = mask_token_id
+        kwargs.setdefault("tie_word_embeddings", False)
+        super().__init__(**kwargs)
+
+
+def layer_width(config, index: int, key: str) -> int:
+    """The value of `key` in block `index`: its `per_layer_config` entry, else the global one."""
+    view = getattr(config, "per_layer_config", None)
+    if isinstance(view, dict):  # transformers 4: a plain dict keyed by (zero-padded) strings
+        override = {int(layer): values for layer, values in view.items()}.get(index, {})
+        return override[key] if key in override else getattr(config, key)
+    return getattr(config if view is None else view[index], key)

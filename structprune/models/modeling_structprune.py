@@ -1,0 +1,302 @@
+"""LLaDA and Dream, masked diffusion language models whose blocks may differ in width.
+
+This file and `configuration_structprune.py` are the whole model: both are copied next to every checkpoint structprune
+writes, so they import only torch and transformers (4.46 to 4.57 and 5). Attribute names are those of the published
+checkpoints, so their state dicts load unchanged.
+
+Shapes: B batch, T sequence length, H query heads, K key/value heads, D head dim, C features.
+Papers: LLaDA arXiv 2502.09992, Dream arXiv 2508.15487, RoPE arXiv 2104.09864.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import MaskedLMOutput
+
+from .configuration_structprune import StructpruneDreamConfig, StructpruneLLaDAConfig, layer_width
+
+NOISE_EPSILON = 1e-3  # smallest mask probability: p = (1 - eps) t + eps
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x):  # (B, T, C) -> (B, T, C), normalised in fp32
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)  # (B, T, C)
+        return self.weight * wide.to(x.dtype)
+
+
+def rotary_tables(positions, head_dim: int, theta: float):
+    """Cosines and sines of RoPE in fp32: positions (B, T) -> two (B, 1, T, D)."""
+    powers = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim  # (D/2,)
+    angles = positions[:, None, :, None].float() * theta**-powers  # (B, 1, T, D/2)
+    angles = torch.cat((angles, angles), dim=-1)  # (B, 1, T, D)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, cos, sin):
+    """Rotate-half RoPE in fp32: (B, H, T, D) -> (B, H, T, D) in x's dtype."""
+    wide = x.float()
+    half = wide.shape[-1] // 2
+    turned = torch.cat((-wide[..., half:], wide[..., :half]), dim=-1)  # (B, H, T, D)
+    return (wide * cos + turned * sin).to(x.dtype)
+
+
+class AttentionCore(nn.Module):
+    """Bidirectional softmax attention on post-RoPE queries and keys: the seam that statistics hook."""
+
+    def forward(self, query, key, value, mask=None):  # (B, H, T, D), 2 x (B, K, T, D) -> (B, H, T, D)
+        repeat = query.shape[1] // key.shape[1]
+        if repeat > 1:
+            key = key.repeat_interleave(repeat, dim=1)  # (B, H, T, D)
+            value = value.repeat_interleave(repeat, dim=1)  # (B, H, T, D)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+
+def attend(core, query, key, value, head_dim: int, rotary, mask):
+    """Attention of projected (B, T, H*D), (B, T, K*D), (B, T, K*D) -> (B, T, H*D)."""
+    query, key, value = (x.unflatten(-1, (-1, head_dim)).transpose(1, 2) for x in (query, key, value))  # (B, ., T, D)
+    mixed = core(rotate(query, *rotary), rotate(key, *rotary), value, mask)  # (B, H, T, D)
+    return mixed.transpose(1, 2).flatten(2)  # (B, T, H*D)
+
+
+class LLaDABlock(nn.Module):
+    def __init__(self, config, index: int):
+        super().__init__()
+        self.head_dim = config.head_dim
+        inner = layer_width(config, index, "n_heads") * self.head_dim
+        shared = layer_width(config, index, "n_kv_heads") * self.head_dim
+        width = layer_width(config, index, "mlp_hidden_size")
+        size, qkv_bias, bias = config.d_model, config.include_bias or config.include_qkv_bias, config.include_bias
+        self.attn_norm = RMSNorm(size, config.rms_norm_eps)
+        self.ff_norm = RMSNorm(size, config.rms_norm_eps)
+        self.q_proj = nn.Linear(size, inner, bias=qkv_bias)
+        self.k_proj = nn.Linear(size, shared, bias=qkv_bias)
+        self.v_proj = nn.Linear(size, shared, bias=qkv_bias)
+        self.attn_out = nn.Linear(inner, size, bias=bias or config.attention_output_bias)
+        self.ff_proj = nn.Linear(size, width, bias=bias)
+        self.up_proj = nn.Linear(size, width, bias=bias)
+        self.ff_out = nn.Linear(width, size, bias=bias or config.mlp_output_bias)
+        self.core = AttentionCore()
+
+    def forward(self, x, rotary, mask=None):  # (B, T, C) -> (B, T, C)
+        h = self.attn_norm(x)  # (B, T, C)
+        h = attend(self.core, self.q_proj(h), self.k_proj(h), self.v_proj(h), self.head_dim, rotary, mask)
+        x = x + self.attn_out(h)  # (B, T, C)
+        h = self.ff_norm(x)  # (B, T, C)
+        return x + self.ff_out(F.silu(self.ff_proj(h)) * self.up_proj(h))
+
+
+class DreamAttention(nn.Module):
+    def __init__(self, config, index: int):
+        super().__init__()
+        self.head_dim, size = config.head_dim, config.hidden_size
+        inner = layer_width(config, index, "num_attention_heads") * self.head_dim
+        shared = layer_width(config, index, "num_key_value_heads") * self.head_dim
+        self.q_proj = nn.Linear(size, inner, bias=True)
+        self.k_proj = nn.Linear(size, shared, bias=True)
+        self.v_proj = nn.Linear(size, shared, bias=True)
+        self.o_proj = nn.Linear(inner, size, bias=config.attention_output_bias)
+        self.core = AttentionCore()
+
+    def forward(self, h, rotary, mask=None):  # (B, T, C) -> (B, T, C)
+        h = attend(self.core, self.q_proj(h), self.k_proj(h), self.v_proj(h), self.head_dim, rotary, mask)
+        return self.o_proj(h)
+
+
+class DreamMLP(nn.Module):
+    def __init__(self, config, index: int):
+        super().__init__()
+        width = layer_width(config, index, "intermediate_size")
+        self.gate_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.down_proj = nn.Linear(width, config.hidden_size, bias=config.mlp_output_bias)
+
+    def forward(self, h):  # (B, T, C) -> (B, T, C)
+        return self.down_proj(F.silu(self.gate_proj(h)) * self.up_proj(h))
+
+
+class DreamBlock(nn.Module):
+    def __init__(self, config, index: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = DreamAttention(config, index)
+        self.mlp = DreamMLP(config, index)
+
+    def forward(self, x, rotary, mask=None):  # (B, T, C) -> (B, T, C)
+        x = x + self.self_attn(self.input_layernorm(x), rotary, mask)  # (B, T, C)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class DiffusionLM(PreTrainedModel):
+    """What both families share: one forward pass, the masked-diffusion loss, and what trainers expect.
+
+    A subclass places `embedding`, `blocks`, `final_norm` and `output_head` under its family's names. `shifted`: position
+    i predicts token i + 1. `edges_visible`: the first and last position are never masked.
+    """
+
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False  # the loss is a mean per window already: the Trainer scales it as usual
+    shifted = False
+    edges_visible = False
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.gradient_checkpointing = False
+
+    def _init_weights(self, module):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            module.weight.data.normal_(0.0, self.config.initializer_range)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            module.bias.data.zero_()
+
+    @classmethod
+    def can_generate(cls) -> bool:  # denoising is not `generate`; silences the warning about GenerationMixin
+        return False
+
+    def get_input_embeddings(self):
+        return self.embedding
+
+    def get_output_embeddings(self):
+        return self.output_head
+
+    def rotary(self, length: int, device, attention_mask=None):
+        """RoPE tables for positions 0.. (1, T), or counted from each row's first real token (B, T)."""
+        if attention_mask is None:
+            positions = torch.arange(length, device=device)[None]  # (1, T)
+        else:
+            positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)  # (B, T)
+        return rotary_tables(positions, self.config.head_dim, self.config.rope_theta)
+
+    def encode(self, input_ids=None, attention_mask=None, inputs_embeds=None, keep=None):
+        """Hidden states after the final norm, (B, T) -> (B, T, C); `keep` collects every block's input.
+
+        Args:
+            attention_mask: (B, T), true or 1 at real tokens; None when every token is real.
+        Raises:
+            ValueError: an attention mask that is not two-dimensional.
+        """
+        x = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, C)
+        mask = None
+        if attention_mask is not None:
+            if attention_mask.dim() != 2:
+                raise ValueError(f"attention_mask must be (batch, length), not {tuple(attention_mask.shape)}")
+            mask = attention_mask.bool()[:, None, None, :]  # (B, 1, 1, T)
+        rotary = self.rotary(x.shape[1], x.device, attention_mask)
+        for block in self.blocks:
+            if keep is not None:
+                keep.append(x)
+            if self.gradient_checkpointing and self.training:
+                x = self._gradient_checkpointing_func(block.__call__, x, rotary, mask)
+            else:
+                x = block(x, rotary, mask)  # (B, T, C)
+        return self.final_norm(x)
+
+    def forward(
+        self, input_ids=None, attention_mask=None, inputs_embeds=None, labels=None, mask_probability=None,
+        output_hidden_states=None, output_attentions=None, use_cache=None, return_dict=None,
+    ):  # fmt: skip
+        """Logits (B, T, V) in checkpoint alignment (Dream's are not shifted back), and a loss when `labels` are given.
+
+        Args:
+            labels: (B, T) clean token ids, -100 where no loss is wanted (and nothing is masked).
+            mask_probability: (B,) the probability `input_ids` were already masked with. Without it the model masks
+                `input_ids` itself: t stratified over the batch, p = (1 - eps) t + eps.
+        Raises:
+            ValueError: attention weights, a cache, or noising of `inputs_embeds`, which a denoiser has not.
+        """
+        if output_attentions or use_cache:
+            raise ValueError("output_attentions and use_cache are not available in a masked diffusion model")
+        if labels is not None:
+            if input_ids is None:
+                raise ValueError("the masked-diffusion loss needs input_ids, not inputs_embeds")
+            input_ids, masked, mask_probability = self.noise(input_ids, labels, mask_probability)
+        states = [] if output_hidden_states else None
+        hidden = self.encode(input_ids, attention_mask, inputs_embeds, keep=states)  # (B, T, C)
+        logits = self.output_head(hidden)  # (B, T, V)
+        loss = None if labels is None else self.diffusion_loss(logits, labels, masked, mask_probability)
+        output = MaskedLMOutput(loss=loss, logits=logits, hidden_states=states and (*states, hidden))
+        return output if return_dict is None or return_dict else output.to_tuple()
+
+    def noise(self, input_ids, labels, mask_probability=None):
+        """The noised ids (B, T), which positions carry loss (B, T), and the mask probabilities (B,)."""
+        wanted = self.maskable(labels)  # (B, T)
+        if mask_probability is not None:
+            return input_ids, wanted & (input_ids == self.config.mask_token_id), mask_probability
+        batch, device = input_ids.shape[0], input_ids.device
+        t = torch.rand(1, device=device) + torch.arange(batch, device=device) / batch  # (B,)
+        p = (1 - NOISE_EPSILON) * (t % 1) + NOISE_EPSILON  # (B,)
+        masked = wanted & (torch.rand(input_ids.shape, device=device) < p[:, None])  # (B, T)
+        return input_ids.masked_fill(masked, self.config.mask_token_id), masked, p
+
+    def maskable(self, labels):
+        """Positions that may be masked: (B, T) ids with -100 where not wanted -> (B, T) bool."""
+        wanted = labels != -100  # (B, T)
+        if self.edges_visible:
+            wanted = wanted.clone()
+            wanted[:, 0] = wanted[:, -1] = False
+        return wanted
+
+    def diffusion_loss(self, logits, labels, masked, mask_probability):
+        """NELBO in nats per maskable token: sum of CE / p over masked positions / number of maskable ones."""
+        if self.shifted:
+            logits = torch.cat((logits[:, :1], logits[:, :-1]), dim=1)  # (B, T, V)
+        nats = F.cross_entropy(logits[masked].float(), labels[masked], reduction="none")  # (M,)
+        weight = mask_probability[:, None].expand(masked.shape)[masked]  # (M,)
+        return (nats / weight).sum() / self.maskable(labels).sum().clamp(min=1)
+
+    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **kwargs):
+        """What PEFT asks for; generation itself is iterative denoising, not `generate`."""
+        return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+class StructpruneLLaDA(DiffusionLM):
+    """LLaDA, LLaDA-1.5 and MMaDA's text tower, under the state-dict keys of `LLaDAModelLM`."""
+
+    config_class = StructpruneLLaDAConfig
+    _no_split_modules = ["LLaDABlock"]
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = nn.Module()
+        parts = self.model.transformer = nn.ModuleDict()
+        parts["wte"] = nn.Embedding(config.embedding_size, config.d_model)
+        parts["blocks"] = nn.ModuleList(LLaDABlock(config, index) for index in range(config.n_layers))
+        parts["ln_f"] = RMSNorm(config.d_model, config.rms_norm_eps)
+        parts["ff_out"] = nn.Linear(config.d_model, config.embedding_size, bias=config.include_bias)
+        self.post_init()
+
+    embedding = property(lambda self: self.model.transformer["wte"])
+    blocks = property(lambda self: self.model.transformer["blocks"])
+    final_norm = property(lambda self: self.model.transformer["ln_f"])
+    output_head = property(lambda self: self.model.transformer["ff_out"])
+
+
+class StructpruneDream(DiffusionLM):
+    """Dream, Dream-Coder and DiffuCoder, under the state-dict keys of `DreamModel`."""
+
+    config_class = StructpruneDreamConfig
+    _no_split_modules = ["DreamBlock"]
+    shifted = True
+    edges_visible = True
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = nn.Module()
+        self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.model.layers = nn.ModuleList(DreamBlock(config, index) for index in range(config.num_hidden_layers))
+        self.model.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    embedding = property(lambda self: self.model.embed_tokens)
+    blocks = property(lambda self: self.model.layers)
+    final_norm = property(lambda self: self.model.norm)
+    output_head = property(lambda self: self.lm_head)

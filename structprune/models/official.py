@@ -1,0 +1,99 @@
+"""Official config.json -> our configuration: what is supported is built, what is not is refused by name."""
+
+from pathlib import Path
+
+from structprune.errors import UserError, nearest
+from structprune.models.checkpoint_files import read_json
+from structprune.models.families import FAMILIES, Family
+
+REFUSED_TYPES = {
+    "llada_moe": "LLaDA-MoE is a mixture of experts: structprune cuts dense MLPs only",
+    "llada2_moe": "LLaDA2 is a mixture of experts with block diffusion: structprune cuts dense, fully bidirectional models only",
+    "llada2": "LLaDA2 is a block-diffusion model: structprune cuts dense, fully bidirectional models only",
+}
+# config key -> the values this implementation computes; anything else would load and be silently wrong
+SUPPORTED_VALUES = {
+    "llada": {
+        "block_type": ("llama",), "layer_norm_type": ("rms",), "activation_type": ("silu",), "rope": (True,),
+        "alibi": (False,), "weight_tying": (False,), "attention_layer_norm": (False,), "input_emb_norm": (False,),
+        "scale_logits": (False,), "bias_for_layer_norm": (False, None),
+    },
+    "dream": {
+        "rope_scaling": (None,), "use_sliding_window": (False,), "hidden_act": ("silu",),
+        "tie_word_embeddings": (False,),
+    },
+}  # fmt: skip
+NOT_OURS = (
+    "model_type", "architectures", "auto_map", "transformers_version", "torch_dtype", "dtype", "use_cache",
+    "_name_or_path", "rope_scaling", "rope_parameters",
+)  # fmt: skip
+
+
+def detect_family(values: dict, where: Path | str) -> Family:
+    """The family of a config.json's contents.
+
+    Raises:
+        UserError: a model type that is not supported, with what is.
+    """
+    kind = str(values.get("model_type", ""))
+    architecture = (values.get("architectures") or [""])[0]
+    for family in FAMILIES:
+        if kind in family.model_types or kind == family.config_class.model_type:
+            return family
+    for marker in (kind.lower(), architecture.lower().replace("modellm", "")):
+        if marker.startswith(("llada2", "llada_moe", "lladamoe")):
+            key = "llada_moe" if "2" not in marker else "llada2_moe" if "moe" in marker else "llada2"
+            raise UserError(f"{where}: {REFUSED_TYPES[key]}")
+    known = [name for family in FAMILIES for name in family.model_types]
+    raise UserError(f"{where}: unknown model_type '{kind}'{nearest(kind, known)}; supported: {', '.join(known)}")
+
+
+def build_config(values: dict, family: Family, mask_id: int, where: Path | str):
+    """Our configuration from an official (or our own) config.json's contents.
+
+    Raises:
+        UserError: a required key is missing, or one has a value that this implementation does not compute.
+    """
+    for key in family.required:
+        if not isinstance(values.get(key), int):
+            raise UserError(f"{where}: config.json has no integer '{key}', which a {family.name} checkpoint needs")
+    for key, allowed in SUPPORTED_VALUES[family.name].items():
+        if key in values and values[key] not in allowed:
+            raise UserError(f"{where}: {key} = {values[key]!r} is not supported ({family.name} needs {allowed[0]!r})")
+    hidden, heads = values[family.keys["hidden"]], values[family.width_keys["query_heads"]]
+    if "head_dim" not in values and hidden % heads:
+        raise UserError(f"{where}: hidden size {hidden} is not a multiple of {heads} heads and head_dim is not given")
+    theta = (values.get("rope_parameters") or {}).get("rope_theta")
+    kept = {key: value for key, value in values.items() if key not in NOT_OURS}
+    if theta is not None:
+        kept["rope_theta"] = theta
+    vocabulary = kept.get(family.keys["vocabulary"]) or kept["vocab_size"]
+    if not 0 <= mask_id < vocabulary:
+        raise UserError(f"{where}: mask id {mask_id} lies outside the embedding of {vocabulary} tokens")
+    return family.config_class(**(kept | {"mask_token_id": mask_id}))
+
+
+def find_mask_id(values: dict, directory: Path, given: int | None = None) -> int:
+    """The mask token's id: `given`, else the config's, else the tokenizer's `mask_token`.
+
+    Raises:
+        UserError: none of them has one.
+    """
+    if given is not None:
+        return given
+    if isinstance(values.get("mask_token_id"), int):
+        return values["mask_token_id"]
+    settings = directory / "tokenizer_config.json"
+    if settings.exists():
+        content = read_json(settings)
+        token = content.get("mask_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        for number, entry in content.get("added_tokens_decoder", {}).items():
+            if token is not None and entry.get("content") == token:
+                return int(number)
+        vocabulary = directory / "tokenizer.json"
+        if token is not None and vocabulary.exists():
+            for entry in read_json(vocabulary).get("added_tokens", []):
+                if entry.get("content") == token:
+                    return int(entry["id"])
+    raise UserError(f"{directory}: no mask id in config.json or the tokenizer: give it with --mask-id (LLaDA 126336, Dream 151666)")

@@ -1,0 +1,1 @@
+"""Statistics of activations: capture, sinks, norms, moments, Grams."""

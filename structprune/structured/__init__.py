@@ -1,0 +1,1 @@
+"""Units, allocation, plan, surgery and reconstruction."""
