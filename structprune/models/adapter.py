@@ -1,16 +1,15 @@
 """The only uniform view of a model: its blocks, their projections and widths, whatever the family."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from structprune.models.configuration_structprune import layer_width
 from structprune.models.families import ROLES, Family, family_of
-from structprune.models.modeling_structprune import DiffusionLM
+from structprune.models.modeling_structprune import Block, DiffusionLM
 
 CONSUMERS = ("attention_output", "down")  # the linear that reads each kind of unit
-PRODUCERS = {"attention_output": ("query", "key", "value"), "down": ("gate", "up")}
 
 
 @dataclass(frozen=True)
@@ -24,19 +23,21 @@ class Widths:
 
 @dataclass(frozen=True)
 class BlockView:
-    """One block: `module` (its forward is `module(x, rotary, mask)`), the seven linears by role, the attention seam."""
+    """One block: its module (`mix`, `activate`, forward), widths, and the seven linears by role (`view["down"]`)."""
 
     index: int
     name: str
-    module: nn.Module
+    module: Block
     widths: Widths
     head_dim: int
-    core: nn.Module
     names: dict[str, str]  # role -> full module name
-    linears: dict[str, nn.Linear] = field(repr=False)
 
     def __getitem__(self, role: str) -> nn.Linear:
-        return self.linears[role]
+        return self.module.part(role)
+
+    @property
+    def core(self) -> nn.Module:
+        return self.module.part("core")
 
 
 class Adapter:
@@ -54,11 +55,9 @@ class Adapter:
 
     def _view(self, index: int, module: nn.Module) -> BlockView:
         prefix = f"{self.family.blocks}.{index}"
-        linears = {role: module.get_submodule(self.family.projections[role]) for role in ROLES}
-        names = {role: f"{prefix}.{self.family.projections[role]}" for role in ROLES}
-        core = module.get_submodule(self.family.core)
+        names = {role: f"{prefix}.{module.roles[role]}" for role in ROLES}
         widths = block_widths(self.model.config, self.family, index)
-        return BlockView(index, prefix, module, widths, self.head_dim, core, names, linears)
+        return BlockView(index, prefix, module, widths, self.head_dim, names)
 
     @property
     def hidden_size(self) -> int:

@@ -5,7 +5,14 @@ from types import MappingProxyType
 from typing import Mapping
 
 from structprune.models.configuration_structprune import StructpruneDreamConfig, StructpruneLLaDAConfig
-from structprune.models.modeling_structprune import DiffusionLM, StructpruneDream, StructpruneLLaDA
+from structprune.models.modeling_structprune import (
+    Block,
+    DiffusionLM,
+    DreamBlock,
+    LLaDABlock,
+    StructpruneDream,
+    StructpruneLLaDA,
+)
 
 ROLES = ("query", "key", "value", "attention_output", "gate", "up", "down")
 
@@ -16,8 +23,7 @@ class Family:
 
     Attributes:
         model_types: `model_type` values of official checkpoints that load into this family.
-        projections: role (`ROLES`) -> path of the `nn.Linear` inside a block.
-        core: path of the attention seam inside a block.
+        block_class: its `roles` name every part of a block (`ROLES` are the linears, "core" the attention seam).
         width_keys: `query_heads`, `kv_heads`, `channels` -> config key, which is also the `per_layer_config` key.
         keys: other roles (`hidden`, `depth`, `vocabulary`, `positions`) -> config key.
         required: config keys an official config.json must have.
@@ -29,10 +35,9 @@ class Family:
     architectures: tuple[str, ...]
     config_class: type
     model_class: type[DiffusionLM]
+    block_class: type[Block]
     blocks: str
     embedding: str
-    projections: Mapping[str, str]
-    core: str
     width_keys: Mapping[str, str]
     keys: Mapping[str, str]
     required: tuple[str, ...]
@@ -45,20 +50,9 @@ LLADA = Family(
     architectures=("LLaDAModelLM", "MMadaModelLM"),
     config_class=StructpruneLLaDAConfig,
     model_class=StructpruneLLaDA,
+    block_class=LLaDABlock,
     blocks="model.transformer.blocks",
     embedding="model.transformer.wte.weight",
-    projections=MappingProxyType(
-        {
-            "query": "q_proj",
-            "key": "k_proj",
-            "value": "v_proj",
-            "attention_output": "attn_out",
-            "gate": "ff_proj",
-            "up": "up_proj",
-            "down": "ff_out",
-        }
-    ),
-    core="core",
     width_keys=MappingProxyType({"query_heads": "n_heads", "kv_heads": "n_kv_heads", "channels": "mlp_hidden_size"}),
     keys=MappingProxyType(
         {"hidden": "d_model", "depth": "n_layers", "vocabulary": "embedding_size", "positions": "max_sequence_length"}
@@ -73,20 +67,9 @@ DREAM = Family(
     architectures=("DreamModel",),
     config_class=StructpruneDreamConfig,
     model_class=StructpruneDream,
+    block_class=DreamBlock,
     blocks="model.layers",
     embedding="model.embed_tokens.weight",
-    projections=MappingProxyType(
-        {
-            "query": "self_attn.q_proj",
-            "key": "self_attn.k_proj",
-            "value": "self_attn.v_proj",
-            "attention_output": "self_attn.o_proj",
-            "gate": "mlp.gate_proj",
-            "up": "mlp.up_proj",
-            "down": "mlp.down_proj",
-        }
-    ),
-    core="self_attn.core",
     width_keys=MappingProxyType(
         {"query_heads": "num_attention_heads", "kv_heads": "num_key_value_heads", "channels": "intermediate_size"}
     ),

@@ -58,80 +58,83 @@ class AttentionCore(nn.Module):
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
 
-def attend(core, query, key, value, head_dim: int, rotary, mask):
-    """Attention of projected (B, T, H*D), (B, T, K*D), (B, T, K*D) -> (B, T, H*D)."""
-    query, key, value = (x.unflatten(-1, (-1, head_dim)).transpose(1, 2) for x in (query, key, value))  # (B, ., T, D)
-    mixed = core(rotate(query, *rotary), rotate(key, *rotary), value, mask)  # (B, H, T, D)
-    return mixed.transpose(1, 2).flatten(2)  # (B, T, H*D)
+class Block(nn.Module):
+    """A pre-norm transformer block; `roles` places its parts under the family's names.
 
+    `mix` and `activate` end where the two consumers (attention output and down projection) begin, so that a refit can
+    stand between them.
+    """
 
-class LLaDABlock(nn.Module):
-    def __init__(self, config, index: int):
-        super().__init__()
+    roles: dict[str, str] = {}
+
+    def part(self, role: str) -> nn.Module:
+        return self.get_submodule(self.roles[role])
+
+    def place(self, role: str, module: nn.Module) -> None:
+        *path, name = self.roles[role].split(".")
+        parent = self
+        for step in path:
+            if not hasattr(parent, step):
+                parent.add_module(step, nn.Module())
+            parent = getattr(parent, step)
+        parent.add_module(name, module)
+
+    def build(self, config, size, heads, kv_heads, width, qkv_bias=False, bias=False):
+        """Place all parts: `size` C, `heads` H, `kv_heads` K, `width` the MLP's channels."""
         self.head_dim = config.head_dim
-        inner = layer_width(config, index, "n_heads") * self.head_dim
-        shared = layer_width(config, index, "n_kv_heads") * self.head_dim
-        width = layer_width(config, index, "mlp_hidden_size")
-        size, qkv_bias, bias = config.d_model, config.include_bias or config.include_qkv_bias, config.include_bias
-        self.attn_norm = RMSNorm(size, config.rms_norm_eps)
-        self.ff_norm = RMSNorm(size, config.rms_norm_eps)
-        self.q_proj = nn.Linear(size, inner, bias=qkv_bias)
-        self.k_proj = nn.Linear(size, shared, bias=qkv_bias)
-        self.v_proj = nn.Linear(size, shared, bias=qkv_bias)
-        self.attn_out = nn.Linear(inner, size, bias=bias or config.attention_output_bias)
-        self.ff_proj = nn.Linear(size, width, bias=bias)
-        self.up_proj = nn.Linear(size, width, bias=bias)
-        self.ff_out = nn.Linear(width, size, bias=bias or config.mlp_output_bias)
-        self.core = AttentionCore()
+        for role in ("attention_norm", "mlp_norm"):
+            self.place(role, RMSNorm(size, config.rms_norm_eps))
+        for role, count in (("query", heads), ("key", kv_heads), ("value", kv_heads)):
+            self.place(role, nn.Linear(size, count * self.head_dim, bias=qkv_bias))
+        for role in ("gate", "up"):
+            self.place(role, nn.Linear(size, width, bias=bias))
+        attention_bias, mlp_bias = config.attention_output_bias or bias, config.mlp_output_bias or bias
+        self.place("attention_output", nn.Linear(heads * self.head_dim, size, bias=attention_bias))
+        self.place("down", nn.Linear(width, size, bias=mlp_bias))
+        self.place("core", AttentionCore())
+
+    def mix(self, x, rotary, mask=None):
+        """What attention hands to its output projection: (B, T, C) -> (B, T, H*D)."""
+        h = self.part("attention_norm")(x)  # (B, T, C)
+        projected = (self.part(role)(h) for role in ("query", "key", "value"))  # (B, T, H*D), 2 x (B, T, K*D)
+        query, key, value = (p.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in projected)  # (B, ., T, D)
+        mixed = self.part("core")(rotate(query, *rotary), rotate(key, *rotary), value, mask)  # (B, H, T, D)
+        return mixed.transpose(1, 2).flatten(2)
+
+    def activate(self, x):
+        """What the MLP hands to its down projection: (B, T, C) -> (B, T, M)."""
+        h = self.part("mlp_norm")(x)  # (B, T, C)
+        return F.silu(self.part("gate")(h)) * self.part("up")(h)
 
     def forward(self, x, rotary, mask=None):  # (B, T, C) -> (B, T, C)
-        h = self.attn_norm(x)  # (B, T, C)
-        h = attend(self.core, self.q_proj(h), self.k_proj(h), self.v_proj(h), self.head_dim, rotary, mask)
-        x = x + self.attn_out(h)  # (B, T, C)
-        h = self.ff_norm(x)  # (B, T, C)
-        return x + self.ff_out(F.silu(self.ff_proj(h)) * self.up_proj(h))
+        x = x + self.part("attention_output")(self.mix(x, rotary, mask))
+        return x + self.part("down")(self.activate(x))
 
 
-class DreamAttention(nn.Module):
+class LLaDABlock(Block):
+    roles = {
+        "attention_norm": "attn_norm", "query": "q_proj", "key": "k_proj", "value": "v_proj", "core": "core",
+        "attention_output": "attn_out", "mlp_norm": "ff_norm", "gate": "ff_proj", "up": "up_proj", "down": "ff_out",
+    }  # fmt: skip
+
     def __init__(self, config, index: int):
         super().__init__()
-        self.head_dim, size = config.head_dim, config.hidden_size
-        inner = layer_width(config, index, "num_attention_heads") * self.head_dim
-        shared = layer_width(config, index, "num_key_value_heads") * self.head_dim
-        self.q_proj = nn.Linear(size, inner, bias=True)
-        self.k_proj = nn.Linear(size, shared, bias=True)
-        self.v_proj = nn.Linear(size, shared, bias=True)
-        self.o_proj = nn.Linear(inner, size, bias=config.attention_output_bias)
-        self.core = AttentionCore()
-
-    def forward(self, h, rotary, mask=None):  # (B, T, C) -> (B, T, C)
-        h = attend(self.core, self.q_proj(h), self.k_proj(h), self.v_proj(h), self.head_dim, rotary, mask)
-        return self.o_proj(h)
+        widths = (layer_width(config, index, key) for key in ("n_heads", "n_kv_heads", "mlp_hidden_size"))
+        qkv_bias = config.include_bias or config.include_qkv_bias
+        self.build(config, config.d_model, *widths, qkv_bias=qkv_bias, bias=config.include_bias)
 
 
-class DreamMLP(nn.Module):
+class DreamBlock(Block):
+    roles = {
+        "attention_norm": "input_layernorm", "query": "self_attn.q_proj", "key": "self_attn.k_proj",
+        "value": "self_attn.v_proj", "core": "self_attn.core", "attention_output": "self_attn.o_proj",
+        "mlp_norm": "post_attention_layernorm", "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj",
+    }  # fmt: skip
+
     def __init__(self, config, index: int):
         super().__init__()
-        width = layer_width(config, index, "intermediate_size")
-        self.gate_proj = nn.Linear(config.hidden_size, width, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, width, bias=False)
-        self.down_proj = nn.Linear(width, config.hidden_size, bias=config.mlp_output_bias)
-
-    def forward(self, h):  # (B, T, C) -> (B, T, C)
-        return self.down_proj(F.silu(self.gate_proj(h)) * self.up_proj(h))
-
-
-class DreamBlock(nn.Module):
-    def __init__(self, config, index: int):
-        super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = DreamAttention(config, index)
-        self.mlp = DreamMLP(config, index)
-
-    def forward(self, x, rotary, mask=None):  # (B, T, C) -> (B, T, C)
-        x = x + self.self_attn(self.input_layernorm(x), rotary, mask)  # (B, T, C)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        keys = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+        self.build(config, config.hidden_size, *(layer_width(config, index, key) for key in keys), qkv_bias=True)
 
 
 class DiffusionLM(PreTrainedModel):

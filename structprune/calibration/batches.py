@@ -1,0 +1,198 @@
+"""What a run calibrated on, in memory and as calibration.safetensors, which replays ids and noise exactly."""
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from structprune.errors import UserError
+
+DTYPES = {"input_ids": torch.int64, "noisy_ids": torch.int64, "mask_probability": torch.float32}
+DIMENSIONS = {"input_ids": "(N, T)", "noisy_ids": "(N, S, T)", "mask_probability": "(N, S)"}
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """N windows of T tokens with S noisy copies each, on CPU.
+
+    Attributes:
+        input_ids: (N, T) int64.
+        noisy_ids: (N, S, T) int64.
+        mask_probability: (N, S) float32 each copy was masked with, or None where a replayed file has none.
+        metadata: strings; of our own files `schedule`, `noise_levels` (the times t), `steps`, `interval`, `mask_id`,
+            `edges_visible`, `source`, `subset`, `split`, `seed`, `corpus_tokens`, and once saved `held_out`.
+        held_out: the last so many windows choose damping and split and make the final check; none is scored on.
+    """
+
+    input_ids: torch.Tensor
+    noisy_ids: torch.Tensor
+    mask_probability: torch.Tensor | None
+    metadata: dict[str, str]
+    held_out: int
+
+    @property
+    def windows(self) -> int:
+        return self.input_ids.shape[0]
+
+    @property
+    def levels(self) -> int:
+        return self.noisy_ids.shape[1]
+
+    @property
+    def length(self) -> int:
+        return self.input_ids.shape[1]
+
+    @property
+    def fit(self) -> "Calibration":
+        """The windows that scores and refit see (a view, of which none is held out)."""
+        return self._part(slice(0, self.windows - self.held_out), held_out=0)
+
+    @property
+    def check(self) -> "Calibration":
+        """The held-out windows (a view, of which all are held out)."""
+        return self._part(slice(self.windows - self.held_out, None), held_out=self.held_out)
+
+    def _part(self, rows: slice, held_out: int) -> "Calibration":
+        p = self.mask_probability
+        return replace(
+            self,
+            input_ids=self.input_ids[rows],
+            noisy_ids=self.noisy_ids[rows],
+            mask_probability=None if p is None else p[rows],
+            held_out=held_out,
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write the file whole or not at all.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        path = Path(path)
+        tensors = {name: getattr(self, name) for name in DTYPES}
+        # cloned, because safetensors refuses tensors that share memory, as views of one set of windows may
+        tensors = {name: value.clone().contiguous() for name, value in tensors.items() if value is not None}
+        metadata = self.metadata | {"held_out": str(self.held_out)}
+        draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            save_file(tensors, draft, metadata=metadata)
+            os.replace(draft, path)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path} cannot be written ({_first_line(error)})") from error
+        finally:
+            draft.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | Path, held_out: int | None = None, mask_id: int | None = None) -> "Calibration":
+        """Read a calibration file, ids and noise exactly as saved.
+
+        Args:
+            held_out: held-out windows where the file's metadata names none (None: 0).
+            mask_id: the model's mask id, which the file's noise must use.
+        Raises:
+            UserError: the file is missing or unreadable, lacks a tensor, has a wrong shape or dtype, a mask
+                probability outside (0, 1] or NaN, a held-out count beyond its windows, or noisy ids that differ from
+                the clean ones by anything but the mask id.
+        """
+        tensors, metadata = _read(Path(path))
+        _check_shapes(tensors, path)
+        stored = _integer(metadata, "mask_id", path)
+        if None not in (stored, mask_id) and stored != mask_id:
+            raise UserError(
+                f"{path} was noised with mask id {stored}, but the model's is {mask_id}: calibrate anew from text"
+            )
+        _check_values(tensors, mask_id if stored is None else stored, path)
+        recorded = _integer(metadata, "held_out", path)
+        held_out = (held_out or 0) if recorded is None else recorded
+        windows = len(tensors["input_ids"])
+        if not 0 <= held_out <= windows:
+            raise UserError(
+                f"{path} has {windows} windows, of which {held_out} cannot be held out: lower calibration.held_out"
+            )
+        return cls(
+            input_ids=tensors["input_ids"],
+            noisy_ids=tensors["noisy_ids"],
+            mask_probability=tensors.get("mask_probability"),
+            metadata=metadata,
+            held_out=held_out,
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors a calibration file has of those we know, and its metadata."""
+    if not path.is_file():
+        raise UserError(f"no calibration file at '{path}'")
+    try:
+        with safe_open(path, framework="pt") as file:
+            present = set(file.keys())
+            tensors = {name: file.get_tensor(name) for name in DTYPES if name in present}
+            metadata = dict(file.metadata() or {})
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{path} cannot be read as safetensors ({_first_line(error)}): calibrate anew from text"
+        ) from error
+    for name in ("input_ids", "noisy_ids"):
+        if name not in tensors:
+            raise UserError(f"{path} has no tensor '{name}' {DIMENSIONS[name]}: it is not a calibration file")
+    return tensors, metadata
+
+
+def _check_shapes(tensors: dict[str, torch.Tensor], path: str | Path) -> None:
+    """Raise UserError unless every tensor is non-empty and has the dtype and shape that the others imply."""
+    for name, value in tensors.items():
+        if value.dtype != DTYPES[name]:
+            raise UserError(f"{path}: {name} is {_name(value.dtype)}, not {_name(DTYPES[name])}")
+        if value.dim() != len(DIMENSIONS[name].split(",")) or value.numel() == 0:
+            raise UserError(
+                f"{path}: {name} has shape {tuple(value.shape)}, not {DIMENSIONS[name]} with all of them positive"
+            )
+    windows, length = tensors["input_ids"].shape
+    levels = tensors["noisy_ids"].shape[1]
+    expected = {"noisy_ids": (windows, levels, length), "mask_probability": (windows, levels)}
+    for name, shape in expected.items():
+        if name in tensors and tuple(tensors[name].shape) != shape:
+            raise UserError(
+                f"{path}: {name} has shape {tuple(tensors[name].shape)}, not {shape} as the other tensors imply"
+            )
+
+
+def _check_values(tensors: dict[str, torch.Tensor], mask_id: int | None, path: str | Path) -> None:
+    """Raise UserError for negative ids, impossible probabilities, and noise that is not one mask id.
+
+    Without a mask id known from elsewhere, the changed positions must at least agree on one.
+    """
+    clean, noisy, p = tensors["input_ids"], tensors["noisy_ids"], tensors.get("mask_probability")
+    if clean.min() < 0:
+        raise UserError(f"{path}: input_ids holds the negative token id {clean.min().item()}")
+    if p is not None and not bool(((p > 0) & (p <= 1)).all()):  # NaN fails every comparison
+        wrong = p[~((p > 0) & (p <= 1))][0].item()
+        raise UserError(f"{path}: mask_probability holds {wrong}, not a probability in (0, 1]")
+    changed = noisy[noisy != clean[:, None]]  # (number of masked positions,)
+    if mask_id is None and len(changed):
+        mask_id = changed[0].item()
+    wrong = changed[changed != mask_id]
+    if len(wrong):
+        raise UserError(
+            f"{path}: noisy_ids differ from input_ids by id {wrong[0].item()}, where only mask id {mask_id} may"
+        )
+
+
+def _integer(metadata: dict[str, str], key: str, path: str | Path) -> int | None:
+    """The integer that the metadata hold under `key`, None where they have none."""
+    if key not in metadata:
+        return None
+    try:
+        return int(metadata[key])
+    except ValueError as error:
+        raise UserError(f"{path}: metadata '{key}' is '{metadata[key]}', not an integer") from error
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,115 @@
+"""From settings and a tokenizer to a calibration set: read, tokenise, cut and noise, or replay a saved one."""
+
+from pathlib import Path
+
+import torch
+
+from structprune.calibration.batches import Calibration
+from structprune.calibration.noise import Schedule, level_times, noise_windows
+from structprune.calibration.text import is_streamed, join_texts, read_texts
+from structprune.calibration.windows import cut_windows, tokenize_corpus
+from structprune.config import CalibrationSettings
+from structprune.errors import UserError
+
+SURPLUS = 4  # times the tokens needed are read of a streamed source, so that windows are not just its first ones
+LONGEST = 1 << 26  # tokens read of a local or downloaded corpus (256 MB as int32)
+
+
+def load_calibration(
+    settings: CalibrationSettings,
+    tokenizer,
+    *,
+    mask_id: int,
+    schedule: Schedule,
+    edges_visible: bool,
+    vocabulary: int | None = None,
+) -> Calibration:
+    """The calibration set that `settings` describe; equal settings and text give equal ids and noise.
+
+    A .safetensors source is replayed as it is: of the settings only `held_out` counts, where the file names none.
+
+    Args:
+        tokenizer: of the checkpoint; not needed for a replay.
+        mask_id: the model's mask token.
+        schedule: "levels" (LLaDA) or "uniform" (Dream).
+        edges_visible: never mask the first and last position of a window (Dream).
+        vocabulary: rows of the model's embedding; ids from there on are refused.
+    Returns:
+        settings.windows + settings.held_out windows, the latter held out.
+    Raises:
+        UserError: text that cannot be read or is too short, a file that cannot be replayed, or a token id the model
+            has no embedding for.
+    """
+    if Path(settings.source).suffix.lower() == ".safetensors":
+        calibration = Calibration.load(settings.source, settings.held_out, mask_id)
+        if calibration.held_out >= calibration.windows:
+            raise UserError(
+                f"{settings.source} has {calibration.windows} windows and {calibration.held_out} are to be held out,"
+                " which leaves none to fit on: lower calibration.held_out"
+            )
+    else:
+        calibration = _from_text(settings, tokenizer, mask_id, schedule, edges_visible)
+    _check_vocabulary(calibration.input_ids, vocabulary, settings.source)
+    return calibration
+
+
+def _from_text(
+    settings: CalibrationSettings, tokenizer, mask_id: int, schedule: Schedule, edges_visible: bool
+) -> Calibration:
+    times = level_times(settings.steps, settings.interval)  # (S,)
+    if tokenizer is None:
+        raise UserError(
+            "the checkpoint has no tokenizer, which calibration text needs: add it, or replay a .safetensors file"
+        )
+    if edges_visible and settings.length < 3:
+        raise UserError(
+            f"calibration.length = {settings.length} leaves no token to mask between the visible edges: raise it to 3"
+        )
+    tokens = _corpus(settings, tokenizer)  # (M,)
+    count = settings.windows + settings.held_out
+    input_ids = cut_windows(tokens, count, settings.length, _generator(settings.seed, 0))  # (N, T)
+    noise = _generator(settings.seed, 1)
+    # drawn apart, so that the times are stratified over the windows to fit on and over the held-out ones
+    parts = [
+        noise_windows(part, mask_id, schedule, noise, settings.steps, settings.interval, edges_visible)
+        for part in input_ids.split([settings.windows, settings.held_out])
+    ]
+    noisy_ids, mask_probability = (torch.cat(tensors) for tensors in zip(*parts))  # (N, S, T), (N, S)
+    ordered = ",".join(f"{t:g}" for t in times.tolist())
+    metadata = {
+        "schedule": schedule,
+        "noise_levels": ordered if schedule == "levels" else f"uniform x {len(times)}",
+        "steps": str(settings.steps),
+        "interval": str(settings.interval),
+        "mask_id": str(mask_id),
+        "edges_visible": str(edges_visible).lower(),
+        "source": settings.source,
+        "subset": settings.subset or "",
+        "split": settings.split,
+        "seed": str(settings.seed),
+        "corpus_tokens": str(len(tokens)),
+    }
+    return Calibration(input_ids, noisy_ids, mask_probability, metadata, settings.held_out)
+
+
+def _corpus(settings: CalibrationSettings, tokenizer) -> torch.Tensor:
+    """The token ids (M,) of the source, or of as much of its start as is worth reading."""
+    source = settings.source
+    documents = read_texts(source, settings.subset, settings.split, settings.column)
+    wanted = SURPLUS * (settings.windows + settings.held_out) * settings.length
+    limit = wanted if is_streamed(source) else max(wanted, LONGEST)
+    return tokenize_corpus(join_texts(documents, source, tokenizer), tokenizer, limit)
+
+
+def _generator(seed: int, stream: int) -> torch.Generator:
+    """Independent generators of one seed: stream 0 draws windows, 1 noise; no two seeds share a stream."""
+    return torch.Generator().manual_seed((2 * seed + stream) % 2**63)
+
+
+def _check_vocabulary(input_ids: torch.Tensor, vocabulary: int | None, source: str) -> None:
+    largest = input_ids.max().item()
+    if vocabulary is not None and largest >= vocabulary:
+        raise UserError(
+            f"calibration text '{source}' has token id {largest}, but the model embeds {vocabulary} tokens:"
+            " this tokenizer is not the model's"
+        )

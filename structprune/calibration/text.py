@@ -1,0 +1,223 @@
+"""Calibration text: Hub datasets, or local .txt, .jsonl and .parquet files, one document or conversation at a time."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Iterable, Iterator
+
+from structprune.errors import UserError, nearest
+
+Conversation = list[dict[str, Any]]
+Document = str | Conversation
+LOCAL = (".txt", ".jsonl", ".parquet")
+
+
+@dataclass(frozen=True)
+class HubText:
+    """How a source is asked of the Hub."""
+
+    name: str
+    subset: str | None = None
+    files: dict[str, str] | None = None  # split -> the one file to read of it
+    stream: bool = True
+
+
+ALIASES = {
+    "wikitext2": HubText("Salesforce/wikitext", subset="wikitext-2-raw-v1", stream=False),
+    "c4": HubText(
+        "allenai/c4",
+        files={"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"},
+    ),
+}
+
+
+def read_texts(
+    source: str, subset: str | None = None, split: str = "train", column: str | None = None
+) -> Iterator[Document]:
+    """The documents of a source, in its order: text, or conversations as lists of {"role", "content"}.
+
+    Args:
+        source: `wikitext2`, `c4`, a Hub dataset id, or a local .txt (its lines, ends kept), .jsonl or .parquet file.
+        subset: configuration of a Hub dataset; None for its only or usual one.
+        split: of a Hub dataset.
+        column: of a dataset, .jsonl or .parquet; None for `messages` where there is one, else `text`.
+    Raises:
+        UserError: no such file or dataset, a kind of file that is not read, a library that is not installed, a
+            missing column, or an entry that is neither text nor a conversation.
+    """
+    path = Path(source)
+    kind = path.suffix.lower()
+    if kind not in LOCAL:
+        if path.exists():
+            raise UserError(
+                f"calibration text '{source}' is not one of {', '.join(LOCAL)}: convert it, or name a Hub dataset"
+            )
+        yield from _documents(_hub_rows(source, subset, split), column, source)
+        return
+    if not path.is_file():
+        raise UserError(f"no calibration text at '{source}'")
+    if subset is not None:
+        raise UserError(f"calibration.subset = '{subset}' means nothing for the local file '{source}': leave it out")
+    if kind == ".txt" and column is not None:
+        raise UserError(
+            f"calibration.column = '{column}' means nothing for '{source}', which is plain text: leave it out"
+        )
+    if kind == ".txt":
+        yield from _lines(path)
+    else:
+        yield from _documents(_jsonl_rows(path) if kind == ".jsonl" else _parquet_rows(path), column, source)
+
+
+def join_texts(documents: Iterable[Document], source: str, tokenizer) -> Iterator[str]:
+    """The documents as parts of one text, separators included.
+
+    Between two goes a space for WikiText (the published choice), nothing for lines of a .txt file, which keep their
+    ends, nor before a conversation, whose template has its own marks, and a newline elsewhere.
+
+    Raises:
+        UserError: a conversation, and no chat template that takes it; or no document at all.
+    """
+    separator = "" if Path(source).suffix.lower() == ".txt" else "\n"
+    if source in ("wikitext2", ALIASES["wikitext2"].name):
+        separator = " "
+    index = -1
+    for index, document in enumerate(documents):
+        text = render(document, tokenizer)
+        yield separator + text if index and isinstance(document, str) else text
+    if index < 0:
+        raise UserError(f"calibration text '{source}' is empty")
+
+
+def is_streamed(source: str) -> bool:
+    """Whether a source is a Hub dataset read over the network as it goes, of which only the start should be read."""
+    if source in ALIASES:
+        return ALIASES[source].stream
+    return Path(source).suffix.lower() not in LOCAL
+
+
+def render(document: Document, tokenizer) -> str:
+    """A document as text: conversations go through the tokenizer's chat template.
+
+    Raises:
+        UserError: the tokenizer has no chat template, or the template refuses the conversation.
+    """
+    if isinstance(document, str):
+        return document
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserError(
+            "the calibration text is conversations, but the tokenizer has no chat template: set calibration.column"
+        )
+    try:
+        return tokenizer.apply_chat_template(document, tokenize=False)
+    except Exception as error:  # templates are programs: jinja raises what they raise
+        raise UserError(
+            f"the chat template refuses a conversation of the calibration text ({_reason(error)})"
+        ) from error
+
+
+def _documents(rows: Iterable[dict], column: str | None, source: str) -> Iterator[Document]:
+    """The entries of one column of numbered rows; null entries, which Hub datasets have, are passed over."""
+    for number, row in enumerate(rows, start=1):
+        if column is None:  # settled by the first row, so that a column cannot change within a file
+            column = "messages" if "messages" in row else "text"
+        if column not in row:
+            close = nearest(column, list(row)) or f": it has {', '.join(row)}; set calibration.column"
+            raise UserError(f"'{source}' has no column '{column}' in row {number}{close}")
+        value = row[column]
+        if isinstance(value, str):
+            yield value
+        elif value is not None:
+            yield _conversation(value, f"'{source}', row {number}, column '{column}'")
+
+
+def _conversation(value: Any, where: str) -> Conversation:
+    turns = value if isinstance(value, list) else [None]
+    if not all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in turns):
+        kind = "a list without role and content in every turn" if isinstance(value, list) else type(value).__name__
+        raise UserError(f"{where} is neither text nor a conversation ({kind}): set calibration.column")
+    return value
+
+
+def _lines(path: Path) -> Iterator[str]:
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            yield from file
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): convert it") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from error
+
+
+def _jsonl_rows(path: Path) -> Iterator[dict]:
+    for number, line in enumerate(_lines(path), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}, line {number} is not valid JSON ({error.msg})") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{path}, line {number} holds a {type(row).__name__}, not an object with a text column")
+        yield row
+
+
+def _parquet_rows(path: Path) -> Iterator[dict]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise UserError(f"reading {path} needs pyarrow: pip install pyarrow, or give a .txt or .jsonl file") from error
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{path} cannot be read as parquet ({_reason(error)})") from error
+
+
+def _hub_rows(source: str, subset: str | None, split: str) -> Iterator[dict]:
+    """Rows of a Hub dataset; any failure of the Hub, at the start or on the way, is one line to the user."""
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        remedy = "pip install datasets, or give a .txt, .jsonl or .parquet file"
+        raise UserError(f"calibration text '{source}' is a Hub dataset, which needs datasets: {remedy}") from error
+    request = _request(source, ALIASES.get(source, HubText(source)), subset, split)
+    try:
+        rows = iter(load_dataset(**request))
+        first = next(rows, None)
+    except Exception as error:  # the Hub client raises a dozen types, all meaning the same to the user
+        raise UserError(_unreachable(source, error)) from error
+    if first is None:
+        raise UserError(f"the Hub dataset '{source}' has no rows in split '{split}'")
+    while first is not None:
+        yield first
+        try:
+            first = next(rows, None)
+        except Exception as error:  # as above: the connection can also be lost on the way
+            raise UserError(_unreachable(source, error)) from error
+
+
+def _request(source: str, wanted: HubText, subset: str | None, split: str) -> dict[str, Any]:
+    """The arguments of `datasets.load_dataset`."""
+    request = {"path": wanted.name, "name": subset or wanted.subset, "split": split, "streaming": wanted.stream}
+    if wanted.files is None:
+        return request
+    if subset is not None:
+        raise UserError(
+            f"calibration.subset = '{subset}': '{source}' is one part of {wanted.name}; name that dataset instead"
+        )
+    if split not in wanted.files:
+        raise UserError(f"calibration.split = '{split}': '{source}' has {', '.join(wanted.files)}")
+    return request | {"data_files": {split: wanted.files[split]}}
+
+
+def _unreachable(source: str, error: Exception) -> str:
+    return (
+        f"calibration text '{source}' is neither a local file nor a Hub dataset that can be read ({_reason(error)}):"
+        " check calibration.source, subset and split, or give a local file"
+    )
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,58 @@
+"""Removal paths: in which order a block's units of one kind go, and what each step costs.
+
+A *step* is what goes at once: one head, one KV group, one query head of every KV group, or one MLP channel. Every
+score reduces to a path, so that allocation need not know the scores.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+KINDS = ("attention", "channels")
+CONSUMER = {"attention": "attention_output", "channels": "down"}  # kind of unit -> role of the linear that reads it
+
+
+@dataclass(frozen=True)
+class RemovalPath:
+    """The order in which the units of one block and kind go.
+
+    Attributes:
+        steps: unit indices of each step, first to go first.
+        cost: (len(steps),) fp64, the loss each step adds, in the score's own unit.
+        rank: (len(steps),) fp64 to compare as it is over blocks and kinds under `global` allocation; None: compare
+            cost per removed parameter.
+    """
+
+    steps: tuple[tuple[int, ...], ...]
+    cost: torch.Tensor
+    rank: torch.Tensor | None = None
+
+    def removed(self, count: int) -> list[int]:
+        """Sorted units gone after `count` steps."""
+        return sorted(unit for step in self.steps[:count] for unit in step)
+
+
+def step_groups(units: int, groups: int) -> list[list[int]]:
+    """Unit indices in `groups` equal runs; a step takes one unit of each (one run: any unit may go)."""
+    per = units // groups
+    return [list(range(group * per, (group + 1) * per)) for group in range(groups)]
+
+
+def static_path(cost: torch.Tensor, groups: list[list[int]], rank: torch.Tensor | None = None) -> RemovalPath:
+    """Cheapest first by fixed costs: step k takes the k-th cheapest unit of every group.
+
+    Args:
+        cost: (U,) per unit; a step's cost is the sum over its units.
+        rank: (U,) optional; a step's is the mean over its units.
+    """
+    cost = cost.double().cpu()
+    orders = [sorted(group, key=cost.tolist().__getitem__) for group in groups]
+    steps = tuple(zip(*orders, strict=True))
+    index = torch.tensor(steps)  # (steps, units per step)
+    path = RemovalPath(steps, cost[index].sum(1))
+    return path if rank is None else replace(path, rank=rank.double().cpu()[index].mean(1))
+
+
+def per_unit(columns: torch.Tensor, width: int) -> torch.Tensor:
+    """Sum over each unit's `width` neighbouring columns: (U * width,) -> (U,)."""
+    return columns.view(-1, width).sum(1)

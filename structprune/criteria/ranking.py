@@ -1,0 +1,180 @@
+"""Drivers that collect what a score needs and turn it into a removal path for every block and kind of unit."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from structprune.calibration.batches import Calibration
+from structprune.config import SinkSettings, StructuredSettings
+from structprune.criteria.fluctuation import fluctuation_scores, standardised
+from structprune.criteria.magnitude import magnitude_scores
+from structprune.criteria.obs import obs_path
+from structprune.criteria.paths import CONSUMER, KINDS, RemovalPath, static_path, step_groups
+from structprune.criteria.table import CRITERIA
+from structprune.criteria.taylor import taylor_scores
+from structprune.criteria.wanda import wanda_scores
+from structprune.errors import UserError
+from structprune.models.adapter import Adapter, BlockView
+from structprune.statistics.activations import add_products
+from structprune.statistics.hidden import HiddenStates
+from structprune.statistics.moments import consumer_moments
+from structprune.statistics.rows import Rows, Track, arm_rows, measure_mass, needs_sinks, untracked
+
+Key = tuple[int, str]  # (block index, kind of unit)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much goes through at once: windows per forward pass, and bytes that statistics may hold."""
+
+    windows: int = 1
+    budget: int = 2**33
+
+
+def block_groups(block: BlockView, kind: str, form: str) -> list[list[int]]:
+    """Units of one kind in step groups (`step_groups`): for query heads of a GQA block one group per KV head."""
+    widths = block.widths
+    if kind == "channels":
+        return step_groups(widths.channels, 1)
+    if form == "kv_groups":
+        return step_groups(widths.kv_heads, 1)
+    return step_groups(widths.query_heads, 1 if widths.query_heads == widths.kv_heads else widths.kv_heads)
+
+
+def coupled_slices(block: BlockView, kind: str, form: str, tensors: dict) -> list[torch.Tensor]:
+    """Every weight slice that goes with each unit, flattened: U units -> tensors (U, n_i).
+
+    Args:
+        tensors: (role, "weight" or "bias") -> the tensor to slice (weights, or products with gradients).
+    """
+    units = sum(len(group) for group in block_groups(block, kind, form))
+    if kind == "channels":
+        rows = ("gate", "up")
+    elif form == "kv_groups" or block.widths.query_heads == block.widths.kv_heads:
+        rows = ("query", "key", "value")
+    else:
+        rows = ("query",)
+    parts = [tensors[key].reshape(units, -1) for key in tensors if key[0] in rows]  # (U, n)
+    return [*parts, tensors[CONSUMER[kind], "weight"].T.reshape(units, -1)]
+
+
+def block_tensors(block: BlockView) -> dict:
+    """(role, name) -> parameter of the seven linears of a block."""
+    roles = ("query", "key", "value", "attention_output", "gate", "up", "down")
+    return {(role, name): value for role in roles for name, value in block[role].named_parameters()}
+
+
+def rank_units(
+    adapter: Adapter,
+    calibration: Calibration | None,
+    settings: StructuredSettings,
+    arm: str | None,
+    sink: SinkSettings,
+    limits: Limits = Limits(),
+    track: Track = untracked,
+) -> dict[Key, RemovalPath]:
+    """Removal paths of every block and kind by the score in `settings`, on `arm` (see `criteria.table.resolve_arm`)."""
+    collect = {"weights": _by_magnitude, "moments": _by_moments, "grams": _by_obs, "gradients": _by_taylor}
+    return collect[CRITERIA[settings.score].needs](adapter, calibration, settings, arm, sink, limits, track)
+
+
+def _by_magnitude(adapter, calibration, settings, arm, sink, limits, track) -> dict[Key, RemovalPath]:
+    paths = {}
+    for block in track(adapter.blocks, "magnitudes"):
+        for kind in KINDS:
+            with torch.no_grad():
+                score = magnitude_scores(coupled_slices(block, kind, settings.gqa, block_tensors(block)))  # (U,)
+            paths[block.index, kind] = static_path(score**2, block_groups(block, kind, settings.gqa))
+    return paths
+
+
+def _by_moments(adapter, calibration, settings, arm, sink, limits, track) -> dict[Key, RemovalPath]:
+    measured = consumer_moments(adapter, calibration, arm, sink, limits.windows, limits.budget, track)
+    paths = {}
+    for block in adapter.blocks:
+        for kind in KINDS:
+            seen, weight = measured[block.index, CONSUMER[kind]], block[CONSUMER[kind]].weight.detach()
+            groups = block_groups(block, kind, settings.gqa)
+            width = weight.shape[1] // sum(len(group) for group in groups)
+            if settings.score == "wanda":
+                paths[block.index, kind] = static_path(wanda_scores(weight, seen.squared_norm, width), groups)
+            else:
+                score = fluctuation_scores(weight, seen.variance, width)  # (U,)
+                paths[block.index, kind] = static_path(score * width, groups, rank=standardised(score))
+    return paths
+
+
+def calibration_rows(adapter, calibration, arm, sink, limits, track) -> Rows:
+    """The rows of an arm, with sink weights measured by a pass of their own where it needs them."""
+    mass = measure_mass(adapter, calibration, limits.windows, track) if needs_sinks(arm) else None
+    return arm_rows(calibration, arm, sink, mass, adapter.mask_id)
+
+
+@torch.inference_mode()
+def _by_obs(adapter, calibration, settings, arm, sink, limits, track) -> dict[Key, RemovalPath]:
+    rows = calibration_rows(adapter, calibration, arm, sink, limits, track)
+    states = HiddenStates(adapter, rows.ids, limits.windows * rows.copies, limits.budget)
+    paths = {}
+    for block in track(adapter.blocks, f"obs scores ({arm})"):
+        grams = _advance_with_grams(block, states, rows)
+        for kind in KINDS:
+            groups = block_groups(block, kind, settings.gqa)
+            rounds = settings.rounds if kind == "channels" else None
+            weight, gram = block[CONSUMER[kind]].weight, grams.pop(kind)  # (O, C), (C, C)
+            paths[block.index, kind] = obs_path(weight, gram, groups, settings.damping, rounds)
+    return paths
+
+
+def _advance_with_grams(block: BlockView, states: HiddenStates, rows: Rows) -> dict[str, torch.Tensor]:
+    """Run one block over all rows; mean of x̃ x̃ᵀ over rows of what its two consumers read, (C, C) each."""
+    device = block["down"].weight.device
+    sizes = {kind: block[CONSUMER[kind]].in_features for kind in KINDS}
+    grams = {kind: torch.zeros(size, size, device=device) for kind, size in sizes.items()}  # (C, C)
+    total = rows.ids.numel() if rows.weight is None else float(rows.weight.double().pow(2).sum())
+    for part in states.slices():
+        x, weight = states.read(part), rows.part(part, device)  # (b, T, C), (b, T)
+        mixed = block.module.mix(x, states.rotary)  # (b, T, H*D)
+        add_products(grams["attention"], mixed, mixed, weight)
+        x = x + block["attention_output"](mixed)  # (b, T, C)
+        active = block.module.activate(x)  # (b, T, M)
+        add_products(grams["channels"], active, active, weight)
+        states.write(part, x + block["down"](active))
+    return {kind: gram / total for kind, gram in grams.items()}
+
+
+def _by_taylor(adapter, calibration, settings, arm, sink, limits, track) -> dict[Key, RemovalPath]:
+    if calibration.mask_probability is None:
+        raise UserError("score 'taylor' needs mask probabilities, which the replayed calibration file does not have")
+    rows = calibration_rows(adapter, calibration, arm, sink, limits, track)
+    tensors = {block.index: block_tensors(block) for block in adapter.blocks}
+    flat = [(index, key, value) for index, part in tensors.items() for key, value in part.items()]
+    sums = [torch.zeros_like(value) for _, _, value in flat]
+    for start in track(range(0, len(calibration.input_ids), limits.windows), f"gradients ({arm})"):
+        with torch.enable_grad():
+            loss = _weighted_loss(adapter, calibration, rows, slice(start, start + limits.windows))
+            for total, gradient in zip(sums, torch.autograd.grad(loss, [value for *_, value in flat])):
+                total += gradient
+    products: dict[int, dict] = {index: {} for index in tensors}
+    for (index, key, value), total in zip(flat, sums):
+        products[index][key] = value.detach() * total
+    paths = {}
+    for block in adapter.blocks:
+        for kind in KINDS:
+            score = taylor_scores(coupled_slices(block, kind, settings.gqa, products[block.index]))  # (U,)
+            paths[block.index, kind] = static_path(score, block_groups(block, kind, settings.gqa))
+    return paths
+
+
+def _weighted_loss(adapter: Adapter, calibration: Calibration, rows: Rows, windows: slice) -> torch.Tensor:
+    """Σ ω CE / p over masked tokens of some windows' noisy copies, over the number of tokens: ()."""
+    part = slice(windows.start * rows.copies, windows.stop * rows.copies)
+    ids, masked = rows.ids[part].to(adapter.device), rows.masked[part].to(adapter.device)  # (b, T)
+    target = calibration.input_ids[windows].repeat_interleave(rows.copies, dim=0).to(adapter.device)  # (b, T)
+    weight = 1 / calibration.mask_probability[windows].reshape(-1, 1).to(adapter.device)  # (b, 1)
+    weight = weight.expand(ids.shape) if rows.weight is None else weight * rows.part(part, adapter.device)  # (b, T)
+    logits = adapter.model(ids).logits  # (b, T, V)
+    if adapter.model.shifted:
+        logits = torch.cat((logits[:, :1], logits[:, :-1]), dim=1)  # (b, T, V)
+    nats = F.cross_entropy(logits[masked].float(), target[masked], reduction="none")  # (M,)
+    return (nats * weight[masked]).sum() / rows.ids.numel()

@@ -1,0 +1,61 @@
+"""Weighted moments and Gram matrices of activations: pure functions, fp32 products merged in fp64."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Moments of C features over rows weighted by ω².
+
+    Attributes:
+        weight: () fp64, Σ ω².
+        mean: (C,) fp64, Σ ω² x / Σ ω².
+        spread: (C,) fp64, Σ ω² (x - mean)².
+    """
+
+    weight: torch.Tensor
+    mean: torch.Tensor
+    spread: torch.Tensor
+
+    @property
+    def variance(self) -> torch.Tensor:
+        """(C,) weighted population variance."""
+        return self.spread / self.weight
+
+    @property
+    def squared_norm(self) -> torch.Tensor:
+        """(C,) ‖X̃[:, c]‖² = Σ (ω x)²."""
+        return self.spread + self.weight * self.mean**2
+
+
+def moments(x: torch.Tensor, weight: torch.Tensor | None = None) -> Moments:
+    """Moments of rows x (..., C), row weights ω (...) or None for ones.
+
+    The mean is taken out before squaring, so that a large mean does not drown the variance.
+    """
+    rows = x.flatten(0, -2).float()  # (R, C)
+    squares = torch.ones(len(rows), device=x.device) if weight is None else weight.reshape(-1).float() ** 2  # (R,)
+    total = squares.double().sum()  # ()
+    mean = (squares @ rows).double() / total.clamp(min=torch.finfo(torch.float64).tiny)  # (C,)
+    spread = (squares @ (rows - mean.float()) ** 2).double()  # (C,)
+    return Moments(total, mean, spread)
+
+
+def merge_moments(a: Moments, b: Moments) -> Moments:
+    """Moments of the union of two sets of rows (Chan, Golub, LeVeque 1979)."""
+    total = a.weight + b.weight  # ()
+    share = b.weight / total.clamp(min=torch.finfo(torch.float64).tiny)  # ()
+    gap = b.mean - a.mean  # (C,)
+    return Moments(total, a.mean + share * gap, a.spread + b.spread + a.weight * share * gap**2)
+
+
+def add_products(
+    total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, weight: torch.Tensor | None = None
+) -> torch.Tensor:
+    """total (A, C) += Σ ω² left rightᵀ, in place, in fp32: rows left (..., A), right (..., C), ω (...)."""
+    left, right = left.flatten(0, -2).float(), right.flatten(0, -2).float()  # (R, A), (R, C)
+    if weight is not None:
+        left = left * weight.reshape(-1, 1).float() ** 2  # (R, A)
+    return total.addmm_(left.T, right)

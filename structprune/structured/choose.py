@@ -1,0 +1,123 @@
+"""From removal paths to candidate plans: which counts an allocation and split allow, and which is chosen."""
+
+from dataclasses import dataclass
+from typing import Callable
+
+from structprune.config import StructuredSettings
+from structprune.criteria.paths import KINDS, RemovalPath
+from structprune.errors import UserError
+from structprune.models.adapter import Adapter
+from structprune.structured.allocate import (
+    Counts,
+    cheapest_heads,
+    check_ratio,
+    chosen_heads,
+    depth_ratios,
+    equal_heads,
+    global_counts,
+    head_choices,
+    ratio_of,
+)
+from structprune.structured.sizes import BlockSize, block_size, rounding
+from structprune.structured.split import search_heads
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The chosen counts, and what the choice was made from.
+
+    Attributes:
+        counts: (block, kind) -> removal steps, of unprotected blocks.
+        split: the rule that chose, as in the configuration ("joint" for global allocation).
+        measured: attention steps per block -> held-out loss of that candidate (split `measured` only).
+    """
+
+    counts: Counts
+    split: str
+    measured: dict[int, float]
+
+
+def open_blocks(adapter: Adapter, settings: StructuredSettings) -> list[BlockSize]:
+    """Sizes of the blocks that are not protected.
+
+    Raises:
+        UserError: every block is protected, or KV groups are asked to be removed where there is only one.
+    """
+    count = len(adapter.blocks)
+    first, last = settings.protect_first, settings.protect_last
+    if first + last >= count:
+        raise UserError(f"protect_first {first} + protect_last {last} leave none of {count} blocks to prune")
+    return [block_size(block, settings.gqa) for block in adapter.blocks[first : count - last]]
+
+
+def channel_multiple(sizes: list[BlockSize], settings: StructuredSettings) -> int:
+    """The multiple kept MLP widths have.
+
+    Raises:
+        UserError: it is below 1 or above the narrowest MLP.
+    """
+    width = min(size.steps["channels"] for size in sizes)
+    multiple = rounding(width, settings.round_to)
+    if not 1 <= multiple <= width:
+        raise UserError(f"structured.round_to = {settings.round_to}: MLPs are {width} wide, give 1 to {width}")
+    return multiple
+
+
+def candidates(sizes: list[BlockSize], settings: StructuredSettings) -> dict[int, Counts]:
+    """Attention steps per block -> counts, under `uniform` or `depth` allocation.
+
+    Raises:
+        UserError: a ratio outside [0, 1), or one that no plan meets.
+    """
+    check_ratio(settings.ratio)
+    slope = settings.depth_slope if settings.allocation == "depth" else 0.0
+    ratios = depth_ratios(len(sizes), settings.ratio, slope)
+    if not 0 <= min(ratios) <= max(ratios) < 1:
+        raise UserError(f"structured.depth_slope = {slope} takes a block's ratio outside [0, 1): lower it")
+    return head_choices(sizes, ratios, channel_multiple(sizes, settings))
+
+
+def split_rule(settings: StructuredSettings) -> str | int:
+    """The split in force: `measured` unless asked otherwise, `joint` under global allocation.
+
+    Raises:
+        UserError: a split asked for together with global allocation, which ranks heads and channels together.
+    """
+    if settings.allocation != "global":
+        return "measured" if settings.split is None else settings.split
+    if settings.split is not None:
+        raise UserError(f"structured.split = {settings.split} has no meaning under allocation global: leave it unset")
+    return "joint"
+
+
+def choose_counts(
+    sizes: list[BlockSize],
+    paths: dict[tuple[int, str], RemovalPath],
+    settings: StructuredSettings,
+    measure: Callable[[Counts], float],
+) -> Choice:
+    """Counts that meet the ratio by the allocation and split of `settings`.
+
+    Args:
+        measure: held-out loss of a candidate; called for the `measured` split only.
+    """
+    rule = split_rule(settings)
+    if rule == "joint":
+        check_ratio(settings.ratio)
+        return Choice(global_counts(sizes, paths, settings.ratio, channel_multiple(sizes, settings)), rule, {})
+    choices = candidates(sizes, settings)
+    if isinstance(rule, int):
+        return Choice(choices[chosen_heads(rule, choices)], str(rule), {})
+    if rule == "equal":
+        return Choice(choices[equal_heads(sizes, settings.ratio, choices)], rule, {})
+    cheapest = cheapest_heads(choices, paths)
+    if rule == "by-cost" or settings.ratio == 0:
+        return Choice(choices[cheapest], rule, {})
+    found = search_heads(choices, cheapest, lambda heads: measure(choices[heads]))
+    return Choice(choices[min(found, key=found.__getitem__)], rule, found)
+
+
+def describe_counts(sizes: list[BlockSize], counts: Counts) -> dict:
+    """Removed steps per kind and block, and the ratio met, as plain data."""
+    removed = {kind: [counts[size.index, kind] for size in sizes] for kind in KINDS}
+    return {"ratio": ratio_of(sizes, counts), "blocks": [size.index for size in sizes], **removed}

@@ -1,0 +1,55 @@
+"""The torch-pruning boundary: which slices of which modules go together, found by tracing the module.
+
+Only membership is taken from the graph. Its index maps are wrong for grouped-query attention and its ranges are
+unchecked, so indices are ours (`structured.surgery`). The trace runs on the meta device: no weight is touched.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from structprune.criteria.paths import CONSUMER, KINDS
+from structprune.models.adapter import Adapter
+from structprune.models.modeling_structprune import DiffusionLM, RMSNorm
+
+
+@dataclass(frozen=True)
+class Coupled:
+    """What is cut with one kind of unit in one block.
+
+    Attributes:
+        outputs: names of modules that lose output rows.
+        inputs: names of modules that lose input columns.
+    """
+
+    outputs: frozenset[str]
+    inputs: frozenset[str]
+
+
+def coupled_units(model: DiffusionLM) -> dict[tuple[int, str], Coupled]:
+    """(block, kind of unit) -> the modules that the dependency graph couples to the block's consumer input.
+
+    Args:
+        model: any structprune model, on any device; a meta copy of it is traced.
+    """
+    import torch_pruning as tp
+
+    with torch.device("meta"), torch.enable_grad():
+        ghost = type(model)(model.config)
+        graph = tp.DependencyGraph()
+        ids = torch.zeros(1, 4, dtype=torch.long)  # (1, 4)
+        norms = [(module.weight, 0) for module in ghost.modules() if isinstance(module, RMSNorm)]
+        graph.build_dependency(ghost, {"input_ids": ids}, output_transform=lambda out: out.logits, unwrapped_parameters=norms)
+    names = {module: name for name, module in ghost.named_modules()}
+    found = {}
+    for block in Adapter(ghost).blocks:
+        for kind in KINDS:
+            group = graph.get_pruning_group(block[CONSUMER[kind]], tp.prune_linear_in_channels, idxs=[0])
+            sides: dict[str, set[str]] = {"out": set(), "in": set()}
+            for item in group:
+                target = item.dep.target.module
+                if isinstance(target, torch.nn.Linear):  # other members are the trace's shape bookkeeping
+                    side = "out" if item.dep.handler == tp.prune_linear_out_channels else "in"
+                    sides[side].add(names[target])
+            found[block.index, kind] = Coupled(frozenset(sides["out"]), frozenset(sides["in"]))
+    return found

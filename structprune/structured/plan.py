@@ -1,0 +1,146 @@
+"""A plan: what every block keeps. A JSON file that can be saved, read, edited and applied by itself."""
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from structprune.criteria.paths import RemovalPath
+from structprune.errors import UserError
+from structprune.models.adapter import Adapter, Widths
+from structprune.models.checkpoint_files import read_json
+from structprune.structured.allocate import Counts
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """Kept indices of one block, sorted."""
+
+    query_heads: tuple[int, ...]
+    kv_heads: tuple[int, ...]
+    channels: tuple[int, ...]
+
+    @property
+    def widths(self) -> Widths:
+        return Widths(len(self.query_heads), len(self.kv_heads), len(self.channels))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Kept units of every block of a model of `family`.
+
+    Attributes:
+        family: the family's name.
+        blocks: one `BlockPlan` per block.
+        notes: where the plan came from (ratio, score, arm, ...); not used when it is applied.
+    """
+
+    family: str
+    blocks: tuple[BlockPlan, ...]
+    notes: dict = field(default_factory=dict)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the plan as JSON, whole or not at all."""
+        path = Path(path)
+        temporary = path.with_name(path.name + ".part")
+        temporary.write_text(self.to_json(), encoding="utf-8")
+        os.replace(temporary, path)
+        return path
+
+    def to_json(self) -> str:
+        """One line per list, so that a person can edit it."""
+        head = {"format": FORMAT, "family": self.family, "notes": self.notes}
+        lines = [json.dumps(head, indent=1)[:-2] + ',\n "blocks": [']
+        for index, block in enumerate(self.blocks):
+            body = ",\n   ".join(f'"{key}": {json.dumps(list(value))}' for key, value in asdict(block).items())
+            lines.append("  {" + body + "}" + ("," if index + 1 < len(self.blocks) else ""))
+        return "\n".join(lines) + "\n ]\n}\n"
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Plan":
+        """Read a plan.
+
+        Raises:
+            UserError: missing, not JSON, or not a plan.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise UserError(f"no plan file at '{path}'")
+        values = read_json(path)
+        if values.get("format") != FORMAT or not isinstance(values.get("blocks"), list):
+            raise UserError(f"{path} is not a structprune plan of format {FORMAT}")
+        blocks = []
+        for index, entry in enumerate(values["blocks"]):
+            lists = {}
+            for key in BlockPlan.__dataclass_fields__:
+                kept = entry.get(key) if isinstance(entry, dict) else None
+                if not isinstance(kept, list) or not all(type(unit) is int for unit in kept):
+                    raise UserError(f"{path}: block {index} has no list of integers '{key}'")
+                lists[key] = tuple(kept)
+            blocks.append(BlockPlan(**lists))
+        return cls(str(values.get("family")), tuple(blocks), values.get("notes") or {})
+
+    def check(self, adapter: Adapter) -> None:
+        """Raises UserError unless the plan fits the model: family, depth, and every kept index."""
+        if self.family != adapter.family.name:
+            raise UserError(f"the plan is for family '{self.family}', the model is of '{adapter.family.name}'")
+        if len(self.blocks) != len(adapter.blocks):
+            raise UserError(f"the plan has {len(self.blocks)} blocks, the model {len(adapter.blocks)}")
+        for kept, block in zip(self.blocks, adapter.blocks):
+            for key in BlockPlan.__dataclass_fields__:
+                _check_indices(getattr(kept, key), getattr(block.widths, key), f"the plan's block {block.index}: {key}")
+            _check_heads(kept, block.widths, block.index)
+
+
+def _check_indices(kept: tuple[int, ...], width: int, where: str) -> None:
+    if not kept:
+        raise UserError(f"{where} keeps nothing: a block must keep at least one unit of each kind")
+    if list(kept) != sorted(set(kept)):
+        raise UserError(f"{where} is not sorted and free of repeats")
+    if kept[0] < 0 or kept[-1] >= width:
+        wrong = kept[0] if kept[0] < 0 else kept[-1]
+        raise UserError(f"{where} names {wrong}, but the model has {width}")
+
+
+def _check_heads(kept: BlockPlan, widths: Widths, index: int) -> None:
+    """Every kept KV head must keep the same number of its query heads, and no other query head may stay."""
+    per = widths.query_heads // widths.kv_heads
+    counts = {head: 0 for head in kept.kv_heads}
+    for head in kept.query_heads:
+        if head // per not in counts:
+            raise UserError(f"the plan's block {index}: query head {head} stays but its KV head {head // per} goes")
+        counts[head // per] += 1
+    if len(set(counts.values())) != 1 or 0 in counts.values():
+        raise UserError(f"the plan's block {index}: KV heads keep unequal numbers of query heads ({counts})")
+
+
+def identity_plan(adapter: Adapter) -> Plan:
+    """The plan that keeps everything."""
+    blocks = [
+        BlockPlan(*(tuple(range(getattr(block.widths, key))) for key in BlockPlan.__dataclass_fields__))
+        for block in adapter.blocks
+    ]
+    return Plan(adapter.family.name, tuple(blocks))
+
+
+def make_plan(
+    adapter: Adapter, paths: dict[tuple[int, str], RemovalPath], counts: Counts, form: str, notes: dict | None = None
+) -> Plan:
+    """The plan that takes `counts` steps of every path; blocks without counts keep everything."""
+    blocks = list(identity_plan(adapter).blocks)
+    for index in {index for index, _ in counts}:
+        widths = adapter.blocks[index].widths
+        per = widths.query_heads // widths.kv_heads
+        gone = set(paths[index, "attention"].removed(counts[index, "attention"]))
+        kv_gone: set[int] = gone if per == 1 or form == "kv_groups" else set()
+        heads = range(widths.query_heads)
+        kept = [h for h in heads if (h // per not in kv_gone if kv_gone is gone else h not in gone)]
+        cut = set(paths[index, "channels"].removed(counts[index, "channels"]))
+        blocks[index] = BlockPlan(
+            tuple(kept),
+            tuple(head for head in range(widths.kv_heads) if head not in kv_gone),
+            tuple(channel for channel in range(widths.channels) if channel not in cut),
+        )
+    return Plan(adapter.family.name, tuple(blocks), notes or {})

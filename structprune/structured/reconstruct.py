@@ -1,0 +1,206 @@
+"""Closed-form refit of what is left after removal, in delta form (METHODS.md section 5).
+
+Pure functions of Gram matrices, and a driver that walks a dense and a pruned model side by side: attention first,
+then the MLP on the refitted attention's output, each on activations of the already pruned prefix.
+Shapes: O outputs, C all input channels, K kept ones.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from structprune.calibration.batches import Calibration
+from structprune.config import ReconstructSettings, SinkSettings
+from structprune.criteria.paths import CONSUMER, KINDS
+from structprune.criteria.ranking import Limits, calibration_rows
+from structprune.models.adapter import Adapter
+from structprune.models.modeling_structprune import DiffusionLM
+from structprune.statistics.activations import add_products
+from structprune.statistics.residual import ResidualRun
+from structprune.statistics.rows import Track, arm_rows, untracked
+
+NEVER = float("inf")  # the damping at which nothing changes: plain removal
+
+
+def refit_weight(
+    kept: torch.Tensor, full: torch.Tensor, gram: torch.Tensor, cross: torch.Tensor, damping: float, features: int
+) -> torch.Tensor | None:
+    """W_new = W_K + (W·C - W_K·G)(G + λI)⁻¹, the minimiser of ‖W_new X̂_Kᵀ - W Xᵀ‖² + λ‖W_new - W_K‖².
+
+    Args:
+        kept: (O, K) W_K. full: (O, C) W. gram: (K, K) G = X̂_KᵀX̂_K. cross: (C, K) XᵀX̂_K.
+        damping: λ relative to the mean diagonal of G over its first `features` rows; infinity returns W_K.
+        features: number of real features, so that an appended constant does not move λ.
+    Returns:
+        (O, K), or None where G + λI is not positive definite.
+    """
+    if damping == NEVER:
+        return kept
+    scale = gram.diagonal()[:features].mean()  # ()
+    ridge = gram + damping * scale * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)  # (K, K)
+    factor, failed = torch.linalg.cholesky_ex(ridge)
+    if failed:
+        return None
+    return kept + torch.cholesky_solve((full @ cross - kept @ gram).T, factor).T  # (O, K)
+
+
+def output_error(weight: torch.Tensor, full: torch.Tensor, gram: torch.Tensor, cross: torch.Tensor) -> float:
+    """‖W_new X̂ᵀ - W Xᵀ‖² less the part that no W_new changes: tr(W_new G W_newᵀ) - 2 tr(W_new Cᵀ Wᵀ)."""
+    return float((weight * (weight @ gram)).sum() - 2 * (weight * (full @ cross)).sum())
+
+
+def refit_bias(kept: torch.Tensor, full: torch.Tensor, gram: torch.Tensor, cross: torch.Tensor) -> torch.Tensor:
+    """Only the constant's weight moves, by the mean residual of the output (FLAP's compensation).
+
+    Args:
+        As `refit_weight`, with the constant as last feature on both sides.
+    """
+    residual = full @ cross[:, -1] - kept @ gram[:, -1]  # (O,)
+    moved = kept.clone()  # (O, K)
+    moved[:, -1] += residual / gram[-1, -1]
+    return moved
+
+
+@dataclass(frozen=True)
+class Products:
+    """Second moments of one consumer: gram (K, K), cross (C, K), and the power ‖W Xᵀ‖² of the wanted output."""
+
+    gram: torch.Tensor
+    cross: torch.Tensor
+    power: float = 0.0
+
+
+@dataclass(frozen=True)
+class LayerFit:
+    """What the refit of one consumer chose: damping (infinity: nothing changed), held-out output error, plain = 1."""
+
+    block: int
+    kind: str
+    damping: float
+    error: float
+
+
+def choose(
+    settings: ReconstructSettings, kept: torch.Tensor, full: torch.Tensor, fit: Products, check: Products, features: int
+) -> tuple[torch.Tensor, float, float]:
+    """The candidate with the least held-out output error; plain removal is always among them.
+
+    Returns:
+        (weight, damping, its held-out error less plain removal's)
+    """
+    plain = output_error(kept, full, check.gram, check.cross)
+    best = (kept, NEVER, 0.0)
+    if settings.mode == "bias":
+        candidates = [(refit_bias(kept, full, fit.gram, fit.cross), 0.0)]
+    else:
+        tried = sorted(settings.damping)
+        candidates = [(refit_weight(kept, full, fit.gram, fit.cross, value, features), value) for value in tried]
+    for weight, damping in candidates:
+        if weight is None:
+            continue
+        gain = output_error(weight, full, check.gram, check.cross) - plain
+        if gain < best[2]:
+            best = (weight, damping, gain)
+    return best
+
+
+class Reconstructor:
+    """Refits pruned copies of one dense model; the dense side is measured once where it fits the budget."""
+
+    def __init__(
+        self, model: DiffusionLM, calibration: Calibration, settings: ReconstructSettings, sink: SinkSettings,
+        limits: Limits = Limits(), track: Track = untracked,
+    ):  # fmt: skip
+        self.settings, self._limits, self._track = settings, limits, track
+        self._dense = Adapter(model)
+        with torch.no_grad():
+            rows = calibration_rows(self._dense, calibration.fit, settings.arm, sink, limits, track)
+            held_out = arm_rows(calibration.check, "masked", sink, None, self._dense.mask_id)
+            self._fit_rows = len(rows.ids)
+            self._ids = torch.cat((rows.ids, held_out.ids))  # (R, T)
+            fit_weight = torch.ones(rows.ids.shape) if rows.weight is None else rows.weight  # (R1, T)
+            self._weight = torch.cat((fit_weight, held_out.masked.float()))  # (R, T)
+            self._batch = limits.windows * calibration.levels
+            self._run = ResidualRun(self._dense, self._ids, self._batch, limits.budget, keep=True)
+
+    @torch.no_grad()
+    def refit(self, small: DiffusionLM, plan) -> list[LayerFit]:
+        """Refit every consumer of a cut model in place.
+
+        Args:
+            small: from `apply_plan`; its consumers must have biases where a constant feature is asked for.
+            plan: the `Plan` it was cut by.
+        """
+        pruned = Adapter(small)
+        self._run.restart()
+        run = ResidualRun(pruned, self._ids, self._batch, self._limits.budget)
+        fits = []
+        for index in self._track(range(len(pruned.blocks)), "refit"):
+            for kind in KINDS:
+                fits.append(self._refit_consumer(pruned, run, (index, kind), plan.blocks[index]))
+                run.advance((index, kind))
+                self._run.advance((index, kind))
+        return fits
+
+    def _refit_consumer(self, pruned: Adapter, run: ResidualRun, key, kept) -> LayerFit:
+        full_linear, linear = (side.blocks[key[0]][CONSUMER[key[1]]] for side in (self._dense, pruned))
+        constant = self.settings.constant or self.settings.mode == "bias"
+        fit, check = self._products(run, key, constant)
+        full, weight = _augmented(full_linear, constant), _augmented(linear, constant)  # (O, C), (O, K)
+        chosen, damping, gain = choose(self.settings, weight, full, fit, check, linear.in_features)
+        linear.weight = _parameter(chosen[:, :-1] if constant else chosen, linear.weight)
+        if constant:
+            linear.bias = _parameter(chosen[:, -1], linear.bias)
+        plain = output_error(weight, full, check.gram, check.cross) + check.power
+        return LayerFit(key[0], key[1], damping, (plain + gain) / plain if plain > 0 else 1.0)
+
+    def _products(self, run: ResidualRun, key, constant: bool) -> tuple[Products, Products]:
+        """Products over the fit rows (weighted by ω²) and over the held-out masked tokens, fp64."""
+        full = _augmented(self._dense.blocks[key[0]][CONSUMER[key[1]]], constant).float()  # (O, C)
+        sums: dict[bool, list] = {}
+        for rows in run.slices():
+            for part, fitted in self._parts(rows):
+                inner = slice(part.start - rows.start, part.stop - rows.start)
+                x, wanted = run.read(key, rows)[inner], self._wanted(run, key, rows)[inner]  # (b, T, K), (b, T, C)
+                if constant:
+                    x, wanted = _with_one(x), _with_one(wanted)
+                weight = self._weight[part].to(x.device)  # (b, T)
+                if fitted not in sums:
+                    shapes = ((x.shape[-1],) * 2, (wanted.shape[-1], x.shape[-1]))
+                    sums[fitted] = [*(torch.zeros(shape, device=x.device) for shape in shapes), 0.0]
+                add_products(sums[fitted][0], x, x, weight)
+                add_products(sums[fitted][1], wanted, x, weight)
+                if not fitted:
+                    out = wanted.float() @ full.T  # (b, T, O)
+                    sums[fitted][2] += float((out * weight[..., None]).pow(2).sum())
+        return tuple(Products(gram.double(), cross.double(), power) for gram, cross, power in (sums[True], sums[False]))
+
+    def _wanted(self, run: ResidualRun, key, rows: slice) -> torch.Tensor:
+        """The input whose full output the refit aims at: the dense model's, or this prefix's, (b, T, C)."""
+        if self.settings.target == "dense":
+            return self._run.read(key, rows)
+        return run.compute(key, run.states(rows), self._dense)
+
+    def _parts(self, rows: slice) -> list[tuple[slice, bool]]:
+        """A batch's rows as fit and held-out parts: (rows, whether they are for the fit)."""
+        edge, stop = self._fit_rows, min(rows.stop, len(self._ids))
+        parts = [(slice(rows.start, min(stop, edge)), True), (slice(max(rows.start, edge), stop), False)]
+        return [(part, fitted) for part, fitted in parts if part.start < part.stop]
+
+
+def _with_one(x: torch.Tensor) -> torch.Tensor:
+    """Append the constant feature: (b, T, C) -> (b, T, C + 1)."""
+    return torch.cat((x, torch.ones_like(x[..., :1])), dim=-1)
+
+
+def _augmented(linear: torch.nn.Linear, constant: bool) -> torch.Tensor:
+    """The weight, with the bias (else 0) as a last column where a constant feature is used: (O, C [+ 1]) fp64."""
+    weight = linear.weight.double()  # (O, C)
+    if not constant:
+        return weight
+    bias = linear.bias.double() if linear.bias is not None else torch.zeros_like(weight[:, 0])  # (O,)
+    return torch.cat((weight, bias[:, None]), dim=1)
+
+
+def _parameter(value: torch.Tensor, like: torch.nn.Parameter) -> torch.nn.Parameter:
+    return torch.nn.Parameter(value.to(like.dtype), requires_grad=like.requires_grad)

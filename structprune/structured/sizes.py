@@ -1,0 +1,61 @@
+"""How many parameters, MACs and units there are to remove, from module shapes alone (meta tensors will do)."""
+
+from dataclasses import dataclass
+
+from structprune.criteria.paths import CONSUMER, KINDS
+from structprune.criteria.ranking import block_groups, block_tensors
+from structprune.models.adapter import Adapter, BlockView
+
+WIDE_STEPS = 16  # rounding by n needs an MLP at least this many times n wide
+ROUNDINGS = (128, 64, 32, 16, 8)
+
+
+@dataclass(frozen=True)
+class BlockSize:
+    """One block's prunable parameters.
+
+    Attributes:
+        total: weights and biases of the seven linears.
+        step: kind -> parameters that one removal step takes.
+        steps: kind -> number of steps there are (removing all of them would empty the block).
+    """
+
+    index: int
+    total: int
+    step: dict[str, int]
+    steps: dict[str, int]
+
+
+def block_size(block: BlockView, form: str) -> BlockSize:
+    """Sizes of one block for the attention unit `form` (`query_heads` or `kv_groups`)."""
+    groups = {kind: block_groups(block, kind, form) for kind in KINDS}
+    steps = {kind: len(group[0]) for kind, group in groups.items()}
+    step = {}
+    for kind in KINDS:
+        rows = ("gate", "up") if kind == "channels" else ("query", "key", "value")
+        if kind == "attention" and len(groups[kind]) > 1:
+            rows = ("query",)  # k and v of a KV group stay while any of its query heads does
+        cut = sum(value.numel() for (role, _), value in block_tensors(block).items() if role in rows)
+        step[kind] = (cut + block[CONSUMER[kind]].weight.numel()) // steps[kind]
+    total = sum(value.numel() for value in block_tensors(block).values())
+    return BlockSize(block.index, total, step, steps)
+
+
+def rounding(width: int, asked: str | int) -> int:
+    """The multiple that kept MLP widths have: the one asked for, or 128 and less where the MLP is narrow."""
+    if asked != "auto":
+        return int(asked)
+    return next((n for n in ROUNDINGS if width % n == 0 and width >= WIDE_STEPS * n), 1)
+
+
+def forward_macs(adapter: Adapter, length: int) -> int:
+    """Multiply-accumulates of one forward pass over one sequence of `length` tokens, head and attention included."""
+    linears = sum(
+        value.numel()
+        for block in adapter.blocks
+        for (_, name), value in block_tensors(block).items()
+        if name == "weight"
+    )
+    head = adapter.vocabulary * adapter.hidden_size
+    scores = sum(2 * block.widths.query_heads * adapter.head_dim * length for block in adapter.blocks)
+    return length * (linears + head + scores)
