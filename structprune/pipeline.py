@@ -24,7 +24,7 @@ from structprune.structured.allocate import check_ratio
 from structprune.structured.choose import Choice, candidates, choose_counts, describe_counts, open_blocks, split_rule
 from structprune.structured.plan import Plan, make_plan
 from structprune.structured.reconstruct import LayerFit, Reconstructor
-from structprune.structured.sizes import forward_macs
+from structprune.structured.sizes import block_size, forward_macs
 from structprune.structured.surgery import apply_plan
 
 CHECK_SEED = 977  # of the noise of the held-out check, which is not the calibration's

@@ -1,0 +1,89 @@
+"""Export classes: who can load a pruned model, and the config.json each class is written with.
+
+`official`: the family's own modeling code (MLP channels only, one width, no added bias), `uniform`: engines that know
+an explicit head dimension (one width everywhere, no added bias), `free`: the modeling files written beside the weights.
+"""
+
+from pathlib import Path
+
+from structprune.errors import UserError
+from structprune.models.adapter import Widths, block_widths
+from structprune.models.families import Family, family_of
+
+CODE_FILES = ("configuration_structprune.py", "modeling_structprune.py")
+CLASSES = ("official", "uniform", "free")  # strictest first
+
+
+def obstacles(config, source_values: dict | None) -> dict[str, str]:
+    """Why a model is not of a class: class -> the first reason; a class that admits it is absent.
+
+    Args:
+        config: the pruned model's.
+        source_values: contents of the dense checkpoint's config.json.
+    """
+    family = family_of(config)
+    depth = getattr(config, family.keys["depth"])
+    widths = [block_widths(config, family, index) for index in range(depth)]
+    found: dict[str, str] = {}
+    if len(set(widths)) > 1:
+        found["uniform"] = "its blocks differ in width (use allocation uniform, protect no block)"
+    elif config.attention_output_bias or config.mlp_output_bias:
+        found["uniform"] = "the refit added biases (set reconstruct.constant false and mode least-squares)"
+    if "uniform" in found:
+        found["official"] = found["uniform"]
+    elif not source_values or source_values.get("model_type") not in family.model_types:
+        found["official"] = "the dense checkpoint was not in its family's official layout"
+    elif widths and not _official_heads(family, widths[0], source_values):
+        found["official"] = "heads were removed (set structured.split to 0)"
+    return found
+
+
+def _official_heads(family: Family, widths: Widths, values: dict) -> bool:
+    heads = values[family.width_keys["query_heads"]]
+    shared = values.get(family.width_keys["kv_heads"]) or heads
+    return (widths.query_heads, widths.kv_heads) == (heads, shared)
+
+
+def export_class(config, source_values: dict | None) -> str:
+    """The strictest class that admits a model."""
+    found = obstacles(config, source_values)
+    return next(name for name in CLASSES if name not in found)
+
+
+def check_export(config, source_values: dict | None, wanted: str) -> None:
+    """Raises UserError where a model does not allow the class asked for, with the reason."""
+    reason = obstacles(config, source_values).get(wanted)
+    if reason:
+        raise UserError(f"export.compat = {wanted} is not possible: {reason}; or export as {export_class(config, source_values)}")
+
+
+def auto_map(family: Family) -> dict[str, str]:
+    """`auto_map` entries that lead transformers' auto classes to the files written beside the weights."""
+    configuration, modeling = (Path(name).stem for name in CODE_FILES)
+    model = f"{modeling}.{family.model_class.__name__}"
+    return {
+        "AutoConfig": f"{configuration}.{family.config_class.__name__}",
+        "AutoModel": model,
+        "AutoModelForCausalLM": model,
+        "AutoModelForMaskedLM": model,
+    }
+
+
+def config_values(config, source_values: dict | None, compat: str, dtype: str) -> dict:
+    """Contents of the config.json to write.
+
+    Args:
+        compat: the class asked for; `official` keeps the family's own file and changes the MLP width only.
+        dtype: of the written weights.
+    """
+    family = family_of(config)
+    if compat == "official":
+        key = family.width_keys["channels"]
+        values = dict(source_values) | {key: block_widths(config, family, 0).channels}
+        return values | {"torch_dtype": dtype, "auto_map": auto_map(family)}
+    values = config.to_dict()
+    for stale in ("dtype", "_name_or_path", "transformers_version"):
+        values.pop(stale, None)
+    own = {"architectures": [family.model_class.__name__], "model_type": family.config_class.model_type}
+    # torch_dtype is the name that transformers 4 and 5 both read
+    return values | own | {"torch_dtype": dtype, "auto_map": auto_map(family)}
