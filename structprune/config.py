@@ -63,11 +63,18 @@ class StructuredSettings(Section):
     score: Literal["magnitude", "wanda", "fluctuation", "taylor", "obs"] = "obs"
     arm: Arm | None = None
     """Activations the score sees; default `masked` (none for magnitude)."""
-    allocation: Literal["uniform", "global", "depth"] = "uniform"
+    allocation: Literal["uniform", "global", "depth"] = "global"
+    """uniform: every block the same widths (what stock engines load); global: heads, and channels, ranked over all
+    blocks; depth: the ratio falls linearly with depth."""
     depth_slope: float = Field(0.2, ge=-1, le=1)
     """For `depth`: ratio of the first block minus ratio of the last."""
-    split: Literal["equal", "by-cost", "measured"] | int | None = None
-    """Heads against channels; a number is attention steps removed per block. Default `measured`, and none for `global`."""
+    split: Literal["equal", "by-cost", "measured", "joint"] | int = "measured"
+    """Heads against channels. A number: attention steps removed, per block (uniform, depth) or over all blocks
+    (global); joint: both compete in one global ranking."""
+    split_candidates: int = Field(8, ge=2)
+    """For `measured`: about as many head counts are refitted and compared before the best is refined."""
+    split_windows: int = Field(32, ge=1)
+    """For `measured`: candidates are refitted on at most this many windows."""
     gqa: Literal["query_heads", "kv_groups"] = "query_heads"
     """Attention unit where K < H: one query head of every KV group, or a KV head with its query heads."""
     protect_first: int = Field(0, ge=0)
@@ -78,17 +85,21 @@ class StructuredSettings(Section):
     """For `obs`: lambda relative to the mean diagonal of the Gram matrix."""
     rounds: int = Field(64, ge=1)
     """For `obs`: channels go in this many rounds, re-scored after each."""
+    relative: bool | None = None
+    """For `obs` (default true): a row counts in proportion to 1 / RMS of its residual stream, as the next norm sees it."""
 
 
 class ReconstructSettings(Section):
     enabled: bool = True
     target: Literal["dense", "layer"] = "dense"
     arm: Arm = "masked"
+    relative: bool = True
+    """A row counts in proportion to 1 / RMS of its residual stream, as the next norm sees it."""
     constant: bool = False
     """Append a constant feature, which gives the pruned layer a bias."""
     mode: Literal["least-squares", "bias"] = "least-squares"
     """bias: only the removed units' mean output is added (FLAP's compensation)."""
-    damping: tuple[float, ...] = (0.0003, 0.001, 0.003, 0.01, 0.1)
+    damping: tuple[float, ...] = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
     """The lambdas to choose from per layer, relative to the mean diagonal; infinity is always among them."""
 
 

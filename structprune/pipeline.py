@@ -20,8 +20,16 @@ from structprune.models.adapter import Adapter
 from structprune.models.loading import load_tokenizer
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.statistics.rows import Track, untracked
-from structprune.structured.allocate import check_ratio
-from structprune.structured.choose import Choice, candidates, choose_counts, describe_counts, open_blocks, split_rule
+from structprune.structured.allocate import check_ratio, most_ratio
+from structprune.structured.choose import (
+    Choice,
+    candidates,
+    channel_multiple,
+    check_split,
+    choose_counts,
+    describe_counts,
+    open_blocks,
+)
 from structprune.structured.plan import Plan, make_plan
 from structprune.structured.reconstruct import LayerFit, Reconstructor
 from structprune.structured.sizes import block_size, forward_macs
@@ -77,8 +85,15 @@ def check_request(model: DiffusionLM, config: Config) -> None:
     settings = config.structured
     check_ratio(settings.ratio)
     resolve_arm(settings.score, settings.arm)
+    if settings.relative is not None and settings.score != "obs":
+        raise UserError(f"structured.relative is for score obs, not {settings.score}: leave it unset")
     sizes = open_blocks(Adapter(model), settings)
-    if split_rule(settings) != "joint":
+    check_split(settings)
+    if settings.allocation == "global":
+        most = most_ratio(sizes, channel_multiple(sizes, settings))
+        if settings.ratio > most:
+            raise UserError(f"no plan meets ratio {settings.ratio}: the most is {most:.4f}")
+    else:
         candidates(sizes, settings)
 
 
@@ -110,13 +125,15 @@ class _Run:
         bias = self.config.reconstruct.constant or self.config.reconstruct.mode == "bias"
         return apply_plan(self.model, plan, output_bias=self.config.reconstruct.enabled and bias)
 
-    def refit(self, plan: Plan) -> tuple[DiffusionLM, list[LayerFit]]:
-        """A cut and, where that is on, refitted model."""
+    def refit(self, plan: Plan, windows: int | None = None) -> tuple[DiffusionLM, list[LayerFit]]:
+        """A cut and, where that is on, refitted model; on at most `windows` calibration windows."""
         small = self.cut(plan)
         if not self.config.reconstruct.enabled:
             return small, []
-        if self._reconstructor is None:
-            arguments = (self.calibration, self.config.reconstruct, self.config.sink, self.limits, self.track)
+        calibration = self.calibration if windows is None else self.calibration.first(windows)
+        if self._reconstructor is None or self._reconstructor.windows != calibration.windows:
+            self._reconstructor = None  # its dense activations go before the next one's come
+            arguments = (calibration, self.config.reconstruct, self.config.sink, self.limits, self.track)
             self._reconstructor = self.timed("refit", lambda: Reconstructor(self.model, *arguments))
         return small, self.timed("refit", lambda: self._reconstructor.refit(small, plan))
 
@@ -132,7 +149,10 @@ class _Run:
         def plan_of(counts) -> Plan:
             return make_plan(self.adapter, paths, counts, settings.gqa, notes)
 
-        choice = choose_counts(sizes, paths, settings, lambda counts: self.nelbo(self.refit(plan_of(counts))[0]).mean)
+        def measure(counts) -> float:
+            return self.nelbo(self.refit(plan_of(counts), settings.split_windows)[0]).mean
+
+        choice = choose_counts(sizes, paths, settings, measure)
         return plan_of(choice.counts), choice, describe_counts(sizes, choice.counts)
 
 

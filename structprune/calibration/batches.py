@@ -55,7 +55,13 @@ class Calibration:
         """The held-out windows (a view, of which all are held out)."""
         return self._part(slice(self.windows - self.held_out, None), held_out=self.held_out)
 
-    def _part(self, rows: slice, held_out: int) -> "Calibration":
+    def first(self, windows: int) -> "Calibration":
+        """At most the first `windows` fit windows, and all held-out ones."""
+        count = min(windows, self.windows - self.held_out)
+        chosen = torch.cat((torch.arange(count), torch.arange(self.windows - self.held_out, self.windows)))
+        return self if len(chosen) == self.windows else self._part(chosen, held_out=self.held_out)
+
+    def _part(self, rows: slice | torch.Tensor, held_out: int) -> "Calibration":
         p = self.mask_probability
         return replace(
             self,

@@ -6,6 +6,8 @@ an explicit head dimension (one width everywhere, no added bias), `free`: the mo
 
 from pathlib import Path
 
+from transformers import PretrainedConfig
+
 from structprune.errors import UserError
 from structprune.models.adapter import Widths, block_widths
 from structprune.models.families import Family, family_of
@@ -81,7 +83,8 @@ def config_values(config, source_values: dict | None, compat: str, dtype: str) -
         key = family.width_keys["channels"]
         values = dict(source_values) | {key: block_widths(config, family, 0).channels}
         return values | {"torch_dtype": dtype, "auto_map": auto_map(family)}
-    values = config.to_dict()
+    defaults = PretrainedConfig().to_dict()
+    values = {key: value for key, value in config.to_dict().items() if key not in defaults or defaults[key] != value}
     for stale in ("dtype", "_name_or_path", "transformers_version"):
         values.pop(stale, None)
     own = {"architectures": [family.model_class.__name__], "model_type": family.config_class.model_type}

@@ -16,7 +16,7 @@ from structprune.criteria.taylor import taylor_scores
 from structprune.criteria.wanda import wanda_scores
 from structprune.errors import UserError
 from structprune.models.adapter import Adapter, BlockView
-from structprune.statistics.activations import add_products
+from structprune.statistics.activations import add_products, relative_weight
 from structprune.statistics.hidden import HiddenStates
 from structprune.statistics.moments import consumer_moments
 from structprune.statistics.rows import Rows, Track, arm_rows, measure_mass, needs_sinks, untracked
@@ -117,7 +117,7 @@ def _by_obs(adapter, calibration, settings, arm, sink, limits, track) -> dict[Ke
     states = HiddenStates(adapter, rows.ids, limits.windows * rows.copies, limits.budget)
     paths = {}
     for block in track(adapter.blocks, f"obs scores ({arm})"):
-        grams = _advance_with_grams(block, states, rows)
+        grams = _advance_with_grams(block, states, rows, settings.relative is not False)
         for kind in KINDS:
             groups = block_groups(block, kind, settings.gqa)
             rounds = settings.rounds if kind == "channels" else None
@@ -126,21 +126,22 @@ def _by_obs(adapter, calibration, settings, arm, sink, limits, track) -> dict[Ke
     return paths
 
 
-def _advance_with_grams(block: BlockView, states: HiddenStates, rows: Rows) -> dict[str, torch.Tensor]:
+def _advance_with_grams(block: BlockView, states: HiddenStates, rows: Rows, relative: bool) -> dict[str, torch.Tensor]:
     """Run one block over all rows; mean of x̃ x̃ᵀ over rows of what its two consumers read, (C, C) each."""
     device = block["down"].weight.device
     sizes = {kind: block[CONSUMER[kind]].in_features for kind in KINDS}
     grams = {kind: torch.zeros(size, size, device=device) for kind, size in sizes.items()}  # (C, C)
-    total = rows.ids.numel() if rows.weight is None else float(rows.weight.double().pow(2).sum())
+    totals = dict.fromkeys(KINDS, 0.0)
     for part in states.slices():
-        x, weight = states.read(part), rows.part(part, device)  # (b, T, C), (b, T)
-        mixed = block.module.mix(x, states.rotary)  # (b, T, H*D)
-        add_products(grams["attention"], mixed, mixed, weight)
-        x = x + block["attention_output"](mixed)  # (b, T, C)
-        active = block.module.activate(x)  # (b, T, M)
-        add_products(grams["channels"], active, active, weight)
-        states.write(part, x + block["down"](active))
-    return {kind: gram / total for kind, gram in grams.items()}
+        x, omega = states.read(part), rows.part(part, device)  # (b, T, C), (b, T)
+        for kind in KINDS:
+            read = block.module.mix(x, states.rotary) if kind == "attention" else block.module.activate(x)  # (b, T, .)
+            weight = relative_weight(x, omega) if relative else omega  # (b, T)
+            add_products(grams[kind], read, read, weight)
+            totals[kind] += float(x.shape[0] * x.shape[1] if weight is None else weight.double().pow(2).sum())
+            x = x + block[CONSUMER[kind]](read)  # (b, T, C)
+        states.write(part, x)
+    return {kind: gram / totals[kind] for kind, gram in grams.items()}
 
 
 def _by_taylor(adapter, calibration, settings, arm, sink, limits, track) -> dict[Key, RemovalPath]:

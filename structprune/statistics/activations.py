@@ -59,3 +59,18 @@ def add_products(
     if weight is not None:
         left = left * weight.reshape(-1, 1).float() ** 2  # (R, A)
     return total.addmm_(left.T, right)
+
+
+def relative_weight(states: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+    """Row weights divided by the RMS of the residual stream that a row's output is added to.
+
+    The next norm divides a token by that RMS, so an output error matters in proportion to it; without this the few
+    tokens with huge residuals decide alone.
+
+    Args:
+        states: (..., T, C) the residual stream. weight: (..., T) ω, or None for ones.
+    Returns:
+        (..., T) fp32.
+    """
+    scale = states.float().pow(2).mean(-1).rsqrt()  # (..., T)
+    return scale if weight is None else weight * scale

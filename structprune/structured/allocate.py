@@ -72,52 +72,94 @@ def split_counts(sizes: list[BlockSize], ratios: list[float], heads: float, mult
     return counts
 
 
-def global_counts(
+class _Greedy:
+    """Takes the cheapest next step over blocks, and keeps the counts."""
+
+    def __init__(self, sizes: list[BlockSize], paths: dict[tuple[int, str], RemovalPath], multiple: int):
+        self.sizes, self.paths, self.multiple = {size.index: size for size in sizes}, paths, multiple
+        self.counts: Counts = {(size.index, kind): 0 for size in sizes for kind in KINDS}
+
+    def run_length(self, key: tuple[int, str]) -> int:
+        """Steps taken at once: one of attention, channels to the next kept multiple; 0 where none may go."""
+        size, done = self.sizes[key[0]], self.counts[key]
+        if key[1] == "attention":
+            return 1 if done + 1 < size.steps["attention"] else 0
+        length = (size.steps["channels"] % self.multiple if done == 0 else 0) or self.multiple
+        return length if done + length <= most_channels(size, self.multiple) else 0
+
+    def rank(self, key: tuple[int, str], length: int) -> float:
+        path, window = self.paths[key], slice(self.counts[key], self.counts[key] + length)
+        if path.rank is not None:
+            return float(path.rank[window].mean())
+        return float(path.cost[window].sum()) / (length * self.sizes[key[0]].step[key[1]])
+
+    def take(self, kinds: tuple[str, ...], budget: float, most: int | None = None) -> float:
+        """Take steps of some kinds until `budget` parameters are gone, or `most` steps; returns what is left of it.
+
+        A step that overshoots by more than it repairs is passed over, so that channels make up for what whole heads
+        cannot.
+        """
+        queue: list[tuple[float, tuple[int, str]]] = []
+
+        def push(key: tuple[int, str]) -> None:
+            if length := self.run_length(key):
+                heapq.heappush(queue, (self.rank(key, length), key))
+
+        for key in self.counts:
+            if key[1] in kinds:
+                push(key)
+        taken_steps = 0
+        while queue and budget > 0 and taken_steps != most:
+            key = heapq.heappop(queue)[1]
+            length = self.run_length(key)
+            parameters = length * self.sizes[key[0]].step[key[1]]
+            if parameters > 2 * budget:
+                continue
+            self.counts[key] += length
+            budget, taken_steps = budget - parameters, taken_steps + 1
+            push(key)
+        return budget
+
+
+def joint_counts(
     sizes: list[BlockSize], paths: dict[tuple[int, str], RemovalPath], ratio: float, multiple: int
 ) -> Counts:
-    """One ranking over all blocks and kinds, cheapest next step first, until the ratio is met.
-
-    Channels go in runs of `multiple`; a step that would overshoot by more than half is passed over, so that channels
-    make up for what whole heads cannot.
+    """One ranking over all blocks, heads and channels competing by cost per parameter (or by the score's own rank).
 
     Raises:
         UserError: the blocks cannot lose that much without one being emptied.
     """
-    by_index = {size.index: size for size in sizes}
-    budget = ratio * sum(size.total for size in sizes)
-    counts: Counts = {(size.index, kind): 0 for size in sizes for kind in KINDS}
-    queue: list[tuple[float, int, str]] = []
+    greedy = _Greedy(sizes, paths, multiple)
+    left = greedy.take(KINDS, ratio * sum(size.total for size in sizes))
+    if left > min(size.step["channels"] for size in sizes) * multiple:
+        raise UserError(f"no plan meets ratio {ratio}: the most is {ratio_of(sizes, greedy.counts):.4f}")
+    return greedy.counts
 
-    def run_length(size: BlockSize, kind: str, done: int) -> int:
-        if kind == "attention":
-            return 1 if done + 1 < size.steps[kind] else 0
-        first = size.steps[kind] % multiple if done == 0 else 0
-        length = first or multiple
-        return length if done + length <= most_channels(size, multiple) else 0
 
-    def push(index: int, kind: str) -> None:
-        size, done = by_index[index], counts[index, kind]
-        length = run_length(size, kind, done)
-        if length:
-            path, window = paths[index, kind], slice(done, done + length)
-            ranked = path.cost[window].sum() / (length * size.step[kind]) if path.rank is None else path.rank[window].mean()
-            heapq.heappush(queue, (float(ranked), index, kind))
+def ranked_choices(
+    sizes: list[BlockSize], paths: dict[tuple[int, str], RemovalPath], ratio: float, multiple: int, most: int = 65
+) -> dict[int, Counts]:
+    """Attention steps over all blocks -> counts: heads ranked over all blocks, then channels make up the ratio.
 
-    for index, kind in counts:
-        push(index, kind)
-    while queue and budget > 0:
-        _, index, kind = heapq.heappop(queue)
-        length = run_length(by_index[index], kind, counts[index, kind])
-        taken = length * by_index[index].step[kind]
-        if taken > 2 * budget:
-            continue  # overshoots by more than it repairs; a smaller step may still fit
-        counts[index, kind] += length
-        budget -= taken
-        push(index, kind)
-    smallest = min(size.step["channels"] for size in sizes) * multiple
-    if budget > smallest:
-        raise UserError(f"ratio {ratio} cannot be met without emptying a block: the most is {ratio_of(sizes, counts):.4f}")
-    return counts
+    Args:
+        most: about as many numbers of attention steps are tried, evenly spread.
+    Raises:
+        UserError: no number of attention steps meets the ratio.
+    """
+    budget, found = ratio * sum(size.total for size in sizes), {}
+    total = sum(size.steps["attention"] - 1 for size in sizes)
+    slack = min(size.step["channels"] for size in sizes) * multiple
+    for steps in range(0, total + 1, -(-total // most)):
+        greedy = _Greedy(sizes, paths, multiple)
+        greedy.take(("attention",), float("inf"), most=steps)
+        removed = sum(size.step["attention"] * greedy.counts[size.index, "attention"] for size in sizes)
+        if removed > budget + slack / 2:
+            break
+        if greedy.take(("channels",), budget - removed) <= slack:
+            found[steps] = greedy.counts
+    if not found:
+        raise UserError(f"no plan meets ratio {ratio}: the most is {most_ratio(sizes, multiple):.4f}")
+    return found
 
 
 def head_choices(sizes: list[BlockSize], ratios: list[float], multiple: int) -> dict[int, Counts]:
@@ -146,8 +188,13 @@ def most_ratio(sizes: list[BlockSize], multiple: int) -> float:
 
 
 def equal_heads(sizes: list[BlockSize], ratio: float, choices: dict[int, Counts]) -> int:
-    """The feasible number of attention steps nearest to the same ratio of heads as of everything."""
-    return min(choices, key=lambda heads: (abs(heads - ratio * sizes[0].steps["attention"]), heads))
+    """The choice whose share of removed attention steps is nearest to the ratio."""
+    total = sum(size.steps["attention"] for size in sizes)
+
+    def gap(choice: int) -> float:
+        return abs(sum(choices[choice][size.index, "attention"] for size in sizes) / total - ratio)
+
+    return min(choices, key=lambda choice: (gap(choice), choice))
 
 
 def path_cost(counts: Counts, paths: dict[tuple[int, str], RemovalPath]) -> float:
@@ -169,4 +216,4 @@ def chosen_heads(asked: int, choices: dict[int, Counts]) -> int:
     if asked in choices:
         return asked
     known = ", ".join(map(str, choices))
-    raise UserError(f"structured.split = {asked}: at this ratio a plan can remove {known} attention steps per block")
+    raise UserError(f"structured.split = {asked} does not fit: at this ratio attention steps can be {known}")

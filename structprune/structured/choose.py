@@ -14,8 +14,9 @@ from structprune.structured.allocate import (
     chosen_heads,
     depth_ratios,
     equal_heads,
-    global_counts,
     head_choices,
+    joint_counts,
+    ranked_choices,
     ratio_of,
 )
 from structprune.structured.sizes import BlockSize, block_size, rounding
@@ -28,7 +29,7 @@ class Choice:
 
     Attributes:
         counts: (block, kind) -> removal steps, of unprotected blocks.
-        split: the rule that chose, as in the configuration ("joint" for global allocation).
+        split: the rule that chose, as in the configuration .
         measured: attention steps per block -> held-out loss of that candidate (split `measured` only).
     """
 
@@ -63,31 +64,31 @@ def channel_multiple(sizes: list[BlockSize], settings: StructuredSettings) -> in
     return multiple
 
 
-def candidates(sizes: list[BlockSize], settings: StructuredSettings) -> dict[int, Counts]:
-    """Attention steps per block -> counts, under `uniform` or `depth` allocation.
+def candidates(
+    sizes: list[BlockSize], settings: StructuredSettings, paths: dict[tuple[int, str], RemovalPath] | None = None
+) -> dict[int, Counts]:
+    """Attention steps -> counts: per block under `uniform` and `depth`, over all blocks under `global`.
 
+    Args:
+        paths: needed under `global` only.
     Raises:
         UserError: a ratio outside [0, 1), or one that no plan meets.
     """
     check_ratio(settings.ratio)
+    multiple = channel_multiple(sizes, settings)
+    if settings.allocation == "global":
+        return ranked_choices(sizes, paths, settings.ratio, multiple)
     slope = settings.depth_slope if settings.allocation == "depth" else 0.0
     ratios = depth_ratios(len(sizes), settings.ratio, slope)
     if not 0 <= min(ratios) <= max(ratios) < 1:
         raise UserError(f"structured.depth_slope = {slope} takes a block's ratio outside [0, 1): lower it")
-    return head_choices(sizes, ratios, channel_multiple(sizes, settings))
+    return head_choices(sizes, ratios, multiple)
 
 
-def split_rule(settings: StructuredSettings) -> str | int:
-    """The split in force: `measured` unless asked otherwise, `joint` under global allocation.
-
-    Raises:
-        UserError: a split asked for together with global allocation, which ranks heads and channels together.
-    """
-    if settings.allocation != "global":
-        return "measured" if settings.split is None else settings.split
-    if settings.split is not None:
-        raise UserError(f"structured.split = {settings.split} has no meaning under allocation global: leave it unset")
-    return "joint"
+def check_split(settings: StructuredSettings) -> None:
+    """Raises UserError where heads and channels are to compete in one ranking that the allocation does not have."""
+    if settings.split == "joint" and settings.allocation != "global":
+        raise UserError(f"structured.split = joint needs structured.allocation = global, not {settings.allocation}")
 
 
 def choose_counts(
@@ -101,19 +102,19 @@ def choose_counts(
     Args:
         measure: held-out loss of a candidate; called for the `measured` split only.
     """
-    rule = split_rule(settings)
+    rule = settings.split
+    check_split(settings)
     if rule == "joint":
         check_ratio(settings.ratio)
-        return Choice(global_counts(sizes, paths, settings.ratio, channel_multiple(sizes, settings)), rule, {})
-    choices = candidates(sizes, settings)
+        return Choice(joint_counts(sizes, paths, settings.ratio, channel_multiple(sizes, settings)), rule, {})
+    choices = candidates(sizes, settings, paths)
     if isinstance(rule, int):
         return Choice(choices[chosen_heads(rule, choices)], str(rule), {})
     if rule == "equal":
         return Choice(choices[equal_heads(sizes, settings.ratio, choices)], rule, {})
-    cheapest = cheapest_heads(choices, paths)
     if rule == "by-cost" or settings.ratio == 0:
-        return Choice(choices[cheapest], rule, {})
-    found = search_heads(choices, cheapest, lambda heads: measure(choices[heads]))
+        return Choice(choices[cheapest_heads(choices, paths)], rule, {})
+    found = search_heads(choices, lambda heads: measure(choices[heads]), settings.split_candidates)
     return Choice(choices[min(found, key=found.__getitem__)], rule, found)
 
 

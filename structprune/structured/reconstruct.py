@@ -15,7 +15,7 @@ from structprune.criteria.paths import CONSUMER, KINDS
 from structprune.criteria.ranking import Limits, calibration_rows
 from structprune.models.adapter import Adapter
 from structprune.models.modeling_structprune import DiffusionLM
-from structprune.statistics.activations import add_products
+from structprune.statistics.activations import add_products, relative_weight
 from structprune.statistics.residual import ResidualRun
 from structprune.statistics.rows import Track, arm_rows, untracked
 
@@ -112,7 +112,7 @@ class Reconstructor:
         limits: Limits = Limits(), track: Track = untracked,
     ):  # fmt: skip
         self.settings, self._limits, self._track = settings, limits, track
-        self._dense = Adapter(model)
+        self._dense, self.windows = Adapter(model), calibration.windows
         with torch.no_grad():
             rows = calibration_rows(self._dense, calibration.fit, settings.arm, sink, limits, track)
             held_out = arm_rows(calibration.check, "masked", sink, None, self._dense.mask_id)
@@ -165,6 +165,8 @@ class Reconstructor:
                 if constant:
                     x, wanted = _with_one(x), _with_one(wanted)
                 weight = self._weight[part].to(x.device)  # (b, T)
+                if self.settings.relative:
+                    weight = relative_weight(run.states(part), weight)  # (b, T)
                 if fitted not in sums:
                     shapes = ((x.shape[-1],) * 2, (wanted.shape[-1], x.shape[-1]))
                     sums[fitted] = [*(torch.zeros(shape, device=x.device) for shape in shapes), 0.0]

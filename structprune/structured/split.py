@@ -3,35 +3,34 @@
 from typing import Callable, Iterable
 
 
-def search_heads(feasible: Iterable[int], start: int, measure: Callable[[int], float], fraction: int = 8) -> dict[int, float]:
+def search_heads(
+    feasible: Iterable[int], measure: Callable[[int], float], coarse: int = 8, halvings: int = 2
+) -> dict[int, float]:
     """Losses of the candidates a descent visits; the best of them is `min(found, key=found.get)`.
 
-    It walks up from the fewest heads until two candidates in a row are worse than the best, because one head has cost
-    far more than its share of channels wherever it was measured; then it looks at `start` and walks down from there.
+    It walks up from the fewest heads in about `coarse` even strides until two candidates in a row are worse than the
+    best, then looks at both sides of the best, `halvings` times at half the stride.
 
     Args:
-        feasible: numbers of attention steps per block that a plan can remove.
-        start: a guess, such as what the scores predict to be cheapest.
-        measure: steps -> held-out loss; called once per candidate.
-        fraction: candidates are at most about this many, evenly spread, with `start` and the fewest among them.
+        feasible: numbers of attention steps that a plan can remove.
+        measure: attention steps -> held-out loss; called once per candidate.
     """
     choices = sorted(set(feasible))
-    stride = max(1, -(-len(choices) // fraction))
-    ladder = sorted({*choices[::stride], start})
+    stride = max(1, round(len(choices) / coarse))
     found: dict[int, float] = {}
-
-    def look(heads: int) -> float:
-        if heads not in found:
-            found[heads] = measure(heads)
-        return found[heads]
-
     worse = 0
-    for heads in ladder:
+    for heads in choices[::stride]:
         best = min(found.values(), default=float("inf"))
-        worse = 0 if look(heads) < best else worse + 1
+        found[heads] = measure(heads)
+        worse = 0 if found[heads] < best else worse + 1
         if worse == 2:
             break
-    place = ladder.index(start)
-    while place >= 0 and look(ladder[place]) <= min(found.values()) and place > 0:
-        place -= 1
+    for _ in range(halvings):
+        if stride == 1:
+            break
+        stride //= 2
+        place = choices.index(min(found, key=found.__getitem__))
+        for near in (place - stride, place + stride):
+            if 0 <= near < len(choices) and choices[near] not in found:
+                found[choices[near]] = measure(choices[near])
     return found
