@@ -2,7 +2,7 @@
 
 import platform
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -97,63 +97,118 @@ def check_request(model: DiffusionLM, config: Config) -> None:
         candidates(sizes, settings)
 
 
-class _Run:
-    """The state of one run: the dense model, its held-out check, and a refit that is set up once."""
+class Pruner:
+    """Prunes one dense model on one calibration set, at as many ratios as asked for; what they share is done once.
 
-    def __init__(self, model: DiffusionLM, config: Config, calibration: Calibration, track: Track):
-        self.model, self.config, self.calibration, self.track = model, config, calibration, track
+    Args:
+        model: from `structprune.load_model`; it is not changed.
+        config: default `Config()`.
+        calibration: default `calibrate(model, config)`.
+        track: wraps iterations that take long, `track(items, title)`.
+    Raises:
+        UserError: a request that cannot be met, in one line, before any forward pass.
+    """
+
+    def __init__(
+        self,
+        model: DiffusionLM,
+        config: Config | None = None,
+        calibration: Calibration | None = None,
+        track: Track = untracked,
+    ):
+        self.model, self.config, self.track = model, config or Config(), track
+        check_request(model, self.config)
+        self.calibration = calibration or calibrate(model, self.config)
         self.adapter = Adapter(model)
-        self.limits = Limits(config.calibration.batch, int(config.memory.budget_gb * 1e9))
+        self.limits = Limits(self.config.calibration.batch, int(self.config.memory.budget_gb * 1e9))
         self.seconds: dict[str, float] = {}
-        held_out = calibration.check.input_ids  # (n, T)
-        generator = torch.Generator().manual_seed(CHECK_SEED + config.calibration.seed)
-        noise = stratified_noise(held_out, self.adapter.mask_id, generator, calibration.levels, model.edges_visible)
-        self._check = (held_out, *noise)
+        held_out = self.calibration.check.input_ids  # (n, T)
+        generator = torch.Generator().manual_seed(CHECK_SEED + self.config.calibration.seed)
+        copies, edges = self.calibration.levels, model.edges_visible
+        self._check = (held_out, *stratified_noise(held_out, self.adapter.mask_id, generator, copies, edges))
+        self._paths: dict | None = None
+        self._dense: Nelbo | None = None
         self._reconstructor: Reconstructor | None = None
 
-    def timed(self, name: str, work):
+    def _timed(self, name: str, work):
         start = time.perf_counter()
         value = work()
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
         return value
 
-    def nelbo(self, model: DiffusionLM) -> Nelbo:
+    def _nelbo(self, model: DiffusionLM) -> Nelbo:
         batch = self.config.calibration.batch * self.calibration.levels
-        return self.timed("check", lambda: masked_nelbo(model, *self._check, batch=batch))
+        return self._timed("check", lambda: masked_nelbo(model, *self._check, batch=batch))
 
-    def cut(self, plan: Plan) -> DiffusionLM:
-        bias = self.config.reconstruct.constant or self.config.reconstruct.mode == "bias"
-        return apply_plan(self.model, plan, output_bias=self.config.reconstruct.enabled and bias)
+    def _cut(self, plan: Plan) -> DiffusionLM:
+        settings = self.config.reconstruct
+        return apply_plan(self.model, plan, settings.enabled and (settings.constant or settings.mode == "bias"))
 
-    def refit(self, plan: Plan, windows: int | None = None) -> tuple[DiffusionLM, list[LayerFit]]:
+    def _refit(self, plan: Plan, windows: int | None = None) -> tuple[DiffusionLM, list[LayerFit]]:
         """A cut and, where that is on, refitted model; on at most `windows` calibration windows."""
-        small = self.cut(plan)
+        small = self._cut(plan)
         if not self.config.reconstruct.enabled:
             return small, []
         calibration = self.calibration if windows is None else self.calibration.first(windows)
         if self._reconstructor is None or self._reconstructor.windows != calibration.windows:
             self._reconstructor = None  # its dense activations go before the next one's come
             arguments = (calibration, self.config.reconstruct, self.config.sink, self.limits, self.track)
-            self._reconstructor = self.timed("refit", lambda: Reconstructor(self.model, *arguments))
-        return small, self.timed("refit", lambda: self._reconstructor.refit(small, plan))
+            self._reconstructor = self._timed("refit", lambda: Reconstructor(self.model, *arguments))
+        return small, self._timed("refit", lambda: self._reconstructor.refit(small, plan))
 
-    def choose(self) -> tuple[Plan, Choice, dict]:
-        """Scores, then the plan."""
+    def plan(self, ratio: float | None = None) -> tuple[Plan, dict]:
+        """Score the units (once) and choose what goes at `ratio` (default: the configuration's).
+
+        Returns:
+            The plan, and how it was chosen as plain data.
+        """
         settings = self.config.structured
+        settings = settings if ratio is None else settings.model_copy(update={"ratio": ratio})
+        check_request(self.model, self.config.model_copy(update={"structured": settings}))
         arm = resolve_arm(settings.score, settings.arm)
         sizes = open_blocks(self.adapter, settings)
-        arguments = (self.adapter, self.calibration.fit, settings, arm, self.config.sink, self.limits, self.track)
-        paths = self.timed("scores", lambda: rank_units(*arguments))
-        notes = {"score": settings.score, "arm": arm, "allocation": settings.allocation, "asked_ratio": settings.ratio}
+        if self._paths is None:
+            arguments = (self.adapter, self.calibration.fit, settings, arm, self.config.sink, self.limits, self.track)
+            self._paths = self._timed("scores", lambda: rank_units(*arguments))
+        notes = {"score": settings.score, "arm": arm, "allocation": settings.allocation, "ratio": settings.ratio}
 
         def plan_of(counts) -> Plan:
-            return make_plan(self.adapter, paths, counts, settings.gqa, notes)
+            return make_plan(self.adapter, self._paths, counts, settings.gqa, notes)
 
         def measure(counts) -> float:
-            return self.nelbo(self.refit(plan_of(counts), settings.split_windows)[0]).mean
+            return self._nelbo(self._refit(plan_of(counts), settings.split_windows)[0]).mean
 
-        choice = choose_counts(sizes, paths, settings, measure)
-        return plan_of(choice.counts), choice, describe_counts(sizes, choice.counts)
+        choice = choose_counts(sizes, self._paths, settings, measure)
+        chosen = {"split": choice.split, "measured": choice.measured, **describe_counts(sizes, choice.counts)}
+        return plan_of(choice.counts), chosen
+
+    def prune(self, ratio: float | None = None, plan: Plan | None = None) -> Pruned:
+        """Plan (unless one is given), cut, refit, and check against plain removal on the held-out windows."""
+        start, self.seconds = time.perf_counter(), {}
+        chosen = None
+        if plan is None:
+            plan, chosen = self.plan(ratio)
+        small, fits = self._refit(plan)
+        check_export(small.config, self.model.source.values, self.config.export.compat)
+        if self._dense is None:
+            self._dense = self._nelbo(self.model)
+        refitted = self._nelbo(small)
+        plain_model = self._cut(plan) if fits else small
+        plain = self._nelbo(plain_model) if fits else refitted
+        kept_refit = bool(fits) and refitted.mean < plain.mean
+        small = small if kept_refit else plain_model
+        self.seconds["total"] = time.perf_counter() - start
+        check = {
+            "kept": "refit" if kept_refit else "plain removal",
+            "dense": self._dense.mean,
+            "plain_removal": plain.mean,
+            "refit": refitted.mean if fits else None,
+            "loss": paired_difference((refitted if kept_refit else plain).nelbo, self._dense.nelbo),
+            "windows": self.calibration.held_out,
+        }
+        report = build_report(self, small, plan)
+        report |= {"held_out_nelbo": check, "refit": [asdict(fit) for fit in fits], "choice": chosen}
+        return Pruned(small, plan, self.calibration, report)
 
 
 def prune(
@@ -163,65 +218,27 @@ def prune(
     plan: Plan | None = None,
     track: Track = untracked,
 ) -> Pruned:
-    """Prune a model: score its units, plan, cut, refit, and check the result on held-out windows.
+    """Prune a model once: score its units, plan, cut, refit, and check the result on held-out windows.
 
     Args:
-        model: from `structprune.load_model`; it is not changed.
-        config: default `Config()`.
-        calibration: default `calibrate(model, config)`.
-        plan: apply this one instead of scoring; it is still refitted and checked.
-        track: wraps iterations that take long, `track(items, title)`.
-    Returns:
-        `Pruned`.
+        plan: apply this one instead of scoring; it is still refitted and checked. The rest as in `Pruner`.
     Raises:
         UserError: a request that cannot be met, in one line.
     """
-    config = config or Config()
-    if plan is None:
-        check_request(model, config)
-    else:
+    if plan is not None:
         plan.check(Adapter(model))
-    calibration = calibration or calibrate(model, config)
-    run = _Run(model, config, calibration, track)
-    start = time.perf_counter()
-    choice, counts = None, None
-    if plan is None:
-        plan, choice, counts = run.choose()
-    small, fits = run.refit(plan)
-    check_export(small.config, model.source.values, config.export.compat)
-    dense, refitted = run.nelbo(model), run.nelbo(small)
-    plain_model = run.cut(plan) if fits else small
-    plain = run.nelbo(plain_model) if fits else refitted
-    kept_refit = bool(fits) and refitted.mean < plain.mean
-    if fits and not kept_refit:
-        small = plain_model
-    run.seconds["total"] = time.perf_counter() - start
-    outcome = {
-        "kept": "refit" if kept_refit else "plain removal",
-        "dense": dense.mean,
-        "plain_removal": plain.mean,
-        "refit": refitted.mean if fits else None,
-        "loss": paired_difference((refitted if kept_refit else plain).nelbo, dense.nelbo),
-        "windows": calibration.held_out,
-    }
-    report = build_report(model, small, config, run, plan) | {
-        "held_out_nelbo": outcome,
-        "refit": [asdict(fit) for fit in fits],
-        "choice": None if choice is None else {"split": choice.split, "measured": choice.measured, **counts},
-    }
-    plan = replace(plan, notes=plan.notes | {"ratio": report["ratio"]})
-    return Pruned(small, plan, calibration, report)
+    return Pruner(model, config, calibration, track).prune(plan=plan)
 
 
-def build_report(model: DiffusionLM, small: DiffusionLM, config: Config, run: _Run, plan: Plan) -> dict:
+def build_report(run: Pruner, small: DiffusionLM, plan: Plan) -> dict:
     """Figures that hold for any pruned model: sizes, versions, seeds, timings, peak memory, export class."""
     import transformers
 
     import structprune
     from structprune.bench.memory import peak_memory_bytes
 
-    before, after = Adapter(model), Adapter(small)
-    prunable = [sum(p.numel() for block in side.blocks for p in block.module.parameters()) for side in (before, after)]
+    model, config, before, after = run.model, run.config, run.adapter, Adapter(small)
+    blocks = [sum(p.numel() for block in side.blocks for p in block.module.parameters()) for side in (before, after)]
     length = run.calibration.length
     return {
         "source": str(model.source.values.get("_name_or_path") or model.source.directory.name),
@@ -229,7 +246,7 @@ def build_report(model: DiffusionLM, small: DiffusionLM, config: Config, run: _R
         "config": config.model_dump(mode="json"),
         "ratio": removed_ratio(before, after, config),
         "parameters": {"before": model.num_parameters(), "after": small.num_parameters()},
-        "block_parameters": {"before": prunable[0], "after": prunable[1]},
+        "block_parameters": {"before": blocks[0], "after": blocks[1]},
         "macs": {"before": forward_macs(before, length), "after": forward_macs(after, length), "tokens": length},
         "widths": [asdict(block.widths) for block in after.blocks],
         "export_class": export_class(small.config, model.source.values),
@@ -248,10 +265,7 @@ def build_report(model: DiffusionLM, small: DiffusionLM, config: Config, run: _R
 
 
 def removed_ratio(before: Adapter, after: Adapter, config: Config) -> float:
-    """Removed share of the seven projections' parameters over unprotected blocks (added biases not counted)."""
+    """Removed share of the seven projections' parameters over unprotected blocks; biases that a refit added count."""
     first, last = config.structured.protect_first, len(before.blocks) - config.structured.protect_last
-
-    def count(side: Adapter) -> int:
-        return sum(sizes.total for sizes in (block_size(block, "query_heads") for block in side.blocks[first:last]))
-
-    return 1 - count(after) / count(before)
+    totals = [sum(block_size(block, "query_heads").total for block in side.blocks[first:last]) for side in (before, after)]
+    return 1 - totals[1] / totals[0]

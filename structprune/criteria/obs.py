@@ -45,6 +45,14 @@ def remove_columns(weight: torch.Tensor, inverse: torch.Tensor, gone: torch.Tens
     return weight, inverse, cost
 
 
+def damped_inverse(gram: torch.Tensor, damping: float) -> torch.Tensor:
+    """(G + λI)⁻¹ in fp64, λ relative to the mean diagonal: (C, C) -> (C, C)."""
+    damped = gram.to(torch.float64, copy=True)  # (C, C)
+    scale = damped.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)  # ()
+    damped.diagonal().add_(damping * scale)
+    return torch.cholesky_inverse(torch.linalg.cholesky(damped))
+
+
 def obs_path(
     weight: torch.Tensor, gram: torch.Tensor, groups: list[list[int]], damping: float = 0.01, rounds: int | None = None
 ) -> RemovalPath:
@@ -61,10 +69,7 @@ def obs_path(
     """
     units = sum(len(group) for group in groups)
     width = weight.shape[1] // units
-    gram = gram.double()
-    scale = gram.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)  # ()
-    identity = torch.eye(len(gram), dtype=torch.float64, device=gram.device)  # (C, C)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram + damping * scale * identity))  # (C, C)
+    inverse = damped_inverse(gram, damping)  # (C, C)
     weight, left = weight.double(), list(range(units))
     member = {unit: number for number, group in enumerate(groups) for unit in group}
     total = len(groups[0])

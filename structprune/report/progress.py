@@ -1,0 +1,26 @@
+"""Progress bars with the time left, as the `track(items, title)` that pipelines take."""
+
+from contextlib import contextmanager
+from typing import Callable, Iterable, Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+@contextmanager
+def progress_bars(console: Console) -> Iterator[Callable[[Iterable, str], Iterable]]:
+    """While open, the yielded `track(items, title)` shows a bar for every iteration it wraps; each bar goes when done."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console, transient=True) as progress:
+
+        def track(items: Iterable, title: str) -> Iterable:
+            items = items if hasattr(items, "__len__") else list(items)
+            task = progress.add_task(title, total=len(items))
+            try:
+                for item in items:
+                    yield item
+                    progress.advance(task)
+            finally:
+                progress.remove_task(task)
+
+        yield track

@@ -1,0 +1,94 @@
+"""Rich tables of what a run will do and what it did."""
+
+from rich.table import Table
+
+
+def millions(count: float) -> str:
+    """12345678 -> '12.35 M'; above a billion in B."""
+    return f"{count / 1e9:.3f} B" if count >= 1e9 else f"{count / 1e6:.3f} M"
+
+
+def gigabytes(count: float) -> str:
+    """Bytes in decimal GB, or MB below one."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
+
+
+def change(before: float, after: float) -> str:
+    """Relative change, such as '-30.0 %'."""
+    return f"{100 * (after - before) / before:+.1f} %" if before else ""
+
+
+def run_table(report: dict, saved_bytes: tuple[int, int] | None = None) -> Table:
+    """The closing table of a run: dense against pruned."""
+    table = Table(title=f"{report['source']}: {100 * report['ratio']:.1f} % of block projections removed")
+    for name in ("", "dense", "pruned", "change"):
+        table.add_column(name, justify="left" if not name else "right")
+
+    def row(title: str, before: float, after: float, show) -> None:
+        table.add_row(title, show(before), show(after), change(before, after))
+
+    row("parameters", report["parameters"]["before"], report["parameters"]["after"], millions)
+    row("block parameters", report["block_parameters"]["before"], report["block_parameters"]["after"], millions)
+    macs = report["macs"]
+    row(f"MACs, {macs['tokens']} tokens", macs["before"], macs["after"], millions)
+    if saved_bytes:
+        row("weights on disk", *saved_bytes, gigabytes)
+    nelbo = report["held_out_nelbo"]
+    dense, loss = nelbo["dense"], nelbo["loss"]
+    kept = nelbo["refit"] if nelbo["kept"] == "refit" else nelbo["plain_removal"]
+    error = f"{loss['mean']:+.4f} ± {loss['standard_error']:.4f}"
+    table.add_row(f"NELBO, nats/token ({nelbo['windows']} held-out windows)", f"{dense:.4f}", f"{kept:.4f}", error)
+    table.caption = (
+        f"kept: {nelbo['kept']} (plain removal {nelbo['plain_removal']:.4f}); "
+        f"export class {report['export_class']}; {report['seconds']['total']:.1f} s; "
+        f"peak memory {gigabytes(report['peak_memory_bytes']['host'])}"
+    )
+    return table
+
+
+def inspect_tables(found: dict) -> list[Table]:
+    """The dry run's tables: totals, what the split can choose from, blocks, and predicted peak memory."""
+    totals = Table(title=f"{found['source']} ({found['family']}) at ratio {found['ratio']}")
+    for name in ("", "before", "after", "change"):
+        totals.add_column(name, justify="left" if not name else "right")
+    for title, key, show in (
+        ("parameters", "parameters", millions),
+        ("block projections", "block_parameters", millions),
+        (f"MACs, {found['tokens']} tokens", "macs", millions),
+        (f"weights ({found['stored_dtype']})", "bytes", gigabytes),
+    ):
+        before, after = found[key]["before"], found[key]["after"]
+        totals.add_row(title, show(before), show(after), change(before, after))
+    blocks = Table(title=f"units per block, {found['shown']}")
+    for name in ("block", "query heads", "KV heads", "MLP channels", "parameters"):
+        blocks.add_column(name, justify="right")
+    for first, last, row in _runs(found["blocks"]):
+        cells = [f"{row['before'][key]} → {row['after'][key]}" for key in ("query_heads", "kv_heads", "channels")]
+        blocks.add_row(str(first) if first == last else f"{first}-{last}", *cells, f"{millions(row['parameters'][0])} → {millions(row['parameters'][1])}")
+    memory = Table(title="predicted peak memory")
+    memory.add_column("")
+    memory.add_column("bytes", justify="right")
+    for name, size in found["memory"].items():
+        memory.add_row(name, gigabytes(size), style="bold" if name.startswith("peak") else None)
+    return [totals, _choices(found), blocks, memory]
+
+
+def _runs(rows: list[dict]) -> list[tuple[int, int, dict]]:
+    """Neighbouring blocks with equal widths as (first, last, their row)."""
+    runs: list[tuple[int, int, dict]] = []
+    for row in rows:
+        if runs and (runs[-1][2]["before"], runs[-1][2]["after"]) == (row["before"], row["after"]):
+            runs[-1] = (runs[-1][0], row["index"], runs[-1][2])
+        else:
+            runs.append((row["index"], row["index"], row))
+    return runs
+
+
+def _choices(found: dict) -> Table:
+    choices = Table(title="what the split can choose from, were all blocks alike")
+    for name in ("heads removed", "query heads left", "MLP channels left", "ratio"):
+        choices.add_column(name, justify="right")
+    rows = found["choices"]
+    for row in rows[:: max(1, len(rows) // 8)]:
+        choices.add_row(str(row["steps"]), str(row["query_heads"]), str(row["channels"]), f"{row['ratio']:.4f}")
+    return choices
