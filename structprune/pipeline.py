@@ -3,13 +3,19 @@
 import platform
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
+import transformers
 
+from structprune import __version__
+from structprune.bench.memory import peak_memory_bytes
 from structprune.calibration.batches import Calibration
 from structprune.calibration.build import load_calibration
 from structprune.calibration.noise import stratified_noise
+from structprune.checkpoint.card import model_card
 from structprune.checkpoint.export import check_export, export_class
+from structprune.checkpoint.save import save_pruned
 from structprune.config import Config
 from structprune.criteria.ranking import Limits, rank_units
 from structprune.criteria.table import resolve_arm
@@ -53,6 +59,22 @@ class Pruned:
     plan: Plan
     calibration: Calibration
     report: dict
+
+    def save(self, directory: str | Path, overwrite: bool = False) -> Path:
+        """Write model, tokenizer, plan.json, calibration.safetensors, report.json and the model card, whole or not at all.
+
+        Raises:
+            UserError: as `structprune.checkpoint.save.save_pruned`.
+        """
+        export = self.report["config"]["export"]
+        files = {
+            "plan.json": self.plan.to_json(),
+            "calibration.safetensors": self.calibration.save,
+            "report.json": self.report,
+            "README.md": model_card(self.report),
+        }
+        choices = {key: export[key] for key in ("compat", "dtype", "max_shard_size")}
+        return save_pruned(self.model, directory, files=files, overwrite=overwrite, **choices)
 
 
 def calibrate(model: DiffusionLM, config: Config) -> Calibration:
@@ -232,11 +254,6 @@ def prune(
 
 def build_report(run: Pruner, small: DiffusionLM, plan: Plan) -> dict:
     """Figures that hold for any pruned model: sizes, versions, seeds, timings, peak memory, export class."""
-    import transformers
-
-    import structprune
-    from structprune.bench.memory import peak_memory_bytes
-
     model, config, before, after = run.model, run.config, run.adapter, Adapter(small)
     blocks = [sum(p.numel() for block in side.blocks for p in block.module.parameters()) for side in (before, after)]
     length = run.calibration.length
@@ -244,6 +261,7 @@ def build_report(run: Pruner, small: DiffusionLM, plan: Plan) -> dict:
         "source": str(model.source.values.get("_name_or_path") or model.source.directory.name),
         "family": before.family.name,
         "config": config.model_dump(mode="json"),
+        "arm": resolve_arm(config.structured.score, config.structured.arm),
         "ratio": removed_ratio(before, after, config),
         "parameters": {"before": model.num_parameters(), "after": small.num_parameters()},
         "block_parameters": {"before": blocks[0], "after": blocks[1]},
@@ -254,7 +272,7 @@ def build_report(run: Pruner, small: DiffusionLM, plan: Plan) -> dict:
         "seconds": {name: round(value, 3) for name, value in run.seconds.items()},
         "peak_memory_bytes": peak_memory_bytes(),
         "versions": {
-            "structprune": structprune.__version__,
+            "structprune": __version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "python": platform.python_version(),

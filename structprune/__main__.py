@@ -1,0 +1,5 @@
+"""`python -m structprune`."""
+
+from structprune.cli import run
+
+run()

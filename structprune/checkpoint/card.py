@@ -1,0 +1,92 @@
+"""The model card written beside a pruned checkpoint, from its report."""
+
+import re
+
+from structprune.report.tables import change, millions
+
+TEMPLATE = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- structprune
+- pruned
+- diffusion-language-model
+{base}---
+
+# {source}, {percent} of its block projections removed
+
+A smaller *dense* masked diffusion language model: attention heads and MLP channels were removed from `{source}` with
+structprune {version} and what is left was refitted in closed form ({kept} was kept by the held-out check).
+
+| | dense | pruned | change |
+|---|---|---|---|
+{rows}
+
+NELBO is the masked-diffusion bound in nats per token on {windows} held-out windows of {length} tokens of the
+calibration text; the change is a paired difference with its standard error. No benchmark was run.
+
+Made with: score `{score}` on arm `{arm}`, allocation `{allocation}`, split `{split}`, refit {refit}; calibration on
+`{text}` ({count} windows of {length} tokens, seed {seed}). Export class: `{export}`. Every figure is in report.json, what
+was kept in plan.json, and calibration.safetensors replays the run.
+
+## Use
+
+```python
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True, dtype=torch.bfloat16)  # torch_dtype before transformers 4.56
+tokenizer = AutoTokenizer.from_pretrained("PATH", trust_remote_code=True)
+```
+
+The code beside the weights is structprune's own two modeling files. `model(input_ids).logits` are those of the family's
+published model: {alignment}.
+
+## Train it back
+
+Called with `labels`, the model masks the input itself and returns the masked-diffusion loss, so that `transformers`'
+Trainer and PEFT work as they are. Pruning costs quality; a short training run wins much of it back.
+"""
+
+
+def model_card(report: dict) -> str:
+    """README.md for the saved directory, as the Hub shows it.
+
+    Args:
+        report: of `structprune.pipeline.Pruner.prune`.
+    """
+    config, nelbo, calibration = report["config"], report["held_out_nelbo"], report["calibration"]
+    structured, source = config["structured"], report["source"]
+    values = {
+        "source": source,
+        "base": f"base_model: {source}\n" if re.fullmatch(r"[\w.-]+/[\w.-]+", source) else "",
+        "percent": f"{100 * report['ratio']:.1f} %",
+        "version": report["versions"]["structprune"],
+        "kept": nelbo["kept"],
+        "rows": "\n".join(_rows(report)),
+        "windows": nelbo["windows"],
+        "length": calibration["length"],
+        "count": calibration["windows"] - nelbo["windows"],
+        "score": structured["score"],
+        "arm": report["arm"],
+        "allocation": structured["allocation"],
+        "split": structured["split"],
+        "refit": f"to {config['reconstruct']['target']} targets" if config["reconstruct"]["enabled"] else "off",
+        "text": calibration.get("source", "given windows"),
+        "seed": calibration.get("seed", "unknown"),
+        "export": report["export_class"],
+        "alignment": "position i predicts token i + 1" if report["family"] == "dream" else "position i predicts token i",
+    }
+    return TEMPLATE.format(**values)
+
+
+def _rows(report: dict) -> list[str]:
+    rows = []
+    for title, key in (("parameters", "parameters"), ("block parameters", "block_parameters"), ("MACs", "macs")):
+        before, after = report[key]["before"], report[key]["after"]
+        rows.append(f"| {title} | {millions(before)} | {millions(after)} | {change(before, after)} |")
+    nelbo = report["held_out_nelbo"]
+    loss = nelbo["loss"]
+    pruned = nelbo["dense"] + loss["mean"]
+    error = f"{loss['mean']:+.4f} ± {loss['standard_error']:.4f}"
+    return [*rows, f"| NELBO, nats/token | {nelbo['dense']:.4f} | {pruned:.4f} | {error} |"]

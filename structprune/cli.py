@@ -1,0 +1,159 @@
+"""The command line: verbs, arguments and exit codes only."""
+
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from structprune import __version__
+from structprune.errors import UserError
+
+app = typer.Typer(
+    name="structprune",
+    help="Make masked diffusion language models (LLaDA, LLaDA-1.5, MMaDA, Dream) smaller, and dense still.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+
+Checkpoint = Annotated[str, typer.Argument(help="Checkpoint directory, or Hub id such as GSAI-ML/LLaDA-8B-Base.")]
+ConfigFile = Annotated[Optional[Path], typer.Option("--config", help="YAML file; see configs/.", show_default="defaults")]
+Ratio = Annotated[Optional[float], typer.Option("--ratio", help="Share of the block projections to remove, in [0, 1).")]
+Sets = Annotated[
+    Optional[list[str]],
+    typer.Option("--set", metavar="KEY=VALUE", help="Override any config key, such as calibration.windows=64. Repeatable."),
+]
+MaskId = Annotated[Optional[int], typer.Option("--mask-id", help="Mask token id, where the checkpoint names none.")]
+Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Also read .bin shards (weights only).")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output once the new one is complete.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def _settings(config: Path | None, ratio: float | None, sets: list[str] | None, **extra):
+    """The run's configuration: file, then --set, then the options that have a name of their own."""
+    from structprune.config import Config
+
+    named = {"structured.ratio": ratio} | {key.replace("__", "."): value for key, value in extra.items()}
+    return Config.load(config, [*(sets or []), *(f"{key}={value}" for key, value in named.items() if value is not None)])
+
+
+@app.command()
+def prune(
+    checkpoint: Checkpoint,
+    out: Annotated[Path, typer.Option("--out", help="Directory to write; appears complete or not at all.")],
+    config: ConfigFile = None,
+    ratio: Ratio = None,
+    sets: Sets = None,
+    calibration: Annotated[
+        Optional[str],
+        typer.Option("--calibration", help="wikitext2, c4, a Hub dataset, a .txt/.jsonl/.parquet file, or a calibration.safetensors."),
+    ] = None,
+    plan: Annotated[Optional[Path], typer.Option("--plan", help="Apply this plan.json instead of scoring.")] = None,
+    device: Annotated[Optional[str], typer.Option("--device", help="cpu or cuda[:N].", show_default="cuda if there")] = None,
+    mask_id: MaskId = None,
+    allow_pickle: Pickle = False,
+    overwrite: Overwrite = False,
+    debug: Debug = False,
+) -> None:
+    """Prune a checkpoint: remove heads and MLP channels, refit what is left, write a smaller dense model.
+
+    [bold]Examples[/bold]
+
+    structprune prune GSAI-ML/LLaDA-8B-Base --out llada-0.5 --config configs/llada-0.5.yaml
+
+    structprune prune ./my-dream --out small --ratio 0.3 --calibration notes.txt --set calibration.length=512
+    """
+    from structprune.runs import prune_checkpoint
+
+    extra = {"calibration__source": calibration, "model__device": device, "model__mask_id": mask_id}
+    settings = _settings(config, ratio, sets, **extra, model__allow_pickle=allow_pickle or None)
+    prune_checkpoint(checkpoint, out, settings, plan, overwrite)
+
+
+@app.command()
+def inspect(
+    checkpoint: Checkpoint,
+    config: ConfigFile = None,
+    ratio: Ratio = None,
+    sets: Sets = None,
+    mask_id: MaskId = None,
+    json_out: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Dry run: units, parameters, bytes and MACs before and after, and predicted peak memory. Reads no weights."""
+    from structprune.runs import inspect_and_show
+
+    inspect_and_show(checkpoint, _settings(config, ratio, sets, model__mask_id=mask_id), json_out)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Directory for the models, demo.json and nelbo.png.")] = Path(
+        "structprune-demo"
+    ),
+    overwrite: Overwrite = False,
+    debug: Debug = False,
+) -> None:
+    """Prune the small trained model that comes with the package; needs no network and no GPU. About 2 minutes."""
+    from structprune.runs import demo_and_show
+
+    demo_and_show(out, overwrite)
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        typer.echo(f"structprune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns:
+        Exit code: 0, 2 for anything the user can mend (one line on stderr), 130 when interrupted, 1 otherwise.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        code = app(arguments, standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except KeyboardInterrupt:
+        print("structprune: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        if type(error).__name__ == "Abort":
+            print("structprune: interrupted; nothing was written", file=sys.stderr)
+            return 130
+        message, code = _explain(error)
+        print(f"structprune: error: {' '.join(message.split())}", file=sys.stderr)
+        return code
+
+
+def _explain(error: Exception) -> tuple[str, int]:
+    """One line and an exit code for any exception."""
+    if isinstance(error, UserError):
+        return str(error), 2
+    if hasattr(error, "format_message"):  # usage errors of typer, whichever click it carries
+        return f"{error.format_message()} (see structprune --help)", 2
+    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+        return "out of memory: lower calibration.batch or memory.budget_gb (structprune inspect predicts the peak)", 1
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else 'no message'} (--debug shows where)", 1
+
+
+def run() -> None:
+    """Console entry point."""
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""What the verbs do, with progress on stderr and tables on stdout."""
+
+import json
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from structprune.checkpoint.save import check_output
+from structprune.config import Config
+from structprune.errors import UserError
+from structprune.inspect import inspect_checkpoint
+from structprune.models.checkpoint_files import locate
+from structprune.models.loading import load_model
+from structprune.pipeline import Pruner
+from structprune.report.progress import progress_bars
+from structprune.report.tables import inspect_tables, run_table
+from structprune.structured.plan import Plan
+
+
+def pick_device(asked: str | None) -> torch.device:
+    """The device asked for, else CUDA where there is one.
+
+    Raises:
+        UserError: not a device, or one this machine has not.
+    """
+    if asked is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(asked)
+    except RuntimeError as error:
+        raise UserError(f"unknown device '{asked}': give cpu or cuda[:N]") from error
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise UserError(f"device '{asked}' is not on this machine ({torch.cuda.device_count()} CUDA devices): use cpu")
+    return device
+
+
+def prune_checkpoint(checkpoint: str, out: Path, config: Config, plan: Path | None, overwrite: bool) -> None:
+    """`structprune prune`: load, prune, save, and say what was made.
+
+    Raises:
+        UserError: anything the user can mend, before the long work where it can be known then.
+    """
+    directory = locate(checkpoint)
+    check_output(out, directory, overwrite)
+    given = None if plan is None else Plan.load(plan)
+    inspect_checkpoint(directory, config)  # refuses a ratio or checkpoint in seconds, before weights are read
+    settings = config.model
+    with progress_bars(Console(stderr=True)) as track:
+        device = pick_device(settings.device)
+        model = load_model(directory, settings.dtype, device, settings.mask_id, settings.allow_pickle)
+        before = sum(p.numel() for p in model.parameters()) * model.source.dtype.itemsize
+        check_output(out, directory, overwrite, before)
+        pruned = Pruner(model, config, track=track).prune(plan=given)
+        pruned.report["source"] = checkpoint if not Path(checkpoint).is_dir() else directory.resolve().name
+        pruned.save(out, overwrite)
+    after = sum(path.stat().st_size for path in out.glob("*.safetensors") if path.name != "calibration.safetensors")
+    console = Console()
+    console.print(run_table(pruned.report, (before, after)))
+    console.print(f"Wrote {out} (model, plan.json, calibration.safetensors, report.json, README.md)", soft_wrap=True)
+    console.print(
+        f"Load it anywhere: AutoModelForCausalLM.from_pretrained('{out}', trust_remote_code=True)", soft_wrap=True
+    )
+
+
+def inspect_and_show(checkpoint: str, config: Config, as_json: bool) -> None:
+    """`structprune inspect`."""
+    found = inspect_checkpoint(checkpoint, config)
+    console = Console()
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    for table in inspect_tables(found):
+        console.print(table)
+    console.print("Nothing was read but config.json and safetensors headers, and nothing written.")
+
+
+def demo_and_show(out: Path, overwrite: bool) -> None:
+    """`structprune demo`.
+
+    Raises:
+        UserError: an output that cannot be written, or matplotlib missing.
+    """
+    from structprune.demo import run_demo
+
+    check_output(out, None, overwrite, 100_000_000)
+    with progress_bars(Console(stderr=True)) as track:
+        found = run_demo(out, overwrite, track)
+    console = Console()
+    console.print(found.table)
+    console.print("Wrote " + ", ".join(str(path) for path in found.made), soft_wrap=True)
