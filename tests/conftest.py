@@ -1,0 +1,97 @@
+"""Fixtures every test folder shares: the parity checkpoints, and tiny official checkpoints made on the spot."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from structprune.assets import model_directory
+from structprune.models.configuration_structprune import StructpruneDreamConfig, StructpruneLLaDAConfig
+from structprune.models.modeling_structprune import StructpruneDream, StructpruneLLaDA
+
+PARITY = Path(__file__).parent / "parity"
+MASK_ID = 2047  # of the embedded tokenizer, which tiny checkpoints carry
+LLADA = {
+    "model_type": "llada", "architectures": ["LLaDAModelLM"], "d_model": 32, "n_heads": 4, "n_kv_heads": 4, "n_layers": 3,
+    "mlp_hidden_size": 48, "vocab_size": 2048, "embedding_size": 2048, "max_sequence_length": 64, "rope_theta": 10000.0,
+    "rms_norm_eps": 1e-5, "mask_token_id": MASK_ID, "torch_dtype": "float32", "include_bias": False,
+    "include_qkv_bias": False, "weight_tying": False, "block_type": "llama",
+}  # fmt: skip
+DREAM = {
+    "model_type": "Dream", "architectures": ["DreamModel"], "hidden_size": 32, "num_attention_heads": 6,
+    "num_key_value_heads": 2, "head_dim": 8, "num_hidden_layers": 3, "intermediate_size": 48, "vocab_size": 2048,
+    "max_position_embeddings": 64, "rope_theta": 10000.0, "rms_norm_eps": 1e-6, "mask_token_id": MASK_ID,
+    "torch_dtype": "float32", "rope_scaling": None, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def tiny_values(family: str, **changes) -> dict:
+    """config.json of a tiny official checkpoint: family `llada`, `mmada` or `dream`, some keys changed."""
+    base = DREAM if family == "dream" else LLADA
+    kind = {"mmada": {"model_type": "mmada", "architectures": ["MMadaModelLM"]}}.get(family, {})
+    return base | kind | changes
+
+
+def build_model(values: dict, seed: int = 0, gain: float = 3.0):
+    """A random model of those values; weights larger than at initialisation, so that attention is not uniform."""
+    dream = values["model_type"] == "Dream"
+    config = (StructpruneDreamConfig if dream else StructpruneLLaDAConfig)(
+        **{k: v for k, v in values.items() if k not in ("model_type", "architectures", "torch_dtype", "rope_scaling")}
+    )
+    torch.manual_seed(seed)
+    model = (StructpruneDream if dream else StructpruneLLaDA)(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.1)
+            elif parameter.dim() == 2:
+                parameter.normal_(std=gain * 0.02 if "wte" in name or "embed" in name else parameter.shape[1] ** -0.5)
+    return model.eval()
+
+
+def write_checkpoint(directory: Path, values: dict, seed: int = 0, tokenizer: bool = True) -> Path:
+    """An official checkpoint directory with random weights."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(values))
+    dtype = getattr(torch, values.get("torch_dtype", "float32"))
+    state = {name: value.to(dtype).clone() for name, value in build_model(values, seed).state_dict().items()}
+    save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
+    if tokenizer:
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copyfile(model_directory() / name, directory / name)
+    return directory
+
+
+@pytest.fixture
+def tiny_checkpoint(tmp_path):
+    """`tiny_checkpoint(family, seed=0, tokenizer=True, **config changes)` -> an official checkpoint directory."""
+
+    def make(family: str = "llada", seed: int = 0, tokenizer: bool = True, name: str | None = None, **changes) -> Path:
+        return write_checkpoint(tmp_path / (name or f"{family}-tiny"), tiny_values(family, **changes), seed, tokenizer)
+
+    return make
+
+
+@pytest.fixture
+def tiny_model():
+    """`tiny_model(family, seed=0, **config changes)` -> a random model in memory (no source directory)."""
+    return lambda family="llada", seed=0, **changes: build_model(tiny_values(family, **changes), seed)
+
+
+@pytest.fixture(params=["llada", "dream"])
+def parity(request) -> Path:
+    """Directory of one family's parity fixture."""
+    return PARITY / request.param
+
+
+@pytest.fixture
+def text_path(tmp_path) -> Path:
+    """Real English text, 60 kB, enough for tiny calibration sets."""
+    from structprune.assets import text_file
+
+    path = tmp_path / "text.txt"
+    path.write_text(text_file("calibration.txt").read_text(encoding="utf-8")[:60_000], encoding="utf-8")
+    return path
