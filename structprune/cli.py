@@ -1,6 +1,8 @@
 """The command line: verbs, arguments and exit codes only."""
 
+import signal
 import sys
+import threading
 import traceback
 from pathlib import Path
 from typing import Annotated, Optional
@@ -9,6 +11,8 @@ import typer
 
 from structprune import __version__
 from structprune.errors import UserError
+
+INTERRUPTED = 130  # the shell's code for it, which typer returns too
 
 app = typer.Typer(
     name="structprune",
@@ -125,21 +129,26 @@ def main(arguments: list[str] | None = None) -> int:
         Exit code: 0, 2 for anything the user can mend (one line on stderr), 130 when interrupted, 1 otherwise.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that a terminated run removes its drafts too
     try:
         code = app(arguments, standalone_mode=False)
-        return code if isinstance(code, int) else 0
+        return _interrupted() if code == INTERRUPTED else code if isinstance(code, int) else 0
     except KeyboardInterrupt:
-        print("structprune: interrupted; nothing was written", file=sys.stderr)
-        return 130
+        return _interrupted()
     except Exception as error:
+        if type(error).__name__ == "Abort":
+            return _interrupted()
         if "--debug" in arguments:
             traceback.print_exc()
-        if type(error).__name__ == "Abort":
-            print("structprune: interrupted; nothing was written", file=sys.stderr)
-            return 130
         message, code = _explain(error)
         print(f"structprune: error: {' '.join(message.split())}", file=sys.stderr)
         return code
+
+
+def _interrupted() -> int:
+    print("structprune: interrupted; nothing was written", file=sys.stderr)
+    return INTERRUPTED
 
 
 def _explain(error: Exception) -> tuple[str, int]:

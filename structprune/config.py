@@ -107,7 +107,7 @@ class ExportSettings(Section):
     compat: Literal["official", "uniform", "free"] = "free"
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Of the written weights; default the checkpoint's own."""
-    max_shard_size: str = "5GB"
+    max_shard_size: str = Field("5GB", pattern=r"^[1-9]\d*[KMGT]B$")
 
 
 class MemorySettings(Section):

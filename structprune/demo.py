@@ -1,16 +1,21 @@
 """The embedded default: prune a small, really trained model, measure it on held-out text, and compare."""
 
+import json
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from rich import box
 from rich.table import Table
 
 from structprune.assets import model_directory, text_file
 from structprune.bench.latency import measure_latency, speedup
 from structprune.bench.memory import peak_memory_bytes
+from structprune.bench.machine import describe_machine
 from structprune.calibration.noise import stratified_noise
 from structprune.calibration.windows import cut_windows
+from structprune.checkpoint.atomic import whole_directory
 from structprune.config import Config
 from structprune.evaluation.compare import paired_difference
 from structprune.evaluation.nelbo import Nelbo, masked_nelbo
@@ -18,7 +23,6 @@ from structprune.models.loading import load_model, load_tokenizer
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.pipeline import Pruned, Pruner, calibrate
 from structprune.report.plots import plot_nelbo
-from structprune.report.tables import change, gigabytes, millions
 from structprune.statistics.rows import Track
 
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
@@ -32,7 +36,7 @@ BASE = {
     "calibration.held_out": 8,
     "calibration.interval": 10,
     "calibration.batch": 4,
-    "structured.split_windows": 48,
+    "structured.split_windows": 16,
     "structured.split_candidates": 6,
 }
 METHODS = {
@@ -48,6 +52,7 @@ METHODS = {
         "structured.score": "magnitude",
         "structured.allocation": "uniform",
         "structured.split": "equal",
+        "structured.round_to": 8,  # one width for all blocks meets the ratio as closely as the others do
         "reconstruct.enabled": False,
     },
 }
@@ -55,12 +60,11 @@ METHODS = {
 
 @dataclass(frozen=True)
 class Demo:
-    """What the demo measured: one row per method and ratio (plain data), the directories and the picture it made."""
+    """What the demo measured: one row per method and ratio (plain data), and what it wrote."""
 
     rows: list[dict]
     dense: dict
     made: list[Path]
-    table: Table
 
 
 class _HeldOut:
@@ -78,38 +82,21 @@ class _HeldOut:
         return masked_nelbo(model, self.ids, *self.noise, batch=32)
 
 
-def run_demo(out: Path, overwrite: bool, track: Track) -> Demo:
-    """Prune the embedded model at `RATIOS` by every method, save ours at `SAVED`, and draw NELBO against ratio.
+def run_demo(out: Path, track: Track) -> Demo:
+    """Prune the embedded model at `RATIOS` by every method, save it at `SAVED`, and draw NELBO against ratio.
 
     Args:
-        out: directory for the models, demo.json and nelbo.png.
+        out: directory for the models, demo.json and nelbo.png; it appears complete or not at all.
     Raises:
-        UserError: an output that exists, or cannot be written.
+        UserError: an output that cannot be written.
     """
+    start = time.perf_counter()
     model = load_model(model_directory(), device="cpu")
     held_out = _HeldOut(model)
     dense = held_out.nelbo(model)
-    kept: dict[tuple[str, float], Pruned] = {}
-    rows = []
-    calibration = calibrate(model, Config.load(overrides=BASE))
-    pruners = {
-        name: Pruner(model, Config.load(overrides=BASE | extra), calibration, track) for name, extra in METHODS.items()
-    }
-    steps = [(name, ratio) for name in METHODS for ratio in RATIOS]
-    for name, ratio in track(steps, "demo"):
-        pruned = pruners[name].prune(ratio)
-        rows.append(_row(name, ratio, pruned, held_out.nelbo(pruned.model), dense))
-        if ratio in SAVED:
-            kept[name, ratio] = pruned
+    rows, kept = _prune_all(model, held_out, dense, track)
     timed = {"dense": model} | {f"{name} {ratio}": pruned.model for (name, ratio), pruned in kept.items()}
     latency = measure_latency(timed, LENGTH, batch=16, rounds=9)
-    for row in rows:
-        measured = latency.get(f"{row['method']} {row['ratio']}")
-        if measured:
-            row |= {"latency_ms": measured.median_ms, "speedup": speedup(latency["dense"], measured)}
-    made = [pruned.save(out / f"llada-docs-{ratio}", overwrite) for (n, ratio), pruned in kept.items() if n == OURS]
-    for row, path in zip((r for r in rows if r["method"] == OURS and r["ratio"] in SAVED), made):
-        row["bytes"] = sum(file.stat().st_size for file in path.glob("*.safetensors"))
     whole = {
         "nelbo": dense.mean,
         "standard_error": dense.standard_error,
@@ -119,15 +106,44 @@ def run_demo(out: Path, overwrite: bool, track: Track) -> Demo:
         "bytes": (model_directory() / "model.safetensors").stat().st_size,
         "windows": WINDOWS,
         "length": LENGTH,
-        "threads": torch.get_num_threads(),
-        "peak_memory_bytes": peak_memory_bytes(),
     }
-    points = {
-        name: [(r["ratio_met"], r["nelbo"], r["standard_error"]) for r in rows if r["method"] == name] for name in METHODS
+    with whole_directory(out) as draft:
+        made = {place: pruned.save(draft / _folder(*place)) for place, pruned in kept.items()}
+        for row in rows:
+            if place := made.get((row["method"], row["ratio"])):
+                measured = latency[f"{row['method']} {row['ratio']}"]
+                row |= {"latency_ms": measured.median_ms, "speedup": speedup(latency["dense"], measured)}
+                row["bytes"] = (place / "model.safetensors").stat().st_size
+        points = {
+            name: [(r["ratio_met"], r["nelbo"], r["standard_error"]) for r in rows if r["method"] == name]
+            for name in METHODS
+        }
+        title = "embedded model (4.8 M parameters), held-out text"
+        plot_nelbo(points, (dense.mean, dense.standard_error), draft / "nelbo.png", title)
+        run = {"seconds": time.perf_counter() - start, "peak_memory_bytes": peak_memory_bytes()}
+        result = {"dense": whole, "rows": rows, "run": run, "machine": describe_machine()}
+        (draft / "demo.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    paths = [out / _folder(*place) for place in kept if place[0] == OURS]
+    return Demo(rows, whole, [*paths, out / "nelbo.png", out / "demo.json"])
+
+
+def _folder(method: str, ratio: float) -> str:
+    return f"{method.lower()}-{ratio}"
+
+
+def _prune_all(model: DiffusionLM, held_out: "_HeldOut", dense: Nelbo, track: Track):
+    """One row per method and ratio, and what is to be saved: ((rows), {(method, ratio): Pruned})."""
+    calibration = calibrate(model, Config.load(overrides=BASE))
+    pruners = {
+        name: Pruner(model, Config.load(overrides=BASE | extra), calibration, track) for name, extra in METHODS.items()
     }
-    title = "embedded model (4.8 M parameters), held-out text"
-    made.append(plot_nelbo(points, (dense.mean, dense.standard_error), out / "nelbo.png", title))
-    return Demo(rows, whole, made, demo_table(rows, whole))
+    rows, kept = [], {}
+    for name, ratio in track([(name, ratio) for name in METHODS for ratio in RATIOS], "demo"):
+        pruned = pruners[name].prune(ratio)
+        rows.append(_row(name, ratio, pruned, held_out.nelbo(pruned.model), dense))
+        if ratio in SAVED:
+            kept[name, ratio] = pruned
+    return rows, kept
 
 
 def _row(name: str, ratio: float, pruned: Pruned, nelbo: Nelbo, dense: Nelbo) -> dict:
@@ -148,27 +164,33 @@ def _row(name: str, ratio: float, pruned: Pruned, nelbo: Nelbo, dense: Nelbo) ->
 
 
 def demo_table(rows: list[dict], dense: dict) -> Table:
-    """Dense against every method at the saved ratios."""
-    table = Table(title="structprune demo: a small trained LLaDA, pruned; held-out text, common noise")
-    for name in ("model", "parameters", "MACs", "on disk", "NELBO ± s.e.", "loss ± s.e.", "forward", "speed-up"):
-        table.add_column(name, justify="left" if name == "model" else "right")
-    score = f"{dense['nelbo']:.3f} ± {dense['standard_error']:.3f}"
-    cells = [millions(dense["parameters"]), millions(dense["macs"]), gigabytes(dense["bytes"]), score, ""]
-    table.add_row("dense", *cells, f"{dense['latency_ms']:.1f} ms", "1.00 x", end_section=True)
+    """Dense against every method at the saved ratios; fits 80 columns."""
+    table = Table(title="a small trained LLaDA, pruned: held-out text, common noise", box=box.SIMPLE_HEAD, padding=(0, 1))
+    columns = ("ratio", "method", "params", "MACs", "disk", "NELBO", "loss", "forward", "speed")
+    units = ("", "", "M", "M", "MB", "nats/token", "against dense", "ms", "")
+    for name, unit in zip(columns, units):
+        table.add_column(f"{name}\n[dim]{unit}[/dim]", justify="left" if name == "method" else "right", no_wrap=True)
+    table.add_row("0", "dense", *_cells(dense), end_section=True)
     for ratio in SAVED:
         for row in (row for row in rows if row["ratio"] == ratio):
-            loss = f"{row['loss']['mean']:+.3f} ± {row['loss']['standard_error']:.3f}"
-            table.add_row(
-                f"{row['method']} {ratio}",
-                f"{millions(row['parameters'])} ({change(dense['parameters'], row['parameters'])})",
-                millions(row["macs"]),
-                gigabytes(row["bytes"]) if "bytes" in row else "not saved",
-                f"{row['nelbo']:.3f} ± {row['standard_error']:.3f}",
-                loss,
-                f"{row['latency_ms']:.1f} ms",
-                f"{row['speedup']['median']:.2f} x",
-                style="bold" if row["method"] == OURS else None,
-                end_section=row["method"] == list(METHODS)[-1],
-            )
-    table.caption = f"NELBO in nats per token over {dense['windows']} windows of {dense['length']}; 16 windows a forward pass"
+            style = "bold" if row["method"] == OURS else None
+            last = row["method"] == list(METHODS)[-1]
+            table.add_row(f"{ratio}", row["method"], *_cells(row), style=style, end_section=last)
+    table.caption = (
+        f"NELBO ± standard error over {dense['windows']} windows of {dense['length']} tokens, loss paired;"
+        f" forward: 16 windows, median"
+    )
     return table
+
+
+def _cells(row: dict) -> list[str]:
+    loss, speed = row.get("loss"), row.get("speedup", {"median": 1.0})
+    return [
+        f"{row['parameters'] / 1e6:.2f}",
+        f"{row['macs'] / 1e6:.0f}",
+        f"{row['bytes'] / 1e6:.1f}",
+        f"{row['nelbo']:.2f} ± {row['standard_error']:.2f}",
+        f"{loss['mean']:+.3f} ± {loss['standard_error']:.3f}" if loss else "",
+        f"{row['latency_ms']:.0f}",
+        f"{speed['median']:.2f}x",
+    ]

@@ -7,17 +7,14 @@ import torch
 
 from structprune.bench.memory import predicted_peak
 from structprune.config import Config
-from structprune.criteria.paths import RemovalPath
-from structprune.criteria.ranking import block_groups
+from structprune.criteria.paths import KINDS
 from structprune.criteria.table import resolve_arm
-from structprune.models.adapter import Adapter, set_widths
-from structprune.models.checkpoint_files import WEIGHT_FILE, read_headers, shard_names
-from structprune.models.families import Family
-from structprune.models.loading import DTYPES, check_shapes, load_config
+from structprune.models.adapter import Adapter, Widths, set_widths
+from structprune.models.checkpoint_files import TensorHeader, stored_headers
+from structprune.models.loading import DTYPES, as_dtype, check_shapes, load_config, source_name
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.structured.allocate import Counts, equal_heads, ratio_of
 from structprune.structured.choose import candidates, channel_multiple, check_split, open_blocks
-from structprune.structured.plan import Plan, make_plan
 from structprune.structured.sizes import block_size, forward_macs
 
 
@@ -41,16 +38,18 @@ def inspect_checkpoint(source: str | Path, config: Config) -> dict:
     with torch.device("meta"):
         model = family.model_class(model_config)
     adapter = Adapter(model)
-    stored = _stored_dtype(directory, model, values, config.model.allow_pickle)
+    headers = stored_headers(source, directory, config.model.allow_pickle)
+    if headers:
+        check_shapes(model, {name: header.shape for name, header in headers.items()}, directory)
+    stored = _stored_dtype(headers, values)
     sizes = open_blocks(adapter, settings)
     even = settings.model_copy(update={"allocation": "uniform"}) if settings.allocation == "global" else settings
     choices = candidates(sizes, even)
     shown = settings.split if settings.split in choices else equal_heads(sizes, settings.ratio, choices)
-    plan = plan_by_counts(adapter, choices[shown], settings.gqa)
-    after = Adapter(pruned_ghost(family, model, plan))
+    after = Adapter(pruned_ghost(model, adapter, choices[shown], settings.gqa))
     length = config.calibration.length
     return {
-        "source": str(directory.name or source),
+        "source": source_name(source, directory),
         "family": family.name,
         "ratio": settings.ratio,
         "tokens": length,
@@ -70,33 +69,31 @@ def inspect_checkpoint(source: str | Path, config: Config) -> dict:
     }
 
 
-def plan_by_counts(adapter: Adapter, counts: Counts, form: str) -> Plan:
-    """A plan with the right widths and arbitrary units (the first ones go), for counting only."""
-    paths = {}
-    for (index, kind), _ in counts.items():
-        groups = block_groups(adapter.blocks[index], kind, form)
-        steps = tuple(zip(*groups, strict=True))
-        paths[index, kind] = RemovalPath(steps, torch.zeros(len(steps), dtype=torch.float64))
-    return make_plan(adapter, paths, counts, form)
+def widths_after(widths: Widths, counts: Counts, index: int, form: str) -> Widths:
+    """The widths of block `index` when its steps in `counts` are gone; those of `widths` where it has none."""
+    steps, channels = (counts.get((index, kind), 0) for kind in KINDS)
+    per = widths.query_heads // widths.kv_heads  # query heads per KV head
+    if per == 1 or form == "kv_groups":
+        query_heads, kv_heads = widths.query_heads - per * steps, widths.kv_heads - steps
+    else:
+        query_heads, kv_heads = widths.query_heads - widths.kv_heads * steps, widths.kv_heads
+    return Widths(query_heads, kv_heads, widths.channels - channels)
 
 
-def pruned_ghost(family: Family, model: DiffusionLM, plan: Plan) -> DiffusionLM:
-    """A model with the plan's widths on the meta device."""
-    values = set_widths(model.config.to_dict(), family, [block.widths for block in plan.blocks])
+def pruned_ghost(model: DiffusionLM, adapter: Adapter, counts: Counts, form: str) -> DiffusionLM:
+    """A model on the meta device with the widths that `counts` leave."""
+    family = adapter.family
+    left = [widths_after(block.widths, counts, block.index, form) for block in adapter.blocks]
     with torch.device("meta"):
-        return family.model_class(family.config_class(**values))
+        return family.model_class(family.config_class(**set_widths(model.config.to_dict(), family, left)))
 
 
-def _stored_dtype(directory: Path, model: DiffusionLM, values: dict, allow_pickle: bool) -> torch.dtype:
-    """The weights' dtype from headers where there are any (checked against the config), else from config.json."""
-    if any(WEIGHT_FILE.match(path.name) for path in directory.iterdir()) or list(directory.glob("*.index.json")):
-        names = shard_names(directory, allow_pickle)
-        if names[0].endswith(".safetensors"):
-            headers = read_headers(directory, names)
-            check_shapes(model, {name: header.shape for name, header in headers.items()}, directory)
-            kinds = [DTYPES.get(header.dtype, torch.float32) for header in headers.values()]
-            return max(kinds, key=kinds.count)
-    return getattr(torch, str(values.get("torch_dtype") or values.get("dtype") or "bfloat16"))
+def _stored_dtype(headers: dict[str, TensorHeader], values: dict) -> torch.dtype:
+    """The weights' dtype from headers where there are any, else from config.json."""
+    kinds = [DTYPES.get(header.dtype, torch.float32) for header in headers.values()]
+    if kinds:
+        return max(kinds, key=kinds.count)
+    return as_dtype(str(values.get("torch_dtype") or values.get("dtype") or "bfloat16").removeprefix("torch."))
 
 
 def _projections(adapter: Adapter) -> int:
@@ -104,7 +101,7 @@ def _projections(adapter: Adapter) -> int:
 
 
 def _choice_row(adapter: Adapter, sizes, steps: int, counts: Counts, form: str) -> dict:
-    widths = plan_by_counts(adapter, counts, form).blocks[sizes[0].index].widths
+    widths = widths_after(adapter.blocks[sizes[0].index].widths, counts, sizes[0].index, form)
     return {"steps": steps, **asdict(widths), "ratio": ratio_of(sizes, counts)}
 
 

@@ -150,7 +150,7 @@ class Pruner:
         self._check = (held_out, *stratified_noise(held_out, self.adapter.mask_id, generator, copies, edges))
         self._paths: dict | None = None
         self._dense: Nelbo | None = None
-        self._reconstructor: Reconstructor | None = None
+        self._refits: dict[int, Reconstructor] = {}  # by the number of windows
 
     def _timed(self, name: str, work):
         start = time.perf_counter()
@@ -172,11 +172,14 @@ class Pruner:
         if not self.config.reconstruct.enabled:
             return small, []
         calibration = self.calibration if windows is None else self.calibration.first(windows)
-        if self._reconstructor is None or self._reconstructor.windows != calibration.windows:
-            self._reconstructor = None  # its dense activations go before the next one's come
+        if calibration.windows not in self._refits:
+            # one that cannot hold its dense targets would cost memory and save nothing
+            self._refits = {count: refit for count, refit in self._refits.items() if refit.kept}
             arguments = (calibration, self.config.reconstruct, self.config.sink, self.limits, self.track)
-            self._reconstructor = self._timed("refit", lambda: Reconstructor(self.model, *arguments))
-        return small, self._timed("refit", lambda: self._reconstructor.refit(small, plan))
+            made = self._timed("refit", lambda: Reconstructor(self.model, *arguments))
+            self._refits[calibration.windows] = made
+        refit = self._refits[calibration.windows]
+        return small, self._timed("refit", lambda: refit.refit(small, plan))
 
     def plan(self, ratio: float | None = None) -> tuple[Plan, dict]:
         """Score the units (once) and choose what goes at `ratio` (default: the configuration's).
@@ -258,7 +261,7 @@ def build_report(run: Pruner, small: DiffusionLM, plan: Plan) -> dict:
     blocks = [sum(p.numel() for block in side.blocks for p in block.module.parameters()) for side in (before, after)]
     length = run.calibration.length
     return {
-        "source": str(model.source.values.get("_name_or_path") or model.source.directory.name),
+        "source": model.source.name,
         "family": before.family.name,
         "config": config.model_dump(mode="json"),
         "arm": resolve_arm(config.structured.score, config.structured.arm),

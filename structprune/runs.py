@@ -41,18 +41,17 @@ def prune_checkpoint(checkpoint: str, out: Path, config: Config, plan: Path | No
     Raises:
         UserError: anything the user can mend, before the long work where it can be known then.
     """
-    directory = locate(checkpoint)
+    directory = locate(checkpoint, weights=False)
     check_output(out, directory, overwrite)
     given = None if plan is None else Plan.load(plan)
-    inspect_checkpoint(directory, config)  # refuses a ratio or checkpoint in seconds, before weights are read
+    inspect_checkpoint(checkpoint, config)  # refuses in seconds what cannot be, before weights are downloaded
     settings = config.model
     with progress_bars(Console(stderr=True)) as track:
         device = pick_device(settings.device)
-        model = load_model(directory, settings.dtype, device, settings.mask_id, settings.allow_pickle)
+        model = load_model(checkpoint, settings.dtype, device, settings.mask_id, settings.allow_pickle)
         before = sum(p.numel() for p in model.parameters()) * model.source.dtype.itemsize
         check_output(out, directory, overwrite, before)
         pruned = Pruner(model, config, track=track).prune(plan=given)
-        pruned.report["source"] = checkpoint if not Path(checkpoint).is_dir() else directory.resolve().name
         pruned.save(out, overwrite)
     after = sum(path.stat().st_size for path in out.glob("*.safetensors") if path.name != "calibration.safetensors")
     console = Console()
@@ -81,11 +80,15 @@ def demo_and_show(out: Path, overwrite: bool) -> None:
     Raises:
         UserError: an output that cannot be written, or matplotlib missing.
     """
-    from structprune.demo import run_demo
+    from structprune.demo import demo_table, run_demo
+    from structprune.report.plots import check_matplotlib
 
+    check_matplotlib()
     check_output(out, None, overwrite, 100_000_000)
     with progress_bars(Console(stderr=True)) as track:
-        found = run_demo(out, overwrite, track)
+        found = run_demo(out, track)
     console = Console()
-    console.print(found.table)
+    console.print(demo_table(found.rows, found.dense))
     console.print("Wrote " + ", ".join(str(path) for path in found.made), soft_wrap=True)
+    example = next(path for path in found.made if path.is_dir())
+    console.print(f"Load one anywhere: AutoModelForCausalLM.from_pretrained('{example}', trust_remote_code=True)", soft_wrap=True)

@@ -12,6 +12,7 @@ from structprune.assets import model_directory
 from structprune.models.configuration_structprune import StructpruneDreamConfig, StructpruneLLaDAConfig
 from structprune.models.modeling_structprune import StructpruneDream, StructpruneLLaDA
 
+torch.set_num_threads(1)  # on tensors this small threads only wait for each other
 PARITY = Path(__file__).parent / "parity"
 MASK_ID = 2047  # of the embedded tokenizer, which tiny checkpoints carry
 LLADA = {
@@ -71,6 +72,16 @@ def tiny_checkpoint(tmp_path):
 
     def make(family: str = "llada", seed: int = 0, tokenizer: bool = True, name: str | None = None, **changes) -> Path:
         return write_checkpoint(tmp_path / (name or f"{family}-tiny"), tiny_values(family, **changes), seed, tokenizer)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def shared_checkpoint(tmp_path_factory):
+    """As `tiny_checkpoint`, for fixtures that live longer than a test; a directory of its own at every call."""
+
+    def make(family: str = "llada", **changes) -> Path:
+        return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / f"{family}-tiny", tiny_values(family, **changes))
 
     return make
 

@@ -51,12 +51,12 @@ def predicted_peak(dense: Adapter, pruned: Adapter, config: Config, stored: torc
         scoring = stream + max(4 * (a * a + b * b) + 24 * max(a, b) ** 2 for a, b in consumers)
     parts[f"scoring ({config.structured.score})"] = scoring
     refit = 0
-    if config.reconstruct.enabled:  # fp32 and fp64 Gram and cross products of fit and held-out rows, and two solves
+    if config.reconstruct.enabled:  # fp32 and fp64 Grams of fit and held-out rows, and a solve
         kept = max(block["down"].in_features for block in pruned.blocks)
-        held = tokens * dtype.itemsize * sum(sum(pair) for pair in consumers)
+        held = tokens * dtype.itemsize * 2 * len(dense.blocks) * dense.hidden_size  # what both consumers should put out
         held = held if held <= budget else 0
         one = tokens * dtype.itemsize * widest
-        refit = 24 * (kept * kept + kept * widest) + 16 * kept * kept + 2 * stream + held + (one if one <= budget else 0)
+        refit = 24 * kept * kept + 16 * kept * (kept + dense.hidden_size) + 2 * stream + held + (one if one <= budget else 0)
     parts |= {"pruned weights": copy, "refit": refit}
     loading = weights + dense.model.num_parameters() * stored.itemsize
     parts["peak"] = max(loading, weights + activations + max(scoring, copy + refit)) + RUNTIME_BYTES

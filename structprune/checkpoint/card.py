@@ -26,8 +26,8 @@ NELBO is the masked-diffusion bound in nats per token on {windows} held-out wind
 calibration text; the change is a paired difference with its standard error. No benchmark was run.
 
 Made with: score `{score}` on arm `{arm}`, allocation `{allocation}`, split `{split}`, refit {refit}; calibration on
-`{text}` ({count} windows of {length} tokens, seed {seed}). Export class: `{export}`. Every figure is in report.json, what
-was kept in plan.json, and calibration.safetensors replays the run.
+`{text}` ({count} windows of {length} tokens, seed {seed}). Export class: `{export}`. Every figure is in report.json,
+what was kept in plan.json, and calibration.safetensors replays the run.
 
 ## Use
 
@@ -35,7 +35,8 @@ was kept in plan.json, and calibration.safetensors replays the run.
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True, dtype=torch.bfloat16)  # torch_dtype before transformers 4.56
+# before transformers 4.56, `dtype` is called `torch_dtype`
+model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True, dtype=torch.bfloat16)
 tokenizer = AutoTokenizer.from_pretrained("PATH", trust_remote_code=True)
 ```
 
@@ -75,7 +76,7 @@ def model_card(report: dict) -> str:
         "text": calibration.get("source", "given windows"),
         "seed": calibration.get("seed", "unknown"),
         "export": report["export_class"],
-        "alignment": "position i predicts token i + 1" if report["family"] == "dream" else "position i predicts token i",
+        "alignment": f"position i predicts token {'i + 1' if report['family'] == 'dream' else 'i'}",
     }
     return TEMPLATE.format(**values)
 

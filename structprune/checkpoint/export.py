@@ -56,7 +56,8 @@ def check_export(config, source_values: dict | None, wanted: str) -> None:
     """Raises UserError where a model does not allow the class asked for, with the reason."""
     reason = obstacles(config, source_values).get(wanted)
     if reason:
-        raise UserError(f"export.compat = {wanted} is not possible: {reason}; or export as {export_class(config, source_values)}")
+        other = export_class(config, source_values)
+        raise UserError(f"export.compat = {wanted} is not possible: {reason}; or export as {other}")
 
 
 def auto_map(family: Family) -> dict[str, str]:
@@ -82,7 +83,9 @@ def config_values(config, source_values: dict | None, compat: str, dtype: str) -
     if compat == "official":
         key = family.width_keys["channels"]
         values = dict(source_values) | {key: block_widths(config, family, 0).channels}
-        return values | {"torch_dtype": dtype, "auto_map": auto_map(family)}
+        values.pop("dtype", None)
+        own = {"mask_token_id": config.mask_token_id, "rope_theta": config.rope_theta}  # the source may lack them
+        return values | own | {"torch_dtype": dtype, "auto_map": auto_map(family)}
     defaults = PretrainedConfig().to_dict()
     values = {key: value for key, value in config.to_dict().items() if key not in defaults or defaults[key] != value}
     for stale in ("dtype", "_name_or_path", "transformers_version"):

@@ -4,24 +4,29 @@ import errno
 import json
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Callable
 
 import torch
+from safetensors import SafetensorError
 
+from structprune.checkpoint.atomic import whole_directory
 from structprune.checkpoint.export import CODE_FILES, check_export, config_values
 from structprune.errors import UserError
 from structprune.models import modeling_structprune
-from structprune.models.checkpoint_files import TOKENIZER_FILES, read_json
+from structprune.models.checkpoint_files import TOKENIZER_FILES, is_byte_pair, read_json
 from structprune.models.loading import as_dtype
 from structprune.models.modeling_structprune import DiffusionLM
 
 CARRIED = (*TOKENIZER_FILES, "generation_config.json")
+NARROW_TOKENIZERS = ("DreamTokenizer", "TokenizersBackend")  # of remote code, and of transformers 5 only
+OURS = ("config.json", "demo.json")  # an output of ours has one of them; nothing else is ever replaced
 Content = dict | str | Callable[[Path], None]
 
 
-def check_output(directory: str | Path, source: str | Path | None, overwrite: bool = False, needed_bytes: int = 0) -> Path:
+def check_output(
+    directory: str | Path, source: str | Path | None, overwrite: bool = False, needed_bytes: int = 0
+) -> Path:
     """An output directory that may be written; call it before long work.
 
     Args:
@@ -36,18 +41,23 @@ def check_output(directory: str | Path, source: str | Path | None, overwrite: bo
         inside = Path(source).resolve()
         if directory.resolve() == inside or inside in directory.resolve().parents:
             raise UserError(f"output '{directory}' lies inside the input checkpoint '{source}': choose another place")
+        if directory.resolve() in inside.parents and overwrite:
+            raise UserError(f"output '{directory}' holds the input checkpoint '{source}': --overwrite would erase it")
     if directory.is_dir() and any(directory.iterdir()) and not overwrite:
         raise UserError(f"output '{directory}' exists: choose another, or add --overwrite")
+    if directory.is_dir() and any(directory.iterdir()) and not any((directory / name).exists() for name in OURS):
+        raise UserError(f"output '{directory}' holds something else than an earlier output: choose another")
     if directory.exists() and not directory.is_dir():
         raise UserError(f"output '{directory}' is a file: choose another")
     anchor = directory.parent
     while not anchor.exists():
         anchor = anchor.parent
-    if not os.access(anchor, os.W_OK):
-        raise UserError(f"output '{directory}' cannot be written: no permission in '{anchor}'")
+    if not anchor.is_dir() or not os.access(anchor, os.W_OK):
+        raise UserError(f"output '{directory}' cannot be written: '{anchor}' is no directory that may be written to")
     free = shutil.disk_usage(anchor).free
     if needed_bytes > free:
-        raise UserError(f"output '{directory}' needs {needed_bytes / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free there")
+        sizes = f"needs {needed_bytes / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free there"
+        raise UserError(f"output '{directory}' {sizes}")
     return directory
 
 
@@ -83,25 +93,21 @@ def save_pruned(
     carried = Path(tokenizer_source) if tokenizer_source else (source.directory if source else None)
     needed = sum(p.numel() for p in model.parameters()) * dtype.itemsize
     directory = check_output(directory, carried, overwrite, needed)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
-        _write_weights(model, draft, dtype, max_shard_size)
-        _write_json(draft / "config.json", config_values(model.config, values, compat, str(dtype).split(".")[1]))
-        for name in CODE_FILES:
-            shutil.copyfile(Path(modeling_structprune.__file__).with_name(name), draft / name)
-        if carried is not None:
-            _carry(carried, draft)
-        for name, content in (files or {}).items():
-            _write_content(draft / name, content)
-        draft.chmod(0o755)  # mkdtemp's is private
-        _swap(draft, directory)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        with whole_directory(directory) as draft:
+            _write_weights(model, draft, dtype, max_shard_size)
+            _write_json(draft / "config.json", config_values(model.config, values, compat, str(dtype).split(".")[1]))
+            for name in CODE_FILES:
+                shutil.copyfile(Path(modeling_structprune.__file__).with_name(name), draft / name)
+            if carried is not None:
+                _carry(carried, draft)
+            for name, content in (files or {}).items():
+                _write_content(draft / name, content)
+    except (OSError, SafetensorError) as error:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        if full or f"os error {errno.ENOSPC}" in str(error):  # safetensors tells it in words only
             raise UserError(f"no space left while writing '{directory}' ({needed / 1e9:.2f} GB of weights)") from error
         raise
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     return directory
 
 
@@ -123,16 +129,18 @@ def _write_weights(model: DiffusionLM, draft: Path, dtype: torch.dtype, max_shar
 
 
 def _carry(source: Path, draft: Path) -> None:
-    """Copy tokenizer and generation files; a tokenizer class that only remote code has is replaced by the fast one."""
+    """Copy tokenizer and generation files; a tokenizer class that not every transformers has is replaced."""
     for name in CARRIED:
         if (source / name).is_file():
             shutil.copyfile(source / name, draft / name)
     settings = draft / "tokenizer_config.json"
-    if settings.exists() and (draft / "tokenizer.json").exists():
-        values = read_json(settings)
-        if "auto_map" in values:
-            values.pop("auto_map")
-            _write_json(settings, values | {"tokenizer_class": "PreTrainedTokenizerFast"})
+    if not settings.exists():
+        return
+    values = read_json(settings)
+    if "auto_map" in values or values.get("tokenizer_class") in NARROW_TOKENIZERS:
+        values.pop("auto_map", None)
+        kind = "Qwen2Tokenizer" if is_byte_pair(draft) else "PreTrainedTokenizerFast"  # as `load_tokenizer` reads it
+        _write_json(settings, values | {"tokenizer_class": kind})
 
 
 def _write_content(path: Path, content: Content) -> None:
@@ -146,19 +154,3 @@ def _write_content(path: Path, content: Content) -> None:
 
 def _write_json(path: Path, values: dict) -> None:
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _swap(draft: Path, directory: Path) -> None:
-    """Rename the complete draft into place; what was there comes back if that fails."""
-    if not directory.exists():
-        os.rename(draft, directory)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{directory.name}.old.", dir=directory.parent))
-    os.rename(directory, old / "was")
-    try:
-        os.rename(draft, directory)
-    except BaseException:
-        os.rename(old / "was", directory)
-        raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)

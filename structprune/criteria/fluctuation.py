@@ -14,10 +14,23 @@ def fluctuation_scores(weight: torch.Tensor, variance: torch.Tensor, width: int)
     Returns:
         (U,) fp64.
     """
-    return per_unit(weight.double().pow(2).sum(0) * variance, width) / width
+    return per_unit(_columns(weight, variance), width) / width
 
 
-def standardised(scores: torch.Tensor) -> torch.Tensor:
-    """z-scores over the units of one block and kind, which FLAP ranks globally as they are: (U,) -> (U,)."""
-    deviation = scores.std(correction=0)  # ()
-    return (scores - scores.mean()) / deviation.clamp(min=torch.finfo(scores.dtype).tiny)
+def fluctuation_ranks(weight: torch.Tensor, variance: torch.Tensor, width: int) -> torch.Tensor:
+    """Mean over a unit's columns of their z-scores over the block and kind, which FLAP ranks globally as they are.
+
+    Args:
+        As `fluctuation_scores`.
+    Returns:
+        (U,) fp64.
+    """
+    columns = _columns(weight, variance)  # (C,)
+    deviation = columns.std(correction=0)  # ()
+    standardised = (columns - columns.mean()) / deviation.clamp(min=torch.finfo(columns.dtype).tiny)  # (C,)
+    return per_unit(standardised, width) / width
+
+
+def _columns(weight: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
+    """Var(x_c) · ‖W[:, c]‖²: (O, C), (C,) -> (C,) fp64."""
+    return weight.double().pow(2).sum(0) * variance

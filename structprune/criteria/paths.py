@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from structprune.models.adapter import CONSUMER  # noqa: F401 (also known under this name)
+
 KINDS = ("attention", "channels")
-CONSUMER = {"attention": "attention_output", "channels": "down"}  # kind of unit -> role of the linear that reads it
 
 
 @dataclass(frozen=True)

@@ -7,15 +7,15 @@ import torch.nn.functional as F
 
 from structprune.calibration.batches import Calibration
 from structprune.config import SinkSettings, StructuredSettings
-from structprune.criteria.fluctuation import fluctuation_scores, standardised
+from structprune.criteria.fluctuation import fluctuation_ranks, fluctuation_scores
 from structprune.criteria.magnitude import magnitude_scores
 from structprune.criteria.obs import obs_path
-from structprune.criteria.paths import CONSUMER, KINDS, RemovalPath, static_path, step_groups
+from structprune.criteria.paths import KINDS, RemovalPath, static_path, step_groups
 from structprune.criteria.table import CRITERIA
 from structprune.criteria.taylor import taylor_scores
 from structprune.criteria.wanda import wanda_scores
 from structprune.errors import UserError
-from structprune.models.adapter import Adapter, BlockView
+from structprune.models.adapter import CONSUMER, Adapter, BlockView
 from structprune.statistics.activations import add_products, relative_weight
 from structprune.statistics.hidden import HiddenStates
 from structprune.statistics.moments import consumer_moments
@@ -101,7 +101,8 @@ def _by_moments(adapter, calibration, settings, arm, sink, limits, track) -> dic
                 paths[block.index, kind] = static_path(wanda_scores(weight, seen.squared_norm, width), groups)
             else:
                 score = fluctuation_scores(weight, seen.variance, width)  # (U,)
-                paths[block.index, kind] = static_path(score * width, groups, rank=standardised(score))
+                rank = fluctuation_ranks(weight, seen.variance, width)  # (U,)
+                paths[block.index, kind] = static_path(score * width, groups, rank)
     return paths
 
 

@@ -9,7 +9,8 @@ from structprune.models.configuration_structprune import layer_width
 from structprune.models.families import ROLES, Family, family_of
 from structprune.models.modeling_structprune import Block, DiffusionLM
 
-CONSUMERS = ("attention_output", "down")  # the linear that reads each kind of unit
+CONSUMER = {"attention": "attention_output", "channels": "down"}  # kind of unit -> role of the linear that reads it
+CONSUMERS = tuple(CONSUMER.values())
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "chat_template.jinja", "tokenizer.model",
 )  # fmt: skip
+SETTINGS_PATTERNS = ("*.json", "*.txt", "*.jinja", "*.model")
 WEIGHT_FILE = re.compile(r".*\.(safetensors|bin|pt|pth)$")
 
 
@@ -24,9 +25,12 @@ class TensorHeader:
     shard: str
 
 
-def locate(source: str | Path) -> Path:
+def locate(source: str | Path, weights: bool = True, allow_pickle: bool = False) -> Path:
     """The directory of a checkpoint given as a path or a Hub id (downloaded without any Python file).
 
+    Args:
+        weights: also download the weights of a Hub id; config and tokenizer files always come.
+        allow_pickle: download `.bin` shards where the Hub id has no safetensors.
     Raises:
         UserError: no such directory, or the Hub does not give it.
     """
@@ -34,15 +38,29 @@ def locate(source: str | Path) -> Path:
     if path.is_dir():
         return path
     if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-        raise UserError(f"no checkpoint directory at '{source}': give a directory with config.json, or a Hub id (org/name)")
+        raise UserError(f"no checkpoint directory at '{source}': give one with config.json, or a Hub id (org/name)")
+    patterns = [*SETTINGS_PATTERNS, *(["*.safetensors"] if weights else [])]
+    directory = _snapshot(str(source), patterns)
+    if weights and allow_pickle and not any(directory.glob("*.safetensors")):
+        directory = _snapshot(str(source), [*patterns, "*.bin"])
+    return directory
+
+
+def _snapshot(hub_id: str, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
-        return Path(snapshot_download(str(source), allow_patterns=patterns))
+        return Path(snapshot_download(hub_id, allow_patterns=patterns))
     except Exception as error:  # the Hub client raises a dozen types, all meaning the same to the user
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"'{source}' is neither a directory nor a Hub checkpoint that can be reached ({reason})") from error
+        message = f"'{hub_id}' is neither a directory nor a Hub checkpoint that can be reached ({reason})"
+        raise UserError(message) from error
+
+
+def is_byte_pair(directory: Path) -> bool:
+    """Whether the tokenizer is there as vocab.json and merges.txt only, as Dream's is."""
+    files = [(directory / name).exists() for name in ("vocab.json", "merges.txt", "tokenizer.json")]
+    return files == [True, True, False]
 
 
 def read_json(path: Path) -> dict:
@@ -68,24 +86,36 @@ def shard_names(directory: Path, allow_pickle: bool = False) -> list[str]:
     Raises:
         UserError: none there, one named by the index missing, or only pickled ones and `allow_pickle` is off.
     """
-    index = directory / "model.safetensors.index.json"
-    if index.exists():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
-        missing = [name for name in names if not (directory / name).exists()]
-        if missing:
-            raise UserError(f"{directory} lacks {', '.join(missing)} ({len(names)} shards in the index): finish the download")
+    if names := _named_shards(directory, "model.safetensors"):
         return names
-    if (directory / "model.safetensors").exists():
-        return ["model.safetensors"]
     present = sorted(path.name for path in directory.iterdir() if WEIGHT_FILE.match(path.name))
     pickled = [name for name in present if name.endswith(".bin")]
     if pickled and not allow_pickle:
-        raise UserError(f"{directory} has only pickled weights ({pickled[0]}): convert to safetensors or allow with --allow-pickle")
+        remedy = "convert to safetensors or allow with --allow-pickle"
+        raise UserError(f"{directory} has only pickled weights ({pickled[0]}): {remedy}")
     if pickled:
-        return pickled
+        return _named_shards(directory, "pytorch_model.bin") or pickled
     if present:
-        raise UserError(f"{directory} has {present[0]} but neither model.safetensors nor its index: finish the download")
+        raise UserError(
+            f"{directory} has {present[0]} but neither model.safetensors nor its index: finish the download"
+        )
     raise UserError(f"{directory} has no weights (model.safetensors or an index with its shards)")
+
+
+def _named_shards(directory: Path, whole: str) -> list[str]:
+    """The shards that the index of `whole` names, else `whole` itself where it is there, else none."""
+    index = directory / f"{whole}.index.json"
+    if not index.exists():
+        return [whole] if (directory / whole).exists() else []
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
+        raise UserError(f"{index} names no shards: download it again")
+    names = sorted(set(places.values()))
+    missing = [name for name in names if not (directory / name).exists()]
+    if missing:
+        absent = ", ".join(missing)
+        raise UserError(f"{directory} lacks {absent} ({len(names)} shards in the index): finish the download")
+    return names
 
 
 def read_header(path: Path) -> dict[str, TensorHeader]:
@@ -105,13 +135,14 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
             raise broken
         try:
             entries = json.loads(file.read(length))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            entries.pop("__metadata__", None)
+            end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+            headers = {name: TensorHeader(tuple(e["shape"]), e["dtype"], path.name) for name, e in entries.items()}
+        except (ValueError, AttributeError, KeyError, TypeError, IndexError) as error:  # not JSON, or not a header
             raise broken from error
-    entries.pop("__metadata__", None)
-    end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
     if 8 + length + end != size:
         raise broken
-    return {name: TensorHeader(tuple(e["shape"]), e["dtype"], path.name) for name, e in entries.items()}
+    return headers
 
 
 def read_headers(directory: Path, names: list[str]) -> dict[str, TensorHeader]:
@@ -120,3 +151,36 @@ def read_headers(directory: Path, names: list[str]) -> dict[str, TensorHeader]:
     for name in names:
         headers |= read_header(directory / name)
     return headers
+
+
+def stored_headers(source: str | Path, directory: Path, allow_pickle: bool = False) -> dict[str, TensorHeader]:
+    """Every tensor's header without reading any weight; none where there is only config.json, or pickled weights.
+
+    Args:
+        source: as the user gave it; the headers of a Hub id whose shards are not here are fetched from the Hub.
+        directory: of `locate(source)`.
+    Raises:
+        UserError: shards that are broken or missing.
+    """
+    here = [path.name for path in directory.iterdir() if WEIGHT_FILE.match(path.name)]
+    if not here and not Path(source).is_dir():
+        return _hub_headers(str(source))
+    if not here and not list(directory.glob("*.index.json")):
+        return {}
+    names = shard_names(directory, allow_pickle)
+    return read_headers(directory, names) if names[0].endswith(".safetensors") else {}
+
+
+def _hub_headers(hub_id: str) -> dict[str, TensorHeader]:
+    """Headers by range requests of a few kilobytes per shard; none where the Hub does not give them."""
+    from huggingface_hub import get_safetensors_metadata
+
+    try:
+        files = get_safetensors_metadata(hub_id).files_metadata
+    except Exception:  # offline, no safetensors there, a header that cannot be parsed: config.json must do
+        return {}
+    return {
+        name: TensorHeader(tuple(tensor.shape), tensor.dtype, shard)
+        for shard, file in files.items()
+        for name, tensor in file.tensors.items()
+    }

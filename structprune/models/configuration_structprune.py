@@ -13,6 +13,7 @@ class StructpruneLLaDAConfig(PretrainedConfig):
     """
 
     model_type = "structprune_llada"
+    _auto_class = "AutoConfig"  # save_pretrained then writes this file too, under transformers 4 as well
     attribute_map = {
         "hidden_size": "d_model",
         "num_attention_heads": "n_heads",
@@ -49,6 +50,7 @@ class StructpruneDreamConfig(PretrainedConfig):
     """
 
     model_type = "structprune_dream"
+    _auto_class = "AutoConfig"
 
     def __init__(
         self, vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,

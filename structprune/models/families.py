@@ -97,4 +97,5 @@ def family_of(config) -> Family:
     for family in FAMILIES:
         if type(config).__name__ == family.config_class.__name__:
             return family
-    raise TypeError(f"{type(config).__name__} is not a structprune model config; load models with structprune.load_model")
+    kind = type(config).__name__
+    raise TypeError(f"{kind} is not a structprune model config; load models with structprune.load_model")

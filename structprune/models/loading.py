@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from structprune.errors import UserError
-from structprune.models.checkpoint_files import locate, read_headers, read_json, shard_names
+from structprune.models.checkpoint_files import is_byte_pair, locate, read_headers, read_json, shard_names
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.official import build_config, detect_family, find_mask_id
 
@@ -15,11 +15,19 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model came from: its directory, its config.json's contents, and the dtype its weights are stored in."""
+    """Where a model came from.
+
+    Attributes:
+        directory: of the checkpoint's files.
+        values: its config.json's contents.
+        dtype: its weights are stored in.
+        name: the Hub id, or the directory's own name.
+    """
 
     directory: Path
     values: dict
     dtype: torch.dtype
+    name: str = ""
 
 
 def as_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
@@ -36,13 +44,20 @@ def as_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
     return value
 
 
-def load_config(source: str | Path, mask_id: int | None = None):
+def source_name(source: str | Path, directory: Path) -> str:
+    """A checkpoint's name for reports: the Hub id, or the directory's own name."""
+    return directory.resolve().name if Path(source).is_dir() else str(source)
+
+
+def load_config(source: str | Path, mask_id: int | None = None, weights: bool = False, allow_pickle: bool = False):
     """Our configuration and family of a checkpoint; reads config.json (and the tokenizer's settings) only.
 
+    Args:
+        weights, allow_pickle: what to download of a Hub id (`locate`).
     Returns:
         (directory, family, config, config.json's contents)
     """
-    directory = locate(source)
+    directory = locate(source, weights, allow_pickle)
     values = read_json(directory / "config.json")
     family = detect_family(values, directory)
     config = build_config(values, family, find_mask_id(values, directory, mask_id), directory)
@@ -64,7 +79,7 @@ def load_model(source, dtype=None, device=None, mask_id: int | None = None, allo
     Raises:
         UserError: anything wrong with the checkpoint, in one line.
     """
-    directory, family, config, values = load_config(source, mask_id)
+    directory, family, config, values = load_config(source, mask_id, True, allow_pickle)
     device = torch.device("cpu" if device is None else device)
     with torch.device("meta"):
         model = family.model_class(config)
@@ -81,7 +96,7 @@ def load_model(source, dtype=None, device=None, mask_id: int | None = None, allo
     placed = {name: state.pop(name).to(device, dtype) for name in wanted}
     model.load_state_dict(placed, assign=True)
     model.config.dtype = dtype
-    model.source = Source(directory, values, stored)
+    model.source = Source(directory, values, stored, source_name(source, directory))
     return model.eval()
 
 
@@ -99,12 +114,13 @@ def check_shapes(model: DiffusionLM, shapes: dict[str, tuple[int, ...]], directo
             raise UserError(f"{directory}: {name} is {shapes[name]}, but config.json asks for {shape}")
     extra = [name for name in shapes if name not in wanted and not name.endswith("inv_freq")]
     if extra:
-        raise UserError(f"{directory}: {len(extra)} weights are not in the model config.json describes (first: {extra[0]})")
+        count, first = len(extra), extra[0]
+        raise UserError(f"{directory}: {count} weights are not in the model config.json describes (first: {first})")
 
 
 def _read_shard(path: Path) -> dict[str, torch.Tensor]:
     if path.suffix == ".bin":
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = _read_pickle(path)
     else:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -119,23 +135,34 @@ def _read_shard(path: Path) -> dict[str, torch.Tensor]:
     return state
 
 
+def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a cut archive and a pickle that holds more than weights raise unrelated types
+        kind = type(error).__name__
+        raise UserError(f"{path} is cut short or holds more than weights ({kind}): not loaded") from error
+    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+        raise UserError(f"{path} is not a state dict of tensors: not loaded")
+    return state
+
+
 def load_tokenizer(directory: str | Path):
     """The checkpoint's own tokenizer, by transformers' classes only (no remote code).
 
     Raises:
         UserError: the directory has none that can be read.
     """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
     directory = Path(directory)
+    # the official files name classes that only their remote code has: tokenizer.json is all there is to a fast one,
+    # and DreamTokenizer, which comes as vocabulary and merges, is Qwen2's under another name
     if (directory / "tokenizer.json").exists():
-        try:  # the official files name classes that only their remote code has; tokenizer.json is all there is to it
-            return PreTrainedTokenizerFast.from_pretrained(directory)
-        except Exception as error:
-            raise UserError(f"{directory}: the tokenizer cannot be read ({str(error).splitlines()[0]})") from error
+        kind = PreTrainedTokenizerFast
+    else:
+        kind = Qwen2Tokenizer if is_byte_pair(directory) else AutoTokenizer
     try:
-        return AutoTokenizer.from_pretrained(directory)
+        return kind.from_pretrained(directory)
     except Exception as error:
-        raise UserError(f"{directory}: no tokenizer.json, and no tokenizer that can be read without remote code") from error
-
-
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{directory}: no tokenizer that can be read without remote code ({reason})") from error

@@ -120,8 +120,7 @@ class LLaDABlock(Block):
     def __init__(self, config, index: int):
         super().__init__()
         widths = (layer_width(config, index, key) for key in ("n_heads", "n_kv_heads", "mlp_hidden_size"))
-        qkv_bias = config.include_bias or config.include_qkv_bias
-        self.build(config, config.d_model, *widths, qkv_bias=qkv_bias, bias=config.include_bias)
+        self.build(config, config.d_model, *widths, config.include_bias or config.include_qkv_bias, config.include_bias)
 
 
 class DreamBlock(Block):
@@ -140,19 +139,17 @@ class DreamBlock(Block):
 class DiffusionLM(PreTrainedModel):
     """What both families share: one forward pass, the masked-diffusion loss, and what trainers expect.
 
-    A subclass places `embedding`, `blocks`, `final_norm` and `output_head` under its family's names. `shifted`: position
-    i predicts token i + 1. `edges_visible`: the first and last position are never masked.
+    A subclass places `embedding`, `blocks`, `final_norm` and `output_head` under its family's names. `shifted`:
+    position i predicts token i + 1. `edges_visible`: the first and last position are never masked.
     """
 
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False  # the loss is a mean per window already: the Trainer scales it as usual
+    _auto_class = "AutoModelForCausalLM"  # save_pretrained then writes the code too, under transformers 4 as well
     shifted = False
     edges_visible = False
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.gradient_checkpointing = False
+    gradient_checkpointing = False  # set per instance by gradient_checkpointing_enable
 
     def _init_weights(self, module):
         if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -172,9 +169,8 @@ class DiffusionLM(PreTrainedModel):
 
     def rotary(self, length: int, device, attention_mask=None):
         """RoPE tables for positions 0.. (1, T), or counted from each row's first real token (B, T)."""
-        if attention_mask is None:
-            positions = torch.arange(length, device=device)[None]  # (1, T)
-        else:
+        positions = torch.arange(length, device=device)[None]  # (1, T)
+        if attention_mask is not None:
             positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)  # (B, T)
         return rotary_tables(positions, self.config.head_dim, self.config.rope_theta)
 
@@ -187,11 +183,9 @@ class DiffusionLM(PreTrainedModel):
             ValueError: an attention mask that is not two-dimensional.
         """
         x = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, C)
-        mask = None
-        if attention_mask is not None:
-            if attention_mask.dim() != 2:
-                raise ValueError(f"attention_mask must be (batch, length), not {tuple(attention_mask.shape)}")
-            mask = attention_mask.bool()[:, None, None, :]  # (B, 1, 1, T)
+        if attention_mask is not None and attention_mask.dim() != 2:
+            raise ValueError(f"attention_mask must be (batch, length), not {tuple(attention_mask.shape)}")
+        mask = None if attention_mask is None else attention_mask.bool()[:, None, None, :]  # (B, 1, 1, T)
         rotary = self.rotary(x.shape[1], x.device, attention_mask)
         for block in self.blocks:
             if keep is not None:

@@ -8,15 +8,16 @@ from structprune.models.families import FAMILIES, Family
 
 REFUSED_TYPES = {
     "llada_moe": "LLaDA-MoE is a mixture of experts: structprune cuts dense MLPs only",
-    "llada2_moe": "LLaDA2 is a mixture of experts with block diffusion: structprune cuts dense, fully bidirectional models only",
-    "llada2": "LLaDA2 is a block-diffusion model: structprune cuts dense, fully bidirectional models only",
+    "llada2_moe": "LLaDA2 is a mixture of experts with block diffusion: structprune cuts dense MLPs only",
+    "llada2": "LLaDA2 is a block-diffusion model: structprune cuts dense, bidirectional models only",
 }
 # config key -> the values this implementation computes; anything else would load and be silently wrong
 SUPPORTED_VALUES = {
     "llada": {
         "block_type": ("llama",), "layer_norm_type": ("rms",), "activation_type": ("silu",), "rope": (True,),
         "alibi": (False,), "weight_tying": (False,), "attention_layer_norm": (False,), "input_emb_norm": (False,),
-        "scale_logits": (False,), "bias_for_layer_norm": (False, None),
+        "scale_logits": (False,), "bias_for_layer_norm": (False, None), "rope_full_precision": (True,),
+        "layer_norm_with_affine": (True,), "rope_scaling": (None,),
     },
     "dream": {
         "rope_scaling": (None,), "use_sliding_window": (False,), "hidden_act": ("silu",),
@@ -55,15 +56,21 @@ def build_config(values: dict, family: Family, mask_id: int, where: Path | str):
         UserError: a required key is missing, or one has a value that this implementation does not compute.
     """
     for key in family.required:
-        if not isinstance(values.get(key), int):
-            raise UserError(f"{where}: config.json has no integer '{key}', which a {family.name} checkpoint needs")
+        if not isinstance(values.get(key), int) or values[key] < 1:
+            raise UserError(f"{where}: config.json has no positive integer '{key}', which {family.name} needs")
     for key, allowed in SUPPORTED_VALUES[family.name].items():
         if key in values and values[key] not in allowed:
             raise UserError(f"{where}: {key} = {values[key]!r} is not supported ({family.name} needs {allowed[0]!r})")
     hidden, heads = values[family.keys["hidden"]], values[family.width_keys["query_heads"]]
-    if "head_dim" not in values and hidden % heads:
+    if values.get("head_dim") is None and hidden % heads:
         raise UserError(f"{where}: hidden size {hidden} is not a multiple of {heads} heads and head_dim is not given")
-    theta = (values.get("rope_parameters") or {}).get("rope_theta")
+    shared = values.get(family.width_keys["kv_heads"]) or heads
+    if heads % shared:
+        raise UserError(f"{where}: {heads} heads are not a multiple of {shared} key/value heads")
+    rope = values.get("rope_parameters") or {}  # where transformers 5 keeps what rope_theta and rope_scaling were
+    if rope.get("rope_type", "default") != "default":
+        raise UserError(f"{where}: rope_type = {rope['rope_type']!r} is not supported (needs 'default')")
+    theta = rope.get("rope_theta")
     kept = {key: value for key, value in values.items() if key not in NOT_OURS}
     if theta is not None:
         kept["rope_theta"] = theta
@@ -96,4 +103,5 @@ def find_mask_id(values: dict, directory: Path, given: int | None = None) -> int
             for entry in read_json(vocabulary).get("added_tokens", []):
                 if entry.get("content") == token:
                     return int(entry["id"])
-    raise UserError(f"{directory}: no mask id in config.json or the tokenizer: give it with --mask-id (LLaDA 126336, Dream 151666)")
+    remedy = "give it with --mask-id (LLaDA 126336, Dream 151666)"
+    raise UserError(f"{directory}: no mask id in config.json or the tokenizer: {remedy}")

@@ -1,5 +1,6 @@
 """Pictures of results; matplotlib is an extra."""
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -8,6 +9,12 @@ from structprune.errors import UserError
 # Okabe-Ito colours, which stay apart for colour-blind readers
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
 MARKERS = ("o", "s", "^", "D", "v")
+
+
+def check_matplotlib() -> None:
+    """Raises UserError where matplotlib is not installed; call it before long work that ends in a picture."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("pictures need matplotlib: pip install 'structprune[plot]'")
 
 
 def plot_nelbo(
@@ -22,10 +29,9 @@ def plot_nelbo(
     Raises:
         UserError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise UserError("pictures need matplotlib: pip install 'structprune[plot]'") from error
+    check_matplotlib()
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -1,9 +1,9 @@
 """A model run consumer by consumer over many sequences, so that a refit can stand between reading and writing."""
 
 import torch
+from torch import nn
 
-from structprune.criteria.paths import CONSUMER
-from structprune.models.adapter import Adapter
+from structprune.models.adapter import CONSUMER, Adapter
 from structprune.statistics.hidden import HiddenStates
 
 Key = tuple[int, str]  # (block index, kind of unit)
@@ -13,25 +13,16 @@ class ResidualRun:
     """What every consumer reads, in the order of the forward pass, over R sequences of T tokens.
 
     `read` gives a consumer's input for some sequences; `advance` adds its output to the residual stream, with the
-    weights it has by then. What was read is held until `advance` where it fits the budget, else computed again. With
-    `keep` all of it is held for good where that fits, so that the run can be read many times at the cost of one.
+    weights it has by then. What was read is held until `advance` where it fits the budget, else computed again.
     """
 
-    def __init__(self, adapter: Adapter, ids: torch.Tensor, batch: int, budget: int, keep: bool = False):
+    def __init__(self, adapter: Adapter, ids: torch.Tensor, batch: int, budget: int):
         self._adapter, self._ids, self._batch, self._budget = adapter, ids, batch, budget
-        size = ids.numel() * adapter.model.embedding.weight.element_size()
-        widths = [block[role].in_features for block in adapter.blocks for role in CONSUMER.values()]
-        self._keep = keep and size * sum(widths) <= budget
-        self._hold = size * max(widths) <= budget
+        self._size = ids.numel() * adapter.model.embedding.weight.element_size()  # bytes of one feature of all tokens
+        widest = max(block[role].in_features for block in adapter.blocks for role in CONSUMER.values())
+        self._hold = self._size * widest <= budget
         self._held: dict[Key, dict[int, torch.Tensor]] = {}
-        self._done: set[Key] = set()
         self._states = HiddenStates(adapter, ids, batch, budget)
-
-    def restart(self) -> None:
-        """Go back to the first block; free where everything is held."""
-        if not self._keep and self._done:
-            self._done, self._held = set(), {}
-            self._states = HiddenStates(self._adapter, self._ids, self._batch, self._budget)
 
     def slices(self):
         """The batches' row slices."""
@@ -46,23 +37,63 @@ class ResidualRun:
         """The residual stream that the current consumer's block reads, (b, T, C)."""
         return self._states.read(rows)
 
+    def consumer(self, key: Key) -> nn.Linear:
+        """The linear that reads what `key` names."""
+        return self._adapter.blocks[key[0]][CONSUMER[key[1]]]
+
     def read(self, key: Key, rows: slice) -> torch.Tensor:
         """Input of consumer `key` for some sequences, (b, T, C)."""
-        held = self._held.setdefault(key, {})
-        if rows.start in held:
-            return held[rows.start]
-        value = self.compute(key, self._states.read(rows))  # (b, T, C)
-        if self._keep or self._hold:
-            held[rows.start] = value
-        return value
+        return self._cached(key, rows, lambda: self.compute(key, self._states.read(rows)))
+
+    def output(self, key: Key, rows: slice) -> torch.Tensor:
+        """Output of consumer `key` for some sequences, with the weights it has now, (b, T, O)."""
+        return self.consumer(key)(self.read(key, rows))
 
     def advance(self, key: Key) -> None:
         """Add the consumer's output to the residual stream of all sequences."""
+        for rows in self.slices():
+            self._states.write(rows, self._states.read(rows) + self.output(key, rows))
+        self._held.pop(key, None)
+
+    def _cached(self, key: Key, rows: slice, compute) -> torch.Tensor:
+        held = self._held.setdefault(key, {})
+        if rows.start in held:
+            return held[rows.start]
+        value = compute()
+        if self._hold:
+            held[rows.start] = value
+        return value
+
+
+class TargetRun(ResidualRun):
+    """The dense model's consumers' outputs, which do not change: held for good where all of them fit the budget.
+
+    `restart` goes back to the first block, free where everything is held.
+    """
+
+    def __init__(self, adapter: Adapter, ids: torch.Tensor, batch: int, budget: int):
+        super().__init__(adapter, ids, batch, budget)
+        self.kept = self._size * len(CONSUMER) * len(adapter.blocks) * adapter.hidden_size <= budget
+        self._hold = self._size * adapter.hidden_size <= budget
+        self._done: set[Key] = set()
+
+    def restart(self) -> None:
+        """Start anew with the embeddings, unless everything is held or nothing was consumed yet."""
+        if not self.kept and self._done:
+            self._done, self._held = set(), {}
+            self._states = HiddenStates(self._adapter, self._ids, self._batch, self._budget)
+
+    def read(self, key: Key, rows: slice) -> torch.Tensor:
+        return self.compute(key, self._states.read(rows))
+
+    def output(self, key: Key, rows: slice) -> torch.Tensor:
+        return self._cached(key, rows, lambda: self.consumer(key)(self.read(key, rows)))
+
+    def advance(self, key: Key) -> None:
         if key in self._done:
             return
-        consumer = self._adapter.blocks[key[0]][CONSUMER[key[1]]]
-        for rows in self.slices():
-            self._states.write(rows, self._states.read(rows) + consumer(self.read(key, rows)))
+        held = self._held.get(key) if self.kept else None
+        super().advance(key)
+        if held is not None:
+            self._held[key] = held
         self._done.add(key)
-        if not self._keep:
-            self._held.pop(key, None)

@@ -10,32 +10,57 @@ import torch
 
 from structprune.config import SinkSettings
 
-TILE_BYTES = 8 * 2**20  # of one block of scores: small enough to stay in cache, large enough to keep matmuls busy
+# Bytes of one block of scores: on CPU small enough for the cache yet few enough steps for several threads; elsewhere
+# large enough to hide the launches.
+TILE_BYTES = {"cpu": 4 * 2**20}
+DEVICE_TILE_BYTES = 64 * 2**20
 
 
+@torch.no_grad()
 def attention_mass(query: torch.Tensor, key: torch.Tensor, tile: int | None = None) -> torch.Tensor:
     """Attention that each key position receives, summed over heads and queries, in fp32.
 
-    Only `tile` query rows of one sequence are in memory at a time, never a whole (T, T) matrix.
+    Only a block of scores is in memory at a time, never a whole (T, T) matrix per head: `tile` queries against all keys
+    of as many heads, then sequences, as fit `TILE_BYTES`. Two buffers serve all blocks, because fresh memory for each
+    would cost as much as the products.
 
     Args:
         query: (B, H, T, D), after RoPE.
         key: (B, K, T, D), after RoPE; K divides H.
-        tile: query rows per step; default as many as fit `TILE_BYTES`.
+        tile: queries per step; default as many as fit.
     Returns:
         (B, T) fp32; each row sums to H·T.
     """
     batch, heads, length, size = query.shape
-    repeat = heads // key.shape[1]
-    tile = tile or max(1, min(length, TILE_BYTES // (4 * heads * length)))
+    kv_heads = key.shape[1]
+    repeat = heads // kv_heads
+    tile, span, stack = _block_shape(batch, kv_heads, repeat, length, tile, query.device)
     mass = torch.zeros(batch, length, device=query.device)  # (B, T)
-    scale = 1 / math.sqrt(size)
-    for row in range(batch):
-        keys = key[row].float().repeat_interleave(repeat, dim=0).transpose(1, 2)  # (H, D, T)
-        for start in range(0, length, tile):
-            queries = query[row, :, start : start + tile].float() * scale  # (H, tile, D)
-            mass[row] += torch.softmax(queries @ keys, dim=-1).sum(dim=(0, 1))  # (H, tile, T) -> (T,)
+    buffers = torch.empty(2, stack * span * repeat * min(tile, length) * length, device=query.device)
+    for row in range(0, batch, stack):
+        for head in range(0, kv_heads, span):
+            keys = key[row : row + stack, head : head + span].float()  # (b, k, T, D)
+            queries = query[row : row + stack, head * repeat : (head + span) * repeat]  # (b, k·r, T, D)
+            rows, groups = keys.shape[:2]
+            keys = keys.flatten(0, 1).transpose(1, 2)  # (b·k, D, T)
+            for start in range(0, length, tile):
+                part = queries[:, :, start : start + tile].float() / math.sqrt(size)  # (b, k·r, t, D)
+                part = part.reshape(rows * groups, -1, size)  # (b·k, r·t, D): a key head serves r query heads
+                shape = (rows * groups, part.shape[1], length)
+                scores, weights = (buffer[: math.prod(shape)].view(shape) for buffer in buffers)  # (b·k, r·t, T)
+                torch.bmm(part, keys, out=scores)
+                torch.softmax(scores, dim=-1, out=weights)
+                mass[row : row + stack] += weights.view(rows, -1, length).sum(dim=1)  # (b, T)
     return mass
+
+
+def _block_shape(batch: int, kv_heads: int, repeat: int, length: int, tile: int | None, device) -> tuple[int, int, int]:
+    """Queries, key heads and sequences per step: more heads only where whole sequences of one fit, and so on."""
+    rows = TILE_BYTES.get(device.type, DEVICE_TILE_BYTES) // (4 * length)  # of scores, that fit
+    tile = tile or max(1, min(length, rows // repeat))
+    span = max(1, min(kv_heads, rows // (repeat * tile)))
+    stack = max(1, min(batch, rows // (repeat * tile * kv_heads)))
+    return tile, span, stack
 
 
 def sink_threshold(mass: torch.Tensor, kappa: float) -> torch.Tensor:

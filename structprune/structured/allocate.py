@@ -168,14 +168,28 @@ def head_choices(sizes: list[BlockSize], ratios: list[float], multiple: int) -> 
     Raises:
         UserError: no number of heads meets the ratio; names the nearest ratio that can be met.
     """
-    found = {}
-    for heads in range(min(size.steps["attention"] for size in sizes)):
-        counts = split_counts(sizes, ratios, heads, multiple)
-        if counts is not None:
-            found[heads] = counts
+    found = _head_choices(sizes, ratios, multiple)
     if not found:
-        raise UserError(f"no plan meets ratio {sum(ratios) / len(ratios):.4f}: the most is {most_ratio(sizes, multiple):.4f}")
+        ratio, most = sum(ratios) / len(ratios), most_ratio(sizes, multiple)
+        if ratio > most and len(set(ratios)) == 1:
+            raise UserError(f"no plan meets ratio {ratio:.4f}: the most is {most:.4f}")
+        raise UserError(f"no plan meets ratio {ratio:.4f}: the nearest is {_nearest_ratio(sizes, ratios, multiple):.4f}")
     return found
+
+
+def _head_choices(sizes: list[BlockSize], ratios: list[float], multiple: int) -> dict[int, Counts]:
+    tried = range(min(size.steps["attention"] for size in sizes))
+    found = {heads: split_counts(sizes, ratios, heads, multiple) for heads in tried}
+    return {heads: counts for heads, counts in found.items() if counts is not None}
+
+
+def _nearest_ratio(sizes: list[BlockSize], ratios: list[float], multiple: int, grid: float = 0.0025) -> float:
+    """The nearest mean ratio that block ratios shifted alike can meet, to within `grid`; 0, where nothing is removed."""
+    for shift in (sign * step * grid for step in range(1, round(1 / grid)) for sign in (-1, 1)):
+        shifted = [ratio + shift for ratio in ratios]
+        if 0 <= min(shifted) <= max(shifted) < 1 and _head_choices(sizes, shifted, multiple):
+            return sum(shifted) / len(shifted)
+    return 0.0
 
 
 def most_ratio(sizes: list[BlockSize], multiple: int) -> float:

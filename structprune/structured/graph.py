@@ -4,12 +4,12 @@ Only membership is taken from the graph. Its index maps are wrong for grouped-qu
 unchecked, so indices are ours (`structured.surgery`). The trace runs on the meta device: no weight is touched.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from structprune.criteria.paths import CONSUMER, KINDS
-from structprune.models.adapter import Adapter
+from structprune.criteria.paths import KINDS
+from structprune.models.adapter import CONSUMER, Adapter, set_widths
 from structprune.models.modeling_structprune import DiffusionLM, RMSNorm
 
 
@@ -34,8 +34,8 @@ def coupled_units(model: DiffusionLM) -> dict[tuple[int, str], Coupled]:
     """
     import torch_pruning as tp
 
-    with torch.device("meta"), torch.enable_grad():
-        ghost = type(model)(model.config)
+    with torch.device("meta"), torch.inference_mode(False), torch.enable_grad():
+        ghost = type(model)(_traced_config(model))
         graph = tp.DependencyGraph()
         ids = torch.zeros(1, 4, dtype=torch.long)  # (1, 4)
         norms = [(module.weight, 0) for module in ghost.modules() if isinstance(module, RMSNorm)]
@@ -53,3 +53,13 @@ def coupled_units(model: DiffusionLM) -> dict[tuple[int, str], Coupled]:
                     sides[side].add(names[target])
             found[block.index, kind] = Coupled(frozenset(sides["out"]), frozenset(sides["in"]))
     return found
+
+
+def _traced_config(model: DiffusionLM):
+    """The model's configuration with as many KV heads as query heads, which couple the same modules.
+
+    With two query heads to a KV head the library's index maps double at every turn, and `get_pruning_group` never ends.
+    """
+    adapter = Adapter(model)
+    widths = [replace(block.widths, kv_heads=block.widths.query_heads) for block in adapter.blocks]
+    return adapter.family.config_class(**set_widths(model.config.to_dict(), adapter.family, widths))

@@ -16,19 +16,20 @@ from structprune.criteria.ranking import Limits, calibration_rows
 from structprune.models.adapter import Adapter
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.statistics.activations import add_products, relative_weight
-from structprune.statistics.residual import ResidualRun
+from structprune.statistics.residual import ResidualRun, TargetRun
 from structprune.statistics.rows import Track, arm_rows, untracked
 
 NEVER = float("inf")  # the damping at which nothing changes: plain removal
 
 
 def refit_weight(
-    kept: torch.Tensor, full: torch.Tensor, gram: torch.Tensor, cross: torch.Tensor, damping: float, features: int
+    kept: torch.Tensor, wanted: torch.Tensor, gram: torch.Tensor, damping: float, features: int
 ) -> torch.Tensor | None:
     """W_new = W_K + (W·C - W_K·G)(G + λI)⁻¹, the minimiser of ‖W_new X̂_Kᵀ - W Xᵀ‖² + λ‖W_new - W_K‖².
 
     Args:
-        kept: (O, K) W_K. full: (O, C) W. gram: (K, K) G = X̂_KᵀX̂_K. cross: (C, K) XᵀX̂_K.
+        kept: (O, K) W_K. gram: (K, K) G = X̂_KᵀX̂_K.
+        wanted: (O, K) W·C = W XᵀX̂_K, the wanted outputs times what is left of the inputs.
         damping: λ relative to the mean diagonal of G over its first `features` rows; infinity returns W_K.
         features: number of real features, so that an appended constant does not move λ.
     Returns:
@@ -41,21 +42,22 @@ def refit_weight(
     factor, failed = torch.linalg.cholesky_ex(ridge)
     if failed:
         return None
-    return kept + torch.cholesky_solve((full @ cross - kept @ gram).T, factor).T  # (O, K)
+    return kept + torch.cholesky_solve((wanted - kept @ gram).T, factor).T  # (O, K)
 
 
-def output_error(weight: torch.Tensor, full: torch.Tensor, gram: torch.Tensor, cross: torch.Tensor) -> float:
-    """‖W_new X̂ᵀ - W Xᵀ‖² less the part that no W_new changes: tr(W_new G W_newᵀ) - 2 tr(W_new Cᵀ Wᵀ)."""
-    return float((weight * (weight @ gram)).sum() - 2 * (weight * (full @ cross)).sum())
+def output_error(weight: torch.Tensor, wanted: torch.Tensor, gram: torch.Tensor) -> float:
+    """‖W_new X̂ᵀ - W Xᵀ‖² less the part that no W_new changes: tr(W_new G W_newᵀ) - 2 tr(W_new (W·C)ᵀ)."""
+    return float((weight * (weight @ gram - 2 * wanted)).sum())
 
 
-def refit_bias(kept: torch.Tensor, full: torch.Tensor, gram: torch.Tensor, cross: torch.Tensor) -> torch.Tensor:
+def refit_bias(kept: torch.Tensor, wanted: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
     """Only the constant's weight moves, by the mean residual of the output (FLAP's compensation).
 
     Args:
-        As `refit_weight`, with the constant as last feature on both sides.
+        kept: (O, K), the constant as last feature.
+        wanted: (O, 1) W·C and gram: (K, 1) G, of which this needs the last column only (more do no harm).
     """
-    residual = full @ cross[:, -1] - kept @ gram[:, -1]  # (O,)
+    residual = wanted[:, -1] - kept @ gram[:, -1]  # (O,)
     moved = kept.clone()  # (O, K)
     moved[:, -1] += residual / gram[-1, -1]
     return moved
@@ -63,11 +65,11 @@ def refit_bias(kept: torch.Tensor, full: torch.Tensor, gram: torch.Tensor, cross
 
 @dataclass(frozen=True)
 class Products:
-    """Second moments of one consumer: gram (K, K), cross (C, K), and the power ‖W Xᵀ‖² of the wanted output."""
+    """Second moments of one consumer: gram (K, K), wanted (O, K), and the power ‖W Xᵀ‖² of the wanted output."""
 
     gram: torch.Tensor
-    cross: torch.Tensor
-    power: float = 0.0
+    wanted: torch.Tensor
+    power: float
 
 
 @dataclass(frozen=True)
@@ -81,24 +83,24 @@ class LayerFit:
 
 
 def choose(
-    settings: ReconstructSettings, kept: torch.Tensor, full: torch.Tensor, fit: Products, check: Products, features: int
+    settings: ReconstructSettings, kept: torch.Tensor, fit: Products, check: Products, features: int
 ) -> tuple[torch.Tensor, float, float]:
     """The candidate with the least held-out output error; plain removal is always among them.
 
     Returns:
         (weight, damping, its held-out error less plain removal's)
     """
-    plain = output_error(kept, full, check.gram, check.cross)
+    plain = output_error(kept, check.wanted, check.gram)
     best = (kept, NEVER, 0.0)
     if settings.mode == "bias":
-        candidates = [(refit_bias(kept, full, fit.gram, fit.cross), 0.0)]
+        candidates = [(refit_bias(kept, fit.wanted, fit.gram), 0.0)]
     else:
         tried = sorted(settings.damping)
-        candidates = [(refit_weight(kept, full, fit.gram, fit.cross, value, features), value) for value in tried]
+        candidates = ((refit_weight(kept, fit.wanted, fit.gram, value, features), value) for value in tried)
     for weight, damping in candidates:
         if weight is None:
             continue
-        gain = output_error(weight, full, check.gram, check.cross) - plain
+        gain = output_error(weight, check.wanted, check.gram) - plain
         if gain < best[2]:
             best = (weight, damping, gain)
     return best
@@ -112,7 +114,7 @@ class Reconstructor:
         limits: Limits = Limits(), track: Track = untracked,
     ):  # fmt: skip
         self.settings, self._limits, self._track = settings, limits, track
-        self._dense, self.windows = Adapter(model), calibration.windows
+        self._dense = Adapter(model)
         with torch.no_grad():
             rows = calibration_rows(self._dense, calibration.fit, settings.arm, sink, limits, track)
             held_out = arm_rows(calibration.check, "masked", sink, None, self._dense.mask_id)
@@ -121,7 +123,12 @@ class Reconstructor:
             fit_weight = torch.ones(rows.ids.shape) if rows.weight is None else rows.weight  # (R1, T)
             self._weight = torch.cat((fit_weight, held_out.masked.float()))  # (R, T)
             self._batch = limits.windows * calibration.levels
-            self._run = ResidualRun(self._dense, self._ids, self._batch, limits.budget, keep=True)
+            self._run = TargetRun(self._dense, self._ids, self._batch, limits.budget)
+
+    @property
+    def kept(self) -> bool:
+        """Whether the dense targets are held for good."""
+        return self._run.kept
 
     @torch.no_grad()
     def refit(self, small: DiffusionLM, plan) -> list[LayerFit]:
@@ -143,56 +150,60 @@ class Reconstructor:
         return fits
 
     def _refit_consumer(self, pruned: Adapter, run: ResidualRun, key, kept) -> LayerFit:
-        full_linear, linear = (side.blocks[key[0]][CONSUMER[key[1]]] for side in (self._dense, pruned))
-        constant = self.settings.constant or self.settings.mode == "bias"
-        fit, check = self._products(run, key, constant)
-        full, weight = _augmented(full_linear, constant), _augmented(linear, constant)  # (O, C), (O, K)
-        chosen, damping, gain = choose(self.settings, weight, full, fit, check, linear.in_features)
-        linear.weight = _parameter(chosen[:, :-1] if constant else chosen, linear.weight)
-        if constant:
+        linear = pruned.blocks[key[0]][CONSUMER[key[1]]]
+        fit, check = self._products(run, key)
+        weight = _augmented(linear, self._constant)  # (O, K)
+        chosen, damping, gain = choose(self.settings, weight, fit, check, linear.in_features)
+        linear.weight = _parameter(chosen[:, :-1] if self._constant else chosen, linear.weight)
+        if self._constant:
             linear.bias = _parameter(chosen[:, -1], linear.bias)
-        plain = output_error(weight, full, check.gram, check.cross) + check.power
+        plain = output_error(weight, check.wanted, check.gram) + check.power
         return LayerFit(key[0], key[1], damping, (plain + gain) / plain if plain > 0 else 1.0)
 
-    def _products(self, run: ResidualRun, key, constant: bool) -> tuple[Products, Products]:
+    @property
+    def _constant(self) -> bool:
+        return self.settings.constant or self.settings.mode == "bias"
+
+    def _products(self, run: ResidualRun, key) -> tuple[Products, Products]:
         """Products over the fit rows (weighted by ω²) and over the held-out masked tokens, fp64."""
-        full = _augmented(self._dense.blocks[key[0]][CONSUMER[key[1]]], constant).float()  # (O, C)
         sums: dict[bool, list] = {}
         for rows in run.slices():
             for part, fitted in self._parts(rows):
                 inner = slice(part.start - rows.start, part.stop - rows.start)
-                x, wanted = run.read(key, rows)[inner], self._wanted(run, key, rows)[inner]  # (b, T, K), (b, T, C)
-                if constant:
-                    x, wanted = _with_one(x), _with_one(wanted)
+                x, target = run.read(key, rows)[inner], self._target(run, key, rows)[inner]  # (b, T, K), (b, T, O)
+                if self._constant:
+                    x = torch.cat((x, torch.ones_like(x[..., :1])), dim=-1)  # (b, T, K + 1)
                 weight = self._weight[part].to(x.device)  # (b, T)
                 if self.settings.relative:
                     weight = relative_weight(run.states(part), weight)  # (b, T)
+                # the mean is all that the bias alone is fitted to
+                right = x[..., -1:] if fitted and self.settings.mode == "bias" else x  # (b, T, K or 1)
                 if fitted not in sums:
-                    shapes = ((x.shape[-1],) * 2, (wanted.shape[-1], x.shape[-1]))
+                    shapes = [(side.shape[-1], right.shape[-1]) for side in (x, target)]
                     sums[fitted] = [*(torch.zeros(shape, device=x.device) for shape in shapes), 0.0]
-                add_products(sums[fitted][0], x, x, weight)
-                add_products(sums[fitted][1], wanted, x, weight)
+                add_products(sums[fitted][0], x, right, weight)
+                add_products(sums[fitted][1], target, right, weight)
                 if not fitted:
-                    out = wanted.float() @ full.T  # (b, T, O)
-                    sums[fitted][2] += float((out * weight[..., None]).pow(2).sum())
-        return tuple(Products(gram.double(), cross.double(), power) for gram, cross, power in (sums[True], sums[False]))
+                    sums[fitted][2] += float((target.float() * weight[..., None]).pow(2).sum())
+        return tuple(Products(gram.double(), wanted.double(), power) for gram, wanted, power in (sums[True], sums[False]))
 
-    def _wanted(self, run: ResidualRun, key, rows: slice) -> torch.Tensor:
-        """The input whose full output the refit aims at: the dense model's, or this prefix's, (b, T, C)."""
+    def _target(self, run: ResidualRun, key, rows: slice) -> torch.Tensor:
+        """The output the refit aims at: the dense model's, or the dense layer's on this prefix, (b, T, O).
+
+        Without a constant feature the consumer's bias, which pruning leaves as it is, is not part of it.
+        """
+        linear = self._dense.blocks[key[0]][CONSUMER[key[1]]]
         if self.settings.target == "dense":
-            return self._run.read(key, rows)
-        return run.compute(key, run.states(rows), self._dense)
+            target = self._run.output(key, rows)  # (b, T, O)
+        else:
+            target = linear(run.compute(key, run.states(rows), self._dense))  # (b, T, O)
+        return target if self._constant or linear.bias is None else target - linear.bias
 
     def _parts(self, rows: slice) -> list[tuple[slice, bool]]:
         """A batch's rows as fit and held-out parts: (rows, whether they are for the fit)."""
         edge, stop = self._fit_rows, min(rows.stop, len(self._ids))
         parts = [(slice(rows.start, min(stop, edge)), True), (slice(max(rows.start, edge), stop), False)]
         return [(part, fitted) for part, fitted in parts if part.start < part.stop]
-
-
-def _with_one(x: torch.Tensor) -> torch.Tensor:
-    """Append the constant feature: (b, T, C) -> (b, T, C + 1)."""
-    return torch.cat((x, torch.ones_like(x[..., :1])), dim=-1)
 
 
 def _augmented(linear: torch.nn.Linear, constant: bool) -> torch.Tensor:

@@ -25,6 +25,7 @@ def pruned_config(model: DiffusionLM, plan: Plan, output_bias: bool = False):
     return config
 
 
+@torch.inference_mode(False)  # so that the new parameters can be trained whoever calls
 def apply_plan(model: DiffusionLM, plan: Plan, output_bias: bool = False) -> DiffusionLM:
     """The model that keeps what `plan` keeps.
 

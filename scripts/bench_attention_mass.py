@@ -1,0 +1,232 @@
+"""Tiled attention mass against the naive full matrix: peak memory above the inputs, and time, in one run.
+
+    python scripts/bench_attention_mass.py [--lengths 256,512,1024,2048,4096] [--device cuda] [--out FILE]
+
+Peak memory is measured in a fresh process per case; times alternate between the two, and the ratio is the median over
+rounds. The last column is what the mass adds to the forward pass of one LLaDA block of the same width. Writes the
+figures as JSON with a description of the machine.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from structprune.bench.latency import Latency, speedup
+from structprune.bench.machine import describe_machine
+from structprune.errors import UserError
+from structprune.models.configuration_structprune import StructpruneLLaDAConfig
+from structprune.models.modeling_structprune import StructpruneLLaDA
+from structprune.report.progress import progress_bars
+from structprune.runs import pick_device
+from structprune.statistics.capture import MassMeter
+from structprune.statistics.sinks import attention_mass
+
+OUT = Path(__file__).parent / "results" / "attention_mass.json"
+LENGTHS = (256, 512, 1024, 2048, 4096)
+WARMUP = 64  # positions of the untimed pass that loads libraries and starts threads
+
+
+def naive_mass(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """The whole (H, T, T) attention of each sequence in fp32, then summed: two (B, H, T, D) -> (B, T)."""
+    rows = []
+    for q, k in zip(query.float() / math.sqrt(query.shape[-1]), key.float()):  # (H, T, D)
+        rows.append(torch.softmax(q @ k.transpose(1, 2), dim=-1).sum(dim=(0, 1)))  # (H, T, T) -> (T,)
+    return torch.stack(rows)
+
+
+METHODS = {"naive": naive_mass, "tiled": attention_mass}
+
+
+def make_inputs(length: int, heads: int, size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Seeded queries and keys, (1, H, T, D), laid out as a model's are."""
+    generator = torch.Generator().manual_seed(0)
+    pair = (torch.randn(1, length, heads, size, generator=generator) for _ in range(2))  # (1, T, H, D)
+    query, key = (x.transpose(1, 2).to(device) for x in pair)
+    return 2 * query, key  # scaled so that attention is far from uniform
+
+
+def resident() -> tuple[int, int]:
+    """Bytes of this process resident now, and at their peak.
+
+    Linux's VmHWM, because `ru_maxrss` of a child process starts at what its parent had.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        text = status.read_text()
+        now, peak = (1024 * int(re.search(rf"{key}:\s+(\d+) kB", text)[1]) for key in ("VmRSS", "VmHWM"))
+        return now, peak
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return peak, peak
+
+
+def peak_above_inputs(run, query: torch.Tensor, key: torch.Tensor) -> int:
+    """Bytes that `run(query, key)` needs at its peak beyond what is there before it."""
+    run(query[:, :, :WARMUP], key[:, :, :WARMUP])
+    if query.device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run(query, key)
+        return torch.cuda.max_memory_allocated() - before
+    reset = Path("/proc/self/clear_refs")
+    if reset.exists():
+        reset.write_text("5")  # the peak starts at what is resident now, not at what imports once needed
+    before, _ = resident()
+    run(query, key)
+    return max(0, resident()[1] - before)
+
+
+def memory_case(method: str, length: int, options: argparse.Namespace) -> int:
+    """`peak_above_inputs` of one method in a fresh process."""
+    command = [sys.executable, __file__, "--case", method, "--lengths", str(length), "--heads", str(options.heads)]
+    command += ["--size", str(options.size), "--device", str(options.device), "--threads", str(torch.get_num_threads())]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise UserError(f"the {method} case failed at T = {length} ({last}): leave it out of --lengths")
+    return int(done.stdout)
+
+
+def alternate(runs: dict, rounds: int, device: torch.device) -> dict[str, Latency]:
+    """Seconds of every function of `runs` in turn, `rounds` times, after one untimed round."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(rounds + 1):
+        for name, run in runs.items():
+            wait()
+            start = time.perf_counter()
+            run()
+            wait()
+            if number:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: Latency(tuple(values)) for name, values in seconds.items()}
+
+
+def block_runs(length: int, options: argparse.Namespace) -> dict:
+    """One LLaDA block's forward pass, alone and with the mass of its attention taken."""
+    width = options.heads * options.size
+    sizes = {"d_model": width, "n_heads": options.heads, "n_layers": 1, "mlp_hidden_size": 3 * width}
+    config = StructpruneLLaDAConfig(**sizes, vocab_size=8, mask_token_id=7)
+    model = StructpruneLLaDA(config).to(options.device).eval()
+    block, rotary = model.blocks[0], model.rotary(length, options.device)
+    hidden = torch.randn(1, length, width, device=options.device)  # (1, T, C)
+
+    def with_mass():
+        with MassMeter().on([block.part("core")]) as meter:
+            block(hidden, rotary)
+            meter.take()
+
+    return {"block": lambda: block(hidden, rotary), "block with mass": with_mass}
+
+
+@torch.inference_mode()
+def measure(length: int, options: argparse.Namespace) -> dict:
+    """All figures at one length."""
+    peaks = {method: memory_case(method, length, options) for method in METHODS}
+    query, key = make_inputs(length, options.heads, options.size, options.device)  # (1, H, T, D)
+    naive, tiled = (run(query, key) for run in METHODS.values())  # (1, T)
+    runs = {name: lambda run=run: run(query, key) for name, run in METHODS.items()}
+    times = alternate(runs | block_runs(length, options), options.rounds, options.device)
+    return {
+        "length": length,
+        "peak_bytes": peaks,
+        "memory_ratio": peaks["naive"] / max(1, peaks["tiled"]),
+        "median_ms": {name: latency.median_ms for name, latency in times.items()},
+        "time_ratio": speedup(times["naive"], times["tiled"]),
+        "forward_ratio": speedup(times["block with mass"], times["block"]),
+        "max_relative_difference": ((tiled - naive).abs() / naive).max().item(),
+    }
+
+
+def result_table(rows: list[dict], options: argparse.Namespace) -> Table:
+    table = Table(title=f"attention mass, {options.heads} heads of {options.size}, {options.device}")
+    names = ("T", "naive MB", "tiled MB", "less memory", "naive ms", "tiled ms", "faster (quartiles)", "difference")
+    for name in (*names, "added to a block"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        peak, median, ratio = row["peak_bytes"], row["median_ms"], row["time_ratio"]
+        table.add_row(
+            f"{row['length']:,}",
+            *(f"{peak[method] / 1e6:,.1f}" for method in METHODS),
+            f"{row['memory_ratio']:.1f} x",
+            *(f"{median[method]:,.1f}" for method in METHODS),
+            f"{ratio['median']:.2f} x ({ratio['p25']:.2f} to {ratio['p75']:.2f})",
+            f"{row['max_relative_difference']:.0e}",
+            f"{row['forward_ratio']['median'] - 1:+.0%}",
+        )
+    return table
+
+
+class OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(f"{message} (see --help)")
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """Checked options; `lengths` as integers, `device` as a torch device."""
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", default=",".join(map(str, LENGTHS)), help="positions T (default %(default)s)")
+    parser.add_argument("--heads", type=int, default=8, help="query and key heads H (default %(default)s)")
+    parser.add_argument("--size", type=int, default=64, help="head dim D, even (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=9, help="timed passes of each (default %(default)s)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda[:N] (default %(default)s)")
+    parser.add_argument("--threads", type=int, help="of torch on CPU (default: its own choice)")
+    parser.add_argument("--out", type=Path, default=OUT, help="default %(default)s")
+    parser.add_argument("--case", choices=METHODS, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    parts = options.lengths.split(",")
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise UserError(f"--lengths '{options.lengths}' is not a list of positive integers such as 256,1024")
+    options.lengths = [int(part) for part in parts]
+    for name in ("heads", "size", "rounds", "threads"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise UserError(f"--{name} = {getattr(options, name)}: give at least 1")
+    if options.size % 2:
+        raise UserError(f"--size = {options.size}: rotary embeddings need an even head dim")
+    options.device = pick_device(options.device)
+    return options
+
+
+def run(options: argparse.Namespace) -> None:
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if options.case:
+        with torch.inference_mode():
+            inputs = make_inputs(options.lengths[0], options.heads, options.size, options.device)
+            print(peak_above_inputs(METHODS[options.case], *inputs))
+        return
+    with progress_bars(Console(stderr=True)) as track:
+        rows = [measure(length, options) for length in track(options.lengths, "attention mass")]
+    settings = {"heads": options.heads, "head_dim": options.size, "batch": 1, "dtype": "float32"}
+    settings |= {"rounds": options.rounds, "device": str(options.device)}
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    draft = options.out.with_name(f".{options.out.name}.{os.getpid()}.tmp")
+    draft.write_text(json.dumps({"machine": describe_machine(), "settings": settings, "rows": rows}, indent=2) + "\n")
+    os.replace(draft, options.out)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(result_table(rows, options))
+    console.print(f"Wrote {options.out}", soft_wrap=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    try:
+        run(parse_arguments(arguments))
+    except (UserError, OSError) as error:
+        print(f"bench_attention_mass: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

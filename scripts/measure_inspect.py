@@ -1,0 +1,69 @@
+"""Time and peak memory of `structprune inspect` on true 8B-size configurations, each in a process of its own.
+
+    python scripts/measure_inspect.py --out scripts/results/inspect.json
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from structprune.bench.machine import describe_machine
+
+SHAPES = {
+    "LLaDA-8B": {
+        "model_type": "llada", "architectures": ["LLaDAModelLM"], "d_model": 4096, "n_heads": 32, "n_kv_heads": 32,
+        "n_layers": 32, "mlp_hidden_size": 12288, "vocab_size": 126464, "embedding_size": 126464,
+        "max_sequence_length": 4096, "rope_theta": 500000.0, "rms_norm_eps": 1e-5, "mask_token_id": 126336,
+        "torch_dtype": "bfloat16", "weight_tying": False, "include_bias": False, "include_qkv_bias": False,
+    },
+    "Dream-7B": {
+        "model_type": "Dream", "architectures": ["DreamModel"], "hidden_size": 3584, "intermediate_size": 18944,
+        "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064,
+        "max_position_embeddings": 131072, "rope_theta": 1000000.0, "rms_norm_eps": 1e-6, "mask_token_id": 151666,
+        "torch_dtype": "bfloat16", "tie_word_embeddings": False,
+    },
+}  # fmt: skip
+
+
+def measure(values: dict, ratio: float) -> dict:
+    """Wall seconds, peak resident bytes, and what was found, of one `inspect` in a fresh process."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(values), encoding="utf-8")
+        command = [sys.executable, "-m", "structprune", "inspect", folder, "--ratio", str(ratio), "--json"]
+        start = time.perf_counter()
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        seconds = time.perf_counter() - start
+    found = json.loads(done.stdout)
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    kept = {key: found[key] for key in ("parameters", "block_parameters", "macs", "bytes", "tokens")}
+    return {"seconds": seconds, "peak_memory_bytes": peak, "ratio": ratio, **kept, "memory": found["memory"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("scripts/results/inspect.json"))
+    parser.add_argument("--ratio", type=float, default=0.5)
+    options = parser.parse_args()
+    result = {name: measure(values, options.ratio) for name, values in SHAPES.items()}
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps({"machine": describe_machine(), "shapes": result}, indent=1) + "\n", encoding="utf-8")
+    table = Table(title=f"structprune inspect --ratio {options.ratio}, from config.json alone")
+    for name in ("shape", "seconds", "peak memory, MB", "parameters", "pruned"):
+        table.add_column(name, justify="right")
+    for name, row in result.items():
+        counts = [f"{row['parameters'][side] / 1e9:.3f} B" for side in ("before", "after")]
+        table.add_row(name, f"{row['seconds']:.1f}", f"{row['peak_memory_bytes'] / 1e6:.0f}", *counts)
+    Console().print(table)
+    print(f"Wrote {options.out}")
+
+
+if __name__ == "__main__":
+    main()

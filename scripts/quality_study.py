@@ -1,0 +1,189 @@
+"""What each choice of the recipe is worth on the embedded model: scores, refit, sinks, split and target, over seeds.
+
+Every variant prunes the embedded model at each ratio and seed; its loss of NELBO against the dense model is measured on
+held-out text under noise that all variants of a seed share, so that differences are paired. A killed study goes on
+where it stopped.
+
+    python scripts/quality_study.py --out scripts/results/quality.json
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from structprune.assets import model_directory, text_file
+from structprune.bench.machine import describe_machine
+from structprune.calibration.noise import stratified_noise
+from structprune.calibration.windows import cut_windows
+from structprune.config import Config
+from structprune.demo import BASE
+from structprune.evaluation.compare import paired_difference
+from structprune.evaluation.nelbo import masked_nelbo
+from structprune.models.loading import load_model, load_tokenizer
+from structprune.pipeline import Pruner
+from structprune.report.progress import progress_bars
+
+RATIOS = (0.3, 0.5)
+EQUAL = {"structured.split": "equal", "structured.allocation": "uniform"}
+LAYER = {"reconstruct.target": "layer"}
+DEFAULT = "obs, masked, refit"
+
+
+def variants() -> dict[str, dict]:
+    """Name -> configuration keys that differ from the demo's."""
+    grid = {
+        f"{score}, {arm}, {'refit' if refit else 'no refit'}": {
+            "structured.score": score, "structured.arm": arm, "reconstruct.enabled": refit,
+        }
+        for score in ("wanda", "fluctuation", "obs") for arm in ("masked", "masked+sink") for refit in (True, False)
+    }  # fmt: skip
+    ablations = {
+        "refit on masked+sink": {"reconstruct.arm": "masked+sink"},
+        "refit on clean": {"reconstruct.arm": "clean"},
+        "split equal": {"structured.split": "equal"},
+        "split by-cost": {"structured.split": "by-cost"},
+        "split joint": {"structured.split": "joint"},
+        "target layer": LAYER,
+        "split equal, target layer": {"structured.split": "equal"} | LAYER,
+        "split by-cost, target layer": {"structured.split": "by-cost"} | LAYER,
+        "allocation uniform": {"structured.allocation": "uniform"},
+        "allocation depth": {"structured.allocation": "depth"},
+        "allocation uniform, split equal": EQUAL,
+        "wanda, uniform, equal, no refit": {"structured.score": "wanda", "reconstruct.enabled": False} | EQUAL,
+        "rows not relative": {"structured.relative": False, "reconstruct.relative": False},
+        "constant feature": {"reconstruct.constant": True},
+    }
+    return grid | ablations
+
+
+def contrasts() -> list[tuple[str, str]]:
+    """(variant, what it is compared with): sinks in the scores, then every ablation against the default."""
+    names = list(variants())
+    sinks = [(name, name.replace("masked+sink", "masked")) for name in names if ", masked+sink," in name]
+    return sinks + [(name, DEFAULT) for name in names if not name.startswith(("wanda", "fluctuation", "obs"))]
+
+
+def measure(name: str, seed: int, windows: int, length: int, threads: int) -> dict:
+    """One variant at one seed: per ratio the loss per held-out window, and how the units were split."""
+    torch.set_num_threads(threads)
+    config = Config.load(overrides=BASE | {"calibration.seed": seed} | variants()[name])
+    model = load_model(model_directory(), device="cpu")
+    text = text_file("heldout.txt").read_text(encoding="utf-8")
+    ids = torch.tensor(load_tokenizer(model_directory())(text, verbose=False)["input_ids"])  # (M,)
+    generator = torch.Generator().manual_seed(1000 + seed)
+    held_out = cut_windows(ids, windows, length, generator)  # (N, T)
+    noise = stratified_noise(held_out, model.config.mask_token_id, generator)
+    dense = masked_nelbo(model, held_out, *noise, batch=32)
+    pruner, found = Pruner(model, config), {}
+    for ratio in RATIOS:
+        pruned = pruner.prune(ratio)
+        nelbo = masked_nelbo(pruned.model, held_out, *noise, batch=32)
+        found[str(ratio)] = {
+            "loss": (nelbo.nelbo - dense.nelbo).tolist(),
+            "heads_removed": sum(pruned.report["choice"]["attention"]),
+            "ratio_met": pruned.report["ratio"],
+            "kept": pruned.report["held_out_nelbo"]["kept"],
+        }
+    return {"variant": name, "seed": seed, "dense_nelbo": dense.mean, "ratios": found}
+
+
+def run_all(tasks: list[tuple], partial: Path, jobs: int, console: Console) -> dict[tuple[str, int], dict]:
+    """Run what `partial` has not yet, in `jobs` processes, and keep every result there as it comes."""
+    lines = partial.read_text(encoding="utf-8").splitlines() if partial.exists() else []
+    done = {(row["variant"], row["seed"]): row for row in map(json.loads, lines)}
+    left = [task for task in tasks if task[:2] not in done]
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context) as pool, progress_bars(console) as track:
+        running = [pool.submit(measure, *task, threads) for task in left]
+        finished = as_completed(running)
+        for _ in track(running, "variants x seeds"):
+            row = next(finished).result()
+            done[row["variant"], row["seed"]] = row
+            with partial.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+    return {task[:2]: done[task[:2]] for task in tasks}
+
+
+def losses(done: dict, name: str, seeds: list[int], ratio: float) -> torch.Tensor:
+    """Losses of one variant at one ratio over seeds and windows, (seeds, N) fp64."""
+    return torch.tensor([done[name, seed]["ratios"][str(ratio)]["loss"] for seed in seeds], dtype=torch.float64)
+
+
+def summarise(done: dict, seeds: list[int]) -> dict:
+    """Mean losses and paired contrasts with 95% intervals over all windows and seeds, as plain data."""
+    rows, gaps = [], []
+    for name in variants():
+        for ratio in RATIOS:
+            loss = losses(done, name, seeds, ratio)  # (seeds, N)
+            found = [done[name, seed]["ratios"][str(ratio)] for seed in seeds]
+            rows.append({
+                "variant": name, "ratio": ratio, **paired_difference(loss.flatten(), torch.zeros(loss.numel())),
+                "by_seed": loss.mean(1).tolist(), "heads_removed": [row["heads_removed"] for row in found],
+                "kept": [row["kept"] for row in found],
+            })  # fmt: skip
+    for name, base in contrasts():
+        for ratio in RATIOS:
+            ours, theirs = (losses(done, each, seeds, ratio) for each in (name, base))  # (seeds, N)
+            gap = paired_difference(ours.flatten(), theirs.flatten())
+            gaps.append({"variant": name, "against": base, "ratio": ratio, **gap, "by_seed": (ours - theirs).mean(1).tolist()})
+    return {"losses": rows, "contrasts": gaps}
+
+
+def tables(result: dict) -> list[Table]:
+    """Losses, and contrasts, a row per variant."""
+    made = []
+    for title, key in (("loss of NELBO against dense, nats per token", "losses"), ("paired difference", "contrasts")):
+        table = Table(title=title)
+        table.add_column("variant")
+        if key == "contrasts":
+            table.add_column("against")
+        for ratio in RATIOS:
+            table.add_column(f"{ratio}: mean [95% interval]", justify="right")
+            table.add_column("heads gone" if key == "losses" else "shown", justify="right")
+        names = dict.fromkeys((row["variant"], row.get("against")) for row in result[key])
+        for name, base in names:
+            cells = [name] if base is None else [name, base]
+            for row in (row for row in result[key] if (row["variant"], row.get("against")) == (name, base)):
+                cells.append(f"{row['mean']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}]")
+                shown = "yes" if row["low"] * row["high"] > 0 else "no"
+                cells.append(shown if base else ", ".join(map(str, row["heads_removed"])))
+            table.add_row(*cells)
+        made.append(table)
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("scripts/results/quality.json"))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--windows", type=int, default=192, help="held-out windows per seed")
+    parser.add_argument("--length", type=int, default=128, help="tokens in each")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
+    options = parser.parse_args()
+    seeds = list(range(options.seeds))
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    partial = options.out.with_suffix(".part.jsonl")
+    tasks = [(name, seed, options.windows, options.length) for name in variants() for seed in seeds]
+    done = run_all(tasks, partial, options.jobs, Console(stderr=True))
+    settings = {"seeds": seeds, "windows": options.windows, "length": options.length, "base": BASE | {"calibration.source": "calibration.txt"}}
+    result = {"settings": settings, "machine": describe_machine(), "variants": variants(), **summarise(done, seeds)}
+    draft = options.out.with_suffix(".part")
+    draft.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    draft.replace(options.out)
+    partial.unlink()
+    console = Console(width=150)
+    for table in tables(result):
+        console.print(table)
+    console.print(f"Wrote {options.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""Load pruned checkpoints through transformers' auto classes and compare logits; run by check_versions.py.
+
+Standalone on purpose: it runs where structprune is not installed, with whatever transformers is there.
+
+    python reload_check.py CASES.json [--official-code DIR]
+"""
+
+import importlib.util
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+
+AUTO_CLASSES = (AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM)
+FAMILY_CODE = {  # configuration file, its class, modeling file, its class
+    "llada": ("configuration_llada", "LLaDAConfig", "modeling_llada", "LLaDAModelLM"),
+    "Dream": ("configuration_dream", "DreamConfig", "modeling_dream", "DreamModel"),
+}
+
+
+def load(auto, directory):
+    """A model in fp32, and what from_pretrained says about its keys."""
+    key = "dtype" if tuple(map(int, transformers.__version__.split(".")[:2])) >= (4, 56) else "torch_dtype"
+    options = {"trust_remote_code": True, "output_loading_info": True, key: torch.float32}
+    model, info = auto.from_pretrained(directory, **options)
+    wrong = [name for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in info[kind]]
+    if wrong:
+        raise AssertionError(f"keys of {directory} do not fit the model: {wrong[:3]}")
+    return model.eval()
+
+
+def difference(model, expected) -> float:
+    """Largest absolute difference of logits; (B, T, V) each."""
+    with torch.no_grad():
+        return (model(expected["input_ids"]).logits - expected["logits"]).abs().max().item()
+
+
+def trains(model, expected) -> None:
+    """The loss under `labels` is finite, and gradient checkpointing gives the same gradients.
+
+    Raises:
+        AssertionError: it does not.
+    """
+    ids = expected["input_ids"]  # (B, T)
+    grads = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.train()
+        model.zero_grad()
+        torch.manual_seed(0)
+        model(ids, labels=ids).loss.backward()
+        grads.append(model.get_input_embeddings().weight.grad.clone())  # (V, C)
+    assert torch.isfinite(grads[0]).all() and grads[0].abs().max() > 0, "no gradient from the masked-diffusion loss"
+    assert torch.allclose(*grads, atol=1e-6), "gradient checkpointing changed the gradients"
+    model.gradient_checkpointing_disable()
+    model.eval()
+
+
+def saves_again(model, expected, folder: Path) -> float:
+    """Logits' difference after this transformers' own save_pretrained and a reload of what it wrote."""
+    model.save_pretrained(folder)
+    return difference(load(AutoModelForCausalLM, folder), expected)
+
+
+def check_case(case: dict, scratch: Path) -> dict:
+    """One pruned directory through every auto class."""
+    expected, directory = load_file(case["expected"]), case["directory"]
+    found = {auto.__name__: difference(load(auto, directory), expected) for auto in AUTO_CLASSES}
+    model = load(AutoModelForCausalLM, directory)
+    found["save_pretrained"] = saves_again(model, expected, scratch / case["name"])
+    trains(model, expected)
+    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=True)
+    assert tokenizer.mask_token_id == model.config.mask_token_id, "the tokenizer's mask token is not the model's"
+    assert tokenizer(case["text"])["input_ids"] == case["text_ids"], "the tokenizer gives other ids"
+    return found
+
+
+def check_official(case: dict, code: Path, scratch: Path) -> dict:
+    """An `official` export in the family's own modeling code, put beside the weights as its authors do."""
+    expected, directory = load_file(case["expected"]), scratch / ("official_" + case["name"].replace("-", "_"))
+    shutil.copytree(case["directory"], directory)
+    values = json.loads((directory / "config.json").read_text())
+    configuration, config_class, modeling, model_class = FAMILY_CODE[values["model_type"]]
+    for path in code.glob("*.py"):
+        shutil.copyfile(path, directory / path.name)
+    target = f"{modeling}.{model_class}"
+    own = {"AutoConfig": f"{configuration}.{config_class}", "AutoModel": target, "AutoModelForCausalLM": target}
+    (directory / "config.json").write_text(json.dumps(values | {"auto_map": own}))
+    model = load(AutoModel, directory)
+    assert type(model).__name__ == model_class, f"{type(model).__name__} was loaded, not the family's own class"
+    return {f"own code: {model_class}": difference(model, expected)}
+
+
+def main() -> None:
+    assert importlib.util.find_spec("structprune") is None, "structprune is installed here: this would prove nothing"
+    torch.set_num_threads(1)
+    cases = json.loads(Path(sys.argv[1]).read_text())
+    code = Path(sys.argv[3]) if sys.argv[2:3] == ["--official-code"] else None
+    results = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for case in cases:
+            try:
+                if code is None:
+                    results[case["name"]] = check_case(case, Path(scratch))
+                else:
+                    results[case["name"]] = check_official(case, code, Path(scratch))
+            except Exception as error:  # one broken case must not hide the others
+                results[case["name"]] = {"error": f"{type(error).__name__}: {error}"}
+    versions = {"transformers": transformers.__version__, "torch": torch.__version__}
+    print(json.dumps({"versions": versions, "cases": results}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""Directories that appear complete or not at all."""
+
+import os
+import shutil
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Iterator
+
+
+@contextmanager
+def whole_directory(directory: str | Path) -> Iterator[Path]:
+    """A draft beside `directory` to write into: renamed into place at the end, removed when anything is raised.
+
+    What was at `directory` is replaced only once the draft is complete, and comes back if the rename fails.
+    """
+    directory = Path(directory).absolute()
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    try:
+        yield draft
+        draft.chmod(0o755)  # mkdtemp's is private
+        _swap(draft, directory)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _swap(draft: Path, directory: Path) -> None:
+    if not directory.exists():
+        os.rename(draft, directory)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{directory.name}.old.", dir=directory.parent))
+    try:
+        os.rename(directory, old / "was")
+        os.rename(draft, directory)
+    except BaseException:
+        if (old / "was").exists():
+            os.rename(old / "was", directory)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)

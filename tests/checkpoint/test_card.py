@@ -1,0 +1,62 @@
+"""The model card says what the report says."""
+
+import pytest
+import yaml
+
+from structprune.checkpoint.card import model_card
+from structprune.config import Config
+
+
+@pytest.fixture
+def report():
+    """A report with round numbers."""
+    return {
+        "source": "GSAI-ML/LLaDA-8B-Base",
+        "family": "llada",
+        "config": Config().model_dump(mode="json"),
+        "arm": "masked",
+        "ratio": 0.4996,
+        "parameters": {"before": 8_000_000_000, "after": 5_000_000_000},
+        "block_parameters": {"before": 6_000_000_000, "after": 3_000_000_000},
+        "macs": {"before": 4_000_000, "after": 1_000_000, "tokens": 64},
+        "export_class": "free",
+        "calibration": {"source": "wikitext2", "seed": 3, "windows": 144, "length": 2048},
+        "held_out_nelbo": {
+            "kept": "refit", "dense": 2.0, "plain_removal": 3.0, "refit": 2.5, "windows": 16,
+            "loss": {"mean": 0.5, "standard_error": 0.0125},
+        },
+        "versions": {"structprune": "1.2.3"},
+    }  # fmt: skip
+
+
+def test_numbers(report):
+    card = model_card(report)
+    assert "# GSAI-ML/LLaDA-8B-Base, 50.0 % of its block projections removed" in card
+    assert "| parameters | 8.000 B | 5.000 B | -37.5 % |" in card
+    assert "| block parameters | 6.000 B | 3.000 B | -50.0 % |" in card
+    assert "| MACs | 4.000 M | 1.000 M | -75.0 % |" in card
+    assert "| NELBO, nats/token | 2.0000 | 2.5000 | +0.5000 ± 0.0125 |" in card
+    flat = " ".join(card.split())
+    assert "structprune 1.2.3" in flat and "(refit was kept by the held-out check)" in flat
+    assert "on 16 held-out windows of 2048 tokens" in flat
+    assert "`wikitext2` (128 windows of 2048 tokens, seed 3)" in flat  # 144 less the held-out 16
+    assert "score `obs` on arm `masked`" in flat and "refit to dense targets" in flat and "Export class: `free`" in flat
+    assert "position i predicts token i." in flat and "trust_remote_code=True" in flat
+
+
+def test_front_matter_is_what_the_hub_reads(report):
+    front = yaml.safe_load(model_card(report).split("---")[1])
+    assert front["library_name"] == "transformers" and front["base_model"] == "GSAI-ML/LLaDA-8B-Base"
+    assert "structprune" in front["tags"]
+
+
+def test_local_source_names_no_base_model(report):
+    card = model_card(report | {"source": "my-llada"})
+    assert "base_model" not in yaml.safe_load(card.split("---")[1])
+
+
+def test_dream_and_refit_off(report):
+    report["config"]["reconstruct"]["enabled"] = False
+    report |= {"family": "dream"}
+    flat = " ".join(model_card(report).split())
+    assert "position i predicts token i + 1" in flat and "refit off" in flat

@@ -1,0 +1,104 @@
+"""Export classes: which model is of which, why not, and the config.json each is written with."""
+
+import json
+
+import pytest
+
+from structprune import Plan, UserError, apply_plan, load_model
+from structprune.checkpoint.export import auto_map, check_export, config_values, export_class, obstacles
+from structprune.models.families import DREAM, LLADA
+from structprune.structured.plan import BlockPlan
+
+FULL = {"llada": (range(4), range(4)), "dream": (range(6), range(2))}
+FEWER = {"llada": ((0, 3), (0, 3)), "dream": ((0, 2, 3, 5), (0, 1))}
+
+
+@pytest.fixture
+def pruned(tiny_checkpoint):
+    """`pruned(family, fewer_heads, channels per block, biases)` -> a pruned model of a tiny official checkpoint."""
+
+    def make(family, fewer=False, channels=(24, 24, 24), biases=False, **changes):
+        queries, kv_heads = (FEWER if fewer else FULL)[family]
+        blocks = tuple(BlockPlan(tuple(queries), tuple(kv_heads), tuple(range(count))) for count in channels)
+        return apply_plan(load_model(tiny_checkpoint(family, **changes)), Plan(family, blocks), biases)
+
+    return make
+
+
+@pytest.mark.parametrize("family", ["llada", "dream"])
+@pytest.mark.parametrize("fewer, channels, biases, found", [
+    (False, (24, 24, 24), False, "official"), (True, (24, 24, 24), False, "uniform"),
+    (False, (24, 24, 24), True, "free"), (True, (24, 24, 24), True, "free"), (False, (24, 20, 24), False, "free"),
+])  # fmt: skip
+def test_strictest_class(pruned, family, fewer, channels, biases, found):
+    model = pruned(family, fewer, channels, biases)
+    assert export_class(model.config, model.source.values) == found
+    order = ("official", "uniform", "free")
+    for wanted in order:
+        if order.index(wanted) >= order.index(found):
+            check_export(model.config, model.source.values, wanted)
+        else:
+            with pytest.raises(UserError, match=f"export.compat = {wanted} is not possible: .*; or export as {found}$"):
+                check_export(model.config, model.source.values, wanted)
+
+
+def test_reasons_name_the_remedy(pruned):
+    model = pruned("llada", fewer=True)
+    found = obstacles(model.config, model.source.values)
+    assert found == {"official": "heads were removed (set structured.split to 0)"}
+    model = pruned("llada", channels=(24, 16, 24))
+    assert "blocks differ in width" in obstacles(model.config, model.source.values)["uniform"]
+    model = pruned("llada", biases=True)
+    assert "added biases" in obstacles(model.config, model.source.values)["official"]
+
+
+def test_a_source_that_was_ours_gives_no_official_export(pruned):
+    model = pruned("llada")
+    ours = model.source.values | {"model_type": "structprune_llada"}
+    assert export_class(model.config, ours) == "uniform"
+    assert export_class(model.config, None) == "uniform"
+
+
+@pytest.mark.parametrize("family, key, kind", [
+    ("llada", "mlp_hidden_size", "llada"), ("dream", "intermediate_size", "Dream"),
+])  # fmt: skip
+def test_official_config_keeps_the_familys_own_keys(pruned, family, key, kind):
+    model = pruned(family, dtype="float32", init_fn="mitchell", use_cache=False)
+    values = config_values(model.config, model.source.values, "official", "bfloat16")
+    source = {name: value for name, value in model.source.values.items() if name not in (key, "torch_dtype", "dtype")}
+    assert {name: values[name] for name in source} == source  # all of them, whatever they mean
+    assert (values["model_type"], values[key], values["torch_dtype"]) == (kind, 24, "bfloat16")
+    assert "dtype" not in values and "per_layer_config" not in values
+    assert set(values) - set(source) == {key, "torch_dtype", "auto_map"}
+
+
+def test_official_config_has_the_mask_id_that_was_given(tiny_checkpoint):
+    directory = tiny_checkpoint("llada", tokenizer=False)
+    values = json.loads((directory / "config.json").read_text())
+    del values["mask_token_id"]
+    (directory / "config.json").write_text(json.dumps(values))
+    model = load_model(directory, mask_id=5)
+    assert config_values(model.config, model.source.values, "official", "float32")["mask_token_id"] == 5
+
+
+@pytest.mark.parametrize("family", [LLADA, DREAM])
+def test_free_config_is_our_own_type(pruned, family):
+    model = pruned(family.name, True, (24, 24, 8))
+    values = config_values(model.config, model.source.values, "free", "float32")
+    assert values["model_type"] == f"structprune_{family.name}"
+    assert values["architectures"] == [family.model_class.__name__]
+    assert values["head_dim"] == 8 and values["torch_dtype"] == "float32" and "dtype" not in values
+    assert values["per_layer_config"] == {"2": {family.width_keys["channels"]: 8}}
+    assert values[family.width_keys["channels"]] == 24
+    json.dumps(values)
+
+
+@pytest.mark.parametrize("family", [LLADA, DREAM])
+def test_auto_map_leads_to_the_files_beside_the_weights(family):
+    name = family.model_class.__name__
+    assert auto_map(family) == {
+        "AutoConfig": f"configuration_structprune.{name}Config",
+        "AutoModel": f"modeling_structprune.{name}",
+        "AutoModelForCausalLM": f"modeling_structprune.{name}",
+        "AutoModelForMaskedLM": f"modeling_structprune.{name}",
+    }

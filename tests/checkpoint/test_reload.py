@@ -1,0 +1,125 @@
+"""A pruned directory in a fresh process that cannot import structprune: the same logits, bit for bit."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from structprune import Plan, apply_plan, load_model, save_pruned
+from structprune.structured.plan import BlockPlan
+
+READER = """
+import json, sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "structprune":
+            raise ModuleNotFoundError("structprune is not installed here")
+sys.meta_path.insert(0, Blocker())
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+torch.set_num_threads(1)
+try:
+    import structprune
+    raise SystemExit("structprune could be imported")
+except ModuleNotFoundError:
+    pass
+results = {}
+for name, directory in json.loads(sys.argv[1]).items():
+    ids = load_file(f"{directory}.ids.safetensors")["ids"]
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=True)
+    for auto in (AutoModel, AutoModelForCausalLM):
+        model, info = auto.from_pretrained(directory, trust_remote_code=True, dtype="auto", output_loading_info=True)
+        assert not (info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"]), info
+        with torch.no_grad():
+            results[f"{name} {auto.__name__}"] = model(ids).logits
+        assert not model.training and type(config).__name__ == type(model.config).__name__
+    torch.manual_seed(0)
+    results[f"{name} loss"] = model(ids, labels=ids).loss.detach()
+    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=True)
+    results[f"{name} tokens"] = torch.tensor(tokenizer("fill in <|mdm_mask|>")["input_ids"])
+save_file(results, sys.argv[2])
+"""
+L, D = range(4), range(6)
+# name -> family, what each block keeps (query heads, KV heads, channels), biases, class, dtype
+CASES = {
+    "llada_free": ("llada", [((0, 2, 3), (0, 2, 3), 11), (L, L, 48), ((1,), (1,), 30)], True, "free", "float32"),
+    "llada_uniform": ("llada", [((0, 3), (0, 3), 24)] * 3, False, "uniform", "float32"),
+    "llada_official": ("llada", [(L, L, 16)] * 3, False, "official", "float32"),
+    "mmada_free": ("mmada", [((2,), (2,), 8), (L, L, 16), (L, L, 48)], False, "free", "float32"),
+    "dream_free": (
+        "dream", [((0, 2, 3, 5), (0, 1), 7), ((3, 4, 5), (1,), 48), ((2, 4), (0, 1), 20)], True, "free", "float32",
+    ),
+    "dream_official": ("dream", [(D, range(2), 40)] * 3, False, "official", "float32"),
+    "dream_bf16": (
+        "dream", [((0, 1, 3, 4), (0, 1), 16), (D, range(2), 48), (D, range(2), 16)], False, "free", "bfloat16",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def reloaded(tmp_path_factory, shared_checkpoint):
+    """name -> (the model in memory, its ids); and what one fresh process read of all of them."""
+    root = tmp_path_factory.mktemp("reload")
+    made, places = {}, {}
+    for name, (family, kept, biases, compat, dtype) in CASES.items():
+        dense = load_model(shared_checkpoint(family), dtype=dtype)
+        blocks = tuple(BlockPlan(tuple(q), tuple(kv), tuple(range(48))[-count:]) for q, kv, count in kept)
+        model = apply_plan(dense, Plan("dream" if family == "dream" else "llada", blocks), biases)
+        if biases:
+            for key, parameter in model.named_parameters():
+                if key.endswith(("attn_out.bias", "ff_out.bias", "o_proj.bias", "down_proj.bias")):
+                    parameter.data.normal_(std=0.1, generator=torch.Generator().manual_seed(0))  # (C,)
+        shards = "100KB" if name.endswith("free") else "5GB"
+        save_pruned(model, root / name, compat=compat, dtype=dtype, max_shard_size=shards)
+        ids = torch.randint(0, 2048, (2, 14), generator=torch.Generator().manual_seed(4))  # (B, T)
+        save_file({"ids": ids}, root / f"{name}.ids.safetensors")
+        made[name], places[name] = (model, ids), str(root / name)
+    environment = {**os.environ, "HF_HOME": str(root / "hf"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-I", "-c", READER, json.dumps(places), str(root / "results.safetensors")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=root)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return made, load_file(root / "results.safetensors"), root
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_are_bitwise_those_of_the_model_in_memory(reloaded, name):
+    made, results, _ = reloaded
+    model, ids = made[name]
+    with torch.no_grad():
+        logits = model(ids).logits  # (B, T, V)
+    assert logits.abs().max() > 0.1
+    for auto in ("AutoModel", "AutoModelForCausalLM"):
+        assert results[f"{name} {auto}"].dtype == logits.dtype == getattr(torch, CASES[name][4])
+        assert torch.equal(results[f"{name} {auto}"], logits)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_loss_and_tokenizer_too(reloaded, name):
+    made, results, _ = reloaded
+    model, ids = made[name]
+    torch.manual_seed(0)
+    assert torch.equal(results[f"{name} loss"], model(ids, labels=ids).loss.detach())
+    assert results[f"{name} tokens"][-1] == 2047
+
+
+def test_shards_were_really_several(reloaded):
+    assert len(list((reloaded[2] / "llada_free").glob("*.safetensors"))) > 2
+    assert len(list((reloaded[2] / "llada_uniform").glob("*.safetensors"))) == 1
+
+
+def test_code_files_stand_alone():
+    """No import beyond torch, transformers and each other, also where transformers only scans for it."""
+    from pathlib import Path
+
+    from structprune.models import modeling_structprune
+
+    for name in ("modeling_structprune.py", "configuration_structprune.py"):
+        lines = Path(modeling_structprune.__file__).with_name(name).read_text().splitlines()
+        imports = [line.split()[1] for line in lines if line.lstrip().startswith(("import ", "from "))]
+        allowed = ("torch", "transformers", ".configuration_structprune")
+        assert imports and all(module.startswith(allowed) for module in imports), imports

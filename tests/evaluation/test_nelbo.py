@@ -1,0 +1,87 @@
+"""The masked-diffusion NELBO, one position at a time by hand."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from structprune.evaluation.nelbo import Nelbo, masked_nelbo
+
+MASK, LENGTH = 2047, 9
+
+
+@pytest.fixture
+def text():
+    """ids (N, T), noisy (N, S, T) and p (N, S); the edges stay visible, as Dream wants."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 90, (3, LENGTH), generator=generator)
+    ids[1, 4] = MASK  # text may hold the mask token itself: nothing to predict there
+    p = torch.tensor([[0.2, 0.9], [0.5, 0.6], [0.3, 1.0]])
+    noisy = ids[:, None].repeat(1, 2, 1)
+    drawn = torch.rand(noisy.shape, generator=generator) < p[..., None]
+    drawn[..., 0] = drawn[..., -1] = False
+    return ids, torch.where(drawn, MASK, noisy), p
+
+
+def by_hand(model, ids, noisy, p):
+    """(N,) NELBO, (N,) summed cross-entropy, (N,) masked tokens."""
+    maskable = LENGTH - 2 if model.edges_visible else LENGTH
+    nelbo, nats, tokens = torch.zeros(3), torch.zeros(3), torch.zeros(3)
+    for window in range(3):
+        for copy in range(2):
+            logits = model(noisy[window, copy][None]).logits[0]  # (T, V)
+            for position in range(LENGTH):
+                if noisy[window, copy, position] != MASK or ids[window, position] == MASK:
+                    continue
+                source = position - 1 if model.shifted else position  # Dream's position i predicts token i + 1
+                loss = F.cross_entropy(logits[source], ids[window, position])
+                nelbo[window] += loss / p[window, copy] / maskable / 2
+                nats[window], tokens[window] = nats[window] + loss, tokens[window] + 1
+    return nelbo, nats, tokens
+
+
+@pytest.mark.parametrize("batch", [1, 4, 16])
+@pytest.mark.parametrize("family", ["llada", "dream"])
+@torch.inference_mode()
+def test_nelbo_by_hand(tiny_model, text, family, batch):
+    model = tiny_model(family)
+    found, (nelbo, nats, tokens) = masked_nelbo(model, *text, batch=batch), by_hand(model, *text)
+    assert torch.allclose(found.nelbo, nelbo, rtol=1e-4)
+    assert torch.allclose(found.masked_nats, nats, rtol=1e-4)
+    assert torch.equal(found.masked_tokens, tokens)
+    assert found.mean == pytest.approx(nelbo.mean().item(), rel=1e-4)
+    assert found.cross_entropy == pytest.approx((nats.sum() / tokens.sum()).item(), rel=1e-4)
+
+
+def test_a_uniform_model_costs_the_log_of_the_vocabulary(tiny_model, text):
+    model = tiny_model()
+    with torch.no_grad():
+        model.output_head.weight.zero_()
+    ids, noisy, _ = text
+    everything = torch.full_like(noisy, MASK)
+    ids = ids.clamp(max=89)
+    found = masked_nelbo(model, ids, everything, torch.ones(3, 2))
+    log = torch.tensor(2048.0).log().item()
+    assert found.nelbo.tolist() == pytest.approx([log] * 3, rel=1e-5) and found.cross_entropy == pytest.approx(log, rel=1e-5)
+    assert masked_nelbo(model, ids, everything, torch.full((3, 2), 0.5)).mean == pytest.approx(2 * log, rel=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llada", "dream"])
+def test_the_head_runs_at_masked_positions_only(tiny_model, text, family):
+    model, rows = tiny_model(family), []
+    handle = model.output_head.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[0]))
+    found = masked_nelbo(model, *text, batch=2)
+    handle.remove()
+    assert sum(rows) == found.masked_tokens.sum() < 3 * 2 * LENGTH
+
+
+def test_nothing_masked_costs_nothing(tiny_model, text):
+    ids, noisy, p = text
+    found = masked_nelbo(tiny_model(), ids, ids[:, None].expand_as(noisy), p)
+    assert found.nelbo.tolist() == [0, 0, 0] and found.cross_entropy == 0
+
+
+def test_mean_and_standard_error():
+    found = Nelbo(torch.tensor([1.0, 2.0, 6.0]), torch.tensor([2.0, 3.0, 5.0]), torch.tensor([1.0, 1.0, 2.0]))
+    assert found.mean == 3 and found.cross_entropy == 2.5
+    assert found.standard_error == pytest.approx((14 / 2) ** 0.5 / 3**0.5)  # sample deviation over root n
+    assert Nelbo(torch.tensor([1.0]), torch.tensor([2.0]), torch.tensor([1.0])).standard_error == 0

@@ -1,0 +1,138 @@
+"""Hub ids, with the Hub client replaced: what is downloaded, and headers without weights."""
+
+import shutil
+from fnmatch import fnmatch
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from structprune import UserError, load_model
+from structprune.config import Config
+from structprune.inspect import inspect_checkpoint
+from structprune.models.checkpoint_files import locate, read_header, stored_headers
+
+HUB_ID = "GSAI-ML/LLaDA-tiny"
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """`hub(remote)` makes `remote` the contents of HUB_ID; returns the snapshot's place and the downloads' patterns."""
+
+    def serve(remote):
+        here, asked = tmp_path / "cache" / "snapshots" / "0123abcd", []
+
+        def snapshot_download(repo_id, allow_patterns):
+            assert repo_id == HUB_ID
+            asked.append(list(allow_patterns))
+            here.mkdir(parents=True, exist_ok=True)
+            for path in remote.iterdir():
+                if any(fnmatch(path.name, pattern) for pattern in allow_patterns):
+                    shutil.copyfile(path, here / path.name)
+            return str(here)
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+        monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", metadata)
+        return here, asked
+
+    def metadata(repo_id):
+        raise OSError("offline")
+
+    return serve
+
+
+@pytest.fixture
+def remote(tiny_checkpoint):
+    directory = tiny_checkpoint("llada", name="remote")
+    (directory / "modeling_llada.py").write_text("raise RuntimeError")
+    return directory
+
+
+def test_no_python_file_is_downloaded(hub, remote):
+    here, _ = hub(remote)
+    assert locate(HUB_ID) == here
+    names = {path.name for path in here.iterdir()}
+    assert names == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+
+
+def test_without_weights_only_settings_come(hub, remote):
+    here, asked = hub(remote)
+    locate(HUB_ID, weights=False, allow_pickle=True)
+    assert asked == [["*.json", "*.txt", "*.jinja", "*.model"]]
+    assert not list(here.glob("*.safetensors"))
+
+
+def test_pickles_come_where_allowed_and_needed(hub, remote):
+    here, asked = hub(remote)
+    locate(HUB_ID, allow_pickle=True)  # safetensors are there: no pickle is asked for
+    assert not any("*.bin" in patterns for patterns in asked)
+    torch.save(load_file(remote / "model.safetensors"), remote / "pytorch_model.bin")
+    for directory in (remote, here):
+        (directory / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="no weights"):
+        load_model(HUB_ID)
+    assert not list(here.glob("*.bin"))
+    assert load_model(HUB_ID, allow_pickle=True).source.directory == here
+    assert "*.bin" in asked[-1]
+
+
+def test_model_is_named_by_its_hub_id(hub, remote):
+    hub(remote)
+    assert load_model(HUB_ID).source.name == HUB_ID
+
+
+def test_inspect_downloads_no_weights_and_shows_the_hub_id(hub, remote):
+    here, asked = hub(remote)
+    found = inspect_checkpoint(HUB_ID, Config.load(None, {"structured.ratio": 0.3}))
+    assert found["source"] == HUB_ID and found["stored_dtype"] == "float32"
+    assert "*.safetensors" not in sum(asked, []) and not list(here.glob("*.safetensors"))
+
+
+def served(remote, dtype=None, **shapes):
+    """What get_safetensors_metadata gives for `remote`, with some tensors' shapes changed."""
+    headers = read_header(remote / "model.safetensors")
+    tensors = {
+        name: SimpleNamespace(shape=list(shapes.get(name.split(".")[-2], header.shape)), dtype=dtype or header.dtype)
+        for name, header in headers.items()
+    }
+    shard = SimpleNamespace(tensors=tensors)
+    return lambda repo_id: SimpleNamespace(files_metadata={"model-00001-of-00001.safetensors": shard})
+
+
+def test_headers_of_a_hub_id_come_by_range_requests(hub, remote, monkeypatch):
+    here, _ = hub(remote)
+    monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", served(remote, dtype="BF16"))
+    (remote / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00001.safetensors"}}')
+    found = inspect_checkpoint(HUB_ID, Config.load(None, {"structured.ratio": 0.3}))
+    assert found["stored_dtype"] == "bfloat16"  # the header's, where config.json says float32
+    headers = stored_headers(HUB_ID, here)
+    assert headers["model.transformer.wte.weight"].shape == (2048, 32)
+    assert headers["model.transformer.wte.weight"].shard == "model-00001-of-00001.safetensors"
+
+
+def test_headers_of_a_hub_id_are_checked_against_its_config(hub, remote, monkeypatch):
+    hub(remote)
+    monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", served(remote, up_proj=(47, 32)))
+    with pytest.raises(UserError, match=r"up_proj.weight is \(47, 32\), but config.json asks for \(48, 32\)"):
+        inspect_checkpoint(HUB_ID, Config())
+
+
+def test_downloaded_shards_are_read_instead_of_the_hub(hub, remote):
+    here, _ = hub(remote)
+    locate(HUB_ID)
+    (here / "model.safetensors").write_bytes(b"cut")
+    with pytest.raises(UserError, match="cut short"):
+        inspect_checkpoint(HUB_ID, Config())
+
+
+def test_hub_that_cannot_be_reached(monkeypatch):
+    def refuse(repo_id, allow_patterns):
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(UserError, match=r"'org/name' is neither a directory nor a Hub checkpoint .*\(no route\)$"):
+        locate("org/name")
+    with pytest.raises(UserError, match="no checkpoint directory at 'a/b/c'"):
+        locate("a/b/c")

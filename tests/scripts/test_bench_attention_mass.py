@@ -1,0 +1,78 @@
+"""scripts/bench_attention_mass.py on tiny lengths."""
+
+import importlib
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from structprune.bench.latency import Latency
+
+
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "scripts")
+    return importlib.import_module("bench_attention_mass")
+
+
+def test_naive_mass_by_hand(script):
+    """Two positions, D = 1: scores 0 for query 0; 0 and ln 3 for query 1, so weights (1/2, 1/2) and (1/4, 3/4)."""
+    query, key = torch.tensor([0.0, 1.0]).view(1, 1, 2, 1), torch.tensor([0.0, math.log(3)]).view(1, 1, 2, 1)
+    assert torch.allclose(script.naive_mass(query, key), torch.tensor([[0.75, 1.25]]))
+
+
+def test_peak_counts_what_a_function_holds_beyond_its_inputs(script):
+    query = torch.zeros(1, 1, 2000, 2)
+
+    def hold(query, key):
+        if query.shape[2] == 2000:  # not in the warm-up
+            torch.ones(16 * 2**20, dtype=torch.uint8)
+
+    assert script.peak_above_inputs(hold, query, query) == pytest.approx(16 * 2**20, rel=0.15)
+    assert script.peak_above_inputs(lambda query, key: None, query, query) < 2**20
+
+
+def test_rounds_alternate_and_leave_out_the_first(script):
+    order = []
+    runs = {name: lambda name=name: order.append(name) for name in ("one", "two")}
+    found = script.alternate(runs, 2, torch.device("cpu"))
+    assert order == ["one", "two"] * 3
+    assert isinstance(found["one"], Latency) and len(found["one"].seconds) == len(found["two"].seconds) == 2
+
+
+def test_a_run_writes_figures_and_machine(script, tmp_path, capsys):
+    threads, out = torch.get_num_threads(), tmp_path / "made" / "mass.json"
+    options = "--lengths 1024 --heads 8 --size 4 --rounds 2 --threads 1".split()
+    try:
+        assert script.main([*options, "--out", str(out)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    printed = capsys.readouterr().out
+    assert "1,024" in printed and str(out) in printed.replace("\n", "")
+    found = json.loads(out.read_text())
+    assert found["settings"] | {"rounds": 2, "heads": 8, "head_dim": 4, "device": "cpu"} == found["settings"]
+    assert found["machine"]["torch"] == torch.__version__ and found["machine"]["threads"] == 1
+    (row,) = found["rows"]
+    assert row["length"] == 1024
+    assert row["peak_bytes"]["naive"] > 60e6 and row["peak_bytes"]["tiled"] < 15e6  # 2 x 8 x 1024² x 4, and 2 tiles
+    assert row["max_relative_difference"] < 1e-5
+    assert set(row["median_ms"]) == {"naive", "tiled", "block", "block with mass"}
+    assert row["time_ratio"]["p25"] <= row["time_ratio"]["median"] <= row["time_ratio"]["p75"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--lengths", "256,x"), "256,x"),
+        (("--lengths", "0"), "'0'"),
+        (("--size", "3"), "--size = 3"),
+        (("--rounds", "0"), "--rounds = 0"),
+        (("--device", "abacus"), "abacus"),
+    ],
+)
+def test_errors_are_one_line(script, capsys, options, words):
+    assert script.main(list(options)) == 2
+    err = capsys.readouterr().err
+    assert words in err and err.count("\n") == 1

@@ -1,0 +1,73 @@
+"""Moments, their merging, Gram products and relative row weights, by hand and against plain sums."""
+
+import pytest
+import torch
+
+from structprune.statistics.activations import add_products, merge_moments, moments, relative_weight
+
+
+def test_moments_by_hand():
+    x = torch.tensor([[1.0, 0.0], [3.0, 0.0], [8.0, 5.0]])
+    found = moments(x)
+    assert found.weight.item() == 3
+    assert found.mean.tolist() == pytest.approx([4, 5 / 3])
+    assert found.spread.tolist() == pytest.approx([9 + 1 + 16, 2 * 25 / 9 + 100 / 9])
+    assert found.variance.tolist() == pytest.approx([26 / 3, 50 / 9])
+    assert found.squared_norm.tolist() == pytest.approx([1 + 9 + 64, 25])
+
+
+def test_moments_weigh_rows_by_the_square_of_omega():
+    x = torch.tensor([[1.0], [3.0], [100.0]])
+    found = moments(x, torch.tensor([2.0, 1.0, 0.0]))  # squares 4, 1, 0
+    assert found.weight.item() == 5
+    assert found.mean.item() == pytest.approx(7 / 5)
+    assert found.spread.item() == pytest.approx(4 * 0.4**2 + 1.6**2)
+    assert found.squared_norm.item() == pytest.approx(4 * 1 + 9)
+
+
+def test_variance_survives_a_large_mean():
+    x = torch.tensor([[10001.0], [10003.0]]).repeat(500, 1)
+    assert moments(x).variance.item() == pytest.approx(1.0, rel=1e-6)
+
+
+def test_no_weight_at_all_is_no_nan():
+    empty = moments(torch.ones(4, 2), torch.zeros(4))
+    assert empty.weight == 0 and empty.squared_norm.tolist() == [0, 0]
+    merged = merge_moments(empty, moments(torch.tensor([[1.0, 2.0], [3.0, 2.0]])))
+    assert merged.mean.tolist() == [2, 2] and merged.spread.tolist() == [2, 0]
+    assert merge_moments(empty, empty).mean.tolist() == [0, 0]
+
+
+def test_merging_parts_equals_all_rows_at_once():
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(4, 6, 5, generator=generator) + 3, torch.rand(4, 6, generator=generator)
+    whole = moments(x, weight)
+    merged = moments(x[:1], weight[:1])
+    for part in (slice(1, 3), slice(3, 4)):
+        merged = merge_moments(merged, moments(x[part], weight[part]))
+    for name in ("weight", "mean", "spread", "squared_norm"):
+        assert torch.allclose(getattr(merged, name), getattr(whole, name), rtol=1e-6), name
+    rows, squares = x.flatten(0, 1).double(), weight.flatten().double() ** 2
+    assert torch.allclose(whole.squared_norm, squares @ rows**2, rtol=1e-6)
+    assert torch.allclose(whole.mean, squares @ rows / squares.sum(), rtol=1e-6)
+
+
+def test_products_by_hand():
+    left, right = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[5.0], [6.0]])
+    total = torch.ones(2, 1)
+    assert add_products(total, left, right) is total
+    assert total.tolist() == [[1 + 5 + 18], [1 + 10 + 24]]
+    weighted = add_products(torch.zeros(2, 1), left, right, torch.tensor([0.5, 2.0]))  # squares 1/4, 4
+    assert weighted.tolist() == [[0.25 * 5 + 4 * 18], [0.25 * 10 + 4 * 24]]
+
+
+def test_products_leave_their_inputs_alone():
+    x, weight = torch.ones(3, 2), torch.full((3,), 2.0)
+    assert add_products(torch.zeros(2, 2), x, x, weight).tolist() == [[12, 12], [12, 12]]
+    assert x.eq(1).all() and weight.eq(2).all()
+
+
+def test_relative_weight_divides_by_the_rms_of_the_stream():
+    states = torch.tensor([[[3.0, 4.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]]])  # RMS 2.5 and 1
+    assert torch.allclose(relative_weight(states, None), torch.tensor([[0.4, 1.0]]))
+    assert torch.allclose(relative_weight(states, torch.tensor([[0.5, 0.5]])), torch.tensor([[0.2, 0.5]]))

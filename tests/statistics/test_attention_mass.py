@@ -1,0 +1,68 @@
+"""Every way of cutting the attention mass into blocks gives the full matrix's answer."""
+
+import math
+
+import pytest
+import torch
+
+from structprune.statistics import sinks
+
+
+def full_matrix(query, key):
+    """(B, H, T, D), (B, K, T, D) -> (B, T) in fp64."""
+    key = key.double().repeat_interleave(query.shape[1] // key.shape[1], dim=1)  # (B, H, T, D)
+    scores = query.double() @ key.transpose(2, 3) / math.sqrt(query.shape[-1])  # (B, H, T, T)
+    return scores.softmax(-1).sum(dim=(1, 2))  # (B, T)
+
+
+def make(batch, heads, kv_heads, length, size):
+    generator = torch.Generator().manual_seed(0)
+    query = 3 * torch.randn(batch, length, heads, size, generator=generator)  # (B, T, H, D)
+    key = torch.randn(batch, length, kv_heads, size, generator=generator)  # (B, T, K, D)
+    return query.transpose(1, 2), key.transpose(1, 2)  # strided as a model's
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),  # rows of scores that fit, of 5 sequences x 4 key heads x 2 query heads each x 9 queries
+    [
+        (1, (1, 1, 1)),  # not even one query of both heads: one all the same
+        (7, (3, 1, 1)),  # 3 queries x 2 heads
+        (18, (9, 1, 1)),  # one key head whole
+        (40, (9, 2, 1)),  # two
+        (72, (9, 4, 1)),  # one sequence whole
+        (150, (9, 4, 2)),  # two
+        (10_000, (9, 4, 5)),  # everything
+    ],
+)
+def test_blocks_grow_from_queries_to_heads_to_sequences(monkeypatch, rows, expected):
+    monkeypatch.setitem(sinks.TILE_BYTES, "cpu", 4 * 9 * rows)
+    assert sinks._block_shape(5, 4, 2, 9, None, torch.device("cpu")) == expected
+    query, key = make(5, 8, 4, 9, 6)
+    assert torch.allclose(sinks.attention_mass(query, key), full_matrix(query, key).float(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("tile", [1, 4, 9, 100])
+def test_given_tile_is_taken(tile):
+    query, key = make(3, 4, 2, 9, 6)
+    assert torch.allclose(sinks.attention_mass(query, key, tile), full_matrix(query, key).float(), rtol=1e-5)
+
+
+def test_mass_is_no_part_of_the_gradient():
+    query, key = make(1, 2, 2, 5, 4)
+    assert not sinks.attention_mass(query.requires_grad_(), key).requires_grad
+
+
+def test_memory_stays_at_two_blocks(monkeypatch):
+    """No buffer grows with T²: the largest tensor allocated is the pair of blocks."""
+    sizes = []
+    empty = torch.empty
+
+    def watch(*shape, **options):
+        made = empty(*shape, **options)
+        sizes.append(made.nbytes)
+        return made
+
+    monkeypatch.setattr(torch, "empty", watch)
+    monkeypatch.setitem(sinks.TILE_BYTES, "cpu", 2**16)
+    sinks.attention_mass(*make(2, 4, 4, 512, 4))
+    assert sizes and max(sizes) <= 2 * 2**16 < 4 * 512 * 512

@@ -1,0 +1,60 @@
+"""Hooks see what they should and are gone afterwards, also after an exception."""
+
+import pytest
+import torch
+
+from structprune.models.adapter import Adapter
+from structprune.statistics.capture import MassMeter, consumers, watch_inputs
+
+
+def hooks_left(model) -> int:
+    return sum(len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules())
+
+
+IDS = torch.arange(10).view(2, 5)
+
+
+@torch.inference_mode()
+def test_watch_inputs_sees_every_consumer_once(tiny_model):
+    adapter = Adapter(tiny_model())
+    seen = {}
+    with watch_inputs(consumers(adapter.blocks), seen.__setitem__):
+        adapter.model.encode(IDS)
+    assert set(seen) == {(index, role) for index in range(3) for role in ("attention_output", "down")}
+    assert seen[1, "attention_output"].shape == (2, 5, 32) and seen[1, "down"].shape == (2, 5, 48)
+    state = adapter.model.embedding(IDS)  # (B, T, C)
+    expected = adapter.blocks[0].module.mix(state, adapter.model.rotary(5, state.device))
+    assert torch.allclose(seen[0, "attention_output"], expected, atol=1e-6)
+    assert hooks_left(adapter.model) == 0
+
+
+@torch.inference_mode()
+def test_meter_sums_layers_and_starts_anew(tiny_model):
+    adapter = Adapter(tiny_model())
+    meter = MassMeter()
+    with meter.on([block.core for block in adapter.blocks]):
+        adapter.model.encode(IDS)
+        first = meter.take()
+        adapter.model.encode(IDS)
+        second = meter.take()
+    assert torch.equal(first, second)  # nothing of the first pass is left in the second
+    assert torch.allclose(first.sum(1), torch.full((2,), 3.0 * 4 * 5))  # layers x heads x queries
+    assert hooks_left(adapter.model) == 0
+
+
+def test_hooks_are_removed_on_exceptions(tiny_model):
+    adapter = Adapter(tiny_model())
+
+    def fail(key, x):
+        raise RuntimeError("inside a hook")
+
+    with pytest.raises(RuntimeError, match="inside a hook"), torch.inference_mode():
+        with watch_inputs(consumers(adapter.blocks), fail):
+            assert hooks_left(adapter.model) == 6
+            adapter.model.encode(IDS)
+    assert hooks_left(adapter.model) == 0
+    with pytest.raises(KeyboardInterrupt):
+        with MassMeter().on([block.core for block in adapter.blocks]):
+            assert hooks_left(adapter.model) == 3
+            raise KeyboardInterrupt
+    assert hooks_left(adapter.model) == 0

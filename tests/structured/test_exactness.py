@@ -1,0 +1,140 @@
+"""The cut is exact: logits equal the dense model's with the removed units' consumer columns zeroed."""
+
+import copy
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from structprune.models.adapter import Adapter
+from structprune.structured import surgery
+from structprune.structured.plan import BlockPlan, Plan, identity_plan
+from structprune.structured.surgery import apply_plan
+
+MODELS = {
+    "mha": ("llada", {"n_kv_heads": 4}),
+    "mha with biases": ("llada", {"n_kv_heads": 4, "include_bias": True}),
+    "mha of dream": ("dream", {"num_attention_heads": 4, "num_key_value_heads": 4}),
+    "gqa of llada": ("llada", {"d_model": 48, "n_heads": 6, "n_kv_heads": 2, "include_qkv_bias": True}),
+    "gqa of dream": ("dream", {}),
+}
+FORMS = ("query_heads", "kv_groups", "both")
+IDS = torch.randint(0, 2048, (2, 11), generator=torch.Generator().manual_seed(0))
+
+
+def random_block(widths, form: str, draw: random.Random) -> BlockPlan:
+    """A random valid block plan: any heads (MHA), whole KV groups, as many query heads of each, or both at once."""
+    some = lambda count: sorted(draw.sample(range(count), draw.randint(1, count)))  # noqa: E731
+    per = widths.query_heads // widths.kv_heads
+    groups = some(widths.kv_heads) if per == 1 or form != "query_heads" else list(range(widths.kv_heads))
+    size = per if per == 1 or form == "kv_groups" else draw.randint(1, per)
+    heads = sorted(group * per + member for group in groups for member in draw.sample(range(per), size))
+    return BlockPlan(tuple(heads), tuple(groups), tuple(some(widths.channels)))
+
+
+def random_plan(adapter: Adapter, form: str, seed: int) -> Plan:
+    draw = random.Random(seed)
+    return Plan(adapter.family.name, tuple(random_block(block.widths, form, draw) for block in adapter.blocks))
+
+
+@torch.no_grad()
+def with_zeroed_columns(model, plan: Plan):
+    """The dense model in which the consumers do not read what the plan removes."""
+    dense = copy.deepcopy(model)
+    for block, kept in zip(Adapter(dense).blocks, plan.blocks):
+        for head in set(range(block.widths.query_heads)) - set(kept.query_heads):
+            block["attention_output"].weight[:, head * block.head_dim : (head + 1) * block.head_dim] = 0
+        for channel in set(range(block.widths.channels)) - set(kept.channels):
+            block["down"].weight[:, channel] = 0
+    return dense
+
+
+@torch.inference_mode()
+def difference(small, model, plan: Plan) -> float:
+    """Largest gap between the cut model's logits and those it must have."""
+    return (small(IDS).logits - with_zeroed_columns(model, plan)(IDS).logits).abs().max().item()
+
+
+CASES = [(name, form) for name in MODELS for form in FORMS if form == "both" or not name.startswith("mha")]
+
+
+@pytest.mark.parametrize("name, form", CASES)
+def test_random_plans_cut_exactly(tiny_model, name, form):
+    family, changes = MODELS[name]
+    model = tiny_model(family, **changes)
+    with torch.inference_mode():
+        dense = model(IDS).logits
+    for seed in range(6):
+        plan = random_plan(Adapter(model), form, seed)
+        small = apply_plan(model, plan)
+        assert [block.widths for block in Adapter(small).blocks] == [block.widths for block in plan.blocks]
+        assert difference(small, model, plan) <= 1e-5, (seed, plan)
+        with torch.inference_mode():
+            assert (small(IDS).logits - dense).abs().max() > 1e-3  # the plan does remove something that counts
+
+
+def cut_of(widths, kind: str, form: str) -> BlockPlan:
+    """A block plan that cuts one kind of unit."""
+    every = [tuple(range(count)) for count in (widths.query_heads, widths.kv_heads, widths.channels)]
+    if kind == "channels":
+        return BlockPlan(every[0], every[1], tuple(range(0, 40, 2)))
+    if form == "kv_groups":
+        return BlockPlan(every[0][: widths.query_heads // widths.kv_heads], (0,), every[2])
+    if form == "query_heads":
+        return BlockPlan((0, widths.query_heads // widths.kv_heads), every[1], every[2])
+    return BlockPlan((0, 2), (0, 2), every[2])
+
+
+@pytest.mark.parametrize("name, form", [("mha", "both"), ("gqa of dream", "query_heads"), ("gqa of llada", "kv_groups")])
+@pytest.mark.parametrize("kind", ["attention", "channels"])
+def test_a_wrong_cut_is_seen(tiny_model, monkeypatch, name, form, kind):
+    family, changes = MODELS[name]
+    model = tiny_model(family, **changes)
+    identity, cut = identity_plan(Adapter(model)), surgery._cut
+    kept = cut_of(Adapter(model).blocks[1].widths, kind, form)
+    plan = Plan(identity.family, (identity.blocks[0], kept, identity.blocks[2]))
+    assert difference(apply_plan(model, plan), model, plan) <= 1e-5
+
+    def off_by_one(state, name, module, coupled, kept, block, which):
+        if which == kind and name in coupled.inputs and block.index == 1:  # the consumer reads the unit after its last
+            key = "channels" if kind == "channels" else "query_heads"
+            units = getattr(kept, key)
+            kept = replace(kept, **{key: (*units[:-1], units[-1] + 1)})
+        cut(state, name, module, coupled, kept, block, which)
+
+    monkeypatch.setattr(surgery, "_cut", off_by_one)
+    assert difference(apply_plan(model, plan), model, plan) > 1e-3
+
+
+def test_uncut_tensors_are_shared_and_nothing_of_the_dense_model_changes(tiny_model):
+    model = tiny_model("dream")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    small = apply_plan(model, random_plan(Adapter(model), "both", 1))
+    assert small.embedding.weight.data_ptr() == model.embedding.weight.data_ptr()
+    assert small.num_parameters() < model.num_parameters() and not small.training
+    assert all(value.equal(before[name]) for name, value in model.state_dict().items())
+
+
+def test_the_identity_plan_changes_nothing(tiny_model):
+    for family in ("llada", "dream"):
+        model = tiny_model(family)
+        small = apply_plan(model, identity_plan(Adapter(model)))
+        with torch.inference_mode():
+            assert torch.equal(small(IDS).logits, model(IDS).logits)
+
+
+def test_an_output_bias_starts_at_zero(tiny_model):
+    model = tiny_model()
+    plan = random_plan(Adapter(model), "both", 2)
+    plain, biased = apply_plan(model, plan), apply_plan(model, plan, output_bias=True)
+    for block in Adapter(biased).blocks:
+        assert block["attention_output"].bias.eq(0).all() and block["down"].bias.eq(0).all()
+    with torch.inference_mode():
+        assert torch.allclose(biased(IDS).logits, plain(IDS).logits, atol=1e-6)
+
+
+def test_a_cut_keeps_the_dtype(tiny_model):
+    model = tiny_model("dream").bfloat16()
+    small = apply_plan(model, random_plan(Adapter(model), "both", 3), output_bias=True)
+    assert {p.dtype for p in small.parameters()} == {torch.bfloat16} and small.dtype == torch.bfloat16
