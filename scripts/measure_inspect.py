@@ -5,7 +5,6 @@
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -32,17 +31,27 @@ SHAPES = {
     },
 }  # fmt: skip
 
+# the command line, which then says its own peak
+PROGRAM = """
+import sys
+from structprune.bench.memory import peak_memory_bytes
+from structprune.cli import main
+code = main(sys.argv[1:])
+print(peak_memory_bytes()["host"], file=sys.stderr)
+sys.exit(code)
+"""
+
 
 def measure(values: dict, ratio: float) -> dict:
     """Wall seconds, peak resident bytes, and what was found, of one `inspect` in a fresh process."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(values), encoding="utf-8")
-        command = [sys.executable, "-m", "structprune", "inspect", folder, "--ratio", str(ratio), "--json"]
+        command = [sys.executable, "-c", PROGRAM, "inspect", folder, "--ratio", str(ratio), "--json"]
         start = time.perf_counter()
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         seconds = time.perf_counter() - start
     found = json.loads(done.stdout)
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak = int(done.stderr.strip().splitlines()[-1])
     kept = {key: found[key] for key in ("parameters", "block_parameters", "macs", "bytes", "tokens")}
     return {"seconds": seconds, "peak_memory_bytes": peak, "ratio": ratio, **kept, "memory": found["memory"]}
 

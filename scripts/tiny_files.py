@@ -135,7 +135,6 @@ def write_checkpoint(model: StructpruneLLaDA, values: dict, training: Path, draf
     state = {name: value.detach().to("cpu", torch.bfloat16).contiguous() for name, value in model.state_dict().items()}
     save_file(state, draft / "model.safetensors", metadata={"format": "pt"})
     write_json(draft / "config.json", values)
-    shutil.copymode(draft / "config.json", draft / "model.safetensors")  # safetensors makes files private
     for name in TOKENIZER_FILES:
         if (training / name).is_file():
             shutil.copyfile(training / name, draft / name)

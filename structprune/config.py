@@ -1,7 +1,7 @@
 """One validated configuration per run: a YAML file plus `--set section.key=value` overrides; an unknown key is an error."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -12,7 +12,7 @@ Arm = Literal["clean", "masked", "masked+sink", "clean+sink"]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelSettings(Section):
@@ -58,7 +58,7 @@ class SinkSettings(Section):
 
 
 class StructuredSettings(Section):
-    ratio: float = 0.5
+    ratio: float = Field(0.5, allow_inf_nan=True)  # `check_ratio` says what is wrong with one
     """Removed share of the parameters of q, k, v, output, gate, up and down projections of unprotected blocks."""
     score: Literal["magnitude", "wanda", "fluctuation", "taylor", "obs"] = "obs"
     arm: Arm | None = None
@@ -99,7 +99,7 @@ class ReconstructSettings(Section):
     """Append a constant feature, which gives the pruned layer a bias."""
     mode: Literal["least-squares", "bias"] = "least-squares"
     """bias: only the removed units' mean output is added (FLAP's compensation)."""
-    damping: tuple[float, ...] = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
+    damping: tuple[Annotated[float, Field(ge=0)], ...] = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
     """The lambdas to choose from per layer, relative to the mean diagonal; infinity is always among them."""
 
 
@@ -171,7 +171,10 @@ def _parse(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals:
         raise UserError(f"'{text}' is not key=value")
-    return name.strip(), yaml.safe_load(value)
+    try:
+        return name.strip(), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"the value of '{text}' cannot be read as YAML: quote it") from error
 
 
 def known_keys() -> list[str]:

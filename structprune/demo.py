@@ -28,15 +28,15 @@ from structprune.statistics.rows import Track
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 SAVED = (0.3, 0.5)
 OURS = "structprune"
-WINDOWS, LENGTH = 192, 128  # held-out text: windows and tokens in each
+WINDOWS, LENGTH = 128, 128  # held-out text: windows and tokens in each
 BASE = {
     "calibration.source": str(text_file("calibration.txt")),
     "calibration.length": LENGTH,
-    "calibration.windows": 48,
+    "calibration.windows": 40,
     "calibration.held_out": 8,
     "calibration.interval": 10,
     "calibration.batch": 4,
-    "structured.split_windows": 16,
+    "structured.split_windows": 12,
     "structured.split_candidates": 6,
 }
 METHODS = {
@@ -165,11 +165,13 @@ def _row(name: str, ratio: float, pruned: Pruned, nelbo: Nelbo, dense: Nelbo) ->
 
 def demo_table(rows: list[dict], dense: dict) -> Table:
     """Dense against every method at the saved ratios; fits 80 columns."""
-    table = Table(title="a small trained LLaDA, pruned: held-out text, common noise", box=box.SIMPLE_HEAD, padding=(0, 1))
+    table = Table(title="a small trained LLaDA, pruned: held-out text, common noise", box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
     columns = ("ratio", "method", "params", "MACs", "disk", "NELBO", "loss", "forward", "speed")
     units = ("", "", "M", "M", "MB", "nats/token", "against dense", "ms", "")
     for name, unit in zip(columns, units):
-        table.add_column(f"{name}\n[dim]{unit}[/dim]", justify="left" if name == "method" else "right", no_wrap=True)
+        width = max(len(name), len(unit), 11 if name in ("method", "NELBO") else 14 if name == "loss" else 5)
+        justify = "left" if name == "method" else "right"
+        table.add_column(f"{name}\n[dim]{unit}[/dim]", justify=justify, no_wrap=True, min_width=width)
     table.add_row("0", "dense", *_cells(dense), end_section=True)
     for ratio in SAVED:
         for row in (row for row in rows if row["ratio"] == ratio):

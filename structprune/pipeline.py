@@ -36,6 +36,7 @@ from structprune.structured.choose import (
     describe_counts,
     open_blocks,
 )
+from structprune.structured.graph import coupled_units
 from structprune.structured.plan import Plan, make_plan
 from structprune.structured.reconstruct import LayerFit, Reconstructor
 from structprune.structured.sizes import block_size, forward_macs
@@ -150,6 +151,7 @@ class Pruner:
         self._check = (held_out, *stratified_noise(held_out, self.adapter.mask_id, generator, copies, edges))
         self._paths: dict | None = None
         self._dense: Nelbo | None = None
+        self._coupled: dict | None = None
         self._refits: dict[int, Reconstructor] = {}  # by the number of windows
 
     def _timed(self, name: str, work):
@@ -164,7 +166,9 @@ class Pruner:
 
     def _cut(self, plan: Plan) -> DiffusionLM:
         settings = self.config.reconstruct
-        return apply_plan(self.model, plan, settings.enabled and (settings.constant or settings.mode == "bias"))
+        output_bias = settings.enabled and (settings.constant or settings.mode == "bias")
+        self._coupled = self._coupled or coupled_units(self.model)
+        return apply_plan(self.model, plan, output_bias, self._coupled)
 
     def _refit(self, plan: Plan, windows: int | None = None) -> tuple[DiffusionLM, list[LayerFit]]:
         """A cut and, where that is on, refitted model; on at most `windows` calibration windows."""
@@ -258,7 +262,7 @@ def prune(
 def build_report(run: Pruner, small: DiffusionLM, plan: Plan) -> dict:
     """Figures that hold for any pruned model: sizes, versions, seeds, timings, peak memory, export class."""
     model, config, before, after = run.model, run.config, run.adapter, Adapter(small)
-    blocks = [sum(p.numel() for block in side.blocks for p in block.module.parameters()) for side in (before, after)]
+    blocks = [sum(block_size(block, "query_heads").total for block in side.blocks) for side in (before, after)]
     length = run.calibration.length
     return {
         "source": model.source.name,

@@ -11,7 +11,17 @@ import structprune
 from structprune.assets import model_directory, text_file
 
 ROOT = Path(structprune.__file__).parent
-STAGES = ("models", "calibration", "statistics", "criteria", "structured", "evaluation", "bench", "report", "checkpoint")
+STAGES = (
+    "models",
+    "calibration",
+    "statistics",
+    "criteria",
+    "structured",
+    "evaluation",
+    "bench",
+    "report",
+    "checkpoint",
+)
 BASE = ("errors", "config", "assets")  # what every stage may use
 DRIVERS = ("pipeline", "inspect", "demo", "runs", "cli", "__main__", "__init__")  # what knows several stages
 SELF_CONTAINED = ("modeling_structprune.py", "configuration_structprune.py")

@@ -121,14 +121,15 @@ def test_8b_with_shards_takes_seconds_and_under_a_gigabyte(tmp_path):
         model = loading.detect_family(LLADA_8B, directory).model_class(config)
     sparse_shard(directory / "model.safetensors", {name: tuple(t.shape) for name, t in model.state_dict().items()})
     code = (
-        "import resource, sys, time; start = time.perf_counter(); from structprune.cli import main; "
+        "import sys, time; start = time.perf_counter(); from structprune.cli import main; "
         f"code = main(['inspect', {str(directory)!r}, '--ratio', '0.5', '--json']); "
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter() - start, code, file=sys.stderr)"
+        "from structprune.bench.memory import peak_memory_bytes; "
+        "print(peak_memory_bytes()['host'], time.perf_counter() - start, code, file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     peak, seconds, code = done.stderr.splitlines()[-1].split()
     assert code == "0" and json.loads(done.stdout)["parameters"]["before"] == LLADA_TOTAL
-    assert int(peak) * (1 if sys.platform == "darwin" else 1024) < 1e9
+    assert 1e8 < int(peak) < 1e9
     assert float(seconds) < 60
 
 

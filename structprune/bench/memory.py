@@ -2,6 +2,7 @@
 
 import resource
 import sys
+from pathlib import Path
 
 import torch
 
@@ -15,11 +16,20 @@ RUNTIME_BYTES = 450_000_000  # the interpreter with torch and transformers impor
 
 def peak_memory_bytes() -> dict[str, int]:
     """Peak resident memory of the process so far (`host`), and of tensors on the accelerator (`device`, if any)."""
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is bytes on macOS, KiB on Linux
-    peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    peak = {"host": _host_peak()}
     if torch.cuda.is_available():
         peak["device"] = torch.cuda.max_memory_allocated()
     return peak
+
+
+def _host_peak() -> int:
+    """Linux's VmHWM, because `ru_maxrss` of a child process starts at what its parent had."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB elsewhere
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def predicted_peak(dense: Adapter, pruned: Adapter, config: Config, stored: torch.dtype) -> dict[str, int]:

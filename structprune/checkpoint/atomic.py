@@ -19,10 +19,18 @@ def whole_directory(directory: str | Path) -> Iterator[Path]:
     draft = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
         yield draft
-        draft.chmod(0o755)  # mkdtemp's is private
+        _open_up(draft)
         _swap(draft, directory)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def _open_up(draft: Path) -> None:
+    """The modes that plainly written files have: mkdtemp's directory and safetensors' files are private."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in (draft, *draft.rglob("*")):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
 
 
 def _swap(draft: Path, directory: Path) -> None:

@@ -83,7 +83,7 @@ def model_card(report: dict) -> str:
 
 def _rows(report: dict) -> list[str]:
     rows = []
-    for title, key in (("parameters", "parameters"), ("block parameters", "block_parameters"), ("MACs", "macs")):
+    for title, key in (("parameters", "parameters"), ("block projections", "block_parameters"), ("MACs", "macs")):
         before, after = report[key]["before"], report[key]["after"]
         rows.append(f"| {title} | {millions(before)} | {millions(after)} | {change(before, after)} |")
     nelbo = report["held_out_nelbo"]

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from structprune.models.adapter import CONSUMER  # noqa: F401 (also known under this name)
 
 KINDS = ("attention", "channels")
 

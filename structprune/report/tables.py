@@ -28,7 +28,7 @@ def run_table(report: dict, saved_bytes: tuple[int, int] | None = None) -> Table
         table.add_row(title, show(before), show(after), change(before, after))
 
     row("parameters", report["parameters"]["before"], report["parameters"]["after"], millions)
-    row("block parameters", report["block_parameters"]["before"], report["block_parameters"]["after"], millions)
+    row("block projections", report["block_parameters"]["before"], report["block_parameters"]["after"], millions)
     macs = report["macs"]
     row(f"MACs, {macs['tokens']} tokens", macs["before"], macs["after"], millions)
     if saved_bytes:

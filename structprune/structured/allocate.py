@@ -96,10 +96,12 @@ class _Greedy:
     def take(self, kinds: tuple[str, ...], budget: float, most: int | None = None) -> float:
         """Take steps of some kinds until `budget` parameters are gone, or `most` steps; returns what is left of it.
 
-        A step that overshoots by more than it repairs is passed over, so that channels make up for what whole heads
-        cannot.
+        A step that overshoots by more than it repairs is passed over, and a head that overshoots waits until no
+        channels are left, so that channels make up for what whole heads cannot.
         """
         queue: list[tuple[float, tuple[int, str]]] = []
+        late: list[tuple[int, str]] = []
+        half = self.multiple * min(size.step["channels"] for size in self.sizes.values()) / 2
 
         def push(key: tuple[int, str]) -> None:
             if length := self.run_length(key):
@@ -109,11 +111,14 @@ class _Greedy:
             if key[1] in kinds:
                 push(key)
         taken_steps = 0
-        while queue and budget > 0 and taken_steps != most:
-            key = heapq.heappop(queue)[1]
+        while (queue or late) and budget > 0 and taken_steps != most:
+            key = heapq.heappop(queue)[1] if queue else late.pop(0)
             length = self.run_length(key)
             parameters = length * self.sizes[key[0]].step[key[1]]
             if parameters > 2 * budget:
+                continue
+            if queue and key[1] == "attention" and parameters > budget + half:
+                late.append(key)
                 continue
             self.counts[key] += length
             budget, taken_steps = budget - parameters, taken_steps + 1
@@ -173,7 +178,9 @@ def head_choices(sizes: list[BlockSize], ratios: list[float], multiple: int) -> 
         ratio, most = sum(ratios) / len(ratios), most_ratio(sizes, multiple)
         if ratio > most and len(set(ratios)) == 1:
             raise UserError(f"no plan meets ratio {ratio:.4f}: the most is {most:.4f}")
-        raise UserError(f"no plan meets ratio {ratio:.4f}: the nearest is {_nearest_ratio(sizes, ratios, multiple):.4f}")
+        raise UserError(
+            f"no plan meets ratio {ratio:.4f}: the nearest is {_nearest_ratio(sizes, ratios, multiple):.4f}"
+        )
     return found
 
 
@@ -184,7 +191,7 @@ def _head_choices(sizes: list[BlockSize], ratios: list[float], multiple: int) ->
 
 
 def _nearest_ratio(sizes: list[BlockSize], ratios: list[float], multiple: int, grid: float = 0.0025) -> float:
-    """The nearest mean ratio that block ratios shifted alike can meet, to within `grid`; 0, where nothing is removed."""
+    """The nearest mean ratio that block ratios shifted alike can meet, to within `grid`; 0 where there is none."""
     for shift in (sign * step * grid for step in range(1, round(1 / grid)) for sign in (-1, 1)):
         shifted = [ratio + shift for ratio in ratios]
         if 0 <= min(shifted) <= max(shifted) < 1 and _head_choices(sizes, shifted, multiple):

@@ -39,7 +39,9 @@ def coupled_units(model: DiffusionLM) -> dict[tuple[int, str], Coupled]:
         graph = tp.DependencyGraph()
         ids = torch.zeros(1, 4, dtype=torch.long)  # (1, 4)
         norms = [(module.weight, 0) for module in ghost.modules() if isinstance(module, RMSNorm)]
-        graph.build_dependency(ghost, {"input_ids": ids}, output_transform=lambda out: out.logits, unwrapped_parameters=norms)
+        graph.build_dependency(
+            ghost, {"input_ids": ids}, output_transform=lambda out: out.logits, unwrapped_parameters=norms
+        )
     names = {module: name for name, module in ghost.named_modules()}
     found = {}
     for block in Adapter(ghost).blocks:

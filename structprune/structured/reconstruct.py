@@ -11,9 +11,9 @@ import torch
 
 from structprune.calibration.batches import Calibration
 from structprune.config import ReconstructSettings, SinkSettings
-from structprune.criteria.paths import CONSUMER, KINDS
+from structprune.criteria.paths import KINDS
 from structprune.criteria.ranking import Limits, calibration_rows
-from structprune.models.adapter import Adapter
+from structprune.models.adapter import CONSUMER, Adapter
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.statistics.activations import add_products, relative_weight
 from structprune.statistics.residual import ResidualRun, TargetRun
@@ -146,7 +146,8 @@ class Reconstructor:
             for kind in KINDS:
                 fits.append(self._refit_consumer(pruned, run, (index, kind), plan.blocks[index]))
                 run.advance((index, kind))
-                self._run.advance((index, kind))
+                if self.settings.target == "dense":
+                    self._run.advance((index, kind))
         return fits
 
     def _refit_consumer(self, pruned: Adapter, run: ResidualRun, key, kept) -> LayerFit:

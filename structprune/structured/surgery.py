@@ -26,11 +26,14 @@ def pruned_config(model: DiffusionLM, plan: Plan, output_bias: bool = False):
 
 
 @torch.inference_mode(False)  # so that the new parameters can be trained whoever calls
-def apply_plan(model: DiffusionLM, plan: Plan, output_bias: bool = False) -> DiffusionLM:
+def apply_plan(
+    model: DiffusionLM, plan: Plan, output_bias: bool = False, coupled: dict[tuple[int, str], Coupled] | None = None
+) -> DiffusionLM:
     """The model that keeps what `plan` keeps.
 
     Args:
         output_bias: give the attention output and down projections a bias (zero), for a refit with a constant feature.
+        coupled: `coupled_units(model)`, for who applies many plans to one model; traced here where it is None.
     Returns:
         A new model in eval mode. Tensors that are not cut (embeddings, norms, head) are shared with `model`, so that
         both fit in memory; copy it (`copy.deepcopy`) before training one of them while using the other.
@@ -41,7 +44,7 @@ def apply_plan(model: DiffusionLM, plan: Plan, output_bias: bool = False) -> Dif
     plan.check(adapter)
     with torch.device("meta"):
         small = type(model)(pruned_config(model, plan, output_bias))
-    coupled = coupled_units(model)
+    coupled = coupled or coupled_units(model)
     state = dict(model.state_dict())
     for block, kept in zip(adapter.blocks, plan.blocks):
         if kept.widths == block.widths:
@@ -53,7 +56,9 @@ def apply_plan(model: DiffusionLM, plan: Plan, output_bias: bool = False) -> Dif
         if output_bias and name not in state:
             state[name] = torch.zeros(tensor.shape, dtype=model.dtype, device=model.device)
         if state[name].shape != tensor.shape:
-            raise RuntimeError(f"surgery left {name} at {tuple(state[name].shape)}, the plan means {tuple(tensor.shape)}")
+            raise RuntimeError(
+                f"surgery left {name} at {tuple(state[name].shape)}, the plan means {tuple(tensor.shape)}"
+            )
     small.load_state_dict(state, assign=True)
     small.source = getattr(model, "source", None)
     return small.eval()

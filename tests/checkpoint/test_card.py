@@ -33,7 +33,7 @@ def test_numbers(report):
     card = model_card(report)
     assert "# GSAI-ML/LLaDA-8B-Base, 50.0 % of its block projections removed" in card
     assert "| parameters | 8.000 B | 5.000 B | -37.5 % |" in card
-    assert "| block parameters | 6.000 B | 3.000 B | -50.0 % |" in card
+    assert "| block projections | 6.000 B | 3.000 B | -50.0 % |" in card
     assert "| MACs | 4.000 M | 1.000 M | -75.0 % |" in card
     assert "| NELBO, nats/token | 2.0000 | 2.5000 | +0.5000 ± 0.0125 |" in card
     flat = " ".join(card.split())

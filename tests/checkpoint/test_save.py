@@ -43,7 +43,11 @@ def test_what_is_written(small, tmp_path):
     assert json.loads((out / "report.json").read_text()) == {"ratio": 0.5}
     assert ((out / "README.md").read_text(), (out / "extra.bin").read_bytes()) == ("card", b"12")
     assert json.loads((out / "generation_config.json").read_text()) == {"eos_token_id": 2046}
-    assert oct(out.stat().st_mode & 0o777) == "0o755"
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    (plain / "file").write_text("x")
+    assert out.stat().st_mode == plain.stat().st_mode  # not the draft's private one
+    assert (out / "model.safetensors").stat().st_mode == (plain / "file").stat().st_mode
     assert [path.name for path in out.parent.iterdir()] == ["out"]  # no draft beside it
 
 

@@ -84,7 +84,9 @@ def plain_forward(model, ids):
     normed = lambda x: x / (x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()  # noqa: E731
     for block in Adapter(model).blocks:
         w = {role: block[role].weight.double() for role in block.names}
-        q, k, v = ((normed(x) @ w[role].T).unflatten(-1, (HEADS, DIM)).transpose(1, 2) for role in ("query", "key", "value"))
+        q, k, v = (
+            (normed(x) @ w[role].T).unflatten(-1, (HEADS, DIM)).transpose(1, 2) for role in ("query", "key", "value")
+        )
         attention = torch.softmax(q @ k.transpose(2, 3) / DIM**0.5, dim=-1)  # (R, H, T, T)
         mass = mass + attention.sum(dim=(1, 2))
         mixed = (attention @ v).transpose(1, 2).flatten(2)
@@ -171,7 +173,9 @@ def test_without_phi_the_arms_agree_and_the_check_above_fails(score, monkeypatch
     with pytest.raises(AssertionError):
         check_choices(score)
     adapter, calibration, settings = Adapter(planted_model()), planted_calibration(), StructuredSettings(score=score)
-    masked, weighted = (rank_units(adapter, calibration, settings, arm, SinkSettings()) for arm in ("masked", "masked+sink"))
+    masked, weighted = (
+        rank_units(adapter, calibration, settings, arm, SinkSettings()) for arm in ("masked", "masked+sink")
+    )
     for key in masked:
         assert masked[key].removed(2) == weighted[key].removed(2) == sorted(SOFT)
 

@@ -125,7 +125,9 @@ def test_magnitude(tiny_model, family, form):
     adapter = Adapter(tiny_model(family))
     paths = rank_units(adapter, None, StructuredSettings(score="magnitude", gqa=form), None, SINK)
     for block in adapter.blocks:
-        check_static(paths[block.index, "attention"], attention_sums(block, form, lambda w: w**2), unit_groups(block, form))
+        check_static(
+            paths[block.index, "attention"], attention_sums(block, form, lambda w: w**2), unit_groups(block, form)
+        )
         rows = sum(block[role].weight.pow(2).sum(1) for role in ("gate", "up"))
         check_static(paths[block.index, "channels"], rows + block["down"].weight.pow(2).sum(0), [range(48)])
 

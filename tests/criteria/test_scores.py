@@ -13,7 +13,11 @@ WEIGHT = torch.tensor([[1.0, 0.0, 0.0, 4.0], [2.0, -3.0, 0.0, -2.0]])
 
 
 def test_magnitude_is_the_norm_over_all_coupled_slices():
-    gate, bias, down = torch.tensor([[1.0, 2.0], [0.0, 0.0]]), torch.tensor([[2.0], [-3.0]]), torch.tensor([[4.0], [4.0]])
+    gate, bias, down = (
+        torch.tensor([[1.0, 2.0], [0.0, 0.0]]),
+        torch.tensor([[2.0], [-3.0]]),
+        torch.tensor([[4.0], [4.0]]),
+    )
     assert magnitude_scores([gate, bias, down]).tolist() == pytest.approx([5.0, 5.0])  # sqrt(1+4+4+16), sqrt(9+16)
 
 

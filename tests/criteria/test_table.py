@@ -8,7 +8,13 @@ from structprune.errors import UserError
 
 def test_defaults():
     defaults = {score: resolve_arm(score, None) for score in CRITERIA}
-    assert defaults == {"magnitude": None, "wanda": "masked", "fluctuation": "masked", "taylor": "masked", "obs": "masked"}
+    assert defaults == {
+        "magnitude": None,
+        "wanda": "masked",
+        "fluctuation": "masked",
+        "taylor": "masked",
+        "obs": "masked",
+    }
 
 
 @pytest.mark.parametrize("score", ["wanda", "fluctuation", "obs"])
@@ -19,7 +25,9 @@ def test_activation_scores_take_every_arm(score, arm):
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_magnitude_takes_none(arm):
-    with pytest.raises(UserError, match=f"'magnitude' cannot use arm '{arm.replace('+', '.')}'.*leave structured.arm unset"):
+    with pytest.raises(
+        UserError, match=f"'magnitude' cannot use arm '{arm.replace('+', '.')}'.*leave structured.arm unset"
+    ):
         resolve_arm("magnitude", arm)
 
 

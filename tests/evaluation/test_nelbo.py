@@ -61,7 +61,9 @@ def test_a_uniform_model_costs_the_log_of_the_vocabulary(tiny_model, text):
     ids = ids.clamp(max=89)
     found = masked_nelbo(model, ids, everything, torch.ones(3, 2))
     log = torch.tensor(2048.0).log().item()
-    assert found.nelbo.tolist() == pytest.approx([log] * 3, rel=1e-5) and found.cross_entropy == pytest.approx(log, rel=1e-5)
+    assert found.nelbo.tolist() == pytest.approx([log] * 3, rel=1e-5) and found.cross_entropy == pytest.approx(
+        log, rel=1e-5
+    )
     assert masked_nelbo(model, ids, everything, torch.full((3, 2), 0.5)).mean == pytest.approx(2 * log, rel=1e-5)
 
 

@@ -25,13 +25,14 @@ def test_naive_mass_by_hand(script):
 
 def test_peak_counts_what_a_function_holds_beyond_its_inputs(script):
     query = torch.zeros(1, 1, 2000, 2)
+    size = 64 * 2**20  # beyond what an allocator may serve from memory that earlier tests freed
 
     def hold(query, key):
         if query.shape[2] == 2000:  # not in the warm-up
-            torch.ones(16 * 2**20, dtype=torch.uint8)
+            torch.ones(size, dtype=torch.uint8)
 
-    assert script.peak_above_inputs(hold, query, query) == pytest.approx(16 * 2**20, rel=0.15)
-    assert script.peak_above_inputs(lambda query, key: None, query, query) < 2**20
+    assert script.peak_above_inputs(hold, query, query) == pytest.approx(size, rel=0.15)
+    assert script.peak_above_inputs(lambda query, key: None, query, query) < 2**22
 
 
 def test_rounds_alternate_and_leave_out_the_first(script):

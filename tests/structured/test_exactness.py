@@ -86,7 +86,9 @@ def cut_of(widths, kind: str, form: str) -> BlockPlan:
     return BlockPlan((0, 2), (0, 2), every[2])
 
 
-@pytest.mark.parametrize("name, form", [("mha", "both"), ("gqa of dream", "query_heads"), ("gqa of llada", "kv_groups")])
+@pytest.mark.parametrize(
+    "name, form", [("mha", "both"), ("gqa of dream", "query_heads"), ("gqa of llada", "kv_groups")]
+)
 @pytest.mark.parametrize("kind", ["attention", "channels"])
 def test_a_wrong_cut_is_seen(tiny_model, monkeypatch, name, form, kind):
     family, changes = MODELS[name]

@@ -31,7 +31,9 @@ def dream(tiny_model):
 
 
 def test_round_trip(llada, tmp_path):
-    plan = replace(changed(identity_plan(llada), channels=range(3, 20)), notes={"ratio": 0.3, "score": "obs", "arm": None})
+    plan = replace(
+        changed(identity_plan(llada), channels=range(3, 20)), notes={"ratio": 0.3, "score": "obs", "arm": None}
+    )
     assert plan.save(tmp_path / "plan.json") == tmp_path / "plan.json"
     assert Plan.load(tmp_path / "plan.json") == plan
     assert json.loads(plan.to_json())["blocks"][1]["channels"] == list(range(3, 20))
@@ -56,12 +58,21 @@ REFUSALS = {
     "depth": (lambda plan: replace(plan, blocks=plan.blocks[:2]), "the plan has 2 blocks, the model 3"),
     "range": (lambda plan: changed(plan, channels=[0, 48]), "block 1: channels names 48, but the model has 48"),
     "negative": (lambda plan: changed(plan, channels=[-1, 2]), "block 1: channels names -1, but the model has 48"),
-    "duplicate": (lambda plan: changed(plan, channels=[2, 2, 5]), "block 1: channels is not sorted and free of repeats"),
+    "duplicate": (
+        lambda plan: changed(plan, channels=[2, 2, 5]),
+        "block 1: channels is not sorted and free of repeats",
+    ),
     "unsorted": (lambda plan: changed(plan, channels=[5, 2]), "block 1: channels is not sorted and free of repeats"),
     "empty": (lambda plan: changed(plan, channels=[]), "block 1: channels keeps nothing"),
     "no heads": (lambda plan: changed(plan, query_heads=[], kv_heads=[]), "block 1: query_heads keeps nothing"),
-    "kv of another head": (lambda plan: changed(plan, query_heads=[0, 1], kv_heads=[0, 2]), "query head 1 stays but its KV"),
-    "kv without a query": (lambda plan: changed(plan, query_heads=[0], kv_heads=[0, 2]), "unequal numbers of query heads"),
+    "kv of another head": (
+        lambda plan: changed(plan, query_heads=[0, 1], kv_heads=[0, 2]),
+        "query head 1 stays but its KV",
+    ),
+    "kv without a query": (
+        lambda plan: changed(plan, query_heads=[0], kv_heads=[0, 2]),
+        "unequal numbers of query heads",
+    ),
 }
 
 
@@ -88,8 +99,14 @@ FILES = {
     "text": ("not json", "plan.json"),
     "another format": ('{"format": 2, "blocks": []}', "not a structprune plan of format 1"),
     "no blocks": ('{"format": 1, "blocks": 3}', "not a structprune plan"),
-    "a missing list": ('{"format": 1, "blocks": [{"query_heads": [0], "kv_heads": [0]}]}', "block 0 has no list .*channels"),
-    "not integers": ('{"format": 1, "blocks": [{"query_heads": [0.5], "kv_heads": [0], "channels": [1]}]}', "query_heads"),
+    "a missing list": (
+        '{"format": 1, "blocks": [{"query_heads": [0], "kv_heads": [0]}]}',
+        "block 0 has no list .*channels",
+    ),
+    "not integers": (
+        '{"format": 1, "blocks": [{"query_heads": [0.5], "kv_heads": [0], "channels": [1]}]}',
+        "query_heads",
+    ),
     "booleans": ('{"format": 1, "blocks": [{"query_heads": [true], "kv_heads": [0], "channels": [1]}]}', "query_heads"),
     "a block that is a list": ('{"format": 1, "blocks": [[1]]}', "block 0 has no list"),
 }

@@ -1,0 +1,93 @@
+"""One validated configuration: defaults, files, overrides, and one line for everything that is not one."""
+
+import pytest
+
+from structprune.config import Config, known_keys
+from structprune.errors import UserError
+
+
+def test_defaults():
+    config = Config.load()
+    assert (config.structured.score, config.structured.arm, config.reconstruct.arm) == ("obs", None, "masked")
+    assert (config.sink.alpha, config.sink.kappa, config.sink.mask, config.sink.scale_free) == (5.0, 2.0, "soft", False)
+    assert (config.calibration.steps, config.calibration.interval, config.calibration.windows) == (50, 5, 128)
+    assert (config.export.compat, config.structured.round_to, config.structured.split) == ("free", "auto", "measured")
+
+
+def test_overrides_win_over_the_file(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("structured: {ratio: 0.3, score: wanda}\nsink:\n  kappa: 3\n")
+    config = Config.load(path, ["structured.ratio=0.7", "structured.split=4", "reconstruct.damping=[0.1, 1]"])
+    assert (config.structured.ratio, config.structured.score, config.sink.kappa) == (0.7, "wanda", 3)
+    assert config.structured.split == 4 and config.reconstruct.damping == (0.1, 1)
+    assert Config.load(path, {"structured.ratio": 0.7}).structured.ratio == 0.7
+    assert Config.load(overrides=["model.device=null"]).model.device is None
+
+
+def test_a_config_survives_its_own_dump():
+    config = Config.load(overrides={"structured.split": 3, "reconstruct.target": "layer"})
+    assert Config.build(config.model_dump(mode="json")) == config
+
+
+def test_it_is_frozen():
+    with pytest.raises(ValueError, match="frozen"):
+        Config().structured.ratio = 0.1
+
+
+WRONG = {
+    "structured.ratios=0.3": "unknown config key 'structured.ratios' (did you mean 'ratio'?)",
+    "structured.windows=3": "unknown config key 'structured.windows' (did you mean 'split_windows'?)",
+    "structure.ratio=0.3": "unknown config section 'structure' (did you mean 'structured'?)",
+    "ratio=0.3": "'ratio' names no section: write section.key=value, such as structured.ratio=0.3",
+    "structured.ratio": "'structured.ratio' is not key=value",
+    "structured.ratio=[": "the value of 'structured.ratio=[' cannot be read as YAML: quote it",
+    "structured.ratio=much": "config key structured.ratio = 'much': input should be a valid number",
+    "calibration.seed=.nan": "config key calibration.seed = nan: input should be a finite number",
+    "sink.kappa=.inf": "config key sink.kappa = inf: input should be a finite number",
+    "sink.alpha=0": "config key sink.alpha = 0: input should be greater than 0",
+    "reconstruct.damping=[0.1, -1]": "config key reconstruct.damping = -1: input should be greater than or equal to 0",
+    "structured.score=obz": "config key structured.score = 'obz': input should be 'magnitude', 'wanda',",
+    "structured.arm=noisy": "config key structured.arm = 'noisy': input should be 'clean', 'masked', 'masked+sink' or",
+    "calibration.windows=0": "config key calibration.windows = 0: input should be greater than or equal to 1",
+    "structured.depth_slope=1.5": "config key structured.depth_slope = 1.5: input should be less than or equal to 1",
+}
+
+
+@pytest.mark.parametrize("override", WRONG)
+def test_what_is_wrong_is_named_in_one_line(override):
+    with pytest.raises(UserError) as caught:
+        Config.load(overrides=[override])
+    assert str(caught.value).startswith(WRONG[override]) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("structured: [", "cannot be read as YAML"),
+        ("- a\n- b\n", "is not a mapping of sections"),
+        ("structured: 3\n", "config key structured = 3"),
+        ("\x00", "cannot be read as YAML"),
+    ],
+)
+def test_files_that_are_no_config(tmp_path, text, message):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message) as caught:
+        Config.load(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file():
+    with pytest.raises(UserError, match="no config file at 'nowhere.yaml'"):
+        Config.load("nowhere.yaml")
+
+
+def test_a_scalar_section_with_an_override(tmp_path):
+    (tmp_path / "run.yaml").write_text("structured: 3\n")
+    with pytest.raises(UserError, match="'structured' is not a mapping"):
+        Config.load(tmp_path / "run.yaml", ["structured.ratio=0.3"])
+
+
+def test_known_keys_are_all_of_them():
+    keys = known_keys()
+    assert "structured.ratio" in keys and "memory.budget_gb" in keys and len(keys) == len(set(keys)) > 40
