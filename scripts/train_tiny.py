@@ -18,12 +18,12 @@ import sys
 import time
 from pathlib import Path
 
+import tiny_files as files
+import tiny_training as maths
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-import tiny_files as files
-import tiny_training as maths
 from structprune import load_model
 from structprune.calibration.noise import stratified_noise
 from structprune.calibration.windows import cut_windows
@@ -199,7 +199,7 @@ def run_training(options: argparse.Namespace, console: Console) -> None:
     if options.resume and not options.overwrite and (options.out / "config.json").exists():
         console.print(f"{options.out} is complete: nothing to do", soft_wrap=True)
         return
-    options.out = check_output(options.out, None, options.overwrite)
+    options.out = check_output(options.out, None, options.overwrite, marks=(LOG,))
     if (training / STATE).exists() and not options.resume:
         if not options.overwrite:
             raise UserError(f"{training} holds an unfinished run: go on with --resume, or start anew with --overwrite")

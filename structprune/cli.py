@@ -72,6 +72,8 @@ def prune(
     """
     from structprune.runs import prune_checkpoint
 
+    if plan is not None and (ratio is not None or any(text.startswith("structured.") for text in sets or [])):
+        raise UserError("--plan says what goes already: leave out --ratio and --set structured.*")
     extra = {"calibration__source": calibration, "model__device": device, "model__mask_id": mask_id}
     settings = _settings(config, ratio, sets, **extra, model__allow_pickle=allow_pickle or None)
     prune_checkpoint(checkpoint, out, settings, plan, overwrite)
@@ -84,13 +86,15 @@ def inspect(
     ratio: Ratio = None,
     sets: Sets = None,
     mask_id: MaskId = None,
+    allow_pickle: Pickle = False,
     json_out: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     debug: Debug = False,
 ) -> None:
     """Dry run: units, parameters, bytes and MACs before and after, and predicted peak memory. Reads no weights."""
     from structprune.runs import inspect_and_show
 
-    inspect_and_show(checkpoint, _settings(config, ratio, sets, model__mask_id=mask_id), json_out)
+    extra = {"model__mask_id": mask_id, "model__allow_pickle": allow_pickle or None}
+    inspect_and_show(checkpoint, _settings(config, ratio, sets, **extra), json_out)
 
 
 @app.command()
@@ -130,7 +134,10 @@ def main(arguments: list[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that a terminated run removes its drafts too
+        for name in ("SIGTERM", "SIGHUP"):  # so that a run that is ended from outside removes its drafts too
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) is signal.SIG_DFL:  # nohup's SIG_IGN stays
+                signal.signal(number, signal.default_int_handler)
     try:
         code = app(arguments, standalone_mode=False)
         return _interrupted() if code == INTERRUPTED else code if isinstance(code, int) else 0

@@ -1,10 +1,11 @@
-"""One validated configuration per run: a YAML file plus `--set section.key=value` overrides; an unknown key is an error."""
+"""One validated configuration per run: a YAML file plus `--set section.key=value` overrides; no unknown keys."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_core import PydanticCustomError
 
 from structprune.errors import UserError, nearest
 
@@ -13,6 +14,15 @@ Arm = Literal["clean", "masked", "masked+sink", "clean+sink"]
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, value: Any, info) -> Any:
+        """Python takes true for 1; who writes `windows: true` means something else."""
+        kind = cls.model_fields[info.field_name].annotation
+        if isinstance(value, bool) and {int, float} & {kind, *get_args(kind)}:
+            raise PydanticCustomError("number", "Input should be a number, not true or false")
+        return value
 
 
 class ModelSettings(Section):
@@ -44,9 +54,14 @@ class CalibrationSettings(Section):
     """N: denoising steps of the forward process (LLaDA); with `interval` also the number of levels of Dream."""
     interval: int = Field(5, ge=1)
     """Every interval-th step is a noise level: S = steps // interval."""
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**62)
     batch: int = Field(1, ge=1)
     """Windows in a forward pass (times S noise levels)."""
+
+    @property
+    def replays(self) -> bool:
+        """Whether the source is a saved calibration, which has its own windows and noise."""
+        return Path(self.source).suffix.lower() == ".safetensors"
 
 
 class SinkSettings(Section):
@@ -86,7 +101,7 @@ class StructuredSettings(Section):
     rounds: int = Field(64, ge=1)
     """For `obs`: channels go in this many rounds, re-scored after each."""
     relative: bool | None = None
-    """For `obs` (default true): a row counts in proportion to 1 / RMS of its residual stream, as the next norm sees it."""
+    """For `obs` (default true): a row counts in proportion to 1 / RMS of its residual stream, as the next norm does."""
 
 
 class ReconstructSettings(Section):
@@ -94,13 +109,20 @@ class ReconstructSettings(Section):
     target: Literal["dense", "layer"] = "dense"
     arm: Arm = "masked"
     relative: bool = True
-    """A row counts in proportion to 1 / RMS of its residual stream, as the next norm sees it."""
+    """As `structured.relative`, for the rows of the refit."""
     constant: bool = False
     """Append a constant feature, which gives the pruned layer a bias."""
     mode: Literal["least-squares", "bias"] = "least-squares"
     """bias: only the removed units' mean output is added (FLAP's compensation)."""
-    damping: tuple[Annotated[float, Field(ge=0)], ...] = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
+    damping: tuple[Annotated[float, Field(ge=0)], ...] = Field(
+        (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3), min_length=1
+    )
     """The lambdas to choose from per layer, relative to the mean diagonal; infinity is always among them."""
+
+    @property
+    def adds_bias(self) -> bool:
+        """Whether pruned layers get a bias."""
+        return self.enabled and (self.constant or self.mode == "bias")
 
 
 class ExportSettings(Section):
@@ -113,6 +135,8 @@ class ExportSettings(Section):
 class MemorySettings(Section):
     budget_gb: float = Field(8.0, gt=0)
     """Above this, hidden states are kept in files and held activations are recomputed instead."""
+    offload: bool = False
+    """Weights stay in host memory; each layer's are on the accelerator only while it computes."""
 
 
 class Config(Section):
@@ -175,6 +199,27 @@ def _parse(text: str) -> tuple[str, Any]:
         return name.strip(), yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise UserError(f"the value of '{text}' cannot be read as YAML: quote it") from error
+
+
+def check_effects(config: Config) -> None:
+    """Raise UserError for a value that was changed although another choice leaves it without effect."""
+    structured, reconstruct, sink = config.structured, config.reconstruct, config.sink
+    arms = [structured.arm or "", reconstruct.arm if reconstruct.enabled else ""]
+    idle = (  # section, keys, whether they have no effect, what they need
+        ("structured", ("damping", "rounds", "relative"), structured.score != "obs", "structured.score = obs"),
+        ("structured", ("depth_slope",), structured.allocation != "depth", "structured.allocation = depth"),
+        ("reconstruct", tuple(ReconstructSettings.model_fields), not reconstruct.enabled, "reconstruct.enabled = true"),
+        ("reconstruct", ("damping",), reconstruct.mode == "bias", "reconstruct.mode = least-squares"),
+        ("sink", tuple(SinkSettings.model_fields), not any("sink" in arm for arm in arms), "an arm with +sink"),
+        ("sink", ("alpha", "scale_free"), sink.mask == "hard", "sink.mask = soft"),
+    )
+    for section, keys, without_effect, need in idle:
+        settings = getattr(config, section)
+        changed = [key for key in keys if getattr(settings, key) != type(settings).model_fields[key].default]
+        changed = [key for key in changed if key != "enabled"]
+        if without_effect and changed:
+            value = getattr(settings, changed[0])
+            raise UserError(f"{section}.{changed[0]} = {value} has no effect without {need}: leave it out, or set that")
 
 
 def known_keys() -> list[str]:

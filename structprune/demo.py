@@ -11,8 +11,8 @@ from rich.table import Table
 
 from structprune.assets import model_directory, text_file
 from structprune.bench.latency import measure_latency, speedup
-from structprune.bench.memory import peak_memory_bytes
 from structprune.bench.machine import describe_machine
+from structprune.bench.memory import peak_memory_bytes
 from structprune.calibration.noise import stratified_noise
 from structprune.calibration.windows import cut_windows
 from structprune.checkpoint.atomic import whole_directory

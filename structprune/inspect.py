@@ -6,19 +6,21 @@ from pathlib import Path
 import torch
 
 from structprune.bench.memory import predicted_peak
-from structprune.config import Config
+from structprune.checkpoint.export import check_export_request
+from structprune.config import Config, StructuredSettings
 from structprune.criteria.paths import KINDS
-from structprune.criteria.table import resolve_arm
 from structprune.models.adapter import Adapter, Widths, set_widths
 from structprune.models.checkpoint_files import TensorHeader, stored_headers
 from structprune.models.loading import DTYPES, as_dtype, check_shapes, load_config, source_name
 from structprune.models.modeling_structprune import DiffusionLM
-from structprune.structured.allocate import Counts, equal_heads, ratio_of
-from structprune.structured.choose import candidates, channel_multiple, check_split, open_blocks
-from structprune.structured.sizes import block_size, forward_macs
+from structprune.pipeline import check_plan, check_request
+from structprune.structured.allocate import Counts, chosen_heads, equal_heads, ratio_of
+from structprune.structured.choose import candidates, channel_multiple, open_blocks
+from structprune.structured.plan import Plan
+from structprune.structured.sizes import BlockSize, block_size, forward_macs
 
 
-def inspect_checkpoint(source: str | Path, config: Config) -> dict:
+def inspect_checkpoint(source: str | Path, config: Config, plan: Plan | None = None) -> dict:
     """Units, parameters, bytes and MACs before and after, per block, and the predicted peak memory of the run.
 
     No weight is read: a directory that holds only config.json is enough (headers, where there are shards, are checked
@@ -26,18 +28,23 @@ def inspect_checkpoint(source: str | Path, config: Config) -> dict:
     the `measured` and `by-cost` splits choose; shown is the same total spread evenly, with every number of heads that
     is possible beside it.
 
+    Args:
+        plan: is checked against the model and the export class asked for; what is shown is by `config` all the same.
     Returns:
         Plain data, as `report.tables.inspect_tables` shows it.
     Raises:
-        UserError: a checkpoint or ratio that the run would refuse too.
+        UserError: a checkpoint, configuration or plan that the run would refuse too.
     """
     settings = config.structured
-    resolve_arm(settings.score, settings.arm)
-    check_split(settings)
     directory, family, model_config, values = load_config(source, config.model.mask_id)
     with torch.device("meta"):
         model = family.model_class(model_config)
     adapter = Adapter(model)
+    check_request(model, config)
+    if plan is None:
+        check_export_request(config)
+    else:
+        check_plan(model, plan, config, values)
     headers = stored_headers(source, directory, config.model.allow_pickle)
     if headers:
         check_shapes(model, {name: header.shape for name, header in headers.items()}, directory)
@@ -45,7 +52,7 @@ def inspect_checkpoint(source: str | Path, config: Config) -> dict:
     sizes = open_blocks(adapter, settings)
     even = settings.model_copy(update={"allocation": "uniform"}) if settings.allocation == "global" else settings
     choices = candidates(sizes, even)
-    shown = settings.split if settings.split in choices else equal_heads(sizes, settings.ratio, choices)
+    shown = _shown(settings, sizes, choices)
     after = Adapter(pruned_ghost(model, adapter, choices[shown], settings.gqa))
     length = config.calibration.length
     return {
@@ -67,6 +74,15 @@ def inspect_checkpoint(source: str | Path, config: Config) -> dict:
         "rounding": channel_multiple(sizes, settings),
         "memory": predicted_peak(adapter, after, config, stored),
     }
+
+
+def _shown(settings: StructuredSettings, sizes: list[BlockSize], choices: dict[int, Counts]) -> int:
+    """Attention steps per block to show: those asked for, a share of those asked for over all blocks, or equal ones."""
+    if not isinstance(settings.split, int):
+        return equal_heads(sizes, settings.ratio, choices)
+    if settings.allocation != "global":
+        return chosen_heads(settings.split, choices)
+    return min(choices, key=lambda steps: abs(steps * len(sizes) - settings.split))
 
 
 def widths_after(widths: Widths, counts: Counts, index: int, form: str) -> Widths:

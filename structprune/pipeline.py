@@ -1,22 +1,19 @@
 """A whole structured run on one screen: calibration -> scores -> plan -> surgery -> refit -> check -> report."""
 
-import platform
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import transformers
 
-from structprune import __version__
-from structprune.bench.memory import peak_memory_bytes
 from structprune.calibration.batches import Calibration
 from structprune.calibration.build import load_calibration
-from structprune.calibration.noise import stratified_noise
+from structprune.calibration.noise import level_times, stratified_noise
 from structprune.checkpoint.card import model_card
-from structprune.checkpoint.export import check_export, export_class
+from structprune.checkpoint.export import check_export, check_export_request
+from structprune.checkpoint.report import build_report
 from structprune.checkpoint.save import save_pruned
-from structprune.config import Config
+from structprune.config import Config, check_effects
 from structprune.criteria.ranking import Limits, rank_units
 from structprune.criteria.table import resolve_arm
 from structprune.errors import UserError
@@ -25,22 +22,13 @@ from structprune.evaluation.nelbo import Nelbo, masked_nelbo
 from structprune.models.adapter import Adapter
 from structprune.models.loading import load_tokenizer
 from structprune.models.modeling_structprune import DiffusionLM
+from structprune.models.placement import stream_target, streamed
 from structprune.statistics.rows import Track, untracked
-from structprune.structured.allocate import check_ratio, most_ratio
-from structprune.structured.choose import (
-    Choice,
-    candidates,
-    channel_multiple,
-    check_split,
-    choose_counts,
-    describe_counts,
-    open_blocks,
-)
+from structprune.structured.choose import check_choice, choose_counts, describe_counts, open_blocks
 from structprune.structured.graph import coupled_units
 from structprune.structured.plan import Plan, make_plan
 from structprune.structured.reconstruct import LayerFit, Reconstructor
-from structprune.structured.sizes import block_size, forward_macs
-from structprune.structured.surgery import apply_plan
+from structprune.structured.surgery import apply_plan, pruned_config
 
 CHECK_SEED = 977  # of the noise of the held-out check, which is not the calibration's
 
@@ -85,7 +73,7 @@ def calibrate(model: DiffusionLM, config: Config) -> Calibration:
         UserError: text or file that cannot be used.
     """
     adapter = Adapter(model)
-    replayed = config.calibration.source.endswith(".safetensors")
+    replayed = config.calibration.replays
     longest = getattr(model.config, adapter.family.keys["positions"])
     if not replayed and config.calibration.length > longest:
         raise UserError(f"calibration.length = {config.calibration.length} exceeds the model's {longest} positions: lower it")
@@ -100,24 +88,33 @@ def calibrate(model: DiffusionLM, config: Config) -> Calibration:
 
 
 def check_request(model: DiffusionLM, config: Config) -> None:
-    """Raise what a run would fail on later: ratio, arm, split and rounding, before any forward pass.
+    """Raise what a run would fail on later, before any forward pass: choices that cannot be met or have no effect.
 
     Raises:
         UserError: the first that cannot be met.
     """
     settings = config.structured
-    check_ratio(settings.ratio)
     resolve_arm(settings.score, settings.arm)
-    if settings.relative is not None and settings.score != "obs":
-        raise UserError(f"structured.relative is for score obs, not {settings.score}: leave it unset")
-    sizes = open_blocks(Adapter(model), settings)
-    check_split(settings)
-    if settings.allocation == "global":
-        most = most_ratio(sizes, channel_multiple(sizes, settings))
-        if settings.ratio > most:
-            raise UserError(f"no plan meets ratio {settings.ratio}: the most is {most:.4f}")
-    else:
-        candidates(sizes, settings)
+    if stream_target(config.memory.offload, config.model.device) and settings.score == "taylor":
+        raise UserError("score 'taylor' needs a backward pass, which memory.offload does not do: turn one of them off")
+    check_choice(open_blocks(Adapter(model), settings), settings)
+    check_effects(config)
+    if not config.calibration.replays:
+        level_times(config.calibration.steps, config.calibration.interval)
+
+
+def check_plan(model: DiffusionLM, plan: Plan, config: Config, source_values: dict) -> None:
+    """Raise what a plan rules out: a model it does not fit, an export class it does not allow.
+
+    Args:
+        model: any with the dense shapes, on the meta device too.
+        source_values: contents of the dense checkpoint's config.json.
+    Raises:
+        UserError: the first that does not go together.
+    """
+    plan.check(Adapter(model))
+    small = pruned_config(model, plan, config.reconstruct.adds_bias)
+    check_export(small, source_values, config.export.compat)
 
 
 class Pruner:
@@ -141,6 +138,7 @@ class Pruner:
     ):
         self.model, self.config, self.track = model, config or Config(), track
         check_request(model, self.config)
+        self._target = stream_target(self.config.memory.offload, self.config.model.device)
         self.calibration = calibration or calibrate(model, self.config)
         self.adapter = Adapter(model)
         self.limits = Limits(self.config.calibration.batch, int(self.config.memory.budget_gb * 1e9))
@@ -154,6 +152,11 @@ class Pruner:
         self._coupled: dict | None = None
         self._refits: dict[int, Reconstructor] = {}  # by the number of windows
 
+    @property
+    def device(self) -> torch.device:
+        """Where forward passes compute."""
+        return self._target or self.model.device
+
     def _timed(self, name: str, work):
         start = time.perf_counter()
         value = work()
@@ -162,13 +165,12 @@ class Pruner:
 
     def _nelbo(self, model: DiffusionLM) -> Nelbo:
         batch = self.config.calibration.batch * self.calibration.levels
-        return self._timed("check", lambda: masked_nelbo(model, *self._check, batch=batch))
+        with streamed(model, self._target):
+            return self._timed("check", lambda: masked_nelbo(model, *self._check, batch=batch))
 
     def _cut(self, plan: Plan) -> DiffusionLM:
-        settings = self.config.reconstruct
-        output_bias = settings.enabled and (settings.constant or settings.mode == "bias")
         self._coupled = self._coupled or coupled_units(self.model)
-        return apply_plan(self.model, plan, output_bias, self._coupled)
+        return apply_plan(self.model, plan, self.config.reconstruct.adds_bias, self._coupled)
 
     def _refit(self, plan: Plan, windows: int | None = None) -> tuple[DiffusionLM, list[LayerFit]]:
         """A cut and, where that is on, refitted model; on at most `windows` calibration windows."""
@@ -180,10 +182,12 @@ class Pruner:
             # one that cannot hold its dense targets would cost memory and save nothing
             self._refits = {count: refit for count, refit in self._refits.items() if refit.kept}
             arguments = (calibration, self.config.reconstruct, self.config.sink, self.limits, self.track)
-            made = self._timed("refit", lambda: Reconstructor(self.model, *arguments))
+            with streamed(self.model, self._target):
+                made = self._timed("refit", lambda: Reconstructor(self.model, *arguments))
             self._refits[calibration.windows] = made
         refit = self._refits[calibration.windows]
-        return small, self._timed("refit", lambda: refit.refit(small, plan))
+        with streamed(self.model, self._target), streamed(small, self._target):
+            return small, self._timed("refit", lambda: refit.refit(small))
 
     def plan(self, ratio: float | None = None) -> tuple[Plan, dict]:
         """Score the units (once) and choose what goes at `ratio` (default: the configuration's).
@@ -194,11 +198,13 @@ class Pruner:
         settings = self.config.structured
         settings = settings if ratio is None else settings.model_copy(update={"ratio": ratio})
         check_request(self.model, self.config.model_copy(update={"structured": settings}))
+        check_export_request(self.config.model_copy(update={"structured": settings}))
         arm = resolve_arm(settings.score, settings.arm)
         sizes = open_blocks(self.adapter, settings)
         if self._paths is None:
             arguments = (self.adapter, self.calibration.fit, settings, arm, self.config.sink, self.limits, self.track)
-            self._paths = self._timed("scores", lambda: rank_units(*arguments))
+            with streamed(self.model, self._target):
+                self._paths = self._timed("scores", lambda: rank_units(*arguments))
         notes = {"score": settings.score, "arm": arm, "allocation": settings.allocation, "ratio": settings.ratio}
 
         def plan_of(counts) -> Plan:
@@ -217,8 +223,8 @@ class Pruner:
         chosen = None
         if plan is None:
             plan, chosen = self.plan(ratio)
+        check_plan(self.model, plan, self.config, self.model.source.values)
         small, fits = self._refit(plan)
-        check_export(small.config, self.model.source.values, self.config.export.compat)
         if self._dense is None:
             self._dense = self._nelbo(self.model)
         refitted = self._nelbo(small)
@@ -235,7 +241,7 @@ class Pruner:
             "loss": paired_difference((refitted if kept_refit else plain).nelbo, self._dense.nelbo),
             "windows": self.calibration.held_out,
         }
-        report = build_report(self, small, plan)
+        report = build_report(self.model, small, self.config, self.calibration, self.seconds, self.device)
         report |= {"held_out_nelbo": check, "refit": [asdict(fit) for fit in fits], "choice": chosen}
         return Pruned(small, plan, self.calibration, report)
 
@@ -255,42 +261,5 @@ def prune(
         UserError: a request that cannot be met, in one line.
     """
     if plan is not None:
-        plan.check(Adapter(model))
+        check_plan(model, plan, config or Config(), model.source.values)
     return Pruner(model, config, calibration, track).prune(plan=plan)
-
-
-def build_report(run: Pruner, small: DiffusionLM, plan: Plan) -> dict:
-    """Figures that hold for any pruned model: sizes, versions, seeds, timings, peak memory, export class."""
-    model, config, before, after = run.model, run.config, run.adapter, Adapter(small)
-    blocks = [sum(block_size(block, "query_heads").total for block in side.blocks) for side in (before, after)]
-    length = run.calibration.length
-    return {
-        "source": model.source.name,
-        "family": before.family.name,
-        "config": config.model_dump(mode="json"),
-        "arm": resolve_arm(config.structured.score, config.structured.arm),
-        "ratio": removed_ratio(before, after, config),
-        "parameters": {"before": model.num_parameters(), "after": small.num_parameters()},
-        "block_parameters": {"before": blocks[0], "after": blocks[1]},
-        "macs": {"before": forward_macs(before, length), "after": forward_macs(after, length), "tokens": length},
-        "widths": [asdict(block.widths) for block in after.blocks],
-        "export_class": export_class(small.config, model.source.values),
-        "calibration": run.calibration.metadata | {"windows": run.calibration.windows, "length": length},
-        "seconds": {name: round(value, 3) for name, value in run.seconds.items()},
-        "peak_memory_bytes": peak_memory_bytes(),
-        "versions": {
-            "structprune": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-        "device": str(model.device),
-        "dtype": str(model.dtype).removeprefix("torch."),
-    }
-
-
-def removed_ratio(before: Adapter, after: Adapter, config: Config) -> float:
-    """Removed share of the seven projections' parameters over unprotected blocks; biases that a refit added count."""
-    first, last = config.structured.protect_first, len(before.blocks) - config.structured.protect_last
-    totals = [sum(block_size(block, "query_heads").total for block in side.blocks[first:last]) for side in (before, after)]
-    return 1 - totals[1] / totals[0]

@@ -12,27 +12,11 @@ from structprune.errors import UserError
 from structprune.inspect import inspect_checkpoint
 from structprune.models.checkpoint_files import locate
 from structprune.models.loading import load_model
+from structprune.models.placement import pick_device, stream_target
 from structprune.pipeline import Pruner
 from structprune.report.progress import progress_bars
 from structprune.report.tables import inspect_tables, run_table
 from structprune.structured.plan import Plan
-
-
-def pick_device(asked: str | None) -> torch.device:
-    """The device asked for, else CUDA where there is one.
-
-    Raises:
-        UserError: not a device, or one this machine has not.
-    """
-    if asked is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(asked)
-    except RuntimeError as error:
-        raise UserError(f"unknown device '{asked}': give cpu or cuda[:N]") from error
-    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise UserError(f"device '{asked}' is not on this machine ({torch.cuda.device_count()} CUDA devices): use cpu")
-    return device
 
 
 def prune_checkpoint(checkpoint: str, out: Path, config: Config, plan: Path | None, overwrite: bool) -> None:
@@ -44,11 +28,13 @@ def prune_checkpoint(checkpoint: str, out: Path, config: Config, plan: Path | No
     directory = locate(checkpoint, weights=False)
     check_output(out, directory, overwrite)
     given = None if plan is None else Plan.load(plan)
-    inspect_checkpoint(checkpoint, config)  # refuses in seconds what cannot be, before weights are downloaded
+    inspect_checkpoint(checkpoint, config, given)  # refuses in seconds what cannot be, before weights are downloaded
     settings = config.model
     with progress_bars(Console(stderr=True)) as track:
-        device = pick_device(settings.device)
-        model = load_model(checkpoint, settings.dtype, device, settings.mask_id, settings.allow_pickle)
+        place, dtype = pick_device(settings.device), settings.dtype
+        if stream_target(config.memory.offload, settings.device):
+            place, dtype = torch.device("cpu"), dtype or "auto"
+        model = load_model(checkpoint, dtype, place, settings.mask_id, settings.allow_pickle)
         before = sum(p.numel() for p in model.parameters()) * model.source.dtype.itemsize
         check_output(out, directory, overwrite, before)
         pruned = Pruner(model, config, track=track).prune(plan=given)

@@ -6,9 +6,9 @@ import pytest
 
 import structprune
 from structprune.config import Config
+from structprune.models.adapter import Adapter
 from structprune.structured.allocate import ratio_of
 from structprune.structured.choose import open_blocks
-from structprune.models.adapter import Adapter
 
 FOLDER = Path(__file__).parents[1] / "configs"
 FILES = sorted(FOLDER.glob("*.yaml"))

@@ -216,11 +216,28 @@ def test_predicted_peak(tmp_path):
     default = memory()
     assert default["dense weights"] == 4 * LLADA_TOTAL  # fp32 on CPU whatever is stored
     assert default["pruned weights"] == 4 * 32 * (LLADA_PROJECTIONS // 2 + 2 * 4096)
-    assert default["peak"] >= 6 * LLADA_TOTAL  # while loading: bf16 as stored beside fp32
-    assert default["peak"] >= default["dense weights"] + default["pruned weights"] + default["refit"]
+    assert default["peak host"] >= 4 * LLADA_TOTAL + 5e9  # while loading: a shard beside what was read
+    assert default["peak host"] >= default["dense weights"] + default["pruned weights"] + default["refit"]
     assert memory(**{"model.dtype": "bfloat16"})["dense weights"] == 2 * LLADA_TOTAL
     assert memory(**{"reconstruct.enabled": False})["refit"] == 0
     assert memory(**{"structured.score": "magnitude"})["scoring (magnitude)"] == 0
-    assert memory(**{"memory.budget_gb": 1.0})["peak"] < default["peak"]
+    assert memory(**{"memory.budget_gb": 1.0})["peak host"] < default["peak host"]
     more = memory(**{"calibration.batch": 2})
     assert more["activations of one batch"] == 2 * default["activations of one batch"]
+
+
+def test_predicted_peak_on_an_accelerator(tmp_path, monkeypatch):
+    """Weights and working memory on the device, hidden states on the host; offload swaps the weights' place."""
+    directory = directory_of(LLADA_8B, tmp_path / "x")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+    def memory(**options):
+        keys = {"structured.ratio": 0.5, "structured.split": "equal", "memory.budget_gb": 8.0} | options
+        return inspect_checkpoint(directory, Config.load(None, keys))["memory"]
+
+    whole, streamed = memory(), memory(**{"memory.offload": True})
+    assert whole["dense weights"] == 2 * LLADA_TOTAL and whole["hidden states"] == 16e9
+    working = whole["activations of one batch"] + max(whole["scoring (obs)"], whole["refit"])
+    assert whole["peak device"] == whole["dense weights"] + whole["pruned weights"] + working
+    assert streamed["peak device"] == 2 * 126464 * 4096 + working
+    assert streamed["peak host"] - whole["peak host"] == whole["dense weights"] + whole["pruned weights"]

@@ -2,6 +2,7 @@
 
 import resource
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from structprune.criteria.table import CRITERIA
 from structprune.models.adapter import Adapter
 from structprune.models.loading import as_dtype
 
+LARGEST_SHARD = 5_000_000_000  # official checkpoints are cut at 5 GB; a shard is in memory beside what was read so far
 RUNTIME_BYTES = 450_000_000  # the interpreter with torch and transformers imported
 
 
@@ -39,38 +41,86 @@ def predicted_peak(dense: Adapter, pruned: Adapter, config: Config, stored: torc
         dense, pruned: adapters of meta models before and after.
         stored: dtype of the checkpoint's weights.
     Returns:
-        Named parts of the three phases that can be the peak (loading, scoring, refit), and "peak" over them. Hidden
-        states and held activations beyond `memory.budget_gb` go to files or are computed again, so they are capped.
+        Named parts of the phases that can be the peak (loading, scoring, refit), "peak host" over them, and with an
+        accelerator "peak device". Hidden states and held activations beyond `memory.budget_gb` go to files or are
+        computed again, so they are capped.
     """
-    settings, device = config.calibration, config.model.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = as_dtype(config.model.dtype) or (torch.float32 if device == "cpu" else stored)
-    budget = int(config.memory.budget_gb * 1e9)
-    levels = max(1, settings.steps // settings.interval)
-    tokens = (settings.windows + settings.held_out) * levels * settings.length
-    weights = dense.model.num_parameters() * dtype.itemsize
+    device = config.model.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    accelerator, offload = device != "cpu", config.memory.offload
+    dtype = as_dtype(config.model.dtype) or (stored if accelerator else torch.float32)
     shared = sum(p.numel() for p in pruned.model.parameters()) - sum(_block_numbers(pruned))
+    size = Tokens.of(config).scaled(dtype.itemsize)
+    weights = dense.model.num_parameters() * dtype.itemsize
     copy = (pruned.model.num_parameters() - shared) * dtype.itemsize
-    stream = min(tokens * dense.hidden_size * dtype.itemsize, budget)
-    consumers = [(block["attention_output"].in_features, block["down"].in_features) for block in dense.blocks]
-    widest = max(max(pair) for pair in consumers)
-    activations = settings.batch * levels * settings.length * _live_features(dense) * dtype.itemsize
-    parts = {"dense weights": weights, "activations of one batch": activations}
-    needs = CRITERIA[config.structured.score].needs
-    scoring = {"weights": 0, "moments": min(budget, tokens), "gradients": weights}.get(needs, 0)
-    if needs == "grams":  # fp32 Gram of both consumers, and three fp64 copies while the wider is inverted
-        scoring = stream + max(4 * (a * a + b * b) + 24 * max(a, b) ** 2 for a, b in consumers)
-    parts[f"scoring ({config.structured.score})"] = scoring
-    refit = 0
-    if config.reconstruct.enabled:  # fp32 and fp64 Grams of fit and held-out rows, and a solve
-        kept = max(block["down"].in_features for block in pruned.blocks)
-        held = tokens * dtype.itemsize * 2 * len(dense.blocks) * dense.hidden_size  # what both consumers should put out
-        held = held if held <= budget else 0
-        one = tokens * dtype.itemsize * widest
-        refit = 24 * kept * kept + 16 * kept * (kept + dense.hidden_size) + 2 * stream + held + (one if one <= budget else 0)
-    parts |= {"pruned weights": copy, "refit": refit}
-    loading = weights + dense.model.num_parameters() * stored.itemsize
-    parts["peak"] = max(loading, weights + activations + max(scoring, copy + refit)) + RUNTIME_BYTES
+    states = min(size.all * dense.hidden_size, _budget(config))
+    scoring = _scoring_bytes(dense, config, size, weights)
+    refit = _refit_bytes(dense, pruned, config, size) if config.reconstruct.enabled else 0
+    parts = {
+        "dense weights": weights,
+        "pruned weights": copy,
+        "activations of one batch": size.batch * _live_features(dense),
+        f"scoring ({config.structured.score})": scoring,
+        "refit": refit,
+        "hidden states": states * (2 if config.reconstruct.enabled else 1),
+    }
+    working = parts["activations of one batch"] + max(scoring, refit)
+    shard = min(dense.model.num_parameters() * stored.itemsize, LARGEST_SHARD)
+    if not accelerator:
+        parts["peak host"] = max(weights + shard, weights + copy + parts["hidden states"] + working) + RUNTIME_BYTES
+        return parts
+    at_home = weights + copy  # in host memory with offload, on the device without
+    layer = max(p.numel() for p in dense.model.parameters()) * dtype.itemsize
+    parts["peak host"] = max(shard, parts["hidden states"]) + (at_home if offload else 0) + RUNTIME_BYTES
+    parts["peak device"] = (layer if offload else at_home) + working
     return parts
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Tokens of a run, noisy copies counted: of all windows, and of one batch; or bytes of one feature of them."""
+
+    all: int
+    batch: int
+
+    @classmethod
+    def of(cls, config: Config) -> "Tokens":
+        settings = config.calibration
+        each = max(1, settings.steps // settings.interval) * settings.length  # of one window
+        return cls((settings.windows + settings.held_out) * each, settings.batch * each)
+
+    def scaled(self, factor: int) -> "Tokens":
+        return Tokens(self.all * factor, self.batch * factor)
+
+
+def _budget(config: Config) -> int:
+    return int(config.memory.budget_gb * 1e9)
+
+
+def _consumer_widths(adapter: Adapter) -> list[tuple[int, int]]:
+    return [(block["attention_output"].in_features, block["down"].in_features) for block in adapter.blocks]
+
+
+def _scoring_bytes(dense: Adapter, config: Config, size: Tokens, weights: int) -> int:
+    """Of the statistics that the score needs, beside weights, hidden states and one batch's activations."""
+    widths, settings = _consumer_widths(dense), config.structured
+    needs = CRITERIA[settings.score].needs
+    if needs == "grams":  # fp32 Gram of both consumers, and three fp64 copies while the wider is inverted
+        return max(4 * (a * a + b * b) + 24 * max(a, b) ** 2 for a, b in widths)
+    if needs == "gradients":  # their running sum, the new ones, and every block's activations for the backward pass
+        return 2 * weights + len(widths) * size.batch * _live_features(dense)
+    if needs == "moments" and (settings.arm or "").endswith("+sink"):  # every consumer's input until the batch has ended
+        held = size.batch * sum(a + b for a, b in widths)
+        return held if held <= _budget(config) else 0
+    return 0
+
+
+def _refit_bytes(dense: Adapter, pruned: Adapter, config: Config, size: Tokens) -> int:
+    """fp32 and fp64 Grams of fit and held-out rows, a solve, held targets, and the consumer's input in turn."""
+    kept = max(block["down"].in_features for block in pruned.blocks)
+    targets = size.all * 2 * len(dense.blocks) * dense.hidden_size
+    one = size.all * max(max(pair) for pair in _consumer_widths(dense))
+    held = sum(part for part in (targets, one) if part <= _budget(config))
+    return 24 * kept * kept + 16 * kept * (kept + dense.hidden_size) + held
 
 
 def _block_numbers(adapter: Adapter) -> list[int]:

@@ -1,7 +1,5 @@
 """From settings and a tokenizer to a calibration set: read, tokenise, cut and noise, or replay a saved one."""
 
-from pathlib import Path
-
 import torch
 
 from structprune.calibration.batches import Calibration
@@ -40,7 +38,7 @@ def load_calibration(
         UserError: text that cannot be read or is too short, a file that cannot be replayed, or a token id the model
             has no embedding for.
     """
-    if Path(settings.source).suffix.lower() == ".safetensors":
+    if settings.replays:
         calibration = Calibration.load(settings.source, settings.held_out, mask_id)
         if calibration.held_out >= calibration.windows:
             raise UserError(

@@ -58,6 +58,8 @@ def read_texts(
         raise UserError(f"no calibration text at '{source}'")
     if subset is not None:
         raise UserError(f"calibration.subset = '{subset}' means nothing for the local file '{source}': leave it out")
+    if split != "train":
+        raise UserError(f"calibration.split = '{split}' means nothing for the local file '{source}': leave it out")
     if kind == ".txt" and column is not None:
         raise UserError(
             f"calibration.column = '{column}' means nothing for '{source}', which is plain text: leave it out"

@@ -15,6 +15,7 @@ def whole_directory(directory: str | Path) -> Iterator[Path]:
     What was at `directory` is replaced only once the draft is complete, and comes back if the rename fails.
     """
     directory = Path(directory).absolute()
+    made = [folder for folder in directory.parents if not folder.exists()]  # innermost first
     directory.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
@@ -23,6 +24,9 @@ def whole_directory(directory: str | Path) -> Iterator[Path]:
         _swap(draft, directory)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+        if not directory.exists():
+            for folder in made:
+                folder.rmdir()
 
 
 def _open_up(draft: Path) -> None:
@@ -46,4 +50,5 @@ def _swap(draft: Path, directory: Path) -> None:
             os.rename(old / "was", directory)
         raise
     finally:
-        shutil.rmtree(old, ignore_errors=True)
+        if directory.exists():  # else what was there is still in `old`, and must not be lost
+            shutil.rmtree(old, ignore_errors=True)

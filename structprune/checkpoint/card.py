@@ -16,7 +16,7 @@ tags:
 # {source}, {percent} of its block projections removed
 
 A smaller *dense* masked diffusion language model: attention heads and MLP channels were removed from `{source}` with
-structprune {version} and what is left was refitted in closed form ({kept} was kept by the held-out check).
+structprune {version}, and what is left {refitted}.
 
 | | dense | pruned | change |
 |---|---|---|---|
@@ -25,7 +25,7 @@ structprune {version} and what is left was refitted in closed form ({kept} was k
 NELBO is the masked-diffusion bound in nats per token on {windows} held-out windows of {length} tokens of the
 calibration text; the change is a paired difference with its standard error. No benchmark was run.
 
-Made with: score `{score}` on arm `{arm}`, allocation `{allocation}`, split `{split}`, refit {refit}; calibration on
+Made with: {choice}, refit {refit}; calibration on
 `{text}` ({count} windows of {length} tokens, seed {seed}). Export class: `{export}`. Every figure is in report.json,
 what was kept in plan.json, and calibration.safetensors replays the run.
 
@@ -63,15 +63,12 @@ def model_card(report: dict) -> str:
         "base": f"base_model: {source}\n" if re.fullmatch(r"[\w.-]+/[\w.-]+", source) else "",
         "percent": f"{100 * report['ratio']:.1f} %",
         "version": report["versions"]["structprune"],
-        "kept": nelbo["kept"],
+        "refitted": _refitted(nelbo),
         "rows": "\n".join(_rows(report)),
         "windows": nelbo["windows"],
         "length": calibration["length"],
         "count": calibration["windows"] - nelbo["windows"],
-        "score": structured["score"],
-        "arm": report["arm"],
-        "allocation": structured["allocation"],
-        "split": structured["split"],
+        "choice": _choice(structured, report["arm"]) if report["choice"] else "a plan that was given",
         "refit": f"to {config['reconstruct']['target']} targets" if config["reconstruct"]["enabled"] else "off",
         "text": calibration.get("source", "given windows"),
         "seed": calibration.get("seed", "unknown"),
@@ -79,6 +76,20 @@ def model_card(report: dict) -> str:
         "alignment": f"position i predicts token {'i + 1' if report['family'] == 'dream' else 'i'}",
     }
     return TEMPLATE.format(**values)
+
+
+def _refitted(nelbo: dict) -> str:
+    if nelbo["refit"] is None:
+        return "was not refitted"
+    if nelbo["kept"] == "refit":
+        return "was refitted in closed form (better than plain removal on held-out text)"
+    return "is as it was (a refit in closed form was no better on held-out text)"
+
+
+def _choice(structured: dict, arm: str | None) -> str:
+    seen = f"on arm `{arm}`" if arm else "of the weights"
+    parts = f"allocation `{structured['allocation']}`, split `{structured['split']}`"
+    return f"score `{structured['score']}` {seen}, {parts}"
 
 
 def _rows(report: dict) -> list[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from transformers import PretrainedConfig
 
+from structprune.config import Config
 from structprune.errors import UserError
 from structprune.models.adapter import Widths, block_widths
 from structprune.models.families import Family, family_of
@@ -58,6 +59,22 @@ def check_export(config, source_values: dict | None, wanted: str) -> None:
     if reason:
         other = export_class(config, source_values)
         raise UserError(f"export.compat = {wanted} is not possible: {reason}; or export as {other}")
+
+
+def check_export_request(config: Config) -> None:
+    """Raises UserError where a run's own choices rule the class asked for out, before it starts."""
+    compat, structured, refit = config.export.compat, config.structured, config.reconstruct
+    if compat == "free" or structured.ratio == 0:
+        return
+    reason = ""
+    if structured.allocation != "uniform" or structured.protect_first or structured.protect_last:
+        reason = "blocks would differ in width (set structured.allocation to uniform, protect no block)"
+    elif refit.adds_bias:
+        reason = "the refit would add biases (set reconstruct.constant false and mode least-squares)"
+    elif compat == "official" and structured.split != 0:
+        reason = "heads would be removed (set structured.split to 0)"
+    if reason:
+        raise UserError(f"export.compat = {compat} is not possible: {reason}; or export as free")
 
 
 def auto_map(family: Family) -> dict[str, str]:

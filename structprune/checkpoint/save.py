@@ -20,18 +20,23 @@ from structprune.models.modeling_structprune import DiffusionLM
 
 CARRIED = (*TOKENIZER_FILES, "generation_config.json")
 NARROW_TOKENIZERS = ("DreamTokenizer", "TokenizersBackend")  # of remote code, and of transformers 5 only
-OURS = ("config.json", "demo.json")  # an output of ours has one of them; nothing else is ever replaced
+OURS = (CODE_FILES[1], "demo.json")  # an output of ours has one of them
 Content = dict | str | Callable[[Path], None]
 
 
 def check_output(
-    directory: str | Path, source: str | Path | None, overwrite: bool = False, needed_bytes: int = 0
+    directory: str | Path,
+    source: str | Path | None,
+    overwrite: bool = False,
+    needed_bytes: int = 0,
+    marks: tuple[str, ...] = OURS,
 ) -> Path:
     """An output directory that may be written; call it before long work.
 
     Args:
         source: the input checkpoint, which the output must not lie in.
         needed_bytes: what will be written.
+        marks: a directory without any of these files is no earlier output, and never replaced.
     Raises:
         UserError: it exists (and is not to be overwritten), lies inside the input, its parent cannot be made or
             written, or the disk is too full.
@@ -45,7 +50,7 @@ def check_output(
             raise UserError(f"output '{directory}' holds the input checkpoint '{source}': --overwrite would erase it")
     if directory.is_dir() and any(directory.iterdir()) and not overwrite:
         raise UserError(f"output '{directory}' exists: choose another, or add --overwrite")
-    if directory.is_dir() and any(directory.iterdir()) and not any((directory / name).exists() for name in OURS):
+    if directory.is_dir() and any(directory.iterdir()) and not any((directory / name).exists() for name in marks):
         raise UserError(f"output '{directory}' holds something else than an earlier output: choose another")
     if directory.exists() and not directory.is_dir():
         raise UserError(f"output '{directory}' is a file: choose another")

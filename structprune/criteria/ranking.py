@@ -94,7 +94,8 @@ def _by_moments(adapter, calibration, settings, arm, sink, limits, track) -> dic
     paths = {}
     for block in adapter.blocks:
         for kind in KINDS:
-            seen, weight = measured[block.index, CONSUMER[kind]], block[CONSUMER[kind]].weight.detach()
+            seen = measured[block.index, CONSUMER[kind]]
+            weight = block[CONSUMER[kind]].weight.detach().to(seen.mean.device)  # (O, C)
             groups = block_groups(block, kind, settings.gqa)
             width = weight.shape[1] // sum(len(group) for group in groups)
             if settings.score == "wanda":
@@ -118,18 +119,20 @@ def _by_obs(adapter, calibration, settings, arm, sink, limits, track) -> dict[Ke
     states = HiddenStates(adapter, rows.ids, limits.windows * rows.copies, limits.budget)
     paths = {}
     for block in track(adapter.blocks, f"obs scores ({arm})"):
-        grams = _advance_with_grams(block, states, rows, settings.relative is not False)
+        grams = _advance_with_grams(block, states, rows, settings.relative is not False, adapter.device)
         for kind in KINDS:
             groups = block_groups(block, kind, settings.gqa)
             rounds = settings.rounds if kind == "channels" else None
-            weight, gram = block[CONSUMER[kind]].weight, grams.pop(kind)  # (O, C), (C, C)
+            gram = grams.pop(kind)  # (C, C)
+            weight = block[CONSUMER[kind]].weight.to(gram.device)  # (O, C)
             paths[block.index, kind] = obs_path(weight, gram, groups, settings.damping, rounds)
     return paths
 
 
-def _advance_with_grams(block: BlockView, states: HiddenStates, rows: Rows, relative: bool) -> dict[str, torch.Tensor]:
+def _advance_with_grams(
+    block: BlockView, states: HiddenStates, rows: Rows, relative: bool, device: torch.device
+) -> dict[str, torch.Tensor]:
     """Run one block over all rows; mean of x̃ x̃ᵀ over rows of what its two consumers read, (C, C) each."""
-    device = block["down"].weight.device
     sizes = {kind: block[CONSUMER[kind]].in_features for kind in KINDS}
     grams = {kind: torch.zeros(size, size, device=device) for kind, size in sizes.items()}  # (C, C)
     totals = dict.fromkeys(KINDS, 0.0)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from structprune.models.modeling_structprune import DiffusionLM
+from structprune.models.placement import compute_device
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ def masked_nelbo(
         track: wraps the iteration over batches (progress).
     """
     count, copies, length = noisy_ids.shape
+    device = compute_device(model)
     maskable = length - 2 if model.edges_visible else length
     noisy = noisy_ids.reshape(-1, length)  # (N*S, T)
     clean = input_ids.repeat_interleave(copies, dim=0)  # (N*S, T)
@@ -67,7 +69,7 @@ def masked_nelbo(
     nats, tokens = torch.zeros(count * copies), torch.zeros(count * copies)  # (N*S,)
     for start in track(range(0, len(noisy), batch)):
         rows = slice(start, start + batch)
-        ids, target = noisy[rows].to(model.device), clean[rows].to(model.device)  # (b, T)
+        ids, target = noisy[rows].to(device), clean[rows].to(device)  # (b, T)
         masked = (ids == model.config.mask_token_id) & (target != ids)  # (b, T)
         nats[rows] = _masked_nats(model, ids, target, masked)
         tokens[rows] = masked.sum(1).float().cpu()

@@ -8,6 +8,7 @@ from torch import nn
 from structprune.models.configuration_structprune import layer_width
 from structprune.models.families import ROLES, Family, family_of
 from structprune.models.modeling_structprune import Block, DiffusionLM
+from structprune.models.placement import compute_device
 
 CONSUMER = {"attention": "attention_output", "channels": "down"}  # kind of unit -> role of the linear that reads it
 CONSUMERS = tuple(CONSUMER.values())
@@ -74,7 +75,7 @@ class Adapter:
 
     @property
     def device(self) -> torch.device:
-        return self.model.embedding.weight.device
+        return compute_device(self.model)
 
 
 def block_widths(config, family: Family, index: int) -> Widths:

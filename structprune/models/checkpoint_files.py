@@ -63,18 +63,20 @@ def is_byte_pair(directory: Path) -> bool:
     return files == [True, True, False]
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: Path, remedy: str = "download it again") -> dict:
     """The object in a JSON file.
 
+    Args:
+        remedy: what to do about one that is damaged.
     Raises:
         UserError: the file is missing, or is not a JSON object.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UserError(f"{path} is missing: the checkpoint is incomplete, download it again") from error
+        raise UserError(f"{path} is missing: the checkpoint is incomplete, {remedy}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}): download it again") from error
+        raise UserError(f"{path} is not valid JSON ({error}): {remedy}") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} holds a {type(value).__name__}, not an object")
     return value

@@ -70,7 +70,7 @@ def load_model(source, dtype=None, device=None, mask_id: int | None = None, allo
     Args:
         source: directory, or Hub id.
         dtype: of the weights in memory; default float32 on CPU (bf16 products are far slower there), the
-            checkpoint's own on an accelerator.
+            checkpoint's own on an accelerator; "auto": the checkpoint's own anywhere.
         device: default CPU.
         mask_id: the mask token's id, where neither config nor tokenizer has it.
         allow_pickle: also read `.bin` shards, with `torch.load(weights_only=True)`.
@@ -86,16 +86,17 @@ def load_model(source, dtype=None, device=None, mask_id: int | None = None, allo
     names = shard_names(directory, allow_pickle)
     if not names[0].endswith(".bin"):
         check_shapes(model, {n: h.shape for n, h in read_headers(directory, names).items()}, directory)
-    state = {}
-    for name in names:
-        state |= _read_shard(directory / name)
+    state, stored = {}, None
+    for name in names:  # cast shard by shard, so that no second copy of the whole model is in memory
+        shard = _read_shard(directory / name)
+        kinds = [tensor.dtype for tensor in shard.values()]
+        stored = stored or max(kinds, key=kinds.count)
+        fitting = as_dtype(None if dtype == "auto" else dtype)
+        wanted = fitting or (torch.float32 if dtype is None and device.type == "cpu" else stored)
+        state |= {key: shard.pop(key).to(device, wanted) for key in list(shard)}
     check_shapes(model, {name: tuple(tensor.shape) for name, tensor in state.items()}, directory)
-    stored = max((t.dtype for t in state.values()), key=[t.dtype for t in state.values()].count)
-    dtype = as_dtype(dtype) or (torch.float32 if device.type == "cpu" else stored)
-    wanted = model.state_dict().keys()
-    placed = {name: state.pop(name).to(device, dtype) for name in wanted}
-    model.load_state_dict(placed, assign=True)
-    model.config.dtype = dtype
+    model.load_state_dict({name: state.pop(name) for name in model.state_dict()}, assign=True)
+    model.config.dtype = wanted
     model.source = Source(directory, values, stored, source_name(source, directory))
     return model.eval()
 
@@ -165,4 +166,4 @@ def load_tokenizer(directory: str | Path):
         return kind.from_pretrained(directory)
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{directory}: no tokenizer that can be read without remote code ({reason})") from error
+        raise UserError(f"{directory}: no tokenizer that can be read without remote code ({reason}): add tokenizer.json") from error

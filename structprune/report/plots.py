@@ -42,7 +42,7 @@ def plot_nelbo(
         ratios, values, errors = zip(*points)
         axes.errorbar(ratios, values, yerr=errors, color=colour, marker=marker, markersize=5, capsize=2, label=name)
     axes.set_xlabel("removed share of block projections")
-    axes.set_ylabel("masked-diffusion NELBO, nats per token (lower is better)")
+    axes.set_ylabel("masked-diffusion NELBO, nats per token")
     axes.set_title(title, fontsize=11)
     axes.set_xlim(left=0)
     axes.grid(alpha=0.25)

@@ -142,19 +142,26 @@ def joint_counts(
 
 
 def ranked_choices(
-    sizes: list[BlockSize], paths: dict[tuple[int, str], RemovalPath], ratio: float, multiple: int, most: int = 65
+    sizes: list[BlockSize],
+    paths: dict[tuple[int, str], RemovalPath],
+    ratio: float,
+    multiple: int,
+    most: int = 65,
+    asked: int | None = None,
 ) -> dict[int, Counts]:
     """Attention steps over all blocks -> counts: heads ranked over all blocks, then channels make up the ratio.
 
     Args:
         most: about as many numbers of attention steps are tried, evenly spread.
+        asked: a number that is tried too.
     Raises:
         UserError: no number of attention steps meets the ratio.
     """
     budget, found = ratio * sum(size.total for size in sizes), {}
-    total = sum(size.steps["attention"] - 1 for size in sizes)
+    total = most_heads(sizes)
     slack = min(size.step["channels"] for size in sizes) * multiple
-    for steps in range(0, total + 1, -(-total // most)):
+    tried = set(range(0, total + 1, max(1, -(-total // most))))
+    for steps in sorted(tried if asked is None else tried | {asked}):
         greedy = _Greedy(sizes, paths, multiple)
         greedy.take(("attention",), float("inf"), most=steps)
         removed = sum(size.step["attention"] * greedy.counts[size.index, "attention"] for size in sizes)
@@ -226,6 +233,18 @@ def path_cost(counts: Counts, paths: dict[tuple[int, str], RemovalPath]) -> floa
 def cheapest_heads(choices: dict[int, Counts], paths: dict[tuple[int, str], RemovalPath]) -> int:
     """The number of attention steps whose removals the score predicts to cost least."""
     return min(choices, key=lambda heads: path_cost(choices[heads], paths))
+
+
+def most_heads(sizes: list[BlockSize]) -> int:
+    """Attention steps over all blocks that can go, one left in each."""
+    return sum(size.steps["attention"] - 1 for size in sizes)
+
+
+def check_total_heads(asked: int, sizes: list[BlockSize]) -> None:
+    """Raises UserError unless so many attention steps can go over all blocks."""
+    most = most_heads(sizes)
+    if not 0 <= asked <= most:
+        raise UserError(f"structured.split = {asked} does not fit: over all blocks 0 to {most} attention steps can go")
 
 
 def chosen_heads(asked: int, choices: dict[int, Counts]) -> int:

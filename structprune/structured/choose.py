@@ -11,11 +11,13 @@ from structprune.structured.allocate import (
     Counts,
     cheapest_heads,
     check_ratio,
+    check_total_heads,
     chosen_heads,
     depth_ratios,
     equal_heads,
     head_choices,
     joint_counts,
+    most_ratio,
     ranked_choices,
     ratio_of,
 )
@@ -29,7 +31,7 @@ class Choice:
 
     Attributes:
         counts: (block, kind) -> removal steps, of unprotected blocks.
-        split: the rule that chose, as in the configuration .
+        split: the rule that chose, as in the configuration.
         measured: attention steps per block -> held-out loss of that candidate (split `measured` only).
     """
 
@@ -77,7 +79,8 @@ def candidates(
     check_ratio(settings.ratio)
     multiple = channel_multiple(sizes, settings)
     if settings.allocation == "global":
-        return ranked_choices(sizes, paths, settings.ratio, multiple)
+        asked = settings.split if isinstance(settings.split, int) else None
+        return ranked_choices(sizes, paths, settings.ratio, multiple, asked=asked)
     slope = settings.depth_slope if settings.allocation == "depth" else 0.0
     ratios = depth_ratios(len(sizes), settings.ratio, slope)
     if not 0 <= min(ratios) <= max(ratios) < 1:
@@ -89,6 +92,26 @@ def check_split(settings: StructuredSettings) -> None:
     """Raises UserError where heads and channels are to compete in one ranking that the allocation does not have."""
     if settings.split == "joint" and settings.allocation != "global":
         raise UserError(f"structured.split = joint needs structured.allocation = global, not {settings.allocation}")
+
+
+def check_choice(sizes: list[BlockSize], settings: StructuredSettings) -> None:
+    """Raise what `choose_counts` would refuse and sizes alone can tell, before any score is known.
+
+    Raises:
+        UserError: a ratio, split or rounding that no plan can have.
+    """
+    check_ratio(settings.ratio)
+    check_split(settings)
+    if settings.allocation != "global":
+        choices = candidates(sizes, settings)
+        if isinstance(settings.split, int):
+            chosen_heads(settings.split, choices)
+        return
+    most = most_ratio(sizes, channel_multiple(sizes, settings))
+    if settings.ratio > most:
+        raise UserError(f"no plan meets ratio {settings.ratio:.4f}: the most is {most:.4f}")
+    if isinstance(settings.split, int):
+        check_total_heads(settings.split, sizes)
 
 
 def choose_counts(

@@ -68,7 +68,7 @@ class Plan:
         path = Path(path)
         if not path.is_file():
             raise UserError(f"no plan file at '{path}'")
-        values = read_json(path)
+        values = read_json(path, "mend it, or write the plan anew")
         if values.get("format") != FORMAT or not isinstance(values.get("blocks"), list):
             raise UserError(f"{path} is not a structprune plan of format {FORMAT}")
         blocks = []

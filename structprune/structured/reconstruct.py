@@ -131,12 +131,11 @@ class Reconstructor:
         return self._run.kept
 
     @torch.no_grad()
-    def refit(self, small: DiffusionLM, plan) -> list[LayerFit]:
+    def refit(self, small: DiffusionLM) -> list[LayerFit]:
         """Refit every consumer of a cut model in place.
 
         Args:
             small: from `apply_plan`; its consumers must have biases where a constant feature is asked for.
-            plan: the `Plan` it was cut by.
         """
         pruned = Adapter(small)
         self._run.restart()
@@ -144,16 +143,16 @@ class Reconstructor:
         fits = []
         for index in self._track(range(len(pruned.blocks)), "refit"):
             for kind in KINDS:
-                fits.append(self._refit_consumer(pruned, run, (index, kind), plan.blocks[index]))
+                fits.append(self._refit_consumer(pruned, run, (index, kind)))
                 run.advance((index, kind))
                 if self.settings.target == "dense":
                     self._run.advance((index, kind))
         return fits
 
-    def _refit_consumer(self, pruned: Adapter, run: ResidualRun, key, kept) -> LayerFit:
+    def _refit_consumer(self, pruned: Adapter, run: ResidualRun, key) -> LayerFit:
         linear = pruned.blocks[key[0]][CONSUMER[key[1]]]
         fit, check = self._products(run, key)
-        weight = _augmented(linear, self._constant)  # (O, K)
+        weight = _augmented(linear, self._constant).to(fit.gram.device)  # (O, K)
         chosen, damping, gain = choose(self.settings, weight, fit, check, linear.in_features)
         linear.weight = _parameter(chosen[:, :-1] if self._constant else chosen, linear.weight)
         if self._constant:
@@ -198,7 +197,7 @@ class Reconstructor:
             target = self._run.output(key, rows)  # (b, T, O)
         else:
             target = linear(run.compute(key, run.states(rows), self._dense))  # (b, T, O)
-        return target if self._constant or linear.bias is None else target - linear.bias
+        return target if self._constant or linear.bias is None else target - linear.bias.to(target.device)
 
     def _parts(self, rows: slice) -> list[tuple[slice, bool]]:
         """A batch's rows as fit and held-out parts: (rows, whether they are for the fit)."""
@@ -217,4 +216,4 @@ def _augmented(linear: torch.nn.Linear, constant: bool) -> torch.Tensor:
 
 
 def _parameter(value: torch.Tensor, like: torch.nn.Parameter) -> torch.nn.Parameter:
-    return torch.nn.Parameter(value.to(like.dtype), requires_grad=like.requires_grad)
+    return torch.nn.Parameter(value.to(like.device, like.dtype), requires_grad=like.requires_grad)

@@ -26,6 +26,7 @@ def report():
             "loss": {"mean": 0.5, "standard_error": 0.0125},
         },
         "versions": {"structprune": "1.2.3"},
+        "choice": {"split": "measured", "ratio": 0.4996},
     }  # fmt: skip
 
 
@@ -37,7 +38,7 @@ def test_numbers(report):
     assert "| MACs | 4.000 M | 1.000 M | -75.0 % |" in card
     assert "| NELBO, nats/token | 2.0000 | 2.5000 | +0.5000 ± 0.0125 |" in card
     flat = " ".join(card.split())
-    assert "structprune 1.2.3" in flat and "(refit was kept by the held-out check)" in flat
+    assert "structprune 1.2.3" in flat and "refitted in closed form (better than plain removal on held-out text)" in flat
     assert "on 16 held-out windows of 2048 tokens" in flat
     assert "`wikitext2` (128 windows of 2048 tokens, seed 3)" in flat  # 144 less the held-out 16
     assert "score `obs` on arm `masked`" in flat and "refit to dense targets" in flat and "Export class: `free`" in flat
@@ -57,6 +58,20 @@ def test_local_source_names_no_base_model(report):
 
 def test_dream_and_refit_off(report):
     report["config"]["reconstruct"]["enabled"] = False
+    report["held_out_nelbo"] |= {"kept": "plain removal", "refit": None}
     report |= {"family": "dream"}
     flat = " ".join(model_card(report).split())
     assert "position i predicts token i + 1" in flat and "refit off" in flat
+    assert "what is left was not refitted." in flat
+
+
+def test_a_refit_that_lost_and_a_plan_that_was_given(report):
+    report["held_out_nelbo"] |= {"kept": "plain removal"}
+    flat = " ".join(model_card(report | {"choice": None}).split())
+    assert "what is left is as it was (a refit in closed form was no better on held-out text)." in flat
+    assert "Made with: a plan that was given, refit to dense targets" in flat and "score `obs`" not in flat
+
+
+def test_a_score_that_needs_no_text(report):
+    report["config"]["structured"]["score"] = "magnitude"
+    assert "score `magnitude` of the weights, allocation" in model_card(report | {"arm": None})

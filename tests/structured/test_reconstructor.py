@@ -116,7 +116,7 @@ def test_the_driver_walks_both_models(tiny_model, calibration, family, name):
     model = tiny_model(family)
     plan, settings = half_plan(Adapter(model)), ReconstructSettings(damping=(DAMPING,), **SETTINGS[name])
     small = apply_plan(model, plan, settings.constant or settings.mode == "bias")
-    fits = Reconstructor(model, calibration, settings, SINK).refit(small, plan)
+    fits = Reconstructor(model, calibration, settings, SINK).refit(small)
     expected = plain_refit(model, plan, calibration, settings)
     assert [(fit.block, fit.kind) for fit in fits] == [(index, kind) for index in range(3) for kind in ROLE]
     assert any(fit.damping != NEVER for fit in fits)
@@ -134,7 +134,7 @@ def test_small_budgets_and_other_batches_give_the_same(tiny_model, calibration):
     plan, found = half_plan(Adapter(model)), []
     for limits in (Limits(1, 2**30), Limits(3, 0), Limits(2, 20 * LENGTH * 32 * 4)):
         small = apply_plan(model, plan)
-        Reconstructor(model, calibration, ReconstructSettings(), SINK, limits).refit(small, plan)
+        Reconstructor(model, calibration, ReconstructSettings(), SINK, limits).refit(small)
         found.append(small(calibration.noisy_ids[0]).logits)
     assert torch.allclose(found[0], found[1], atol=1e-3) and torch.allclose(found[0], found[2], atol=1e-3)
 
@@ -147,7 +147,7 @@ def test_one_reconstructor_refits_many_plans(tiny_model, calibration):
     shared, logits = Reconstructor(model, calibration, ReconstructSettings(), SINK), []
     for each in (plan, other, plan):
         small = apply_plan(model, each)
-        shared.refit(small, each)
+        shared.refit(small)
         logits.append(small(calibration.noisy_ids[0]).logits)
     assert torch.equal(logits[0], logits[2]) and not torch.allclose(logits[0], logits[1], atol=1e-2)
 
@@ -176,7 +176,7 @@ def test_a_run_is_never_worse_than_plain_removal(tiny_checkpoint, text_path, fam
 def test_a_spoilt_refit_is_discarded(tiny_checkpoint, text_path, monkeypatch):
     model = load_model(tiny_checkpoint())
 
-    def spoil(self, small, plan):
+    def spoil(self, small):
         small.spoilt = True
         for block in Adapter(small).blocks:
             block["down"].weight.data.mul_(-3)

@@ -1,0 +1,88 @@
+"""Where a model computes: a device of the user's choice, or one that each layer visits only while it computes."""
+
+from contextlib import contextmanager
+from typing import Iterator
+
+import torch
+from torch import nn
+
+from structprune.errors import UserError
+from structprune.models.modeling_structprune import DiffusionLM
+
+
+def pick_device(asked: str | None) -> torch.device:
+    """The device asked for, else CUDA where there is one.
+
+    Raises:
+        UserError: not a device, or one this machine has not.
+    """
+    if asked is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(asked)
+    except RuntimeError as error:
+        raise UserError(f"unknown device '{asked}': give cpu or cuda[:N]") from error
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise UserError(f"device '{asked}' is not on this machine ({torch.cuda.device_count()} CUDA devices): use cpu")
+    return device
+
+
+def compute_device(model: DiffusionLM) -> torch.device:
+    """Where inputs must be for `model` to compute on them: its weights' device, unless they are streamed."""
+    return getattr(model, "streamed_to", None) or model.embedding.weight.device
+
+
+class _Visit:
+    """Takes one layer's weights to a device before it computes and puts the originals back after."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.home = device, {}
+
+    def go(self, module: nn.Module, args) -> None:
+        for name, weight in module.named_parameters(recurse=False):
+            self.home[name] = weight
+            there = weight.detach().to(self.device, non_blocking=True, copy=True)
+            setattr(module, name, nn.Parameter(there, requires_grad=False))
+
+    def back(self, module: nn.Module, args, output) -> None:
+        for name, weight in self.home.items():
+            setattr(module, name, weight)
+        self.home = {}
+
+
+def stream_target(offload: bool, device: str | None) -> torch.device | None:
+    """The device to stream weights to, or None where they are to stay on the device they are on.
+
+    Raises:
+        UserError: streaming is asked for and there is no accelerator to stream to.
+    """
+    if not offload:
+        return None
+    target = pick_device(device)
+    if target.type == "cpu":
+        raise UserError("memory.offload streams weights to an accelerator, and the device is cpu: leave it off")
+    return target
+
+
+@contextmanager
+def streamed(model: DiffusionLM, device: torch.device | None) -> Iterator[DiffusionLM]:
+    """While open, `model` computes on `device` though its weights stay where they are, one layer's copy there at a time.
+
+    For forward passes only: a backward pass would look for weights that are gone. None changes nothing.
+    """
+    if device is None:
+        yield model
+        return
+    handles = []
+    for module in model.modules():
+        if any(True for _ in module.parameters(recurse=False)):
+            visit = _Visit(device)
+            handles.append(module.register_forward_pre_hook(visit.go))
+            handles.append(module.register_forward_hook(visit.back, always_call=True))
+    model.streamed_to = device
+    try:
+        yield model
+    finally:
+        model.streamed_to = None
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,89 @@
+"""Streamed weights: one layer's copy at the device at a time, the originals untouched, the same numbers."""
+
+import pytest
+import torch
+
+from structprune import pipeline
+from structprune.config import Config
+from structprune.errors import UserError
+from structprune.models.loading import load_model
+from structprune.models.placement import compute_device, pick_device, stream_target, streamed
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("family", ["llada", "dream"])
+def test_every_weight_goes_along(family, tiny_model):
+    """On the meta device nothing may meet a weight that stayed behind."""
+    model = tiny_model(family)
+    before = {name: weight.data_ptr() for name, weight in model.named_parameters()}
+    ids = torch.randint(2048, (2, 8), device="meta")  # (B, T)
+    with streamed(model, torch.device("meta")), torch.inference_mode():
+        assert compute_device(model).type == "meta"
+        assert model(ids).logits.device.type == "meta"
+    assert compute_device(model) == CPU
+    assert {name: weight.data_ptr() for name, weight in model.named_parameters()} == before
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+def test_a_layer_is_there_only_while_it_computes(tiny_model):
+    model, seen = tiny_model(), {}
+    home = {name: weight.data_ptr() for name, weight in model.named_parameters()}
+    ids = torch.randint(2048, (1, 8), generator=torch.Generator().manual_seed(0))  # (B, T)
+    plain = model(ids).logits
+
+    def look(module, args):
+        away = {name for name, weight in model.named_parameters() if weight.data_ptr() != home[name]}
+        seen[id(module)] = (away, {f"{prefix}.weight" for prefix, other in model.named_modules() if other is module})
+
+    with streamed(model, CPU):
+        linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+        handles = [linear.register_forward_pre_hook(look) for linear in linears]
+        assert torch.equal(model(ids).logits, plain)
+        for handle in handles:
+            handle.remove()
+    assert len(seen) == len(linears) and all(away == own for away, own in seen.values())
+
+
+def test_an_exception_brings_the_weights_home(tiny_model):
+    model = tiny_model()
+    home = {name: weight.data_ptr() for name, weight in model.named_parameters()}
+    with pytest.raises(IndexError), streamed(model, CPU):
+        model(torch.full((1, 4), 9999))
+    assert {name: weight.data_ptr() for name, weight in model.named_parameters()} == home
+
+
+@pytest.mark.parametrize("score", ["obs", "wanda", "fluctuation"])
+def test_a_streamed_run_gives_the_same_model(score, tiny_checkpoint, text_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "stream_target", lambda offload, device: CPU if offload else None)
+    found = []
+    for offload in (False, True):
+        config = Config.load(overrides={
+            "structured.ratio": 0.4, "structured.score": score, "structured.arm": "masked+sink", "memory.offload": offload,
+            "calibration.source": str(text_path), "calibration.windows": 3, "calibration.held_out": 2,
+            "calibration.length": 16, "calibration.interval": 25, "structured.split_candidates": 2,
+            "structured.split_windows": 2, "reconstruct.constant": score == "obs",
+        })  # fmt: skip
+        found.append(pipeline.prune(load_model(tiny_checkpoint(name=f"{score}-{offload}")), config))
+    assert found[0].plan == found[1].plan
+    ours, theirs = (pruned.model.state_dict() for pruned in found)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert not any(module._forward_hooks for module in found[1].model.modules())
+
+
+def test_what_cannot_be_streamed_is_refused(tiny_checkpoint, monkeypatch):
+    assert stream_target(False, "cpu") is None
+    with pytest.raises(UserError, match="memory.offload streams weights to an accelerator, and the device is cpu"):
+        stream_target(True, "cpu")
+    with pytest.raises(UserError, match="unknown device 'gpu0'"):
+        pick_device("gpu0")
+    monkeypatch.setattr(pipeline, "stream_target", lambda offload, device: CPU)
+    config = Config.load(overrides={"structured.score": "taylor", "memory.offload": True})
+    with pytest.raises(UserError, match="taylor.*memory.offload"):
+        pipeline.check_request(load_model(tiny_checkpoint()), config)
+
+
+def test_auto_is_the_stored_dtype(tiny_checkpoint):
+    directory = tiny_checkpoint(torch_dtype="bfloat16")
+    assert load_model(directory).dtype == torch.float32
+    assert load_model(directory, dtype="auto").dtype == torch.bfloat16
