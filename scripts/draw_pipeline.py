@@ -1,6 +1,6 @@
 """The picture of the pipeline in the README.
 
-    python scripts/draw_pipeline.py --out scripts/results/pipeline.png
+python scripts/draw_pipeline.py --out scripts/results/pipeline.png
 """
 
 import argparse
@@ -43,7 +43,9 @@ def draw(path: Path) -> None:
         x, y = centre(name)
         corner = (x - WIDTH / 2, y - HEIGHT / 2)
         style = "round,pad=0,rounding_size=0.1"
-        axes.add_patch(FancyBboxPatch(corner, WIDTH, HEIGHT, boxstyle=style, facecolor="white", edgecolor=colour, linewidth=1.8))
+        axes.add_patch(
+            FancyBboxPatch(corner, WIDTH, HEIGHT, boxstyle=style, facecolor="white", edgecolor=colour, linewidth=1.8)
+        )
         axes.text(x, y + 0.38, title, ha="center", va="center", fontsize=12.5, fontweight="bold", color=colour)
         axes.text(x, y - 0.16, text, ha="center", va="center", fontsize=10, color="#222222", linespacing=1.25)
     for start, end in zip(ARROWS, ARROWS[1:]):
@@ -51,7 +53,9 @@ def draw(path: Path) -> None:
         along, up = (x1 > x0) - (x1 < x0), (y1 > y0) - (y1 < y0)
         tail = (x0 + along * WIDTH / 2, y0 + up * HEIGHT / 2)
         tip = (x1 - along * WIDTH / 2, y1 - up * HEIGHT / 2)
-        axes.add_patch(FancyArrowPatch(tail, tip, arrowstyle="-|>", mutation_scale=16, color=GREY, shrinkA=3, shrinkB=3))
+        axes.add_patch(
+            FancyArrowPatch(tail, tip, arrowstyle="-|>", mutation_scale=16, color=GREY, shrinkA=3, shrinkB=3)
+        )
     figure.savefig(path, dpi=150, facecolor="white")
     pyplot.close(figure)
 

@@ -1,6 +1,6 @@
 """Time and peak memory of `structprune inspect` on true 8B-size configurations, each in a process of its own.
 
-    python scripts/measure_inspect.py --out scripts/results/inspect.json
+python scripts/measure_inspect.py --out scripts/results/inspect.json
 """
 
 import argparse
@@ -63,7 +63,9 @@ def main() -> None:
     options = parser.parse_args()
     result = {name: measure(values, options.ratio) for name, values in SHAPES.items()}
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({"machine": describe_machine(), "shapes": result}, indent=1) + "\n", encoding="utf-8")
+    options.out.write_text(
+        json.dumps({"machine": describe_machine(), "shapes": result}, indent=1) + "\n", encoding="utf-8"
+    )
     table = Table(title=f"structprune inspect --ratio {options.ratio}, from config.json alone")
     for name in ("shape", "seconds", "peak memory, MB", "parameters", "pruned"):
         table.add_column(name, justify="right")

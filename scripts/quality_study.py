@@ -33,7 +33,7 @@ from structprune.report.progress import progress_bars
 RATIOS = (0.3, 0.5)
 EQUAL = {"structured.split": "equal", "structured.allocation": "uniform"}
 LAYER = {"reconstruct.target": "layer"}
-DEFAULT = "obs, masked, refit"
+PLAIN = "obs, masked, refit"  # what the ablations change one thing of
 
 
 def variants() -> dict[str, dict]:
@@ -64,16 +64,16 @@ def variants() -> dict[str, dict]:
 
 
 def contrasts() -> list[tuple[str, str]]:
-    """(variant, what it is compared with): sinks in the scores, then every ablation against the default."""
+    """(variant, what it is compared with): sinks in the scores, then every ablation against the same without it."""
     names = list(variants())
     sinks = [(name, name.replace("masked+sink", "masked")) for name in names if ", masked+sink," in name]
-    return sinks + [(name, DEFAULT) for name in names if not name.startswith(("wanda", "fluctuation", "obs"))]
+    return sinks + [(name, PLAIN) for name in names if not name.startswith(("wanda", "fluctuation", "obs"))]
 
 
 def measure(name: str, seed: int, windows: int, length: int, threads: int) -> dict:
     """One variant at one seed: per ratio the loss per held-out window, and how the units were split."""
     torch.set_num_threads(threads)
-    config = Config.load(overrides=BASE | {"calibration.seed": seed} | variants()[name])
+    config = Config.load(overrides=BASE | {"calibration.seed": seed, "structured.arm": "masked"} | variants()[name])
     model = load_model(model_directory(), device="cpu")
     text = text_file("heldout.txt").read_text(encoding="utf-8")
     ids = torch.tensor(load_tokenizer(model_directory())(text, verbose=False)["input_ids"])  # (M,)
@@ -133,7 +133,9 @@ def summarise(done: dict, seeds: list[int]) -> dict:
         for ratio in RATIOS:
             ours, theirs = (losses(done, each, seeds, ratio) for each in (name, base))  # (seeds, N)
             gap = paired_difference(ours.flatten(), theirs.flatten())
-            gaps.append({"variant": name, "against": base, "ratio": ratio, **gap, "by_seed": (ours - theirs).mean(1).tolist()})
+            gaps.append(
+                {"variant": name, "against": base, "ratio": ratio, **gap, "by_seed": (ours - theirs).mean(1).tolist()}
+            )
     return {"losses": rows, "contrasts": gaps}
 
 
@@ -173,7 +175,12 @@ def main() -> None:
     partial = options.out.with_suffix(".part.jsonl")
     tasks = [(name, seed, options.windows, options.length) for name in variants() for seed in seeds]
     done = run_all(tasks, partial, options.jobs, Console(stderr=True))
-    settings = {"seeds": seeds, "windows": options.windows, "length": options.length, "base": BASE | {"calibration.source": "calibration.txt"}}
+    settings = {
+        "seeds": seeds,
+        "windows": options.windows,
+        "length": options.length,
+        "base": BASE | {"calibration.source": "calibration.txt"},
+    }
     result = {"settings": settings, "machine": describe_machine(), "variants": variants(), **summarise(done, seeds)}
     draft = options.out.with_suffix(".part")
     draft.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -1,7 +1,7 @@
 """Fill the README's tables from the JSON files in scripts/results, between their markers.
 
-    python scripts/readme_tables.py          # rewrite README.md
-    python scripts/readme_tables.py --check  # exit 1 where README.md differs from the results
+python scripts/readme_tables.py          # rewrite README.md
+python scripts/readme_tables.py --check  # exit 1 where README.md differs from the results
 """
 
 import argparse
@@ -32,7 +32,16 @@ def demo() -> str:
     """The demo's table: dense, and every method at the saved ratios."""
     found = load("demo.json")
     dense, run = found["dense"], found["run"]
-    header = ["model", "parameters", "MACs", "on disk", "NELBO, nats/token", "loss against dense", "forward", "speed-up"]
+    header = [
+        "model",
+        "parameters",
+        "MACs",
+        "on disk",
+        "NELBO, nats/token",
+        "loss against dense",
+        "forward",
+        "speed-up",
+    ]
 
     def cells(name: str, row: dict) -> list[str]:
         loss, speed = row.get("loss"), row.get("speedup")
@@ -78,7 +87,9 @@ def quality() -> str:
             cells += [f"{row['mean']:+.3f} ± {half:.3f}", " / ".join(map(str, row["heads_removed"]))]
         return cells
 
-    rows = [row_of(name, f"**{name}** (the default)" if name == "obs, masked, refit" else name) for name in by_name]
+    rows = [
+        row_of(name, f"**{name}** (the default)" if name == "obs, masked+sink, refit" else name) for name in by_name
+    ]
     sinks = [row for row in found["contrasts"] if "sink" in row["variant"]]
     lines = []
     for row in sinks:
@@ -90,7 +101,7 @@ def quality() -> str:
         "`python scripts/quality_study.py`, from [`quality.json`](scripts/results/quality.json): loss of NELBO on the embedded"
         f" model against dense, nats per token, with 95% intervals over {settings['windows']} held-out windows x"
         f" {len(settings['seeds'])} seeds (text, noise and evaluation), common noise; heads gone: of 40, per seed. The rows"
-        " below the grid change one thing of the default."
+        " below the grid change one thing of `obs, masked, refit`."
     )
     sink_note = "What weighting by sinks changed, paired (positive: worse than without):"
     sink_table = table(["variant", "against", "ratio", "difference [95% interval]"], lines)
@@ -108,7 +119,16 @@ def cost() -> str:
     inspected = table(["`structprune inspect --ratio 0.5`", "time", "peak memory", "parameters"], rows)
     note = f"`python scripts/measure_inspect.py`, from [`inspect.json`](scripts/results/inspect.json); {machine(found['machine'])}."
     mass = load("attention_mass.json")
-    header = ["attention mass, T", "tiled", "naive (T x T)", "time ratio", "memory: tiled", "naive", "memory ratio", "block with mass / without"]
+    header = [
+        "attention mass, T",
+        "tiled",
+        "naive (T x T)",
+        "time ratio",
+        "memory: tiled",
+        "naive",
+        "memory ratio",
+        "block with mass / without",
+    ]
     lines = []
     for row in mass["rows"]:
         times, peaks = row["median_ms"], row["peak_bytes"]

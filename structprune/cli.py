@@ -12,6 +12,7 @@ import typer
 from structprune import __version__
 from structprune.errors import UserError
 
+OF_TEXT = [f"calibration.{key}" for key in ("windows", "length", "steps", "interval", "subset", "split", "column")]
 INTERRUPTED = 130  # the shell's code for it, which typer returns too
 
 app = typer.Typer(
@@ -24,11 +25,13 @@ app = typer.Typer(
 )
 
 Checkpoint = Annotated[str, typer.Argument(help="Checkpoint directory, or Hub id such as GSAI-ML/LLaDA-8B-Base.")]
-ConfigFile = Annotated[Optional[Path], typer.Option("--config", help="YAML file; see configs/.", show_default="defaults")]
+ConfigFile = Annotated[
+    Optional[Path], typer.Option("--config", help="YAML file; see configs/.", show_default="defaults")
+]
 Ratio = Annotated[Optional[float], typer.Option("--ratio", help="Share of the block projections to remove, in [0, 1).")]
 Sets = Annotated[
     Optional[list[str]],
-    typer.Option("--set", metavar="KEY=VALUE", help="Override any config key, such as calibration.windows=64. Repeatable."),
+    typer.Option("--set", metavar="KEY=VALUE", help="Override any config key: calibration.windows=64. Repeatable."),
 ]
 MaskId = Annotated[Optional[int], typer.Option("--mask-id", help="Mask token id, where the checkpoint names none.")]
 Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Also read .bin shards (weights only).")]
@@ -41,7 +44,8 @@ def _settings(config: Path | None, ratio: float | None, sets: list[str] | None, 
     from structprune.config import Config
 
     named = {"structured.ratio": ratio} | {key.replace("__", "."): value for key, value in extra.items()}
-    return Config.load(config, [*(sets or []), *(f"{key}={value}" for key, value in named.items() if value is not None)])
+    given = [f"{key}={value}" for key, value in named.items() if value is not None]
+    return Config.load(config, [*(sets or []), *given])
 
 
 @app.command()
@@ -53,10 +57,15 @@ def prune(
     sets: Sets = None,
     calibration: Annotated[
         Optional[str],
-        typer.Option("--calibration", help="wikitext2, c4, a Hub dataset, a .txt/.jsonl/.parquet file, or a calibration.safetensors."),
+        typer.Option(
+            "--calibration",
+            help="wikitext2, c4, a Hub dataset, a .txt/.jsonl/.parquet file, or a calibration.safetensors.",
+        ),
     ] = None,
     plan: Annotated[Optional[Path], typer.Option("--plan", help="Apply this plan.json instead of scoring.")] = None,
-    device: Annotated[Optional[str], typer.Option("--device", help="cpu or cuda[:N].", show_default="cuda if there")] = None,
+    device: Annotated[
+        Optional[str], typer.Option("--device", help="cpu or cuda[:N].", show_default="cuda if there")
+    ] = None,
     mask_id: MaskId = None,
     allow_pickle: Pickle = False,
     overwrite: Overwrite = False,
@@ -69,6 +78,20 @@ def prune(
     structprune prune GSAI-ML/LLaDA-8B-Base --out llada-0.5 --config configs/llada-0.5.yaml
 
     structprune prune ./my-dream --out small --ratio 0.3 --calibration notes.txt --set calibration.length=512
+
+    [bold]Keys worth knowing[/bold] (all of them, with defaults: structprune/config.py)
+
+    structured.score: obs, wanda, fluctuation, taylor, magnitude
+
+    structured.arm (default masked+sink) and reconstruct.arm (default masked): also clean, clean+sink
+
+    structured.allocation: global, uniform, depth
+
+    structured.split: measured, equal, by-cost, joint, or a number of heads (per block; over all blocks under global)
+
+    structured.gqa: query_heads, kv_groups; structured.protect_first, structured.protect_last, structured.round_to
+
+    reconstruct.enabled, reconstruct.target: dense, layer; export.compat: free, uniform, official; memory.budget_gb
     """
     from structprune.runs import prune_checkpoint
 
@@ -76,6 +99,9 @@ def prune(
         raise UserError("--plan says what goes already: leave out --ratio and --set structured.*")
     extra = {"calibration__source": calibration, "model__device": device, "model__mask_id": mask_id}
     settings = _settings(config, ratio, sets, **extra, model__allow_pickle=allow_pickle or None)
+    named = {text.partition("=")[0].strip() for text in sets or []}
+    if idle := [key for key in OF_TEXT if key in named and settings.calibration.replays]:
+        raise UserError(f"{idle[0]} means nothing for a saved calibration, which is replayed as it is: leave it out")
     prune_checkpoint(checkpoint, out, settings, plan, overwrite)
 
 
@@ -132,7 +158,7 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
         Exit code: 0, 2 for anything the user can mend (one line on stderr), 130 when interrupted, 1 otherwise.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if threading.current_thread() is threading.main_thread():
         for name in ("SIGTERM", "SIGHUP"):  # so that a run that is ended from outside removes its drafts too
             number = getattr(signal, name, None)

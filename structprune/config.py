@@ -10,6 +10,7 @@ from pydantic_core import PydanticCustomError
 from structprune.errors import UserError, nearest
 
 Arm = Literal["clean", "masked", "masked+sink", "clean+sink"]
+DEFAULT_ARM = "masked+sink"  # of scores; a refit is weighted by sinks only where asked for: measured, it costs a little
 
 
 class Section(BaseModel):
@@ -42,6 +43,7 @@ class CalibrationSettings(Section):
     subset: str | None = None
     """The Hub dataset's configuration name."""
     split: str = "train"
+    """Of a Hub dataset."""
     column: str | None = None
     """Text column of a dataset, .jsonl or .parquet; default `messages` where there is one, else `text`."""
     windows: int = Field(128, ge=1)
@@ -55,6 +57,7 @@ class CalibrationSettings(Section):
     interval: int = Field(5, ge=1)
     """Every interval-th step is a noise level: S = steps // interval."""
     seed: int = Field(0, ge=0, lt=2**62)
+    """Draws the windows, their noise and the noise of the held-out check."""
     batch: int = Field(1, ge=1)
     """Windows in a forward pass (times S noise levels)."""
 
@@ -66,8 +69,11 @@ class CalibrationSettings(Section):
 
 class SinkSettings(Section):
     mask: Literal["soft", "hard"] = "soft"
+    """soft: a row keeps 1 - phi, phi = sigmoid(alpha (mass - threshold)); hard: 1 up to the threshold, 0 above."""
     alpha: float = Field(5.0, gt=0)
+    """Steepness of the soft mask."""
     kappa: float = 2.0
+    """The threshold is the mean of the mass over positions plus so many standard deviations."""
     scale_free: bool = False
     """Divide the mass by its mean first, so that phi does not harden with heads x layers."""
 
@@ -76,8 +82,9 @@ class StructuredSettings(Section):
     ratio: float = Field(0.5, allow_inf_nan=True)  # `check_ratio` says what is wrong with one
     """Removed share of the parameters of q, k, v, output, gate, up and down projections of unprotected blocks."""
     score: Literal["magnitude", "wanda", "fluctuation", "taylor", "obs"] = "obs"
+    """What a unit is worth; one file each in structprune/criteria."""
     arm: Arm | None = None
-    """Activations the score sees; default `masked` (none for magnitude)."""
+    """Activations the score sees; default masked+sink (none for magnitude)."""
     allocation: Literal["uniform", "global", "depth"] = "global"
     """uniform: every block the same widths (what stock engines load); global: heads, and channels, ranked over all
     blocks; depth: the ratio falls linearly with depth."""
@@ -93,6 +100,7 @@ class StructuredSettings(Section):
     gqa: Literal["query_heads", "kv_groups"] = "query_heads"
     """Attention unit where K < H: one query head of every KV group, or a KV head with its query heads."""
     protect_first: int = Field(0, ge=0)
+    """So many first (`protect_last`: last) blocks stay whole, and do not count in the ratio."""
     protect_last: int = Field(0, ge=0)
     round_to: Literal["auto"] | int = "auto"
     """Kept MLP widths are multiples of this; auto: 128, less where the MLP is narrower than 16 such steps."""
@@ -106,8 +114,11 @@ class StructuredSettings(Section):
 
 class ReconstructSettings(Section):
     enabled: bool = True
+    """Refit what is left; false: plain removal."""
     target: Literal["dense", "layer"] = "dense"
+    """Outputs aimed at: the dense model's, or the dense layer's on what the pruned model hands to it."""
     arm: Arm = "masked"
+    """Activations the refit sees."""
     relative: bool = True
     """As `structured.relative`, for the rows of the refit."""
     constant: bool = False
@@ -127,6 +138,7 @@ class ReconstructSettings(Section):
 
 class ExportSettings(Section):
     compat: Literal["official", "uniform", "free"] = "free"
+    """Who can load it: the family's own code (official), engines with one width everywhere (uniform), ours (free)."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Of the written weights; default the checkpoint's own."""
     max_shard_size: str = Field("5GB", pattern=r"^[1-9]\d*[KMGT]B$")
@@ -204,7 +216,8 @@ def _parse(text: str) -> tuple[str, Any]:
 def check_effects(config: Config) -> None:
     """Raise UserError for a value that was changed although another choice leaves it without effect."""
     structured, reconstruct, sink = config.structured, config.reconstruct, config.sink
-    arms = [structured.arm or "", reconstruct.arm if reconstruct.enabled else ""]
+    scored = structured.arm or ("" if structured.score == "magnitude" else DEFAULT_ARM)
+    arms = [scored, reconstruct.arm if reconstruct.enabled else ""]
     idle = (  # section, keys, whether they have no effect, what they need
         ("structured", ("damping", "rounds", "relative"), structured.score != "obs", "structured.score = obs"),
         ("structured", ("depth_slope",), structured.allocation != "depth", "structured.allocation = depth"),
@@ -236,4 +249,4 @@ def _explain(problem: dict) -> str:
         inside = Config.model_fields[section].annotation.model_fields
         close = nearest(key, list(inside)) or nearest(name, known_keys())
         return f"unknown config key '{name}'{close}"
-    return f"config key {name} = {problem['input']!r}: {problem['msg'].lower()}"
+    return f"config key {name} = {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"

@@ -43,6 +43,7 @@ METHODS = {
     OURS: {},
     "FLAP": {
         "structured.score": "fluctuation",
+        "structured.arm": "masked",
         "structured.split": "joint",
         "reconstruct.mode": "bias",
         "reconstruct.target": "layer",
@@ -165,7 +166,12 @@ def _row(name: str, ratio: float, pruned: Pruned, nelbo: Nelbo, dense: Nelbo) ->
 
 def demo_table(rows: list[dict], dense: dict) -> Table:
     """Dense against every method at the saved ratios; fits 80 columns."""
-    table = Table(title="a small trained LLaDA, pruned: held-out text, common noise", box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
+    table = Table(
+        title="a small trained LLaDA, pruned: held-out text, common noise",
+        box=box.SIMPLE_HEAD,
+        padding=0,
+        pad_edge=False,
+    )
     columns = ("ratio", "method", "params", "MACs", "disk", "NELBO", "loss", "forward", "speed")
     units = ("", "", "M", "M", "MB", "nats/token", "against dense", "ms", "")
     for name, unit in zip(columns, units):

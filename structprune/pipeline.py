@@ -50,7 +50,7 @@ class Pruned:
     report: dict
 
     def save(self, directory: str | Path, overwrite: bool = False) -> Path:
-        """Write model, tokenizer, plan.json, calibration.safetensors, report.json and the model card, whole or not at all.
+        """Write model, tokenizer, plan.json, calibration.safetensors, report.json and model card, whole or not at all.
 
         Raises:
             UserError: as `structprune.checkpoint.save.save_pruned`.
@@ -76,7 +76,8 @@ def calibrate(model: DiffusionLM, config: Config) -> Calibration:
     replayed = config.calibration.replays
     longest = getattr(model.config, adapter.family.keys["positions"])
     if not replayed and config.calibration.length > longest:
-        raise UserError(f"calibration.length = {config.calibration.length} exceeds the model's {longest} positions: lower it")
+        asked = f"calibration.length = {config.calibration.length}"
+        raise UserError(f"{asked} exceeds the model's {longest} positions: lower it")
     return load_calibration(
         config.calibration,
         None if replayed else load_tokenizer(model.source.directory),
@@ -218,7 +219,16 @@ class Pruner:
         return plan_of(choice.counts), chosen
 
     def prune(self, ratio: float | None = None, plan: Plan | None = None) -> Pruned:
-        """Plan (unless one is given), cut, refit, and check against plain removal on the held-out windows."""
+        """Plan (unless one is given), cut, refit, and check against plain removal on the held-out windows.
+
+        Args:
+            ratio: default the configuration's; not beside a plan.
+            plan: apply this one instead of scoring.
+        Raises:
+            UserError: a ratio or export class that cannot be met, or a plan that does not fit the model.
+        """
+        if plan is not None and ratio is not None:
+            raise UserError(f"a plan says what goes already: leave out ratio {ratio}")
         start, self.seconds = time.perf_counter(), {}
         chosen = None
         if plan is None:
@@ -240,6 +250,7 @@ class Pruner:
             "refit": refitted.mean if fits else None,
             "loss": paired_difference((refitted if kept_refit else plain).nelbo, self._dense.nelbo),
             "windows": self.calibration.held_out,
+            "seed": CHECK_SEED + self.config.calibration.seed,
         }
         report = build_report(self.model, small, self.config, self.calibration, self.seconds, self.device)
         report |= {"held_out_nelbo": check, "refit": [asdict(fit) for fit in fits], "choice": chosen}

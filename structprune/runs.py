@@ -8,7 +8,6 @@ from rich.console import Console
 
 from structprune.checkpoint.save import check_output
 from structprune.config import Config
-from structprune.errors import UserError
 from structprune.inspect import inspect_checkpoint
 from structprune.models.checkpoint_files import locate
 from structprune.models.loading import load_model
@@ -77,4 +76,6 @@ def demo_and_show(out: Path, overwrite: bool) -> None:
     console.print(demo_table(found.rows, found.dense))
     console.print("Wrote " + ", ".join(str(path) for path in found.made), soft_wrap=True)
     example = next(path for path in found.made if path.is_dir())
-    console.print(f"Load one anywhere: AutoModelForCausalLM.from_pretrained('{example}', trust_remote_code=True)", soft_wrap=True)
+    console.print(
+        f"Load one anywhere: AutoModelForCausalLM.from_pretrained('{example}', trust_remote_code=True)", soft_wrap=True
+    )

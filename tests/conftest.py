@@ -81,7 +81,9 @@ def shared_checkpoint(tmp_path_factory):
     """As `tiny_checkpoint`, for fixtures that live longer than a test; a directory of its own at every call."""
 
     def make(family: str = "llada", **changes) -> Path:
-        return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / f"{family}-tiny", tiny_values(family, **changes))
+        return write_checkpoint(
+            tmp_path_factory.mktemp("checkpoint") / f"{family}-tiny", tiny_values(family, **changes)
+        )
 
     return make
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from structprune.config import Config, known_keys
+from structprune.config import Config, check_effects, known_keys
 from structprune.errors import UserError
 
 
@@ -49,6 +49,11 @@ WRONG = {
     "structured.score=obz": "config key structured.score = 'obz': input should be 'magnitude', 'wanda',",
     "structured.arm=noisy": "config key structured.arm = 'noisy': input should be 'clean', 'masked', 'masked+sink' or",
     "calibration.windows=0": "config key calibration.windows = 0: input should be greater than or equal to 1",
+    "structured.split=true": "config key structured.split = True: input should be a number, not true or false",
+    "calibration.windows=true": "config key calibration.windows = True: input should be a number, not true or false",
+    "calibration.seed=-1": "config key calibration.seed = -1: input should be greater than or equal to 0",
+    "calibration.seed=1000000000000000000000": "config key calibration.seed = 1000000000000000000000: input should be less",
+    "reconstruct.damping=[]": "config key reconstruct.damping = []: tuple should have at least 1 item",
     "structured.depth_slope=1.5": "config key structured.depth_slope = 1.5: input should be less than or equal to 1",
 }
 
@@ -58,6 +63,43 @@ def test_what_is_wrong_is_named_in_one_line(override):
     with pytest.raises(UserError) as caught:
         Config.load(overrides=[override])
     assert str(caught.value).startswith(WRONG[override]) and "\n" not in str(caught.value)
+
+
+IDLE = {
+    "structured.damping = 0.1 has no effect without structured.score = obs": ["structured.score=wanda", "structured.damping=0.1"],
+    "structured.rounds = 3 has no effect without structured.score = obs": ["structured.score=taylor", "structured.rounds=3"],
+    "structured.relative = True has no effect": ["structured.score=magnitude", "structured.relative=true"],
+    "structured.depth_slope = 0.1 has no effect without structured.allocation = depth": ["structured.depth_slope=0.1"],
+    "reconstruct.constant = True has no effect without reconstruct.enabled": ["reconstruct.enabled=false", "reconstruct.constant=true"],
+    "reconstruct.damping = .* has no effect without reconstruct.mode": ["reconstruct.mode=bias", "reconstruct.damping=[0.1]"],
+    "sink.kappa = 1.0 has no effect without an arm with .sink": ["sink.kappa=1", "structured.arm=masked"],
+    "sink.alpha = 3.0 has no effect without sink.mask = soft": ["sink.mask=hard", "sink.alpha=3", "structured.arm=masked+sink"],
+    "reconstruct.arm = masked.sink has no effect": ["reconstruct.arm=masked+sink", "reconstruct.enabled=false"],
+    "sink.mask = hard has no effect": ["sink.mask=hard", "structured.arm=clean"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", IDLE)
+def test_a_value_without_effect_is_refused(message):
+    with pytest.raises(UserError, match=message):
+        check_effects(Config.load(overrides=IDLE[message]))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["reconstruct.enabled=false"],
+        ["structured.score=wanda", "structured.damping=0.01"],  # the default, said aloud
+        ["structured.allocation=depth", "structured.depth_slope=0.1"],
+        ["sink.kappa=1"],  # scores are weighted by sinks unless told otherwise
+        ["sink.kappa=1", "structured.arm=clean", "reconstruct.arm=masked+sink"],
+        ["sink.mask=hard", "sink.kappa=1", "structured.arm=clean+sink"],
+        ["structured.split=equal", "structured.split_windows=4"],  # of the measured split only, but no contradiction
+    ],
+)
+def test_values_with_an_effect_are_not(overrides):
+    check_effects(Config.load(overrides=overrides))
 
 
 @pytest.mark.parametrize(

@@ -31,9 +31,7 @@ def test_a_config_prunes_a_tiny_checkpoint_of_its_family(file, tiny_checkpoint, 
     assert shipped.structured.ratio == float(file.stem.rpartition("-")[2])
     model = structprune.load_model(tiny_checkpoint(family))
     pruned = structprune.prune(model, config)
-    widest_step = max(
-        step for size in open_blocks(Adapter(model), config.structured) for step in size.step.values()
-    )
+    widest_step = max(step for size in open_blocks(Adapter(model), config.structured) for step in size.step.values())
     sizes = open_blocks(Adapter(model), config.structured)
     total = sum(size.total for size in sizes)
     assert abs(pruned.report["ratio"] - shipped.structured.ratio) <= widest_step / total

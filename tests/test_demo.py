@@ -13,13 +13,14 @@ from structprune.pipeline import Pruner, calibrate
 
 SMALL = {
     "calibration.windows": 4, "calibration.held_out": 2, "calibration.interval": 25, "structured.split_windows": 2,
-    "structured.split_candidates": 2, "structured.rounds": 8,
+    "structured.split_candidates": 2,
 }  # fmt: skip
 
 
 @pytest.fixture
 def small_demo(monkeypatch):
     monkeypatch.setattr(demo, "BASE", demo.BASE | SMALL)
+    monkeypatch.setattr(demo, "METHODS", demo.METHODS | {demo.OURS: {"structured.rounds": 8}})
     monkeypatch.setattr(demo, "RATIOS", (0.3, 0.5))
     monkeypatch.setattr(demo, "WINDOWS", 8)
 
@@ -71,4 +72,3 @@ def test_the_default_recipe_finds_the_split_by_itself():
         assert pruned.report["held_out_nelbo"]["kept"] == "refit"
     assert losses[0.3] < 0.045 and losses[0.5] < 0.45
     assert heads[0.3] < heads[0.5] < 20  # the equal split would take 12 and 20 of 40
-

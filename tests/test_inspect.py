@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 
 from structprune import Config, UserError, load_model, prune
+from structprune.cli import main
 from structprune.inspect import inspect_checkpoint
 from structprune.models import loading
 from structprune.report.tables import inspect_tables
@@ -153,6 +154,37 @@ def test_the_numbers_are_those_of_a_real_run(tiny_checkpoint, text_path, family)
     removed = sum(row["parameters"][0] - row["parameters"][1] for row in found["blocks"])
     total = sum(row["parameters"][0] for row in found["blocks"][1:])
     assert pruned.report["ratio"] == pytest.approx(removed / total) == pytest.approx(0.4, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"structured.split": 99, "structured.allocation": "uniform"}, "structured.split = 99 does not fit"),
+        ({"structured.split": 1000}, "over all blocks 0 to 9 attention steps"),
+        ({"calibration.interval": 60}, "leaves no noise level"),
+        ({"export.compat": "official"}, "export.compat = official is not possible"),
+        ({"structured.depth_slope": 0.1}, "has no effect"),
+        ({"structured.score": "taylor", "structured.arm": "clean"}, "cannot use arm"),
+    ],
+)
+def test_what_a_run_would_refuse_is_refused(tiny_checkpoint, changes, message):
+    with pytest.raises(UserError, match=message):
+        inspect_checkpoint(tiny_checkpoint(), Config.load(None, changes))
+
+
+def test_a_number_of_heads_is_per_block_or_over_all_blocks(tmp_path):
+    directory = directory_of(LLADA_8B, tmp_path / "LLaDA-8B")
+    per_block = inspect_checkpoint(directory, settings(ratio=0.5, split=2, allocation="uniform"))
+    assert [row["after"]["query_heads"] for row in per_block["blocks"]] == [30] * 32
+    over_all = inspect_checkpoint(directory, settings(ratio=0.5, split=64))  # the same number, shown spread evenly
+    assert over_all["blocks"] == per_block["blocks"]
+
+
+def test_pickled_weights_are_allowed_by_name(tiny_checkpoint, capsys):
+    directory = tiny_checkpoint()
+    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
+    assert main(["inspect", str(directory)]) == 2 and "--allow-pickle" in capsys.readouterr().err
+    assert main(["inspect", str(directory), "--allow-pickle"]) == 0
 
 
 def test_no_weight_is_read(tiny_checkpoint, monkeypatch):

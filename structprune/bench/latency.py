@@ -67,6 +67,7 @@ def measure_latency(
 
 def speedup(dense: Latency, pruned: Latency) -> dict[str, float]:
     """Median over rounds of dense / pruned time, with its quartiles."""
-    ratios = torch.tensor(dense.seconds, dtype=torch.float64) / torch.tensor(pruned.seconds, dtype=torch.float64)  # (n,)
+    before, after = (torch.tensor(side.seconds, dtype=torch.float64) for side in (dense, pruned))  # (n,)
+    ratios = before / after  # (n,)
     low, middle, high = (ratios.quantile(share).item() for share in (0.25, 0.5, 0.75))
     return {"median": middle, "p25": low, "p75": high}

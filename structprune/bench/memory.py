@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from structprune.config import Config
-from structprune.criteria.table import CRITERIA
+from structprune.criteria.table import CRITERIA, resolve_arm
 from structprune.models.adapter import Adapter
 from structprune.models.loading import as_dtype
 
@@ -108,7 +108,9 @@ def _scoring_bytes(dense: Adapter, config: Config, size: Tokens, weights: int) -
         return max(4 * (a * a + b * b) + 24 * max(a, b) ** 2 for a, b in widths)
     if needs == "gradients":  # their running sum, the new ones, and every block's activations for the backward pass
         return 2 * weights + len(widths) * size.batch * _live_features(dense)
-    if needs == "moments" and (settings.arm or "").endswith("+sink"):  # every consumer's input until the batch has ended
+    if needs == "moments" and resolve_arm(settings.score, settings.arm).endswith(
+        "+sink"
+    ):  # every consumer's input until the batch has ended
         held = size.batch * sum(a + b for a, b in widths)
         return held if held <= _budget(config) else 0
     return 0

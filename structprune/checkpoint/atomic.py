@@ -3,7 +3,7 @@
 import os
 import shutil
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Iterator
 
@@ -25,8 +25,9 @@ def whole_directory(directory: str | Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(draft, ignore_errors=True)
         if not directory.exists():
-            for folder in made:
-                folder.rmdir()
+            with suppress(OSError):  # somebody else may use it by now
+                for folder in made:
+                    folder.rmdir()
 
 
 def _open_up(draft: Path) -> None:

@@ -1,6 +1,7 @@
 """The model card written beside a pruned checkpoint, from its report."""
 
 import re
+from pathlib import Path
 
 from structprune.report.tables import change, millions
 
@@ -23,7 +24,8 @@ structprune {version}, and what is left {refitted}.
 {rows}
 
 NELBO is the masked-diffusion bound in nats per token on {windows} held-out windows of {length} tokens of the
-calibration text; the change is a paired difference with its standard error. No benchmark was run.
+calibration text; the change is a paired difference with its standard error. The same windows chose between split,
+damping and refit, so it is a little optimistic. No benchmark was run.
 
 Made with: {choice}, refit {refit}; calibration on
 `{text}` ({count} windows of {length} tokens, seed {seed}). Export class: `{export}`. Every figure is in report.json,
@@ -70,12 +72,17 @@ def model_card(report: dict) -> str:
         "count": calibration["windows"] - nelbo["windows"],
         "choice": _choice(structured, report["arm"]) if report["choice"] else "a plan that was given",
         "refit": f"to {config['reconstruct']['target']} targets" if config["reconstruct"]["enabled"] else "off",
-        "text": calibration.get("source", "given windows"),
+        "text": _text(calibration.get("source", "given windows")),
         "seed": calibration.get("seed", "unknown"),
         "export": report["export_class"],
         "alignment": f"position i predicts token {'i + 1' if report['family'] == 'dream' else 'i'}",
     }
     return TEMPLATE.format(**values)
+
+
+def _text(source: str) -> str:
+    """A calibration source as others may read it: of a file its name, not where it lies on this machine."""
+    return Path(source).name if Path(source).suffix in (".txt", ".jsonl", ".parquet") else source
 
 
 def _refitted(nelbo: dict) -> str:

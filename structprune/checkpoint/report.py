@@ -62,5 +62,7 @@ def build_report(
 def removed_ratio(before: Adapter, after: Adapter, config: Config) -> float:
     """Removed share of the seven projections' parameters over unprotected blocks; biases that a refit added count."""
     first, last = config.structured.protect_first, len(before.blocks) - config.structured.protect_last
-    totals = [sum(block_size(block, "query_heads").total for block in side.blocks[first:last]) for side in (before, after)]
+    totals = [
+        sum(block_size(block, "query_heads").total for block in side.blocks[first:last]) for side in (before, after)
+    ]
     return 1 - totals[1] / totals[0]

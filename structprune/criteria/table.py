@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from structprune.config import DEFAULT_ARM
 from structprune.errors import UserError
 
 ARMS = ("clean", "masked", "masked+sink", "clean+sink")
@@ -27,14 +28,14 @@ CRITERIA = {
 
 
 def resolve_arm(score: str, arm: str | None) -> str | None:
-    """The arm a score runs on: the one asked for, else `masked` (None for a score that takes none).
+    """The arm a score runs on: the one asked for, else `DEFAULT_ARM` (None for a score that takes none).
 
     Raises:
         UserError: the score cannot use that arm.
     """
     criterion = CRITERIA[score]
     if arm is None:
-        return "masked" if criterion.arms else None
+        return DEFAULT_ARM if criterion.arms else None
     if arm not in criterion.arms:
         usable = ", ".join(criterion.arms) or "none (leave structured.arm unset)"
         raise UserError(f"score '{score}' cannot use arm '{arm}': {criterion.why}; usable: {usable}")

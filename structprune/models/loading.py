@@ -64,7 +64,13 @@ def load_config(source: str | Path, mask_id: int | None = None, weights: bool = 
     return directory, family, config, values
 
 
-def load_model(source, dtype=None, device=None, mask_id: int | None = None, allow_pickle: bool = False) -> DiffusionLM:
+def load_model(
+    source: str | Path,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    mask_id: int | None = None,
+    allow_pickle: bool = False,
+) -> DiffusionLM:
     """Load an official LLaDA, LLaDA-1.5, MMaDA or Dream checkpoint, or one that structprune wrote.
 
     Args:
@@ -166,4 +172,5 @@ def load_tokenizer(directory: str | Path):
         return kind.from_pretrained(directory)
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{directory}: no tokenizer that can be read without remote code ({reason}): add tokenizer.json") from error
+        lacks = f"{directory}: no tokenizer that can be read without remote code ({reason})"
+        raise UserError(f"{lacks}: add tokenizer.json") from error

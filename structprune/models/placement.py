@@ -22,6 +22,8 @@ def pick_device(asked: str | None) -> torch.device:
         device = torch.device(asked)
     except RuntimeError as error:
         raise UserError(f"unknown device '{asked}': give cpu or cuda[:N]") from error
+    if device.type not in ("cpu", "cuda"):  # others lack the fp64 that refits are solved in
+        raise UserError(f"device '{asked}' cannot be used: give cpu or cuda[:N]")
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise UserError(f"device '{asked}' is not on this machine ({torch.cuda.device_count()} CUDA devices): use cpu")
     return device
@@ -66,7 +68,7 @@ def stream_target(offload: bool, device: str | None) -> torch.device | None:
 
 @contextmanager
 def streamed(model: DiffusionLM, device: torch.device | None) -> Iterator[DiffusionLM]:
-    """While open, `model` computes on `device` though its weights stay where they are, one layer's copy there at a time.
+    """While open, `model` computes on `device` though its weights stay at home: one layer's copy is there at a time.
 
     For forward passes only: a backward pass would look for weights that are gone. None changes nothing.
     """

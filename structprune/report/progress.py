@@ -9,7 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 @contextmanager
 def progress_bars(console: Console) -> Iterator[Callable[[Iterable, str], Iterable]]:
-    """While open, the yielded `track(items, title)` shows a bar for every iteration it wraps; each bar goes when done."""
+    """While open, the yielded `track(items, title)` shows a bar for each iteration it wraps; a bar goes when done."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console, transient=True) as progress:
 

@@ -64,7 +64,8 @@ def inspect_tables(found: dict) -> list[Table]:
         blocks.add_column(name, justify="right")
     for first, last, row in _runs(found["blocks"]):
         cells = [f"{row['before'][key]} → {row['after'][key]}" for key in ("query_heads", "kv_heads", "channels")]
-        blocks.add_row(str(first) if first == last else f"{first}-{last}", *cells, f"{millions(row['parameters'][0])} → {millions(row['parameters'][1])}")
+        name = str(first) if first == last else f"{first}-{last}"
+        blocks.add_row(name, *cells, " → ".join(map(millions, row["parameters"])))
     memory = Table(title="predicted peak memory")
     memory.add_column("")
     memory.add_column("bytes", justify="right")

@@ -185,7 +185,9 @@ class Reconstructor:
                 add_products(sums[fitted][1], target, right, weight)
                 if not fitted:
                     sums[fitted][2] += float((target.float() * weight[..., None]).pow(2).sum())
-        return tuple(Products(gram.double(), wanted.double(), power) for gram, wanted, power in (sums[True], sums[False]))
+        return tuple(
+            Products(gram.double(), wanted.double(), power) for gram, wanted, power in (sums[True], sums[False])
+        )
 
     def _target(self, run: ResidualRun, key, rows: slice) -> torch.Tensor:
         """The output the refit aims at: the dense model's, or the dense layer's on this prefix, (b, T, O).

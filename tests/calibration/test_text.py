@@ -112,6 +112,8 @@ def test_bad_local_sources(tmp_path):
         list(read_texts(str(good), column="text"))
     with pytest.raises(UserError, match="calibration.subset = 'en' means nothing"):
         list(read_texts(str(good), subset="en"))
+    with pytest.raises(UserError, match="calibration.split = 'validation' means nothing"):
+        list(read_texts(str(good), split="validation"))
 
 
 def test_libraries_that_are_not_installed(tmp_path, monkeypatch):

@@ -16,7 +16,10 @@ def test_modes_are_those_of_plain_files(tmp_path):
             (draft / "inside" / "private").chmod(0o600)
     finally:
         os.umask(before)
-    modes = [path.stat().st_mode & 0o777 for path in (tmp_path / "made", tmp_path / "made/inside", tmp_path / "made/inside/private")]
+    modes = [
+        path.stat().st_mode & 0o777
+        for path in (tmp_path / "made", tmp_path / "made/inside", tmp_path / "made/inside/private")
+    ]
     assert modes == [0o755, 0o755, 0o644]
 
 
@@ -28,10 +31,27 @@ def test_what_was_there_stays_until_the_draft_is_complete(tmp_path):
         (draft / "two").write_text("2")
         assert [path.name for path in target.iterdir()] == ["one"]
         raise RuntimeError("stop")
-    assert [path.name for path in tmp_path.iterdir()] == ["made"] and [path.name for path in target.iterdir()] == ["one"]
+    assert [path.name for path in tmp_path.iterdir()] == ["made"] and [path.name for path in target.iterdir()] == [
+        "one"
+    ]
     with whole_directory(target) as draft:
         (draft / "two").write_text("2")
-    assert [path.name for path in tmp_path.iterdir()] == ["made"] and [path.name for path in target.iterdir()] == ["two"]
+    assert [path.name for path in tmp_path.iterdir()] == ["made"] and [path.name for path in target.iterdir()] == [
+        "two"
+    ]
+
+
+def test_parents_that_were_made_go_again(tmp_path):
+    with pytest.raises(RuntimeError), whole_directory(tmp_path / "a" / "b" / "made"):
+        raise RuntimeError
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "a").mkdir()
+    with pytest.raises(RuntimeError), whole_directory(tmp_path / "a" / "b" / "made"):
+        raise RuntimeError
+    assert [path.name for path in tmp_path.rglob("*")] == ["a"]
+    with whole_directory(tmp_path / "a" / "b" / "made"):
+        pass
+    assert (tmp_path / "a" / "b" / "made").is_dir()
 
 
 @pytest.mark.parametrize("failures", [1, 2])

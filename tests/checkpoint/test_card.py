@@ -38,7 +38,9 @@ def test_numbers(report):
     assert "| MACs | 4.000 M | 1.000 M | -75.0 % |" in card
     assert "| NELBO, nats/token | 2.0000 | 2.5000 | +0.5000 ± 0.0125 |" in card
     flat = " ".join(card.split())
-    assert "structprune 1.2.3" in flat and "refitted in closed form (better than plain removal on held-out text)" in flat
+    assert (
+        "structprune 1.2.3" in flat and "refitted in closed form (better than plain removal on held-out text)" in flat
+    )
     assert "on 16 held-out windows of 2048 tokens" in flat
     assert "`wikitext2` (128 windows of 2048 tokens, seed 3)" in flat  # 144 less the held-out 16
     assert "score `obs` on arm `masked`" in flat and "refit to dense targets" in flat and "Export class: `free`" in flat
@@ -70,6 +72,14 @@ def test_a_refit_that_lost_and_a_plan_that_was_given(report):
     flat = " ".join(model_card(report | {"choice": None}).split())
     assert "what is left is as it was (a refit in closed form was no better on held-out text)." in flat
     assert "Made with: a plan that was given, refit to dense targets" in flat and "score `obs`" not in flat
+
+
+def test_a_local_text_is_named_without_its_place(report):
+    report["calibration"]["source"] = "/place/of/mine/notes.txt"
+    card = model_card(report)
+    assert "calibration on\n`notes.txt` (128 windows" in card and "/place" not in card
+    report["calibration"]["source"] = "org/texts"
+    assert "`org/texts`" in model_card(report)
 
 
 def test_a_score_that_needs_no_text(report):

@@ -5,7 +5,15 @@ import json
 import pytest
 
 from structprune import Plan, UserError, apply_plan, load_model
-from structprune.checkpoint.export import auto_map, check_export, config_values, export_class, obstacles
+from structprune.checkpoint.export import (
+    auto_map,
+    check_export,
+    check_export_request,
+    config_values,
+    export_class,
+    obstacles,
+)
+from structprune.config import Config
 from structprune.models.families import DREAM, LLADA
 from structprune.structured.plan import BlockPlan
 
@@ -50,6 +58,29 @@ def test_reasons_name_the_remedy(pruned):
     assert "blocks differ in width" in obstacles(model.config, model.source.values)["uniform"]
     model = pruned("llada", biases=True)
     assert "added biases" in obstacles(model.config, model.source.values)["official"]
+
+
+@pytest.mark.parametrize(
+    "compat, changes, reason",
+    [
+        ("uniform", {}, "blocks would differ in width"),
+        ("uniform", {"structured.allocation": "uniform", "structured.protect_last": 1}, "blocks would differ in width"),
+        ("uniform", {"structured.allocation": "uniform", "reconstruct.constant": True}, "would add biases"),
+        ("uniform", {"structured.allocation": "uniform", "reconstruct.mode": "bias"}, "would add biases"),
+        ("official", {"structured.allocation": "uniform"}, "heads would be removed"),
+        ("official", {"structured.allocation": "uniform", "structured.split": 1}, "heads would be removed"),
+        ("official", {"structured.allocation": "uniform", "structured.split": 0}, None),
+        ("uniform", {"structured.allocation": "uniform"}, None),
+        ("official", {"structured.ratio": 0}, None),
+        ("free", {}, None),
+    ],
+)
+def test_a_request_that_rules_a_class_out(compat, changes, reason):
+    config = Config.load(overrides={"export.compat": compat} | changes)
+    if reason is None:
+        return check_export_request(config)
+    with pytest.raises(UserError, match=f"export.compat = {compat} is not possible: .*{reason}"):
+        check_export_request(config)
 
 
 def test_a_source_that_was_ours_gives_no_official_export(pruned):

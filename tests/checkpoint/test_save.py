@@ -221,6 +221,10 @@ def test_only_an_earlier_output_is_ever_replaced(small, tmp_path):
     with pytest.raises(UserError, match="holds something else than an earlier output"):
         save_pruned(small, out, overwrite=True)
     assert contents(out) == {"letter.txt": b"dear"}
+    (out / "config.json").write_text("{}")  # another checkpoint, perhaps the only copy of it
+    with pytest.raises(UserError, match="holds something else than an earlier output"):
+        save_pruned(small, out, overwrite=True)
+    assert contents(out) == {"letter.txt": b"dear", "config.json": b"{}"}
 
 
 def test_output_that_cannot_be(tmp_path, monkeypatch):

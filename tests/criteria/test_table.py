@@ -10,10 +10,10 @@ def test_defaults():
     defaults = {score: resolve_arm(score, None) for score in CRITERIA}
     assert defaults == {
         "magnitude": None,
-        "wanda": "masked",
-        "fluctuation": "masked",
-        "taylor": "masked",
-        "obs": "masked",
+        "wanda": "masked+sink",
+        "fluctuation": "masked+sink",
+        "taylor": "masked+sink",
+        "obs": "masked+sink",
     }
 
 

@@ -21,7 +21,7 @@ from structprune.structured.allocate import (
     ranked_choices,
     ratio_of,
 )
-from structprune.structured.choose import candidates, choose_counts, open_blocks
+from structprune.structured.choose import candidates, check_choice, choose_counts, open_blocks
 from structprune.structured.sizes import BlockSize, rounding
 
 # head 4 D C = 4 * 100, channel 3 C = 30: totals as of blocks with 4 heads and 64 channels
@@ -141,6 +141,37 @@ def test_the_most_of_a_width_that_is_no_multiple():
     for ratio in (0.0, 0.02, 0.1):  # nearest to 64 is 64 itself, or the multiple below
         found = head_choices(sizes, [ratio], 48)
         assert all(64 - c[0, "channels"] in (64, 48) for c in found.values())
+
+
+def test_a_number_of_heads_over_all_blocks_is_met_though_not_every_number_is_tried():
+    sizes = [replace(size, index=index) for index in range(30) for size in TOY[:1]]  # 90 steps, every second one tried
+    paths = random_paths(sizes)
+    assert 7 not in ranked_choices(sizes, paths, 0.5, 1)
+    found = choose_counts(sizes, paths, StructuredSettings(ratio=0.5, split=7, round_to=1), lambda counts: 0.0)
+    assert sum(found.counts[index, "attention"] for index in range(30)) == 7
+    assert ratio_of(sizes, found.counts) == pytest.approx(0.5, abs=30 / (30 * 3520))
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (StructuredSettings(split=10), "structured.split = 10 does not fit: over all blocks 0 to 9 attention steps can go"),
+        (StructuredSettings(split=-1), "structured.split = -1 does not fit: over all blocks 0 to 9"),
+        (StructuredSettings(split=4, allocation="uniform"), "structured.split = 4 does not fit: at this ratio .* 0, 1, 2, 3"),
+        (StructuredSettings(ratio=0.99), "no plan meets ratio 0.9900: the most is"),
+        (StructuredSettings(ratio=1), "outside"),
+        (StructuredSettings(split="joint", allocation="depth"), "split = joint needs structured.allocation = global"),
+    ],
+)  # fmt: skip
+def test_what_no_plan_can_have_is_refused_before_any_score(settings, message):
+    with pytest.raises(UserError, match=message):
+        check_choice(TOY, settings)
+    check_choice(TOY, StructuredSettings(split=9, ratio=0.5))
+
+
+def test_blocks_with_one_head_lose_channels_only():
+    sizes = [replace(size, steps={"attention": 1, "channels": 64}) for size in TOY]
+    assert list(ranked_choices(sizes, random_paths(sizes), 0.25, 1)) == [0]
 
 
 def test_by_hand_uniform():
