@@ -23,13 +23,14 @@ from structprune.bench.machine import describe_machine
 from structprune.calibration.noise import stratified_noise
 from structprune.calibration.windows import cut_windows
 from structprune.config import Config
-from structprune.demo import BASE
+from structprune.demo import BASE as DEMO
 from structprune.evaluation.compare import paired_difference
 from structprune.evaluation.nelbo import masked_nelbo
 from structprune.models.loading import load_model, load_tokenizer
 from structprune.pipeline import Pruner
 from structprune.report.progress import progress_bars
 
+BASE = DEMO | {"calibration.windows": 40, "structured.arm": "masked"}
 RATIOS = (0.3, 0.5)
 EQUAL = {"structured.split": "equal", "structured.allocation": "uniform"}
 LAYER = {"reconstruct.target": "layer"}
@@ -73,7 +74,7 @@ def contrasts() -> list[tuple[str, str]]:
 def measure(name: str, seed: int, windows: int, length: int, threads: int) -> dict:
     """One variant at one seed: per ratio the loss per held-out window, and how the units were split."""
     torch.set_num_threads(threads)
-    config = Config.load(overrides=BASE | {"calibration.seed": seed, "structured.arm": "masked"} | variants()[name])
+    config = Config.load(overrides=BASE | {"calibration.seed": seed} | variants()[name])
     model = load_model(model_directory(), device="cpu")
     text = text_file("heldout.txt").read_text(encoding="utf-8")
     ids = torch.tensor(load_tokenizer(model_directory())(text, verbose=False)["input_ids"])  # (M,)

@@ -32,7 +32,7 @@ WINDOWS, LENGTH = 128, 128  # held-out text: windows and tokens in each
 BASE = {
     "calibration.source": str(text_file("calibration.txt")),
     "calibration.length": LENGTH,
-    "calibration.windows": 40,
+    "calibration.windows": 32,
     "calibration.held_out": 8,
     "calibration.interval": 10,
     "calibration.batch": 4,
@@ -97,7 +97,7 @@ def run_demo(out: Path, track: Track) -> Demo:
     dense = held_out.nelbo(model)
     rows, kept = _prune_all(model, held_out, dense, track)
     timed = {"dense": model} | {f"{name} {ratio}": pruned.model for (name, ratio), pruned in kept.items()}
-    latency = measure_latency(timed, LENGTH, batch=16, rounds=9)
+    latency = measure_latency(timed, LENGTH, batch=16, rounds=7)
     whole = {
         "nelbo": dense.mean,
         "standard_error": dense.standard_error,
