@@ -72,8 +72,7 @@ def calibrate(model: DiffusionLM, config: Config) -> Calibration:
     Raises:
         UserError: text or file that cannot be used.
     """
-    adapter = Adapter(model)
-    replayed = config.calibration.replays
+    adapter, replayed = Adapter(model), config.calibration.replays
     longest = getattr(model.config, adapter.family.keys["positions"])
     if not replayed and config.calibration.length > longest:
         asked = f"calibration.length = {config.calibration.length}"

@@ -99,7 +99,7 @@ def test_a_value_without_effect_is_refused(message):
     ],
 )
 def test_values_with_an_effect_are_not(overrides):
-    check_effects(Config.load(overrides=overrides))
+    assert check_effects(Config.load(overrides=overrides)) is None
 
 
 @pytest.mark.parametrize(

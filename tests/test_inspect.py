@@ -273,3 +273,20 @@ def test_predicted_peak_on_an_accelerator(tmp_path, monkeypatch):
     assert whole["peak device"] == whole["dense weights"] + whole["pruned weights"] + working
     assert streamed["peak device"] == 2 * 126464 * 4096 + working
     assert streamed["peak host"] - whole["peak host"] == whole["dense weights"] + whole["pruned weights"]
+
+
+def test_predicted_peak_covers_what_a_block_may_keep(tmp_path):
+    """Under `global` a block may keep all channels; the measured split holds targets beside the final refit's."""
+    directory = directory_of(LLADA_8B, tmp_path / "x")
+
+    def refit(**options):
+        keys = {"structured.ratio": 0.5, "model.device": "cpu", "memory.budget_gb": 100.0} | options
+        keys |= {"calibration.windows": 4, "calibration.held_out": 4, "calibration.length": 64}
+        return inspect_checkpoint(directory, Config.load(None, keys))["memory"]["refit"]
+
+    tokens, equal = 8 * 10 * 64, {"structured.split": "equal"}
+    targets, one = tokens * 4 * 2 * 32 * 4096, tokens * 4 * 12288
+    assert refit(**equal) == 24 * 12288**2 + 16 * 12288 * (12288 + 4096) + targets + one
+    assert refit(**{"structured.split_windows": 1}) - refit(**equal) == targets * 5 // 8
+    uniform = {"structured.allocation": "uniform"} | equal
+    assert refit(**uniform) == 24 * 6144**2 + 16 * 6144 * (6144 + 4096) + targets + one // 2

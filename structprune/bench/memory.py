@@ -118,10 +118,16 @@ def _scoring_bytes(dense: Adapter, config: Config, size: Tokens, weights: int) -
 
 def _refit_bytes(dense: Adapter, pruned: Adapter, config: Config, size: Tokens) -> int:
     """fp32 and fp64 Grams of fit and held-out rows, a solve, held targets, and the consumer's input in turn."""
-    kept = max(block["down"].in_features for block in pruned.blocks)
+    settings, windows = config.structured, config.calibration.windows + config.calibration.held_out
+    # under `global` a block may keep everything
+    side = dense if settings.allocation == "global" else pruned
+    kept = max(block["down"].in_features for block in side.blocks)
     targets = size.all * 2 * len(dense.blocks) * dense.hidden_size
-    one = size.all * max(max(pair) for pair in _consumer_widths(dense))
-    held = sum(part for part in (targets, one) if part <= _budget(config))
+    one = size.all * max(max(pair) for pair in _consumer_widths(side))
+    split = 0  # the measured split holds targets of its own
+    if settings.split == "measured":
+        split = targets * min(settings.split_windows + config.calibration.held_out, windows) // windows
+    held = sum(part for part in (targets, split, one) if part <= _budget(config))
     return 24 * kept * kept + 16 * kept * (kept + dense.hidden_size) + held
 
 

@@ -9,6 +9,7 @@ from structprune.errors import UserError
 from structprune.models.checkpoint_files import is_byte_pair, locate, read_headers, read_json, shard_names
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.official import build_config, detect_family, find_mask_id
+from structprune.models.placement import pick_device
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 
@@ -83,10 +84,10 @@ def load_model(
     Returns:
         A `transformers.PreTrainedModel` in eval mode; `model.source` says where it came from.
     Raises:
-        UserError: anything wrong with the checkpoint, in one line.
+        UserError: anything wrong with the checkpoint, or a device that is not there, in one line.
     """
     directory, family, config, values = load_config(source, mask_id, True, allow_pickle)
-    device = torch.device("cpu" if device is None else device)
+    device = torch.device("cpu") if device is None else pick_device(str(device))
     with torch.device("meta"):
         model = family.model_class(config)
     names = shard_names(directory, allow_pickle)

@@ -77,6 +77,8 @@ def test_what_cannot_be_streamed_is_refused(tiny_checkpoint, monkeypatch):
         stream_target(True, "cpu")
     with pytest.raises(UserError, match="unknown device 'gpu0'"):
         pick_device("gpu0")
+    with pytest.raises(UserError, match="unknown device 'gpu0'"):
+        load_model(tiny_checkpoint(), device="gpu0")
     monkeypatch.setattr(pipeline, "stream_target", lambda offload, device: CPU)
     config = Config.load(overrides={"structured.score": "taylor", "memory.offload": True})
     with pytest.raises(UserError, match="taylor.*memory.offload"):
