@@ -189,16 +189,22 @@ class Pruner:
         with streamed(self.model, self._target), streamed(small, self._target):
             return small, self._timed("refit", lambda: refit.refit(small))
 
+    def _at(self, ratio: float | None) -> Config:
+        """The configuration at another ratio."""
+        if ratio is None:
+            return self.config
+        return self.config.model_copy(update={"structured": self.config.structured.model_copy(update={"ratio": ratio})})
+
     def plan(self, ratio: float | None = None) -> tuple[Plan, dict]:
         """Score the units (once) and choose what goes at `ratio` (default: the configuration's).
 
         Returns:
             The plan, and how it was chosen as plain data.
         """
-        settings = self.config.structured
-        settings = settings if ratio is None else settings.model_copy(update={"ratio": ratio})
-        check_request(self.model, self.config.model_copy(update={"structured": settings}))
-        check_export_request(self.config.model_copy(update={"structured": settings}))
+        config = self._at(ratio)
+        settings = config.structured
+        check_request(self.model, config)
+        check_export_request(config)
         arm = resolve_arm(settings.score, settings.arm)
         sizes = open_blocks(self.adapter, settings)
         if self._paths is None:
@@ -251,7 +257,7 @@ class Pruner:
             "windows": self.calibration.held_out,
             "seed": CHECK_SEED + self.config.calibration.seed,
         }
-        report = build_report(self.model, small, self.config, self.calibration, self.seconds, self.device)
+        report = build_report(self.model, small, self._at(ratio), self.calibration, self.seconds, self.device)
         report |= {"held_out_nelbo": check, "refit": [asdict(fit) for fit in fits], "choice": chosen}
         return Pruned(small, plan, self.calibration, report)
 

@@ -11,7 +11,7 @@ from structprune.criteria.ranking import Limits
 from structprune.evaluation.nelbo import masked_nelbo
 from structprune.models.adapter import Adapter
 from structprune.models.loading import load_model
-from structprune.pipeline import prune
+from structprune.pipeline import Pruner, prune
 from structprune.statistics.rows import arm_rows, measure_mass
 from structprune.structured.plan import BlockPlan, Plan
 from structprune.structured.reconstruct import NEVER, LayerFit, Reconstructor
@@ -205,3 +205,11 @@ def test_the_refit_can_be_switched_off(tiny_checkpoint, text_path):
     assert pruned.report["refit"] == [] and pruned.report["held_out_nelbo"]["refit"] is None
     plain = apply_plan(model, pruned.plan)
     assert all(torch.equal(value, plain.state_dict()[name]) for name, value in pruned.model.state_dict().items())
+
+
+def test_a_report_names_the_ratio_it_was_asked_for(tiny_checkpoint, text_path):
+    """One pruner serves many ratios; every report says its own."""
+    pruner = Pruner(load_model(tiny_checkpoint()), run_config(text_path))
+    reports = [pruner.prune(ratio).report for ratio in (0.3, None, 0.5)]
+    assert [report["config"]["structured"]["ratio"] for report in reports] == [0.3, 0.4, 0.5]
+    assert [report["ratio"] for report in reports] == pytest.approx([0.3, 0.4, 0.5], abs=0.03)
