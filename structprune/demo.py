@@ -28,6 +28,7 @@ from structprune.statistics.rows import Track
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 SAVED = (0.3, 0.5)
 OURS = "structprune"
+NAME = "llada-docs"  # the embedded model
 WINDOWS, LENGTH = 128, 128  # held-out text: windows and tokens in each
 BASE = {
     "calibration.source": str(text_file("calibration.txt")),
@@ -109,6 +110,8 @@ def run_demo(out: Path, track: Track) -> Demo:
         "length": LENGTH,
     }
     with whole_directory(out) as draft:
+        for pruned in kept.values():
+            pruned.report["source"] = NAME  # the model's folder in the package has a name that says nothing
         made = {place: pruned.save(draft / _folder(*place)) for place, pruned in kept.items()}
         for row in rows:
             if place := made.get((row["method"], row["ratio"])):

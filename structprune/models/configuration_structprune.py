@@ -41,6 +41,13 @@ class StructpruneLLaDAConfig(PretrainedConfig):
         kwargs.setdefault("tie_word_embeddings", False)
         super().__init__(**kwargs)
 
+    def to_dict(self):
+        """With the depth under its common name too: transformers 5 asks for it before this class is known.
+
+        Without it a plain `AutoTokenizer.from_pretrained` fails on a checkpoint with per-layer widths.
+        """
+        return super().to_dict() | {"num_hidden_layers": self.n_layers}
+
 
 class StructpruneDreamConfig(PretrainedConfig):
     """Dream's (Qwen2's) configuration with explicit `head_dim` and optional per-layer widths.

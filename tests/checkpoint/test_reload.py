@@ -40,7 +40,7 @@ for name, directory in json.loads(sys.argv[1]).items():
         assert not model.training and type(config).__name__ == type(model.config).__name__
     torch.manual_seed(0)
     results[f"{name} loss"] = model(ids, labels=ids).loss.detach()
-    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     results[f"{name} tokens"] = torch.tensor(tokenizer("fill in <|mdm_mask|>")["input_ids"])
 save_file(results, sys.argv[2])
 """
