@@ -29,6 +29,18 @@ ConfigFile = Annotated[
     Optional[Path], typer.Option("--config", help="YAML file; see configs/.", show_default="defaults")
 ]
 Ratio = Annotated[Optional[float], typer.Option("--ratio", help="Share of the block projections to remove, in [0, 1).")]
+Method = Annotated[
+    Optional[str],
+    typer.Option(
+        "--method",
+        help="structured (smaller and dense), unstructured or nm (zeros in place).",
+        show_default="structured",
+    ),
+]
+Pattern = Annotated[
+    Optional[str],
+    typer.Option("--nm", metavar="N:M", help="For --method nm: N of every M inputs go.", show_default="2:4"),
+]
 Sets = Annotated[
     Optional[list[str]],
     typer.Option("--set", metavar="KEY=VALUE", help="Override any config key: calibration.windows=64. Repeatable."),
@@ -39,21 +51,26 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
-def _settings(config: Path | None, ratio: float | None, sets: list[str] | None, **extra):
+def _settings(config: Path | None, ratio: float | None, sets: list[str] | None, nm: str | None = None, **extra):
     """The run's configuration: file, then --set, then the options that have a name of their own."""
     from structprune.config import Config
 
-    named = {"structured.ratio": ratio} | {key.replace("__", "."): value for key, value in extra.items()}
-    given = [f"{key}={value}" for key, value in named.items() if value is not None]
-    return Config.load(config, [*(sets or []), *given])
+    named = {key.replace("__", "."): value for key, value in extra.items()} | {"masking.nm": nm and f"'{nm}'"}
+    given = [*(sets or []), *(f"{key}={value}" for key, value in named.items() if value is not None)]
+    if ratio is not None:
+        structured = Config.load(config, given).method == "structured"
+        given.append(f"{'structured' if structured else 'masking'}.ratio={ratio}")
+    return Config.load(config, given)
 
 
 @app.command()
 def prune(
     checkpoint: Checkpoint,
     out: Annotated[Path, typer.Option("--out", help="Directory to write; appears complete or not at all.")],
+    method: Method = None,
     config: ConfigFile = None,
     ratio: Ratio = None,
+    nm: Pattern = None,
     sets: Sets = None,
     calibration: Annotated[
         Optional[str],
@@ -72,6 +89,8 @@ def prune(
     debug: Debug = False,
 ) -> None:
     """Prune a checkpoint: remove heads and MLP channels, refit what is left, write a smaller dense model.
+
+    With --method unstructured or nm: set single weights to zero, in the checkpoint's own layout.
 
     [bold]Examples[/bold]
 
@@ -92,24 +111,39 @@ def prune(
     structured.gqa: query_heads, kv_groups; structured.protect_first, structured.protect_last, structured.round_to
 
     reconstruct.enabled, reconstruct.target: dense, layer; export.compat: free, uniform, official; memory.budget_gb
-    """
-    from structprune.runs import prune_checkpoint
 
+    [bold]For masks[/bold] (--method unstructured or nm; presets of the published choices: configs/published)
+
+    structprune prune GSAI-ML/LLaDA-8B-Base --out llada-2of4 --method nm --nm 2:4
+
+    masking.score: sparsegpt, wanda, ria, magnitude, sink-wanda, sink-sparsegpt; masking.arm as above (default masked)
+
+    masking.order: sequential, one-shot; masking.allocation: uniform, owl, depth; reconstruct.enabled: refit what stays
+    """
+    from structprune.runs import mask_checkpoint, prune_checkpoint
+
+    extra = {"calibration__source": calibration, "model__device": device, "model__mask_id": mask_id, "method": method}
+    settings = _settings(config, ratio, sets, nm, **extra, model__allow_pickle=allow_pickle or None)
+    if plan is not None and settings.method != "structured":
+        raise UserError(f"--plan removes heads and channels: leave it out, or --method {settings.method}")
     if plan is not None and (ratio is not None or any(text.startswith("structured.") for text in sets or [])):
         raise UserError("--plan says what goes already: leave out --ratio and --set structured.*")
-    extra = {"calibration__source": calibration, "model__device": device, "model__mask_id": mask_id}
-    settings = _settings(config, ratio, sets, **extra, model__allow_pickle=allow_pickle or None)
     named = {text.partition("=")[0].strip() for text in sets or []}
     if idle := [key for key in OF_TEXT if key in named and settings.calibration.replays]:
         raise UserError(f"{idle[0]} means nothing for a saved calibration, which is replayed as it is: leave it out")
-    prune_checkpoint(checkpoint, out, settings, plan, overwrite)
+    if settings.method == "structured":
+        prune_checkpoint(checkpoint, out, settings, plan, overwrite)
+    else:
+        mask_checkpoint(checkpoint, out, settings, overwrite)
 
 
 @app.command()
 def inspect(
     checkpoint: Checkpoint,
+    method: Method = None,
     config: ConfigFile = None,
     ratio: Ratio = None,
+    nm: Pattern = None,
     sets: Sets = None,
     mask_id: MaskId = None,
     allow_pickle: Pickle = False,
@@ -119,8 +153,8 @@ def inspect(
     """Dry run: units, parameters, bytes and MACs before and after, and predicted peak memory. Reads no weights."""
     from structprune.runs import inspect_and_show
 
-    extra = {"model__mask_id": mask_id, "model__allow_pickle": allow_pickle or None}
-    inspect_and_show(checkpoint, _settings(config, ratio, sets, **extra), json_out)
+    extra = {"model__mask_id": mask_id, "model__allow_pickle": allow_pickle or None, "method": method}
+    inspect_and_show(checkpoint, _settings(config, ratio, sets, nm, **extra), json_out)
 
 
 @app.command()

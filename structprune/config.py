@@ -10,6 +10,7 @@ from pydantic_core import PydanticCustomError
 from structprune.errors import UserError, nearest
 
 Arm = Literal["clean", "masked", "masked+sink", "clean+sink"]
+SCALARS = ("method",)  # keys that belong to no section
 DEFAULT_ARM = "masked+sink"  # of scores; a refit is weighted by sinks only where asked for: measured, it costs a little
 
 
@@ -48,8 +49,9 @@ class CalibrationSettings(Section):
     """Text column of a dataset, .jsonl or .parquet; default `messages` where there is one, else `text`."""
     windows: int = Field(128, ge=1)
     """Windows that scores and refit are computed on."""
-    held_out: int = Field(16, ge=1)
-    """Further windows, disjoint from those, that choose damping and split and make the final check."""
+    held_out: int = Field(16, ge=0)
+    """Further windows, disjoint from those, that choose damping and split and make the final check. Masks without a
+    refit can do without (0: no check)."""
     length: int = Field(2048, ge=2)
     """Tokens in a window."""
     steps: int = Field(50, ge=1)
@@ -59,7 +61,7 @@ class CalibrationSettings(Section):
     seed: int = Field(0, ge=0, lt=2**62)
     """Draws the windows, their noise and the noise of the held-out check."""
     batch: int = Field(1, ge=1)
-    """Windows in a forward pass (times S noise levels)."""
+    """Windows in a forward pass, times S noise levels (methods unstructured and nm: sequences, noisy or clean)."""
 
     @property
     def replays(self) -> bool:
@@ -112,6 +114,38 @@ class StructuredSettings(Section):
     """For `obs` (default true): a row counts in proportion to 1 / RMS of its residual stream, as the next norm does."""
 
 
+class MaskingSettings(Section):
+    """Which weights become zero, for the methods `unstructured` and `nm`."""
+
+    ratio: float | None = Field(None, ge=0, lt=1)
+    """Removed share of the weights of every projection; default 0.5, with `nm` N / M."""
+    nm: str = Field("2:4", pattern=r"^\d+:\d+$")
+    """For method nm, N:M: of every M neighbouring inputs of an output, N weights go (and M - N stay)."""
+    score: Literal["magnitude", "wanda", "sink-wanda", "ria", "sparsegpt", "sink-sparsegpt"] = "sparsegpt"
+    """What a weight is worth; one file each in structprune/masking. sink-: the same on an arm with +sink."""
+    arm: Arm | None = None
+    """Activations the score sees; default masked, masked+sink for sink-wanda and sink-sparsegpt, none for magnitude."""
+    norms: Literal["joint", "summed"] = "joint"
+    """For wanda and ria: the norm of an input over all rows, or the sum of its norms over sequences (as published)."""
+    order: Literal["sequential", "one-shot"] = "sequential"
+    """sequential: a block is measured on what the masked blocks before it hand on; one-shot: on the dense model."""
+    allocation: Literal["uniform", "owl", "depth"] = "uniform"
+    """uniform: every block the same ratio; owl: more where fewer outliers are (arXiv 2310.05175); depth: linear."""
+    owl_threshold: float = Field(5.0, gt=0)
+    """For `owl`: an outlier's |W| x norm exceeds so many times the block's mean."""
+    owl_spread: float = Field(0.08, ge=-1, le=1)
+    """For `owl`: block ratios differ by at most twice this; negative: more is removed where more outliers are."""
+    depth_slope: float = Field(0.2, ge=-1, le=1)
+    """For `depth`: ratio of the first block minus ratio of the last."""
+    damping: float = Field(0.01, ge=0)
+    """For sparsegpt: lambda relative to the mean diagonal of the Gram matrix; raised where it cannot be factored."""
+    column_block: int = Field(128, ge=1)
+    """For sparsegpt: columns whose mask is chosen at once."""
+    relative: bool = False
+    """Rows count in proportion to 1 / RMS of the residual stream that the projection writes to (METHODS leaves this
+    off; the refit's is reconstruct.relative)."""
+
+
 class ReconstructSettings(Section):
     enabled: bool = True
     """Refit what is left; false: plain removal."""
@@ -154,10 +188,13 @@ class MemorySettings(Section):
 class Config(Section):
     """Every choice of a run, by section."""
 
+    method: Literal["structured", "unstructured", "nm"] = "structured"
+    """structured: heads and channels are removed; unstructured, nm: single weights become zero (`masking`)."""
     model: ModelSettings = ModelSettings()
     calibration: CalibrationSettings = CalibrationSettings()
     sink: SinkSettings = SinkSettings()
     structured: StructuredSettings = StructuredSettings()
+    masking: MaskingSettings = MaskingSettings()
     reconstruct: ReconstructSettings = ReconstructSettings()
     export: ExportSettings = ExportSettings()
     memory: MemorySettings = MemorySettings()
@@ -182,6 +219,9 @@ class Config(Section):
         pairs = overrides.items() if isinstance(overrides, dict) else [_parse(text) for text in overrides or []]
         for name, value in pairs:
             section, _, key = name.partition(".")
+            if name in SCALARS:
+                values[name] = value
+                continue
             if not key:
                 raise UserError(f"'{name}' names no section: write section.key=value, such as structured.ratio=0.3")
             branch = values.setdefault(section, {})
@@ -213,31 +253,10 @@ def _parse(text: str) -> tuple[str, Any]:
         raise UserError(f"the value of '{text}' cannot be read as YAML: quote it") from error
 
 
-def check_effects(config: Config) -> None:
-    """Raise UserError for a value that was changed although another choice leaves it without effect."""
-    structured, reconstruct, sink = config.structured, config.reconstruct, config.sink
-    scored = structured.arm or ("" if structured.score == "magnitude" else DEFAULT_ARM)
-    arms = [scored, reconstruct.arm if reconstruct.enabled else ""]
-    idle = (  # section, keys, whether they have no effect, what they need
-        ("structured", ("damping", "rounds", "relative"), structured.score != "obs", "structured.score = obs"),
-        ("structured", ("depth_slope",), structured.allocation != "depth", "structured.allocation = depth"),
-        ("reconstruct", tuple(ReconstructSettings.model_fields), not reconstruct.enabled, "reconstruct.enabled = true"),
-        ("reconstruct", ("damping",), reconstruct.mode == "bias", "reconstruct.mode = least-squares"),
-        ("sink", tuple(SinkSettings.model_fields), not any("sink" in arm for arm in arms), "an arm with +sink"),
-        ("sink", ("alpha", "scale_free"), sink.mask == "hard", "sink.mask = soft"),
-    )
-    for section, keys, without_effect, need in idle:
-        settings = getattr(config, section)
-        changed = [key for key in keys if getattr(settings, key) != type(settings).model_fields[key].default]
-        changed = [key for key in changed if key != "enabled"]
-        if without_effect and changed:
-            value = getattr(settings, changed[0])
-            raise UserError(f"{section}.{changed[0]} = {value} has no effect without {need}: leave it out, or set that")
-
-
 def known_keys() -> list[str]:
-    """Every key of a configuration, as `section.key`."""
-    return [f"{name}.{key}" for name, field in Config.model_fields.items() for key in field.annotation.model_fields]
+    """Every key of a configuration, as `section.key` (`method` has no section)."""
+    sections = {name: field.annotation for name, field in Config.model_fields.items() if name not in SCALARS}
+    return [*SCALARS, *(f"{name}.{key}" for name, section in sections.items() for key in section.model_fields)]
 
 
 def _explain(problem: dict) -> str:

@@ -13,6 +13,7 @@ from structprune.assets import model_directory, text_file
 from structprune.bench.latency import measure_latency, speedup
 from structprune.bench.machine import describe_machine
 from structprune.bench.memory import peak_memory_bytes
+from structprune.calibration.build import calibrate
 from structprune.calibration.noise import stratified_noise
 from structprune.calibration.windows import cut_windows
 from structprune.checkpoint.atomic import whole_directory
@@ -21,7 +22,7 @@ from structprune.evaluation.compare import paired_difference
 from structprune.evaluation.nelbo import Nelbo, masked_nelbo
 from structprune.models.loading import load_model, load_tokenizer
 from structprune.models.modeling_structprune import DiffusionLM
-from structprune.pipeline import Pruned, Pruner, calibrate
+from structprune.pipeline import Pruned, Pruner
 from structprune.report.plots import plot_nelbo
 from structprune.statistics.rows import Track
 

@@ -5,10 +5,14 @@ from pathlib import Path
 
 import torch
 
+from structprune.bench.mask_memory import predicted_mask_peak
 from structprune.bench.memory import predicted_peak
+from structprune.calibration.build import check_length
 from structprune.checkpoint.export import check_export_request
 from structprune.config import Config, StructuredSettings
 from structprune.criteria.paths import KINDS
+from structprune.mask_pipeline import check_mask_request, removed_ratio
+from structprune.masking.rows import reads_text
 from structprune.models.adapter import Adapter, Widths, set_widths
 from structprune.models.checkpoint_files import TensorHeader, stored_headers
 from structprune.models.loading import DTYPES, as_dtype, check_shapes, load_config, source_name
@@ -73,6 +77,45 @@ def inspect_checkpoint(source: str | Path, config: Config, plan: Plan | None = N
         "blocks": _block_rows(adapter, after),
         "rounding": channel_multiple(sizes, settings),
         "memory": predicted_peak(adapter, after, config, stored),
+    }
+
+
+def inspect_masking(source: str | Path, config: Config) -> dict:
+    """Zeros per kind of projection and predicted peak memory of an unstructured or N:M run; no weight is read.
+
+    `owl` decides at run time how the ratio is spread over blocks; shown is the whole.
+
+    Returns:
+        Plain data, as `report.tables.mask_inspect_tables` shows it.
+    Raises:
+        UserError: a checkpoint or configuration that the run would refuse too.
+    """
+    directory, family, model_config, values = load_config(source, config.model.mask_id)
+    with torch.device("meta"):
+        model = family.model_class(model_config)
+    adapter = Adapter(model)
+    base, arm = check_mask_request(model, config)
+    headers = stored_headers(source, directory, config.model.allow_pickle)
+    if headers:
+        check_shapes(model, {name: header.shape for name, header in headers.items()}, directory)
+    stored = _stored_dtype(headers, values)
+    check_length(model, config, reads_text(config, arm))
+    kinds = {role: sum(block[role].weight.numel() for block in adapter.blocks) for role in adapter.blocks[0].names}
+    ratio = removed_ratio(config)
+    return {
+        "source": source_name(source, directory),
+        "family": family.name,
+        "method": config.method,
+        "score": base,
+        "arm": arm,
+        "ratio": ratio,
+        "pattern": config.masking.nm if config.method == "nm" else None,
+        "parameters": model.num_parameters(),
+        "projections": {role: {"weights": count, "zero": round(count * ratio)} for role, count in kinds.items()},
+        "stored_dtype": str(stored).removeprefix("torch."),
+        "bytes": model.num_parameters() * stored.itemsize,
+        "mask_bytes": sum(kinds.values()) // 8,
+        "memory": predicted_mask_peak(adapter, config, stored),
     }
 
 

@@ -7,20 +7,21 @@ from pathlib import Path
 import torch
 
 from structprune.calibration.batches import Calibration
-from structprune.calibration.build import load_calibration
-from structprune.calibration.noise import level_times, stratified_noise
+from structprune.calibration.build import CHECK_SEED, calibrate, held_out_noise
+from structprune.calibration.noise import level_times
 from structprune.checkpoint.card import model_card
 from structprune.checkpoint.export import check_export, check_export_request
 from structprune.checkpoint.report import build_report
 from structprune.checkpoint.save import save_pruned
-from structprune.config import Config, check_effects
+from structprune.config import Config
 from structprune.criteria.ranking import Limits, rank_units
 from structprune.criteria.table import resolve_arm
+from structprune.effects import check_structured
 from structprune.errors import UserError
 from structprune.evaluation.compare import paired_difference
 from structprune.evaluation.nelbo import Nelbo, masked_nelbo
+from structprune.mask_pipeline import Masked, mask
 from structprune.models.adapter import Adapter
-from structprune.models.loading import load_tokenizer
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.placement import stream_target, streamed
 from structprune.statistics.rows import Track, untracked
@@ -29,8 +30,6 @@ from structprune.structured.graph import coupled_units
 from structprune.structured.plan import Plan, make_plan
 from structprune.structured.reconstruct import LayerFit, Reconstructor
 from structprune.structured.surgery import apply_plan, pruned_config
-
-CHECK_SEED = 977  # of the noise of the held-out check, which is not the calibration's
 
 
 @dataclass(frozen=True)
@@ -66,27 +65,6 @@ class Pruned:
         return save_pruned(self.model, directory, files=files, overwrite=overwrite, **choices)
 
 
-def calibrate(model: DiffusionLM, config: Config) -> Calibration:
-    """The calibration set that `config` describes, tokenised by the model's own checkpoint.
-
-    Raises:
-        UserError: text or file that cannot be used.
-    """
-    adapter, replayed = Adapter(model), config.calibration.replays
-    longest = getattr(model.config, adapter.family.keys["positions"])
-    if not replayed and config.calibration.length > longest:
-        asked = f"calibration.length = {config.calibration.length}"
-        raise UserError(f"{asked} exceeds the model's {longest} positions: lower it")
-    return load_calibration(
-        config.calibration,
-        None if replayed else load_tokenizer(model.source.directory),
-        mask_id=adapter.mask_id,
-        schedule=adapter.family.schedule,
-        edges_visible=model.edges_visible,
-        vocabulary=adapter.vocabulary,
-    )
-
-
 def check_request(model: DiffusionLM, config: Config) -> None:
     """Raise what a run would fail on later, before any forward pass: choices that cannot be met or have no effect.
 
@@ -98,7 +76,9 @@ def check_request(model: DiffusionLM, config: Config) -> None:
     if stream_target(config.memory.offload, config.model.device) and settings.score == "taylor":
         raise UserError("score 'taylor' needs a backward pass, which memory.offload does not do: turn one of them off")
     check_choice(open_blocks(Adapter(model), settings), settings)
-    check_effects(config)
+    check_structured(config)
+    if config.calibration.held_out < 1 and not config.calibration.replays:
+        raise UserError("calibration.held_out = 0 leaves nothing to choose split and damping on: set it to 1 or more")
     if not config.calibration.replays:
         level_times(config.calibration.steps, config.calibration.interval)
 
@@ -143,10 +123,7 @@ class Pruner:
         self.adapter = Adapter(model)
         self.limits = Limits(self.config.calibration.batch, int(self.config.memory.budget_gb * 1e9))
         self.seconds: dict[str, float] = {}
-        held_out = self.calibration.check.input_ids  # (n, T)
-        generator = torch.Generator().manual_seed(CHECK_SEED + self.config.calibration.seed)
-        copies, edges = self.calibration.levels, model.edges_visible
-        self._check = (held_out, *stratified_noise(held_out, self.adapter.mask_id, generator, copies, edges))
+        self._check = held_out_noise(self.calibration, model, self.config.calibration.seed)
         self._paths: dict | None = None
         self._dense: Nelbo | None = None
         self._coupled: dict | None = None
@@ -268,14 +245,21 @@ def prune(
     calibration: Calibration | None = None,
     plan: Plan | None = None,
     track: Track = untracked,
-) -> Pruned:
+) -> Pruned | Masked:
     """Prune a model once: score its units, plan, cut, refit, and check the result on held-out windows.
 
     Args:
+        config: with method unstructured or nm, `structprune.mask_pipeline.mask` is what is run.
         plan: apply this one instead of scoring; it is still refitted and checked. The rest as in `Pruner`.
+    Returns:
+        What was made, with `model`, `report` and `save`.
     Raises:
         UserError: a request that cannot be met, in one line.
     """
+    if config is not None and config.method != "structured":
+        if plan is not None:
+            raise UserError(f"a plan removes heads and channels: leave it out, or method = {config.method}")
+        return mask(model, config, calibration, track)
     if plan is not None:
         check_plan(model, plan, config or Config(), model.source.values)
     return Pruner(model, config, calibration, track).prune(plan=plan)

@@ -8,13 +8,15 @@ from rich.console import Console
 
 from structprune.checkpoint.save import check_output
 from structprune.config import Config
-from structprune.inspect import inspect_checkpoint
+from structprune.inspect import inspect_checkpoint, inspect_masking
+from structprune.mask_pipeline import mask
 from structprune.models.checkpoint_files import locate
 from structprune.models.loading import load_model
+from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.placement import pick_device, stream_target
 from structprune.pipeline import Pruner
 from structprune.report.progress import progress_bars
-from structprune.report.tables import inspect_tables, run_table
+from structprune.report.tables import inspect_tables, mask_inspect_tables, mask_table, run_table
 from structprune.structured.plan import Plan
 
 
@@ -28,13 +30,9 @@ def prune_checkpoint(checkpoint: str, out: Path, config: Config, plan: Path | No
     check_output(out, directory, overwrite)
     given = None if plan is None else Plan.load(plan)
     inspect_checkpoint(checkpoint, config, given)  # refuses in seconds what cannot be, before weights are downloaded
-    settings = config.model
     with progress_bars(Console(stderr=True)) as track:
-        place, dtype = pick_device(settings.device), settings.dtype
-        if stream_target(config.memory.offload, settings.device):
-            place, dtype = torch.device("cpu"), dtype or "auto"
-        model = load_model(checkpoint, dtype, place, settings.mask_id, settings.allow_pickle)
-        before = sum(p.numel() for p in model.parameters()) * model.source.dtype.itemsize
+        model = _load(checkpoint, config)
+        before = _stored_bytes(model)
         check_output(out, directory, overwrite, before)
         pruned = Pruner(model, config, track=track).prune(plan=given)
         pruned.save(out, overwrite)
@@ -47,14 +45,54 @@ def prune_checkpoint(checkpoint: str, out: Path, config: Config, plan: Path | No
     )
 
 
+def mask_checkpoint(checkpoint: str, out: Path, config: Config, overwrite: bool) -> None:
+    """`structprune prune --method unstructured|nm`: load, mask, save in the source's layout, and say what was made.
+
+    Raises:
+        UserError: anything the user can mend, before the long work where it can be known then.
+    """
+    directory = locate(checkpoint, weights=False)
+    check_output(out, directory, overwrite)
+    inspect_masking(checkpoint, config)  # refuses in seconds what cannot be, before weights are downloaded
+    with progress_bars(Console(stderr=True)) as track:
+        model = _load(checkpoint, config, code=True)
+        check_output(out, directory, overwrite, _stored_bytes(model))
+        masked = mask(model, config, track=track, in_place=True)
+        masked.save(out, overwrite)
+    console = Console()
+    console.print(mask_table(masked.report))
+    text = ", calibration.safetensors" if masked.calibration is not None else ""
+    made = f"Wrote {out} (the checkpoint in its own layout, masks.safetensors, report.json, README.md{text})"
+    console.print(made, soft_wrap=True)
+    console.print(
+        "The file is no smaller and no faster as it is: zeros pay with 2:4 kernels on a GPU; for a smaller dense model use"
+        " --method structured.",
+        soft_wrap=True,
+    )
+
+
+def _load(checkpoint: str, config: Config, code: bool = False) -> DiffusionLM:
+    """The model where it is to compute; with memory.offload at home, in the checkpoint's dtype."""
+    settings = config.model
+    place, dtype = pick_device(settings.device), settings.dtype
+    if stream_target(config.memory.offload, settings.device):
+        place, dtype = torch.device("cpu"), dtype or "auto"
+    return load_model(checkpoint, dtype, place, settings.mask_id, settings.allow_pickle, code)
+
+
+def _stored_bytes(model: DiffusionLM) -> int:
+    return sum(p.numel() for p in model.parameters()) * model.source.dtype.itemsize
+
+
 def inspect_and_show(checkpoint: str, config: Config, as_json: bool) -> None:
     """`structprune inspect`."""
-    found = inspect_checkpoint(checkpoint, config)
+    masks = config.method != "structured"
+    found = inspect_masking(checkpoint, config) if masks else inspect_checkpoint(checkpoint, config)
     console = Console()
     if as_json:
         print(json.dumps(found, indent=2))
         return
-    for table in inspect_tables(found):
+    for table in mask_inspect_tables(found) if masks else inspect_tables(found):
         console.print(table)
     console.print("Nothing was read but config.json and safetensors headers, and nothing written.")
 

@@ -18,13 +18,23 @@ STAGES = (
     "statistics",
     "criteria",
     "structured",
+    "masking",
     "evaluation",
     "bench",
     "report",
     "checkpoint",
 )
-BASE = ("errors", "config", "assets")  # what every stage may use
-DRIVERS = ("pipeline", "inspect", "demo", "runs", "cli", "__main__", "__init__")  # what knows several stages
+BASE = ("errors", "config", "effects", "assets")  # what every stage may use
+DRIVERS = (
+    "pipeline",
+    "mask_pipeline",
+    "inspect",
+    "demo",
+    "runs",
+    "cli",
+    "__main__",
+    "__init__",
+)  # what knows several stages
 SELF_CONTAINED = ("modeling_structprune.py", "configuration_structprune.py")
 EXTRAS = ("datasets", "lm_eval", "matplotlib", "peft", "accelerate", "pandas", "pyarrow")
 

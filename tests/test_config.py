@@ -2,7 +2,8 @@
 
 import pytest
 
-from structprune.config import Config, check_effects, known_keys
+from structprune.config import Config, known_keys
+from structprune.effects import check_structured
 from structprune.errors import UserError
 
 
@@ -82,7 +83,7 @@ IDLE = {
 @pytest.mark.parametrize("message", IDLE)
 def test_a_value_without_effect_is_refused(message):
     with pytest.raises(UserError, match=message):
-        check_effects(Config.load(overrides=IDLE[message]))
+        check_structured(Config.load(overrides=IDLE[message]))
 
 
 @pytest.mark.parametrize(
@@ -99,7 +100,7 @@ def test_a_value_without_effect_is_refused(message):
     ],
 )
 def test_values_with_an_effect_are_not(overrides):
-    assert check_effects(Config.load(overrides=overrides)) is None
+    assert check_structured(Config.load(overrides=overrides)) is None
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,11 @@ import pytest
 
 from structprune import demo
 from structprune.assets import model_directory
+from structprune.calibration.build import calibrate
 from structprune.cli import main
 from structprune.config import Config
 from structprune.models.loading import load_model
-from structprune.pipeline import Pruner, calibrate
+from structprune.pipeline import Pruner
 
 SMALL = {
     "calibration.windows": 4, "calibration.held_out": 2, "calibration.interval": 25, "structured.split_windows": 2,

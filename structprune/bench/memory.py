@@ -58,7 +58,7 @@ def predicted_peak(dense: Adapter, pruned: Adapter, config: Config, stored: torc
     parts = {
         "dense weights": weights,
         "pruned weights": copy,
-        "activations of one batch": size.batch * _live_features(dense),
+        "activations of one batch": size.batch * live_features(dense),
         f"scoring ({config.structured.score})": scoring,
         "refit": refit,
         "hidden states": states * (2 if config.reconstruct.enabled else 1),
@@ -107,7 +107,7 @@ def _scoring_bytes(dense: Adapter, config: Config, size: Tokens, weights: int) -
     if needs == "grams":  # fp32 Gram of both consumers, and three fp64 copies while the wider is inverted
         return max(4 * (a * a + b * b) + 24 * max(a, b) ** 2 for a, b in widths)
     if needs == "gradients":  # their running sum, the new ones, and every block's activations for the backward pass
-        return 2 * weights + len(widths) * size.batch * _live_features(dense)
+        return 2 * weights + len(widths) * size.batch * live_features(dense)
     if needs == "moments" and resolve_arm(settings.score, settings.arm).endswith(
         "+sink"
     ):  # every consumer's input until the batch has ended
@@ -135,7 +135,7 @@ def _block_numbers(adapter: Adapter) -> list[int]:
     return [sum(p.numel() for p in block.module.parameters()) for block in adapter.blocks]
 
 
-def _live_features(adapter: Adapter) -> int:
+def live_features(adapter: Adapter) -> int:
     """Features per token alive at once in a block or the head: the wider of the MLP's three and the logits' two."""
     mlp = max(3 * block.widths.channels for block in adapter.blocks)
     return max(mlp + 2 * adapter.hidden_size, adapter.vocabulary)  # at most half of all tokens are masked, x 2 in fp32

@@ -3,14 +3,56 @@
 import torch
 
 from structprune.calibration.batches import Calibration
-from structprune.calibration.noise import Schedule, level_times, noise_windows
+from structprune.calibration.noise import Schedule, level_times, noise_windows, stratified_noise
 from structprune.calibration.text import is_streamed, join_texts, read_texts
 from structprune.calibration.windows import cut_windows, tokenize_corpus
-from structprune.config import CalibrationSettings
+from structprune.config import CalibrationSettings, Config
 from structprune.errors import UserError
+from structprune.models.adapter import Adapter
+from structprune.models.loading import load_tokenizer
+from structprune.models.modeling_structprune import DiffusionLM
 
 SURPLUS = 4  # times the tokens needed are read of a streamed source, so that windows are not just its first ones
+CHECK_SEED = 977  # of the noise of the held-out check, which is not the calibration's
 LONGEST = 1 << 26  # tokens read of a local or downloaded corpus (256 MB as int32)
+
+
+def calibrate(model: DiffusionLM, config: Config) -> Calibration:
+    """The calibration set that `config` describes, tokenised by the model's own checkpoint.
+
+    Raises:
+        UserError: text or file that cannot be used.
+    """
+    adapter, replayed = Adapter(model), config.calibration.replays
+    check_length(model, config)
+    return load_calibration(
+        config.calibration,
+        None if replayed else load_tokenizer(model.source.directory),
+        mask_id=adapter.mask_id,
+        schedule=adapter.family.schedule,
+        edges_visible=model.edges_visible,
+        vocabulary=adapter.vocabulary,
+    )
+
+
+def check_length(model: DiffusionLM, config: Config, reads: bool = True) -> None:
+    """Raise UserError where windows to be cut are longer than the model's positions.
+
+    Args:
+        reads: whether the run looks at text at all.
+    """
+    longest = getattr(model.config, Adapter(model).family.keys["positions"])
+    settings = config.calibration
+    if reads and not settings.replays and settings.length > longest:
+        raise UserError(f"calibration.length = {settings.length} exceeds the model's {longest} positions: lower it")
+
+
+def held_out_noise(calibration: Calibration, model: DiffusionLM, seed: int) -> tuple[torch.Tensor, ...]:
+    """What the final check of a run sees: held-out ids (n, T), noisy copies (n, S, T), mask probabilities (n, S)."""
+    held_out = calibration.check.input_ids  # (n, T)
+    generator = torch.Generator().manual_seed(CHECK_SEED + seed)
+    noise = stratified_noise(held_out, model.config.mask_token_id, generator, calibration.levels, model.edges_visible)
+    return held_out, *noise
 
 
 def load_calibration(

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from structprune.report.tables import change, millions
+from structprune.report.tables import change, mask_choice, millions
 
 TEMPLATE = """---
 library_name: transformers
@@ -52,6 +52,76 @@ Trainer and PEFT work as they are. Pruning costs quality; a short training run w
 """
 
 
+MASK_TEMPLATE = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- structprune
+- sparse
+- diffusion-language-model
+{base}---
+
+# {source} with {percent} of its projections' weights at zero
+
+The checkpoint `{source}` with single weights set to zero by structprune {version}; layout, configuration, tokenizer and
+code are those of the original, so whatever loads the original loads this.
+
+**The file is no smaller and no faster as it is.** Zeros pay where a kernel skips them (2:4 on NVIDIA GPUs) or where a
+file is compressed; for a smaller dense model, remove heads and channels instead (`structprune prune --method structured`).
+
+Made with: {choice}; {refit}; {text}.{nelbo}
+Sparsity per tensor and every other figure is in report.json; masks.safetensors has one bit per weight (1: kept).
+
+## Train it back
+
+```python
+from structprune.masking import Masks, keep_zeros
+
+masks = Masks.load("PATH/masks.safetensors")
+with keep_zeros(model, masks):  # PEFT: mask_adapters and merge_adapters
+    trainer.train()
+```
+"""
+
+
+def mask_card(report: dict) -> str:
+    """README.md of a checkpoint with zeros in place.
+
+    Args:
+        report: of `structprune.mask_pipeline.mask`.
+    """
+    source, nelbo, calibration = report["source"], report["held_out_nelbo"], report["calibration"]
+    loss = ""
+    if nelbo:
+        gap = f"{nelbo['loss']['mean']:+.4f} ± {nelbo['loss']['standard_error']:.4f}"
+        loss = (
+            f"\nNELBO on {nelbo['windows']} held-out windows of that text, nats per token: {nelbo['dense']:.4f} before,"
+            f" {nelbo['masked']:.4f} after ({gap}, paired).\n"
+        )
+    seen = "no calibration text was looked at"
+    if calibration:
+        seen = (
+            f"calibration on `{_text(calibration.get('source', 'given windows'))}` ({calibration['windows']} windows of"
+            f" {calibration['length']} tokens, held-out ones included)"
+        )
+    reconstruct = report["config"]["reconstruct"]
+    values = {
+        "source": source,
+        "base": _base(source),
+        "percent": f"{100 * report['sparsity']['total']:.1f} %",
+        "version": report["versions"]["structprune"],
+        "choice": mask_choice(report),
+        "refit": f"kept weights refitted to {reconstruct['target']} targets" if reconstruct["enabled"] else "no refit",
+        "text": seen,
+        "nelbo": loss,
+    }
+    return MASK_TEMPLATE.format(**values)
+
+
+def _base(source: str) -> str:
+    return f"base_model: {source}\n" if re.fullmatch(r"[\w.-]+/[\w.-]+", source) else ""
+
+
 def model_card(report: dict) -> str:
     """README.md for the saved directory, as the Hub shows it.
 
@@ -62,7 +132,7 @@ def model_card(report: dict) -> str:
     structured, source = config["structured"], report["source"]
     values = {
         "source": source,
-        "base": f"base_model: {source}\n" if re.fullmatch(r"[\w.-]+/[\w.-]+", source) else "",
+        "base": _base(source),
         "percent": f"{100 * report['ratio']:.1f} %",
         "version": report["versions"]["structprune"],
         "refitted": _refitted(nelbo),

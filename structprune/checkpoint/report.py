@@ -1,4 +1,4 @@
-"""report.json: figures that hold for any pruned model, as plain data."""
+"""report.json: figures of a structured run, and of one that made masks, as plain data."""
 
 import platform
 from dataclasses import asdict
@@ -12,6 +12,7 @@ from structprune.calibration.batches import Calibration
 from structprune.checkpoint.export import export_class
 from structprune.config import Config
 from structprune.criteria.table import resolve_arm
+from structprune.masking.masks import Masks
 from structprune.models.adapter import Adapter
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.structured.sizes import block_size, forward_macs
@@ -34,10 +35,7 @@ def build_report(
     before, after = Adapter(dense), Adapter(small)
     blocks = [sum(block_size(block, "query_heads").total for block in side.blocks) for side in (before, after)]
     length = calibration.length
-    return {
-        "source": dense.source.name,
-        "family": before.family.name,
-        "config": config.model_dump(mode="json"),
+    return _run(dense, config, calibration, seconds, device) | {
         "arm": resolve_arm(config.structured.score, config.structured.arm),
         "ratio": removed_ratio(before, after, config),
         "parameters": {"before": dense.num_parameters(), "after": small.num_parameters()},
@@ -45,7 +43,50 @@ def build_report(
         "macs": {"before": forward_macs(before, length), "after": forward_macs(after, length), "tokens": length},
         "widths": [asdict(block.widths) for block in after.blocks],
         "export_class": export_class(small.config, dense.source.values),
-        "calibration": calibration.metadata | {"windows": calibration.windows, "length": length},
+    }
+
+
+def mask_report(
+    model: DiffusionLM,
+    masks: Masks,
+    config: Config,
+    calibration: Calibration | None,
+    seconds: dict[str, float],
+    device: torch.device,
+) -> dict:
+    """Sparsity of every projection and in total, what the run was asked for and looked at, timings, peak memory.
+
+    Args:
+        calibration: None where nothing of the run looked at text.
+        seconds, device: as `build_report`.
+    """
+    projections = sum(rows * columns for rows, columns in masks.shapes.values())
+    return _run(model, config, calibration, seconds, device) | {
+        "sparsity": {"total": masks.sparsity(), "tensors": {name: masks.sparsity(name) for name in masks.packed}},
+        "parameters": {
+            "all": model.num_parameters(),
+            "projections": projections,
+            "zero": round(masks.sparsity() * projections),
+        },
+    }
+
+
+def _run(
+    model: DiffusionLM,
+    config: Config,
+    calibration: Calibration | None,
+    seconds: dict[str, float],
+    device: torch.device,
+) -> dict:
+    """What holds for every run: source, choices, text, timings, memory, versions."""
+    text = None
+    if calibration is not None:
+        text = calibration.metadata | {"windows": calibration.windows, "length": calibration.length}
+    return {
+        "source": model.source.name,
+        "family": Adapter(model).family.name,
+        "config": config.model_dump(mode="json"),
+        "calibration": text,
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         "peak_memory_bytes": peak_memory_bytes(),
         "versions": {
@@ -55,7 +96,7 @@ def build_report(
             "python": platform.python_version(),
         },
         "device": str(device),
-        "dtype": str(dense.dtype).removeprefix("torch."),
+        "dtype": str(model.dtype).removeprefix("torch."),
     }
 
 

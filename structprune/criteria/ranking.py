@@ -109,7 +109,8 @@ def _by_moments(adapter, calibration, settings, arm, sink, limits, track) -> dic
 
 def calibration_rows(adapter, calibration, arm, sink, limits, track) -> Rows:
     """The rows of an arm, with sink weights measured by a pass of their own where it needs them."""
-    mass = measure_mass(adapter, calibration, limits.windows, track) if needs_sinks(arm) else None
+    batch = limits.windows * calibration.levels
+    mass = measure_mass(adapter, calibration, batch, track) if needs_sinks(arm) else None
     return arm_rows(calibration, arm, sink, mass, adapter.mask_id)
 
 

@@ -12,6 +12,12 @@ from structprune.models.placement import compute_device
 
 CONSUMER = {"attention": "attention_output", "channels": "down"}  # kind of unit -> role of the linear that reads it
 CONSUMERS = tuple(CONSUMER.values())
+READERS = {  # what a block's linears read -> their roles; those that read the same share one statistic
+    "attention_input": ("query", "key", "value"),
+    "mixed": ("attention_output",),
+    "mlp_input": ("gate", "up"),
+    "activated": ("down",),
+}
 
 
 @dataclass(frozen=True)

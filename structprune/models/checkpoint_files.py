@@ -14,23 +14,33 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 SETTINGS_PATTERNS = ("*.json", "*.txt", "*.jinja", "*.model")
 WEIGHT_FILE = re.compile(r".*\.(safetensors|bin|pt|pth)$")
+UNREAD_WEIGHTS = (
+    "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.ggml", "*.onnx", "*.onnx_data", "*.h5", "*.msgpack", "*.ot", "*.tflite",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """Shape and safetensors dtype name of one stored tensor, and the shard it is in."""
+    """Shape and safetensors dtype name of one stored tensor, and the shard it is in.
+
+    Attributes:
+        span: first byte in the shard's file, and the one after the last; empty where the file is not here.
+    """
 
     shape: tuple[int, ...]
     dtype: str
     shard: str
+    span: tuple[int, int] = (0, 0)
 
 
-def locate(source: str | Path, weights: bool = True, allow_pickle: bool = False) -> Path:
+def locate(source: str | Path, weights: bool = True, allow_pickle: bool = False, code: bool = False) -> Path:
     """The directory of a checkpoint given as a path or a Hub id (downloaded without any Python file).
 
     Args:
         weights: also download the weights of a Hub id; config and tokenizer files always come.
         allow_pickle: download `.bin` shards where the Hub id has no safetensors.
+        code: download its `*.py` files, licence and all else but weights too, so that they can be carried over; they
+            are never run.
     Raises:
         UserError: no such directory, or the Hub does not give it.
     """
@@ -39,18 +49,24 @@ def locate(source: str | Path, weights: bool = True, allow_pickle: bool = False)
         return path
     if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
         raise UserError(f"no checkpoint directory at '{source}': give one with config.json, or a Hub id (org/name)")
-    patterns = [*SETTINGS_PATTERNS, *(["*.safetensors"] if weights else [])]
-    directory = _snapshot(str(source), patterns)
+    kinds = ["*.safetensors"] if weights else []
+    directory = _snapshot(str(source), kinds, code)
     if weights and allow_pickle and not any(directory.glob("*.safetensors")):
-        directory = _snapshot(str(source), [*patterns, "*.bin"])
+        directory = _snapshot(str(source), [*kinds, "*.bin"], code)
     return directory
 
 
-def _snapshot(hub_id: str, patterns: list[str]) -> Path:
+def _snapshot(hub_id: str, weights: list[str], code: bool) -> Path:
+    """Settings and weights of those patterns; with `code` everything but weights of other patterns."""
     from huggingface_hub import snapshot_download
 
+    if code:
+        others = [pattern for pattern in ("*.safetensors", "*.bin", *UNREAD_WEIGHTS) if pattern not in weights]
+        wanted = {"ignore_patterns": others}
+    else:
+        wanted = {"allow_patterns": [*SETTINGS_PATTERNS, *weights]}
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=patterns))
+        return Path(snapshot_download(hub_id, **wanted))
     except Exception as error:  # the Hub client raises a dozen types, all meaning the same to the user
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         message = f"'{hub_id}' is neither a directory nor a Hub checkpoint that can be reached ({reason})"
@@ -61,6 +77,12 @@ def is_byte_pair(directory: Path) -> bool:
     """Whether the tokenizer is there as vocab.json and merges.txt only, as Dream's is."""
     files = [(directory / name).exists() for name in ("vocab.json", "merges.txt", "tokenizer.json")]
     return files == [True, True, False]
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file holds weights in any format, or is the index of such files, by its name."""
+    name = name.lower().removesuffix(".index.json")
+    return bool(WEIGHT_FILE.match(name)) or any(name.endswith(pattern.lstrip("*")) for pattern in UNREAD_WEIGHTS)
 
 
 def read_json(path: Path, remedy: str = "download it again") -> dict:
@@ -113,6 +135,8 @@ def _named_shards(directory: Path, whole: str) -> list[str]:
     if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
         raise UserError(f"{index} names no shards: download it again")
     names = sorted(set(places.values()))
+    if outside := [name for name in names if Path(name).name != name]:
+        raise UserError(f"{index} names {outside[0]}, which is not in its folder: download it again")
     missing = [name for name in names if not (directory / name).exists()]
     if missing:
         absent = ", ".join(missing)
@@ -139,12 +163,20 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
             entries = json.loads(file.read(length))
             entries.pop("__metadata__", None)
             end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-            headers = {name: TensorHeader(tuple(e["shape"]), e["dtype"], path.name) for name, e in entries.items()}
+            headers = {
+                name: TensorHeader(tuple(e["shape"]), e["dtype"], path.name, _span(e, 8 + length))
+                for name, e in entries.items()
+            }
         except (ValueError, AttributeError, KeyError, TypeError, IndexError) as error:  # not JSON, or not a header
             raise broken from error
     if 8 + length + end != size:
         raise broken
     return headers
+
+
+def _span(entry: dict, start: int) -> tuple[int, int]:
+    begin, end = entry["data_offsets"]
+    return start + begin, start + end
 
 
 def read_headers(directory: Path, names: list[str]) -> dict[str, TensorHeader]:

@@ -1,5 +1,6 @@
 """Official checkpoint directory or Hub id -> our model, with no code from the checkpoint executed."""
 
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,15 +51,21 @@ def source_name(source: str | Path, directory: Path) -> str:
     return directory.resolve().name if Path(source).is_dir() else str(source)
 
 
-def load_config(source: str | Path, mask_id: int | None = None, weights: bool = False, allow_pickle: bool = False):
+def load_config(
+    source: str | Path,
+    mask_id: int | None = None,
+    weights: bool = False,
+    allow_pickle: bool = False,
+    code: bool = False,
+):
     """Our configuration and family of a checkpoint; reads config.json (and the tokenizer's settings) only.
 
     Args:
-        weights, allow_pickle: what to download of a Hub id (`locate`).
+        weights, allow_pickle, code: what to download of a Hub id (`locate`).
     Returns:
         (directory, family, config, config.json's contents)
     """
-    directory = locate(source, weights, allow_pickle)
+    directory = locate(source, weights, allow_pickle, code)
     values = read_json(directory / "config.json")
     family = detect_family(values, directory)
     config = build_config(values, family, find_mask_id(values, directory, mask_id), directory)
@@ -71,6 +78,7 @@ def load_model(
     device: str | torch.device | None = None,
     mask_id: int | None = None,
     allow_pickle: bool = False,
+    code: bool = False,
 ) -> DiffusionLM:
     """Load an official LLaDA, LLaDA-1.5, MMaDA or Dream checkpoint, or one that structprune wrote.
 
@@ -81,12 +89,13 @@ def load_model(
         device: default CPU.
         mask_id: the mask token's id, where neither config nor tokenizer has it.
         allow_pickle: also read `.bin` shards, with `torch.load(weights_only=True)`.
+        code: also download a Hub id's Python files and all else (`locate`), for `save_masked`; nothing of it is run.
     Returns:
         A `transformers.PreTrainedModel` in eval mode; `model.source` says where it came from.
     Raises:
         UserError: anything wrong with the checkpoint, or a device that is not there, in one line.
     """
-    directory, family, config, values = load_config(source, mask_id, True, allow_pickle)
+    directory, family, config, values = load_config(source, mask_id, True, allow_pickle, code)
     device = torch.device("cpu") if device is None else pick_device(str(device))
     with torch.device("meta"):
         model = family.model_class(config)
@@ -128,7 +137,7 @@ def check_shapes(model: DiffusionLM, shapes: dict[str, tuple[int, ...]], directo
 
 def _read_shard(path: Path) -> dict[str, torch.Tensor]:
     if path.suffix == ".bin":
-        state = _read_pickle(path)
+        state = read_pickle(path)
     else:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -143,9 +152,16 @@ def _read_shard(path: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
+def read_pickle(path: Path, mapped: bool = False) -> dict[str, torch.Tensor]:
+    """The state dict in a `.bin` shard, on the CPU.
+
+    Args:
+        mapped: leave tensors on disk until they are used, where the file is of the kind that allows it.
+    Raises:
+        UserError: it is damaged, or holds more than tensors.
+    """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and zipfile.is_zipfile(path))
     except Exception as error:  # a cut archive and a pickle that holds more than weights raise unrelated types
         kind = type(error).__name__
         raise UserError(f"{path} is cut short or holds more than weights ({kind}): not loaded") from error

@@ -46,6 +46,39 @@ def run_table(report: dict, saved_bytes: tuple[int, int] | None = None) -> Table
     return table
 
 
+def mask_choice(report: dict) -> str:
+    """How masks were chosen, such as 'sparsegpt on masked, 2:4, sequential, uniform'."""
+    masking = report["config"]["masking"]
+    seen = f" on {report['arm']}" if report["arm"] else ""
+    pattern = masking["nm"] if report["config"]["method"] == "nm" else f"unstructured {report['ratio']:g}"
+    order = f", {masking['order']}" if report["arm"] else ""
+    return f"{report['score']}{seen}, {pattern}{order}, {masking['allocation']} allocation"
+
+
+def mask_table(report: dict) -> Table:
+    """The closing table of a run that made masks: zeros by kind of projection, and NELBO."""
+    total = report["sparsity"]["total"]
+    table = Table(title=f"{report['source']}: {100 * total:.2f} % of its projections' weights are zero")
+    for name in ("projection", "lowest", "mean", "highest"):
+        table.add_column(name, justify="left" if name == "projection" else "right")
+    kinds: dict[str, list[float]] = {}
+    for name, value in report["sparsity"]["tensors"].items():
+        kinds.setdefault(name.removesuffix(".weight").rpartition(".")[2], []).append(value)
+    for kind, values in kinds.items():
+        cells = (min(values), sum(values) / len(values), max(values))
+        table.add_row(kind, *(f"{100 * value:.2f} %" for value in cells))
+    lines = [mask_choice(report)]
+    if raised := [each for each in report["factored"] if each["damping"] > report["config"]["masking"]["damping"]]:
+        lines.append(f"damping raised to at most {max(each['damping'] for each in raised):g} for {len(raised)} inputs")
+    if nelbo := report["held_out_nelbo"]:
+        error = f"{nelbo['loss']['mean']:+.4f} ± {nelbo['loss']['standard_error']:.4f}"
+        shown = f"{nelbo['dense']:.4f} → {nelbo['masked']:.4f} ({error})"
+        lines.append(f"NELBO, nats/token, {nelbo['windows']} held-out windows: {shown}")
+    lines.append(f"{report['seconds']['total']:.1f} s; peak memory {gigabytes(report['peak_memory_bytes']['host'])}")
+    table.caption = "\n".join(lines)
+    return table
+
+
 def inspect_tables(found: dict) -> list[Table]:
     """The dry run's tables: totals, what the split can choose from, blocks, and predicted peak memory."""
     totals = Table(title=f"{found['source']} ({found['family']}) at ratio {found['ratio']}")
@@ -66,12 +99,32 @@ def inspect_tables(found: dict) -> list[Table]:
         cells = [f"{row['before'][key]} → {row['after'][key]}" for key in ("query_heads", "kv_heads", "channels")]
         name = str(first) if first == last else f"{first}-{last}"
         blocks.add_row(name, *cells, " → ".join(map(millions, row["parameters"])))
+    return [totals, _choices(found), blocks, _memory_table(found["memory"])]
+
+
+def mask_inspect_tables(found: dict) -> list[Table]:
+    """The dry run of masks: zeros by projection, sizes, and predicted peak memory."""
+    pattern = found["pattern"] or f"unstructured {found['ratio']:g}"
+    seen = f" on {found['arm']}" if found["arm"] else ""
+    totals = Table(title=f"{found['source']} ({found['family']}): {found['score']}{seen}, {pattern}")
+    for name in ("projection", "weights", "zero"):
+        totals.add_column(name, justify="left" if name == "projection" else "right")
+    for role, counts in found["projections"].items():
+        totals.add_row(role.replace("_", " "), millions(counts["weights"]), millions(counts["zero"]))
+    totals.caption = (
+        f"{millions(found['parameters'])} parameters, {gigabytes(found['bytes'])} ({found['stored_dtype']}) before and"
+        f" after; masks.safetensors {gigabytes(found['mask_bytes'])}"
+    )
+    return [totals, _memory_table(found["memory"])]
+
+
+def _memory_table(parts: dict[str, int]) -> Table:
     memory = Table(title="predicted peak memory")
     memory.add_column("")
     memory.add_column("bytes", justify="right")
-    for name, size in found["memory"].items():
+    for name, size in parts.items():
         memory.add_row(name, gigabytes(size), style="bold" if name.startswith("peak") else None)
-    return [totals, _choices(found), blocks, memory]
+    return memory
 
 
 def _runs(rows: list[dict]) -> list[tuple[int, int, dict]]:

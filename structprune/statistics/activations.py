@@ -61,6 +61,41 @@ def add_products(
     return total.addmm_(left.T, right)
 
 
+GRAM_TILE = {"cpu": 384}  # rows of a Gram matrix computed at a time; elsewhere `DEVICE_GRAM_TILE`
+DEVICE_GRAM_TILE = 2048
+
+
+def add_gram(total: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
+    """total (C, C) += Σ ω² x xᵀ, in place and in fp32, on and above the diagonal only: half the work of the whole.
+
+    Entries below are left as they are or hold a part of a tile; `mirror` completes the matrix.
+
+    Args:
+        x: (..., C) rows. weight: (...) ω, or None for ones.
+    """
+    rows = x.flatten(0, -2).float()  # (R, C)
+    if weight is not None:
+        rows = rows * weight.reshape(-1, 1).float()  # (R, C)
+    tile = GRAM_TILE.get(x.device.type, DEVICE_GRAM_TILE)
+    for start in range(0, len(total), tile):
+        stop = min(start + tile, len(total))
+        total[start:stop, start:].addmm_(rows[:, start:stop].T, rows[:, start:])  # (t, C - start)
+    return total
+
+
+def mirror(total: torch.Tensor) -> torch.Tensor:
+    """Fill a (C, C) matrix below its diagonal from what is above, in place."""
+    return total.copy_(torch.triu(total) + torch.triu(total, 1).T)
+
+
+def squared_norms(x: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
+    """Σ_t (ω x)² of every sequence and feature: x (B, T, C), ω (B, T) -> (B, C) fp32."""
+    x = x.float()  # (B, T, C)
+    ones = torch.ones(x.shape[:2], device=x.device)
+    squares = ones if weight is None else weight.to(x.device).float() ** 2  # (B, T)
+    return torch.bmm(squares[:, None], x * x)[:, 0]  # (B, C)
+
+
 def relative_weight(states: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
     """Row weights divided by the RMS of the residual stream that a row's output is added to.
 

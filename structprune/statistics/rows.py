@@ -68,19 +68,20 @@ def arm_rows(calibration: Calibration, arm: str, sink: SinkSettings, mass: torch
 
 
 @torch.inference_mode()
-def measure_mass(
-    adapter: Adapter, calibration: Calibration, windows: int = 1, track: Track = untracked
-) -> torch.Tensor:
+def measure_mass(adapter: Adapter, calibration: Calibration, batch: int = 1, track: Track = untracked) -> torch.Tensor:
     """Attention mass on every noisy copy, over all layers and heads: (N, S, T) fp32 on CPU.
 
     Args:
-        windows: windows per forward pass (times S copies).
+        batch: sequences per forward pass, which ends where the last block's attention begins.
     """
-    noisy, meter = calibration.noisy_ids, MassMeter()
-    mass = torch.zeros(noisy.shape, dtype=torch.float32)  # (N, S, T)
-    with meter.on([block.core for block in adapter.blocks]):
-        for start in track(range(0, len(noisy), windows), "attention mass"):
-            part = noisy[start : start + windows]  # (b, S, T)
-            adapter.model.encode(part.flatten(0, 1).to(adapter.device))
-            mass[start : start + windows] = meter.take().view(part.shape).cpu()
-    return mass
+    noisy, meter, blocks = calibration.noisy_ids.flatten(0, 1), MassMeter(), adapter.blocks  # (N*S, T)
+    mass = torch.zeros(noisy.shape, dtype=torch.float32)  # (N*S, T)
+    rotary = adapter.model.rotary(noisy.shape[1], adapter.device)
+    with meter.on([block.core for block in blocks]):
+        for start in track(range(0, len(noisy), batch), "attention mass"):
+            x = adapter.model.embedding(noisy[start : start + batch].to(adapter.device))  # (b, T, C)
+            for block in blocks[:-1]:
+                x = block.module(x, rotary)  # (b, T, C)
+            blocks[-1].module.mix(x, rotary)
+            mass[start : start + batch] = meter.take().cpu()
+    return mass.view(calibration.noisy_ids.shape)

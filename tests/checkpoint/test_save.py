@@ -139,7 +139,7 @@ def fail_on(name, monkeypatch, error):
     monkeypatch.setattr(save if hasattr(save, name) else atomic, name, fails)
 
 
-@pytest.mark.parametrize("step", ["_write_weights", "_write_json", "_carry", "_write_content", "_swap"])
+@pytest.mark.parametrize("step", ["_write_weights", "write_json", "_carry", "write_content", "_swap"])
 @pytest.mark.parametrize("error", [RuntimeError("half way"), KeyboardInterrupt()])
 def test_a_failure_leaves_everything_as_it_was(small, tmp_path, monkeypatch, step, error):
     out = save_pruned(small, tmp_path / "out", files={"mark": "old"})

@@ -15,6 +15,7 @@ from structprune.inspect import inspect_checkpoint
 from structprune.models.checkpoint_files import locate, read_header, stored_headers
 
 HUB_ID = "GSAI-ML/LLaDA-tiny"
+FOREIGN = ("consolidated.00.pth", "x.gguf", "pytorch_model.bin", "tf_model.h5")  # not read, or only where asked for
 
 
 @pytest.fixture
@@ -24,12 +25,16 @@ def hub(monkeypatch, tmp_path):
     def serve(remote):
         here, asked = tmp_path / "cache" / "snapshots" / "0123abcd", []
 
-        def snapshot_download(repo_id, allow_patterns):
+        def snapshot_download(repo_id, allow_patterns=("*",), ignore_patterns=()):
             assert repo_id == HUB_ID
             asked.append(list(allow_patterns))
             here.mkdir(parents=True, exist_ok=True)
             for path in remote.iterdir():
-                if any(fnmatch(path.name, pattern) for pattern in allow_patterns):
+                allowed, ignored = (
+                    any(fnmatch(path.name, pattern) for pattern in patterns)
+                    for patterns in (allow_patterns, ignore_patterns)
+                )
+                if allowed and not ignored:
                     shutil.copyfile(path, here / path.name)
             return str(here)
 
@@ -55,6 +60,31 @@ def test_no_python_file_is_downloaded(hub, remote):
     assert locate(HUB_ID) == here
     names = {path.name for path in here.iterdir()}
     assert names == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+
+
+def test_code_comes_only_where_asked_for_and_is_not_run(hub, remote):
+    here, _ = hub(remote)
+    for name in ("LICENSE", "README.md", *FOREIGN):
+        (remote / name).write_text(name)
+    load_model(HUB_ID)
+    assert not (here / "modeling_llada.py").exists() and not (here / "LICENSE").exists()
+    shutil.rmtree(here)
+    locate(HUB_ID, weights=False, code=True)
+    settings = {"config.json", "tokenizer.json", "tokenizer_config.json", "modeling_llada.py", "LICENSE", "README.md"}
+    assert {path.name for path in here.iterdir()} == settings
+    assert load_model(HUB_ID, code=True, allow_pickle=True).source.directory == here
+    assert {path.name for path in here.iterdir()} == settings | {"model.safetensors"}
+
+
+def test_code_comes_with_pickles_too(hub, remote):
+    here, _ = hub(remote)
+    for name in FOREIGN:
+        (remote / name).write_text(name)
+    torch.save(load_file(remote / "model.safetensors"), remote / "pytorch_model.bin")
+    (remote / "model.safetensors").unlink()
+    load_model(HUB_ID, code=True, allow_pickle=True)
+    names = {path.name for path in here.iterdir()}
+    assert {"pytorch_model.bin", "modeling_llada.py"} <= names and not names & {*FOREIGN} - {"pytorch_model.bin"}
 
 
 def test_without_weights_only_settings_come(hub, remote):

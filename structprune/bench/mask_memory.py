@@ -1,0 +1,101 @@
+"""Predicted peak memory of a run that makes masks."""
+
+import torch
+
+from structprune.bench.memory import LARGEST_SHARD, RUNTIME_BYTES, live_features
+from structprune.config import Config
+from structprune.masking.refit import SOLVE_BYTES
+from structprune.masking.rows import reads_text, walked
+from structprune.masking.table import SCORES, resolve_score
+from structprune.models.adapter import READERS, Adapter
+from structprune.models.loading import as_dtype
+from structprune.statistics.rows import needs_sinks
+
+
+def predicted_mask_peak(adapter: Adapter, config: Config, stored: torch.dtype) -> dict[str, int]:
+    """Predicted peak memory of an unstructured or N:M run, in bytes, by part and in total.
+
+    Args:
+        adapter: of the model on the meta device.
+        stored: dtype of the checkpoint's weights.
+    Returns:
+        Named parts, "peak host" over them, and with an accelerator "peak device". Hidden states beyond
+        `memory.budget_gb` are in files and held inputs beyond it are computed again, so both are capped.
+    """
+    base, arm = resolve_score(config.masking.score, config.masking.arm)
+    device = config.model.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    accelerator, offload = device != "cpu", config.memory.offload
+    dtype = as_dtype(config.model.dtype) or (stored if accelerator else torch.float32)
+    weights = adapter.model.num_parameters() * dtype.itemsize
+    sequence = config.calibration.length * dtype.itemsize  # bytes of one feature
+    reads = reads_text(config, arm)
+    states = _stored_sequences(config, base, arm) * sequence * adapter.hidden_size
+    parts = {
+        "weights": weights,
+        "activations of one batch": config.calibration.batch * sequence * live_features(adapter) if reads else 0,
+        f"statistics ({config.masking.score})": _statistics_bytes(adapter, config, base, arm, sequence),
+        "one block's masks": _mask_bytes(adapter, base),
+        "refit": _refit_bytes(adapter) if config.reconstruct.enabled else 0,
+        "hidden states": min(states, int(2 * config.memory.budget_gb * 1e9)),
+    }
+    working = sum(list(parts.values())[1:5])
+    shard = min(adapter.model.num_parameters() * stored.itemsize, LARGEST_SHARD)
+    if not accelerator:
+        parts["peak host"] = max(weights + shard, weights + parts["hidden states"] + working) + RUNTIME_BYTES
+        return parts
+    layer = max(p.numel() for p in adapter.model.parameters()) * dtype.itemsize
+    parts["peak host"] = max(shard, parts["hidden states"]) + (weights if offload else 0) + RUNTIME_BYTES
+    parts["peak device"] = (layer if offload else weights) + working
+    return parts
+
+
+def _stored_sequences(config: Config, base: str, arm: str | None) -> int:
+    """Sequences whose hidden states a walk keeps, over both its streams (`masking.walk`)."""
+    settings, refit = config.calibration, config.reconstruct
+    levels = max(1, settings.steps // settings.interval)
+
+    def copies(each: str) -> int:
+        return 1 if each.startswith("clean") else levels
+
+    scored = settings.windows * copies(arm) if arm and walked(config, base) else 0
+    if not refit.enabled:
+        return scored
+    fitted = settings.windows * copies(refit.arm) + settings.held_out * levels
+    shared = arm is not None and scored and arm.split("+")[0] == refit.arm.split("+")[0]
+    one_shot = config.masking.order == "one-shot"
+    prefix = fitted + (0 if shared or one_shot else scored)
+    dense = (fitted if refit.target == "dense" else 0) + (
+        scored if one_shot and not (shared and refit.target == "dense") else 0
+    )
+    return prefix + dense
+
+
+def _widths(adapter: Adapter) -> list[list[int]]:
+    """Features of each input of every block."""
+    return [[block[roles[0]].in_features for roles in READERS.values()] for block in adapter.blocks]
+
+
+def _statistics_bytes(adapter: Adapter, config: Config, base: str, arm: str | None, sequence: int) -> int:
+    """One block's Grams; or, one-shot with the noisy sink arm, every linear's input until its pass has ended."""
+    if SCORES[base].needs == "grams":
+        return max(4 * sum(width * width for width in block) for block in _widths(adapter))
+    late = needs_sinks(arm) and arm.startswith("masked") and not walked(config, base)
+    held = config.calibration.batch * sequence * sum(map(sum, _widths(adapter)))
+    return held if late and held <= config.memory.budget_gb * 1e9 else 0
+
+
+def _mask_bytes(adapter: Adapter, base: str) -> int:
+    """New weights and masks of one block in fp32, scores or errors of its largest input, and four factors' worth."""
+    block = max(adapter.blocks, key=lambda each: sum(each[role].weight.numel() for role in each.names))
+    numbers = sum(block[role].weight.numel() for role in block.names)
+    largest = max(sum(block[role].weight.numel() for role in roles) for roles in READERS.values())
+    factor = 16 * max(map(max, _widths(adapter))) ** 2 if base == "sparsegpt" else 0
+    return 5 * numbers + 16 * largest + factor
+
+
+def _refit_bytes(adapter: Adapter) -> int:
+    """fp32 products of fit and held-out rows of one block, fp64 copies of the widest input's, and rows' systems."""
+    products = max(16 * sum(width * width for width in block) for block in _widths(adapter))
+    widest = max(map(max, _widths(adapter)))
+    largest = max(block[role].weight.numel() for block in adapter.blocks for role in block.names)
+    return products + 24 * widest * widest + 40 * largest + 3 * SOLVE_BYTES

@@ -1,0 +1,110 @@
+"""Output directories: checked before long work, and how files are written into them."""
+
+import errno
+import json
+import os
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Callable, Iterator
+
+import torch
+from safetensors import SafetensorError
+
+from structprune.checkpoint.export import CODE_FILES
+from structprune.errors import UserError
+
+OURS = (CODE_FILES[1], "demo.json", "masks.safetensors")  # an output of ours has one of them
+Content = dict | str | Callable[[Path], None]
+
+
+def check_output(
+    directory: str | Path,
+    source: str | Path | None,
+    overwrite: bool = False,
+    needed_bytes: int = 0,
+    marks: tuple[str, ...] = OURS,
+) -> Path:
+    """An output directory that may be written; call it before long work.
+
+    Args:
+        source: the input checkpoint, which the output must not lie in.
+        needed_bytes: what will be written.
+        marks: a directory without any of these files is no earlier output, and never replaced.
+    Raises:
+        UserError: it exists (and is not to be overwritten), lies inside the input, its parent cannot be made or
+            written, or the disk is too full.
+    """
+    directory = Path(directory).absolute()
+    if source is not None:
+        inside = Path(source).resolve()
+        if directory.resolve() == inside or inside in directory.resolve().parents:
+            raise UserError(f"output '{directory}' lies inside the input checkpoint '{source}': choose another place")
+        if directory.resolve() in inside.parents and overwrite:
+            raise UserError(f"output '{directory}' holds the input checkpoint '{source}': --overwrite would erase it")
+    if directory.is_dir() and any(directory.iterdir()) and not overwrite:
+        raise UserError(f"output '{directory}' exists: choose another, or add --overwrite")
+    if directory.is_dir() and any(directory.iterdir()) and not any((directory / name).exists() for name in marks):
+        raise UserError(f"output '{directory}' holds something else than an earlier output: choose another")
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"output '{directory}' is a file: choose another")
+    anchor = directory.parent
+    while not anchor.exists():
+        anchor = anchor.parent
+    if not anchor.is_dir() or not os.access(anchor, os.W_OK):
+        raise UserError(f"output '{directory}' cannot be written: '{anchor}' is no directory that may be written to")
+    free = shutil.disk_usage(anchor).free
+    if needed_bytes > free:
+        sizes = f"needs {needed_bytes / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free there"
+        raise UserError(f"output '{directory}' {sizes}")
+    return directory
+
+
+@contextmanager
+def full_disk_refused(directory: Path, needed_bytes: int) -> Iterator[None]:
+    """Around writing `directory`: a disk that fills up is a UserError, other errors pass."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        if full or f"os error {errno.ENOSPC}" in str(error):  # safetensors tells it in words only
+            wanted = f"{needed_bytes / 1e9:.2f} GB of weights"
+            raise UserError(f"no space left while writing '{directory}' ({wanted})") from error
+        raise
+
+
+def write_shards(
+    draft: Path, headers: dict[str, torch.Tensor], read: Callable[[str], torch.Tensor], max_shard_size: str = "5GB"
+) -> None:
+    """Safetensors shards named as transformers names them, and their index; one shard is in memory at a time.
+
+    Args:
+        headers: name -> tensor on the meta device, of the shape and dtype that will be written.
+        read: name -> tensor to write, contiguous and on the CPU.
+        max_shard_size: such as "5GB".
+    """
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
+
+    pattern = "model{suffix}.safetensors"
+    split = split_torch_state_dict_into_shards(headers, filename_pattern=pattern, max_shard_size=max_shard_size)
+    for name, keys in split.filename_to_tensors.items():
+        save_file({key: read(key) for key in keys}, draft / name, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_json(draft / "model.safetensors.index.json", index)
+
+
+def write_content(path: Path, content: Content) -> None:
+    """A dict as JSON, text as it is; a callable gets the path."""
+    if isinstance(content, dict):
+        write_json(path, content)
+    elif isinstance(content, str):
+        path.write_text(content, encoding="utf-8")
+    else:
+        content(path)
+
+
+def write_json(path: Path, values: dict) -> None:
+    """As JSON that people can read."""
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,119 @@
+"""SparseGPT: weights go column by column, and what is left takes over their part (arXiv 2301.00774).
+
+Pure functions of weights and a Gram matrix. Shapes: O outputs, C inputs, b columns of a block.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from structprune.masking.patterns import group_mask, pooled_mask
+
+INNER = 32  # columns whose updates reach the rest of their block as one product
+
+
+@dataclass(frozen=True)
+class Factor:
+    """What is needed of a Gram matrix.
+
+    Attributes:
+        upper: (C, C) fp32 U, upper triangular, with (G + λI)⁻¹ = UᵀU.
+        dead: (C,) bool, inputs that were always 0.
+        damping: λ that was used, relative to the mean diagonal; more than asked for where that was not enough.
+    """
+
+    upper: torch.Tensor
+    dead: torch.Tensor
+    damping: float
+
+
+def factorise(gram: torch.Tensor, damping: float = 0.01) -> Factor:
+    """U of the damped inverse, from one Cholesky factorisation.
+
+    With J the reversal of the order, J (G + λI) J = L Lᵀ; then G + λI = R Rᵀ with R = J L J upper triangular, so that
+    U = R⁻¹. Damping is raised tenfold until the factorisation succeeds: too few tokens for the inputs never fail.
+
+    Args:
+        gram: (C, C) Σ x̃ x̃ᵀ; its scale does not matter.
+        damping: λ relative to the mean diagonal.
+    Raises:
+        ValueError: the Gram matrix holds NaN or infinity.
+    """
+    dead = gram.diagonal() == 0  # (C,)
+    if not torch.isfinite(gram).all():
+        raise ValueError("a Gram matrix holds NaN or infinity: the activations overflow in this dtype, use float32")
+    gram = gram.float().clone()  # (C, C)
+    gram.diagonal()[dead] = 1
+    scale = gram.diagonal().mean()  # ()
+    added = 0.0
+    while True:
+        gram.diagonal().add_((damping - added) * scale)
+        added = damping
+        lower, failed = torch.linalg.cholesky_ex(gram.flip(0, 1))  # (C, C)
+        if not failed:
+            break
+        damping = max(10 * damping, 1e-4)
+    upper = lower.flip(0, 1)  # (C, C) R
+    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)  # (C, C)
+    return Factor(torch.linalg.solve_triangular(upper, identity, upper=True), dead, damping)
+
+
+def sparsegpt(
+    weights: list[torch.Tensor],
+    factor: Factor,
+    ratio: float = 0.5,
+    nm: tuple[int, int] | None = None,
+    column_block: int = 128,
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Prune and update linears that read the same input.
+
+    Scores are W² / U_cc². Unstructured: of each block of columns every matrix loses the lowest `int(O * b * ratio)`
+    entries and one more. N:M: at each group's first column every row loses the N lowest of the weights as updated by
+    then. The error (w - q) / U_cc of a column is spread over the columns right of it by U.
+
+    Args:
+        weights: (O_i, C) each.
+        nm: (N, M): N of every M neighbouring columns go; None for unstructured.
+        column_block: b; columns of a block choose their mask together.
+    Returns:
+        For every matrix its new weights (O_i, C) fp32 and its mask (O_i, C) bool, true where a weight stays.
+    """
+    sizes = [len(weight) for weight in weights]
+    left = torch.cat([weight.float() for weight in weights]).T.contiguous()  # (C, O): a column is one row in memory
+    left[factor.dead] = 0
+    kept = torch.ones(left.shape, dtype=torch.bool, device=left.device)  # (C, O)
+    columns = len(left)
+    step = column_block if nm is None else max(nm[1], column_block // nm[1] * nm[1])  # groups are not cut
+    for start in range(0, columns, step):
+        block = slice(start, min(start + step, columns))
+        upper = factor.upper[block, block]  # (b, b)
+        if nm is None:
+            score = (left[block] / upper.diagonal()[:, None]).square_()  # (b, O)
+            kept[block] = torch.cat([pooled_mask(part, ratio) for part in score.split(sizes, dim=1)], dim=1)  # (b, O)
+        errors = _prune_block(left[block], kept[block], upper, nm)  # (b, O)
+        left[block.stop :].addmm_(factor.upper[block, block.stop :].T, errors, alpha=-1)  # (C - stop, O)
+    left *= kept
+    return [(w.T.contiguous(), k.T.contiguous()) for w, k in zip(left.split(sizes, dim=1), kept.split(sizes, dim=1))]
+
+
+def _prune_block(left: torch.Tensor, kept: torch.Tensor, upper: torch.Tensor, nm: tuple[int, int] | None):
+    """Go through a block's columns: (b, O) weights and mask in place, U (b, b) -> errors (b, O).
+
+    Updates reach `INNER` columns (whole groups) at once and the rest of the block as one product.
+    """
+    width = len(left)
+    inner = INNER if nm is None else max(1, INNER // nm[1]) * nm[1]
+    scale = upper.diagonal()[:, None]  # (b, 1)
+    errors = torch.empty_like(left)  # (b, O)
+    for first in range(0, width, inner):
+        last = min(first + inner, width)
+        for column in range(first, last):
+            if nm is not None and (column - first) % nm[1] == 0:
+                group = slice(column, column + nm[1])
+                score = (left[group] / scale[group]).square_()  # (M, O)
+                kept[group] = group_mask(score.T, *nm).T  # (M, O)
+            torch.mul(left[column], ~kept[column], out=errors[column]).div_(scale[column])  # (O,)
+            if column + 1 < last:
+                left[column + 1 : last].addr_(upper[column, column + 1 : last], errors[column], alpha=-1)  # (., O)
+        left[last:].addmm_(upper[first:last, last:].T, errors[first:last], alpha=-1)  # (b - last, O)
+    return errors
