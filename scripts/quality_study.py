@@ -8,27 +8,18 @@ where it stopped.
 """
 
 import argparse
-import json
-import multiprocessing
-import os
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from studies import HeldOut, add_options, contrast_row, loss_row, run_all, write_result
 
-from structprune.assets import model_directory, text_file
+from structprune.assets import model_directory
 from structprune.bench.machine import describe_machine
-from structprune.calibration.noise import stratified_noise
-from structprune.calibration.windows import cut_windows
 from structprune.config import Config
 from structprune.demo import BASE as DEMO
-from structprune.evaluation.compare import paired_difference
-from structprune.evaluation.nelbo import masked_nelbo
-from structprune.models.loading import load_model, load_tokenizer
+from structprune.models.loading import load_model
 from structprune.pipeline import Pruner
-from structprune.report.progress import progress_bars
 
 BASE = DEMO | {"calibration.windows": 40, "structured.arm": "masked"}
 RATIOS = (0.3, 0.5)
@@ -76,46 +67,17 @@ def measure(name: str, seed: int, windows: int, length: int, threads: int) -> di
     torch.set_num_threads(threads)
     config = Config.load(overrides=BASE | {"calibration.seed": seed} | variants()[name])
     model = load_model(model_directory(), device="cpu")
-    text = text_file("heldout.txt").read_text(encoding="utf-8")
-    ids = torch.tensor(load_tokenizer(model_directory())(text, verbose=False)["input_ids"])  # (M,)
-    generator = torch.Generator().manual_seed(1000 + seed)
-    held_out = cut_windows(ids, windows, length, generator)  # (N, T)
-    noise = stratified_noise(held_out, model.config.mask_token_id, generator)
-    dense = masked_nelbo(model, held_out, *noise, batch=32)
+    held_out = HeldOut(model, seed, windows, length)
     pruner, found = Pruner(model, config), {}
     for ratio in RATIOS:
         pruned = pruner.prune(ratio)
-        nelbo = masked_nelbo(pruned.model, held_out, *noise, batch=32)
         found[str(ratio)] = {
-            "loss": (nelbo.nelbo - dense.nelbo).tolist(),
+            "loss": held_out.loss(pruned.model),
             "heads_removed": sum(pruned.report["choice"]["attention"]),
             "ratio_met": pruned.report["ratio"],
             "kept": pruned.report["held_out_nelbo"]["kept"],
         }
-    return {"variant": name, "seed": seed, "dense_nelbo": dense.mean, "ratios": found}
-
-
-def run_all(tasks: list[tuple], partial: Path, jobs: int, console: Console) -> dict[tuple[str, int], dict]:
-    """Run what `partial` has not yet, in `jobs` processes, and keep every result there as it comes."""
-    lines = partial.read_text(encoding="utf-8").splitlines() if partial.exists() else []
-    done = {(row["variant"], row["seed"]): row for row in map(json.loads, lines)}
-    left = [task for task in tasks if task[:2] not in done]
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context) as pool, progress_bars(console) as track:
-        running = [pool.submit(measure, *task, threads) for task in left]
-        finished = as_completed(running)
-        for _ in track(running, "variants x seeds"):
-            row = next(finished).result()
-            done[row["variant"], row["seed"]] = row
-            with partial.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-    return {task[:2]: done[task[:2]] for task in tasks}
-
-
-def losses(done: dict, name: str, seeds: list[int], ratio: float) -> torch.Tensor:
-    """Losses of one variant at one ratio over seeds and windows, (seeds, N) fp64."""
-    return torch.tensor([done[name, seed]["ratios"][str(ratio)]["loss"] for seed in seeds], dtype=torch.float64)
+    return {"variant": name, "seed": seed, "dense_nelbo": held_out.dense.mean, "ratios": found}
 
 
 def summarise(done: dict, seeds: list[int]) -> dict:
@@ -123,20 +85,15 @@ def summarise(done: dict, seeds: list[int]) -> dict:
     rows, gaps = [], []
     for name in variants():
         for ratio in RATIOS:
-            loss = losses(done, name, seeds, ratio)  # (seeds, N)
             found = [done[name, seed]["ratios"][str(ratio)] for seed in seeds]
             rows.append({
-                "variant": name, "ratio": ratio, **paired_difference(loss.flatten(), torch.zeros(loss.numel())),
-                "by_seed": loss.mean(1).tolist(), "heads_removed": [row["heads_removed"] for row in found],
-                "kept": [row["kept"] for row in found],
+                "variant": name, "ratio": ratio, **loss_row(done, name, seeds, str(ratio)),
+                "heads_removed": [row["heads_removed"] for row in found], "kept": [row["kept"] for row in found],
             })  # fmt: skip
     for name, base in contrasts():
         for ratio in RATIOS:
-            ours, theirs = (losses(done, each, seeds, ratio) for each in (name, base))  # (seeds, N)
-            gap = paired_difference(ours.flatten(), theirs.flatten())
-            gaps.append(
-                {"variant": name, "against": base, "ratio": ratio, **gap, "by_seed": (ours - theirs).mean(1).tolist()}
-            )
+            gap = contrast_row(done, (name, str(ratio)), (base, str(ratio)), seeds)
+            gaps.append({"variant": name, "against": base, "ratio": ratio, **gap})
     return {"losses": rows, "contrasts": gaps}
 
 
@@ -165,17 +122,13 @@ def tables(result: dict) -> list[Table]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("scripts/results/quality.json"))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--windows", type=int, default=192, help="held-out windows per seed")
-    parser.add_argument("--length", type=int, default=128, help="tokens in each")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
+    add_options(parser, "scripts/results/quality.json")
     options = parser.parse_args()
     seeds = list(range(options.seeds))
     options.out.parent.mkdir(parents=True, exist_ok=True)
     partial = options.out.with_suffix(".part.jsonl")
     tasks = [(name, seed, options.windows, options.length) for name in variants() for seed in seeds]
-    done = run_all(tasks, partial, options.jobs, Console(stderr=True))
+    done = run_all(measure, tasks, partial, options.jobs, Console(stderr=True))
     settings = {
         "seeds": seeds,
         "windows": options.windows,
@@ -183,10 +136,7 @@ def main() -> None:
         "base": BASE | {"calibration.source": "calibration.txt"},
     }
     result = {"settings": settings, "machine": describe_machine(), "variants": variants(), **summarise(done, seeds)}
-    draft = options.out.with_suffix(".part")
-    draft.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    draft.replace(options.out)
-    partial.unlink()
+    write_result(result, options.out, partial)
     console = Console(width=150)
     for table in tables(result):
         console.print(table)

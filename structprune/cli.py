@@ -60,7 +60,10 @@ def _settings(config: Path | None, ratio: float | None, sets: list[str] | None, 
     if ratio is not None:
         structured = Config.load(config, given).method == "structured"
         given.append(f"{'structured' if structured else 'masking'}.ratio={ratio}")
-    return Config.load(config, given)
+    settings = Config.load(config, given)
+    if nm is not None and settings.method != "nm":  # 2:4 is the default, so that nothing else would notice it
+        raise UserError(f"--nm {nm} means nothing with method {settings.method}: add --method nm, or leave it out")
+    return settings
 
 
 @app.command()

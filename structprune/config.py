@@ -1,5 +1,6 @@
 """One validated configuration per run: a YAML file plus `--set section.key=value` overrides; no unknown keys."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -119,7 +120,7 @@ class MaskingSettings(Section):
 
     ratio: float | None = Field(None, ge=0, lt=1)
     """Removed share of the weights of every projection; default 0.5, with `nm` N / M."""
-    nm: str = Field("2:4", pattern=r"^\d+:\d+$")
+    nm: str = "2:4"
     """For method nm, N:M: of every M neighbouring inputs of an output, N weights go (and M - N stay)."""
     score: Literal["magnitude", "wanda", "sink-wanda", "ria", "sparsegpt", "sink-sparsegpt"] = "sparsegpt"
     """What a weight is worth; one file each in structprune/masking. sink-: the same on an arm with +sink."""
@@ -144,6 +145,16 @@ class MaskingSettings(Section):
     relative: bool = False
     """Rows count in proportion to 1 / RMS of the residual stream that the projection writes to (METHODS leaves this
     off; the refit's is reconstruct.relative)."""
+
+    @field_validator("nm", mode="before")
+    @classmethod
+    def _two_numbers(cls, value: Any) -> Any:
+        """Where it is not quoted, YAML takes 2:4 for minutes and seconds."""
+        if isinstance(value, int) and value >= 60:
+            value = f"{value // 60}:{value % 60}"
+        if not re.fullmatch(r"\d+:\d+", str(value)):
+            raise PydanticCustomError("pattern", "Input should be N:M, such as 2:4")
+        return value
 
 
 class ReconstructSettings(Section):

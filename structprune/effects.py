@@ -67,6 +67,7 @@ def check_masking(config: Config, base: str, arm: str | None, reads: bool) -> No
         ("masking", ("norms",), base not in ("wanda", "ria"), "masking.score = wanda or ria"),
         ("masking", ("order", "relative"), arm is None, "a score that looks at activations"),
         ("masking", ("damping", "column_block"), base != "sparsegpt", "masking.score = sparsegpt"),
+        ("masking", ("column_block",), config.method == "nm", "method = unstructured"),
         ("masking", ("owl_threshold", "owl_spread"), masking.allocation != "owl", "masking.allocation = owl"),
         ("masking", ("depth_slope",), masking.allocation != "depth", "masking.allocation = depth"),
         ("calibration", tuple(key for key in CalibrationSettings.model_fields if key != "held_out"), not reads,

@@ -27,7 +27,7 @@ from structprune.masking.walk import BlockStatistics, Walk
 from structprune.masking.wanda import wanda_scores
 from structprune.models.adapter import READERS, Adapter
 from structprune.models.modeling_structprune import DiffusionLM
-from structprune.models.placement import stream_target, streamed
+from structprune.models.placement import give_back_memory, stream_target, streamed
 from structprune.statistics.inputs import Key, one_shot_norms
 from structprune.statistics.rows import Track, untracked
 
@@ -79,7 +79,7 @@ def removed_ratio(config: Config) -> float:
     removed, group = parse_nm(config.masking.nm)
     if asked not in (None, removed / group):
         ratio = f"masking.ratio = {asked} contradicts masking.nm = {config.masking.nm}"
-        raise UserError(f"{ratio}, which removes {removed / group:g}: leave the ratio out, or use method unstructured")
+        raise UserError(f"{ratio}, which removes {removed / group:g}: set it to null, or use method unstructured")
     return removed / group
 
 
@@ -91,6 +91,8 @@ def check_mask_request(model: DiffusionLM, config: Config) -> tuple[str, str | N
     Raises:
         UserError: the first choice that cannot be met or has no effect.
     """
+    if config.method == "structured":
+        raise UserError("method = structured makes no masks: set it to unstructured or nm")
     base, arm = resolve_score(config.masking.score, config.masking.arm)
     check_masking(config, base, arm, reads_text(config, arm))
     ratio = removed_ratio(config)
@@ -99,6 +101,8 @@ def check_mask_request(model: DiffusionLM, config: Config) -> tuple[str, str | N
         if config.masking.allocation != "uniform":
             asked = f"masking.allocation = {config.masking.allocation}"
             raise UserError(f"{asked} varies the ratio over blocks, which N:M fixes at {ratio:g}: use uniform")
+    if config.masking.allocation != "owl":  # which the activations decide
+        block_ratios(config.masking, ratio, block_sizes(Adapter(model)), None)
     calibration = config.calibration
     if config.reconstruct.enabled and calibration.held_out < 1 and not calibration.replays:
         raise UserError(
@@ -202,10 +206,7 @@ class MaskRun:
         outliers = None
         if masking.allocation == "owl":
             outliers = [outlier_share(self._outlier_scores(block), masking.owl_threshold) for block in adapter.blocks]
-        sizes = [
-            sum(block[role].weight.numel() for roles in READERS.values() for role in roles) for block in adapter.blocks
-        ]
-        return block_ratios(masking, removed_ratio(config), sizes, outliers)
+        return block_ratios(masking, removed_ratio(config), block_sizes(adapter), outliers)
 
     def _outlier_scores(self, block) -> list[torch.Tensor]:
         norms = {role: self._norms[block.index, name] for name, roles in READERS.items() for role in roles}
@@ -237,7 +238,14 @@ class MaskRun:
                 masks.packed[name], masks.shapes[name] = pack_bits(kept).cpu(), tuple(kept.shape)
             if walk:
                 self._timed("statistics", lambda: walk.advance(block))
+            del found, score, masked
+            give_back_memory()
         return masks, factored, fits
+
+
+def block_sizes(adapter: Adapter) -> list[int]:
+    """Weights of the seven projections of every block."""
+    return [sum(block[role].weight.numel() for role in block.names) for block in adapter.blocks]
 
 
 def unshared(model: DiffusionLM) -> DiffusionLM:

@@ -47,7 +47,8 @@ def block_ratios(
     else:
         ratios, key = owl_ratios(outliers, ratio, settings.owl_spread), "owl_spread"
     met = sum(size * value for size, value in zip(sizes, ratios)) / sum(sizes)
-    ratios = [value + ratio - met for value in ratios]  # blocks may differ in size, after a structured run
+    # blocks may differ in size, after a structured run; rounded, so that 0.25 - 1e-17 removes a quarter of a row
+    ratios = [round(value + ratio - met, 12) for value in ratios]
     for index, value in enumerate(ratios):
         if not 0 <= value < 1:
             asked = f"masking.{key} = {getattr(settings, key)}"

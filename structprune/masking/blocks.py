@@ -63,17 +63,17 @@ def mask_block(
     factored = []
     for name, roles in READERS.items():
         weights = [block[role].weight.detach().to(device).float() for role in roles]  # (O, C) each
-        seen = statistics.pop(name, None)
-        if seen is not None and not torch.isfinite(seen).all():
+        if name in statistics and not torch.isfinite(statistics[name]).all():
             raise UserError(f"block {block.index}: its activations overflow in this dtype: use model.dtype = float32")
         if score != "sparsegpt":
-            masks = [scored_mask(score, weight, seen, request) for weight in weights]
+            norm = statistics.pop(name, None)  # (C,)
+            masks = [scored_mask(score, weight, norm, request) for weight in weights]
             found |= {role: (weight * mask, mask) for role, weight, mask in zip(roles, weights, masks)}
             continue
         if request.nm is None and request.ratio == 0:
             found |= {role: (weight, torch.ones_like(weight, dtype=torch.bool)) for role, weight in zip(roles, weights)}
             continue
-        factor = factorise(seen, settings.damping)
+        factor = factorise(statistics.pop(name), settings.damping)  # nobody else holds the Gram, so its memory goes
         made = sparsegpt(weights, factor, request.ratio, request.nm, settings.column_block)
         found |= dict(zip(roles, made))
         factored.append(Factored(block.index, name, factor.damping, int(factor.dead.sum())))

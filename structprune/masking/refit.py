@@ -9,6 +9,7 @@ from structprune.structured.reconstruct import NEVER, Products, output_error
 
 SOLVE_BYTES = 256 * 2**20  # of the rows' systems that are solved at once
 SAMPLE = 64  # rows on which the damping is chosen
+NOISE = 1e-7  # gains that products summed in fp32 cannot tell, relative to the power of the output
 
 
 def refit_rows(
@@ -89,4 +90,4 @@ def choose_refit(
     if moved is None:  # a row that was not tried
         return weight, NEVER, 0.0
     whole = output_error(moved, check.wanted, check.gram) - output_error(weight, check.wanted, check.gram)
-    return (moved, best, whole) if whole < 0 else (weight, NEVER, 0.0)
+    return (moved, best, whole) if whole < -NOISE * check.power else (weight, NEVER, 0.0)

@@ -54,7 +54,7 @@ def wanted_rows(
         score=score,
         norms=masking.norms if SCORES[base].needs == "norms" and scored else None,
         score_relative=masking.relative,
-        on_dense=masking.order == "one-shot",
+        on_dense=scored is not None and masking.order == "one-shot",
         fit=fit,
         check=check,
         fit_relative=refit.relative,

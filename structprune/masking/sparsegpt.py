@@ -39,23 +39,26 @@ def factorise(gram: torch.Tensor, damping: float = 0.01) -> Factor:
     Raises:
         ValueError: the Gram matrix holds NaN or infinity.
     """
-    dead = gram.diagonal() == 0  # (C,)
     if not torch.isfinite(gram).all():
         raise ValueError("a Gram matrix holds NaN or infinity: the activations overflow in this dtype, use float32")
-    gram = gram.float().clone()  # (C, C)
-    gram.diagonal()[dead] = 1
-    scale = gram.diagonal().mean()  # ()
+    turned = gram.float().flip(0, 1)  # (C, C), a copy
+    del gram  # where the caller let go of it too, only three matrices are alive at once
+    dead = turned.diagonal() == 0  # (C,)
+    scale = turned.diagonal().double().mean()  # (); before the dead get their 1, which has no unit; fp32 may overflow
+    turned.diagonal()[dead] = 1
     added = 0.0
     while True:
-        gram.diagonal().add_((damping - added) * scale)
+        turned.diagonal().add_((damping - added) * scale)
         added = damping
-        lower, failed = torch.linalg.cholesky_ex(gram.flip(0, 1))  # (C, C)
+        lower, failed = torch.linalg.cholesky_ex(turned)  # (C, C)
         if not failed:
             break
         damping = max(10 * damping, 1e-4)
-    upper = lower.flip(0, 1)  # (C, C) R
-    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)  # (C, C)
-    return Factor(torch.linalg.solve_triangular(upper, identity, upper=True), dead, damping)
+    del turned
+    inverse = torch.eye(len(lower), dtype=lower.dtype, device=lower.device).T  # (C, C), columns first: no copy inside
+    torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
+    del lower
+    return Factor(inverse.flip(0, 1), dead.flip(0), damping)
 
 
 def sparsegpt(

@@ -190,7 +190,8 @@ class _Stream:
         own = self._own(rows)
         if own is None:
             return None
-        found = block_inputs(block, self._states.read(own), self._states.rotary)
+        states = self._states.read(own)  # (b, T, C); on CPU the store itself, which a move writes to
+        found = block_inputs(block, states.clone() if move else states, self._states.rotary)
         if move:
             self._states.write(own, found.stream["activated"] + block["down"](found.read["activated"]))
         return found

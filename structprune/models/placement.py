@@ -1,5 +1,7 @@
 """Where a model computes: a device of the user's choice, or one that each layer visits only while it computes."""
 
+import ctypes
+import sys
 from contextlib import contextmanager
 from typing import Iterator
 
@@ -8,6 +10,18 @@ from torch import nn
 
 from structprune.errors import UserError
 from structprune.models.modeling_structprune import DiffusionLM
+
+
+def give_back_memory() -> None:
+    """Return freed host memory to the system where the C library keeps it (glibc).
+
+    Without this, matrices of many sizes that come and go leave a heap that grows with every block.
+    """
+    if sys.platform != "linux":
+        return
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def pick_device(asked: str | None) -> torch.device:

@@ -112,8 +112,9 @@ def mask_inspect_tables(found: dict) -> list[Table]:
     for role, counts in found["projections"].items():
         totals.add_row(role.replace("_", " "), millions(counts["weights"]), millions(counts["zero"]))
     totals.caption = (
-        f"{millions(found['parameters'])} parameters, {gigabytes(found['bytes'])} ({found['stored_dtype']}) before and"
-        f" after; masks.safetensors {gigabytes(found['mask_bytes'])}"
+        f"{millions(found['parameters'])} parameters before and after,\n"
+        f"{gigabytes(found['bytes'])} ({found['stored_dtype']}) before and after,\n"
+        f"and masks.safetensors {gigabytes(found['mask_bytes'])}"
     )
     return [totals, _memory_table(found["memory"])]
 

@@ -9,7 +9,7 @@ from structprune.config import SinkSettings
 from structprune.models.adapter import READERS, Adapter, BlockView
 from structprune.statistics.activations import relative_weight, squared_norms
 from structprune.statistics.capture import MassMeter, watch_inputs
-from structprune.statistics.rows import Track, arm_ids, arm_weights, measure_mass, needs_sinks, untracked
+from structprune.statistics.rows import Track, arm_ids, arm_weights, mass_of, measure_mass, needs_sinks, untracked
 
 Key = tuple[int, str]  # (block index, what is read: a key of READERS)
 STREAM = {"mixed": "attention_norm", "activated": "mlp_norm"}  # input -> the norm that reads the stream it is added to
@@ -129,22 +129,35 @@ def _add(adapter: Adapter, ids: torch.Tensor, counted: InputNorms, weight, relat
 
 
 def _add_late(adapter: Adapter, ids: torch.Tensor, counted: InputNorms, sink, relative: bool, budget: int) -> None:
-    """As `_add`, the row weights being those of the pass's own attention mass."""
-    scales: dict[Key, torch.Tensor] = {}
-    held: dict[Key, torch.Tensor] = {}
-    linears = _linears(adapter)
+    """As `_add`, the row weights being those of the pass's own attention mass.
+
+    They are known once the last block has attended: what is read before is held until then, if it fits.
+    """
+    linears, last = _linears(adapter), adapter.blocks[-1].index
+    early = {key: linear for key, linear in linears.items() if key[0] != last or key[1] == "attention_input"}
     size = ids.numel() * adapter.model.embedding.weight.element_size()
-    hold = size * sum(linear.in_features for linear in linears.values()) <= budget
-    cores = [block.core for block in adapter.blocks]
-    with MassMeter().on(cores) as meter, watch_inputs(linears if hold else {}, held.__setitem__):
-        note = watch_inputs(
-            _norms(adapter, relative and hold), lambda key, x: scales.__setitem__(key, relative_weight(x, None))
-        )
-        with note:
-            adapter.model.encode(ids)
-    weight = arm_weights(meter.take()[:, None], "masked+sink", sink)[:, 0]  # (b, T)
-    if not hold:
+    if size * sum(linear.in_features for linear in early.values()) > budget:
+        weight = arm_weights(mass_of(adapter, ids)[:, None], "masked+sink", sink)[:, 0]  # (b, T)
         _add(adapter, ids, counted, weight, relative)
         return
-    for key in list(held):
-        counted.add(key, held.pop(key), scales[key] * weight if key in scales else weight)
+    scales: dict[Key, torch.Tensor] = {}
+    held: dict[Key, torch.Tensor] = {}
+    known: list[torch.Tensor] = []
+
+    def count(key: Key, x: torch.Tensor) -> None:
+        scale = scales.pop(key, None)  # (b, T)
+        counted.add(key, x, known[0] if scale is None else scale * known[0])
+
+    def visit(key: Key, x: torch.Tensor) -> None:
+        if key in early:
+            held[key] = x
+            return
+        if not known:
+            known.append(arm_weights(meter.take()[:, None], "masked+sink", sink)[:, 0])  # (b, T)
+            for each in list(held):
+                count(each, held.pop(each))
+        count(key, x)
+
+    with MassMeter().on([block.core for block in adapter.blocks]) as meter, watch_inputs(linears, visit):
+        with watch_inputs(_norms(adapter, relative), lambda key, x: scales.__setitem__(key, relative_weight(x, None))):
+            adapter.model.encode(ids)

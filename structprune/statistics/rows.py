@@ -68,20 +68,27 @@ def arm_rows(calibration: Calibration, arm: str, sink: SinkSettings, mass: torch
 
 
 @torch.inference_mode()
+def mass_of(adapter: Adapter, ids: torch.Tensor) -> torch.Tensor:
+    """Attention mass of some sequences over all layers and heads, (b, T) -> (b, T) fp32 on the model's device.
+
+    The pass ends where the last block's attention begins.
+    """
+    x = adapter.model.embedding(ids.to(adapter.device))  # (b, T, C)
+    rotary = adapter.model.rotary(ids.shape[1], adapter.device)
+    with MassMeter().on([block.core for block in adapter.blocks]) as meter:
+        for block in adapter.blocks[:-1]:
+            x = block.module(x, rotary)  # (b, T, C)
+        adapter.blocks[-1].module.mix(x, rotary)
+    return meter.take()
+
+
 def measure_mass(adapter: Adapter, calibration: Calibration, batch: int = 1, track: Track = untracked) -> torch.Tensor:
-    """Attention mass on every noisy copy, over all layers and heads: (N, S, T) fp32 on CPU.
+    """Attention mass on every noisy copy: (N, S, T) fp32 on CPU.
 
     Args:
-        batch: sequences per forward pass, which ends where the last block's attention begins.
+        batch: sequences per forward pass.
     """
-    noisy, meter, blocks = calibration.noisy_ids.flatten(0, 1), MassMeter(), adapter.blocks  # (N*S, T)
-    mass = torch.zeros(noisy.shape, dtype=torch.float32)  # (N*S, T)
-    rotary = adapter.model.rotary(noisy.shape[1], adapter.device)
-    with meter.on([block.core for block in blocks]):
-        for start in track(range(0, len(noisy), batch), "attention mass"):
-            x = adapter.model.embedding(noisy[start : start + batch].to(adapter.device))  # (b, T, C)
-            for block in blocks[:-1]:
-                x = block.module(x, rotary)  # (b, T, C)
-            blocks[-1].module.mix(x, rotary)
-            mass[start : start + batch] = meter.take().cpu()
+    noisy = calibration.noisy_ids.flatten(0, 1)  # (N*S, T)
+    starts = track(range(0, len(noisy), batch), "attention mass")
+    mass = torch.cat([mass_of(adapter, noisy[start : start + batch]).cpu() for start in starts])  # (N*S, T)
     return mass.view(calibration.noisy_ids.shape)

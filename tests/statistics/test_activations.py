@@ -1,9 +1,18 @@
-"""Moments, their merging, Gram products and relative row weights, by hand and against plain sums."""
+"""Moments, their merging, Gram products, norms and relative row weights, by hand and against plain sums."""
 
 import pytest
 import torch
 
-from structprune.statistics.activations import add_products, merge_moments, moments, relative_weight
+from structprune.statistics import activations
+from structprune.statistics.activations import (
+    add_gram,
+    add_products,
+    merge_moments,
+    mirror,
+    moments,
+    relative_weight,
+    squared_norms,
+)
 
 
 def test_moments_by_hand():
@@ -71,3 +80,51 @@ def test_relative_weight_divides_by_the_rms_of_the_stream():
     states = torch.tensor([[[3.0, 4.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]]])  # RMS 2.5 and 1
     assert torch.allclose(relative_weight(states, None), torch.tensor([[0.4, 1.0]]))
     assert torch.allclose(relative_weight(states, torch.tensor([[0.5, 0.5]])), torch.tensor([[0.2, 0.5]]))
+
+
+@pytest.mark.parametrize("size, tile", [(8, 3), (8, 8), (7, 384), (9, 1)])
+def test_gram_in_tiles_equals_all_products(monkeypatch, size, tile):
+    monkeypatch.setitem(activations.GRAM_TILE, "cpu", tile)
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(2, 5, size, generator=generator), torch.rand(2, 5, generator=generator)
+    total = torch.zeros(size, size)
+    assert add_gram(total, x) is total
+    add_gram(total, x[:1], weight[:1])
+    rows, weighted = x.flatten(0, 1), x[0] * weight[0, :, None]
+    expected = rows.T @ rows + weighted.T @ weighted
+    assert torch.allclose(total.triu(), expected.triu(), atol=1e-5)
+    if tile < size:
+        assert total[-1, 0] == 0  # half the work
+    assert mirror(total) is total and torch.allclose(total, expected, atol=1e-5) and torch.equal(total, total.T)
+
+
+def test_gram_by_hand():
+    x = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    assert mirror(add_gram(torch.zeros(2, 2), x)).tolist() == [[10, 14], [14, 20]]
+    weighted = add_gram(torch.ones(2, 2), x, torch.tensor([0.5, 2.0]))  # squares 1/4, 4
+    assert mirror(weighted).tolist() == [[1 + 0.25 + 36, 1 + 0.5 + 48], [1 + 0.5 + 48, 1 + 1 + 64]]
+    assert x.tolist() == [[1, 2], [3, 4]]
+
+
+def test_mirror_takes_what_is_above_the_diagonal():
+    assert mirror(torch.tensor([[1.0, 2.0, 3.0], [9.0, 4.0, 5.0], [9.0, 9.0, 6.0]])).tolist() == [
+        [1, 2, 3],
+        [2, 4, 5],
+        [3, 5, 6],
+    ]
+
+
+def test_gram_of_low_precision_rows_is_summed_in_fp32():
+    x = torch.full((4096, 2), 0.1).bfloat16()
+    total = mirror(add_gram(torch.zeros(2, 2), x))
+    expected = torch.full((2, 2), 4096 * x[0, 0].item() ** 2)  # bf16 would stop growing on the way
+    assert total.dtype == torch.float32 and torch.allclose(total, expected, rtol=1e-3)
+
+
+def test_squared_norms_by_hand():
+    x = torch.tensor([[[1.0, 2.0], [3.0, 0.0]], [[0.0, 4.0], [5.0, 6.0]]])  # (2, 2, 2)
+    assert squared_norms(x).tolist() == [[10, 4], [25, 52]]
+    weight = torch.tensor([[1.0, 2.0], [0.5, 0.0]])
+    assert squared_norms(x, weight).tolist() == [[1 + 36, 4], [0, 4]]
+    assert squared_norms(x.bfloat16(), weight).dtype == torch.float32
+    assert x.sum() == 21 and weight.sum() == 3.5

@@ -1,0 +1,203 @@
+"""One block's masks from hand-made statistics, their refit, and putting them in place."""
+
+import pytest
+import torch
+
+from structprune.config import MaskingSettings, ReconstructSettings
+from structprune.errors import UserError
+from structprune.masking.blocks import Request, install, mask_block, refit_block, scored_mask
+from structprune.masking.patterns import valid_groups
+from structprune.masking.ria import ria_scores
+from structprune.masking.sparsegpt import factorise, sparsegpt
+from structprune.masking.walk import BlockStatistics
+from structprune.models.adapter import READERS, Adapter
+
+CPU = torch.device("cpu")
+ROLES = [role for roles in READERS.values() for role in roles]
+SCORES = ("magnitude", "wanda", "ria", "sparsegpt")
+READ = {role: name for name, roles in READERS.items() for role in roles}
+
+
+def rows(block, name: str, count: int = 200, seed: int = 0) -> torch.Tensor:
+    """Correlated inputs (R, C) of one statistic, fp64."""
+    size = block[READERS[name][0]].in_features
+    generator = torch.Generator().manual_seed(seed + list(READERS).index(name))
+    x = torch.randn(count, size, generator=generator) @ torch.randn(size, size, generator=generator)
+    return x.double() * torch.rand(size, generator=generator)
+
+
+def statistics(block, score: str) -> dict:
+    """What `mask_block` needs: norms or Grams of `rows`."""
+    if score == "magnitude":
+        return {}
+    if score == "sparsegpt":
+        return {name: (rows(block, name).T @ rows(block, name)).float() for name in READERS}
+    return {name: rows(block, name).norm(dim=0) for name in READERS}
+
+
+def made(block, score: str, request: Request, seen: dict | None = None, **settings):
+    return mask_block(block, score, MaskingSettings(**settings), request, seen or statistics(block, score), CPU)
+
+
+@pytest.fixture(params=["llada", "dream"])
+def block(request, tiny_model):
+    return Adapter(tiny_model(request.param)).blocks[1]
+
+
+def test_magnitude_is_pooled_over_each_matrix(block):
+    found, factored = made(block, "magnitude", Request(0.3))
+    assert list(found) == ROLES and factored == []
+    for role, (weight, kept) in found.items():
+        size = block[role].weight.detach().abs()
+        assert torch.equal(kept, size > size.flatten().sort().values[int(0.3 * size.numel())])
+        assert torch.equal(weight, block[role].weight * kept)
+
+
+@pytest.mark.parametrize("score", ["wanda", "ria"])
+def test_wanda_and_ria_go_row_by_row(block, score):
+    found, factored = made(block, score, Request(0.3))
+    assert list(found) == ROLES and factored == []
+    for role, (weight, kept) in found.items():
+        dense, norm = block[role].weight.detach(), rows(block, READ[role]).norm(dim=0).float()  # its own input's
+        scores = ria_scores(dense, norm) if score == "ria" else dense.abs() * norm
+        count = int(0.3 * scores.shape[1])
+        threshold = scores.sort(dim=1).values[:, count - 1 : count]
+        assert torch.equal(kept, scores > threshold) and ((~kept).sum(1) == count).all()
+        assert torch.equal(weight, dense * kept)
+
+
+def test_sparsegpt_shares_one_factor_among_readers(block):
+    found, factored = made(block, "sparsegpt", Request(0.4), damping=0.02, column_block=24)
+    assert list(found) == ROLES
+    assert [(each.block, each.input, each.damping, each.dead) for each in factored] == [
+        (1, name, 0.02, 0) for name in READERS
+    ]
+    grams = statistics(block, "sparsegpt")
+    for role, (weight, kept) in found.items():
+        factor = factorise(grams[READ[role]], 0.02)
+        [(expected, mask)] = sparsegpt([block[role].weight.detach()], factor, 0.4, column_block=24)
+        assert torch.equal(kept, mask) and torch.allclose(weight, expected, atol=1e-5)
+        assert not torch.equal(weight, block[role].weight * kept)  # updated
+
+
+def test_factors_tell_dead_inputs_and_raised_damping(block):
+    grams = statistics(block, "sparsegpt")
+    grams["mlp_input"][5] = grams["mlp_input"][:, 5] = 0
+    few = rows(block, "activated", count=3)
+    grams["activated"] = (few.T @ few).float()
+    found, factored = made(block, "sparsegpt", Request(0.5), grams, damping=0.0)
+    by_input = {each.input: each for each in factored}
+    assert by_input["mlp_input"].dead == 1 and by_input["attention_input"].dead == 0
+    assert by_input["activated"].damping > 0 == by_input["attention_input"].damping
+    assert found["gate"][0][:, 5].eq(0).all() and all(torch.isfinite(weight).all() for weight, _ in found.values())
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("nm", [(2, 4), (3, 8)])
+def test_groups_whatever_the_score(block, score, nm):
+    found, _ = made(block, score, Request(nm[0] / nm[1], nm))
+    for weight, kept in found.values():
+        assert valid_groups(kept, *nm) and (~kept).sum() == kept.numel() * nm[0] / nm[1]
+        assert weight[~kept].eq(0).all()
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_ratio_nought_changes_nothing(block, score):
+    before = {role: block[role].weight.detach().clone() for role in ROLES}
+    seen = statistics(block, score)
+    if score == "sparsegpt":
+        seen["mixed"][3] = seen["mixed"][:, 3] = 0  # not even the weights of a dead input
+    found, factored = made(block, score, Request(0.0), seen)
+    assert factored == [] and all(kept.all() for _, kept in found.values())
+    install(block, found)
+    assert all(torch.equal(block[role].weight, before[role]) for role in ROLES)
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_weights_in_place_are_not_touched(block, score):
+    before = {role: block[role].weight.detach().clone() for role in ROLES}
+    made(block, score, Request(0.5))
+    assert all(torch.equal(block[role].weight, before[role]) for role in ROLES)
+
+
+@pytest.mark.parametrize("score", ["wanda", "ria", "sparsegpt"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_activations_that_overflow_are_refused_in_one_line(block, score, value):
+    seen = statistics(block, score)
+    seen["mlp_input"].view(-1)[7] = value
+    with pytest.raises(UserError, match="^block 1: its activations overflow in this dtype: use model.dtype = float32$"):
+        made(block, score, Request(0.5), seen)
+
+
+def test_scored_mask_by_hand():
+    weight, norm = torch.tensor([[4.0, -3.0, 2.0, 1.0]]), torch.tensor([1.0, 1.0, 3.0, 9.0])
+    assert scored_mask("magnitude", weight, None, Request(0.5)).tolist() == [[True, False, False, False]]  # one more
+    assert scored_mask("wanda", weight, norm, Request(0.5)).tolist() == [[False, False, True, True]]
+    assert scored_mask("wanda", weight, norm, Request(0.5, (1, 2))).tolist() == [[True, False, False, True]]
+    assert scored_mask("magnitude", weight, None, Request(0.9, (1, 2))).tolist() == [[True, False, True, False]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("trained", [True, False])
+def test_installed_weights_keep_their_kind_and_exact_zeros(tiny_model, dtype, trained):
+    block = Adapter(tiny_model("dream").to(dtype).requires_grad_(trained)).blocks[0]
+    bias = block["query"].bias
+    with torch.inference_mode():
+        found, _ = made(block, "sparsegpt", Request(0.5))
+        install(block, found)
+    for role, (weight, kept) in found.items():
+        now = block[role].weight
+        assert isinstance(now, torch.nn.Parameter) and now.dtype == dtype and now.device.type == "cpu"
+        assert now.requires_grad == trained and not now.is_inference()
+        assert torch.equal(now, torch.where(kept, weight, 0.0).to(dtype))
+        zeros = now.detach()[~kept]
+        assert zeros.eq(0).all() and not zeros.signbit().any()
+    assert block["query"].bias is bias
+
+
+def test_what_is_not_kept_is_nought_whatever_the_weight(block):
+    kept = torch.rand(block["up"].weight.shape, generator=torch.Generator().manual_seed(0)) > 0.5
+    weight = torch.full(kept.shape, 2.0)
+    install(block, {"up": (weight, kept)})
+    assert torch.equal(block["up"].weight, 2.0 * kept)
+    weight.fill_(5)
+    assert block["up"].weight.max() == 2  # a copy
+
+
+def refit_statistics(block, noise: float) -> BlockStatistics:
+    """Products of a prefix that is disturbed by `noise`, for fit and held-out rows of the same kind."""
+    parts, power = [], {}
+    for first in (0, 150):
+        sums = {}
+        for name, roles in READERS.items():
+            x = rows(block, name, 300)[first : first + 150]
+            hat = x + noise * torch.randn(x.shape, generator=torch.Generator().manual_seed(first)) * x.std()
+            sums[name] = ((hat.T @ hat).float(), (x.T @ hat).float())
+            power |= {role: (x @ block[role].weight.detach().double().T).pow(2).sum().item() for role in roles}
+        parts.append(sums)
+    return BlockStatistics({}, *parts, power)
+
+
+@pytest.mark.parametrize("score", ["magnitude", "sparsegpt"])
+def test_the_refit_lowers_the_held_out_error_it_names(block, score):
+    masked, _ = made(block, score, Request(0.5))
+    found, fits = refit_block(block, masked, refit_statistics(block, 0.05), ReconstructSettings())
+    assert [(fit.block, fit.kind) for fit in fits] == [(1, role) for role in ROLES]
+    generator = torch.Generator().manual_seed(150)
+    for fit in fits:
+        x = rows(block, READ[fit.kind], 300)[150:]
+        hat = x + 0.05 * torch.randn(x.shape, generator=generator.manual_seed(150)) * x.std()
+        target = x @ block[fit.kind].weight.detach().double().T
+        errors = [((hat @ weight.double().T - target) ** 2).sum() for weight, _ in (masked[fit.kind], found[fit.kind])]
+        assert fit.error == pytest.approx((errors[1] / errors[0]).item(), rel=1e-3)
+        assert fit.error < 0.95 and fit.damping in ReconstructSettings().damping
+        assert found[fit.kind][0].dtype == torch.float32 and found[fit.kind][0][~masked[fit.kind][1]].eq(0).all()
+        assert torch.equal(found[fit.kind][1], masked[fit.kind][1])
+
+
+def test_the_refit_of_a_block_that_lost_nothing_leaves_it(block):
+    masked, _ = made(block, "wanda", Request(0.0))
+    found, fits = refit_block(block, masked, refit_statistics(block, 0.0), ReconstructSettings())
+    for role in ROLES:
+        assert torch.equal(found[role][0], block[role].weight)
+    assert all(fit.damping == float("inf") and fit.error == pytest.approx(1.0) for fit in fits)
