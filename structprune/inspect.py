@@ -110,6 +110,8 @@ def inspect_masking(source: str | Path, config: Config) -> dict:
         "arm": arm,
         "ratio": ratio,
         "pattern": config.masking.nm if config.method == "nm" else None,
+        "rest": f", {config.masking.order}" * (arm is not None) + f", {config.masking.allocation} allocation",
+        "refit_operations": refit_operations(adapter, ratio) if config.reconstruct.enabled else 0,
         "parameters": model.num_parameters(),
         "projections": {role: {"weights": count, "zero": round(count * ratio)} for role, count in kinds.items()},
         "stored_dtype": str(stored).removeprefix("torch."),
@@ -117,6 +119,12 @@ def inspect_masking(source: str | Path, config: Config) -> dict:
         "mask_bytes": sum(kinds.values()) // 8,
         "memory": predicted_mask_peak(adapter, config, stored),
     }
+
+
+def refit_operations(adapter: Adapter, ratio: float) -> float:
+    """Floating-point operations of a refit under masks: a Cholesky factorisation, K³ / 3, for every output row."""
+    shapes = [block[role].weight.shape for block in adapter.blocks for role in block.names]
+    return sum(rows * (columns * (1 - ratio)) ** 3 / 3 for rows, columns in shapes)
 
 
 def _shown(settings: StructuredSettings, sizes: list[BlockSize], choices: dict[int, Counts]) -> int:

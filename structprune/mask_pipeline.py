@@ -28,8 +28,10 @@ from structprune.masking.wanda import wanda_scores
 from structprune.models.adapter import READERS, Adapter
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.placement import give_back_memory, stream_target, streamed
-from structprune.statistics.inputs import Key, one_shot_norms
+from structprune.statistics.inputs import Key
+from structprune.statistics.norms import one_shot_norms
 from structprune.statistics.rows import Track, untracked
+from structprune.structured.reconstruct import LayerFit
 
 OUTLIER_ARM = "masked"  # what `owl` looks at where the score looks at no activations
 
@@ -106,7 +108,8 @@ def check_mask_request(model: DiffusionLM, config: Config) -> tuple[str, str | N
     calibration = config.calibration
     if config.reconstruct.enabled and calibration.held_out < 1 and not calibration.replays:
         raise UserError(
-            "calibration.held_out = 0 leaves nothing to choose the refit's damping on: set it, or reconstruct.enabled = false"
+            "calibration.held_out = 0 leaves nothing to choose the refit's damping on: set it, or"
+            " reconstruct.enabled = false"
         )
     if reads_text(config, arm) and not calibration.replays:
         level_times(calibration.steps, calibration.interval)
@@ -143,6 +146,8 @@ class MaskRun:
         self._target = stream_target(config.memory.offload, config.model.device)
         reads = reads_text(config, self.arm)
         self.calibration = (calibration or calibrate(model, config)) if reads else None
+        if reads and self.calibration.held_out >= self.calibration.windows:
+            raise UserError("every window of the calibration is held out, which leaves none to look at: hold out fewer")
         if config.reconstruct.enabled and self.calibration.held_out < 1:
             raise UserError("no window is held out to choose the refit's damping on: set reconstruct.enabled = false")
         self.seconds: dict[str, float] = {}
@@ -184,7 +189,7 @@ class MaskRun:
             "block_ratios": ratios,
             "held_out_nelbo": check,
             "factored": [asdict(each) for each in factored],
-            "refit": [asdict(fit) for fit in fits],
+            "refit": [fit.plain() for fit in fits],
         }
         return Masked(model, masks, self.calibration, report)
 
@@ -223,24 +228,31 @@ class MaskRun:
         title = config.masking.score + (f" ({self.arm})" if self.arm else "")
         for block in self.track(adapter.blocks, title):
             found = self._timed("statistics", lambda: walk.measure(block)) if walk else BlockStatistics({}, {}, {}, {})
-            score = found.score or {name: self._norms[block.index, name] for name in READERS if self._norms}
-            request = Request(ratios[block.index], nm)
-            arguments = (block, self.base, config.masking, request, score, adapter.device)
-            masked, noted = self._timed("masks", lambda: mask_block(*arguments))
-            factored += noted
-            if config.reconstruct.enabled:
-                refitted = self._timed("refit", lambda: refit_block(block, masked, found, config.reconstruct))
-                masked, chosen = refitted
-                fits += chosen
-            install(block, masked)
-            for role, (_, kept) in masked.items():
-                name = f"{block.names[role]}.weight"
-                masks.packed[name], masks.shapes[name] = pack_bits(kept).cpu(), tuple(kept.shape)
+            if not found.score:
+                found.score.update({name: self._norms[block.index, name] for name in READERS if self._norms})
+            for name in READERS:  # input by input, so that the new weights of one are all there is beside the old
+                kept, noted, chosen = self._mask_input(
+                    block, name, found, Request(ratios[block.index], nm), adapter.device
+                )
+                factored, fits = factored + noted, fits + chosen
+                for role, mask in kept.items():
+                    weight = f"{block.names[role]}.weight"
+                    masks.packed[weight], masks.shapes[weight] = pack_bits(mask).cpu(), tuple(mask.shape)
             if walk:
                 self._timed("statistics", lambda: walk.advance(block))
-            del found, score, masked
+            del found
             give_back_memory()
         return masks, factored, fits
+
+    def _mask_input(self, block, name: str, found: BlockStatistics, request: Request, device: torch.device):
+        """Mask, refit and put in place what reads one input of a block: masks by role, and notes."""
+        arguments = (block, self.base, self.config.masking, request, found.score, device, (name,))
+        masked, factored = self._timed("masks", lambda: mask_block(*arguments))
+        fits: list[LayerFit] = []
+        if self.config.reconstruct.enabled:
+            masked, fits = self._timed("refit", lambda: refit_block(block, masked, found, self.config.reconstruct))
+        install(block, masked)
+        return {role: kept for role, (_, kept) in masked.items()}, factored, fits
 
 
 def block_sizes(adapter: Adapter) -> list[int]:

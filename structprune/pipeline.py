@@ -1,7 +1,7 @@
 """A whole structured run on one screen: calibration -> scores -> plan -> surgery -> refit -> check -> report."""
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -235,7 +235,7 @@ class Pruner:
             "seed": CHECK_SEED + self.config.calibration.seed,
         }
         report = build_report(self.model, small, self._at(ratio), self.calibration, self.seconds, self.device)
-        report |= {"held_out_nelbo": check, "refit": [asdict(fit) for fit in fits], "choice": chosen}
+        report |= {"held_out_nelbo": check, "refit": [fit.plain() for fit in fits], "choice": chosen}
         return Pruned(small, plan, self.calibration, report)
 
 

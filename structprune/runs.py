@@ -10,8 +10,10 @@ from structprune.checkpoint.save import check_output
 from structprune.config import Config
 from structprune.inspect import inspect_checkpoint, inspect_masking
 from structprune.mask_pipeline import mask
+from structprune.masking.rows import reads_text
+from structprune.masking.table import resolve_score
 from structprune.models.checkpoint_files import locate
-from structprune.models.loading import load_model
+from structprune.models.loading import load_model, load_tokenizer
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.placement import pick_device, stream_target
 from structprune.pipeline import Pruner
@@ -54,6 +56,11 @@ def mask_checkpoint(checkpoint: str, out: Path, config: Config, overwrite: bool)
     directory = locate(checkpoint, weights=False)
     check_output(out, directory, overwrite)
     inspect_masking(checkpoint, config)  # refuses in seconds what cannot be, before weights are downloaded
+    if (
+        reads_text(config, resolve_score(config.masking.score, config.masking.arm)[1])
+        and not config.calibration.replays
+    ):
+        load_tokenizer(directory)
     with progress_bars(Console(stderr=True)) as track:
         model = _load(checkpoint, config, code=True)
         check_output(out, directory, overwrite, _stored_bytes(model))

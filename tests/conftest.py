@@ -108,3 +108,26 @@ def text_path(tmp_path) -> Path:
     path = tmp_path / "text.txt"
     path.write_text(text_file("calibration.txt").read_text(encoding="utf-8")[:60_000], encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_calibration(tmp_path_factory):
+    """`tiny_calibration(model, **settings)` -> 4 windows of 32 tokens and 2 held-out ones, at 2 noise levels."""
+    from structprune.assets import text_file
+    from structprune.calibration.build import load_calibration
+    from structprune.config import CalibrationSettings
+    from structprune.models.adapter import Adapter
+    from structprune.models.loading import load_tokenizer
+
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(text_file("calibration.txt").read_text(encoding="utf-8")[:60_000], encoding="utf-8")
+
+    def make(model, **changes):
+        keys = {"source": str(path), "windows": 4, "held_out": 2, "length": 32, "interval": 25} | changes
+        adapter, tokenizer = Adapter(model), load_tokenizer(model.source.directory)
+        return load_calibration(
+            CalibrationSettings(**keys), tokenizer, mask_id=adapter.mask_id, schedule=adapter.family.schedule,
+            edges_visible=model.edges_visible, vocabulary=adapter.vocabulary,
+        )  # fmt: skip
+
+    return make

@@ -3,8 +3,10 @@
 import pytest
 
 from structprune.config import Config, known_keys
-from structprune.effects import check_structured
+from structprune.effects import check_masking, check_structured
 from structprune.errors import UserError
+from structprune.masking.rows import reads_text
+from structprune.masking.table import resolve_score
 
 
 def test_defaults():
@@ -55,6 +57,14 @@ WRONG = {
     "calibration.seed=-1": "config key calibration.seed = -1: input should be greater than or equal to 0",
     "calibration.seed=1000000000000000000000": "config key calibration.seed = 1000000000000000000000: input should be less",
     "reconstruct.damping=[]": "config key reconstruct.damping = []: tuple should have at least 1 item",
+    "method=wanda": "config key method = 'wanda': input should be 'structured', 'unstructured' or 'nm'",
+    "masking.nm=2of4": "config key masking.nm = '2of4': input should be N:M, such as 2:4",
+    "masking.nm=4": "config key masking.nm = 4: input should be N:M, such as 2:4",
+    "masking.nm=true": "config key masking.nm = True: input should be N:M, such as 2:4",
+    "masking.ratio=1": "config key masking.ratio = 1: input should be less than 1",
+    "masking.score=wnada": "config key masking.score = 'wnada': input should be 'magnitude', 'wanda', 'sink-wanda',",
+    "masking.column_block=0": "config key masking.column_block = 0: input should be greater than or equal to 1",
+    "masking.scroe=wanda": "unknown config key 'masking.scroe' (did you mean 'score'?)",
     "structured.depth_slope=1.5": "config key structured.depth_slope = 1.5: input should be less than or equal to 1",
 }
 
@@ -101,6 +111,91 @@ def test_a_value_without_effect_is_refused(message):
 )
 def test_values_with_an_effect_are_not(overrides):
     assert check_structured(Config.load(overrides=overrides)) is None
+
+
+def check_masks(overrides: list[str]) -> None:
+    config = Config.load(overrides=overrides)
+    base, arm = resolve_score(config.masking.score, config.masking.arm)
+    check_masking(config, base, arm, reads_text(config, arm))
+
+
+MASKS = ["method=unstructured"]
+NM = ["method=nm"]
+WANDA = [*MASKS, "masking.score=wanda"]
+MAGNITUDE = [*MASKS, "masking.score=magnitude"]
+NO_TEXT = [*MAGNITUDE, "reconstruct.enabled=false", "calibration.held_out=0"]
+IDLE_MASKS = {
+    "structured.score = wanda has no effect without method = structured: leave it out, or set that": [*MASKS, "structured.score=wanda"],
+    "structured.split = 3 has no effect without method = structured": [*NM, "structured.split=3"],
+    "export.compat = uniform has no effect without method = structured .masks leave the layout as it is": [*NM, "export.compat=uniform"],
+    "export.max_shard_size = 1GB has no effect": [*MASKS, "export.max_shard_size=1GB"],
+    "reconstruct.constant = True has no effect without method = structured": [*MASKS, "reconstruct.constant=true"],
+    "reconstruct.mode = bias has no effect without method = structured": [*MASKS, "reconstruct.mode=bias"],
+    "reconstruct.target = layer has no effect without reconstruct.enabled = true": [*MASKS, "reconstruct.enabled=false", "reconstruct.target=layer"],
+    "masking.nm = 4:8 has no effect without method = nm": [*MASKS, "masking.nm='4:8'"],
+    "masking.norms = summed has no effect without masking.score = wanda or ria": [*MASKS, "masking.norms=summed"],
+    "masking.order = one-shot has no effect without a score that looks at activations": [*MAGNITUDE, "masking.order=one-shot"],
+    "masking.relative = True has no effect without a score that looks at activations": [*MAGNITUDE, "masking.relative=true"],
+    "masking.damping = 0.1 has no effect without masking.score = sparsegpt": [*WANDA, "masking.damping=0.1"],
+    "masking.column_block = 64 has no effect without masking.score = sparsegpt": [*WANDA, "masking.column_block=64"],
+    "masking.column_block = 64 has no effect without method = unstructured": [*NM, "masking.column_block=64"],
+    "masking.owl_spread = 0.1 has no effect without masking.allocation = owl": [*MASKS, "masking.allocation=depth", "masking.owl_spread=0.1"],
+    "masking.owl_threshold = 3.0 has no effect without masking.allocation = owl": [*MASKS, "masking.owl_threshold=3"],
+    "masking.depth_slope = 0.1 has no effect without masking.allocation = depth": [*MASKS, "masking.allocation=owl", "masking.depth_slope=0.1"],
+    "calibration.windows = 8 has no effect without a score, refit or held-out check": [*NO_TEXT, "calibration.windows=8"],
+    "calibration.source = a.txt has no effect": [*NO_TEXT, "calibration.source=a.txt"],
+    "sink.kappa = 1.0 has no effect without an arm with .sink": [*MASKS, "sink.kappa=1"],
+    "sink.alpha = 3.0 has no effect without sink.mask = soft": [*MASKS, "masking.score=sink-wanda", "sink.mask=hard", "sink.alpha=3"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", IDLE_MASKS)
+def test_a_value_without_effect_on_masks_is_refused(message):
+    with pytest.raises(UserError, match=message):
+        check_masks(IDLE_MASKS[message])
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        MASKS,
+        [*NM, "masking.nm='4:8'", "masking.ratio=0.5", "masking.damping=0.1"],
+        NO_TEXT,
+        [*MAGNITUDE, "reconstruct.enabled=false", "calibration.windows=8"],  # the held-out check reads text
+        [*NO_TEXT, "masking.allocation=owl", "calibration.windows=8"],  # and so does owl
+        [*WANDA, "masking.norms=summed", "masking.order=one-shot", "masking.relative=true"],
+        [*MASKS, "masking.column_block=64", "masking.damping=0"],
+        [*WANDA, "masking.allocation=owl", "masking.owl_spread=-0.1", "masking.owl_threshold=3"],
+        [*MASKS, "masking.score=sink-sparsegpt", "sink.kappa=1"],
+        [*MASKS, "reconstruct.arm=clean+sink", "sink.alpha=3"],
+    ],
+)
+def test_values_with_an_effect_on_masks_are_not(overrides):
+    assert check_masks(overrides) is None
+
+
+def test_masking_keys_are_of_no_use_to_a_structured_run():
+    with pytest.raises(UserError, match="masking.score = ria has no effect without method = unstructured or nm"):
+        check_structured(Config.load(overrides=["masking.score=ria"]))
+
+
+def test_the_method_has_no_section(tmp_path):
+    (tmp_path / "run.yaml").write_text("method: unstructured\nmasking: {score: wanda}\n")
+    assert Config().method == "structured" and Config.load(tmp_path / "run.yaml").method == "unstructured"
+    changed = Config.load(tmp_path / "run.yaml", ["method=nm"])
+    assert (changed.method, changed.masking.score, changed.masking.nm) == ("nm", "wanda", "2:4")
+    assert Config.load(overrides={"method": "nm"}).method == "nm" and known_keys()[0] == "method"
+    with pytest.raises(UserError, match="config key method = {'nm': 2}: input should be"):
+        Config.load(overrides=["method.nm=2"])
+
+
+@pytest.mark.parametrize("text", ["4:8", "'4:8'", '"4:8"'])
+def test_nm_with_and_without_quotes(text, tmp_path):
+    """YAML takes 4:8 for 248 seconds."""
+    (tmp_path / "run.yaml").write_text(f"masking:\n  nm: {text}\n")
+    assert Config.load(tmp_path / "run.yaml").masking.nm == "4:8"
+    assert Config.load(overrides=[f"masking.nm={text}"]).masking.nm == "4:8"
+    assert Config.load(overrides={"masking.nm": "16:32"}).masking.nm == "16:32"
 
 
 @pytest.mark.parametrize(

@@ -63,12 +63,14 @@ def test_all_cases_are_run():
 
 
 def test_every_preset_has_its_test_and_none_is_missing():
-    assert {file.stem for file in PRESETS.iterdir()} == {f"{family}-{s}" for family in ("llada", "dream") for s in SCORES}
+    assert {file.stem for file in PRESETS.iterdir()} == {
+        f"{family}-{s}" for family in ("llada", "dream") for s in SCORES
+    }
 
 
 @pytest.mark.parametrize("file", sorted(PRESETS.glob("*.yaml")), ids=lambda file: file.stem)
 def test_presets_hold_the_released_choices(file):
-    """Half of the weights, no refit, 128 windows of 4096 tokens of WikiText-2 train from seed 0, 10 levels of 50 steps."""
+    """Half of the weights, no refit, 128 windows of 4096 tokens of WikiText-2 train from seed 0, 10 of 50 steps."""
     config, score = Config.load(file), file.stem.partition("-")[2]
     masking, calibration = config.masking, config.calibration
     assert (config.method, masking.ratio, masking.score) == ("unstructured", 0.5, score)
@@ -87,7 +89,7 @@ def test_presets_hold_the_released_choices(file):
 
 @pytest.mark.parametrize("family", ["llada", "dream"])
 def test_the_magnitude_preset_runs_without_any_text(family, tmp_path, capsys):
-    """It removes what is at most the value at sorted index int(n / 2) of a matrix, computed by hand; nothing else moves."""
+    """It removes what is at most the value at sorted index int(n / 2) of a matrix, by hand; nothing else moves."""
     checkpoint, out = PARITY / family, tmp_path / "out"  # a directory without a tokenizer
     preset = str(PRESETS / f"{family}-magnitude.yaml")
     assert main(["prune", str(checkpoint), "--out", str(out), "--config", preset]) == 0, capsys.readouterr().err

@@ -29,14 +29,14 @@ def predicted_mask_peak(adapter: Adapter, config: Config, stored: torch.dtype) -
     weights = adapter.model.num_parameters() * dtype.itemsize
     sequence = config.calibration.length * dtype.itemsize  # bytes of one feature
     reads = reads_text(config, arm)
-    states = _stored_sequences(config, base, arm) * sequence * adapter.hidden_size
+    stores = [count * sequence * adapter.hidden_size for count in _stored_sequences(config, base, arm)]
     parts = {
         "weights": weights,
         "activations of one batch": config.calibration.batch * sequence * live_features(adapter) if reads else 0,
         f"statistics ({config.masking.score})": _statistics_bytes(adapter, config, base, arm, sequence),
         "one block's masks": _mask_bytes(adapter, base),
         "refit": _refit_bytes(adapter) if config.reconstruct.enabled else 0,
-        "hidden states": min(states, int(2 * config.memory.budget_gb * 1e9)),
+        "hidden states": sum(min(size, int(config.memory.budget_gb * 1e9)) for size in stores),
     }
     working = sum(list(parts.values())[1:5])
     shard = min(adapter.model.num_parameters() * stored.itemsize, LARGEST_SHARD)
@@ -49,8 +49,8 @@ def predicted_mask_peak(adapter: Adapter, config: Config, stored: torch.dtype) -
     return parts
 
 
-def _stored_sequences(config: Config, base: str, arm: str | None) -> int:
-    """Sequences whose hidden states a walk keeps, over both its streams (`masking.walk`)."""
+def _stored_sequences(config: Config, base: str, arm: str | None) -> tuple[int, int]:
+    """Sequences whose hidden states a walk keeps in each of its streams (`masking.walk`)."""
     settings, refit = config.calibration, config.reconstruct
     levels = max(1, settings.steps // settings.interval)
 
@@ -59,7 +59,7 @@ def _stored_sequences(config: Config, base: str, arm: str | None) -> int:
 
     scored = settings.windows * copies(arm) if arm and walked(config, base) else 0
     if not refit.enabled:
-        return scored
+        return scored, 0
     fitted = settings.windows * copies(refit.arm) + settings.held_out * levels
     shared = arm is not None and scored and arm.split("+")[0] == refit.arm.split("+")[0]
     one_shot = config.masking.order == "one-shot"
@@ -67,7 +67,7 @@ def _stored_sequences(config: Config, base: str, arm: str | None) -> int:
     dense = (fitted if refit.target == "dense" else 0) + (
         scored if one_shot and not (shared and refit.target == "dense") else 0
     )
-    return prefix + dense
+    return prefix, dense
 
 
 def _widths(adapter: Adapter) -> list[list[int]]:

@@ -52,5 +52,5 @@ def block_ratios(
     for index, value in enumerate(ratios):
         if not 0 <= value < 1:
             asked = f"masking.{key} = {getattr(settings, key)}"
-            raise UserError(f"{asked} gives block {index} the ratio {value:.3f} at {ratio}: use a smaller one")
+            raise UserError(f"{asked} gives block {index} the ratio {value:.3f} at {ratio}: bring it nearer to 0")
     return ratios

@@ -48,20 +48,27 @@ def scored_mask(score: str, weight: torch.Tensor, norm: torch.Tensor | None, req
 
 
 def mask_block(
-    block: BlockView, score: str, settings: MaskingSettings, request: Request, statistics: dict, device: torch.device
+    block: BlockView,
+    score: str,
+    settings: MaskingSettings,
+    request: Request,
+    statistics: dict,
+    device: torch.device,
+    inputs: tuple[str, ...] = tuple(READERS),
 ) -> tuple[dict[str, Masked], list[Factored]]:
-    """New weights and masks of a block's seven linears by role, none changed yet.
+    """New weights and masks by role of a block's linears that read `inputs`, none changed yet.
 
     Args:
         score: of `masking.table.SCORES`.
-        statistics: input -> norms (C,) or Gram (C, C), of what the score needs.
+        statistics: input -> norms (C,) or Gram (C, C), of what the score needs; emptied, so that a Gram's memory goes
+            as soon as it is used.
         device: where to compute.
     Raises:
         UserError: activations that are not finite.
     """
     found: dict[str, Masked] = {}
     factored = []
-    for name, roles in READERS.items():
+    for name, roles in ((name, READERS[name]) for name in inputs):
         weights = [block[role].weight.detach().to(device).float() for role in roles]  # (O, C) each
         if name in statistics and not torch.isfinite(statistics[name]).all():
             raise UserError(f"block {block.index}: its activations overflow in this dtype: use model.dtype = float32")
@@ -83,15 +90,15 @@ def mask_block(
 def refit_block(
     block: BlockView, masked: dict[str, Masked], statistics: BlockStatistics, settings: ReconstructSettings
 ) -> tuple[dict[str, Masked], list[LayerFit]]:
-    """The masked weights of a block refitted under their masks, each with the damping held-out rows chose.
+    """The masked weights refitted under their masks, each with the damping held-out rows chose.
 
     Args:
-        block: dense still; its weights make the outputs aimed at.
+        block: its linears of `masked` are dense still, and make the outputs aimed at.
         masked: of `mask_block`.
     """
     found, fits = {}, []
     for name, roles in READERS.items():
-        for role in roles:
+        for role in (role for role in roles if role in masked):
             weight, kept = masked[role][0].double(), masked[role][1]  # (O, C)
             fit, check = statistics.products(block, name, role)
             moved, damping, gain = choose_refit(weight, kept, fit, check, settings.damping)

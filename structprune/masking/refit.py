@@ -8,7 +8,7 @@ import torch
 from structprune.structured.reconstruct import NEVER, Products, output_error
 
 SOLVE_BYTES = 256 * 2**20  # of the rows' systems that are solved at once
-SAMPLE = 64  # rows on which the damping is chosen
+SAMPLE = 32  # rows on which the damping is chosen
 NOISE = 1e-7  # gains that products summed in fp32 cannot tell, relative to the power of the output
 
 
@@ -21,14 +21,14 @@ def refit_rows(
     Args:
         weight: (O, C) fp64, zero where `kept` (O, C) bool is false.
         wanted: (O, C) W_dense XᵀX̂. gram: (C, C) X̂ᵀX̂.
-        damping: λ relative to the mean diagonal of G; infinity returns `weight`.
+        damping: λ relative to the mean diagonal of the row's G_KK; infinity returns `weight`.
     Returns:
         (O, C), or None where a row's system is not positive definite.
     """
     if damping == NEVER:
         return weight
     residual = wanted - weight @ gram  # (O, C)
-    ridge = damping * gram.diagonal().mean()  # ()
+    power = gram.diagonal()  # (C,)
     counts = kept.sum(1)  # (O,)
     order = torch.argsort(counts)  # rows with about as many kept inputs are solved together
     moved = weight.clone()  # (O, C)
@@ -43,6 +43,9 @@ def refit_rows(
         system = gram[columns[:, :, None], columns[:, None, :]]  # (B, K, K)
         pairs = real[:, :, None] & real[:, None, :]  # (B, K, K)
         system.mul_(pairs)
+        ridge = (
+            damping * (power[columns] * real).sum(1, keepdim=True) / real.sum(1, keepdim=True).clamp(min=1)
+        )  # (B, 1)
         system.diagonal(dim1=1, dim2=2).add_(torch.where(real, ridge, 1.0))  # what is no input solves to 0
         factor, failed = torch.linalg.cholesky_ex(system)  # (B, K, K)
         if failed.any():
@@ -86,8 +89,9 @@ def choose_refit(
         found = output_error(tried, check.wanted[some], check.gram) - plain
         if found < gain:
             best, gain = damping, found
-    moved = refit_rows(weight, kept, fit.wanted, fit.gram, best)  # (O, C)
-    if moved is None:  # a row that was not tried
-        return weight, NEVER, 0.0
+    for best in sorted(damping for damping in (*candidates, NEVER) if damping >= best):
+        moved = refit_rows(weight, kept, fit.wanted, fit.gram, best)  # (O, C)
+        if moved is not None:  # a row that was not tried may need more damping
+            break
     whole = output_error(moved, check.wanted, check.gram) - output_error(weight, check.wanted, check.gram)
     return (moved, best, whole) if whole < -NOISE * check.power else (weight, NEVER, 0.0)

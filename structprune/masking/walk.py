@@ -142,9 +142,12 @@ class Walk:
         purposes = [use for use in (wanted.fit, wanted.check) if use is not None]
         sums = [_Products(block, device, wanted.target_dense, use is wanted.check) for use in purposes]
         for rows in self._slices():
-            hat = self._prefix.inputs(block, rows) if self._prefix else None
-            dense = self._dense.inputs(block, rows, move=more) if self._dense else None
-            if wanted.score is not None and wanted.score.covers(rows):
+            scored = wanted.score is not None and wanted.score.covers(rows)
+            fitted = any(use.covers(rows) for use in purposes)
+            hat = self._prefix.inputs(block, rows) if fitted or (scored and not wanted.on_dense) else None
+            aimed = fitted and wanted.target_dense
+            dense = self._dense.inputs(block, rows, move=more) if aimed or (scored and wanted.on_dense) else None
+            if scored:
                 seen = dense if wanted.on_dense else hat
                 weight = wanted.score.part(rows, device)  # (b, T)
                 for name, x in seen.read.items():
@@ -185,11 +188,9 @@ class _Stream:
     def _own(self, rows: slice) -> slice | None:
         return slice(rows.start - self._first, rows.stop - self._first) if rows.start >= self._first else None
 
-    def inputs(self, block: BlockView, rows: slice, move: bool = False) -> Inputs | None:
+    def inputs(self, block: BlockView, rows: slice, move: bool = False) -> Inputs:
         """What the block's linears read; with `move` the stream is the block's output afterwards."""
         own = self._own(rows)
-        if own is None:
-            return None
         states = self._states.read(own)  # (b, T, C); on CPU the store itself, which a move writes to
         found = block_inputs(block, states.clone() if move else states, self._states.rotary)
         if move:

@@ -70,6 +70,10 @@ def mask_table(report: dict) -> Table:
     lines = [mask_choice(report)]
     if raised := [each for each in report["factored"] if each["damping"] > report["config"]["masking"]["damping"]]:
         lines.append(f"damping raised to at most {max(each['damping'] for each in raised):g} for {len(raised)} inputs")
+    if fits := report["refit"]:
+        changed = sum(fit["damping"] is not None for fit in fits)
+        error = sum(fit["error"] for fit in fits) / len(fits)
+        lines.append(f"refit: {changed} of {len(fits)} matrices changed, held-out output error x {error:.2f}")
     if nelbo := report["held_out_nelbo"]:
         error = f"{nelbo['loss']['mean']:+.4f} ± {nelbo['loss']['standard_error']:.4f}"
         shown = f"{nelbo['dense']:.4f} → {nelbo['masked']:.4f} ({error})"
@@ -106,7 +110,7 @@ def mask_inspect_tables(found: dict) -> list[Table]:
     """The dry run of masks: zeros by projection, sizes, and predicted peak memory."""
     pattern = found["pattern"] or f"unstructured {found['ratio']:g}"
     seen = f" on {found['arm']}" if found["arm"] else ""
-    totals = Table(title=f"{found['source']} ({found['family']}): {found['score']}{seen}, {pattern}")
+    totals = Table(title=f"{found['source']} ({found['family']}): {found['score']}{seen}, {pattern}{found['rest']}")
     for name in ("projection", "weights", "zero"):
         totals.add_column(name, justify="left" if name == "projection" else "right")
     for role, counts in found["projections"].items():
@@ -116,6 +120,8 @@ def mask_inspect_tables(found: dict) -> list[Table]:
         f"{gigabytes(found['bytes'])} ({found['stored_dtype']}) before and after,\n"
         f"and masks.safetensors {gigabytes(found['mask_bytes'])}"
     )
+    if found["refit_operations"]:
+        totals.caption += f"\nrefit: about {found['refit_operations']:.0e} fp64 operations"
     return [totals, _memory_table(found["memory"])]
 
 

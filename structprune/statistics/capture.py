@@ -35,6 +35,11 @@ class MassMeter:
         mass = attention_mass(args[0], args[1])  # (B, T)
         self._mass = mass if self._mass is None else self._mass + mass
 
+    @property
+    def so_far(self) -> torch.Tensor:
+        """(B, T) mass of the layers that have attended since the last `take`."""
+        return self._mass
+
     def take(self) -> torch.Tensor:
         mass, self._mass = self._mass, None
         return mass

@@ -50,7 +50,7 @@ def arm_ids(calibration: Calibration, arm: str) -> torch.Tensor:
 
 
 def arm_weights(mass: torch.Tensor, arm: str, sink: SinkSettings) -> torch.Tensor:
-    """Row weights of a sink arm from the mass (N, S, T): per level, or for clean rows their mean over them (N, 1, T)."""
+    """Row weights of a sink arm from the mass (N, S, T): per level, or for clean rows their mean over it (N, 1, T)."""
     weights = keep_weights(mass, sink)  # (N, S, T)
     return weights.mean(1, keepdim=True) if arm.startswith("clean") else weights
 

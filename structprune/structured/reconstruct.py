@@ -5,7 +5,7 @@ then the MLP on the refitted attention's output, each on activations of the alre
 Shapes: O outputs, C all input channels, K kept ones.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -80,6 +80,10 @@ class LayerFit:
     kind: str
     damping: float
     error: float
+
+    def plain(self) -> dict:
+        """As JSON has it: infinity is null."""
+        return asdict(self) | {"damping": None if self.damping == NEVER else self.damping}
 
 
 def choose(

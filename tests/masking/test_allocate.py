@@ -89,7 +89,11 @@ def test_a_ratio_is_met_to_the_last_weight_where_blocks_agree():
         ),
         ({"allocation": "depth", "depth_slope": 1.0}, 0.5, r"gives block 0 the ratio 1.000 at 0.5"),
         ({"allocation": "owl", "owl_spread": 0.3}, 0.25, r"masking.owl_spread = 0.3 gives block 1 the ratio -0.05"),
-        ({"allocation": "owl", "owl_spread": 0.08}, 0.0, r"gives block 1 the ratio -0.080 at 0.0: use a smaller one$"),
+        (
+            {"allocation": "owl", "owl_spread": 0.08},
+            0.0,
+            r"gives block 1 the ratio -0.080 at 0.0: bring it nearer to 0$",
+        ),
     ],
 )
 def test_ratios_outside_nought_and_one_are_refused(changes, ratio, message):

@@ -34,12 +34,16 @@ def products(x, hat, omega, weight) -> Products:
     return Products(hat.T @ weighted, weight @ x.T @ weighted, power)
 
 
-def explicit(x, hat, omega, dense, start, kept, penalty):
-    """Row by row the minimiser over kept inputs of ‖ω(X̂w - Xw_dense)‖² + λ‖w - w_start‖², by `lstsq`."""
+def explicit(x, hat, omega, dense, start, kept, damping):
+    """Row by row the minimiser over kept inputs of ‖ω(X̂w - Xw_dense)‖² + λ‖w - w_start‖², by `lstsq`.
+
+    λ is `damping` times the mean power of the row's kept inputs.
+    """
     found = torch.zeros_like(start)
     for row, columns in enumerate(kept):
         count = int(columns.sum())
         if count:
+            penalty = damping * (omega[:, None] * hat[:, columns]).pow(2).sum(0).mean()
             left = torch.cat((omega[:, None] * hat[:, columns], penalty**0.5 * torch.eye(count).double()))
             right = torch.cat((omega * (x @ dense[row]), penalty**0.5 * start[row, columns]))
             found[row, columns] = torch.linalg.lstsq(left, right[:, None]).solution[:, 0]
@@ -55,8 +59,7 @@ def test_rows_are_the_explicit_minimisers(damping, limit, monkeypatch):
     sums = products(x, hat, omega, weight)
     before = start.clone()
     found = refit_rows(start, kept, sums.wanted, sums.gram, damping)
-    penalty = damping * sums.gram.diagonal().mean()
-    assert torch.allclose(found, explicit(x, hat, omega, weight, start, kept, penalty), rtol=1e-8, atol=1e-10)
+    assert torch.allclose(found, explicit(x, hat, omega, weight, start, kept, damping), rtol=1e-8, atol=1e-10)
     assert found[~kept].eq(0).all() and found[0].eq(0).all()
     assert torch.equal(start, before)
 
@@ -65,7 +68,8 @@ def test_the_gradient_vanishes_on_kept_inputs_of_wide_rows():
     x, hat, omega, weight, kept = case(outputs=40, columns=70, rows=90)
     sums = products(x, hat, omega, weight)
     found = refit_rows(weight * kept, kept, sums.wanted, sums.gram, 0.02)
-    penalty = 0.02 * sums.gram.diagonal().mean()
+    mean = (sums.gram.diagonal() * kept).sum(1, keepdim=True) / kept.sum(1, keepdim=True).clamp(min=1)  # (O, 1)
+    penalty = 0.02 * mean
     gradient = found @ sums.gram - sums.wanted + penalty * (found - weight * kept)
     assert gradient[kept].abs().max() < 1e-9 * gradient.abs().max()
     assert gradient[~kept].abs().max() > 1

@@ -9,7 +9,9 @@ import torch
 from structprune.calibration.batches import Calibration
 from structprune.config import SinkSettings
 from structprune.models.adapter import Adapter
-from structprune.statistics.inputs import InputNorms, block_inputs, one_shot_norms
+from structprune.statistics import norms
+from structprune.statistics.inputs import InputNorms, block_inputs, inputs_of_rows
+from structprune.statistics.norms import held_bytes, one_shot_norms
 
 MASK, WINDOWS, LEVELS, LENGTH = 2047, 3, 2, 10
 ARMS = ("clean", "masked", "masked+sink", "clean+sink")
@@ -113,6 +115,28 @@ def test_held_and_recomputed_inputs_give_equal_numbers(tiny_model, calibration, 
     assert all(torch.allclose(held[key], again[key], rtol=1e-6) for key in held)
 
 
+@pytest.mark.parametrize("family, relative", [("llada", False), ("dream", True)])
+@pytest.mark.parametrize("kappa, share", [(1.5, (0.05, 0.6)), (9.0, (0, 0)), (-9.0, (1, 1))])
+def test_only_groups_with_a_lighter_row_are_made_again(tiny_model, family, relative, kappa, share, monkeypatch):
+    """Hard weights: some, none or all rows weigh 0; 30 rows, so that the last group of 4 is cut short."""
+    generator = torch.Generator().manual_seed(5)
+    noisy = torch.randint(0, 90, (2, 3, 30), generator=generator)
+    calibration = Calibration(noisy[:, 0], noisy, None, {}, held_out=0)
+    adapter, made = Adapter(tiny_model(family)), []
+
+    def noted(block, x, mixed):
+        made.append(x.shape[1])
+        return inputs_of_rows(block, x, mixed)
+
+    monkeypatch.setattr(norms, "inputs_of_rows", noted)
+    arguments = (adapter, calibration, "masked+sink", SinkSettings(mask="hard", kappa=kappa), True, relative, 4)
+    held = one_shot_norms(*arguments, 2**30)
+    share_made = sum(made) / (2 * 6 * 30)  # two blocks, six sequences
+    assert share[0] <= share_made <= share[1]
+    again = one_shot_norms(*arguments, 0)
+    assert all(torch.allclose(held[key], again[key], rtol=1e-6) for key in held) and len(held) == 12
+
+
 def passes(adapter, calibration, arm, batch, budget, relative=False) -> tuple[int, int]:
     """Sequences embedded, and those that reach the last block's down projection."""
     counts = [0, 0]
@@ -134,17 +158,18 @@ def test_one_forward_pass_a_sequence_where_inputs_fit(tiny_model, calibration, b
     noisy = WINDOWS * LEVELS
     assert passes(adapter, calibration, "clean", batch, 0) == (WINDOWS, WINDOWS)
     assert passes(adapter, calibration, "masked", batch, 0, relative=True) == (noisy, noisy)
-    assert passes(adapter, calibration, "masked+sink", batch, 2**30, relative=True) == (noisy, noisy)
+    assert passes(adapter, calibration, "masked+sink", batch, 2**30, relative=True) == (noisy, 0)  # the last is not run
     # the masses of the noisy copies first
     assert passes(adapter, calibration, "clean+sink", batch, 0) == (WINDOWS + noisy, WINDOWS)
 
 
 def test_inputs_are_held_up_to_the_budget(tiny_model, calibration):
     adapter = Adapter(tiny_model("llada"))
-    # a batch of 2: tokens, fp32, features of two blocks, and of the last what is read before it attends
-    needed = 2 * LENGTH * 4 * (2 * (32 + 32 + 32 + 48) + 32)
+    # a batch of 2, fp32, two blocks: what they and their attention outputs read, and sums over groups of 4 rows
+    needed = 2 * LENGTH * 2 * (4 * (32 + 32) + 4 * (32 + 32 + 48) // 4)
+    assert held_bytes(adapter, 2 * LENGTH) == needed
     noisy = WINDOWS * LEVELS
-    assert passes(adapter, calibration, "masked+sink", 2, needed) == (noisy, noisy)
+    assert passes(adapter, calibration, "masked+sink", 2, needed) == (noisy, 0)
     # again, and the masses first, which need no more than the last attention
     assert passes(adapter, calibration, "masked+sink", 2, needed - 1) == (2 * noisy, noisy)
 

@@ -1,0 +1,174 @@
+"""Norms of what every linear of the dense model reads, on any arm, in one forward pass a sequence.
+
+The row weights of the noisy sink arm are known only when the last block has attended. Until then what a linear reads
+would have to be held for every row. But nearly all rows weigh exactly 1 in the end, so what is held are sums of squares
+over groups of `GROUP` rows of like attention mass, and what rows can be made again from; groups with a row of another
+weight are made again row by row.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from structprune.calibration.batches import Calibration
+from structprune.config import SinkSettings
+from structprune.models.adapter import READERS, Adapter, BlockView
+from structprune.statistics.activations import relative_weight, squared_norms
+from structprune.statistics.capture import MassMeter, watch_inputs
+from structprune.statistics.inputs import STREAM, InputNorms, Inputs, Key, block_inputs, inputs_of_rows
+from structprune.statistics.rows import Track, arm_ids, arm_weights, mass_of, measure_mass, needs_sinks, untracked
+
+GROUP = 4  # rows in a group: fewer hold more, more make more rows again
+
+
+@torch.inference_mode()
+def one_shot_norms(
+    adapter: Adapter,
+    calibration: Calibration,
+    arm: str,
+    sink: SinkSettings,
+    summed: bool = False,
+    relative: bool = False,
+    batch: int = 1,
+    budget: int = 2**33,
+    track: Track = untracked,
+) -> dict[Key, torch.Tensor]:
+    """Norms of every linear's input over the rows of `arm`.
+
+    Args:
+        batch: sequences in a forward pass.
+        budget: bytes; where what is held for the noisy sink arm exceeds them, the pass is run twice. Both give the same
+            numbers.
+    Returns:
+        (block, input) -> (C,) fp64.
+    """
+    counted, ids = InputNorms(summed), arm_ids(calibration, arm)  # (N, R, T)
+    late = needs_sinks(arm) and arm.startswith("masked")
+    weights = None
+    if needs_sinks(arm) and not late:
+        mass = measure_mass(adapter, calibration, batch, track)  # (N, S, T)
+        weights = arm_weights(mass, arm, sink).flatten(0, 1)  # (N, T)
+    ids = ids.flatten(0, 1)  # (R, T)
+    for start in track(range(0, len(ids), batch), f"norms ({arm})"):
+        rows = slice(start, start + batch)
+        part = ids[rows].to(adapter.device)  # (b, T)
+        if late and held_bytes(adapter, part.numel()) <= budget:
+            _add_late(adapter, part, counted, sink, relative)
+            continue
+        weight = None if weights is None else weights[rows].to(adapter.device)  # (b, T)
+        if late:
+            weight = _late_weight(mass_of(adapter, part), sink)  # (b, T)
+        _add(adapter, part, counted, weight, relative)
+    return counted.norms
+
+
+def held_bytes(adapter: Adapter, tokens: int) -> int:
+    """Bytes held for the noisy sink arm until its row weights are known."""
+    hidden, size = adapter.hidden_size, adapter.model.embedding.weight.element_size()
+    numbers = 0.0
+    for block in adapter.blocks[:-1]:
+        grouped = sum(block[READERS[name][0]].in_features for name in READERS if name != "mixed")
+        numbers += size * (hidden + block["attention_output"].in_features) + 4 * grouped / GROUP
+    return int(tokens * numbers)
+
+
+def _late_weight(mass: torch.Tensor, sink: SinkSettings) -> torch.Tensor:
+    """Row weights (b, T) of noisy sequences from their own mass (b, T)."""
+    return arm_weights(mass[:, None], "masked+sink", sink)[:, 0]
+
+
+def _linears(adapter: Adapter) -> dict:
+    """(block, input) -> the first linear that reads it."""
+    return {(block.index, name): block[roles[0]] for block in adapter.blocks for name, roles in READERS.items()}
+
+
+def _norms(adapter: Adapter, relative: bool) -> dict:
+    """(block, input) -> the norm whose input is the stream that the input's reader writes to."""
+    blocks = adapter.blocks if relative else []
+    return {(block.index, name): block.module.part(role) for block in blocks for name, role in STREAM.items()}
+
+
+def _add(adapter: Adapter, ids: torch.Tensor, counted: InputNorms, weight, relative: bool) -> None:
+    """One forward pass over (b, T) ids whose row weights are known."""
+    scales: dict[Key, torch.Tensor] = {}
+
+    def visit(key: Key, x: torch.Tensor) -> None:
+        scale = scales.pop(key, None)  # (b, T)
+        counted.add(key, x, weight if scale is None else scale if weight is None else scale * weight)
+
+    with watch_inputs(_norms(adapter, relative), lambda key, x: scales.__setitem__(key, relative_weight(x, None))):
+        with watch_inputs(_linears(adapter), visit):
+            adapter.model.encode(ids)
+
+
+@dataclass(frozen=True)
+class _Held:
+    """One block's inputs until the row weights are known.
+
+    Attributes:
+        x: (b, T, C) the block's input. mixed: (b, T, H*D) what its attention output reads.
+        order: (b, T) rows sorted by attention mass so far; every `GROUP` neighbours are a group.
+        sums: input -> (b, G, C) sums of squares over groups.
+    """
+
+    x: torch.Tensor
+    mixed: torch.Tensor
+    order: torch.Tensor
+    sums: dict[str, torch.Tensor]
+
+
+def _add_late(adapter: Adapter, ids: torch.Tensor, counted: InputNorms, sink: SinkSettings, relative: bool) -> None:
+    """One forward pass over (b, T) ids, whose row weights are those of its own attention mass."""
+    x = adapter.model.embedding(ids)  # (b, T, C)
+    rotary, *blocks = adapter.model.rotary(ids.shape[1], adapter.device), *adapter.blocks
+    held = []
+    with MassMeter().on([block.core for block in blocks]) as meter:
+        for block in blocks[:-1]:
+            found = block_inputs(block, x, rotary)
+            held.append(_hold(found, x, meter.so_far, relative))
+            x = found.stream["activated"] + block["down"](found.read["activated"])  # (b, T, C)
+        last = block_inputs(blocks[-1], x, rotary)
+        weight = _late_weight(meter.take(), sink)  # (b, T)
+    for name, value in last.read.items():
+        counted.add((blocks[-1].index, name), value, last.weight(name, weight, relative))
+    for block in blocks[:-1]:
+        _count(block, held.pop(0), counted, weight, relative)
+
+
+def _hold(found: Inputs, x: torch.Tensor, mass: torch.Tensor, relative: bool) -> _Held:
+    order = mass.argsort(dim=1, descending=True)  # (b, T): rows that may weigh less than 1 come together
+    sums = {}
+    for name, value in found.read.items():
+        if name != "mixed":
+            rows = value.float().gather(1, order[..., None].expand_as(value))  # (b, T, C)
+            if (scale := found.weight(name, None, relative)) is not None:
+                rows = rows * scale.gather(1, order)[..., None]  # (b, T, C)
+            sums[name] = _group(rows.square_())  # (b, G, C)
+    return _Held(x, found.read["mixed"], order, sums)
+
+
+def _group(rows: torch.Tensor) -> torch.Tensor:
+    """Sums over groups of neighbouring rows, the last of which may be smaller: (b, T, ...) -> (b, G, ...)."""
+    missing = -rows.shape[1] % GROUP
+    if missing:
+        rows = F.pad(rows, (0, 0) * (rows.dim() - 2) + (0, missing))
+    return rows.unflatten(1, (-1, GROUP)).sum(2)
+
+
+def _count(block: BlockView, held: _Held, counted: InputNorms, weight: torch.Tensor, relative: bool) -> None:
+    """Squares of what a block's linears read: whole groups where all rows weigh 1, else row by row."""
+    scale = relative_weight(held.x, weight) if relative else weight  # (b, T)
+    counted.add((block.index, "mixed"), held.mixed, scale)
+    lighter = _group((weight != 1).float().gather(1, held.order)[..., None])[..., 0] > 0  # (b, G)
+    squares = {name: (sums * ~lighter[..., None]).sum(1) for name, sums in held.sums.items()}  # (b, C)
+    for index, groups in enumerate(lighter):
+        rows = held.order[index][groups.repeat_interleave(GROUP)[: held.order.shape[1]]]  # (r,)
+        if not len(rows):
+            continue
+        made = inputs_of_rows(block, held.x[index, rows][None], held.mixed[index, rows][None])
+        part = weight[index, rows][None]  # (1, r)
+        for name in squares:
+            squares[name][index] += squared_norms(made.read[name], made.weight(name, part, relative))[0]  # (C,)
+    for name, value in squares.items():
+        counted.add_squares((block.index, name), value)

@@ -1,0 +1,69 @@
+"""The study of masks: every variant can be run, every comparison is of two that were, and the summary is right."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+from structprune.assets import model_directory
+from structprune.config import Config
+from structprune.inspect import inspect_masking
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+
+
+@pytest.fixture(scope="module")
+def study():
+    sys.path.insert(0, str(SCRIPTS))
+    try:
+        spec = importlib.util.spec_from_file_location("mask_study", SCRIPTS / "mask_study.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        yield module
+    finally:
+        sys.path.remove(str(SCRIPTS))
+
+
+def test_every_variant_can_be_run_at_its_ratios(study):
+    for name, keys in study.variants().items():
+        for ratio in study.ratios_of(name):
+            config = Config.load(overrides=study.BASE | keys | study.RATIOS[ratio])
+            found = inspect_masking(model_directory(), config)
+            assert found["ratio"] == (0.5 if ratio == "2:4" else float(ratio)), (name, ratio)
+
+
+def test_methods_and_arms_are_crossed_and_only_allocations_lack_two_of_four(study):
+    names = study.variants()
+    assert all(f"{score}, {arm}" in names for score in study.SCORES for arm in study.ARMS)
+    lacking = [name for name in names if "2:4" not in study.ratios_of(name)]
+    assert len(lacking) == 4 and all("owl" in name or "depth" in name for name in lacking)
+
+
+def test_every_comparison_is_of_two_variants(study):
+    names = study.variants()
+    pairs = [(name, base) for _, name, base in study.contrasts()]
+    assert len(set(pairs)) == len(pairs)
+    assert all(name in names and base in names and name != base for name, base in pairs)
+    assert all(set(study.ratios_of(name)) <= set(study.ratios_of(base)) for name, base in pairs)
+    assert ("sparsegpt, masked, refit on clean", "sparsegpt, masked, refit") in pairs
+    assert ("sparsegpt, masked, owl", "sparsegpt, masked") in pairs
+
+
+def test_the_summary_is_paired(study):
+    """Gaps of 1, 1 in one seed and 1, 3 in the other."""
+    losses = {"wanda, masked": ([1.0, 3.0], [2.0, 4.0]), "wanda, clean": ([0.0, 2.0], [1.0, 1.0])}
+    seeds = [0, 1]
+    done = {}
+    for name in study.variants():
+        for seed in seeds:
+            loss = losses.get(name, ([0.0, 0.0], [0.0, 0.0]))[seed]
+            ratios = {ratio: {"loss": loss, "sparsity": 0.5} for ratio in study.ratios_of(name)}
+            done[name, seed] = {"variant": name, "seed": seed, "dense_nelbo": 4.0, "ratios": ratios}
+    found = study.summarise(done, seeds)
+    gap = next(row for row in found["contrasts"] if row["variant"] == "wanda, masked" and row["ratio"] == "0.5")
+    assert gap["against"] == "wanda, clean" and gap["mean"] == 1.5 and gap["by_seed"] == [1.0, 2.0]
+    assert gap["standard_error"] == pytest.approx(0.5)  # gaps 1, 1, 1, 3: deviation 1, over the root of 4
+    row = next(row for row in found["losses"] if row["variant"] == "wanda, masked" and row["ratio"] == "2:4")
+    assert row["mean"] == 2.5 and row["by_seed"] == [2.0, 3.0]
+    assert found["dense"] == [4.0, 4.0]
