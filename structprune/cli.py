@@ -57,6 +57,8 @@ def _settings(config: Path | None, ratio: float | None, sets: list[str] | None, 
 
     named = {key.replace("__", "."): value for key, value in extra.items()} | {"masking.nm": nm and f"'{nm}'"}
     given = [*(sets or []), *(f"{key}={value}" for key, value in named.items() if value is not None)]
+    if nm is not None and ratio is None:
+        given.append("masking.ratio=null")  # a preset's ratio is of its own pattern
     if ratio is not None:
         structured = Config.load(config, given).method == "structured"
         given.append(f"{'structured' if structured else 'masking'}.ratio={ratio}")

@@ -58,6 +58,8 @@ def check_masking(config: Config, base: str, arm: str | None, reads: bool) -> No
         reads: whether anything of the run looks at calibration text.
     """
     masking, reconstruct = config.masking, config.reconstruct
+    noisy = arm not in (None, "clean") or (arm is None and masking.allocation == "owl")
+    noised = noisy or reconstruct.enabled or config.calibration.held_out > 0
     official = "method = structured (masks leave the layout as it is)"
     idle = (
         ("structured", tuple(StructuredSettings.model_fields), True, "method = structured"),
@@ -72,6 +74,8 @@ def check_masking(config: Config, base: str, arm: str | None, reads: bool) -> No
         ("masking", ("depth_slope",), masking.allocation != "depth", "masking.allocation = depth"),
         ("calibration", tuple(key for key in CalibrationSettings.model_fields if key != "held_out"), not reads,
          "a score, refit or held-out check that looks at text"),
+        ("calibration", ("steps", "interval"), not noised and not config.calibration.replays, "a noisy arm, a refit or a held-out check"),
+        ("memory", ("offload",), not reads, "a forward pass"),
     )  # fmt: skip
     arms = [arm or "", reconstruct.arm if reconstruct.enabled else ""]
     refuse_idle(config, idle + _common(config, arms))

@@ -117,7 +117,7 @@ def inspect_masking(source: str | Path, config: Config) -> dict:
         "stored_dtype": str(stored).removeprefix("torch."),
         "bytes": model.num_parameters() * stored.itemsize,
         "mask_bytes": sum(kinds.values()) // 8,
-        "memory": predicted_mask_peak(adapter, config, stored),
+        "memory": predicted_mask_peak(adapter, config, stored, ratio),
     }
 
 

@@ -81,7 +81,7 @@ def removed_ratio(config: Config) -> float:
     removed, group = parse_nm(config.masking.nm)
     if asked not in (None, removed / group):
         ratio = f"masking.ratio = {asked} contradicts masking.nm = {config.masking.nm}"
-        raise UserError(f"{ratio}, which removes {removed / group:g}: set it to null, or use method unstructured")
+        raise UserError(f"{ratio}, which removes {removed / group:g}: leave it out (null), or use method unstructured")
     return removed / group
 
 

@@ -12,6 +12,7 @@ from structprune.inspect import inspect_checkpoint, inspect_masking
 from structprune.mask_pipeline import mask
 from structprune.masking.rows import reads_text
 from structprune.masking.table import resolve_score
+from structprune.models.adapter import Adapter
 from structprune.models.checkpoint_files import locate
 from structprune.models.loading import load_model, load_tokenizer
 from structprune.models.modeling_structprune import DiffusionLM
@@ -63,7 +64,8 @@ def mask_checkpoint(checkpoint: str, out: Path, config: Config, overwrite: bool)
         load_tokenizer(directory)
     with progress_bars(Console(stderr=True)) as track:
         model = _load(checkpoint, config, code=True)
-        check_output(out, directory, overwrite, _stored_bytes(model))
+        masks = sum(block[role].weight.numel() for block in Adapter(model).blocks for role in block.names) // 8
+        check_output(out, directory, overwrite, _stored_bytes(model) + masks)
         masked = mask(model, config, track=track, in_place=True)
         masked.save(out, overwrite)
     console = Console()

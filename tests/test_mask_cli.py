@@ -109,7 +109,7 @@ WRONG = {
     "4:4": ([*NM, "--nm", "4:4"], "masking.nm = 4:4 removes 4 of every 4: give N:M with 0 < N < M, such as 2:4"),
     "0:4": ([*NM, "--nm", "0:4"], "masking.nm = 0:4 removes 0 of every 4: give N:M with 0 < N < M"),
     "2of4": ([*NM, "--nm", "2of4"], "config key masking.nm = '2of4': input should be N:M, such as 2:4"),
-    "nm and ratio": ([*NM, "--nm", "2:4", "--ratio", "0.3"], "masking.ratio = 0.3 contradicts masking.nm = 2:4, which removes 0.5: set it to null"),
+    "nm and ratio": ([*NM, "--nm", "2:4", "--ratio", "0.3"], "masking.ratio = 0.3 contradicts masking.nm = 2:4, which removes 0.5: leave it out (null)"),
     "nm of a structured run": (["--nm", "2:4"], "--nm 2:4 means nothing with method structured: add --method nm"),
     "nm of an unstructured run": ([*MASKS, "--nm", "2:4"], "--nm 2:4 means nothing with method unstructured: add --method nm"),
     "ratio 1": ([*MASKS, "--ratio", "1"], "config key masking.ratio = 1.0: input should be less than 1"),

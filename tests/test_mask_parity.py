@@ -50,7 +50,7 @@ def test_a_preset_gives_the_released_weights(family, case, tmp_path, capsys):
             assert torch.equal(ours, theirs), name
         else:
             assert torch.equal(ours != 0, theirs != 0), name
-            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-6)  # 8e-7 is the most that was seen
         assert torch.equal(masks.kept(name), theirs != 0) and not torch.equal(ours, dense[name])
     zero = sum(int((value == 0).sum()) for value in wanted.values()) / sum(value.numel() for value in wanted.values())
     assert zero == pytest.approx(case["zero_fraction"], abs=1e-12)

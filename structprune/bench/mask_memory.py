@@ -12,12 +12,13 @@ from structprune.models.loading import as_dtype
 from structprune.statistics.rows import needs_sinks
 
 
-def predicted_mask_peak(adapter: Adapter, config: Config, stored: torch.dtype) -> dict[str, int]:
+def predicted_mask_peak(adapter: Adapter, config: Config, stored: torch.dtype, ratio: float) -> dict[str, int]:
     """Predicted peak memory of an unstructured or N:M run, in bytes, by part and in total.
 
     Args:
         adapter: of the model on the meta device.
         stored: dtype of the checkpoint's weights.
+        ratio: the share that goes.
     Returns:
         Named parts, "peak host" over them, and with an accelerator "peak device". Hidden states beyond
         `memory.budget_gb` are in files and held inputs beyond it are computed again, so both are capped.
@@ -35,7 +36,7 @@ def predicted_mask_peak(adapter: Adapter, config: Config, stored: torch.dtype) -
         "activations of one batch": config.calibration.batch * sequence * live_features(adapter) if reads else 0,
         f"statistics ({config.masking.score})": _statistics_bytes(adapter, config, base, arm, sequence),
         "one block's masks": _mask_bytes(adapter, base),
-        "refit": _refit_bytes(adapter) if config.reconstruct.enabled else 0,
+        "refit": _refit_bytes(adapter, ratio) if config.reconstruct.enabled else 0,
         "hidden states": sum(min(size, int(config.memory.budget_gb * 1e9)) for size in stores),
     }
     working = sum(list(parts.values())[1:5])
@@ -93,9 +94,10 @@ def _mask_bytes(adapter: Adapter, base: str) -> int:
     return 5 * numbers + 16 * largest + factor
 
 
-def _refit_bytes(adapter: Adapter) -> int:
+def _refit_bytes(adapter: Adapter, ratio: float) -> int:
     """fp32 products of fit and held-out rows of one block, fp64 copies of the widest input's, and rows' systems."""
     products = max(16 * sum(width * width for width in block) for block in _widths(adapter))
     widest = max(map(max, _widths(adapter)))
     largest = max(block[role].weight.numel() for block in adapter.blocks for role in block.names)
-    return products + 24 * widest * widest + 40 * largest + 3 * SOLVE_BYTES
+    systems = max(SOLVE_BYTES, int(8 * (widest * (1 - ratio)) ** 2))  # at least one row's
+    return products + 24 * widest * widest + 40 * largest + 3 * systems

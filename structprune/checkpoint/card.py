@@ -94,9 +94,11 @@ def mask_card(report: dict) -> str:
     loss = ""
     if nelbo:
         gap = f"{nelbo['loss']['mean']:+.4f} ± {nelbo['loss']['standard_error']:.4f}"
+        refit = report["config"]["reconstruct"]["enabled"]
+        chosen = "; the same windows chose the refit's damping, so it is a little optimistic" if refit else ""
         loss = (
             f"\nNELBO on {nelbo['windows']} held-out windows of that text, nats per token: {nelbo['dense']:.4f} before,"
-            f" {nelbo['masked']:.4f} after ({gap}, paired).\n"
+            f" {nelbo['masked']:.4f} after ({gap}, paired), with the weights as they were in memory{chosen}.\n"
         )
     seen = "no calibration text was looked at"
     if calibration:

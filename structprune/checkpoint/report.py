@@ -1,5 +1,6 @@
 """report.json: figures of a structured run, and of one that made masks, as plain data."""
 
+import math
 import platform
 from dataclasses import asdict
 
@@ -54,19 +55,25 @@ def mask_report(
     seconds: dict[str, float],
     device: torch.device,
 ) -> dict:
-    """Sparsity of every projection and in total, what the run was asked for and looked at, timings, peak memory.
+    """Zeros of every projection and in total (and `masked`: what this run removed), what the run was asked for and looked at, timings, peak memory.
 
     Args:
         calibration: None where nothing of the run looked at text.
         seconds, device: as `build_report`.
     """
     projections = sum(rows * columns for rows, columns in masks.shapes.values())
+    weights = model.state_dict()
+    zeros = {name: int((weights[name] == 0).sum()) for name in masks.shapes}
     return _run(model, config, calibration, seconds, device) | {
-        "sparsity": {"total": masks.sparsity(), "tensors": {name: masks.sparsity(name) for name in masks.packed}},
+        "sparsity": {
+            "total": sum(zeros.values()) / projections,
+            "masked": masks.sparsity(),
+            "tensors": {name: count / math.prod(masks.shapes[name]) for name, count in zeros.items()},
+        },
         "parameters": {
             "all": model.num_parameters(),
             "projections": projections,
-            "zero": round(masks.sparsity() * projections),
+            "zero": sum(zeros.values()),
         },
     }
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from structprune import pipeline
+from structprune import mask_pipeline, pipeline
 from structprune.config import Config
 from structprune.errors import UserError
 from structprune.models.loading import load_model
@@ -69,6 +69,29 @@ def test_a_streamed_run_gives_the_same_model(score, tiny_checkpoint, text_path, 
     ours, theirs = (pruned.model.state_dict() for pruned in found)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert not any(module._forward_hooks for module in found[1].model.modules())
+
+
+MASKS = {
+    "sparsegpt, refit": {"masking.score": "sink-sparsegpt"},
+    "sink-wanda, one pass": {"masking.score": "sink-wanda", "masking.order": "one-shot", "reconstruct.enabled": False},
+    "owl": {"masking.score": "magnitude", "masking.allocation": "owl", "reconstruct.enabled": False},
+}
+
+
+@pytest.mark.parametrize("case", MASKS)
+def test_streamed_masks_are_the_same(case, tiny_checkpoint, text_path, monkeypatch):
+    monkeypatch.setattr(mask_pipeline, "stream_target", lambda offload, device: CPU if offload else None)
+    found = []
+    for offload in (False, True):
+        config = Config.load(overrides=MASKS[case] | {
+            "method": "unstructured", "memory.offload": offload, "calibration.source": str(text_path),
+            "calibration.windows": 3, "calibration.held_out": 2, "calibration.length": 16, "calibration.interval": 25,
+        })  # fmt: skip
+        made = pipeline.prune(load_model(tiny_checkpoint(name=f"masks-{offload}")), config)
+        found.append(made.model.state_dict())
+        assert not any(module._forward_hooks for module in made.model.modules())
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    assert sum(int((value == 0).sum()) for value in found[0].values()) > 1000
 
 
 def test_what_cannot_be_streamed_is_refused(tiny_checkpoint, monkeypatch):
