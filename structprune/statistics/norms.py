@@ -9,7 +9,6 @@ weight are made again row by row.
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from structprune.calibration.batches import Calibration
 from structprune.config import SinkSettings
@@ -108,13 +107,13 @@ class _Held:
 
     Attributes:
         x: (b, T, C) the block's input. mixed: (b, T, H*D) what its attention output reads.
-        order: (b, T) rows sorted by attention mass so far; every `GROUP` neighbours are a group.
+        group: (b, T) int64 the group of every row.
         sums: input -> (b, G, C) sums of squares over groups.
     """
 
     x: torch.Tensor
     mixed: torch.Tensor
-    order: torch.Tensor
+    group: torch.Tensor
     sums: dict[str, torch.Tensor]
 
 
@@ -137,33 +136,34 @@ def _add_late(adapter: Adapter, ids: torch.Tensor, counted: InputNorms, sink: Si
 
 
 def _hold(found: Inputs, x: torch.Tensor, mass: torch.Tensor, relative: bool) -> _Held:
-    order = mass.argsort(dim=1, descending=True)  # (b, T): rows that may weigh less than 1 come together
+    # by attention mass so far, so that rows that may weigh less than 1 come together
+    group = mass.argsort(dim=1, descending=True).argsort(dim=1) // GROUP  # (b, T)
     sums = {}
     for name, value in found.read.items():
         if name != "mixed":
-            rows = value.float().gather(1, order[..., None].expand_as(value))  # (b, T, C)
+            squares = value.float().square()  # (b, T, C)
             if (scale := found.weight(name, None, relative)) is not None:
-                rows = rows * scale.gather(1, order)[..., None]  # (b, T, C)
-            sums[name] = _group(rows.square_())  # (b, G, C)
-    return _Held(x, found.read["mixed"], order, sums)
+                squares *= scale[..., None] ** 2  # (b, T, C)
+            sums[name] = _grouped(squares, group)  # (b, G, C)
+    return _Held(x, found.read["mixed"], group, sums)
 
 
-def _group(rows: torch.Tensor) -> torch.Tensor:
-    """Sums over groups of neighbouring rows, the last of which may be smaller: (b, T, ...) -> (b, G, ...)."""
-    missing = -rows.shape[1] % GROUP
-    if missing:
-        rows = F.pad(rows, (0, 0) * (rows.dim() - 2) + (0, missing))
-    return rows.unflatten(1, (-1, GROUP)).sum(2)
+def _grouped(rows: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
+    """Sums over groups of rows: (b, T, C), (b, T) -> (b, G, C)."""
+    sums = rows.new_zeros(len(rows), -(-rows.shape[1] // GROUP), rows.shape[2])  # (b, G, C)
+    for total, part, index in zip(sums, rows, group):
+        total.index_add_(0, index, part)
+    return sums
 
 
 def _count(block: BlockView, held: _Held, counted: InputNorms, weight: torch.Tensor, relative: bool) -> None:
     """Squares of what a block's linears read: whole groups where all rows weigh 1, else row by row."""
     scale = relative_weight(held.x, weight) if relative else weight  # (b, T)
     counted.add((block.index, "mixed"), held.mixed, scale)
-    lighter = _group((weight != 1).float().gather(1, held.order)[..., None])[..., 0] > 0  # (b, G)
+    lighter = _grouped((weight != 1).float()[..., None], held.group)[..., 0] > 0  # (b, G)
     squares = {name: (sums * ~lighter[..., None]).sum(1) for name, sums in held.sums.items()}  # (b, C)
     for index, groups in enumerate(lighter):
-        rows = held.order[index][groups.repeat_interleave(GROUP)[: held.order.shape[1]]]  # (r,)
+        rows = groups[held.group[index]].nonzero()[:, 0]  # (r,)
         if not len(rows):
             continue
         made = inputs_of_rows(block, held.x[index, rows][None], held.mixed[index, rows][None])

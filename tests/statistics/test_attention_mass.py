@@ -66,3 +66,18 @@ def test_memory_stays_at_two_blocks(monkeypatch):
     monkeypatch.setitem(sinks.TILE_BYTES, "cpu", 2**16)
     sinks.attention_mass(*make(2, 4, 4, 512, 4))
     assert sizes and max(sizes) <= 2 * 2**16 < 4 * 512 * 512
+
+
+@pytest.mark.parametrize("tile_bytes", [4, 4 * 7 * 3, 2**22])
+@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (6, 2), (3, 1)])
+def test_attention_and_mass_from_one_pass(heads, kv_heads, tile_bytes, monkeypatch):
+    monkeypatch.setattr(sinks, "TILE_BYTES", {"cpu": tile_bytes})
+    generator = torch.Generator().manual_seed(0)
+    query = 2 * torch.randn(2, heads, 7, 4, generator=generator)
+    key, value = (torch.randn(2, kv_heads, 7, 4, generator=generator) for _ in range(2))
+    mixed, mass = sinks.attend_with_mass(query, key, value)
+    repeated = (side.repeat_interleave(heads // kv_heads, dim=1) for side in (key, value))
+    expected = torch.nn.functional.scaled_dot_product_attention(query, *repeated)
+    assert torch.allclose(mixed, expected, atol=1e-6) and mixed.dtype == torch.float32
+    assert torch.allclose(mass, sinks.attention_mass(query, key), rtol=1e-5)
+    assert sinks.attend_with_mass(query.bfloat16(), key.bfloat16(), value.bfloat16())[0].dtype == torch.bfloat16

@@ -63,7 +63,8 @@ def test_one_forward_where_the_inputs_fit_and_two_where_not(tiny_model, calibrat
     again, twice = forwards(adapter, lambda: consumer_moments(adapter, calibration, "masked+sink", SINK, 2, size - 1))
     assert (once, twice) == (3, 6)  # five windows in batches of two
     for key in held:
-        assert torch.equal(held[key].mean, again[key].mean) and torch.equal(held[key].spread, again[key].spread)
+        for part in ("mean", "spread"):  # attention is computed otherwise where its mass is measured as well
+            assert torch.allclose(getattr(held[key], part), getattr(again[key], part), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("arm, expected", [("clean", 3), ("masked", 3), ("clean+sink", 6)])
