@@ -11,10 +11,11 @@ from structprune.calibration.build import check_length
 from structprune.checkpoint.export import check_export_request
 from structprune.config import Config, StructuredSettings
 from structprune.criteria.paths import KINDS
-from structprune.mask_pipeline import check_mask_request, removed_ratio
+from structprune.mask_request import check_mask_request, removed_ratio
+from structprune.masking.refit import STEPS
 from structprune.masking.rows import reads_text
 from structprune.models.adapter import Adapter, Widths, set_widths
-from structprune.models.checkpoint_files import TensorHeader, stored_headers
+from structprune.models.checkpoint_files import stored_headers
 from structprune.models.loading import DTYPES, as_dtype, check_shapes, load_config, source_name
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.pipeline import check_plan, check_request
@@ -40,19 +41,14 @@ def inspect_checkpoint(source: str | Path, config: Config, plan: Plan | None = N
         UserError: a checkpoint, configuration or plan that the run would refuse too.
     """
     settings = config.structured
-    directory, family, model_config, values = load_config(source, config.model.mask_id)
-    with torch.device("meta"):
-        model = family.model_class(model_config)
+    directory, family, model, values = _ghost(source, config)
     adapter = Adapter(model)
     check_request(model, config)
     if plan is None:
         check_export_request(config)
     else:
         check_plan(model, plan, config, values)
-    headers = stored_headers(source, directory, config.model.allow_pickle)
-    if headers:
-        check_shapes(model, {name: header.shape for name, header in headers.items()}, directory)
-    stored = _stored_dtype(headers, values)
+    stored = _stored(source, directory, model, config, values)
     sizes = open_blocks(adapter, settings)
     even = settings.model_copy(update={"allocation": "uniform"}) if settings.allocation == "global" else settings
     choices = candidates(sizes, even)
@@ -90,15 +86,10 @@ def inspect_masking(source: str | Path, config: Config) -> dict:
     Raises:
         UserError: a checkpoint or configuration that the run would refuse too.
     """
-    directory, family, model_config, values = load_config(source, config.model.mask_id)
-    with torch.device("meta"):
-        model = family.model_class(model_config)
+    directory, family, model, values = _ghost(source, config)
     adapter = Adapter(model)
     base, arm = check_mask_request(model, config)
-    headers = stored_headers(source, directory, config.model.allow_pickle)
-    if headers:
-        check_shapes(model, {name: header.shape for name, header in headers.items()}, directory)
-    stored = _stored_dtype(headers, values)
+    stored = _stored(source, directory, model, config, values)
     check_length(model, config, reads_text(config, arm))
     kinds = {role: sum(block[role].weight.numel() for block in adapter.blocks) for role in adapter.blocks[0].names}
     ratio = removed_ratio(config)
@@ -111,20 +102,20 @@ def inspect_masking(source: str | Path, config: Config) -> dict:
         "ratio": ratio,
         "pattern": config.masking.nm if config.method == "nm" else None,
         "rest": f", {config.masking.order}" * (arm is not None) + f", {config.masking.allocation} allocation",
-        "refit_operations": refit_operations(adapter, ratio) if config.reconstruct.enabled else 0,
+        "refit_operations": refit_operations(adapter) if config.reconstruct.enabled else 0,
         "parameters": model.num_parameters(),
         "projections": {role: {"weights": count, "zero": round(count * ratio)} for role, count in kinds.items()},
         "stored_dtype": str(stored).removeprefix("torch."),
         "bytes": model.num_parameters() * stored.itemsize,
         "mask_bytes": sum(kinds.values()) // 8,
-        "memory": predicted_mask_peak(adapter, config, stored, ratio),
+        "memory": predicted_mask_peak(adapter, config, stored),
     }
 
 
-def refit_operations(adapter: Adapter, ratio: float) -> float:
-    """Floating-point operations of a refit under masks: a Cholesky factorisation, K³ / 3, for every output row."""
+def refit_operations(adapter: Adapter) -> float:
+    """Floating-point operations of a refit under masks at most: `STEPS` products of every matrix with a Gram matrix."""
     shapes = [block[role].weight.shape for block in adapter.blocks for role in block.names]
-    return sum(rows * (columns * (1 - ratio)) ** 3 / 3 for rows, columns in shapes)
+    return sum(2.0 * STEPS * rows * columns**2 for rows, columns in shapes)
 
 
 def _shown(settings: StructuredSettings, sizes: list[BlockSize], choices: dict[int, Counts]) -> int:
@@ -155,12 +146,21 @@ def pruned_ghost(model: DiffusionLM, adapter: Adapter, counts: Counts, form: str
         return family.model_class(family.config_class(**set_widths(model.config.to_dict(), family, left)))
 
 
-def _stored_dtype(headers: dict[str, TensorHeader], values: dict) -> torch.dtype:
-    """The weights' dtype from headers where there are any, else from config.json."""
+def _ghost(source: str | Path, config: Config):
+    """A checkpoint without its weights: directory, family, model on the meta device, config.json's contents."""
+    directory, family, model_config, values = load_config(source, config.model.mask_id)
+    with torch.device("meta"):
+        return directory, family, family.model_class(model_config), values
+
+
+def _stored(source: str | Path, directory: Path, model: DiffusionLM, config: Config, values: dict) -> torch.dtype:
+    """The weights' dtype, from headers where there are any, which are checked against the model; else config.json's."""
+    headers = stored_headers(source, directory, config.model.allow_pickle)
+    if not headers:
+        return as_dtype(str(values.get("torch_dtype") or values.get("dtype") or "bfloat16").removeprefix("torch."))
+    check_shapes(model, {name: header.shape for name, header in headers.items()}, directory)
     kinds = [DTYPES.get(header.dtype, torch.float32) for header in headers.values()]
-    if kinds:
-        return max(kinds, key=kinds.count)
-    return as_dtype(str(values.get("torch_dtype") or values.get("dtype") or "bfloat16").removeprefix("torch."))
+    return max(kinds, key=kinds.count)
 
 
 def _projections(adapter: Adapter) -> int:

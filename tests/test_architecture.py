@@ -28,6 +28,7 @@ BASE = ("errors", "config", "effects", "assets")  # what every stage may use
 DRIVERS = (
     "pipeline",
     "mask_pipeline",
+    "mask_request",
     "inspect",
     "demo",
     "runs",

@@ -216,9 +216,10 @@ def test_inspect_of_the_true_shapes(family, tmp_path, capsys):
     assert memory["statistics (sparsegpt)"] == 4 * sum(width**2 for width in inputs)
     assert memory["peak host"] > sum(size for part, size in memory.items() if part != "peak host")
     less = inspected(capsys, directory, "--method", "nm", *cpu, *sets("memory.budget_gb=1"))["memory"]
-    assert memory["peak host"] - less["peak host"] == 14e9
+    assert memory["weights before the refit"] == 8e9 and memory["packed masks"] == projections // 8
+    assert memory["peak host"] - less["peak host"] == 21e9  # and the weights before the refit
     plain = inspected(capsys, directory, "--method", "nm", *cpu, *sets("reconstruct.enabled=false"))["memory"]
-    assert plain["refit"] == 0 and plain["hidden states"] == 8e9
+    assert plain["refit"] == plain["weights before the refit"] == 0 and plain["hidden states"] == 8e9
     bare = inspected(capsys, directory, "--method", "unstructured", "--ratio", "0.25", *cpu, *NO_TEXT)
     assert bare["arm"] is None and bare["pattern"] is None
     assert bare["projections"]["up"]["zero"] * 4 == bare["projections"]["up"]["weights"]

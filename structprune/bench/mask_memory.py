@@ -4,7 +4,6 @@ import torch
 
 from structprune.bench.memory import LARGEST_SHARD, RUNTIME_BYTES, live_features
 from structprune.config import Config
-from structprune.masking.refit import SOLVE_BYTES
 from structprune.masking.rows import reads_text, walked
 from structprune.masking.table import SCORES, resolve_score
 from structprune.models.adapter import READERS, Adapter
@@ -12,22 +11,22 @@ from structprune.models.loading import as_dtype
 from structprune.statistics.rows import needs_sinks
 
 
-def predicted_mask_peak(adapter: Adapter, config: Config, stored: torch.dtype, ratio: float) -> dict[str, int]:
+def predicted_mask_peak(adapter: Adapter, config: Config, stored: torch.dtype) -> dict[str, int]:
     """Predicted peak memory of an unstructured or N:M run, in bytes, by part and in total.
 
     Args:
         adapter: of the model on the meta device.
         stored: dtype of the checkpoint's weights.
-        ratio: the share that goes.
     Returns:
-        Named parts, "peak host" over them, and with an accelerator "peak device". Hidden states beyond
-        `memory.budget_gb` are in files and held inputs beyond it are computed again, so both are capped.
+        Named parts, "peak host" over them, and with an accelerator "peak device". Hidden states and weights beyond
+        `memory.budget_gb` are in files and held inputs beyond it are computed again, so all are capped.
     """
     base, arm = resolve_score(config.masking.score, config.masking.arm)
     device = config.model.device or ("cuda" if torch.cuda.is_available() else "cpu")
     accelerator, offload = device != "cpu", config.memory.offload
     dtype = as_dtype(config.model.dtype) or (stored if accelerator else torch.float32)
-    weights = adapter.model.num_parameters() * dtype.itemsize
+    weights, budget = adapter.model.num_parameters() * dtype.itemsize, int(config.memory.budget_gb * 1e9)
+    projections = sum(block[role].weight.numel() for block in adapter.blocks for role in block.names)
     sequence = config.calibration.length * dtype.itemsize  # bytes of one feature
     reads = reads_text(config, arm)
     stores = [count * sequence * adapter.hidden_size for count in _stored_sequences(config, base, arm)]
@@ -35,17 +34,20 @@ def predicted_mask_peak(adapter: Adapter, config: Config, stored: torch.dtype, r
         "weights": weights,
         "activations of one batch": config.calibration.batch * sequence * live_features(adapter) if reads else 0,
         f"statistics ({config.masking.score})": _statistics_bytes(adapter, config, base, arm, sequence),
-        "one block's masks": _mask_bytes(adapter, base),
-        "refit": _refit_bytes(adapter, ratio) if config.reconstruct.enabled else 0,
-        "hidden states": sum(min(size, int(config.memory.budget_gb * 1e9)) for size in stores),
+        "one block's masks": _mask_bytes(adapter, base, dtype.itemsize),
+        "refit": _refit_bytes(adapter) if config.reconstruct.enabled else 0,
+        "hidden states": sum(min(size, budget) for size in stores),
+        "weights before the refit": min(projections * dtype.itemsize, budget) if config.reconstruct.enabled else 0,
+        "packed masks": projections // 8,
     }
     working = sum(list(parts.values())[1:5])
+    stored_aside = sum(list(parts.values())[5:])
     shard = min(adapter.model.num_parameters() * stored.itemsize, LARGEST_SHARD)
     if not accelerator:
-        parts["peak host"] = max(weights + shard, weights + parts["hidden states"] + working) + RUNTIME_BYTES
+        parts["peak host"] = weights + max(shard, stored_aside + working) + RUNTIME_BYTES
         return parts
     layer = max(p.numel() for p in adapter.model.parameters()) * dtype.itemsize
-    parts["peak host"] = max(shard, parts["hidden states"]) + (weights if offload else 0) + RUNTIME_BYTES
+    parts["peak host"] = max(shard, stored_aside) + (weights if offload else 0) + RUNTIME_BYTES
     parts["peak device"] = (layer if offload else weights) + working
     return parts
 
@@ -85,19 +87,17 @@ def _statistics_bytes(adapter: Adapter, config: Config, base: str, arm: str | No
     return held if late and held <= config.memory.budget_gb * 1e9 else 0
 
 
-def _mask_bytes(adapter: Adapter, base: str) -> int:
-    """New weights and masks of one block in fp32, scores or errors of its largest input, and four factors' worth."""
+def _mask_bytes(adapter: Adapter, base: str, itemsize: int) -> int:
+    """A block's new weights, those and masks of its largest input in fp32, their scores or errors, and four factors."""
     block = max(adapter.blocks, key=lambda each: sum(each[role].weight.numel() for role in each.names))
     numbers = sum(block[role].weight.numel() for role in block.names)
     largest = max(sum(block[role].weight.numel() for role in roles) for roles in READERS.values())
     factor = 16 * max(map(max, _widths(adapter))) ** 2 if base == "sparsegpt" else 0
-    return 5 * numbers + 16 * largest + factor
+    return itemsize * numbers + 21 * largest + factor
 
 
-def _refit_bytes(adapter: Adapter, ratio: float) -> int:
-    """fp32 products of fit and held-out rows of one block, fp64 copies of the widest input's, and rows' systems."""
-    products = max(16 * sum(width * width for width in block) for block in _widths(adapter))
+def _refit_bytes(adapter: Adapter) -> int:
+    """fp32 products of fit and held-out rows of the widest input, fp64 copies of them, and a matrix's rows."""
     widest = max(map(max, _widths(adapter)))
     largest = max(block[role].weight.numel() for block in adapter.blocks for role in block.names)
-    systems = max(SOLVE_BYTES, int(8 * (widest * (1 - ratio)) ** 2))  # at least one row's
-    return products + 24 * widest * widest + 40 * largest + 3 * systems
+    return 44 * widest * widest + 72 * largest

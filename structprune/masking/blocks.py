@@ -8,10 +8,10 @@ from structprune.config import MaskingSettings, ReconstructSettings
 from structprune.errors import UserError
 from structprune.masking.magnitude import magnitude_scores
 from structprune.masking.patterns import group_mask, pooled_mask, row_mask
+from structprune.masking.products import InputProducts
 from structprune.masking.refit import choose_refit
 from structprune.masking.ria import ria_scores
 from structprune.masking.sparsegpt import factorise, sparsegpt
-from structprune.masking.walk import BlockStatistics
 from structprune.masking.wanda import wanda_scores
 from structprune.models.adapter import READERS, BlockView
 from structprune.structured.reconstruct import LayerFit, output_error
@@ -87,24 +87,26 @@ def mask_block(
     return found, factored
 
 
-def refit_block(
-    block: BlockView, masked: dict[str, Masked], statistics: BlockStatistics, settings: ReconstructSettings
+def refit_linears(
+    block: BlockView,
+    masked: dict[str, Masked],
+    products: tuple[InputProducts, InputProducts],
+    settings: ReconstructSettings,
 ) -> tuple[dict[str, Masked], list[LayerFit]]:
-    """The masked weights refitted under their masks, each with the damping held-out rows chose.
+    """The masked weights of linears with one input refitted under their masks, at the damping held-out rows chose.
 
     Args:
-        block: its linears of `masked` are dense still, and make the outputs aimed at.
+        block: dense still; its linears make the outputs aimed at.
         masked: of `mask_block`.
+        products: over the rows of the refit and over held-out ones.
     """
     found, fits = {}, []
-    for name, roles in READERS.items():
-        for role in (role for role in roles if role in masked):
-            weight, kept = masked[role][0].double(), masked[role][1]  # (O, C)
-            fit, check = statistics.products(block, name, role)
-            moved, damping, gain = choose_refit(weight, kept, fit, check, settings.damping)
-            plain = output_error(weight, check.wanted, check.gram) + check.power
-            found[role] = (moved.float(), kept)
-            fits.append(LayerFit(block.index, role, damping, (plain + gain) / plain if plain > 0 else 1.0))
+    for role, (weight, kept) in masked.items():  # (O, C) each
+        fit, check = (each.of(role, block[role].weight) for each in products)
+        moved, damping, gain = choose_refit(weight.double(), kept, fit, check, settings.damping)
+        plain = output_error(weight.double(), check.wanted, check.gram) + check.power
+        found[role] = (moved.float(), kept)
+        fits.append(LayerFit(block.index, role, damping, (plain + gain) / plain if plain > 0 else 1.0))
     return found, fits
 
 

@@ -1,20 +1,30 @@
-"""Closed-form refit of the kept weights on a fixed mask, in delta form (METHODS.md section 5, row by row).
+"""Refit of the kept weights on a fixed mask, in delta form (METHODS.md section 5, row by row).
 
-Every output keeps other inputs, so every row has a system of its own. Shapes: O outputs, C inputs, K kept ones.
+Every output keeps other inputs, so every row has a system of its own; conjugate gradients solve all of them at once by
+products with the one Gram matrix that they are parts of, where factorising each would take C³ operations a row.
+Shapes: O outputs, C inputs, K kept ones.
 """
 
 import torch
 
 from structprune.structured.reconstruct import NEVER, Products, output_error
 
-SOLVE_BYTES = 256 * 2**20  # of the rows' systems that are solved at once
 SAMPLE = 32  # rows on which the damping is chosen
 NOISE = 1e-7  # gains that products summed in fp32 cannot tell, relative to the power of the output
+STEPS = 200  # of conjugate gradients at most; whatever is reached by then is nearer to the minimum than where it began
+TOLERANCE = 1e-3  # of every row's residual, relative to where it began
+EVERY = 5  # steps between looks at the residuals, which make an accelerator wait
 
 
 def refit_rows(
-    weight: torch.Tensor, kept: torch.Tensor, wanted: torch.Tensor, gram: torch.Tensor, damping: float
-) -> torch.Tensor | None:
+    weight: torch.Tensor,
+    kept: torch.Tensor,
+    wanted: torch.Tensor,
+    gram: torch.Tensor,
+    damping: float,
+    tolerance: float = TOLERANCE,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
     """W_new = W + (W·C - W·G)_K (G_KK + λI)⁻¹ on every row's kept inputs K, the minimiser under the mask of
     ‖W_new X̂ᵀ - W_dense Xᵀ‖² + λ‖W_new - W‖².
 
@@ -22,50 +32,52 @@ def refit_rows(
         weight: (O, C) fp64, zero where `kept` (O, C) bool is false.
         wanted: (O, C) W_dense XᵀX̂. gram: (C, C) X̂ᵀX̂.
         damping: λ relative to the mean diagonal of the row's G_KK; infinity returns `weight`.
+        tolerance: of what is left of (W·C - W·G)_K. dtype: of the steps.
     Returns:
-        (O, C), or None where a row's system is not positive definite.
+        (O, C) fp64.
     """
     if damping == NEVER:
         return weight
-    residual = wanted - weight @ gram  # (O, C)
-    power = gram.diagonal()  # (C,)
-    counts = kept.sum(1)  # (O,)
-    order = torch.argsort(counts)  # rows with about as many kept inputs are solved together
-    moved = weight.clone()  # (O, C)
-    start = 0
-    while start < len(order):
-        rows = _fitting(order[start:], counts, gram.element_size())  # (B,)
-        start += len(rows)
-        width = int(counts[rows[-1]])
-        if width == 0:
-            continue
-        columns, real = _indices(kept[rows], width)  # (B, K), (B, K)
-        system = gram[columns[:, :, None], columns[:, None, :]]  # (B, K, K)
-        pairs = real[:, :, None] & real[:, None, :]  # (B, K, K)
-        system.mul_(pairs)
-        ridge = (
-            damping * (power[columns] * real).sum(1, keepdim=True) / real.sum(1, keepdim=True).clamp(min=1)
-        )  # (B, 1)
-        system.diagonal(dim1=1, dim2=2).add_(torch.where(real, ridge, 1.0))  # what is no input solves to 0
-        factor, failed = torch.linalg.cholesky_ex(system)  # (B, K, K)
-        if failed.any():
-            return None
-        right = residual[rows].gather(1, columns) * real  # (B, K)
-        step = torch.cholesky_solve(right[..., None], factor)[..., 0] * real  # (B, K)
-        moved[rows] = moved[rows].scatter_add(1, columns, step)  # (B, C)
-    return moved
+    unit = gram.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)  # (), so that fp32 has range to spare
+    power = gram.diagonal() / unit  # (C,)
+    ridge = damping * (power * kept).sum(1, keepdim=True) / kept.sum(1, keepdim=True).clamp(min=1)  # (O, 1)
+    residual = (wanted - weight @ gram) / unit * kept  # (O, C)
+    size = residual.norm(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)  # (O, 1)
+    right, system = (residual / size).to(dtype), (gram / unit).to(dtype)  # (O, C), (C, C)
+    step = conjugate_gradients(system, right, kept, ridge.to(dtype), tolerance)  # (O, C)
+    return weight + step.double() * size
 
 
-def _fitting(order: torch.Tensor, counts: torch.Tensor, size: int) -> torch.Tensor:
-    """As many of the rows left, which are sorted by K, as `SOLVE_BYTES` hold: at least one."""
-    systems = torch.arange(1, len(order) + 1, device=order.device) * counts[order].double() ** 2 * size  # (R,) bytes
-    return order[: max(1, int((systems <= SOLVE_BYTES).sum()))]
+def conjugate_gradients(
+    gram: torch.Tensor, right: torch.Tensor, kept: torch.Tensor, ridge: torch.Tensor, tolerance: float
+) -> torch.Tensor:
+    """Rows x with (G_KK + λI) x_K = b_K and 0 elsewhere, by conjugate gradients preconditioned with the diagonal.
 
-
-def _indices(kept: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Column indices of the kept inputs, filled up to `width`: (B, C) bool -> (B, K) int64 and which are real."""
-    columns = torch.argsort(kept.byte(), dim=1, descending=True, stable=True)[:, :width]  # (B, K)
-    return columns, kept.gather(1, columns)
+    Args:
+        gram: (C, C) G. right: (O, C) b, of norm 1 or 0 in every row. kept: (O, C) bool. ridge: (O, 1) λ.
+        tolerance: of every row's ‖b - (G_KK + λI) x‖.
+    Returns:
+        (O, C); a row where G + λI is not positive definite stays where that showed.
+    """
+    inside = kept.to(gram.dtype)  # (O, C)
+    diagonal = gram.diagonal() + ridge  # (O, C)
+    scale = inside / torch.where(diagonal > 0, diagonal, 1.0)  # (O, C)
+    x, left = torch.zeros_like(right), right.clone()  # (O, C) each
+    direction = scale * left  # (O, C)
+    slope = (left * direction).sum(1, keepdim=True)  # (O, 1)
+    for count in range(STEPS):
+        image = inside * (direction @ gram) + ridge * direction  # (O, C)
+        curve = (direction * image).sum(1, keepdim=True)  # (O, 1)
+        goes = curve > 0  # (O, 1)
+        length = torch.where(goes, slope / curve, 0.0)  # (O, 1)
+        x += length * direction
+        left -= length * image
+        if count % EVERY == EVERY - 1 and left.norm(dim=1).max() <= tolerance:
+            break
+        scaled = scale * left  # (O, C)
+        before, slope = slope, (left * scaled).sum(1, keepdim=True)  # (O, 1)
+        direction = torch.where(goes, scaled + slope / before * direction, 0.0)  # (O, C)
+    return x
 
 
 def choose_refit(
@@ -84,14 +96,9 @@ def choose_refit(
     plain = output_error(weight[some], check.wanted[some], check.gram)
     for damping in sorted(candidates):
         tried = refit_rows(weight[some], kept[some], fit.wanted[some], fit.gram, damping)  # (s, C)
-        if tried is None:
-            continue
         found = output_error(tried, check.wanted[some], check.gram) - plain
         if found < gain:
             best, gain = damping, found
-    for best in sorted(damping for damping in (*candidates, NEVER) if damping >= best):
-        moved = refit_rows(weight, kept, fit.wanted, fit.gram, best)  # (O, C)
-        if moved is not None:  # a row that was not tried may need more damping
-            break
+    moved = refit_rows(weight, kept, fit.wanted, fit.gram, best)  # (O, C)
     whole = output_error(moved, check.wanted, check.gram) - output_error(weight, check.wanted, check.gram)
     return (moved, best, whole) if whole < -NOISE * check.power else (weight, NEVER, 0.0)

@@ -1,19 +1,19 @@
-"""A model walked block by block over stores of hidden states: measure a still-dense block, then move on through it.
+"""A model walked block by block over stores of hidden states, beside its dense original.
 
-Two streams at most: `prefix`, what the masked blocks before hand on, and `dense`, what the dense model hands on. One
-block's statistics are in memory at a time.
+Two streams at most: `prefix`, what the masked model hands on, and `dense`, what the dense model hands on. Scores look
+at a block that is dense still; the refit of a linear looks at what the linears before it in the block make of their
+inputs with the weights they have now. One block's statistics are in memory at a time.
 """
 
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
+from structprune.masking.products import InputProducts, RowSums
 from structprune.models.adapter import READERS, Adapter, BlockView
-from structprune.statistics.activations import add_gram, add_products, mirror
+from structprune.statistics.activations import add_gram, mirror, relative_weight
 from structprune.statistics.hidden import HiddenStates
-from structprune.statistics.inputs import InputNorms, Inputs, block_inputs
-from structprune.structured.reconstruct import Products
+from structprune.statistics.inputs import STREAM, InputNorms, Inputs, block_inputs, read_input
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Wanted:
         score: rows of the score, and `norms` ("joint", "summed") or None for Grams; None where nothing is scored.
         score_relative, fit_relative: divide row weights by the RMS of the stream an output is added to.
         on_dense: the score looks at the dense stream (one-shot).
-        fit, check: rows of the refit and its held-out rows; None without a refit.
+        fit, check: rows of the refit and its held-out rows, none in both; None without a refit.
         target_dense: the refit aims at the dense model's outputs, not at the layer's.
     """
 
@@ -56,148 +56,151 @@ class Wanted:
     fit_relative: bool = True
     target_dense: bool = True
 
-
-@dataclass(frozen=True)
-class BlockStatistics:
-    """Everything a block was measured for, as plain tensors.
-
-    Attributes:
-        score: input -> norms (C,) or Gram (C, C).
-        fit, check: input -> G = X̂ᵀX̂ and C = XᵀX̂, fp32 (C, C) each; empty without a refit.
-        power: role -> ‖W Xᵀ‖² over the held-out rows.
-    """
-
-    score: dict[str, torch.Tensor]
-    fit: dict[str, tuple[torch.Tensor, torch.Tensor]]
-    check: dict[str, tuple[torch.Tensor, torch.Tensor]]
-    power: dict[str, float]
-
-    def products(self, block: BlockView, name: str, role: str) -> tuple[Products, Products]:
-        """What the refit of a role that reads `name` needs of fit and held-out rows, fp64; the block is dense still."""
-        found = []
-        for gram, cross in (self.fit[name], self.check[name]):
-            weight = block[role].weight.detach().to(gram.device).double()  # (O, C)
-            found.append(Products(gram.double(), weight @ cross.double(), self.power[role]))
-        return tuple(found)
-
-
-class _Products:
-    """Sums of one refit purpose over a block: X̂ᵀX̂ and XᵀX̂ of every input, ‖W Xᵀ‖² of every role if asked for."""
-
-    def __init__(self, block: BlockView, device: torch.device, cross: bool, power: bool):
-        sizes = {name: block[roles[0]].in_features for name, roles in READERS.items()}
-        self._block = block
-        self.power = {role: 0.0 for roles in READERS.values() for role in roles} if power else None
-        self._gram = {name: torch.zeros(size, size, device=device) for name, size in sizes.items()}  # (C, C)
-        self._cross = {name: torch.zeros_like(gram) for name, gram in self._gram.items()} if cross else self._gram
-
-    def add(self, hat: Inputs, dense: Inputs, weight: torch.Tensor | None, relative: bool) -> None:
-        for name, roles in READERS.items():
-            omega = hat.weight(name, weight, relative)  # (b, T)
-            add_gram(self._gram[name], hat.read[name], omega)
-            if self._cross is not self._gram:
-                add_products(self._cross[name], dense.read[name], hat.read[name], omega)
-            if self.power is not None:
-                for role in roles:
-                    output = F.linear(dense.read[name], self._block[role].weight.to(dense.read[name].device)).float()
-                    output = output if omega is None else output * omega[..., None]  # (b, T, O)
-                    self.power[role] += float(output.pow(2).sum())
-
-    def finish(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """Input -> G and C."""
-        grams = {name: mirror(gram) for name, gram in self._gram.items()}
-        return {name: (gram, self._cross[name]) for name, gram in grams.items()}
+    @property
+    def purposes(self) -> list[Use]:
+        """Rows of the refit."""
+        return [use for use in (self.fit, self.check) if use is not None]
 
 
 class Walk:
-    """The streams of one run. For every block in order: `measure`, change its weights, `advance`.
+    """The streams of one run. For every block in order: `measure`; for every input in the order of `READERS`, with a
+    refit, `products`, then put the new weights of what reads it in place; `advance`.
 
     Args:
+        dense: of the dense model, whose blocks stay as they are until `advance` has left them.
+        adapter: of the model that is masked, block by block.
         batch: sequences in a forward pass.
         budget: bytes of hidden states to hold in memory; beyond it they are in a file.
     """
 
-    def __init__(self, adapter: Adapter, wanted: Wanted, batch: int, budget: int):
-        self._adapter, self._wanted, self._batch = adapter, wanted, batch
-        uses = [use for use in (wanted.score, wanted.fit, wanted.check) if use is not None]
+    def __init__(self, dense: Adapter, adapter: Adapter, wanted: Wanted, batch: int, budget: int):
+        self._original, self._adapter, self._wanted, self._batch = dense, adapter, wanted, batch
+        scored = [wanted.score] if wanted.score is not None else []
+        uses = scored + wanted.purposes
         self._edges = sorted({edge for use in uses for edge in (use.rows.start, use.rows.stop)})
-        refit = [use.rows.start for use in (wanted.fit, wanted.check) if use is not None]
-        prefix = refit + ([wanted.score.rows.start] if wanted.score is not None and not wanted.on_dense else [])
-        dense = (refit if wanted.target_dense else []) + ([wanted.score.rows.start] if wanted.on_dense else [])
+        prefix = wanted.purposes + ([] if wanted.on_dense else scored)
+        aimed = (wanted.purposes if wanted.target_dense else []) + (scored if wanted.on_dense else [])
         self._prefix = _Stream.of(adapter, wanted.ids, prefix, batch, budget)
-        self._dense = _Stream.of(adapter, wanted.ids, dense, batch, budget)
+        self._dense = _Stream.of(dense, wanted.ids, aimed, batch, budget)
 
-    def _slices(self):
+    def _slices(self, use: Use | None = None):
+        """Batches of rows: all, or those of one use; none is in two uses by a part only."""
         for start, stop in zip(self._edges, self._edges[1:]):
-            for first in range(start, stop, self._batch):
-                yield slice(first, min(first + self._batch, stop))
+            if use is None or use.covers(slice(start, stop)):
+                for first in range(start, stop, self._batch):
+                    yield slice(first, min(first + self._batch, stop))
+
+    def _refitted(self, rows: slice) -> bool:
+        return any(use.covers(rows) for use in self._wanted.purposes)
+
+    def _last(self, index: int) -> bool:
+        return index == len(self._adapter.blocks) - 1
 
     @torch.inference_mode()
-    def measure(self, block: BlockView) -> BlockStatistics:
-        """Statistics of a block that is dense still; the dense stream moves on through it."""
+    def measure(self, index: int) -> dict[str, torch.Tensor]:
+        """Statistics of the score: input -> norms (C,) or Gram (C, C), of a block that is dense still; empty where
+        nothing is scored."""
         wanted, device = self._wanted, self._adapter.device
+        if wanted.score is None:
+            return {}
+        stream = self._dense if wanted.on_dense else self._prefix
         norms = InputNorms(wanted.norms == "summed") if wanted.norms else None
         grams: dict[str, torch.Tensor] = {}
-        more = block.index < len(self._adapter.blocks) - 1
-        purposes = [use for use in (wanted.fit, wanted.check) if use is not None]
-        sums = [_Products(block, device, wanted.target_dense, use is wanted.check) for use in purposes]
-        for rows in self._slices():
-            scored = wanted.score is not None and wanted.score.covers(rows)
-            fitted = any(use.covers(rows) for use in purposes)
-            hat = self._prefix.inputs(block, rows) if fitted or (scored and not wanted.on_dense) else None
-            aimed = fitted and wanted.target_dense
-            dense = self._dense.inputs(block, rows, move=more) if aimed or (scored and wanted.on_dense) else None
-            if scored:
-                seen = dense if wanted.on_dense else hat
-                weight = wanted.score.part(rows, device)  # (b, T)
-                for name, x in seen.read.items():
-                    omega = seen.weight(name, weight, wanted.score_relative)  # (b, T)
-                    if norms:
-                        norms.add(name, x, omega)
-                    else:
-                        size = x.shape[-1]
-                        add_gram(grams.setdefault(name, torch.zeros(size, size, device=device)), x, omega)
-            for use, total in zip(purposes, sums):
-                if use.covers(rows):
-                    total.add(hat, dense if wanted.target_dense else hat, use.part(rows, device), wanted.fit_relative)
-        score = norms.norms if norms else {name: mirror(gram) for name, gram in grams.items()}
-        if not sums:
-            return BlockStatistics(score, {}, {}, {})
-        return BlockStatistics(score, *(total.finish() for total in sums), sums[-1].power)
+        for rows in self._slices(wanted.score):
+            # a dense stream that no refit looks at moves on with the pass that is made anyway
+            move = wanted.on_dense and not self._last(index) and not (wanted.target_dense and self._refitted(rows))
+            seen = stream.inputs(self._original.blocks[index], rows, move)
+            weight = wanted.score.part(rows, device)  # (b, T)
+            for name, x in seen.read.items():
+                omega = seen.weight(name, weight, wanted.score_relative)  # (b, T)
+                if norms:
+                    norms.add(name, x, omega)
+                else:
+                    size = x.shape[-1]
+                    add_gram(grams.setdefault(name, torch.zeros(size, size, device=device)), x, omega)
+        return norms.norms if norms else {name: mirror(gram) for name, gram in grams.items()}
 
     @torch.inference_mode()
-    def advance(self, block: BlockView) -> None:
+    def products(self, index: int, name: str) -> tuple[InputProducts, InputProducts]:
+        """What the refit of the linears that read an input needs, over its rows and over the held-out ones.
+
+        The linears of the block before them have their new weights. The streams move along: `mlp_input` takes the
+        prefix behind attention, `mixed` and `activated` take the dense stream behind attention and behind the block.
+        """
+        wanted, block, dense = self._wanted, self._adapter.blocks[index], self._original.blocks[index]
+        linears = {role: dense[role] for role in READERS[name]}
+        found = []
+        for use in (wanted.fit, wanted.check):
+            sums = RowSums(linears, self._adapter.device, wanted.target_dense, use is wanted.check)
+            for rows in self._slices(use):
+                x = self._prefix.behind_attention(block, rows) if name == "mlp_input" else self._prefix.read(rows)
+                omega = use.part(rows, self._adapter.device)  # (b, T)
+                omega = relative_weight(x, omega) if wanted.fit_relative and name in STREAM else omega  # (b, T)
+                hat = read_input(block, name, x, self._prefix.rotary)  # (b, T, C)
+                aim = self._dense.step(dense, name, rows) if wanted.target_dense else None  # (b, T, C)
+                sums.add(hat, aim, omega)
+            found.append(sums.finish())
+        return tuple(found)
+
+    @torch.inference_mode()
+    def advance(self, index: int) -> None:
         """Move the prefix stream on through a block, with the weights it has now; behind the last nobody reads it."""
-        if self._prefix and block.index < len(self._adapter.blocks) - 1:
-            for rows in self._slices():
-                self._prefix.move(block, rows)
+        if self._prefix is None or self._last(index):
+            return
+        block = self._adapter.blocks[index]
+        for rows in self._slices():
+            self._prefix.leave(block, rows, self._refitted(rows))
 
 
 class _Stream:
-    """Hidden states of the sequences from `first` on."""
+    """Hidden states of the sequences from `first` on, before a block or within it."""
 
     def __init__(self, adapter: Adapter, ids: torch.Tensor, first: int, batch: int, budget: int):
         self._first = first
         self._states = HiddenStates(adapter, ids[first:], batch, budget)
+        self.rotary = self._states.rotary
 
     @classmethod
-    def of(cls, adapter: Adapter, ids: torch.Tensor, starts: list[int], batch: int, budget: int) -> "_Stream | None":
-        """A stream of all sequences from the first of `starts` on; None where there are none."""
-        return cls(adapter, ids, min(starts), batch, budget) if starts else None
+    def of(cls, adapter: Adapter, ids: torch.Tensor, uses: list[Use], batch: int, budget: int) -> "_Stream | None":
+        """A stream of all sequences from the first that a use looks at; None where none does."""
+        return cls(adapter, ids, min(use.rows.start for use in uses), batch, budget) if uses else None
 
-    def _own(self, rows: slice) -> slice | None:
-        return slice(rows.start - self._first, rows.stop - self._first) if rows.start >= self._first else None
+    def _own(self, rows: slice) -> slice:
+        return slice(rows.start - self._first, rows.stop - self._first)
+
+    def read(self, rows: slice) -> torch.Tensor:
+        """(b, T, C); on CPU the store itself, which `_write` changes."""
+        return self._states.read(self._own(rows))
+
+    def _write(self, rows: slice, states: torch.Tensor) -> None:
+        self._states.write(self._own(rows), states)
 
     def inputs(self, block: BlockView, rows: slice, move: bool = False) -> Inputs:
         """What the block's linears read; with `move` the stream is the block's output afterwards."""
-        own = self._own(rows)
-        states = self._states.read(own)  # (b, T, C); on CPU the store itself, which a move writes to
-        found = block_inputs(block, states.clone() if move else states, self._states.rotary)
+        states = self.read(rows)  # (b, T, C)
+        found = block_inputs(block, states.clone() if move else states, self.rotary)
         if move:
-            self._states.write(own, found.stream["activated"] + block["down"](found.read["activated"]))
+            self._write(rows, found.stream["activated"] + block["down"](found.read["activated"]))
         return found
 
-    def move(self, block: BlockView, rows: slice) -> None:
-        own = self._own(rows)
-        if own is not None:
-            self._states.write(own, block.module(self._states.read(own), self._states.rotary))
+    def behind_attention(self, block: BlockView, rows: slice) -> torch.Tensor:
+        """The stream between a block's halves (b, T, C), which is kept instead of the one before the block."""
+        x = self.read(rows)  # (b, T, C)
+        x = x + block["attention_output"](block.module.mix(x, self.rotary))  # (b, T, C)
+        self._write(rows, x)
+        return x
+
+    def step(self, block: BlockView, name: str, rows: slice) -> torch.Tensor:
+        """What the linears of an input read (b, T, C); those that add to the stream do so."""
+        x = self.read(rows)  # (b, T, C)
+        read = read_input(block, name, x, self.rotary)  # (b, T, C)
+        if name in STREAM:
+            self._write(rows, x + block[READERS[name][0]](read))
+        return read
+
+    def leave(self, block: BlockView, rows: slice, half: bool) -> None:
+        """Take rows behind a block: the whole of it, or its second half where they are behind the first."""
+        if rows.start < self._first:
+            return
+        x = self.read(rows)  # (b, T, C)
+        self._write(rows, x + block["down"](block.module.activate(x)) if half else block.module(x, self.rotary))

@@ -74,6 +74,8 @@ def mask_table(report: dict) -> Table:
         changed = sum(fit["damping"] is not None for fit in fits)
         error = sum(fit["error"] for fit in fits) / len(fits)
         lines.append(f"refit: {changed} of {len(fits)} matrices changed, held-out output error x {error:.2f}")
+        if report["held_out_nelbo"]["kept"] != "refit":
+            lines.append("... which was no gain for the whole model on held-out text: left out")
     if nelbo := report["held_out_nelbo"]:
         error = f"{nelbo['loss']['mean']:+.4f} ± {nelbo['loss']['standard_error']:.4f}"
         shown = f"{nelbo['dense']:.4f} → {nelbo['masked']:.4f} ({error})"
@@ -121,7 +123,7 @@ def mask_inspect_tables(found: dict) -> list[Table]:
         f"and masks.safetensors {gigabytes(found['mask_bytes'])}"
     )
     if found["refit_operations"]:
-        totals.caption += f"\nrefit: about {found['refit_operations']:.0e} fp64 operations"
+        totals.caption += f"\nrefit: at most {found['refit_operations']:.0e} fp32 operations"
     return [totals, _memory_table(found["memory"])]
 
 

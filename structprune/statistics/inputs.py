@@ -37,6 +37,15 @@ def block_inputs(block: BlockView, x: torch.Tensor, rotary) -> Inputs:
     return _behind_attention(block, x, mixed, seen["attention_input"])
 
 
+def read_input(block: BlockView, name: str, x: torch.Tensor, rotary) -> torch.Tensor:
+    """What the linears of one input read, (b, T, .), from the stream before the half of the block they are in."""
+    if name == "mixed":
+        return block.module.mix(x, rotary)
+    if name == "activated":
+        return block.module.activate(x)
+    return block.module.part("attention_norm" if name == "attention_input" else "mlp_norm")(x)
+
+
 def inputs_of_rows(block: BlockView, x: torch.Tensor, mixed: torch.Tensor) -> Inputs:
     """`block_inputs` for some rows (b, r, C), from what attention gave them (b, r, H*D): the rest is row by row."""
     return _behind_attention(block, x, mixed, block.module.part("attention_norm")(x))

@@ -5,11 +5,11 @@ import torch
 
 from structprune.config import MaskingSettings, ReconstructSettings
 from structprune.errors import UserError
-from structprune.masking.blocks import Request, install, mask_block, refit_block, scored_mask
+from structprune.masking.blocks import Request, install, mask_block, refit_linears, scored_mask
 from structprune.masking.patterns import valid_groups
+from structprune.masking.products import InputProducts
 from structprune.masking.ria import ria_scores
 from structprune.masking.sparsegpt import factorise, sparsegpt
-from structprune.masking.walk import BlockStatistics
 from structprune.models.adapter import READERS, Adapter
 
 CPU = torch.device("cpu")
@@ -164,24 +164,33 @@ def test_what_is_not_kept_is_nought_whatever_the_weight(block):
     assert block["up"].weight.max() == 2  # a copy
 
 
-def refit_statistics(block, noise: float) -> BlockStatistics:
-    """Products of a prefix that is disturbed by `noise`, for fit and held-out rows of the same kind."""
-    parts, power = [], {}
+def refit_products(block, name: str, noise: float) -> tuple[InputProducts, InputProducts]:
+    """Products of inputs that are disturbed by `noise`, for fit and held-out rows of the same kind."""
+    parts = []
     for first in (0, 150):
-        sums = {}
-        for name, roles in READERS.items():
-            x = rows(block, name, 300)[first : first + 150]
-            hat = x + noise * torch.randn(x.shape, generator=torch.Generator().manual_seed(first)) * x.std()
-            sums[name] = ((hat.T @ hat).float(), (x.T @ hat).float())
-            power |= {role: (x @ block[role].weight.detach().double().T).pow(2).sum().item() for role in roles}
-        parts.append(sums)
-    return BlockStatistics({}, *parts, power)
+        x = rows(block, name, 300)[first : first + 150]
+        hat = x + noise * torch.randn(x.shape, generator=torch.Generator().manual_seed(first)) * x.std()
+        power = {
+            role: (x @ block[role].weight.detach().double().T).pow(2).sum().item() for role in READERS[name] if first
+        }
+        parts.append(InputProducts((hat.T @ hat).float(), (x.T @ hat).float(), power))
+    return tuple(parts)
+
+
+def refitted(block, masked: dict, noise: float):
+    """All linears of a block refitted, input by input."""
+    found, fits = {}, []
+    for name, roles in READERS.items():
+        part = {role: masked[role] for role in roles}
+        made, chosen = refit_linears(block, part, refit_products(block, name, noise), ReconstructSettings())
+        found, fits = found | made, fits + chosen
+    return found, fits
 
 
 @pytest.mark.parametrize("score", ["magnitude", "sparsegpt"])
 def test_the_refit_lowers_the_held_out_error_it_names(block, score):
     masked, _ = made(block, score, Request(0.5))
-    found, fits = refit_block(block, masked, refit_statistics(block, 0.05), ReconstructSettings())
+    found, fits = refitted(block, masked, 0.05)
     assert [(fit.block, fit.kind) for fit in fits] == [(1, role) for role in ROLES]
     generator = torch.Generator().manual_seed(150)
     for fit in fits:
@@ -197,7 +206,7 @@ def test_the_refit_lowers_the_held_out_error_it_names(block, score):
 
 def test_the_refit_of_a_block_that_lost_nothing_leaves_it(block):
     masked, _ = made(block, "wanda", Request(0.0))
-    found, fits = refit_block(block, masked, refit_statistics(block, 0.0), ReconstructSettings())
+    found, fits = refitted(block, masked, 0.0)
     for role in ROLES:
         assert torch.equal(found[role][0], block[role].weight)
     assert all(fit.damping == float("inf") and fit.error == pytest.approx(1.0) for fit in fits)

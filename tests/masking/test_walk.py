@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from structprune.masking.walk import Use, Walk, Wanted
-from structprune.models.adapter import Adapter
+from structprune.models.adapter import READERS, Adapter
 
 GQA = {"n_kv_heads": 2}
 MODELS = {"llada": ("llada", {}), "llada-gqa": ("llada", GQA), "dream": ("dream", {})}  # Dream: 6 heads, 2 of K/V
@@ -21,7 +21,6 @@ LINEARS = {  # input -> the linears that read it, by family; the first is hooked
               "activated": ("mlp.down_proj",)},
 }  # fmt: skip
 NORMS = {"llada": ("attn_norm", "ff_norm"), "dream": ("input_layernorm", "post_attention_layernorm")}
-ROLES = ("query", "key", "value", "attention_output", "gate", "up", "down")  # in the order of LINEARS
 
 
 @pytest.fixture
@@ -84,53 +83,58 @@ def cut(rows: slice, seen):
     return {name: x[rows] for name, x in seen[0].items()}, seen[1]
 
 
-def check_products(found, wanted: Wanted, use: Use, hat, dense, family: str, block, power: dict | None):
-    """G, C and the power of one purpose."""
+def check_products(found, name: str, wanted: Wanted, use: Use, hat, dense, family: str, block, power: bool):
+    """G, C and the power of one purpose, for what reads one input of a dense block."""
     (read, streams), (aim, _) = cut(use.rows, hat), cut(use.rows, dense if wanted.target_dense else hat)
     streams = {name: stream[use.rows] for name, stream in streams.items()}
-    for name, linears in LINEARS[family].items():
-        x = weigh(read[name], streams, name, use.weight, wanted.fit_relative)
-        y = weigh(aim[name], streams, name, use.weight, wanted.fit_relative)  # by the pruned prefix's stream too
-        assert close(found[name][0], gram(x)) and close(found[name][1], gram(y, x)), name
-        if power is not None:
-            for path in linears:
-                role = ROLES[[path for group in LINEARS[family].values() for path in group].index(path)]
-                output = y @ block.get_submodule(path).weight.detach().double().T
-                assert power[role] == pytest.approx(output.pow(2).sum().item(), rel=1e-4), role
+    x = weigh(read[name], streams, name, use.weight, wanted.fit_relative)
+    y = weigh(aim[name], streams, name, use.weight, wanted.fit_relative)  # by the pruned prefix's stream too
+    assert close(found.gram, gram(x)) and close(found.cross, gram(y, x)), name
+    assert len(found.power) == (len(LINEARS[family][name]) if power else 0)
+    for role, path in zip(READERS[name], LINEARS[family][name]):
+        weight = block.get_submodule(path).weight.detach()
+        product = found.of(role, weight)
+        assert product.gram.dtype == torch.float64 and torch.equal(product.gram, found.gram.double())
+        assert close(product.wanted, weight.double() @ gram(y, x))
+        if power:
+            output = y @ weight.double().T
+            assert product.power == pytest.approx(output.pow(2).sum().item(), rel=1e-4), role
 
 
-def thin(block, seed: int) -> None:
-    """Zero a third of every weight of a block, and move the rest."""
+def thin(block, seed: int, paths: tuple[str, ...]) -> None:
+    """Zero a third of the weights of some linears of a block, and move the rest."""
     generator = torch.Generator().manual_seed(seed)
-    for name, weight in block.named_parameters():
-        if weight.dim() == 2:
-            weight.data.mul_(1.1 * (torch.rand(weight.shape, generator=generator) > 1 / 3))
+    for path in paths:
+        weight = block.get_submodule(path).weight
+        weight.data.mul_(1.1 * (torch.rand(weight.shape, generator=generator) > 1 / 3))
 
 
 def walk_and_check(model, family: str, wanted: Wanted, batch: int, budget: int) -> None:
     """Measure, change and leave every block, each compared with whole models run at once."""
-    dense, adapter = copy.deepcopy(model), Adapter(model)
-    walk = Walk(adapter, wanted, batch, budget)
+    dense = copy.deepcopy(model)
+    adapter, original = Adapter(model), Adapter(dense)
+    walk = Walk(original, adapter, wanted, batch, budget)
     for index, view in enumerate(adapter.blocks):
         hat, still = forward(model, family, index, wanted.ids), forward(dense, family, index, wanted.ids)
         if index and (wanted.fit or not wanted.on_dense):
             assert not close(hat[0]["mlp_input"], still[0]["mlp_input"])  # there is something to tell apart
-        found = walk.measure(view)
+        found = walk.measure(index)
         if wanted.score is not None:
-            expected = expected_score(
-                wanted, cut(wanted.score.rows, still if wanted.on_dense else hat), wanted.score.rows
-            )
-            assert set(found.score) == set(expected)
-            assert all(close(found.score[name], expected[name]) for name in expected)
+            seen = cut(wanted.score.rows, still if wanted.on_dense else hat)
+            expected = expected_score(wanted, seen, wanted.score.rows)
+            assert set(found) == set(expected)
+            assert all(close(found[name], expected[name]) for name in expected)
         else:
-            assert found.score == {}
-        if wanted.fit is not None:
-            check_products(found.fit, wanted, wanted.fit, hat, still, family, view.module, None)
-            check_products(found.check, wanted, wanted.check, hat, still, family, view.module, found.power)
-        else:
-            assert found.fit == found.check == found.power == {}
-        thin(view.module, index)
-        walk.advance(view)
+            assert found == {}
+        for name, paths in LINEARS[family].items():
+            if wanted.fit is not None:
+                now = forward(model, family, index, wanted.ids)  # with what the block lost already
+                assert name == "attention_input" or not torch.equal(now[0][name], hat[0][name])
+                for product, use in zip(walk.products(index, name), (wanted.fit, wanted.check)):
+                    block = dense.blocks[index]
+                    check_products(product, name, wanted, use, now, still, family, block, use is wanted.check)
+            thin(view.module, index, paths)
+        walk.advance(index)
 
 
 CASES = {
@@ -168,42 +172,41 @@ def test_files_and_batches_give_the_same_numbers(tiny_model, ids, omega):
     wanted = CASES["sequential grams, refit on the same rows"](ids, omega)
     found = []
     for batch, budget in ((3, 2**30), (3, 0), (1, 2**30)):
-        adapter = Adapter(tiny_model("dream"))
-        walk = Walk(adapter, wanted, batch, budget)
+        model = tiny_model("dream")
+        adapter = Adapter(model)
+        walk = Walk(Adapter(copy.deepcopy(model)), adapter, wanted, batch, budget)
         assert (walk._prefix._states._file is None) == (budget > 0)
         for view in adapter.blocks:
-            last = walk.measure(view)
-            thin(view.module, view.index)
-            walk.advance(view)
-        found.append(last)
-    for name in found[0].score:
-        assert torch.equal(found[0].score[name], found[1].score[name])
-        assert torch.equal(found[0].fit[name][1], found[1].fit[name][1])
-        assert torch.allclose(found[0].score[name], found[2].score[name], rtol=1e-3, atol=1e-4)
-    assert found[0].power == found[1].power
+            score, products = walk.measure(view.index), {}
+            for name, paths in LINEARS["dream"].items():
+                products[name] = walk.products(view.index, name)
+                thin(view.module, view.index, paths)
+            walk.advance(view.index)
+        found.append((score, products))
+    (one, refit), (files, same), (single, _) = found
+    for name in one:
+        assert torch.equal(one[name], files[name])
+        assert all(torch.equal(a.cross, b.cross) and a.power == b.power for a, b in zip(refit[name], same[name]))
+        assert torch.allclose(one[name], single[name], rtol=1e-3, atol=1e-4)
 
 
-def test_products_are_of_the_weights_in_place(tiny_model, ids, omega):
-    adapter = Adapter(tiny_model("llada"))
-    wanted = CASES["sequential grams, refit on the same rows"](ids, omega)
-    walk = Walk(adapter, wanted, 2, 2**30)
-    walk.measure(adapter.blocks[0])
-    thin(adapter.blocks[0].module, 0)
-    walk.advance(adapter.blocks[0])
-    block = adapter.blocks[1]
-    found = walk.measure(block)
-    fit, check = found.products(block, "mixed", "attention_output")
-    weight = block["attention_output"].weight.detach().double()
-    for product, (own, cross) in ((fit, found.fit["mixed"]), (check, found.check["mixed"])):
-        assert product.gram.dtype == torch.float64 and torch.equal(product.gram, own.double())
-        assert torch.allclose(product.wanted, weight @ cross.double())
-        assert product.power == found.power["attention_output"]
-    assert not torch.allclose(check.gram, fit.gram) and not torch.allclose(cross, cross.T, rtol=1e-3)
+def test_products_over_fit_and_held_out_rows_differ(tiny_model, ids, omega):
+    model = tiny_model("llada")
+    adapter, wanted = Adapter(model), CASES["sequential grams, refit on the same rows"](ids, omega)
+    walk = Walk(Adapter(copy.deepcopy(model)), adapter, wanted, 2, 2**30)
+    for name, paths in LINEARS["llada"].items():
+        fit, check = walk.products(0, name)
+        assert not torch.allclose(check.gram, fit.gram)
+        if name != "attention_input":  # before which nothing was lost yet
+            assert not torch.allclose(check.cross, check.cross.T, rtol=1e-3)
+        thin(adapter.blocks[0].module, 0, paths)
 
 
 def test_streams_exist_only_where_something_reads_them(tiny_model, ids, omega):
+    adapter = Adapter(tiny_model("llada"))
+
     def streams(case):
-        walk = Walk(Adapter(tiny_model("llada")), CASES[case](ids, omega), 2, 2**30)
+        walk = Walk(adapter, adapter, CASES[case](ids, omega), 2, 2**30)
         return [stream and stream._first for stream in (walk._prefix, walk._dense)]
 
     assert streams("sequential norms") == [0, None]
