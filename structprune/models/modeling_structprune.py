@@ -34,7 +34,8 @@ class RMSNorm(nn.Module):
 def rotary_tables(positions, head_dim: int, theta: float):
     """Cosines and sines of RoPE in fp32: positions (B, T) -> two (B, 1, T, D)."""
     powers = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim  # (D/2,)
-    angles = positions[:, None, :, None].float() * theta**-powers  # (B, 1, T, D/2)
+    # 1 / theta^p, not theta^-p: rounded as the checkpoints were trained, 3e-5 rad apart at position 512
+    angles = positions[:, None, :, None].float() * (1.0 / theta**powers)  # (B, 1, T, D/2)
     angles = torch.cat((angles, angles), dim=-1)  # (B, 1, T, D)
     return angles.cos(), angles.sin()
 

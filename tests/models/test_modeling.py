@@ -55,6 +55,14 @@ def test_rotary_by_hand():
     assert torch.allclose(rotate(x, cos, sin)[0, 0], expected)
 
 
+def test_rotary_angles_round_as_the_families_own_code_does():
+    """1 / theta^p in fp32; theta^-p differs in the last bit of a third of the frequencies."""
+    powers = torch.arange(0, 64, 2).float() / 64  # (D/2,)
+    angles = torch.arange(512).float()[:, None] * (1.0 / (500000.0**powers))  # (T, D/2)
+    cos, sin = rotary_tables(torch.arange(512)[None], head_dim=64, theta=500000.0)  # (1, 1, T, D)
+    assert torch.equal(cos[0, 0, :, :32], angles.cos()) and torch.equal(sin[0, 0, :, 32:], angles.sin())
+
+
 def test_hidden_states_and_tuple_output(tiny_model):
     model, ids = tiny_model("dream"), torch.arange(6)[None]  # (1, T)
     with torch.no_grad():
