@@ -1,18 +1,29 @@
-"""Whether two sides of bench_masking.py pruned alike: where they must agree, and where rounding decides."""
+"""Whether two sides of bench_masking.py pruned alike: their outputs side by side, and each against the referee.
 
+Masks of two right implementations need not be equal: rounding decides near ties, and SparseGPT feeds every decision
+back. What is asked of ours is therefore not to be like the release, but to be as right as the release is: against fp64
+it may misplace no more than `TIMES` as many weights. Misplaced are the weights whose exact score is as near to the
+threshold as the side's own rounding, so their number is proportional to its size; fp32 sums of the same length in
+another order may differ in theirs by a factor of 2 or 3. A defect misplaces from ten times as many (one weight too few
+of each block of columns) to ten thousand times. The release in turn must be right but for near ties, so that an error
+of the referee shows.
+"""
+
+import argparse
 from pathlib import Path
+from typing import Callable
 
 import torch
+from masking_referee import Referee
 from safetensors.torch import load_file
 
 from structprune.errors import UserError
 from structprune.models.loading import load_model
 
-# Where both sides read the same activations, masks differ by near-ties only: everywhere for sink-Wanda, in the first
-# block for the others. A single tie changes what later columns and blocks see, so that beyond it two runs of the
-# release itself differ, on one thread and on two: that difference is measured, and ours may be so many times it.
-SAME_INPUT_LIMIT, TIMES_ITSELF = 1e-5, 3.0
-FLOOR = {"masks_differ": 3e-3, "outputs_differ": 0.05}  # where the release differs from itself by less than this
+TIMES = 3.0
+FLOOR = {"misplaced": 1e-6, "weights_differ": 1e-5}  # below it are so few near ties that chance decides their number
+NEAR = 1e-3  # the farthest from the threshold that fp32 may misplace a weight of the release; wrong formulas go to 1
+ITSELF = "release-again"
 DIFFERENCES = ("masks_differ", "first_block_differs", "outputs_differ")
 
 
@@ -43,14 +54,33 @@ def compare(method: str, folder: Path, sides: tuple[str, str] = ("ours", "releas
     }
 
 
-def judge(method: str, found: dict, itself: dict | None) -> dict:
-    """`compare`'s figures with the limits that they must keep; `itself`: how far the release is from itself."""
-    limits = {"first_block_differs": SAME_INPUT_LIMIT}
-    if method == "sink-wanda":
-        limits |= {"masks_differ": SAME_INPUT_LIMIT}
-    else:
-        limits |= {name: max(floor, TIMES_ITSELF * itself[name]) for name, floor in FLOOR.items()}
-    return found | {"limits": limits, "agree": all(found[name] <= limit for name, limit in limits.items())}
+def judge(found: dict[str, dict]) -> dict:
+    """Whether ours agrees, from the `Referee`'s figures of `ours` and `release`, and the limits that it must keep."""
+    ours, release = found["ours"], found["release"]
+    limits = {name: max(floor, TIMES * release[name]) for name, floor in FLOOR.items()}
+    right = release["widest_gap"] <= NEAR
+    return {"against_fp64": found, "limits": limits, "agree": right and all(ours[n] <= limits[n] for n in limits)}
+
+
+def agreements(options: argparse.Namespace, folder: Path, run_worker: Callable) -> dict[str, dict]:
+    """Method -> `compare` and `judge`; for SparseGPT also how far the release is from itself on other threads.
+
+    Args:
+        run_worker: `run_worker(side, method, options, folder)` prunes and leaves its linears in `folder`.
+    """
+    itself = {}
+    if set(options.methods) - {"wanda", "sink-wanda"}:
+        if not (folder / "sparsegpt-release.safetensors").exists():
+            run_worker("release", "sparsegpt", options, folder)
+        other = argparse.Namespace(**vars(options) | {"threads": 2 if options.threads == 1 else 1})
+        run_worker(ITSELF, "sparsegpt", other, folder)
+        itself = {"release_itself": compare("sparsegpt", folder, ("release", ITSELF))}
+    referee, found = Referee(folder, options.ratio), {}
+    for method in options.methods:
+        sides = {side: load_file(folder / f"{method}-{side}.safetensors") for side in ("ours", "release")}
+        figures = judge({side: referee.judge(method, weights) for side, weights in sides.items()})
+        found[method] = compare(method, folder) | figures | (itself if "sparsegpt" in method else {})
+    return found
 
 
 def masks_differ(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:

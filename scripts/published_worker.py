@@ -62,8 +62,20 @@ def resident() -> tuple[int, int]:
     return now, peak
 
 
+def reset_peak() -> bool:
+    """Let the peak start here; False where the system does not allow it, so that an older peak would be counted."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
 def measured(call, model, warm_up) -> dict:
-    """Wall seconds of `call()` and its peak resident bytes above the loaded model, after an untimed `warm_up()`."""
+    """Wall seconds of `call()` and its peak resident bytes above the loaded model, after an untimed `warm_up()`.
+
+    The bytes are None where the peak cannot be reset.
+    """
     with torch.no_grad():
         for parameter in model.parameters():  # off the mapped file, whose pages stay when one weight is replaced
             parameter.data = parameter.data.clone()
@@ -72,13 +84,12 @@ def measured(call, model, warm_up) -> dict:
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # glibc only: what the warm-up freed would hide the call's needs
         ctypes.CDLL(None).malloc_trim(0)
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts here
+    known = reset_peak()
     before, _ = resident()
     start = time.perf_counter()
     call()
     seconds = time.perf_counter() - start
-    return {"seconds": seconds, "peak_bytes": max(0, resident()[1] - before)}
+    return {"seconds": seconds, "peak_bytes": max(0, resident()[1] - before) if known else None}
 
 
 def linear_weights(blocks) -> dict[str, torch.Tensor]:
