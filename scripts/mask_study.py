@@ -2,21 +2,19 @@
 
 The published comparison shows Wanda and SparseGPT clean text, sink-Wanda noised text and sink-SparseGPT clean text with
 sink weights. Here every method runs on all four arms, so that what masked calibration does and what sinks do are
-told apart. Losses of NELBO against the dense model are measured on held-out text under noise that all variants of a seed
-share. A killed study goes on where it stopped.
+told apart. Losses of NELBO against the dense model are measured on held-out text under noise that all variants of a
+seed share. Intervals are over seeds (see studies.py). A killed study goes on where it stopped.
 
     python scripts/mask_study.py --out scripts/results/masks.json
 """
 
-import argparse
+import sys
 
 import torch
-from rich.console import Console
 from rich.table import Table
-from studies import HeldOut, add_options, contrast_row, loss_row, run_all, write_result
+from studies import HeldOut, Study, cell, contrast_row, loss_row, main
 
 from structprune.assets import model_directory
-from structprune.bench.machine import describe_machine
 from structprune.calibration.build import calibrate
 from structprune.config import Config
 from structprune.demo import BASE as DEMO
@@ -80,7 +78,9 @@ def contrasts() -> list[tuple[str, str, str]]:
     found.append(("as published", "sink-wanda as published", "wanda, clean"))
     for name in variants():
         *rest, last = name.split(", ")
-        if len(rest) == 2 or name == "magnitude, refit":
+        if last == "refit":
+            found.append(("refit", name, ", ".join(rest)))
+        elif len(rest) == 2:
             refit = ["refit"] if last.startswith("refit ") else []  # another refit is compared with the refit
             found.append(("one change", name, ", ".join(rest + refit)))
     return found
@@ -108,7 +108,7 @@ def measure(name: str, seed: int, windows: int, length: int, threads: int) -> di
 
 
 def summarise(done: dict, seeds: list[int]) -> dict:
-    """Mean losses and paired contrasts with 95% intervals over all windows and seeds, as plain data."""
+    """Mean losses and paired contrasts with 95% intervals over seeds, as plain data."""
     rows = []
     for name in variants():
         for ratio in ratios_of(name):
@@ -124,7 +124,7 @@ def summarise(done: dict, seeds: list[int]) -> dict:
 
 def loss_table(result: dict) -> Table:
     """A row per variant, a column per ratio: loss of NELBO, nats per token."""
-    table = Table(title="loss of NELBO against dense, nats per token [95% interval]")
+    table = Table(title="loss of NELBO against dense, nats per token [95% interval over seeds]")
     for title in ("variant", *RATIOS):
         table.add_column(title, justify="left" if title == "variant" else "right")
     for name in variants():
@@ -135,7 +135,7 @@ def loss_table(result: dict) -> Table:
 
 def contrast_table(result: dict) -> Table:
     """A row per comparison: paired differences, and whether one was shown."""
-    table = Table(title="paired difference, nats per token [95% interval]; * shown")
+    table = Table(title="paired difference, nats per token [95% interval over seeds]; * excludes 0, all seeds agree")
     for title in ("question", "variant", "against", *RATIOS):
         table.add_column(title, justify="right" if title in RATIOS else "left")
     for question, name, base in contrasts():
@@ -144,35 +144,10 @@ def contrast_table(result: dict) -> Table:
     return table
 
 
-def cell(row: dict | None, paired: bool = False) -> str:
-    if row is None:
-        return "-"
-    shown = " *" if paired and row["low"] * row["high"] > 0 else ""
-    return f"{row['mean']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}]{shown}"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_options(parser, "scripts/results/masks.json")
-    options = parser.parse_args()
-    seeds = list(range(options.seeds))
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    partial = options.out.with_suffix(".part.jsonl")
-    tasks = [(name, seed, options.windows, options.length) for name in variants() for seed in seeds]
-    done = run_all(measure, tasks, partial, options.jobs, Console(stderr=True))
-    settings = {
-        "seeds": seeds,
-        "windows": options.windows,
-        "length": options.length,
-        "base": BASE | {"calibration.source": "calibration.txt"},
-    }
-    result = {"settings": settings, "machine": describe_machine(), "variants": variants(), **summarise(done, seeds)}
-    write_result(result, options.out, partial)
-    console = Console(width=190)
-    console.print(loss_table(result))
-    console.print(contrast_table(result))
-    console.print(f"Wrote {options.out}")
-
+STUDY = Study(
+    "mask_study", __doc__.splitlines()[0], "scripts/results/masks.json", BASE, RATIOS, variants(), measure, summarise,
+    lambda result: [loss_table(result), contrast_table(result)], 200,
+)  # fmt: skip
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(STUDY))

@@ -1,21 +1,19 @@
 """What each choice of the recipe is worth on the embedded model: scores, refit, sinks, split and target, over seeds.
 
 Every variant prunes the embedded model at each ratio and seed; its loss of NELBO against the dense model is measured on
-held-out text under noise that all variants of a seed share, so that differences are paired. A killed study goes on
-where it stopped.
+held-out text under noise that all variants of a seed share, so that differences are paired. Intervals are over seeds
+(see studies.py). A killed study goes on where it stopped.
 
     python scripts/quality_study.py --out scripts/results/quality.json
 """
 
-import argparse
+import sys
 
 import torch
-from rich.console import Console
 from rich.table import Table
-from studies import HeldOut, add_options, contrast_row, loss_row, run_all, write_result
+from studies import HeldOut, Study, cell, contrast_row, loss_row, main
 
 from structprune.assets import model_directory
-from structprune.bench.machine import describe_machine
 from structprune.config import Config
 from structprune.demo import BASE as DEMO
 from structprune.models.loading import load_model
@@ -81,7 +79,7 @@ def measure(name: str, seed: int, windows: int, length: int, threads: int) -> di
 
 
 def summarise(done: dict, seeds: list[int]) -> dict:
-    """Mean losses and paired contrasts with 95% intervals over all windows and seeds, as plain data."""
+    """Mean losses and paired contrasts with 95% intervals over seeds, as plain data."""
     rows, gaps = [], []
     for name in variants():
         for ratio in RATIOS:
@@ -100,48 +98,32 @@ def summarise(done: dict, seeds: list[int]) -> dict:
 def tables(result: dict) -> list[Table]:
     """Losses, and contrasts, a row per variant."""
     made = []
-    for title, key in (("loss of NELBO against dense, nats per token", "losses"), ("paired difference", "contrasts")):
+    titles = {"losses": "loss of NELBO against dense, nats per token", "contrasts": "paired difference; * shown"}
+    for key, title in titles.items():
         table = Table(title=title)
         table.add_column("variant")
         if key == "contrasts":
             table.add_column("against")
         for ratio in RATIOS:
-            table.add_column(f"{ratio}: mean [95% interval]", justify="right")
-            table.add_column("heads gone" if key == "losses" else "shown", justify="right")
+            table.add_column(f"{ratio}: mean [95% interval over seeds]", justify="right")
+            if key == "losses":
+                table.add_column("heads gone", justify="right")
         names = dict.fromkeys((row["variant"], row.get("against")) for row in result[key])
         for name, base in names:
             cells = [name] if base is None else [name, base]
             for row in (row for row in result[key] if (row["variant"], row.get("against")) == (name, base)):
-                cells.append(f"{row['mean']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}]")
-                shown = "yes" if row["low"] * row["high"] > 0 else "no"
-                cells.append(shown if base else ", ".join(map(str, row["heads_removed"])))
+                cells.append(cell(row, paired=base is not None))
+                if base is None:
+                    cells.append(", ".join(map(str, row["heads_removed"])))
             table.add_row(*cells)
         made.append(table)
     return made
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_options(parser, "scripts/results/quality.json")
-    options = parser.parse_args()
-    seeds = list(range(options.seeds))
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    partial = options.out.with_suffix(".part.jsonl")
-    tasks = [(name, seed, options.windows, options.length) for name in variants() for seed in seeds]
-    done = run_all(measure, tasks, partial, options.jobs, Console(stderr=True))
-    settings = {
-        "seeds": seeds,
-        "windows": options.windows,
-        "length": options.length,
-        "base": BASE | {"calibration.source": "calibration.txt"},
-    }
-    result = {"settings": settings, "machine": describe_machine(), "variants": variants(), **summarise(done, seeds)}
-    write_result(result, options.out, partial)
-    console = Console(width=150)
-    for table in tables(result):
-        console.print(table)
-    console.print(f"Wrote {options.out}")
-
+STUDY = Study(
+    "quality_study", __doc__.splitlines()[0], "scripts/results/quality.json", BASE, list(RATIOS), variants(), measure,
+    summarise, tables,
+)  # fmt: skip
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(STUDY))

@@ -28,6 +28,33 @@ def machine(found: dict) -> str:
     return f"{found['processor']}, {found['cores']} cores, torch {found['torch']}"
 
 
+def interval(row: dict | None, paired: bool = False) -> str:
+    """A mean and half its 95% interval over seeds, where there is one; `paired`: finer, and bold where it is shown."""
+    if row is None:
+        return "-"
+    places = 4 if paired else 3
+    half = "" if row["low"] is None else f" ± {(row['high'] - row['low']) / 2:.{places}f}"
+    text = f"{row['mean']:+.{places}f}{half}"
+    return f"**{text}**" if paired and row["shown"] else text
+
+
+def over_seeds(settings: dict) -> str:
+    """What means and intervals of a study are over."""
+    count, drawn = len(settings["seeds"]), "calibration text, noise and evaluation text drawn anew"
+    windows = f"{settings['windows']} held-out windows under common noise"
+    if count == 1:
+        return f"mean over {windows} of one seed, so without an interval"
+    return (
+        f"mean over {count} seeds ({drawn}; in each, {windows}) ± half the 95% t interval over the means of the seeds"
+    )
+
+
+SHOWN = (
+    "positive: the first loses more; bold: the interval over seeds excludes 0 and all seeds agree in sign, which about"
+    " one in twenty would do by chance"
+)
+
+
 def demo() -> str:
     """The demo's table: dense, and every method at the saved ratios."""
     found = load("demo.json")
@@ -83,27 +110,23 @@ def quality() -> str:
         cells = [title]
         for ratio in ratios:
             row = by_name[name][ratio]
-            half = (row["high"] - row["low"]) / 2
-            cells += [f"{row['mean']:+.3f} ± {half:.3f}", " / ".join(map(str, row["heads_removed"]))]
+            cells += [interval(row), " / ".join(map(str, row["heads_removed"]))]
         return cells
 
     rows = [
         row_of(name, f"**{name}** (the default)" if name == "obs, masked+sink, refit" else name) for name in by_name
     ]
-    sinks = [row for row in found["contrasts"] if "sink" in row["variant"]]
     lines = []
-    for row in sinks:
-        shown = "" if row["low"] * row["high"] > 0 else " (no difference shown)"
-        gap = f"{row['mean']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}]{shown}"
-        lines.append([row["variant"], row["against"], str(row["ratio"]), gap])
-    settings = found["settings"]
+    for row in (row for row in found["contrasts"] if "sink" in row["variant"]):
+        ends = "" if row["low"] is None else f" [{row['low']:+.4f}, {row['high']:+.4f}]"
+        gap = f"{row['mean']:+.4f}{ends}"
+        lines.append([row["variant"], row["against"], str(row["ratio"]), f"**{gap}**" if row["shown"] else gap])
     note = (
-        "`python scripts/quality_study.py`, from [`quality.json`](scripts/results/quality.json): loss of NELBO on the embedded"
-        f" model against dense, nats per token, with 95% intervals over {settings['windows']} held-out windows x"
-        f" {len(settings['seeds'])} seeds (text, noise and evaluation), common noise; heads gone: of 40, per seed. The rows"
-        " below the grid change one thing of `obs, masked, refit`."
+        "`python scripts/quality_study.py`, from [`quality.json`](scripts/results/quality.json): loss of NELBO on the"
+        f" embedded model against dense, nats per token, {over_seeds(found['settings'])}; heads gone: of 40, per seed. The"
+        " rows below the grid change one thing of `obs, masked, refit`."
     )
-    sink_note = "What weighting by sinks changed, paired (positive: worse than without):"
+    sink_note = f"What weighting by sinks changed, paired ({SHOWN}):"
     sink_table = table(["variant", "against", "ratio", "difference [95% interval]"], lines)
     return f"{table(header, rows)}\n\n{note}\n\n{sink_note}\n\n{sink_table}"
 
@@ -141,14 +164,99 @@ def cost() -> str:
     return f"{inspected}\n\n{note}\n\n{table(header, lines)}\n\n{text}"
 
 
-SECTIONS = {"demo": demo, "quality": quality, "cost": cost}
+def masks() -> str:
+    """Losses of every method, arm and ratio, then paired what masked text, sinks, the refit and single changes do."""
+    found = load("masks.json")
+    ratios = list(dict.fromkeys(row["ratio"] for row in found["losses"]))
+    by_name: dict[str, dict] = {}
+    for row in found["losses"]:
+        by_name.setdefault(row["variant"], {})[row["ratio"]] = row
+    changed = {row["variant"] for row in found["contrasts"] if row["question"] == "one change"}
+    title = {"sparsegpt, masked, refit": "**sparsegpt, masked, refit** (the default)"}
+    lines = [
+        [title.get(name, name), *(interval(rows.get(ratio)) for ratio in ratios)]
+        for name, rows in by_name.items() if name not in changed
+    ]  # fmt: skip
+    gaps: dict[tuple[str, str], dict] = {}
+    for row in found["contrasts"]:
+        gaps.setdefault((row["variant"], row["against"]), {})[row["ratio"]] = row
+    rows = [
+        [f"{name} - {base}", *(interval(each.get(ratio), True) for ratio in ratios)]
+        for (name, base), each in gaps.items()
+    ]
+    note = (
+        "`python scripts/mask_study.py`, from [`masks.json`](scripts/results/masks.json): loss of NELBO on the embedded"
+        f" model against dense ({sum(found['dense']) / len(found['dense']):.2f}), nats per token, by removed share,"
+        f" {over_seeds(found['settings'])}. Clean is what Wanda and SparseGPT were published with;"
+        " `sparsegpt, clean+sink` is the published sink-SparseGPT."
+    )
+    paired = table(["first - second", *ratios], rows)
+    return f"{table(['method, arm', *ratios], lines)}\n\n{note}\n\nPaired differences ({SHOWN}):\n\n{paired}"
+
+
+def speed() -> str:
+    """Masks of ours against the released implementation, where it ran too: time, memory, agreement."""
+    found = load("masking_speed.json")
+    header = ["method", "release", "ours", "faster", "memory: release", "ours", "ratio", "masks differ", "in block 0"]
+    rows = []
+    for row in found["rows"]:
+        seconds, peaks, agreement = row["seconds"], row["peak_bytes"], row.get("agreement")
+        cells = [row["method"]]
+        cells += [f"{seconds[side]['median']:.1f} s" if side in seconds else "-" for side in ("release", "ours")]
+        cells.append(ranged(row["times_faster"]) if "times_faster" in row else "-")
+        cells += [f"{peaks[side]['median'] / 1e6:.0f} MB" if side in peaks else "-" for side in ("release", "ours")]
+        cells.append(f"{row['memory_ratio']:.2f}x" if "memory_ratio" in row else "-")
+        differ = ("masks_differ", "first_block_differs")
+        rows.append(cells + [f"{agreement[name]:.1e}" if agreement else "-" for name in differ])
+    return f"{table(header, rows)}\n\n{speed_note(found)}"
+
+
+def speed_note(found: dict) -> str:
+    """How the figures of `speed` were made, and in what the two sides do not agree."""
+    size, rows = found["settings"], found["rows"]
+    command, on = "python scripts/bench_masking.py", "ours on a"
+    if any("release" in row["seconds"] for row in rows):
+        command += " --published DIR --python ENVIRONMENT/bin/python"
+        commit, digest = size.get("release_commit"), size.get("release_sha256")
+        which = f" (commit {commit[:7]})" if commit else f" (SHA-256 {digest[:12]})" if digest else ""
+        on = f"the authors' release{which} and ours, in turns, on the same"
+    text = (
+        f"`{command}`, from [`masking_speed.json`](scripts/results/masking_speed.json): {on} random"
+        f" {size['blocks']}-block model of width {size['width']}, {size['windows']} windows of {size['length']} tokens,"
+        f" {size['levels']} noise levels, {size['dtype']} ({machine(found['machine'])}); median and range over rounds;"
+        " peak memory above the loaded model."
+    )
+    for row in (row for row in rows if "over_forwards" in row):
+        text += f" {row['method']} takes {ranged(row['over_forwards'])} the forward passes it cannot do without."
+    agreements = {row["method"]: row["agreement"] for row in rows if "agreement" in row}
+    itself = next((each["release_itself"] for each in agreements.values() if "release_itself" in each), None)
+    if itself:
+        text += (
+            " SparseGPT feeds roundings back: on another number of threads, the release's differs from itself in"
+            f" {itself['masks_differ']:.1e} of the masks ({itself['first_block_differs']:.1e} in block 0)."
+        )
+    apart = [f"`{name}`" for name, each in agreements.items() if not each["agree"]]
+    if apart:
+        text += f" Apart by more than the benchmark allows for rounding: {', '.join(apart)}."
+    return text
+
+
+def ranged(value: dict) -> str:
+    return f"{value['median']:.2f}x ({value['low']:.2f} to {value['high']:.2f})"
+
+
+SECTIONS = {"demo": demo, "quality": quality, "cost": cost, "masks": masks, "speed": speed}
+LATER = {"masks": "masks.json", "speed": "masking_speed.json"}  # left as they are until measured and marked
 
 
 def filled(readme: str) -> str:
     """`readme` with every marked section made anew."""
     for name, make in SECTIONS.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        if not pattern.search(readme):
+        marked = pattern.search(readme)
+        if name in LATER and not (marked and (RESULTS / LATER[name]).exists()):
+            continue
+        if not marked:
             raise SystemExit(f"README.md has no section marked '{name}'")
         readme = pattern.sub(lambda match: f"{match[1]}\n{make()}\n\n{match[2]}", readme)
     return readme

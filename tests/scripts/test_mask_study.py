@@ -50,6 +50,17 @@ def test_every_comparison_is_of_two_variants(study):
     assert ("sparsegpt, masked, owl", "sparsegpt, masked") in pairs
 
 
+def test_the_refit_is_a_question_of_its_own(study):
+    asked = [(name, base) for question, name, base in study.contrasts() if question == "refit"]
+    assert asked == [
+        ("magnitude, refit", "magnitude"),
+        *((f"{score}, masked, refit", f"{score}, masked") for score in study.SCORES),
+        ("sparsegpt, masked+sink, refit", "sparsegpt, masked+sink"),
+    ]
+    others = [name for question, name, _ in study.contrasts() if question == "one change" and "refit" in name]
+    assert others == [f"sparsegpt, masked, refit {change}" for change in ("on masked+sink", "on clean", "to layer")]
+
+
 def test_the_summary_is_paired(study):
     """Gaps of 1, 1 in one seed and 1, 3 in the other."""
     losses = {"wanda, masked": ([1.0, 3.0], [2.0, 4.0]), "wanda, clean": ([0.0, 2.0], [1.0, 1.0])}
@@ -63,7 +74,29 @@ def test_the_summary_is_paired(study):
     found = study.summarise(done, seeds)
     gap = next(row for row in found["contrasts"] if row["variant"] == "wanda, masked" and row["ratio"] == "0.5")
     assert gap["against"] == "wanda, clean" and gap["mean"] == 1.5 and gap["by_seed"] == [1.0, 2.0]
-    assert gap["standard_error"] == pytest.approx(0.5)  # gaps 1, 1, 1, 3: deviation 1, over the root of 4
+    half = 12.706205 * 0.5  # t of one degree of freedom times 1 / root 2, the deviation of 1 and 2, over root 2
+    assert (gap["low"], gap["high"]) == pytest.approx((1.5 - half, 1.5 + half)) and gap["shown"] is False
+    assert gap["windows"]["standard_error"] == pytest.approx(0.5)  # gaps 1, 1, 1, 3: deviation 1, over the root of 4
     row = next(row for row in found["losses"] if row["variant"] == "wanda, masked" and row["ratio"] == "2:4")
     assert row["mean"] == 2.5 and row["by_seed"] == [2.0, 3.0]
     assert found["dense"] == [4.0, 4.0]
+
+
+def test_tables_mark_what_is_shown(study):
+    def losses(name, seed):
+        return [1.0 + 0.01 * seed, 1.2] if name == "sparsegpt, clean" else [0.1 * seed, 0.2]
+
+    done = {
+        (name, seed): {
+            "dense_nelbo": 4.0,
+            "ratios": {ratio: {"loss": losses(name, seed), "sparsity": 0.5} for ratio in study.ratios_of(name)},
+        }
+        for name in study.variants() for seed in range(3)
+    }  # fmt: skip
+    for seeds, cell in (([0, 1, 2], "-0.9550 [-1.0668, -0.8432] *"), ([0], "-1.0000")):
+        result = study.summarise(done, seeds)
+        table = study.contrast_table(result)
+        by_pair = dict(zip(zip(table.columns[1].cells, table.columns[2].cells), table.columns[4].cells))
+        assert by_pair["sparsegpt, masked", "sparsegpt, clean"] == cell
+        assert by_pair["wanda, masked", "wanda, clean"] == "+0.0000" + " [+0.0000, +0.0000]" * (len(seeds) > 1)
+        assert "*" not in "".join(study.loss_table(result).columns[1].cells)

@@ -1,0 +1,171 @@
+"""README tables made of small results: what is bold, what a single seed prints, and sections that are not there yet."""
+
+import copy
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+MACHINE = {"processor": "P", "cores": 2, "torch": "2.13"}
+SPREAD = {"median": 2.0, "low": 1.5, "high": 2.5}
+
+
+@pytest.fixture
+def tables(tmp_path, monkeypatch):
+    """scripts/readme_tables.py, its results in an empty folder."""
+    spec = importlib.util.spec_from_file_location("readme_tables", SCRIPTS / "readme_tables.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "RESULTS", tmp_path)
+    return module
+
+
+def row(mean, half, shown, **keys):
+    ends = {"low": None, "high": None} if half is None else {"low": mean - half, "high": mean + half}
+    return {**keys, "mean": mean, **ends, "shown": shown}
+
+
+def write_masks(folder, seeds=3):
+    """Two methods with a refit and one change of it, some rows shown; `seeds` of 1 has no intervals."""
+    half = None if seeds == 1 else 0.25
+    losses = [
+        row(0.5, half, seeds > 1, variant=name, ratio="0.5")
+        for name in ("sparsegpt, clean", "sparsegpt, masked", "sparsegpt, masked, refit", "sparsegpt, masked, owl")
+    ]
+    losses.append(row(0.75, half, seeds > 1, variant="sparsegpt, clean", ratio="2:4"))
+    pairs = [("masked calibration", "sparsegpt, masked", "sparsegpt, clean", -0.5, True)]
+    pairs += [("refit", "sparsegpt, masked, refit", "sparsegpt, masked", 0.5, False)]
+    pairs += [("one change", "sparsegpt, masked, owl", "sparsegpt, masked", 0.125, False)]
+    contrasts = [
+        row(mean, half, shown and seeds > 1, question=question, variant=name, against=base, ratio="0.5")
+        for question, name, base, mean, shown in pairs
+    ]
+    settings = {"seeds": list(range(seeds)), "windows": 192, "length": 128}
+    found = {"settings": settings, "losses": losses, "contrasts": contrasts, "dense": [4.0, 4.5]}
+    (folder / "masks.json").write_text(json.dumps(found))
+
+
+def test_masks_are_bold_where_shown_not_where_an_interval_excludes_0(tables, tmp_path):
+    """The refit's interval excludes 0, but it is not shown: its seeds disagree."""
+    write_masks(tmp_path)
+    text = tables.masks()
+    assert "| sparsegpt, clean | +0.500 ± 0.250 | +0.750 ± 0.250 |" in text
+    assert "| **sparsegpt, masked, refit** (the default) | +0.500 ± 0.250 | - |" in text
+    assert "| sparsegpt, masked - sparsegpt, clean | **-0.5000 ± 0.2500** | - |" in text
+    assert "| sparsegpt, masked, refit - sparsegpt, masked | +0.5000 ± 0.2500 | - |" in text
+    assert "\n| sparsegpt, masked, owl | " not in text and "| sparsegpt, masked, owl - sparsegpt, masked | " in text
+    assert "against dense (4.25)" in text and "t interval over the means of the seeds" in text and "3 seeds" in text
+
+
+def test_a_single_seed_prints_means_alone(tables, tmp_path):
+    write_masks(tmp_path, seeds=1)
+    text = tables.masks()
+    assert "| sparsegpt, masked - sparsegpt, clean | -0.5000 | - |" in text
+    assert "±" not in text and "one seed, so without an interval" in text
+
+
+def speed_results(published=True):
+    settings = {"blocks": 8, "width": 512, "length": 512, "windows": 8, "levels": 10, "dtype": "float32"}
+    rows = [
+        {"method": name, "seconds": {"ours": SPREAD}, "peak_bytes": {"ours": SPREAD | {"median": 63e6}}}
+        for name in ("sink-wanda", "sparsegpt")
+    ]
+    rows[0]["over_forwards"] = {"median": 1.25, "low": 1.0, "high": 1.5}
+    if published:
+        settings["release_sha256"] = "ac5dc571271a9f35"
+        for each in rows:
+            each["seconds"]["release"], each["peak_bytes"]["release"] = {"median": 4.0}, {"median": 90e6}
+            agreement = {"masks_differ": 0.0156, "first_block_differs": 3.5e-6, "agree": True}
+            each |= {"times_faster": SPREAD, "memory_ratio": 0.7, "agreement": agreement}
+        rows[1]["agreement"]["release_itself"] = {"masks_differ": 0.0107, "first_block_differs": 0.0}
+    return {"machine": MACHINE, "settings": settings, "rows": rows}
+
+
+def speed_text(tables, folder, found):
+    (folder / "masking_speed.json").write_text(json.dumps(found))
+    return tables.speed()
+
+
+def test_speed_prints_what_the_json_says_of_the_release(tables, tmp_path):
+    found = speed_results()
+    text = speed_text(tables, tmp_path, found)
+    line = "4.0 s | 2.0 s | 2.00x (1.50 to 2.50) | 90 MB | 63 MB | 0.70x | 1.6e-02 | 3.5e-06 |"
+    assert f"| sink-wanda | {line}" in text and f"| sparsegpt | {line}" in text
+    assert "sink-wanda takes 1.25x (1.00 to 1.50) the forward passes" in text
+    assert "differs from itself in 1.1e-02 of the masks (0.0e+00 in block 0)" in text
+    assert "(SHA-256 ac5dc571271a)" in text and "commit" not in text and "Apart" not in text
+    changed = copy.deepcopy(found)
+    changed["settings"]["release_commit"] = "0123456789abcdef"
+    changed["rows"][1]["agreement"] |= {"agree": False}
+    del changed["rows"][1]["agreement"]["release_itself"], changed["rows"][0]["over_forwards"]
+    text = speed_text(tables, tmp_path, changed)
+    assert "(commit 0123456)" in text and "SHA-256" not in text
+    assert "itself" not in text and "forward passes" not in text
+    assert text.endswith("Apart by more than the benchmark allows for rounding: `sparsegpt`.")
+
+
+def test_speed_of_ours_alone(tables, tmp_path):
+    text = speed_text(tables, tmp_path, speed_results(published=False))
+    assert "| sparsegpt | - | 2.0 s | - | - | 63 MB | - | - | - |" in text
+    assert "--published" not in text and "release" not in text.partition("\n\n")[2]
+
+
+@pytest.mark.parametrize("marked", [True, False])
+@pytest.mark.parametrize("measured", [True, False])
+def test_sections_to_come_wait_for_their_results_and_markers(tables, tmp_path, monkeypatch, marked, measured):
+    monkeypatch.setattr(tables, "SECTIONS", {"demo": lambda: "new demo", "masks": tables.masks})
+    if measured:
+        write_masks(tmp_path)
+    readme = "<!-- demo -->\nold\n<!-- /demo -->\n" + "<!-- masks -->\nold masks\n<!-- /masks -->\n" * marked
+    text = tables.filled(readme)
+    assert "new demo" in text
+    assert ("sparsegpt, masked" in text) is (marked and measured)
+    assert ("old masks" in text) is (marked and not measured)
+
+
+def test_a_section_that_was_there_may_not_go(tables):
+    with pytest.raises(SystemExit, match="no section marked 'demo'"):
+        tables.filled("no markers")
+
+
+def seeds_of(variant, ratio):
+    found = json.loads((SCRIPTS / "results" / "quality.json").read_text(encoding="utf-8"))
+    return next(row["by_seed"] for row in found["losses"] if (row["variant"], row["ratio"]) == (variant, ratio))
+
+
+def shown(worse, better, ratio):
+    """Whether the kept results show that one variant loses more than another: three seeds, t(2) = 4.302653."""
+    gaps = [a - b for a, b in zip(seeds_of(worse, ratio), seeds_of(better, ratio))]
+    mean = sum(gaps) / 3
+    half = 4.302653 * (sum((gap - mean) ** 2 for gap in gaps) / 2 / 3) ** 0.5
+    return mean > half and min(gaps) > 0
+
+
+def test_what_the_readme_claims_of_the_choices_is_shown():
+    """The sentences above the table of qualities: which differences are shown, and which are not."""
+    ours = "obs, masked, refit"
+    for ratio, expected in ((0.5, [True] * 7), (0.3, [True, True, False, False, True, False, False])):
+        worse = ["allocation uniform", "split equal", "obs, masked, no refit", "wanda, masked, refit"]
+        worse += ["fluctuation, masked, refit", "rows not relative", "refit on clean"]
+        assert [shown(name, ours, ratio) for name in worse] == expected
+    assert shown("wanda, masked, no refit", "obs, masked, no refit", 0.3)
+    sinks = {
+        (score, refit, ratio): shown(f"{score}, masked+sink, {refit}", f"{score}, masked, {refit}", ratio)
+        or shown(f"{score}, masked, {refit}", f"{score}, masked+sink, {refit}", ratio)
+        for score in ("wanda", "fluctuation", "obs") for refit in ("refit", "no refit") for ratio in (0.3, 0.5)
+    }  # fmt: skip
+    assert {key for key, found in sinks.items() if found} == {
+        ("fluctuation", "refit", 0.3), ("fluctuation", "no refit", 0.5),
+    }  # fmt: skip
+
+
+def test_kept_intervals_are_over_seeds():
+    found = json.loads((SCRIPTS / "results" / "quality.json").read_text(encoding="utf-8"))
+    for each in found["losses"] + found["contrasts"]:
+        mean = sum(each["by_seed"]) / 3
+        half = 4.302653 * (sum((value - mean) ** 2 for value in each["by_seed"]) / 2 / 3) ** 0.5
+        assert (each["mean"], each["low"], each["high"]) == pytest.approx((mean, mean - half, mean + half), abs=1e-12)
+        same_sign = min(each["by_seed"]) > 0 or max(each["by_seed"]) < 0
+        assert each["shown"] is (same_sign and abs(mean) > half)

@@ -1,0 +1,236 @@
+"""What the studies share: intervals over seeds by hand, and runs that resume only as they were begun."""
+
+import importlib.util
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from structprune.errors import UserError
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+SETTINGS = {"windows": 4, "ratios": (0.25, 0.5), "variants": {"a": {"k": 1}, "b": {}}}
+MEASURE = """
+from pathlib import Path
+
+
+def measure(name, seed, log, threads):
+    with Path(log).open("a") as file:
+        file.write(f"{name}{seed} ")
+    if name == "broken":
+        raise ValueError("no such variant")
+    return {"variant": name, "seed": seed, "ratios": {"0.5": {"loss": [seed + 0.1, len(name) / 3]}}}
+"""
+
+
+@pytest.fixture(scope="module")
+def studies():
+    spec = importlib.util.spec_from_file_location("studies", SCRIPTS / "studies.py")
+    module = sys.modules["studies"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    sys.modules.pop("studies")
+
+
+@pytest.fixture
+def measure(tmp_path, monkeypatch):
+    """A function that another process can import, and the log of its calls."""
+    (tmp_path / "quick_measure.py").write_text(MEASURE)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield importlib.import_module("quick_measure").measure
+    sys.modules.pop("quick_measure")
+
+
+def test_the_interval_is_students_over_the_means_of_seeds(studies):
+    """Seed means 1, 2, 3: mean 2, deviation 1, half width t(2) / sqrt(3)."""
+    done = {("a", seed): {"ratios": {"0.5": {"loss": [seed - 10.0, seed + 12.0]}}} for seed in range(3)}
+    row = studies.loss_row(done, "a", [0, 1, 2], "0.5")
+    half = 4.302653 / math.sqrt(3)
+    assert row["by_seed"] == [1.0, 2.0, 3.0] and row["mean"] == 2.0
+    assert (row["low"], row["high"]) == pytest.approx((2 - half, 2 + half)) and row["shown"] is False
+    # Pooled: -10, 12, -9, 13, -8, 14 have mean 2 and squared deviations 144 + 100 + 121 + 121 + 100 + 144 = 730.
+    error = math.sqrt(730 / 5 / 6)
+    assert row["windows"] == pytest.approx({"standard_error": error, "low": 2 - 1.96 * error, "high": 2 + 1.96 * error})
+
+
+def test_a_contrast_is_paired(studies):
+    losses = {("a", 0): [1.0, 3.0], ("a", 1): [2.0, 4.0], ("b", 0): [0.0, 2.0], ("b", 1): [1.0, 1.0]}
+    done = {key: {"ratios": {"0.5": {"loss": loss}}} for key, loss in losses.items()}
+    row = studies.contrast_row(done, ("a", "0.5"), ("b", "0.5"), [0, 1])
+    half = 12.706205 * math.sqrt(0.5) / math.sqrt(2)  # gaps of 1 and 2
+    assert row["by_seed"] == [1.0, 2.0] and row["mean"] == 1.5 and row["high"] - 1.5 == pytest.approx(half)
+
+
+@pytest.mark.parametrize(
+    "by_seed, shown",
+    [
+        ([1.0, 1.1, 0.9], True),  # 1 +- 4.303 * 0.1 / 1.732 = 0.248
+        ([-1.0, -1.1, -0.9], True),
+        ([0.1, 1.0, 1.9], False),  # one sign, but 1 +- 2.236
+        ([-0.1, 2.0, 2.0, 2.0, 2.0], False),  # 1.58 +- 1.166 excludes 0, but a seed disagrees
+        ([0.1, 2.0, 2.0, 2.0, 2.0], True),
+        ([0.0, 0.0], False),
+    ],
+)
+def test_shown_needs_the_interval_and_every_seed(studies, by_seed, shown):
+    row = studies.seed_interval(by_seed)
+    assert row["shown"] is shown
+    assert studies.cell(row, paired=True).endswith(" *") is shown and not studies.cell(row).endswith("*")
+
+
+def test_disagreeing_seeds_are_not_shown_though_the_interval_excludes_0(studies):
+    row = studies.seed_interval([-0.1, 2.0, 2.0, 2.0, 2.0])
+    assert row["low"] == pytest.approx(1.58 - 2.776445 * 2.1 / 5) and row["low"] > 0 and row["shown"] is False
+
+
+def test_a_single_seed_has_no_interval(studies):
+    row = studies.over_seeds(torch.tensor([[1.0, 3.0]], dtype=torch.float64))
+    assert (row["mean"], row["low"], row["high"], row["shown"]) == (2.0, None, None, False)
+    assert studies.cell(row, paired=True) == "+2.0000" and studies.cell(None) == "-"
+
+
+@pytest.mark.parametrize("freedom", range(1, 31))
+def test_quantiles_of_t_leave_a_fortieth_above(studies, freedom):
+    """The density over angles: x = sqrt(n) tan(u) makes it cos(u) ** (n - 1) over its integral."""
+    end = math.atan(studies.t_quantile(freedom) / math.sqrt(freedom))
+    angles = torch.linspace(0, 1, 20001, dtype=torch.float64)
+    part, whole = (
+        torch.trapezoid((stop * angles).cos().clamp(min=0) ** (freedom - 1), stop * angles)
+        for stop in (end, math.pi / 2)
+    )
+    assert (part / whole / 2).item() == pytest.approx(0.475, abs=1e-7)
+
+
+def test_beyond_the_table_the_last_quantile_holds(studies):
+    assert studies.t_quantile(500) == studies.t_quantile(30) == 2.042272
+
+
+def run(studies, measure, tmp_path, settings=SETTINGS, names=("a", "b")):
+    tasks = [(name, seed, str(tmp_path / "log")) for name in names for seed in (0, 1)]
+    return studies.run_all(measure, tasks, settings, tmp_path / "x.part.jsonl", 1, Console(quiet=True))
+
+
+def test_what_was_cut_off_resumes_to_equal_results(studies, measure, tmp_path):
+    """The first line holds the settings, then three whole rows and a torn one: two are run again."""
+    partial, log = tmp_path / "x.part.jsonl", tmp_path / "log"
+    whole = run(studies, measure, tmp_path)
+    assert log.read_text() == "a0 a1 b0 b1 " and len(whole) == 4
+    lines = partial.read_bytes().splitlines(keepends=True)
+    assert json.loads(lines[0]) == {"settings": json.loads(json.dumps(SETTINGS))} and len(lines) == 5
+    partial.write_bytes(b"".join(lines[:3]) + lines[3][:25])
+    log.write_text("")
+    assert run(studies, measure, tmp_path) == whole
+    assert log.read_text() == "b0 b1 "
+    assert partial.read_bytes() == b"".join(lines)
+
+
+def test_a_row_without_its_newline_is_torn(studies, tmp_path):
+    partial = tmp_path / "x.part.jsonl"
+    assert studies.resume(partial, SETTINGS) == []
+    begun = partial.read_bytes()
+    partial.write_bytes(begun + b'{"variant": "a", "seed": 0}\n{"variant": "a", "seed": 1}')
+    assert studies.resume(partial, SETTINGS) == [{"variant": "a", "seed": 0}]
+    assert partial.read_bytes() == begun + b'{"variant": "a", "seed": 0}\n'
+
+
+def test_torn_settings_start_anew(studies, tmp_path):
+    partial = tmp_path / "x.part.jsonl"
+    studies.resume(partial, SETTINGS)
+    begun = partial.read_bytes()
+    partial.write_bytes(begun[:20])
+    assert studies.resume(partial, SETTINGS) == [] and partial.read_bytes() == begun
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"windows": 5}, "windows = 4, not 5"),
+        ({"ratios": [0.25]}, r"ratios = \[0.25, 0.5\], not \[0.25\]"),
+        ({"variants": {"a": {"k": 2}, "b": {}}}, "another variants.a"),
+        ({"variants": {"a": {"k": 1}}}, "another variants.b"),
+        ({"length": 8}, "length = None, not 8"),
+    ],
+)
+def test_other_settings_are_refused_and_the_file_kept(studies, tmp_path, changes, named):
+    partial = tmp_path / "x.part.jsonl"
+    studies.resume(partial, SETTINGS)
+    with partial.open("a") as file:
+        file.write('{"variant": "a", "seed": 0}\n{"vari')
+    before = partial.read_bytes()
+    with pytest.raises(UserError, match=f"x.part.jsonl was begun with {named}.*delete it to start anew"):
+        studies.resume(partial, SETTINGS | changes)
+    assert partial.read_bytes() == before
+
+
+def test_a_file_without_settings_or_with_a_broken_line_is_refused(studies, tmp_path):
+    partial = tmp_path / "x.part.jsonl"
+    partial.write_text('{"variant": "a", "seed": 0}\n')
+    with pytest.raises(UserError, match="without its settings: delete it"):
+        studies.resume(partial, SETTINGS)
+    partial.write_text(json.dumps({"settings": SETTINGS}) + '\n{"vari{"variant": "a", "seed": 0}\n')
+    with pytest.raises(UserError, match="x.part.jsonl has a broken line .*: delete it"):
+        studies.resume(partial, SETTINGS)
+
+
+def test_a_failure_ends_the_study_at_once(studies, measure, tmp_path):
+    with pytest.raises(ValueError, match="no such variant"):
+        run(studies, measure, tmp_path, names=("broken", *(f"v{index}" for index in range(20))))
+    assert len((tmp_path / "log").read_text().split()) < 20
+
+
+def study_of(studies, base):
+    def summarise(done, seeds):
+        return {"losses": [{"variant": "a", **studies.loss_row(done, "a", seeds, "0.5")}]}
+
+    return studies.Study(
+        "tiny_study", "About.", "tiny.json", base, [0.5], {"a": {}}, None, summarise, lambda result: []
+    )  # fmt: skip
+
+
+@pytest.fixture
+def instant(studies, monkeypatch):
+    """`measure` in this process, so that only settings and files are tried."""
+
+    def run_all(measure, tasks, settings, partial, jobs, console):
+        studies.resume(partial, settings)
+        return {task[:2]: {"ratios": {"0.5": {"loss": [task[1] + 1.0] * task[2]}}} for task in tasks}
+
+    monkeypatch.setattr(studies, "run_all", run_all)
+
+
+def test_main_keeps_the_json_and_refuses_a_study_begun_otherwise(studies, instant, tmp_path, capsys):
+    study, out = study_of(studies, {"calibration.source": "/anywhere"}), tmp_path / "tiny.json"
+    partial = tmp_path / "tiny.part.jsonl"
+    assert studies.main(study, ["--out", str(out), "--seeds", "3", "--windows", "2", "--length", "8"]) == 0
+    found = json.loads(out.read_text())
+    base = {"calibration.source": "calibration.txt"}
+    assert found["settings"] == {"seeds": [0, 1, 2], "windows": 2, "length": 8, "base": base}
+    assert found["losses"][0]["mean"] == 2.0 and found["variants"] == {"a": {}} and not partial.exists()
+    studies.resume(partial, {"windows": 2, "length": 8})
+    capsys.readouterr()
+    assert studies.main(study, ["--out", str(out), "--windows", "9", "--length", "8"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "tiny.part.jsonl was begun with" in error and "windows = 2, not 9" in error
+    assert json.loads(out.read_text()) == found
+
+
+def test_main_decides_by_the_defaults_of_a_configuration_too(studies, instant, tmp_path, monkeypatch):
+    study, out = study_of(studies, {}), tmp_path / "tiny.json"
+    monkeypatch.setattr(studies, "write_result", lambda *rest: None)
+    assert studies.main(study, ["--out", str(out)]) == 0
+    kept = json.loads((tmp_path / "tiny.part.jsonl").read_text())["settings"]
+    assert kept["defaults"]["masking"]["score"] == "sparsegpt" and kept["variants"] == {"a": {}}
+    assert studies.main(study, ["--out", str(out)]) == 0
+    kept["defaults"]["masking"]["score"] = "wanda"
+    (tmp_path / "tiny.part.jsonl").write_text(json.dumps({"settings": kept}) + "\n")
+    assert studies.main(study, ["--out", str(out)]) == 2
+
+
+def test_a_count_below_one_is_refused(studies, tmp_path, capsys):
+    study = study_of(studies, {})
+    assert studies.main(study, ["--out", str(tmp_path / "x.json"), "--seeds", "0"]) == 2
+    assert capsys.readouterr().err == "tiny_study: error: --seeds = 0: give at least 1\n"
