@@ -24,6 +24,39 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+PRUNE_HELP = """Prune a checkpoint: remove heads and MLP channels, refit what is left, write a smaller dense model.
+
+With --method unstructured or nm: set single weights to zero, in the checkpoint's own layout.
+
+[bold]Examples[/bold]
+
+structprune prune GSAI-ML/LLaDA-8B-Base --out llada-0.5 --config configs/llada-0.5.yaml
+
+structprune prune ./my-dream --out small --ratio 0.3 --calibration notes.txt --set calibration.length=512
+
+[bold]Keys worth knowing[/bold] (all of them, with defaults: structprune/config.py)
+
+structured.score: obs, wanda, fluctuation, taylor, magnitude
+
+structured.arm (default masked+sink) and reconstruct.arm (default masked): also clean, clean+sink
+
+structured.allocation: global, uniform, depth
+
+structured.split: measured, equal, by-cost, joint, or a number of heads (per block; over all blocks under global)
+
+structured.gqa: query_heads, kv_groups; structured.protect_first, structured.protect_last, structured.round_to
+
+reconstruct.enabled, reconstruct.target: dense, layer; export.compat: free, uniform, official; memory.budget_gb
+
+[bold]For masks[/bold] (--method unstructured or nm; presets of the published choices: configs/published)
+
+structprune prune GSAI-ML/LLaDA-8B-Base --out llada-2of4 --method nm --nm 2:4
+
+masking.score: sparsegpt, wanda, ria, magnitude, sink-wanda, sink-sparsegpt; masking.arm as above (default masked)
+
+masking.order: sequential, one-shot; masking.allocation: uniform, owl, depth; reconstruct.enabled: refit what stays
+"""
+
 Checkpoint = Annotated[str, typer.Argument(help="Checkpoint directory, or Hub id such as GSAI-ML/LLaDA-8B-Base.")]
 ConfigFile = Annotated[
     Optional[Path], typer.Option("--config", help="YAML file; see configs/.", show_default="defaults")
@@ -45,6 +78,16 @@ Sets = Annotated[
     Optional[list[str]],
     typer.Option("--set", metavar="KEY=VALUE", help="Override any config key: calibration.windows=64. Repeatable."),
 ]
+Out = Annotated[Path, typer.Option("--out", help="Directory to write; appears complete or not at all.")]
+CalibrationText = Annotated[
+    Optional[str],
+    typer.Option(
+        "--calibration",
+        help="wikitext2, c4, a Hub dataset, a .txt/.jsonl/.parquet file, or a calibration.safetensors.",
+    ),
+]
+PlanFile = Annotated[Optional[Path], typer.Option("--plan", help="Apply this plan.json instead of scoring.")]
+Device = Annotated[Optional[str], typer.Option("--device", help="cpu or cuda[:N].", show_default="cuda if there")]
 MaskId = Annotated[Optional[int], typer.Option("--mask-id", help="Mask token id, where the checkpoint names none.")]
 Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Also read .bin shards (weights only).")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output once the new one is complete.")]
@@ -68,63 +111,24 @@ def _settings(config: Path | None, ratio: float | None, sets: list[str] | None, 
     return settings
 
 
-@app.command()
+@app.command(help=PRUNE_HELP)
 def prune(
     checkpoint: Checkpoint,
-    out: Annotated[Path, typer.Option("--out", help="Directory to write; appears complete or not at all.")],
+    out: Out,
     method: Method = None,
     config: ConfigFile = None,
     ratio: Ratio = None,
     nm: Pattern = None,
     sets: Sets = None,
-    calibration: Annotated[
-        Optional[str],
-        typer.Option(
-            "--calibration",
-            help="wikitext2, c4, a Hub dataset, a .txt/.jsonl/.parquet file, or a calibration.safetensors.",
-        ),
-    ] = None,
-    plan: Annotated[Optional[Path], typer.Option("--plan", help="Apply this plan.json instead of scoring.")] = None,
-    device: Annotated[
-        Optional[str], typer.Option("--device", help="cpu or cuda[:N].", show_default="cuda if there")
-    ] = None,
+    calibration: CalibrationText = None,
+    plan: PlanFile = None,
+    device: Device = None,
     mask_id: MaskId = None,
     allow_pickle: Pickle = False,
     overwrite: Overwrite = False,
     debug: Debug = False,
 ) -> None:
-    """Prune a checkpoint: remove heads and MLP channels, refit what is left, write a smaller dense model.
-
-    With --method unstructured or nm: set single weights to zero, in the checkpoint's own layout.
-
-    [bold]Examples[/bold]
-
-    structprune prune GSAI-ML/LLaDA-8B-Base --out llada-0.5 --config configs/llada-0.5.yaml
-
-    structprune prune ./my-dream --out small --ratio 0.3 --calibration notes.txt --set calibration.length=512
-
-    [bold]Keys worth knowing[/bold] (all of them, with defaults: structprune/config.py)
-
-    structured.score: obs, wanda, fluctuation, taylor, magnitude
-
-    structured.arm (default masked+sink) and reconstruct.arm (default masked): also clean, clean+sink
-
-    structured.allocation: global, uniform, depth
-
-    structured.split: measured, equal, by-cost, joint, or a number of heads (per block; over all blocks under global)
-
-    structured.gqa: query_heads, kv_groups; structured.protect_first, structured.protect_last, structured.round_to
-
-    reconstruct.enabled, reconstruct.target: dense, layer; export.compat: free, uniform, official; memory.budget_gb
-
-    [bold]For masks[/bold] (--method unstructured or nm; presets of the published choices: configs/published)
-
-    structprune prune GSAI-ML/LLaDA-8B-Base --out llada-2of4 --method nm --nm 2:4
-
-    masking.score: sparsegpt, wanda, ria, magnitude, sink-wanda, sink-sparsegpt; masking.arm as above (default masked)
-
-    masking.order: sequential, one-shot; masking.allocation: uniform, owl, depth; reconstruct.enabled: refit what stays
-    """
+    """Only what contradicts itself on the command line is refused here; the rest by the run itself."""
     from structprune.runs import mask_checkpoint, prune_checkpoint
 
     extra = {"calibration__source": calibration, "model__device": device, "model__mask_id": mask_id, "method": method}

@@ -12,7 +12,7 @@ from structprune.errors import UserError, nearest
 
 Arm = Literal["clean", "masked", "masked+sink", "clean+sink"]
 SCALARS = ("method",)  # keys that belong to no section
-DEFAULT_ARM = "masked+sink"  # of scores; a refit is weighted by sinks only where asked for: measured, it costs a little
+DEFAULT_ARM = "masked+sink"  # of scores; a refit is weighted by sinks only where asked for: no gain was measured
 
 
 class Section(BaseModel):

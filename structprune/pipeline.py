@@ -23,7 +23,7 @@ from structprune.evaluation.nelbo import Nelbo, masked_nelbo
 from structprune.mask_pipeline import Masked, mask
 from structprune.models.adapter import Adapter
 from structprune.models.modeling_structprune import DiffusionLM
-from structprune.models.placement import stream_target, streamed
+from structprune.models.placement import stream_target, streamed, synchronise
 from structprune.statistics.rows import Track, untracked
 from structprune.structured.choose import check_choice, choose_counts, describe_counts, open_blocks
 from structprune.structured.graph import coupled_units
@@ -135,8 +135,10 @@ class Pruner:
         return self._target or self.model.device
 
     def _timed(self, name: str, work):
+        synchronise(self.device)
         start = time.perf_counter()
         value = work()
+        synchronise(self.device)
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
         return value
 

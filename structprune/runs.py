@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from structprune.calibration.build import check_source
 from structprune.checkpoint.save import check_output
 from structprune.config import Config
 from structprune.inspect import inspect_checkpoint, inspect_masking
@@ -14,7 +15,7 @@ from structprune.masking.rows import reads_text
 from structprune.masking.table import resolve_score
 from structprune.models.adapter import Adapter
 from structprune.models.checkpoint_files import locate
-from structprune.models.loading import load_model, load_tokenizer
+from structprune.models.loading import load_model
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.placement import pick_device, stream_target
 from structprune.pipeline import Pruner
@@ -33,6 +34,7 @@ def prune_checkpoint(checkpoint: str, out: Path, config: Config, plan: Path | No
     check_output(out, directory, overwrite)
     given = None if plan is None else Plan.load(plan)
     inspect_checkpoint(checkpoint, config, given)  # refuses in seconds what cannot be, before weights are downloaded
+    check_source(config.calibration, directory)
     with progress_bars(Console(stderr=True)) as track:
         model = _load(checkpoint, config)
         before = _stored_bytes(model)
@@ -57,11 +59,8 @@ def mask_checkpoint(checkpoint: str, out: Path, config: Config, overwrite: bool)
     directory = locate(checkpoint, weights=False)
     check_output(out, directory, overwrite)
     inspect_masking(checkpoint, config)  # refuses in seconds what cannot be, before weights are downloaded
-    if (
-        reads_text(config, resolve_score(config.masking.score, config.masking.arm)[1])
-        and not config.calibration.replays
-    ):
-        load_tokenizer(directory)
+    if reads_text(config, resolve_score(config.masking.score, config.masking.arm)[1]):
+        check_source(config.calibration, directory)
     with progress_bars(Console(stderr=True)) as track:
         model = _load(checkpoint, config, code=True)
         masks = sum(block[role].weight.numel() for block in Adapter(model).blocks for role in block.names) // 8
@@ -74,8 +73,8 @@ def mask_checkpoint(checkpoint: str, out: Path, config: Config, overwrite: bool)
     made = f"Wrote {out} (the checkpoint in its own layout, masks.safetensors, report.json, README.md{text})"
     console.print(made, soft_wrap=True)
     console.print(
-        "The file is no smaller and no faster as it is: zeros pay with 2:4 kernels on a GPU; for a smaller dense model use"
-        " --method structured.",
+        "The file is no smaller and no faster as it is: zeros pay with 2:4 kernels on a GPU; for a smaller dense model"
+        " use --method structured.",
         soft_wrap=True,
     )
 

@@ -1,16 +1,19 @@
 """The command line as a user meets it: what is written, what is said, and one line with exit code 2 for bad input."""
 
+import ast
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import structprune.cli
 from structprune.cli import main
 from structprune.config import known_keys
 from structprune.models.loading import load_model
@@ -77,8 +80,6 @@ def test_an_edited_plan_is_applied(tiny_checkpoint, text_path, tmp_path):
 
 
 def test_python_in_five_lines(tiny_checkpoint, text_path):
-    import structprune
-
     model = structprune.load_model(tiny_checkpoint())
     config = structprune.Config.load(overrides=[*SMALL, "structured.ratio=0.3", f"calibration.source={text_path}"])
     pruned = structprune.prune(model, config)
@@ -254,6 +255,20 @@ def test_help_names_every_verb(arguments, capsys):
     assert all(verb in said.out for verb in ("prune", "inspect", "demo")) and not said.err
 
 
+def test_help_shows_examples_and_keys(capsys):
+    assert main(["prune", "--help"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Prune a checkpoint: remove heads and MLP channels" in said and "--calibration notes.txt" in said
+    assert "structured.score: obs, wanda" in said and "masking.order: sequential, one-shot" in said
+    assert all(option in said for option in ("--out", "--plan", "--device", "--nm", "--mask-id", "cuda if there"))
+
+
+def test_functions_of_the_command_line_are_short():
+    tree = ast.parse(Path(structprune.cli.__file__).read_text(encoding="utf-8"))
+    lengths = {n.name: n.end_lineno - n.lineno + 1 for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)}
+    assert lengths["prune"] < 50 and max(lengths.values()) < 50
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_writes_nothing(number, tiny_checkpoint, text_path, tmp_path):
     out = tmp_path / "out"
@@ -275,10 +290,6 @@ def test_an_interrupted_run_writes_nothing(number, tiny_checkpoint, text_path, t
 
 def test_every_configuration_key_is_read_somewhere():
     """An option that is accepted and ignored is a defect: every key's name occurs in code outside config.py."""
-    from pathlib import Path
-
-    import structprune
-
     code = "\n".join(
         path.read_text() for path in Path(structprune.__file__).parent.rglob("*.py") if path.name != "config.py"
     )

@@ -1,14 +1,13 @@
 """What a run calibrated on, in memory and as calibration.safetensors, which replays ids and noise exactly."""
 
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from structprune.errors import UserError
+from structprune.models.tensor_files import first_line, write_tensors
 
 DTYPES = {"input_ids": torch.int64, "noisy_ids": torch.int64, "mask_probability": torch.float32}
 DIMENSIONS = {"input_ids": "(N, T)", "noisy_ids": "(N, S, T)", "mask_probability": "(N, S)"}
@@ -77,19 +76,9 @@ class Calibration:
         Raises:
             UserError: the file cannot be written.
         """
-        path = Path(path)
         tensors = {name: getattr(self, name) for name in DTYPES}
-        # cloned, because safetensors refuses tensors that share memory, as views of one set of windows may
-        tensors = {name: value.clone().contiguous() for name, value in tensors.items() if value is not None}
-        metadata = self.metadata | {"held_out": str(self.held_out)}
-        draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            save_file(tensors, draft, metadata=metadata)
-            os.replace(draft, path)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path} cannot be written ({_first_line(error)})") from error
-        finally:
-            draft.unlink(missing_ok=True)
+        present = {name: value for name, value in tensors.items() if value is not None}
+        write_tensors(path, present, self.metadata | {"held_out": str(self.held_out)})
 
     @classmethod
     def load(cls, path: str | Path, held_out: int | None = None, mask_id: int | None = None) -> "Calibration":
@@ -127,10 +116,6 @@ class Calibration:
         )
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """The tensors a calibration file has of those we know, and its metadata."""
     if not path.is_file():
@@ -142,7 +127,7 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
             metadata = dict(file.metadata() or {})
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"{path} cannot be read as safetensors ({_first_line(error)}): calibrate anew from text"
+            f"{path} cannot be read as safetensors ({first_line(error)}): calibrate anew from text"
         ) from error
     for name in ("input_ids", "noisy_ids"):
         if name not in tensors:

@@ -1,5 +1,7 @@
 """From settings and a tokenizer to a calibration set: read, tokenise, cut and noise, or replay a saved one."""
 
+from pathlib import Path
+
 import torch
 
 from structprune.calibration.batches import Calibration
@@ -66,7 +68,7 @@ def load_calibration(
 ) -> Calibration:
     """The calibration set that `settings` describe; equal settings and text give equal ids and noise.
 
-    A .safetensors source is replayed as it is: of the settings only `held_out` counts, where the file names none.
+    A .safetensors source is replayed (`replay`).
 
     Args:
         tokenizer: of the checkpoint; not needed for a replay.
@@ -81,16 +83,48 @@ def load_calibration(
             has no embedding for.
     """
     if settings.replays:
-        calibration = Calibration.load(settings.source, settings.held_out, mask_id)
-        if calibration.held_out >= calibration.windows:
-            raise UserError(
-                f"{settings.source} has {calibration.windows} windows and {calibration.held_out} are to be held out,"
-                " which leaves none to fit on: lower calibration.held_out"
-            )
+        calibration = replay(settings, mask_id)
     else:
         calibration = _from_text(settings, tokenizer, mask_id, schedule, edges_visible)
     _check_vocabulary(calibration.input_ids, vocabulary, settings.source)
     return calibration
+
+
+def replay(settings: CalibrationSettings, mask_id: int | None = None) -> Calibration:
+    """The saved calibration set that is the source, as it is: of the settings only `held_out` counts, where the file
+    names none.
+
+    Args:
+        mask_id: the model's mask token, where it is known.
+    Raises:
+        UserError: a file that cannot be replayed, or another number held out than is asked for.
+    """
+    source, asked = settings.source, settings.held_out
+    calibration = Calibration.load(source, asked, mask_id)
+    held_out = calibration.held_out
+    if asked not in (held_out, CalibrationSettings.model_fields["held_out"].default):
+        raise UserError(
+            f"calibration.held_out = {asked} has no effect: {source} is replayed as it is, with {held_out} windows held"
+            f" out; leave it out, or set it to {held_out}"
+        )
+    if held_out >= calibration.windows:
+        raise UserError(
+            f"{source} has {calibration.windows} windows and {held_out} are to be held out, which leaves none to fit on"
+            ": lower calibration.held_out"
+        )
+    return calibration
+
+
+def check_source(settings: CalibrationSettings, directory: Path) -> None:
+    """Raise UserError for a saved calibration or a tokenizer that cannot be used, before any weight is read.
+
+    Args:
+        directory: of the checkpoint, whose tokenizer text is to go through.
+    """
+    if settings.replays:
+        replay(settings)
+    else:
+        load_tokenizer(directory)
 
 
 def _from_text(

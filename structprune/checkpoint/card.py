@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import yaml
+
 from structprune.report.tables import change, mask_choice, millions
 
 TEMPLATE = """---
@@ -12,7 +14,7 @@ tags:
 - structprune
 - pruned
 - diffusion-language-model
-{base}---
+{base}{license}---
 
 # {source}, {percent} of its block projections removed
 
@@ -59,7 +61,7 @@ tags:
 - structprune
 - sparse
 - diffusion-language-model
-{base}---
+{base}{license}---
 
 # {source} with {percent} of its projections' weights at zero
 
@@ -67,7 +69,8 @@ The checkpoint `{source}` with single weights set to zero by structprune {versio
 code are those of the original, so whatever loads the original loads this.
 
 **The file is no smaller and no faster as it is.** Zeros pay where a kernel skips them (2:4 on NVIDIA GPUs) or where a
-file is compressed; for a smaller dense model, remove heads and channels instead (`structprune prune --method structured`).
+file is compressed; for a smaller dense model, remove heads and channels instead (`structprune prune --method
+structured`).
 
 Made with: {choice}; {refit}; {text}.{nelbo}
 Sparsity per tensor and every other figure is in report.json; masks.safetensors has one bit per weight (1: kept).
@@ -110,18 +113,33 @@ def mask_card(report: dict) -> str:
     values = {
         "source": source,
         "base": _base(source),
+        "license": _license(report["license"]),
         "percent": f"{100 * report['sparsity']['total']:.1f} %",
         "version": report["versions"]["structprune"],
         "choice": mask_choice(report),
-        "refit": f"kept weights refitted to {reconstruct['target']} targets" if reconstruct["enabled"] else "no refit",
+        "refit": _mask_refit(reconstruct, nelbo),
         "text": seen,
         "nelbo": loss,
     }
     return MASK_TEMPLATE.format(**values)
 
 
+def _mask_refit(reconstruct: dict, nelbo: dict | None) -> str:
+    if not reconstruct["enabled"]:
+        return "no refit"
+    refit = f"refit of the kept weights to {reconstruct['target']} targets"
+    return refit if nelbo["kept"] == "refit" else f"{refit} left out, no gain on held-out text"
+
+
 def _base(source: str) -> str:
     return f"base_model: {source}\n" if re.fullmatch(r"[\w.-]+/[\w.-]+", source) else ""
+
+
+def _license(values: dict, beside: bool = True) -> str:
+    """Lines of front matter; a link to a file needs the source's files `beside` the card."""
+    if not beside and not str(values.get("license_link", "")).startswith(("https://", "http://")):
+        values = {key: value for key, value in values.items() if key != "license_link"}
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=1000) if values else ""
 
 
 def model_card(report: dict) -> str:
@@ -135,6 +153,7 @@ def model_card(report: dict) -> str:
     values = {
         "source": source,
         "base": _base(source),
+        "license": _license(report["license"], beside=False),
         "percent": f"{100 * report['ratio']:.1f} %",
         "version": report["versions"]["structprune"],
         "refitted": _refitted(nelbo),

@@ -11,6 +11,7 @@ from structprune import __version__
 from structprune.bench.memory import peak_memory_bytes
 from structprune.calibration.batches import Calibration
 from structprune.checkpoint.export import export_class
+from structprune.checkpoint.licence import source_licence
 from structprune.config import Config
 from structprune.criteria.table import resolve_arm
 from structprune.masking.masks import Masks
@@ -55,7 +56,8 @@ def mask_report(
     seconds: dict[str, float],
     device: torch.device,
 ) -> dict:
-    """Zeros of every projection and in total (and `masked`: what this run removed), what the run was asked for and looked at, timings, peak memory.
+    """Zeros of every projection and in total (`masked`: what this run removed), what the run was asked for and looked
+    at, timings, peak memory.
 
     Args:
         calibration: None where nothing of the run looked at text.
@@ -85,12 +87,13 @@ def _run(
     seconds: dict[str, float],
     device: torch.device,
 ) -> dict:
-    """What holds for every run: source, choices, text, timings, memory, versions."""
+    """What holds for every run: source and its licence, choices, text, timings, memory, versions."""
     text = None
     if calibration is not None:
         text = calibration.metadata | {"windows": calibration.windows, "length": calibration.length}
     return {
         "source": model.source.name,
+        "license": source_licence(model.source.directory),
         "family": Adapter(model).family.name,
         "config": config.model_dump(mode="json"),
         "calibration": text,

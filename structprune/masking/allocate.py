@@ -8,7 +8,11 @@ from structprune.structured.allocate import depth_ratios
 
 
 def outlier_share(scores: list[torch.Tensor], threshold: float) -> float:
-    """Share of a block's Wanda scores that exceed `threshold` times their mean; any shapes."""
+    """Share of a block's Wanda scores that exceed `threshold` times their mean over the block; any shapes.
+
+    Scores of all projections are pooled, as published. `masking.relative` does not mix scales: what is added to the
+    residual stream is then measured by the stream's RMS, as what comes out of its norms always is.
+    """
     count = sum(score.numel() for score in scores)
     mean = sum(score.double().sum().item() for score in scores) / count
     return sum((score > threshold * mean).sum().item() for score in scores) / count

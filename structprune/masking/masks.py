@@ -1,6 +1,5 @@
 """Which weights are kept, one bit each, in memory and as masks.safetensors."""
 
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,10 +7,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from structprune.errors import UserError, nearest
+from structprune.models.tensor_files import first_line, write_tensors
 
 FORMAT = "structprune-masks-1"
 ONES = torch.tensor([byte.bit_count() for byte in range(256)])  # (256,) set bits of every byte
@@ -128,18 +127,8 @@ class Masks:
         Raises:
             UserError: the file cannot be written.
         """
-        path = Path(path)
-        # cloned, because safetensors refuses tensors that share memory
-        tensors = {name: bits.detach().cpu().clone().contiguous() for name, bits in self.packed.items()}
         metadata = {"format": FORMAT} | {name: f"{rows}x{columns}" for name, (rows, columns) in self.shapes.items()}
-        draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            save_file(tensors, draft, metadata=metadata)
-            os.replace(draft, path)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path} cannot be written ({_first_line(error)})") from error
-        finally:
-            draft.unlink(missing_ok=True)
+        write_tensors(path, self.packed, metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> "Masks":
@@ -157,7 +146,7 @@ class Masks:
                 names = list(file.keys()) if metadata.pop("format", None) == FORMAT else None
                 packed = {name: file.get_tensor(name) for name in names or ()}
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{path} cannot be read as safetensors ({_first_line(error)})") from error
+            raise UserError(f"{path} cannot be read as safetensors ({first_line(error)})") from error
         if names is None:
             raise UserError(f"{path} is not a mask file of format '{FORMAT}': give the masks.safetensors of a run")
         shapes = {name: _shape(text, name, path) for name, text in metadata.items()}
@@ -241,7 +230,3 @@ def _shape(text: str, name: str, path: Path) -> tuple[int, int]:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -12,7 +12,7 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "chat_template.jinja", "tokenizer.model",
 )  # fmt: skip
-SETTINGS_PATTERNS = ("*.json", "*.txt", "*.jinja", "*.model")
+SETTINGS_PATTERNS = ("*.json", "*.txt", "*.jinja", "*.model", "README.md")
 WEIGHT_FILE = re.compile(r".*\.(safetensors|bin|pt|pth)$")
 UNREAD_WEIGHTS = (
     "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.ggml", "*.onnx", "*.onnx_data", "*.h5", "*.msgpack", "*.ot", "*.tflite",

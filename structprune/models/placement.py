@@ -43,6 +43,12 @@ def pick_device(asked: str | None) -> torch.device:
     return device
 
 
+def synchronise(device: torch.device) -> None:
+    """Wait for what was started on a device, so that a clock read next counts it; on CUDA calls return before that."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def compute_device(model: DiffusionLM) -> torch.device:
     """Where inputs must be for `model` to compute on them: its weights' device, unless they are streamed."""
     return getattr(model, "streamed_to", None) or model.embedding.weight.device

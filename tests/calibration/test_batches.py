@@ -66,7 +66,7 @@ def test_a_failed_save_leaves_the_old_file(calibration, tmp_path, monkeypatch):
         name.write_bytes(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("structprune.calibration.batches.save_file", fail)
+    monkeypatch.setattr("structprune.models.tensor_files.save_file", fail)
     with pytest.raises(UserError, match=r"calibration.safetensors cannot be written \(No space left on device\)$"):
         calibration.save(path)
     assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1

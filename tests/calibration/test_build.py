@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from structprune.calibration.build import SURPLUS, load_calibration
+from structprune.calibration.build import SURPLUS, check_source, load_calibration
 from structprune.config import CalibrationSettings
 from structprune.errors import UserError
 
@@ -140,7 +140,9 @@ def test_replay(text_file, tmp_path, tokenizer, probability):
         made.save(path)
     else:
         save_file({"input_ids": made.input_ids, "noisy_ids": made.noisy_ids}, path)
-    again = build(settings(path, held_out=1, windows=99, seed=5), None, schedule="uniform")
+    # 16 is the default, which a file's own number goes before
+    asked = 16 if probability else 1
+    again = build(settings(path, held_out=asked, windows=99, seed=5), None, schedule="uniform")
     assert torch.equal(again.input_ids, made.input_ids) and torch.equal(again.noisy_ids, made.noisy_ids)
     assert again.held_out == (2 if probability else 1)
     assert again.mask_probability is None or torch.equal(again.mask_probability, made.mask_probability)
@@ -182,6 +184,29 @@ def test_replay_refusals(text_file, tmp_path, tokenizer):
         build(settings(path), None, vocabulary=10)
     with pytest.raises(UserError, match="^no calibration file at"):
         build(settings(tmp_path / "none.safetensors"), None)
+
+
+def test_another_number_held_out_than_the_file_records_is_refused(text_file, tmp_path, tokenizer):
+    path = tmp_path / "calibration.safetensors"
+    build(settings(text_file), tokenizer).save(path)
+    assert build(settings(path, held_out=2), None).held_out == 2
+    for asked in (0, 1, 3):
+        with pytest.raises(UserError, match=f"^calibration.held_out = {asked} has no effect: .* set it to 2$"):
+            build(settings(path, held_out=asked), None)
+
+
+def test_a_source_is_checked_by_itself(text_file, tmp_path, tokenizer):
+    """A saved calibration whole, of text the tokenizer only: it may be far away."""
+    path = tmp_path / "calibration.safetensors"
+    build(settings(text_file), tokenizer).save(path)
+    check_source(settings(path), tmp_path)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError, match="cannot be read as safetensors"):
+        check_source(settings(path), tmp_path)
+    with pytest.raises(UserError, match="no tokenizer that can be read"):
+        check_source(settings(tmp_path / "gone.txt"), tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    check_source(settings(tmp_path / "gone.txt"), tmp_path)
 
 
 def test_the_embedded_texts_do_not_overlap():

@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from structprune.checkpoint.card import model_card
+from structprune.checkpoint.card import mask_card, model_card
 from structprune.config import Config
 
 
@@ -12,6 +12,7 @@ def report():
     """A report with round numbers."""
     return {
         "source": "GSAI-ML/LLaDA-8B-Base",
+        "license": {},
         "family": "llada",
         "config": Config().model_dump(mode="json"),
         "arm": "masked",
@@ -56,6 +57,30 @@ def test_front_matter_is_what_the_hub_reads(report):
 def test_local_source_names_no_base_model(report):
     card = model_card(report | {"source": "my-llada"})
     assert "base_model" not in yaml.safe_load(card.split("---")[1])
+
+
+LICENCE = {"license": "other", "license_name": "a: name", "license_link": "https://a.example/LICENSE"}
+
+
+def test_the_sources_licence_is_named(report):
+    report |= {"sparsity": {"total": 0.5}, "score": "wanda"}
+    report["held_out_nelbo"] |= {"masked": 2.5}
+    for make in (model_card, mask_card):
+        front = yaml.safe_load(make(report).split("---")[1])
+        assert not any(key.startswith("license") for key in front)
+        front = yaml.safe_load(make(report | {"license": LICENCE}).split("---")[1])
+        assert {key: front[key] for key in LICENCE} == LICENCE and front["base_model"] == "GSAI-ML/LLaDA-8B-Base"
+        front = yaml.safe_load(make(report | {"license": {"license": ["mit", "no"]}}).split("---")[1])
+        assert front["license"] == ["mit", "no"]
+
+
+def test_a_link_to_a_file_needs_the_file(report):
+    """Masks come with all of the source's files, a structured output with its tokenizer only."""
+    report["held_out_nelbo"] |= {"masked": 2.5}
+    report |= {"sparsity": {"total": 0.5}, "score": "wanda", "license": LICENCE | {"license_link": "LICENSE"}}
+    assert "license_link: LICENSE\n" in mask_card(report)
+    card = model_card(report)
+    assert "license_link" not in card and "license: other\n" in card
 
 
 def test_dream_and_refit_off(report):

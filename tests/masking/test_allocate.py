@@ -3,9 +3,27 @@
 import pytest
 import torch
 
-from structprune.config import MaskingSettings
+from structprune.calibration.batches import Calibration
+from structprune.config import MaskingSettings, SinkSettings
 from structprune.errors import UserError
 from structprune.masking.allocate import block_ratios, outlier_share, owl_ratios
+from structprune.masking.wanda import wanda_scores
+from structprune.models.adapter import READERS, Adapter
+from structprune.statistics.norms import one_shot_norms
+
+
+@pytest.fixture
+def noise() -> Calibration:
+    ids = torch.randint(2000, (2, 12), generator=torch.Generator().manual_seed(0))  # (N, T)
+    noisy = ids[:, None].clone()  # (N, S, T)
+    noisy[..., ::3] = 2047
+    return Calibration(ids, noisy, None, {"mask_id": "2047"}, held_out=0)
+
+
+def scores_of(block, norms) -> list[torch.Tensor]:
+    """Wanda scores of a block's projections."""
+    pairs = [(role, norms[block.index, name]) for name, roles in READERS.items() for role in roles]
+    return [wanda_scores(block[role].weight.detach(), norm) for role, norm in pairs]
 
 
 def mean(values, sizes=None) -> float:
@@ -19,6 +37,25 @@ def test_outlier_share_by_hand():
     assert outlier_share(scores, 2.0) == pytest.approx(1 / 6)
     assert outlier_share(scores, 1.5) == pytest.approx(1 / 6)  # 6 is not above 6
     assert outlier_share(scores, 3.5) == 0
+
+
+def test_outliers_of_relative_norms_do_not_depend_on_the_scale_of_the_stream(tiny_model, noise):
+    """Embedding and what is added to it times 4: with norms in between the same model, if eps is small."""
+    shares: dict[bool, list] = {True: [], False: []}
+    for scale in (1, 4):
+        model = tiny_model("llada", rms_norm_eps=1e-12)
+        adapter = Adapter(model)
+        with torch.no_grad():
+            model.embedding.weight.mul_(scale)
+            for block in adapter.blocks:
+                for role in ("attention_output", "down"):
+                    block[role].weight.mul_(scale)
+        for relative in shares:
+            norms = one_shot_norms(adapter, noise, "masked", SinkSettings(), relative=relative)
+            shares[relative].append([outlier_share(scores_of(block, norms), 2.0) for block in adapter.blocks])
+    one, four = shares[True]
+    assert one == pytest.approx(four, abs=2e-4) and min(one) > 0  # two of 7680 weights may change sides
+    assert max(abs(a - b) for a, b in zip(*shares[False])) > 0.01
 
 
 def test_owl_by_hand():

@@ -86,7 +86,7 @@ def test_a_failed_save_leaves_the_old_file(masks, tmp_path, monkeypatch):
         name.write_bytes(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("structprune.masking.masks.save_file", fail)
+    monkeypatch.setattr("structprune.models.tensor_files.save_file", fail)
     with pytest.raises(UserError, match=r"masks.safetensors cannot be written \(No space left on device\)$"):
         masks.save(path)
     assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1

@@ -90,7 +90,7 @@ def test_code_comes_with_pickles_too(hub, remote):
 def test_without_weights_only_settings_come(hub, remote):
     here, asked = hub(remote)
     locate(HUB_ID, weights=False, allow_pickle=True)
-    assert asked == [["*.json", "*.txt", "*.jinja", "*.model"]]
+    assert asked == [["*.json", "*.txt", "*.jinja", "*.model", "README.md"]]
     assert not list(here.glob("*.safetensors"))
 
 

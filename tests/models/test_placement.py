@@ -7,7 +7,7 @@ from structprune import mask_pipeline, pipeline
 from structprune.config import Config
 from structprune.errors import UserError
 from structprune.models.loading import load_model
-from structprune.models.placement import compute_device, pick_device, stream_target, streamed
+from structprune.models.placement import compute_device, pick_device, stream_target, streamed, synchronise
 
 CPU = torch.device("cpu")
 
@@ -106,6 +106,39 @@ def test_what_cannot_be_streamed_is_refused(tiny_checkpoint, monkeypatch):
     config = Config.load(overrides={"structured.score": "taylor", "memory.offload": True})
     with pytest.raises(UserError, match="taylor.*memory.offload"):
         pipeline.check_request(load_model(tiny_checkpoint()), config)
+
+
+def test_only_cuda_is_waited_for(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    for name in ("cpu", "meta", "cuda:1", "cuda"):
+        synchronise(torch.device(name))
+    assert waited == [torch.device("cuda:1"), torch.device("cuda")]
+
+
+def test_seconds_count_what_the_device_still_does(tiny_checkpoint, text_path, monkeypatch):
+    """A device that takes 5 s for work, which the call returns before."""
+    clock = {"now": 0.0, "busy": 0.0}
+
+    def wait(device):
+        clock["now"], clock["busy"] = clock["now"] + clock["busy"], 0.0
+
+    monkeypatch.setattr(torch.cuda, "synchronize", wait)
+    monkeypatch.setattr(pipeline, "stream_target", lambda offload, device: torch.device("cuda:0"))
+    monkeypatch.setattr(pipeline.time, "perf_counter", lambda: clock["now"])
+    pruner = pipeline.Pruner(load_model(tiny_checkpoint()), Config.load(overrides={
+        "calibration.source": str(text_path), "calibration.windows": 2, "calibration.held_out": 1,
+        "calibration.length": 16, "calibration.interval": 25,
+    }))  # fmt: skip
+
+    def work(seconds):
+        clock["busy"] += seconds
+
+    work(3.0)  # untimed, and under way when the clock starts
+    pruner._timed("scores", lambda: work(5.0))
+    pruner._timed("scores", lambda: work(1.0))
+    pruner._timed("refit", lambda: work(2.0))
+    assert pruner.seconds == {"scores": 6.0, "refit": 2.0}
 
 
 def test_auto_is_the_stored_dtype(tiny_checkpoint):

@@ -1,0 +1,49 @@
+"""Safetensors files of our own: whole or not at all, and byte for byte the same for the same content."""
+
+import json
+import os
+import struct
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from structprune.errors import UserError
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its type where it has none."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def write_tensors(path: str | Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Write tensors of any device and layout, and metadata.
+
+    Raises:
+        UserError: the file cannot be written; what was there before stays.
+    """
+    path = Path(path)
+    # cloned, because safetensors refuses tensors that share memory
+    whole = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file(whole, draft, metadata=metadata)
+        _sort_metadata(draft)
+        os.replace(draft, path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be written ({first_line(error)})") from error
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Sort the metadata within a file's header, where safetensors puts them in another order every time."""
+    with path.open("r+b") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        # as safetensors writes it, so that it takes the same room
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        file.seek(8)
+        file.write(text.ljust(length))

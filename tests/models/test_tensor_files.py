@@ -1,0 +1,65 @@
+"""Safetensors files of our own: the same bytes for the same content, and never half of one."""
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from structprune.errors import UserError
+from structprune.models.tensor_files import first_line, write_tensors
+
+METADATA = {f"key {number}": f"value {number}" for number in range(20)}  # 20! orders
+TENSORS = {"b": torch.arange(6).view(2, 3), "a": torch.tensor([[0.5]]), "empty": torch.zeros(0, 4)}
+
+
+def metadata_of(path) -> dict:
+    with safe_open(path, "pt") as file:
+        return file.metadata()
+
+
+def test_equal_content_gives_equal_bytes(tmp_path):
+    backwards = dict(reversed(METADATA.items()))
+    for name, metadata in (("one", METADATA), ("two", METADATA), ("three", backwards)):
+        write_tensors(tmp_path / name, TENSORS, metadata)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes() == (tmp_path / "three").read_bytes()
+    header = (tmp_path / "one").read_bytes()
+    places = [header.index(f'"{key}"'.encode()) for key in sorted(METADATA)]
+    assert places == sorted(places)
+    assert metadata_of(tmp_path / "one") == METADATA
+    found = load_file(tmp_path / "one")
+    assert found.keys() == TENSORS.keys() and all(torch.equal(found[name], TENSORS[name]) for name in TENSORS)
+
+
+def test_any_text_can_be_in_the_metadata(tmp_path):
+    """What JSON escapes takes the room that safetensors gave it."""
+    odd = {"".join(map(chr, range(0x250))): '"\\/\u2028\ud7ff\U0001f600', "": "", "z": "\n\t\x7f"}
+    write_tensors(tmp_path / "odd", TENSORS, odd)
+    assert metadata_of(tmp_path / "odd") == odd
+    assert torch.equal(load_file(tmp_path / "odd")["b"], TENSORS["b"])
+    write_tensors(tmp_path / "none", {}, {"a": "b"})
+    assert metadata_of(tmp_path / "none") == {"a": "b"} and load_file(tmp_path / "none") == {}
+
+
+def test_views_and_shared_memory(tmp_path):
+    whole = torch.arange(12).view(3, 4)
+    write_tensors(tmp_path / "views", {"all": whole, "turned": whole.T, "part": whole[1:, ::2]}, {})
+    found = load_file(tmp_path / "views")
+    assert torch.equal(found["turned"], whole.T) and found["part"].tolist() == [[4, 6], [8, 10]]
+
+
+@pytest.mark.parametrize("step", ["save_file", "_sort_metadata"])
+def test_a_failure_leaves_what_was_there(step, tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+
+    def fail(*arguments, **named):
+        raise OSError("No space left on device\nand more")
+
+    monkeypatch.setattr(f"structprune.models.tensor_files.{step}", fail)
+    with pytest.raises(UserError, match=r"file cannot be written \(No space left on device\)$"):
+        write_tensors(path, TENSORS, METADATA)
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_first_line():
+    assert first_line(OSError(" one\ntwo")) == "one" and first_line(KeyError()) == "KeyError"
