@@ -232,7 +232,7 @@ def run_study(study: Study, options: argparse.Namespace) -> None:
     seeds = list(range(options.seeds))
     options.out.parent.mkdir(parents=True, exist_ok=True)
     partial = options.out.with_suffix(".part.jsonl")
-    tasks = [(name, seed, options.windows, options.length) for name in study.variants for seed in seeds]
+    tasks = [(name, seed, options.windows, options.length) for seed in seeds for name in study.variants]
     settings = {
         "windows": options.windows,
         "length": options.length,
