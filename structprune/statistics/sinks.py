@@ -74,7 +74,9 @@ def attend_with_mass(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     mass = torch.zeros(batch, length, device=query.device)  # (B, T)
     for row in range(batch):
         for head in range(0, heads, span):
-            shared = torch.arange(head, min(head + span, heads), device=query.device) // repeat  # (h,)
+            shared = slice(head, head + span)
+            if repeat > 1:
+                shared = torch.arange(head, min(head + span, heads), device=query.device) // repeat  # (h,)
             keys, values = key[row, shared].float(), value[row, shared].float()  # (h, T, D)
             queries = query[row, head : head + span].float() / math.sqrt(size)  # (h, T, D)
             for start in range(0, length, tile):

@@ -112,13 +112,16 @@ def test_held_and_recomputed_inputs_give_equal_numbers(tiny_model, calibration, 
     adapter = Adapter(tiny_model("dream"))
     arguments = (adapter, calibration, "masked+sink", SINK, True, relative, batch)
     held, again = one_shot_norms(*arguments, 2**30), one_shot_norms(*arguments, 0)
-    assert all(torch.allclose(held[key], again[key], rtol=1e-6) for key in held)
+    assert max((held[key] / again[key] - 1).abs().max().item() for key in held) < 5e-6  # `SAME`; 1e-6 without it
 
 
 @pytest.mark.parametrize("family, relative", [("llada", False), ("dream", True)])
-@pytest.mark.parametrize("kappa, share", [(1.5, (0.05, 0.6)), (9.0, (0, 0)), (-9.0, (1, 1))])
-def test_only_groups_with_a_lighter_row_are_made_again(tiny_model, family, relative, kappa, share, monkeypatch):
-    """Hard weights: some, none or all rows weigh 0; 30 rows, so that the last group of 4 is cut short."""
+@pytest.mark.parametrize("kappa, share", [(1.5, (0.05, 0.6)), (9.0, (0, 0)), (-9.0, (0, 0))])
+def test_only_groups_of_other_weights_are_made_again(tiny_model, family, relative, kappa, share, monkeypatch):
+    """Hard weights: some, none or all rows weigh 0; 30 rows, so that the last group of 4 is cut short.
+
+    Groups of rows that weigh the same count as a whole, whatever they weigh.
+    """
     generator = torch.Generator().manual_seed(5)
     noisy = torch.randint(0, 90, (2, 3, 30), generator=generator)
     calibration = Calibration(noisy[:, 0], noisy, None, {}, held_out=0)
