@@ -100,15 +100,34 @@ def _settings(config: Path | None, ratio: float | None, sets: list[str] | None, 
 
     named = {key.replace("__", "."): value for key, value in extra.items()} | {"masking.nm": nm and f"'{nm}'"}
     given = [*(sets or []), *(f"{key}={value}" for key, value in named.items() if value is not None)]
-    if nm is not None and ratio is None:
+    asked = _named(sets)
+    if nm is not None and ratio is None and "masking.ratio" not in asked:
         given.append("masking.ratio=null")  # a preset's ratio is of its own pattern
     if ratio is not None:
-        structured = Config.load(config, given).method == "structured"
-        given.append(f"{'structured' if structured else 'masking'}.ratio={ratio}")
+        key = f"{'structured' if Config.load(config, given).method == 'structured' else 'masking'}.ratio"
+        if key in asked:
+            raise UserError(f"--ratio {ratio} and --set {key} both name the ratio: leave one out")
+        given.append(f"{key}={ratio}")
     settings = Config.load(config, given)
-    if nm is not None and settings.method != "nm":  # 2:4 is the default, so that nothing else would notice it
+    if nm is not None and settings.method != "nm":
         raise UserError(f"--nm {nm} means nothing with method {settings.method}: add --method nm, or leave it out")
+    _check_method(settings.method, asked)
     return settings
+
+
+def _named(sets: list[str] | None) -> set[str]:
+    """The keys that --set names."""
+    return {text.partition("=")[0].strip() for text in sets or []}
+
+
+def _check_method(method: str, asked: set[str]) -> None:
+    """Raise UserError for a key of another method: values that happen to be the default go unnoticed elsewhere."""
+    structured = method == "structured"
+    other = ("masking.",) if structured else ("structured.", "export.")
+    idle = sorted(key for key in asked if key.startswith(other) or (key == "masking.nm" and method != "nm"))
+    if idle:
+        wanted = "nm" if idle[0] == "masking.nm" else "unstructured or nm" if structured else "structured"
+        raise UserError(f"--set {idle[0]} means nothing with method {method}: add --method {wanted}, or leave it out")
 
 
 @app.command(help=PRUNE_HELP)
@@ -137,8 +156,7 @@ def prune(
         raise UserError(f"--plan removes heads and channels: leave it out, or --method {settings.method}")
     if plan is not None and (ratio is not None or any(text.startswith("structured.") for text in sets or [])):
         raise UserError("--plan says what goes already: leave out --ratio and --set structured.*")
-    named = {text.partition("=")[0].strip() for text in sets or []}
-    if idle := [key for key in OF_TEXT if key in named and settings.calibration.replays]:
+    if idle := [key for key in OF_TEXT if key in _named(sets) and settings.calibration.replays]:
         raise UserError(f"{idle[0]} means nothing for a saved calibration, which is replayed as it is: leave it out")
     if settings.method == "structured":
         prune_checkpoint(checkpoint, out, settings, plan, overwrite)

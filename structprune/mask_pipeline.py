@@ -1,5 +1,6 @@
 """A whole unstructured or N:M run on one screen: calibration -> statistics -> masks -> refit -> check -> report."""
 
+import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -119,7 +120,7 @@ class MaskRun:
         """Mask the model, or a copy that shares everything but its projections."""
         start = time.perf_counter()
         dense = self._nelbo(self.model)
-        model = unshared(self.model)  # where in place, one block's dense weights are all that is held twice
+        model = unshared(self.model)  # where in place, one block's dense weights at most are held beside the new
         plain = PlainWeights(Adapter(model), self._budget) if self.config.reconstruct.enabled else None
         with streamed(self.model, self._target), streamed(model, self._target), torch.no_grad():
             ratios = self._ratios()
@@ -127,7 +128,7 @@ class MaskRun:
         check = self._check(model, dense, plain)
         if in_place:
             for new, old in zip(Adapter(model).blocks, Adapter(self.model).blocks):
-                hand_over(new, old)
+                hand_over(new, old, tuple(new.names))
             model = self.model
         self.seconds["total"] = time.perf_counter() - start
         device = self._target or model.device
@@ -153,9 +154,11 @@ class MaskRun:
             refitted = after
             plain.swap()
             before = self._nelbo(model)
-            after = min(before, refitted, key=lambda found: found.mean)
+            after = min(before, refitted, key=lambda found: math.inf if math.isnan(found.mean) else found.mean)
             if after is refitted:
                 plain.swap()
+        if math.isnan(after.mean):
+            raise UserError("the masked model's loss is not a number in this dtype: use model.dtype = float32")
         return {
             "kept": "refit" if refitted is after else "plain masks",
             "dense": dense.mean,
@@ -172,7 +175,8 @@ class MaskRun:
             return None
         noise = held_out_noise(self.calibration, model, self.config.calibration.seed)
         with streamed(model, self._target):
-            return self._timed("check", lambda: masked_nelbo(model, *noise, batch=self._batch))
+            show = lambda items: self.track(items, "held-out check")  # noqa: E731
+            return self._timed("check", lambda: masked_nelbo(model, *noise, batch=self._batch, track=show))
 
     def _ratios(self) -> list[float]:
         """The removed ratio of every block; measures norms of the dense model where score or allocation needs them."""
@@ -209,13 +213,15 @@ class MaskRun:
                 request = Request(ratios[block.index], nm)
                 kept, noted, chosen = self._mask_input(block, name, found, request, walk, plain)
                 factored, fits = factored + noted, fits + chosen
+                if in_place and plain is None:  # nobody looks at the dense weights again
+                    hand_over(block, dense.blocks[block.index], READERS[name])
                 for role, mask in kept.items():
                     weight = f"{block.names[role]}.weight"
                     masks.packed[weight], masks.shapes[weight] = pack_bits(mask).cpu(), tuple(mask.shape)
             if walk:
                 self._timed("statistics", lambda: walk.advance(block.index))
             if in_place:
-                hand_over(block, dense.blocks[block.index])
+                hand_over(block, dense.blocks[block.index], tuple(block.names))
             give_back_memory()
         return masks, factored, fits
 
@@ -235,9 +241,9 @@ class MaskRun:
         return {role: kept for role, (_, kept) in masked.items()}, factored, fits
 
 
-def hand_over(block: BlockView, other: BlockView) -> None:
+def hand_over(block: BlockView, other: BlockView, roles: tuple[str, ...]) -> None:
     """Give a block's projections to the same block of another model."""
-    for role in block.names:
+    for role in roles:
         other[role].weight = block[role].weight
 
 

@@ -112,6 +112,11 @@ WRONG = {
     "nm and ratio": ([*NM, "--nm", "2:4", "--ratio", "0.3"], "masking.ratio = 0.3 contradicts masking.nm = 2:4, which removes 0.5: leave it out (null)"),
     "nm of a structured run": (["--nm", "2:4"], "--nm 2:4 means nothing with method structured: add --method nm"),
     "nm of an unstructured run": ([*MASKS, "--nm", "2:4"], "--nm 2:4 means nothing with method unstructured: add --method nm"),
+    "nm and a set ratio": ([*NM, "--nm", "2:4", *sets("masking.ratio=0.3")], "masking.ratio = 0.3 contradicts masking.nm = 2:4, which removes 0.5: leave it out (null)"),
+    "two ratios": ([*MASKS, "--ratio", "0.3", *sets("masking.ratio=0.6")], "--ratio 0.3 and --set masking.ratio both name the ratio: leave one out"),
+    "the default nm of an unstructured run": ([*MASKS, *sets("masking.nm='2:4'")], "--set masking.nm means nothing with method unstructured: add --method nm, or leave it out"),
+    "a default of masks in a structured run": (sets("masking.score=sparsegpt"), "--set masking.score means nothing with method structured: add --method unstructured or nm"),
+    "a default of another method": ([*MASKS, *sets("structured.score=obs")], "--set structured.score means nothing with method unstructured: add --method structured"),
     "ratio 1": ([*MASKS, "--ratio", "1"], "config key masking.ratio = 1.0: input should be less than 1"),
     "ratio -0.1": ([*MASKS, "--ratio", "-0.1"], "config key masking.ratio = -0.1: input should be greater than or equal to 0"),
     "ratio nan": ([*MASKS, "--ratio", "nan"], "input should be a finite number"),
@@ -119,9 +124,9 @@ WRONG = {
     "score": ([*MASKS, *sets("masking.score=wnada")], "masking.score = 'wnada': input should be 'magnitude', 'wanda', 'sink-wanda', 'ria', 'sparsegpt' or 'sink-sparsegpt'"),
     "sinks without sinks": ([*MASKS, *sets("masking.score=sink-wanda", "masking.arm=clean")], "score 'sink-wanda' cannot use arm 'clean', which ignores sinks: ask for 'wanda', or for clean+sink"),
     "magnitude on an arm": ([*MASKS, *sets("masking.score=magnitude", "masking.arm=masked")], "score 'magnitude' cannot use arm 'masked': it looks at weights only; leave masking.arm unset"),
-    "structured key": ([*NM, *sets("structured.ratio=0.3")], "structured.ratio = 0.3 has no effect without method = structured"),
-    "masking key": (sets("masking.score=wanda"), "masking.score = wanda has no effect without method = unstructured or nm"),
-    "dtype": ([*MASKS, *sets("export.dtype=float16")], "export.dtype = float16 has no effect without method = structured (masks leave the layout as it is)"),
+    "structured key": ([*NM, *sets("structured.ratio=0.3")], "--set structured.ratio means nothing with method nm: add --method structured"),
+    "masking key": (sets("masking.score=wanda"), "--set masking.score means nothing with method structured: add --method unstructured or nm"),
+    "dtype": ([*MASKS, *sets("export.dtype=float16")], "--set export.dtype means nothing with method unstructured: add --method structured"),
     "constant": ([*MASKS, *sets("reconstruct.constant=true")], "reconstruct.constant = True has no effect without method = structured"),
     "norms of a Gram": ([*MASKS, *sets("masking.norms=summed")], "masking.norms = summed has no effect without masking.score = wanda or ria"),
     "damping of a norm": ([*MASKS, *sets("masking.score=ria", "masking.damping=0.1")], "masking.damping = 0.1 has no effect without masking.score = sparsegpt"),
@@ -214,7 +219,11 @@ def test_inspect_of_the_true_shapes(family, tmp_path, capsys):
     memory = found["memory"]
     assert memory["weights"] == 4 * total and memory["hidden states"] == 16e9  # two stores at the budget of 8 GB
     assert memory["statistics (sparsegpt)"] == 4 * sum(width**2 for width in inputs)
-    assert memory["peak host"] > sum(size for part, size in memory.items() if part != "peak host")
+    states = (128 + 16) * 10 * 2048 * 4 * inputs[0]  # windows x levels x tokens x fp32 features, in two streams
+    assert memory["temporary files"] == 2 * states + 4 * projections
+    assert memory["peak host"] > sum(
+        size for part, size in memory.items() if part not in ("peak host", "temporary files")
+    )
     less = inspected(capsys, directory, "--method", "nm", *cpu, *sets("memory.budget_gb=1"))["memory"]
     assert memory["weights before the refit"] == 8e9 and memory["packed masks"] == projections // 8
     assert memory["peak host"] - less["peak host"] == 21e9  # and the weights before the refit

@@ -92,7 +92,7 @@ def test_the_whole_model_decides_on_the_refit(refit, budget, tiny_checkpoint, ti
     down = dense.blocks[2].part("down").weight.detach()  # (C, M)
     means = {"dense": 3.0, "plain": 3.5, "refit": refit}
 
-    def judged(model, ids, *noise, batch):
+    def judged(model, ids, *noise, **given):
         weight = model.blocks[2].part("down").weight  # (C, M)
         kind = (
             "dense" if torch.equal(weight, down) else "plain" if torch.equal(weight, down * (weight != 0)) else "refit"

@@ -8,6 +8,7 @@ from structprune.masking.rows import reads_text, walked
 from structprune.masking.table import SCORES, resolve_score
 from structprune.models.adapter import READERS, Adapter
 from structprune.models.loading import as_dtype
+from structprune.statistics.norms import held_bytes
 from structprune.statistics.rows import needs_sinks
 
 
@@ -18,8 +19,9 @@ def predicted_mask_peak(adapter: Adapter, config: Config, stored: torch.dtype) -
         adapter: of the model on the meta device.
         stored: dtype of the checkpoint's weights.
     Returns:
-        Named parts, "peak host" over them, and with an accelerator "peak device". Hidden states and weights beyond
-        `memory.budget_gb` are in files and held inputs beyond it are computed again, so all are capped.
+        Named parts, "peak host" over them, with an accelerator "peak device", and on disk "temporary files". Hidden
+        states and weights beyond `memory.budget_gb` are in files and held inputs beyond it are computed again, so all
+        are capped.
     """
     base, arm = resolve_score(config.masking.score, config.masking.arm)
     device = config.model.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -33,7 +35,7 @@ def predicted_mask_peak(adapter: Adapter, config: Config, stored: torch.dtype) -
     parts = {
         "weights": weights,
         "activations of one batch": config.calibration.batch * sequence * live_features(adapter) if reads else 0,
-        f"statistics ({config.masking.score})": _statistics_bytes(adapter, config, base, arm, sequence),
+        f"statistics ({config.masking.score})": _statistics_bytes(adapter, config, base, arm, dtype.itemsize),
         "one block's masks": _mask_bytes(adapter, base, dtype.itemsize),
         "refit": _refit_bytes(adapter) if config.reconstruct.enabled else 0,
         "hidden states": sum(min(size, budget) for size in stores),
@@ -43,13 +45,15 @@ def predicted_mask_peak(adapter: Adapter, config: Config, stored: torch.dtype) -
     working = sum(list(parts.values())[1:5])
     stored_aside = sum(list(parts.values())[5:])
     shard = min(adapter.model.num_parameters() * stored.itemsize, LARGEST_SHARD)
+    before_refit = [projections * dtype.itemsize] if config.reconstruct.enabled else []
+    files = {"temporary files": sum(size for size in (*stores, *before_refit) if size > budget)}
     if not accelerator:
         parts["peak host"] = weights + max(shard, stored_aside + working) + RUNTIME_BYTES
-        return parts
+        return parts | files
     layer = max(p.numel() for p in adapter.model.parameters()) * dtype.itemsize
     parts["peak host"] = max(shard, stored_aside) + (weights if offload else 0) + RUNTIME_BYTES
     parts["peak device"] = (layer if offload else weights) + working
-    return parts
+    return parts | files
 
 
 def _stored_sequences(config: Config, base: str, arm: str | None) -> tuple[int, int]:
@@ -78,13 +82,15 @@ def _widths(adapter: Adapter) -> list[list[int]]:
     return [[block[roles[0]].in_features for roles in READERS.values()] for block in adapter.blocks]
 
 
-def _statistics_bytes(adapter: Adapter, config: Config, base: str, arm: str | None, sequence: int) -> int:
-    """One block's Grams; or, one-shot with the noisy sink arm, every linear's input until its pass has ended."""
+def _statistics_bytes(adapter: Adapter, config: Config, base: str, arm: str | None, itemsize: int) -> int:
+    """One block's Grams; or what the norms of the noisy sink arm hold until a batch's pass has ended."""
+    grams, held = 0, 0
     if SCORES[base].needs == "grams":
-        return max(4 * sum(width * width for width in block) for block in _widths(adapter))
-    late = needs_sinks(arm) and arm.startswith("masked") and not walked(config, base)
-    held = config.calibration.batch * sequence * sum(map(sum, _widths(adapter)))
-    return held if late and held <= config.memory.budget_gb * 1e9 else 0
+        grams = max(4 * sum(width * width for width in block) for block in _widths(adapter))
+    one_shot = config.masking.allocation == "owl" or (arm is not None and not walked(config, base))
+    if one_shot and needs_sinks(arm) and arm.startswith("masked"):
+        held = held_bytes(adapter, config.calibration.batch * config.calibration.length, itemsize)
+    return max(grams, held if held <= config.memory.budget_gb * 1e9 else 0)
 
 
 def _mask_bytes(adapter: Adapter, base: str, itemsize: int) -> int:

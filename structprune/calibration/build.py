@@ -107,6 +107,11 @@ def replay(settings: CalibrationSettings, mask_id: int | None = None) -> Calibra
             f"calibration.held_out = {asked} has no effect: {source} is replayed as it is, with {held_out} windows held"
             f" out; leave it out, or set it to {held_out}"
         )
+    if held_out == 0 and settings.seed != CalibrationSettings.model_fields["seed"].default:
+        raise UserError(
+            f"calibration.seed = {settings.seed} has no effect: {source} is replayed as it is, and no window is held out"
+            " that it would draw noise for; leave it out"
+        )
     if held_out >= calibration.windows:
         raise UserError(
             f"{source} has {calibration.windows} windows and {held_out} are to be held out, which leaves none to fit on"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import yaml
 
-from structprune.report.tables import change, mask_choice, millions
+from structprune.report.tables import change, mask_choice, millions, plus_minus
 
 TEMPLATE = """---
 library_name: transformers
@@ -96,7 +96,7 @@ def mask_card(report: dict) -> str:
     source, nelbo, calibration = report["source"], report["held_out_nelbo"], report["calibration"]
     loss = ""
     if nelbo:
-        gap = f"{nelbo['loss']['mean']:+.4f} ± {nelbo['loss']['standard_error']:.4f}"
+        gap = plus_minus(nelbo["loss"])
         refit = report["config"]["reconstruct"]["enabled"]
         chosen = "; the same windows chose the refit's damping, so it is a little optimistic" if refit else ""
         loss = (
@@ -198,5 +198,5 @@ def _rows(report: dict) -> list[str]:
     nelbo = report["held_out_nelbo"]
     loss = nelbo["loss"]
     pruned = nelbo["dense"] + loss["mean"]
-    error = f"{loss['mean']:+.4f} ± {loss['standard_error']:.4f}"
+    error = plus_minus(loss)
     return [*rows, f"| NELBO, nats/token | {nelbo['dense']:.4f} | {pruned:.4f} | {error} |"]

@@ -9,9 +9,12 @@ def paired_difference(ours: torch.Tensor, theirs: torch.Tensor) -> dict[str, flo
     Args:
         ours, theirs: (N,) values of the same windows under the same noise.
     Returns:
-        `mean`, `standard_error`, `low`, `high`, all in the unit of the values; a single pair has error 0.
+        `mean`, `standard_error`, `low`, `high`, all in the unit of the values; of a single pair all but the mean are
+        None.
     """
     gap = ours.double() - theirs.double()  # (N,)
     mean = gap.mean().item()
-    error = gap.std().item() / len(gap) ** 0.5 if len(gap) > 1 else 0.0
+    if len(gap) < 2:
+        return {"mean": mean, "standard_error": None, "low": None, "high": None}
+    error = gap.std().item() / len(gap) ** 0.5
     return {"mean": mean, "standard_error": error, "low": mean - 1.96 * error, "high": mean + 1.96 * error}

@@ -107,6 +107,8 @@ def _prune_block(left: torch.Tensor, kept: torch.Tensor, upper: torch.Tensor, nm
     width = len(left)
     inner = INNER if nm is None else max(1, INNER // nm[1]) * nm[1]
     scale = upper.diagonal()[:, None]  # (b, 1)
+    # an error is w / scale where w goes; what stays is divided by infinity, which makes one operation of two
+    divisor = torch.where(kept, torch.inf, scale) if nm is None else torch.empty_like(left)  # (b, O)
     errors = torch.empty_like(left)  # (b, O)
     for first in range(0, width, inner):
         last = min(first + inner, width)
@@ -115,7 +117,8 @@ def _prune_block(left: torch.Tensor, kept: torch.Tensor, upper: torch.Tensor, nm
                 group = slice(column, column + nm[1])
                 score = (left[group] / scale[group]).square_()  # (M, O)
                 kept[group] = group_mask(score.T, *nm).T  # (M, O)
-            torch.mul(left[column], ~kept[column], out=errors[column]).div_(scale[column])  # (O,)
+                divisor[group] = torch.where(kept[group], torch.inf, scale[group])  # (M, O)
+            torch.div(left[column], divisor[column], out=errors[column])  # (O,)
             if column + 1 < last:
                 left[column + 1 : last].addr_(upper[column, column + 1 : last], errors[column], alpha=-1)  # (., O)
         left[last:].addmm_(upper[first:last, last:].T, errors[first:last], alpha=-1)  # (b - last, O)

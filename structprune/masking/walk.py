@@ -153,20 +153,23 @@ class Walk:
 
 
 class _Stream:
-    """Hidden states of the sequences from `first` on, before a block or within it."""
+    """Hidden states of some neighbouring sequences, before a block or within it."""
 
-    def __init__(self, adapter: Adapter, ids: torch.Tensor, first: int, batch: int, budget: int):
-        self._first = first
-        self._states = HiddenStates(adapter, ids[first:], batch, budget)
+    def __init__(self, adapter: Adapter, ids: torch.Tensor, rows: slice, batch: int, budget: int):
+        self.rows = rows
+        self._states = HiddenStates(adapter, ids[rows], batch, budget)
         self.rotary = self._states.rotary
 
     @classmethod
     def of(cls, adapter: Adapter, ids: torch.Tensor, uses: list[Use], batch: int, budget: int) -> "_Stream | None":
-        """A stream of all sequences from the first that a use looks at; None where none does."""
-        return cls(adapter, ids, min(use.rows.start for use in uses), batch, budget) if uses else None
+        """A stream from the first sequence that a use looks at to the last; None where none does."""
+        if not uses:
+            return None
+        rows = slice(min(use.rows.start for use in uses), max(use.rows.stop for use in uses))
+        return cls(adapter, ids, rows, batch, budget)
 
     def _own(self, rows: slice) -> slice:
-        return slice(rows.start - self._first, rows.stop - self._first)
+        return slice(rows.start - self.rows.start, rows.stop - self.rows.start)
 
     def read(self, rows: slice) -> torch.Tensor:
         """(b, T, C); on CPU the store itself, which `_write` changes."""
@@ -200,7 +203,7 @@ class _Stream:
 
     def leave(self, block: BlockView, rows: slice, half: bool) -> None:
         """Take rows behind a block: the whole of it, or its second half where they are behind the first."""
-        if rows.start < self._first:
+        if not self.rows.start <= rows.start < self.rows.stop:
             return
         x = self.read(rows)  # (b, T, C)
         self._write(rows, x + block["down"](block.module.activate(x)) if half else block.module(x, self.rotary))

@@ -36,7 +36,7 @@ def run_table(report: dict, saved_bytes: tuple[int, int] | None = None) -> Table
     nelbo = report["held_out_nelbo"]
     dense, loss = nelbo["dense"], nelbo["loss"]
     kept = nelbo["refit"] if nelbo["kept"] == "refit" else nelbo["plain_removal"]
-    error = f"{loss['mean']:+.4f} ± {loss['standard_error']:.4f}"
+    error = plus_minus(loss)
     table.add_row(f"NELBO, nats/token ({nelbo['windows']} held-out windows)", f"{dense:.4f}", f"{kept:.4f}", error)
     table.caption = (
         f"kept: {nelbo['kept']} (plain removal {nelbo['plain_removal']:.4f}); "
@@ -77,7 +77,7 @@ def mask_table(report: dict) -> Table:
         if report["held_out_nelbo"]["kept"] != "refit":
             lines.append("... which was no gain for the whole model on held-out text: left out")
     if nelbo := report["held_out_nelbo"]:
-        error = f"{nelbo['loss']['mean']:+.4f} ± {nelbo['loss']['standard_error']:.4f}"
+        error = plus_minus(nelbo["loss"])
         shown = f"{nelbo['dense']:.4f} → {nelbo['masked']:.4f} ({error})"
         lines.append(f"NELBO, nats/token, {nelbo['windows']} held-out windows: {shown}")
     lines.append(f"{report['seconds']['total']:.1f} s; peak memory {gigabytes(report['peak_memory_bytes']['host'])}")
@@ -106,6 +106,13 @@ def inspect_tables(found: dict) -> list[Table]:
         name = str(first) if first == last else f"{first}-{last}"
         blocks.add_row(name, *cells, " → ".join(map(millions, row["parameters"])))
     return [totals, _choices(found), blocks, _memory_table(found["memory"])]
+
+
+def plus_minus(difference: dict) -> str:
+    """A paired difference in words: mean ± standard error, or the mean alone."""
+    if difference["standard_error"] is None:
+        return f"{difference['mean']:+.4f}, one window: no error known"
+    return f"{difference['mean']:+.4f} ± {difference['standard_error']:.4f}"
 
 
 def mask_inspect_tables(found: dict) -> list[Table]:

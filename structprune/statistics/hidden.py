@@ -1,11 +1,15 @@
 """Hidden states of all calibration sequences, advanced block by block: in memory, or in a file beyond the budget."""
 
+import errno
 import math
+import os
+import shutil
 import tempfile
 from typing import Iterator
 
 import torch
 
+from structprune.errors import UserError
 from structprune.models.adapter import Adapter
 
 
@@ -13,12 +17,34 @@ def roomy(shape: tuple[int, ...], dtype: torch.dtype, budget: int):
     """An empty host tensor, and None or, beyond `budget` bytes, the temporary file that it is mapped to.
 
     The system removes the file when it is let go of: keep it as long as the tensor.
+
+    Raises:
+        UserError: the temporary directory has no room for it.
     """
     count = math.prod(shape)
     if count * dtype.itemsize <= budget:
         return torch.empty(shape, dtype=dtype), None
     file = tempfile.NamedTemporaryFile(prefix="structprune-")
+    _reserve(file.fileno(), count * dtype.itemsize)
     return torch.from_file(file.name, shared=True, size=count, dtype=dtype).view(shape), file
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    """Give a file its bytes now: a write to a mapped page for which the disk has no room would kill the process."""
+    folder = tempfile.gettempdir()
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(descriptor, 0, size)
+        elif shutil.disk_usage(folder).free < size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return  # a file system that reserves nothing
+        free = shutil.disk_usage(folder).free
+        raise UserError(
+            f"{size / 1e9:.3g} GB of temporary files do not fit {folder} ({free / 1e9:.3g} GB free): set TMPDIR to a"
+            " larger disk, raise memory.budget_gb, or lower calibration.windows"
+        ) from error
 
 
 class HiddenStates:

@@ -1,9 +1,9 @@
 """Norms of what every linear of the dense model reads, on any arm, in one forward pass a sequence.
 
 The row weights of the noisy sink arm are known only when the last block has attended. Until then what a linear reads
-would have to be held for every row. But nearly all rows weigh 1 in the end, so what is held are sums of squares over
-groups of `GROUP` rows of like attention mass, and what rows can be made again from; groups whose rows do not weigh the
-same are made again row by row.
+would have to be held for every row. But nearly all rows weigh 1 in the end, so what is held are squares of the rows with
+most attention mass so far, sums of squares over groups of other rows of like mass, and what rows can be made again from;
+groups whose rows do not weigh the same in the end are made again row by row.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,8 @@ from structprune.statistics.capture import MassMeter, watch_inputs
 from structprune.statistics.inputs import STREAM, InputNorms, Inputs, Key, block_inputs, inputs_of_rows
 from structprune.statistics.rows import Track, arm_ids, arm_weights, mass_of, measure_mass, needs_sinks, untracked
 
-GROUP = 4  # rows in a group: fewer hold more, more make more rows again
+SINGLE = 8  # one row in so many is a group of its own: those that may well weigh less
+GROUP = 4  # rows in other groups: fewer hold more, more make more rows again
 SAME = 3e-5  # a group whose weights differ by less counts with their mean square; norms move by a few 1e-6 at most
 
 
@@ -63,13 +64,15 @@ def one_shot_norms(
     return counted.norms
 
 
-def held_bytes(adapter: Adapter, tokens: int) -> int:
-    """Bytes held for the noisy sink arm until its row weights are known."""
-    hidden, size = adapter.hidden_size, adapter.model.embedding.weight.element_size()
+def held_bytes(adapter: Adapter, tokens: int, itemsize: int | None = None) -> int:
+    """Bytes held for the noisy sink arm until its row weights are known; `itemsize` of a hidden state (the model's)."""
+    hidden, size = adapter.hidden_size, itemsize or adapter.model.embedding.weight.element_size()
     numbers = 0.0
     for block in adapter.blocks[:-1]:
         grouped = sum(block[READERS[name][0]].in_features for name in READERS if name != "mixed")
-        numbers += size * (hidden + block["attention_output"].in_features) + 4 * grouped / GROUP
+        numbers += size * (hidden + block["attention_output"].in_features) + 4 * grouped * (
+            1 / SINGLE + (1 - 1 / SINGLE) / GROUP
+        )
     return int(tokens * numbers)
 
 
@@ -108,7 +111,7 @@ class _Held:
 
     Attributes:
         x: (b, T, C) the block's input. mixed: (b, T, H*D) what its attention output reads.
-        order: (b, T) int64 rows, neighbours in a group: rank r is in group r // `GROUP`.
+        order: (b, T) int64 rows: the first T // `SINGLE` are groups of their own, then every `GROUP` neighbours are one.
         sums: input -> (b, G, C) sums of squares over groups.
     """
 
@@ -152,38 +155,41 @@ def _grouped_squares(x: torch.Tensor, order: torch.Tensor, weight: torch.Tensor 
 
     Groups are gathered member by member, which takes a third of the time of squaring all and scattering the sums.
     """
-    sums = []
+    single = order.shape[1] // SINGLE
+    groups = -(-(order.shape[1] - single) // GROUP)
+    sums = torch.empty(len(x), single + groups, x.shape[2], device=x.device)  # (b, G, C)
     for index, ranks in enumerate(order):
-        total = None
-        for member in range(GROUP):
-            rows = ranks[member::GROUP]  # (g,); of a last group that is not full there may be one fewer
+        members = [ranks[:single]] + [ranks[single + member :: GROUP] for member in range(GROUP)]
+        for member, rows in enumerate(members):  # of a last group that is not full there may be one row fewer
             part = x[index].index_select(0, rows).float()  # (g, C)
             if weight is not None:
                 part = part * weight[index, rows, None]  # (g, C)
-            if total is None:
-                total = part.square_()  # (G, C); a gathered copy
-            else:
-                total[: len(rows)].addcmul_(part, part)
-        sums.append(total)
-    return torch.stack(sums)
+            total = sums[index, :single] if member == 0 else sums[index, single : single + len(rows)]  # (g, C)
+            torch.mul(part, part, out=total) if member < 2 else total.addcmul_(part, part)
+    return sums
 
 
 def _by_group(weight: torch.Tensor, order: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean ω² of every group, and whether its weights differ: (b, T) each -> (b, G) each."""
-    ranked = weight.gather(1, order)  # (b, T)
-    missing = -ranked.shape[1] % GROUP  # of a last group that is not full; its last weight stands in
-    ranked = torch.cat((ranked, ranked[:, -1:].expand(-1, missing)), dim=1).unflatten(1, (-1, GROUP))  # (b, G, GROUP)
-    return ranked.square().mean(2), ranked.amax(2) - ranked.amin(2) > SAME
+    ranked, single = weight.gather(1, order), order.shape[1] // SINGLE  # (b, T)
+    alone, rest = ranked[:, :single], ranked[:, single:]
+    missing = -rest.shape[1] % GROUP  # of a last group that is not full; its last weight stands in
+    rest = torch.cat((rest, rest[:, -1:].expand(-1, missing)), dim=1).unflatten(1, (-1, GROUP))  # (b, g, GROUP)
+    apart = rest.amax(2) - rest.amin(2) > SAME  # (b, g)
+    squared = torch.cat((alone.square(), rest.square().mean(2)), dim=1)  # (b, G)
+    return squared, torch.cat((torch.zeros_like(alone, dtype=torch.bool), apart), dim=1)
 
 
 def _count(block: BlockView, held: _Held, counted: InputNorms, weight: torch.Tensor, relative: bool) -> None:
-    """Squares of what a block's linears read: whole groups where all rows weigh 1, else row by row."""
+    """Squares of what a block's linears read: whole groups where their rows weigh the same, else row by row."""
     scale = relative_weight(held.x, weight) if relative else weight  # (b, T)
     counted.add((block.index, "mixed"), held.mixed, scale)
     squared, apart = _by_group(weight, held.order)  # (b, G), (b, G)
     squares = {name: torch.bmm((squared * ~apart)[:, None], sums)[:, 0] for name, sums in held.sums.items()}  # (b, C)
     for index, groups in enumerate(apart):
-        rows = held.order[index][groups.repeat_interleave(GROUP)[: held.order.shape[1]]]  # (r,)
+        single = held.order.shape[1] // SINGLE
+        others = held.order[index, single:]  # (T - single,)
+        rows = others[groups[single:].repeat_interleave(GROUP)[: len(others)]]  # (r,)
         if not len(rows):
             continue
         made = inputs_of_rows(block, held.x[index, rows][None], held.mixed[index, rows][None])

@@ -21,7 +21,7 @@ def test_pairing_removes_what_both_share():
 
 def test_one_pair_has_no_error():
     assert paired_difference(torch.tensor([2.0]), torch.tensor([0.5])) == {
-        "mean": 1.5, "standard_error": 0.0, "low": 1.5, "high": 1.5,
+        "mean": 1.5, "standard_error": None, "low": None, "high": None,
     }  # fmt: skip
 
 

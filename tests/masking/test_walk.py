@@ -207,9 +207,10 @@ def test_streams_exist_only_where_something_reads_them(tiny_model, ids, omega):
 
     def streams(case):
         walk = Walk(adapter, adapter, CASES[case](ids, omega), 2, 2**30)
-        return [stream and stream._first for stream in (walk._prefix, walk._dense)]
+        found = (walk._prefix, walk._dense)
+        return [stream and (stream.rows.start, stream.rows.stop, len(stream._states._states)) for stream in found]
 
-    assert streams("sequential norms") == [0, None]
-    assert streams("one-shot grams") == [None, 0]
-    assert streams("one-shot summed norms, refit to the layer") == [2, 0]
-    assert streams("sequential norms, dense refit on other rows") == [0, 2]
+    assert streams("sequential norms") == [(0, 7, 7), None]
+    assert streams("one-shot grams") == [None, (0, 7, 7)]
+    assert streams("one-shot summed norms, refit to the layer") == [(2, 7, 5), (0, 2, 2)]
+    assert streams("sequential norms, dense refit on other rows") == [(0, 7, 7), (2, 7, 5)]

@@ -1,13 +1,16 @@
 """Hidden states in memory or in a file, and a model run consumer by consumer."""
 
 import copy
+import errno
 import os
+import tempfile
 
 import pytest
 import torch
 
+from structprune.errors import UserError
 from structprune.models.adapter import Adapter
-from structprune.statistics.hidden import HiddenStates
+from structprune.statistics.hidden import HiddenStates, roomy
 from structprune.statistics.residual import ResidualRun, TargetRun
 
 IDS = torch.randint(0, 2000, (5, 7), generator=torch.Generator().manual_seed(0))
@@ -114,3 +117,26 @@ def test_residual_run_goes_on_with_the_weights_of_the_moment(tiny_model):
     x = x + block.part("attention_output")(block.mix(x, changed.rotary(7, "cpu")))
     assert torch.allclose(run.read((0, "channels"), rows), block.activate(x), atol=1e-5)
     assert torch.allclose(run.states(rows), x, atol=1e-5)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_disk_that_is_full_is_one_line(code, monkeypatch, tmp_path):
+    """Not a signal in the midst of a run: pages of a sparse file are mapped without the disk having room for them."""
+
+    def full(descriptor, start, size):
+        assert (start, size) == (0, 40)
+        raise OSError(code, "full")
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(UserError, match=f"temporary files do not fit {tmp_path} .* free.: set TMPDIR to a larger disk"):
+        roomy((2, 5), torch.float32, 39)
+    assert list(tmp_path.iterdir()) == []
+    assert roomy((2, 5), torch.float32, 40)[1] is None
+
+
+def test_bytes_of_a_file_are_reserved_where_the_file_system_can(monkeypatch):
+    tensor, file = roomy((3, 4), torch.float64, 0)
+    assert os.fstat(file.fileno()).st_size == 96 and os.fstat(file.fileno()).st_blocks * 512 >= 96
+    monkeypatch.delattr(os, "posix_fallocate")
+    assert roomy((3, 4), torch.float64, 0)[0].shape == (3, 4)
