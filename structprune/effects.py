@@ -74,7 +74,8 @@ def check_masking(config: Config, base: str, arm: str | None, reads: bool) -> No
         ("masking", ("depth_slope",), masking.allocation != "depth", "masking.allocation = depth"),
         ("calibration", tuple(key for key in CalibrationSettings.model_fields if key != "held_out"), not reads,
          "a score, refit or held-out check that looks at text"),
-        ("calibration", ("steps", "interval"), not noised and not config.calibration.replays, "a noisy arm, a refit or a held-out check"),
+        ("calibration", ("steps", "interval"), not noised and not config.calibration.replays,
+         "a noisy arm, a refit or a held-out check"),
         ("memory", ("offload",), not reads, "a forward pass"),
     )  # fmt: skip
     arms = [arm or "", reconstruct.arm if reconstruct.enabled else ""]

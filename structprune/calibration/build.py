@@ -109,8 +109,8 @@ def replay(settings: CalibrationSettings, mask_id: int | None = None) -> Calibra
         )
     if held_out == 0 and settings.seed != CalibrationSettings.model_fields["seed"].default:
         raise UserError(
-            f"calibration.seed = {settings.seed} has no effect: {source} is replayed as it is, and no window is held out"
-            " that it would draw noise for; leave it out"
+            f"calibration.seed = {settings.seed} has no effect: {source} is replayed as it is, and no window is held"
+            " out that it would draw noise for; leave it out"
         )
     if held_out >= calibration.windows:
         raise UserError(

@@ -1,9 +1,9 @@
 """Norms of what every linear of the dense model reads, on any arm, in one forward pass a sequence.
 
 The row weights of the noisy sink arm are known only when the last block has attended. Until then what a linear reads
-would have to be held for every row. But nearly all rows weigh 1 in the end, so what is held are squares of the rows with
-most attention mass so far, sums of squares over groups of other rows of like mass, and what rows can be made again from;
-groups whose rows do not weigh the same in the end are made again row by row.
+would have to be held for every row. But nearly all rows weigh 1 in the end, so what is held are squares of the rows
+with most attention mass so far, sums of squares over groups of other rows of like mass, and what rows can be made again
+from; groups whose rows do not weigh the same in the end are made again row by row.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from structprune.statistics.inputs import STREAM, InputNorms, Inputs, Key, block
 from structprune.statistics.rows import Track, arm_ids, arm_weights, mass_of, measure_mass, needs_sinks, untracked
 
 SINGLE = 8  # one row in so many is a group of its own: those that may well weigh less
-GROUP = 4  # rows in other groups: fewer hold more, more make more rows again
+GROUP = 12  # rows in other groups: fewer hold more, more make more rows again
 SAME = 3e-5  # a group whose weights differ by less counts with their mean square; norms move by a few 1e-6 at most
 
 
@@ -45,7 +45,7 @@ def one_shot_norms(
         (block, input) -> (C,) fp64.
     """
     counted, ids = InputNorms(summed), arm_ids(calibration, arm)  # (N, R, T)
-    late = needs_sinks(arm) and arm.startswith("masked")
+    late, room = needs_sinks(arm) and arm.startswith("masked"), None
     weights = None
     if needs_sinks(arm) and not late:
         mass = measure_mass(adapter, calibration, batch, track)  # (N, S, T)
@@ -55,7 +55,8 @@ def one_shot_norms(
         rows = slice(start, start + batch)
         part = ids[rows].to(adapter.device)  # (b, T)
         if late and held_bytes(adapter, part.numel()) <= budget:
-            _add_late(adapter, part, counted, sink, relative)
+            room = room or [_Held.empty(block, part.shape) for block in adapter.blocks[:-1]]
+            _add_late(adapter, part, [held.first(len(part)) for held in room], counted, sink, relative)
             continue
         weight = None if weights is None else weights[rows].to(adapter.device)  # (b, T)
         if late:
@@ -111,7 +112,7 @@ class _Held:
 
     Attributes:
         x: (b, T, C) the block's input. mixed: (b, T, H*D) what its attention output reads.
-        order: (b, T) int64 rows: the first T // `SINGLE` are groups of their own, then every `GROUP` neighbours are one.
+        order: (b, T) int64 rows: the first T // `SINGLE` are groups of their own, then `GROUP` neighbours each are one.
         sums: input -> (b, G, C) sums of squares over groups.
     """
 
@@ -120,44 +121,66 @@ class _Held:
     order: torch.Tensor
     sums: dict[str, torch.Tensor]
 
+    @classmethod
+    def empty(cls, block: BlockView, shape: torch.Size) -> "_Held":
+        """Room for ids of a (b, T) shape. It serves all batches: fresh memory amid what comes and goes in a pass would
+        leave holes in the heap, up to half as much again."""
+        place = {"device": block["query"].weight.device, "dtype": block["query"].weight.dtype}
+        widths = {name: block[roles[0]].in_features for name, roles in READERS.items()}
+        x = torch.empty(*shape, widths["attention_input"], **place)  # (b, T, C)
+        mixed = torch.empty(*shape, widths.pop("mixed"), **place)  # (b, T, H*D)
+        order = torch.empty(shape, dtype=torch.int64, device=place["device"])  # (b, T)
+        single, groups = _groups(shape[1])
+        sums = {n: torch.empty(shape[0], single + groups, c, device=place["device"]) for n, c in widths.items()}
+        return cls(x, mixed, order, sums)  # sums: (b, G, C)
 
-def _add_late(adapter: Adapter, ids: torch.Tensor, counted: InputNorms, sink: SinkSettings, relative: bool) -> None:
+    def first(self, count: int) -> "_Held":
+        """The room of the first `count` sequences."""
+        sums = {name: value[:count] for name, value in self.sums.items()}
+        return _Held(self.x[:count], self.mixed[:count], self.order[:count], sums)
+
+    def fill(self, found: Inputs, x: torch.Tensor, mass: torch.Tensor, relative: bool) -> None:
+        """Hold a block's inputs, given the attention mass (b, T) so far."""
+        self.x.copy_(x)
+        self.mixed.copy_(found.read["mixed"])
+        # by mass, so that rows that may weigh less than 1 come together
+        self.order.copy_(mass.argsort(dim=1, descending=True))
+        for name, sums in self.sums.items():
+            _grouped_squares(found.read[name], self.order, found.weight(name, None, relative), sums)
+
+
+def _groups(length: int) -> tuple[int, int]:
+    """Rows that are groups of their own, and the number of other groups, of `length` rows."""
+    single = length // SINGLE
+    return single, -(-(length - single) // GROUP)
+
+
+def _add_late(
+    adapter: Adapter, ids: torch.Tensor, room: list[_Held], counted: InputNorms, sink: SinkSettings, relative: bool
+) -> None:
     """One forward pass over (b, T) ids, whose row weights are those of its own attention mass."""
     x = adapter.model.embedding(ids)  # (b, T, C)
     rotary, *blocks = adapter.model.rotary(ids.shape[1], adapter.device), *adapter.blocks
-    held = []
     with MassMeter().on([block.core for block in blocks]) as meter:
-        for block in blocks[:-1]:
+        for block, held in zip(blocks, room):
             found = block_inputs(block, x, rotary)
-            held.append(_hold(found, x, meter.so_far, relative))
+            held.fill(found, x, meter.so_far, relative)
             x = found.stream["activated"] + block["down"](found.read["activated"])  # (b, T, C)
+            del found  # or it would be beside the next block's
         last = block_inputs(blocks[-1], x, rotary)
         weight = _late_weight(meter.take(), sink)  # (b, T)
     for name, value in last.read.items():
         counted.add((blocks[-1].index, name), value, last.weight(name, weight, relative))
-    for block in blocks[:-1]:
-        _count(block, held.pop(0), counted, weight, relative)
+    for block, held in zip(blocks, room):
+        _count(block, held, counted, weight, relative)
 
 
-def _hold(found: Inputs, x: torch.Tensor, mass: torch.Tensor, relative: bool) -> _Held:
-    # by attention mass so far, so that rows that may weigh less than 1 come together
-    order = mass.argsort(dim=1, descending=True)  # (b, T)
-    sums = {
-        name: _grouped_squares(value, order, found.weight(name, None, relative))
-        for name, value in found.read.items()
-        if name != "mixed"
-    }
-    return _Held(x, found.read["mixed"], order, sums)
-
-
-def _grouped_squares(x: torch.Tensor, order: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
-    """Sums of squares over groups of rows: x (b, T, C), order and weight (b, T) -> (b, G, C) fp32.
+def _grouped_squares(x: torch.Tensor, order: torch.Tensor, weight: torch.Tensor | None, sums: torch.Tensor) -> None:
+    """Sums of squares over groups of rows: x (b, T, C), order and weight (b, T), into sums (b, G, C) fp32.
 
     Groups are gathered member by member, which takes a third of the time of squaring all and scattering the sums.
     """
-    single = order.shape[1] // SINGLE
-    groups = -(-(order.shape[1] - single) // GROUP)
-    sums = torch.empty(len(x), single + groups, x.shape[2], device=x.device)  # (b, G, C)
+    single, _ = _groups(order.shape[1])
     for index, ranks in enumerate(order):
         members = [ranks[:single]] + [ranks[single + member :: GROUP] for member in range(GROUP)]
         for member, rows in enumerate(members):  # of a last group that is not full there may be one row fewer
@@ -166,12 +189,11 @@ def _grouped_squares(x: torch.Tensor, order: torch.Tensor, weight: torch.Tensor 
                 part = part * weight[index, rows, None]  # (g, C)
             total = sums[index, :single] if member == 0 else sums[index, single : single + len(rows)]  # (g, C)
             torch.mul(part, part, out=total) if member < 2 else total.addcmul_(part, part)
-    return sums
 
 
 def _by_group(weight: torch.Tensor, order: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean ω² of every group, and whether its weights differ: (b, T) each -> (b, G) each."""
-    ranked, single = weight.gather(1, order), order.shape[1] // SINGLE  # (b, T)
+    ranked, (single, _) = weight.gather(1, order), _groups(order.shape[1])  # (b, T)
     alone, rest = ranked[:, :single], ranked[:, single:]
     missing = -rest.shape[1] % GROUP  # of a last group that is not full; its last weight stands in
     rest = torch.cat((rest, rest[:, -1:].expand(-1, missing)), dim=1).unflatten(1, (-1, GROUP))  # (b, g, GROUP)
@@ -187,7 +209,7 @@ def _count(block: BlockView, held: _Held, counted: InputNorms, weight: torch.Ten
     squared, apart = _by_group(weight, held.order)  # (b, G), (b, G)
     squares = {name: torch.bmm((squared * ~apart)[:, None], sums)[:, 0] for name, sums in held.sums.items()}  # (b, C)
     for index, groups in enumerate(apart):
-        single = held.order.shape[1] // SINGLE
+        single, _ = _groups(held.order.shape[1])
         others = held.order[index, single:]  # (T - single,)
         rows = others[groups[single:].repeat_interleave(GROUP)[: len(others)]]  # (r,)
         if not len(rows):
