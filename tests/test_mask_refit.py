@@ -1,12 +1,14 @@
 """The refit of kept weights inside a whole run: against its defining equations, and on the trained model."""
 
 from functools import partial
+from math import nan
 
 import pytest
 import torch
 
 from structprune import Config, load_model, mask_pipeline
 from structprune.assets import model_directory
+from structprune.errors import UserError
 from structprune.evaluation.nelbo import Nelbo
 from structprune.mask_pipeline import mask
 from structprune.masking.plain import PlainWeights
@@ -110,6 +112,32 @@ def test_the_whole_model_decides_on_the_refit(refit, budget, tiny_checkpoint, ti
         for name in made.masks.shapes
     ]
     assert all(plain) if kept == "plain masks" else not any(plain)
+
+
+@pytest.mark.parametrize("plain, refit, kept", [(nan, 4.0, "refit"), (3.5, nan, "plain masks"), (nan, nan, None)])
+def test_a_loss_that_is_no_number_is_never_kept(plain, refit, kept, tiny_checkpoint, tiny_calibration, monkeypatch):
+    dense = load_model(tiny_checkpoint("llada"))
+    losses = iter([3.0, refit, plain])  # as they are asked for
+
+    def judged(model, ids, *noise, **given):
+        return Nelbo(torch.full((len(ids),), next(losses)), torch.ones(len(ids)), torch.ones(len(ids)))
+
+    monkeypatch.setattr(mask_pipeline, "masked_nelbo", judged)
+    if kept is None:
+        with pytest.raises(UserError, match="loss is not a number in this dtype: use model.dtype = float32$"):
+            mask(dense, Config.load(None, KEYS), tiny_calibration(dense))
+        return
+    check = mask(dense, Config.load(None, KEYS), tiny_calibration(dense)).report["held_out_nelbo"]
+    assert check["kept"] == kept and check["masked"] == (refit if kept == "refit" else plain)
+
+
+def test_a_calibration_that_nothing_reads_is_refused(tiny_checkpoint, tiny_calibration):
+    dense = load_model(tiny_checkpoint("llada"))
+    keys = {"method": "unstructured", "masking.score": "magnitude", "calibration.held_out": 0}
+    config = Config.load(None, keys | {"reconstruct.enabled": False})
+    with pytest.raises(UserError, match="^nothing of this run looks at a calibration: leave it out"):
+        mask(dense, config, tiny_calibration(dense))
+    assert mask(dense, config).calibration is None
 
 
 def test_targets_arms_and_rows_of_the_refit_matter(tiny_checkpoint, tiny_calibration, refit_kept):

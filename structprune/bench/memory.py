@@ -41,9 +41,9 @@ def predicted_peak(dense: Adapter, pruned: Adapter, config: Config, stored: torc
         dense, pruned: adapters of meta models before and after.
         stored: dtype of the checkpoint's weights.
     Returns:
-        Named parts of the phases that can be the peak (loading, scoring, refit), "peak host" over them, and with an
-        accelerator "peak device". Hidden states and held activations beyond `memory.budget_gb` go to files or are
-        computed again, so they are capped.
+        Named parts of the phases that can be the peak (loading, scoring, refit), "peak host" over them, with an
+        accelerator "peak device", and on disk "temporary files". Hidden states and held activations beyond
+        `memory.budget_gb` go to files or are computed again, so they are capped.
     """
     device = config.model.device or ("cuda" if torch.cuda.is_available() else "cpu")
     accelerator, offload = device != "cpu", config.memory.offload
@@ -52,7 +52,8 @@ def predicted_peak(dense: Adapter, pruned: Adapter, config: Config, stored: torc
     size = Tokens.of(config).scaled(dtype.itemsize)
     weights = dense.model.num_parameters() * dtype.itemsize
     copy = (pruned.model.num_parameters() - shared) * dtype.itemsize
-    states = min(size.all * dense.hidden_size, _budget(config))
+    stream, streams = size.all * dense.hidden_size, 2 if config.reconstruct.enabled else 1
+    files = {"temporary files": stream * streams if stream > _budget(config) else 0}
     scoring = _scoring_bytes(dense, config, size, weights)
     refit = _refit_bytes(dense, pruned, config, size) if config.reconstruct.enabled else 0
     parts = {
@@ -61,18 +62,18 @@ def predicted_peak(dense: Adapter, pruned: Adapter, config: Config, stored: torc
         "activations of one batch": size.batch * live_features(dense),
         f"scoring ({config.structured.score})": scoring,
         "refit": refit,
-        "hidden states": states * (2 if config.reconstruct.enabled else 1),
+        "hidden states": min(stream, _budget(config)) * streams,
     }
     working = parts["activations of one batch"] + max(scoring, refit)
     shard = min(dense.model.num_parameters() * stored.itemsize, LARGEST_SHARD)
     if not accelerator:
         parts["peak host"] = max(weights + shard, weights + copy + parts["hidden states"] + working) + RUNTIME_BYTES
-        return parts
+        return parts | files
     at_home = weights + copy  # in host memory with offload, on the device without
     layer = max(p.numel() for p in dense.model.parameters()) * dtype.itemsize
     parts["peak host"] = max(shard, parts["hidden states"]) + (at_home if offload else 0) + RUNTIME_BYTES
     parts["peak device"] = (layer if offload else at_home) + working
-    return parts
+    return parts | files
 
 
 @dataclass(frozen=True)

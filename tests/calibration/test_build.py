@@ -195,6 +195,17 @@ def test_another_number_held_out_than_the_file_records_is_refused(text_file, tmp
             build(settings(path, held_out=asked), None)
 
 
+def test_a_seed_that_draws_nothing_is_refused(text_file, tmp_path, tokenizer):
+    """Of a replay the seed draws only the noise of held-out windows."""
+    with_check, without = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    build(settings(text_file), tokenizer).save(with_check)
+    build(settings(text_file, held_out=0), tokenizer).save(without)
+    assert build(settings(with_check, seed=1), None).held_out == 2
+    assert build(settings(without, held_out=0), None).held_out == 0
+    with pytest.raises(UserError, match="^calibration.seed = 1 has no effect: .* and no window is held out"):
+        build(settings(without, held_out=0, seed=1), None)
+
+
 def test_a_source_is_checked_by_itself(text_file, tmp_path, tokenizer):
     """A saved calibration whole, of text the tokenizer only: it may be far away."""
     path = tmp_path / "calibration.safetensors"
