@@ -131,7 +131,6 @@ def test_8b_with_shards_takes_under_a_gigabyte(tmp_path):
     peak, code = done.stderr.splitlines()[-1].split()
     assert code == "0" and json.loads(done.stdout)["parameters"]["before"] == LLADA_TOTAL
     assert 1e8 < int(peak) < 1e9
-    assert float(seconds) < 60
 
 
 @pytest.mark.parametrize("family", ["llada", "dream"])
