@@ -1,0 +1,275 @@
+"""Results on disk: kept chunk by chunk while a run is under way, one file per checkpoint and task at its end.
+
+A run's directory holds
+
+    settings.json                      what the results depend on
+    partial/rank-0.jsonl, ...          a line per finished chunk, from each process; gone at the end
+    items/<checkpoint>/<task>.jsonl    a line per item
+    results.json                       settings, summary, and what is in items/; written last
+"""
+
+import fcntl
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable, Iterator, Mapping, Sequence
+
+from structprune.errors import UserError
+from structprune.evaluation.labels import safe_names
+from structprune.evaluation.result_io import (
+    is_draft,
+    json_line,
+    json_text,
+    parse_line,
+    plain_os_errors,
+    read_object,
+    read_rows,
+    write_whole,
+)
+from structprune.evaluation.results import Row, from_json, to_json
+
+RESULTS, SETTINGS, PARTIAL, ITEMS = "results.json", "settings.json", "partial", "items"
+Chunk = int | str
+Rows = dict[str, dict[str, list[Row]]]  # checkpoint -> task -> rows
+
+
+@dataclass(frozen=True)
+class Results:
+    """A finished run, read back."""
+
+    directory: Path
+    settings: dict
+    summary: dict
+    rows: Rows
+
+
+class ResultStore:
+    """The results of a run under way: whole chunks are kept as they come, and known when the run is started again.
+
+    A chunk's name must stand for the same items whenever the settings are the same, on any number of processes.
+
+    Args:
+        directory: of the run, shared by all its processes.
+        settings: plain values that the results depend on, such as checkpoints' fingerprints, tasks, samples, seed.
+        rank: of this process; each writes a file of its own.
+    Raises:
+        UserError: the directory cannot be written, holds something else or results of other settings, or another
+            process is writing them.
+    """
+
+    def __init__(self, directory: str | Path, settings: dict, rank: int = 0):
+        self.directory = Path(directory)
+        self.settings = json.loads(json.dumps(settings))  # as it will be read again
+        self._path = self.directory / PARTIAL / f"rank-{rank}.jsonl"
+        self._done: dict[tuple[str, str], set[Chunk]] = {}
+        with plain_os_errors(self.directory):
+            self._claim(rank)
+            self.finished = (self.directory / RESULTS).is_file()
+            if self.finished:
+                self._file = None
+                chunks = read_object(self.directory / RESULTS)["chunks"]
+                self._done = {
+                    (checkpoint, task): set(of) for checkpoint, by in chunks.items() for task, of in by.items()
+                }
+                return
+            self._path.parent.mkdir(exist_ok=True)
+            self._file = open(self._path, "ab", buffering=0)
+            self._lock()
+            self._drop_torn_line()
+            for record in self._records():
+                self._note(record)
+
+    def done(self, checkpoint: str, task: str) -> set[Chunk]:
+        """Chunks that are complete, by whichever process."""
+        return set(self._done.get((checkpoint, task), ()))
+
+    def add(self, checkpoint: str, task: str, chunk: Chunk, rows: Sequence[Row]) -> None:
+        """Keep a chunk: on disk when this returns, and not at all if the process dies before.
+
+        Raises:
+            UserError: no space left.
+        """
+        if self._file is None:
+            raise RuntimeError("finished results take no more chunks")
+        record = {"checkpoint": checkpoint, "task": task, "chunk": chunk, "rows": [to_json(row) for row in rows]}
+        before = self._path.stat().st_size
+        try:
+            with plain_os_errors(self._path):
+                left = memoryview(json_line(record))
+                while left:  # once, but where the disk is nearly full
+                    left = left[self._file.write(left) :]
+                os.fsync(self._file.fileno())
+        except BaseException:
+            os.truncate(self._path, before)
+            raise
+        self._note(record)
+
+    def finish(self, items: Mapping[str, Mapping[str, Sequence[str]]], summarise: Callable[[Rows], dict]) -> Results:
+        """Merge what all processes wrote, in the order of the items; call it in one process, once all are done.
+
+        Args:
+            items: checkpoint -> task -> keys of its items, in order.
+            summarise: checkpoint -> task -> rows, to the summary that results.json keeps.
+        Raises:
+            UserError: items are missing, or there is no space left.
+        """
+        if not self.finished:
+            rows = self._ordered(items)
+            summary = summarise(rows)
+            with plain_os_errors(self.directory):
+                files = self._write_items(rows)
+                chunks = {
+                    checkpoint: {task: sorted(self.done(checkpoint, task), key=str) for task in tasks}
+                    for checkpoint, tasks in rows.items()
+                }
+                values = {"settings": self.settings, "summary": summary, "files": files, "chunks": chunks}
+                write_whole(self.directory / RESULTS, json_text(values))
+            self.close()
+            self.finished = True
+        shutil.rmtree(self.directory / PARTIAL, ignore_errors=True)
+        return read_results(self.directory)
+
+    def close(self) -> None:
+        """Let another process write this rank's results."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _note(self, record: dict) -> None:
+        self._done.setdefault((record["checkpoint"], record["task"]), set()).add(record["chunk"])
+
+    def _write_items(self, rows: Rows) -> dict[str, dict[str, dict]]:
+        """Checkpoint -> task -> its file and how many items it has."""
+        files: dict[str, dict[str, dict]] = {}
+        for checkpoint, tasks in rows.items():
+            names = safe_names(list(tasks))
+            for task, each in tasks.items():
+                path = f"{ITEMS}/{checkpoint}/{names[task]}.jsonl"
+                write_whole(self.directory / path, b"".join(json_line(to_json(row)) for row in each))
+                files.setdefault(checkpoint, {})[task] = {"file": path, "items": len(each)}
+        return files
+
+    def _claim(self, rank: int) -> None:
+        """The directory is made, or is one of these settings."""
+        _refuse_foreign(self.directory)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        path = self.directory / SETTINGS
+        if not path.exists():  # processes that start together write the same
+            write_whole(path, json_text({"settings": self.settings}), suffix=f"{rank}.{os.getpid()}")
+        found = read_object(path)
+        if changed := setting_differences(found["settings"], self.settings):
+            more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+            raise UserError(
+                f"output '{self.directory}' holds results of other settings: {changed[0]}{more}:"
+                " add --overwrite, or choose another --out"
+            )
+
+    def _lock(self) -> None:
+        """Held until the process ends, however it ends."""
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"output '{self.directory}' is being written by another run: wait for it") from error
+
+    def _drop_torn_line(self) -> None:
+        """What was written when the process before was killed ends in no newline."""
+        text = self._path.read_bytes()
+        os.truncate(self._path, text.rfind(b"\n") + 1)
+
+    def _records(self) -> Iterator[dict]:
+        """Complete chunks of all processes; one may be there twice, where two runs had other numbers of them."""
+        for path in sorted((self.directory / PARTIAL).glob("rank-*.jsonl")):
+            text = path.read_bytes()
+            for number, line in enumerate(text[: text.rfind(b"\n") + 1].splitlines(), 1):
+                yield parse_line(line, path, number, needed=("checkpoint", "task", "chunk", "rows"))
+
+    def _ordered(self, items: Mapping[str, Mapping[str, Sequence[str]]]) -> Rows:
+        found: dict[tuple[str, str], dict[str, Row]] = {}
+        for record in self._records():
+            self._note(record)
+            kept = found.setdefault((record["checkpoint"], record["task"]), {})
+            for values in record["rows"]:
+                kept.setdefault(values["key"], from_json(values))  # the first of equals
+        for checkpoint, tasks in items.items():
+            for task, keys in tasks.items():
+                missing = [key for key in keys if key not in found.get((checkpoint, task), {})]
+                if missing:
+                    raise UserError(
+                        f"output '{self.directory}' lacks {len(missing)} of {len(keys)} items of task '{task}' of"
+                        f" '{checkpoint}' (first '{missing[0]}'): run the same command again"
+                    )
+        return {
+            checkpoint: {task: [found[checkpoint, task][key] for key in keys] for task, keys in tasks.items()}
+            for checkpoint, tasks in items.items()
+        }
+
+
+def read_results(directory: str | Path) -> Results:
+    """What a finished run left.
+
+    Raises:
+        UserError: no results there, unfinished ones, or damaged ones.
+    """
+    directory = Path(directory)
+    if not (directory / RESULTS).is_file():
+        if (directory / SETTINGS).is_file():
+            raise UserError(f"the results in '{directory}' are not finished: run the command that made them again")
+        raise UserError(f"'{directory}' holds no results of structprune eval")
+    found = read_object(directory / RESULTS)
+    rows: Rows = {}
+    try:
+        for checkpoint, tasks in found["files"].items():
+            for task, entry in tasks.items():
+                rows.setdefault(checkpoint, {})[task] = read_rows(directory / entry["file"], entry["items"])
+        return Results(directory, found["settings"], found["summary"], rows)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"'{directory / RESULTS}' is damaged: evaluate again with --overwrite") from error
+
+
+def clear_results(directory: str | Path) -> None:
+    """Remove earlier results, finished or not; call it in one process, before any store is opened.
+
+    Raises:
+        UserError: the directory holds something else.
+    """
+    directory = Path(directory)
+    _refuse_foreign(directory)
+    with plain_os_errors(directory):
+        (directory / RESULTS).unlink(missing_ok=True)  # first: what is left is never taken for finished
+        for name in (PARTIAL, ITEMS):
+            shutil.rmtree(directory / name, ignore_errors=True)
+        (directory / SETTINGS).unlink(missing_ok=True)
+
+
+def setting_differences(old: dict, new: dict) -> list[str]:
+    """What differs, in words: `seed was 0 and is 1`; nested settings by their dotted names."""
+    before, after = _flat(old), _flat(new)
+    return [
+        f"{name} was {_short(before.get(name, 'not set'))} and is {_short(after.get(name, 'not set'))}"
+        for name in {**before, **after}
+        if before.get(name) != after.get(name)
+    ]
+
+
+def _flat(values: dict, prefix: str = "") -> dict[str, str]:
+    """Dotted name -> the value as JSON."""
+    found: dict[str, str] = {}
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            found |= _flat(value, f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}"] = json.dumps(value, ensure_ascii=False)
+    return found
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _refuse_foreign(directory: Path) -> None:
+    """Nothing is written into, or removed from, a directory that holds something else."""
+    if directory.is_dir() and not (directory / SETTINGS).is_file():
+        if any(not is_draft(path) for path in directory.iterdir()):
+            raise UserError(f"output '{directory}' holds something else than results: choose another --out")

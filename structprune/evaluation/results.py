@@ -1,0 +1,202 @@
+"""What is kept of an evaluated item: one plain row for each, and the metrics that rows have."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Mapping, Sequence
+
+from structprune.errors import UserError
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A figure of a task: the sum of its items' numerators over the sum of their denominators.
+
+    Attributes:
+        higher_is_better: the direction of a gain.
+        proportion: items are right or wrong (1 or 0 over 1), else real numbers.
+    """
+
+    name: str
+    higher_is_better: bool
+    proportion: bool
+
+
+METRICS = {
+    metric.name: metric
+    for metric in (
+        Metric("acc", higher_is_better=True, proportion=True),
+        Metric("acc_norm", higher_is_better=True, proportion=True),
+        Metric("exact_match", higher_is_better=True, proportion=True),
+        Metric("exact_match_flexible", higher_is_better=True, proportion=True),
+        Metric("nelbo", higher_is_better=False, proportion=False),
+        Metric("masked_ce", higher_is_better=False, proportion=False),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Choices:
+    """A multiple-choice item.
+
+    Attributes:
+        key: unique in its task and stable; pairs the item between checkpoints.
+        log_likelihoods: nats of each answer, summed over its tokens.
+        errors: Monte Carlo standard error of each, 0 where exact.
+        sizes: bytes of each answer, what acc_norm divides by.
+        gold: index of the right answer.
+        samples: Monte Carlo samples drawn for an answer; full_samples: as many as were allowed.
+    """
+
+    kind: ClassVar[str] = "choices"
+    derived: ClassVar[tuple[str, ...]] = ("choice", "choice_norm", "correct", "correct_norm")
+    task: str
+    key: str
+    log_likelihoods: tuple[float, ...]
+    errors: tuple[float, ...]
+    sizes: tuple[int, ...]
+    gold: int
+    samples: int
+    full_samples: int
+
+    def __post_init__(self) -> None:
+        _check_finite(self, (*self.log_likelihoods, *self.errors))
+        if not len(self.log_likelihoods) == len(self.errors) == len(self.sizes) > 0 or min(self.sizes) < 1:
+            raise UserError(f"{_named(self)}: every answer needs a log-likelihood, an error and a size of at least 1")
+        if not 0 <= self.gold < len(self.log_likelihoods):
+            raise UserError(f"{_named(self)}: gold answer {self.gold}, but there are {len(self.log_likelihoods)}")
+
+    @property
+    def choice(self) -> int:
+        """The likeliest answer, the first of equals."""
+        return _first_best(self.log_likelihoods)
+
+    @property
+    def choice_norm(self) -> int:
+        """The answer likeliest per byte, the first of equals."""
+        return _first_best([value / size for value, size in zip(self.log_likelihoods, self.sizes)])
+
+    @property
+    def correct(self) -> bool:
+        return self.choice == self.gold
+
+    @property
+    def correct_norm(self) -> bool:
+        return self.choice_norm == self.gold
+
+    @property
+    def parts(self) -> dict[str, tuple[float, float]]:
+        """Metric -> (numerator, denominator)."""
+        return {"acc": (float(self.correct), 1.0), "acc_norm": (float(self.correct_norm), 1.0)}
+
+
+@dataclass(frozen=True)
+class Window:
+    """A window of text under noise.
+
+    Attributes:
+        nelbo: nats per maskable token.
+        masked_nats: cross-entropy summed over the masked tokens of all noisy copies; masked_tokens: how many.
+        samples: noisy copies seen; full_samples: as many as were allowed.
+    """
+
+    kind: ClassVar[str] = "window"
+    derived: ClassVar[tuple[str, ...]] = ()
+    task: str
+    key: str
+    nelbo: float
+    masked_nats: float
+    masked_tokens: int
+    samples: int
+    full_samples: int
+
+    def __post_init__(self) -> None:
+        _check_finite(self, (self.nelbo, self.masked_nats, self.masked_tokens))
+
+    @property
+    def parts(self) -> dict[str, tuple[float, float]]:
+        """Metric -> (numerator, denominator)."""
+        return {"nelbo": (self.nelbo, 1.0), "masked_ce": (self.masked_nats, float(self.masked_tokens))}
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A generated answer.
+
+    Attributes:
+        text: what the model wrote.
+        answer: what was extracted from it, None where nothing was found.
+        gold: the right answer.
+        correct: whether it counts as right, by metric: exact_match, and exact_match_flexible where a task has it.
+        samples, full_samples: texts generated, 1.
+    """
+
+    kind: ClassVar[str] = "generation"
+    derived: ClassVar[tuple[str, ...]] = ()
+    task: str
+    key: str
+    text: str
+    answer: str | None
+    gold: str
+    correct: Mapping[str, bool]
+    samples: int = 1
+    full_samples: int = 1
+
+    def __post_init__(self) -> None:
+        if unknown := sorted(set(self.correct) - set(METRICS)):
+            raise UserError(f"{_named(self)}: unknown metric '{unknown[0]}'")
+
+    @property
+    def parts(self) -> dict[str, tuple[float, float]]:
+        """Metric -> (numerator, denominator)."""
+        return {name: (float(right), 1.0) for name, right in self.correct.items()}
+
+
+Row = Choices | Window | Generation
+_KINDS = {each.kind: each for each in (Choices, Window, Generation)}
+
+
+def to_json(row: Row) -> dict:
+    """A row as plain values, with what follows from them (choice, correct, ...) for whoever reads the file."""
+    values = {field.name: getattr(row, field.name) for field in dataclasses.fields(row)}
+    values = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    return {"kind": row.kind, **values, **{name: getattr(row, name) for name in row.derived}}
+
+
+def from_json(values: dict) -> Row:
+    """The row that `to_json` wrote.
+
+    Raises:
+        UserError: no such row.
+    """
+    try:
+        kind = _KINDS[values["kind"]]
+        given = {name: value for name, value in values.items() if name != "kind" and name not in kind.derived}
+        return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError("no row of an evaluation: evaluate again") from error
+
+
+def metrics_of(rows: Sequence[Row]) -> list[str]:
+    """The metrics that every row has, the main one first; one without any denominator has no value and is left out."""
+    names = [name for name in rows[0].parts if all(name in row.parts for row in rows)] if rows else []
+    return [name for name in names if sum(row.parts[name][1] for row in rows) > 0]
+
+
+def item_parts(rows: Sequence[Row], metric: str) -> dict[str, tuple[float, float]]:
+    """Item key -> (numerator, denominator) of a metric."""
+    return {row.key: row.parts[metric] for row in rows}
+
+
+def _first_best(values: Sequence[float]) -> int:
+    return max(range(len(values)), key=values.__getitem__)
+
+
+def _named(row: Row) -> str:
+    return f"item '{row.key}' of task '{row.task}'"
+
+
+def _check_finite(row: Row, values: Sequence[float]) -> None:
+    wrong = [value for value in values if not math.isfinite(value)]
+    if wrong:
+        raise UserError(f"{_named(row)}: the model gives {wrong[0]}: compute in float32 or bfloat16")

@@ -1,0 +1,147 @@
+"""The figures of an evaluation: values with their errors, averages over tasks, and paired comparisons."""
+
+import math
+from dataclasses import asdict
+from typing import Mapping, Sequence
+
+from structprune.errors import UserError, nearest
+from structprune.evaluation.compare import RESAMPLES, Bootstrap, average, conclude, paired_bootstrap, student_t
+from structprune.evaluation.results import METRICS, Row, item_parts, metrics_of
+
+Rows = Mapping[str, Mapping[str, Sequence[Row]]]  # checkpoint -> task -> rows
+
+
+def summarise(
+    rows: Rows,
+    main: Mapping[str, str] | None = None,
+    baseline: str | None = None,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> dict:
+    """Every figure of an evaluation, as plain data (what results.json keeps and the table shows).
+
+    Args:
+        main: task -> its main metric, where it is not the first one of its items.
+        baseline: the checkpoint that others are compared with, the first by default.
+        seed: of the bootstrap.
+    Returns:
+        `metrics`: directions; `tasks`: task -> `main` metric and all `metrics`; `checkpoints`: checkpoint -> task ->
+        items, samples and the value of each metric; `average`: checkpoint -> mean of the main metric over the tasks
+        where it is a proportion (empty with fewer than two); `baseline`; `differences`: checkpoint -> task -> metric ->
+        Comparison (no entry where no item is shared); `average_differences`: checkpoint -> Comparison.
+    Raises:
+        UserError: unknown baseline, or a main metric that the task does not have.
+    """
+    labels = list(rows)
+    baseline = labels[0] if baseline is None else baseline
+    if baseline not in rows:
+        raise UserError(f"no checkpoint '{baseline}' to compare with{nearest(baseline, labels)}")
+    tasks = _tasks(rows, main or {})
+    found = {label: {task: describe(each) for task, each in rows[label].items()} for label in labels}
+    shared = [name for name, task in tasks.items() if METRICS[task["main"]].proportion]
+    averaged = shared if len(shared) > 1 else []
+    others = {label: _bootstraps(rows[label], rows[baseline], seed, resamples) for label in labels if label != baseline}
+    return {
+        "metrics": {name: asdict(METRICS[name]) for task in tasks.values() for name in task["metrics"]},
+        "tasks": tasks,
+        "checkpoints": found,
+        "average_tasks": averaged,
+        "average": {
+            label: _mean([values[task]["metrics"][tasks[task]["main"]] for task in averaged])
+            for label, values in found.items()
+            if averaged and all(task in values for task in averaged)
+        },
+        "baseline": baseline,
+        "differences": {label: _conclusions(bootstraps) for label, bootstraps in others.items()},
+        "average_differences": _average_differences(others, averaged, tasks),
+    }
+
+
+def describe(rows: Sequence[Row]) -> dict:
+    """Items, samples spent and allowed for each (means), and the estimate of every metric."""
+    return {
+        "items": len(rows),
+        "samples": sum(row.samples for row in rows) / max(1, len(rows)),
+        "full_samples": sum(row.full_samples for row in rows) / max(1, len(rows)),
+        "metrics": {name: estimate(rows, name) for name in metrics_of(rows)},
+    }
+
+
+def estimate(rows: Sequence[Row], metric: str) -> dict[str, float | None]:
+    """A metric's `value`, its standard `error` over items and 95% interval `low` to `high`; None for a single item.
+
+    The error is that of a ratio of sums by linearisation, for a mean the sample deviation over the root of n; the
+    interval Wilson's for proportions, Student's for the rest.
+    """
+    parts = list(item_parts(rows, metric).values())
+    count, above, below = len(parts), sum(part[0] for part in parts), sum(part[1] for part in parts)
+    value = above / below
+    if count < 2:
+        return {"value": value, "error": None, "low": None, "high": None}
+    squares = sum((part[0] - value * part[1]) ** 2 for part in parts)
+    error = math.sqrt(squares / (count * (count - 1))) / (below / count)
+    reach = student_t(count - 1) * error
+    low, high = wilson(value, count) if METRICS[metric].proportion else (value - reach, value + reach)
+    return {"value": value, "error": error, "low": low, "high": high}
+
+
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """Wilson's 95% interval of a proportion."""
+    z = 1.959964
+    centre = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    reach = z / (1 + z**2 / count) * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    return max(0.0, centre - reach), min(1.0, centre + reach)
+
+
+def _tasks(rows: Rows, main: Mapping[str, str]) -> dict[str, dict]:
+    """Task -> main metric and all metrics that every checkpoint has a value of, in order of appearance."""
+    found: dict[str, dict] = {}
+    for name in dict.fromkeys(task for values in rows.values() for task in values):
+        known = [metrics_of(values[name]) for values in rows.values() if name in values]
+        metrics = [metric for metric in known[0] if all(metric in each for each in known)]
+        chosen = main.get(name, metrics[0] if metrics else "")
+        if chosen not in metrics:
+            raise UserError(f"task '{name}' has no metric '{chosen}': it has {', '.join(metrics) or 'none'}")
+        found[name] = {"main": chosen, "metrics": metrics}
+    return found
+
+
+def _mean(values: Sequence[dict]) -> dict[str, float | None]:
+    """Mean of independent estimates: value, error, and normal 95% interval."""
+    value = sum(each["value"] for each in values) / len(values)
+    if any(each["error"] is None for each in values):
+        return {"value": value, "error": None, "low": None, "high": None}
+    error = math.sqrt(sum(each["error"] ** 2 for each in values)) / len(values)
+    return {"value": value, "error": error, "low": value - 1.96 * error, "high": value + 1.96 * error}
+
+
+def _bootstraps(
+    ours: Mapping[str, Sequence[Row]], theirs: Mapping[str, Sequence[Row]], seed: int, resamples: int
+) -> dict[str, dict[str, Bootstrap]]:
+    """Task -> metric -> bootstrap of the difference, where items are shared."""
+    found: dict[str, dict[str, Bootstrap]] = {}
+    for task in (task for task in ours if task in theirs):
+        keys = {row.key for row in ours[task]} & {row.key for row in theirs[task]}
+        both = [[row for row in rows if row.key in keys] for rows in (ours[task], theirs[task])]
+        names = [name for name in metrics_of(both[0]) if name in metrics_of(both[1])]
+        found[task] = {
+            name: paired_bootstrap(item_parts(ours[task], name), item_parts(theirs[task], name), task, seed, resamples)
+            for name in names
+        }
+    return found
+
+
+def _conclusions(bootstraps: dict[str, dict[str, Bootstrap]]) -> dict[str, dict[str, dict]]:
+    return {
+        task: {name: asdict(conclude(each, METRICS[name].higher_is_better)) for name, each in metrics.items()}
+        for task, metrics in bootstraps.items()
+    }
+
+
+def _average_differences(others: dict, averaged: list[str], tasks: dict[str, dict]) -> dict[str, dict]:
+    found = {}
+    for label, bootstraps in others.items():
+        main = [bootstraps.get(task, {}).get(tasks[task]["main"]) for task in averaged]
+        if main and all(main):
+            found[label] = asdict(conclude(average(main), higher_is_better=True))
+    return found

@@ -1,0 +1,118 @@
+"""The table of an evaluation: every checkpoint's figures, and whether they differ from the first one's."""
+
+from rich.table import Table
+
+NO_DIFFERENCE = "no difference shown"
+
+
+def eval_table(summary: dict, every_metric: bool = False) -> Table:
+    """Values ± standard errors; with several checkpoints also differences, their intervals and what they say.
+
+    Args:
+        summary: what `evaluation.summary.summarise` returns.
+        every_metric: all metrics of a task, not the main one alone.
+    """
+    wanted = {task: each["metrics"] if every_metric else [each["main"]] for task, each in summary["tasks"].items()}
+    return _alone(summary, wanted) if len(summary["checkpoints"]) == 1 else _compared(summary, wanted)
+
+
+def _alone(summary: dict, wanted: dict[str, list[str]]) -> Table:
+    """One checkpoint: a row per task."""
+    ((label, tasks),) = summary["checkpoints"].items()
+    table = Table(title=label)
+    for name in ("task", "metric", "value", "95 % interval", "items", "samples"):
+        table.add_column(name, justify="left" if name in ("task", "metric") else "right", overflow="fold")
+    for task, metrics in wanted.items():
+        for name in metrics:
+            metric, found = summary["metrics"][name], tasks[task]
+            shown = found["metrics"][name]
+            cells = (_plus_minus(shown, metric), _interval(shown, metric), str(found["items"]), _spent([found]))
+            table.add_row(task, _title(metric), *cells)
+    if label in summary["average"]:
+        table.add_section()
+        shown, share = summary["average"][label], {"proportion": True}
+        table.add_row(_average_title(summary), "", _plus_minus(shown, share), _interval(shown, share), "", "")
+    table.caption = "± standard error over items; samples: Monte Carlo samples an answer, or noisy copies of a window"
+    return table
+
+
+def _compared(summary: dict, wanted: dict[str, list[str]]) -> Table:
+    """Several checkpoints: a section per task and metric, a row per checkpoint."""
+    baseline = summary["baseline"]
+    table = Table(title=f"difference: against {baseline}, on the same items")
+    table.add_column("task, metric", overflow="fold")
+    table.add_column("value", justify="right", no_wrap=True)
+    table.add_column("difference [95 % interval]", justify="right", no_wrap=True)
+    table.add_column("", min_width=len(NO_DIFFERENCE))
+    for task, metrics in wanted.items():
+        for name in metrics:
+            metric = summary["metrics"][name]
+            having = {label: tasks[task] for label, tasks in summary["checkpoints"].items() if task in tasks}
+            counts = _range([found["items"] for found in having.values()])
+            table.add_section()
+            spent = _spent(list(having.values()))
+            spent += " sample" if spent == "1" else " samples"
+            table.add_row(f"{task}: {_title(metric)}", f"{counts} items", spent, "", style="bold")
+            for label, found in having.items():
+                difference = summary["differences"].get(label, {}).get(task, {}).get(name)
+                cells = _difference(difference, metric) if label != baseline else ("", "")
+                table.add_row(f"  {label}", _plus_minus(found["metrics"][name], metric), *cells)
+    if summary["average"]:
+        share = {"proportion": True}
+        table.add_section()
+        table.add_row(f"{_average_title(summary)}, %", style="bold")
+        for label, shown in summary["average"].items():
+            difference = summary["average_differences"].get(label)
+            cells = _difference(difference, share) if label != baseline else ("", "")
+            table.add_row(f"  {label}", _plus_minus(shown, share), *cells)
+    table.caption = (
+        "± standard error over items; interval: paired bootstrap; samples: Monte Carlo samples an answer,"
+        f" or noisy copies of a window; {NO_DIFFERENCE}: the interval holds 0, or there are too few items for one"
+    )
+    return table
+
+
+def _title(metric: dict) -> str:
+    """Its name, unit and the direction of a gain."""
+    unit = "%" if metric["proportion"] else "nats"
+    return f"{metric['name']}, {unit} {'↑' if metric['higher_is_better'] else '↓'}"
+
+
+def _average_title(summary: dict) -> str:
+    return f"mean of {len(summary['average_tasks'])} tasks"
+
+
+def _number(value: float, metric: dict, sign: str = "") -> str:
+    """Proportions in percent, nats with four digits."""
+    return f"{100 * value:{sign}.2f}" if metric["proportion"] else f"{value:{sign}.4f}"
+
+
+def _plus_minus(found: dict, metric: dict) -> str:
+    error = "" if found["error"] is None else f" ± {_number(found['error'], metric)}"
+    return _number(found["value"], metric) + error
+
+
+def _interval(found: dict, metric: dict, sign: str = "") -> str:
+    if found["low"] is None:
+        return ""
+    return f"[{_number(found['low'], metric, sign)}, {_number(found['high'], metric, sign)}]"
+
+
+def _difference(found: dict | None, metric: dict) -> tuple[str, str]:
+    """Difference with its interval, and the verdict with the number of items where some are left out."""
+    if found is None:
+        return "", "no item in common"
+    shared = f" ({found['items']} shared)" if found["left_out"] else ""
+    return f"{_number(found['difference'], metric, '+')} {_interval(found, metric, '+')}", found["verdict"] + shared
+
+
+def _range(counts: list[int]) -> str:
+    low, high = min(counts), max(counts)
+    return str(low) if low == high else f"{low}-{high}"
+
+
+def _spent(found: list[dict]) -> str:
+    """Samples drawn for an answer of how many allowed, as means over items and checkpoints."""
+    spent = sum(each["samples"] for each in found) / len(found)
+    full = sum(each["full_samples"] for each in found) / len(found)
+    return f"{spent:.4g}" if spent == full else f"{spent:.4g} of {full:.4g}"

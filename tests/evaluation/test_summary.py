@@ -1,0 +1,140 @@
+"""Figures of a small evaluation by hand."""
+
+import json
+import math
+
+import pytest
+
+from structprune.errors import UserError
+from structprune.evaluation.results import Choices, Generation, Window
+from structprune.evaluation.summary import describe, estimate, summarise, wilson
+
+
+def answered(task, right, norm=None, samples=16):
+    """Items of two answers: the first is gold; right and norm say whether acc and acc_norm count them."""
+    rows = []
+    for index, (good, good_norm) in enumerate(zip(right, norm or right)):
+        values, sizes = ((-10.0, -11.0), (1, 9)) if good else ((-11.0, -10.0), (9, 1))  # acc_norm says the opposite
+        if good == good_norm:
+            sizes = (1, 1)
+        rows.append(Choices(task, str(index), values, (0.1, 0.1), sizes, 0, samples, 128))
+    return rows
+
+
+def windows(values, nats=None, tokens=None):
+    count = len(values)
+    triples = zip(values, nats or values, tokens or [1] * count)
+    return [Window("notes", str(index), v, n, t, 4, 4) for index, (v, n, t) in enumerate(triples)]
+
+
+def test_the_rows_of_these_tests():
+    (row,) = answered("t", [True], [False])
+    assert row.correct and not row.correct_norm
+    (row,) = answered("t", [False], [True])
+    assert not row.correct and row.correct_norm
+
+
+def test_a_proportion():
+    found = estimate(answered("t", [True, True, True, False]), "acc")
+    assert found["value"] == 0.75 and found["error"] == pytest.approx(0.5 / 2)  # deviation of 1 1 1 0 is 0.5
+    assert (found["low"], found["high"]) == wilson(0.75, 4)
+
+
+def test_wilson_as_published():
+    """R. G. Newcombe, Statistics in Medicine 17, 1998, table I: 81 of 263, 15 of 148, 0 of 20, 1 of 29."""
+    for good, count, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0, 0.1611)):
+        assert wilson(good / count, count) == pytest.approx((low, high), abs=5e-5)
+    assert wilson(1.0, 20)[1] == 1
+
+
+def test_a_mean():
+    found = estimate(windows([1.0, 2.0, 6.0]), "nelbo")
+    error = math.sqrt(7 / 3)  # deviations -2, -1, 3
+    assert (found["value"], found["error"]) == (3, pytest.approx(error))
+    assert found["high"] - 3 == pytest.approx(3 - found["low"]) and found["high"] - 3 > 1.96 * error
+
+
+def test_a_ratio_of_sums_and_its_error():
+    found = estimate(windows([0.0, 0.0], nats=[2.0, 10.0], tokens=[2, 2]), "masked_ce")
+    assert found["value"] == 3 and found["error"] == pytest.approx(2)  # residuals -4, 4: sqrt(32 / 2) / 2
+    found = estimate(windows([0.0, 0.0], nats=[2.0, 4.0], tokens=[1, 2]), "masked_ce")
+    assert (found["value"], found["error"]) == (2, 0)  # every token costs 2, windows of any size agree
+
+
+def test_one_item_has_no_error():
+    assert estimate(windows([2.5]), "nelbo") == {"value": 2.5, "error": None, "low": None, "high": None}
+
+
+def test_samples_spent():
+    found = describe(answered("t", [True], samples=16) + answered("t", [True], samples=48))
+    assert (found["items"], found["samples"], found["full_samples"]) == (2, 32, 128)
+
+
+def test_two_checkpoints_and_three_tasks():
+    dense = {
+        "a": answered("a", [True] * 10, [True] * 5 + [False] * 5),
+        "b": answered("b", [True] * 10 + [False] * 10),
+        "notes": windows([2.0] * 8),
+    }
+    pruned = {
+        "a": answered("a", [True] * 10, [False] * 10),
+        "b": answered("b", [False] * 20),
+        "notes": windows([2.5] * 8),
+    }
+    found = summarise({"dense": dense, "pruned": pruned}, main={"a": "acc_norm"}, resamples=2000)
+    assert json.loads(json.dumps(found)) == found
+    assert {task: each["main"] for task, each in found["tasks"].items()} == {
+        "a": "acc_norm",
+        "b": "acc",
+        "notes": "nelbo",
+    }
+    assert found["average_tasks"] == ["a", "b"]  # nats are no proportion
+    assert found["average"]["dense"]["value"] == 0.5 and found["average"]["pruned"]["value"] == 0
+    errors = [
+        found["checkpoints"]["dense"][task]["metrics"][name]["error"]
+        for task, name in (("a", "acc_norm"), ("b", "acc"))
+    ]
+    assert found["average"]["dense"]["error"] == pytest.approx(math.hypot(*errors) / 2)
+    assert found["differences"].keys() == {"pruned"} and found["baseline"] == "dense"
+    differences = found["differences"]["pruned"]
+    assert differences["a"]["acc"] == {
+        "difference": 0, "low": 0, "high": 0, "items": 10, "left_out": 0, "verdict": "no difference shown",
+    }  # fmt: skip
+    assert differences["b"]["acc"]["difference"] == -0.5 and differences["b"]["acc"]["verdict"] == "worse"
+    assert differences["notes"]["nelbo"]["low"] == 0.5 and differences["notes"]["nelbo"]["verdict"] == "worse"
+    mean = found["average_differences"]["pruned"]
+    assert mean["difference"] == -0.5 and mean["verdict"] == "worse" and mean["items"] == 30
+    assert -0.5 - 0.5 / 2 < mean["low"] < -0.5 < mean["high"] < -0.5 + 0.5 / 2
+
+
+def test_another_baseline():
+    rows = {name: {"notes": windows([value] * 6)} for name, value in (("x", 1.0), ("y", 2.0), ("z", 3.0))}
+    found = summarise(rows, baseline="y", resamples=20)
+    shown = {label: each["notes"]["nelbo"]["verdict"] for label, each in found["differences"].items()}
+    assert shown == {"x": "better", "z": "worse"} and found["average"] == {} and found["average_differences"] == {}
+    with pytest.raises(UserError, match=r"no checkpoint 'yy' to compare with \(did you mean 'y'\?\)"):
+        summarise(rows, baseline="yy")
+
+
+def test_items_that_only_one_has_are_left_out():
+    long, short = windows([1.0] * 10), windows([1.5] * 6)
+    found = summarise({"x": {"notes": long}, "y": {"notes": short}}, resamples=20)
+    difference = found["differences"]["y"]["notes"]["nelbo"]
+    assert (difference["difference"], difference["items"], difference["left_out"]) == (0.5, 6, 4)
+    assert found["checkpoints"]["x"]["notes"]["items"] == 10
+
+
+def test_no_item_or_task_in_common_is_no_comparison():
+    other = [Window("notes", f"other {index}", 1.0, 1.0, 1, 1, 1) for index in range(6)]
+    rows = {"x": {"notes": windows([1.0] * 6)}, "y": {"notes": other}, "z": {"b": answered("b", [True])}}
+    assert summarise(rows, resamples=20)["differences"] == {"y": {"notes": {}}, "z": {}}
+
+
+def test_one_checkpoint_has_nothing_to_be_compared_with():
+    found = summarise({"x": {"gsm8k": [Generation("gsm8k", "1", "4", "4", "4", {"exact_match": True})]}})
+    assert found["differences"] == {} and found["checkpoints"]["x"]["gsm8k"]["metrics"]["exact_match"]["value"] == 1
+
+
+def test_an_unknown_main_metric():
+    with pytest.raises(UserError, match="task 'notes' has no metric 'acc': it has nelbo, masked_ce"):
+        summarise({"x": {"notes": windows([1.0])}}, main={"notes": "acc"})

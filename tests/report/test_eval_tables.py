@@ -1,0 +1,107 @@
+"""The table of an evaluation, as it is printed."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from structprune.report.eval_tables import eval_table
+
+METRICS = {
+    "acc": {"name": "acc", "higher_is_better": True, "proportion": True},
+    "acc_norm": {"name": "acc_norm", "higher_is_better": True, "proportion": True},
+    "nelbo": {"name": "nelbo", "higher_is_better": False, "proportion": False},
+}
+
+
+def value(number, error=0.01):
+    return {"value": number, "error": error, "low": number - 0.02, "high": number + 0.02}
+
+
+def difference(number, low, high, verdict, left_out=0):
+    return {"difference": number, "low": low, "high": high, "items": 90, "left_out": left_out, "verdict": verdict}
+
+
+def made(labels, proportions=2):
+    tasks = {f"choices{index}": {"main": "acc", "metrics": ["acc", "acc_norm"]} for index in range(proportions)}
+    tasks["notes"] = {"main": "nelbo", "metrics": ["nelbo"]}
+    checkpoints = {}
+    for place, label in enumerate(labels):
+        scores = {"acc": value(0.75 - 0.1 * place), "acc_norm": value(0.5)}
+        known = {"items": 100, "samples": 35.25 if place else 32.25, "full_samples": 128.0}
+        checkpoints[label] = {task: {**known, "metrics": scores} for task in tasks if task != "notes"}
+        text = {"nelbo": {"value": 3.0, "error": None, "low": None, "high": None}}
+        checkpoints[label]["notes"] = {"items": 1, "samples": 8.0, "full_samples": 8.0, "metrics": text}
+    differences = {
+        label: {
+            "choices0": {"acc": difference(-0.1, -0.15, -0.05, "worse", left_out=10)},
+            "choices1": {"acc": difference(0.01, -0.02, 0.04, "no difference shown")},
+            "notes": {"nelbo": difference(0.25, None, None, "no difference shown")},
+        }
+        for label in labels[1:]
+    }
+    return {
+        "metrics": METRICS, "tasks": tasks, "checkpoints": checkpoints, "baseline": labels[0],
+        "average_tasks": [f"choices{index}" for index in range(proportions)] if proportions > 1 else [],
+        "average": {label: value(0.6) for label in labels} if proportions > 1 else {},
+        "differences": differences,
+        "average_differences": {label: difference(-0.05, -0.07, -0.03, "worse") for label in labels[1:]},
+    }  # fmt: skip
+
+
+def printed(table, width=100):
+    text = io.StringIO()
+    Console(file=text, width=width).print(table)
+    return text.getvalue()
+
+
+def cells(text, first):
+    """The cells of the row whose first cell is `first`."""
+    rows = [[cell.strip() for cell in line.strip()[1:-1].split("│")] for line in text.splitlines() if "│" in line]
+    return [row[1:] for row in rows if row[0] == first]
+
+
+def test_one_checkpoint():
+    text = printed(eval_table(made(["dense"])))
+    assert cells(text, "choices1") == [["acc, % ↑", "75.00 ± 1.00", "[73.00, 77.00]", "100", "32.25 of 128"]]
+    assert cells(text, "notes") == [["nelbo, nats ↓", "3.0000", "", "1", "8"]]
+    assert cells(text, "mean of 2 tasks") == [["", "60.00 ± 1.00", "[58.00, 62.00]", "", ""]]
+    assert "standard error over items" in text and "difference" not in text
+
+
+def test_every_metric():
+    text = printed(eval_table(made(["dense"]), every_metric=True))
+    assert [row[0] for row in cells(text, "choices0")] == ["acc, % ↑", "acc_norm, % ↑"]
+
+
+def test_checkpoints_against_the_first():
+    text = printed(eval_table(made(["dense", "pruned"])))
+    assert cells(text, "choices0: acc, % ↑") == [["100 items", "33.75 of 128 samples", ""]]
+    assert cells(text, "notes: nelbo, nats ↓") == [["1 items", "8 samples", ""]]
+    assert cells(text, "dense")[0] == ["75.00 ± 1.00", "", ""]
+    assert cells(text, "pruned") == [
+        ["65.00 ± 1.00", "-10.00 [-15.00, -5.00]", "worse (90 shared)"],
+        ["65.00 ± 1.00", "+1.00 [-2.00, +4.00]", "no difference shown"],
+        ["3.0000", "+0.2500", "no difference shown"],
+        ["60.00 ± 1.00", "-5.00 [-7.00, -3.00]", "worse"],
+    ]
+    assert "difference: against dense, on the same items" in text
+
+
+def test_what_cannot_be_compared_says_so():
+    summary = made(["dense", "pruned"], proportions=1)
+    summary["differences"]["pruned"]["choices0"] = {}
+    text = printed(eval_table(summary))
+    assert cells(text, "pruned")[0] == ["65.00 ± 1.00", "", "no item in common"] and "mean of" not in text
+    summary["checkpoints"]["pruned"]["choices0"]["items"] = 80
+    assert cells(printed(eval_table(summary)), "choices0: acc, % ↑")[0][0] == "80-100 items"
+
+
+@pytest.mark.parametrize("checkpoints", [1, 2, 6])
+@pytest.mark.parametrize("tasks", [1, 10])
+def test_no_figure_is_cut_at_100_columns(checkpoints, tasks):
+    labels = [f"LLaDA-8B-Base-structured-0.{index}-with-a-long-name" for index in range(checkpoints)]
+    summary = made(labels, tasks)
+    text = printed(eval_table(summary))
+    assert max(map(len, text.splitlines())) <= 100 and "…" not in text
+    assert text.count("±") == checkpoints * (tasks + (tasks > 1)) + 1  # and the caption's
