@@ -210,6 +210,7 @@ class MaskRun:
             if not found:
                 found = {name: self._norms[block.index, name] for name in READERS if self._norms}
             for name in READERS:  # input by input, so that a refit sees what the block lost before
+                give_back_memory()  # of the pass or the input before: an MLP's Gram matrix and its factors are next
                 request = Request(ratios[block.index], nm)
                 kept, noted, chosen = self._mask_input(block, name, found, request, walk, plain)
                 factored, fits = factored + noted, fits + chosen

@@ -84,8 +84,15 @@ def add_gram(total: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None =
 
 
 def mirror(total: torch.Tensor) -> torch.Tensor:
-    """Fill a (C, C) matrix below its diagonal from what is above, in place."""
-    return total.copy_(torch.triu(total) + torch.triu(total, 1).T)
+    """Fill a (C, C) matrix below its diagonal from what is above, in place and tile by tile: copies would be the peak
+    of memory at the width of an MLP."""
+    tile = GRAM_TILE.get(total.device.type, DEVICE_GRAM_TILE)
+    for start in range(0, len(total), tile):
+        stop = min(start + tile, len(total))
+        corner = total[start:stop, start:stop]  # (t, t)
+        corner.copy_(torch.triu(corner) + torch.triu(corner, 1).T)
+        total[stop:, start:stop] = total[start:stop, stop:].T  # (C - stop, t)
+    return total
 
 
 def squared_norms(x: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
