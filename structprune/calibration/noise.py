@@ -8,14 +8,9 @@ from typing import Literal
 import torch
 
 from structprune.errors import UserError
-from structprune.models.modeling_structprune import NOISE_EPSILON
+from structprune.models.noising import mask_rate
 
 Schedule = Literal["levels", "uniform"]
-
-
-def mask_rate(t: torch.Tensor) -> torch.Tensor:
-    """p = (1 - eps) t + eps, eps = 1e-3: times t in [0, 1] of any shape -> probabilities, float32."""
-    return ((1 - NOISE_EPSILON) * t.double() + NOISE_EPSILON).float()
 
 
 def level_times(steps: int = 50, interval: int = 5) -> torch.Tensor:

@@ -10,13 +10,12 @@ from typing import Callable, Iterable, Sequence
 import torch
 
 from structprune.errors import UserError
+from structprune.evaluation.encode import LOGIT_BYTES, encode_at
 from structprune.evaluation.samplers import SAMPLERS, Generation
 from structprune.evaluation.sampling import guided, gumbel_choice
 from structprune.models.families import family_of
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.placement import compute_device
-
-LOGIT_BYTES = 2**28  # of fp32 logits that exist at once; also fixes how a seed's noise is cut, so keep it
 
 
 @dataclass(frozen=True)
@@ -260,7 +259,7 @@ class _Denoiser:
         if branches == 2:
             bare = torch.cat((torch.full_like(prompt, self.mask_id), generated), dim=1)  # (b, T)
             ids = torch.cat((ids, bare))  # (2b, T)
-        hidden = self.model.encode(ids, real if real is None else real.repeat(branches, 1))  # (1 or 2 x b, T, C)
-        first = self.width - 1 if self.model.shifted else self.width  # Dream's position i predicts token i + 1
-        hidden = hidden[:, first : first + generated.shape[1]]  # (1 or 2 x b, G, C)
-        return hidden.unflatten(0, (branches, -1))[:, wanted[running]]  # (1 or 2, M, C)
+        known = torch.zeros_like(prompt, dtype=torch.bool)  # (b, P)
+        wanted = torch.cat((known, wanted[running]), dim=1).repeat(branches, 1)  # (1 or 2 x b, T)
+        states = encode_at(self.model, ids, wanted, real if real is None else real.repeat(branches, 1))
+        return states.unflatten(0, (branches, -1))  # (1 or 2, M, C)

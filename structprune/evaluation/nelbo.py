@@ -6,6 +6,7 @@ from typing import Callable, Iterable
 import torch
 import torch.nn.functional as F
 
+from structprune.evaluation.encode import encode_at
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.placement import compute_device
 
@@ -79,10 +80,7 @@ def masked_nelbo(
 
 def _masked_nats(model: DiffusionLM, ids, target, masked) -> torch.Tensor:
     """Cross-entropy summed over the masked positions of each row: (b, T) ids -> (b,) on CPU."""
-    hidden = model.encode(ids)  # (b, T, C)
-    if model.shifted:
-        hidden = torch.cat((hidden[:, :1], hidden[:, :-1]), dim=1)  # (b, T, C)
-    logits = model.output_head(hidden[masked]).float()  # (M, V)
+    logits = model.output_head(encode_at(model, ids, masked)).float()  # (M, V)
     nats = torch.zeros_like(ids, dtype=torch.float32)  # (b, T)
     nats[masked] = F.cross_entropy(logits, target[masked], reduction="none")  # (M,)
     return nats.sum(1).cpu()

@@ -168,8 +168,13 @@ def test_the_head_runs_where_it_is_needed(tiny_model, settings, rows):
 
 def test_guidance_masks_the_prompt_in_the_same_pass(tiny_model, monkeypatch):
     model, passes = tiny_model(), []
-    encode = model.encode
-    monkeypatch.setattr(model, "encode", lambda ids, mask=None: (passes.append((ids, mask)), encode(ids, mask))[1])
+    encode_at = module.encode_at
+
+    def noted(model, ids, wanted, mask=None):
+        passes.append((ids, mask))
+        return encode_at(model, ids, wanted, mask)
+
+    monkeypatch.setattr(module, "encode_at", noted)
     generate(model, PROMPTS[:2], LLaDAGeneration(12, 2, 12, cfg_scale=0.5))
     assert len(passes) == 2
     for ids, mask in passes:

@@ -1,0 +1,104 @@
+"""Forward passes that cost no more than they must: only wanted positions, and as many rows as memory takes.
+
+Shapes: B rows, T tokens, M wanted positions, C features, V vocabulary.
+"""
+
+from typing import Callable
+
+import torch
+
+from structprune.errors import UserError
+from structprune.models.modeling_structprune import DiffusionLM
+
+LOGIT_BYTES = (
+    2**28
+)  # of fp32 logits that exist at once (V is 126k and more); generation cuts a seed's noise by it, so keep it
+CPU_TOKENS, CUDA_TOKENS = 2**10, 2**16  # a forward pass on CPU is fastest while its activations stay in the caches
+
+
+def encode_at(
+    model: DiffusionLM,
+    input_ids: torch.Tensor,
+    wanted: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Hidden states that predict the tokens at the wanted positions, so that the LM head need run nowhere else.
+
+    They are those of the positions themselves, and of the positions before where the model is shifted (Dream, whose
+    first token is predicted from its own position). The last block ends at these positions too: of the others it
+    needs keys and values only.
+
+    Args:
+        input_ids: (B, T) int64.
+        wanted: (B, T) bool.
+        attention_mask: (B, T), true at real tokens; None when every token is real.
+    Returns:
+        (M, C) after the final norm, row by row from left to right.
+    """
+    row, position = wanted.nonzero(as_tuple=True)  # 2 x (M,)
+    if model.shifted:
+        position = (position - 1).clamp(min=0)  # (M,)
+    mask = None if attention_mask is None else attention_mask.bool()[:, None, None, :]  # (B, 1, 1, T)
+    x = model.embedding(input_ids)  # (B, T, C)
+    rotary = model.rotary(input_ids.shape[1], input_ids.device, attention_mask)
+    *blocks, last = model.blocks
+    for block in blocks:
+        x = block(x, rotary, mask)  # (B, T, C)
+    mixed = last.mix(x, rotary, mask)[row, position]  # (M, H*D)
+    x = x[row, position] + last.part("attention_output")(mixed)  # (M, C)
+    x = x + last.part("down")(last.activate(x))  # (M, C)
+    return model.final_norm(x)
+
+
+def logit_slices(count: int, vocabulary: int, kinds: int = 1) -> list[slice]:
+    """Cut `count` positions so that `kinds` fp32 logits of each slice stay within LOGIT_BYTES (one at least)."""
+    size = max(1, LOGIT_BYTES // (4 * vocabulary * kinds))
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+class Batches:
+    """How many tokens (rows x length) go into one forward pass; falls by half whenever memory runs out.
+
+    Args:
+        tokens: the most to begin with; results do not depend on it, up to rounding.
+    Raises:
+        UserError: not a positive whole number.
+    """
+
+    def __init__(self, tokens: int):
+        if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
+            raise UserError(f"{tokens!r} tokens cannot be a batch: give a whole number from 1")
+        self.tokens = tokens
+
+    @classmethod
+    def automatic(cls, device: torch.device) -> "Batches":
+        """A good start on a device; on CUDA high, so that memory decides."""
+        return cls(CPU_TOKENS if device.type == "cpu" else CUDA_TOKENS)
+
+    def map(self, function: Callable[[slice], torch.Tensor], count: int, length: int) -> torch.Tensor:
+        """`function` of consecutive slices of `count` rows, `length` tokens each; results are joined: (count, ...).
+
+        Rows that do not fit are tried again, half as many at a time, and the lower number is kept for what follows.
+
+        Raises:
+            UserError: not even one row fits.
+        """
+        results, start = [], 0
+        while start < count:
+            rows = min(max(1, self.tokens // length), count - start)
+            try:
+                results.append(function(slice(start, start + rows)))
+            except torch.OutOfMemoryError as error:
+                if rows == 1:
+                    remedy = "use a larger device, memory.offload, or leave long texts out"
+                    raise UserError(f"one row of {length} tokens does not fit the device's memory: {remedy}") from error
+            else:
+                start += rows
+                continue
+            self._shrink(rows // 2 * length)  # outside `except`: the traceback would keep the tensors alive
+        return torch.cat(results)
+
+    def _shrink(self, tokens: int) -> None:
+        self.tokens = tokens
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()

@@ -1,0 +1,125 @@
+"""Monte Carlo perturbations of a target, in LLaDA's and Dream's forms, as pure functions (METHODS.md section 6).
+
+All chance comes in as uniform numbers of one item, so that its answers, and every checkpoint, see the same noise and
+their differences are paired. Papers: LLaDA arXiv 2502.09992 (Appendix B.5), Dream arXiv 2508.15487. Shapes: K blocks of
+b samples, N = K·b samples, L target tokens.
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass
+from typing import Callable, Literal
+
+import torch
+
+from structprune.models.noising import mask_rate
+
+Sampling = Literal["stratified", "published"]
+GOLDEN = (math.sqrt(5) - 1) / 2
+
+
+@dataclass(frozen=True)
+class Perturbed:
+    """Samples of one target.
+
+    Attributes:
+        masked: (N, L) bool, which target tokens are masked.
+        weight: (N,) float64, what the summed cross-entropy of a sample is multiplied with (1 / mask probability).
+    """
+
+    masked: torch.Tensor
+    weight: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Form:
+    """What differs between the families' estimators.
+
+    Attributes:
+        perturb: levels and positions in [0, 1) -> samples; levels are (K,) or, with `level_per_sample`, (N,).
+        guidance: w as a user gives it -> the scale s of u + (1 + s)(c - u).
+        hidden_last: the last token of the sequence is never masked.
+    """
+
+    perturb: Callable[[torch.Tensor, torch.Tensor], Perturbed]
+    level_per_sample: bool
+    hidden_last: bool
+    guidance: Callable[[float], float]
+
+
+def item_generator(seed: int, key: str) -> torch.Generator:
+    """An item's own stream of noise on CPU, from SHA-256 of the seed and the item's key."""
+    digest = hashlib.sha256(f"{seed}\n{key}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def spread(count: int, period: int, generator: torch.Generator) -> torch.Tensor:
+    """Low-discrepancy numbers (u + j a) mod 1 with one u ~ U(0, 1): (count,) float64.
+
+    Each is uniform by itself, so that every weighting of them is unbiased; together, in every prefix, they and
+    their multiples by `period` fill the unit interval evenly (a Kronecker sequence: period · a is the golden ratio
+    mod 1, and a the number next to the golden ratio for which it is).
+    """
+    step = (GOLDEN + round(GOLDEN * (period - 1))) / period
+    start = torch.rand(1, generator=generator, dtype=torch.float64)  # (1,)
+    return (start + step * torch.arange(count, dtype=torch.float64)) % 1  # (count,)
+
+
+def draw_uniform(
+    form: Form, samples: int, block: int, width: int, sampling: Sampling, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The uniform numbers of one item: levels (K,) or (N,), and one per sample and position, (N, width).
+
+    Args:
+        width: L of the longest answer; a shorter one uses the first columns.
+        sampling: "published" draws levels independently, "stratified" spreads them evenly.
+    """
+    count = samples if form.level_per_sample else samples // block
+    if sampling == "published":
+        levels = torch.rand(count, generator=generator, dtype=torch.float64)  # (K,) or (N,)
+    else:
+        levels = spread(count, 1 if form.level_per_sample else block, generator)  # (K,) or (N,)
+    return levels, torch.rand(samples, width, generator=generator, dtype=torch.float64)  # (N, width)
+
+
+def masked_counts(first: torch.Tensor, length: int, block: int) -> torch.Tensor:
+    """LLaDA: numbers of masked tokens of every block's samples, ((round(linspace(k, k + (b-1)·L/b)) - 1) mod L) + 1.
+
+    Args:
+        first: (K,) int64, k in 1..L of each block.
+        block: b.
+    Returns:
+        (K, b) int64 in 1..L; halves are rounded to even.
+    """
+    counts = [torch.linspace(k, k + (block - 1) * (length / block), steps=block).round() for k in first.tolist()]
+    return (torch.stack(counts).long() - 1) % length + 1  # (K, b)
+
+
+def llada_samples(levels: torch.Tensor, positions: torch.Tensor) -> Perturbed:
+    """LLaDA: levels (K,) and positions (N, L), both uniform in [0, 1) -> samples, N / K per block.
+
+    k = 1 + floor(L u) is uniform over 1..L; a sample masks the positions of its lowest numbers; the weight is
+    L / (number masked).
+    """
+    samples, length = positions.shape
+    first = 1 + (levels * length).long().clamp(max=length - 1)  # (K,)
+    counts = masked_counts(first, length, samples // len(levels)).flatten()  # (N,)
+    rank = positions.argsort(dim=1).argsort(dim=1)  # (N, L)
+    return Perturbed(rank < counts[:, None], length / counts.double())
+
+
+def dream_samples(levels: torch.Tensor, positions: torch.Tensor) -> Perturbed:
+    """Dream: times (N,) and positions (N, L), both uniform in [0, 1) -> samples.
+
+    Every token but the last is masked independently with p = mask_rate(t); the weight is 1 / p.
+    """
+    p = mask_rate(levels).double()  # (N,)
+    masked = positions < p[:, None]  # (N, L)
+    masked[:, -1] = False
+    return Perturbed(masked, 1 / p)
+
+
+FORMS: dict[str, Form] = {
+    "llada": Form(llada_samples, level_per_sample=False, hidden_last=False, guidance=lambda w: w),
+    "dream": Form(dream_samples, level_per_sample=True, hidden_last=True, guidance=lambda w: max(w - 1, 0.0)),
+}
