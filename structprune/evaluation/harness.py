@@ -1,0 +1,166 @@
+"""structprune's models in lm-evaluation-harness, registered there as `structprune` (needs the extra `eval`).
+
+lm-eval 0.4.13 has no hook for models of other packages, so this module stands in for its command line, as the
+published evaluations do:
+
+    python -m structprune.evaluation.harness --model structprune --model_args pretrained=DIR,cfg_scale=0.5 --tasks piqa
+
+and takes all of lm_eval's options (--apply_chat_template, --limit, --include_path, ...). From Python, import it before
+`lm_eval.simple_evaluate`.
+"""
+
+import logging
+import sys
+from dataclasses import fields
+from typing import Any, Mapping, Sequence
+
+from lm_eval.api.model import LM
+from lm_eval.api.registry import register_model
+
+from structprune.errors import UserError, nearest
+from structprune.evaluation.choices import MonteCarlo, score_items
+from structprune.evaluation.documents import Opening
+from structprune.evaluation.encode import Batches
+from structprune.evaluation.openings import complete
+from structprune.evaluation.requests import group_choices, spread, to_item, to_opening
+from structprune.evaluation.samplers import SAMPLERS
+from structprune.evaluation.texts import Texts, chat_warning, model_names
+from structprune.models.families import family_of
+from structprune.models.loading import load_model
+from structprune.models.placement import compute_device
+
+LOG = logging.getLogger(__name__)
+
+
+@register_model("structprune")
+class StructpruneLM(LM):
+    """A LLaDA, MMaDA or Dream checkpoint, official or pruned, as a model of lm-eval.
+
+    It is one process of one: whoever splits requests sets `_rank` and `_world_size` and gathers.
+
+    Args:
+        pretrained: a directory, a Hub id, or a model from `structprune.load_model`.
+        batch_size: rows of the model's full length in a forward pass (so many more shorter ones), prompts that are
+            generated together; "auto": what suits the device, and 8.
+        device, dtype, mask_id, allow_pickle: as `load_model`'s.
+        max_batch_size: lm-eval hands it over; only None, its default.
+        options: fields of `MonteCarlo` (samples, cfg_scale, seed, adaptive, ...) and options of the family's sampler
+            (gen_length, steps, alg, ...), which outrank the task's. cfg_scale is for both.
+    Raises:
+        UserError: anything wrong with the checkpoint (it must have a tokenizer), or an option that there is not.
+    """
+
+    def __init__(
+        self,
+        pretrained,
+        batch_size: int | str = "auto",
+        device: str | None = None,
+        dtype: str | None = None,
+        mask_id: int | None = None,
+        allow_pickle: bool = False,
+        max_batch_size: None = None,
+        **options: Any,
+    ):
+        super().__init__()
+        if max_batch_size is not None:
+            raise UserError(f"max_batch_size = {max_batch_size} is not used: give batch_size, or auto")
+        if isinstance(pretrained, str):
+            pretrained = load_model(pretrained, dtype, device, mask_id, allow_pickle)
+        self.model = pretrained
+        family = family_of(self.model.config)
+        self.family = family.name
+        self.texts = Texts.open(self.model.source.directory, self.family)
+        self.settings, self.sampler = split_options(self.family, options)
+        self._device, longest = compute_device(self.model), getattr(self.model.config, family.keys["positions"])
+        automatic = batch_size == "auto"
+        self.batch = Batches.automatic(self._device) if automatic else Batches(int(batch_size) * longest)
+        self.prompts = 8 if automatic else int(batch_size)
+        self._advise(chat=False)
+
+    def loglikelihood(self, requests: Sequence) -> list[tuple[float, bool]]:
+        """Monte Carlo estimates in nats; the answers of one document are one item.
+
+        The flag of greedy decoding is always false: it is not computed, as in the published evaluations, because none
+        of the published metrics reads it and every answer would cost as many forward passes as it has tokens. A metric
+        that does (exact_match of multiple choice, acc of LAMBADA) is 0 and means nothing.
+        """
+        groups = group_choices(requests)
+        items = [to_item(group.document, self.texts) for group in groups]
+        scored = {found.key: found for found in score_items(self.model, items, self.settings, self.batch)}
+        outcomes = [scored[item.key].log_likelihoods for item in items]
+        return [(value, False) for value in spread(groups, outcomes)]
+
+    def loglikelihood_rolling(self, requests: Sequence) -> list[float]:
+        """Refused.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(
+            "loglikelihood_rolling needs a left-to-right model: a masked diffusion model only bounds a text's "
+            "likelihood, which `structprune eval --text FILE` reports (NELBO)"
+        )
+
+    def generate_until(self, requests: Sequence) -> list[str]:
+        """Texts after the prompts, up to EOS or a stop string, by LLaDA's block-wise or Dream's sampler."""
+        openings: list[Opening] = [to_opening(request) for request in requests]
+        return complete(self.model, openings, self.texts, self.sampler, self.settings.seed, self.prompts)
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A conversation as the model's prompt; from here on Dream's prompts have no BOS of their own."""
+        if not self.texts.chat:
+            self.texts = Texts.of(self.texts.tokenizer, self.family, chat=True)
+            self._advise(chat=True)
+        return self.texts.render(chat_history, add_generation_prompt)
+
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        """The template lm-eval reports; only the tokenizer's own can be applied."""
+        if isinstance(chat_template, str):
+            raise UserError(
+                f"the chat template '{chat_template}' cannot be chosen: only the tokenizer's default is used"
+            )
+        return (self.texts.tokenizer.chat_template or "") if chat_template else ""
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Of lm-eval's cache of requests."""
+        return self.texts.tokenizer.name_or_path.replace("/", "__")
+
+    def _advise(self, chat: bool) -> None:
+        source = self.model.source
+        has_template = bool(self.texts.tokenizer.chat_template)
+        warning = chat_warning(model_names(source.name, source.directory), has_template, chat)
+        if warning:
+            LOG.warning("%s", warning.replace("--chat", "--apply_chat_template"))
+
+
+def split_options(family: str, options: Mapping[str, Any]) -> tuple[MonteCarlo, dict[str, Any]]:
+    """Keyword arguments as settings of likelihoods and options of the family's sampler.
+
+    Raises:
+        UserError: a name that is neither's.
+    """
+    scoring = [field.name for field in fields(MonteCarlo)]
+    sampler = [field.name for field in fields(SAMPLERS[family])]
+    for name in options:
+        if name not in (*scoring, *sampler):
+            known = [*scoring, *(name for name in sampler if name not in scoring)]
+            raise UserError(f"unknown model argument '{name}'{nearest(name, known)}: {', '.join(known)}")
+    settings = MonteCarlo(**{name: value for name, value in options.items() if name in scoring})
+    return settings, {name: value for name, value in options.items() if name in sampler}
+
+
+def main() -> int:
+    """lm-eval's command line; what a user caused is one line and exit code 2."""
+    from lm_eval.__main__ import cli_evaluate
+
+    try:
+        cli_evaluate()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

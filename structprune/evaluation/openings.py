@@ -1,0 +1,54 @@
+"""Documents of generation tasks to finished texts."""
+
+from dataclasses import fields
+from typing import Any, Callable, Iterable, Mapping, Sequence
+
+from structprune.evaluation.documents import Opening
+from structprune.evaluation.generate import generate
+from structprune.evaluation.perturb import item_generator
+from structprune.evaluation.requests import sampler_values
+from structprune.evaluation.samplers import SAMPLERS, Generation, generation_settings
+from structprune.evaluation.texts import Texts
+from structprune.models.families import family_of
+from structprune.models.modeling_structprune import DiffusionLM
+
+
+def complete(
+    model: DiffusionLM,
+    openings: Sequence[Opening],
+    texts: Texts,
+    given: Mapping[str, Any],
+    seed: int = 0,
+    batch: int = 8,
+    track: Callable[[Iterable], Iterable] = lambda items: items,
+) -> list[str]:
+    """The text generated after every opening, cut at EOS or its stop strings.
+
+    Numbers of a document depend on the seed and its key, not on the other documents. Sampling at a temperature
+    therefore runs one document at a time; greedy settings share batches.
+
+    Args:
+        given: options of the family's sampler, which outrank those of the openings.
+        batch: prompts in a forward pass.
+        track: wraps the iteration over batches of equal settings (progress).
+    Raises:
+        UserError: an option that the sampler has not, an empty prompt, or one too long for the model.
+    """
+    known = [field.name for field in fields(SAMPLERS[family_of(model.config).name])]
+    settings = [generation_settings(model, sampler_values(known, opening.options, given)) for opening in openings]
+    answers: dict[int, str] = {}
+    for chosen in track(_portions(openings, settings)):
+        prompts = [texts.prompt(openings[index].context) for index in chosen]  # N x (P,)
+        stream = item_generator(seed, openings[chosen[0]].key)
+        found = generate(model, prompts, settings[chosen[0]], generator=stream, batch=batch)
+        for index, prompt, ids in zip(chosen, prompts, found):
+            answers[index] = texts.answer(ids[len(prompt) :], openings[index].until)
+    return [answers[index] for index in range(len(openings))]
+
+
+def _portions(openings: Sequence[Opening], settings: Sequence[Generation]) -> list[list[int]]:
+    """Indices of openings that are generated together: of equal settings, alone where chance has a part."""
+    alike: dict[Any, list[int]] = {}
+    for index, setting in enumerate(settings):
+        alike.setdefault((setting, index if setting.draws else None), []).append(index)
+    return list(alike.values())

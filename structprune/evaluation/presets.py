@@ -1,0 +1,131 @@
+"""Published settings of the nine tasks, for LLaDA and for Dream (METHODS.md section 6), as in configs/eval/*.yaml.
+
+The table is in code so that an installed package has it; a test holds the files equal to it. Sources: the evaluation
+scripts beside arXiv 2502.09992 (LLaDA) and arXiv 2508.15487 (Dream); what they leave open is said in the files.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+
+from structprune.config import Section
+from structprune.errors import UserError, nearest
+from structprune.evaluation.samplers import SAMPLERS
+
+
+class Likelihood(Section):
+    """How answers are scored."""
+
+    samples: int = Field(128, ge=1)
+    """Monte Carlo samples per answer."""
+    block: int = Field(8, ge=1)
+    """Samples whose numbers of masks are drawn together (LLaDA), and whose mean counts as one for standard errors."""
+    cfg_scale: float = Field(0.0, ge=0)
+    """Of classifier-free guidance; 0 is off."""
+
+
+class FamilyPreset(Section):
+    """A task's settings for one family: either `likelihood` or `generation`."""
+
+    shots: int = Field(ge=0)
+    """Solved examples before every question."""
+    likelihood: Likelihood | None = None
+    generation: dict[str, Any] | None = None
+    """Options of the family's sampler."""
+
+    @model_validator(mode="after")
+    def _one_of_both(self):
+        if (self.likelihood is None) == (self.generation is None):
+            raise PydanticCustomError("kind", "Give either likelihood or generation")
+        return self
+
+
+class Preset(Section):
+    """One task's published settings."""
+
+    task: str
+    llada: FamilyPreset
+    dream: FamilyPreset
+
+    @model_validator(mode="after")
+    def _samplers_take_them(self):
+        for name, kind in SAMPLERS.items():
+            if (values := getattr(self, name).generation) is not None:
+                try:
+                    kind(**values)
+                except (TypeError, UserError) as error:
+                    raise PydanticCustomError(
+                        "sampler", "{name}.generation: {why}", {"name": name, "why": str(error)}
+                    ) from error
+        return self
+
+
+def _choice(task: str, shots: int, cfg_scale: float = 0.0, samples: int = 128) -> Preset:
+    llada = {"samples": samples, "block": min(samples, 8), "cfg_scale": cfg_scale}
+    dream = {"samples": 128}
+    return Preset(task=task, llada={"shots": shots, "likelihood": llada}, dream={"shots": shots, "likelihood": dream})
+
+
+GSM8K_LLADA = {"gen_length": 1024, "steps": 1024, "block_length": 1024, "cfg_scale": 0.0, "temperature": 0.0}
+GSM8K_DREAM = {"gen_length": 256, "steps": 256, "alg": "entropy", "temperature": 0.0, "top_p": 0.95}
+PRESETS: dict[str, Preset] = {
+    preset.task: preset
+    for preset in (
+        _choice("mmlu", 5, samples=1),
+        _choice("arc_challenge", 0, 0.5),
+        _choice("arc_easy", 0),
+        _choice("piqa", 0, 0.5),
+        _choice("winogrande", 5),
+        _choice("hellaswag", 0, 0.5),
+        _choice("gpqa_main_n_shot", 5, 0.5),
+        _choice("race", 0),
+        Preset(
+            task="gsm8k",
+            llada={"shots": 5, "generation": GSM8K_LLADA},
+            dream={"shots": 8, "generation": GSM8K_DREAM},
+        ),
+    )
+}
+
+
+def preset_for(task: str, family: str) -> FamilyPreset | None:
+    """A task's published settings for a family; None for a task that has none."""
+    return getattr(PRESETS[task], family) if task in PRESETS else None
+
+
+def load_preset(path: str | Path) -> Preset:
+    """Read settings from a file such as configs/eval/piqa.yaml.
+
+    Raises:
+        UserError: no such file, not YAML, an unknown key (with the nearest known one), or a value out of range.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"no file of evaluation settings at '{path}'") from error
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as YAML ({str(error).splitlines()[0]})") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is not a mapping: give task, llada and dream")
+    try:
+        return Preset.model_validate(values)
+    except ValidationError as error:
+        problems = sorted(
+            error.errors(), key=lambda problem: problem["type"] != "extra_forbidden"
+        )  # a slip explains most
+        raise UserError(f"{path}: {_explain(problems[0])}") from error
+
+
+def _explain(problem: dict) -> str:
+    name = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        parts, kind = problem["loc"], Preset
+        for part in parts[:-1]:
+            kind = {"llada": FamilyPreset, "dream": FamilyPreset, "likelihood": Likelihood}.get(part, kind)
+        return f"unknown key '{name}'{nearest(str(parts[-1]), list(kind.model_fields))}"
+    if problem["type"] == "missing":
+        return f"the key '{name}' is missing"
+    return f"{name + ': ' if name else ''}{problem['msg'][0].lower()}{problem['msg'][1:]}"

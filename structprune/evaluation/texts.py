@@ -1,0 +1,161 @@
+"""Text of evaluation tasks to tokens and back, for both families, with or without a chat template.
+
+LLaDA's published evaluation adds neither BOS nor EOS. Dream's scores BOS + context, continuation + EOS, so that the
+last token, which is never masked, is the EOS (METHODS.md section 6). Shapes: P tokens of a prompt, L of a target.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Sequence
+
+import torch
+
+from structprune.errors import UserError
+from structprune.models.families import DREAM
+from structprune.models.loading import load_tokenizer
+
+INSTRUCT = re.compile(
+    r"instruct|chat|mixcot|(?<![\d.])1\.5(?!\d)", re.IGNORECASE
+)  # names of tuned official checkpoints
+BASE_MODEL = re.compile(r"^base_model:\s*(\S+)", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Texts:
+    """How one checkpoint's texts become tokens.
+
+    Attributes:
+        tokenizer: of transformers.
+        start: ids before every prompt, Dream's BOS; none with a chat template, which has its own marks.
+        end: ids after every scored continuation, Dream's EOS.
+        chat: whether prompts go through the tokenizer's chat template.
+    """
+
+    tokenizer: Any
+    start: tuple[int, ...] = ()
+    end: tuple[int, ...] = ()
+    chat: bool = False
+
+    @classmethod
+    def open(cls, directory: str | Path, family: str, chat: bool = False) -> "Texts":
+        """Of a checkpoint's directory.
+
+        Raises:
+            UserError: it has no tokenizer; `chat`, and no chat template; Dream's tokenizer names no BOS or EOS.
+        """
+        return cls.of(load_tokenizer(directory), family, chat)
+
+    @classmethod
+    def of(cls, tokenizer, family: str, chat: bool = False) -> "Texts":
+        """Of a tokenizer that is loaded; raises as `open`."""
+        if chat and not getattr(tokenizer, "chat_template", None):
+            raise UserError("the tokenizer has no chat template: leave --chat out, or add chat_template.jinja")
+        if family != DREAM.name:
+            return cls(tokenizer, chat=chat)
+        for name in ("eos_token",) if chat else ("bos_token", "eos_token"):
+            if getattr(tokenizer, name) is None:
+                raise UserError(f"Dream scores between BOS and EOS, and the tokenizer names no {name}: add it")
+        start = () if chat else (tokenizer.bos_token_id,)
+        return cls(tokenizer, start, (tokenizer.eos_token_id,), chat)
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text and no others; the names of special tokens in it become those."""
+        return self.tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+
+    def prompt(self, context: str) -> torch.Tensor:
+        """What generation starts from, (P,) int64."""
+        return torch.tensor([*self.start, *self.encode(context)], dtype=torch.long)  # (P,)
+
+    def pair(self, context: str, continuation: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """A context and what is scored after it, (P,) and (L,) int64.
+
+        Both are encoded as one text, which is cut after as many tokens as the context alone has; spaces at the end of
+        the context go to the continuation first.
+
+        Raises:
+            UserError: no token is left for the continuation.
+        """
+        kept = context.rstrip()
+        continuation = context[len(kept) :] + continuation
+        whole, count = self.encode(kept + continuation), len(self.encode(kept))
+        if len(whole) <= count:
+            raise UserError(f"the continuation {continuation!r} adds no token to its context: nothing can be scored")
+        prompt = torch.tensor([*self.start, *whole[:count]], dtype=torch.long)  # (P,)
+        return prompt, torch.tensor([*whole[count:], *self.end], dtype=torch.long)  # (L,)
+
+    def render(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A conversation as text by the chat template, opened for the assistant's turn.
+
+        Args:
+            messages: {"role", "content"} each.
+            add_generation_prompt: false: the last message is the assistant's and is left open.
+        Raises:
+            UserError: the template refuses it.
+        """
+        try:
+            return self.tokenizer.apply_chat_template(
+                list(messages),
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+            )
+        except Exception as error:  # templates are programs: jinja raises what they raise
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(f"the chat template refuses a prompt of the task ({reason})") from error
+
+    def question(self, text: str) -> str:
+        """A task's prompt as the model is given it: as it is, or as a user's turn with `chat`."""
+        return self.render([{"role": "user", "content": text}]) if self.chat else text
+
+    def delimiter(self, usual: str = " ") -> str:
+        """What stands between a prompt and an answer: nothing where the template ends the prompt."""
+        return "" if self.chat else usual
+
+    def answer(self, ids: torch.Tensor, until: Sequence[str] = ()) -> str:
+        """Generated tokens as text: up to EOS or the first of the stop strings, without special tokens.
+
+        A stop string may be a special token's name. Empty stop strings are passed over.
+
+        Args:
+            ids: (G,) int64, without the prompt.
+        """
+        text = self.tokenizer.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        stops = [stop for stop in (*until, self.tokenizer.eos_token) if stop]
+        text = text[: min((place for place in map(text.find, stops) if place >= 0), default=len(text))]
+        for name in self._special_names():
+            text = text.replace(name, "")
+        return text
+
+    def _special_names(self) -> set[str]:
+        added = self.tokenizer.added_tokens_decoder.values()
+        return {*self.tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
+
+
+def model_names(name: str, directory: Path | None = None) -> list[str]:
+    """A checkpoint's name, and the base model that its README.md names (a pruned checkpoint's has its source's)."""
+    names, card = [name], None if directory is None else directory / "README.md"
+    if card is not None and card.is_file():
+        names += BASE_MODEL.findall(card.read_text(encoding="utf-8", errors="replace"))
+    return names
+
+
+def chat_warning(names: Sequence[str], has_template: bool, chat: bool) -> str | None:
+    """What to say about a chat template that does not fit the checkpoint, or None.
+
+    Whether a checkpoint was tuned on conversations is guessed from its names (Instruct, chat, 1.5, MixCoT): a Base
+    checkpoint may carry a chat template too, so having one says nothing. A directory of another name passes for Base.
+
+    Args:
+        names: `model_names`.
+        has_template: of the tokenizer.
+        chat: whether it is applied.
+    """
+    tuned = [name for name in names if INSTRUCT.search(name)]
+    if chat and not tuned:
+        return f"{names[0]} looks like a Base checkpoint by its name, and is given the chat template: is that meant?"
+    if tuned and has_template and not chat:
+        return f"{tuned[0]} looks like an Instruct checkpoint by its name: without --chat it sees prompts it never did"
+    if tuned and not chat:
+        return f"{tuned[0]} looks like an Instruct checkpoint by its name, but has no chat template to apply"
+    return None
