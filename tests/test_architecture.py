@@ -32,6 +32,7 @@ DRIVERS = (
     "inspect",
     "demo",
     "runs",
+    "verbs",
     "cli",
     "__main__",
     "__init__",
