@@ -280,7 +280,9 @@ def test_an_interrupted_run_writes_nothing(number, tiny_checkpoint, text_path, t
     code = "import structprune.runs; from structprune.cli import run; print('ready', flush=True); run()"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, "-c", code, *arguments], text=True, env=environment, **pipes)
+    listen = lambda: signal.signal(number, signal.SIG_DFL)  # noqa: E731  a suite run in the background ignores SIGINT
+    command_line = [sys.executable, "-c", code, *arguments]
+    process = subprocess.Popen(command_line, text=True, env=environment, preexec_fn=listen, **pipes)
     assert process.stdout.readline() == "ready\n"
     time.sleep(2)
     assert process.poll() is None, process.stderr.read()
