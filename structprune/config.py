@@ -2,30 +2,15 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 from pydantic_core import PydanticCustomError
 
-from structprune.errors import UserError, nearest
+from structprune.sections import Section, Sections
 
 Arm = Literal["clean", "masked", "masked+sink", "clean+sink"]
-SCALARS = ("method",)  # keys that belong to no section
 DEFAULT_ARM = "masked+sink"  # of scores; a refit is weighted by sinks only where asked for: no gain was measured
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _truth_is_no_number(cls, value: Any, info) -> Any:
-        """Python takes true for 1; who writes `windows: true` means something else."""
-        kind = cls.model_fields[info.field_name].annotation
-        if isinstance(value, bool) and {int, float} & {kind, *get_args(kind)}:
-            raise PydanticCustomError("number", "Input should be a number, not true or false")
-        return value
 
 
 class ModelSettings(Section):
@@ -196,8 +181,10 @@ class MemorySettings(Section):
     """Weights stay in host memory; each layer's are on the accelerator only while it computes."""
 
 
-class Config(Section):
-    """Every choice of a run, by section."""
+class Config(Sections):
+    """Every choice of a pruning run, by section."""
+
+    scalars: ClassVar[tuple[str, ...]] = ("method",)
 
     method: Literal["structured", "unstructured", "nm"] = "structured"
     """structured: heads and channels are removed; unstructured, nm: single weights become zero (`masking`)."""
@@ -210,73 +197,7 @@ class Config(Section):
     export: ExportSettings = ExportSettings()
     memory: MemorySettings = MemorySettings()
 
-    @classmethod
-    def load(cls, path: str | Path | None = None, overrides: list[str] | dict[str, Any] | None = None) -> "Config":
-        """Read a YAML file and apply overrides, `["structured.ratio=0.3"]` or `{"structured.ratio": 0.3}`.
-
-        Raises:
-            UserError: no such file, not YAML, an unknown key (with the nearest known one), or a value out of range.
-        """
-        values: dict = {}
-        if path is not None:
-            try:
-                values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-            except FileNotFoundError as error:
-                raise UserError(f"no config file at '{path}'") from error
-            except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-                raise UserError(f"{path} cannot be read as YAML ({str(error).splitlines()[0]})") from error
-            if not isinstance(values, dict):
-                raise UserError(f"{path} is not a mapping of sections")
-        pairs = overrides.items() if isinstance(overrides, dict) else [_parse(text) for text in overrides or []]
-        for name, value in pairs:
-            section, _, key = name.partition(".")
-            if name in SCALARS:
-                values[name] = value
-                continue
-            if not key:
-                raise UserError(f"'{name}' names no section: write section.key=value, such as structured.ratio=0.3")
-            branch = values.setdefault(section, {})
-            if not isinstance(branch, dict):
-                raise UserError(f"{path}: '{section}' is not a mapping")
-            branch[key] = value
-        return cls.build(values)
-
-    @classmethod
-    def build(cls, values: dict) -> "Config":
-        """Validate nested plain values.
-
-        Raises:
-            UserError: an unknown key or a bad value.
-        """
-        try:
-            return cls.model_validate(values)
-        except ValidationError as error:
-            raise UserError(_explain(error.errors()[0])) from error
-
-
-def _parse(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise UserError(f"'{text}' is not key=value")
-    try:
-        return name.strip(), yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise UserError(f"the value of '{text}' cannot be read as YAML: quote it") from error
-
 
 def known_keys() -> list[str]:
     """Every key of a configuration, as `section.key` (`method` has no section)."""
-    sections = {name: field.annotation for name, field in Config.model_fields.items() if name not in SCALARS}
-    return [*SCALARS, *(f"{name}.{key}" for name, section in sections.items() for key in section.model_fields)]
-
-
-def _explain(problem: dict) -> str:
-    name = ".".join(str(part) for part in problem["loc"][:2])
-    if problem["type"] == "extra_forbidden":
-        if "." not in name:
-            return f"unknown config section '{name}'{nearest(name, list(Config.model_fields))}"
-        section, _, key = name.partition(".")
-        inside = Config.model_fields[section].annotation.model_fields
-        close = nearest(key, list(inside)) or nearest(name, known_keys())
-        return f"unknown config key '{name}'{close}"
-    return f"config key {name} = {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+    return Config.known_keys()

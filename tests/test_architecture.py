@@ -24,7 +24,7 @@ STAGES = (
     "report",
     "checkpoint",
 )
-BASE = ("errors", "config", "effects", "assets")  # what every stage may use
+BASE = ("errors", "sections", "config", "effects", "assets")  # what every stage may use
 DRIVERS = (
     "pipeline",
     "mask_pipeline",

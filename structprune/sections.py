@@ -1,0 +1,102 @@
+"""Configurations made of sections: validated, frozen, no unknown keys; read from YAML and `section.key=value`."""
+
+from pathlib import Path
+from typing import Any, ClassVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic_core import PydanticCustomError
+from typing_extensions import Self
+
+from structprune.errors import UserError, nearest
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, value: Any, info) -> Any:
+        """Python takes true for 1; who writes `windows: true` means something else."""
+        kind = cls.model_fields[info.field_name].annotation
+        if isinstance(value, bool) and {int, float} & {kind, *get_args(kind)}:
+            raise PydanticCustomError("number", "Input should be a number, not true or false")
+        return value
+
+
+class Sections(Section):
+    """A configuration: fields that are sections, and a few of its own (`scalars`)."""
+
+    scalars: ClassVar[tuple[str, ...]] = ()
+    """Keys that belong to no section."""
+
+    @classmethod
+    def load(cls, path: str | Path | None = None, overrides: list[str] | dict[str, Any] | None = None) -> Self:
+        """Read a YAML file and apply overrides, `["structured.ratio=0.3"]` or `{"structured.ratio": 0.3}`.
+
+        Raises:
+            UserError: no such file, not YAML, an unknown key (with the nearest known one), or a value out of range.
+        """
+        values: dict = {}
+        if path is not None:
+            try:
+                values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+            except FileNotFoundError as error:
+                raise UserError(f"no config file at '{path}'") from error
+            except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+                raise UserError(f"{path} cannot be read as YAML ({str(error).splitlines()[0]})") from error
+            if not isinstance(values, dict):
+                raise UserError(f"{path} is not a mapping of sections")
+        pairs = overrides.items() if isinstance(overrides, dict) else [_parse(text) for text in overrides or []]
+        for name, value in pairs:
+            section, _, key = name.partition(".")
+            if name in cls.scalars:
+                values[name] = value
+                continue
+            if not key:
+                raise UserError(f"'{name}' names no section: write section.key=value, such as structured.ratio=0.3")
+            branch = values.setdefault(section, {})
+            if not isinstance(branch, dict):
+                raise UserError(f"{path}: '{section}' is not a mapping")
+            branch[key] = value
+        return cls.build(values)
+
+    @classmethod
+    def build(cls, values: dict) -> Self:
+        """Validate nested plain values.
+
+        Raises:
+            UserError: an unknown key or a bad value.
+        """
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise UserError(cls._explain(error.errors()[0])) from error
+
+    @classmethod
+    def known_keys(cls) -> list[str]:
+        """Every key, as `section.key` (scalars have no section)."""
+        sections = {name: field.annotation for name, field in cls.model_fields.items() if name not in cls.scalars}
+        return [*cls.scalars, *(f"{name}.{key}" for name, section in sections.items() for key in section.model_fields)]
+
+    @classmethod
+    def _explain(cls, problem: dict) -> str:
+        name = ".".join(str(part) for part in problem["loc"][:2])
+        if problem["type"] == "extra_forbidden":
+            if "." not in name:
+                return f"unknown config section '{name}'{nearest(name, list(cls.model_fields))}"
+            section, _, key = name.partition(".")
+            inside = cls.model_fields[section].annotation.model_fields
+            close = nearest(key, list(inside)) or nearest(name, cls.known_keys())
+            return f"unknown config key '{name}'{close}"
+        return f"config key {name} = {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+
+
+def _parse(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise UserError(f"'{text}' is not key=value")
+    try:
+        return name.strip(), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"the value of '{text}' cannot be read as YAML: quote it") from error
