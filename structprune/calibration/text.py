@@ -1,4 +1,4 @@
-"""Calibration text: Hub datasets, or local .txt, .jsonl and .parquet files, one document or conversation at a time."""
+"""Text to calibrate or evaluate on: Hub datasets, or local files, one document or conversation at a time."""
 
 import json
 from dataclasses import dataclass
@@ -32,7 +32,11 @@ ALIASES = {
 
 
 def read_texts(
-    source: str, subset: str | None = None, split: str = "train", column: str | None = None
+    source: str,
+    subset: str | None = None,
+    split: str = "train",
+    column: str | None = None,
+    section: str = "calibration",
 ) -> Iterator[Document]:
     """The documents of a source, in its order: text, or conversations as lists of {"role", "content"}.
 
@@ -41,6 +45,7 @@ def read_texts(
         subset: configuration of a Hub dataset; None for its only or usual one.
         split: of a Hub dataset.
         column: of a dataset, .jsonl or .parquet; None for `messages` where there is one, else `text`.
+        section: of the configuration that names the source, for messages.
     Raises:
         UserError: no such file or dataset, a kind of file that is not read, a library that is not installed, a
             missing column, or an entry that is neither text nor a conversation.
@@ -50,27 +55,27 @@ def read_texts(
     if kind not in LOCAL:
         if path.exists():
             raise UserError(
-                f"calibration text '{source}' is not one of {', '.join(LOCAL)}: convert it, or name a Hub dataset"
+                f"{section} text '{source}' is not one of {', '.join(LOCAL)}: convert it, or name a Hub dataset"
             )
-        yield from _documents(_hub_rows(source, subset, split), column, source)
+        yield from _documents(_hub_rows(source, subset, split, section), column, source, section)
         return
     if not path.is_file():
-        raise UserError(f"no calibration text at '{source}'")
+        raise UserError(f"no {section} text at '{source}'")
     if subset is not None:
-        raise UserError(f"calibration.subset = '{subset}' means nothing for the local file '{source}': leave it out")
+        raise UserError(f"{section}.subset = '{subset}' means nothing for the local file '{source}': leave it out")
     if split != "train":
-        raise UserError(f"calibration.split = '{split}' means nothing for the local file '{source}': leave it out")
+        raise UserError(f"{section}.split = '{split}' means nothing for the local file '{source}': leave it out")
     if kind == ".txt" and column is not None:
         raise UserError(
-            f"calibration.column = '{column}' means nothing for '{source}', which is plain text: leave it out"
+            f"{section}.column = '{column}' means nothing for '{source}', which is plain text: leave it out"
         )
     if kind == ".txt":
         yield from _lines(path)
     else:
-        yield from _documents(_jsonl_rows(path) if kind == ".jsonl" else _parquet_rows(path), column, source)
+        yield from _documents(_jsonl_rows(path) if kind == ".jsonl" else _parquet_rows(path), column, source, section)
 
 
-def join_texts(documents: Iterable[Document], source: str, tokenizer) -> Iterator[str]:
+def join_texts(documents: Iterable[Document], source: str, tokenizer, section: str = "calibration") -> Iterator[str]:
     """The documents as parts of one text, separators included.
 
     Between two goes a space for WikiText (the published choice), nothing for lines of a .txt file, which keep their
@@ -84,10 +89,10 @@ def join_texts(documents: Iterable[Document], source: str, tokenizer) -> Iterato
         separator = " "
     index = -1
     for index, document in enumerate(documents):
-        text = render(document, tokenizer)
+        text = render(document, tokenizer, section)
         yield separator + text if index and isinstance(document, str) else text
     if index < 0:
-        raise UserError(f"calibration text '{source}' is empty")
+        raise UserError(f"{section} text '{source}' is empty")
 
 
 def is_streamed(source: str) -> bool:
@@ -97,7 +102,7 @@ def is_streamed(source: str) -> bool:
     return Path(source).suffix.lower() not in LOCAL
 
 
-def render(document: Document, tokenizer) -> str:
+def render(document: Document, tokenizer, section: str = "calibration") -> str:
     """A document as text: conversations go through the tokenizer's chat template.
 
     Raises:
@@ -107,36 +112,34 @@ def render(document: Document, tokenizer) -> str:
         return document
     if not getattr(tokenizer, "chat_template", None):
         raise UserError(
-            "the calibration text is conversations, but the tokenizer has no chat template: set calibration.column"
+            f"the {section} text is conversations, but the tokenizer has no chat template: set {section}.column"
         )
     try:
         return tokenizer.apply_chat_template(document, tokenize=False)
     except Exception as error:  # templates are programs: jinja raises what they raise
-        raise UserError(
-            f"the chat template refuses a conversation of the calibration text ({_reason(error)})"
-        ) from error
+        raise UserError(f"the chat template refuses a conversation of the {section} text ({_reason(error)})") from error
 
 
-def _documents(rows: Iterable[dict], column: str | None, source: str) -> Iterator[Document]:
+def _documents(rows: Iterable[dict], column: str | None, source: str, section: str) -> Iterator[Document]:
     """The entries of one column of numbered rows; null entries, which Hub datasets have, are passed over."""
     for number, row in enumerate(rows, start=1):
         if column is None:  # settled by the first row, so that a column cannot change within a file
             column = "messages" if "messages" in row else "text"
         if column not in row:
-            close = nearest(column, list(row)) or f": it has {', '.join(row)}; set calibration.column"
+            close = nearest(column, list(row)) or f": it has {', '.join(row)}; set {section}.column"
             raise UserError(f"'{source}' has no column '{column}' in row {number}{close}")
         value = row[column]
         if isinstance(value, str):
             yield value
         elif value is not None:
-            yield _conversation(value, f"'{source}', row {number}, column '{column}'")
+            yield _conversation(value, f"'{source}', row {number}, column '{column}'", section)
 
 
-def _conversation(value: Any, where: str) -> Conversation:
+def _conversation(value: Any, where: str, section: str) -> Conversation:
     turns = value if isinstance(value, list) else [None]
     if not all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in turns):
         kind = "a list without role and content in every turn" if isinstance(value, list) else type(value).__name__
-        raise UserError(f"{where} is neither text nor a conversation ({kind}): set calibration.column")
+        raise UserError(f"{where} is neither text nor a conversation ({kind}): set {section}.column")
     return value
 
 
@@ -177,19 +180,19 @@ def _parquet_rows(path: Path) -> Iterator[dict]:
         raise UserError(f"{path} cannot be read as parquet ({_reason(error)})") from error
 
 
-def _hub_rows(source: str, subset: str | None, split: str) -> Iterator[dict]:
+def _hub_rows(source: str, subset: str | None, split: str, section: str) -> Iterator[dict]:
     """Rows of a Hub dataset; any failure of the Hub, at the start or on the way, is one line to the user."""
     try:
         from datasets import load_dataset
     except ImportError as error:
         remedy = "pip install datasets, or give a .txt, .jsonl or .parquet file"
-        raise UserError(f"calibration text '{source}' is a Hub dataset, which needs datasets: {remedy}") from error
-    request = _request(source, ALIASES.get(source, HubText(source)), subset, split)
+        raise UserError(f"{section} text '{source}' is a Hub dataset, which needs datasets: {remedy}") from error
+    request = _request(source, ALIASES.get(source, HubText(source)), subset, split, section)
     try:
         rows = iter(load_dataset(**request))
         first = next(rows, None)
     except Exception as error:  # the Hub client raises a dozen types, all meaning the same to the user
-        raise UserError(_unreachable(source, error)) from error
+        raise UserError(_unreachable(source, error, section)) from error
     if first is None:
         raise UserError(f"the Hub dataset '{source}' has no rows in split '{split}'")
     while first is not None:
@@ -197,27 +200,27 @@ def _hub_rows(source: str, subset: str | None, split: str) -> Iterator[dict]:
         try:
             first = next(rows, None)
         except Exception as error:  # as above: the connection can also be lost on the way
-            raise UserError(_unreachable(source, error)) from error
+            raise UserError(_unreachable(source, error, section)) from error
 
 
-def _request(source: str, wanted: HubText, subset: str | None, split: str) -> dict[str, Any]:
+def _request(source: str, wanted: HubText, subset: str | None, split: str, section: str) -> dict[str, Any]:
     """The arguments of `datasets.load_dataset`."""
     request = {"path": wanted.name, "name": subset or wanted.subset, "split": split, "streaming": wanted.stream}
     if wanted.files is None:
         return request
     if subset is not None:
         raise UserError(
-            f"calibration.subset = '{subset}': '{source}' is one part of {wanted.name}; name that dataset instead"
+            f"{section}.subset = '{subset}': '{source}' is one part of {wanted.name}; name that dataset instead"
         )
     if split not in wanted.files:
-        raise UserError(f"calibration.split = '{split}': '{source}' has {', '.join(wanted.files)}")
+        raise UserError(f"{section}.split = '{split}': '{source}' has {', '.join(wanted.files)}")
     return request | {"data_files": {split: wanted.files[split]}}
 
 
-def _unreachable(source: str, error: Exception) -> str:
+def _unreachable(source: str, error: Exception, section: str) -> str:
     return (
-        f"calibration text '{source}' is neither a local file nor a Hub dataset that can be read ({_reason(error)}):"
-        " check calibration.source, subset and split, or give a local file"
+        f"{section} text '{source}' is neither a local file nor a Hub dataset that can be read ({_reason(error)}):"
+        f" check {section}.source, subset and split, or give a local file"
     )
 
 
