@@ -163,10 +163,9 @@ def score_items(
             the model's family has no use for, or a forward pass of one row that does not fit the device's memory.
     """
     form = FORMS[family_of(model.config).name]
-    _check_settings(settings, form)
+    check_items(model.config, items, settings)
     states = [_Progress(item) for item in items]
     for state in states:
-        _check_item(model, state.item, form)
         for answer in state.item.answers:
             state.tallies.append(_Tally(answer, state, _exact(answer, settings, form)))
     looks, active, done = look_schedule(settings.blocks) if settings.adaptive else [settings.blocks], states, 0
@@ -179,6 +178,14 @@ def score_items(
     return [_scored(state, settings) for state in states]
 
 
+def check_items(config, items: Iterable[Item], settings: MonteCarlo) -> None:
+    """Raise UserError as `score_items` would, from the model's configuration alone: before any weight is read."""
+    family = family_of(config)
+    _check_settings(settings, FORMS[family.name])
+    for item in items:
+        _check_item(item, FORMS[family.name], config.mask_token_id, getattr(config, family.keys["positions"]))
+
+
 def _check_settings(settings: MonteCarlo, form: Form) -> None:
     if form.hidden_last and 0 < settings.cfg_scale < 1:
         remedy = "give 0 or 1 (off), or more than 1"
@@ -189,8 +196,7 @@ def _check_settings(settings: MonteCarlo, form: Form) -> None:
         raise UserError("skip_empty is for Dream: LLaDA's samples all have a mask, drop it")
 
 
-def _check_item(model: DiffusionLM, item: Item, form: Form) -> None:
-    mask_id, longest = model.config.mask_token_id, getattr(model.config, family_of(model.config).keys["positions"])
+def _check_item(item: Item, form: Form, mask_id: int, longest: int) -> None:
     if not item.answers:
         raise UserError(f"item {item.key} has no answer: give one at least")
     for index, answer in enumerate(item.answers):

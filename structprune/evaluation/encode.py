@@ -75,6 +75,10 @@ class Batches:
         """A good start on a device; on CUDA high, so that memory decides."""
         return cls(CPU_TOKENS if device.type == "cpu" else CUDA_TOKENS)
 
+    def rows(self, length: int) -> int:
+        """How many rows of `length` tokens go into a forward pass, one at least."""
+        return max(1, self.tokens // length)
+
     def map(self, function: Callable[[slice], torch.Tensor], count: int, length: int) -> torch.Tensor:
         """`function` of consecutive slices of `count` rows, `length` tokens each; results are joined: (count, ...).
 
@@ -85,7 +89,7 @@ class Batches:
         """
         results, start = [], 0
         while start < count:
-            rows = min(max(1, self.tokens // length), count - start)
+            rows = min(self.rows(length), count - start)
             try:
                 results.append(function(slice(start, start + rows)))
             except torch.OutOfMemoryError as error:

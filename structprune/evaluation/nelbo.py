@@ -6,7 +6,7 @@ from typing import Callable, Iterable
 import torch
 import torch.nn.functional as F
 
-from structprune.evaluation.encode import encode_at
+from structprune.evaluation.encode import Batches, encode_at
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.placement import compute_device
 
@@ -47,7 +47,7 @@ def masked_nelbo(
     input_ids: torch.Tensor,
     noisy_ids: torch.Tensor,
     mask_probability: torch.Tensor,
-    batch: int = 16,
+    batch: int | Batches = 16,
     track: Callable[[Iterable], Iterable] = lambda items: items,
 ) -> Nelbo:
     """Σ_masked CE / p over the number of maskable positions, averaged over a window's noisy copies.
@@ -58,7 +58,7 @@ def masked_nelbo(
         input_ids: (N, T) int64 clean windows.
         noisy_ids: (N, S, T) int64 noisy copies.
         mask_probability: (N, S) the probability each was masked with.
-        batch: noisy copies per forward pass.
+        batch: noisy copies per forward pass, or what learns from the device's memory.
         track: wraps the iteration over batches (progress).
     """
     count, copies, length = noisy_ids.shape
@@ -68,12 +68,18 @@ def masked_nelbo(
     clean = input_ids.repeat_interleave(copies, dim=0)  # (N*S, T)
     weight = 1 / mask_probability.reshape(-1).float()  # (N*S,)
     nats, tokens = torch.zeros(count * copies), torch.zeros(count * copies)  # (N*S,)
-    for start in track(range(0, len(noisy), batch)):
-        rows = slice(start, start + batch)
+    batches = Batches(batch * length) if isinstance(batch, int) else batch
+
+    def measure(rows: slice) -> torch.Tensor:
         ids, target = noisy[rows].to(device), clean[rows].to(device)  # (b, T)
         masked = (ids == model.config.mask_token_id) & (target != ids)  # (b, T)
-        nats[rows] = _masked_nats(model, ids, target, masked)
-        tokens[rows] = masked.sum(1).float().cpu()
+        return torch.stack((_masked_nats(model, ids, target, masked), masked.sum(1).float().cpu()), dim=1)  # (b, 2)
+
+    step = batches.rows(length)
+    for start in track(range(0, len(noisy), step)):
+        rows = slice(start, min(start + step, len(noisy)))
+        within = lambda part: measure(slice(start + part.start, start + part.stop))  # noqa: B023, E731
+        nats[rows], tokens[rows] = batches.map(within, rows.stop - start, length).unbind(1)  # 2 x (b,)
     estimate = (nats * weight / maskable).view(count, copies).mean(1)  # (N,)
     return Nelbo(estimate, nats.view(count, copies).sum(1), tokens.view(count, copies).sum(1))
 

@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Mapping, Sequence
 
-from structprune.errors import UserError
+from structprune.errors import UserError, nearest
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,22 @@ METRICS = {
         Metric("acc", higher_is_better=True, proportion=True),
         Metric("acc_norm", higher_is_better=True, proportion=True),
         Metric("exact_match", higher_is_better=True, proportion=True),
-        Metric("exact_match_flexible", higher_is_better=True, proportion=True),
         Metric("nelbo", higher_is_better=False, proportion=False),
         Metric("masked_ce", higher_is_better=False, proportion=False),
     )
 }
+
+
+def metric_of(name: str) -> Metric:
+    """A metric by its name, `exact_match` or lm-eval's `exact_match,FILTER`.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    base = name.partition(",")[0]
+    if base not in METRICS:
+        raise UserError(f"unknown metric '{name}'{nearest(base, list(METRICS))}: {', '.join(METRICS)}")
+    return dataclasses.replace(METRICS[base], name=name)
 
 
 @dataclass(frozen=True)
@@ -42,28 +53,32 @@ class Choices:
     Attributes:
         key: unique in its task and stable; pairs the item between checkpoints.
         log_likelihoods: nats of each answer, summed over its tokens.
-        errors: Monte Carlo standard error of each, 0 where exact.
-        sizes: bytes of each answer, what acc_norm divides by.
-        gold: index of the right answer.
+        errors: Monte Carlo standard error of each, 0 where exact, None of a single block of samples.
+        sizes: length of each answer in characters, what acc_norm divides by.
+        gold: index of the right answer, None where the task keeps it to itself.
         samples: Monte Carlo samples drawn for an answer; full_samples: as many as were allowed.
+        metrics: what the task made of it, such as acc and acc_norm.
     """
 
     kind: ClassVar[str] = "choices"
-    derived: ClassVar[tuple[str, ...]] = ("choice", "choice_norm", "correct", "correct_norm")
+    derived: ClassVar[tuple[str, ...]] = ("choice", "choice_norm")
     task: str
     key: str
     log_likelihoods: tuple[float, ...]
-    errors: tuple[float, ...]
+    errors: tuple[float | None, ...]
     sizes: tuple[int, ...]
-    gold: int
+    gold: int | None
     samples: int
     full_samples: int
+    metrics: Mapping[str, float]
 
     def __post_init__(self) -> None:
-        _check_finite(self, (*self.log_likelihoods, *self.errors))
+        errors = [error for error in self.errors if error is not None]
+        _check_finite(self, (*self.log_likelihoods, *errors, *self.metrics.values()))
+        _check_metrics(self)
         if not len(self.log_likelihoods) == len(self.errors) == len(self.sizes) > 0 or min(self.sizes) < 1:
             raise UserError(f"{_named(self)}: every answer needs a log-likelihood, an error and a size of at least 1")
-        if not 0 <= self.gold < len(self.log_likelihoods):
+        if self.gold is not None and not 0 <= self.gold < len(self.log_likelihoods):
             raise UserError(f"{_named(self)}: gold answer {self.gold}, but there are {len(self.log_likelihoods)}")
 
     @property
@@ -73,21 +88,13 @@ class Choices:
 
     @property
     def choice_norm(self) -> int:
-        """The answer likeliest per byte, the first of equals."""
+        """The answer likeliest per character, the first of equals."""
         return _first_best([value / size for value, size in zip(self.log_likelihoods, self.sizes)])
-
-    @property
-    def correct(self) -> bool:
-        return self.choice == self.gold
-
-    @property
-    def correct_norm(self) -> bool:
-        return self.choice_norm == self.gold
 
     @property
     def parts(self) -> dict[str, tuple[float, float]]:
         """Metric -> (numerator, denominator)."""
-        return {"acc": (float(self.correct), 1.0), "acc_norm": (float(self.correct_norm), 1.0)}
+        return {name: (value, 1.0) for name, value in self.metrics.items()}
 
 
 @dataclass(frozen=True)
@@ -125,9 +132,8 @@ class Generation:
 
     Attributes:
         text: what the model wrote.
-        answer: what was extracted from it, None where nothing was found.
-        gold: the right answer.
-        correct: whether it counts as right, by metric: exact_match, and exact_match_flexible where a task has it.
+        gold: the right answer, None where the task keeps it to itself.
+        metrics: what the task made of it, such as exact_match.
         samples, full_samples: texts generated, 1.
     """
 
@@ -136,20 +142,19 @@ class Generation:
     task: str
     key: str
     text: str
-    answer: str | None
-    gold: str
-    correct: Mapping[str, bool]
+    gold: str | None
+    metrics: Mapping[str, float]
     samples: int = 1
     full_samples: int = 1
 
     def __post_init__(self) -> None:
-        if unknown := sorted(set(self.correct) - set(METRICS)):
-            raise UserError(f"{_named(self)}: unknown metric '{unknown[0]}'")
+        _check_finite(self, tuple(self.metrics.values()))
+        _check_metrics(self)
 
     @property
     def parts(self) -> dict[str, tuple[float, float]]:
         """Metric -> (numerator, denominator)."""
-        return {name: (float(right), 1.0) for name, right in self.correct.items()}
+        return {name: (value, 1.0) for name, value in self.metrics.items()}
 
 
 Row = Choices | Window | Generation
@@ -194,6 +199,13 @@ def _first_best(values: Sequence[float]) -> int:
 
 def _named(row: Row) -> str:
     return f"item '{row.key}' of task '{row.task}'"
+
+
+def _check_metrics(row: Row) -> None:
+    if not row.metrics:
+        raise UserError(f"{_named(row)} has no metric that can be averaged: leave the task out")
+    for name in row.metrics:
+        metric_of(name)
 
 
 def _check_finite(row: Row, values: Sequence[float]) -> None:

@@ -6,7 +6,7 @@ from typing import Mapping, Sequence
 
 from structprune.errors import UserError, nearest
 from structprune.evaluation.compare import RESAMPLES, Bootstrap, average, conclude, paired_bootstrap, student_t
-from structprune.evaluation.results import METRICS, Row, item_parts, metrics_of
+from structprune.evaluation.results import Row, item_parts, metric_of, metrics_of
 
 Rows = Mapping[str, Mapping[str, Sequence[Row]]]  # checkpoint -> task -> rows
 
@@ -38,11 +38,11 @@ def summarise(
         raise UserError(f"no checkpoint '{baseline}' to compare with{nearest(baseline, labels)}")
     tasks = _tasks(rows, main or {})
     found = {label: {task: describe(each) for task, each in rows[label].items()} for label in labels}
-    shared = [name for name, task in tasks.items() if METRICS[task["main"]].proportion]
+    shared = [name for name, task in tasks.items() if metric_of(task["main"]).proportion]
     averaged = shared if len(shared) > 1 else []
     others = {label: _bootstraps(rows[label], rows[baseline], seed, resamples) for label in labels if label != baseline}
     return {
-        "metrics": {name: asdict(METRICS[name]) for task in tasks.values() for name in task["metrics"]},
+        "metrics": {name: asdict(metric_of(name)) for task in tasks.values() for name in task["metrics"]},
         "tasks": tasks,
         "checkpoints": found,
         "average_tasks": averaged,
@@ -81,7 +81,7 @@ def estimate(rows: Sequence[Row], metric: str) -> dict[str, float | None]:
     squares = sum((part[0] - value * part[1]) ** 2 for part in parts)
     error = math.sqrt(squares / (count * (count - 1))) / (below / count)
     reach = student_t(count - 1) * error
-    low, high = wilson(value, count) if METRICS[metric].proportion else (value - reach, value + reach)
+    low, high = wilson(value, count) if metric_of(metric).proportion else (value - reach, value + reach)
     return {"value": value, "error": error, "low": low, "high": high}
 
 
@@ -133,7 +133,7 @@ def _bootstraps(
 
 def _conclusions(bootstraps: dict[str, dict[str, Bootstrap]]) -> dict[str, dict[str, dict]]:
     return {
-        task: {name: asdict(conclude(each, METRICS[name].higher_is_better)) for name, each in metrics.items()}
+        task: {name: asdict(conclude(each, metric_of(name).higher_is_better)) for name, each in metrics.items()}
         for task, metrics in bootstraps.items()
     }
 

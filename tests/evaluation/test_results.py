@@ -13,22 +13,24 @@ from structprune.evaluation.results import (
     Window,
     from_json,
     item_parts,
+    metric_of,
     metrics_of,
     to_json,
 )
 
 
 def choices(values=(-10.0, -12.0), sizes=(4, 6), gold=0, key="1", errors=None):
-    return Choices("piqa", key, values, errors or (0.0,) * len(values), sizes, gold, 16, 128)
+    metrics = {"acc": 1.0, "acc_norm": 0.0}
+    return Choices("piqa", key, values, errors or (0.0,) * len(values), sizes, gold, 16, 128, metrics)
 
 
 WINDOW = Window("notes", "0", 3.5, 420.0, 120, 8, 8)
-TEXT = Generation("gsm8k", "7", "so 3 + 4 = 7", "7", "7", {"exact_match": False, "exact_match_flexible": True})
+TEXT = Generation("gsm8k", "7", "so 3 + 4 = 7", "7", {"exact_match,strict-match": 0.0, "exact_match,flexible-extract": 1.0})
 
 
 def test_choice_by_hand():
     row = choices()  # -10 > -12, but -10/4 = -2.5 < -12/6 = -2
-    assert (row.choice, row.choice_norm, row.correct, row.correct_norm) == (0, 1, True, False)
+    assert (row.choice, row.choice_norm) == (0, 1)
     assert row.parts == {"acc": (1, 1), "acc_norm": (0, 1)}
 
 
@@ -36,7 +38,7 @@ def test_the_first_of_equals_is_chosen():
     assert choices((-3.0, -2.0, -2.0), (1, 1, 1)).choice == 1
 
 
-@pytest.mark.parametrize("row", [choices(), WINDOW, TEXT])
+@pytest.mark.parametrize("row", [choices(), choices(gold=None, errors=(None, 0.0)), WINDOW, TEXT])
 def test_json_and_back(row):
     text = json.dumps(to_json(row))
     assert from_json(json.loads(text)) == row
@@ -44,16 +46,19 @@ def test_json_and_back(row):
 
 def test_what_follows_is_written_and_not_trusted():
     values = to_json(choices())
-    assert values["kind"] == "choices" and values["choice_norm"] == 1 and values["correct"] is True
-    assert from_json({**values, "correct": False}).correct is True
+    assert values["kind"] == "choices" and values["choice"] == 0 and values["choice_norm"] == 1
+    assert from_json({**values, "choice": 1}).choice == 0
 
 
 def test_metrics_of_kinds():
     assert metrics_of([choices(), choices(key="2")]) == ["acc", "acc_norm"]
     assert metrics_of([WINDOW]) == ["nelbo", "masked_ce"]
-    assert metrics_of([TEXT, Generation("gsm8k", "8", "", None, "1", {"exact_match": False})]) == ["exact_match"]
+    other = Generation("gsm8k", "8", "", None, {"exact_match,flexible-extract": 0.0})
+    assert metrics_of([TEXT, other]) == ["exact_match,flexible-extract"]
     assert item_parts([WINDOW], "masked_ce") == {"0": (420, 120)} and item_parts([WINDOW], "nelbo") == {"0": (3.5, 1)}
     assert metrics_of([]) == []
+    found = metric_of("exact_match,strict-match")
+    assert found.name == "exact_match,strict-match" and found.proportion and found.higher_is_better
     assert all(METRICS[name].higher_is_better == (name not in ("nelbo", "masked_ce")) for name in METRICS)
 
 
@@ -71,7 +76,10 @@ def test_no_masked_token_is_no_cross_entropy():
         (lambda: choices(sizes=(4, 0)), "a size of at least 1"),
         (lambda: choices(sizes=(4,)), "every answer needs"),
         (lambda: choices(gold=2), "gold answer 2, but there are 2"),
-        (lambda: Generation("g", "1", "", None, "", {"bleu": True}), "unknown metric 'bleu'"),
+        (lambda: Generation("g", "1", "", None, {"bleu": 1.0}), "unknown metric 'bleu'"),
+        (lambda: Generation("g", "1", "", None, {"exact": 1.0}), "unknown metric 'exact' (did you mean 'exact_match'?)"),
+        (lambda: Generation("g", "1", "", None, {}), "item '1' of task 'g' has no metric"),
+        (lambda: Generation("g", "1", "", None, {"acc": math.nan}), "the model gives nan"),
         (lambda: from_json({"kind": "poem"}), "no row of an evaluation"),
         (lambda: from_json({"kind": "window", "task": "t"}), "no row of an evaluation"),
         (lambda: from_json([]), "no row of an evaluation"),

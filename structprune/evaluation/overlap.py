@@ -1,0 +1,44 @@
+"""Whether what is evaluated was calibrated on: runs of tokens that both have.
+
+Shapes: N windows of T tokens, n tokens in a run.
+"""
+
+from typing import Iterable, Sequence
+
+import numpy as np
+import torch
+
+RUN = 24  # tokens in a row that two texts do not share by chance
+MULTIPLIER = np.uint64(6364136223846793005)  # of a polynomial hash modulo 2^64 (Knuth's MMIX)
+
+
+class CalibratedOn:
+    """The runs of a calibration set's windows.
+
+    Args:
+        windows: (N, T) integers, clean ids.
+    """
+
+    def __init__(self, windows: torch.Tensor):
+        runs = [_runs(row) for row in windows.numpy()]
+        self._known = np.unique(np.concatenate(runs)) if runs else np.zeros(0, np.uint64)  # (U,)
+
+    def shares(self, token_ids: Sequence[int] | torch.Tensor) -> bool:
+        """Whether a text has a run of RUN tokens that was calibrated on."""
+        return bool(np.isin(_runs(np.asarray(token_ids)), self._known).any())
+
+    def share(self, texts: Iterable[Sequence[int] | torch.Tensor]) -> float:
+        """The share of texts that have one."""
+        found = [self.shares(text) for text in texts]
+        return sum(found) / max(1, len(found))
+
+
+def _runs(token_ids: np.ndarray) -> np.ndarray:
+    """Hashes of all runs of RUN tokens: (T,) -> (T - RUN + 1,) uint64, empty for a shorter text."""
+    count = len(token_ids) - RUN + 1
+    if count < 1:
+        return np.zeros(0, np.uint64)
+    ids, total = token_ids.astype(np.uint64) + np.uint64(1), np.zeros(count, np.uint64)  # (T,), (count,)
+    for offset in range(RUN):
+        total = total * MULTIPLIER + ids[offset : offset + count]  # modulo 2^64
+    return total

@@ -1,0 +1,88 @@
+"""Every choice of an evaluation."""
+
+from typing import Any
+
+from pydantic import Field
+
+from structprune.config import ModelSettings
+from structprune.evaluation.choices import MonteCarlo
+from structprune.evaluation.perturb import Sampling
+from structprune.evaluation.presets import Likelihood
+from structprune.sections import Section, Sections
+
+
+class EvaluationSettings(Section):
+    source: str | None = None
+    """Text whose NELBO is measured: a .txt, .jsonl or .parquet file, wikitext2, c4, or a Hub dataset id."""
+    subset: str | None = None
+    """The Hub dataset's configuration name."""
+    split: str | None = None
+    """Of a Hub dataset; default test (c4: validation)."""
+    column: str | None = None
+    """Text column; default `messages` where there is one, else `text`."""
+    windows: int = Field(128, ge=1)
+    """At most so many windows of the text."""
+    length: int | None = Field(None, ge=4)
+    """Tokens in a window; default 512, or the checkpoints' positions where they have fewer."""
+    noise: int = Field(8, ge=1)
+    """Noisy copies of a window."""
+    tasks: tuple[str, ...] = ()
+    """piqa:FILE, gsm8k:FILE[:TRAIN], tasks of lm-eval, or files such as configs/eval/piqa.yaml."""
+    limit: int | None = Field(None, ge=1)
+    """At most so many documents of a task (of a group: of each member)."""
+    shots: int | None = Field(None, ge=0)
+    """Solved examples before every question; default the published number."""
+    chat: bool = False
+    """Prompts go through the tokenizer's chat template."""
+    samples: int | None = Field(None, ge=1)
+    """Monte Carlo samples of an answer; default the published number (128; mmlu 1)."""
+    block: int | None = Field(None, ge=1)
+    """Samples that share a draw of LLaDA's k; default 8."""
+    cfg_scale: float | None = Field(None, ge=0)
+    """Of classifier-free guidance; default the published scale."""
+    sampling: Sampling = "stratified"
+    """stratified: noise levels spread evenly; published: drawn independently. The same mean, less variance."""
+    adaptive: bool = False
+    """Stop drawing samples of a question once its choice is decided."""
+    confidence: float = Field(0.99, gt=0, lt=1)
+    """For `adaptive`: that the choice is the one all samples would make."""
+    skip_empty: bool = False
+    """Dream as in the sink-aware release: leave samples without a mask out of the mean, which biases it."""
+    generation: dict[str, Any] = {}
+    """Options of the family's sampler (gen_length, steps, ...), over the published ones."""
+    fewshot_seed: int = Field(1234, ge=0)
+    """Of lm-eval's choice of solved examples; its own default."""
+    include: str | None = None
+    """A folder of further lm-eval tasks."""
+    seed: int = Field(0, ge=0, lt=2**62)
+    """Of windows, noise, samples and bootstrap."""
+    batch: int | None = Field(None, ge=1)
+    """Tokens in a forward pass to begin with; default what suits the device. Falls by half whenever memory runs out."""
+    prompts: int = Field(8, ge=1)
+    """Prompts that are generated from together."""
+
+    def monte_carlo(self, preset: Likelihood | None) -> MonteCarlo:
+        """How answers are scored: what is set here, else what was published, else defaults.
+
+        Raises:
+            UserError: values that do not go together.
+        """
+        published = preset or Likelihood()
+        samples = published.samples if self.samples is None else self.samples
+        return MonteCarlo(
+            samples=samples,
+            block=min(published.block if self.block is None else self.block, samples),
+            cfg_scale=published.cfg_scale if self.cfg_scale is None else self.cfg_scale,
+            seed=self.seed,
+            sampling=self.sampling,
+            adaptive=self.adaptive,
+            confidence=self.confidence,
+            skip_empty=self.skip_empty,
+        )
+
+
+class EvaluationConfig(Sections):
+    """An evaluation's choices, by section."""
+
+    model: ModelSettings = ModelSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
