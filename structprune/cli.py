@@ -9,8 +9,9 @@ from typing import Annotated
 import typer
 
 from structprune import __version__
-from structprune.errors import UserError
+from structprune.errors import Interrupted, UserError
 from structprune.verbs.demo import demo
+from structprune.verbs.evaluate import EVAL_HELP, evaluate
 from structprune.verbs.prune import PRUNE_HELP, inspect, prune
 
 INTERRUPTED = 130  # the shell's code for it, which typer returns too
@@ -27,6 +28,7 @@ app = typer.Typer(
 app.command(help=PRUNE_HELP)(prune)
 app.command()(inspect)
 app.command()(demo)
+app.command("eval", help=EVAL_HELP)(evaluate)
 
 
 def _show_version(value: bool) -> None:
@@ -61,6 +63,8 @@ def main(arguments: list[str] | None = None) -> int:
         return _interrupted() if code == INTERRUPTED else code if isinstance(code, int) else 0
     except KeyboardInterrupt:
         return _interrupted()
+    except Interrupted as error:
+        return _interrupted(str(error))
     except Exception as error:
         if type(error).__name__ == "Abort":
             return _interrupted()
@@ -71,8 +75,8 @@ def main(arguments: list[str] | None = None) -> int:
         return code
 
 
-def _interrupted() -> int:
-    print("structprune: interrupted; nothing was written", file=sys.stderr)
+def _interrupted(note: str = "nothing was written") -> int:
+    print(f"structprune: interrupted; {note}", file=sys.stderr)
     return INTERRUPTED
 
 

@@ -1,8 +1,12 @@
-"""The one exception a user can cause: shown as a single line, exit code 2."""
+"""The exceptions a user can cause, each shown as a single line: UserError with exit code 2, Interrupted with 130."""
 
 
 class UserError(ValueError):
     """Input that cannot be used: the message names the offending value and the remedy, in one line."""
+
+
+class Interrupted(Exception):
+    """A run that was ended from outside but leaves something: the message says what."""
 
 
 def nearest(word: str, known: list[str]) -> str:

@@ -1,14 +1,20 @@
 """What the verbs do, with progress on stderr and tables on stdout."""
 
 import json
+import sys
 from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 
 from structprune.calibration.build import check_source
 from structprune.checkpoint.save import check_output
 from structprune.config import Config
+from structprune.errors import Interrupted
+from structprune.evaluate import evaluate
+from structprune.evaluation.settings import EvaluationConfig
+from structprune.evaluation.workers import workers
 from structprune.inspect import inspect_checkpoint, inspect_masking
 from structprune.mask_pipeline import mask
 from structprune.masking.rows import reads_text
@@ -19,6 +25,7 @@ from structprune.models.loading import load_model
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.placement import pick_device, stream_target
 from structprune.pipeline import Pruner
+from structprune.report.eval_tables import eval_table
 from structprune.report.progress import progress_bars
 from structprune.report.tables import inspect_tables, mask_inspect_tables, mask_table, run_table
 from structprune.structured.plan import Plan
@@ -103,6 +110,32 @@ def inspect_and_show(checkpoint: str, config: Config, as_json: bool) -> None:
     for table in mask_inspect_tables(found) if masks else inspect_tables(found):
         console.print(table)
     console.print("Nothing was read but config.json and safetensors headers, and nothing written.")
+
+
+def evaluate_and_show(
+    checkpoints: list[str], config: EvaluationConfig, out: Path, against: Path | None, overwrite: bool
+) -> None:
+    """`structprune eval`: on the first of several processes with progress, table and warnings.
+
+    Raises:
+        UserError: anything the user can mend.
+    """
+    with workers() as place, progress_bars(Console(stderr=True, quiet=not place.main)) as track:
+        warn = lambda line: print(f"structprune: warning: {line}", file=sys.stderr) if place.main else None  # noqa: E731
+        try:
+            found = evaluate(checkpoints, config, out, against, overwrite, track, place, warn)
+        except KeyboardInterrupt as error:
+            if not out.exists():
+                raise
+            raise Interrupted(f"what is done is kept in {out}: the same command goes on") from error
+    if found is None:
+        return
+    console = Console()
+    console.print(eval_table(found.summary, every_metric=True))
+    for line in found.warnings:
+        console.print(f"[bold]Warning:[/bold] {escape(line)}", soft_wrap=True)
+    made = f"Wrote {out} (results.json, items/: a line per item{'' if against is None else ', against.json'})"
+    console.print(made, soft_wrap=True)
 
 
 def demo_and_show(out: Path, overwrite: bool) -> None:

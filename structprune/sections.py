@@ -47,8 +47,8 @@ class Sections(Section):
                 raise UserError(f"{path} cannot be read as YAML ({str(error).splitlines()[0]})") from error
             if not isinstance(values, dict):
                 raise UserError(f"{path} is not a mapping of sections")
-        pairs = overrides.items() if isinstance(overrides, dict) else [_parse(text) for text in overrides or []]
-        for name, value in pairs:
+        given = overrides if isinstance(overrides, dict) else cls.parse(overrides or [])
+        for name, value in given.items():
             section, _, key = name.partition(".")
             if name in cls.scalars:
                 values[name] = value
@@ -60,6 +60,15 @@ class Sections(Section):
                 raise UserError(f"{path}: '{section}' is not a mapping")
             branch[key] = value
         return cls.build(values)
+
+    @classmethod
+    def parse(cls, overrides: list[str]) -> dict[str, Any]:
+        """`["section.key=value"]`, values in YAML, as a mapping; the last of several for one key counts.
+
+        Raises:
+            UserError: no "=", or a value that is not YAML.
+        """
+        return dict(_parse(text) for text in overrides)
 
     @classmethod
     def build(cls, values: dict) -> Self:

@@ -31,6 +31,8 @@ DRIVERS = (
     "mask_request",
     "inspect",
     "demo",
+    "evaluate",
+    "evaluation_request",
     "runs",
     "verbs",
     "cli",

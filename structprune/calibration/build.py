@@ -86,7 +86,7 @@ def load_calibration(
         calibration = replay(settings, mask_id)
     else:
         calibration = _from_text(settings, tokenizer, mask_id, schedule, edges_visible)
-    _check_vocabulary(calibration.input_ids, vocabulary, settings.source)
+    check_vocabulary(calibration.input_ids, vocabulary, settings.source)
     return calibration
 
 
@@ -185,10 +185,11 @@ def _generator(seed: int, stream: int) -> torch.Generator:
     return torch.Generator().manual_seed((2 * seed + stream) % 2**63)
 
 
-def _check_vocabulary(input_ids: torch.Tensor, vocabulary: int | None, source: str) -> None:
+def check_vocabulary(input_ids: torch.Tensor, vocabulary: int | None, source: str) -> None:
+    """Raise UserError where a text's token ids have no embedding, of which there are `vocabulary` (None: unknown)."""
     largest = input_ids.max().item()
     if vocabulary is not None and largest >= vocabulary:
         raise UserError(
-            f"calibration text '{source}' has token id {largest}, but the model embeds {vocabulary} tokens:"
+            f"the text '{source}' has token id {largest}, but the model embeds {vocabulary} tokens:"
             " this tokenizer is not the model's"
         )

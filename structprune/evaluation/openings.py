@@ -3,6 +3,7 @@
 from dataclasses import fields
 from typing import Any, Callable, Iterable, Mapping, Sequence
 
+from structprune.errors import UserError
 from structprune.evaluation.documents import Opening
 from structprune.evaluation.generate import generate
 from structprune.evaluation.perturb import item_generator
@@ -34,8 +35,7 @@ def complete(
     Raises:
         UserError: an option that the sampler has not, an empty prompt, or one too long for the model.
     """
-    known = [field.name for field in fields(SAMPLERS[family_of(model.config).name])]
-    settings = [generation_settings(model, sampler_values(known, opening.options, given)) for opening in openings]
+    settings = [_settings(model.config, opening, given) for opening in openings]
     answers: dict[int, str] = {}
     for chosen in track(_portions(openings, settings)):
         prompts = [texts.prompt(openings[index].context) for index in chosen]  # N x (P,)
@@ -44,6 +44,23 @@ def complete(
         for index, prompt, ids in zip(chosen, prompts, found):
             answers[index] = texts.answer(ids[len(prompt) :], openings[index].until)
     return [answers[index] for index in range(len(openings))]
+
+
+def check_openings(config, openings: Sequence[Opening], texts: Texts, given: Mapping[str, Any]) -> None:
+    """Raise UserError for what `complete` would, from the model's configuration alone: before any weight is read."""
+    longest = getattr(config, family_of(config).keys["positions"])
+    for opening in openings:
+        settings, prompt = _settings(config, opening, given), texts.prompt(opening.context)
+        if len(prompt) + settings.gen_length > longest:
+            raise UserError(
+                f"item {opening.key} has {len(prompt)} tokens, and gen_length = {settings.gen_length} more do not fit "
+                f"the model's {longest} positions: shorten either"
+            )
+
+
+def _settings(config, opening: Opening, given: Mapping[str, Any]) -> Generation:
+    known = [field.name for field in fields(SAMPLERS[family_of(config).name])]
+    return generation_settings(config, sampler_values(known, opening.options, given))
 
 
 def _portions(openings: Sequence[Opening], settings: Sequence[Generation]) -> list[list[int]]:

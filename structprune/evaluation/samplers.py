@@ -14,7 +14,6 @@ import torch
 from structprune.errors import UserError, nearest
 from structprune.evaluation import sampling
 from structprune.models.families import family_of
-from structprune.models.modeling_structprune import DiffusionLM
 
 Remasking = Literal["low_confidence", "random"]
 Algorithm = Literal["origin", "maskgit_plus", "topk_margin", "entropy"]
@@ -228,13 +227,16 @@ Generation = LLaDAGeneration | DreamGeneration
 SAMPLERS: dict[str, type] = {kind.family: kind for kind in (LLaDAGeneration, DreamGeneration)}
 
 
-def generation_settings(model: DiffusionLM, values: Mapping[str, object]) -> Generation:
-    """The settings of the sampler of a model's family from option names and values.
+def generation_settings(config, values: Mapping[str, object]) -> Generation:
+    """The settings of the sampler of a family from option names and values.
+
+    Args:
+        config: of a model of the family.
 
     Raises:
         UserError: an option that the family's sampler has not, or a value that cannot be used.
     """
-    kind = SAMPLERS[family_of(model.config).name]
+    kind = SAMPLERS[family_of(config).name]
     known = [field.name for field in fields(kind)]
     for name in values:
         if name not in known:

@@ -47,7 +47,7 @@ def test_tokens_equal_the_published_samplers(parity):
         if "max_new_tokens" in case:
             case["gen_length"] = case.pop("max_new_tokens")
         mask = expected.get(f"{name}/attention_mask")
-        found = generate(model, expected[f"{name}/prompt"], generation_settings(model, case), mask, batch=2)
+        found = generate(model, expected[f"{name}/prompt"], generation_settings(model.config, case), mask, batch=2)
         assert torch.equal(found, expected[f"{name}/output"]), name
 
 
@@ -259,14 +259,14 @@ def test_settings_that_cannot_be_meant(make, message):
 
 
 def test_settings_by_name(tiny_model):
-    assert generation_settings(tiny_model(), {"steps": 4, "gen_length": 8, "block_length": 4}) == LLaDAGeneration(
+    assert generation_settings(tiny_model().config, {"steps": 4, "gen_length": 8, "block_length": 4}) == LLaDAGeneration(
         8, 4, 4
     )
-    assert generation_settings(tiny_model("dream"), {"alg": "origin"}) == DreamGeneration(alg="origin")
+    assert generation_settings(tiny_model("dream").config, {"alg": "origin"}) == DreamGeneration(alg="origin")
     with pytest.raises(UserError, match="dream's sampler has no option 'cfg_scale'"):
-        generation_settings(tiny_model("dream"), {"cfg_scale": 1.5})
+        generation_settings(tiny_model("dream").config, {"cfg_scale": 1.5})
     with pytest.raises(UserError, match=r"llada's sampler has no option 'block_len' \(did you mean 'block_length'\?\)"):
-        generation_settings(tiny_model(), {"block_len": 8})
+        generation_settings(tiny_model().config, {"block_len": 8})
 
 
 def test_prompts_that_cannot_be_used(tiny_model):

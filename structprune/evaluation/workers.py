@@ -1,0 +1,57 @@
+"""One process among several, as `accelerate launch` and `torchrun` start them: each takes its share of the chunks."""
+
+import os
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Iterator
+
+import torch
+import torch.distributed
+
+LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what both launchers set
+PATIENCE = timedelta(days=30)  # a process may have much more to do than another
+
+
+@dataclass(frozen=True)
+class Workers:
+    """The processes of a run.
+
+    Attributes:
+        rank: of this one, from 0.
+        count: of all.
+        device: of this process, where the launcher gave it one of several accelerators.
+    """
+
+    rank: int = 0
+    count: int = 1
+    device: str | None = None
+
+    @property
+    def main(self) -> bool:
+        """Whether this process reports."""
+        return self.rank == 0
+
+    def mine(self, number: int) -> bool:
+        """Whether chunk `number` is this process's."""
+        return number % self.count == self.rank
+
+    def wait(self) -> None:
+        """Until all are here."""
+        if self.count > 1:
+            torch.distributed.barrier()
+
+
+@contextmanager
+def workers() -> Iterator[Workers]:
+    """This process's place while open. Only the CPU (gloo) is used to wait for each other; no tensor is sent."""
+    count = int(os.environ["WORLD_SIZE"]) if all(name in os.environ for name in LAUNCHED) else 1
+    if count < 2:
+        yield Workers()
+        return
+    devices, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
+    torch.distributed.init_process_group("gloo", timeout=PATIENCE)
+    try:
+        yield Workers(int(os.environ["RANK"]), count, f"cuda:{local % devices}" if devices else None)
+    finally:
+        torch.distributed.destroy_process_group()

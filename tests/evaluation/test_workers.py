@@ -1,0 +1,45 @@
+"""A process's place among several."""
+
+import pytest
+
+from structprune.evaluation import workers as module
+from structprune.evaluation.workers import LAUNCHED, Workers, workers
+
+
+def test_chunks_are_shared_out_without_gap_or_overlap():
+    places = [Workers(rank, 3) for rank in range(3)]
+    assert [[place.mine(number) for place in places].count(True) for number in range(7)] == [1] * 7
+    assert [number for number in range(7) if places[1].mine(number)] == [1, 4]
+    assert [place.main for place in places] == [True, False, False]
+
+
+def test_a_single_process_has_all(monkeypatch):
+    for name in LAUNCHED:
+        monkeypatch.delenv(name, raising=False)
+    with workers() as place:
+        place.wait()
+        assert place == Workers(0, 1, None) and place.mine(5)
+
+
+@pytest.mark.parametrize("missing", LAUNCHED)
+def test_a_scheduler_that_sets_some_variables_is_no_launcher(monkeypatch, missing):
+    values = {"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    for name in LAUNCHED:
+        monkeypatch.delenv(name, raising=False)
+    for name in set(values) - {missing}:
+        monkeypatch.setenv(name, values[name])
+    with workers() as place:
+        assert place.count == 1
+
+
+def test_every_process_has_its_own_accelerator(monkeypatch):
+    values = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    calls = []
+    monkeypatch.setattr(module.torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(module.torch.distributed, "init_process_group", lambda *a, **k: calls.append((a, k)))
+    monkeypatch.setattr(module.torch.distributed, "destroy_process_group", lambda: calls.append("destroyed"))
+    with workers() as place:
+        assert place == Workers(5, 8, "cuda:1")
+    assert calls[0][0] == ("gloo",) and calls[0][1]["timeout"].days >= 1 and calls[1] == "destroyed"
