@@ -125,6 +125,8 @@ class _Makers:
                 check_items(subject.config, unit.items, unit.monte_carlo)
             if isinstance(unit, GenerationUnit):
                 check_openings(subject.config, unit.openings, subject.texts, unit.options)
+            if not isinstance(unit, TextUnit):
+                unit.check_metrics()
             for ids in unit.token_ids():
                 check_vocabulary(ids, vocabulary, unit.task)
         return replace(subject, units=tuple(units))

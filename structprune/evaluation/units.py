@@ -12,6 +12,7 @@ from typing import Any, Callable, Iterator, Mapping, Protocol, Sequence
 
 import torch
 
+from structprune.errors import UserError
 from structprune.evaluation import results
 from structprune.evaluation.choices import Item, MonteCarlo, score_items
 from structprune.evaluation.documents import Choices, Document, Opening, Task
@@ -107,6 +108,15 @@ class _OfTasks:
     documents: tuple[tuple[Task, Document], ...] = field(repr=False)
     keys: tuple[str, ...] = field(repr=False)
     shots: int | None
+
+    def check_metrics(self) -> None:
+        """Raise UserError where a task grades in no way that we can average, by a made-up outcome of its first item."""
+        document = self.documents[0][1]
+        outcome = [0.0] * len(document.pairs) if isinstance(document, Choices) else ""
+        if not self._metrics(0, outcome):
+            names = ", ".join(self.members[0].grade(document, outcome)) or "none for a single item"
+            known = ", ".join(results.METRICS)
+            raise UserError(f"the task '{self.task}' has no metric of {known} (it has {names}): leave it out")
 
     def _metrics(self, index: int, outcome) -> dict[str, float]:
         member, document = self.documents[index]
