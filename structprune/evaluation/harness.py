@@ -5,6 +5,8 @@ published evaluations do:
 
     python -m structprune.evaluation.harness --model structprune --model_args pretrained=DIR,cfg_scale=0.5 --tasks piqa
 
+(or `accelerate launch -m structprune.evaluation.harness ...` on several GPUs),
+
 and takes all of lm_eval's options (--apply_chat_template, --limit, --include_path, ...). From Python, import it before
 `lm_eval.simple_evaluate`.
 """
@@ -14,6 +16,8 @@ import sys
 from dataclasses import fields
 from typing import Any, Mapping, Sequence
 
+import torch
+import torch.distributed
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 
@@ -25,24 +29,27 @@ from structprune.evaluation.openings import complete
 from structprune.evaluation.requests import group_choices, spread, to_item, to_opening
 from structprune.evaluation.samplers import SAMPLERS
 from structprune.evaluation.texts import Texts, chat_warning, model_names
+from structprune.evaluation.workers import Workers, join, leave
 from structprune.models.families import family_of
 from structprune.models.loading import load_model
-from structprune.models.placement import compute_device
+from structprune.models.placement import compute_device, pick_device
 
 LOG = logging.getLogger(__name__)
+DEFAULT_DEVICE = "cuda:0"  # lm_eval's command line hands this over where no device is asked for, GPU or not
 
 
 @register_model("structprune")
 class StructpruneLM(LM):
     """A LLaDA, MMaDA or Dream checkpoint, official or pruned, as a model of lm-eval.
 
-    It is one process of one: whoever splits requests sets `_rank` and `_world_size` and gathers.
+    Started by `accelerate launch` or torchrun, each process has its share of the documents and its own GPU.
 
     Args:
         pretrained: a directory, a Hub id, or a model from `structprune.load_model`.
         batch_size: rows of the model's full length in a forward pass (so many more shorter ones), prompts that are
             generated together; "auto": what suits the device, and 8.
-        device, dtype, mask_id, allow_pickle: as `load_model`'s.
+        device: default CUDA where there is one (of several processes, each its own).
+        dtype, mask_id, allow_pickle: as `load_model`'s.
         max_batch_size: lm-eval hands it over; only None, its default.
         options: fields of `MonteCarlo` (samples, cfg_scale, seed, adaptive, ...) and options of the family's sampler
             (gen_length, steps, alg, ...), which outrank the task's. cfg_scale is for both.
@@ -64,8 +71,11 @@ class StructpruneLM(LM):
         super().__init__()
         if max_batch_size is not None:
             raise UserError(f"max_batch_size = {max_batch_size} is not used: give batch_size, or auto")
+        place = join()
+        self._rank, self._world_size = place.rank, place.count
         if isinstance(pretrained, str):
-            pretrained = load_model(pretrained, dtype, device, mask_id, allow_pickle)
+            asked = place.device if device in (None, DEFAULT_DEVICE) else device
+            pretrained = load_model(pretrained, dtype, pick_device(asked), mask_id, allow_pickle)
         self.model = pretrained
         family = family_of(self.model.config)
         self.family = family.name
@@ -126,6 +136,25 @@ class StructpruneLM(LM):
         """Of lm-eval's cache of requests."""
         return self.texts.tokenizer.name_or_path.replace("/", "__")
 
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """One number of every process, (processes,)."""
+        found: list = [None] * self.world_size
+        if self.world_size > 1:
+            torch.distributed.all_gather_object(found, tensor.item())
+        return torch.tensor(found) if self.world_size > 1 else tensor
+
+    def gather_object(self, obj: Any, dst: int = 0) -> list | None:
+        """What every process has, in process `dst`; None in others."""
+        if self.world_size == 1:
+            return [obj]
+        found = [None] * self.world_size if self.rank == dst else None
+        torch.distributed.gather_object(obj, found, dst)
+        return found
+
+    def barrier(self) -> None:
+        """Until all processes are here."""
+        Workers(self.rank, self.world_size).wait()
+
     def _advise(self, chat: bool) -> None:
         source = self.model.source
         has_template = bool(self.texts.tokenizer.chat_template)
@@ -159,6 +188,8 @@ def main() -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    finally:
+        leave()
     return 0
 
 

@@ -42,16 +42,28 @@ class Workers:
             torch.distributed.barrier()
 
 
-@contextmanager
-def workers() -> Iterator[Workers]:
-    """This process's place while open. Only the CPU (gloo) is used to wait for each other; no tensor is sent."""
+def join() -> Workers:
+    """This process's place; joins the others where a launcher started it. Only gloo is used, which needs no GPU."""
     count = int(os.environ["WORLD_SIZE"]) if all(name in os.environ for name in LAUNCHED) else 1
     if count < 2:
-        yield Workers()
-        return
+        return Workers()
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo", timeout=PATIENCE)
     devices, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
-    torch.distributed.init_process_group("gloo", timeout=PATIENCE)
-    try:
-        yield Workers(int(os.environ["RANK"]), count, f"cuda:{local % devices}" if devices else None)
-    finally:
+    return Workers(int(os.environ["RANK"]), count, f"cuda:{local % devices}" if devices else None)
+
+
+def leave() -> None:
+    """Undo `join`."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+@contextmanager
+def workers() -> Iterator[Workers]:
+    """This process's place while open."""
+    place = join()
+    try:
+        yield place
+    finally:
+        leave()

@@ -1,6 +1,9 @@
 """`structprune eval` on tasks of lm-eval: groups are one task, generation has its filters (needs lm-eval)."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -86,3 +89,22 @@ def test_a_task_without_a_metric_per_item_is_refused_before_weights_are_read(fol
     with pytest.raises(UserError, match="tiny_bleu.*no metric"):
         evaluate([str(tiny_checkpoint())], settings(folder, "tiny_bleu", samples=None), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_two_processes_of_lm_evals_command_line_find_what_one_finds(folder, tiny_checkpoint):
+    """Documents are split unevenly: 5 between 2."""
+    given = [
+        "-m", "structprune.evaluation.harness", "--model", "structprune", "--tasks", "tiny_two", "--include_path", str(folder),
+        "--model_args", f"pretrained={tiny_checkpoint()},samples=8", "--log_samples",
+    ]  # fmt: skip
+    launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path), "HF_HOME": str(folder)}
+    found = {}
+    for name, start in (("one", []), ("two", launcher)):
+        command = [sys.executable, *start, *given, "--output_path", str(folder / name)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
+        assert done.returncode == 0, done.stderr[-3000:]
+        (samples,) = (folder / name).rglob("samples_*.jsonl")
+        rows = [json.loads(line) for line in samples.read_text().splitlines()]
+        found[name] = {row["doc_id"]: row["filtered_resps"] for row in rows}
+    assert len(found["one"]) == 5 and found["one"] == found["two"]

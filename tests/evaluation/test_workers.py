@@ -3,7 +3,7 @@
 import pytest
 
 from structprune.evaluation import workers as module
-from structprune.evaluation.workers import LAUNCHED, Workers, workers
+from structprune.evaluation.workers import LAUNCHED, Workers, join, workers
 
 
 def test_chunks_are_shared_out_without_gap_or_overlap():
@@ -40,6 +40,8 @@ def test_every_process_has_its_own_accelerator(monkeypatch):
     monkeypatch.setattr(module.torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(module.torch.distributed, "init_process_group", lambda *a, **k: calls.append((a, k)))
     monkeypatch.setattr(module.torch.distributed, "destroy_process_group", lambda: calls.append("destroyed"))
+    monkeypatch.setattr(module.torch.distributed, "is_initialized", lambda: bool(calls))
     with workers() as place:
+        assert join() == place and len(calls) == 1  # once
         assert place == Workers(5, 8, "cuda:1")
     assert calls[0][0] == ("gloo",) and calls[0][1]["timeout"].days >= 1 and calls[1] == "destroyed"
