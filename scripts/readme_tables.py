@@ -10,22 +10,16 @@ import re
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent))
+from readme_common import machine, ranged, table  # noqa: E402
+from readme_evaluation import evaluation, evaluation_speed  # noqa: E402
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "scripts" / "results"
 
 
 def load(name: str) -> dict:
     return json.loads((RESULTS / name).read_text(encoding="utf-8"))
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table, first column left, others right."""
-    marks = ["---"] + ["---:"] * (len(header) - 1)
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, marks, *rows))
-
-
-def machine(found: dict) -> str:
-    return f"{found['processor']}, {found['cores']} cores, torch {found['torch']}"
 
 
 def interval(row: dict | None, paired: bool = False) -> str:
@@ -241,12 +235,21 @@ def speed_note(found: dict) -> str:
     return text
 
 
-def ranged(value: dict) -> str:
-    return f"{value['median']:.2f}x ({value['low']:.2f} to {value['high']:.2f})"
-
-
-SECTIONS = {"demo": demo, "quality": quality, "cost": cost, "masks": masks, "speed": speed}
-LATER = {"masks": "masks.json", "speed": "masking_speed.json"}  # left as they are until measured and marked
+SECTIONS = {
+    "demo": demo,
+    "quality": quality,
+    "cost": cost,
+    "masks": masks,
+    "speed": speed,
+    "evaluation": lambda: evaluation(load("evaluation.json")),
+    "evaluation-speed": lambda: evaluation_speed(load("evaluation_speed.json")),
+}
+LATER = {
+    "masks": "masks.json",
+    "speed": "masking_speed.json",
+    "evaluation": "evaluation.json",
+    "evaluation-speed": "evaluation_speed.json",
+}  # left as they are until measured and marked
 
 
 def filled(readme: str) -> str:

@@ -1,5 +1,6 @@
 """The table of an evaluation: every checkpoint's figures, and whether they differ from the first one's."""
 
+from rich import box
 from rich.table import Table
 
 NO_DIFFERENCE = "no difference shown"
@@ -16,22 +17,30 @@ def eval_table(summary: dict, every_metric: bool = False) -> Table:
     return _alone(summary, wanted) if len(summary["checkpoints"]) == 1 else _compared(summary, wanted)
 
 
+def _grid(title: str, *columns: str) -> Table:
+    """A table that fits 80 columns where names are short; long ones are folded, figures and verdicts never."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("", overflow="fold")
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
 def _alone(summary: dict, wanted: dict[str, list[str]]) -> Table:
-    """One checkpoint: a row per task."""
+    """One checkpoint: a section per task, a row per metric."""
     ((label, tasks),) = summary["checkpoints"].items()
-    table = Table(title=label)
-    for name in ("task", "metric", "value", "95 % interval", "items", "samples"):
-        table.add_column(name, justify="left" if name in ("task", "metric") else "right", overflow="fold")
+    table = _grid(label, "value", "95 % interval")
     for task, metrics in wanted.items():
+        found = tasks[task]
+        table.add_section()
+        table.add_row(task, *_counts([found]), style="bold")
         for name in metrics:
-            metric, found = summary["metrics"][name], tasks[task]
-            shown = found["metrics"][name]
-            cells = (_plus_minus(shown, metric), _interval(shown, metric), str(found["items"]), _spent([found]))
-            table.add_row(task, _title(metric), *cells)
+            metric, shown = summary["metrics"][name], found["metrics"][name]
+            table.add_row(f"  {_title(metric)}", _plus_minus(shown, metric), _interval(shown, metric))
     if label in summary["average"]:
         table.add_section()
         shown, share = summary["average"][label], {"proportion": True}
-        table.add_row(_average_title(summary), "", _plus_minus(shown, share), _interval(shown, share), "", "")
+        table.add_row(f"{_average_title(summary)}, %", _plus_minus(shown, share), _interval(shown, share))
     table.caption = "± standard error over items; samples: Monte Carlo samples an answer, or noisy copies of a window"
     return table
 
@@ -39,20 +48,15 @@ def _alone(summary: dict, wanted: dict[str, list[str]]) -> Table:
 def _compared(summary: dict, wanted: dict[str, list[str]]) -> Table:
     """Several checkpoints: a section per task and metric, a row per checkpoint."""
     baseline = summary["baseline"]
-    table = Table(title=f"difference: against {baseline}, on the same items")
-    table.add_column("task, metric", overflow="fold")
-    table.add_column("value", justify="right", no_wrap=True)
-    table.add_column("difference [95 % interval]", justify="right", no_wrap=True)
-    table.add_column("", min_width=len(NO_DIFFERENCE))
+    table = _grid(f"difference: against {baseline}, on the same items", "value", "difference [95 % interval]", "")
+    table.columns[-1].justify, table.columns[-1].min_width = "left", len(NO_DIFFERENCE)
     for task, metrics in wanted.items():
+        having = {label: tasks[task] for label, tasks in summary["checkpoints"].items() if task in tasks}
+        table.add_section()
+        table.add_row(task, *_counts(list(having.values())), "", style="bold")
         for name in metrics:
             metric = summary["metrics"][name]
-            having = {label: tasks[task] for label, tasks in summary["checkpoints"].items() if task in tasks}
-            counts = _range([found["items"] for found in having.values()])
-            table.add_section()
-            spent = _spent(list(having.values()))
-            spent += " sample" if spent == "1" else " samples"
-            table.add_row(f"{task}: {_title(metric)}", f"{counts} items", spent, "", style="bold")
+            table.add_row(f" {_title(metric)}", "", "", "", style="italic")
             for label, found in having.items():
                 difference = summary["differences"].get(label, {}).get(task, {}).get(name)
                 cells = _difference(difference, metric) if label != baseline else ("", "")
@@ -70,6 +74,12 @@ def _compared(summary: dict, wanted: dict[str, list[str]]) -> Table:
         f" or noisy copies of a window; {NO_DIFFERENCE}: the interval holds 0, or there are too few items for one"
     )
     return table
+
+
+def _counts(found: list[dict]) -> tuple[str, str]:
+    """Items, and samples spent."""
+    items, spent = _range([each["items"] for each in found]), _spent(found)
+    return f"{items} item{'' if items == '1' else 's'}", f"{spent} sample{'' if spent == '1' else 's'}"
 
 
 def _title(metric: dict) -> str:

@@ -1,6 +1,7 @@
 """The table of an evaluation, as it is printed."""
 
 import io
+import re
 
 import pytest
 from rich.console import Console
@@ -56,29 +57,30 @@ def printed(table, width=100):
 
 
 def cells(text, first):
-    """The cells of the row whose first cell is `first`."""
-    rows = [[cell.strip() for cell in line.strip()[1:-1].split("│")] for line in text.splitlines() if "│" in line]
+    """The filled cells of the rows whose first cell is `first`, without it."""
+    rows = [re.split(r"\s{2,}", line.strip()) for line in text.splitlines()]
     return [row[1:] for row in rows if row[0] == first]
 
 
 def test_one_checkpoint():
     text = printed(eval_table(made(["dense"])))
-    assert cells(text, "choices1") == [["acc, % ↑", "75.00 ± 1.00", "[73.00, 77.00]", "100", "32.25 of 128"]]
-    assert cells(text, "notes") == [["nelbo, nats ↓", "3.0000", "", "1", "8"]]
-    assert cells(text, "mean of 2 tasks") == [["", "60.00 ± 1.00", "[58.00, 62.00]", "", ""]]
+    assert cells(text, "choices1") == [["100 items", "32.25 of 128 samples"]]
+    assert cells(text, "acc, % ↑") == [["75.00 ± 1.00", "[73.00, 77.00]"]] * 2
+    assert cells(text, "notes") == [["1 item", "8 samples"]] and cells(text, "nelbo, nats ↓") == [["3.0000"]]
+    assert cells(text, "mean of 2 tasks, %") == [["60.00 ± 1.00", "[58.00, 62.00]"]]
     assert "standard error over items" in text and "difference" not in text
 
 
 def test_every_metric():
     text = printed(eval_table(made(["dense"]), every_metric=True))
-    assert [row[0] for row in cells(text, "choices0")] == ["acc, % ↑", "acc_norm, % ↑"]
+    assert len(cells(text, "acc, % ↑")) == 2 and cells(text, "acc_norm, % ↑")[0] == ["50.00 ± 1.00", "[48.00, 52.00]"]
 
 
 def test_checkpoints_against_the_first():
     text = printed(eval_table(made(["dense", "pruned"])))
-    assert cells(text, "choices0: acc, % ↑") == [["100 items", "33.75 of 128 samples", ""]]
-    assert cells(text, "notes: nelbo, nats ↓") == [["1 items", "8 samples", ""]]
-    assert cells(text, "dense")[0] == ["75.00 ± 1.00", "", ""]
+    assert cells(text, "choices0") == [["100 items", "33.75 of 128 samples"]]
+    assert cells(text, "notes") == [["1 item", "8 samples"]]
+    assert cells(text, "dense")[0] == ["75.00 ± 1.00"]
     assert cells(text, "pruned") == [
         ["65.00 ± 1.00", "-10.00 [-15.00, -5.00]", "worse (90 shared)"],
         ["65.00 ± 1.00", "+1.00 [-2.00, +4.00]", "no difference shown"],
@@ -92,9 +94,15 @@ def test_what_cannot_be_compared_says_so():
     summary = made(["dense", "pruned"], proportions=1)
     summary["differences"]["pruned"]["choices0"] = {}
     text = printed(eval_table(summary))
-    assert cells(text, "pruned")[0] == ["65.00 ± 1.00", "", "no item in common"] and "mean of" not in text
+    assert cells(text, "pruned")[0] == ["65.00 ± 1.00", "no item in common"] and "mean of" not in text
     summary["checkpoints"]["pruned"]["choices0"]["items"] = 80
-    assert cells(printed(eval_table(summary)), "choices0: acc, % ↑")[0][0] == "80-100 items"
+    assert cells(printed(eval_table(summary)), "choices0")[0][0] == "80-100 items"
+
+
+def test_short_names_fit_a_terminal_of_80_columns():
+    text = printed(eval_table(made(["dense", "pruned-0.5"]), every_metric=True), width=80)
+    assert cells(text, "pruned-0.5")[0] == ["65.00 ± 1.00", "-10.00 [-15.00, -5.00]", "worse (90 shared)"]
+    assert max(map(len, text.splitlines())) <= 80 and "…" not in text
 
 
 @pytest.mark.parametrize("checkpoints", [1, 2, 6])

@@ -1,0 +1,72 @@
+"""The README's evaluation: the embedded model against what `structprune demo` makes of it, on text and a local PIQA.
+
+    structprune demo --out structprune-demo
+    python scripts/evaluate_demo.py --demo structprune-demo --piqa valid.jsonl
+
+PIQA (arXiv 1911.11641) is not shipped: valid.jsonl and valid-labels.lst lie beside its paper's page. Goes on where it
+stopped; ends with the summary, the settings and the machine in one JSON file.
+"""
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from structprune.assets import model_directory, text_file
+from structprune.bench.machine import describe_machine
+from structprune.errors import UserError
+from structprune.evaluate import evaluate
+from structprune.evaluation.result_io import json_text, write_whole
+from structprune.evaluation.settings import EvaluationConfig
+from structprune.report.eval_tables import eval_table
+from structprune.report.progress import progress_bars
+
+PRUNED = ("structprune-0.3", "structprune-0.5")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--demo", type=Path, required=True, help="directory of `structprune demo`")
+    parser.add_argument("--piqa", type=Path, required=True, help="PIQA's validation set, labels beside it")
+    parser.add_argument("--limit", type=int, default=300, help="questions")
+    parser.add_argument("--work", type=Path, default=Path("evaluation-of-demo"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "evaluation.json")
+    options = parser.parse_args()
+    try:
+        run(options)
+    except UserError as error:
+        print(f"evaluate_demo: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(options: argparse.Namespace) -> None:
+    """Evaluate, print, and keep the figures."""
+    missing = [name for name in PRUNED if not (options.demo / name).is_dir()]
+    if missing:
+        raise UserError(f"'{options.demo}' has no {missing[0]}: run structprune demo --out {options.demo} first")
+    dense = options.work / "dense"  # under a name that a table can show
+    if not dense.is_dir():
+        shutil.copytree(model_directory(), dense)
+    config = EvaluationConfig.load(
+        overrides={
+            "evaluation.source": str(text_file("heldout.txt")),
+            "evaluation.tasks": [f"piqa:{options.piqa}"],
+            "evaluation.limit": options.limit,
+            "evaluation.adaptive": True,
+        }
+    )
+    checkpoints = [str(dense), *(str(options.demo / name) for name in PRUNED)]
+    with progress_bars(Console(stderr=True)) as track:
+        found = evaluate(checkpoints, config, options.work / "results", track=track)
+    console = Console()
+    console.print(eval_table(found.summary, every_metric=True))
+    values = {"settings": found.results.settings, "summary": found.summary, "machine": describe_machine()}
+    write_whole(options.out, json_text(values))
+    console.print(f"Wrote {options.out}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

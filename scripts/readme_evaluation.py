@@ -1,0 +1,74 @@
+"""The README's tables of evaluations."""
+
+from readme_common import table
+
+NAMES = {
+    "nelbo": "NELBO, nats/token",
+    "masked_ce": "masked cross-entropy",
+    "acc": "accuracy",
+    "acc_norm": "accuracy per character",
+}
+
+
+def evaluation(found: dict) -> str:
+    """A row per checkpoint, per task and metric its value and its paired difference to the first one.
+
+    Args:
+        found: what scripts/evaluate_demo.py keeps.
+    """
+    summary, settings = found["summary"], found["settings"]
+    columns = [
+        (task, metric) for task, each in summary["tasks"].items() for metric in each["metrics"] if metric != "masked_ce"
+    ]
+    header = ["checkpoint"]
+    for task, metric in columns:
+        header += [f"{task.partition(':')[0]}: {NAMES.get(metric, metric)}", "against dense"]
+    rows = []
+    for label, tasks in summary["checkpoints"].items():
+        cells = [label]
+        for task, metric in columns:
+            share = summary["metrics"][metric]["proportion"]
+            cells.append(_plus_minus(tasks[task]["metrics"][metric], share))
+            difference = summary["differences"].get(label, {}).get(task, {}).get(metric)
+            cells.append(_difference(difference, share) if difference else "")
+        rows.append(cells)
+    notes = []
+    first = next(iter(summary["checkpoints"].values()))
+    for task, each in first.items():
+        own = settings["tasks"][next(iter(settings["tasks"]))][task]
+        if "noise" in own:
+            notes.append(
+                f"{task}: {each['items']} windows of {own['length']} tokens, {own['noise']} noisy copies of each"
+            )
+            continue
+        spent = [tasks[task]["samples"] for tasks in summary["checkpoints"].values()]
+        text = f"{task.partition(':')[0]}: {each['items']} questions, guidance {own['cfg_scale']}, {own['samples']} samples an answer"
+        if own["adaptive"]:
+            text += f" at most, {sum(spent) / len(spent):.0f} on average until the choice is decided"
+        notes.append(text)
+    note = (
+        "`python scripts/evaluate_demo.py --demo DIR --piqa FILE`, from [`evaluation.json`](scripts/results/evaluation.json): value ± standard error over items;"
+        f" difference to the first with its 95% interval (paired bootstrap); {'; '.join(notes)}."
+    )
+    return f"{table(header, rows)}\n\n{note}"
+
+
+def _plus_minus(found: dict, share: bool) -> str:
+    scale, places, unit = (100, 1, "%") if share else (1, 4, "")
+    return f"{scale * found['value']:.{places}f}{unit} ± {scale * found['error']:.{places}f}"
+
+
+def _difference(found: dict, share: bool) -> str:
+    scale, places = (100, 1) if share else (1, 4)
+    low, high = (f"{scale * found[end]:+.{places}f}" for end in ("low", "high"))
+    text = f"{scale * found['difference']:+.{places}f} [{low}, {high}]"
+    return (
+        f"**{text}**, {found['verdict']}"
+        if found["verdict"] != "no difference shown"
+        else f"{text}, {found['verdict']}"
+    )
+
+
+def evaluation_speed(found: dict, machine_text: str) -> str:
+    """Ours against the published loop, from scripts/bench_evaluation.py."""
+    raise NotImplementedError
