@@ -122,6 +122,15 @@ def test_the_first_checkpoint_is_compared_with(checkpoint, text_path, piqa, tmp_
     assert other["difference"] != 0 and other["items"] == 20 and other["low"] < other["difference"] < other["high"]
 
 
+def test_families_with_one_tokenizer_keep_their_own_forms(checkpoint, text_path, piqa, tmp_path):
+    """Dream scores between BOS and EOS, LLaDA does not; beside each other each finds what it finds alone."""
+    names = [str(checkpoint("llada")), str(checkpoint("dream"))]
+    asked = settings(text_path, [f"piqa:{piqa}"], evaluation__cfg_scale=0)
+    both = plain(evaluate(names, asked, tmp_path / "both").results)
+    alone = [plain(evaluate([name], asked, tmp_path / str(index)).results) for index, name in enumerate(names)]
+    assert both == alone[0] | alone[1]
+
+
 class Killed(Exception):
     pass
 
