@@ -3,119 +3,22 @@
 Shapes: P prompt tokens, L target tokens, T = P + L, K blocks of b Monte Carlo samples.
 """
 
-import math
 from dataclasses import dataclass, field
-from typing import Callable, Iterable, Sequence, get_args
+from typing import Callable, Iterable, Sequence
 
 import torch
 
-from structprune.errors import UserError, nearest
+from structprune.errors import UserError
 from structprune.evaluation.adaptive import decided, look_schedule
 from structprune.evaluation.encode import Batches
+from structprune.evaluation.items import Answer, Item, MonteCarlo, Scored, check_items
 from structprune.evaluation.likelihood import Rows, masked_nats
-from structprune.evaluation.perturb import FORMS, Form, Perturbed, Sampling, draw_uniform, item_generator
+from structprune.evaluation.perturb import FORMS, Form, Perturbed, draw_uniform, item_generator
 from structprune.models.families import family_of
 from structprune.models.modeling_structprune import DiffusionLM
 
+__all__ = ["Answer", "Item", "MonteCarlo", "Scored", "check_items", "score_items"]
 GROUP = 8  # forward passes of equal length that are prepared at once
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One continuation of a prompt.
-
-    Attributes:
-        prompt: (P,) int64, what stands before it; may be empty.
-        target: (L,) int64, what is scored. Dream never masks the last one: it should be an EOS.
-        size: what a normalised choice (acc_norm) divides the log-likelihood by, usually bytes of the answer's text.
-    """
-
-    prompt: torch.Tensor
-    target: torch.Tensor
-    size: int
-
-
-@dataclass(frozen=True)
-class Item:
-    """A question with its answers, or one text to score.
-
-    Attributes:
-        key: unique in its task and stable; seeds the item's noise.
-        answers: one or more.
-    """
-
-    key: str
-    answers: tuple[Answer, ...]
-
-
-@dataclass(frozen=True)
-class MonteCarlo:
-    """How log-likelihoods are estimated.
-
-    Raises:
-        UserError: a value that cannot be used.
-    """
-
-    samples: int = 128
-    """Perturbations of an answer (mc_num); an answer with one maskable token needs one."""
-    block: int = 8
-    """Samples that share one draw of LLaDA's k (the published batch size), and between looks of `adaptive`."""
-    cfg_scale: float = 0.0
-    """w of classifier-free guidance: LLaDA u + (1 + w)(c - u), 0 is off; Dream u + w(c - u), 0 and 1 are off."""
-    seed: int = 0
-    """Of the noise; with an item's key it fixes all its samples."""
-    sampling: Sampling = "stratified"
-    """"published": independent levels of noise; "stratified": the same distribution, spread evenly."""
-    adaptive: bool = False
-    """Stop drawing samples of an item once its choice among several answers is decided."""
-    confidence: float = 0.99
-    """That the choice of `adaptive` is that of all samples, raw and normalised."""
-    skip_empty: bool = False
-    """Dream as in the sink-aware release: leave samples without a mask out of the mean, which biases it."""
-
-    def __post_init__(self):
-        for name in ("samples", "block"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise UserError(f"{name} = {value!r} is no count: give a whole number from 1")
-        if self.samples % self.rows:
-            raise UserError(f"samples = {self.samples} is not a multiple of block = {self.block}: change either")
-        if not 0 <= self.cfg_scale < math.inf:
-            raise UserError(f"cfg_scale = {self.cfg_scale} cannot be used: give 0 (off) or more")
-        if not 0 < self.confidence < 1:
-            raise UserError(f"confidence = {self.confidence} is no probability: give one below 1, such as 0.99")
-        known = get_args(Sampling)
-        if self.sampling not in known:
-            hint = nearest(str(self.sampling), list(known))
-            raise UserError(f"unknown sampling '{self.sampling}'{hint}: choose one of {', '.join(known)}")
-        if self.skip_empty and self.adaptive:
-            raise UserError("skip_empty is for published numbers, which adaptive sampling is not: drop either")
-
-    @property
-    def rows(self) -> int:
-        """Samples of a block, which is never larger than the whole."""
-        return min(self.block, self.samples)
-
-    @property
-    def blocks(self) -> int:
-        return self.samples // self.rows
-
-
-@dataclass(frozen=True)
-class Scored:
-    """What was found for an item.
-
-    Attributes:
-        key: the item's.
-        log_likelihoods: nats per answer, summed over its target.
-        errors: standard error of each over blocks; 0 where it is exact, None of a single block.
-        samples: Monte Carlo samples drawn per answer.
-    """
-
-    key: str
-    log_likelihoods: tuple[float, ...]
-    errors: tuple[float | None, ...]
-    samples: int
 
 
 @dataclass
@@ -176,42 +79,6 @@ def score_items(
         done = count
         active = [state for state in active if not _finished(state, settings)]
     return [_scored(state, settings) for state in states]
-
-
-def check_items(config, items: Iterable[Item], settings: MonteCarlo) -> None:
-    """Raise UserError as `score_items` would, from the model's configuration alone: before any weight is read."""
-    family = family_of(config)
-    _check_settings(settings, FORMS[family.name])
-    for item in items:
-        _check_item(item, FORMS[family.name], config.mask_token_id, getattr(config, family.keys["positions"]))
-
-
-def _check_settings(settings: MonteCarlo, form: Form) -> None:
-    if form.hidden_last and 0 < settings.cfg_scale < 1:
-        remedy = "give 0 or 1 (off), or more than 1"
-        raise UserError(
-            f"cfg_scale = {settings.cfg_scale} changes nothing for Dream, u + w(c - u) from w = 1: {remedy}"
-        )
-    if settings.skip_empty and not form.hidden_last:
-        raise UserError("skip_empty is for Dream: LLaDA's samples all have a mask, drop it")
-
-
-def _check_item(item: Item, form: Form, mask_id: int, longest: int) -> None:
-    if not item.answers:
-        raise UserError(f"item {item.key} has no answer: give one at least")
-    for index, answer in enumerate(item.answers):
-        name = f"item {item.key}, answer {index}"
-        length = len(answer.prompt) + len(answer.target)
-        if len(answer.target) < 1 + form.hidden_last:
-            remedy = "Dream never masks the last token, so end it with EOS" if form.hidden_last else "give it a token"
-            raise UserError(f"{name} has {len(answer.target)} tokens to score: {remedy}")
-        if length > longest:
-            remedy = "shorten the prompt or leave the item out"
-            raise UserError(f"{name} has {length} tokens with its prompt and the model {longest} positions: {remedy}")
-        if (answer.prompt == mask_id).any() or (answer.target == mask_id).any():
-            raise UserError(f"{name} holds the mask token {mask_id}: remove it")
-        if answer.size < 1:
-            raise UserError(f"{name} has size {answer.size}: a choice cannot be normalised by it, give 1 or more")
 
 
 def _exact(answer: Answer, settings: MonteCarlo, form: Form) -> bool:

@@ -47,6 +47,8 @@ def masked_nats(model: DiffusionLM, rows: Rows, scale: float, batch: Batches) ->
     Args:
         scale: s of classifier-free guidance, u + (1 + s)(c - u); 0 runs no branch without a prompt.
     """
+    if not len(rows.clean):  # all patterns of a round may be known
+        return torch.zeros(0, dtype=torch.float64)
     mask_id, device = model.config.mask_token_id, compute_device(model)
     noisy = rows.clean.masked_fill(rows.masked, mask_id)  # (N, T)
     length = noisy.shape[1]
