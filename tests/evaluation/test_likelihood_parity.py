@@ -56,7 +56,9 @@ def test_scoring_from_the_recorded_noise_gives_the_published_value(recorded, mon
     masked, rate = masks_and_rates(model, tensors)
     length, block = masked.shape[1], case.get("batch_size", 8)
     assert family == "dream" or torch.equal(masked.sum(1), (rate * length).round().long())
-    levels = (rate - 1e-3) / (1 - 1e-3) if family == "dream" else (rate[::block] * length - 0.5) / length  # (N,) or (K,)
+    levels = (
+        (rate - 1e-3) / (1 - 1e-3) if family == "dream" else (rate[::block] * length - 0.5) / length
+    )  # (N,) or (K,)
     positions = torch.where(masked, torch.zeros(()), torch.ones(())).double()  # (N, L) low where masked
     monkeypatch.setattr(choices, "draw_uniform", lambda *args: (levels.double(), positions))
     settings = MonteCarlo(case["mc_num"], block, cfg_scale=case["cfg_scale"], skip_empty=family == "dream")

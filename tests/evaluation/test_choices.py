@@ -1,0 +1,284 @@
+"""Items scored: estimates by hand, common noise, independence of the batch, early stops, and what is refused."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from structprune.errors import UserError
+from structprune.evaluation import choices
+from structprune.evaluation.choices import Answer, Item, MonteCarlo, check_items, score_items
+from structprune.evaluation.encode import Batches
+from structprune.evaluation.perturb import FORMS, draw_uniform, item_generator
+
+MASK = 2047
+GUIDED = {"llada": 0.5, "dream": 1.5}  # u + 1.5 (c - u) in both
+
+
+def make_items(seed: int = 0) -> list[Item]:
+    """Two, three and one answers, of 2 to 6 tokens, after prompts of 4, 0 and 6."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = lambda count: torch.randint(0, 2000, (count,), generator=generator)  # noqa: E731
+    prompts = [ids(4), ids(0), ids(6)]
+    lengths = [(4, 6), (5, 5, 3), (2,)]
+    return [
+        Item(f"task/{index}", tuple(Answer(prompt, ids(length), 3 * length) for length in of_item))
+        for index, (prompt, of_item) in enumerate(zip(prompts, lengths))
+    ]
+
+
+def sample_nats(model, answer: Answer, masked: torch.Tensor, scale: float) -> float:
+    """Cross-entropy summed over the masked tokens of a target, from full forward passes."""
+    prompt, target = answer.prompt, answer.target
+    noisy = torch.cat((prompt, target.masked_fill(masked, MASK)))
+    logits = model(noisy[None]).logits[0]  # (T, V)
+    if scale:
+        bare = torch.cat((torch.full_like(prompt, MASK), noisy[len(prompt) :]))
+        without = model(bare[None]).logits[0]  # (T, V)
+        logits = without + (1 + scale) * (logits - without)
+    shifted = torch.cat((logits[:1], logits[:-1])) if model.shifted else logits  # (T, V)
+    return F.cross_entropy(shifted[len(prompt) :][masked], target[masked], reduction="sum").item()
+
+
+def block_means(model, item: Item, settings: MonteCarlo, family: str) -> list[torch.Tensor]:
+    """Per answer (K,) the means of every block's samples of the item's stream, by hand."""
+    form, width = FORMS[family], max(len(answer.target) for answer in item.answers)
+    uniform = (settings.samples, settings.block, width, settings.sampling, item_generator(settings.seed, item.key))
+    levels, positions = draw_uniform(form, *uniform)
+    found = []
+    for answer in item.answers:
+        samples = form.perturb(levels, positions[:, : len(answer.target)])
+        scale = form.guidance(settings.cfg_scale)
+        nats = torch.tensor([sample_nats(model, answer, mask, scale) for mask in samples.masked]).double()
+        found.append(-(nats * samples.weight).view(-1, settings.block).mean(1))
+    return found
+
+
+@pytest.mark.parametrize("sampling", ["stratified", "published"])
+@pytest.mark.parametrize("cfg", [False, True])
+@pytest.mark.parametrize("family", ["llada", "dream"])
+@torch.inference_mode()
+def test_estimates_and_errors_by_hand(tiny_model, family, cfg, sampling):
+    model, items = tiny_model(family), make_items()
+    settings = MonteCarlo(16, 4, cfg_scale=GUIDED[family] if cfg else 0.0, seed=3, sampling=sampling)
+    found = score_items(model, items[:2], settings, Batches(60))
+    for item, scored in zip(items, found):
+        blocks = block_means(model, item, settings, family)
+        assert scored.key == item.key and scored.samples == 16
+        assert scored.log_likelihoods == pytest.approx([each.mean().item() for each in blocks], rel=1e-4)
+        assert scored.errors == pytest.approx([(each.std() / 2).item() for each in blocks], rel=1e-3)  # √4 blocks
+
+
+@pytest.mark.parametrize("family", ["llada", "dream"])
+def test_numbers_do_not_depend_on_batch_or_company(tiny_model, family):
+    model, items = tiny_model(family), make_items()
+    settings = MonteCarlo(32, 8, cfg_scale=GUIDED[family], adaptive=True, confidence=0.6)
+    expected = score_items(model, items, settings, Batches(1000))
+    assert {each.samples for each in expected} != {32}  # some stop early
+    for order, tokens in (([0, 1, 2], 1), ([2, 0, 1], 45), ([1, 2, 0], 10_000)):
+        for index, scored in zip(order, score_items(model, [items[i] for i in order], settings, Batches(tokens))):
+            assert scored.key == expected[index].key and scored.samples == expected[index].samples
+            assert scored.log_likelihoods == pytest.approx(expected[index].log_likelihoods, rel=1e-5)
+            assert scored.errors == pytest.approx(expected[index].errors, rel=1e-3)
+    (alone,) = score_items(model, items[1:2], settings, Batches(77))
+    assert alone.log_likelihoods == pytest.approx(expected[1].log_likelihoods, rel=1e-5)
+
+
+@pytest.mark.parametrize("family, tokens", [("llada", 1), ("dream", 2)])
+def test_one_maskable_token_needs_one_sample(tiny_model, family, tokens):
+    """The mean of CE / p over all masks is then CE: exact, of one row."""
+    model, prompt = tiny_model(family), torch.arange(5)
+    answers = tuple(Answer(prompt, torch.tensor(ids[:tokens]), 1) for ids in ([7, 9], [8, 9]))
+    rows = []
+    model.embedding.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
+    (found,) = score_items(model, [Item("a", answers)], MonteCarlo(), Batches(10_000))
+    assert sum(rows) == 1  # both answers masked are one sequence
+    assert found.samples == 1 and found.errors == (0, 0)
+    mask = torch.tensor([True, False][:tokens])
+    with torch.no_grad():
+        expected = [-sample_nats(model, answer, mask, 0) for answer in answers]
+    assert found.log_likelihoods == pytest.approx(expected, rel=1e-5)
+
+
+def test_dreams_noise_as_published_is_kept_for_one_token(tiny_model):
+    answers = (Answer(torch.arange(5), torch.tensor([7, 9]), 1),)
+    (found,) = score_items(tiny_model("dream"), [Item("a", answers)], MonteCarlo(sampling="published"), Batches(999))
+    assert found.samples == 128 and found.errors[0] > 0
+
+
+def test_exact_and_sampled_answers_of_one_item(tiny_model):
+    prompt = torch.arange(5)
+    item = Item("a", (Answer(prompt, torch.tensor([7]), 1), Answer(prompt, torch.tensor([8, 9, 10]), 1)))
+    counts = []
+    for confidence in (0.5, 0.999999999):
+        settings = MonteCarlo(64, 8, adaptive=True, confidence=confidence)
+        (found,) = score_items(tiny_model(), [item], settings, Batches(999))
+        assert found.errors[0] == 0 < found.errors[1]
+        counts.append(found.samples)
+    assert 16 <= counts[0] < counts[1]
+
+
+def test_equal_patterns_are_run_once(tiny_model):
+    """Two tokens have three masks, whatever the number of samples and looks."""
+    model, rows = tiny_model(), []
+    model.embedding.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
+    item = Item(
+        "a", (Answer(torch.arange(5), torch.tensor([7, 8]), 1), Answer(torch.arange(5), torch.tensor([9, 6]), 1))
+    )
+    for settings in (MonteCarlo(128), MonteCarlo(128, adaptive=True, confidence=0.999999)):
+        rows.clear()
+        score_items(model, [item], settings, Batches(10_000))
+        assert sum(rows) == 5  # [M] 8, 7 [M], [M] 6, 9 [M], and [M] [M] in common
+    rows.clear()
+    score_items(model, [item], MonteCarlo(128, cfg_scale=0.5), Batches(10_000))
+    assert sum(rows) == 10
+
+
+def record_masks(monkeypatch) -> list[torch.Tensor]:
+    """What is handed to forward passes from now on: masks (n, T)."""
+    seen, original = [], choices.masked_nats
+    monkeypatch.setattr(
+        choices, "masked_nats", lambda model, rows, *rest: (seen.append(rows.masked), original(model, rows, *rest))[1]
+    )
+    return seen
+
+
+def test_noise_is_common_to_checkpoints_and_answers(tiny_model, monkeypatch):
+    item, masks = make_items()[1], record_masks(monkeypatch)
+    twins = Item(item.key, (item.answers[0], Answer(item.answers[0].prompt, item.answers[0].target + 1, 2)))
+    for seed in (0, 1):
+        score_items(tiny_model(seed=seed), [twins], MonteCarlo(32), Batches(999))
+    assert len(masks) == 2 and torch.equal(masks[0], masks[1])
+    first, second = masks[0].chunk(2)  # of the two answers
+    assert torch.equal(first, second)
+    (same,) = score_items(tiny_model(), [Item("x", (item.answers[0],) * 2)], MonteCarlo(32), Batches(999))
+    assert same.log_likelihoods[0] == same.log_likelihoods[1]
+    (other,) = score_items(tiny_model(), [Item("y", (item.answers[0],))], MonteCarlo(32), Batches(999))
+    assert other.log_likelihoods[0] != same.log_likelihoods[0]  # another item, other noise
+
+
+@torch.inference_mode()
+def test_adaptive_sampling_is_a_prefix_of_the_full_count(tiny_model):
+    model, item = tiny_model(), make_items()[0]
+    settings = MonteCarlo(64, 4, adaptive=True, confidence=0.6)
+    (found,) = score_items(model, [item], settings, Batches(999))
+    assert found.samples < 64 and found.samples % 4 == 0
+    count = found.samples // 4
+    blocks = block_means(model, item, settings, "llada")
+    assert found.log_likelihoods == pytest.approx([each[:count].mean().item() for each in blocks], rel=1e-4)
+    assert found.errors == pytest.approx([(each[:count].std() / count**0.5).item() for each in blocks], rel=1e-3)
+
+
+def test_a_single_answer_gets_all_samples(tiny_model):
+    (found,) = score_items(tiny_model(), make_items()[2:], MonteCarlo(64, adaptive=True), Batches(999))
+    assert found.samples == 64
+
+
+def test_adaptive_choices_are_those_of_the_full_count(tiny_model):
+    """Raw and normalised, at the stated confidence, with fewer samples."""
+    model, generator = tiny_model(), torch.Generator().manual_seed(2)
+    items = []
+    for index in range(80):
+        targets = torch.randint(0, 2000, (2, 4), generator=generator)
+        answers = (Answer(targets[0, :0], targets[0], 5), Answer(targets[0, :0], targets[1], 6))
+        items.append(Item(f"t/{index}", answers))
+    full = score_items(model, items, MonteCarlo(64, 4), Batches(4000))
+    quick = score_items(model, items, MonteCarlo(64, 4, adaptive=True, confidence=0.9), Batches(4000))
+    chosen = lambda each, sizes: max((0, 1), key=lambda i: each.log_likelihoods[i] / sizes[i])  # noqa: E731
+    apart = sum(
+        any(chosen(a, sizes) != chosen(b, sizes) for sizes in ((1, 1), (5, 6)))
+        for a, b in zip(full, quick, strict=True)
+    )
+    assert apart <= 8
+    assert sum(each.samples for each in quick) < 0.8 * 80 * 64
+
+
+def test_samples_without_a_mask_left_out_as_released(tiny_model):
+    """Dream's released mean: over samples that have a mask, larger by just their share."""
+    model, item = tiny_model("dream"), make_items()[2]  # two tokens: without a mask when t is small
+    form, settings = FORMS["dream"], MonteCarlo(32, sampling="published")
+    drawn = draw_uniform(form, 32, 8, 2, "published", item_generator(0, item.key))
+    share = form.perturb(*drawn).masked.any(1).double().mean().item()
+    assert 0.2 < share < 0.9
+    (ours,) = score_items(model, [item], settings, Batches(999))
+    (released,) = score_items(model, [item], MonteCarlo(32, sampling="published", skip_empty=True), Batches(999))
+    assert released.log_likelihoods[0] * share == pytest.approx(ours.log_likelihoods[0], rel=1e-6)
+    with pytest.raises(UserError, match="item task/2: none of its 1 blocks has a mask: draw more samples"):
+        for seed in range(50):
+            score_items(model, [item], MonteCarlo(1, skip_empty=True, seed=seed), Batches(999))
+
+
+def test_one_block_has_no_error(tiny_model):
+    (found,) = score_items(tiny_model(), make_items()[:1], MonteCarlo(4, 8), Batches(999))
+    assert found.errors == (None, None) and found.samples == 4
+
+
+def test_progress_sees_every_round(tiny_model):
+    rounds = []
+    track = lambda groups: rounds.append(len(list(groups))) or groups  # noqa: E731
+    score_items(tiny_model(), make_items(), MonteCarlo(32), Batches(999), track)
+    assert len(rounds) == 1 and rounds[0] == 4  # answers of 8 (two lengths' sum), 10, 5 and 3 tokens
+    rounds.clear()
+    score_items(tiny_model(), make_items(), MonteCarlo(32, adaptive=True, confidence=0.999999), Batches(999), track)
+    assert len(rounds) == 3  # after 2, 3 and 4 blocks
+
+
+def answer(prompt=(1, 2), target=(3, 4), size=2) -> Answer:
+    return Answer(torch.tensor(prompt, dtype=torch.long), torch.tensor(target, dtype=torch.long), size)
+
+
+REFUSED = {
+    "too long": ("llada", [answer(range(60), range(5))], "item q/7, answer 0 has 65 tokens .* model 64 positions"),
+    "second too long": ("llada", [answer(), answer(range(60), range(9))], "item q/7, answer 1 has 69 tokens"),
+    "empty": ("llada", [answer(target=())], "answer 0 has 0 tokens to score: give it a token"),
+    "only EOS": ("dream", [answer(target=(3,))], "answer 0 has 1 tokens to score: .* end it with EOS"),
+    "mask in prompt": ("llada", [answer(prompt=(1, MASK))], "item q/7, answer 0 holds the mask token 2047: remove it"),
+    "mask in target": ("dream", [answer(target=(MASK, 1))], "holds the mask token 2047"),
+    "no size": ("llada", [answer(size=0)], "has size 0: a choice cannot be normalised by it"),
+    "no answer": ("llada", [], "item q/7 has no answer: give one at least"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_items_that_cannot_be_scored(tiny_model, case):
+    family, answers, message = REFUSED[case]
+    model, items = tiny_model(family), [Item("q/6", (answer(),)), Item("q/7", tuple(answers))]
+    for attempt in (
+        lambda: score_items(model, items, MonteCarlo(8), Batches(99)),
+        lambda: check_items(model.config, items, MonteCarlo(8)),
+    ):
+        with pytest.raises(UserError, match=message):
+            attempt()
+
+
+def test_the_longest_that_fits_is_scored(tiny_model):
+    item = Item("q", (answer(range(60), range(4)),))
+    assert score_items(tiny_model(), [item], MonteCarlo(8), Batches(99))[0].log_likelihoods[0] < 0
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"samples": 0}, "samples = 0 is no count: give a whole number from 1"),
+        ({"samples": 12.0}, "samples = 12.0 is no count"),
+        ({"block": True}, "block = True is no count"),
+        ({"samples": 12}, "samples = 12 is not a multiple of block = 8: change either"),
+        ({"cfg_scale": -0.5}, "cfg_scale = -0.5 cannot be used"),
+        ({"cfg_scale": float("nan")}, "cfg_scale = nan cannot be used"),
+        ({"confidence": 1.0}, "confidence = 1.0 is no probability"),
+        ({"confidence": 0.0}, "confidence = 0.0 is no probability"),
+        ({"sampling": "stratifed"}, "unknown sampling 'stratifed'.*stratified"),
+        ({"skip_empty": True, "adaptive": True}, "skip_empty is for published numbers"),
+    ],
+)
+def test_settings_that_cannot_be_used(values, message):
+    with pytest.raises(UserError, match=message):
+        MonteCarlo(**values)
+
+
+def test_settings_that_a_family_has_no_use_for(tiny_model):
+    items = [Item("q", (answer(),))]
+    with pytest.raises(UserError, match="cfg_scale = 0.5 changes nothing for Dream.*give 0 or 1 .off., or more than 1"):
+        score_items(tiny_model("dream"), items, MonteCarlo(8, cfg_scale=0.5), Batches(99))
+    with pytest.raises(UserError, match="skip_empty is for Dream: LLaDA's samples all have a mask, drop it"):
+        score_items(tiny_model(), items, MonteCarlo(8, skip_empty=True), Batches(99))
+    score_items(tiny_model("dream"), items, MonteCarlo(8, cfg_scale=1.0), Batches(99))
