@@ -2,12 +2,12 @@
 
     python scripts/bench_evaluation.py --piqa FILE [--model DIR] [--items N] [--out FILE]
 
-FILE is PIQA as .jsonl, with labels in it or beside it. The loop (arXiv 2502.09992, Appendix B.5) takes one answer at a time,
-a batch of 8 noisy copies of it, with guidance 16, and predicts every position. Both sides have PIQA's published
+FILE is PIQA as .jsonl, with labels in it or beside it. The loop (arXiv 2502.09992, Appendix B.5) takes one answer at
+a time, a batch of 8 noisy copies of it, with guidance 16, and predicts every position. Both sides have PIQA's published
 settings, 128 samples in blocks of 8 and guidance 0.5, the same model in fp32 and the same items. Items come in rounds;
 within a round the sides take turns, and ratios are medians over rounds. Measured beside: how far estimates differ in
 standard errors, how often adaptive sampling chooses as the full count of the same noise does, and how often two full
-counts of different noise agree. Run it on a machine that does nothing else: about 10 minutes on 2 cores.
+counts of different noise agree. Run it on a machine that does nothing else: about 8 minutes on 2 cores.
 """
 
 import argparse
@@ -194,7 +194,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--piqa", type=Path, required=True, metavar="FILE", help="PIQA, one JSON object a line")
     parser.add_argument("--model", type=Path, default=model_directory(), help="LLaDA (default: the embedded model)")
-    for name, value in {"items": 100, "rounds": 5, "samples": 128, "block": 8, "threads": 2}.items():
+    for name, value in {"items": 70, "rounds": 5, "samples": 128, "block": 8, "threads": 2}.items():
         parser.add_argument(f"--{name}", type=int, default=value, help="default %(default)s")
     parser.add_argument("--cfg-scale", type=float, default=0.5, help="default %(default)s")
     parser.add_argument("--out", type=Path, default=OUT, help="default %(default)s")
