@@ -9,11 +9,11 @@ import math
 
 import torch
 
-GROWTH = 1.5  # blocks at one look over those at the look before
+GROWTH = 1.125  # blocks at one look over those at the look before
 
 
 def look_schedule(blocks: int) -> list[int]:
-    """Numbers of blocks after which a choice is looked at, the last being all: 2, 3, 4, 6, 9, ... , `blocks`."""
+    """Numbers of blocks after which a choice is looked at, the last being all: 2, 3, 4, ..., 16, 18, 20, ..., `blocks`."""
     looks = [min(2, blocks)]
     while looks[-1] < blocks:
         looks.append(min(blocks, max(looks[-1] + 1, int(looks[-1] * GROWTH))))
@@ -41,7 +41,8 @@ def decided(values: torch.Tensor, sizes: torch.Tensor, blocks: int, confidence: 
     Every other answer must lag behind the leader, in each of the two senses, by more than chance explains: a
     one-sided paired t-test whose error is shared (Bonferroni) by the answers and the two senses. Not by the looks: the
     tail is the posterior probability, under a flat prior of the gap, that the full count turns it round, whenever one
-    looks; in simulations of 16 blocks even exact ties were turned round in 0.9% at a confidence of 0.99.
+    looks. So the confidence holds on average over items of many gaps and not at exact ties: in simulations of 16 blocks
+    those were turned round in 1.0% at a confidence of 0.99 and 7% at 0.95.
 
     Args:
         values: (A, n) float64 nats of every answer in every block seen, paired by common noise.
