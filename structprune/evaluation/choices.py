@@ -4,6 +4,7 @@ Shapes: P prompt tokens, L target tokens, T = P + L, K blocks of b Monte Carlo s
 """
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Callable, Iterable, Sequence
 
 import torch
@@ -13,7 +14,7 @@ from structprune.evaluation.adaptive import decided, look_schedule
 from structprune.evaluation.encode import Batches
 from structprune.evaluation.items import Answer, Item, MonteCarlo, Scored, check_items
 from structprune.evaluation.likelihood import Rows, masked_nats
-from structprune.evaluation.perturb import FORMS, Form, Perturbed, draw_uniform, item_generator
+from structprune.evaluation.perturb import FORMS, Form, Perturbed, aligned_columns, draw_uniform, item_generator
 from structprune.models.families import family_of
 from structprune.models.modeling_structprune import DiffusionLM
 
@@ -43,6 +44,11 @@ class _Progress:
 
     item: Item
     tallies: list[_Tally] = field(default_factory=list)
+
+    @cached_property
+    def columns(self) -> tuple[list[torch.Tensor], int]:
+        """Of `aligned_columns`."""
+        return aligned_columns([answer.target for answer in self.item.answers])
 
 
 def score_items(
@@ -104,12 +110,13 @@ def _samples(tally: _Tally, settings: MonteCarlo, form: Form, blocks: tuple[int,
     length = len(tally.answer.target)
     if tally.exact:  # the only maskable token, whose mean of CE / p is CE
         return Perturbed(torch.arange(length)[None] == 0, torch.ones(1, dtype=torch.float64))
-    width = max(len(answer.target) for answer in tally.item.item.answers)
+    columns, width = tally.item.columns
     generator = item_generator(settings.seed, tally.item.item.key)
     drawn = draw_uniform(form, settings.samples, settings.rows, width, settings.sampling, generator)
     first, last = blocks
     levels, positions = (part.unflatten(0, (settings.blocks, -1))[first:last].flatten(0, 1) for part in drawn)
-    return form.perturb(levels, positions[:, :length])
+    own = next(index for index, each in enumerate(tally.item.tallies) if each is tally)
+    return form.perturb(levels, positions[:, columns[own]])
 
 
 def _extend(

@@ -8,7 +8,8 @@ b samples, N = K·b samples, L target tokens.
 import hashlib
 import math
 from dataclasses import dataclass
-from typing import Callable, Literal
+from difflib import SequenceMatcher
+from typing import Callable, Literal, Sequence
 
 import torch
 
@@ -71,7 +72,7 @@ def draw_uniform(
     """The uniform numbers of one item: levels (K,) or (N,), and one per sample and position, (N, width).
 
     Args:
-        width: L of the longest answer; a shorter one uses the first columns.
+        width: of `aligned_columns`.
         sampling: "published" draws levels independently, "stratified" spreads them evenly.
     """
     count = samples if form.level_per_sample else samples // block
@@ -80,6 +81,31 @@ def draw_uniform(
     else:
         levels = spread(count, 1 if form.level_per_sample else block, generator)  # (K,) or (N,)
     return levels, torch.rand(samples, width, generator=generator, dtype=torch.float64)  # (N, width)
+
+
+def aligned_columns(targets: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], int]:
+    """Which uniform numbers each answer's tokens use: what answers have in common is masked together.
+
+    Answers of a question often differ in a word or two. With the same number for the same token, wherever it stands,
+    the answers lose the same tokens in a sample, so that their difference varies less. Tokens are matched in order
+    to those of the first answer; those that replace each other share a number too, what is left has its own.
+
+    Args:
+        targets: (L,) int64 each.
+    Returns:
+        (L,) int64 columns of each target, all different, and the number of columns.
+    """
+    first, found = targets[0].tolist(), [torch.arange(len(targets[0]))]  # (L,)
+    width = len(first)
+    for target in targets[1:]:
+        columns: list[int] = []
+        for _, start, stop, own, end in SequenceMatcher(None, first, target.tolist(), False).get_opcodes():
+            shared = min(stop - start, end - own)
+            extra = end - own - shared
+            columns += [*range(start, start + shared), *range(width, width + extra)]
+            width += extra
+        found.append(torch.tensor(columns))  # (L,)
+    return found, width
 
 
 def masked_counts(first: torch.Tensor, length: int, block: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ from structprune.errors import UserError
 from structprune.evaluation import choices
 from structprune.evaluation.choices import Answer, Item, MonteCarlo, check_items, score_items
 from structprune.evaluation.encode import Batches
-from structprune.evaluation.perturb import FORMS, draw_uniform, item_generator
+from structprune.evaluation.perturb import FORMS, aligned_columns, draw_uniform, item_generator
 
 MASK = 2047
 GUIDED = {"llada": 0.5, "dream": 1.5}  # u + 1.5 (c - u) in both
@@ -41,12 +41,12 @@ def sample_nats(model, answer: Answer, masked: torch.Tensor, scale: float) -> fl
 
 def block_means(model, item: Item, settings: MonteCarlo, family: str) -> list[torch.Tensor]:
     """Per answer (K,) the means of every block's samples of the item's stream, by hand."""
-    form, width = FORMS[family], max(len(answer.target) for answer in item.answers)
+    form, (columns, width) = FORMS[family], aligned_columns([answer.target for answer in item.answers])
     uniform = (settings.samples, settings.block, width, settings.sampling, item_generator(settings.seed, item.key))
     levels, positions = draw_uniform(form, *uniform)
     found = []
-    for answer in item.answers:
-        samples = form.perturb(levels, positions[:, : len(answer.target)])
+    for answer, own in zip(item.answers, columns):
+        samples = form.perturb(levels, positions[:, own])
         scale = form.guidance(settings.cfg_scale)
         nats = torch.tensor([sample_nats(model, answer, mask, scale) for mask in samples.masked]).double()
         found.append(-(nats * samples.weight).view(-1, settings.block).mean(1))

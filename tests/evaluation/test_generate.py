@@ -259,9 +259,9 @@ def test_settings_that_cannot_be_meant(make, message):
 
 
 def test_settings_by_name(tiny_model):
-    assert generation_settings(tiny_model().config, {"steps": 4, "gen_length": 8, "block_length": 4}) == LLaDAGeneration(
-        8, 4, 4
-    )
+    assert generation_settings(
+        tiny_model().config, {"steps": 4, "gen_length": 8, "block_length": 4}
+    ) == LLaDAGeneration(8, 4, 4)
     assert generation_settings(tiny_model("dream").config, {"alg": "origin"}) == DreamGeneration(alg="origin")
     with pytest.raises(UserError, match="dream's sampler has no option 'cfg_scale'"):
         generation_settings(tiny_model("dream").config, {"cfg_scale": 1.5})

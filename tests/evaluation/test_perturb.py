@@ -8,6 +8,7 @@ import torch
 
 from structprune.evaluation.perturb import (
     FORMS,
+    aligned_columns,
     draw_uniform,
     dream_samples,
     item_generator,
@@ -138,3 +139,25 @@ def test_stratified_estimates_vary_less(family):
     value = {mask: float(sum(mask)) ** 2 for mask in nats(LENGTH)}
     variance = {each: estimates(family, each, value, range(300)).var() for each in ("stratified", "published")}
     assert variance["stratified"] < 0.9 * variance["published"]
+
+
+def columns_of(*texts):
+    found, width = aligned_columns([torch.tensor([ord(letter) for letter in text]) for text in texts])
+    return [each.tolist() for each in found], width
+
+
+def test_what_answers_have_in_common_shares_its_numbers():
+    assert columns_of("abcd") == ([[0, 1, 2, 3]], 4)
+    assert columns_of("abcd", "abXcd") == ([[0, 1, 2, 3], [0, 1, 4, 2, 3]], 5)  # inserted: a number of its own
+    assert columns_of("abcd", "ad") == ([[0, 1, 2, 3], [0, 3]], 4)
+    assert columns_of("abcd", "aXYZd") == ([[0, 1, 2, 3], [0, 1, 2, 4, 3]], 5)  # replaced: pairs, then its own
+    found, width = columns_of("abcd", "XabYcdZ", "dcba", "")
+    assert width == 4 + 3 + 3 and all(len(set(each)) == len(each) for each in found)
+
+
+def test_a_shared_token_is_masked_in_both_answers():
+    """Of two answers that differ by an insertion, Dream's masks are the same at every shared token."""
+    (one, two), width = aligned_columns([torch.tensor([5, 6, 7, 8, 9]), torch.tensor([5, 1, 2, 6, 7, 8, 9])])
+    levels, positions = draw_uniform(FORMS["dream"], 64, 8, width, "stratified", item_generator(0, "x"))
+    first, second = (FORMS["dream"].perturb(levels, positions[:, each]).masked for each in (one, two))
+    assert torch.equal(first[:, :4], second[:, [0, 3, 4, 5]]) and first.any()

@@ -25,7 +25,9 @@ def choices(values=(-10.0, -12.0), sizes=(4, 6), gold=0, key="1", errors=None):
 
 
 WINDOW = Window("notes", "0", 3.5, 420.0, 120, 8, 8)
-TEXT = Generation("gsm8k", "7", "so 3 + 4 = 7", "7", {"exact_match,strict-match": 0.0, "exact_match,flexible-extract": 1.0})
+TEXT = Generation(
+    "gsm8k", "7", "so 3 + 4 = 7", "7", {"exact_match,strict-match": 0.0, "exact_match,flexible-extract": 1.0}
+)
 
 
 def test_choice_by_hand():
@@ -77,7 +79,10 @@ def test_no_masked_token_is_no_cross_entropy():
         (lambda: choices(sizes=(4,)), "every answer needs"),
         (lambda: choices(gold=2), "gold answer 2, but there are 2"),
         (lambda: Generation("g", "1", "", None, {"bleu": 1.0}), "unknown metric 'bleu'"),
-        (lambda: Generation("g", "1", "", None, {"exact": 1.0}), "unknown metric 'exact' (did you mean 'exact_match'?)"),
+        (
+            lambda: Generation("g", "1", "", None, {"exact": 1.0}),
+            "unknown metric 'exact' (did you mean 'exact_match'?)",
+        ),
         (lambda: Generation("g", "1", "", None, {}), "item '1' of task 'g' has no metric"),
         (lambda: Generation("g", "1", "", None, {"acc": math.nan}), "the model gives nan"),
         (lambda: from_json({"kind": "poem"}), "no row of an evaluation"),
