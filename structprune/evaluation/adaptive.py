@@ -13,7 +13,7 @@ GROWTH = 1.125  # blocks at one look over those at the look before
 
 
 def look_schedule(blocks: int) -> list[int]:
-    """Numbers of blocks after which a choice is looked at, the last being all: 2, 3, 4, ..., 16, 18, 20, ..., `blocks`."""
+    """Numbers of blocks after which a choice is looked at, the last being all: 2, 3, ..., 16, 18, 20, ..., `blocks`."""
     looks = [min(2, blocks)]
     while looks[-1] < blocks:
         looks.append(min(blocks, max(looks[-1] + 1, int(looks[-1] * GROWTH))))
