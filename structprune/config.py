@@ -10,6 +10,7 @@ from pydantic_core import PydanticCustomError
 from structprune.sections import Section, Sections
 
 Arm = Literal["clean", "masked", "masked+sink", "clean+sink"]
+SinkPolicy = Literal["all", "unstable", "none"]
 DEFAULT_ARM = "masked+sink"  # of scores; a refit is weighted by sinks only where asked for: no gain was measured
 
 
@@ -56,8 +57,15 @@ class CalibrationSettings(Section):
 
 
 class SinkSettings(Section):
+    policy: SinkPolicy = "all"
+    """On an arm with +sink: all sink rows lose weight; unstable: those of positions that are not a sink throughout the
+    levels (omega = 1 - phi min(1, 4 Var phi), over the S >= 2 levels of a window); none: none, as without +sink."""
+    trajectory: Literal["forward", "reverse"] = "forward"
+    """Where noisy copies come from: noise at each level, or the model's own generation after the first quarter of each
+    window (structprune/trajectories.py); held-out windows have noise either way."""
     mask: Literal["soft", "hard"] = "soft"
-    """soft: a row keeps 1 - phi, phi = sigmoid(alpha (mass - threshold)); hard: 1 up to the threshold, 0 above."""
+    """soft: phi = sigmoid(alpha (mass - threshold)); hard: phi is 0 up to the threshold, 1 above, for every policy (all
+    then keeps or drops a row)."""
     alpha: float = Field(5.0, gt=0)
     """Steepness of the soft mask."""
     kappa: float = 2.0

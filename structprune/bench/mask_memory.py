@@ -8,8 +8,7 @@ from structprune.masking.rows import reads_text, walked
 from structprune.masking.table import SCORES, resolve_score
 from structprune.models.adapter import READERS, Adapter
 from structprune.models.loading import as_dtype
-from structprune.statistics.norms import held_bytes
-from structprune.statistics.rows import needs_sinks
+from structprune.statistics.norms import held_bytes, weighs_late
 
 
 def predicted_mask_peak(adapter: Adapter, config: Config, stored: torch.dtype) -> dict[str, int]:
@@ -88,7 +87,7 @@ def _statistics_bytes(adapter: Adapter, config: Config, base: str, arm: str | No
     if SCORES[base].needs == "grams":
         grams = max(4 * sum(width * width for width in block) for block in _widths(adapter))
     one_shot = config.masking.allocation == "owl" or (arm is not None and not walked(config, base))
-    if one_shot and needs_sinks(arm) and arm.startswith("masked"):
+    if one_shot and weighs_late(arm, config.sink):
         held = held_bytes(adapter, config.calibration.batch * config.calibration.length, itemsize)
     return max(grams, held if held <= config.memory.budget_gb * 1e9 else 0)
 

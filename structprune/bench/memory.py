@@ -11,6 +11,7 @@ from structprune.config import Config
 from structprune.criteria.table import CRITERIA, resolve_arm
 from structprune.models.adapter import Adapter
 from structprune.models.loading import as_dtype
+from structprune.statistics.rows import needs_sinks
 
 LARGEST_SHARD = 5_000_000_000  # official checkpoints are cut at 5 GB; a shard is in memory beside what was read so far
 RUNTIME_BYTES = 450_000_000  # the interpreter with torch and transformers imported
@@ -109,9 +110,8 @@ def _scoring_bytes(dense: Adapter, config: Config, size: Tokens, weights: int) -
         return max(4 * (a * a + b * b) + 24 * max(a, b) ** 2 for a, b in widths)
     if needs == "gradients":  # their running sum, the new ones, and every block's activations for the backward pass
         return 2 * weights + len(widths) * size.batch * live_features(dense)
-    if needs == "moments" and resolve_arm(settings.score, settings.arm).endswith(
-        "+sink"
-    ):  # every consumer's input until the batch has ended
+    if needs == "moments" and needs_sinks(resolve_arm(settings.score, settings.arm), config.sink):
+        # every consumer's input until the batch has ended
         held = size.batch * sum(a + b for a, b in widths)
         return held if held <= _budget(config) else 0
     return 0

@@ -19,7 +19,7 @@ from structprune.models.adapter import CONSUMER, Adapter, BlockView
 from structprune.statistics.activations import add_products, relative_weight
 from structprune.statistics.hidden import HiddenStates
 from structprune.statistics.moments import consumer_moments
-from structprune.statistics.rows import Rows, Track, arm_rows, measure_mass, needs_sinks, untracked
+from structprune.statistics.rows import Observe, Rows, Track, arm_rows, measure_mass, needs_sinks, unobserved, untracked
 
 Key = tuple[int, str]  # (block index, kind of unit)
 
@@ -73,13 +73,18 @@ def rank_units(
     sink: SinkSettings,
     limits: Limits = Limits(),
     track: Track = untracked,
+    observe: Observe = unobserved,
 ) -> dict[Key, RemovalPath]:
-    """Removal paths of every block and kind by the score in `settings`, on `arm` (see `criteria.table.resolve_arm`)."""
+    """Removal paths of every block and kind by the score in `settings`, on `arm` (see `criteria.table.resolve_arm`).
+
+    Args:
+        observe: is shown the mass that sink weights are made from, in the order of windows and levels.
+    """
     collect = {"weights": _by_magnitude, "moments": _by_moments, "grams": _by_obs, "gradients": _by_taylor}
-    return collect[CRITERIA[settings.score].needs](adapter, calibration, settings, arm, sink, limits, track)
+    return collect[CRITERIA[settings.score].needs](adapter, calibration, settings, arm, sink, limits, track, observe)
 
 
-def _by_magnitude(adapter, calibration, settings, arm, sink, limits, track) -> dict[Key, RemovalPath]:
+def _by_magnitude(adapter, calibration, settings, arm, sink, limits, track, observe) -> dict[Key, RemovalPath]:
     paths = {}
     for block in track(adapter.blocks, "magnitudes"):
         for kind in KINDS:
@@ -89,8 +94,8 @@ def _by_magnitude(adapter, calibration, settings, arm, sink, limits, track) -> d
     return paths
 
 
-def _by_moments(adapter, calibration, settings, arm, sink, limits, track) -> dict[Key, RemovalPath]:
-    measured = consumer_moments(adapter, calibration, arm, sink, limits.windows, limits.budget, track)
+def _by_moments(adapter, calibration, settings, arm, sink, limits, track, observe) -> dict[Key, RemovalPath]:
+    measured = consumer_moments(adapter, calibration, arm, sink, limits.windows, limits.budget, track, observe)
     paths = {}
     for block in adapter.blocks:
         for kind in KINDS:
@@ -107,16 +112,16 @@ def _by_moments(adapter, calibration, settings, arm, sink, limits, track) -> dic
     return paths
 
 
-def calibration_rows(adapter, calibration, arm, sink, limits, track) -> Rows:
+def calibration_rows(adapter, calibration, arm, sink, limits, track, observe=unobserved) -> Rows:
     """The rows of an arm, with sink weights measured by a pass of their own where it needs them."""
     batch = limits.windows * calibration.levels
-    mass = measure_mass(adapter, calibration, batch, track) if needs_sinks(arm) else None
+    mass = measure_mass(adapter, calibration, batch, track, observe) if needs_sinks(arm, sink) else None
     return arm_rows(calibration, arm, sink, mass, adapter.mask_id)
 
 
 @torch.inference_mode()
-def _by_obs(adapter, calibration, settings, arm, sink, limits, track) -> dict[Key, RemovalPath]:
-    rows = calibration_rows(adapter, calibration, arm, sink, limits, track)
+def _by_obs(adapter, calibration, settings, arm, sink, limits, track, observe) -> dict[Key, RemovalPath]:
+    rows = calibration_rows(adapter, calibration, arm, sink, limits, track, observe)
     states = HiddenStates(adapter, rows.ids, limits.windows * rows.copies, limits.budget)
     paths = {}
     for block in track(adapter.blocks, f"obs scores ({arm})"):
@@ -149,10 +154,10 @@ def _advance_with_grams(
     return {kind: gram / totals[kind] for kind, gram in grams.items()}
 
 
-def _by_taylor(adapter, calibration, settings, arm, sink, limits, track) -> dict[Key, RemovalPath]:
+def _by_taylor(adapter, calibration, settings, arm, sink, limits, track, observe) -> dict[Key, RemovalPath]:
     if calibration.mask_probability is None:
         raise UserError("score 'taylor' needs mask probabilities, which the replayed calibration file does not have")
-    rows = calibration_rows(adapter, calibration, arm, sink, limits, track)
+    rows = calibration_rows(adapter, calibration, arm, sink, limits, track, observe)
     tensors = {block.index: block_tensors(block) for block in adapter.blocks}
     flat = [(index, key, value) for index, part in tensors.items() for key, value in part.items()]
     sums = [torch.zeros_like(value) for _, _, value in flat]

@@ -7,7 +7,7 @@ from structprune.config import Config
 from structprune.masking.table import SCORES
 from structprune.masking.walk import Use, Wanted
 from structprune.models.adapter import Adapter
-from structprune.statistics.rows import Rows, Track, arm_rows, measure_mass, needs_sinks
+from structprune.statistics.rows import Observe, Rows, Track, arm_rows, measure_mass, needs_sinks, unobserved
 
 
 def reads_text(config: Config, arm: str | None) -> bool:
@@ -23,7 +23,13 @@ def walked(config: Config, base: str) -> bool:
 
 
 def wanted_rows(
-    adapter: Adapter, calibration: Calibration | None, config: Config, base: str, arm: str | None, track: Track
+    adapter: Adapter,
+    calibration: Calibration | None,
+    config: Config,
+    base: str,
+    arm: str | None,
+    track: Track,
+    observe: Observe = unobserved,
 ) -> Wanted | None:
     """What a run's walk over the blocks measures; None where nothing needs one.
 
@@ -34,8 +40,9 @@ def wanted_rows(
     fitted = refit.arm if refit.enabled else None
     if scored is None and fitted is None:
         return None
-    sinks = any(needs_sinks(each) for each in (scored, fitted))
-    mass = measure_mass(adapter, calibration.fit, config.calibration.batch, track) if sinks else None  # (N, S, T)
+    mass = None
+    if any(needs_sinks(each, config.sink) for each in (scored, fitted)):
+        mass = measure_mass(adapter, calibration.fit, config.calibration.batch, track, observe)  # (N, S, T)
     rows = {
         each: arm_rows(calibration.fit, each, config.sink, mass, adapter.mask_id) for each in {scored, fitted} - {None}
     }

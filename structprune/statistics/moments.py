@@ -7,7 +7,7 @@ from structprune.config import SinkSettings
 from structprune.models.adapter import Adapter
 from structprune.statistics.activations import Moments, merge_moments, moments
 from structprune.statistics.capture import MassMeter, consumers, watch_inputs
-from structprune.statistics.rows import Track, arm_ids, arm_weights, needs_sinks, untracked
+from structprune.statistics.rows import Observe, Track, arm_ids, arm_weights, needs_sinks, unobserved, untracked
 
 Key = tuple[int, str]  # (block index, consumer role)
 
@@ -27,6 +27,7 @@ def consumer_moments(
     windows: int = 1,
     budget: int = 2**33,
     track: Track = untracked,
+    observe: Observe = unobserved,
 ) -> dict[Key, Moments]:
     """Moments of the inputs of all consumers over the rows of `arm`.
 
@@ -34,7 +35,8 @@ def consumer_moments(
     input is held until then, beyond it the batch is run twice. Both give the same numbers.
 
     Args:
-        windows: windows per batch (times S copies).
+        windows: windows per batch (times S copies, so that a policy has all levels of a window before it).
+        observe: is shown the mass that sink weights are made from, window by window.
     Returns:
         (block, role) -> `Moments` of that consumer's input features.
     """
@@ -44,19 +46,24 @@ def consumer_moments(
         new = moments(x, weight)
         totals[key] = merge_moments(totals[key], new) if key in totals else new
 
+    def weigh(noisy: torch.Tensor) -> torch.Tensor:
+        mass = _mass(adapter, noisy)  # (b, S, T)
+        observe(mass)
+        return arm_weights(mass, arm, sink).flatten(0, 1)  # (b*R, T)
+
     ids, linears = arm_ids(calibration, arm), consumers(adapter.blocks)
     hold = held_bytes(adapter, windows * calibration.levels, calibration.length) <= budget
     for start in track(range(0, len(ids), windows), f"moments ({arm})"):
         noisy = calibration.noisy_ids[start : start + windows]  # (b, S, T)
         part = ids[start : start + windows]  # (b, R, T)
-        if needs_sinks(arm) and arm.startswith("masked") and hold:
+        if needs_sinks(arm, sink) and arm.startswith("masked") and hold:
             held: dict[Key, torch.Tensor] = {}
             with watch_inputs(linears, held.__setitem__):
-                weight = arm_weights(_mass(adapter, noisy), arm, sink).flatten(0, 1)  # (b*R, T)
+                weight = weigh(noisy)  # (b*R, T)
             for key in list(held):
                 add(key, held.pop(key), weight)
             continue
-        weight = arm_weights(_mass(adapter, noisy), arm, sink).flatten(0, 1) if needs_sinks(arm) else None
+        weight = weigh(noisy) if needs_sinks(arm, sink) else None  # (b*R, T)
         with watch_inputs(linears, lambda key, x: add(key, x, weight)):
             adapter.model.encode(part.flatten(0, 1).to(adapter.device))
     return totals

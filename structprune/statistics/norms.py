@@ -16,7 +16,17 @@ from structprune.models.adapter import READERS, Adapter, BlockView
 from structprune.statistics.activations import relative_weight, squared_norms
 from structprune.statistics.capture import MassMeter, watch_inputs
 from structprune.statistics.inputs import STREAM, InputNorms, Inputs, Key, block_inputs, inputs_of_rows
-from structprune.statistics.rows import Track, arm_ids, arm_weights, mass_of, measure_mass, needs_sinks, untracked
+from structprune.statistics.rows import (
+    Observe,
+    Track,
+    arm_ids,
+    arm_weights,
+    mass_of,
+    measure_mass,
+    needs_sinks,
+    unobserved,
+    untracked,
+)
 
 SINGLE = 8  # one row in so many is a group of its own: those that may well weigh less
 GROUP = 12  # rows in other groups: fewer hold more, more make more rows again
@@ -34,6 +44,7 @@ def one_shot_norms(
     batch: int = 1,
     budget: int = 2**33,
     track: Track = untracked,
+    observe: Observe = unobserved,
 ) -> dict[Key, torch.Tensor]:
     """Norms of every linear's input over the rows of `arm`.
 
@@ -41,28 +52,40 @@ def one_shot_norms(
         batch: sequences in a forward pass.
         budget: bytes; where what is held for the noisy sink arm exceeds them, the pass is run twice. Both give the same
             numbers.
+        observe: is shown the mass that sink weights are made from, in the order of the sequences.
     Returns:
         (block, input) -> (C,) fp64.
     """
     counted, ids = InputNorms(summed), arm_ids(calibration, arm)  # (N, R, T)
-    late, room = needs_sinks(arm) and arm.startswith("masked"), None
+    late, room = weighs_late(arm, sink), None
     weights = None
-    if needs_sinks(arm) and not late:
-        mass = measure_mass(adapter, calibration, batch, track)  # (N, S, T)
-        weights = arm_weights(mass, arm, sink).flatten(0, 1)  # (N, T)
+    if needs_sinks(arm, sink) and not late:
+        mass = measure_mass(adapter, calibration, batch, track, observe)  # (N, S, T)
+        weights = arm_weights(mass, arm, sink).flatten(0, 1)  # (N*R, T)
     ids = ids.flatten(0, 1)  # (R, T)
     for start in track(range(0, len(ids), batch), f"norms ({arm})"):
         rows = slice(start, start + batch)
         part = ids[rows].to(adapter.device)  # (b, T)
         if late and held_bytes(adapter, part.numel()) <= budget:
             room = room or [_Held.empty(block, part.shape) for block in adapter.blocks[:-1]]
-            _add_late(adapter, part, [held.first(len(part)) for held in room], counted, sink, relative)
+            mass = _add_late(adapter, part, [held.first(len(part)) for held in room], counted, sink, relative)
+            observe(mass)  # (b, T)
             continue
         weight = None if weights is None else weights[rows].to(adapter.device)  # (b, T)
         if late:
-            weight = _late_weight(mass_of(adapter, part), sink)  # (b, T)
+            observe(mass := mass_of(adapter, part))  # (b, T)
+            weight = _late_weight(mass, sink)  # (b, T)
         _add(adapter, part, counted, weight, relative)
     return counted.norms
+
+
+def weighs_late(arm: str | None, sink: SinkSettings) -> bool:
+    """Whether a noisy sequence's row weights are known once its own pass has ended.
+
+    A policy that compares the levels of a window must know all of them, which a batch of sequences need not hold: there
+    the mass is measured by a pass of its own first.
+    """
+    return needs_sinks(arm, sink) and arm.startswith("masked") and sink.policy == "all"
 
 
 def held_bytes(adapter: Adapter, tokens: int, itemsize: int | None = None) -> int:
@@ -157,8 +180,8 @@ def _groups(length: int) -> tuple[int, int]:
 
 def _add_late(
     adapter: Adapter, ids: torch.Tensor, room: list[_Held], counted: InputNorms, sink: SinkSettings, relative: bool
-) -> None:
-    """One forward pass over (b, T) ids, whose row weights are those of its own attention mass."""
+) -> torch.Tensor:
+    """One forward pass over (b, T) ids, whose row weights are those of its own attention mass (b, T), returned."""
     x = adapter.model.embedding(ids)  # (b, T, C)
     rotary, *blocks = adapter.model.rotary(ids.shape[1], adapter.device), *adapter.blocks
     with MassMeter().on([block.core for block in blocks]) as meter:
@@ -168,11 +191,13 @@ def _add_late(
             x = found.stream["activated"] + block["down"](found.read["activated"])  # (b, T, C)
             del found  # or it would be beside the next block's
         last = block_inputs(blocks[-1], x, rotary)
-        weight = _late_weight(meter.take(), sink)  # (b, T)
+        mass = meter.take()  # (b, T)
+    weight = _late_weight(mass, sink)  # (b, T)
     for name, value in last.read.items():
         counted.add((blocks[-1].index, name), value, last.weight(name, weight, relative))
     for block, held in zip(blocks, room):
         _count(block, held, counted, weight, relative)
+    return mass
 
 
 def _grouped_squares(x: torch.Tensor, order: torch.Tensor, weight: torch.Tensor | None, sums: torch.Tensor) -> None:

@@ -14,6 +14,13 @@ from structprune.statistics.sinks import keep_weights
 Track = Callable[[Iterable, str], Iterable]
 
 
+Observe = Callable[[torch.Tensor], None]  # is shown attention mass (..., T) that sink weights are made from
+
+
+def unobserved(mass: torch.Tensor) -> None:
+    """The hook that looks at no mass."""
+
+
 def untracked(items: Iterable, title: str) -> Iterable:
     """The progress hook that shows nothing."""
     return items
@@ -40,8 +47,9 @@ class Rows:
         return None if self.weight is None else self.weight[rows].to(device)
 
 
-def needs_sinks(arm: str | None) -> bool:
-    return arm is not None and arm.endswith("+sink")
+def needs_sinks(arm: str | None, sink: SinkSettings) -> bool:
+    """Whether rows of an arm are weighted by their sinks."""
+    return arm is not None and arm.endswith("+sink") and sink.policy != "none"
 
 
 def arm_ids(calibration: Calibration, arm: str) -> torch.Tensor:
@@ -62,7 +70,7 @@ def arm_rows(calibration: Calibration, arm: str, sink: SinkSettings, mass: torch
         mass: (N, S, T) attention mass on the noisy copies; needed by the sink arms only.
     """
     ids = arm_ids(calibration, arm)  # (N, R, T)
-    weight = arm_weights(mass, arm, sink).flatten(0, 1) if needs_sinks(arm) else None  # (N*R, T)
+    weight = arm_weights(mass, arm, sink).flatten(0, 1) if needs_sinks(arm, sink) else None  # (N*R, T)
     masked = (ids == mask_id) & (calibration.input_ids[:, None] != mask_id)  # (N, R, T)
     return Rows(ids.flatten(0, 1), weight, masked.flatten(0, 1), ids.shape[1])
 
@@ -82,13 +90,21 @@ def mass_of(adapter: Adapter, ids: torch.Tensor) -> torch.Tensor:
     return meter.take()
 
 
-def measure_mass(adapter: Adapter, calibration: Calibration, batch: int = 1, track: Track = untracked) -> torch.Tensor:
+def measure_mass(
+    adapter: Adapter,
+    calibration: Calibration,
+    batch: int = 1,
+    track: Track = untracked,
+    observe: Observe = unobserved,
+) -> torch.Tensor:
     """Attention mass on every noisy copy: (N, S, T) fp32 on CPU.
 
     Args:
         batch: sequences per forward pass.
+        observe: is shown all of it.
     """
     noisy = calibration.noisy_ids.flatten(0, 1)  # (N*S, T)
     starts = track(range(0, len(noisy), batch), "attention mass")
     mass = torch.cat([mass_of(adapter, noisy[start : start + batch]).cpu() for start in starts])  # (N*S, T)
+    observe(mass)
     return mass.view(calibration.noisy_ids.shape)

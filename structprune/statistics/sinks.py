@@ -9,6 +9,7 @@ import math
 import torch
 
 from structprune.config import SinkSettings
+from structprune.statistics.policies import policy_weights
 
 # Bytes of one block of scores: on CPU small enough for the cache yet few enough steps for several threads; elsewhere
 # large enough to hide the launches.
@@ -110,8 +111,16 @@ def sink_mask(mass: torch.Tensor, alpha: float = 5.0, kappa: float = 2.0, scale_
     return torch.sigmoid(alpha * (mass - sink_threshold(mass, kappa)))
 
 
-def keep_weights(mass: torch.Tensor, sink: SinkSettings) -> torch.Tensor:
-    """Weight ω of every row: 1 - φ (`soft`) or 0 above the threshold (`hard`): (..., T) -> (..., T)."""
+def sink_phi(mass: torch.Tensor, sink: SinkSettings) -> torch.Tensor:
+    """φ by the settings: `sink_mask` (`soft`), or 1 above the threshold, else 0 (`hard`): (..., T) -> (..., T)."""
     if sink.mask == "hard":
-        return (mass <= sink_threshold(mass, sink.kappa)).to(mass.dtype)
-    return 1 - sink_mask(mass, sink.alpha, sink.kappa, sink.scale_free)
+        return (~(mass <= sink_threshold(mass, sink.kappa))).to(mass.dtype)
+    return sink_mask(mass, sink.alpha, sink.kappa, sink.scale_free)
+
+
+def keep_weights(mass: torch.Tensor, sink: SinkSettings) -> torch.Tensor:
+    """Weight ω of every row by the settings' policy: (..., S, T) of all levels of a window -> (..., S, T).
+
+    Under `all` and `none` a row's weight hangs on no other level, so (..., T) will do.
+    """
+    return policy_weights(sink_phi(mass, sink), sink.policy)

@@ -17,7 +17,7 @@ from structprune.models.adapter import CONSUMER, Adapter
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.statistics.activations import add_products, relative_weight
 from structprune.statistics.residual import ResidualRun, TargetRun
-from structprune.statistics.rows import Track, arm_rows, untracked
+from structprune.statistics.rows import Observe, Track, arm_rows, unobserved, untracked
 
 NEVER = float("inf")  # the damping at which nothing changes: plain removal
 
@@ -115,12 +115,12 @@ class Reconstructor:
 
     def __init__(
         self, model: DiffusionLM, calibration: Calibration, settings: ReconstructSettings, sink: SinkSettings,
-        limits: Limits = Limits(), track: Track = untracked,
+        limits: Limits = Limits(), track: Track = untracked, observe: Observe = unobserved,
     ):  # fmt: skip
         self.settings, self._limits, self._track = settings, limits, track
         self._dense = Adapter(model)
         with torch.no_grad():
-            rows = calibration_rows(self._dense, calibration.fit, settings.arm, sink, limits, track)
+            rows = calibration_rows(self._dense, calibration.fit, settings.arm, sink, limits, track, observe)
             held_out = arm_rows(calibration.check, "masked", sink, None, self._dense.mask_id)
             self._fit_rows = len(rows.ids)
             self._ids = torch.cat((rows.ids, held_out.ids))  # (R, T)

@@ -63,7 +63,9 @@ def test_clean_sink_rows_weigh_by_the_mean_over_levels(calibration):
 
 def test_which_arms_need_sinks():
     arms = ("clean", "masked", "masked+sink", "clean+sink", None)
-    assert [needs_sinks(arm) for arm in arms] == [False, False, True, True, False]
+    assert [needs_sinks(arm, SinkSettings()) for arm in arms] == [False, False, True, True, False]
+    assert [needs_sinks(arm, SinkSettings(policy="unstable")) for arm in arms] == [False, False, True, True, False]
+    assert not any(needs_sinks(arm, SinkSettings(policy="none")) for arm in arms)
 
 
 @pytest.mark.parametrize("family", ["llada", "dream"])

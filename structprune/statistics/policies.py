@@ -1,0 +1,87 @@
+"""Which sink rows lose weight: policies over the S noise levels of a window, and what each of them took.
+
+The published claim is that sinks which move while the model denoises are transient and may be ignored, and that those
+that stay may not (arXiv 2602.17664; the formula is ours, METHODS.md section 3). Pure functions of the sink mask φ.
+Shapes: N windows, S noise levels, T positions.
+"""
+
+import torch
+
+from structprune.config import SinkPolicy
+
+SINK = 0.5  # a position is a sink of a level where φ exceeds this
+DECILES = 10
+TOP = 10  # positions that lost most, to report
+
+
+def instability(phi: torch.Tensor) -> torch.Tensor:
+    """Population variance of φ over the levels, 0 (always, or never, a sink) to 1/4: (..., S, T) -> (..., T)."""
+    return phi.var(-2, correction=0)
+
+
+def survival(phi: torch.Tensor) -> torch.Tensor:
+    """Share of the levels at which a position is a sink, φ > 1/2: (..., S, T) -> (..., T)."""
+    return (phi > SINK).to(phi.dtype).mean(-2)
+
+
+def policy_weights(phi: torch.Tensor, policy: SinkPolicy) -> torch.Tensor:
+    """Keep weight ω of every row of S levels by a policy: (..., S, T) -> (..., S, T).
+
+    `all`: 1 - φ, also for (..., T). `unstable`: 1 - φ · min(1, 4 · Var_s φ), so that a position that is a sink at all
+    levels keeps its weight and one that is a sink at half of them loses as under `all`. `none`: 1.
+    """
+    if policy == "none":
+        return torch.ones_like(phi)
+    if policy == "unstable":
+        phi = phi * (4 * instability(phi)).clamp(max=1)[..., None, :]  # (..., S, T)
+    return 1 - phi
+
+
+def taken(weights: torch.Tensor, masked: torch.Tensor) -> dict:
+    """How much weight went, and from which positions, as plain data: shares of 1 a row, 0 (nothing) to 1 (all).
+
+    Args:
+        weights: (N, S, T) ω. masked: (N, S, T) bool, rows that are mask tokens.
+    Returns:
+        `share` over all rows; `by_level` (S); `by_decile` of the position in the window (10, or T where that is less);
+        `by_kind`: of `mask` tokens and of `text`, None where there are none; `of_mask`: the part of what went that went
+        from mask tokens (None: nothing went); `top`: the positions that lost most, and their share.
+    """
+    lost = 1 - weights.double()  # (N, S, T)
+    by_position = lost.mean((0, 1))  # (T,)
+    most = by_position.topk(min(TOP, len(by_position)))
+    total, at_masks = float(lost.sum()), float(lost[masked].sum())
+    return {
+        "share": float(lost.mean()),
+        "by_level": lost.mean((0, 2)).tolist(),
+        "by_decile": [float(part.mean()) for part in by_position.tensor_split(min(DECILES, len(by_position)))],
+        "by_kind": {"mask": _mean(lost[masked]), "text": _mean(lost[~masked])},
+        "of_mask": at_masks / total if total > 0 else None,
+        "top": [[int(place), float(share)] for share, place in zip(*most) if share > 0],
+    }
+
+
+def _mean(values: torch.Tensor) -> float | None:
+    return float(values.mean()) if values.numel() else None
+
+
+def policy_report(phi: torch.Tensor, masked: torch.Tensor, policy: SinkPolicy) -> dict:
+    """What a policy took from some windows beside what `all` and `unstable` would take, as plain data.
+
+    Args:
+        phi: (N, S, T) sink mask, levels in the order they are to be shown in. masked: (N, S, T) bool, mask tokens.
+    Returns:
+        `policy`; `sinks`: share of rows with φ > 1/2; `survival`: mean share of levels of the positions that are a sink
+        at any, and `instability` their mean variance (None where there are none); `taken`: policy -> `taken`.
+    """
+    lasting = survival(phi)  # (N, T)
+    ever = lasting > 0  # (N, T)
+    policies = ["all"] if phi.shape[1] < 2 else ["all", "unstable"]
+    return {
+        "policy": policy,
+        "windows": phi.shape[0],
+        "sinks": float((phi > SINK).double().mean()),
+        "survival": _mean(lasting[ever]),
+        "instability": _mean(instability(phi)[ever]),
+        "taken": {name: taken(policy_weights(phi, name), masked) for name in policies},
+    }

@@ -1,0 +1,39 @@
+"""What a run's sink policy took, from the attention mass that its weights were made from."""
+
+import torch
+
+from structprune.calibration.batches import Calibration
+from structprune.config import SinkSettings
+from structprune.statistics.policies import policy_report
+from structprune.statistics.sinks import sink_phi
+
+
+class SinkLog:
+    """Keeps the mass that `observe` is shown, 4 bytes a row: N windows x S levels x T positions, on CPU."""
+
+    def __init__(self):
+        self._parts: list[torch.Tensor] = []
+
+    def observe(self, mass: torch.Tensor) -> None:
+        """Keep mass (..., T) of further sequences, in the order of windows and levels."""
+        self._parts.append(mass.flatten(0, -2).cpu())  # (r, T)
+
+    def report(self, calibration: Calibration, sink: SinkSettings, mask_id: int) -> dict | None:
+        """`policies.policy_report` of the windows seen, as plain data; None where none were.
+
+        Levels are shown in the order of their mask probability, with the `mask_share` of each: its share of mask
+        tokens. What was seen again (an allocation and a score both look) counts once.
+
+        Args:
+            calibration: the windows that were looked at, all of them.
+        """
+        if not self._parts:
+            return None
+        noisy, p = calibration.noisy_ids, calibration.mask_probability  # (N, S, T), (N, S)
+        mass = torch.cat(self._parts)[: noisy.shape[0] * noisy.shape[1]].view(noisy.shape)  # (N, S, T)
+        phi, masked = sink_phi(mass, sink), noisy == mask_id  # (N, S, T) each
+        if p is not None:
+            order = p.argsort(1, stable=True)[..., None].expand(noisy.shape)  # (N, S, T)
+            phi, masked = phi.gather(1, order), masked.gather(1, order)  # (N, S, T) each
+        shares = masked.double().mean((0, 2)).tolist()  # (S,)
+        return policy_report(phi, masked, sink.policy) | {"mask_share": shares}
