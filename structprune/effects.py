@@ -27,12 +27,20 @@ def refuse_idle(config: Config, idle: tuple[Idle, ...]) -> None:
 
 
 def _common(config: Config, arms: list[str]) -> tuple[Idle, ...]:
-    """What holds for every method; `arms`: those that its score and refit use."""
+    """What holds for every method; `arms`: those that its score, allocation and refit use.
+
+    The policy `none` makes an arm with +sink one without; a trajectory decides what noisy copies are, so every arm that
+    looks at some takes it.
+    """
     reconstruct, sink = config.reconstruct, config.sink
+    weights = tuple(key for key in SinkSettings.model_fields if key != "trajectory")
+    blind = all(arm in ("", "clean") for arm in arms)
     return (
         ("reconstruct", tuple(ReconstructSettings.model_fields), not reconstruct.enabled, "reconstruct.enabled = true"),
         ("reconstruct", ("damping",), reconstruct.mode == "bias", "reconstruct.mode = least-squares"),
-        ("sink", tuple(SinkSettings.model_fields), not any("sink" in arm for arm in arms), "an arm with +sink"),
+        ("sink", weights, not any("sink" in arm for arm in arms), "an arm with +sink"),
+        ("sink", ("mask", "alpha", "kappa", "scale_free"), sink.policy == "none", "sink.policy = all or unstable"),
+        ("sink", ("trajectory",), blind, "an arm that is masked or has +sink"),
         ("sink", ("alpha", "scale_free"), sink.mask == "hard", "sink.mask = soft"),
     )
 
@@ -78,5 +86,6 @@ def check_masking(config: Config, base: str, arm: str | None, reads: bool) -> No
          "a noisy arm, a refit or a held-out check"),
         ("memory", ("offload",), not reads, "a forward pass"),
     )  # fmt: skip
-    arms = [arm or "", reconstruct.arm if reconstruct.enabled else ""]
+    seen = arm or ("masked" if masking.allocation == "owl" else "")  # where the score sees nothing, owl looks
+    arms = [seen, reconstruct.arm if reconstruct.enabled else ""]
     refuse_idle(config, idle + _common(config, arms))

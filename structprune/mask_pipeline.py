@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from structprune.calibration.batches import Calibration
-from structprune.calibration.build import CHECK_SEED, calibrate, held_out_noise
+from structprune.calibration.build import CHECK_SEED, held_out_noise
 from structprune.checkpoint.card import mask_card
 from structprune.checkpoint.masked import save_masked
 from structprune.checkpoint.report import mask_report
@@ -31,6 +31,8 @@ from structprune.models.placement import give_back_memory, stream_target, stream
 from structprune.statistics.inputs import Key
 from structprune.statistics.norms import one_shot_norms
 from structprune.statistics.rows import Track, untracked
+from structprune.statistics.sink_log import SinkLog
+from structprune.trajectories import calibrated
 
 OUTLIER_ARM = "masked"  # what `owl` looks at where the score looks at no activations
 
@@ -99,7 +101,7 @@ class MaskRun:
         reads = reads_text(config, self.arm)
         if calibration is not None and not reads:
             raise UserError("nothing of this run looks at a calibration: leave it out, or set calibration.held_out")
-        self.calibration = (calibration or calibrate(model, config)) if reads else None
+        self.calibration = calibrated(model, config, calibration, track) if reads else None
         if reads and self.calibration.held_out >= self.calibration.windows:
             raise UserError("every window of the calibration is held out, which leaves none to look at: hold out fewer")
         if config.reconstruct.enabled and self.calibration.held_out < 1:
@@ -107,6 +109,7 @@ class MaskRun:
         self.seconds: dict[str, float] = {}
         self._batch, self._budget = config.calibration.batch, int(config.memory.budget_gb * 1e9)
         self._norms: dict[Key, torch.Tensor] = {}
+        self._sinks = SinkLog()
 
     def _timed(self, name: str, work):
         synchronise(self._target or self.model.device)
@@ -141,8 +144,15 @@ class MaskRun:
             "held_out_nelbo": check,
             "factored": [asdict(each) for each in factored],
             "refit": [fit.plain() for fit in fits],
+            "sinks": self._taken(),
         }
         return Masked(model, masks, self.calibration, report)
+
+    def _taken(self) -> dict | None:
+        """What the sink policy took."""
+        if self.calibration is None:
+            return None
+        return self._sinks.report(self.calibration.fit, self.config.sink, self.model.config.mask_token_id)
 
     def _check(self, model: DiffusionLM, dense: Nelbo | None, plain: PlainWeights | None) -> dict | None:
         """What masks cost on held-out windows; a refit that is no gain there is undone."""
@@ -184,7 +194,7 @@ class MaskRun:
         one_shot = self.arm is not None and not walked(config, self.base)
         if one_shot or masking.allocation == "owl":
             arguments = (adapter, self.calibration.fit, self.arm or OUTLIER_ARM, config.sink, masking.norms == "summed")
-            more = (masking.relative, self._batch, self._budget, self.track)
+            more = (masking.relative, self._batch, self._budget, self.track, self._sinks.observe)
             self._norms = self._timed("statistics", lambda: one_shot_norms(*arguments, *more))
         outliers = None
         if masking.allocation == "owl":
@@ -200,7 +210,7 @@ class MaskRun:
         config = self.config
         nm = parse_nm(config.masking.nm) if config.method == "nm" else None
         dense = Adapter(self.model)
-        arguments = (dense, self.calibration, config, self.base, self.arm, self.track)
+        arguments = (dense, self.calibration, config, self.base, self.arm, self.track, self._sinks.observe)
         wanted = self._timed("sinks", lambda: wanted_rows(*arguments))
         walk = Walk(dense, adapter, wanted, self._batch, self._budget) if wanted else None
         masks, factored, fits = Masks({}, {}), [], []

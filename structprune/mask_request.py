@@ -10,6 +10,7 @@ from structprune.masking.rows import reads_text
 from structprune.masking.table import resolve_score
 from structprune.models.adapter import Adapter
 from structprune.models.modeling_structprune import DiffusionLM
+from structprune.trajectories import check_trajectory
 
 
 def removed_ratio(config: Config) -> float:
@@ -56,6 +57,7 @@ def check_mask_request(model: DiffusionLM, config: Config) -> tuple[str, str | N
         )
     if reads_text(config, arm) and not calibration.replays:
         level_times(calibration.steps, calibration.interval)
+        check_trajectory(config)
     return base, arm
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from structprune.calibration.batches import Calibration
-from structprune.calibration.build import CHECK_SEED, calibrate, held_out_noise
+from structprune.calibration.build import CHECK_SEED, held_out_noise
 from structprune.calibration.noise import level_times
 from structprune.checkpoint.card import model_card
 from structprune.checkpoint.export import check_export, check_export_request
@@ -25,11 +25,13 @@ from structprune.models.adapter import Adapter
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.placement import stream_target, streamed, synchronise
 from structprune.statistics.rows import Track, untracked
+from structprune.statistics.sink_log import SinkLog
 from structprune.structured.choose import check_choice, choose_counts, describe_counts, open_blocks
 from structprune.structured.graph import coupled_units
 from structprune.structured.plan import Plan, make_plan
 from structprune.structured.reconstruct import LayerFit, Reconstructor
 from structprune.structured.surgery import apply_plan, pruned_config
+from structprune.trajectories import calibrated, check_trajectory
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ def check_request(model: DiffusionLM, config: Config) -> None:
         raise UserError("calibration.held_out = 0 leaves nothing to choose split and damping on: set it to 1 or more")
     if not config.calibration.replays:
         level_times(config.calibration.steps, config.calibration.interval)
+        check_trajectory(config)
 
 
 def check_plan(model: DiffusionLM, plan: Plan, config: Config, source_values: dict) -> None:
@@ -103,7 +106,7 @@ class Pruner:
     Args:
         model: from `structprune.load_model`; it is not changed.
         config: default `Config()`.
-        calibration: default `calibrate(model, config)`.
+        calibration: default what `config` describes.
         track: wraps iterations that take long, `track(items, title)`.
     Raises:
         UserError: a request that cannot be met, in one line, before any forward pass.
@@ -119,7 +122,7 @@ class Pruner:
         self.model, self.config, self.track = model, config or Config(), track
         check_request(model, self.config)
         self._target = stream_target(self.config.memory.offload, self.config.model.device)
-        self.calibration = calibration or calibrate(model, self.config)
+        self.calibration = calibrated(model, self.config, calibration, track)
         self.adapter = Adapter(model)
         self.limits = Limits(self.config.calibration.batch, int(self.config.memory.budget_gb * 1e9))
         self.seconds: dict[str, float] = {}
@@ -128,6 +131,7 @@ class Pruner:
         self._dense: Nelbo | None = None
         self._coupled: dict | None = None
         self._refits: dict[int, Reconstructor] = {}  # by the number of windows
+        self._taken: dict | None = None  # by the sink policy
 
     @property
     def device(self) -> torch.device:
@@ -161,12 +165,20 @@ class Pruner:
             # one that cannot hold its dense targets would cost memory and save nothing
             self._refits = {count: refit for count, refit in self._refits.items() if refit.kept}
             arguments = (calibration, self.config.reconstruct, self.config.sink, self.limits, self.track)
+            log = SinkLog()
             with streamed(self.model, self._target):
-                made = self._timed("refit", lambda: Reconstructor(self.model, *arguments))
+                made = self._timed("refit", lambda: Reconstructor(self.model, *arguments, log.observe))
             self._refits[calibration.windows] = made
+            self._note_sinks(log, calibration)
         refit = self._refits[calibration.windows]
         with streamed(self.model, self._target), streamed(small, self._target):
             return small, self._timed("refit", lambda: refit.refit(small))
+
+    def _note_sinks(self, log: SinkLog, calibration: Calibration) -> None:
+        """Keep what a log says, unless it is of fewer windows than what is known."""
+        found = log.report(calibration.fit, self.config.sink, self.adapter.mask_id)
+        if found is not None and found["windows"] >= (self._taken or found)["windows"]:
+            self._taken = found
 
     def _at(self, ratio: float | None) -> Config:
         """The configuration at another ratio."""
@@ -188,8 +200,10 @@ class Pruner:
         sizes = open_blocks(self.adapter, settings)
         if self._paths is None:
             arguments = (self.adapter, self.calibration.fit, settings, arm, self.config.sink, self.limits, self.track)
+            log = SinkLog()
             with streamed(self.model, self._target):
-                self._paths = self._timed("scores", lambda: rank_units(*arguments))
+                self._paths = self._timed("scores", lambda: rank_units(*arguments, log.observe))
+            self._note_sinks(log, self.calibration)
         notes = {"score": settings.score, "arm": arm, "allocation": settings.allocation, "ratio": settings.ratio}
 
         def plan_of(counts) -> Plan:
@@ -238,6 +252,7 @@ class Pruner:
         }
         report = build_report(self.model, small, self._at(ratio), self.calibration, self.seconds, self.device)
         report |= {"held_out_nelbo": check, "refit": [fit.plain() for fit in fits], "choice": chosen}
+        report["sinks"] = self._taken
         return Pruned(small, plan, self.calibration, report)
 
 

@@ -29,6 +29,7 @@ from structprune.report.eval_tables import eval_table
 from structprune.report.progress import progress_bars
 from structprune.report.tables import inspect_tables, mask_inspect_tables, mask_table, run_table
 from structprune.structured.plan import Plan
+from structprune.trajectories import check_calibration
 
 
 def prune_checkpoint(checkpoint: str, out: Path, config: Config, plan: Path | None, overwrite: bool) -> None:
@@ -41,7 +42,7 @@ def prune_checkpoint(checkpoint: str, out: Path, config: Config, plan: Path | No
     check_output(out, directory, overwrite)
     given = None if plan is None else Plan.load(plan)
     inspect_checkpoint(checkpoint, config, given)  # refuses in seconds what cannot be, before weights are downloaded
-    check_source(config.calibration, directory)
+    _check_source(config, directory)
     with progress_bars(Console(stderr=True)) as track:
         model = _load(checkpoint, config)
         before = _stored_bytes(model)
@@ -67,7 +68,7 @@ def mask_checkpoint(checkpoint: str, out: Path, config: Config, overwrite: bool)
     check_output(out, directory, overwrite)
     inspect_masking(checkpoint, config)  # refuses in seconds what cannot be, before weights are downloaded
     if reads_text(config, resolve_score(config.masking.score, config.masking.arm)[1]):
-        check_source(config.calibration, directory)
+        _check_source(config, directory)
     with progress_bars(Console(stderr=True)) as track:
         model = _load(checkpoint, config, code=True)
         masks = sum(block[role].weight.numel() for block in Adapter(model).blocks for role in block.names) // 8
@@ -84,6 +85,13 @@ def mask_checkpoint(checkpoint: str, out: Path, config: Config, overwrite: bool)
         " use --method structured.",
         soft_wrap=True,
     )
+
+
+def _check_source(config: Config, directory: Path) -> None:
+    """Refuse text or a saved calibration that cannot be used, before weights are read."""
+    saved = check_source(config.calibration, directory)
+    if saved is not None:
+        check_calibration(saved, config)
 
 
 def _load(checkpoint: str, config: Config, code: bool = False) -> DiffusionLM:

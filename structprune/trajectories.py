@@ -124,16 +124,17 @@ def check_trajectory(config: Config, levels: int | None = None) -> None:
     Raises:
         UserError: too few levels for the policy, or windows too short for as many states.
     """
-    settings, replayed = config.calibration, levels is not None
+    settings, made = config.calibration, levels is not None
     levels = settings.steps // settings.interval if levels is None else levels
     if config.sink.policy == "unstable" and levels < 2:
-        source = f"{settings.source} has" if replayed else f"calibration.interval = {settings.interval} leaves"
+        source = "the calibration has" if made else f"calibration.interval = {settings.interval} leaves"
+        remedy = "one made with calibration.interval" if made else "calibration.interval"
         raise UserError(
-            f"sink.policy = unstable compares noise levels, but {source} {levels}: set calibration.interval to at most"
-            " half of calibration.steps, or sink.policy = all"
+            f"sink.policy = unstable compares noise levels, of which {source} {levels}: use {remedy} at most half of"
+            " calibration.steps, or sink.policy = all"
         )
     generated = settings.length - prompt_length(settings.length)
-    if config.sink.trajectory == "reverse" and not replayed and generated < levels:
+    if config.sink.trajectory == "reverse" and not made and generated < levels:
         raise UserError(
             f"calibration.length = {settings.length} leaves {generated} tokens to generate, which have no {levels}"
             " different states: raise it, or calibration.interval"
@@ -160,11 +161,9 @@ def trajectory_of(calibration: Calibration) -> str:
     return calibration.metadata.get("trajectory", "forward")
 
 
-def calibrated(model: DiffusionLM, config: Config, calibration: Calibration | None, batch: int, track) -> Calibration:
+def calibrated(model: DiffusionLM, config: Config, calibration: Calibration | None, track) -> Calibration:
     """What a run looks at: the calibration handed over, a replayed one, or one made along the trajectory asked for.
 
-    Args:
-        batch: sequences in a forward pass of a reverse trajectory.
     Raises:
         UserError: as `calibrate`, `check_calibration` and `reverse_calibration`.
     """
@@ -175,5 +174,7 @@ def calibrated(model: DiffusionLM, config: Config, calibration: Calibration | No
     calibration = calibrate(model, config)
     if config.sink.trajectory == "forward":
         return calibration
+    copies = calibration.levels if config.method == "structured" else 1  # what calibration.batch counts
+    batch = config.calibration.batch * copies
     with streamed(model, stream_target(config.memory.offload, config.model.device)):
         return reverse_calibration(model, calibration, config.calibration, batch, track)

@@ -34,6 +34,7 @@ DRIVERS = (
     "evaluate",
     "evaluation_request",
     "runs",
+    "trajectories",
     "verbs",
     "cli",
     "__main__",

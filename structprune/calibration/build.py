@@ -120,16 +120,18 @@ def replay(settings: CalibrationSettings, mask_id: int | None = None) -> Calibra
     return calibration
 
 
-def check_source(settings: CalibrationSettings, directory: Path) -> None:
+def check_source(settings: CalibrationSettings, directory: Path) -> Calibration | None:
     """Raise UserError for a saved calibration or a tokenizer that cannot be used, before any weight is read.
 
     Args:
         directory: of the checkpoint, whose tokenizer text is to go through.
+    Returns:
+        The saved calibration; None for text.
     """
     if settings.replays:
-        replay(settings)
-    else:
-        load_tokenizer(directory)
+        return replay(settings)
+    load_tokenizer(directory)
+    return None
 
 
 def _from_text(

@@ -33,7 +33,7 @@ class SinkLog:
         mass = torch.cat(self._parts)[: noisy.shape[0] * noisy.shape[1]].view(noisy.shape)  # (N, S, T)
         phi, masked = sink_phi(mass, sink), noisy == mask_id  # (N, S, T) each
         if p is not None:
-            order = p.argsort(1, stable=True)[..., None].expand(noisy.shape)  # (N, S, T)
+            order = p.argsort(dim=1, stable=True)[..., None].expand(noisy.shape)  # (N, S, T)
             phi, masked = phi.gather(1, order), masked.gather(1, order)  # (N, S, T) each
         shares = masked.double().mean((0, 2)).tolist()  # (S,)
         return policy_report(phi, masked, sink.policy) | {"mask_share": shares}

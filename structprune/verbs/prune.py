@@ -46,6 +46,8 @@ structured.split: measured, equal, by-cost, joint, or a number of heads (per blo
 
 structured.gqa: query_heads, kv_groups; structured.protect_first, structured.protect_last, structured.round_to
 
+sink.policy (of an arm with +sink): all, unstable, none; sink.trajectory: forward, reverse; sink.scale_free, sink.mask
+
 reconstruct.enabled, reconstruct.target: dense, layer; export.compat: free, uniform, official; memory.budget_gb
 
 [bold]For masks[/bold] (--method unstructured or nm; presets of the published choices: configs/published)
