@@ -68,7 +68,9 @@ def test_copies_are_states_of_one_generation(model, config):
     counts = hidden.sum(-1)  # (N, S)
     assert (counts[:, 1:] > counts[:, :-1]).all() and (counts[:, -1] == T - P).all()
     # what is revealed is what the final text has there
-    assert torch.equal(torch.where(hidden, fit.input_ids[:, None], fit.noisy_ids), fit.input_ids[:, None].expand(3, 5, T))
+    assert torch.equal(
+        torch.where(hidden, fit.input_ids[:, None], fit.noisy_ids), fit.input_ids[:, None].expand(3, 5, T)
+    )
     forward = calibrate(model, config())
     assert torch.equal(fit.input_ids[:, :P], forward.fit.input_ids[:, :P])
     assert not torch.equal(fit.input_ids, forward.fit.input_ids)
@@ -159,7 +161,8 @@ REFUSED = {
     "compares noise levels, of which calibration.interval = 50 leaves 1": UNSTABLE | {"calibration.interval": 50},
     "calibration.interval = 26 leaves 1: use calibration.interval at most half of calibration.steps": UNSTABLE
     | {"calibration.interval": 26},
-    "calibration.length = 8 leaves 6 tokens to generate, which have no 10 different": REVERSE | {"calibration.length": 8},
+    "calibration.length = 8 leaves 6 tokens to generate, which have no 10 different": REVERSE
+    | {"calibration.length": 8},
 }
 
 

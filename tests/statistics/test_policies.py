@@ -64,9 +64,7 @@ def test_the_threshold_may_be_scale_free_for_every_policy():
     assert not torch.allclose(phi, sink_mask(4 * MASS, 0.5, 1.0), atol=1e-3)
     settings = {"alpha": 0.5, "kappa": 1.0, "scale_free": True}
     for policy in ("all", "unstable"):
-        assert torch.equal(
-            keep_weights(4 * MASS, SinkSettings(policy=policy, **settings)), policy_weights(phi, policy)
-        )
+        assert torch.equal(keep_weights(4 * MASS, SinkSettings(policy=policy, **settings)), policy_weights(phi, policy))
 
 
 MASKED = torch.tensor([[[False, True, False, True]] * 4])  # (1, 4, 4)
