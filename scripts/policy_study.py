@@ -95,7 +95,7 @@ def summarise(done: dict, seeds: list[int]) -> dict:
 
 
 def _sinks(found: list[dict]) -> dict:
-    """Of every seed: shares of weight taken, by level and from mask tokens; sinks, and the share of levels they last."""
+    """Of every seed: shares of weight taken, also by level and from mask tokens; sinks, and how long they last."""
     seen = [each["sinks"] for each in found]
     if None in seen:
         return {"taken": None}

@@ -46,7 +46,7 @@ def low_confidence(model: DiffusionLM, generated: int, steps: int) -> Generation
     """Greedy low confidence remasking of `generated` tokens at once, in the terms of the family's sampler."""
     wanted = {"gen_length": generated, "steps": steps, "block_length": generated, "alg": "maskgit_plus"}
     known = {field.name for field in fields(SAMPLERS[family_of(model.config).name])}
-    return generation_settings(model, {name: value for name, value in wanted.items() if name in known})
+    return generation_settings(model.config, {name: value for name, value in wanted.items() if name in known})
 
 
 @torch.no_grad()

@@ -169,7 +169,7 @@ def test_the_closing_tables_tell_what_went(run):
 SETS = {
     "one level": (["sink.policy=unstable", "calibration.interval=50"], "calibration.interval = 50 leaves 1"),
     "short": (["sink.trajectory=reverse", "calibration.length=8"], "calibration.length = 8 leaves 6 tokens"),
-    "none beside a threshold": (["sink.policy=none", "sink.kappa=1"], "sink.kappa = 1.0 has no effect without sink.policy"),
+    "none beside a threshold": (["sink.policy=none", "sink.kappa=1"], "sink.kappa = 1.0 has no effect without sink"),
     "unknown": (["sink.policy=stable"], "config key sink.policy = 'stable'"),
 }  # fmt: skip
 ARMS = {"structured": "structured.arm", "unstructured": "masking.arm", "nm": "masking.arm"}
