@@ -129,6 +129,8 @@ def test_a_reverse_run_is_replayed(run, path, tmp_path):
     assert reverse.report["calibration"]["trajectory"] == "reverse"
     assert not same(reverse, run(path, "masked+sink", **changes))
     saved = reverse.save(tmp_path / "made") / "calibration.safetensors"
+    card = (saved.parent / "README.md").read_text(encoding="utf-8")
+    assert "masked+sink (unstable)" in card and "those to fit on continued by the model itself after 4" in card
     text = dict.fromkeys(("calibration.windows", "calibration.held_out", "calibration.length", "calibration.interval"))
     base, key, score = PATHS[path]
     values = {name: value for name, value in (base | score | changes).items() if name not in text}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import yaml
 
-from structprune.report.tables import change, mask_choice, millions, plus_minus
+from structprune.report.tables import change, mask_choice, millions, plus_minus, shown_arm
 
 TEMPLATE = """---
 library_name: transformers
@@ -30,8 +30,9 @@ calibration text; the change is a paired difference with its standard error. The
 damping and refit, so it is a little optimistic. No benchmark was run.
 
 Made with: {choice}, refit {refit}; calibration on
-`{text}` ({count} windows of {length} tokens, seed {seed}). Export class: `{export}`. Every figure is in report.json,
-what was kept in plan.json, and calibration.safetensors replays the run.
+`{text}` ({count} windows of {length} tokens{states}, seed {seed}).
+Export class: `{export}`. Every figure is in report.json, what was kept in plan.json, and calibration.safetensors
+replays the run.
 
 ## Use
 
@@ -107,7 +108,7 @@ def mask_card(report: dict) -> str:
     if calibration:
         seen = (
             f"calibration on `{_text(calibration.get('source', 'given windows'))}` ({calibration['windows']} windows of"
-            f" {calibration['length']} tokens, held-out ones included)"
+            f" {calibration['length']} tokens, held-out ones included{_states(calibration)})"
         )
     reconstruct = report["config"]["reconstruct"]
     values = {
@@ -149,7 +150,7 @@ def model_card(report: dict) -> str:
         report: of `structprune.pipeline.Pruner.prune`.
     """
     config, nelbo, calibration = report["config"], report["held_out_nelbo"], report["calibration"]
-    structured, source = config["structured"], report["source"]
+    source = report["source"]
     values = {
         "source": source,
         "base": _base(source),
@@ -161,9 +162,10 @@ def model_card(report: dict) -> str:
         "windows": nelbo["windows"],
         "length": calibration["length"],
         "count": calibration["windows"] - nelbo["windows"],
-        "choice": _choice(structured, report["arm"]) if report["choice"] else "a plan that was given",
+        "choice": _choice(report) if report["choice"] else "a plan that was given",
         "refit": f"to {config['reconstruct']['target']} targets" if config["reconstruct"]["enabled"] else "off",
         "text": _text(calibration.get("source", "given windows")),
+        "states": _states(calibration),
         "seed": calibration.get("seed", "unknown"),
         "export": report["export_class"],
         "alignment": f"position i predicts token {'i + 1' if report['family'] == 'dream' else 'i'}",
@@ -184,8 +186,16 @@ def _refitted(nelbo: dict) -> str:
     return "is as it was (a refit in closed form was no better on held-out text)"
 
 
-def _choice(structured: dict, arm: str | None) -> str:
-    seen = f"on arm `{arm}`" if arm else "of the weights"
+def _states(calibration: dict) -> str:
+    """What a reverse trajectory did to the windows."""
+    if calibration.get("trajectory") != "reverse":
+        return ""
+    return f", those to fit on continued by the model itself after {calibration['prompt_tokens']}"
+
+
+def _choice(report: dict) -> str:
+    structured = report["config"]["structured"]
+    seen = f"on arm `{shown_arm(report)}`" if report["arm"] else "of the weights"
     parts = f"allocation `{structured['allocation']}`, split `{structured['split']}`"
     return f"score `{structured['score']}` {seen}, {parts}"
 

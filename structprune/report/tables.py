@@ -62,10 +62,16 @@ def sink_line(report: dict) -> str:
     return line
 
 
+def shown_arm(report: dict) -> str:
+    """The arm of a run's score, with a sink policy that is not the default: 'masked+sink (unstable)'."""
+    policy = report["config"]["sink"]["policy"]
+    return report["arm"] + (f" ({policy})" if report["arm"].endswith("+sink") and policy != "all" else "")
+
+
 def mask_choice(report: dict) -> str:
     """How masks were chosen, such as 'sparsegpt on masked, 2:4, sequential, uniform'."""
     masking = report["config"]["masking"]
-    seen = f" on {report['arm']}" if report["arm"] else ""
+    seen = f" on {shown_arm(report)}" if report["arm"] else ""
     pattern = masking["nm"] if report["config"]["method"] == "nm" else f"unstructured {report['ratio']:g}"
     order = f", {masking['order']}" if report["arm"] else ""
     return f"{report['score']}{seen}, {pattern}{order}, {masking['allocation']} allocation"
