@@ -257,7 +257,7 @@ def test_a_gram_that_cannot_be_factored(nm, given, tiny_calibration, tiny_checkp
 
 
 def test_magnitude_alone_needs_no_text(given, monkeypatch, tmp_path):
-    monkeypatch.setattr("structprune.mask_pipeline.calibrate", lambda *_: pytest.fail("text was asked for"))
+    monkeypatch.setattr("structprune.mask_pipeline.calibrated", lambda *_: pytest.fail("text was asked for"))
     keys = {"method": "unstructured", "masking.score": "magnitude", "reconstruct.enabled": False}
     made = mask(given[0], config(keys, calibration__held_out=0))
     made.save(tmp_path / "out")

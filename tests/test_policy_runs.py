@@ -148,6 +148,11 @@ def test_a_reverse_run_without_sinks(run, path):
     assert same(reverse, run(path, "masked+sink", **{"sink.trajectory": "reverse", "sink.policy": "none"}))
 
 
+def test_a_reverse_run_without_held_out_windows(run):
+    made = run("wanda, one-shot", "masked+sink", **{"sink.trajectory": "reverse", "calibration.held_out": 0})
+    assert made.calibration.windows == 3 and made.report["held_out_nelbo"] is None
+
+
 def printed(table) -> str:
     console = Console(width=200, file=StringIO())
     console.print(table)
