@@ -10,16 +10,20 @@ Intervals are over seeds (see studies.py). A killed study goes on where it stopp
 """
 
 import sys
+from functools import lru_cache
 
 import torch
 from rich.table import Table
 from studies import HeldOut, Study, cell, contrast_row, loss_row, main
 
 from structprune.assets import model_directory
+from structprune.calibration.batches import Calibration
 from structprune.config import Config
 from structprune.demo import BASE as DEMO
 from structprune.models.loading import load_model
 from structprune.pipeline import prune
+from structprune.statistics.rows import untracked
+from structprune.trajectories import calibrated
 
 BASE = {key: value for key, value in DEMO.items() if key.startswith("calibration.")}
 RATIO = "0.5"
@@ -66,13 +70,21 @@ def contrasts() -> list[tuple[str, str, str]]:
     return found
 
 
+@lru_cache(maxsize=2)
+def calibration_of(trajectory: str, seed: int) -> Calibration:
+    """What all variants of a trajectory and a seed look at, made once by a process."""
+    model = load_model(model_directory(), device="cpu")
+    config = Config.load(overrides=BASE | {"calibration.seed": seed, "sink.trajectory": trajectory})
+    return calibrated(model, config, None, untracked)
+
+
 def measure(name: str, seed: int, windows: int, length: int, threads: int) -> dict:
     """One variant at one seed: the loss per held-out window, and what the policy took."""
     torch.set_num_threads(threads)
     config = Config.load(overrides=BASE | {"calibration.seed": seed} | variants()[name])
     model = load_model(model_directory(), device="cpu")
     held_out = HeldOut(model, seed, windows, length)
-    made = prune(model, config)
+    made = prune(model, config, calibration_of(config.sink.trajectory, seed))
     found = {
         "loss": held_out.loss(made.model),
         "sinks": made.report["sinks"],
