@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from structprune.models.adapter import CONSUMERS, BlockView
-from structprune.statistics.sinks import attend_with_mass, attention_mass
+from structprune.statistics.sinks import attend_with_mass, head_mass
 
 ONE_PASS = 1024  # tokens up to which attention and mass from one pass were measured to be faster on CPU
 
@@ -35,14 +35,16 @@ class MassMeter:
         self._mass: torch.Tensor | None = None
 
     def _add(self, mass: torch.Tensor) -> None:
+        """Take in one layer's mass, (B, H, T)."""
+        mass = mass.sum(1)  # (B, T)
         self._mass = mass if self._mass is None else self._mass + mass
 
     def _attend(self, core: nn.Module, query, key, value, mask=None) -> torch.Tensor:
         """The seam's own computation, and the mass: in one pass where that is measured to be faster."""
         if query.device.type == "cpu" and mask is None and query.shape[2] <= ONE_PASS:
-            mixed, mass = attend_with_mass(query, key, value)  # (B, H, T, D), (B, T)
+            mixed, mass = attend_with_mass(query, key, value)  # (B, H, T, D), (B, H, T)
         else:
-            mixed, mass = type(core).forward(core, query, key, value, mask), attention_mass(query, key)
+            mixed, mass = type(core).forward(core, query, key, value, mask), head_mass(query, key, mask=mask)
         self._add(mass)
         return mixed
 

@@ -5,6 +5,7 @@ Shapes: B sequences, T positions, H query heads, K key/value heads, D head dim.
 """
 
 import math
+from functools import partial
 
 import torch
 
@@ -21,58 +22,112 @@ DEVICE_TILE_BYTES = 64 * 2**20
 def attention_mass(query: torch.Tensor, key: torch.Tensor, tile: int | None = None) -> torch.Tensor:
     """Attention that each key position receives, summed over heads and queries, in fp32.
 
+    Args:
+        query: (B, H, T, D), after RoPE.
+        key: (B, K, T, D), after RoPE; K divides H.
+        tile: as in `head_mass`.
+    Returns:
+        (B, T) fp32; each row sums to H·T.
+    """
+    return head_mass(query, key, tile).sum(1)
+
+
+@torch.no_grad()
+def head_mass(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    tile: int | None = None,
+    scale: float | None = None,
+    mask: torch.Tensor | None = None,
+    causal: bool = False,
+) -> torch.Tensor:
+    """Attention that each key position receives from every head, summed over queries, in fp32.
+
     Only a block of scores is in memory at a time, never a whole (T, T) matrix per head: `tile` queries against all keys
     of as many heads, then sequences, as fit `TILE_BYTES`. Two buffers serve all blocks, because fresh memory for each
     would cost as much as the products.
 
     Args:
-        query: (B, H, T, D), after RoPE.
+        query: (B, H, Q, D), after RoPE; where Q < T they are the last Q of the T positions.
         key: (B, K, T, D), after RoPE; K divides H.
         tile: queries per step; default as many as fit.
+        scale: of the scores; default 1/√D.
+        mask: (B or 1, H or 1, Q or 1, T), true where a query sees a key, or numbers that are added to the scores.
+        causal: a query sees no later position.
     Returns:
-        (B, T) fp32; each row sums to H·T.
+        (B, H, T) fp32; each row sums to Q.
     """
-    batch, heads, length, size = query.shape
-    kv_heads = key.shape[1]
+    batch, heads, count, size = query.shape
+    kv_heads, length = key.shape[1:3]
     repeat = heads // kv_heads
     tile, span, stack = _block_shape(batch, kv_heads, repeat, length, tile, query.device)
-    mass = torch.zeros(batch, length, device=query.device)  # (B, T)
-    buffers = torch.empty(2, stack * span * repeat * min(tile, length) * length, device=query.device)
+    tile = min(tile, count)
+    scale = 1 / math.sqrt(size) if scale is None else scale
+    mass = torch.empty(batch, heads, length, device=query.device)  # (B, H, T)
+    buffers = torch.empty(2, stack * span * repeat * tile * length, device=query.device)
     for row in range(0, batch, stack):
         for head in range(0, kv_heads, span):
-            keys = key[row : row + stack, head : head + span].float()  # (b, k, T, D)
-            queries = query[row : row + stack, head * repeat : (head + span) * repeat]  # (b, k·r, T, D)
-            rows, groups = keys.shape[:2]
-            keys = keys.flatten(0, 1).transpose(1, 2)  # (b·k, D, T)
-            for start in range(0, length, tile):
-                part = queries[:, :, start : start + tile].float() / math.sqrt(size)  # (b, k·r, t, D)
-                part = part.reshape(rows * groups, -1, size)  # (b·k, r·t, D): a key head serves r query heads
-                shape = (rows * groups, part.shape[1], length)
-                scores, weights = (buffer[: math.prod(shape)].view(shape) for buffer in buffers)  # (b·k, r·t, T)
-                torch.bmm(part, keys, out=scores)
-                torch.softmax(scores, dim=-1, out=weights)
-                mass[row : row + stack] += weights.view(rows, -1, length).sum(dim=1)  # (b, T)
+            rows, sharing = slice(row, row + stack), slice(head * repeat, (head + span) * repeat)
+            keys = key[rows, head : head + span]  # (b, k, T, D)
+            hide = partial(_hide, mask, causal, (rows, sharing), length - count)
+            mass[rows, sharing] = _group_mass(query[rows, sharing].float() * scale, keys, tile, buffers, hide)
     return mass
+
+
+def _group_mass(query: torch.Tensor, key: torch.Tensor, tile: int, buffers: torch.Tensor, hide) -> torch.Tensor:
+    """`head_mass` of the heads and sequences of one block: scaled (b, k·r, Q, D), (b, k, T, D) -> (b, k·r, T)."""
+    rows, groups, length, size = key.shape
+    heads, count = query.shape[1:3]
+    key = key.float().flatten(0, 1).transpose(1, 2)  # (b·k, D, T)
+    total = torch.zeros(rows, heads, length, device=query.device)  # (b, k·r, T)
+    for start in range(0, count, tile):
+        part = query[:, :, start : start + tile].reshape(rows * groups, -1, size)  # (b·k, r·q, D): r queries a key head
+        shape = (rows * groups, part.shape[1], length)
+        scores, weights = (buffer[: math.prod(shape)].view(shape) for buffer in buffers)  # (b·k, r·q, T)
+        torch.bmm(part, key, out=scores)
+        hide(scores.view(rows, heads, -1, length), start)
+        torch.softmax(scores, dim=-1, out=weights)
+        total += weights.view(rows, heads, -1, length).sum(dim=2)  # (b, k·r, T)
+    return total
+
+
+def _hide(mask: torch.Tensor | None, causal: bool, place: tuple, offset: int, scores: torch.Tensor, start: int) -> None:
+    """Take from a block of scores (b, h, q, T), in place, what its queries do not see.
+
+    Args:
+        mask, causal: of `head_mass`.
+        place: the block's sequences and heads, slices of all.
+        offset: position of the first query of all.
+        start: the block's first query.
+    """
+    if mask is not None:
+        sides = (*place, slice(start, start + scores.shape[2]))
+        part = mask[tuple(slice(None) if size == 1 else side for size, side in zip(mask.shape, sides))]  # (b, h, q, T)
+        scores.masked_fill_(~part, -torch.inf) if part.dtype == torch.bool else scores.add_(part)
+    if causal:
+        keys = torch.arange(scores.shape[3], device=scores.device)  # (T,)
+        queries = offset + start + torch.arange(scores.shape[2], device=scores.device)  # (q,)
+        scores.masked_fill_(keys > queries[:, None], -torch.inf)
 
 
 @torch.no_grad()
 def attend_with_mass(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Bidirectional attention and the mass it gives every key, from one pass over its weights.
+    """Bidirectional attention and the mass each head gives every key, from one pass over its weights.
 
-    On CPU that is cheaper than `scaled_dot_product_attention` and `attention_mass`, which make the weights twice.
+    On CPU that is cheaper than `scaled_dot_product_attention` and `head_mass`, which make the weights twice.
 
     Args:
         query: (B, H, T, D), after RoPE.
         key, value: (B, K, T, D); K divides H.
     Returns:
-        (B, H, T, D) in the query's dtype, and (B, T) fp32.
+        (B, H, T, D) in the query's dtype, and (B, H, T) fp32.
     """
     batch, heads, length, size = query.shape
     repeat = heads // key.shape[1]
     tile = max(1, min(length, TILE_BYTES["cpu"] // (4 * length)))
     span = max(1, min(heads, TILE_BYTES["cpu"] // (8 * length * tile)))  # scores and weights are both alive
     mixed = torch.empty_like(query, dtype=torch.float32)  # (B, H, T, D)
-    mass = torch.zeros(batch, length, device=query.device)  # (B, T)
+    mass = torch.zeros(batch, heads, length, device=query.device)  # (B, H, T)
     for row in range(batch):
         for head in range(0, heads, span):
             shared = slice(head, head + span)
@@ -82,7 +137,7 @@ def attend_with_mass(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
             queries = query[row, head : head + span].float() / math.sqrt(size)  # (h, T, D)
             for start in range(0, length, tile):
                 weights = torch.softmax(queries[:, start : start + tile] @ keys.transpose(1, 2), dim=-1)  # (h, t, T)
-                mass[row] += weights.sum((0, 1))  # (T,)
+                mass[row, head : head + span] += weights.sum(1)  # (h, T)
                 mixed[row, head : head + span, start : start + tile] = weights @ values  # (h, t, D)
     return mixed.to(query.dtype), mass
 

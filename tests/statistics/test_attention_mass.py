@@ -79,5 +79,41 @@ def test_attention_and_mass_from_one_pass(heads, kv_heads, tile_bytes, monkeypat
     repeated = (side.repeat_interleave(heads // kv_heads, dim=1) for side in (key, value))
     expected = torch.nn.functional.scaled_dot_product_attention(query, *repeated)
     assert torch.allclose(mixed, expected, atol=1e-6) and mixed.dtype == torch.float32
-    assert torch.allclose(mass, sinks.attention_mass(query, key), rtol=1e-5)
+    assert torch.allclose(mass, sinks.head_mass(query, key), rtol=1e-5)
     assert sinks.attend_with_mass(query.bfloat16(), key.bfloat16(), value.bfloat16())[0].dtype == torch.bfloat16
+
+
+def full_heads(query, key, hidden):
+    """(B, H, Q, D), (B, K, T, D) and what no query sees (.., Q, T) -> (B, H, T) in fp64."""
+    key = key.double().repeat_interleave(query.shape[1] // key.shape[1], dim=1)  # (B, H, T, D)
+    scores = query.double() @ key.transpose(2, 3) / math.sqrt(query.shape[-1])  # (B, H, Q, T)
+    return scores.masked_fill(hidden, -torch.inf).softmax(-1).sum(2).float()
+
+
+@pytest.mark.parametrize("rows", [1, 7, 18, 40, 10_000])
+@pytest.mark.parametrize("last", [9, 4, 1])
+def test_heads_of_a_causal_model_also_for_its_last_queries(monkeypatch, rows, last):
+    monkeypatch.setitem(sinks.TILE_BYTES, "cpu", 4 * 9 * rows)
+    query, key = make(3, 4, 2, 9, 6)
+    hidden = torch.ones(9, 9, dtype=torch.bool).triu(1)[-last:]  # (Q, T)
+    found = sinks.head_mass(query[:, :, -last:], key, causal=True)
+    assert torch.allclose(found, full_heads(query[:, :, -last:], key, hidden), rtol=1e-5, atol=1e-7)
+    assert torch.allclose(found.sum(-1), torch.full((3, 4), float(last)))
+    assert torch.equal(found[:, :, 10 - last :].sum() == 0, torch.tensor(last == 1))  # one query: nothing after it
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 9, 9), (3, 1, 1, 9), (3, 4, 9, 9)])
+def test_heads_under_a_mask(monkeypatch, shape):
+    monkeypatch.setitem(sinks.TILE_BYTES, "cpu", 4 * 9 * 7)
+    query, key = make(3, 4, 2, 9, 6)
+    seen = torch.rand(shape, generator=torch.Generator().manual_seed(1)) < 0.6
+    seen[..., 0] = True
+    expected = full_heads(query, key, ~seen)
+    assert torch.allclose(sinks.head_mass(query, key, mask=seen), expected, rtol=1e-5, atol=1e-7)
+    added = torch.zeros(shape).masked_fill(~seen, -torch.inf)
+    assert torch.allclose(sinks.head_mass(query, key, mask=added), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_scale_of_the_scores():
+    query, key = make(2, 2, 2, 5, 4)
+    assert torch.allclose(sinks.head_mass(query / 3, key, scale=1.5), sinks.head_mass(query, key), rtol=1e-5)
