@@ -6,6 +6,7 @@ from typing import Callable, Iterator
 
 import torch
 from torch import nn
+from typing_extensions import Self
 
 from structprune.models.adapter import CONSUMERS, BlockView
 from structprune.statistics.sinks import attend_with_mass, head_mass
@@ -28,16 +29,12 @@ def watch_inputs(modules: dict, visit: Callable) -> Iterator[None]:
             handle.remove()
 
 
-class MassMeter:
-    """Sums attention mass over the layers of the sequences in flight; `take` returns (B, T) and starts anew."""
-
-    def __init__(self):
-        self._mass: torch.Tensor | None = None
+class AttentionMeter:
+    """Stands in for attention seams and takes in the mass (B, H, T) that each gives; subclasses say what to keep."""
 
     def _add(self, mass: torch.Tensor) -> None:
         """Take in one layer's mass, (B, H, T)."""
-        mass = mass.sum(1)  # (B, T)
-        self._mass = mass if self._mass is None else self._mass + mass
+        raise NotImplementedError
 
     def _attend(self, core: nn.Module, query, key, value, mask=None) -> torch.Tensor:
         """The seam's own computation, and the mass: in one pass where that is measured to be faster."""
@@ -48,6 +45,28 @@ class MassMeter:
         self._add(mass)
         return mixed
 
+    @contextmanager
+    def on(self, cores: list[nn.Module]) -> Iterator[Self]:
+        """Stand in for the attention seams `cores` while open."""
+        for core in cores:
+            core.forward = partial(self._attend, core)
+        try:
+            yield self
+        finally:
+            for core in cores:
+                del core.forward
+
+
+class MassMeter(AttentionMeter):
+    """Sums attention mass over the layers of the sequences in flight; `take` returns (B, T) and starts anew."""
+
+    def __init__(self):
+        self._mass: torch.Tensor | None = None
+
+    def _add(self, mass: torch.Tensor) -> None:
+        mass = mass.sum(1)  # (B, T)
+        self._mass = mass if self._mass is None else self._mass + mass
+
     @property
     def so_far(self) -> torch.Tensor:
         """(B, T) mass of the layers that have attended since the last `take`."""
@@ -57,16 +76,19 @@ class MassMeter:
         mass, self._mass = self._mass, None
         return mass
 
-    @contextmanager
-    def on(self, cores: list[nn.Module]) -> Iterator["MassMeter"]:
-        """Stand in for the attention seams `cores` while open."""
-        for core in cores:
-            core.forward = partial(self._attend, core)
-        try:
-            yield self
-        finally:
-            for core in cores:
-                del core.forward
+
+class HeadMeter(AttentionMeter):
+    """Keeps every layer's attention mass; `take` returns a list of (B, H, T), one per layer, and starts anew."""
+
+    def __init__(self):
+        self._layers: list[torch.Tensor] = []
+
+    def _add(self, mass: torch.Tensor) -> None:
+        self._layers.append(mass)
+
+    def take(self) -> list[torch.Tensor]:
+        layers, self._layers = self._layers, []
+        return layers
 
 
 def consumers(blocks: list[BlockView]) -> dict[tuple[int, str], nn.Linear]:

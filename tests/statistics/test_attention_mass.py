@@ -99,7 +99,6 @@ def test_heads_of_a_causal_model_also_for_its_last_queries(monkeypatch, rows, la
     found = sinks.head_mass(query[:, :, -last:], key, causal=True)
     assert torch.allclose(found, full_heads(query[:, :, -last:], key, hidden), rtol=1e-5, atol=1e-7)
     assert torch.allclose(found.sum(-1), torch.full((3, 4), float(last)))
-    assert torch.equal(found[:, :, 10 - last :].sum() == 0, torch.tensor(last == 1))  # one query: nothing after it
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 9, 9), (3, 1, 1, 9), (3, 4, 9, 9)])
