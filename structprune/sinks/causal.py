@@ -1,0 +1,159 @@
+"""Causal language models of transformers: loaded without remote code, and their attention while they generate."""
+
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Callable, Iterator
+
+import torch
+
+from structprune.errors import UserError
+from structprune.models.checkpoint_files import read_json
+from structprune.models.loading import as_dtype
+from structprune.sinks.trajectory import Recorder, Trajectory
+from structprune.statistics.sinks import head_mass
+
+ATTENTION = "structprune_sdpa"  # under which transformers knows our attention function; "sdpa" in it has it checked
+_meter: ContextVar["CausalMeter | None"] = ContextVar("meter", default=None)
+
+
+class CausalMeter:
+    """Incoming attention of every layer, (B, H, T), summed over all queries since the last `reset`.
+
+    With a cache every query is computed once, and its attention never changes: what a step adds is all that is new.
+    """
+
+    def __init__(self):
+        self._layers: dict[int, torch.Tensor] = {}
+
+    def add(self, layer: int, mass: torch.Tensor) -> None:
+        """Take in the mass (B, H, T) that new queries give; T grows by their number."""
+        before = self._layers.get(layer)
+        if before is not None:
+            mass[..., : before.shape[-1]] += before
+        self._layers[layer] = mass
+
+    @property
+    def layers(self) -> list[torch.Tensor]:
+        """What there is so far, layer by layer."""
+        return [self._layers[index] for index in sorted(self._layers)]
+
+    @contextmanager
+    def on(self) -> Iterator["CausalMeter"]:
+        """Take in what models that attend by `ATTENTION` do while open."""
+        token = _meter.set(self)
+        try:
+            yield self
+        finally:
+            _meter.reset(token)
+
+
+def _attend(module, query, key, value, attention_mask, scaling=None, **options):
+    """transformers' attention by `scaled_dot_product_attention`, and the mass it gives every key."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    meter = _meter.get()
+    if meter is not None:
+        meter.add(module.layer_idx, head_mass(query, key, None, scaling, attention_mask, attention_mask is None))
+    return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
+
+
+def register_attention() -> None:
+    """Make `ATTENTION` known to transformers, with the masks that `sdpa` takes."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(ATTENTION, _attend)
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+
+def gguf_file(source: Path) -> str | None:
+    """The name of the GGUF file to read: the path's own, or a directory's where it has neither config nor safetensors.
+
+    Raises:
+        UserError: a directory with several.
+    """
+    if source.is_file():
+        return source.name if source.suffix == ".gguf" else None
+    names = sorted(path.name for path in source.glob("*.gguf"))
+    if not names or any(source.glob("*.safetensors")):
+        return None
+    if len(names) > 1:
+        raise UserError(f"{source} holds {len(names)} GGUF files ({', '.join(names)}): name the one to read")
+    return names[0]
+
+
+def is_causal(directory: Path) -> bool:
+    """Whether config.json (or a GGUF file) describes a model that transformers has as a causal language model."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if gguf_file(directory) is not None:
+        return True
+    return read_json(directory / "config.json").get("model_type") in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+def load_causal(source: Path, dtype: str | None, device: torch.device):
+    """A causal language model and its tokenizer, of transformers' own classes.
+
+    Args:
+        dtype: default float32 on CPU, else the checkpoint's own.
+    Raises:
+        UserError: it cannot be read, or does not attend by transformers' attention interface.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    register_attention()
+    name = gguf_file(source)
+    place = source.parent if source.is_file() else source
+    options = {"trust_remote_code": False} | ({} if name is None else {"gguf_file": name})
+    wanted = as_dtype(dtype) or (torch.float32 if device.type == "cpu" else "auto")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place, **options)
+        model = AutoModelForCausalLM.from_pretrained(place, dtype=wanted, attn_implementation=ATTENTION, **options)
+    except ImportError as error:
+        raise UserError(f"reading {source} needs another package ({_first_line(error)})") from error
+    except Exception as error:  # transformers raises what its many loaders raise
+        raise UserError(f"{source} cannot be read as a causal language model ({_first_line(error)})") from error
+    return model.to(device).eval(), tokenizer
+
+
+@torch.no_grad()
+def generation_trajectory(model, prompts: torch.Tensor, gen_length: int, track: Callable) -> Trajectory:
+    """The model's own greedy generation from every prompt: at step s the text has P + s tokens.
+
+    Generation goes on after an EOS, as that of masked diffusion LMs does. Mass is per query that sees a position; the
+    positions that every step can compare lie in the prompt.
+
+    Args:
+        prompts: (N, P) int64.
+        gen_length: S steps, a token each.
+    Raises:
+        UserError: the model has no attention that could be measured.
+    """
+    from transformers import GenerationConfig
+
+    recorder, device = Recorder(len(prompts), causal=True), model.device
+    model.generation_config = GenerationConfig()  # the checkpoint's own may sample, penalise or stop
+    for row, prompt in enumerate(track(list(prompts), "generation")):  # (P,)
+        with CausalMeter().on() as meter:
+
+            def observe(ids, scores, row=row, meter=meter):
+                if not meter.layers:
+                    raise UserError(f"{type(model).__name__} does not attend by transformers' attention interface")
+                recorder.add([ids.shape[1] - len(prompt)], [row], ids, meter.layers)
+                return scores
+
+            model.generate(
+                prompt[None].to(device),
+                attention_mask=torch.ones(1, len(prompt), dtype=torch.long, device=device),
+                max_new_tokens=gen_length,
+                do_sample=False,
+                use_cache=True,
+                logits_processor=[observe],
+            )
+    done = torch.arange(gen_length).expand(len(prompts), -1) / gen_length  # (N, S)
+    return recorder.finish("reverse", prompts.shape[1], done)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
