@@ -13,6 +13,7 @@ from structprune.errors import Interrupted, UserError
 from structprune.verbs.demo import demo
 from structprune.verbs.evaluate import EVAL_HELP, evaluate
 from structprune.verbs.prune import PRUNE_HELP, inspect, prune
+from structprune.verbs.sinks import SINKS_HELP, sinks
 
 INTERRUPTED = 130  # the shell's code for it, which typer returns too
 
@@ -27,6 +28,7 @@ app = typer.Typer(
 
 app.command(help=PRUNE_HELP)(prune)
 app.command()(inspect)
+app.command(help=SINKS_HELP)(sinks)
 app.command()(demo)
 app.command("eval", help=EVAL_HELP)(evaluate)
 

@@ -9,7 +9,7 @@ import torch
 from rich import box
 from rich.table import Table
 
-from structprune.assets import model_directory, text_file
+from structprune.assets import NAME, model_directory, text_file
 from structprune.bench.latency import measure_latency, speedup
 from structprune.bench.machine import describe_machine
 from structprune.bench.memory import peak_memory_bytes
@@ -29,7 +29,6 @@ from structprune.statistics.rows import Track
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 SAVED = (0.3, 0.5)
 OURS = "structprune"
-NAME = "llada-docs"  # the embedded model
 WINDOWS, LENGTH = 128, 128  # held-out text: windows and tokens in each
 BASE = {
     "calibration.source": str(text_file("calibration.txt")),
@@ -112,7 +111,7 @@ def run_demo(out: Path, track: Track) -> Demo:
     }
     with whole_directory(out) as draft:
         for pruned in kept.values():
-            pruned.report["source"] = NAME  # the model's folder in the package has a name that says nothing
+            pruned.report["source"] = NAME
         made = {place: pruned.save(draft / _folder(*place)) for place, pruned in kept.items()}
         for row in rows:
             if place := made.get((row["method"], row["ratio"])):

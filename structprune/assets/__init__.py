@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+NAME = "llada-docs"  # of the model, whose folder has a name that says nothing
+
 
 def model_directory() -> Path:
     """LLaDA's official layout, 4.8 M parameters (README.md and train.log beside it)."""

@@ -18,7 +18,7 @@ Track = Callable[[Iterable, str], Iterable]
 
 @torch.no_grad()
 def forward_trajectory(model: DiffusionLM, windows: torch.Tensor, levels: int, seed: int, track: Track) -> Trajectory:
-    """Every window at its noise levels, ordered by the probability of a mask; each level's noise is drawn anew.
+    """Every window at its noise levels, from the noisiest on, as denoising goes; each level's noise is drawn anew.
 
     Args:
         windows: (N, T) int64.
@@ -27,7 +27,7 @@ def forward_trajectory(model: DiffusionLM, windows: torch.Tensor, levels: int, s
     adapter, generator = Adapter(model), torch.Generator().manual_seed(seed)
     noise = (adapter.mask_id, adapter.family.schedule, generator, levels, 1, model.edges_visible)
     noisy, p = noise_windows(windows, *noise)  # (N, S, T), (N, S)
-    p, order = p.sort(dim=1)  # (N, S)
+    p, order = p.sort(dim=1, descending=True)  # (N, S)
     noisy = noisy.gather(1, order[..., None].expand_as(noisy))  # (N, S, T)
     recorder, places = Recorder(len(windows), causal=False), [divmod(index, levels) for index in range(p.numel())]
     rows = Batches.automatic(adapter.device).rows(windows.shape[1])
@@ -37,7 +37,7 @@ def forward_trajectory(model: DiffusionLM, windows: torch.Tensor, levels: int, s
             model.encode(ids.to(adapter.device))
             sequences, steps = zip(*places[start : start + rows])
             recorder.add(list(steps), list(sequences), ids, meter.take())
-    return recorder.finish("forward", 0, p)
+    return recorder.finish("forward", 0, 1 - p)
 
 
 class _Follower:

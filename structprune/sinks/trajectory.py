@@ -20,7 +20,7 @@ class Trajectory:
         kind: "forward" (noise levels) or "reverse" (the model's own generation).
         causal: mass is per query that sees a position (`per_query`).
         prompt: positions 0..prompt-1 hold the same token at every step of a generation; 0 for noise levels.
-        progress: (N, S) the probability of a mask (noise levels), or the share of the generation that is done.
+        progress: (N, S) share of the text that is visible (1 - p of a noise level), or of the generation that is done.
         ids: (N, S, T) int64, what the model was given.
         present: (S, T) bool, the positions that can be compared at a step: of a causal model those that are there and
             that at least `UNSEEN` queries see, else all.

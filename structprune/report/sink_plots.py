@@ -1,0 +1,229 @@
+"""Pictures of sinks over a trajectory, drawn from the runs of sinks.json, side by side; matplotlib is an extra."""
+
+from pathlib import Path
+
+from structprune.report.plots import COLOURS, check_matplotlib
+from structprune.report.sink_tables import run_title
+
+PROGRESS = {"forward": "share of tokens visible", "reverse": "share of the generation done"}
+MAP = "cividis"
+SINK = 0.5
+FRAMES, FRAME_MS = 32, 160
+GREY = "#9A9A9A"
+
+
+def draw_all(runs: list[dict], folder: Path) -> list[str]:
+    """Every picture into `folder`; returns their names.
+
+    Args:
+        runs: of sinks.json, with `detail`; one column of each picture for each.
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    check_matplotlib()
+    import matplotlib
+
+    matplotlib.use("Agg")
+    drawn = {
+        "heatmap.png": draw_heatmap, "drift.png": draw_drift, "heads.png": draw_heads, "survival.png": draw_survival,
+    }  # fmt: skip
+    for name, draw in drawn.items():
+        _save(draw(runs), folder / name)
+    animate_drift(runs, folder / "drift.gif")
+    return [*drawn, "drift.gif"]
+
+
+def _save(figure, path: Path) -> None:
+    from matplotlib import pyplot
+
+    figure.savefig(path, dpi=130, format="png")
+    pyplot.close(figure)
+
+
+def _panels(runs: list[dict], height: float, width: float = 4.0, **options):
+    """A figure with one titled panel per run."""
+    from matplotlib import pyplot
+
+    size = (max(5.5, width * len(runs) + 0.8), height)
+    figure, grid = pyplot.subplots(1, len(runs), figsize=size, layout="constrained", squeeze=False, **options)
+    for axes, run in zip(grid[0], runs):
+        axes.set_title(run_title(run), fontsize=10)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    return figure, grid[0]
+
+
+def _relative(run: dict, sequence: int = 0) -> list[list[float]]:
+    """Mass of one sequence over its mean at each step, NaN where there is none: S lists of T."""
+    shown = []
+    for row in run["detail"]["mass"][sequence]:
+        known = [value for value in row if value is not None]
+        mean = sum(known) / len(known)
+        shown.append([float("nan") if value is None else value / mean for value in row])
+    return shown
+
+
+def draw_heatmap(runs: list[dict]):
+    """Incoming attention by position and step, of each run's first sequence, with the sinks marked."""
+    from matplotlib.colors import LogNorm
+
+    figure, panels = _panels(runs, 4.2)
+    for axes, run in zip(panels, runs):
+        rows = _relative(run)
+        edges = (0, len(rows[0]), len(rows), 0)
+        image = axes.imshow(
+            rows, aspect="auto", cmap=MAP, norm=LogNorm(0.25, 16), extent=edges, interpolation="nearest"
+        )
+        phi = run["detail"]["phi"][0]
+        marks = [(j + 0.5, s + 0.5) for s, row in enumerate(phi) for j, value in enumerate(row) if (value or 0) > SINK]
+        size = max(1.0, min(6.0, 150 / len(rows)))
+        if marks:
+            axes.plot(*zip(*marks), "s", color=COLOURS[1], markersize=size, markeredgewidth=0, label="sink (φ > 0.5)")
+        if run["prompt"]:
+            axes.axvline(run["prompt"], color="white", linewidth=1, linestyle=":")
+        axes.set_xlabel("position in the text")
+        axes.set_ylabel(
+            "noise level, from most noise to least" if run["kind"] == "forward" else "step of the generation"
+        )
+    figure.colorbar(image, ax=list(panels), label="incoming attention / mean over positions", extend="both", pad=0.01)
+    marked = [axes for axes in panels if axes.get_legend_handles_labels()[0]]
+    if marked:
+        legend = marked[0].legend(loc="lower left", fontsize=8, markerscale=2.5, framealpha=0.85)
+        legend.set_zorder(5)
+    return figure
+
+
+def draw_drift(runs: list[dict]):
+    """The sinks' centroid over the trajectory: every sequence, and the first one's spread."""
+    figure, panels = _panels(runs, 3.6)
+    for axes, run in zip(panels, runs):
+        series, at = run["per_step"], run["per_step"]["progress"]
+        for centre in series["centroid"][1:]:
+            axes.plot(at, _nan(centre), color=GREY, linewidth=1, alpha=0.8)
+        centre, spread = _nan(series["centroid"][0]), _nan(series["spread"][0])
+        low, high = ([c + sign * s for c, s in zip(centre, spread)] for sign in (-1, 1))
+        axes.fill_between(
+            at, low, high, color=COLOURS[0], alpha=0.18, linewidth=0, label="its spread (± φ-weighted std)"
+        )
+        axes.plot(at, centre, color=COLOURS[0], linewidth=2, label="first sequence")
+        if run["sequences"] > 1:
+            axes.plot([], [], color=GREY, linewidth=1, label="other sequences")
+        drift = run["summary"]["drift"]["mean"]
+        note = "no centroid" if drift is None else f"drift: {drift:.1%} of the text"
+        axes.annotate(note, (0.98, 0.97), xycoords="axes fraction", ha="right", va="top", fontsize=9)
+        axes.set_xlabel(PROGRESS[run["kind"]])
+        axes.set_ylabel("centroid of the sinks, position")
+        axes.set_xlim(0, 1)
+        axes.set_ylim(0, 1.12 * _compared(run))
+        axes.grid(alpha=0.25)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    return figure
+
+
+def _compared(run: dict) -> int:
+    """Positions that can be compared over all steps; they are the first ones."""
+    return run["compared_positions"]
+
+
+def _nan(values: list) -> list[float]:
+    return [float("nan") if value is None else value for value in values]
+
+
+def draw_heads(runs: list[dict]):
+    """How much of each head's attention goes to its own sinks, by layer and head."""
+    figure, panels = _panels(runs, 3.8, 3.4)
+    for axes, run in zip(panels, runs):
+        width = max(map(len, run["strength"]))
+        rows = [_nan([*layer, *[None] * (width - len(layer))]) for layer in run["strength"]]
+        image = axes.imshow(rows, aspect="auto", cmap=MAP, vmin=0, vmax=1, interpolation="nearest")
+        axes.set_xlabel("head")
+        axes.set_ylabel("layer")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.yaxis.get_major_locator().set_params(integer=True)
+    figure.colorbar(image, ax=list(panels), label="share of attention on the head's sinks (ε = 3)", pad=0.01)
+    return figure
+
+
+def draw_survival(runs: list[dict]):
+    """How many of the first sinks are left at every step, and how long positions are sinks."""
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9.5, 3.8), layout="constrained")
+    for run, colour, style in zip(runs, COLOURS, ("-", "--", "-.", ":", "-")):
+        series, title = run["per_step"], run_title(run)
+        count = len(series["from_first"])
+        at = [step / max(1, count - 1) for step in range(count)]
+        left.plot(at, _nan(series["from_first"]), color=colour, linestyle=style, linewidth=2, label=title)
+        lasting = sorted(value for row in run["detail"]["survival"] for value in _first(row, run) if value)
+        if lasting:
+            share = [1 - index / len(lasting) for index in range(len(lasting))]
+            right.step([0, *lasting], [1, *share], color=colour, linestyle=style, linewidth=2, where="pre", label=title)
+    left.set_xlabel("progress through the trajectory")
+    left.set_ylabel("share of the first step's sinks")
+    left.set_title("still a sink ever since", fontsize=10)
+    right.set_xlabel("share of the steps")
+    right.set_ylabel("share of positions that are ever a sink")
+    right.set_title("a sink for at least so long", fontsize=10)
+    for axes in (left, right):
+        axes.set_xlim(0, 1.01)
+        axes.set_ylim(0, 1.04)
+        axes.grid(alpha=0.25)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(runs), frameon=False, fontsize=9)
+    return figure
+
+
+def _first(row: list, run: dict) -> list:
+    return row[: _compared(run)]
+
+
+def animate_drift(runs: list[dict], path: Path) -> None:
+    """A GIF of each run's first sequence: incoming attention by position, its sinks and their centroid."""
+    from matplotlib import pyplot
+    from matplotlib.animation import FuncAnimation, PillowWriter
+
+    figure, panels = _panels(runs, 2.9, 3.7)
+    shown = [_Bars(axes, run) for axes, run in zip(panels, runs)]
+    panels[0].set_ylabel("incoming attention / mean")
+    frames = min(FRAMES, max(len(bars.rows) for bars in shown))
+
+    def draw(frame: int):
+        return [artist for bars in shown for artist in bars.show(frame / max(1, frames - 1))]
+
+    animation = FuncAnimation(figure, draw, frames=frames, init_func=list, blit=False)
+    animation.save(path, writer=PillowWriter(fps=1000 / FRAME_MS), dpi=70)
+    pyplot.close(figure)
+
+
+class _Bars:
+    """One panel of the animation."""
+
+    def __init__(self, axes, run: dict):
+        self.axes, self.run, self.rows = axes, run, _relative(run)
+        length = len(self.rows[0])
+        self.bars = axes.bar(range(length), [0.0] * length, width=1.0)
+        self.centre = axes.axvline(0, color=COLOURS[0], linewidth=1.5, linestyle="--", visible=False)
+        self.note = axes.annotate("", (0.98, 0.97), xycoords="axes fraction", ha="right", va="top", fontsize=8)
+        axes.set_yscale("symlog", linthresh=1)
+        highest = max(value for row in self.rows for value in row if value == value)
+        axes.set_ylim(0, 1.6 * highest)
+        axes.set_yticks(
+            [1, 4, 16] if highest > 12 else [1, 2, 4], labels=["1", "4", "16"] if highest > 12 else ["1", "2", "4"]
+        )
+        axes.set_xlim(-0.5, length - 0.5)
+        axes.set_xlabel("position in the text")
+
+    def show(self, progress: float):
+        step = round(progress * (len(self.rows) - 1))
+        phi, centre = self.run["detail"]["phi"][0][step], self.run["per_step"]["centroid"][0][step]
+        for bar, height, sink in zip(self.bars, self.rows[step], phi):
+            bar.set_height(0 if height != height else height)
+            bar.set_color(COLOURS[1] if (sink or 0) > SINK else GREY)
+        self.centre.set_visible(centre is not None)
+        if centre is not None:
+            self.centre.set_xdata([centre, centre])
+        self.note.set_text(f"step {step + 1} of {len(self.rows)}")
+        return [*self.bars, self.centre, self.note]

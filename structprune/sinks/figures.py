@@ -1,0 +1,152 @@
+"""A trajectory as plain figures: lists, numbers and text, for JSON, tables and pictures. NaN becomes None."""
+
+import json
+import math
+
+import torch
+
+from structprune.config import SinkSettings
+from structprune.sinks import diagnostics
+from structprune.sinks.tokens import Vocabulary, by_kind, by_token
+from structprune.sinks.trajectory import Trajectory
+from structprune.statistics.sinks import sink_mask
+
+TOP = 12  # tokens shown by text
+
+
+def soft_mask(trajectory: Trajectory, sink: SinkSettings) -> torch.Tensor:
+    """φ of every position, over those that are present at its step: (N, S, T), NaN elsewhere."""
+    phi = torch.full_like(trajectory.mass, torch.nan)
+    for step, there in enumerate(trajectory.present):  # (T,)
+        mass = trajectory.mass[:, step, there]  # (N, t)
+        phi[:, step, there] = sink_mask(mass, sink.alpha, sink.kappa, sink.scale_free)
+    return phi
+
+
+def trajectory_figures(trajectory: Trajectory, sink: SinkSettings, vocabulary: Vocabulary) -> dict:
+    """Everything that is told about a trajectory; keys are those of sinks.json."""
+    mass, phi, common = trajectory.mass, soft_mask(trajectory, sink), trajectory.common
+    known = phi[:, :, common]  # (N, S, t)
+    figures = {
+        "kind": trajectory.kind,
+        "causal": trajectory.causal,
+        "sequences": mass.shape[0],
+        "steps": mass.shape[1],
+        "positions": mass.shape[2],
+        "compared_positions": int(common.sum()),
+        "prompt": trajectory.prompt,
+        "heads": trajectory.heads,
+        "summary": summary(mass[:, :, common], known, trajectory.votes[:, :, common]),
+        "by_kind": by_kind(trajectory.ids, mass, phi, vocabulary),
+        "by_token": by_token(trajectory.ids, mass, phi, vocabulary, TOP),
+        "first_position": {
+            "mass": (mass[..., 0] / mass.nansum(-1)).mean().item(),
+            "sink_rate": (phi[..., 0] > diagnostics.SINK).float().mean().item(),
+        },
+        "per_step": _per_step(trajectory, phi, known),
+        "strength": [rounded(layer) for layer in trajectory.strength],
+        "head_sinks": [rounded(layer) for layer in trajectory.sinks],
+    }
+    if trajectory.prompt and not trajectory.causal:
+        fixed = slice(0, trajectory.prompt)
+        figures["prompt_only"] = summary(mass[:, :, fixed], phi[:, :, fixed], trajectory.votes[:, :, fixed])
+    return figures
+
+
+def position_figures(trajectory: Trajectory, sink: SinkSettings, vocabulary: Vocabulary) -> dict:
+    """Mass, φ, votes and tokens of every position and step, and what a position did over all of them."""
+    phi = soft_mask(trajectory, sink)
+    return {
+        "mass": rounded(trajectory.mass),
+        "phi": rounded(phi),
+        "votes": rounded(trajectory.votes),
+        "survival": rounded(diagnostics.survival(phi, trajectory.present)),
+        "instability": rounded(diagnostics.instability(phi, trajectory.present)),
+        "last_tokens": [
+            [vocabulary.text(token) for token in row if token >= 0] for row in trajectory.ids[:, -1].tolist()
+        ],
+    }
+
+
+def summary(mass: torch.Tensor, phi: torch.Tensor, votes: torch.Tensor) -> dict[str, dict]:
+    """The diagnostics of METHODS.md section 3, each as mean and standard error over sequences.
+
+    Args:
+        mass, phi, votes: (N, S, T), at positions that every step has. `spatial_variation` is the standard deviation of
+            the mean mass over its mean, `drift` the standard deviation of the centroid over the number of positions:
+            they compare models of different size and texts of different length.
+    """
+    sink = phi > diagnostics.SINK  # (N, S, T)
+    ever, survival = sink.any(1), diagnostics.survival(phi)  # 2 x (N, T)
+    spatial, temporal = diagnostics.spatial_variance(mass), diagnostics.temporal_variance(phi)  # 2 x (N,)
+    instability = diagnostics.instability(phi)  # (N, T)
+    figures = {
+        "spatial_variance": spatial,
+        "spatial_variation": spatial.sqrt() / mass.mean((1, 2)),
+        "sinks_per_step": sink.float().sum(2).mean(1),
+        "mass_of_sinks": (mass * sink).sum((1, 2)) / mass.sum((1, 2)),
+        "temporal_variance": temporal,
+        "drift": temporal.sqrt() / mass.shape[2],
+        "instability": instability.mean(1),
+        "instability_of_sinks": _mean_over(instability, ever),
+        "ever_sinks": ever.float().sum(1),
+        "survival": _mean_over(survival, ever),
+        "lasting": _mean_over((survival == 1).float(), ever),
+        "kept": diagnostics.kept(phi).nanmean(1),
+        "votes_of_sinks": (votes * sink).sum((1, 2)) / sink.sum((1, 2)),
+    }
+    return {name: _over_sequences(values) for name, values in figures.items()}
+
+
+def _per_step(trajectory: Trajectory, phi: torch.Tensor, known: torch.Tensor) -> dict[str, list]:
+    """Series over the steps: of every sequence, (N, S), where the name is no mean's."""
+    sink = phi > diagnostics.SINK  # (N, S, T)
+    return {
+        "progress": rounded(trajectory.progress.mean(0)),
+        "sinks": rounded(sink.float().sum(2).mean(0)),
+        "mass_of_sinks": rounded(((trajectory.mass * sink).nansum(2) / trajectory.mass.nansum(2)).mean(0)),
+        "kept": rounded(diagnostics.kept(known).nanmean(0)),
+        "from_first": rounded(_since_first(known)),
+        "centroid": rounded(diagnostics.centroids(known)),
+        "spread": rounded(diagnostics.spreads(known)),
+    }
+
+
+def _since_first(phi: torch.Tensor) -> torch.Tensor:
+    """Share of the first step's sinks that are sinks at every step up to s, mean over sequences: (N, S, T) -> (S,)."""
+    sink = phi > diagnostics.SINK  # (N, S, T)
+    alive = sink.int().cumprod(1).sum(2)  # (N, S)
+    return (alive / alive[:, :1]).nanmean(0)
+
+
+def _mean_over(values: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """Mean over the chosen positions, NaN for none: 2 x (N, T) -> (N,)."""
+    return (values * chosen).sum(1) / chosen.sum(1)
+
+
+def _over_sequences(values: torch.Tensor) -> dict:
+    known = values[~values.isnan()].double()  # (n,)
+    error = known.std().item() / math.sqrt(len(known)) if len(known) > 1 else None
+    return {"mean": known.mean().item() if len(known) else None, "standard_error": error, "sequences": len(known)}
+
+
+def rounded(values: torch.Tensor) -> list:
+    """Nested lists of numbers to 4 significant digits; None for NaN."""
+    if values.dim() > 1:
+        return [rounded(row) for row in values]
+    return [None if math.isnan(value) else float(f"{value:.4g}") for value in values.tolist()]
+
+
+def json_text(values: dict) -> str:
+    """Indented JSON with every list of plain numbers or words on one line."""
+    return _pretty(values, "") + "\n"
+
+
+def _pretty(value, indent: str) -> str:
+    inner = indent + " "
+    if isinstance(value, dict) and value:
+        parts = [f"{inner}{json.dumps(key)}: {_pretty(part, inner)}" for key, part in value.items()]
+        return "{\n" + ",\n".join(parts) + f"\n{indent}}}"
+    if isinstance(value, list) and any(isinstance(part, (dict, list)) for part in value):
+        return "[\n" + ",\n".join(inner + _pretty(part, inner) for part in value) + f"\n{indent}]"
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)

@@ -1,0 +1,135 @@
+"""What is looked at: a diffusion or causal language model with its tokenizer, and the text it is given."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from structprune.assets import NAME, model_directory
+from structprune.calibration.text import LOCAL, join_texts, read_texts
+from structprune.calibration.windows import cut_windows, tokenize_corpus
+from structprune.errors import UserError
+from structprune.models.checkpoint_files import locate, read_json
+from structprune.models.families import family_of
+from structprune.models.loading import load_model, load_tokenizer, source_name
+from structprune.models.official import detect_family
+from structprune.sinks.causal import gguf_file, is_causal, load_causal
+
+LONGEST = 1 << 22  # tokens read of a text
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A loaded model.
+
+    Attributes:
+        name: Hub id, or the directory's own name.
+        causal: whether it is a causal language model of transformers.
+        positions: the most it can take; None where its config does not say.
+        mask_id: of a diffusion LM.
+    """
+
+    name: str
+    causal: bool
+    model: Any
+    tokenizer: Any
+    positions: int | None
+    mask_id: int | None
+
+
+def find_kind(source: str) -> tuple[Path, bool]:
+    """Where a checkpoint is, and whether it is a causal LM, before any weight is read.
+
+    Raises:
+        UserError: nothing there, or neither a diffusion LM that structprune reads nor a causal LM of transformers.
+    """
+    path = Path(source)
+    if path.is_file() and path.suffix == ".gguf":
+        return path, True
+    directory = locate(source, weights=False)
+    if is_causal(directory):
+        return directory, True
+    try:
+        detect_family(read_json(directory / "config.json"), directory)
+    except UserError as error:
+        raise UserError(f"{error}; nor is it a causal language model that transformers has") from error
+    return directory, False
+
+
+def open_subject(source: str, device: torch.device, dtype: str | None, mask_id: int | None, pickle: bool) -> Subject:
+    """Load a checkpoint with its tokenizer.
+
+    Args:
+        pickle: also read `.bin` shards of a diffusion LM.
+    Raises:
+        UserError: anything wrong with it, in one line.
+    """
+    directory, causal = find_kind(source)
+    if not causal:
+        model = load_model(source, dtype, device, mask_id, pickle)
+        tokenizer = load_tokenizer(model.source.directory)
+        longest = getattr(model.config, family_of(model.config).keys["positions"])
+        name = NAME if directory.resolve() == model_directory().resolve() else model.source.name
+        return Subject(name, False, model, tokenizer, longest, model.config.mask_token_id)
+    if not Path(source).exists():
+        directory = locate(source)
+    model, tokenizer = load_causal(directory, dtype, device)
+    named = gguf_file(directory)
+    name = source_name(source, directory) if named is None else Path(named).stem
+    return Subject(name, True, model, tokenizer, getattr(model.config, "max_position_embeddings", None), None)
+
+
+def check_text(text: Path) -> None:
+    """Raise UserError for a text that is not there or is of no kind that is read."""
+    if not text.is_file():
+        raise UserError(f"no text at '{text}': give a {', '.join(LOCAL)} file")
+    if text.suffix.lower() not in LOCAL:
+        raise UserError(f"text '{text}' is not one of {', '.join(LOCAL)}: convert it")
+
+
+def windows_of(subject: Subject, text: Path, count: int, length: int, seed: int) -> torch.Tensor:
+    """`count` windows of `length` tokens drawn from a text, each after a BOS where the tokenizer puts one: (N, T) int64.
+
+    Raises:
+        UserError: windows longer than the model's positions, or a text too short for them.
+    """
+    start = _start(subject.tokenizer)
+    _check_length(subject, length, "--length")
+    documents = join_texts(read_texts(str(text), section="sinks"), str(text), subject.tokenizer, "sinks")
+    tokens = tokenize_corpus(documents, subject.tokenizer, LONGEST)  # (M,)
+    inner = length - len(start)
+    if len(tokens) < count * inner:
+        raise UserError(
+            f"text '{text}' is {len(tokens):,} tokens to {subject.name}, too short for {count} windows of {inner}: give"
+            " a longer one, or lower --windows or --length"
+        )
+    windows = cut_windows(tokens, count, inner, torch.Generator().manual_seed(seed))  # (N, T or T - 1)
+    return torch.cat((torch.tensor([start] * count, dtype=torch.long).view(count, -1), windows), dim=1)
+
+
+def prompt_of(subject: Subject, prompt: str, gen_length: int) -> torch.Tensor:
+    """A prompt's tokens, (1, P) int64.
+
+    Raises:
+        UserError: an empty prompt, or one that is too long for the model together with what is generated.
+    """
+    tokens = subject.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
+    if not tokens:
+        raise UserError("--prompt is empty: give it at least one word")
+    tokens = [*_start(subject.tokenizer), *tokens]
+    _check_length(subject, len(tokens) + gen_length, f"the prompt's {len(tokens)} tokens and --gen-length {gen_length}")
+    return torch.tensor([tokens], dtype=torch.long)
+
+
+def _start(tokenizer) -> list[int]:
+    """The BOS, where the tokenizer puts one before a text."""
+    first = tokenizer("a", verbose=False)["input_ids"][:1]
+    return first if tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id] else []
+
+
+def _check_length(subject: Subject, length: int, what: str) -> None:
+    if subject.positions is not None and length > subject.positions:
+        remedy = "lower it" if what.startswith("--") else "shorten either"
+        shown = f"{what} = {length}" if what.startswith("--") else f"{what} make {length}, which"
+        raise UserError(f"{shown} exceeds the {subject.positions} positions of {subject.name}: {remedy}")
