@@ -88,7 +88,7 @@ def draw_heatmap(runs: list[dict]):
     figure.colorbar(image, ax=list(panels), label="incoming attention / mean over positions", extend="both", pad=0.01)
     marked = [axes for axes in panels if axes.get_legend_handles_labels()[0]]
     if marked:
-        legend = marked[0].legend(loc="lower left", fontsize=8, markerscale=2.5, framealpha=0.85)
+        legend = marked[0].legend(loc="lower left", fontsize=8, framealpha=0.85)
         legend.set_zorder(5)
     return figure
 

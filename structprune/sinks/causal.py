@@ -101,12 +101,14 @@ def load_causal(source: Path, dtype: str | None, device: torch.device):
         UserError: it cannot be read, or does not attend by transformers' attention interface.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
     register_attention()
     name = gguf_file(source)
     place = source.parent if source.is_file() else source
     options = {"trust_remote_code": False} | ({} if name is None else {"gguf_file": name})
     wanted = as_dtype(dtype) or (torch.float32 if device.type == "cpu" else "auto")
+    logging.disable_progress_bar()  # ours is on the same screen
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, **options)
         model = AutoModelForCausalLM.from_pretrained(place, dtype=wanted, attn_implementation=ATTENTION, **options)
@@ -114,6 +116,8 @@ def load_causal(source: Path, dtype: str | None, device: torch.device):
         raise UserError(f"reading {source} needs another package ({_first_line(error)})") from error
     except Exception as error:  # transformers raises what its many loaders raise
         raise UserError(f"{source} cannot be read as a causal language model ({_first_line(error)})") from error
+    finally:
+        logging.enable_progress_bar()
     return model.to(device).eval(), tokenizer
 
 

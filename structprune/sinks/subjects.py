@@ -89,7 +89,7 @@ def check_text(text: Path) -> None:
 
 
 def windows_of(subject: Subject, text: Path, count: int, length: int, seed: int) -> torch.Tensor:
-    """`count` windows of `length` tokens drawn from a text, each after a BOS where the tokenizer puts one: (N, T) int64.
+    """`count` windows of `length` tokens of a text, each after a BOS where the tokenizer puts one: (N, T) int64.
 
     Raises:
         UserError: windows longer than the model's positions, or a text too short for them.

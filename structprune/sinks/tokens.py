@@ -1,4 +1,4 @@
-"""Which tokens are sinks: kinds of tokens, and tables by kind and by text. Shapes: N sequences, S steps, T positions."""
+"""Which tokens are sinks: kinds of tokens, tables by kind and by text. Shapes: N sequences, S steps, T positions."""
 
 import torch
 

@@ -1,0 +1,90 @@
+"""Causal language models: their attention against eager weights, token by token, in memory that knows no T²."""
+
+import pytest
+import torch
+
+from structprune.errors import UserError
+from structprune.sinks import causal
+from structprune.sinks.causal import CausalMeter, gguf_file, is_causal, load_causal
+from structprune.sinks.diagnostics import per_query
+from structprune.sinks.trajectory import UNSEEN
+from structprune.statistics import sinks
+
+CPU, PLAIN = torch.device("cpu"), lambda items, title: items
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Qwen2", "Qwen3"])
+@torch.no_grad()
+def test_generation_against_eager_weights(kind, causal_checkpoint):
+    folder = causal_checkpoint(kind)
+    model, _ = load_causal(folder, None, CPU)
+    prompts = torch.randint(0, 2000, (2, 14), generator=torch.Generator().manual_seed(0))
+    found = causal.generation_trajectory(model, prompts, 3, PLAIN)
+    from transformers import AutoModelForCausalLM
+
+    eager = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    for step in range(3):
+        ids = found.ids[:, step, : 14 + step]
+        output = eager(ids, output_attentions=True)
+        mass = torch.stack(output.attentions).sum((0, 2, 3))  # (N, t) over layers, heads and queries
+        seen = 14 + step - UNSEEN + 1
+        assert torch.allclose(found.mass[:, step, :seen], per_query(mass)[:, :seen], rtol=1e-3)
+        if step < 2:
+            assert torch.equal(found.ids[:, step + 1, 14 + step], output.logits[:, -1].argmax(-1))  # greedy
+    assert found.common.sum() == 14 - UNSEEN + 1 and found.prompt == 14 and found.heads == 12
+
+
+@pytest.mark.filterwarnings("ignore:`past_key_values`")  # as it is called before transformers 5.40
+@torch.no_grad()
+def test_meter_adds_up_what_a_cache_leaves_out(causal_checkpoint):
+    model, _ = load_causal(causal_checkpoint(), None, CPU)
+    ids = torch.randint(0, 2000, (2, 9), generator=torch.Generator().manual_seed(0))
+    with CausalMeter().on() as whole:
+        model(ids)
+    with CausalMeter().on() as parts:
+        cache = model(ids[:, :6], use_cache=True).past_key_values
+        model(ids[:, 6:], past_key_values=cache, use_cache=True)
+    assert len(whole.layers) == 3
+    for one, other in zip(whole.layers, parts.layers):
+        assert torch.allclose(one, other, atol=1e-4) and torch.allclose(one.sum(-1), torch.full((2, 4), 9.0))
+    model(ids)  # closed: nothing is taken in
+    assert parts.layers[0].sum() == pytest.approx(2 * 4 * 9, rel=1e-4)
+
+
+@torch.no_grad()
+def test_no_tensor_grows_with_the_square_of_the_length(causal_checkpoint, largest, monkeypatch):
+    monkeypatch.setitem(sinks.TILE_BYTES, "cpu", 2**16)
+    model, _ = load_causal(causal_checkpoint(max_position_embeddings=2048), None, CPU)
+    ids = torch.zeros(1, 1024, dtype=torch.long)
+    with largest() as plain:
+        model(ids, logits_to_keep=1)
+    with CausalMeter().on(), largest() as metered:
+        model(ids, logits_to_keep=1)
+    assert metered.size <= max(plain.size, 2 * 2**16) < 1024**2
+
+
+def test_kinds_of_files(tmp_path, causal_checkpoint, tiny_checkpoint):
+    assert is_causal(causal_checkpoint()) and not is_causal(tiny_checkpoint())
+    folder = tmp_path / "quantised"
+    folder.mkdir()
+    (folder / "a.gguf").touch()
+    assert is_causal(folder) and gguf_file(folder) == gguf_file(folder / "a.gguf") == "a.gguf"
+    (folder / "b.gguf").touch()
+    with pytest.raises(UserError, match=r"holds 2 GGUF files \(a.gguf, b.gguf\): name the one"):
+        gguf_file(folder)
+    (folder / "model.safetensors").touch()
+    assert gguf_file(folder) is None
+
+
+def test_what_cannot_be_read_is_one_line(tmp_path, causal_checkpoint):
+    folder = causal_checkpoint()
+    (folder / "model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(UserError, match="cannot be read as a causal language model"):
+        load_causal(folder, None, CPU)
+
+
+def test_a_model_with_attention_of_its_own_is_refused(causal_checkpoint):
+    model, _ = load_causal(causal_checkpoint(), None, CPU)
+    model.set_attn_implementation("eager")
+    with pytest.raises(UserError, match="LlamaForCausalLM does not attend by transformers' attention interface"):
+        causal.generation_trajectory(model, torch.zeros(1, 9, dtype=torch.long), 2, PLAIN)

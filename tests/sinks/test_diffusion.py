@@ -1,0 +1,80 @@
+"""Trajectories of diffusion LMs against the full attention matrix of what the model was given."""
+
+import pytest
+import torch
+
+from structprune.evaluation.generate import generate
+from structprune.evaluation.samplers import generation_settings
+from structprune.models.adapter import Adapter
+from structprune.models.modeling_structprune import rotate
+from structprune.sinks.diffusion import forward_trajectory, reverse_trajectory
+from structprune.statistics import capture, sinks
+from structprune.statistics.capture import HeadMeter
+
+PLAIN = lambda items, title: items  # noqa: E731
+
+
+@torch.no_grad()
+def full_mass(model, ids):
+    """(B, T) incoming attention over all layers and heads, from whole matrices."""
+    x, rotary, mass = model.embedding(ids), model.rotary(ids.shape[1], ids.device), 0
+    for view in Adapter(model).blocks:
+        h = view.module.part("attention_norm")(x)  # (B, T, C)
+        query, key = (view[role](h).unflatten(-1, (-1, view.head_dim)).transpose(1, 2) for role in ("query", "key"))
+        key = rotate(key, *rotary).repeat_interleave(query.shape[1] // key.shape[1], dim=1)  # (B, H, T, D)
+        scores = rotate(query, *rotary) @ key.transpose(2, 3) / view.head_dim**0.5  # (B, H, T, T)
+        mass = mass + scores.softmax(-1).sum((1, 2))  # (B, T)
+        x = view.module(x, rotary)
+    return mass
+
+
+@pytest.fixture(params=["llada", "dream"])
+def model(request, tiny_model):
+    return tiny_model(request.param)
+
+
+def test_noise_levels_go_from_noise_to_text(model):
+    windows = torch.randint(0, 2000, (3, 20), generator=torch.Generator().manual_seed(0))
+    found = forward_trajectory(model, windows, 5, 0, PLAIN)
+    masked = found.ids == model.config.mask_token_id  # (N, S, T)
+    assert (found.ids[~masked] == windows[:, None].expand_as(found.ids)[~masked]).all()
+    assert (found.progress.diff(dim=1) > 0).all()
+    if model.edges_visible:
+        assert not masked[..., [0, -1]].any()
+    else:
+        assert torch.allclose(found.progress[0], 0.999 * torch.tensor([0.0, 0.2, 0.4, 0.6, 0.8]))
+        assert masked[:, 0].all() and masked[:, -1].float().mean() < 0.5
+    assert torch.allclose(found.mass.flatten(0, 1), full_mass(model, found.ids.flatten(0, 1)), rtol=1e-4)
+    again = forward_trajectory(model, windows, 5, 0, PLAIN)
+    assert torch.equal(found.ids, again.ids)
+
+
+def test_generation_is_the_samplers_own(model):
+    prompts = torch.randint(0, 2000, (3, 7), generator=torch.Generator().manual_seed(1))
+    asked = {"gen_length": 6, "steps": 3} | ({} if model.shifted else {"block_length": 6})
+    settings = generation_settings(model, asked)
+    found = reverse_trajectory(model, prompts, settings, 0, PLAIN)
+    given = []
+    generate(model, prompts, settings, record=lambda step: given.append(step.ids))
+    assert torch.equal(found.ids, torch.stack(given, dim=1))  # (N, S, T)
+    assert torch.equal(found.ids[:, :, :7], prompts[:, None].expand(3, 3, 7)) and found.prompt == 7
+    left = (found.ids == model.config.mask_token_id).sum(2)  # (N, S)
+    assert (left[:, 0] == 6).all() and (left.diff(dim=1) < 0).all()
+    assert torch.allclose(found.mass.flatten(0, 1), full_mass(model, found.ids.flatten(0, 1)), rtol=1e-4)
+    assert torch.allclose(found.progress[0], torch.tensor([0.0, 1 / 3, 2 / 3]))
+    assert not any("forward" in vars(view.core) for view in Adapter(model).blocks)
+
+
+@pytest.mark.parametrize("one_pass", [0, 1024])
+@torch.no_grad()
+def test_no_tensor_grows_with_the_square_of_the_length(tiny_model, largest, monkeypatch, one_pass):
+    monkeypatch.setattr(capture, "ONE_PASS", one_pass)
+    monkeypatch.setattr(sinks, "TILE_BYTES", {"cpu": 2**16})
+    model = tiny_model(max_sequence_length=1024, n_layers=1)
+    ids = torch.zeros(1, 1024, dtype=torch.long)
+    with largest() as plain:
+        model.encode(ids)
+    with HeadMeter().on([view.core for view in Adapter(model).blocks]) as meter, largest() as metered:
+        model.encode(ids)
+    assert metered.size <= max(plain.size, 2 * 2**16) < 1024**2
+    assert meter.take()[0].shape == (1, 4, 1024)
