@@ -8,7 +8,7 @@ from structprune.report.sink_tables import run_title
 PROGRESS = {"forward": "share of tokens visible", "reverse": "share of the generation done"}
 MAP = "cividis"
 SINK = 0.5
-FRAMES, FRAME_MS = 32, 160
+FRAMES, FRAME_MS, LAST_MS = 32, 160, 1200
 GREY = "#9A9A9A"
 
 
@@ -85,7 +85,10 @@ def draw_heatmap(runs: list[dict]):
         axes.set_ylabel(
             "noise level, from most noise to least" if run["kind"] == "forward" else "step of the generation"
         )
-    figure.colorbar(image, ax=list(panels), label="incoming attention / mean over positions", extend="both", pad=0.01)
+        axes.set_xlim(-1.5, len(rows[0]) + 1.5)
+    bar = figure.colorbar(image, ax=list(panels), label="incoming attention / mean", extend="both", pad=0.01)
+    bar.set_ticks([0.25, 0.5, 1, 2, 4, 8, 16], labels=["1/4", "1/2", "1", "2", "4", "8", "16"])
+    bar.minorticks_off()
     marked = [axes for axes in panels if axes.get_legend_handles_labels()[0]]
     if marked:
         legend = marked[0].legend(loc="lower left", fontsize=8, framealpha=0.85)
@@ -109,21 +112,16 @@ def draw_drift(runs: list[dict]):
         if run["sequences"] > 1:
             axes.plot([], [], color=GREY, linewidth=1, label="other sequences")
         drift = run["summary"]["drift"]["mean"]
-        note = "no centroid" if drift is None else f"drift: {drift:.1%} of the text"
+        note = "no centroid" if drift is None else f"drift: {drift:.1%} of the positions"
         axes.annotate(note, (0.98, 0.97), xycoords="axes fraction", ha="right", va="top", fontsize=9)
         axes.set_xlabel(PROGRESS[run["kind"]])
-        axes.set_ylabel("centroid of the sinks, position")
+        axes.set_ylabel("centroid of the sinks, position" + (" in the prompt" if run["causal"] else ""))
         axes.set_xlim(0, 1)
-        axes.set_ylim(0, 1.12 * _compared(run))
+        axes.set_ylim(0, 1.12 * run["compared_positions"])
         axes.grid(alpha=0.25)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     return figure
-
-
-def _compared(run: dict) -> int:
-    """Positions that can be compared over all steps; they are the first ones."""
-    return run["compared_positions"]
 
 
 def _nan(values: list) -> list[float]:
@@ -155,7 +153,9 @@ def draw_survival(runs: list[dict]):
         count = len(series["from_first"])
         at = [step / max(1, count - 1) for step in range(count)]
         left.plot(at, _nan(series["from_first"]), color=colour, linestyle=style, linewidth=2, label=title)
-        lasting = sorted(value for row in run["detail"]["survival"] for value in _first(row, run) if value)
+        lasting = sorted(
+            value for row in run["detail"]["survival"] for value in row[: run["compared_positions"]] if value
+        )
         if lasting:
             share = [1 - index / len(lasting) for index in range(len(lasting))]
             right.step([0, *lasting], [1, *share], color=colour, linestyle=style, linewidth=2, where="pre", label=title)
@@ -176,26 +176,30 @@ def draw_survival(runs: list[dict]):
     return figure
 
 
-def _first(row: list, run: dict) -> list:
-    return row[: _compared(run)]
-
-
 def animate_drift(runs: list[dict], path: Path) -> None:
     """A GIF of each run's first sequence: incoming attention by position, its sinks and their centroid."""
     from matplotlib import pyplot
-    from matplotlib.animation import FuncAnimation, PillowWriter
+    from PIL import Image
 
-    figure, panels = _panels(runs, 2.9, 3.7)
+    figure, panels = _panels(runs, 3.1, 3.7)
+    figure.set_dpi(75)
     shown = [_Bars(axes, run) for axes, run in zip(panels, runs)]
     panels[0].set_ylabel("incoming attention / mean")
-    frames = min(FRAMES, max(len(bars.rows) for bars in shown))
-
-    def draw(frame: int):
-        return [artist for bars in shown for artist in bars.show(frame / max(1, frames - 1))]
-
-    animation = FuncAnimation(figure, draw, frames=frames, init_func=list, blit=False)
-    animation.save(path, writer=PillowWriter(fps=1000 / FRAME_MS), dpi=70)
+    marks = [pyplot.Rectangle((0, 0), 1, 1, color=COLOURS[1]), pyplot.Line2D([], [], color=COLOURS[0], linestyle="--")]
+    figure.legend(marks, ["sink", "their centroid"], loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    figure.canvas.draw()  # all but what moves, once
+    still = figure.canvas.copy_from_bbox(figure.bbox)
+    frames, images = min(FRAMES, max(len(bars.rows) for bars in shown)), []
+    for frame in range(frames):
+        figure.canvas.restore_region(still)
+        for bars in shown:
+            bars.draw(frame / max(1, frames - 1))
+        size, pixels = figure.canvas.get_width_height(), figure.canvas.buffer_rgba()
+        image = Image.frombuffer("RGBA", size, pixels, "raw", "RGBA", 0, 1).convert("RGB")
+        images.append(image.quantize(32, dither=Image.Dither.NONE))
     pyplot.close(figure)
+    times = [FRAME_MS] * (frames - 1) + [LAST_MS]
+    images[0].save(path, format="GIF", save_all=True, append_images=images[1:], duration=times, loop=0)
 
 
 class _Bars:
@@ -204,26 +208,34 @@ class _Bars:
     def __init__(self, axes, run: dict):
         self.axes, self.run, self.rows = axes, run, _relative(run)
         length = len(self.rows[0])
-        self.bars = axes.bar(range(length), [0.0] * length, width=1.0)
-        self.centre = axes.axvline(0, color=COLOURS[0], linewidth=1.5, linestyle="--", visible=False)
+        edges = [index - 0.5 for index in range(length + 1)]
+        self.all, self.sinks = (
+            axes.stairs([0.0] * length, edges, color=colour, fill=True) for colour in (GREY, COLOURS[1])
+        )
+        self.centre = axes.axvline(0, color=COLOURS[0], linewidth=1.5, linestyle="--")
         self.note = axes.annotate("", (0.98, 0.97), xycoords="axes fraction", ha="right", va="top", fontsize=8)
+        self.moving = (self.all, self.centre, self.sinks, self.note)  # the sinks in front
+        for artist in self.moving:
+            artist.set_animated(True)
         axes.set_yscale("symlog", linthresh=1)
         highest = max(value for row in self.rows for value in row if value == value)
         axes.set_ylim(0, 1.6 * highest)
-        axes.set_yticks(
-            [1, 4, 16] if highest > 12 else [1, 2, 4], labels=["1", "4", "16"] if highest > 12 else ["1", "2", "4"]
-        )
-        axes.set_xlim(-0.5, length - 0.5)
+        ticks = [tick for tick in (1, 2, 4, 8, 16, 32, 64) if tick <= highest]
+        axes.set_yticks(ticks, labels=map(str, ticks))
+        axes.minorticks_off()
+        axes.set_xlim(-2.5, length + 1.5)
         axes.set_xlabel("position in the text")
 
-    def show(self, progress: float):
+    def draw(self, progress: float) -> None:
+        """Put the step at that share of the trajectory on the canvas."""
         step = round(progress * (len(self.rows) - 1))
         phi, centre = self.run["detail"]["phi"][0][step], self.run["per_step"]["centroid"][0][step]
-        for bar, height, sink in zip(self.bars, self.rows[step], phi):
-            bar.set_height(0 if height != height else height)
-            bar.set_color(COLOURS[1] if (sink or 0) > SINK else GREY)
+        heights = [0 if height != height else height for height in self.rows[step]]
+        self.all.set_data(heights)
+        self.sinks.set_data([height if (value or 0) > SINK else 0 for height, value in zip(heights, phi)])
         self.centre.set_visible(centre is not None)
         if centre is not None:
             self.centre.set_xdata([centre, centre])
         self.note.set_text(f"step {step + 1} of {len(self.rows)}")
-        return [*self.bars, self.centre, self.note]
+        for artist in self.moving:
+            self.axes.draw_artist(artist)

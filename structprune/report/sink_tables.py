@@ -5,19 +5,19 @@ from rich.table import Table
 
 KINDS = {"forward": "noise levels", "reverse": "generation"}
 ROWS = (  # section, title, key of the summary
-    ("spatial concentration", "variance of the mean mass over positions", "spatial_variance"),
-    ("", "its standard deviation / mean mass", "spatial_variation"),
+    ("spatial concentration", "variance of the mean mass", "spatial_variance"),
+    ("", "  its std / mean mass", "spatial_variation"),
     ("", "sinks per step", "sinks_per_step"),
-    ("", "share of the attention they get", "mass_of_sinks"),
-    ("", "share of the heads they are a sink of (ε = 3)", "votes_of_sinks"),
-    ("temporal stability", "variance of the centroid, positions²", "temporal_variance"),
-    ("", "its standard deviation / positions", "drift"),
-    ("", "instability: variance of φ, all positions", "instability"),
-    ("", "instability of positions that are ever a sink", "instability_of_sinks"),
-    ("positions across steps", "positions that are ever a sink", "ever_sinks"),
-    ("", "share of the steps that one of them is", "survival"),
-    ("", "share of them that are at every step", "lasting"),
-    ("", "share of sinks kept to the next step", "kept"),
+    ("", "attention they get, share", "mass_of_sinks"),
+    ("", "heads' sinks (ε = 3), share", "votes_of_sinks"),
+    ("temporal stability", "variance of the centroid", "temporal_variance"),
+    ("", "  its std / positions", "drift"),
+    ("", "instability (variance of φ)", "instability"),
+    ("", "  of those ever a sink", "instability_of_sinks"),
+    ("positions across steps", "ever a sink, positions", "ever_sinks"),
+    ("", "  survival, share of steps", "survival"),
+    ("", "  a sink at every step, share", "lasting"),
+    ("", "kept to the next step, share", "kept"),
 )
 
 
@@ -41,29 +41,25 @@ def cell(figure: dict) -> str:
     """Mean ± standard error over sequences; 'none' where no sequence has one."""
     if figure["mean"] is None:
         return "none"
-    shown = _number(figure["mean"])
-    return shown if figure["standard_error"] is None else f"{shown} ± {_number(figure['standard_error'])}"
-
-
-def _number(value: float) -> str:
-    return (
-        f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}" if abs(value) >= 0.001 or not value else f"{value:.0e}"
-    )
+    shown = f"{figure['mean']:.3g}" if abs(figure["mean"]) < 1000 else f"{figure['mean']:.0f}"
+    error = figure["standard_error"]
+    return shown if error is None else f"{shown} ± {error:.1g}" if error < 100 else f"{shown} ± {error:.0f}"
 
 
 def property_table(runs: list[dict]) -> Table:
     """The measured properties of sinks, one column per trajectory."""
     table = Table(title="attention sinks: mean ± standard error over sequences", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     found = columns(runs)
     for model, what, _ in found:
         table.add_column(f"{model}\n[dim]{what}[/dim]", justify="right")
     for section, title, key in ROWS:
         if section:
-            table.add_row(f"[bold]{section}[/bold]")
-        table.add_row(f"  {title}", *(cell(summary[key]) for *_, summary in found))
+            table.add_row(f"[bold]{section}[/bold]", *[""] * len(found))
+        table.add_row(title if title.startswith("  ") else f" {title}", *(cell(summary[key]) for *_, summary in found))
     first = runs[0]
-    table.caption = f"{first['sequences']} sequences; 'prompt': at the positions whose tokens never change"
+    what = "'prompt': at positions whose tokens never change; of a causal LM mass is per query that sees the position"
+    table.caption = f"{first['sequences']} sequences; {what}"
     return table
 
 
@@ -76,7 +72,7 @@ def token_tables(runs: list[dict], top: int = 8) -> list[Table]:
             table.add_column(name, justify="left" if name == "token" else "right")
         for row in run["by_kind"]:
             table.add_row(row["kind"], *_shares(row))
-        table.add_section()
+        table.add_row("(the first position)", *_shares(run["first_position"]), end_section=True)
         for row in run["by_token"][:top]:
             table.add_row(repr(row["token"]), *_shares(row))
         tables.append(table)

@@ -7,7 +7,7 @@ import torch
 
 from structprune.config import SinkSettings
 from structprune.sinks import diagnostics
-from structprune.sinks.tokens import Vocabulary, by_kind, by_token
+from structprune.sinks.tokens import Vocabulary, by_kind, by_token, first_position
 from structprune.sinks.trajectory import Trajectory
 from structprune.statistics.sinks import sink_mask
 
@@ -39,10 +39,7 @@ def trajectory_figures(trajectory: Trajectory, sink: SinkSettings, vocabulary: V
         "summary": summary(mass[:, :, common], known, trajectory.votes[:, :, common]),
         "by_kind": by_kind(trajectory.ids, mass, phi, vocabulary),
         "by_token": by_token(trajectory.ids, mass, phi, vocabulary, TOP),
-        "first_position": {
-            "mass": (mass[..., 0] / mass.nansum(-1)).mean().item(),
-            "sink_rate": (phi[..., 0] > diagnostics.SINK).float().mean().item(),
-        },
+        "first_position": first_position(mass, phi),
         "per_step": _per_step(trajectory, phi, known),
         "strength": [rounded(layer) for layer in trajectory.strength],
         "head_sinks": [rounded(layer) for layer in trajectory.sinks],

@@ -97,3 +97,9 @@ def by_token(ids: torch.Tensor, mass: torch.Tensor, phi: torch.Tensor, vocabular
     rows = token_table(ids, mass, phi).items()
     sinks = [{"token": vocabulary.text(token), "id": token} | row for token, row in rows if row["sinks"] > 0]
     return sinks[:top]
+
+
+def first_position(mass: torch.Tensor, phi: torch.Tensor) -> dict:
+    """The row of `token_table` of each text's first position, whatever its token is."""
+    first = (torch.arange(mass.shape[-1]) == 0).long().expand(mass.shape)  # (N, S, T)
+    return token_table(first, mass, phi)[1]
