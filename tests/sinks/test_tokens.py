@@ -11,7 +11,8 @@ NONE = float("nan")
 @pytest.mark.parametrize(
     ("text", "kind"),
     [
-        ("\n", "newline"), (".\n\n", "newline"), ("   ", "space"), ("", "space"), (" (", "punctuation"), ("…", "punctuation"),
+        ("\n", "newline"), (".\n\n", "newline"), ("   ", "space"), ("", "space"), (" (", "punctuation"),
+        ("…", "punctuation"),
         (" 42", "number"), ("3.", "number"), (" the", "word"), ("ing", "word part"), (" a1", "word"), (" é", "word"),
     ],
 )  # fmt: skip

@@ -1,0 +1,58 @@
+"""scripts/bench_sinks.py and scripts/sink_study.py on tiny sizes."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from structprune.assets import model_directory
+from structprune.models.loading import load_tokenizer
+
+RESULTS = Path(__file__).parents[2] / "scripts" / "results"
+
+
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "scripts")
+    return importlib.import_module
+
+
+def test_cost_is_measured_in_one_run(script, tmp_path, capsys):
+    out = tmp_path / "cost.json"
+    arguments = ["--length", "32", "--width", "64", "--blocks", "1", "--rounds", "2", "--out", str(out)]
+    assert script("bench_sinks").main(arguments) == 0
+    found = json.loads(out.read_text())
+    assert set(found["median_ms"]) == {"plain", "mass", "heads"} and set(found["ratio"]) == {"mass", "heads"}
+    assert "with all that" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["--width", "100"], ["--rounds", "0"], ["--device", "tpu"]])
+def test_bad_options_are_one_line(script, arguments, capsys):
+    assert script("bench_sinks").main(arguments) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_kept_result_meets_the_target():
+    found = json.loads((RESULTS / "sinks_cost.json").read_text())
+    assert found["settings"]["length"] == 1024 and found["settings"]["width"] == 512
+    assert max(ratio["median"] for ratio in found["ratio"].values()) <= found["target"] == 1.3
+
+
+def test_study_writes_figures_and_pictures(script, tmp_path):
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    Qwen2ForCausalLM(Qwen2Config(vocab_size=2048, num_key_value_heads=2, **sizes)).save_pretrained(tmp_path / "tiny")
+    load_tokenizer(model_directory()).save_pretrained(tmp_path / "tiny")
+    results = tmp_path / "results"
+    results.mkdir()
+    study = script("sink_study").study
+    assert study([str(tmp_path / "tiny"), "--windows", "1", "--length", "20"], results) == 0
+    ours, theirs = (json.loads((results / f"sinks_{name}.json").read_text()) for name in ("embedded", "smollm2"))
+    assert [run["kind"] for run in ours["runs"]] == ["forward", "reverse"] and theirs["runs"][0]["model"] == "tiny"
+    assert ours["runs"][0]["sequences"] == 1 and "detail" not in ours["runs"][0]
+    assert ours["command"] == "structprune sinks llada-docs --against tiny --windows 1 --length 20"
+    assert len(list(results.glob("sinks_*.png"))) == 4 and (results / "sinks_drift.gif").exists()
