@@ -41,9 +41,13 @@ def cell(figure: dict) -> str:
     """Mean ± standard error over sequences; 'none' where no sequence has one."""
     if figure["mean"] is None:
         return "none"
-    shown = f"{figure['mean']:.3g}" if abs(figure["mean"]) < 1000 else f"{figure['mean']:.0f}"
-    error = figure["standard_error"]
-    return shown if error is None else f"{shown} ± {error:.1g}" if error < 100 else f"{shown} ± {error:.0f}"
+    shown, error = _short(figure["mean"], 3), figure["standard_error"]
+    return shown if error is None else f"{shown} ± {_short(error, 1)}"
+
+
+def _short(value: float, digits: int) -> str:
+    """A few significant digits, and all digits before the point."""
+    return f"{value:.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:.{digits}g}"
 
 
 def property_table(runs: list[dict]) -> Table:
@@ -52,7 +56,7 @@ def property_table(runs: list[dict]) -> Table:
     table.add_column("", no_wrap=True)
     found = columns(runs)
     for model, what, _ in found:
-        table.add_column(f"{model}\n[dim]{what}[/dim]", justify="right")
+        table.add_column(f"{model}\n[dim]{what}[/dim]", justify="right", overflow="fold")
     for section, title, key in ROWS:
         if section:
             table.add_row(f"[bold]{section}[/bold]", *[""] * len(found))

@@ -126,7 +126,8 @@ def generation_trajectory(model, prompts: torch.Tensor, gen_length: int, track: 
     """The model's own greedy generation from every prompt: at step s the text has P + s tokens.
 
     Generation goes on after an EOS, as that of masked diffusion LMs does. Mass is per query that sees a position; the
-    positions that every step can compare lie in the prompt.
+    positions that every step can compare lie in the prompt. What a query has attended to never changes, so this is a
+    running mean over queries, and some of its stability comes from causality itself.
 
     Args:
         prompts: (N, P) int64.
