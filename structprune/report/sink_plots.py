@@ -115,7 +115,7 @@ def draw_drift(runs: list[dict]):
         note = "no centroid" if drift is None else f"drift: {drift:.1%} of the positions"
         axes.annotate(note, (0.98, 0.97), xycoords="axes fraction", ha="right", va="top", fontsize=9)
         axes.set_xlabel(PROGRESS[run["kind"]])
-        axes.set_ylabel("centroid of the sinks, position" + (" in the prompt" if run["causal"] else ""))
+        axes.set_ylabel("centroid of the sinks, position" if not run["causal"] else "centroid, position in the prompt")
         axes.set_xlim(0, 1)
         axes.set_ylim(0, 1.12 * run["compared_positions"])
         axes.grid(alpha=0.25)
