@@ -21,6 +21,7 @@ def encode_at(
     input_ids: torch.Tensor,
     wanted: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
+    span: slice | None = None,
 ) -> torch.Tensor:
     """Hidden states that predict the tokens at the wanted positions, so that the LM head need run nowhere else.
 
@@ -32,18 +33,23 @@ def encode_at(
         input_ids: (B, T) int64.
         wanted: (B, T) bool.
         attention_mask: (B, T), true at real tokens; None when every token is real.
+        span: only these positions run, and the wanted ones are predicted from among them; keys and values of the
+            others must come from a cache (`cached.KeyValueCache`). Default all.
     Returns:
         (M, C) after the final norm, row by row from left to right.
     """
+    span = span or slice(0, input_ids.shape[1])
     row, position = wanted.nonzero(as_tuple=True)  # 2 x (M,)
     if model.shifted:
         position = (position - 1).clamp(min=0)  # (M,)
+    position = position - span.start  # (M,) among the n that run
     mask = None if attention_mask is None else attention_mask.bool()[:, None, None, :]  # (B, 1, 1, T)
-    x = model.embedding(input_ids)  # (B, T, C)
-    rotary = model.rotary(input_ids.shape[1], input_ids.device, attention_mask)
+    x = model.embedding(input_ids[:, span])  # (B, n, C)
+    whole = model.rotary(input_ids.shape[1], input_ids.device, attention_mask)
+    rotary = tuple(table[:, :, span] for table in whole)  # 2 x (1 or B, 1, n, D)
     *blocks, last = model.blocks
     for block in blocks:
-        x = block(x, rotary, mask)  # (B, T, C)
+        x = block(x, rotary, mask)  # (B, n, C)
     mixed = last.mix(x, rotary, mask)[row, position]  # (M, H*D)
     x = x[row, position] + last.part("attention_output")(mixed)  # (M, C)
     x = x + last.part("down")(last.activate(x))  # (M, C)

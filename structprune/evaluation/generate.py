@@ -10,6 +10,7 @@ from typing import Callable, Iterable, Sequence
 import torch
 
 from structprune.errors import UserError
+from structprune.evaluation.cached import KeyValueCache, check_cache
 from structprune.evaluation.encode import LOGIT_BYTES, encode_at
 from structprune.evaluation.samplers import SAMPLERS, Generation
 from structprune.evaluation.sampling import guided, gumbel_choice
@@ -46,6 +47,8 @@ def generate(
     eos_id: int | Sequence[int] | None = None,
     track: Callable[[Iterable], Iterable] = lambda items: items,
     record: Callable[[Step], None] | None = None,
+    cache: str = "none",
+    refresh: int | None = None,
 ) -> list[torch.Tensor] | torch.Tensor:
     """Generate `settings.gen_length` tokens after every prompt.
 
@@ -63,13 +66,20 @@ def generate(
         eos_id: for `stop_at_eos`, one id or several, of which the first fills; default the config's eos_token_id.
         track: wraps the iteration over steps (progress).
         record: called before every forward pass.
+        cache: `none`; `prefix` or `dual` keep keys and values while a block is denoised (`cached`): faster, and
+            approximate.
+        refresh: steps after which a cache is made anew within a block; default never.
     Returns:
         int64 on CPU, prompt and generated tokens: N tensors (P + G,), or (N, P + G) as the prompts came.
     Raises:
-        UserError: settings of another family, an empty prompt, one with a mask token in it or too long for the model.
+        UserError: settings of another family, an empty prompt, one with a mask token in it or too long for the model,
+            or a cache that there is not.
     """
     rows = _unpadded(prompts, attention_mask)
     _check(model, rows, settings)
+    check_cache(cache, settings)
+    if refresh is not None and (cache == "none" or refresh < 1):
+        raise ValueError(f"refresh = {refresh} with cache '{cache}': give a number from 1, and a cache")
     stop = _stop_ids(model, settings, eos_id)
     seeds = _seeds(len(rows), generator) if settings.draws else None
     order = sorted(range(len(rows)), key=lambda row: -len(rows[row]))  # longest first: what does not fit shows early
@@ -77,7 +87,8 @@ def generate(
     tails = torch.empty(len(rows), settings.gen_length, dtype=torch.long)  # (N, G)
     for chosen, step in track([(chosen, step) for chosen in batches for step in range(settings.steps)]):
         if step == 0:
-            state = _Denoiser(model, settings, chosen, rows, seeds, stop, record)
+            kept = None if cache == "none" else KeyValueCache(model, cache, refresh)
+            state = _Denoiser(model, settings, chosen, rows, seeds, stop, record, kept)
         state.advance(step)
         if step == settings.steps - 1:
             tails[chosen] = state.generated.cpu()
@@ -180,8 +191,8 @@ def _portions(counts: list[int], limit: int) -> list[list[tuple[int, int]]]:
 class _Denoiser:
     """One batch on its way from all masks to text; `generated` (B, G) is its state."""
 
-    def __init__(self, model, settings: Generation, chosen: list[int], prompts, seeds, stop, record):
-        self.model, self.settings, self.stop, self.record = model, settings, stop, record
+    def __init__(self, model, settings: Generation, chosen: list[int], prompts, seeds, stop, record, cache):
+        self.model, self.settings, self.stop, self.record, self.cache = model, settings, stop, record, cache
         self.device, self.mask_id = compute_device(model), model.config.mask_token_id
         self.chosen = torch.tensor(chosen)  # (B,)
         self.width = max(len(prompts[row]) for row in chosen)
@@ -200,6 +211,7 @@ class _Denoiser:
         length, steps = (total // self.settings.blocks for total in (self.generated.shape[1], self.settings.steps))
         block, within = divmod(step, steps)
         start, end = block * length, (block + 1) * length
+        self.block = slice(self.width + start, self.width + end)  # among the T
         masked = self.generated == self.mask_id  # (B, G)
         if within == 0:
             self.began = masked[:, start:end].sum(1)  # (B,)
@@ -261,5 +273,10 @@ class _Denoiser:
             ids = torch.cat((ids, bare))  # (2b, T)
         known = torch.zeros_like(prompt, dtype=torch.bool)  # (b, P)
         wanted = torch.cat((known, wanted[running]), dim=1).repeat(branches, 1)  # (1 or 2 x b, T)
-        states = encode_at(self.model, ids, wanted, real if real is None else real.repeat(branches, 1))
+        real = real if real is None else real.repeat(branches, 1)  # (1 or 2 x b, T)
+        if self.cache is None:
+            states = encode_at(self.model, ids, wanted, real)
+        else:
+            names = running.repeat(branches).nonzero().flatten().tolist()  # 1 or 2 x b
+            states = self.cache.encode(ids, wanted, real, names, self.block)
         return states.unflatten(0, (branches, -1))  # (1 or 2, M, C)
