@@ -1,0 +1,94 @@
+"""What a benchmark measures: sizes, forms of generation and rounds, checked before any weight is read."""
+
+from dataclasses import dataclass
+
+from structprune.errors import UserError, nearest
+from structprune.evaluation.cached import CACHES, check_cache
+from structprune.evaluation.samplers import Generation, generation_settings
+
+BLOCK_LENGTH = 32  # of LLaDA's generation where none is asked for: what block-wise caches are published with
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class BenchSettings:
+    """Choices of one benchmark.
+
+    Attributes:
+        batches, lengths: every pair is measured; a length counts prompt and generated tokens together.
+        gen_length: generated tokens of each sequence, 0 for no generation; steps of all blocks together.
+        block_length: of a sampler with blocks; None: 32, or gen_length where that is less.
+        caches: of `none`, `prefix`, `dual`, or `all` of them that the sampler can have.
+        compiled: also measure with torch.compile.
+        semi_structured: also run 2:4-masked weights through torch's semi-structured kernels.
+        rounds, generation_rounds, warmup: timed passes, timed generations, and untimed passes before.
+    Raises:
+        UserError: a value that cannot be used.
+    """
+
+    batches: tuple[int, ...] = (1,)
+    lengths: tuple[int, ...] = (512,)
+    gen_length: int = 128
+    steps: int = 32
+    block_length: int | None = None
+    caches: tuple[str, ...] = ("none",)
+    compiled: bool = False
+    semi_structured: bool = False
+    rounds: int = 20
+    generation_rounds: int = 5
+    warmup: int = 3
+
+    def __post_init__(self):
+        for name, option, values in (
+            ("batch", "--batch", self.batches),
+            ("length", "--length", self.lengths),
+            ("count", "--rounds", (self.rounds,)),
+            ("count", "--generation-rounds", (self.generation_rounds,)),
+            ("count", "--steps", (self.steps,)),
+        ):
+            for value in values:
+                if value < 1:
+                    raise UserError(f"{option} {value} is no {name}: give whole numbers from 1")
+            if len(set(values)) < len(values) or not values:
+                raise UserError(f"{option} needs different numbers, at least one: {', '.join(map(str, values))}")
+        if self.gen_length < 0:
+            raise UserError(f"--gen-length {self.gen_length} is no count: give 0 (no generation) or more")
+        known = (*CACHES, ALL)
+        for name in self.caches:
+            if name not in known:
+                close = nearest(name, list(known))
+                raise UserError(f"unknown --cache '{name}'{close}: choose of {', '.join(known)}")
+        shortest = min(self.lengths)
+        if self.gen_length >= shortest:
+            raise UserError(
+                f"--length {shortest} leaves no room for a prompt before --gen-length {self.gen_length}: raise the one,"
+                " lower the other, or leave generation out with --gen-length 0"
+            )
+
+    def generation(self, config) -> Generation | None:
+        """The sampler's settings for models of a family; None where none is measured.
+
+        Raises:
+            UserError: what the family's sampler cannot do.
+        """
+        if not self.gen_length:
+            return None
+        values = {"gen_length": self.gen_length, "steps": self.steps}
+        if self.block_length is not None:
+            return generation_settings(config, values | {"block_length": self.block_length})
+        plain = generation_settings(config, values)
+        if not hasattr(plain, "block_length"):
+            return plain
+        return generation_settings(config, values | {"block_length": min(BLOCK_LENGTH, self.gen_length)})
+
+    def caches_of(self, generation: Generation) -> tuple[str, ...]:
+        """The caches to measure, in a fixed order.
+
+        Raises:
+            UserError: one that the sampler cannot have.
+        """
+        if ALL in self.caches:
+            return CACHES if generation.blocks > 1 else CACHES[:-1]
+        for name in self.caches:
+            check_cache(name, generation)
+        return tuple(name for name in CACHES if name in self.caches)
