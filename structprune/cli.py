@@ -10,6 +10,7 @@ import typer
 
 from structprune import __version__
 from structprune.errors import Interrupted, UserError
+from structprune.verbs.bench import BENCH_HELP, bench
 from structprune.verbs.demo import demo
 from structprune.verbs.evaluate import EVAL_HELP, evaluate
 from structprune.verbs.prune import PRUNE_HELP, inspect, prune
@@ -31,6 +32,7 @@ app.command()(inspect)
 app.command(help=SINKS_HELP)(sinks)
 app.command()(demo)
 app.command("eval", help=EVAL_HELP)(evaluate)
+app.command(help=BENCH_HELP)(bench)
 
 
 def _show_version(value: bool) -> None:

@@ -8,9 +8,11 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
+from structprune.bench.settings import BenchSettings
+from structprune.bench_run import bench
 from structprune.calibration.build import check_source
 from structprune.checkpoint.save import check_output
-from structprune.config import Config
+from structprune.config import Config, ModelSettings
 from structprune.errors import Interrupted
 from structprune.evaluate import evaluate
 from structprune.evaluation.settings import EvaluationConfig
@@ -25,6 +27,7 @@ from structprune.models.loading import load_model
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.placement import pick_device, stream_target
 from structprune.pipeline import Pruner
+from structprune.report.bench_tables import bench_tables
 from structprune.report.eval_tables import eval_table
 from structprune.report.progress import progress_bars
 from structprune.report.tables import inspect_tables, mask_inspect_tables, mask_table, run_table
@@ -144,6 +147,25 @@ def evaluate_and_show(
         console.print(f"[bold]Warning:[/bold] {escape(line)}", soft_wrap=True)
     made = f"Wrote {out} (results.json, items/: a line per item{'' if against is None else ', against.json'})"
     console.print(made, soft_wrap=True)
+
+
+def bench_and_show(
+    checkpoints: list[str], settings: BenchSettings, out: Path, place: ModelSettings, plots: bool, overwrite: bool
+) -> None:
+    """`structprune bench`.
+
+    Raises:
+        UserError: anything the user can mend.
+    """
+    with progress_bars(Console(stderr=True)) as track:
+        found = bench(checkpoints, settings, out, place, plots, overwrite, track)
+    console = Console()
+    for table in bench_tables(found.result):
+        console.print(table)
+    masked = found.result["semi_structured"]
+    if masked and masked["refused"]:
+        console.print(f"2:4 kernels were not measured: {escape(masked['refused'])}", soft_wrap=True)
+    console.print("Wrote " + ", ".join(str(path) for path in found.made), soft_wrap=True)
 
 
 def demo_and_show(out: Path, overwrite: bool) -> None:

@@ -32,6 +32,7 @@ DRIVERS = (
     "mask_request",
     "inspect",
     "sink_run",
+    "bench_run",
     "demo",
     "evaluate",
     "evaluation_request",

@@ -54,7 +54,7 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
 
 @torch.inference_mode()
 def shape_rows(model: DiffusionLM, tokens: int, rounds: int, warmup: int) -> list[dict]:
-    """One row per shape (O, C) of 2:4 weights: dense and semi-structured time of `tokens` inputs, or why there is none."""
+    """One row per shape (O, C) of 2:4 weights: time of `tokens` inputs with both kernels, or why there is none."""
     linears = masked_linears(model)
     shapes: dict[tuple[int, ...], list[str]] = {}
     for name, linear in linears.items():

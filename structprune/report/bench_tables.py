@@ -1,0 +1,135 @@
+"""Tables of a benchmark: what was measured, each model beside the first."""
+
+from rich import box
+from rich.table import Table
+
+from structprune.report.tables import gigabytes, millions
+
+Rows = list[dict]
+
+
+def bench_tables(result: dict) -> list[Table]:
+    """Models, forward passes, generations and 2:4 kernels, as far as they were measured.
+
+    Args:
+        result: the contents of bench.json.
+    """
+    tables = [_models(result["models"]), _forward(result["forward"])]
+    if result["generation"]:
+        tables.append(_generation(result["generation"], result["settings"]["sampler"]))
+    if result["semi_structured"] and not result["semi_structured"]["refused"]:
+        tables += [_shapes(label, found) for label, found in result["semi_structured"]["models"].items()]
+    return tables
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for name in columns:
+        table.add_column(name, justify="left" if name in ("model", "layers") else "right", no_wrap=True)
+    return table
+
+
+def _models(rows: Rows) -> Table:
+    table = _table("models", "model", "removed", "parameters", "weights", "dtype")
+    for row in rows:
+        sizes = (millions(row["parameters"]), gigabytes(row["bytes"]), row["dtype"])
+        table.add_row(row["model"], f"{100 * row['removed']:.1f} %", *sizes)
+    table.caption = "removed: share of the first model's block projections"
+    return table
+
+
+def _forward(rows: Rows) -> Table:
+    table = _table("forward pass", "model", "ms (quartiles)", "speed", "MACs", "of ideal", "peak above")
+    for title, group in _groups(rows):
+        table.add_section()
+        table.add_row(title, style="bold")
+        for row in group:
+            table.add_row(f"  {row['model']}", _quartiles(row["ms"]), *_gain(row), _bytes(row["peak_above_weights"]))
+    table.caption = (
+        "logits at all positions; of ideal: (1 - 1 / speed-up) / (share of MACs removed), attention and LM head"
+        " counted; peak above weights and what else was in memory"
+    )
+    return table
+
+
+def _generation(rows: Rows, sampler: dict) -> Table:
+    block = f", blocks of {sampler['block_length']}" if "block_length" in sampler else ""
+    title = f"generation, {sampler['gen_length']} tokens in {sampler['steps']} steps{block}"
+    table = _table(title, "model", "tokens/s (quartiles)", "speed", "MACs", "of ideal", "equal")
+    for title, group in _groups(rows):
+        table.add_section()
+        table.add_row(title, style="bold")
+        for row in group:
+            equal = "" if row["agreement"] is None else f"{100 * row['agreement']:.0f} %"
+            table.add_row(f"  {row['model']}", _quartiles(_rates(row)), *_gain(row), equal)
+    if any(row["agreement"] is not None for row in rows):
+        table.caption = "equal: share of tokens that are the same model's without a cache, which is approximate"
+    return table
+
+
+def _shapes(label: str, found: dict) -> Table:
+    table = _table(f"{label}: 2:4 kernels", "layers", "tokens", "out x in", "dense ms", "2:4 ms", "speed")
+    for row in found["shapes"]:
+        start = (_short(row["first"], row["layers"]), str(row["tokens"]), f"{row['outputs']} x {row['inputs']}")
+        table.add_row(*start, *(("refused", "", "") if "refused" in row else _pair(row)))
+    table.add_section()
+    for row in found["forward"]:
+        table.add_row("whole forward pass", f"{row['batch']} x {row['length']}", "", *_pair(row))
+    refused = {row["refused"] for row in found["shapes"] if "refused" in row}
+    table.caption = "; ".join(sorted(refused)) or None
+    return table
+
+
+def _short(name: str, layers: int) -> str:
+    """'32 as q_proj' for the full name of one of them."""
+    return f"{layers} as {name.rpartition('.')[2]}"
+
+
+def _pair(row: dict) -> tuple[str, str, str]:
+    return _quartiles(row["dense_ms"]), _quartiles(row["2:4_ms"]), f"{row['speedup']['median']:.2f}x"
+
+
+def _groups(rows: Rows):
+    """('1 x 512, prefix cache, compiled', its rows), in the order they first appear."""
+    found: dict[str, Rows] = {}
+    for row in rows:
+        parts = [f"{row['batch']} x {row['length']}"]
+        if "cache" in row:
+            parts.append("no cache" if row["cache"] == "none" else f"{row['cache']} cache")
+        if row["mode"] != "eager":
+            parts.append(row["mode"])
+        found.setdefault(", ".join(parts), []).append(row)
+    return found.items()
+
+
+def _number(value: float) -> str:
+    """About three digits, never an exponent."""
+    digits = next((digits for digits, least in enumerate((100, 10, 1)) if value >= least), 3)
+    return f"{value:.{digits}f}"
+
+
+def _quartiles(values: dict) -> str:
+    return f"{_number(values['median'])} ({_number(values['p25'])}-{_number(values['p75'])})"
+
+
+def _rates(row: dict) -> dict[str, float]:
+    """Tokens per second: the slower quartile of the times is the lower one of the rates."""
+    work = row["tokens_per_second"] * row["ms"]["median"]
+    return {"median": row["tokens_per_second"], "p25": work / row["ms"]["p75"], "p75": work / row["ms"]["p25"]}
+
+
+def _gain(row: dict) -> tuple[str, str, str]:
+    """Speed-up, change of MACs (the first model: MACs) and share of the ideal."""
+    if "speedup" not in row:
+        return "", _macs(row["macs"]), ""
+    share = row["ideal_share"]
+    reached = "" if share is None else f"{100 * share['median']:.1f} %"
+    return f"{row['speedup']['median']:.2f}x", f"{-100 * row['macs_removed']:+.1f} %", reached
+
+
+def _macs(count: int) -> str:
+    return f"{_number(count / 1e9)} G" if count >= 1e9 else f"{_number(count / 1e6)} M"
+
+
+def _bytes(count: int | None) -> str:
+    return "unknown" if count is None else gigabytes(count)
