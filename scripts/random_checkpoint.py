@@ -1,0 +1,58 @@
+"""Checkpoints of a published shape with random weights: speed and memory depend on shape alone."""
+
+from pathlib import Path
+
+import torch
+
+from structprune.checkpoint.atomic import whole_directory
+from structprune.checkpoint.output import write_json, write_shards
+from structprune.models.families import FAMILIES
+
+LLADA = {
+    "model_type": "llada", "architectures": ["LLaDAModelLM"], "activation_type": "silu", "block_type": "llama",
+    "layer_norm_type": "rms", "rope": True, "rope_full_precision": True, "rope_theta": 500000.0, "rms_norm_eps": 1e-5,
+    "include_bias": False, "include_qkv_bias": False, "weight_tying": False, "eos_token_id": 0, "pad_token_id": 0,
+}  # fmt: skip
+SHARP = 2.0  # of queries and keys, so that attention is about as uneven as in a trained model
+
+
+def llada_values(
+    width: int, heads: int, blocks: int, channels: int, vocabulary: int, positions: int, dtype: str
+) -> dict:
+    """config.json of a LLaDA of that size; the last token is the mask."""
+    sizes = {"d_model": width, "n_heads": heads, "n_kv_heads": heads, "n_layers": blocks, "mlp_hidden_size": channels}
+    sizes |= {key: vocabulary for key in ("vocab_size", "embedding_size")} | {"mask_token_id": vocabulary - 1}
+    return LLADA | sizes | {"max_sequence_length": positions, "torch_dtype": dtype}
+
+
+def write_random(directory: Path, values: dict, seed: int = 0, device: str = "cpu") -> Path:
+    """An official checkpoint without a tokenizer, tensor by tensor, whole or not at all.
+
+    Args:
+        values: its config.json, with `torch_dtype`.
+        device: where the numbers are drawn.
+    """
+    family = next(each for each in FAMILIES if values["model_type"] in each.model_types)
+    skipped = ("model_type", "architectures", "torch_dtype")
+    dtype = getattr(torch, values["torch_dtype"])
+    with torch.device("meta"):
+        model = family.model_class(family.config_class(**{k: v for k, v in values.items() if k not in skipped}))
+    headers = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def draw(name: str) -> torch.Tensor:
+        shape = headers[name].shape
+        if len(shape) == 1:  # norms are 1, biases 0
+            return torch.full(shape, float(name.endswith("weight")), dtype=dtype)
+        gain = 0.06 * shape[1] ** 0.5 if name == family.embedding else SHARP if _attends(name) else 1.0
+        drawn = torch.randn(shape, generator=generator, device=device, dtype=dtype)
+        return drawn.mul_(gain * shape[1] ** -0.5).cpu()
+
+    with whole_directory(directory) as draft:
+        write_shards(draft, headers, draw)
+        write_json(draft / "config.json", values)
+    return directory
+
+
+def _attends(name: str) -> bool:
+    return "q_proj" in name or "k_proj" in name
