@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from structprune.errors import UserError, nearest
 from structprune.evaluation.cached import CACHES, check_cache
-from structprune.evaluation.samplers import Generation, generation_settings
+from structprune.evaluation.samplers import SAMPLERS, Generation, LLaDAGeneration, generation_settings
+from structprune.models.families import family_of
 
 BLOCK_LENGTH = 32  # of LLaDA's generation where none is asked for: what block-wise caches are published with
 ALL = "all"
@@ -74,12 +75,10 @@ class BenchSettings:
         if not self.gen_length:
             return None
         values = {"gen_length": self.gen_length, "steps": self.steps}
-        if self.block_length is not None:
-            return generation_settings(config, values | {"block_length": self.block_length})
-        plain = generation_settings(config, values)
-        if not hasattr(plain, "block_length"):
-            return plain
-        return generation_settings(config, values | {"block_length": min(BLOCK_LENGTH, self.gen_length)})
+        block_length = self.block_length
+        if block_length is None and SAMPLERS[family_of(config).name] is LLaDAGeneration:
+            block_length = min(BLOCK_LENGTH, self.gen_length)
+        return generation_settings(config, values if block_length is None else values | {"block_length": block_length})
 
     def caches_of(self, generation: Generation) -> tuple[str, ...]:
         """The caches to measure, in a fixed order.

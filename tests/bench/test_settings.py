@@ -1,0 +1,49 @@
+"""Choices of a benchmark that can and cannot be met."""
+
+import pytest
+
+from structprune.bench.settings import BenchSettings
+from structprune.errors import UserError
+from structprune.evaluation.samplers import DreamGeneration, LLaDAGeneration
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"batches": (0,)}, "--batch 0 is no batch: give whole numbers from 1"),
+        ({"lengths": (512, -1)}, "--length -1 is no length"),
+        ({"lengths": (512, 512)}, "--length needs different numbers, at least one: 512, 512"),
+        ({"rounds": 0}, "--rounds 0 is no count"),
+        ({"generation_rounds": 0}, "--generation-rounds 0 is no count"),
+        ({"gen_length": -1}, "--gen-length -1 is no count: give 0"),
+        ({"caches": ("dul",)}, r"unknown --cache 'dul' \(did you mean 'dual'\?\): choose of none, prefix, dual, all"),
+        ({"lengths": (512, 128)}, "--length 128 leaves no room for a prompt before --gen-length 128"),
+    ],
+)
+def test_values_that_cannot_be_used(values, message):
+    with pytest.raises(UserError, match=message) as caught:
+        BenchSettings(**values)
+    assert "\n" not in str(caught.value)
+
+
+def test_generation_of_a_family(tiny_model):
+    llada, dream = tiny_model().config, tiny_model("dream").config
+    assert BenchSettings().generation(llada) == LLaDAGeneration(128, 32, 32)
+    assert BenchSettings(gen_length=16, steps=4).generation(llada) == LLaDAGeneration(16, 4, 16)
+    assert BenchSettings(gen_length=16, steps=4, block_length=8).generation(llada) == LLaDAGeneration(16, 4, 8)
+    assert BenchSettings(gen_length=16, steps=4).generation(dream) == DreamGeneration(16, 4)
+    assert BenchSettings(gen_length=0).generation(llada) is None
+    with pytest.raises(UserError, match="dream's sampler has no option 'block_length'"):
+        BenchSettings(block_length=8).generation(dream)
+    with pytest.raises(UserError, match="steps = 6 cannot be shared by 4 blocks"):
+        BenchSettings(steps=6).generation(llada)
+
+
+def test_caches_of_a_sampler():
+    blocks, one = LLaDAGeneration(16, 4, 8), LLaDAGeneration(16, 4, 16)
+    everything = BenchSettings(caches=("all",))
+    assert everything.caches_of(blocks) == ("none", "prefix", "dual")
+    assert everything.caches_of(one) == everything.caches_of(DreamGeneration(16, 4)) == ("none", "prefix")
+    assert BenchSettings(caches=("dual", "none")).caches_of(blocks) == ("none", "dual")
+    with pytest.raises(UserError, match="Dream's sampler has no blocks"):
+        BenchSettings(caches=("dual",)).caches_of(DreamGeneration(16, 4))
