@@ -26,7 +26,7 @@ class Latency:
 
     @property
     def median_ms(self) -> float:
-        return 1e3 * torch.tensor(self.seconds, dtype=torch.float64).median().item()
+        return self.quantile_ms(0.5)
 
     def quantile_ms(self, share: float) -> float:
         return 1e3 * torch.tensor(self.seconds, dtype=torch.float64).quantile(share).item()

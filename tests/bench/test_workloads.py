@@ -1,0 +1,74 @@
+"""Rows of forward passes and generations: every figure beside the first model's."""
+
+import pytest
+import torch
+
+from structprune.bench import workloads as module
+from structprune.bench.latency import Latency
+from structprune.bench.workloads import forward_rows, generation_rows, rows_of
+from structprune.evaluation.generate import generate
+from structprune.evaluation.samplers import LLaDAGeneration
+from structprune.models.adapter import Adapter
+from structprune.structured.sizes import forward_macs
+
+
+def test_rows_by_hand():
+    found = {"dense": Latency((0.2, 0.2, 0.2)), "small": Latency((0.16, 0.16, 0.16))}
+    dense, small = rows_of(found, {"dense": 100, "small": 60}, tokens=50).values()
+    assert dense == {
+        "model": "dense", "ms": {"median": 200, "p25": 200, "p75": 200}, "tokens_per_second": 250, "macs": 100,
+        "macs_removed": 0,
+    }  # fmt: skip
+    assert small["tokens_per_second"] == pytest.approx(312.5) and small["macs_removed"] == pytest.approx(0.4)
+    assert small["speedup"]["median"] == pytest.approx(1.25)
+    assert small["ideal_share"] == pytest.approx({"median": 0.5, "p25": 0.5, "p75": 0.5})
+
+
+@pytest.fixture
+def pair(tiny_model):
+    return {"dense": tiny_model(), "small": tiny_model(mlp_hidden_size=16)}
+
+
+def test_forward_rows(pair):
+    rows = forward_rows(pair, batch=2, length=8, rounds=3, warmup=1, track=lambda items: items)
+    assert [row["model"] for row in rows] == ["dense", "small"]
+    for row, model in zip(rows, pair.values()):
+        assert (row["batch"], row["length"]) == (2, 8) and row["macs"] == 2 * forward_macs(Adapter(model), 8)
+        assert row["peak_above_weights"] is None or row["peak_above_weights"] >= 0
+        assert row["tokens_per_second"] == pytest.approx(16e3 / row["ms"]["median"])
+    assert "speedup" not in rows[0] and rows[1]["ideal_share"] is not None
+    assert rows[1]["macs_removed"] == pytest.approx(1 - rows[1]["macs"] / rows[0]["macs"])
+
+
+def test_generation_rows(pair, monkeypatch):
+    settings, asked = LLaDAGeneration(8, 8, 4), []
+
+    def noted(model, prompts, given, batch, cache="none"):
+        asked.append((prompts.shape, batch, cache))
+        return generate(model, prompts, given, batch=batch, cache=cache)
+
+    monkeypatch.setattr(module, "generate", noted)
+    plain = generation_rows(pair, 2, 20, settings, "none", rounds=2, track=lambda items: items)
+    assert set(asked) == {((2, 12), 2, "none")} and len(asked) == 2 * (2 + 2)  # counted, peak, two rounds
+    assert [row["agreement"] for row in plain] == [None, None]
+    asked.clear()
+    rows = generation_rows(pair, 2, 20, settings, "dual", rounds=2, track=lambda items: items)
+    assert [cache for _, _, cache in asked].count("none") == 2
+    for row, full, model in zip(rows, plain, pair.values()):
+        assert row["cache"] == "dual" and row["macs"] < full["macs"]
+        prompts = module.random_ids(pair["dense"], 2, 12)
+        kept, whole = (generate(model, prompts, settings, cache=name)[:, -8:] for name in ("dual", "none"))
+        assert row["agreement"] == (kept == whole).double().mean().item()
+        assert row["tokens_per_second"] == pytest.approx(16e3 / row["ms"]["median"])
+
+
+def test_agreement_is_of_generated_tokens_only(pair, monkeypatch):
+    def fake(model, prompts, settings, batch, cache="none"):
+        model(prompts)  # so that there are MACs to count
+        tail = torch.arange(8)[None].repeat(2, 1)
+        tail[0, :4] += 100 * (cache != "none")  # 4 of 16 differ
+        return torch.cat((prompts, tail), dim=1)
+
+    monkeypatch.setattr(module, "generate", fake)
+    rows = generation_rows({"dense": pair["dense"]}, 2, 20, LLaDAGeneration(8, 8, 4), "prefix", 1, lambda items: items)
+    assert rows[0]["agreement"] == 0.75
