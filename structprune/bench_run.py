@@ -58,7 +58,7 @@ def bench(
         UserError: anything the user can mend, before any weight is read where it can be known then.
     """
     if plots:
-        check_matplotlib()
+        check_matplotlib("or leave them out with --no-plots")
     check_output(out, None, overwrite, marks=(RESULT,))
     labels = checkpoint_labels(checkpoints)
     generation = check_checkpoints(checkpoints, settings, place)

@@ -70,11 +70,11 @@ def _generation(rows: Rows, sampler: dict) -> Table:
 def _shapes(label: str, found: dict) -> Table:
     table = _table(f"{label}: 2:4 kernels", "layers", "tokens", "out x in", "dense ms", "2:4 ms", "speed")
     for row in found["shapes"]:
-        start = (_short(row["first"], row["layers"]), str(row["tokens"]), f"{row['outputs']} x {row['inputs']}")
+        start = (_short(row["first"], row["layers"]), str(row["tokens"]), f"{row['outputs']}x{row['inputs']}")
         table.add_row(*start, *(("refused", "", "") if "refused" in row else _pair(row)))
     table.add_section()
     for row in found["forward"]:
-        table.add_row("whole forward pass", f"{row['batch']} x {row['length']}", "", *_pair(row))
+        table.add_row("whole pass", f"{row['batch']} x {row['length']}", "", *_pair(row))
     refused = {row["refused"] for row in found["shapes"] if "refused" in row}
     table.caption = "; ".join(sorted(refused)) or None
     return table

@@ -11,10 +11,14 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
 MARKERS = ("o", "s", "^", "D", "v")
 
 
-def check_matplotlib() -> None:
-    """Raises UserError where matplotlib is not installed; call it before long work that ends in a picture."""
+def check_matplotlib(otherwise: str = "") -> None:
+    """Raises UserError where matplotlib is not installed; call it before long work that ends in a picture.
+
+    Args:
+        otherwise: another remedy, to end the message with.
+    """
     if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("pictures need matplotlib: pip install 'structprune[plot]'")
+        raise UserError(f"pictures need matplotlib: pip install 'structprune[plot]'{otherwise and ', ' + otherwise}")
 
 
 def plot_nelbo(

@@ -1,0 +1,165 @@
+"""structprune bench as a user meets it: what is written and said, and one line for what cannot be measured."""
+
+import json
+
+import pytest
+import torch
+
+from structprune.bench.settings import BenchSettings
+from structprune.bench_run import bench
+from structprune.checkpoint.output import write_json
+from structprune.cli import main
+from structprune.models.adapter import Adapter
+from structprune.models.loading import load_model
+from structprune.report import plots
+from structprune.structured.sizes import forward_macs
+
+QUICK = ["--length", "24", "--gen-length", "8", "--steps", "4", "--rounds", "2", "--generation-rounds", "1"]
+
+
+@pytest.fixture
+def pair(tiny_checkpoint):
+    return [str(tiny_checkpoint(name="dense")), str(tiny_checkpoint(name="small", mlp_hidden_size=24))]
+
+
+def refused(arguments, capsys, out=None) -> str:
+    """The one line that is said, with exit code 2 and nothing written."""
+    assert main(arguments) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and len(said.err.strip().splitlines()) == 1 and said.err.strip().startswith("structprune: error: ")
+    assert out is None or not out.exists()
+    return said.err
+
+
+def test_everything_is_measured_and_written(pair, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "made"
+    more = ["--batch", "1,2", "--block-length", "4", "--cache", "all"]
+    assert main(["bench", *pair, "--out", str(out), *QUICK, *more]) == 0
+    assert {path.name for path in out.iterdir()} == {"bench.json", "latency.png", "ideal.png", "memory.png"}
+    found = json.loads((out / "bench.json").read_text())
+    assert [(row["batch"], row["model"]) for row in found["forward"]] == [
+        (batch, name) for batch in (1, 2) for name in ("dense", "small")
+    ]
+    assert [(row["batch"], row["cache"]) for row in found["generation"][::2]] == [
+        (batch, cache) for batch in (1, 2) for cache in ("none", "prefix", "dual")
+    ]
+    models = [load_model(path) for path in pair]
+    for row, model in zip(found["models"], models):
+        assert row["parameters"] == model.num_parameters() and row["bytes"] == 4 * row["parameters"]
+        assert row["widths"][0] == {"query_heads": 4, "kv_heads": 4, "channels": model.config.mlp_hidden_size}
+    # of a block's 4 x 32 x 32 + 3 x 32 x 48
+    assert found["models"][1]["removed"] == pytest.approx(3 * 32 * 24 / (4 * 32 * 32 + 3 * 32 * 48))
+    assert found["forward"][3]["macs"] == 2 * forward_macs(Adapter(models[1]), 24)
+    assert found["settings"]["sampler"]["block_length"] == 4 and found["settings"]["device"] == "cpu"
+    assert found["machine"]["torch"] == torch.__version__ and found["semi_structured"] is None
+    said = capsys.readouterr().out
+    assert "of ideal" in said and "1 x 24, dual cache" in said and "latency.png" in said
+
+
+def test_dream_has_no_blocks(tiny_checkpoint, tmp_path, capsys):
+    checkpoint, out = str(tiny_checkpoint("dream")), tmp_path / "made"
+    assert "Dream's sampler has no blocks: use prefix" in refused(
+        ["bench", checkpoint, "--out", str(out), *QUICK, "--cache", "dual"], capsys, out
+    )
+    assert "dream's sampler has no option 'block_length'" in refused(
+        ["bench", checkpoint, "--out", str(out), *QUICK, "--block-length", "4"], capsys, out
+    )
+    assert main(["bench", checkpoint, "--out", str(out), *QUICK, "--cache", "all", "--no-plots"]) == 0
+    found = json.loads((out / "bench.json").read_text())
+    assert [row["cache"] for row in found["generation"]] == ["none", "prefix"]
+    assert [path.name for path in out.iterdir()] == ["bench.json"]
+
+
+def test_compiled_rows_follow_the_eager_ones(pair, tmp_path, monkeypatch):
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *a, **k: compile(*a, **(k | {"backend": "eager"})))
+    settings = BenchSettings((1,), (24,), 8, 4, 4, ("all",), compiled=True, rounds=1, generation_rounds=1)
+    found = bench(pair, settings, tmp_path / "made", plots=False).result
+    assert [row["mode"] for row in found["forward"]] == ["eager"] * 2 + ["compiled"] * 2
+    assert [(row["mode"], row["cache"]) for row in found["generation"][::2]] == [
+        ("eager", "none"), ("eager", "prefix"), ("eager", "dual"), ("compiled", "none")
+    ]  # fmt: skip
+    assert found["forward"][3]["macs"] == found["forward"][1]["macs"]
+
+
+def test_two_of_four_without_kernels_says_so_and_goes_on(pair, tmp_path, capsys):
+    out, masked = tmp_path / "made", tmp_path / "masked"
+    nothing = [*pair, "--out", str(out), "--gen-length", "0", "--length", "16", "--rounds", "1", "--semi-structured"]
+    assert "none of dense, small has two of every four" in refused(["bench", *nothing], capsys, out)
+    made = ["prune", pair[0], "--out", str(masked), "--method", "nm", "--set", "masking.score=magnitude"]
+    assert main([*made, "--set", "reconstruct.enabled=false", "--set", "calibration.held_out=0"]) == 0
+    capsys.readouterr()
+    assert main(["bench", pair[0], str(masked), *nothing[2:], "--no-plots"]) == 0
+    found = json.loads((out / "bench.json").read_text())
+    assert found["semi_structured"] == {
+        "refused": "torch has no 2:4 kernels for device cpu", "models": {"masked": {}}
+    }  # fmt: skip
+    assert found["generation"] == [] and found["forward"][1]["ideal_share"] is None
+    assert "2:4 kernels were not measured: torch has no 2:4 kernels for device cpu" in capsys.readouterr().out
+
+
+def test_two_of_four_with_kernels(pair, tmp_path, monkeypatch):
+    """Stand-ins for the kernels, which no CPU has."""
+    from structprune import bench_run
+    from structprune.bench import semi_structured
+
+    checkpoint = tmp_path / "masked"
+    made = ["prune", pair[0], "--out", str(checkpoint), "--method", "nm", "--set", "masking.score=magnitude"]
+    assert main([*made, "--set", "reconstruct.enabled=false", "--set", "calibration.held_out=0"]) == 0
+    monkeypatch.setattr(bench_run, "refusal", lambda device, dtype: None)
+    monkeypatch.setattr(semi_structured, "convert", lambda weight: weight.clone())
+    settings = BenchSettings((1, 2), (8, 16), 0, semi_structured=True, rounds=1, warmup=0)
+    found = bench([pair[0], str(checkpoint)], settings, tmp_path / "made", plots=False).result["semi_structured"]
+    (label, rows), *others = found["models"].items()
+    assert (label, others) == ("masked", [])
+    shapes = [(row["outputs"], row["inputs"], row["tokens"]) for row in rows["shapes"]]
+    assert len(shapes) == len(set(shapes)) == 3 * 3  # three shapes at 8, 16 and 32 tokens
+    assert [(row["batch"], row["length"]) for row in rows["forward"]] == [(1, 8), (1, 16), (2, 8), (2, 16)]
+
+
+def test_what_cannot_be_measured_together(pair, tiny_checkpoint, tmp_path, capsys):
+    out = tmp_path / "made"
+    other = str(tiny_checkpoint(name="other", vocab_size=2100, embedding_size=2100))
+    dream = str(tiny_checkpoint("dream"))
+    for checkpoints, more, message in (
+        ([pair[0], other], [], f"'{other}' has a vocabulary of 2100, '{pair[0]}' of 2048"),
+        ([pair[0], dream], [], f"'{dream}' is of family dream, '{pair[0]}' of llada: compare within one family"),
+        (pair, ["--length", "65"], "--length 65 is beyond the 64 positions of"),
+        (pair, ["--cache", "duel"], "unknown --cache 'duel' (did you mean 'dual'?)"),
+        (pair, ["--batch", "1;2"], "--batch '1;2' is no list of whole numbers: write them as in --batch 1,8"),
+        (pair, ["--dtype", "float64"], "model.dtype"),
+        (pair, ["--device", "tpu"], "unknown device 'tpu'"),
+        ([pair[0], pair[0]], [], "is given twice"),
+        ([str(tmp_path / "nowhere")], [], "nowhere"),
+    ):
+        assert message in refused(["bench", *checkpoints, "--out", str(out), *QUICK, *more], capsys, out), message
+
+
+def test_an_output_is_replaced_only_when_asked_and_only_if_it_is_one(pair, tmp_path, capsys):
+    out = tmp_path / "made"
+    arguments = ["bench", *pair, "--out", str(out), *QUICK, "--no-plots"]
+    out.mkdir()
+    (out / "thesis.txt").write_text("mine")
+    assert "exists" in refused(arguments, capsys)
+    assert "holds something else than an earlier output" in refused([*arguments, "--overwrite"], capsys)
+    write_json(out / "bench.json", {})
+    assert main([*arguments, "--overwrite"]) == 0
+    assert [path.name for path in out.iterdir()] == ["bench.json"]
+
+
+def test_matplotlib_is_asked_for_first(pair, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(plots.importlib.util, "find_spec", lambda name: None)
+    out = tmp_path / "made"
+    message = refused(["bench", *pair, "--out", str(out), *QUICK], capsys, out)
+    assert "pip install 'structprune[plot]'" in message and "--no-plots" in message
+    assert main(["bench", *pair, "--out", str(out), *QUICK, "--no-plots"]) == 0
+
+
+def test_a_failure_leaves_nothing(pair, tmp_path, monkeypatch):
+    from structprune import bench_run
+
+    monkeypatch.setattr(bench_run, "write_json", lambda path, values: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError, match="full"):
+        bench(pair, BenchSettings((1,), (8,), 0, rounds=1), tmp_path / "made", plots=False)
+    assert [path.name for path in tmp_path.iterdir() if "made" in path.name] == []
