@@ -3,7 +3,7 @@
     python scripts/bench_pruned.py [--ratios 0.3,0.5] [--length 512] [--out scripts/results/bench_cpu.json]
 
 Speed and memory depend on shapes alone; what the model would say means nothing. Each ratio is a whole structured run on
-random ids (scores, measured split, refit, check), with the share of it that is model forwards. What is measured then is
+random ids (scores, plan, refit, check), with the share of it that is model forwards. What is measured then is
 what `structprune bench` measures; the pictures are written beside the figures.
 """
 
@@ -58,7 +58,7 @@ def random_calibration(model: DiffusionLM, options: argparse.Namespace) -> Calib
 
 
 def run_config(options: argparse.Namespace, ratio: float) -> Config:
-    """The default recipe on the volume asked for."""
+    """The default recipe on the volume asked for, but for the split: what to measure it by is only random here."""
     return Config.load(
         overrides={
             "calibration.windows": options.windows,
@@ -66,8 +66,7 @@ def run_config(options: argparse.Namespace, ratio: float) -> Config:
             "calibration.length": options.window,
             "calibration.interval": STEPS // options.levels,
             "structured.ratio": ratio,
-            "structured.split_candidates": 3,
-            "structured.split_windows": max(1, options.windows // 3),
+            "structured.split": options.split,
         }
     )
 
@@ -116,7 +115,9 @@ def measure(options: argparse.Namespace, folder: Path, out: Path | None) -> dict
         checkpoints = [str(dense), *(str(folder / f"pruned-{ratio}") for ratio in options.ratios)]
         place = ModelSettings(device=options.device, dtype=options.dtype)
         found = bench(checkpoints, settings, folder / "bench", place, out is not None, track=track)
-    volume = {name.replace("-", "_"): getattr(options, name.replace("-", "_")) for name in VOLUME}
+    volume = {name.replace("-", "_"): getattr(options, name.replace("-", "_")) for name in VOLUME} | {
+        "split": options.split
+    }
     shape = {name: getattr(options, name) for name in SIZES}
     result = found.result | {"weights": "random", "shape": shape, "calibration": volume, "pruning": runs}
     if out is not None:
@@ -139,6 +140,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     for name, value in (SIZES | VOLUME | PACE | {"batch": 1}).items():
         parser.add_argument(f"--{name}", type=int, default=value, help="default %(default)s")
     parser.add_argument("--ratios", default="0.3,0.5", help="to prune at (default %(default)s)")
+    parser.add_argument("--split", default="by-cost", help="structured.split (default %(default)s)")
     parser.add_argument("--compile", action="store_true", help="also measure with torch.compile")
     parser.add_argument("--device", help="cpu or cuda[:N] (default: cuda where there is one)")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default float32)")

@@ -1,0 +1,117 @@
+"""The scripts that measure a pruned random model and MLP widths, on tiny sizes."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from structprune.bench.latency import Latency
+from structprune.models.loading import load_model
+from structprune.models.modeling_structprune import RMSNorm
+
+
+def script(name: str, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "scripts")
+    return importlib.import_module(name)
+
+
+def test_a_random_checkpoint_is_an_official_one(monkeypatch, tmp_path):
+    module = script("random_checkpoint", monkeypatch)
+    values = module.llada_values(32, 2, 2, 96, 64, 128, "bfloat16")
+    first, again = (module.write_random(tmp_path / name, values) for name in ("a", "b"))
+    model, other = load_model(first), load_model(again)
+    assert model.source.dtype == torch.bfloat16 and model.config.mask_token_id == 63
+    assert model.blocks[0].part("gate").weight.shape == (96, 32) and model.config.max_sequence_length == 128
+    assert torch.equal(model.final_norm.weight, torch.ones(32))
+    gate = model.blocks[0].part("gate").weight
+    assert gate.std().item() == pytest.approx(32**-0.5, rel=0.05)
+    assert model.blocks[0].part("query").weight.std().item() == pytest.approx(2 * 32**-0.5, rel=0.1)
+    assert model.embedding.weight.std().item() == pytest.approx(0.06, rel=0.1)
+    assert all(torch.equal(one, two) for one, two in zip(model.parameters(), other.parameters()))
+
+
+def test_the_clock_counts_layers_and_nothing_else(monkeypatch, tiny_model):
+    module = script("forward_clock", monkeypatch)
+    now = [0.0]
+
+    def tick():
+        now[0] += 1.0  # every look at the clock takes a second, so that a layer counts one
+        return now[0]
+
+    monkeypatch.setattr(module.time, "perf_counter", tick)
+    model, forward = tiny_model(), RMSNorm.forward
+    clock = module.ForwardClock(torch.device("cpu"))
+    with torch.no_grad(), clock.running():
+        model(torch.arange(6)[None])
+        torch.ones(3) @ torch.ones(3)
+    # a block: 2 norms, 7 linears, 1 core, 2 rotations; then embedding, last norm and head
+    assert clock.seconds == 3 * 12 + 3
+    with torch.no_grad():
+        model(torch.arange(6)[None])
+    assert clock.seconds == 39 and RMSNorm.forward is forward
+
+
+def test_a_model_is_pruned_and_measured(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    module, out = script("bench_pruned", monkeypatch), tmp_path / "made.json"
+    assert module.main(["--quick", "--out", str(out)]) == 0
+    found = json.loads(out.read_text())
+    assert [row["asked"] for row in found["pruning"]] == [0.3, 0.5]
+    for row, model in zip(found["pruning"], found["models"][1:]):
+        assert abs(row["ratio"] - row["asked"]) < 0.06 and row["ratio"] == pytest.approx(model["removed"])
+        assert 0 < row["forward_share"] < 1 and row["forward_seconds"] < row["seconds"]
+    assert [row["cache"] for row in found["generation"][::3]] == ["none", "prefix", "dual"]
+    assert found["weights"] == "random" and found["shape"]["blocks"] == 2 and found["calibration"]["levels"] == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "made.json", "made_ideal.png", "made_latency.png", "made_memory.png"
+    ]  # fmt: skip
+    assert "pruning at 0.3" in capsys.readouterr().out
+
+
+def test_costs_by_hand(monkeypatch):
+    """Between 10 s at 128 and 20 s at 256, a width of 160 is worth 12.5 s."""
+    module = script("bench_widths", monkeypatch)
+    found = {128: Latency((10.0, 10.0)), 256: Latency((20.0, 20.0)), 160: Latency((15.0, 15.0))}
+    assert module.cost(found, 128, 160) == pytest.approx({"median": 0.2, "p25": 0.2, "p75": 0.2})
+    assert module.cost(found, 128, 256)["median"] == module.cost(found, 128, 128)["median"] == 0
+    assert [module.alignment(width) for width in (1, 12, 96, 192, 256, 1024)] == [1, 4, 32, 64, 128, 128]
+
+
+def test_the_smallest_free_alignment_stops_at_the_first_dear_one(monkeypatch):
+    module = script("bench_widths", monkeypatch)
+    rows = [
+        {"alignment": kind, "cost": {"median": value}}
+        for kind, value in ((128, 0.0), (64, 0.01), (64, 0.03), (32, 0.2), (16, 0.0))
+    ]
+    costs, free = module.summarise(rows)
+    assert costs == {128: 0.0, 64: 0.02, 32: 0.2, 16: 0.0} and free == 64
+
+
+def test_widths_are_measured(monkeypatch, tmp_path, capsys):
+    module, out = script("bench_widths", monkeypatch), tmp_path / "widths.json"
+    assert module.main(["--quick", "--out", str(out)]) == 0
+    found = json.loads(out.read_text())
+    assert [row["width"] for row in found["rows"]] == [128, 129, 132, 136, 144, 152, 160, 176, 192, 224, 256]
+    assert [row["alignment"] for row in found["rows"]] == [128, 1, 4, 8, 16, 8, 32, 16, 64, 32, 128]
+    assert set(found["costs"]) == {"1", "4", "8", "16", "32", "64", "128"} and found["settings"]["dtype"] == "float32"
+    assert "round_to" in capsys.readouterr().out
+    assert module.main(["--quick"]) == 0
+
+
+@pytest.mark.parametrize(
+    "name, arguments, message",
+    [
+        ("bench_pruned", ["--ratios", "0.3;0.5"], "--ratios '0.3;0.5' is no list of numbers"),
+        ("bench_pruned", ["--levels", "60"], "--levels 60: give 1 to 50"),
+        ("bench_pruned", ["--width", "100", "--heads", "8"], "each of 8 heads needs an even share"),
+        ("bench_widths", ["--centres", "1000"], "--centres 1000 is no multiple of 128"),
+        ("bench_widths", ["--rounds", "0"], "--rounds 0: give at least 1"),
+        ("bench_widths", ["--centers", "128"], "see --help"),
+    ],
+)
+def test_options_that_cannot_be_used(monkeypatch, capsys, name, arguments, message):
+    assert script(name, monkeypatch).main(arguments) == 2
+    said = capsys.readouterr().err
+    assert message in said and len(said.splitlines()) == 1
