@@ -62,7 +62,9 @@ def draw_latency(axes, rows: list[dict], removed: dict[str, float]) -> None:
     axes.plot([], [], color=GREY, linewidth=1, linestyle="--", label="in proportion to MACs")
     values = [row["ms"]["median"] for row in rows]
     if max(values) > 8 * min(values):
-        axes.set_yscale("log")
+        axes.set_yscale("log", subs=(2, 5))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
     else:
         axes.set_ylim(bottom=0)
     axes.set_xlabel("removed share of block projections")
