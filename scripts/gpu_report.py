@@ -2,10 +2,10 @@
 
     python scripts/gpu_report.py --work DIR [--shape llada-8b] [--stages make,prune,forward,generation,nm,widths]
 
-The checkpoint has LLaDA-8B's (or Dream-7B's) exact shape and random weights: speed and memory depend on shape alone, and
-what the model says means nothing. Each stage writes one JSON file beside the others, with the machine described, and can
-be run alone once `make` and `prune` have filled the work directory, so that several short calls add up. A stage does not
-start after --seconds, so that one call ends in time.
+The checkpoint has LLaDA-8B's (or Dream-7B's) exact shape and random weights: speed and memory depend on shape alone,
+and what the model says means nothing. Each stage writes one JSON file beside the others, with the machine described,
+and can be run alone once `make` and `prune` have filled the work directory, so that several short calls add up. A stage
+does not start after --seconds, so that one call ends in time.
 """
 
 import argparse
