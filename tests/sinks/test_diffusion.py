@@ -52,7 +52,7 @@ def test_noise_levels_go_from_noise_to_text(model):
 def test_generation_is_the_samplers_own(model):
     prompts = torch.randint(0, 2000, (3, 7), generator=torch.Generator().manual_seed(1))
     asked = {"gen_length": 6, "steps": 3} | ({} if model.shifted else {"block_length": 6})
-    settings = generation_settings(model, asked)
+    settings = generation_settings(model.config, asked)
     found = reverse_trajectory(model, prompts, settings, 0, PLAIN)
     given = []
     generate(model, prompts, settings, record=lambda step: given.append(step.ids))
