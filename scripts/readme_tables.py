@@ -12,7 +12,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 from readme_common import machine, ranged, table  # noqa: E402
+from readme_bench import bench, note  # noqa: E402
 from readme_evaluation import evaluation, evaluation_speed  # noqa: E402
+from readme_sinks import sinks  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "scripts" / "results"
@@ -242,13 +244,17 @@ SECTIONS = {
     "masks": masks,
     "speed": speed,
     "evaluation": lambda: evaluation(load("evaluation.json")),
+    "sinks": lambda: sinks(load("sinks_embedded.json"), load("sinks_smollm2.json"), load("sinks_cost.json")),
     "evaluation-speed": lambda: evaluation_speed(load("evaluation_speed.json")),
+    "bench": lambda: bench(load("bench_cpu.json")) + "\n\n" + note(load("bench_cpu.json")),
 }
 LATER = {
     "masks": "masks.json",
     "speed": "masking_speed.json",
     "evaluation": "evaluation.json",
+    "sinks": "sinks_embedded.json",
     "evaluation-speed": "evaluation_speed.json",
+    "bench": "bench_cpu.json",
 }  # left as they are until measured and marked
 
 

@@ -1,0 +1,64 @@
+"""The README's table of latency: dense against pruned, forward and generation."""
+
+from readme_common import machine, table
+
+CACHES = {"none": "full recomputation", "prefix": "prefix cache", "dual": "dual cache"}
+
+
+def bench(found: dict) -> str:
+    """Speed-up and share of the ideal saving of every pruned model.
+
+    Args:
+        found: of scripts/bench_pruned.py.
+    """
+    header = [
+        "",
+        "model",
+        "median",
+        "tokens/s",
+        "speed-up",
+        "MACs removed",
+        "share of the ideal saving",
+        "peak above weights",
+    ]
+    rows = []
+    for part, title in (("forward", "forward"), ("generation", "generation")):
+        for row in found[part]:
+            name = title if part == "forward" else f"{title}, {CACHES[row['cache']]}"
+            if row["mode"] != "eager":
+                name += f", {row['mode']}"
+            own = [f"{row['ms']['median']:.0f} ms", f"{row['tokens_per_second']:.1f}"]
+            gain = ["", "", ""]
+            if "speedup" in row:
+                gain = [_spread(row["speedup"], "x"), f"{row['macs_removed']:.1%}", _percent(row["ideal_share"])]
+            rows.append([name, row["model"], *own, *gain, f"{row['peak_above_weights'] / 1e6:.0f} MB"])
+    return table(header, rows)
+
+
+def note(found: dict) -> str:
+    """How the figures of `bench` were made."""
+    dense, settings = found["models"][0], found["settings"]
+    widths = dense["widths"]
+    sampler = settings["sampler"]
+    runs = [
+        f"{row['seconds']:.0f} s at {row['asked']}, {row['forward_share']:.0%} of it forward passes"
+        for row in found["pruning"]
+    ]
+    size = found["calibration"]
+    pruning = f" Pruning itself ({size['windows']} windows of {size['window']} tokens, {size['levels']} levels): {'; '.join(runs)}."
+    return (
+        "`python scripts/bench_pruned.py`, from [`bench_cpu.json`](scripts/results/bench_cpu.json): a random LLaDA of"
+        f" {dense['parameters'] / 1e6:.0f} M parameters ({len(widths)} blocks, {widths[0]['query_heads']} heads,"
+        f" {widths[0]['channels']} channels), pruned by structprune and reloaded, {dense['dtype']},"
+        f" {machine(found['machine'])}; models in turns, median and quartiles. Generation: {sampler['gen_length']} tokens in"
+        f" {sampler['steps']} steps. Ideal: time in proportion to the MACs, attention and LM head counted;"
+        f" (1 - 1 / speed-up) over the share of MACs removed.{pruning}"
+    )
+
+
+def _spread(value: dict, unit: str) -> str:
+    return f"{value['median']:.2f}{unit} ({value['p25']:.2f} to {value['p75']:.2f})"
+
+
+def _percent(value: dict) -> str:
+    return f"{100 * value['median']:.0f}% ({100 * value['p25']:.0f} to {100 * value['p75']:.0f})"
