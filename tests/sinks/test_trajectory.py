@@ -50,12 +50,13 @@ def test_positions_of_a_causal_model_grow_and_its_last_ones_are_not_compared():
 
 
 def test_epsilon_means_the_same_in_a_causal_head():
-    """Rates are scaled to a mean of 1 before they are compared: 3 is three even shares above the rest."""
-    rate = torch.full((12,), 0.2)
-    rate[0] = 3.0
+    """Rates are scaled to a mean of 1 over what is compared: 3 is three even shares above the rest."""
+    rate = torch.tensor([3.0, *[0.2] * 4, *[8.2 / 7] * 7])  # (T,) mean 1; the last 7 positions are not compared
+    mass = rate * torch.arange(12, 0, -1.0)
+    mass = mass * (12 / mass.sum())  # 12 queries
     recorder = Recorder(1, causal=True)
-    recorder.add([0], [0], torch.zeros(1, 12, dtype=torch.long), [(rate * torch.arange(12, 0, -1.0)).view(1, 1, -1)])
+    recorder.add([0], [0], torch.zeros(1, 12, dtype=torch.long), [mass.view(1, 1, -1)])
     found = recorder.finish("reverse", 12, torch.zeros(1, 1))
-    # over the 5 compared positions the mean is 0.76: 3 / 0.76 - 0.2 / 0.76 = 3.7 is above 3
-    assert found.votes[0, 0, :5].tolist() == [1, 0, 0, 0, 0]
+    # the mean of the first 5 is 0.76: (3 - 0.2) / 0.76 = 3.7 is above 3, which 3 - 0.2 is not
+    assert torch.allclose(found.mass[0, 0, :5], rate[:5]) and found.votes[0, 0, :5].tolist() == [1, 0, 0, 0, 0]
     assert torch.allclose(found.strength[0], torch.tensor([3 / 3.8]))
