@@ -166,7 +166,9 @@ def _trajectory(subject: Subject, run: SinkRun, kind: str, track: Track) -> Traj
     asked = {"gen_length": run.generated, "steps": run.steps or run.generated, "block_length": run.block_length}
     if run.block_length is None and family_of(subject.model.config).name == "llada":
         asked["block_length"] = run.generated
-    settings = generation_settings(subject.model.config, {key: value for key, value in asked.items() if value is not None})
+    settings = generation_settings(
+        subject.model.config, {key: value for key, value in asked.items() if value is not None}
+    )
     return reverse_trajectory(subject.model, prompts, settings, run.seed, track)
 
 

@@ -26,7 +26,11 @@ def refused(arguments, capsys, out=None) -> str:
     """The one line that is said, with exit code 2 and nothing written."""
     assert main(arguments) == 2
     said = capsys.readouterr()
-    assert said.out == "" and len(said.err.strip().splitlines()) == 1 and said.err.strip().startswith("structprune: error: ")
+    assert (
+        said.out == ""
+        and len(said.err.strip().splitlines()) == 1
+        and said.err.strip().startswith("structprune: error: ")
+    )
     assert out is None or not out.exists()
     return said.err
 
