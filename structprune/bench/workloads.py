@@ -62,13 +62,13 @@ def generation_rows(
     calls, macs, agreement, peaks = {}, {}, {}, {}
     for name, model in models.items():
         calls[name] = lambda model=model: generate(model, prompts, settings, batch=batch, cache=cache)
+        made = []
         with counted_macs(model) as count:
-            tokens = calls[name]()[:, -settings.gen_length :]  # (B, G)
+            peaks[name] = peak_above(lambda name=name: made.append(calls[name]()), compute_device(model))  # noqa: B023
         macs[name] = count.total
         if cache != "none":
-            full = generate(model, prompts, settings, batch=batch)[:, -settings.gen_length :]  # (B, G)
-            agreement[name] = (tokens == full).double().mean().item()
-        peaks[name] = peak_above(calls[name], compute_device(model))
+            full = generate(model, prompts, settings, batch=batch)  # (B, P + G)
+            agreement[name] = (made[0] == full)[:, -settings.gen_length :].double().mean().item()
     found = interleaved(calls, compute_device(first), rounds, track=track)
     rows = rows_of(found, macs, batch * settings.gen_length)
     same = {"batch": batch, "length": length, "cache": cache}

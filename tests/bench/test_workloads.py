@@ -49,7 +49,7 @@ def test_generation_rows(pair, monkeypatch):
 
     monkeypatch.setattr(module, "generate", noted)
     plain = generation_rows(pair, 2, 20, settings, "none", rounds=2, track=lambda items: items)
-    assert set(asked) == {((2, 12), 2, "none")} and len(asked) == 2 * (2 + 2)  # counted, peak, two rounds
+    assert set(asked) == {((2, 12), 2, "none")} and len(asked) == 2 * (1 + 2)  # one for counts and peak, two rounds
     assert [row["agreement"] for row in plain] == [None, None]
     asked.clear()
     rows = generation_rows(pair, 2, 20, settings, "dual", rounds=2, track=lambda items: items)
