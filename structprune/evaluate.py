@@ -10,7 +10,14 @@ from structprune.errors import UserError
 from structprune.evaluation.encode import Batches
 from structprune.evaluation.labels import safe_names
 from structprune.evaluation.lm_tasks import LmTask
-from structprune.evaluation.result_files import Results, ResultStore, clear_results, read_results, setting_differences
+from structprune.evaluation.result_files import (
+    Results,
+    ResultStore,
+    clear_results,
+    goes_on,
+    read_results,
+    setting_differences,
+)
 from structprune.evaluation.result_io import json_text, plain_os_errors, write_whole
 from structprune.evaluation.results import Row
 from structprune.evaluation.settings import EvaluationConfig
@@ -60,7 +67,7 @@ def evaluate(
     Args:
         checkpoints: directories or Hub ids.
         against: the directory of an earlier run, whose first checkpoint all are compared with instead.
-        overwrite: forget what `out` holds.
+        overwrite: forget what `out` holds, unless it is this very run, unfinished.
         track: wraps iterations that take long, `track(items, title)`.
         workers: this process's place among several; all make the same call.
         say: is told warnings, as soon as they are known.
@@ -76,9 +83,13 @@ def evaluate(
     warnings = _warnings(subjects, settings, earlier)
     for line in warnings:
         say(line)
-    if overwrite and workers.main:
-        clear_results(out)
-    workers.wait()
+    problem = None
+    if overwrite and workers.main and not goes_on(out, settings):
+        try:
+            clear_results(out)
+        except UserError as error:
+            problem = error
+    workers.agree(problem)
     store = ResultStore(out, settings, workers.rank)
     try:
         if not store.finished:
@@ -128,6 +139,9 @@ def _warnings(subjects: Sequence[Subject], settings: dict, earlier: Results | No
     shared = [task for task in own if task in theirs]
     if not shared:
         raise UserError(f"the run in '{earlier.directory}' has none of these tasks: {', '.join(theirs)} were evaluated")
+    for name in ("dtype", "seed", "chat", "lm_eval"):
+        if (before := earlier.settings.get(name)) != (now := settings.get(name)):
+            found.append(f"'{earlier.directory}' was made otherwise: {name} was {before} and is {now}")
     for task in shared:
         plain = [{**values[task], "items": None} for values in (theirs, own)]  # another --limit is no other estimate
         found += [
@@ -169,7 +183,7 @@ def _run(
 def _compare(results: Results, earlier: Results, seed: int) -> dict:
     """A summary of both runs, the earlier one first; also written as against.json."""
     rows: dict[str, dict[str, list[Row]]] = {}
-    labels = [*(f"{earlier.directory.name}/{label}" for label in earlier.rows), *results.rows]
+    labels = [*(f"{earlier.directory.resolve().name}/{label}" for label in earlier.rows), *results.rows]
     for label, tasks in zip(safe_names(labels).values(), [*earlier.rows.values(), *results.rows.values()]):
         rows[label] = tasks
     summary = summarise(rows, seed=seed)

@@ -17,6 +17,7 @@ from structprune.errors import UserError
 from structprune.evaluation.choices import check_items
 from structprune.evaluation.documents import Task
 from structprune.evaluation.labels import checkpoint_labels
+from structprune.evaluation.lm_tasks import LmTask
 from structprune.evaluation.openings import check_openings
 from structprune.evaluation.overlap import CalibratedOn
 from structprune.evaluation.presets import PRESETS, FamilyPreset, Preset, load_preset
@@ -95,7 +96,29 @@ def prepare(checkpoints: Sequence[str], config: EvaluationConfig) -> list[Subjec
         texts = Texts.of(tokenizer, family.name, config.evaluation.chat) if tasks else None
         subjects.append(Subject(label, checkpoint, directory, family, own, tokenizer, texts))
     makers = _Makers(config.evaluation, subjects)
-    return [_with_warnings(makers.complete(subject), config.evaluation.chat) for subject in subjects]
+    complete = [makers.complete(subject) for subject in subjects]
+    _check_used(config, [unit for subject in complete for unit in subject.units])
+    return [_with_warnings(subject, config.evaluation.chat) for subject in complete]
+
+
+def _check_used(config: EvaluationConfig, units: Sequence[Unit]) -> None:
+    """Raise UserError for settings that none of the units looks at."""
+    choices, generation = (any(isinstance(unit, kind) for unit in units) for kind in (ChoiceUnit, GenerationUnit))
+    theirs = any(isinstance(task, LmTask) for unit in units for task in getattr(unit, "members", ()))
+    scoring = ("samples", "block", "cfg_scale", "sampling", "adaptive", "skip_empty")
+    of_passes = choices or config.evaluation.source is not None
+    idle = (
+        (
+            "evaluation",
+            scoring,
+            not choices,
+            "a task with answers to choose from (guidance of generation: generation.cfg_scale)",
+        ),
+        ("evaluation", ("generation", "prompts"), not generation, "a task that is answered by generation"),
+        ("evaluation", ("include", "fewshot_seed"), not theirs, "a task of lm-eval"),
+        ("evaluation", ("batch",), not of_passes, "a text or a task with answers to choose from"),
+    )
+    refuse_idle(config, idle)
 
 
 class _Makers:
@@ -213,7 +236,9 @@ def _presets(tasks: Sequence[str]) -> dict[str, Preset]:
     found = {}
     for name in tasks:
         path = Path(name)
-        if path.suffix.lower() in (".yaml", ".yml") and path.is_file():
+        if path.suffix.lower() in (".yaml", ".yml"):
+            if not path.is_file():
+                raise UserError(f"no file of a task at '{name}': give one such as configs/eval/piqa.yaml")
             try:
                 values = yaml.safe_load(path.read_text(encoding="utf-8"))
             except (yaml.YAMLError, UnicodeDecodeError):

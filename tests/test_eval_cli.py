@@ -78,6 +78,8 @@ def test_published_settings_are_the_defaults(tiny_checkpoint, piqa, tmp_path, ca
 
 
 TASK = "--tasks=piqa:{piqa}"
+ASK = "--tasks=gsm8k:{gsm8k}"
+SHORT = "--set=evaluation.generation={{gen_length: 4, steps: 4, block_length: 4}}"
 WRONG = {
     "nothing": ([], "nothing to evaluate: give --text FILE, --tasks LIST"),
     "no text": (["--text=none.txt"], "no evaluation text at 'none.txt'"),
@@ -98,8 +100,18 @@ WRONG = {
     "samples": ([TASK, "--set=evaluation.samples=12"], "samples = 12 is not a multiple of block = 8"),
     "key": ([TASK, "--set=evaluation.sample=8"], "unknown config key 'evaluation.sample' (did you mean 'samples'?)"),
     "limit": ([TASK, "--limit=0"], "config key evaluation.limit = 0"),
+    "idle scoring": (
+        [ASK, SHORT, "--adaptive"],
+        "evaluation.adaptive = True has no effect without a task with answers",
+    ),
+    "idle guidance": ([ASK, SHORT, "--set=evaluation.cfg_scale=1"], "guidance of generation: generation.cfg_scale"),
+    "idle batch": ([ASK, SHORT, "--set=evaluation.batch=9"], "evaluation.batch = 9 has no effect without a text or"),
+    "idle generation": ([TASK, SHORT], "has no effect without a task that is answered by generation"),
+    "idle include": ([TASK, "--set=evaluation.include=x"], "has no effect without a task of lm-eval"),
+    "no preset": (["--tasks=configs/none.yaml"], "no file of a task at 'configs/none.yaml'"),
+    "half a character": (["--tasks=piqa:{half}"], "the field 'goal' holds half a character"),
     "skip_empty": ([TASK, "--set=evaluation.skip_empty=true"], "skip_empty is for Dream"),
-    "chat": ([TASK, "--chat"], "the tokenizer has no chat template: leave --chat out"),
+    "chat": ([TASK, "--chat"], "has no chat template: leave --chat out"),
     "option": (
         ["--tasks=gsm8k:{gsm8k}", "--set=evaluation.generation={{gen_len: 8}}"],
         "llada's sampler has no option 'gen_len' (did you mean 'gen_length'?)",
@@ -119,13 +131,14 @@ def test_wrong_input_is_one_line(name, tiny_checkpoint, text_path, piqa, tmp_pat
     rows = [{"goal": "g " * 90, "sol1": "a b", "sol2": "c", "label": 0}]
     files = {
         "empty.txt": "", "empty.jsonl": "", "short.txt": "a", "long.jsonl": json.dumps(rows[0]),
+        "half.jsonl": json.dumps({"goal": "\ud800", "sol1": "a", "sol2": "b", "label": 0}),
         "gsm8k.jsonl": json.dumps({"question": "1 + 1?", "answer": "#### 2"}),
     }  # fmt: skip
     for file, content in files.items():
         (tmp_path / file).write_text(content)
     places = {
         "piqa": piqa, "text": text_path, "empty": tmp_path / "empty.txt", "empty_jsonl": tmp_path / "empty.jsonl",
-        "short": tmp_path / "short.txt", "long": tmp_path / "long.jsonl", "gsm8k": tmp_path / "gsm8k.jsonl",
+        "short": tmp_path / "short.txt", "long": tmp_path / "long.jsonl", "gsm8k": tmp_path / "gsm8k.jsonl", "half": tmp_path / "half.jsonl",
     }  # fmt: skip
     arguments, words = WRONG[name]
     out = tmp_path / "out"

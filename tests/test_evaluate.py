@@ -189,6 +189,59 @@ def test_other_settings_or_weights_are_refused_until_overwritten(checkpoint, tex
     evaluate(names, settings(text_path), tmp_path / "out", overwrite=True)
 
 
+def test_the_order_of_checkpoints_says_what_is_compared_with(checkpoint, text_path, tmp_path):
+    """Also of a finished run: the other way round nothing is measured again, and differences change their sign."""
+    names = [str(checkpoint(seed=seed, name=f"model-{seed}")) for seed in (0, 1)]
+    one = evaluate(names, settings(text_path), tmp_path / "out").summary
+    two = evaluate(names[::-1], settings(text_path), tmp_path / "out").summary
+    assert (one["baseline"], two["baseline"]) == ("model-0", "model-1")
+    gaps = [
+        each["differences"][label]["text.txt"]["nelbo"]["difference"]
+        for each, label in ((one, "model-1"), (two, "model-0"))
+    ]
+    assert gaps[0] == pytest.approx(-gaps[1]) and gaps[0] != 0
+    assert read_results(tmp_path / "out").summary == two
+
+
+def test_overwriting_keeps_this_very_run_where_it_is_unfinished(checkpoint, text_path, piqa, tmp_path):
+    names, asked = [str(checkpoint())], settings(text_path, [f"piqa:{piqa}"])
+    with pytest.raises(Killed):
+        evaluate(names, asked, tmp_path / "out", overwrite=True, track=interrupted(1))
+    chunks = []
+    evaluate(
+        names, asked, tmp_path / "out", overwrite=True, track=lambda items, title: [chunks.extend(items), items][1]
+    )
+    assert len(chunks) == 2  # of three
+    chunks.clear()
+    evaluate(
+        names, asked, tmp_path / "out", overwrite=True, track=lambda items, title: [chunks.extend(items), items][1]
+    )
+    assert len(chunks) == 3  # finished: all anew
+
+
+def test_another_number_of_prompts_takes_up_the_same_run(checkpoint, gsm8k, tmp_path):
+    line = gsm8k.read_text()
+    gsm8k.write_text("".join(line.replace("2 + 3", f"{n} + 3") for n in range(11)))  # 8 and 3
+    options = {"evaluation__generation": {"gen_length": 4, "steps": 4, "block_length": 4}}
+    names, tasks = [str(checkpoint())], [f"gsm8k:{gsm8k}"]
+    with pytest.raises(Killed):
+        evaluate(names, settings(tasks=tasks, evaluation__prompts=2, **options), tmp_path / "out", track=interrupted(1))
+    found = evaluate(names, settings(tasks=tasks, evaluation__prompts=5, **options), tmp_path / "out")
+    assert len(found.results.rows["llada-tiny"]["gsm8k:gsm8k.jsonl"]) == 11
+
+
+def test_a_problem_of_the_first_process_is_everybodys(monkeypatch):
+    from structprune.evaluation import workers as module
+
+    def broadcast(told, src):
+        told[0] = "no room"
+
+    monkeypatch.setattr(module.torch.distributed, "broadcast_object_list", broadcast)
+    with pytest.raises(UserError, match="no room"):
+        module.Workers(1, 2).agree(None)
+    module.Workers(0, 1).agree(None)
+
+
 def test_an_earlier_run_is_compared_with(checkpoint, text_path, piqa, tmp_path):
     tasks = [f"piqa:{piqa}"]
     evaluate([str(checkpoint(name="dense"))], settings(text_path, tasks), tmp_path / "first")
@@ -244,6 +297,22 @@ def test_one_text_through_two_tokenizers_shares_no_window(checkpoint, text_path,
     assert [len(rows["text.txt"]) for rows in found.results.rows.values()] == [20, 20]
 
 
+COUNTED = """
+import os, sys
+from structprune.cli import main
+from structprune.evaluation.result_files import ResultStore
+
+count, add = [0], ResultStore.add
+def counted(self, *arguments):
+    count[0] += 1
+    return add(self, *arguments)
+ResultStore.add = counted
+code = main(sys.argv[1:])
+print(f"rank {os.environ['RANK']}: {count[0]}", flush=True)
+sys.exit(code)
+"""
+
+
 def environment():
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
 
@@ -259,11 +328,14 @@ def test_two_processes_find_what_one_finds(checkpoint, text_path, piqa, tmp_path
     one = checkpoint()
     asked = settings(text_path, [f"piqa:{piqa}"], evaluation__windows=40)
     alone = evaluate([str(one)], asked, tmp_path / "alone")
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    launch = [*launcher, "-m", "structprune", *command(one, text_path, piqa, tmp_path / "out")]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    counter = tmp_path / "counted.py"  # as `python -m structprune`, and says how many chunks each process did
+    counter.write_text(COUNTED)
+    launch = [*launcher, str(counter), *command(one, text_path, piqa, tmp_path / "out")]
     done = subprocess.run(launch, env=environment(), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("Wrote ") == 1
+    assert sorted(line for line in done.stdout.splitlines() if line.startswith("rank ")) == ["rank 0: 2", "rank 1: 2"]
     both = read_results(tmp_path / "out")
     assert plain(both) == plain(alone.results) and both.summary == alone.results.summary
     assert not (tmp_path / "out" / "partial").exists()

@@ -11,7 +11,7 @@ import torch
 from structprune.errors import UserError
 
 RESAMPLES = 10_000
-FEWEST = 6  # items for an interval: of fewer, even all gaps of one sign are no rare chance (2 / 2^5 > 5%)
+FEWEST = 6  # items that differ, for an interval: of fewer, even all gaps of one sign are no rare chance (2 / 2^5 > 5%)
 CELLS = 1 << 20  # resampled counts in memory at a time
 
 Parts = Mapping[str, tuple[float, float]]  # item key -> (numerator, denominator)
@@ -41,7 +41,7 @@ class Bootstrap:
     Attributes:
         value: over the items as they are.
         resampled: (R,) float64.
-        items: shared by both; left_out: that only one of them has.
+        items: shared by both; left_out: that only one of them has; differing: shared ones on which they differ.
         smallest: items of the smallest task in it (of one task: `items`).
     """
 
@@ -50,11 +50,12 @@ class Bootstrap:
     items: int
     left_out: int
     smallest: int
+    differing: int
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A difference with its 95% interval; both ends None where there are too few items for one.
+    """A difference with its 95% interval; both ends None where too few items differ for one.
 
     Attributes:
         verdict: `better`, `worse`, or `no difference shown` where the interval holds 0 or there is none.
@@ -96,7 +97,8 @@ def paired_bootstrap(
         drawn.append(_difference(generator.multinomial(len(keys), counts / len(keys), size), kinds))  # (step,)
     resampled = np.concatenate(drawn)  # (R,)
     left_out = len(set(ours) ^ set(theirs))
-    return Bootstrap(float(value), resampled[np.isfinite(resampled)], len(keys), left_out, len(keys))
+    differing = int(counts[(kinds[:, :2] != kinds[:, 2:]).any(1)].sum())
+    return Bootstrap(float(value), resampled[np.isfinite(resampled)], len(keys), left_out, len(keys), differing)
 
 
 def average(tasks: Sequence[Bootstrap]) -> Bootstrap:
@@ -107,6 +109,7 @@ def average(tasks: Sequence[Bootstrap]) -> Bootstrap:
         sum(task.items for task in tasks),
         sum(task.left_out for task in tasks),
         min(task.smallest for task in tasks),
+        sum(task.differing for task in tasks),
     )
 
 
@@ -117,7 +120,7 @@ def conclude(found: Bootstrap, higher_is_better: bool) -> Comparison:
     narrow for few items (expanded percentile interval; T. Hesterberg, The American Statistician 69(4), 2015).
     """
     low = high = None
-    if found.smallest >= FEWEST or not found.resampled.any():
+    if min(found.smallest, found.differing) >= FEWEST:
         widened = (found.smallest / max(1, found.smallest - 1)) ** 0.5 * student_t(max(1, found.smallest - 1))
         tail = NormalDist().cdf(-widened)
         low, high = map(float, np.quantile(found.resampled, (tail, 1 - tail)))

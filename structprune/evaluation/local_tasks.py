@@ -184,12 +184,14 @@ def _rows(path: Path, fields: dict[str, type]) -> Iterator[dict]:
                 raise UserError(f"{path}, line {number} lacks the field '{name}'")
             if not isinstance(row[name], kind) or isinstance(row[name], bool) or row[name] == "":
                 raise UserError(f"{path}, line {number}: the field '{name}' is {row[name]!r}, not a {kind.__name__}")
+            if kind is str and not row[name].isprintable() and row[name].encode(errors="ignore").decode() != row[name]:
+                raise UserError(f"{path}, line {number}: the field '{name}' holds half a character (a lone surrogate)")
         yield row
 
 
 def _lines(path: Path) -> list[str]:
     try:
-        text = path.read_text(encoding="utf-8").rstrip()
+        text = path.read_text(encoding="utf-8-sig").rstrip()
         return text.split("\n") if text else []
     except FileNotFoundError as error:
         raise UserError(f"no file at '{path}'") from error

@@ -25,7 +25,9 @@ class CalibratedOn:
 
     def shares(self, token_ids: Sequence[int] | torch.Tensor) -> bool:
         """Whether a text has a run of RUN tokens that was calibrated on."""
-        return bool(np.isin(_runs(np.asarray(token_ids)), self._known).any())
+        runs = _runs(np.asarray(token_ids))  # (T - RUN + 1,)
+        places = np.searchsorted(self._known, runs).clip(max=max(0, len(self._known) - 1))
+        return bool(len(self._known) and (self._known[places] == runs).any())
 
     def share(self, texts: Iterable[Sequence[int] | torch.Tensor]) -> float:
         """The share of texts that have one."""

@@ -32,6 +32,7 @@ from structprune.evaluation.results import Row, from_json, to_json
 
 RESULTS, SETTINGS, PARTIAL, ITEMS = "results.json", "settings.json", "partial", "items"
 Chunk = int | str
+CHUNK = {"checkpoint": str, "task": str, "chunk": (int, str), "rows": list}
 Rows = dict[str, dict[str, list[Row]]]  # checkpoint -> task -> rows
 
 
@@ -69,10 +70,6 @@ class ResultStore:
             self.finished = (self.directory / RESULTS).is_file()
             if self.finished:
                 self._file = None
-                chunks = read_object(self.directory / RESULTS)["chunks"]
-                self._done = {
-                    (checkpoint, task): set(of) for checkpoint, by in chunks.items() for task, of in by.items()
-                }
                 return
             self._path.parent.mkdir(exist_ok=True)
             self._file = open(self._path, "ab", buffering=0)
@@ -115,19 +112,15 @@ class ResultStore:
         Raises:
             UserError: items are missing, or there is no space left.
         """
-        if not self.finished:
-            rows = self._ordered(items)
-            summary = summarise(rows)
+        earlier = read_results(self.directory) if self.finished else None
+        rows = self._ordered(items) if earlier is None else _in_order(earlier.rows, items)
+        summary = summarise(rows)
+        if earlier is None or summary != earlier.summary or list(rows) != list(earlier.rows):
             with plain_os_errors(self.directory):
-                files = self._write_items(rows)
-                chunks = {
-                    checkpoint: {task: sorted(self.done(checkpoint, task), key=str) for task in tasks}
-                    for checkpoint, tasks in rows.items()
-                }
-                values = {"settings": self.settings, "summary": summary, "files": files, "chunks": chunks}
+                values = {"settings": self.settings, "summary": summary, "files": self._write_items(rows)}
                 write_whole(self.directory / RESULTS, json_text(values))
-            self.close()
-            self.finished = True
+        self.close()
+        self.finished = True
         shutil.rmtree(self.directory / PARTIAL, ignore_errors=True)
         return read_results(self.directory)
 
@@ -183,15 +176,15 @@ class ResultStore:
         for path in sorted((self.directory / PARTIAL).glob("rank-*.jsonl")):
             text = path.read_bytes()
             for number, line in enumerate(text[: text.rfind(b"\n") + 1].splitlines(), 1):
-                yield parse_line(line, path, number, needed=("checkpoint", "task", "chunk", "rows"))
+                yield parse_line(line, path, number, CHUNK)
 
     def _ordered(self, items: Mapping[str, Mapping[str, Sequence[str]]]) -> Rows:
         found: dict[tuple[str, str], dict[str, Row]] = {}
         for record in self._records():
             self._note(record)
             kept = found.setdefault((record["checkpoint"], record["task"]), {})
-            for values in record["rows"]:
-                kept.setdefault(values["key"], from_json(values))  # the first of equals
+            for row in map(from_json, record["rows"]):
+                kept.setdefault(row.key, row)  # the first of equals
         for checkpoint, tasks in items.items():
             for task, keys in tasks.items():
                 missing = [key for key in keys if key not in found.get((checkpoint, task), {})]
@@ -204,6 +197,11 @@ class ResultStore:
             checkpoint: {task: [found[checkpoint, task][key] for key in keys] for task, keys in tasks.items()}
             for checkpoint, tasks in items.items()
         }
+
+
+def _in_order(rows: Rows, items: Mapping[str, Mapping[str, Sequence[str]]]) -> Rows:
+    """Finished rows in the order that is asked for now: the first checkpoint is what others are compared with."""
+    return {checkpoint: {task: rows[checkpoint][task] for task in tasks} for checkpoint, tasks in items.items()}
 
 
 def read_results(directory: str | Path) -> Results:
@@ -241,6 +239,14 @@ def clear_results(directory: str | Path) -> None:
         for name in (PARTIAL, ITEMS):
             shutil.rmtree(directory / name, ignore_errors=True)
         (directory / SETTINGS).unlink(missing_ok=True)
+
+
+def goes_on(directory: str | Path, settings: dict) -> bool:
+    """Whether a directory holds these very settings' results, unfinished."""
+    directory = Path(directory)
+    if not (directory / SETTINGS).is_file() or (directory / RESULTS).is_file():
+        return False
+    return not setting_differences(read_object(directory / SETTINGS)["settings"], json.loads(json.dumps(settings)))
 
 
 def setting_differences(old: dict, new: dict) -> list[str]:

@@ -5,7 +5,8 @@ import json
 import os
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator
+from types import MappingProxyType
+from typing import Iterator, Mapping
 
 from structprune.errors import UserError
 from structprune.evaluation.results import Row, from_json
@@ -46,7 +47,9 @@ def read_object(path: Path) -> dict:
     """
     try:
         found = json.loads(path.read_bytes())
-        form, _ = found["format"], found["settings"]
+        form, settings = found["format"], found["settings"]
+        if not isinstance(settings, dict):
+            raise TypeError("settings")
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"'{path}' is damaged: evaluate again with --overwrite") from error
     if form != FORMAT:
@@ -54,9 +57,11 @@ def read_object(path: Path) -> dict:
     return found
 
 
-def parse_line(line: bytes, path: Path, number: int, needed: tuple[str, ...] = ()) -> dict:
+def parse_line(line: bytes, path: Path, number: int, needed: Mapping[str, type | tuple] = MappingProxyType({})) -> dict:
     """Line `number` of a .jsonl file.
 
+    Args:
+        needed: keys it must have, and of what type.
     Raises:
         UserError: it is no JSON object with the needed keys.
     """
@@ -64,7 +69,7 @@ def parse_line(line: bytes, path: Path, number: int, needed: tuple[str, ...] = (
         found = json.loads(line)
     except ValueError:
         found = None
-    if not isinstance(found, dict) or not set(needed) <= set(found):
+    if not isinstance(found, dict) or not all(isinstance(found.get(name), kind) for name, kind in needed.items()):
         raise UserError(f"line {number} of '{path}' is damaged: evaluate again with --overwrite")
     return found
 
@@ -93,6 +98,9 @@ def plain_os_errors(path: Path) -> Iterator[None]:
             raise UserError(
                 f"no space left while writing '{path}': make room and run the same command again"
             ) from error
-        if isinstance(error, (PermissionError, NotADirectoryError, FileExistsError)) or error.errno == errno.EROFS:
+        if (
+            isinstance(error, (PermissionError, NotADirectoryError, FileExistsError, FileNotFoundError))
+            or error.errno == errno.EROFS
+        ):
             raise UserError(f"output '{path}' cannot be written ({error.strerror}): choose another --out") from error
         raise

@@ -177,7 +177,10 @@ def from_json(values: dict) -> Row:
     try:
         kind = _KINDS[values["kind"]]
         given = {name: value for name, value in values.items() if name != "kind" and name not in kind.derived}
-        return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+        row = kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+        if not all(isinstance(value, int) for value in (row.samples, row.full_samples)) or not isinstance(row.key, str):
+            raise TypeError("samples are whole numbers, keys are text")
+        return row
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError("no row of an evaluation: evaluate again") from error
 

@@ -39,7 +39,7 @@ class EvaluationSettings(Section):
     block: int | None = Field(None, ge=1)
     """Samples that share a draw of LLaDA's k; default 8."""
     cfg_scale: float | None = Field(None, ge=0)
-    """Of classifier-free guidance; default the published scale."""
+    """Of classifier-free guidance of answers (of generation: generation.cfg_scale); default the published scale."""
     sampling: Sampling = "stratified"
     """stratified: noise levels spread evenly; published: drawn independently. The same mean, less variance."""
     adaptive: bool = False

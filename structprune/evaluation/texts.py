@@ -50,7 +50,10 @@ class Texts:
     def of(cls, tokenizer, family: str, chat: bool = False) -> "Texts":
         """Of a tokenizer that is loaded; raises as `open`."""
         if chat and not getattr(tokenizer, "chat_template", None):
-            raise UserError("the tokenizer has no chat template: leave --chat out, or add chat_template.jinja")
+            place = getattr(tokenizer, "name_or_path", "") or "the checkpoint"
+            raise UserError(
+                f"the tokenizer of '{place}' has no chat template: leave --chat out, or add chat_template.jinja"
+            )
         if family != DREAM.name:
             return cls(tokenizer, chat=chat)
         for name in ("eos_token",) if chat else ("bos_token", "eos_token"):

@@ -24,7 +24,7 @@ from structprune.evaluation.texts import Texts
 from structprune.models.modeling_structprune import DiffusionLM
 
 Noise = Callable[[torch.Tensor, torch.Generator], tuple[torch.Tensor, torch.Tensor]]
-WINDOWS, ITEMS = 16, 64  # of a chunk
+WINDOWS, ITEMS, GENERATIONS = 16, 64, 8  # of a chunk
 
 
 class Unit(Protocol):
@@ -52,7 +52,7 @@ class Unit(Protocol):
 
 def digest(*values: Any) -> str:
     """Eight hex digits of plain values."""
-    return hashlib.sha256(json.dumps(values, ensure_ascii=False).encode()).hexdigest()[:8]
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:8]
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ class GenerationUnit(_OfTasks):
 
     Attributes:
         options: of the family's sampler, which outrank those of the documents.
-        prompts: that are generated from together.
+        prompts: of a chunk that are generated from together.
     """
 
     texts: Texts = field(repr=False)
@@ -192,7 +192,7 @@ class GenerationUnit(_OfTasks):
 
     def chunks(self) -> list[tuple[int, ...]]:
         count = len(self.documents)
-        return [tuple(range(start, min(start + self.prompts, count))) for start in range(0, count, self.prompts)]
+        return [tuple(range(start, min(start + GENERATIONS, count))) for start in range(0, count, GENERATIONS)]
 
     def run(self, model: DiffusionLM, chosen: Sequence[int], batch: Batches) -> list[results.Row]:
         every = self.openings

@@ -9,6 +9,8 @@ from typing import Iterator
 import torch
 import torch.distributed
 
+from structprune.errors import UserError
+
 LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what both launchers set
 PATIENCE = timedelta(days=30)  # a process may have much more to do than another
 
@@ -35,6 +37,14 @@ class Workers:
     def mine(self, number: int) -> bool:
         """Whether chunk `number` is this process's."""
         return number % self.count == self.rank
+
+    def agree(self, problem: UserError | None) -> None:
+        """Raise in every process what went wrong in the first, instead of leaving the others to wait for it."""
+        told = [None if problem is None else str(problem)]
+        if self.count > 1:
+            torch.distributed.broadcast_object_list(told, src=0)
+        if told[0] is not None:
+            raise problem or UserError(told[0])
 
     def wait(self) -> None:
         """Until all are here."""

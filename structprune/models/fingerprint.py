@@ -3,28 +3,38 @@
 import hashlib
 from pathlib import Path
 
-from structprune.models.checkpoint_files import shard_names
+from structprune.models.checkpoint_files import TOKENIZER_FILES, read_headers, shard_names
 
-WHOLE = ("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "chat_template.jinja")
-HEAD, PROBES, PROBE = 1 << 20, 64, 1 << 12  # bytes at the start of a shard, places beyond, bytes at each
+WHOLE = ("config.json", *TOKENIZER_FILES)
+PROBES, PROBE = 64, 1 << 12  # places in a shard, bytes at each
+TENSOR_PROBE = 256  # bytes at the start, in the middle and at the end of every tensor
 
 
 def fingerprint(directory: Path, allow_pickle: bool = False) -> str:
-    """SHA-256 (first 16 hex digits) of small files whole, and of each weight file its size, start and probes.
+    """SHA-256 (first 16 hex digits) of small files whole, and of each weight file its size and many small probes.
 
-    Weights that were trained or pruned otherwise differ nearly everywhere, so the probes tell them apart; a copy of
-    a checkpoint has the same fingerprint wherever it is.
+    Every tensor of a safetensors file is looked at in three places, so that weights which were trained or pruned
+    otherwise are told apart; only a change of single values between the probes is not seen. A copy of a checkpoint has
+    the same fingerprint wherever it is.
     """
     digest = hashlib.sha256()
     for name in WHOLE:
         if (directory / name).is_file():
             digest.update(f"{name}\n".encode() + hashlib.sha256((directory / name).read_bytes()).digest())
-    for name in shard_names(directory, allow_pickle):
+    names = shard_names(directory, allow_pickle)
+    spans: dict[str, list[tuple[int, int]]] = {}
+    if not names[0].endswith(".bin"):
+        for header in read_headers(directory, names).values():
+            spans.setdefault(header.shard, []).append(header.span)
+    for name in names:
         size = (directory / name).stat().st_size
         digest.update(f"{name} {size}\n".encode())
         with open(directory / name, "rb") as file:
-            digest.update(file.read(HEAD))
-            for probe in range(PROBES):
-                file.seek(max(0, (size - PROBE) * (probe + 1) // PROBES))
-                digest.update(file.read(PROBE))
+            places = [((size - PROBE) * probe // (PROBES - 1), PROBE) for probe in range(PROBES)]
+            for start, stop in spans.get(name, []):
+                ends = (start, (start + stop) // 2, stop - TENSOR_PROBE)
+                places += [(max(start, place), min(TENSOR_PROBE, stop - start)) for place in ends]
+            for place, count in sorted(places):
+                file.seek(max(0, place))
+                digest.update(file.read(count))
     return digest.hexdigest()[:16]

@@ -1,12 +1,14 @@
 """The table of an evaluation: every checkpoint's figures, and whether they differ from the first one's."""
 
 from rich import box
+from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 NO_DIFFERENCE = "no difference shown"
 
 
-def eval_table(summary: dict, every_metric: bool = False) -> Table:
+def eval_table(summary: dict, every_metric: bool = False) -> Table | Group:
     """Values ± standard errors; with several checkpoints also differences, their intervals and what they say.
 
     Args:
@@ -45,34 +47,40 @@ def _alone(summary: dict, wanted: dict[str, list[str]]) -> Table:
     return table
 
 
-def _compared(summary: dict, wanted: dict[str, list[str]]) -> Table:
-    """Several checkpoints: a section per task and metric, a row per checkpoint."""
-    baseline = summary["baseline"]
-    table = _grid(f"difference: against {baseline}, on the same items", "value", "difference [95 % interval]", "")
-    table.columns[-1].justify, table.columns[-1].min_width = "left", len(NO_DIFFERENCE)
+def _compared(summary: dict, wanted: dict[str, list[str]]) -> Group:
+    """Several checkpoints: a table per task and metric, a row per checkpoint."""
+    baseline, parts = summary["baseline"], []
     for task, metrics in wanted.items():
         having = {label: tasks[task] for label, tasks in summary["checkpoints"].items() if task in tasks}
-        table.add_section()
-        table.add_row(task, *_counts(list(having.values())), "", style="bold")
+        items, spent = _counts(list(having.values()))
         for name in metrics:
             metric = summary["metrics"][name]
-            table.add_row(f" {_title(metric)}", "", "", "", style="italic")
+            table = _difference_grid(f"{task}: {_title(metric)} ({items}, {spent})")
             for label, found in having.items():
                 difference = summary["differences"].get(label, {}).get(task, {}).get(name)
                 cells = _difference(difference, metric) if label != baseline else ("", "")
-                table.add_row(f"  {label}", _plus_minus(found["metrics"][name], metric), *cells)
+                table.add_row(label, _plus_minus(found["metrics"][name], metric), *cells)
+            parts.append(table)
     if summary["average"]:
         share = {"proportion": True}
-        table.add_section()
-        table.add_row(f"{_average_title(summary)}, %", style="bold")
+        table = _difference_grid(f"{_average_title(summary)}, % ({', '.join(summary['average_tasks'])})")
         for label, shown in summary["average"].items():
             difference = summary["average_differences"].get(label)
             cells = _difference(difference, share) if label != baseline else ("", "")
-            table.add_row(f"  {label}", _plus_minus(shown, share), *cells)
-    table.caption = (
-        "± standard error over items; interval: paired bootstrap; samples: Monte Carlo samples an answer,"
-        f" or noisy copies of a window; {NO_DIFFERENCE}: the interval holds 0, or there are too few items for one"
+            table.add_row(label, _plus_minus(shown, share), *cells)
+        parts.append(table)
+    caption = (
+        f"difference: against {baseline}, on the same items; ± standard error over items; interval: paired bootstrap;"
+        " samples: Monte Carlo samples an answer, or noisy copies of a window;"
+        f" {NO_DIFFERENCE}: the interval holds 0, or too few items differ for one"
     )
+    return Group(*parts, Text(caption, style="italic dim"))
+
+
+def _difference_grid(title: str) -> Table:
+    table = _grid(title, "value", "difference [95 %]", "")
+    table.title_justify = "left"
+    table.columns[-1].justify, table.columns[-1].min_width = "left", len(NO_DIFFERENCE)
     return table
 
 

@@ -6,13 +6,13 @@ from typing import Annotated, Optional
 import typer
 
 from structprune.errors import UserError
-from structprune.verbs.options import ConfigFile, Debug, Device, MaskId, Overwrite, Pickle, Sets
+from structprune.verbs.options import ConfigFile, Debug, Device, MaskId, Pickle, Sets
 
 EVAL_HELP = """Evaluate checkpoints on text and tasks, and say whether they differ from the first.
 
 What is done is kept: the same command goes on where an earlier one ended.
 
-Several GPUs: accelerate launch -m structprune eval ...
+Several GPUs: accelerate launch -m structprune eval ... (on CPU: torchrun --nproc-per-node N -m structprune eval ...)
 
 [bold]Examples[/bold]
 
@@ -62,6 +62,10 @@ Chat = Annotated[bool, typer.Option("--chat", help="Prompts go through the chat 
 Against = Annotated[
     Optional[Path], typer.Option("--against", metavar="DIR", help="Also compare with the results of an earlier run.")
 ]
+Forget = Annotated[
+    bool,
+    typer.Option("--overwrite", help="Forget the earlier results in --out (of this very run only if it is finished)."),
+]
 Results = Annotated[Path, typer.Option("--out", help="Directory of the results.")]
 
 
@@ -79,7 +83,7 @@ def evaluate(
     device: Device = None,
     mask_id: MaskId = None,
     allow_pickle: Pickle = False,
-    overwrite: Overwrite = False,
+    overwrite: Forget = False,
     debug: Debug = False,
 ) -> None:
     """Options that have a name of their own come last."""

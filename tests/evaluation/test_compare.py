@@ -50,13 +50,13 @@ def test_equal_models_differ_by_exactly_nothing():
     below = [1 + index % 7 for index in range(50)]
     for theirs in (parts(values), parts(values, below)):
         found = conclude(paired_bootstrap(dict(theirs), theirs, resamples=500), True)
-        assert (found.difference, found.low, found.high) == (0, 0, 0)
+        assert (found.difference, found.low, found.high) == (0, None, None)
         assert found.verdict == "no difference shown" and found.items == 50
 
 
 def test_equal_models_of_a_few_items_too():
     found = conclude(paired_bootstrap(parts([2.5]), parts([2.5]), resamples=10), False)
-    assert (found.difference, found.low, found.high, found.items) == (0, 0, 0, 1)
+    assert (found.difference, found.low, found.high, found.items) == (0, None, None, 1)
 
 
 def test_a_constant_shift_is_certain_and_has_a_direction():
@@ -151,3 +151,12 @@ def test_intervals_hold_the_truth_as_often_as_they_say(count, draw):
         found = conclude(paired_bootstrap(parts(shared + gap), parts(shared), resamples=400), True)
         held += found.low <= truth <= found.high
     assert 0.9 <= held / 300 <= 0.985
+
+
+@pytest.mark.parametrize("differing, verdict", [(5, "no difference shown"), (6, "worse")])
+def test_as_many_items_must_differ_as_a_sign_test_needs(differing, verdict):
+    """Of 300 right or wrong, 5 to 0 is 2 / 2^5 = 6% by chance, 6 to 0 is 3%."""
+    theirs = parts([1.0] * 300)
+    ours = parts([0.0] * differing + [1.0] * (300 - differing))
+    found = conclude(paired_bootstrap(ours, theirs, resamples=2000), True)
+    assert found.verdict == verdict and (found.low is None) == (differing < 6)

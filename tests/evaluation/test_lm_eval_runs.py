@@ -91,13 +91,29 @@ def test_a_task_without_a_metric_per_item_is_refused_before_weights_are_read(fol
     assert not (tmp_path / "out").exists()
 
 
+COUNTED = """
+import sys
+from structprune.evaluation import harness
+
+score = harness.StructpruneLM.loglikelihood
+def counted(self, requests):
+    count = len({request.doc_id for request in requests})
+    print(f"rank {self.rank} of {self.world_size}: {count} documents", flush=True)
+    return score(self, requests)
+harness.StructpruneLM.loglikelihood = counted
+sys.exit(harness.main())
+"""
+
+
 def test_two_processes_of_lm_evals_command_line_find_what_one_finds(folder, tiny_checkpoint):
     """Documents are split unevenly: 5 between 2."""
+    wrapped, places = folder / "counted.py", {}
+    wrapped.write_text(COUNTED)
     given = [
-        "-m", "structprune.evaluation.harness", "--model", "structprune", "--tasks", "tiny_two", "--include_path", str(folder),
+        str(wrapped), "--model", "structprune", "--tasks", "tiny_two", "--include_path", str(folder),
         "--model_args", f"pretrained={tiny_checkpoint()},samples=8", "--log_samples",
     ]  # fmt: skip
-    launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path), "HF_HOME": str(folder)}
     found = {}
     for name, start in (("one", []), ("two", launcher)):
@@ -106,5 +122,12 @@ def test_two_processes_of_lm_evals_command_line_find_what_one_finds(folder, tiny
         assert done.returncode == 0, done.stderr[-3000:]
         (samples,) = (folder / name).rglob("samples_*.jsonl")
         rows = [json.loads(line) for line in samples.read_text().splitlines()]
-        found[name] = {row["doc_id"]: row["filtered_resps"] for row in rows}
-    assert len(found["one"]) == 5 and found["one"] == found["two"]
+        found[name] = {row["doc_id"]: [float(value[0]) for value in row["filtered_resps"]] for row in rows}
+        places[name] = sorted(line for line in done.stdout.splitlines() if line.startswith("rank "))
+    assert places == {
+        "one": ["rank 0 of 1: 5 documents"],
+        "two": ["rank 0 of 2: 3 documents", "rank 1 of 2: 2 documents"],
+    }
+    assert len(found["one"]) == 5 and found["one"].keys() == found["two"].keys()
+    for document, values in found["one"].items():
+        assert values == pytest.approx(found["two"][document], rel=1e-5)

@@ -59,7 +59,7 @@ def test_the_same_command_again_finds_everything_done(tmp_path):
     first = finish(store)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     again = ResultStore(tmp_path, SETTINGS)
-    assert again.finished and again.done("dense", "notes") == {0, 1, 2, 3}
+    assert again.finished
     assert finish(again) == first
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
     with pytest.raises(RuntimeError):
@@ -132,7 +132,7 @@ def test_the_end_sees_what_other_processes_wrote_meanwhile(tmp_path):
     fill(stores[1], [1, 3])
     fill(stores[0], [0, 2])
     assert len(finish(stores[0]).rows["dense"]["notes"]) == 8
-    assert ResultStore(tmp_path, SETTINGS).done("dense", "notes") == {0, 1, 2, 3}
+    assert ResultStore(tmp_path, SETTINGS).finished
 
 
 def test_killed_before_the_summary_is_written(tmp_path):
@@ -281,3 +281,28 @@ def test_a_damaged_line_before_the_last_is_told(tmp_path):
     edit(tmp_path / "partial" / "rank-0.jsonl", lambda text: text.replace('"chunk"', '"chank"', 1))
     with pytest.raises(UserError, match="line 1 of '.*rank-0.jsonl' is damaged"):
         ResultStore(tmp_path, SETTINGS)
+
+
+@pytest.mark.parametrize(
+    "change", [{"rows": 3}, {"chunk": [0]}, {"rows": [{}]}, {"rows": ["x"]}, {"task": None}, {"rows": [{"key": "0"}]}]
+)
+def test_a_damaged_chunk_is_one_line(tmp_path, change):
+    store = ResultStore(tmp_path, SETTINGS)
+    fill(store, range(4))
+    store.close()
+    path = tmp_path / "partial" / "rank-0.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([json.dumps(json.loads(lines[0]) | change), *lines[1:]]) + "\n")
+    with pytest.raises(UserError) as found:
+        finish(ResultStore(tmp_path, SETTINGS))
+    assert "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"format": 1, "settings": []}', '{"format": 1, "settings": {}}'])
+def test_damaged_results_are_one_line(tmp_path, content):
+    store = ResultStore(tmp_path, SETTINGS)
+    fill(store, range(4))
+    finish(store)
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(UserError, match="damaged: evaluate again"):
+        finish(ResultStore(tmp_path, SETTINGS))

@@ -88,6 +88,7 @@ def test_no_masked_token_is_no_cross_entropy():
         (lambda: from_json({"kind": "poem"}), "no row of an evaluation"),
         (lambda: from_json({"kind": "window", "task": "t"}), "no row of an evaluation"),
         (lambda: from_json([]), "no row of an evaluation"),
+        (lambda: from_json(to_json(WINDOW) | {"samples": "8"}), "no row of an evaluation"),
     ],
 )
 def test_refused(make, words):

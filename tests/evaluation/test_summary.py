@@ -89,7 +89,7 @@ def test_two_checkpoints_and_three_tasks():
     assert found["differences"].keys() == {"pruned"} and found["baseline"] == "dense"
     differences = found["differences"]["pruned"]
     assert differences["a"]["acc"] == {
-        "difference": 0, "low": 0, "high": 0, "items": 10, "left_out": 0, "verdict": "no difference shown",
+        "difference": 0, "low": None, "high": None, "items": 10, "left_out": 0, "verdict": "no difference shown",
     }  # fmt: skip
     assert differences["b"]["acc"]["difference"] == -0.5 and differences["b"]["acc"]["verdict"] == "worse"
     assert differences["notes"]["nelbo"]["low"] == 0.5 and differences["notes"]["nelbo"]["verdict"] == "worse"

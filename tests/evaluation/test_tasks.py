@@ -8,6 +8,7 @@ import pytest
 
 from structprune.assets import model_directory
 from structprune.errors import UserError
+from structprune.evaluation import lm_tasks
 from structprune.evaluation.local_tasks import (
     INVALID,
     choice_metrics,
@@ -242,5 +243,6 @@ def test_bad_answers_of_gsm8k_are_named(tmp_path, texts):
 def test_without_lm_eval_its_tasks_are_refused(monkeypatch, texts):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    lm_tasks._manager.cache_clear()  # another test may have made the index
     with pytest.raises(UserError, match=r"'piqa' is lm-eval's, and .* is not installed: install lm-eval"):
         open_tasks(["piqa"], "llada", texts)

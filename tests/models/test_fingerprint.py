@@ -6,7 +6,6 @@ import shutil
 import torch
 from safetensors.torch import load_file, save_file
 
-from structprune.models import fingerprint as module
 from structprune.models.fingerprint import fingerprint
 
 
@@ -33,15 +32,27 @@ def test_the_tokenizer_counts(tiny_checkpoint):
     assert fingerprint(one) != before
 
 
-def test_weights_beyond_the_start_count(tiny_checkpoint, monkeypatch):
-    """Probes reach what the head does not, the last bytes too."""
-    monkeypatch.setattr(module, "HEAD", 64)
+def test_every_tensor_is_looked_at(tiny_checkpoint):
+    """Also the smallest: each, changed alone, is seen, and so is the file's last byte."""
     one = tiny_checkpoint()
     before, path = fingerprint(one), one / "model.safetensors"
+    state = load_file(path)
+    for name in state:
+        changed = state | {name: state[name].clone()}
+        changed[name].view(-1)[0] += 1
+        save_file(changed, path, metadata={"format": "pt"})
+        assert fingerprint(one) != before, name
+    save_file(state, path, metadata={"format": "pt"})
+    assert fingerprint(one) == before
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
     assert fingerprint(one) != before
+
+
+def test_random_weights_of_another_seed_differ(tiny_checkpoint):
+    one = tiny_checkpoint()
+    before, path = fingerprint(one), one / "model.safetensors"
     state = {name: torch.randn_like(value) for name, value in load_file(path).items()}
     save_file(state, path, metadata={"format": "pt"})
     assert fingerprint(one) != before
