@@ -50,7 +50,7 @@ def note(found: dict) -> str:
         "`python scripts/bench_pruned.py`, from [`bench_cpu.json`](scripts/results/bench_cpu.json): a random LLaDA of"
         f" {dense['parameters'] / 1e6:.0f} M parameters ({len(widths)} blocks, {widths[0]['query_heads']} heads,"
         f" {widths[0]['channels']} channels), pruned by structprune and reloaded, {dense['dtype']},"
-        f" {machine(found['machine'])}; models in turns, median and quartiles. Generation: {sampler['gen_length']} tokens in"
+        f" {machine(found['machine'])}, {found['machine']['threads']} thread; models in turns, median and quartiles. Generation: {sampler['gen_length']} tokens in"
         f" {sampler['steps']} steps. Ideal: time in proportion to the MACs, attention and LM head counted;"
         f" (1 - 1 / speed-up) over the share of MACs removed.{pruning}"
     )

@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from readme_common import machine, ranged, table  # noqa: E402
 from readme_bench import bench, note  # noqa: E402
+from readme_common import machine, ranged, table  # noqa: E402
 from readme_evaluation import evaluation, evaluation_speed  # noqa: E402
 from readme_sinks import sinks  # noqa: E402
 
