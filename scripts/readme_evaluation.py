@@ -60,13 +60,11 @@ def _plus_minus(found: dict, share: bool) -> str:
 
 def _difference(found: dict, share: bool) -> str:
     scale, places = (100, 1) if share else (1, 4)
-    low, high = (f"{scale * found[end]:+.{places}f}" for end in ("low", "high"))
-    text = f"{scale * found['difference']:+.{places}f} [{low}, {high}]"
-    return (
-        f"**{text}**, {found['verdict']}"
-        if found["verdict"] != "no difference shown"
-        else f"{text}, {found['verdict']}"
-    )
+    text = f"{scale * found['difference']:+.{places}f}"
+    if found["low"] is not None:
+        text += f" [{scale * found['low']:+.{places}f}, {scale * found['high']:+.{places}f}]"
+    shown = found["verdict"] != "no difference shown"
+    return f"**{text}**, {found['verdict']}" if shown else f"{text}, {found['verdict']}"
 
 
 def evaluation_speed(found: dict) -> str:

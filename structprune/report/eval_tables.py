@@ -21,7 +21,7 @@ def eval_table(summary: dict, every_metric: bool = False) -> Table | Group:
 
 def _grid(title: str, *columns: str) -> Table:
     """A table that fits 80 columns where names are short; long ones are folded, figures and verdicts never."""
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
     table.add_column("", overflow="fold")
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)

@@ -1,10 +1,10 @@
 """The table of an evaluation, as it is printed."""
 
 import io
-import re
 
 import pytest
 from rich.console import Console
+from rich.table import Table
 
 from structprune.report.eval_tables import eval_table
 
@@ -56,33 +56,36 @@ def printed(table, width=100):
     return text.getvalue()
 
 
-def cells(text, first):
+def cells(shown, first):
     """The filled cells of the rows whose first cell is `first`, without it."""
-    rows = [re.split(r"\s{2,}", line.strip()) for line in text.splitlines()]
-    return [row[1:] for row in rows if row[0] == first]
+    tables = [each for each in getattr(shown, "renderables", [shown]) if isinstance(each, Table)]
+    rows = [[str(cell).strip() for cell in row] for table in tables for row in zip(*(c.cells for c in table.columns))]
+    return [[cell for cell in row[1:] if cell] for row in rows if row[0] == first]
 
 
 def test_one_checkpoint():
-    text = printed(eval_table(made(["dense"])))
-    assert cells(text, "choices1") == [["100 items", "32.25 of 128 samples"]]
-    assert cells(text, "acc, % ↑") == [["75.00 ± 1.00", "[73.00, 77.00]"]] * 2
-    assert cells(text, "notes") == [["1 item", "8 samples"]] and cells(text, "nelbo, nats ↓") == [["3.0000"]]
-    assert cells(text, "mean of 2 tasks, %") == [["60.00 ± 1.00", "[58.00, 62.00]"]]
+    shown = eval_table(made(["dense"]))
+    text = printed(shown)
+    assert cells(shown, "choices1") == [["100 items", "32.25 of 128 samples"]]
+    assert cells(shown, "acc, % ↑") == [["75.00 ± 1.00", "[73.00, 77.00]"]] * 2
+    assert cells(shown, "notes") == [["1 item", "8 samples"]] and cells(shown, "nelbo, nats ↓") == [["3.0000"]]
+    assert cells(shown, "mean of 2 tasks, %") == [["60.00 ± 1.00", "[58.00, 62.00]"]]
     assert "standard error over items" in text and "difference" not in text
 
 
 def test_every_metric():
-    text = printed(eval_table(made(["dense"]), every_metric=True))
-    assert len(cells(text, "acc, % ↑")) == 2 and cells(text, "acc_norm, % ↑")[0] == ["50.00 ± 1.00", "[48.00, 52.00]"]
+    shown = eval_table(made(["dense"]), every_metric=True)
+    assert len(cells(shown, "acc, % ↑")) == 2 and cells(shown, "acc_norm, % ↑")[0] == ["50.00 ± 1.00", "[48.00, 52.00]"]
 
 
 def test_checkpoints_against_the_first():
-    text = printed(eval_table(made(["dense", "pruned"])))
+    shown = eval_table(made(["dense", "pruned"]))
+    text = printed(shown)
     lines = [line.strip() for line in text.splitlines()]
     assert "choices0: acc, % ↑ (100 items, 33.75 of 128 samples)" in lines
     assert "notes: nelbo, nats ↓ (1 item, 8 samples)" in lines and "mean of 2 tasks, % (choices0, choices1)" in lines
-    assert cells(text, "dense")[0] == ["75.00 ± 1.00"]
-    assert cells(text, "pruned") == [
+    assert cells(shown, "dense")[0] == ["75.00 ± 1.00"]
+    assert cells(shown, "pruned") == [
         ["65.00 ± 1.00", "-10.00 [-15.00, -5.00]", "worse (90 shared)"],
         ["65.00 ± 1.00", "+1.00 [-2.00, +4.00]", "no difference shown"],
         ["3.0000", "+0.2500", "no difference shown"],
@@ -94,16 +97,22 @@ def test_checkpoints_against_the_first():
 def test_what_cannot_be_compared_says_so():
     summary = made(["dense", "pruned"], proportions=1)
     summary["differences"]["pruned"]["choices0"] = {}
-    text = printed(eval_table(summary))
-    assert cells(text, "pruned")[0] == ["65.00 ± 1.00", "no item in common"] and "mean of" not in text
+    shown = eval_table(summary)
+    text = printed(shown)
+    assert cells(shown, "pruned")[0] == ["65.00 ± 1.00", "no item in common"] and "mean of" not in text
     summary["checkpoints"]["pruned"]["choices0"]["items"] = 80
     assert "choices0: acc, % ↑ (80-100 items, " in printed(eval_table(summary))
 
 
 def test_common_names_fit_a_terminal_of_80_columns():
-    text = printed(eval_table(made(["dense", "structprune-0.5"]), every_metric=True), width=80)
-    assert cells(text, "structprune-0.5")[0] == ["65.00 ± 1.00", "-10.00 [-15.00, -5.00]", "worse (90 shared)"]
-    assert max(map(len, text.splitlines())) <= 80 and "…" not in text
+    summary = made(["dense", "structprune-0.5"])
+    summary["checkpoints"]["structprune-0.5"]["notes"]["metrics"]["nelbo"] = value(4.3324)
+    gap = difference(0.1, 0.09, 0.12, "no difference shown")
+    summary["differences"]["structprune-0.5"]["notes"]["nelbo"] = gap
+    lines = printed(eval_table(summary, every_metric=True), width=80).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert " structprune-0.5 65.00 ± 1.00 -10.00 [-15.00, -5.00] worse (90 shared)" in map(str.rstrip, lines)
+    assert " structprune-0.5 4.3324 ± 0.0100 +0.1000 [+0.0900, +0.1200] no difference shown" in map(str.rstrip, lines)
 
 
 @pytest.mark.parametrize("checkpoints", [1, 2, 6])
