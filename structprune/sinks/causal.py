@@ -121,6 +121,28 @@ def load_causal(source: Path, dtype: str | None, device: torch.device):
     return model.to(device).eval(), tokenizer
 
 
+def sliding_window(config) -> int | None:
+    """The fewest positions that a layer looks back on, of a transformers configuration; None where all see all."""
+    config = config.get_text_config()
+    kinds = getattr(config, "layer_types", None)  # of every layer; None in families whose layers are all alike
+    windows = {"sliding_attention": getattr(config, "sliding_window", None)}
+    windows |= {"chunked_attention": getattr(config, "attention_chunk_size", None)}
+    if getattr(config, "use_sliding_window", True) is False:
+        del windows["sliding_attention"]
+    found = [size for kind, size in windows.items() if size is not None and (kinds is None or kind in kinds)]
+    return min(found, default=None)
+
+
+def check_window(config, length: int, name: str) -> None:
+    """Raise UserError where a text of `length` tokens is longer than a sliding window: the cache forgets its start."""
+    window = sliding_window(config)
+    if window is not None and length > window:
+        raise UserError(
+            f"{name} attends within a sliding window of {window} positions, fewer than the {length} of the run, so that"
+            f" its first positions drop out: take --length, or the prompt and --gen-length together, down to {window}"
+        )
+
+
 @torch.no_grad()
 def generation_trajectory(model, prompts: torch.Tensor, gen_length: int, track: Callable) -> Trajectory:
     """The model's own greedy generation from every prompt: at step s the text has P + s tokens.
@@ -133,10 +155,11 @@ def generation_trajectory(model, prompts: torch.Tensor, gen_length: int, track: 
         prompts: (N, P) int64.
         gen_length: S steps, a token each.
     Raises:
-        UserError: the model has no attention that could be measured.
+        UserError: the model has no attention that could be measured, or one by a shorter sliding window.
     """
     from transformers import GenerationConfig
 
+    check_window(model.config, prompts.shape[1] + gen_length, type(model).__name__)
     recorder, device = Recorder(len(prompts), causal=True), model.device
     model.generation_config = GenerationConfig()  # the checkpoint's own may sample, penalise or stop
     for row, prompt in enumerate(track(list(prompts), "generation")):  # (P,)

@@ -88,3 +88,23 @@ def test_a_model_with_attention_of_its_own_is_refused(causal_checkpoint):
     model.set_attn_implementation("eager")
     with pytest.raises(UserError, match="LlamaForCausalLM does not attend by transformers' attention interface"):
         causal.generation_trajectory(model, torch.zeros(1, 9, dtype=torch.long), 2, PLAIN)
+
+
+WINDOWS = {
+    "Qwen2": {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 1},
+    "Mistral": {"sliding_window": 12},
+}
+
+
+@pytest.mark.parametrize("kind", WINDOWS)
+def test_a_sliding_window_shorter_than_the_run_is_refused(kind, causal_checkpoint):
+    model, _ = load_causal(causal_checkpoint(kind, **WINDOWS[kind]), None, CPU)
+    found = causal.generation_trajectory(model, torch.arange(9)[None], 3, PLAIN)  # 12 tokens: nothing drops out
+    assert found.mass.shape == (1, 3, 11)
+    with pytest.raises(
+        UserError, match=f"{kind}ForCausalLM attends within a sliding window of 12 .* the 13 of the run"
+    ):
+        causal.generation_trajectory(model, torch.arange(10)[None], 3, PLAIN)
+    off = {"Qwen2": {"use_sliding_window": False}, "Mistral": {"sliding_window": None}}[kind]
+    model, _ = load_causal(causal_checkpoint(kind, **(WINDOWS[kind] | off)), None, CPU)
+    assert causal.generation_trajectory(model, torch.arange(13)[None], 3, PLAIN).mass.shape == (1, 3, 15)
