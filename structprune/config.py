@@ -68,7 +68,7 @@ class SinkSettings(Section):
     then keeps or drops a row)."""
     alpha: float = Field(5.0, gt=0)
     """Steepness of the soft mask."""
-    kappa: float = 2.0
+    kappa: float = Field(2.0, ge=0)
     """The threshold is the mean of the mass over positions plus so many standard deviations."""
     scale_free: bool = False
     """Divide the mass by its mean first, so that phi does not harden with heads x layers."""

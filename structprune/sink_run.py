@@ -14,19 +14,27 @@ from structprune.checkpoint.atomic import whole_directory
 from structprune.checkpoint.output import check_output
 from structprune.config import SinkSettings
 from structprune.errors import UserError, nearest
-from structprune.evaluation.samplers import generation_settings
+from structprune.evaluation.samplers import Generation, generation_settings
 from structprune.models.families import family_of
 from structprune.models.placement import pick_device
 from structprune.report.plots import check_matplotlib
 from structprune.report.progress import progress_bars
 from structprune.report.sink_plots import draw_all
 from structprune.report.sink_tables import property_table, token_tables
-from structprune.sinks.causal import generation_trajectory
+from structprune.sinks.causal import check_window, generation_trajectory
 from structprune.sinks.diffusion import Track, forward_trajectory, reverse_trajectory
 from structprune.sinks.figures import json_text, position_figures, trajectory_figures
-from structprune.sinks.subjects import Subject, check_text, find_kind, open_subject, prompt_of, windows_of
+from structprune.sinks.subjects import (
+    Subject,
+    check_text,
+    describe_subject,
+    find_kind,
+    open_subject,
+    prompt_of,
+    windows_of,
+)
 from structprune.sinks.tokens import Vocabulary
-from structprune.sinks.trajectory import Trajectory
+from structprune.sinks.trajectory import UNSEEN
 
 Which = Literal["forward", "reverse", "both"]
 RESULT = "sinks.json"
@@ -46,20 +54,20 @@ class SinkRun:
     """Generate from this instead of from the first half of every window; the noise levels are then of the prompt."""
     trajectory: str | None = None
     """forward, reverse or both; default both, of a causal LM reverse."""
-    windows: int = 8
-    """N: sequences of the text."""
-    length: int = 128
-    """T: tokens of a window, and of a prompt together with what is generated."""
+    windows: int | None = None
+    """N: sequences of the text; default 8."""
+    length: int | None = None
+    """T: tokens of a window, of which the last are generated; default 128."""
     gen_length: int | None = None
     """Generated tokens; default half the length, with a prompt 64."""
-    levels: int = 10
-    """Noise levels."""
+    levels: int | None = None
+    """Noise levels; default 10."""
     steps: int | None = None
-    """Denoising steps; default one per generated token."""
+    """Denoising steps of a diffusion LM; default one per generated token."""
     block_length: int | None = None
     """Of LLaDA's sampler; default the whole generation."""
-    seed: int = 0
-    """Draws windows and noise."""
+    seed: int | None = None
+    """Draws windows and noise; default 0."""
     sink: SinkSettings = field(default_factory=SinkSettings)
     """α, κ and scale_free of φ."""
 
@@ -77,15 +85,49 @@ class SinkRun:
             raise UserError("--text and --prompt both say what the model is given: leave one out")
         if self.prompt is not None and not self.prompt.strip():
             raise UserError("--prompt is empty: give it at least one word")
-        if self.prompt is None and self.generated >= self.length:
-            raise UserError(f"--gen-length = {self.generated} leaves no prompt in windows of --length {self.length}")
-        if self.trajectory == "forward" and any(value is not None for value in (self.steps, self.block_length)):
-            raise UserError("--steps and --block-length are of generation: leave them out for --trajectory forward")
+        if self.prompt is not None:
+            self._refuse("of windows of text, which a --prompt takes the place of", "windows", "length")
+        if self.trajectory == "forward":
+            self._refuse("of generation, and --trajectory is forward", "gen_length", "steps", "block_length")
+        elif self.prompt is None and self.generated >= self.tokens:
+            raise UserError(f"--gen-length = {self.generated} leaves no prompt in windows of --length {self.tokens}")
+        if self.trajectory == "reverse":
+            self._refuse("of noise, and --trajectory is reverse", "levels")
+
+    def check_kinds(self, causal: bool) -> None:
+        """Raise what changes nothing where all models are causal LMs (or, if not `causal`, not all).
+
+        Raises:
+            UserError: an option of diffusion LMs only, or a seed where nothing is drawn.
+        """
+        if causal:
+            self._refuse("of diffusion LMs, and no model given is one", "levels", "steps", "block_length")
+        if self.prompt is not None and (causal or self.trajectory == "reverse"):
+            self._refuse("of windows and noise, and generation from a --prompt draws nothing", "seed")
+
+    def _refuse(self, why: str, *names: str) -> None:
+        for name in names:
+            if getattr(self, name) is not None:
+                raise UserError(f"--{name.replace('_', '-')} = {getattr(self, name)} is {why}: leave it out")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a window."""
+        return self.length or 128
 
     @property
     def generated(self) -> int:
         """Tokens generated after a prompt."""
-        return self.gen_length or (64 if self.prompt is not None else self.length // 2)
+        return self.gen_length or (64 if self.prompt is not None else self.tokens // 2)
+
+    @property
+    def noise_levels(self) -> int:
+        return self.levels or 10
+
+    @property
+    def drawn_with(self) -> int:
+        """The seed."""
+        return self.seed or 0
 
     def wants(self, kind: str) -> bool:
         return self.trajectory in (None, "both", kind)
@@ -109,20 +151,14 @@ def sinks_and_show(
     """
     check_matplotlib()
     sources = [checkpoint] if against is None else [checkpoint, against]
-    for source in sources:
-        directory, causal = find_kind(source)
-        check_output(out, directory, overwrite, 20_000_000, marks=(RESULT,))
-        if causal and run.trajectory in ("forward", "both"):
-            remedy = "leave --trajectory out, or give reverse"
-            raise UserError(f"'{source}' is a causal language model, which has no noise levels: {remedy}")
-    if run.text is not None:
-        check_text(Path(run.text))
-    place, measured = pick_device(device), []
+    check_sources(sources, out, run, mask_id, pickle, overwrite)
+    place, subjects, measured = pick_device(device), [describe_subject(source, mask_id) for source in sources], []
+    plans = [plan_run(subject, run) for subject in subjects]
     with progress_bars(Console(stderr=True)) as track:
-        for source in sources:
-            subject = open_subject(source, place, dtype, mask_id, pickle)
-            measured += measure(subject, run, track)
-            del subject  # before the next one is loaded
+        for source, subject, plan in zip(sources, subjects, plans):
+            opened = open_subject(source, subject, place, dtype, mask_id, pickle)
+            measured += measure(opened, plan, run, track)
+            del opened  # before the next one is loaded
     result = {"structprune": __version__, "settings": _settings(run), "runs": measured}
     with whole_directory(out) as draft:
         (draft / RESULT).write_text(json_text(result), encoding="utf-8")
@@ -134,46 +170,112 @@ def sinks_and_show(
     console.print(f"Wrote {out} ({', '.join([RESULT, *made])})", soft_wrap=True)
 
 
-def measure(subject: Subject, run: SinkRun, track: Track) -> list[dict]:
+def check_sources(
+    sources: list[str], out: Path, run: SinkRun, mask_id: int | None, pickle: bool, overwrite: bool
+) -> None:
+    """Raise what a look at names and kinds shows.
+
+    Raises:
+        UserError: no such checkpoint or text, an output that is in the way, or an option that would change nothing.
+    """
+    kinds = []
+    for source in sources:
+        directory, causal = find_kind(source)
+        kinds.append(causal)
+        check_output(out, directory, overwrite, 20_000_000, marks=(RESULT,))
+        if causal and run.trajectory in ("forward", "both"):
+            remedy = "leave --trajectory out, or give reverse"
+            raise UserError(f"'{source}' is a causal language model, which has no noise levels: {remedy}")
+    run.check_kinds(all(kinds))
+    for name, given in (("--mask-id", mask_id is not None), ("--allow-pickle", pickle)):
+        if given and all(kinds):
+            raise UserError(f"{name} is of diffusion LMs, and no model given is one: leave it out")
+    if run.text is not None:
+        check_text(Path(run.text))
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What one model is given: `noised` (N, T) of noise levels and `prompts` (N, P) int64, None where not wanted.
+
+    `sampler` are the settings of a diffusion LM's generation.
+    """
+
+    noised: torch.Tensor | None
+    prompts: torch.Tensor | None
+    sampler: Generation | None
+
+
+def plan_run(subject: Subject, run: SinkRun) -> Plan:
+    """Texts and sampler of a model, told from its configuration and tokenizer.
+
+    Raises:
+        UserError: texts that are too long or too short for it, or a sampler that cannot be.
+    """
+    forward, reverse = run.wants("forward") and not subject.causal, run.wants("reverse")
+    if run.prompt is not None:
+        noised = prompts = prompt_of(subject, run.prompt, run.generated if reverse else 0)  # (1, P)
+    else:
+        text = Path(run.text) if run.text is not None else text_file("heldout.txt")
+        noised = windows_of(subject, text, run.windows or 8, run.tokens, run.drawn_with)  # (N, T)
+        prompts = noised[:, : run.tokens - run.generated]  # (N, P)
+    if forward:
+        _check_compared(subject, noised.shape[1], run)
+        if noised.shape[1] < 3:
+            raise UserError(
+                f"{noised.shape[1]} tokens are too few for noise levels: give a longer --prompt or --length"
+            )
+    if reverse and subject.causal:
+        _check_compared(subject, prompts.shape[1] - UNSEEN + 1, run)
+        check_window(subject.config, prompts.shape[1] + run.generated, subject.name)
+    elif reverse:
+        _check_compared(subject, prompts.shape[1] + run.generated, run)
+    sampler = _sampler(subject, run) if reverse and not subject.causal else None
+    return Plan(noised if forward else None, prompts if reverse else None, sampler)
+
+
+def _check_compared(subject: Subject, count: int, run: SinkRun) -> None:
+    """Of n positions none exceeds the mean by more than sqrt(n - 1) standard deviations."""
+    kappa = run.sink.kappa
+    if count - 1 <= kappa**2:
+        last = f" (the last {UNSEEN - 1} of a causal LM's prompt are left out)" if subject.causal else ""
+        raise UserError(
+            f"{max(0, count)} positions of {subject.name} can be compared{last}, of which none can be a sink at --kappa"
+            f" {kappa:g}: it takes more than {1 + kappa**2:g}; give a longer --prompt or --length"
+        )
+
+
+def _sampler(subject: Subject, run: SinkRun) -> Generation:
+    asked = {"gen_length": run.generated, "steps": run.steps or run.generated, "block_length": run.block_length}
+    if run.block_length is None and family_of(subject.config).name == "llada":
+        asked["block_length"] = run.generated
+    return generation_settings(subject.config, {key: value for key, value in asked.items() if value is not None})
+
+
+def measure(subject: Subject, plan: Plan, run: SinkRun, track: Track) -> list[dict]:
     """The figures of every trajectory of one model that is wanted, as plain data."""
     vocabulary, found = Vocabulary(subject.tokenizer, subject.mask_id), []
-    for kind in ("forward", "reverse"):
-        if not run.wants(kind) or (kind == "forward" and subject.causal):
+    for kind, texts in (("forward", plan.noised), ("reverse", plan.prompts)):
+        if texts is None:
             continue
         start = time.perf_counter()
-        trajectory = _trajectory(subject, run, kind, track)
+        if kind == "forward":
+            trajectory = forward_trajectory(subject.model, texts, run.noise_levels, run.drawn_with, track)
+        elif subject.causal:
+            trajectory = generation_trajectory(subject.model, texts, run.generated, track)
+        else:
+            trajectory = reverse_trajectory(subject.model, texts, plan.sampler, run.drawn_with, track)
         figures = trajectory_figures(trajectory, run.sink, vocabulary)
         figures |= {"seconds": round(time.perf_counter() - start, 2)}
         found.append({"model": subject.name} | figures | {"detail": position_figures(trajectory, run.sink, vocabulary)})
     return found
 
 
-def _trajectory(subject: Subject, run: SinkRun, kind: str, track: Track) -> Trajectory:
-    if run.prompt is not None:
-        texts = prompt_of(subject, run.prompt, run.generated if kind == "reverse" else 0)  # (1, P)
-    else:
-        text = Path(run.text) if run.text is not None else text_file("heldout.txt")
-        texts = windows_of(subject, text, run.windows, run.length, run.seed)  # (N, T)
-    if kind == "forward":
-        if texts.shape[1] < 3:
-            raise UserError(f"{texts.shape[1]} tokens are too few for noise levels: give a longer --prompt or --length")
-        return forward_trajectory(subject.model, texts, run.levels, run.seed, track)
-    prompts = texts if run.prompt is not None else texts[:, : run.length - run.generated]  # (N, P)
-    if subject.causal:
-        if run.steps is not None or run.block_length is not None:
-            raise UserError(f"--steps and --block-length mean nothing for {subject.name}, a causal LM: leave them out")
-        return generation_trajectory(subject.model, prompts, run.generated, track)
-    asked = {"gen_length": run.generated, "steps": run.steps or run.generated, "block_length": run.block_length}
-    if run.block_length is None and family_of(subject.model.config).name == "llada":
-        asked["block_length"] = run.generated
-    settings = generation_settings(
-        subject.model.config, {key: value for key, value in asked.items() if value is not None}
-    )
-    return reverse_trajectory(subject.model, prompts, settings, run.seed, track)
-
-
 def _settings(run: SinkRun) -> dict:
-    """As they were asked for, with φ's constants."""
+    """As they were asked for, defaults filled in, with φ's constants."""
     kept = {key: value for key, value in asdict(run).items() if key != "sink"}
+    kept |= {"levels": run.noise_levels, "seed": run.drawn_with}
+    if run.prompt is None:
+        kept |= {"windows": run.windows or 8, "length": run.tokens}
     sink = run.sink
     return kept | {"alpha": sink.alpha, "kappa": sink.kappa, "scale_free": sink.scale_free, "torch": torch.__version__}

@@ -8,11 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
+from structprune import sink_run
 from structprune.assets import model_directory, text_file
 from structprune.cli import main
 from structprune.errors import UserError
 from structprune.models.loading import load_tokenizer
-from structprune.sink_run import SinkRun
+from structprune.sink_run import SinkRun, measure, plan_run
+from structprune.sinks.subjects import describe_subject, open_subject
 
 SMALL = ["--windows", "2", "--length", "32"]
 MADE = {"sinks.json", "heatmap.png", "drift.png", "heads.png", "survival.png", "drift.gif"}
@@ -87,22 +89,72 @@ def test_what_cannot_be_is_one_line(tiny_checkpoint, causal, tmp_path, capsys):
         ("--text", tmp_path / "none.txt"): "no text at '",
         ("--text", other): "is not one of .txt, .jsonl, .parquet",
         ("--text", short): "too short for 2 windows of 32",
-        ("--prompt", "  "): "--prompt is empty",
-        ("--prompt", "a " * 70): "exceeds the 64 positions of llada-tiny",
-        ("--prompt", "a", "--text", short): "--text and --prompt both",
+        ("--text", short, "--prompt", "a"): "--text and --prompt both",
         ("--trajectory", "revers"): "unknown trajectory 'revers' (did you mean 'reverse'?)",
         ("--length", "65"): "--length = 65 exceeds the 64 positions of llada-tiny: lower it",
         ("--gen-length", "32"): "leaves no prompt",
         ("--windows", "0"): "--windows = 0",
         ("--against", tmp_path / "none"): "no checkpoint directory at",
         ("--against", causal, "--trajectory", "both"): "is a causal language model, which has no noise levels",
-        ("--trajectory", "forward", "--steps", "4"): "--steps and --block-length are of generation",
+        ("--trajectory", "forward", "--steps", "4"): "--steps = 4 is of generation, and --trajectory is forward",
+        ("--trajectory", "forward", "--gen-length", "4"): "--gen-length = 4 is of generation",
+        ("--trajectory", "reverse", "--levels", "4"): "--levels = 4 is of noise, and --trajectory is reverse",
+        ("--prompt", "a b"): "--windows = 2 is of windows of text, which a --prompt takes the place of: leave it out",
         ("--alpha", "0"): "sink.alpha",
+        ("--kappa", "-0.5"): "sink.kappa",
     }
     for more, message in cases.items():
         assert message in refused(capsys, *base, *more), more
-    assert "mean nothing for llama-tiny" in refused(capsys, causal, "--out", out, *SMALL, "--steps", "4")
+    words = "Show the branch of a repository and what it holds"
+    prompts = {
+        ("  ",): "--prompt is empty",
+        ("a " * 70,): "exceeds the 64 positions of llada-tiny",
+        (words, "--length", "9"): "--length = 9 is of windows of text",
+        (words, "--trajectory", "reverse", "--gen-length", "4", "--seed", "0"): "--seed = 0 is of windows and noise",
+    }
+    for more, message in prompts.items():
+        assert message in refused(capsys, checkpoint, "--out", out, "--prompt", *more), more
+    alone = {
+        ("--steps", "4"): "--steps = 4 is of diffusion LMs, and no model given is one: leave it out",
+        ("--block-length", "4"): "--block-length = 4 is of diffusion LMs",
+        ("--levels", "4"): "--levels = 4 is of diffusion LMs",
+        ("--mask-id", "4"): "--mask-id is of diffusion LMs",
+        ("--allow-pickle",): "--allow-pickle is of diffusion LMs",
+    }
+    for more, message in alone.items():
+        assert message in refused(capsys, causal, "--out", out, *SMALL, "--against", causal, *more), more
+    drawn = [causal, "--out", out, "--prompt", words, "--gen-length", "4", "--seed", "3"]
+    assert "--seed = 3 is of windows and noise" in refused(capsys, *drawn)
     assert not out.exists() and not list(tmp_path.glob(".out*"))
+
+
+def test_both_models_are_checked_before_either_is_measured(tiny_checkpoint, causal, tmp_path, capsys, monkeypatch):
+    """Texts, lengths and samplers are told from configurations and tokenizers."""
+    monkeypatch.setattr(sink_run, "open_subject", lambda *arguments: pytest.fail("weights were read"))
+    base = [tiny_checkpoint(), "--against", causal, "--out", tmp_path / "out", "--windows", "2"]
+    cases = {
+        ("--length", "49"): "--length = 49 exceeds the 48 positions of llama-tiny",
+        ("--length", "32", "--block-length", "5"): "gen_length = 16 is not a multiple of block_length = 5",
+        # 32 - 20 = 12 tokens of prompt, of which 5 are seen by 8 queries: z is at most 2
+        ("--length", "32", "--gen-length", "20"): "5 positions of llama-tiny can be compared (the last 7 of a causal",
+        ("--length", "5", "--gen-length", "1"): "5 positions of llada-tiny can be compared, of which none can be a sink"
+        " at --kappa 2: it takes more than 5; give a longer",
+    }
+    for more, message in cases.items():
+        assert message in refused(capsys, *base, *more), more
+    values = json.loads((causal / "config.json").read_text()) | {"model_type": "mistral", "sliding_window": 31}
+    (causal / "config.json").write_text(json.dumps(values | {"architectures": ["MistralForCausalLM"]}))
+    said = refused(capsys, *base, "--length", "32")
+    assert "llama-tiny attends within a sliding window of 31 positions, fewer than the 32 of the run" in said
+
+
+def test_steps_are_of_the_diffusion_model_of_a_comparison(tiny_checkpoint, causal, tmp_path):
+    out = tmp_path / "sinks"
+    command = ["sinks", str(tiny_checkpoint()), "--against", str(causal), "--out", str(out), *SMALL]
+    assert main([*command, "--steps", "4", "--block-length", "8", "--levels", "2", "--gen-length", "8"]) == 0
+    found = json.loads((out / "sinks.json").read_text(encoding="utf-8"))
+    assert [(run["steps"], run["prompt"]) for run in found["runs"]] == [(2, 0), (4, 24), (8, 24)]
+    assert (found["settings"]["length"], found["settings"]["seed"]) == (32, 0)
 
 
 def test_a_checkpoint_of_neither_kind(tmp_path, capsys):
@@ -128,11 +180,10 @@ def test_without_matplotlib_nothing_is_begun(tiny_checkpoint, tmp_path, capsys, 
 
 
 def test_windows_are_the_same_for_both_trajectories(tiny_checkpoint, tmp_path):
-    from structprune.sink_run import measure
-    from structprune.sinks.subjects import open_subject
-
-    subject = open_subject(str(tiny_checkpoint()), torch.device("cpu"), None, None, False)
-    forward, reverse = measure(subject, SinkRun(windows=2, length=32, levels=40), lambda items, title: items)
+    folder, run = str(tiny_checkpoint()), SinkRun(windows=2, length=32, levels=40)
+    described = describe_subject(folder, None)
+    subject = open_subject(folder, described, torch.device("cpu"), None, None, False)
+    forward, reverse = measure(subject, plan_run(described, run), run, lambda items, title: items)
     clean, generated = forward["detail"]["last_tokens"], reverse["detail"]["last_tokens"]
     for ours, theirs in zip(clean, generated):  # the last level leaves nearly all of the text
         same = [a == b for a, b in zip(ours[:16], theirs[:16]) if a != "<|mdm_mask|>"]

@@ -92,33 +92,56 @@ def is_causal(directory: Path) -> bool:
     return read_json(directory / "config.json").get("model_type") in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
+def read_causal(source: Path):
+    """A causal language model's configuration and tokenizer, of transformers' own classes; no weight is read.
+
+    Raises:
+        UserError: they cannot be read.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    with _reading(source) as (place, options):
+        return AutoConfig.from_pretrained(place, **options), AutoTokenizer.from_pretrained(place, **options)
+
+
 def load_causal(source: Path, dtype: str | None, device: torch.device):
-    """A causal language model and its tokenizer, of transformers' own classes.
+    """A causal language model of transformers' own classes.
 
     Args:
         dtype: default float32 on CPU, else the checkpoint's own.
     Raises:
-        UserError: it cannot be read, or does not attend by transformers' attention interface.
+        UserError: it cannot be read, or its positions also attend to later ones.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
+    from transformers import AutoModelForCausalLM
 
     register_attention()
-    name = gguf_file(source)
-    place = source.parent if source.is_file() else source
-    options = {"trust_remote_code": False} | ({} if name is None else {"gguf_file": name})
     wanted = as_dtype(dtype) or (torch.float32 if device.type == "cpu" else "auto")
+    with _reading(source) as (place, options):
+        model = AutoModelForCausalLM.from_pretrained(place, dtype=wanted, attn_implementation=ATTENTION, **options)
+    if any(hasattr(module, "layer_idx") and getattr(module, "is_causal", True) is False for module in model.modules()):
+        raise UserError(
+            f"{source} is no causal language model: as its config has it, positions of {type(model).__name__} attend to"
+            " later ones; give a decoder, such as Llama or Qwen"
+        )
+    return model.to(device).eval()
+
+
+@contextmanager
+def _reading(source: Path) -> Iterator[tuple[Path, dict]]:
+    """Where transformers is to read from, and with which options; what it raises becomes one line."""
+    from transformers.utils import logging
+
+    name = gguf_file(source)
     logging.disable_progress_bar()  # ours is on the same screen
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place, **options)
-        model = AutoModelForCausalLM.from_pretrained(place, dtype=wanted, attn_implementation=ATTENTION, **options)
+        options = {"trust_remote_code": False} | ({} if name is None else {"gguf_file": name})
+        yield source.parent if source.is_file() else source, options
     except ImportError as error:
         raise UserError(f"reading {source} needs another package ({_first_line(error)})") from error
     except Exception as error:  # transformers raises what its many loaders raise
         raise UserError(f"{source} cannot be read as a causal language model ({_first_line(error)})") from error
     finally:
         logging.enable_progress_bar()
-    return model.to(device).eval(), tokenizer
 
 
 def sliding_window(config) -> int | None:

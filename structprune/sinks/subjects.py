@@ -1,6 +1,6 @@
 """What is looked at: a diffusion or causal language model with its tokenizer, and the text it is given."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +11,24 @@ from structprune.calibration.text import LOCAL, join_texts, read_texts
 from structprune.calibration.windows import cut_windows, tokenize_corpus
 from structprune.errors import UserError
 from structprune.models.checkpoint_files import locate, read_json
-from structprune.models.families import family_of
-from structprune.models.loading import load_model, load_tokenizer, source_name
+from structprune.models.loading import load_config, load_model, load_tokenizer, source_name
 from structprune.models.official import detect_family
-from structprune.sinks.causal import gguf_file, is_causal, load_causal
+from structprune.sinks.causal import gguf_file, is_causal, load_causal, read_causal
 
 LONGEST = 1 << 22  # tokens read of a text
 
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """A loaded model.
+    """A model, or what is known of one before its weights are read.
 
     Attributes:
         name: Hub id, or the directory's own name.
         causal: whether it is a causal language model of transformers.
+        model: None before weights are read.
         positions: the most it can take; None where its config does not say.
         mask_id: of a diffusion LM.
+        config: of transformers, or ours.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Subject:
     tokenizer: Any
     positions: int | None
     mask_id: int | None
+    config: Any = None
 
 
 def find_kind(source: str) -> tuple[Path, bool]:
@@ -57,27 +59,42 @@ def find_kind(source: str) -> tuple[Path, bool]:
     return directory, False
 
 
-def open_subject(source: str, device: torch.device, dtype: str | None, mask_id: int | None, pickle: bool) -> Subject:
-    """Load a checkpoint with its tokenizer.
+def describe_subject(source: str, mask_id: int | None) -> Subject:
+    """A checkpoint's configuration and tokenizer; no weight is read.
+
+    Args:
+        mask_id: of a diffusion LM.
+    Raises:
+        UserError: anything wrong with them, in one line.
+    """
+    directory, causal = find_kind(source)
+    name = source_name(source, directory)
+    if not causal:
+        directory, family, config, _ = load_config(source, mask_id)
+        name = NAME if directory.resolve() == model_directory().resolve() else name
+        longest = getattr(config, family.keys["positions"])
+        return Subject(name, False, None, load_tokenizer(directory), longest, config.mask_token_id, config)
+    config, tokenizer = read_causal(directory)
+    named = gguf_file(directory)
+    name = name if named is None else Path(named).stem
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return Subject(name, True, None, tokenizer, longest, None, config)
+
+
+def open_subject(
+    source: str, subject: Subject, device: torch.device, dtype: str | None, mask_id: int | None, pickle: bool
+) -> Subject:
+    """What `describe_subject` told of a checkpoint, with its weights.
 
     Args:
         pickle: also read `.bin` shards of a diffusion LM.
     Raises:
         UserError: anything wrong with it, in one line.
     """
-    directory, causal = find_kind(source)
-    if not causal:
-        model = load_model(source, dtype, device, mask_id, pickle)
-        tokenizer = load_tokenizer(model.source.directory)
-        longest = getattr(model.config, family_of(model.config).keys["positions"])
-        name = NAME if directory.resolve() == model_directory().resolve() else model.source.name
-        return Subject(name, False, model, tokenizer, longest, model.config.mask_token_id)
-    if not Path(source).exists():
-        directory = locate(source)
-    model, tokenizer = load_causal(directory, dtype, device)
-    named = gguf_file(directory)
-    name = source_name(source, directory) if named is None else Path(named).stem
-    return Subject(name, True, model, tokenizer, getattr(model.config, "max_position_embeddings", None), None)
+    if not subject.causal:
+        return replace(subject, model=load_model(source, dtype, device, mask_id, pickle))
+    path = Path(source)
+    return replace(subject, model=load_causal(path if path.exists() else locate(source), dtype, device))
 
 
 def check_text(text: Path) -> None:

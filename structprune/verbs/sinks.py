@@ -36,18 +36,23 @@ Trajectory = Annotated[
     ),
 ]
 Against = Annotated[Optional[str], typer.Option("--against", help="A second checkpoint, to be set beside the first.")]
-Windows = Annotated[int, typer.Option("--windows", help="Windows of the text.")]
-Length = Annotated[int, typer.Option("--length", help="Tokens of a window; generation starts from its first part.")]
+Windows = Annotated[Optional[int], typer.Option("--windows", help="Windows of the text.", show_default="8")]
+Length = Annotated[
+    Optional[int],
+    typer.Option("--length", help="Tokens of a window; generation starts from its first part.", show_default="128"),
+]
 GenLength = Annotated[
     Optional[int],
     typer.Option("--gen-length", help="Tokens to generate.", show_default="half the length; 64 after a prompt"),
 ]
-Levels = Annotated[int, typer.Option("--levels", help="Noise levels of the forward trajectory.")]
+Levels = Annotated[
+    Optional[int], typer.Option("--levels", help="Noise levels of the forward trajectory.", show_default="10")
+]
 Steps = Annotated[Optional[int], typer.Option("--steps", help="Denoising steps.", show_default="one per token")]
 Blocks = Annotated[
     Optional[int], typer.Option("--block-length", help="Of LLaDA's sampler.", show_default="the whole generation")
 ]
-Seed = Annotated[int, typer.Option("--seed", help="Draws windows and noise.")]
+Seed = Annotated[Optional[int], typer.Option("--seed", help="Draws windows and noise.", show_default="0")]
 Alpha = Annotated[float, typer.Option("--alpha", help="Steepness of the sink mask.")]
 Kappa = Annotated[float, typer.Option("--kappa", help="A sink's mass exceeds the mean by so many deviations.")]
 ScaleFree = Annotated[bool, typer.Option("--scale-free", help="Divide the mass by its mean first.")]
@@ -63,13 +68,13 @@ def sinks(
     prompt: Prompt = None,
     trajectory: Trajectory = None,
     against: Against = None,
-    windows: Windows = 8,
-    length: Length = 128,
+    windows: Windows = None,
+    length: Length = None,
     gen_length: GenLength = None,
-    levels: Levels = 10,
+    levels: Levels = None,
     steps: Steps = None,
     block_length: Blocks = None,
-    seed: Seed = 0,
+    seed: Seed = None,
     alpha: Alpha = 5.0,
     kappa: Kappa = 2.0,
     scale_free: ScaleFree = False,

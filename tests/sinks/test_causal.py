@@ -17,7 +17,7 @@ CPU, PLAIN = torch.device("cpu"), lambda items, title: items
 @torch.no_grad()
 def test_generation_against_eager_weights(kind, causal_checkpoint):
     folder = causal_checkpoint(kind)
-    model, _ = load_causal(folder, None, CPU)
+    model = load_causal(folder, None, CPU)
     prompts = torch.randint(0, 2000, (2, 14), generator=torch.Generator().manual_seed(0))
     found = causal.generation_trajectory(model, prompts, 3, PLAIN)
     from transformers import AutoModelForCausalLM
@@ -37,7 +37,7 @@ def test_generation_against_eager_weights(kind, causal_checkpoint):
 @pytest.mark.filterwarnings("ignore:`past_key_values`")  # as it is called before transformers 5.40
 @torch.no_grad()
 def test_meter_adds_up_what_a_cache_leaves_out(causal_checkpoint):
-    model, _ = load_causal(causal_checkpoint(), None, CPU)
+    model = load_causal(causal_checkpoint(), None, CPU)
     ids = torch.randint(0, 2000, (2, 9), generator=torch.Generator().manual_seed(0))
     with CausalMeter().on() as whole:
         model(ids)
@@ -54,7 +54,7 @@ def test_meter_adds_up_what_a_cache_leaves_out(causal_checkpoint):
 @torch.no_grad()
 def test_no_tensor_grows_with_the_square_of_the_length(causal_checkpoint, largest, monkeypatch):
     monkeypatch.setitem(sinks.TILE_BYTES, "cpu", 2**15)
-    model, _ = load_causal(causal_checkpoint(max_position_embeddings=512, num_hidden_layers=1), None, CPU)
+    model = load_causal(causal_checkpoint(max_position_embeddings=512, num_hidden_layers=1), None, CPU)
     ids = torch.zeros(1, 512, dtype=torch.long)
     with largest() as plain:
         model(ids, logits_to_keep=1)
@@ -84,7 +84,7 @@ def test_what_cannot_be_read_is_one_line(tmp_path, causal_checkpoint):
 
 
 def test_a_model_with_attention_of_its_own_is_refused(causal_checkpoint):
-    model, _ = load_causal(causal_checkpoint(), None, CPU)
+    model = load_causal(causal_checkpoint(), None, CPU)
     model.set_attn_implementation("eager")
     with pytest.raises(UserError, match="LlamaForCausalLM does not attend by transformers' attention interface"):
         causal.generation_trajectory(model, torch.zeros(1, 9, dtype=torch.long), 2, PLAIN)
@@ -98,7 +98,7 @@ WINDOWS = {
 
 @pytest.mark.parametrize("kind", WINDOWS)
 def test_a_sliding_window_shorter_than_the_run_is_refused(kind, causal_checkpoint):
-    model, _ = load_causal(causal_checkpoint(kind, **WINDOWS[kind]), None, CPU)
+    model = load_causal(causal_checkpoint(kind, **WINDOWS[kind]), None, CPU)
     found = causal.generation_trajectory(model, torch.arange(9)[None], 3, PLAIN)  # 12 tokens: nothing drops out
     assert found.mass.shape == (1, 3, 11)
     with pytest.raises(
@@ -106,5 +106,17 @@ def test_a_sliding_window_shorter_than_the_run_is_refused(kind, causal_checkpoin
     ):
         causal.generation_trajectory(model, torch.arange(10)[None], 3, PLAIN)
     off = {"Qwen2": {"use_sliding_window": False}, "Mistral": {"sliding_window": None}}[kind]
-    model, _ = load_causal(causal_checkpoint(kind, **(WINDOWS[kind] | off)), None, CPU)
+    model = load_causal(causal_checkpoint(kind, **(WINDOWS[kind] | off)), None, CPU)
     assert causal.generation_trajectory(model, torch.arange(13)[None], 3, PLAIN).mass.shape == (1, 3, 15)
+
+
+def test_an_encoder_is_no_causal_model(tmp_path):
+    from transformers import BertConfig, BertLMHeadModel
+
+    sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    for decoder in (True, False):
+        folder = tmp_path / str(decoder)
+        BertLMHeadModel(BertConfig(num_hidden_layers=1, is_decoder=decoder, **sizes)).save_pretrained(folder)
+    assert load_causal(tmp_path / "True", None, CPU) is not None
+    with pytest.raises(UserError, match="positions of BertLMHeadModel attend to later ones; give a decoder"):
+        load_causal(tmp_path / "False", None, CPU)
