@@ -7,7 +7,8 @@ population variances. NaN marks what cannot be told.
 
 import torch
 
-SINK = 0.5  # a position is a sink where φ is above this
+from structprune.statistics.policies import SINK
+
 EPSILON = 3.0  # of the sinks of one head, in attention summed over queries: 1 is an even share
 
 
@@ -40,22 +41,6 @@ def temporal_variance(phi: torch.Tensor) -> torch.Tensor:
     count = known.sum(-1)  # (...)
     away = centre - centre.nanmean(-1, keepdim=True)  # (..., S)
     return ((away**2).nansum(-1) / count).masked_fill(count < 2, torch.nan)
-
-
-def instability(phi: torch.Tensor, present: torch.Tensor | None = None) -> torch.Tensor:
-    """Variance of every position's φ over the steps it is `present` at: (..., S, T) -> (..., T).
-
-    Args:
-        present: (S, T) bool; default all. NaN for a position that is never there.
-    """
-    phi = phi if present is None else phi.masked_fill(~present, torch.nan)  # (..., S, T)
-    return ((phi - phi.nanmean(-2, keepdim=True)) ** 2).nanmean(-2)
-
-
-def survival(phi: torch.Tensor, present: torch.Tensor | None = None) -> torch.Tensor:
-    """Share of the steps a position is `present` at that find it a sink: (..., S, T) -> (..., T), as `instability`."""
-    sink = (phi > SINK).to(phi.dtype)  # (..., S, T)
-    return (sink if present is None else sink.masked_fill(~present, torch.nan)).nanmean(-2)
 
 
 def kept(phi: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ from structprune.config import SinkSettings
 from structprune.sinks import diagnostics
 from structprune.sinks.tokens import Vocabulary, by_kind, by_token, first_position
 from structprune.sinks.trajectory import Trajectory
+from structprune.statistics.policies import SINK, instability, survival
 from structprune.statistics.sinks import sink_mask
 
 TOP = 12  # tokens shown by text
@@ -57,8 +58,8 @@ def position_figures(trajectory: Trajectory, sink: SinkSettings, vocabulary: Voc
         "mass": rounded(trajectory.mass),
         "phi": rounded(phi),
         "votes": rounded(trajectory.votes),
-        "survival": rounded(diagnostics.survival(phi, trajectory.present)),
-        "instability": rounded(diagnostics.instability(phi, trajectory.present)),
+        "survival": rounded(survival(phi, trajectory.present)),
+        "instability": rounded(instability(phi, trajectory.present)),
         "last_tokens": [
             [vocabulary.text(token) for token in row if token >= 0] for row in trajectory.ids[:, -1].tolist()
         ],
@@ -73,10 +74,10 @@ def summary(mass: torch.Tensor, phi: torch.Tensor, votes: torch.Tensor) -> dict[
             the mean mass over its mean, `drift` the standard deviation of the centroid over the number of positions:
             they compare models of different size and texts of different length.
     """
-    sink = phi > diagnostics.SINK  # (N, S, T)
-    ever, survival = sink.any(1), diagnostics.survival(phi)  # 2 x (N, T)
+    sink = phi > SINK  # (N, S, T)
+    ever, lasting = sink.any(1), survival(phi)  # 2 x (N, T)
     spatial, temporal = diagnostics.spatial_variance(mass), diagnostics.temporal_variance(phi)  # 2 x (N,)
-    instability = diagnostics.instability(phi)  # (N, T)
+    unstable = instability(phi)  # (N, T)
     figures = {
         "spatial_variance": spatial,
         "spatial_variation": spatial.sqrt() / mass.mean((1, 2)),
@@ -84,11 +85,11 @@ def summary(mass: torch.Tensor, phi: torch.Tensor, votes: torch.Tensor) -> dict[
         "mass_of_sinks": (mass * sink).sum((1, 2)) / mass.sum((1, 2)),
         "temporal_variance": temporal,
         "drift": temporal.sqrt() / mass.shape[2],
-        "instability": instability.mean(1),
-        "instability_of_sinks": _mean_over(instability, ever),
+        "instability": unstable.mean(1),
+        "instability_of_sinks": _mean_over(unstable, ever),
         "ever_sinks": ever.float().sum(1),
-        "survival": _mean_over(survival, ever),
-        "lasting": _mean_over((survival == 1).float(), ever),
+        "survival": _mean_over(lasting, ever),
+        "lasting": _mean_over((lasting == 1).float(), ever),
         "kept": diagnostics.kept(phi).nanmean(1),
         "votes_of_sinks": (votes * sink).sum((1, 2)) / sink.sum((1, 2)),
     }
@@ -97,7 +98,7 @@ def summary(mass: torch.Tensor, phi: torch.Tensor, votes: torch.Tensor) -> dict[
 
 def _per_step(trajectory: Trajectory, phi: torch.Tensor, known: torch.Tensor) -> dict[str, list]:
     """Series over the steps: of every sequence, (N, S), where the name is no mean's."""
-    sink = phi > diagnostics.SINK  # (N, S, T)
+    sink = phi > SINK  # (N, S, T)
     return {
         "progress": rounded(trajectory.progress.mean(0)),
         "sinks": rounded(sink.float().sum(2).mean(0)),
@@ -111,7 +112,7 @@ def _per_step(trajectory: Trajectory, phi: torch.Tensor, known: torch.Tensor) ->
 
 def _since_first(phi: torch.Tensor) -> torch.Tensor:
     """Share of the first step's sinks that are sinks at every step up to s, mean over sequences: (N, S, T) -> (S,)."""
-    sink = phi > diagnostics.SINK  # (N, S, T)
+    sink = phi > SINK  # (N, S, T)
     alive = sink.int().cumprod(1).sum(2)  # (N, S)
     return (alive / alive[:, :1]).nanmean(0)
 

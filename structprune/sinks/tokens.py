@@ -2,7 +2,7 @@
 
 import torch
 
-from structprune.sinks.diagnostics import SINK
+from structprune.statistics.policies import SINK
 
 KINDS = ("mask", "BOS", "EOS", "special", "newline", "space", "punctuation", "number", "word", "word part")
 WORD_STARTS = ("\u0120", "\u2581")  # what byte-level BPE and SentencePiece write for the space before a word

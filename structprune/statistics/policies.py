@@ -14,14 +14,22 @@ DECILES = 10
 TOP = 10  # positions that lost most, to report
 
 
-def instability(phi: torch.Tensor) -> torch.Tensor:
-    """Population variance of φ over the levels, 0 (always, or never, a sink) to 1/4: (..., S, T) -> (..., T)."""
-    return phi.var(-2, correction=0)
+def instability(phi: torch.Tensor, present: torch.Tensor | None = None) -> torch.Tensor:
+    """Population variance of φ over the levels, 0 (always, or never, a sink) to 1/4: (..., S, T) -> (..., T).
+
+    Args:
+        present: (S, T) bool, the levels that count for a position, NaN where there are none; default all.
+    """
+    if present is None:
+        return phi.var(-2, correction=0)
+    phi = phi.masked_fill(~present, torch.nan)  # (..., S, T)
+    return ((phi - phi.nanmean(-2, keepdim=True)) ** 2).nanmean(-2)
 
 
-def survival(phi: torch.Tensor) -> torch.Tensor:
-    """Share of the levels at which a position is a sink, φ > 1/2: (..., S, T) -> (..., T)."""
-    return (phi > SINK).to(phi.dtype).mean(-2)
+def survival(phi: torch.Tensor, present: torch.Tensor | None = None) -> torch.Tensor:
+    """Share of the levels at which a position is a sink, φ > 1/2: (..., S, T) -> (..., T), as `instability`."""
+    sink = (phi > SINK).to(phi.dtype)  # (..., S, T)
+    return sink.mean(-2) if present is None else sink.masked_fill(~present, torch.nan).nanmean(-2)
 
 
 def policy_weights(phi: torch.Tensor, policy: SinkPolicy) -> torch.Tensor:

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from structprune.report import sink_plots
 from structprune.report.sink_tables import cell, columns, property_table, token_tables
+from structprune.statistics import policies
 
 FIGURE = {"mean": 0.25, "standard_error": 0.0123, "sequences": 2}
 KEYS = (
@@ -58,6 +59,11 @@ def test_tables():
     assert text.count("0.25 ± 0.01") == len(KEYS) and "positions across steps" in text
     text = shown(token_tables([make_run()])[0])
     assert "'\\n'" in text and "(the first position)" in text and text.count("12.5%") == 3
+
+
+def test_pictures_mark_what_the_figures_call_a_sink():
+    """Stages before `report` are not imported by it, so that the constant is there twice."""
+    assert sink_plots.SINK == policies.SINK
 
 
 def test_pictures_show_the_data():

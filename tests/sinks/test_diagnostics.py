@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from structprune.sinks import diagnostics
+from structprune.statistics.policies import instability, survival
 
 NONE = torch.nan
 
@@ -43,11 +44,11 @@ def test_temporal_variance_leaves_out_steps_without_a_sink():
 
 
 def test_instability_and_survival():
-    assert close(diagnostics.instability(PHI)[0], (0.09 + 0.01 + 0.09 + 0.25) / 4)  # 0, .4, 0, .8
-    assert close(diagnostics.survival(PHI), [0.25, 0.25, 0.25, 0.25])
+    assert close(instability(PHI)[0], (0.09 + 0.01 + 0.09 + 0.25) / 4)  # 0, .4, 0, .8
+    assert close(survival(PHI), [0.25, 0.25, 0.25, 0.25])
     present = torch.tensor([[1, 1, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 1, 0]]).bool()
-    assert close(diagnostics.survival(PHI, present), [0.25, 0.5, 0.5, NONE])
-    assert close(diagnostics.instability(PHI, present)[1:], [0.01, 0.16, NONE])
+    assert close(survival(PHI, present), [0.25, 0.5, 0.5, NONE])
+    assert close(instability(PHI, present)[1:], [0.01, 0.16, NONE])
 
 
 def test_sinks_kept_to_the_next_step():

@@ -132,7 +132,8 @@ def test_only_groups_of_other_weights_are_made_again(tiny_model, family, relativ
         return inputs_of_rows(block, x, mixed)
 
     monkeypatch.setattr(norms, "inputs_of_rows", noted)
-    arguments = (adapter, calibration, "masked+sink", SinkSettings(mask="hard", kappa=kappa), True, relative, 4)
+    sink = SinkSettings(mask="hard").model_copy(update={"kappa": kappa})  # below 0 no configuration goes
+    arguments = (adapter, calibration, "masked+sink", sink, True, relative, 4)
     held = one_shot_norms(*arguments, 2**30)
     share_made = sum(made) / (2 * 6 * 30)  # two blocks, six sequences
     assert share[0] <= share_made <= share[1]
