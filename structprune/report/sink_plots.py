@@ -66,8 +66,9 @@ def _relative(run: dict, sequence: int = 0) -> list[list[float]]:
 def draw_heatmap(runs: list[dict]):
     """Incoming attention by position and step, of each run's first sequence, with the sinks marked."""
     from matplotlib.colors import LogNorm
+    from matplotlib.ticker import MaxNLocator
 
-    figure, panels = _panels(runs, 4.2)
+    figure, panels = _panels(runs, 4.4)
     for axes, run in zip(panels, runs):
         rows = _relative(run)
         edges = (0, len(rows[0]), len(rows), 0)
@@ -85,14 +86,15 @@ def draw_heatmap(runs: list[dict]):
         axes.set_ylabel(
             "noise level, from most noise to least" if run["kind"] == "forward" else "step of the generation"
         )
+        for side in (axes.xaxis, axes.yaxis):
+            side.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlim(-1.5, len(rows[0]) + 1.5)
     bar = figure.colorbar(image, ax=list(panels), label="incoming attention / mean", extend="both", pad=0.01)
     bar.set_ticks([0.25, 0.5, 1, 2, 4, 8, 16], labels=["1/4", "1/2", "1", "2", "4", "8", "16"])
     bar.minorticks_off()
-    marked = [axes for axes in panels if axes.get_legend_handles_labels()[0]]
+    marked = [axes.get_legend_handles_labels() for axes in panels if axes.get_legend_handles_labels()[0]]
     if marked:
-        legend = marked[0].legend(loc="lower left", fontsize=8, framealpha=0.85)
-        legend.set_zorder(5)
+        figure.legend(*marked[0], loc="outside lower center", frameon=False, fontsize=9, markerscale=2)
     return figure
 
 
@@ -157,8 +159,16 @@ def draw_survival(runs: list[dict]):
             value for row in run["detail"]["survival"] for value in row[: run["compared_positions"]] if value
         )
         if lasting:
-            share = [1 - index / len(lasting) for index in range(len(lasting))]
-            right.step([0, *lasting], [1, *share], color=colour, linestyle=style, linewidth=2, where="pre", label=title)
+            share = [1 - index / len(lasting) for index in range(len(lasting))]  # that last up to it
+            right.step(
+                [0, *lasting, lasting[-1]],
+                [1, *share, 0],
+                color=colour,
+                linestyle=style,
+                linewidth=2,
+                where="pre",
+                label=title,
+            )
     left.set_xlabel("progress through the trajectory")
     left.set_ylabel("share of the first step's sinks")
     left.set_title("still a sink ever since", fontsize=10)

@@ -80,9 +80,25 @@ def test_pictures_show_the_data():
     heads = sink_plots.draw_heads([run])
     array = heads.axes[0].images[0].get_array()
     assert array.shape == (2, 2) and array.mask.tolist() == [[False, False], [False, True]]  # a layer of one head
+    assert array.compressed().tolist() == [0.1, 0.2, 0.3]
     assert "share of attention" in heads.axes[-1].get_ylabel()
+    run["per_step"] = run["per_step"] | {"centroid": [[1.0, 2.0]], "spread": [[0.25, 0.5]]}
+    band = sink_plots.draw_drift([run]).axes[0].collections[0].get_paths()[0].vertices.tolist()
+    assert {tuple(corner) for corner in band} == {(0, 0.75), (0, 1.25), (0.5, 1.5), (0.5, 2.5)}
     lasting = sink_plots.draw_survival([run]).axes[1].lines[0]
-    assert lasting.get_xdata().tolist() == [0, 0.5] and lasting.get_ydata().tolist() == [1, 1]
+    assert lasting.get_xdata().tolist() == [0, 0.5, 0.5] and lasting.get_ydata().tolist() == [1, 1, 0]
+    run["detail"] = run["detail"] | {"survival": [[0.75, 0.5, 0.25], [0.0, 0.5, None]]}
+    lasting = sink_plots.draw_survival([run]).axes[1].lines[0]  # 1 up to 1/4, 3/4 to 1/2, 1/4 to 3/4
+    assert lasting.get_xdata().tolist() == [0, 0.25, 0.5, 0.5, 0.75, 0.75]
+    assert lasting.get_ydata().tolist() == [1, 1, 0.75, 0.5, 0.25, 0] and lasting.get_drawstyle() == "steps-pre"
+
+
+def test_steps_of_a_heat_map_are_whole_numbers_and_its_legend_hides_nothing():
+    heat = sink_plots.draw_heatmap([make_run()])
+    heat.canvas.draw()
+    axes = heat.axes[0]
+    assert all(tick == int(tick) for line in (axes.xaxis, axes.yaxis) for tick in line.get_majorticklocs())
+    assert not heat.legends[0].get_window_extent().overlaps(axes.get_window_extent())
 
 
 def test_everything_is_drawn_where_nothing_is_a_sink(tmp_path):

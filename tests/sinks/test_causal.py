@@ -34,6 +34,17 @@ def test_generation_against_eager_weights(kind, causal_checkpoint):
     assert found.common.sum() == 14 - UNSEEN + 1 and found.prompt == 14 and found.heads == 12
 
 
+def test_a_checkpoints_own_way_to_generate_is_left_aside(causal_checkpoint):
+    from transformers import GenerationConfig
+
+    model, prompts = load_causal(causal_checkpoint(), None, CPU), torch.arange(12)[None]
+    plain = causal.generation_trajectory(model, prompts, 6, PLAIN).ids
+    first = plain[0, 1, 12].item()
+    for own in ({"eos_token_id": first}, {"suppress_tokens": [first]}):
+        model.generation_config = GenerationConfig(**own)
+        assert torch.equal(causal.generation_trajectory(model, prompts, 6, PLAIN).ids, plain)
+
+
 @pytest.mark.filterwarnings("ignore:`past_key_values`")  # as it is called before transformers 5.40
 @torch.no_grad()
 def test_meter_adds_up_what_a_cache_leaves_out(causal_checkpoint):

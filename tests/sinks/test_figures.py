@@ -1,6 +1,7 @@
 """From a trajectory to figures, by hand."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -82,6 +83,22 @@ def test_no_sink_at_all_is_none_not_a_number(vocabulary):
     summary = means(trajectory_figures(flat, SINK, vocabulary)["summary"])
     assert summary["temporal_variance"] is summary["survival"] is summary["kept"] is None
     assert summary["sinks_per_step"] == summary["mass_of_sinks"] == 0
+
+
+def test_means_and_standard_errors_are_over_sequences(vocabulary):
+    one, other = trajectory([0, 4, 0]), trajectory([2, 2, 2])
+    other.mass[:, 1:] = 1.0  # flat: no sink at the last two steps
+    votes = torch.tensor([0.5, 0.1, 1.0, 0.2, 0.25]).expand(2, 3, 5)  # sinks: 0.5, 0.25, 0.5, and 1
+    both = {name: torch.cat((getattr(one, name), getattr(other, name))) for name in ("mass", "ids", "progress")}
+    figures = trajectory_figures(replace(one, votes=votes, **both), SINK, vocabulary)
+    assert figures["summary"]["sinks_per_step"] == pytest.approx(
+        {"mean": 2 / 3, "standard_error": 1 / 3, "sequences": 2}  # 1 and 1/3: std sqrt(2) / 3, over sqrt(2)
+    )
+    assert figures["summary"]["votes_of_sinks"] == pytest.approx(
+        {"mean": (1.25 / 3 + 1) / 2, "standard_error": (1 - 1.25 / 3) / 2, "sequences": 2}
+    )
+    assert figures["per_step"]["sinks"] == [1, 0.5, 0.5]
+    assert figures["per_step"]["mass_of_sinks"] == pytest.approx([41 / 45, 41 / 90, 41 / 90], rel=1e-3)
 
 
 def test_json_has_a_list_of_numbers_on_one_line():
