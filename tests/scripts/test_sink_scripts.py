@@ -55,4 +55,8 @@ def test_study_writes_figures_and_pictures(script, tmp_path):
     assert [run["kind"] for run in ours["runs"]] == ["forward", "reverse"] and theirs["runs"][0]["model"] == "tiny"
     assert ours["runs"][0]["sequences"] == 1 and "detail" not in ours["runs"][0]
     assert ours["command"] == "structprune sinks llada-docs --against tiny --windows 1 --length 20"
+    null = json.loads((results / "sinks_untrained.json").read_text())
+    assert [(run["model"], run["kind"]) for run in null["runs"]] == [
+        ("untrained-llada", "forward"), ("untrained-llada", "reverse"), ("untrained-llama", "reverse"),
+    ]  # fmt: skip
     assert len(list(results.glob("sinks_*.png"))) == 4 and (results / "sinks_drift.gif").exists()
