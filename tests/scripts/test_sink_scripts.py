@@ -50,11 +50,11 @@ def test_study_writes_figures_and_pictures(script, tmp_path):
     results = tmp_path / "results"
     results.mkdir()
     study = script("sink_study").study
-    assert study([str(tmp_path / "tiny"), "--windows", "1", "--length", "20"], results) == 0
+    assert study([str(tmp_path / "tiny"), "--windows", "1", "--length", "40"], results) == 0
     ours, theirs = (json.loads((results / f"sinks_{name}.json").read_text()) for name in ("embedded", "smollm2"))
     assert [run["kind"] for run in ours["runs"]] == ["forward", "reverse"] and theirs["runs"][0]["model"] == "tiny"
     assert ours["runs"][0]["sequences"] == 1 and "detail" not in ours["runs"][0]
-    assert ours["command"] == "structprune sinks llada-docs --against tiny --windows 1 --length 20"
+    assert ours["command"] == "structprune sinks llada-docs --against tiny --windows 1 --length 40"
     null = json.loads((results / "sinks_untrained.json").read_text())
     assert [(run["model"], run["kind"]) for run in null["runs"]] == [
         ("untrained-llada", "forward"), ("untrained-llada", "reverse"), ("untrained-llama", "reverse"),
