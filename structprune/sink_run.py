@@ -14,8 +14,7 @@ from structprune.checkpoint.atomic import whole_directory
 from structprune.checkpoint.output import check_output
 from structprune.config import SinkSettings
 from structprune.errors import UserError, nearest
-from structprune.evaluation.samplers import Generation, generation_settings
-from structprune.models.families import family_of
+from structprune.evaluation.samplers import Generation, low_confidence
 from structprune.models.placement import pick_device
 from structprune.report.plots import check_matplotlib
 from structprune.report.progress import progress_bars
@@ -230,7 +229,9 @@ def plan_run(subject: Subject, run: SinkRun) -> Plan:
         check_window(subject.config, prompts.shape[1] + run.generated, subject.name)
     elif reverse:
         _check_compared(subject, prompts.shape[1] + run.generated, run)
-    sampler = _sampler(subject, run) if reverse and not subject.causal else None
+    sampler = None
+    if reverse and not subject.causal:
+        sampler = low_confidence(subject.config, run.generated, run.steps or run.generated, run.block_length)
     return Plan(noised if forward else None, prompts if reverse else None, sampler)
 
 
@@ -243,13 +244,6 @@ def _check_compared(subject: Subject, count: int, run: SinkRun) -> None:
             f"{max(0, count)} positions of {subject.name} can be compared{last}, of which none can be a sink at --kappa"
             f" {kappa:g}: it takes more than {1 + kappa**2:g}; give a longer --prompt or --length"
         )
-
-
-def _sampler(subject: Subject, run: SinkRun) -> Generation:
-    asked = {"gen_length": run.generated, "steps": run.steps or run.generated, "block_length": run.block_length}
-    if run.block_length is None and family_of(subject.config).name == "llada":
-        asked["block_length"] = run.generated
-    return generation_settings(subject.config, {key: value for key, value in asked.items() if value is not None})
 
 
 def measure(subject: Subject, plan: Plan, run: SinkRun, track: Track) -> list[dict]:

@@ -7,7 +7,7 @@ is given with t K steps to go, so that about the share t of the generated part i
 T tokens, P of them prompt, G = T - P generated.
 """
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Callable, Iterable
 
 import torch
@@ -17,8 +17,7 @@ from structprune.calibration.build import calibrate
 from structprune.config import CalibrationSettings, Config
 from structprune.errors import UserError
 from structprune.evaluation.generate import Step, generate
-from structprune.evaluation.samplers import SAMPLERS, Generation, generation_settings
-from structprune.models.families import family_of
+from structprune.evaluation.samplers import Generation, low_confidence
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.placement import stream_target, streamed
 
@@ -40,13 +39,6 @@ def state_steps(steps: int, interval: int, generated: int) -> tuple[int, list[in
     """
     count = min(steps, generated)
     return count, [count + (-level * count // steps) for level in range(interval, steps + 1, interval)]
-
-
-def low_confidence(model: DiffusionLM, generated: int, steps: int) -> Generation:
-    """Greedy low confidence remasking of `generated` tokens at once, in the terms of the family's sampler."""
-    wanted = {"gen_length": generated, "steps": steps, "block_length": generated, "alg": "maskgit_plus"}
-    known = {field.name for field in fields(SAMPLERS[family_of(model.config).name])}
-    return generation_settings(model.config, {name: value for name, value in wanted.items() if name in known})
 
 
 @torch.no_grad()
@@ -102,7 +94,7 @@ def reverse_calibration(
     fit, check = calibration.fit, calibration.check
     prompt, mask_id = prompt_length(calibration.length), model.config.mask_token_id
     steps, indices = state_steps(settings.steps, settings.interval, calibration.length - prompt)
-    sampler = low_confidence(model, calibration.length - prompt, steps)
+    sampler = low_confidence(model.config, calibration.length - prompt, steps)
     show = lambda items: track(items, "reverse trajectories")  # noqa: E731
     final, states = reverse_states(model, fit.input_ids[:, :prompt], sampler, indices, batch, show)  # (n, T), (n, S, T)
     p = (states[..., prompt:] == mask_id).float().mean(-1)  # (n, S)

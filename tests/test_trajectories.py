@@ -7,13 +7,13 @@ from structprune import Config, UserError, load_model
 from structprune.calibration.batches import Calibration
 from structprune.calibration.build import calibrate
 from structprune.evaluation.generate import generate
+from structprune.evaluation.samplers import low_confidence
 from structprune.models.adapter import Adapter
 from structprune.statistics.rows import untracked
 from structprune.trajectories import (
     calibrated,
     check_calibration,
     check_trajectory,
-    low_confidence,
     prompt_length,
     reverse_states,
     state_steps,
@@ -79,7 +79,7 @@ def test_copies_are_states_of_one_generation(model, config):
 def test_copies_are_the_models_own(model, config):
     """A window's final text is what the sampler generates, and every reveal is the model's surest prediction."""
     fit = make(model, config(**REVERSE)).fit
-    settings = low_confidence(model, T - P, 24)
+    settings = low_confidence(model.config, T - P, 24)
     assert torch.equal(generate(model, fit.input_ids[:, :P], settings), fit.input_ids)
     mask, adapter = model.config.mask_token_id, Adapter(model)
     indices = list(range(24))
@@ -183,4 +183,4 @@ def test_one_level_of_a_calibration_that_is_there_is_refused():
 def test_a_prompt_with_a_mask_token_is_refused(model):
     prompts = torch.full((1, 4), model.config.mask_token_id)
     with pytest.raises(UserError, match="prompt 0 holds the mask token"):
-        reverse_states(model, prompts, low_confidence(model, 4, 2), [0])
+        reverse_states(model, prompts, low_confidence(model.config, 4, 2), [0])

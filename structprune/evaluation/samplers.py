@@ -242,3 +242,21 @@ def generation_settings(config, values: Mapping[str, object]) -> Generation:
         if name not in known:
             raise UserError(f"{kind.family}'s sampler has no option '{name}'{nearest(name, known)}: {', '.join(known)}")
     return kind(**values)
+
+
+def low_confidence(config, generated: int, steps: int, block_length: int | None = None) -> Generation:
+    """Greedy low-confidence remasking, in the terms of a family's sampler: how a model's own trajectory is made.
+
+    Args:
+        config: of a model of the family.
+        generated: tokens. steps: denoising steps. block_length: default all at once.
+    Raises:
+        UserError: as `generation_settings`, also a block length where the sampler has no blocks.
+    """
+    known = {field.name for field in fields(SAMPLERS[family_of(config).name])}
+    values = {"gen_length": generated, "steps": steps}
+    if "alg" in known:
+        values["alg"] = "maskgit_plus"
+    if block_length is not None or "block_length" in known:
+        values["block_length"] = block_length or generated
+    return generation_settings(config, values)

@@ -10,7 +10,7 @@ from structprune import load_model
 from structprune.errors import UserError
 from structprune.evaluation import generate as module
 from structprune.evaluation.generate import generate
-from structprune.evaluation.samplers import DreamGeneration, LLaDAGeneration, generation_settings
+from structprune.evaluation.samplers import DreamGeneration, LLaDAGeneration, generation_settings, low_confidence
 
 MASK = 2047
 PROMPTS = [torch.arange(start, start + length) * 7 % 2000 for start, length in ((3, 9), (40, 4), (77, 6), (500, 9))]
@@ -280,3 +280,12 @@ def test_prompts_that_cannot_be_used(tiny_model):
     with pytest.raises(UserError, match="prompt 0 has 53 tokens and gen_length = 12 more do not fit the model's 64"):
         generate(model, [torch.arange(53)], settings)
     assert len(generate(model, [torch.arange(52)], settings)[0]) == 64
+
+
+def test_low_confidence_in_the_terms_of_both_families(tiny_model):
+    config, dream = tiny_model().config, tiny_model("dream").config
+    assert low_confidence(config, 12, 6) == LLaDAGeneration(12, 6, 12)
+    assert low_confidence(config, 12, 6, 4) == LLaDAGeneration(12, 6, 4)
+    assert low_confidence(dream, 12, 6) == DreamGeneration(12, 6, alg="maskgit_plus")
+    with pytest.raises(UserError, match="no option 'block_length'"):
+        low_confidence(dream, 12, 6, 4)
