@@ -36,10 +36,12 @@ Trajectory = Annotated[
     ),
 ]
 Against = Annotated[Optional[str], typer.Option("--against", help="A second checkpoint, to be set beside the first.")]
-Windows = Annotated[Optional[int], typer.Option("--windows", help="Windows of the text.", show_default="8")]
+Windows = Annotated[
+    Optional[int], typer.Option("--windows", help="Windows of the text; not with --prompt.", show_default="8")
+]
 Length = Annotated[
     Optional[int],
-    typer.Option("--length", help="Tokens of a window; generation starts from its first part.", show_default="128"),
+    typer.Option("--length", help="Tokens of a window; the last are generated. Not with --prompt.", show_default="128"),
 ]
 GenLength = Annotated[
     Optional[int],
@@ -48,7 +50,9 @@ GenLength = Annotated[
 Levels = Annotated[
     Optional[int], typer.Option("--levels", help="Noise levels of the forward trajectory.", show_default="10")
 ]
-Steps = Annotated[Optional[int], typer.Option("--steps", help="Denoising steps.", show_default="one per token")]
+Steps = Annotated[
+    Optional[int], typer.Option("--steps", help="Denoising steps of a diffusion LM.", show_default="one per token")
+]
 Blocks = Annotated[
     Optional[int], typer.Option("--block-length", help="Of LLaDA's sampler.", show_default="the whole generation")
 ]

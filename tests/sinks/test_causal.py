@@ -131,3 +131,19 @@ def test_an_encoder_is_no_causal_model(tmp_path):
     assert load_causal(tmp_path / "True", None, CPU) is not None
     with pytest.raises(UserError, match="positions of BertLMHeadModel attend to later ones; give a decoder"):
         load_causal(tmp_path / "False", None, CPU)
+
+
+def test_the_window_is_that_of_layers_that_have_one():
+    from transformers import PreTrainedConfig
+
+    kinds = ["full_attention", "sliding_attention"]
+    cases = [
+        ({}, None),
+        ({"sliding_window": 7}, 7),
+        ({"sliding_window": 7, "use_sliding_window": False}, None),
+        ({"sliding_window": 7, "layer_types": kinds[:1]}, None),
+        ({"sliding_window": 7, "layer_types": kinds, "attention_chunk_size": 5}, 7),
+        ({"attention_chunk_size": 5, "layer_types": ["chunked_attention"]}, 5),
+    ]
+    for values, window in cases:
+        assert causal.sliding_window(PreTrainedConfig(**values)) == window, values
