@@ -96,12 +96,25 @@ def read_causal(source: Path):
     """A causal language model's configuration and tokenizer, of transformers' own classes; no weight is read.
 
     Raises:
-        UserError: they cannot be read.
+        UserError: they cannot be read, or are of an encoder.
     """
     from transformers import AutoConfig, AutoTokenizer
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
     with _reading(source) as (place, options):
-        return AutoConfig.from_pretrained(place, **options), AutoTokenizer.from_pretrained(place, **options)
+        config = AutoConfig.from_pretrained(place, **options)
+    decodes = getattr(config, "is_decoder", False) or getattr(config, "is_encoder_decoder", False)
+    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not decodes:
+        raise _both_ways(source, config.model_type)
+    with _reading(source) as (place, options):
+        return config, AutoTokenizer.from_pretrained(place, **options)
+
+
+def _both_ways(source: Path, kind: str) -> UserError:
+    return UserError(
+        f"{source} is no causal language model: as its config has it, positions of {kind} attend to later ones; give a"
+        " decoder, such as Llama or Qwen"
+    )
 
 
 def load_causal(source: Path, dtype: str | None, device: torch.device):
@@ -119,10 +132,7 @@ def load_causal(source: Path, dtype: str | None, device: torch.device):
     with _reading(source) as (place, options):
         model = AutoModelForCausalLM.from_pretrained(place, dtype=wanted, attn_implementation=ATTENTION, **options)
     if any(hasattr(module, "layer_idx") and getattr(module, "is_causal", True) is False for module in model.modules()):
-        raise UserError(
-            f"{source} is no causal language model: as its config has it, positions of {type(model).__name__} attend to"
-            " later ones; give a decoder, such as Llama or Qwen"
-        )
+        raise _both_ways(source, type(model).__name__)
     return model.to(device).eval()
 
 

@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from structprune.assets import model_directory
 from structprune.errors import UserError
+from structprune.models.loading import load_tokenizer
 from structprune.sinks import causal
-from structprune.sinks.causal import CausalMeter, gguf_file, is_causal, load_causal
+from structprune.sinks.causal import CausalMeter, gguf_file, is_causal, load_causal, read_causal
 from structprune.sinks.diagnostics import per_query
 from structprune.sinks.trajectory import UNSEEN
 from structprune.statistics import sinks
@@ -131,6 +133,10 @@ def test_an_encoder_is_no_causal_model(tmp_path):
     assert load_causal(tmp_path / "True", None, CPU) is not None
     with pytest.raises(UserError, match="positions of BertLMHeadModel attend to later ones; give a decoder"):
         load_causal(tmp_path / "False", None, CPU)
+    with pytest.raises(UserError, match="positions of bert attend to later ones"):
+        read_causal(tmp_path / "False")  # before weights are read
+    load_tokenizer(model_directory()).save_pretrained(tmp_path / "True")
+    assert read_causal(tmp_path / "True")[0].is_decoder
 
 
 def test_the_window_is_that_of_layers_that_have_one():
