@@ -1,6 +1,6 @@
 """From a bare machine with one GPU and no network to figures at 8B size: pruning, latency, generation, 2:4, widths.
 
-    python scripts/gpu_report.py --work DIR [--shape llada-8b] [--stages make,prune,forward,generation,nm,widths]
+    python scripts/gpu_report.py --work DIR [--shape llada-8b] [--stages make,prune,forward,generation,nm,widths,mass]
 
 The checkpoint has LLaDA-8B's (or Dream-7B's) exact shape and random weights: speed and memory depend on shape alone,
 and what the model says means nothing. Each stage writes one JSON file beside the others, with the machine described,
@@ -15,21 +15,27 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+import torch.nn.functional as F
 from bench_pruned import OneLineParser, prune_once
 from bench_widths import main as bench_widths
 from measure_inspect import SHAPES
 from random_checkpoint import llada_values, write_random
 from rich.console import Console
 
+from structprune.bench.latency import interleaved
 from structprune.bench.machine import describe_machine
 from structprune.bench.settings import BenchSettings
 from structprune.bench_run import bench
 from structprune.config import Config, ModelSettings
 from structprune.errors import UserError, nearest
 from structprune.mask_pipeline import mask
+from structprune.models.families import FAMILIES
 from structprune.models.loading import load_model
 from structprune.models.placement import pick_device
 from structprune.report.progress import progress_bars
+from structprune.statistics.flex_mass import attend_with_flex_mass
+from structprune.statistics.sinks import attention_mass
 
 RESULTS = Path(__file__).parent / "results"
 PUBLISHED = {"llada-8b": SHAPES["LLaDA-8B"], "dream-7b": SHAPES["Dream-7B"]}
@@ -91,7 +97,36 @@ def widths(options: argparse.Namespace, track) -> dict:
     return json.loads(made.read_text())
 
 
-STAGES = {each.__name__: each for each in (make, prune, forward, generation, nm, widths)}
+def mass(options: argparse.Namespace, track) -> dict:
+    """Attention mass on top of attention, on random queries and keys of the model's shape: tiled, and FlexAttention's.
+
+    Which of them is faster, and by how much attention alone is, decides what a GPU should use; needs no checkpoint.
+    """
+    device, values = pick_device(options.device), TINY if options.shape == "tiny" else PUBLISHED[options.shape]
+    config = next(each for each in FAMILIES if values["model_type"] in each.model_types).width_keys
+    heads, kv_heads = values[config["query_heads"]], values.get(config["kv_heads"]) or values[config["query_heads"]]
+    size = values.get("d_model", values.get("hidden_size")) // heads
+    dtype = getattr(torch, options.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    rows = []
+    for batch, length in track([(b, n) for b in options.batches for n in options.lengths], "attention mass"):
+        generator = torch.Generator(device).manual_seed(0)
+        query, key, value = (
+            torch.randn(batch, count, length, size, generator=generator, device=device, dtype=dtype)
+            for count in (heads, kv_heads, kv_heads)
+        )  # (B, H, T, D), 2 x (B, K, T, D)
+        calls = {
+            "attention": lambda: F.scaled_dot_product_attention(query, key, value, enable_gqa=heads != kv_heads),
+            "tiled mass": lambda: attention_mass(query, key),
+            "attention and mass, flex": lambda: attend_with_flex_mass(query, key, value),
+        }
+        found = interleaved(calls, device, options.rounds, warmup=3)
+        gap = (calls["attention and mass, flex"]()[1] - calls["tiled mass"]()).abs().max().item()
+        times = {name: latency.median_ms for name, latency in found.items()}
+        rows.append({"batch": batch, "length": length, "median_ms": times, "largest_difference": gap})
+    return {"heads": heads, "kv_heads": kv_heads, "head_dim": size, "dtype": str(dtype), "rows": rows}
+
+
+STAGES = {each.__name__: each for each in (make, prune, forward, generation, nm, widths, mass)}
 
 
 def _pruned(options: argparse.Namespace, ratio: float) -> Path:

@@ -22,7 +22,7 @@ def test_every_stage_writes_its_file(script, tmp_path, capsys):
     work, out = tmp_path / "work", tmp_path / "out"
     places = ["--work", str(work), "--out", str(out)]
     assert script.main([*TINY, *places, "--stages", "make,prune,forward"]) == 0
-    assert script.main([*TINY, *places, "--stages", "generation,nm,widths"]) == 0  # a later call goes on
+    assert script.main([*TINY, *places, "--stages", "generation,nm,widths,mass"]) == 0  # a later call goes on
     assert {path.name for path in out.iterdir()} == {f"gpu_tiny_{name}.json" for name in script.STAGES}
     found = {name: json.loads((out / f"gpu_tiny_{name}.json").read_text()) for name in script.STAGES}
     assert all(each["weights"] == "random" and each["machine"]["torch"] for each in found.values())
@@ -33,13 +33,16 @@ def test_every_stage_writes_its_file(script, tmp_path, capsys):
         (batch, 32, cache) for batch in (1, 2) for cache in ("none", "prefix")
     }  # one block of 8
     assert found["nm"]["semi_structured"]["refused"] == "torch has no 2:4 kernels for device cpu"
+    masses = found["mass"]["rows"]
+    assert [(row["batch"], row["length"]) for row in masses] == [(1, 32), (1, 64), (2, 32), (2, 64)]
+    assert all(row["largest_difference"] < 1e-3 and min(row["median_ms"].values()) > 0 for row in masses)
     assert "costs" in found["widths"] and found["make"]["bytes"] > 0
 
 
 def test_no_stage_starts_too_late(script, tmp_path, capsys):
     places = ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
     assert script.main([*TINY, *places, "--seconds", "0"]) == 0
-    assert "run --stages widths on its own" in capsys.readouterr().out and not list((tmp_path / "out").iterdir())
+    assert "run --stages mass on its own" in capsys.readouterr().out and not list((tmp_path / "out").iterdir())
 
 
 def test_what_cannot_be_run(script, tmp_path, capsys):
