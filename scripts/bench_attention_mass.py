@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
+from script_line import OneLineParser, one_line
 
 from structprune.bench.latency import Latency, speedup
 from structprune.bench.machine import describe_machine
@@ -168,14 +169,9 @@ def result_table(rows: list[dict], options: argparse.Namespace) -> Table:
     return table
 
 
-class OneLineParser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(f"{message} (see --help)")
-
-
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """Checked options; `lengths` as integers, `device` as a torch device."""
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(__doc__)
     parser.add_argument("--lengths", default=",".join(map(str, LENGTHS)), help="positions T (default %(default)s)")
     parser.add_argument("--heads", type=int, default=8, help="query and key heads H (default %(default)s)")
     parser.add_argument("--size", type=int, default=64, help="head dim D, even (default %(default)s)")
@@ -220,12 +216,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    try:
-        run(parse_arguments(arguments))
-    except (UserError, OSError) as error:
-        print(f"bench_attention_mass: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    return one_line("bench_attention_mass", lambda: run(parse_arguments(arguments)))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
+from script_line import OneLineParser, one_line
 
 from structprune import load_model
 from structprune.assets import model_directory
@@ -185,13 +186,8 @@ def result_table(result: dict, options: argparse.Namespace) -> Table:
     return table
 
 
-class OneLineParser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(f"{message} (see --help)")
-
-
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(__doc__)
     parser.add_argument("--piqa", type=Path, required=True, metavar="FILE", help="PIQA, one JSON object a line")
     parser.add_argument("--model", type=Path, default=model_directory(), help="LLaDA (default: the embedded model)")
     for name, value in {"items": 70, "rounds": 5, "samples": 128, "block": 8, "threads": 2}.items():
@@ -232,11 +228,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    try:
-        return run(parse_arguments(arguments))
-    except (UserError, OSError) as error:
-        print(f"bench_evaluation: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    return one_line("bench_evaluation", lambda: run(parse_arguments(arguments)))
 
 
 if __name__ == "__main__":

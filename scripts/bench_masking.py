@@ -27,6 +27,7 @@ from published_worker import CALLS, WANDA_WINDOWS
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
+from script_line import OneLineParser, one_line
 
 from structprune.bench.machine import describe_machine
 from structprune.calibration.noise import noise_windows
@@ -177,14 +178,9 @@ def _ranged(value: dict) -> str:
     return f"{value['median']:.2f} x ({value['low']:.2f} to {value['high']:.2f})"
 
 
-class OneLineParser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(f"{message} (see --help)")
-
-
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """Checked options, `methods` as a list."""
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(__doc__)
     parser.add_argument("--published", type=Path, help="checkout of the release (default: ours alone)")
     parser.add_argument("--release-commit", help="to record (default: that of --published where it is a git checkout)")
     parser.add_argument("--python", default=sys.executable, help="of the release's environment (default: this one)")
@@ -277,11 +273,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    try:
-        return run(parse_arguments(arguments))
-    except (UserError, OSError) as error:
-        print(f"bench_masking: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    return one_line("bench_masking", lambda: run(parse_arguments(arguments)))
 
 
 if __name__ == "__main__":

@@ -8,8 +8,6 @@ what `structprune bench` measures; the pictures are written beside the figures.
 """
 
 import argparse
-import json
-import os
 import shutil
 import sys
 import tempfile
@@ -20,6 +18,7 @@ import torch
 from forward_clock import ForwardClock
 from random_checkpoint import llada_values, write_random
 from rich.console import Console
+from script_line import OneLineParser, one_line, write_result
 
 from structprune.bench.settings import BenchSettings
 from structprune.bench_run import bench
@@ -124,19 +123,12 @@ def measure(options: argparse.Namespace, folder: Path, out: Path | None) -> dict
         out.parent.mkdir(parents=True, exist_ok=True)
         for path in (path for path in found.made if path.suffix == ".png"):
             shutil.move(path, out.with_name(f"{out.stem}_{path.name}"))
-        draft = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-        draft.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        os.replace(draft, out)
+        write_result(out, result)
     return result
 
 
-class OneLineParser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(f"{message} (see --help)")
-
-
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(__doc__)
     for name, value in (SIZES | VOLUME | PACE | {"batch": 1}).items():
         parser.add_argument(f"--{name}", type=int, default=value, help="default %(default)s")
     parser.add_argument("--ratios", default="0.3,0.5", help="to prune at (default %(default)s)")
@@ -176,11 +168,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    try:
-        return run(parse_arguments(arguments))
-    except (UserError, OSError) as error:
-        print(f"bench_pruned: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    return one_line("bench_pruned", lambda: run(parse_arguments(arguments)))
 
 
 if __name__ == "__main__":

@@ -14,9 +14,10 @@ import sys
 from pathlib import Path
 
 import torch
-from bench_attention_mass import OneLineParser, alternate
+from bench_attention_mass import alternate
 from rich.console import Console
 from rich.table import Table
+from script_line import OneLineParser, one_line
 
 from structprune.bench.latency import speedup
 from structprune.bench.machine import describe_machine
@@ -79,7 +80,7 @@ def result_table(found: dict, options: argparse.Namespace) -> Table:
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(__doc__)
     parser.add_argument("--length", type=int, default=1024, help="positions T (default %(default)s)")
     parser.add_argument("--width", type=int, default=512, help="features, a multiple of 64 (default %(default)s)")
     parser.add_argument("--blocks", type=int, default=4, help="default %(default)s")
@@ -113,12 +114,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    try:
-        run(parse_arguments(arguments))
-    except (UserError, OSError) as error:
-        print(f"bench_sinks: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    return one_line("bench_sinks", lambda: run(parse_arguments(arguments)))
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ alignment of which every coarser one costs at most 3%.
 """
 
 import argparse
-import json
-import os
 import sys
 from pathlib import Path
 from statistics import median
@@ -19,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
+from script_line import OneLineParser, one_line, write_result
 
 from structprune.bench.latency import Latency, interleaved
 from structprune.bench.machine import describe_machine
@@ -102,13 +101,8 @@ def result_table(rows: list[dict], costs: dict[int, float], free: int) -> Table:
     return table
 
 
-class OneLineParser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(f"{message} (see --help)")
-
-
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(__doc__)
     parser.add_argument("--centres", default="1024,1536,2048", help="multiples of 128 (default %(default)s)")
     for name, value in {"hidden": 1024, "tokens": 512, "rounds": 15}.items():
         parser.add_argument(f"--{name}", type=int, default=value, help="default %(default)s")
@@ -149,19 +143,13 @@ def run(options: argparse.Namespace) -> int:
         result = {"machine": describe_machine(), "settings": settings, "rows": rows}
         result |= {"costs": {str(kind): value for kind, value in costs.items()}, "free": free}
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        draft = options.out.with_name(f".{options.out.name}.{os.getpid()}.tmp")
-        draft.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        os.replace(draft, options.out)
+        write_result(options.out, result)
         console.print(f"Wrote {options.out}", soft_wrap=True)
     return 0
 
 
 def main(arguments: list[str] | None = None) -> int:
-    try:
-        return run(parse_arguments(arguments))
-    except (UserError, OSError) as error:
-        print(f"bench_widths: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    return one_line("bench_widths", lambda: run(parse_arguments(arguments)))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from rich.console import Console
+from script_line import OneLineParser, one_line
 
 from structprune.assets import model_directory, text_file
 from structprune.bench.machine import describe_machine
@@ -26,21 +27,17 @@ from structprune.report.progress import progress_bars
 PRUNED = ("structprune-0.3", "structprune-0.5")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_arguments() -> argparse.Namespace:
+    parser = OneLineParser(__doc__)
     parser.add_argument("--demo", type=Path, required=True, help="directory of `structprune demo`")
     parser.add_argument("--piqa", type=Path, required=True, help="PIQA's validation set, labels beside it")
-    parser.add_argument("--limit", type=int, default=140, help="questions (the 143rd is too long for the embedded model)")
+    parser.add_argument(
+        "--limit", type=int, default=140, help="questions (the 143rd is too long for the embedded model)"
+    )
     parser.add_argument("--samples", type=int, default=32, help="Monte Carlo samples an answer, at most")
     parser.add_argument("--work", type=Path, default=Path("evaluation-of-demo"))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "evaluation.json")
-    options = parser.parse_args()
-    try:
-        run(options)
-    except UserError as error:
-        print(f"evaluate_demo: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return parser.parse_args()
 
 
 def run(options: argparse.Namespace) -> None:
@@ -71,4 +68,4 @@ def run(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(one_line("evaluate_demo", lambda: run(parse_arguments())))

@@ -10,18 +10,18 @@ does not start after --seconds, so that one call ends in time.
 
 import argparse
 import json
-import os
 import sys
 import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from bench_pruned import OneLineParser, prune_once
+from bench_pruned import prune_once
 from bench_widths import main as bench_widths
 from measure_inspect import SHAPES
 from random_checkpoint import llada_values, write_random
 from rich.console import Console
+from script_line import OneLineParser, one_line, write_result
 
 from structprune.bench.latency import interleaved
 from structprune.bench.machine import describe_machine
@@ -153,7 +153,7 @@ def _bench(options: argparse.Namespace, settings: BenchSettings, track, checkpoi
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(__doc__)
     parser.add_argument("--work", type=Path, required=True, help="checkpoints, about 55 GB at 8B size")
     parser.add_argument("--shape", default="llada-8b", choices=[*PUBLISHED, "tiny"], help="default %(default)s")
     parser.add_argument("--stages", default=",".join(STAGES), help="default %(default)s")
@@ -198,19 +198,13 @@ def run(options: argparse.Namespace) -> int:
         took = time.perf_counter() - start - gone
         about = {"shape": options.shape, "weights": "random", "stage_seconds": took, "machine": describe_machine()}
         path = options.out / f"gpu_{options.shape}_{name}.json"
-        draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        draft.write_text(json.dumps(found | about, indent=1) + "\n", encoding="utf-8")
-        os.replace(draft, path)
+        write_result(path, found | about)
         console.print(f"{name}: {took:.1f} s, wrote {path}", soft_wrap=True)
     return 0
 
 
 def main(arguments: list[str] | None = None) -> int:
-    try:
-        return run(parse_arguments(arguments))
-    except (UserError, OSError) as error:
-        print(f"gpu_report: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    return one_line("gpu_report", lambda: run(parse_arguments(arguments)))
 
 
 if __name__ == "__main__":

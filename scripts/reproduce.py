@@ -21,6 +21,7 @@ from pathlib import Path
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from script_line import OneLineParser, one_line
 
 from structprune.bench.machine import describe_machine
 from structprune.cli import main as command_line
@@ -102,7 +103,7 @@ DENSE = Variant("dense", "", {}, _of(UNSTRUCTURED, 65.97, 43.00, 74.10, 69.30, 6
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(__doc__)
     parser.add_argument("--model", required=True, help="checkpoint directory, or Hub id")
     parser.add_argument("--table", choices=TABLES, default="structured")
     parser.add_argument("--tasks", help="instead of the table's: names with commas between, such as piqa:FILE.jsonl")
@@ -235,12 +236,7 @@ def run(options: argparse.Namespace) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit code: 0, or 2 for what the user can mend (one line)."""
-    try:
-        run(parse_arguments(arguments))
-    except UserError as error:
-        print(f"reproduce: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return one_line("reproduce", lambda: run(parse_arguments(arguments)))
 
 
 if __name__ == "__main__":

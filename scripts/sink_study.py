@@ -11,13 +11,13 @@ that, and needs no DIRECTORY.
 
 import argparse
 import json
-import os
 import shutil
 import tempfile
 from pathlib import Path
 
 import torch
 from random_checkpoint import write_random
+from script_line import write_result
 
 from structprune.assets import NAME, model_directory
 from structprune.bench.machine import describe_machine
@@ -33,13 +33,6 @@ def short(found: dict, causal: bool, command: str) -> dict:
     """The figures of one model's runs, without those of single positions and steps."""
     runs = [{key: run[key] for key in run if key not in LEFT_OUT} for run in found["runs"] if run["causal"] == causal]
     return {"command": command, "machine": describe_machine(), "settings": found["settings"], "runs": runs}
-
-
-def write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, path)
 
 
 def untrained(options: argparse.Namespace, results: Path) -> int:
@@ -64,7 +57,7 @@ def untrained(options: argparse.Namespace, results: Path) -> int:
         command = f"structprune sinks untrained-llada --against untrained-llama {' '.join(window)}"
         both = [short(found, causal, command) for causal in (False, True)]
         both[0]["runs"] += both[1]["runs"]
-        write(results / "sinks_untrained.json", json.dumps(both[0], indent=1) + "\n")
+        write_result(results / "sinks_untrained.json", both[0])
     return 0
 
 
@@ -90,7 +83,7 @@ def study(arguments: list[str] | None = None, results: Path = RESULTS) -> int:
         found = json.loads((out / "sinks.json").read_text(encoding="utf-8"))
         command = f"structprune sinks {NAME} --against {found['runs'][-1]['model']} {' '.join(sizes)}"
         for causal, name in FILES.items():
-            write(results / name, json.dumps(short(found, causal, command), indent=1) + "\n")
+            write_result(results / name, short(found, causal, command))
         for path in [*out.glob("*.png"), *out.glob("*.gif")]:
             shutil.copyfile(path, results / f"sinks_{path.name}")
     return 0

@@ -59,12 +59,23 @@ class BenchSettings:
             if name not in known:
                 close = nearest(name, list(known))
                 raise UserError(f"unknown --cache '{name}'{close}: choose of {', '.join(known)}")
+        self._check_idle()
         shortest = min(self.lengths)
         if self.gen_length >= shortest:
             raise UserError(
                 f"--length {shortest} leaves no room for a prompt before --gen-length {self.gen_length}: raise the one,"
                 " lower the other, or leave generation out with --gen-length 0"
             )
+
+    def _check_idle(self) -> None:
+        """Refuse what is said of a generation that is left out."""
+        if self.gen_length:
+            return
+        fields = type(self).__dataclass_fields__
+        for name, option in (("steps", "--steps"), ("block_length", "--block-length"), ("caches", "--cache"),
+                             ("generation_rounds", "--generation-rounds")):  # fmt: skip
+            if getattr(self, name) != fields[name].default:
+                raise UserError(f"{option} has no effect without generation: leave it out, or --gen-length 0")
 
     def generation(self, config) -> Generation | None:
         """The sampler's settings for models of a family; None where none is measured.

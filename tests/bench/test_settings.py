@@ -47,3 +47,19 @@ def test_caches_of_a_sampler():
     assert BenchSettings(caches=("dual", "none")).caches_of(blocks) == ("none", "dual")
     with pytest.raises(UserError, match="Dream's sampler has no blocks"):
         BenchSettings(caches=("dual",)).caches_of(DreamGeneration(16, 4))
+
+
+@pytest.mark.parametrize(
+    "options, option",
+    [
+        ({"steps": 4}, "--steps"),
+        ({"block_length": 8}, "--block-length"),
+        ({"caches": ("all",)}, "--cache"),
+        ({"generation_rounds": 9}, "--generation-rounds"),
+    ],
+)
+def test_what_is_said_of_a_generation_that_is_left_out(options, option):
+    with pytest.raises(UserError, match=f"^{option} has no effect without generation"):
+        BenchSettings(gen_length=0, **options)
+    BenchSettings(gen_length=0)
+    BenchSettings(gen_length=32, **options)
