@@ -82,7 +82,7 @@ def evaluation_speed(found: dict) -> str:
         rows.append([side, f"{sum(seconds):.0f}", ranged(faster) if faster else "", *shares])
     z = found["deviations"]["full"]
     note = (
-        "`python scripts/bench_evaluation.py --piqa FILE`, from"
+        f"`python scripts/bench_evaluation.py --piqa FILE --threads {found['machine']['threads']}`, from"
         f" [`evaluation_speed.json`](scripts/results/evaluation_speed.json): {size['items']} questions of PIQA, the embedded"
         f" model, {size['samples']} samples an answer, guidance {size['cfg_scale']}, fp32, {machine(found['machine'])}; the"
         " loop takes one answer at a time, 8 copies in a batch, and predicts every position. Estimates differ from the"
