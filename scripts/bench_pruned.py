@@ -30,7 +30,7 @@ from structprune.models.adapter import Adapter
 from structprune.models.loading import load_model
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.placement import pick_device
-from structprune.pipeline import prune
+from structprune.pipeline import Pruned, prune
 from structprune.report.bench_tables import bench_tables
 from structprune.report.progress import progress_bars
 
@@ -80,6 +80,11 @@ def prune_once(dense: Path, out: Path, ratio: float, options: argparse.Namespace
         pruned = prune(model, run_config(options, ratio), calibration, track=track)
     seconds = time.perf_counter() - start
     pruned.save(out)
+    return run_figures(pruned, ratio, seconds, clock)
+
+
+def run_figures(pruned: Pruned, ratio: float, seconds: float, clock: ForwardClock) -> dict:
+    """What a structured run took, and how much of that were forward passes."""
     report = pruned.report
     return {
         "asked": ratio,

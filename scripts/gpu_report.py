@@ -1,191 +1,174 @@
-"""From a bare machine with one GPU and no network to figures at 8B size: pruning, latency, generation, 2:4, widths.
+"""From a bare machine with one GPU and no network to figures at 8B size.
 
-    python scripts/gpu_report.py --work DIR [--shape llada-8b] [--stages make,prune,forward,generation,nm,widths,mass]
+    python scripts/gpu_report.py --work DIR [--shape llada-8b] [--stages make,prune,forward,...]
 
 The checkpoint has LLaDA-8B's (or Dream-7B's) exact shape and random weights: speed and memory depend on shape alone,
-and what the model says means nothing. Each stage writes one JSON file beside the others, with the machine described,
-and can be run alone once `make` and `prune` have filled the work directory, so that several short calls add up. A stage
-does not start after --seconds, so that one call ends in time.
+and what the model says means nothing. Each stage writes one JSON file, with the machine described; `readme_tables.py`
+makes tables of them. `forward`, `generation` and `widths` to `sparsegpt` can be run alone once `make` and `prune` have
+filled the work directory, `mass` and `widths` at any time, so that several short calls on one machine add up.
+
+Stages
+  make        the checkpoint
+  prune       whole structured runs at 0.3 and 0.5: time, share of forward passes, peak memory above the weights
+  forward     latency of forward passes, peak memory, parameters, MACs, bytes, share of the ideal saving
+  generation  whole generations with recomputation, prefix and dual cache
+  nm          2:4 weights on torch's kernels, per layer and end to end
+  widths      what MLP widths that are no multiples of 128 cost
+  mass        attention mass on top of attention and of a block's forward pass, tiled and by FlexAttention
+  sparsegpt   ours against a straightforward implementation (`sparsegpt_plain.py`)
+
+Calibration: random ids, as much of the published volume (128 windows x 4096 tokens x 10 levels) as fits
+--prune-seconds and --sparsegpt-seconds by a short pilot; what all of it would take is extrapolated and said to be.
+
+Time on an H100, estimated and never measured: 450 TFLOP/s in bf16, 45 in fp32 (Gram matrices), 3 GB/s from or to disk.
+  make 25 s: 16 GB drawn and written
+  prune 200 s: 10 to load, 25 pilot, 2 x 70 (--prune-seconds), 2 x 10 to save. A block costs 2.3 s for both ratios
+    (scores in fp64 1.5, refit solves 0.8), each noisy copy of 4096 tokens in it 0.22 s (Grams 0.1, passes 0.05, moves
+    to and from the host 0.07)
+  forward 75 s: 25 to load three models; a round of 60k tokens x 16 GFLOP x 2.3 (of three models) is 5 s, 5 rounds and
+    5 passes more
+  generation 95 s: 25 to load; 16 steps x 4608 tokens x 2.3 = 6 s recomputing, 3 s cached; 12 passes
+  nm 45 s, widths 10 s, mass 30 s (compiling FlexAttention)
+  sparsegpt 45 s at the 4 blocks of the default: 10 to load, 15 pilot, 20 (--sparsegpt-seconds)
+All: 525 s, below the 540 s of one call; no stage starts after --seconds. With more time, on one machine:
+  --stages make,prune,forward --prune-seconds 150 | --stages generation,nm,widths,mass | --stages sparsegpt --blocks 0
+  --sparsegpt-seconds 300
+
+Packages: torch, transformers, rich, typer, psutil, PyYAML, and torch-pruning and pydantic, which GPU images often lack.
+Carry these as wheels; there, with the repository as working directory, no datasets and no network:
+  pip download --no-deps -d wheels torch-pruning pydantic pydantic-core==VERSION annotated-types typing-inspection
+  pip install --no-index --find-links wheels --no-deps --target site torch-pruning pydantic pydantic-core \\
+    annotated-types typing-inspection && PYTHONPATH=.:site python scripts/gpu_report.py --work /tmp/gpu --compile
+(pydantic names the pydantic-core it wants; for another Python than the one that downloads, say which to pip download:
+--only-binary=:all: --python-version 3.12 --platform manylinux2014_x86_64.)
 """
 
 import argparse
-import json
+import gc
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from bench_pruned import prune_once
-from bench_widths import main as bench_widths
-from measure_inspect import SHAPES
-from random_checkpoint import llada_values, write_random
+import transformers
+from bench_pruned import STEPS, run_config
+from gpu_common import PUBLISHED, RATIOS, at_volume, made, pruned_name, shape_family, shape_values
+from gpu_masks import sparsegpt
+from gpu_mass import mass
+from gpu_pruning import prune
+from gpu_stages import forward, generation, make, nm, widths
 from rich.console import Console
 from script_line import OneLineParser, one_line, write_result
 
-from structprune.bench.latency import interleaved
 from structprune.bench.machine import describe_machine
-from structprune.bench.settings import BenchSettings
-from structprune.bench_run import bench
-from structprune.config import Config, ModelSettings
 from structprune.errors import UserError, nearest
-from structprune.mask_pipeline import mask
-from structprune.models.families import FAMILIES
-from structprune.models.loading import load_model
-from structprune.models.placement import pick_device
+from structprune.models.loading import as_dtype
+from structprune.models.placement import give_back_memory, pick_device
 from structprune.report.progress import progress_bars
-from structprune.statistics.flex_mass import attend_with_flex_mass
-from structprune.statistics.sinks import attention_mass
 
 RESULTS = Path(__file__).parent / "results"
-PUBLISHED = {"llada-8b": SHAPES["LLaDA-8B"], "dream-7b": SHAPES["Dream-7B"]}
-TINY = llada_values(64, 4, 2, 128, 256, 128, "float32")
-RATIOS = (0.3, 0.5)
-MASKS = {
-    "method": "nm", "masking.nm": "2:4", "masking.score": "magnitude", "reconstruct.enabled": False,
-    "calibration.held_out": 0,
+STAGES = {each.__name__: each for each in (make, prune, forward, generation, nm, widths, mass, sparsegpt)}
+MAKES = {"make": {"dense"}, "prune": {pruned_name(ratio) for ratio in RATIOS}}
+NEEDS = dict.fromkeys(("prune", "nm", "sparsegpt"), ["dense"])
+NEEDS |= dict.fromkeys(("forward", "generation"), ["dense", *map(pruned_name, RATIOS)])
+SIZES = {"batches": "1,8", "lengths": "512,2048,4096"}
+COUNTS = {"held-out": 1, "window": 4096, "levels": 10, "rounds": 5, "gen-length": 128, "steps": 16}
+# what fits the tiny shape, whose 128 positions and 2 blocks are for trying the script out
+TINY = {
+    "batches": "1,2", "lengths": "32,64", "held_out": 1, "window": 16, "levels": 2, "rounds": 2, "gen_length": 8,
+    "steps": 4, "prune_seconds": 1.0, "sparsegpt_seconds": 1.0,
 }  # fmt: skip
 
 
-def make(options: argparse.Namespace, track) -> dict:
-    start = time.perf_counter()
-    values = TINY if options.shape == "tiny" else PUBLISHED[options.shape]
-    write_random(options.work / "dense", values, device=str(pick_device(options.device)))
-    size = sum(path.stat().st_size for path in (options.work / "dense").glob("*.safetensors"))
-    return {"seconds": time.perf_counter() - start, "bytes": size}
-
-
-def prune(options: argparse.Namespace, track) -> dict:
-    """Whole structured runs, with the share of each that is model forwards."""
-    runs = [prune_once(_made(options, "dense"), _pruned(options, r), r, options, track) for r in RATIOS]
-    volume = {name: getattr(options, name) for name in ("windows", "held_out", "window", "levels", "split")}
-    return {"calibration": volume, "runs": runs}
-
-
-def forward(options: argparse.Namespace, track) -> dict:
-    settings = BenchSettings(
-        options.batches, options.lengths, gen_length=0, compiled=options.compile, rounds=options.rounds
-    )
-    return _bench(options, settings, track)
-
-
-def generation(options: argparse.Namespace, track) -> dict:
-    """At the shortest length: recomputation and both caches cost the same number of steps at any."""
-    sizes = (options.batches, options.lengths[:1], options.gen_length, options.steps)
-    settings = BenchSettings(*sizes, caches=("all",), rounds=options.rounds, generation_rounds=3)
-    return _bench(options, settings, track)
-
-
-def nm(options: argparse.Namespace, track) -> dict:
-    """A 2:4-masked checkpoint on torch's kernels: layer by layer, and whole passes."""
-    masked = options.work / "2of4"
-    if not masked.exists():
-        model = load_model(_made(options, "dense"), options.dtype or "auto", pick_device(options.device))
-        mask(model, Config.load(overrides=MASKS), track=track, in_place=True).save(masked)
-    sizes = (options.batches, options.lengths[:1])
-    settings = BenchSettings(*sizes, gen_length=0, semi_structured=True, rounds=options.rounds)
-    return _bench(options, settings, track, [str(masked)])
-
-
-def widths(options: argparse.Namespace, track) -> dict:
-    made = options.work / "widths.json"
-    chosen = ["--quick"] if options.shape == "tiny" else ["--hidden", "4096", "--centres", "4096,6144,8192"]
-    chosen += ["--tokens", "2048", "--out", str(made)]
-    chosen += [] if options.device is None else ["--device", options.device]
-    if code := bench_widths(chosen):
-        raise UserError(f"widths ended with code {code}")
-    return json.loads(made.read_text())
-
-
-def mass(options: argparse.Namespace, track) -> dict:
-    """Attention mass on top of attention, on random queries and keys of the model's shape: tiled, and FlexAttention's.
-
-    Which of them is faster, and by how much attention alone is, decides what a GPU should use; needs no checkpoint.
-    """
-    device, values = pick_device(options.device), TINY if options.shape == "tiny" else PUBLISHED[options.shape]
-    config = next(each for each in FAMILIES if values["model_type"] in each.model_types).width_keys
-    heads, kv_heads = values[config["query_heads"]], values.get(config["kv_heads"]) or values[config["query_heads"]]
-    size = values.get("d_model", values.get("hidden_size")) // heads
-    dtype = getattr(torch, options.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
-    rows = []
-    for batch, length in track([(b, n) for b in options.batches for n in options.lengths], "attention mass"):
-        generator = torch.Generator(device).manual_seed(0)
-        query, key, value = (
-            torch.randn(batch, count, length, size, generator=generator, device=device, dtype=dtype)
-            for count in (heads, kv_heads, kv_heads)
-        )  # (B, H, T, D), 2 x (B, K, T, D)
-        calls = {
-            "attention": lambda: F.scaled_dot_product_attention(query, key, value, enable_gqa=heads != kv_heads),
-            "tiled mass": lambda: attention_mass(query, key),
-            "attention and mass, flex": lambda: attend_with_flex_mass(query, key, value),
-        }
-        found = interleaved(calls, device, options.rounds, warmup=3)
-        gap = (calls["attention and mass, flex"]()[1] - calls["tiled mass"]()).abs().max().item()
-        times = {name: latency.median_ms for name, latency in found.items()}
-        rows.append({"batch": batch, "length": length, "median_ms": times, "largest_difference": gap})
-    return {"heads": heads, "kv_heads": kv_heads, "head_dim": size, "dtype": str(dtype), "rows": rows}
-
-
-STAGES = {each.__name__: each for each in (make, prune, forward, generation, nm, widths, mass)}
-
-
-def _pruned(options: argparse.Namespace, ratio: float) -> Path:
-    return options.work / f"pruned-{ratio}"
-
-
-def _made(options: argparse.Namespace, name: str) -> Path:
-    """What an earlier stage left.
-
-    Raises:
-        UserError: it did not.
-    """
-    path = options.work / name
-    if not path.exists():
-        raise UserError(f"'{path}' is not there: run --stages make,prune first, with the same --work")
-    return path
-
-
-def _bench(options: argparse.Namespace, settings: BenchSettings, track, checkpoints: list[str] | None = None) -> dict:
-    names = ("dense", *(f"pruned-{ratio}" for ratio in RATIOS))
-    checkpoints = checkpoints or [str(_made(options, name)) for name in names]
-    place = ModelSettings(device=options.device, dtype=options.dtype)
-    return bench(checkpoints, settings, options.work / "bench", place, plots=False, overwrite=True, track=track).result
-
-
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """Checked options; `stages`, `batches` and `lengths` as sequences."""
     parser = OneLineParser(__doc__)
     parser.add_argument("--work", type=Path, required=True, help="checkpoints, about 55 GB at 8B size")
     parser.add_argument("--shape", default="llada-8b", choices=[*PUBLISHED, "tiny"], help="default %(default)s")
     parser.add_argument("--stages", default=",".join(STAGES), help="default %(default)s")
     parser.add_argument("--seconds", type=float, default=480, help="no stage starts after (default %(default)s)")
-    for name, value in {"batches": "1,8", "lengths": "512,2048,4096"}.items():
+    for name, value in SIZES.items():
         parser.add_argument(f"--{name}", default=value, help="default %(default)s")
-    volume = {"windows": 8, "held-out": 2, "window": 1024, "levels": 5}
-    for name, value in (volume | {"rounds": 10, "gen-length": 128, "steps": 32}).items():
+    for name, value in COUNTS.items():
         parser.add_argument(f"--{name}", type=int, default=value, help="default %(default)s")
+    parser.add_argument("--windows", default="auto", help="of calibration; default as many as the time allows")
+    parser.add_argument("--prune-seconds", type=float, default=70, help="a ratio's run (default %(default)s)")
+    parser.add_argument("--sparsegpt-seconds", type=float, default=20, help="both sides (default %(default)s)")
+    parser.add_argument("--blocks", type=int, default=4, help="of sparsegpt, 0 for all (default %(default)s)")
     parser.add_argument("--split", default="by-cost", help="structured.split (default %(default)s)")
     parser.add_argument("--compile", action="store_true", help="also measure with torch.compile")
     parser.add_argument("--device", help="cpu or cuda[:N] (default: cuda where there is one)")
     parser.add_argument("--dtype", help="default: the checkpoint's own on CUDA, float32 on CPU")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results (default %(default)s)")
+    if _shape(arguments) == "tiny":
+        parser.set_defaults(**TINY)
     options = parser.parse_args(arguments)
+    _check(options)
+    return options
+
+
+def _shape(arguments: list[str] | None) -> str:
+    """What --shape will be, which other defaults hang on."""
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--shape", default="")
+    return first.parse_known_args(arguments)[0].shape
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Turn lists and counts from text.
+
+    Raises:
+        UserError: a value that cannot be used.
+    """
     options.stages = options.stages.split(",")
     for name in options.stages:
         if name not in STAGES:
             raise UserError(f"unknown stage '{name}'{nearest(name, list(STAGES))}: choose of {', '.join(STAGES)}")
-    for name in ("batches", "lengths"):
-        try:
-            setattr(options, name, tuple(int(part) for part in getattr(options, name).split(",")))
-        except ValueError as error:
-            raise UserError(
-                f"--{name} '{getattr(options, name)}' is no list of numbers: write them as in 1,8"
-            ) from error
+    for name in SIZES:
+        text = getattr(options, name)
+        parts = text.split(",")
+        if not all(part.isdecimal() and int(part) for part in parts):
+            raise UserError(f"--{name} '{text}' is no list of numbers from 1: write them as in 1,8")
+        setattr(options, name, tuple(map(int, parts)))
+    if options.windows != "auto":
+        if not (options.windows.isdecimal() and int(options.windows)):
+            raise UserError(f"--windows '{options.windows}' is no number from 1: give one, or auto")
+        options.windows = int(options.windows)
+    for name in (*COUNTS, "seconds", "prune-seconds", "sparsegpt-seconds", "blocks"):
+        value, least = getattr(options, name.replace("-", "_")), int(name in COUNTS)
+        if value < least:
+            raise UserError(f"--{name} {value}: give at least {least}")
+    if options.levels > STEPS:
+        raise UserError(f"--levels {options.levels}: give 1 to {STEPS}")
+    if min(options.lengths) <= options.gen_length and "generation" in options.stages:
+        raise UserError(
+            f"--lengths {min(options.lengths)} leaves no prompt before --gen-length {options.gen_length}: raise the one"
+        )
     pick_device(options.device)
-    return options
+    as_dtype(options.dtype)
+    run_config(at_volume(options, {"windows": 1}, options.held_out), RATIOS[0])
+    _check_shape(options)
+
+
+def _check_shape(options: argparse.Namespace) -> None:
+    """Raise UserError where a length is beyond the shape's positions, or a stage lacks what an earlier one makes."""
+    values = shape_values(options)
+    positions = values[shape_family(values).keys["positions"]]
+    for name, longest in (("lengths", max(options.lengths)), ("window", options.window)):
+        if longest > positions:
+            raise UserError(f"--{name} {longest} is beyond the {positions} positions of {options.shape}: lower it")
+    coming: set[str] = set()
+    for stage in options.stages:
+        for name in NEEDS.get(stage, ()):
+            if name not in coming:
+                made(options, name)
+        coming |= MAKES.get(stage, set())
 
 
 def run(options: argparse.Namespace) -> int:
-    start, console = time.perf_counter(), Console()
+    """Exit code 1 where a stage failed; those after it are run all the same, for a GPU may not be had again soon."""
+    start, console, failed = time.perf_counter(), Console(), []
     options.work.mkdir(parents=True, exist_ok=True)
     options.out.mkdir(parents=True, exist_ok=True)
     for name in options.stages:
@@ -193,14 +176,57 @@ def run(options: argparse.Namespace) -> int:
         if gone > options.seconds:
             console.print(f"{name} left out: {gone:.0f} s are gone; run --stages {name} on its own", soft_wrap=True)
             continue
-        with progress_bars(Console(stderr=True)) as track:
-            found = STAGES[name](options, track)
+        try:
+            with progress_bars(Console(stderr=True)) as track:
+                found = STAGES[name](options, track)
+        except (RuntimeError, UserError) as error:  # torch's: out of memory, a kernel or a compilation that fails
+            if isinstance(error, UserError) and not failed:
+                raise
+            traceback.print_exc()
+            failed.append(name)
+            continue
+        finally:
+            give_back()
         took = time.perf_counter() - start - gone
-        about = {"shape": options.shape, "weights": "random", "stage_seconds": took, "machine": describe_machine()}
+        about = {"shape": options.shape, "weights": "random", "stage_seconds": took, "machine": machine(options)}
         path = options.out / f"gpu_{options.shape}_{name}.json"
         write_result(path, found | about)
-        console.print(f"{name}: {took:.1f} s, wrote {path}", soft_wrap=True)
-    return 0
+        for line in (f"{name}: {took:.1f} s, wrote {path}", *summary(name, found)):
+            console.print(line, soft_wrap=True)
+    for name in failed:
+        print(f"gpu_report: {name} failed (see above), its result is as it was", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def give_back() -> None:
+    """Let go of a stage's models before the next, on the device too."""
+    gc.collect()
+    give_back_memory()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def machine(options: argparse.Namespace) -> dict:
+    """What it ran on, with the device's memory and the version of transformers."""
+    device, found = pick_device(options.device), describe_machine() | {"transformers": transformers.__version__}
+    total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+    return found | {"device": str(device), "device_bytes": total}
+
+
+def summary(name: str, found: dict) -> list[str]:
+    """What is said of a stage at once."""
+    if "calibration" not in found:
+        return []
+    size = found["calibration"]
+    text = f"{size['windows']} windows x {size['window']} tokens x {size['levels']} levels"
+    text = f"  calibration: {text}, {size['share_of_published']:.2%} of the published volume, {size['chosen']}"
+    if size["extrapolated_full_seconds"] is not None:
+        text += f"; estimated {size['estimate_seconds']:.0f} s, took {size['took_seconds']:.0f} s; all of it"
+        text += f" {size['extrapolated_full_seconds']:.0f} s (extrapolated)"
+    if name == "sparsegpt":
+        return [text, f"  {found['blocks']} of {found['of_blocks']} blocks: ours {found['times_faster']:.2f} x faster"
+                f" (wanted {found['wanted']}), {found['agreement']['masks']:.2%} of the masks equal"]  # fmt: skip
+    return [text]
 
 
 def main(arguments: list[str] | None = None) -> int:
