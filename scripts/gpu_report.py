@@ -31,14 +31,14 @@ Time on an H100, estimated and never measured: 450 TFLOP/s in bf16, 45 in fp32 (
   nm 45 s, widths 10 s, mass 30 s (compiling FlexAttention)
   sparsegpt 45 s at the 4 blocks of the default: 10 to load, 15 pilot, 20 (--sparsegpt-seconds)
 All: 525 s, below the 540 s of one call; no stage starts after --seconds. With more time, on one machine:
-  --stages make,prune,forward --prune-seconds 150 | --stages generation,nm,widths,mass | --stages sparsegpt --blocks 0
-  --sparsegpt-seconds 300
+  --stages make,prune --prune-seconds 170 | --stages forward,generation --compile | --stages nm,widths,mass
+  --stages sparsegpt --blocks 0 --sparsegpt-seconds 300
 
 Packages: torch, transformers, rich, typer, psutil, PyYAML, and torch-pruning and pydantic, which GPU images often lack.
 Carry these as wheels; there, with the repository as working directory, no datasets and no network:
   pip download --no-deps -d wheels torch-pruning pydantic pydantic-core==VERSION annotated-types typing-inspection
   pip install --no-index --find-links wheels --no-deps --target site torch-pruning pydantic pydantic-core \\
-    annotated-types typing-inspection && PYTHONPATH=.:site python scripts/gpu_report.py --work /tmp/gpu --compile
+    annotated-types typing-inspection && PYTHONPATH=.:site python scripts/gpu_report.py --work /tmp/gpu
 (pydantic names the pydantic-core it wants; for another Python than the one that downloads, say which to pip download:
 --only-binary=:all: --python-version 3.12 --platform manylinux2014_x86_64.)
 """
@@ -219,7 +219,7 @@ def summary(name: str, found: dict) -> list[str]:
         return []
     size = found["calibration"]
     text = f"{size['windows']} windows x {size['window']} tokens x {size['levels']} levels"
-    text = f"  calibration: {text}, {size['share_of_published']:.2%} of the published volume, {size['chosen']}"
+    text = f"  calibration: {text}, {size['share_of_published']:.2g} of the published volume, {size['chosen']}"
     if size["extrapolated_full_seconds"] is not None:
         text += f"; estimated {size['estimate_seconds']:.0f} s, took {size['took_seconds']:.0f} s; all of it"
         text += f" {size['extrapolated_full_seconds']:.0f} s (extrapolated)"

@@ -80,7 +80,7 @@ def first_blocks(model: DiffusionLM, count: int) -> DiffusionLM:
     names = small.state_dict().keys()
     tensors = {name: value for name, value in model.state_dict(keep_vars=True).items() if name in names}
     small.load_state_dict(tensors, assign=True)
-    small.source = model.source
+    small.source = getattr(model, "source", None)
     return small.eval()
 
 

@@ -5,38 +5,135 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
-TINY = [
-    "--shape", "tiny", "--device", "cpu", "--batches", "1,2", "--lengths", "32,64", "--windows", "3", "--held-out", "2",
-    "--window", "16", "--levels", "2", "--rounds", "2", "--gen-length", "8", "--steps", "4",
-]  # fmt: skip
+TINY = ["--shape", "tiny", "--device", "cpu"]
+SMALL = [*TINY, "--windows", "3", "--held-out", "2"]
 
 
 @pytest.fixture
-def script(monkeypatch):
+def load(monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "scripts")
-    return importlib.import_module("gpu_report")
+    return importlib.import_module
+
+
+@pytest.fixture
+def script(load):
+    return load("gpu_report")
+
+
+def results(script, folder: Path) -> dict:
+    return {path.stem.split("_")[-1]: json.loads(path.read_text()) for path in folder.iterdir()}
 
 
 def test_every_stage_writes_its_file(script, tmp_path, capsys):
     work, out = tmp_path / "work", tmp_path / "out"
     places = ["--work", str(work), "--out", str(out)]
-    assert script.main([*TINY, *places, "--stages", "make,prune,forward"]) == 0
-    assert script.main([*TINY, *places, "--stages", "generation,nm,widths,mass"]) == 0  # a later call goes on
-    assert {path.name for path in out.iterdir()} == {f"gpu_tiny_{name}.json" for name in script.STAGES}
-    found = {name: json.loads((out / f"gpu_tiny_{name}.json").read_text()) for name in script.STAGES}
-    assert all(each["weights"] == "random" and each["machine"]["torch"] for each in found.values())
-    assert [run["asked"] for run in found["prune"]["runs"]] == [0.3, 0.5]
+    assert script.main([*SMALL, *places, "--stages", "make,prune,forward"]) == 0
+    assert script.main([*SMALL, *places, "--stages", "generation,nm,widths,mass,sparsegpt"]) == 0  # goes on
+    found = results(script, out)
+    assert set(found) == set(script.STAGES)
+    assert all(each["weights"] == "random" and each["machine"]["transformers"] for each in found.values())
     sizes = [(row["batch"], row["length"]) for row in found["forward"]["forward"][::3]]
     assert sizes == [(1, 32), (1, 64), (2, 32), (2, 64)] and found["forward"]["generation"] == []
     assert {(row["batch"], row["length"], row["cache"]) for row in found["generation"]["generation"]} == {
         (batch, 32, cache) for batch in (1, 2) for cache in ("none", "prefix")
     }  # one block of 8
     assert found["nm"]["semi_structured"]["refused"] == "torch has no 2:4 kernels for device cpu"
-    masses = found["mass"]["rows"]
-    assert [(row["batch"], row["length"]) for row in masses] == [(1, 32), (1, 64), (2, 32), (2, 64)]
-    assert all(row["largest_difference"] < 1e-3 and min(row["median_ms"].values()) > 0 for row in masses)
     assert "costs" in found["widths"] and found["make"]["bytes"] > 0
+    check_pruning(found["prune"])
+    check_mass(found["mass"])
+    check_sparsegpt(found["sparsegpt"])
+    assert "2 of 2 blocks: ours" in capsys.readouterr().out
+
+
+def check_pruning(found: dict) -> None:
+    """Both ratios from one scoring, at the volume given, with the bytes of the weights counted by hand."""
+    size, (first, second) = found["calibration"], found["runs"]
+    assert (first["asked"], second["asked"]) == (0.3, 0.5)
+    assert "scores" in first["phases"] and "scores" not in second["phases"]
+    assert first["whole_seconds"] == first["seconds"]
+    assert second["whole_seconds"] == pytest.approx(second["seconds"] + first["phases"]["scores"])
+    assert size["took_seconds"] == pytest.approx(first["seconds"] + second["seconds"])
+    assert (size["windows"], size["held_out"], size["window"], size["levels"], size["tokens"]) == (3, 2, 16, 2, 96)
+    assert size["share_of_published"] == 96 / (128 * 4096 * 10) and size["extrapolated_full_seconds"] is None
+    bytes_ = 4 * (2 * 256 * 64 + 2 * (4 * 64 * 64 + 3 * 64 * 128 + 2 * 64) + 64)  # two blocks, embedding, head, norms
+    for row, left in ((first, 0.7), (second, 0.5)):
+        memory = row["memory"]
+        assert memory["weights_bytes"]["dense"] == bytes_ and memory["wanted_above_weights"] == 8e9
+        assert memory["weights_bytes"]["pruned"] == pytest.approx(left * 4 * 2 * (4 * 64 * 64 + 3 * 64 * 128), rel=0.06)
+        assert memory["device_peak_bytes"] is None and memory["host_peak_bytes"] > bytes_
+        assert 0 < row["forward_share"] < 1
+
+
+def check_mass(found: dict) -> None:
+    rows = found["rows"]
+    assert [(row["batch"], row["length"]) for row in rows] == [(1, 32), (1, 64), (2, 32), (2, 64)]
+    assert (found["heads"], found["kv_heads"], found["head_dim"], found["wanted_on_top"]) == (4, 4, 16, 0.1)
+    for row in rows:
+        times, added = row["median_ms"], row["on_top_of_a_block"]
+        assert row["largest_difference"] < 1e-3 and min(times.values()) > 0
+        extra = times["attention and mass, flex"] - times["attention"]
+        assert added["flex"]["median"] == pytest.approx(extra / times["block"])
+        assert added["tiled"]["p25"] <= added["tiled"]["median"] <= added["tiled"]["p75"]
+
+
+def check_sparsegpt(found: dict) -> None:
+    assert (found["blocks"], found["of_blocks"], found["arm"], found["wanted"]) == (2, 2, "masked", 3.0)
+    seconds = found["seconds"]
+    assert found["times_faster"] == seconds["plain"] / seconds["ours"]
+    assert set(found["phases"]["plain"]) == {"statistics", "factorisation", "columns", "moving on"}
+    assert sum(found["phases"]["plain"].values()) <= seconds["plain"]
+    assert found["agreement"]["masks_of_first_block"] > 0.999 and found["agreement"]["weights_of_first_block"] < 1e-3
+    assert found["agreement"]["masks"] > 0.99 and found["calibration"]["held_out"] == 0
+
+
+def test_a_pilot_chooses_the_volume(script, tmp_path, capsys):
+    places = ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
+    assert script.main([*TINY, *places, "--stages", "make,prune,sparsegpt", "--blocks", "1"]) == 0
+    found = results(script, tmp_path / "out")
+    for stage, blocks, held_out in (("prune", 2, 1), ("sparsegpt", 1, 0)):
+        size = found[stage]["calibration"]
+        cost, copies = size["cost"], (size["windows"] + held_out) * size["levels"]
+        assert size["chosen"] == "by a pilot" and 1 <= size["windows"] <= 128 and size["pilot_seconds"] > 0
+        estimate = cost["start"] + blocks * (cost["block"] + copies * cost["copy"])
+        assert size["estimate_seconds"] == pytest.approx(estimate)
+        missing = 128 * 10 * 4096 / 16 - size["windows"] * size["levels"]
+        full = size["took_seconds"] + blocks * missing * cost["copy"]
+        assert size["extrapolated_full_seconds"] == pytest.approx(full)
+    assert found["sparsegpt"]["blocks"] == 1 and "1 of 2 blocks" in capsys.readouterr().out
+
+
+def test_costs_by_hand(load):
+    """3 s for all, 2 s a block and 0.5 s a copy in a block: 4 copies are 7, 11 and (8 copies) 15 s."""
+    module = load("gpu_volume")
+    cost = module.Cost.of(7.0, 11.0, 15.0, copies=4, more=4)
+    assert (cost.start, cost.block, cost.copy) == (3.0, 2.0, 0.5)
+    assert cost.seconds(32, 10) == 3 + 32 * (2 + 5)
+    assert cost.copies(32, 3 + 32 * (2 + 5)) == 10 and cost.copies(32, 226.9) == 9 and cost.copies(32, 60) == 0
+    noisy = module.Cost.of(7.0, 6.0, 5.0, copies=4, more=4)  # two blocks were faster: nothing turns negative
+    assert noisy.copy == 6 / 160 and noisy.block == 0 and noisy.start == pytest.approx(7 - 0.15)
+
+
+def test_volumes_by_hand(load):
+    share_out = load("gpu_volume").share_out
+    assert share_out(40, 10, held_out=1, most=128) == (3, 10)
+    assert share_out(5000, 10, held_out=1, most=128) == (128, 10) and share_out(5000, 10, 0, 5) == (5, 10)
+    assert share_out(19, 10, held_out=1, most=128) == (2, 5)  # not two windows at ten levels
+    assert share_out(7, 10, held_out=2, most=128) == (1, 2)
+    assert share_out(0, 10, held_out=1, most=128) == (1, 1) and share_out(3, 4, 0, 9) == (1, 2)
+
+
+@pytest.mark.parametrize("family", ["llada", "dream"])
+def test_the_first_blocks_are_the_models_own(load, tiny_model, family):
+    model = tiny_model(family)
+    small = load("gpu_volume").first_blocks(model, 1)
+    ids = torch.arange(6)[None]
+    with torch.no_grad():
+        x = model.blocks[0](model.embedding(ids), model.rotary(6, ids.device))
+        assert len(small.blocks) == 1 and len(model.blocks) > 1
+        assert torch.equal(small(ids).logits, model.output_head(model.final_norm(x)))
+    assert small.embedding.weight.data_ptr() == model.embedding.weight.data_ptr()
 
 
 def test_no_stage_starts_too_late(script, tmp_path, capsys):
@@ -45,13 +142,38 @@ def test_no_stage_starts_too_late(script, tmp_path, capsys):
     assert "run --stages mass on its own" in capsys.readouterr().out and not list((tmp_path / "out").iterdir())
 
 
-def test_what_cannot_be_run(script, tmp_path, capsys):
-    for more, message in (
+def test_a_stage_that_fails_stops_no_other(script, tmp_path, capsys, monkeypatch):
+    def fail(options, track):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setitem(script.STAGES, "make", fail)
+    places = ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
+    assert script.main([*TINY, *places, "--stages", "make,prune,widths"]) == 1
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["gpu_tiny_widths.json"]
+    said = capsys.readouterr().err
+    assert "out of memory" in said and "make failed (see above)" in said and "prune failed (see above)" in said
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
         (["--stages", "forwards"], "unknown stage 'forwards' (did you mean 'forward'?)"),
         (["--stages", "forward"], "is not there: run --stages make,prune first"),
+        (["--stages", "make,sparsegpt,generation"], "pruned-0.3' is not there"),
         (["--lengths", "512;64"], "--lengths '512;64' is no list of numbers"),
+        (["--lengths", "256"], "--lengths 256 is beyond the 128 positions of tiny"),
         (["--device", "tpu"], "unknown device 'tpu'"),
-    ):
-        assert script.main([*TINY, "--work", str(tmp_path), "--out", str(tmp_path), *more]) == 2
-        said = capsys.readouterr().err
-        assert message in said and len(said.strip().splitlines()) == 1
+        (["--windows", "few"], "--windows 'few' is no number from 1: give one, or auto"),
+        (["--windows", "0"], "--windows '0' is no number from 1"),
+        (["--split", "even"], "structured.split = 'even'"),
+        (["--levels", "51"], "--levels 51: give 1 to 50"),
+        (["--blocks", "-1"], "--blocks -1: give at least 0"),
+        (["--gen-length", "32"], "--lengths 32 leaves no prompt before --gen-length 32"),
+        (["--dtype", "int8"], "unknown dtype 'int8'"),
+    ],
+)
+def test_what_cannot_be_run(script, tmp_path, capsys, more, message):
+    places = ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
+    assert script.main([*TINY, *places, *more]) == 2
+    said = capsys.readouterr().err
+    assert message in said and len(said.strip().splitlines()) == 1 and not list(tmp_path.iterdir())
