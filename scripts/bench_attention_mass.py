@@ -15,7 +15,6 @@ import re
 import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -23,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from script_line import OneLineParser, one_line
 
-from structprune.bench.latency import Latency, speedup
+from structprune.bench.latency import interleaved, speedup
 from structprune.bench.machine import describe_machine
 from structprune.errors import UserError
 from structprune.models.configuration_structprune import StructpruneLLaDAConfig
@@ -99,21 +98,6 @@ def memory_case(method: str, length: int, options: argparse.Namespace) -> int:
     return int(done.stdout)
 
 
-def alternate(runs: dict, rounds: int, device: torch.device) -> dict[str, Latency]:
-    """Seconds of every function of `runs` in turn, `rounds` times, after one untimed round."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(rounds + 1):
-        for name, run in runs.items():
-            wait()
-            start = time.perf_counter()
-            run()
-            wait()
-            if number:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: Latency(tuple(values)) for name, values in seconds.items()}
-
-
 def block_runs(length: int, options: argparse.Namespace) -> dict:
     """One LLaDA block's forward pass, alone and with the mass of its attention taken."""
     width = options.heads * options.size
@@ -138,7 +122,7 @@ def measure(length: int, options: argparse.Namespace) -> dict:
     query, key = make_inputs(length, options.heads, options.size, options.device)  # (1, H, T, D)
     naive, tiled = (run(query, key) for run in METHODS.values())  # (1, T)
     runs = {name: lambda run=run: run(query, key) for name, run in METHODS.items()}
-    times = alternate(runs | block_runs(length, options), options.rounds, options.device)
+    times = interleaved(runs | block_runs(length, options), options.device, options.rounds, warmup=1)
     return {
         "length": length,
         "peak_bytes": peaks,

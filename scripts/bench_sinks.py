@@ -14,12 +14,11 @@ import sys
 from pathlib import Path
 
 import torch
-from bench_attention_mass import alternate
 from rich.console import Console
 from rich.table import Table
 from script_line import OneLineParser, one_line
 
-from structprune.bench.latency import speedup
+from structprune.bench.latency import interleaved, speedup
 from structprune.bench.machine import describe_machine
 from structprune.errors import UserError
 from structprune.models.adapter import Adapter
@@ -59,7 +58,7 @@ def make_runs(options: argparse.Namespace) -> dict:
 @torch.inference_mode()
 def measure(options: argparse.Namespace) -> dict:
     """Medians in milliseconds, and the ratio to the plain pass with its quartiles."""
-    times = alternate(make_runs(options), options.rounds, options.device)
+    times = interleaved(make_runs(options), options.device, options.rounds, warmup=1)
     return {
         "median_ms": {name: latency.median_ms for name, latency in times.items()},
         "ratio": {name: speedup(times[name], times["plain"]) for name in ("mass", "heads")},

@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from structprune.bench.latency import Latency
-
 
 @pytest.fixture
 def script(monkeypatch):
@@ -33,14 +31,6 @@ def test_peak_counts_what_a_function_holds_beyond_its_inputs(script):
 
     assert script.peak_above_inputs(hold, query, query) == pytest.approx(size, rel=0.15)
     assert script.peak_above_inputs(lambda query, key: None, query, query) < 2**22
-
-
-def test_rounds_alternate_and_leave_out_the_first(script):
-    order = []
-    runs = {name: lambda name=name: order.append(name) for name in ("one", "two")}
-    found = script.alternate(runs, 2, torch.device("cpu"))
-    assert order == ["one", "two"] * 3
-    assert isinstance(found["one"], Latency) and len(found["one"].seconds) == len(found["two"].seconds) == 2
 
 
 def test_a_run_writes_figures_and_machine(script, tmp_path, capsys):
