@@ -45,6 +45,7 @@ Carry these as wheels; there, with the repository as working directory, no datas
 
 import argparse
 import gc
+import importlib.util
 import sys
 import time
 import traceback
@@ -158,6 +159,8 @@ def _check_shape(options: argparse.Namespace) -> None:
     for name, longest in (("lengths", max(options.lengths)), ("window", options.window)):
         if longest > positions:
             raise UserError(f"--{name} {longest} is beyond the {positions} positions of {options.shape}: lower it")
+    if "prune" in options.stages and importlib.util.find_spec("torch_pruning") is None:
+        raise UserError("package 'torch-pruning' is not here: carry its wheel (see --help), or leave out stage prune")
     coming: set[str] = set()
     for stage in options.stages:
         for name in NEEDS.get(stage, ()):

@@ -5,11 +5,12 @@ from readme_common import machine, table
 CACHES = {"none": "full recomputation", "prefix": "prefix cache", "dual": "dual cache"}
 
 
-def bench(found: dict) -> str:
+def bench(found: dict, sized: bool = False) -> str:
     """Speed-up and share of the ideal saving of every pruned model.
 
     Args:
-        found: of scripts/bench_pruned.py.
+        found: of scripts/bench_pruned.py, or `forward` and `generation` of scripts/gpu_report.py.
+        sized: say batch and length of every row.
     """
     header = [
         "",
@@ -25,13 +26,17 @@ def bench(found: dict) -> str:
     for part, title in (("forward", "forward"), ("generation", "generation")):
         for row in found[part]:
             name = title if part == "forward" else f"{title}, {CACHES[row['cache']]}"
+            if sized:
+                name += f", {row['batch']} x {row['length']}"
             if row["mode"] != "eager":
                 name += f", {row['mode']}"
-            own = [f"{row['ms']['median']:.0f} ms", f"{row['tokens_per_second']:.1f}"]
+            own = [f"{row['ms']['median']:.{int(sized)}f} ms", f"{row['tokens_per_second']:.1f}"]
             gain = ["", "", ""]
             if "speedup" in row:
-                gain = [_spread(row["speedup"], "x"), f"{row['macs_removed']:.1%}", _percent(row["ideal_share"])]
-            rows.append([name, row["model"], *own, *gain, f"{row['peak_above_weights'] / 1e6:.0f} MB"])
+                share = row["ideal_share"]
+                gain = [_spread(row["speedup"], "x"), f"{row['macs_removed']:.1%}", _percent(share) if share else ""]
+            peak = row["peak_above_weights"]
+            rows.append([name, row["model"], *own, *gain, "" if peak is None else f"{peak / 1e6:.0f} MB"])
     return table(header, rows)
 
 

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from readme_bench import bench, note  # noqa: E402
 from readme_common import machine, ranged, table  # noqa: E402
 from readme_evaluation import evaluation, evaluation_speed  # noqa: E402
+from readme_gpu import gpu  # noqa: E402
 from readme_sinks import sinks  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
@@ -249,6 +250,7 @@ SECTIONS = {
     ),
     "evaluation-speed": lambda: evaluation_speed(load("evaluation_speed.json")),
     "bench": lambda: bench(load("bench_cpu.json")) + "\n\n" + note(load("bench_cpu.json")),
+    "gpu": lambda: gpu(RESULTS),
 }
 LATER = {
     "masks": "masks.json",

@@ -37,14 +37,21 @@ class Phases:
 
 
 def inverse_factor(gram: torch.Tensor, damping: float = DAMPING) -> tuple[torch.Tensor, torch.Tensor]:
-    """Upper triangular U (C, C) with (G + damping mean(diag G) I)⁻¹ = UᵀU, and (C,) bool inputs that were always 0."""
-    damped = gram.clone()  # (C, C)
-    dead = damped.diagonal() == 0  # (C,)
-    added = damping * damped.diagonal().mean()  # ()
-    damped.diagonal()[dead] = 1
-    damped.diagonal().add_(added)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))  # (C, C)
-    return torch.linalg.cholesky(inverse, upper=True), dead
+    """Upper triangular U (C, C) with (G + damping mean(diag G) I)⁻¹ = UᵀU, and (C,) bool inputs that were always 0.
+
+    Damping is raised tenfold where rounding leaves nothing positive definite.
+    """
+    dead, scale = gram.diagonal() == 0, gram.diagonal().mean()  # (C,), ()
+    while True:
+        damped = gram.clone()  # (C, C)
+        damped.diagonal()[dead] = 1
+        damped.diagonal().add_(damping * scale)
+        lower, failed = torch.linalg.cholesky_ex(damped)  # (C, C)
+        if not failed:
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)  # (C, C)
+        if not failed:
+            return upper, dead
+        damping = max(10 * damping, 1e-4)
 
 
 def prune_columns(

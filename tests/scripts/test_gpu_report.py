@@ -11,27 +11,35 @@ TINY = ["--shape", "tiny", "--device", "cpu"]
 SMALL = [*TINY, "--windows", "3", "--held-out", "2"]
 
 
-@pytest.fixture
-def load(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "scripts")
-    return importlib.import_module
+@pytest.fixture(scope="module")
+def load():
+    """`load(name)` -> a module of scripts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parents[2] / "scripts")
+        yield importlib.import_module
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def script(load):
     return load("gpu_report")
 
 
-def results(script, folder: Path) -> dict:
+@pytest.fixture(scope="module")
+def ran(script, tmp_path_factory) -> Path:
+    """Folder of the results of all stages, run in two calls."""
+    folder = tmp_path_factory.mktemp("gpu")
+    places = ["--work", str(folder / "work"), "--out", str(folder / "out")]
+    assert script.main([*SMALL, *places, "--stages", "make,prune,forward"]) == 0
+    assert script.main([*SMALL, *places, "--stages", "generation,nm,widths,mass,sparsegpt"]) == 0  # goes on
+    return folder / "out"
+
+
+def results(folder: Path) -> dict:
     return {path.stem.split("_")[-1]: json.loads(path.read_text()) for path in folder.iterdir()}
 
 
-def test_every_stage_writes_its_file(script, tmp_path, capsys):
-    work, out = tmp_path / "work", tmp_path / "out"
-    places = ["--work", str(work), "--out", str(out)]
-    assert script.main([*SMALL, *places, "--stages", "make,prune,forward"]) == 0
-    assert script.main([*SMALL, *places, "--stages", "generation,nm,widths,mass,sparsegpt"]) == 0  # goes on
-    found = results(script, out)
+def test_every_stage_writes_its_file(script, ran):
+    found = results(ran)
     assert set(found) == set(script.STAGES)
     assert all(each["weights"] == "random" and each["machine"]["transformers"] for each in found.values())
     sizes = [(row["batch"], row["length"]) for row in found["forward"]["forward"][::3]]
@@ -44,7 +52,28 @@ def test_every_stage_writes_its_file(script, tmp_path, capsys):
     check_pruning(found["prune"])
     check_mass(found["mass"])
     check_sparsegpt(found["sparsegpt"])
-    assert "2 of 2 blocks: ours" in capsys.readouterr().out
+
+
+def test_the_readmes_tables_come_from_them(load, ran, tmp_path):
+    module, found = load("readme_gpu"), results(ran)
+    text = module.gpu(ran)
+    row = next(row for row in found["forward"]["forward"] if (row["batch"], row["length"]) == (2, 64))
+    assert f"| forward, 2 x 64 | dense | {row['ms']['median']:.1f} ms | {row['tokens_per_second']:.1f} |" in text
+    assert "| generation, prefix cache, 1 x 32 | pruned-0.5 |" in text and "| dense | 0.000 B | 0.00 GB |" in text
+    for run in found["prune"]["runs"]:
+        share = f"{run['forward_share']:.0%}"
+        times = f"{run['whole_seconds']:.1f} s | {run['seconds']:.1f} s | {share} | - | 8.0 GB |"
+        assert f"| {run['asked']} | {run['ratio']:.3f} | {times}" in text
+    assert "Calibration: 3 windows of 16 tokens at 2 levels, 1.8e-05 of the published volume." in text
+    assert f"2 of 2 blocks, in one run: ours is {found['sparsegpt']['times_faster']:.2f}x faster" in text
+    added = found["mass"]["rows"][0]["on_top_of_a_block"]
+    assert f"{added['tiled']['median']:+.0%} | {added['flex']['median']:+.0%} |" in text
+    assert "2:4: torch has no 2:4 kernels for device cpu." in text and "| 128 | +0.0% |" in text
+    assert "Not measured yet" not in text and "owed" not in text and "transformers " in text
+    assert module.gpu(tmp_path) == module.OWED
+    (tmp_path / "gpu_tiny_mass.json").write_text(json.dumps(found["mass"]))
+    part = module.gpu(tmp_path)
+    assert "Not measured yet: forward, generation, prune, sparsegpt, nm, widths." in part and "forward, 1 x" not in part
 
 
 def check_pruning(found: dict) -> None:
@@ -91,7 +120,7 @@ def check_sparsegpt(found: dict) -> None:
 def test_a_pilot_chooses_the_volume(script, tmp_path, capsys):
     places = ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
     assert script.main([*TINY, *places, "--stages", "make,prune,sparsegpt", "--blocks", "1"]) == 0
-    found = results(script, tmp_path / "out")
+    found = results(tmp_path / "out")
     for stage, blocks, held_out in (("prune", 2, 1), ("sparsegpt", 1, 0)):
         size = found[stage]["calibration"]
         cost, copies = size["cost"], (size["windows"] + held_out) * size["levels"]
@@ -152,6 +181,12 @@ def test_a_stage_that_fails_stops_no_other(script, tmp_path, capsys, monkeypatch
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["gpu_tiny_widths.json"]
     said = capsys.readouterr().err
     assert "out of memory" in said and "make failed (see above)" in said and "prune failed (see above)" in said
+
+
+def test_a_package_to_carry_is_asked_for_before_any_stage(script, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(script.importlib.util, "find_spec", lambda name: None)
+    assert script.main([*TINY, "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]) == 2
+    assert "package 'torch-pruning' is not here" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

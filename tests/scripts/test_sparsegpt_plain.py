@@ -41,6 +41,13 @@ def test_damping_and_dead_inputs_by_hand(script):
     assert weight.tolist() == [[3.0, 0.0]] and kept.tolist() == [[True, False]]
 
 
+def test_damping_rises_where_nothing_is_positive_definite(script):
+    """[[1, 1], [1, 1]] undamped is singular; 1e-4 of its mean diagonal 1 is enough."""
+    upper, _ = script.inverse_factor(torch.ones(2, 2).double(), damping=0.0)
+    inverse = torch.linalg.inv(torch.tensor([[1.0001, 1.0], [1.0, 1.0001]], dtype=torch.float64))
+    assert torch.allclose(upper.T @ upper, inverse)
+
+
 @pytest.mark.parametrize("ratio", [0.3, 0.5])
 def test_equal_to_the_packages_own(script, ratio):
     """More columns than a block, updates across blocks; in fp64 on the one side and fp32 on the other."""
