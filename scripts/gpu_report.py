@@ -88,7 +88,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, required=True, help="checkpoints, about 55 GB at 8B size")
     parser.add_argument("--shape", default="llada-8b", choices=[*PUBLISHED, "tiny"], help="default %(default)s")
     parser.add_argument("--stages", default=",".join(STAGES), help="default %(default)s")
-    parser.add_argument("--seconds", type=float, default=480, help="no stage starts after (default %(default)s)")
+    parser.add_argument("--seconds", type=float, default=495, help="no stage starts after (default %(default)s)")
     for name, value in SIZES.items():
         parser.add_argument(f"--{name}", default=value, help="default %(default)s")
     for name, value in COUNTS.items():
