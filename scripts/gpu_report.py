@@ -30,9 +30,10 @@ Time on an H100, estimated and never measured: 450 TFLOP/s in bf16, 45 in fp32 (
   generation 95 s: 25 to load; 16 steps x 4608 tokens x 2.3 = 6 s recomputing, 3 s cached; 12 passes
   nm 45 s, widths 10 s, mass 30 s (compiling FlexAttention)
   sparsegpt 45 s at the 4 blocks of the default: 10 to load, 15 pilot, 20 (--sparsegpt-seconds)
-All: 525 s, below the 540 s of one call; no stage starts after --seconds. With more time, on one machine:
-  --stages make,prune --prune-seconds 170 | --stages forward,generation --compile | --stages nm,widths,mass
-  --stages sparsegpt --blocks 0 --sparsegpt-seconds 300
+All: 525 s, below the 540 s of one call; no stage starts after --seconds. On one machine for 15 minutes, in three calls
+of 240, 270 and 240 s: more calibration, torch.compile too (100 s), and SparseGPT on all blocks:
+  --stages make,prune --prune-seconds 80 | --stages forward,generation --compile
+  --stages nm,widths,mass,sparsegpt --blocks 0 --sparsegpt-seconds 130
 
 Packages: torch, transformers, rich, typer, psutil, PyYAML, and torch-pruning and pydantic, which GPU images often lack.
 Carry these as wheels; there, with the repository as working directory, no datasets and no network:
