@@ -3,8 +3,10 @@
 Shapes: P prompt tokens, L target tokens, T = P + L, K blocks of b Monte Carlo samples.
 """
 
+import math
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import compress
 from typing import Callable, Iterable, Sequence
 
 import torch
@@ -12,8 +14,9 @@ import torch
 from structprune.errors import UserError
 from structprune.evaluation.adaptive import decided, look_schedule
 from structprune.evaluation.encode import Batches
+from structprune.evaluation.forecast import Completed, complete
 from structprune.evaluation.items import Answer, Item, MonteCarlo, Scored, check_items
-from structprune.evaluation.likelihood import Rows, masked_nats
+from structprune.evaluation.likelihood import Rows, token_nats
 from structprune.evaluation.perturb import FORMS, Form, Perturbed, aligned_columns, draw_uniform, item_generator
 from structprune.models.families import family_of
 from structprune.models.modeling_structprune import DiffusionLM
@@ -24,14 +27,18 @@ GROUP = 8  # forward passes of equal length that are prepared at once
 
 @dataclass
 class _Tally:
-    """One answer on its way: per block the sum of its samples' nats and how many count."""
+    """One answer on its way: nats of the masks that were run, and of samples in their order."""
 
     answer: Answer
     item: "_Progress"
     exact: bool
-    sums: list[float] = field(default_factory=list)
-    counts: list[int] = field(default_factory=list)
-    known: dict[bytes, float] = field(default_factory=dict)  # nats of patterns that were run
+    known: dict[bytes, torch.Tensor] = field(default_factory=dict)  # mask -> (L,) float64
+    nats: list[torch.Tensor] = field(default_factory=list)  # (n, L) of the samples that were run
+    drawn: int = 0
+    estimate: tuple[float, float | None] | None = None  # log-likelihood and error, when there are no more to come
+
+    def __len__(self) -> int:
+        return sum(map(len, self.nats))
 
     @property
     def length(self) -> int:
@@ -82,8 +89,14 @@ def score_items(
         work = [tally for state in active for tally in state.tallies if not (tally.exact and done)]
         for group in track(_groups(work, (count - done) * settings.rows, batch)):
             _extend(model, group, settings, form, (done, count), batch)
+            if count == settings.blocks:
+                _close(group, settings, form)  # at once, as what is known of tokens takes room
         done = count
-        active = [state for state in active if not _finished(state, settings)]
+        if done < settings.blocks:
+            over = [_decided(state, settings, form) for state in active]
+            _close([tally for state in compress(active, over) for tally in state.tallies], settings, form)
+            active = [state for state, ends in zip(active, over) if not ends]
+    _close([tally for state in states for tally in state.tallies if tally.estimate is None], settings, form)
     return [_scored(state, settings) for state in states]
 
 
@@ -105,16 +118,14 @@ def _groups(work: list[_Tally], samples: int, batch: Batches) -> list[list[_Tall
     return groups
 
 
-def _samples(tally: _Tally, settings: MonteCarlo, form: Form, blocks: tuple[int, int]) -> Perturbed:
-    """The samples of the blocks from one number up to another, of the item's stream."""
+def _samples(tally: _Tally, settings: MonteCarlo, form: Form) -> Perturbed:
+    """All samples of the item's stream."""
     length = len(tally.answer.target)
     if tally.exact:  # the only maskable token, whose mean of CE / p is CE
         return Perturbed(torch.arange(length)[None] == 0, torch.ones(1, dtype=torch.float64))
     columns, width = tally.item.columns
     generator = item_generator(settings.seed, tally.item.item.key)
-    drawn = draw_uniform(form, settings.samples, settings.rows, width, settings.sampling, generator)
-    first, last = blocks
-    levels, positions = (part.unflatten(0, (settings.blocks, -1))[first:last].flatten(0, 1) for part in drawn)
+    levels, positions = draw_uniform(form, settings.samples, settings.rows, width, settings.sampling, generator)
     own = next(index for index, each in enumerate(tally.item.tallies) if each is tally)
     return form.perturb(levels, positions[:, columns[own]])
 
@@ -123,24 +134,22 @@ def _extend(
     model: DiffusionLM, group: list[_Tally], settings: MonteCarlo, form: Form, blocks: tuple[int, int], batch: Batches
 ) -> None:
     """Add blocks to answers of one length; of equal samples of an answer one is run."""
-    drawn, fresh, rows = [], [], []
+    wanted, fresh, rows = [], [], []
+    start, stop = (block * settings.rows for block in blocks)
     for tally in group:
-        samples = _samples(tally, settings, form, blocks)
-        patterns, inverse = samples.masked.unique(dim=0, return_inverse=True)  # (n, L), (N,)
-        names = [bytes(pattern) for pattern in patterns.to(torch.uint8).tolist()]
-        new = [i for i, name in enumerate(names) if name not in tally.known and any(name)]
-        drawn.append((samples, names, inverse))
+        patterns, inverse = _samples(tally, settings, form).masked[start:stop].unique(dim=0, return_inverse=True)
+        names = [bytes(pattern) for pattern in patterns.to(torch.uint8).tolist()]  # (n, L), (N,)
+        tally.known.update(
+            {name: torch.zeros(len(name)).double() for name in names if not any(name)}
+        )  # Dream's empty ones
+        new = [i for i, name in enumerate(names) if name not in tally.known]
+        wanted.append([names[i] for i in inverse.tolist()])
         fresh.append([names[i] for i in new])
         rows.append(_rows(tally.answer, patterns[new]))
-    nats = masked_nats(model, Rows.join(rows), form.guidance(settings.cfg_scale), batch)  # (n,)
-    for tally, names, found in zip(group, fresh, nats.split([len(names) for names in fresh])):
-        tally.known.update(zip(names, found.tolist()))
-    for tally, (samples, names, inverse) in zip(group, drawn):
-        value = torch.tensor([tally.known.get(name, 0.0) for name in names], dtype=torch.float64)  # (n,)
-        values = (value[inverse] * samples.weight).view(1 if tally.exact else blocks[1] - blocks[0], -1)  # (K, b)
-        counted = samples.masked.any(1) | (not settings.skip_empty)  # (N,)
-        tally.sums += values.sum(1).tolist()
-        tally.counts += counted.view_as(values).sum(1).tolist()
+    nats = token_nats(model, Rows.join(rows), form.guidance(settings.cfg_scale), batch)  # (n, T)
+    for tally, names, order, found in zip(group, fresh, wanted, nats.split([len(names) for names in fresh])):
+        tally.known.update(zip(names, found[:, len(tally.answer.prompt) :]))  # (L,) each
+        tally.nats.append(torch.stack([tally.known[name] for name in order]))  # (N, L)
 
 
 def _rows(answer: Answer, patterns: torch.Tensor) -> Rows:
@@ -151,38 +160,59 @@ def _rows(answer: Answer, patterns: torch.Tensor) -> Rows:
     return Rows(clean, masked, torch.full((count,), prompt))
 
 
-def _finished(state: _Progress, settings: MonteCarlo) -> bool:
+def _decided(state: _Progress, settings: MonteCarlo, form: Form) -> bool:
+    """Whether an item needs no more samples than it has."""
     if all(tally.exact for tally in state.tallies):
         return True
     if len(state.tallies) < 2:
         return False
-    seen = max(len(tally.sums) for tally in state.tallies)
-    values = [
-        [-total / count for total, count in zip(tally.sums, tally.counts)] * (seen if tally.exact else 1)
-        for tally in state.tallies
-    ]
+    seen = max(len(tally) for tally in state.tallies)
     sizes = torch.tensor([tally.answer.size for tally in state.tallies], dtype=torch.float64)  # (A,)
-    return decided(torch.tensor(values, dtype=torch.float64), sizes, settings.blocks, settings.confidence)
+    answers = [_completed(tally, settings, form, seen) for tally in state.tallies]
+    return decided(answers, sizes, settings.confidence)
 
 
-def _scored(state: _Progress, settings: MonteCarlo) -> Scored:
-    found = [_estimate(tally) for tally in state.tallies]
-    seen = max(len(tally.sums) for tally in state.tallies)
-    samples = 1 if all(tally.exact for tally in state.tallies) else seen * settings.rows
-    return Scored(state.item.key, tuple(mean for mean, _ in found), tuple(error for _, error in found), samples)
+def _completed(tally: _Tally, settings: MonteCarlo, form: Form, seen: int) -> Completed:
+    """An answer's samples with forecasts of those that were not run; an exact answer says the same in every one."""
+    nats = torch.cat(tally.nats)  # (S, L)
+    if tally.exact:
+        values, nothing = nats.sum().expand(settings.samples), torch.zeros(seen, dtype=torch.float64)  # (N,), (S,)
+        return Completed(values, torch.zeros_like(values).long(), nothing, nothing, nothing.bool())
+    samples = _samples(tally, settings, form)
+    return complete(samples.masked, samples.weight, nats, seen)
 
 
-def _estimate(tally: _Tally) -> tuple[float, float | None]:
-    """Log-likelihood and its standard error over blocks, of a ratio where blocks count differently."""
-    sums = torch.tensor(tally.sums, dtype=torch.float64)  # (K,)
-    counts = torch.tensor(tally.counts, dtype=torch.float64)  # (K,)
+def _close(tallies: list[_Tally], settings: MonteCarlo, form: Form) -> None:
+    """Estimate answers that get no more samples, and let go of what is known of their tokens."""
+    for tally in tallies:
+        tally.estimate = _estimate(tally, settings, form)
+        tally.drawn, tally.known, tally.nats = len(tally), {}, []
+
+
+def _estimate(tally: _Tally, settings: MonteCarlo, form: Form) -> tuple[float, float | None]:
+    """Log-likelihood and its standard error: over blocks, of a ratio where they count differently.
+
+    Of an answer that stopped early the mean is that of all samples, run and forecast, and the error is the full
+    count's, of as many blocks, and that of the forecasts.
+    """
+    nats = torch.cat(tally.nats)  # (S, L)
+    if tally.exact:
+        return -nats.sum().item(), 0.0
+    samples = _samples(tally, settings, form)
+    values = nats.sum(1) * samples.weight[: len(nats)]  # (S,)
+    counted = samples.masked[: len(nats)].any(1) | (not settings.skip_empty)  # (S,)
+    sums, counts = (part.double().unflatten(0, (-1, settings.rows)).sum(1) for part in (values, counted))  # (K,) each
     if not counts.sum():
         key = tally.item.item.key
         raise UserError(f"item {key}: none of its {len(counts)} blocks has a mask: draw more samples or no skip_empty")
-    ratio = (sums.sum() / counts.sum()).item()
-    if tally.exact:
-        return -ratio, 0.0
-    if len(sums) < 2:
-        return -ratio, None
-    residual = (sums - ratio * counts) / counts.mean()  # (K,)
-    return -ratio, residual.std().item() / len(sums) ** 0.5
+    ratio = sums.sum() / counts.sum()
+    error = ((sums - ratio * counts) / counts.mean()).std().item() / settings.blocks**0.5 if len(sums) > 1 else None
+    if len(nats) == settings.samples:
+        return -ratio.item(), error
+    completed = complete(samples.masked, samples.weight, nats, len(nats))
+    return -completed.values.mean().item(), math.hypot(error, completed.error())
+
+
+def _scored(state: _Progress, settings: MonteCarlo) -> Scored:
+    values, errors = zip(*(tally.estimate for tally in state.tallies))
+    return Scored(state.item.key, values, errors, max(tally.drawn for tally in state.tallies))

@@ -61,7 +61,7 @@ class MonteCarlo:
     sampling: Sampling = "stratified"
     """"published": independent levels of noise; "stratified": the same distribution, spread evenly."""
     adaptive: bool = False
-    """Stop drawing samples of an item once its choice among several answers is decided."""
+    """Stop drawing samples of an item once its choice among several answers is decided; the others are forecast."""
     confidence: float = 0.99
     """That the choice of `adaptive` is that of all samples, raw and normalised."""
     skip_empty: bool = False
@@ -102,7 +102,8 @@ class Scored:
     Attributes:
         key: the item's.
         log_likelihoods: nats per answer, summed over its target.
-        errors: standard error of each over blocks; 0 where it is exact, None of a single block.
+        errors: standard error of each over blocks, with that of forecasts where an item stopped early; 0 where it is
+            exact, None of a single block.
         samples: Monte Carlo samples drawn per answer.
     """
 

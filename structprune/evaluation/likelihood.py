@@ -38,8 +38,8 @@ class Rows:
 
 
 @torch.inference_mode()
-def masked_nats(model: DiffusionLM, rows: Rows, scale: float, batch: Batches) -> torch.Tensor:
-    """Cross-entropy summed over the masked positions of every row: (N,) float64 on CPU.
+def token_nats(model: DiffusionLM, rows: Rows, scale: float, batch: Batches) -> torch.Tensor:
+    """Cross-entropy at the masked positions of every row, 0 at the others: (N, T) float64 on CPU.
 
     A sequence that several rows have in common (the branch without a prompt, most of all) is run once for all of
     them.
@@ -48,7 +48,7 @@ def masked_nats(model: DiffusionLM, rows: Rows, scale: float, batch: Batches) ->
         scale: s of classifier-free guidance, u + (1 + s)(c - u); 0 runs no branch without a prompt.
     """
     if not len(rows.clean):  # all patterns of a round may be known
-        return torch.zeros(0, dtype=torch.float64)
+        return torch.zeros(rows.clean.shape, dtype=torch.float64)
     mask_id, device = model.config.mask_token_id, compute_device(model)
     noisy = rows.clean.masked_fill(rows.masked, mask_id)  # (N, T)
     length = noisy.shape[1]
@@ -62,12 +62,12 @@ def masked_nats(model: DiffusionLM, rows: Rows, scale: float, batch: Batches) ->
         branches = [noisy[part]] if bare is None else [noisy[part], bare[part]]
         return _batch_nats(model, branches, rows[part], scale, device)
 
-    found = batch.map(nats, len(noisy), length * (2 if scale else 1))  # (N,)
+    found = batch.map(nats, len(noisy), length * (2 if scale else 1))  # (N, T)
     return found if bare is None else torch.empty_like(found).index_copy_(0, order, found)
 
 
 def _batch_nats(model, branches: list[torch.Tensor], rows: Rows, scale: float, device) -> torch.Tensor:
-    """(n, T) ids of each branch -> (n,) nats on CPU, in one forward pass of the different rows."""
+    """(n, T) ids of each branch -> (n, T) nats on CPU, in one forward pass of the different rows."""
     ids, inverse = torch.cat(branches).unique(dim=0, return_inverse=True)  # (U, T), (branches·n,)
     masked = rows.masked  # (n, T)
     wanted = torch.zeros_like(ids, dtype=torch.bool)  # (U, T)
@@ -81,6 +81,7 @@ def _batch_nats(model, branches: list[torch.Tensor], rows: Rows, scale: float, d
         logits = [head(states[chosen[part]]).float() for chosen in slots]  # (p, V) per branch
         joined = guided(*logits, scale) if len(branches) == 2 else logits[0]  # (p, V)
         nats.append(F.cross_entropy(joined, labels[part], reduction="none"))  # (p,)
-    by_row = torch.zeros(len(masked), dtype=torch.float64)  # (n,)
-    row = masked.nonzero(as_tuple=True)[0]  # (M,)
-    return by_row.index_add_(0, row, torch.cat(nats).double().cpu()) if nats else by_row
+    placed = torch.zeros(masked.shape, dtype=torch.float64)  # (n, T)
+    if nats:
+        placed[masked] = torch.cat(nats).double().cpu()
+    return placed

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from structprune.evaluation.adaptive import decided, look_schedule, student_tail
+from structprune.evaluation.forecast import Completed, complete
 
 
 @pytest.mark.parametrize(
@@ -28,44 +29,51 @@ def test_tail_of_students_t_as_in_tables(t, freedom, tail):
 ONE = torch.ones(2, dtype=torch.float64)
 
 
-def values(*answers) -> torch.Tensor:
-    return torch.tensor(answers, dtype=torch.float64)
+def answer(values, residuals, missing: int, fresh: int | None = None) -> Completed:
+    """Of values (N,) the last `missing` are forecasts, which samples influence by their residuals; the first `fresh` of
+    these (default all) count."""
+    values, residuals = (torch.tensor(part, dtype=torch.float64) for part in (values, residuals))
+    repeats = (torch.arange(len(values)) >= len(values) - missing).long()
+    counted = torch.arange(len(residuals)) < (len(residuals) if fresh is None else fresh)
+    return Completed(values, repeats, residuals, missing * residuals, counted)
 
 
 def test_decided_by_hand():
-    """Gaps 3 and 5: mean 4, spread √2, of 2 blocks in 4 an error of √2 √(1/2 - 1/4) = 0.7071, so t = 5.657 of 1 degree:
-    a tail of 1/2 - arctan(5.657)/π = 0.0557. The error allowed is shared by 1 other answer and 2 senses: 0.1114."""
-    seen = values([-10, -20], [-13, -25])
-    assert decided(seen, ONE, blocks=4, confidence=1 - 0.113)
-    assert not decided(seen, ONE, blocks=4, confidence=1 - 0.110)
+    """A mean gap of 4; residuals ±1 against 0 vary by 2, influences are ±2, so with two of four missing the error is
+    √(2 · 2 + 8 / 2) / 4 = 0.7071 and t = 5.657 of 1 degree: a tail of 1/2 - arctan(5.657)/π = 0.0557. The error
+    allowed is shared by 1 other answer and 2 senses: 0.1114."""
+    ahead, behind = answer([10, 20, 15, 15], [1, -1], 2), answer([13, 25, 19, 19], [0, 0], 2)
+    assert decided([ahead, behind], ONE, confidence=1 - 0.113)
+    assert not decided([ahead, behind], ONE, confidence=1 - 0.110)
     # a third answer far behind shares the error: 0.2228
-    three, ones = values([-10, -20], [-13, -25], [-900, -910]), torch.ones(3, dtype=torch.float64)
-    assert decided(three, ones, blocks=4, confidence=1 - 0.224)
-    assert not decided(three, ones, blocks=4, confidence=1 - 0.221)
-    # of 2 blocks in 1000 the correction is gone: an error of nearly 1, t = 4.004, a tail of 0.0779
-    assert not decided(seen, ONE, blocks=1000, confidence=1 - 0.150)
-    assert decided(seen, ONE, blocks=1000, confidence=1 - 0.160)
+    three, ones = [ahead, behind, answer([900, 910, 905, 905], [0, 0], 2)], torch.ones(3, dtype=torch.float64)
+    assert decided(three, ones, confidence=1 - 0.224)
+    assert not decided(three, ones, confidence=1 - 0.221)
+    # what is unknown of either answer counts, and so does a residual that is fresh in either
+    known = answer([13, 25, 19, 19], [0, 0], 0, fresh=0)
+    assert decided([ahead, known], ONE, confidence=1 - 0.113) and not decided([ahead, known], ONE, confidence=1 - 0.110)
+    assert not decided([answer([10, 20, 15, 15], [1, -1], 2, fresh=1), known], ONE, confidence=0.01)
 
 
 def test_the_leader_may_be_any_answer():
-    ones = torch.ones(3, dtype=torch.float64)
+    ones, answers = torch.ones(3, dtype=torch.float64), [answer([v, v + 1, v], [0.1, 0], 1) for v in (1, 50, 70)]
     for order in ([0, 1, 2], [1, 0, 2], [2, 1, 0]):
-        assert decided(values([-1.0, -1.1], [-50, -51], [-70, -72])[order], ones, 16, 0.8)
+        assert decided([answers[index] for index in order], ones, 0.8)
 
 
 def test_both_senses_must_be_decided():
     """The second is ahead by far, but per byte the two are equal."""
-    seen = values([-20.0, -21.5], [-10.1, -11.0])
-    assert decided(seen, ONE, 16, 0.8)
-    assert not decided(seen, torch.tensor([2.0, 1.0], dtype=torch.float64), 16, 0.8)
+    seen = [answer([20, 21.5, 21], [1, -1], 1), answer([10.1, 11, 10.5], [0, 0], 1)]
+    assert decided(seen, ONE, 0.8)
+    assert not decided(seen, torch.tensor([2.0, 1.0], dtype=torch.float64), 0.8)
 
 
 def test_what_is_never_and_always_decided():
-    assert decided(values([-1, -2], [-2, -1]), ONE, 2, 0.99)  # all blocks seen
-    assert not decided(values([-1], [-100]), ONE, 4, 0.5)  # one block shows no spread
-    assert not decided(values([-1, -2, -3]), ONE[:1], 4, 0.5)  # nothing to choose from
-    assert decided(values([-1, -2], [-3, -4]), ONE, 16, 0.99)  # no spread at all in the gap
-    assert not decided(values([-1, -2], [-1, -2]), ONE, 16, 0.01)  # a tie has no leader
+    assert decided([answer([1, 2], [9, -9], 0), answer([2, 1.5], [-9, 9], 0)], ONE, 0.99)  # nothing is unknown
+    assert not decided([answer([1, 1], [0], 1), answer([100, 100], [0], 1)], ONE, 0.5)  # one sample shows no spread
+    assert not decided([answer([1, 2, 3], [0, 1], 1)], ONE[:1], 0.5)  # nothing to choose from
+    assert decided([answer([1, 2, 2], [1, 2], 1), answer([3, 4, 4], [1, 2], 1)], ONE, 0.99)  # the gap has no spread
+    assert not decided([answer([1, 2, 2], [1, 2], 1)] * 2, ONE, 0.01)  # a tie has no leader
 
 
 @pytest.mark.parametrize("confidence", [0.8, 0.95, 0.99])
@@ -74,12 +82,18 @@ def test_choices_change_no_oftener_than_stated(confidence):
     generator, sizes = torch.Generator().manual_seed(1), torch.tensor([3.0, 4.0], dtype=torch.float64)
     changed = early = 0
     for gap in torch.linspace(0, 2, 300, dtype=torch.float64):
-        stream = torch.randn(2, 16, generator=generator, dtype=torch.float64) - torch.tensor([[30.0], [40.0]])
-        stream[1] -= gap
+        masked = torch.rand(128, 12, generator=generator) < 0.5  # (N, L)
+        same = masked.unique(dim=0, return_inverse=True)[1]  # (N,) equal masks, equal nats
+        noise = torch.randn(2, 128, 12, generator=generator).double()[:, same]  # (2, N, L)
+        nats = (noise + torch.tensor([[[6.0]], [[8.0]]])) * masked
+        nats[1] += gap / 4 * masked
+        weight = 1 / masked.sum(1).clamp(min=1).double()  # (N,)
         for count in look_schedule(16):
-            if decided(stream[:, :count], sizes, 16, confidence):
+            answers = [complete(masked, weight, each[: 8 * count], 8 * count) for each in nats]
+            if decided(answers, sizes, confidence):
                 break
-        chosen = [[(part.mean(1) / by).argmax().item() for by in (ONE, sizes)] for part in (stream[:, :count], stream)]
+        means = torch.stack([each.values.mean() for each in answers]), (nats.sum(2) * weight).mean(1)  # 2 x (2,)
+        chosen = [[(part / by).argmin().item() for by in (ONE, sizes)] for part in means]
         changed, early = changed + (chosen[0] != chosen[1]), early + (count < 16)
     assert changed <= 300 * (1 - confidence)
     assert early > 100  # the promise is kept by stopping, not by never stopping

@@ -8,6 +8,7 @@ from structprune.errors import UserError
 from structprune.evaluation import choices
 from structprune.evaluation.choices import Answer, Item, MonteCarlo, check_items, score_items
 from structprune.evaluation.encode import Batches
+from structprune.evaluation.forecast import complete
 from structprune.evaluation.perturb import FORMS, aligned_columns, draw_uniform, item_generator
 
 MASK = 2047
@@ -26,8 +27,9 @@ def make_items(seed: int = 0) -> list[Item]:
     ]
 
 
-def sample_nats(model, answer: Answer, masked: torch.Tensor, scale: float) -> float:
-    """Cross-entropy summed over the masked tokens of a target, from full forward passes."""
+def sample_nats(model, answer: Answer, masked: torch.Tensor, scale: float, of: torch.Tensor | None = None) -> float:
+    """Cross-entropy summed over the masked tokens of a target (or those of `of`), from full forward passes."""
+    of = masked if of is None else of
     prompt, target = answer.prompt, answer.target
     noisy = torch.cat((prompt, target.masked_fill(masked, MASK)))
     logits = model(noisy[None]).logits[0]  # (T, V)
@@ -36,7 +38,7 @@ def sample_nats(model, answer: Answer, masked: torch.Tensor, scale: float) -> fl
         without = model(bare[None]).logits[0]  # (T, V)
         logits = without + (1 + scale) * (logits - without)
     shifted = torch.cat((logits[:1], logits[:-1])) if model.shifted else logits  # (T, V)
-    return F.cross_entropy(shifted[len(prompt) :][masked], target[masked], reduction="sum").item()
+    return F.cross_entropy(shifted[len(prompt) :][of], target[of], reduction="sum").item()
 
 
 def block_means(model, item: Item, settings: MonteCarlo, family: str) -> list[torch.Tensor]:
@@ -106,13 +108,19 @@ def test_dreams_noise_as_published_is_kept_for_one_token(tiny_model):
 
 
 def test_exact_and_sampled_answers_of_one_item(tiny_model):
-    prompt = torch.arange(5)
-    item = Item("a", (Answer(prompt, torch.tensor([7]), 1), Answer(prompt, torch.tensor([8, 9, 10]), 1)))
+    """Per size the two are equal but for one part in a thousand."""
+    model, prompt = tiny_model(), torch.arange(5)
+    make = lambda *sizes: Item(  # noqa: E731
+        "a", tuple(Answer(prompt, torch.arange(7, stop), size) for stop, size in zip((8, 14), sizes))
+    )
+    (full,) = score_items(model, [make(1, 1)], MonteCarlo(64), Batches(999))
+    item = make(10_000, round(10_010 * full.log_likelihoods[1] / full.log_likelihoods[0]))
     counts = []
-    for confidence in (0.5, 0.999999999):
+    for confidence in (0.1, 0.999999999):
         settings = MonteCarlo(64, 8, adaptive=True, confidence=confidence)
-        (found,) = score_items(tiny_model(), [item], settings, Batches(999))
+        (found,) = score_items(model, [item], settings, Batches(999))
         assert found.errors[0] == 0 < found.errors[1]
+        assert found.log_likelihoods[0] == pytest.approx(full.log_likelihoods[0], rel=1e-6)
         counts.append(found.samples)
     assert 16 <= counts[0] < counts[1]
 
@@ -133,11 +141,20 @@ def test_equal_patterns_are_run_once(tiny_model):
     assert sum(rows) == 10
 
 
+def test_samples_without_a_mask_are_not_run(tiny_model):
+    """Of Dream's two maskable tokens three masks are run and the fourth, of none, is known to be 0."""
+    model, rows = tiny_model("dream"), []
+    model.embedding.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
+    item = Item("a", (Answer(torch.arange(5), torch.tensor([7, 8, 9]), 1),))
+    score_items(model, [item], MonteCarlo(256), Batches(10_000))
+    assert sum(rows) == 3
+
+
 def record_masks(monkeypatch) -> list[torch.Tensor]:
     """What is handed to forward passes from now on: masks (n, T)."""
-    seen, original = [], choices.masked_nats
+    seen, original = [], choices.token_nats
     monkeypatch.setattr(
-        choices, "masked_nats", lambda model, rows, *rest: (seen.append(rows.masked), original(model, rows, *rest))[1]
+        choices, "token_nats", lambda model, rows, *rest: (seen.append(rows.masked), original(model, rows, *rest))[1]
     )
     return seen
 
@@ -156,16 +173,29 @@ def test_noise_is_common_to_checkpoints_and_answers(tiny_model, monkeypatch):
     assert other.log_likelihoods[0] != same.log_likelihoods[0]  # another item, other noise
 
 
+@pytest.mark.parametrize("family", ["llada", "dream"])
 @torch.inference_mode()
-def test_adaptive_sampling_is_a_prefix_of_the_full_count(tiny_model):
-    model, item = tiny_model(), make_items()[0]
+def test_what_stops_early_is_estimated_from_its_samples_and_forecasts(tiny_model, family):
+    """The samples are the first of the full count's, forecasts fill the rest, and errors of both add in squares."""
+    model, item, form = tiny_model(family), make_items()[0], FORMS[family]
     settings = MonteCarlo(64, 4, adaptive=True, confidence=0.6)
     (found,) = score_items(model, [item], settings, Batches(999))
-    assert found.samples < 64 and found.samples % 4 == 0
-    count = found.samples // 4
-    blocks = block_means(model, item, settings, "llada")
-    assert found.log_likelihoods == pytest.approx([each[:count].mean().item() for each in blocks], rel=1e-4)
-    assert found.errors == pytest.approx([(each[:count].std() / count**0.5).item() for each in blocks], rel=1e-3)
+    seen = found.samples
+    assert seen < 64 and seen % 4 == 0
+    columns, width = aligned_columns([answer.target for answer in item.answers])
+    drawn = draw_uniform(form, 64, 4, width, "stratified", item_generator(0, item.key))
+    for answer, own, log_likelihood, error in zip(item.answers, columns, found.log_likelihoods, found.errors):
+        samples = form.perturb(drawn[0], drawn[1][:, own])
+        nats = torch.zeros(seen, len(answer.target)).double()
+        for row, mask in zip(nats, samples.masked):
+            for token in mask.nonzero().flatten():
+                alone = torch.arange(len(mask)) == token
+                row[token] = sample_nats(model, answer, mask, 0, alone)
+        completed = complete(samples.masked, samples.weight, nats, seen)
+        assert completed.repeats.any() and log_likelihood == pytest.approx(-completed.values.mean().item(), rel=1e-4)
+        blocks = (nats.sum(1) * samples.weight[:seen]).view(-1, 4).mean(1)  # (K,)
+        full = blocks.std().item() / 4  # √16 blocks
+        assert error == pytest.approx((full**2 + completed.error() ** 2) ** 0.5, rel=1e-3)
 
 
 def test_a_single_answer_gets_all_samples(tiny_model):
