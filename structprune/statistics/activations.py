@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
+from structprune.statistics.half import half_product, split_terms
 
 
 @dataclass(frozen=True)
@@ -55,10 +58,34 @@ def add_products(
     total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, weight: torch.Tensor | None = None
 ) -> torch.Tensor:
     """total (A, C) += Σ ω² left rightᵀ, in place, in fp32: rows left (..., A), right (..., C), ω (...)."""
-    left, right = left.flatten(0, -2).float(), right.flatten(0, -2).float()  # (R, A), (R, C)
-    if weight is not None:
-        left = left * weight.reshape(-1, 1).float() ** 2  # (R, A)
-    return total.addmm_(left.T, right)
+    left, right = left.flatten(0, -2), right.flatten(0, -2)  # (R, A), (R, C)
+    terms, right, product = _half_terms(left, right, weight)
+    if product is None:
+        left, right = left.float(), right.float()  # (R, A), (R, C)
+        terms, product = [left if weight is None else left * weight.reshape(-1, 1).float() ** 2], Tensor.addmm_
+    for term in terms:  # (R, A)
+        product(total, term.T, right)
+    return total
+
+
+def _half_terms(left: torch.Tensor, right: torch.Tensor, weight: torch.Tensor | None):
+    """Rows to be multiplied in their own dtype: what ω² left is the sum of, right as it is, and the product.
+
+    Rows without a weight are multiplied exactly. A weight makes of bf16 entries numbers of more digits; all of it goes
+    to the left, as two bf16 terms, so that what is lost (2⁻¹⁷) is below what an fp32 sum over thousands of rows loses.
+    Rounded to one term, weighted entries would lose 2⁻⁸. fp16 has no range for ω² left: with a weight it becomes fp32.
+
+    Args:
+        left: (R, A). right: (R, C). weight: (...) ω of R rows, or None for ones.
+    Returns:
+        (terms of (R, A), right, product), the product None where rows must become fp32.
+    """
+    product = half_product(left.device, left.dtype) if left.dtype == right.dtype else None
+    if product is None or (weight is not None and left.dtype != torch.bfloat16):
+        return [], right, None
+    if weight is None:
+        return [left], right, product
+    return split_terms(left * weight.reshape(-1, 1).float() ** 2), right, product
 
 
 GRAM_TILE = {"cpu": 384}  # rows of a Gram matrix computed at a time; elsewhere `DEVICE_GRAM_TILE`
@@ -73,13 +100,16 @@ def add_gram(total: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None =
     Args:
         x: (..., C) rows. weight: (...) ω, or None for ones.
     """
-    rows = x.flatten(0, -2).float()  # (R, C)
-    if weight is not None:
-        rows = rows * weight.reshape(-1, 1).float()  # (R, C)
+    rows = x.flatten(0, -2)  # (R, C)
+    terms, right, product = _half_terms(rows, rows, weight)
+    if product is None:
+        right = rows.float() if weight is None else rows.float() * weight.reshape(-1, 1).float()  # (R, C)
+        terms, product = [right], Tensor.addmm_
     tile = GRAM_TILE.get(x.device.type, DEVICE_GRAM_TILE)
     for start in range(0, len(total), tile):
         stop = min(start + tile, len(total))
-        total[start:stop, start:].addmm_(rows[:, start:stop].T, rows[:, start:])  # (t, C - start)
+        for term in terms:  # (R, C)
+            product(total[start:stop, start:], term[:, start:stop].T, right[:, start:])  # (t, C - start)
     return total
 
 
