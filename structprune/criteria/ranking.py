@@ -141,14 +141,14 @@ def _advance_with_grams(
     """Run one block over all rows; mean of x̃ x̃ᵀ over rows of what its two consumers read, (C, C) each."""
     sizes = {kind: block[CONSUMER[kind]].in_features for kind in KINDS}
     grams = {kind: torch.zeros(size, size, device=device) for kind, size in sizes.items()}  # (C, C)
-    totals = dict.fromkeys(KINDS, 0.0)
+    totals = {kind: torch.zeros((), dtype=torch.float64, device=device) for kind in KINDS}  # Σ ω², on the device
     for part in states.slices():
         x, omega = states.read(part), rows.part(part, device)  # (b, T, C), (b, T)
         for kind in KINDS:
             read = block.module.mix(x, states.rotary) if kind == "attention" else block.module.activate(x)  # (b, T, .)
             weight = relative_weight(x, omega) if relative else omega  # (b, T)
             add_products(grams[kind], read, read, weight)
-            totals[kind] += float(x.shape[0] * x.shape[1] if weight is None else weight.double().pow(2).sum())
+            totals[kind] += x.shape[0] * x.shape[1] if weight is None else weight.double().pow(2).sum()
             x = x + block[CONSUMER[kind]](read)  # (b, T, C)
         states.write(part, x)
     return {kind: gram / totals[kind] for kind, gram in grams.items()}

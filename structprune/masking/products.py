@@ -41,7 +41,8 @@ class RowSums:
         self._linears = linears
         self._gram = torch.zeros(size, size, device=device)  # (C, C)
         self._cross = torch.zeros_like(self._gram) if cross else None
-        self._power = dict.fromkeys(linears, 0.0) if power else {}
+        # sums stay on the device until the last batch: to read one would make it wait
+        self._power = {role: torch.zeros((), dtype=torch.float64, device=device) for role in linears if power}
 
     def add(self, hat: torch.Tensor, dense: torch.Tensor | None, omega: torch.Tensor | None) -> None:
         """Count rows X̂ and X (b, T, C), weighted by ω (b, T); None for X̂ again, and for ones."""
@@ -51,7 +52,7 @@ class RowSums:
         for role in self._power:
             output = self._output(role, hat if dense is None else dense)  # (b, T, O)
             output = output if omega is None else output * omega[..., None]  # (b, T, O)
-            self._power[role] += float(output.pow(2).sum())
+            self._power[role] += output.pow(2).sum()
 
     def _output(self, role: str, x: torch.Tensor) -> torch.Tensor:
         """W x in fp32 without its bias: (b, T, C) -> (b, T, O)."""
@@ -59,4 +60,5 @@ class RowSums:
 
     def finish(self) -> InputProducts:
         gram = mirror(self._gram)
-        return InputProducts(gram, gram if self._cross is None else self._cross, self._power)
+        power = {role: float(total) for role, total in self._power.items()}
+        return InputProducts(gram, gram if self._cross is None else self._cross, power)

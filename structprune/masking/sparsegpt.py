@@ -39,13 +39,13 @@ def factorise(gram: torch.Tensor, damping: float = 0.01) -> Factor:
     Raises:
         ValueError: the Gram matrix holds NaN or infinity.
     """
-    if not torch.isfinite(gram).all():
+    if not torch.isfinite(gram).all():  # a look from the host, as that at `failed` below: once an input
         raise ValueError("a Gram matrix holds NaN or infinity: the activations overflow in this dtype, use float32")
     turned = gram.float().flip(0, 1)  # (C, C), a copy
     del gram  # where the caller let go of it too, only three matrices are alive at once
     dead = turned.diagonal() == 0  # (C,)
     scale = turned.diagonal().double().mean()  # (); before the dead get their 1, which has no unit; fp32 may overflow
-    turned.diagonal()[dead] = 1
+    turned.diagonal().masked_fill_(dead, 1)
     added = 0.0
     while True:
         turned.diagonal().add_((damping - added) * scale)
@@ -83,7 +83,7 @@ def sparsegpt(
     """
     sizes = [len(weight) for weight in weights]
     left = torch.cat([weight.float() for weight in weights]).T.contiguous()  # (C, O): a column is one row in memory
-    left[factor.dead] = 0
+    left.masked_fill_(factor.dead[:, None], 0)
     kept = torch.ones(left.shape, dtype=torch.bool, device=left.device)  # (C, O)
     columns = len(left)
     step = column_block if nm is None else max(nm[1], column_block // nm[1] * nm[1])  # groups are not cut

@@ -11,6 +11,7 @@ import torch
 
 from structprune.masking.products import InputProducts, RowSums
 from structprune.models.adapter import READERS, Adapter, BlockView
+from structprune.models.transfer import send
 from structprune.statistics.activations import add_gram, mirror, relative_weight
 from structprune.statistics.hidden import HiddenStates
 from structprune.statistics.inputs import STREAM, InputNorms, Inputs, block_inputs, read_input
@@ -30,7 +31,7 @@ class Use:
         """Weights of some of the rows on a device, (b, T)."""
         if self.weight is None:
             return None
-        return self.weight[rows.start - self.rows.start : rows.stop - self.rows.start].to(device)
+        return send(self.weight[rows.start - self.rows.start : rows.stop - self.rows.start], device)
 
 
 @dataclass(frozen=True)

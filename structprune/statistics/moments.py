@@ -5,6 +5,7 @@ import torch
 from structprune.calibration.batches import Calibration
 from structprune.config import SinkSettings
 from structprune.models.adapter import Adapter
+from structprune.models.transfer import send
 from structprune.statistics.activations import Moments, merge_moments, moments
 from structprune.statistics.capture import MassMeter, consumers, watch_inputs
 from structprune.statistics.rows import Observe, Track, arm_ids, arm_weights, needs_sinks, unobserved, untracked
@@ -65,12 +66,12 @@ def consumer_moments(
             continue
         weight = weigh(noisy) if needs_sinks(arm, sink) else None  # (b*R, T)
         with watch_inputs(linears, lambda key, x: add(key, x, weight)):
-            adapter.model.encode(part.flatten(0, 1).to(adapter.device))
+            adapter.model.encode(send(part.flatten(0, 1), adapter.device))
     return totals
 
 
 def _mass(adapter: Adapter, noisy: torch.Tensor) -> torch.Tensor:
     """One forward over (b, S, T) noisy copies -> their attention mass (b, S, T)."""
     with (meter := MassMeter()).on([block.core for block in adapter.blocks]):
-        adapter.model.encode(noisy.flatten(0, 1).to(adapter.device))
+        adapter.model.encode(send(noisy.flatten(0, 1), adapter.device))
     return meter.take().view(noisy.shape)

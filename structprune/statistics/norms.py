@@ -13,6 +13,7 @@ import torch
 from structprune.calibration.batches import Calibration
 from structprune.config import SinkSettings
 from structprune.models.adapter import READERS, Adapter, BlockView
+from structprune.models.transfer import send
 from structprune.statistics.activations import relative_weight, squared_norms
 from structprune.statistics.capture import MassMeter, watch_inputs
 from structprune.statistics.inputs import STREAM, InputNorms, Inputs, Key, block_inputs, inputs_of_rows
@@ -65,13 +66,13 @@ def one_shot_norms(
     ids = ids.flatten(0, 1)  # (R, T)
     for start in track(range(0, len(ids), batch), f"norms ({arm})"):
         rows = slice(start, start + batch)
-        part = ids[rows].to(adapter.device)  # (b, T)
+        part = send(ids[rows], adapter.device)  # (b, T)
         if late and held_bytes(adapter, part.numel()) <= budget:
             room = room or [_Held.empty(block, part.shape) for block in adapter.blocks[:-1]]
             mass = _add_late(adapter, part, [held.first(len(part)) for held in room], counted, sink, relative)
             observe(mass)  # (b, T)
             continue
-        weight = None if weights is None else weights[rows].to(adapter.device)  # (b, T)
+        weight = None if weights is None else send(weights[rows], adapter.device)  # (b, T)
         if late:
             observe(mass := mass_of(adapter, part))  # (b, T)
             weight = _late_weight(mass, sink)  # (b, T)
@@ -195,8 +196,11 @@ def _add_late(
     weight = _late_weight(mass, sink)  # (b, T)
     for name, value in last.read.items():
         counted.add((blocks[-1].index, name), value, last.weight(name, weight, relative))
-    for block, held in zip(blocks, room):
-        _count(block, held, counted, weight, relative)
+    grouped = [_by_group(weight, held.order) for held in room]  # ((b, G), (b, G)) each
+    # one look of the host at all blocks' groups, not one a sequence and block
+    apart = torch.stack([apart for _, apart in grouped]).cpu() if grouped else []  # (blocks, b, G)
+    for block, held, (squared, _), groups in zip(blocks, room, grouped, apart):
+        _count(block, held, counted, weight, relative, squared, groups)
     return mass
 
 
@@ -227,18 +231,26 @@ def _by_group(weight: torch.Tensor, order: torch.Tensor) -> tuple[torch.Tensor, 
     return squared, torch.cat((torch.zeros_like(alone, dtype=torch.bool), apart), dim=1)
 
 
-def _count(block: BlockView, held: _Held, counted: InputNorms, weight: torch.Tensor, relative: bool) -> None:
-    """Squares of what a block's linears read: whole groups where their rows weigh the same, else row by row."""
+def _count(
+    block: BlockView, held: _Held, counted: InputNorms, weight: torch.Tensor, relative: bool, squared: torch.Tensor,
+    apart: torch.Tensor,
+) -> None:  # fmt: skip
+    """Squares of what a block's linears read: whole groups where their rows weigh the same, else row by row.
+
+    Args:
+        weight: (b, T). squared: (b, G) and apart: (b, G) on the host, of `_by_group`.
+    """
     scale = relative_weight(held.x, weight) if relative else weight  # (b, T)
     counted.add((block.index, "mixed"), held.mixed, scale)
-    squared, apart = _by_group(weight, held.order)  # (b, G), (b, G)
-    squares = {name: torch.bmm((squared * ~apart)[:, None], sums)[:, 0] for name, sums in held.sums.items()}  # (b, C)
+    whole = squared * send(~apart, squared.device)  # (b, G)
+    squares = {name: torch.bmm(whole[:, None], sums)[:, 0] for name, sums in held.sums.items()}  # (b, C)
+    single, _ = _groups(held.order.shape[1])
     for index, groups in enumerate(apart):
-        single, _ = _groups(held.order.shape[1])
         others = held.order[index, single:]  # (T - single,)
-        rows = others[groups[single:].repeat_interleave(GROUP)[: len(others)]]  # (r,)
-        if not len(rows):
+        places = groups[single:].repeat_interleave(GROUP)[: len(others)].nonzero()[:, 0]  # (r,), on the host
+        if not len(places):
             continue
+        rows = others[send(places, others.device)]  # (r,)
         made = inputs_of_rows(block, held.x[index, rows][None], held.mixed[index, rows][None])
         part = weight[index, rows][None]  # (1, r)
         for name in squares:

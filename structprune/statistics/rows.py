@@ -8,6 +8,7 @@ import torch
 from structprune.calibration.batches import Calibration
 from structprune.config import SinkSettings
 from structprune.models.adapter import Adapter
+from structprune.models.transfer import send
 from structprune.statistics.capture import MassMeter
 from structprune.statistics.sinks import keep_weights
 
@@ -44,7 +45,7 @@ class Rows:
 
     def part(self, rows: slice, device: torch.device) -> torch.Tensor | None:
         """The weights of some sequences on a device, (b, T)."""
-        return None if self.weight is None else self.weight[rows].to(device)
+        return None if self.weight is None else send(self.weight[rows], device)
 
 
 def needs_sinks(arm: str | None, sink: SinkSettings) -> bool:
@@ -81,7 +82,7 @@ def mass_of(adapter: Adapter, ids: torch.Tensor) -> torch.Tensor:
 
     The pass ends where the last block's attention begins.
     """
-    x = adapter.model.embedding(ids.to(adapter.device))  # (b, T, C)
+    x = adapter.model.embedding(send(ids, adapter.device))  # (b, T, C)
     rotary = adapter.model.rotary(ids.shape[1], adapter.device)
     with MassMeter().on([block.core for block in adapter.blocks]) as meter:
         for block in adapter.blocks[:-1]:
@@ -105,6 +106,7 @@ def measure_mass(
     """
     noisy = calibration.noisy_ids.flatten(0, 1)  # (N*S, T)
     starts = track(range(0, len(noisy), batch), "attention mass")
-    mass = torch.cat([mass_of(adapter, noisy[start : start + batch]).cpu() for start in starts])  # (N*S, T)
+    # brought to the host at once: batch by batch the device would stand still at the end of every pass
+    mass = torch.cat([mass_of(adapter, noisy[start : start + batch]) for start in starts]).cpu()  # (N*S, T)
     observe(mass)
     return mass.view(calibration.noisy_ids.shape)

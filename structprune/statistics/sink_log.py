@@ -9,14 +9,14 @@ from structprune.statistics.sinks import sink_phi
 
 
 class SinkLog:
-    """Keeps the mass that `observe` is shown, 4 bytes a row: N windows x S levels x T positions, on CPU."""
+    """Keeps the mass that `observe` is shown, 4 bytes a row: N windows x S levels x T positions, where it is."""
 
     def __init__(self):
         self._parts: list[torch.Tensor] = []
 
     def observe(self, mass: torch.Tensor) -> None:
         """Keep mass (..., T) of further sequences, in the order of windows and levels."""
-        self._parts.append(mass.flatten(0, -2).cpu())  # (r, T)
+        self._parts.append(mass.flatten(0, -2))  # (r, T); brought to the host once, or every pass would wait for it
 
     def report(self, calibration: Calibration, sink: SinkSettings, mask_id: int) -> dict | None:
         """`policies.policy_report` of the windows seen, as plain data; None where none were.
@@ -30,7 +30,9 @@ class SinkLog:
         if not self._parts:
             return None
         noisy, p = calibration.noisy_ids, calibration.mask_probability  # (N, S, T), (N, S)
-        mass = torch.cat(self._parts)[: noisy.shape[0] * noisy.shape[1]].view(noisy.shape)  # (N, S, T)
+        mass = torch.cat([part.cpu() for part in self._parts])[: noisy.shape[0] * noisy.shape[1]].view(
+            noisy.shape
+        )  # (N, S, T)
         phi, masked = sink_phi(mass, sink), noisy == mask_id  # (N, S, T) each
         if p is not None:
             order = p.argsort(dim=1, stable=True)[..., None].expand(noisy.shape)  # (N, S, T)

@@ -15,6 +15,7 @@ from structprune.criteria.paths import KINDS
 from structprune.criteria.ranking import Limits, calibration_rows
 from structprune.models.adapter import CONSUMER, Adapter
 from structprune.models.modeling_structprune import DiffusionLM
+from structprune.models.transfer import send
 from structprune.statistics.activations import add_products, relative_weight
 from structprune.statistics.residual import ResidualRun, TargetRun
 from structprune.statistics.rows import Observe, Track, arm_rows, unobserved, untracked
@@ -177,20 +178,21 @@ class Reconstructor:
                 x, target = run.read(key, rows)[inner], self._target(run, key, rows)[inner]  # (b, T, K), (b, T, O)
                 if self._constant:
                     x = torch.cat((x, torch.ones_like(x[..., :1])), dim=-1)  # (b, T, K + 1)
-                weight = self._weight[part].to(x.device)  # (b, T)
+                weight = send(self._weight[part], x.device)  # (b, T)
                 if self.settings.relative:
                     weight = relative_weight(run.states(part), weight)  # (b, T)
                 # the mean is all that the bias alone is fitted to
                 right = x[..., -1:] if fitted and self.settings.mode == "bias" else x  # (b, T, K or 1)
                 if fitted not in sums:
                     shapes = [(side.shape[-1], right.shape[-1]) for side in (x, target)]
-                    sums[fitted] = [*(torch.zeros(shape, device=x.device) for shape in shapes), 0.0]
+                    power = torch.zeros((), dtype=torch.float64, device=x.device)  # read after the last batch only
+                    sums[fitted] = [*(torch.zeros(shape, device=x.device) for shape in shapes), power]
                 add_products(sums[fitted][0], x, right, weight)
                 add_products(sums[fitted][1], target, right, weight)
                 if not fitted:
-                    sums[fitted][2] += float((target.float() * weight[..., None]).pow(2).sum())
+                    sums[fitted][2] += (target.float() * weight[..., None]).pow(2).sum()
         return tuple(
-            Products(gram.double(), wanted.double(), power) for gram, wanted, power in (sums[True], sums[False])
+            Products(gram.double(), wanted.double(), float(power)) for gram, wanted, power in (sums[True], sums[False])
         )
 
     def _target(self, run: ResidualRun, key, rows: slice) -> torch.Tensor:

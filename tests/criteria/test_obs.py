@@ -5,7 +5,15 @@ import itertools
 import pytest
 import torch
 
-from structprune.criteria.obs import damped_inverse, group_costs, obs_path, remove_columns
+from structprune.criteria.obs import (
+    cheapest,
+    damped_inverse,
+    eliminate,
+    group_costs,
+    obs_path,
+    remaining,
+    remove_columns,
+)
 
 DAMPING = 0.05
 
@@ -119,3 +127,43 @@ def test_greedy_is_near_the_best_subset():
     path = obs_path(weight, gram, [list(range(8))], DAMPING)
     best = min(least_rise(weight, hessian, gone)[0].item() for gone in itertools.combinations(range(8), 3))
     assert best <= path.cost[:3].sum().item() * (1 + 1e-9) <= 1.5 * best
+
+
+@pytest.mark.parametrize("width, groups, size", [(1, 1, 3), (2, 3, 1)])
+def test_the_host_reads_nothing_while_units_go(width, groups, size):
+    """On the meta device whatever looks at a number raises."""
+    columns = 12 * width
+    weight, gram = (torch.empty(rows, columns, dtype=torch.float64, device="meta") for rows in (5, columns))
+    member = torch.empty(12, dtype=torch.int64, device="meta")
+    taken, left = eliminate(weight, gram, DAMPING, member, groups, size)
+    sizes = [len(units) for units, _, _ in taken]
+    assert sum(sizes) == 12 // groups - 1 and max(sizes) == size and left.shape == (groups,)
+
+
+def test_remaining_by_hand():
+    assert remaining(torch.tensor([4, 0, 2]), 6).tolist() == [1, 3, 5]
+    assert remaining(torch.tensor([], dtype=torch.int64), 2).tolist() == [0, 1]
+
+
+def test_cheapest_of_every_group_by_hand():
+    single = torch.tensor([3.0, 1.0, 2.0, 5.0, 4.0, 1.0, 1.0, 0.5])
+    member = torch.tensor([0, 1, 0, 1, 1, 0, 0, 1])  # group 0: 3, 2, 1, 1; group 1: 1, 5, 4, 0.5
+    assert cheapest(single, member, 2, 3).tolist() == [[5, 7], [6, 1], [2, 4]]  # of equal ones the first
+
+
+@pytest.mark.parametrize("width", [1, 2])
+def test_what_is_not_positive_definite_is_an_error_as_before(width, monkeypatch):
+    weight, gram, _ = case(3, 8)
+    broken = -torch.eye(8, dtype=torch.float64)  # H⁻¹ of no Gram matrix
+    monkeypatch.setattr("structprune.criteria.obs.damped_inverse", lambda gram, damping: broken)
+    with pytest.raises(torch.linalg.LinAlgError, match="not positive definite"):
+        obs_path(weight, gram, [list(range(8 // width))], DAMPING)
+    with pytest.raises(torch.linalg.LinAlgError):
+        damped_inverse(-gram, DAMPING)
+
+
+def test_singular_parts_cost_nan():
+    inverse = torch.eye(4, dtype=torch.float64)
+    inverse[2:, 2:] = 1.0
+    assert group_costs(torch.ones(1, 4).double(), inverse, 2).isnan().tolist() == [False, True]
+    assert remove_columns(torch.ones(1, 4).double(), inverse - 2, torch.tensor([0]))[2].isnan()
