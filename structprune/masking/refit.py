@@ -7,7 +7,7 @@ Shapes: O outputs, C inputs, K kept ones.
 
 import torch
 
-from structprune.structured.reconstruct import NEVER, Products, output_error
+from structprune.structured.reconstruct import NEVER, Products, output_error, output_errors
 
 SAMPLE = 32  # rows on which the damping is chosen
 NOISE = 1e-7  # gains that products summed in fp32 cannot tell, relative to the power of the output
@@ -38,24 +38,42 @@ def refit_rows(
     """
     if damping == NEVER:
         return weight
+    return refit_each(weight, kept, wanted, gram, (damping,), tolerance, dtype)[0]
+
+
+def refit_each(
+    weight: torch.Tensor,
+    kept: torch.Tensor,
+    wanted: torch.Tensor,
+    gram: torch.Tensor,
+    dampings: tuple[float, ...],
+    tolerance: float = TOLERANCE,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """`refit_rows` for several finite dampings at once, (n, O, C): every step reads the Gram matrix once for all of
+    them, which for few rows is what a step costs. Rounding apart, each is what it is alone."""
     unit = gram.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)  # (), so that fp32 has range to spare
     power = gram.diagonal() / unit  # (C,)
-    ridge = damping * (power * kept).sum(1, keepdim=True) / kept.sum(1, keepdim=True).clamp(min=1)  # (O, 1)
+    mean = (power * kept).sum(1, keepdim=True) / kept.sum(1, keepdim=True).clamp(min=1)  # (O, 1)
+    ridge = torch.cat([damping * mean for damping in dampings])  # (n * O, 1)
     residual = (wanted - weight @ gram) / unit * kept  # (O, C)
     size = residual.norm(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)  # (O, 1)
     right, system = (residual / size).to(dtype), (gram / unit).to(dtype)  # (O, C), (C, C)
-    step = conjugate_gradients(system, right, kept, ridge.to(dtype), tolerance)  # (O, C)
-    return weight + step.double() * size
+    stacked = (len(dampings), *weight.shape)
+    right, kept = (each.expand(stacked).flatten(0, 1) for each in (right, kept))  # (n * O, C) each, one is no copy
+    step = conjugate_gradients(system, right, kept, ridge.to(dtype), tolerance, len(dampings))  # (n * O, C)
+    return weight + step.view(stacked).double() * size
 
 
 def conjugate_gradients(
-    gram: torch.Tensor, right: torch.Tensor, kept: torch.Tensor, ridge: torch.Tensor, tolerance: float
+    gram: torch.Tensor, right: torch.Tensor, kept: torch.Tensor, ridge: torch.Tensor, tolerance: float, sets: int = 1
 ) -> torch.Tensor:
     """Rows x with (G_KK + λI) x_K = b_K and 0 elsewhere, by conjugate gradients preconditioned with the diagonal.
 
     Args:
         gram: (C, C) G. right: (O, C) b, of norm 1 or 0 in every row. kept: (O, C) bool. ridge: (O, 1) λ.
         tolerance: of every row's ‖b - (G_KK + λI) x‖.
+        sets: the rows are so many sets of equal size; one rests as soon as all its rows are within the tolerance.
     Returns:
         (O, C); a row where G + λI is not positive definite stays where that showed.
     """
@@ -72,8 +90,11 @@ def conjugate_gradients(
         length = torch.where(goes, slope / curve, 0.0)  # (O, 1)
         x += length * direction
         left -= length * image
-        if count % EVERY == EVERY - 1 and left.norm(dim=1).max() <= tolerance:
-            break
+        if count % EVERY == EVERY - 1:
+            rests = left.norm(dim=1).view(sets, -1).amax(1) <= tolerance  # (sets,)
+            if rests.all():
+                break
+            goes = goes & ~rests.repeat_interleave(len(goes) // sets)[:, None]  # (O, 1)
         scaled = scale * left  # (O, C)
         before, slope = slope, (left * scaled).sum(1, keepdim=True)  # (O, 1)
         direction = torch.where(goes, scaled + slope / before * direction, 0.0)  # (O, C)
@@ -92,13 +113,12 @@ def choose_refit(
         (weight (O, C), damping, held-out output error less the unchanged weight's)
     """
     some = torch.linspace(0, len(weight) - 1, min(SAMPLE, len(weight)), device=weight.device).long()  # (s,)
-    best, gain = NEVER, 0.0
-    plain = output_error(weight[some], check.wanted[some], check.gram)
-    for damping in sorted(candidates):
-        tried = refit_rows(weight[some], kept[some], fit.wanted[some], fit.gram, damping)  # (s, C)
-        found = output_error(tried, check.wanted[some], check.gram) - plain
-        if found < gain:
-            best, gain = damping, found
+    tried, best, gain = sorted(candidates), NEVER, 0.0
+    moved = refit_each(weight[some], kept[some], fit.wanted[some], fit.gram, tried)  # (n, s, C)
+    plain, *found = output_errors(torch.cat((weight[some][None], moved)), check.wanted[some], check.gram)
+    for damping, error in zip(tried, found):
+        if error - plain < gain:
+            best, gain = damping, error - plain
     moved = refit_rows(weight, kept, fit.wanted, fit.gram, best)  # (O, C)
     whole = output_error(moved, check.wanted, check.gram) - output_error(weight, check.wanted, check.gram)
     return (moved, best, whole) if whole < -NOISE * check.power else (weight, NEVER, 0.0)

@@ -36,19 +36,29 @@ def refit_weight(
     Returns:
         (O, K), or None where G + λI is not positive definite.
     """
-    if damping == NEVER:
-        return kept
+    return kept if damping == NEVER else _moved(kept, wanted - kept @ gram, gram, damping, features)
+
+
+def _moved(
+    kept: torch.Tensor, gap: torch.Tensor, gram: torch.Tensor, damping: float, features: int
+) -> torch.Tensor | None:
+    """W_K + gap (G + λI)⁻¹ of `refit_weight`, gap (O, K) being what all dampings share."""
     scale = gram.diagonal()[:features].mean()  # ()
     ridge = gram + damping * scale * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)  # (K, K)
     factor, failed = torch.linalg.cholesky_ex(ridge)
-    if failed:
+    if failed:  # the device is waited for, once a candidate and layer: less than the factorisation takes
         return None
-    return kept + torch.cholesky_solve((wanted - kept @ gram).T, factor).T  # (O, K)
+    return kept + torch.cholesky_solve(gap.T, factor).T  # (O, K)
 
 
 def output_error(weight: torch.Tensor, wanted: torch.Tensor, gram: torch.Tensor) -> float:
     """‖W_new X̂ᵀ - W Xᵀ‖² less the part that no W_new changes: tr(W_new G W_newᵀ) - 2 tr(W_new (W·C)ᵀ)."""
-    return float((weight * (weight @ gram - 2 * wanted)).sum())
+    return output_errors(weight[None], wanted, gram)[0]
+
+
+def output_errors(weights: torch.Tensor, wanted: torch.Tensor, gram: torch.Tensor) -> list[float]:
+    """`output_error` of several weights (n, O, K), brought to the host at once."""
+    return (weights * (weights @ gram - 2 * wanted)).sum((1, 2)).tolist()
 
 
 def refit_bias(kept: torch.Tensor, wanted: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
@@ -100,8 +110,9 @@ def choose(
     if settings.mode == "bias":
         candidates = [(refit_bias(kept, fit.wanted, fit.gram), 0.0)]
     else:
-        tried = sorted(settings.damping)
-        candidates = ((refit_weight(kept, fit.wanted, fit.gram, value, features), value) for value in tried)
+        gap = fit.wanted - kept @ fit.gram  # (O, K)
+        # one after the other: factors of all at once would be the peak of memory
+        candidates = ((_moved(kept, gap, fit.gram, value, features), value) for value in sorted(settings.damping))
     for weight, damping in candidates:
         if weight is None:
             continue

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from structprune.masking import refit
-from structprune.masking.refit import choose_refit, refit_rows
+from structprune.masking.refit import choose_refit, refit_each, refit_rows
 from structprune.structured.reconstruct import NEVER, Products, output_error
 
 EXACT = {"tolerance": 1e-14, "dtype": torch.float64}
@@ -166,11 +166,11 @@ def test_rows_beyond_the_sample_are_refitted_too(monkeypatch):
     monkeypatch.setattr(refit, "SAMPLE", 3)
     x, hat, omega, weight, kept = case(outputs=20)
     start, sums = weight * kept, products(x, hat, omega, weight)
-    seen, real = [], refit.refit_rows
-    monkeypatch.setattr(refit, "refit_rows", lambda *given: seen.append(len(given[0])) or real(*given))
+    seen, each = [], refit.refit_each
+    monkeypatch.setattr(refit, "refit_each", lambda *given: seen.append((len(given[0]), len(given[4]))) or each(*given))
     found, damping, gain = choose_refit(start, kept, sums, sums, CANDIDATES)
-    assert seen == [3] * len(CANDIDATES) + [20]
-    assert torch.equal(found, real(start, kept, sums.wanted, sums.gram, damping))
+    assert seen == [(3, len(CANDIDATES)), (20, 1)]
+    assert torch.equal(found, refit_rows(start, kept, sums.wanted, sums.gram, damping))
     error = ((found @ hat.T - weight @ x.T) * omega).pow(2).sum() - ((start @ hat.T - weight @ x.T) * omega).pow(
         2
     ).sum()
@@ -197,3 +197,26 @@ def test_rounding_is_no_gain():
     rounded = Products(sums.gram, sums.wanted + noise, sums.power)
     found, damping, gain = choose_refit(weight, kept, rounded, rounded, CANDIDATES)
     assert found is weight and damping == NEVER and gain == 0
+
+
+def test_several_dampings_at_once_are_what_each_is_alone(monkeypatch):
+    """Also where one needs more steps: those that are there rest."""
+    x, hat, omega, weight, kept = case(outputs=20, columns=40, rows=90)
+    start, sums, dampings = weight * kept, products(x, hat, omega, weight), (0.001, 0.1, 1.0)
+    together = refit_each(start, kept, sums.wanted, sums.gram, dampings, dtype=torch.float64)
+    assert together.shape == (len(dampings), 20, 40)
+    for damping, found in zip(dampings, together):
+        alone = refit_rows(start, kept, sums.wanted, sums.gram, damping, dtype=torch.float64)
+        assert torch.allclose(found, alone, rtol=1e-9, atol=1e-12)
+    monkeypatch.setattr(refit, "EVERY", refit.STEPS + 1)  # nobody rests before the last step
+    longer = refit_each(start, kept, sums.wanted, sums.gram, dampings, dtype=torch.float64)
+    assert not torch.allclose(longer[-1], together[-1], rtol=1e-9, atol=1e-12)
+
+
+def test_one_damping_that_cannot_be_solved_spoils_no_other():
+    x, hat, omega, weight, kept = case()
+    start, sums = weight * kept, products(x, hat, omega, weight)
+    shifted = sums.gram - 0.5 * sums.gram.diagonal().mean() * torch.eye(12)  # not positive definite without damping
+    found = refit_each(start, kept, sums.wanted, shifted, (0.0, 3.0), dtype=torch.float64)
+    alone = refit_rows(start, kept, sums.wanted, shifted, 3.0, dtype=torch.float64)
+    assert found.isfinite().all() and torch.allclose(found[1], alone, rtol=1e-9, atol=1e-12)
