@@ -113,7 +113,9 @@ def choose_refit(
         (weight (O, C), damping, held-out output error less the unchanged weight's)
     """
     some = torch.linspace(0, len(weight) - 1, min(SAMPLE, len(weight)), device=weight.device).long()  # (s,)
-    tried, best, gain = sorted(candidates), NEVER, 0.0
+    tried, best, gain = sorted(set(candidates) - {NEVER}), NEVER, 0.0
+    if not tried:
+        return weight, NEVER, 0.0
     moved = refit_each(weight[some], kept[some], fit.wanted[some], fit.gram, tried)  # (n, s, C)
     plain, *found = output_errors(torch.cat((weight[some][None], moved)), check.wanted[some], check.gram)
     for damping, error in zip(tried, found):

@@ -213,6 +213,14 @@ def test_several_dampings_at_once_are_what_each_is_alone(monkeypatch):
     assert not torch.allclose(longer[-1], together[-1], rtol=1e-9, atol=1e-12)
 
 
+def test_infinity_among_the_candidates_is_the_unchanged_weight():
+    x, hat, omega, weight, kept = case()
+    start, sums = weight * kept, products(x, hat, omega, weight)
+    assert choose_refit(start, kept, sums, sums, (NEVER,)) == (start, NEVER, 0.0)
+    found = choose_refit(start, kept, sums, sums, (NEVER, 0.1))
+    assert found[1] == 0.1 and torch.equal(found[0], refit_rows(start, kept, sums.wanted, sums.gram, 0.1))
+
+
 def test_one_damping_that_cannot_be_solved_spoils_no_other():
     x, hat, omega, weight, kept = case()
     start, sums = weight * kept, products(x, hat, omega, weight)
