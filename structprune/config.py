@@ -187,6 +187,9 @@ class MemorySettings(Section):
     """Above this, hidden states are kept in files and held activations are recomputed instead."""
     offload: bool = False
     """Weights stay in host memory; each layer's are on the accelerator only while it computes."""
+    overlap: bool = True
+    """On an accelerator hidden states and offloaded weights are copied, through pinned memory, while others are computed
+    with; false: one after the other, with less memory."""
 
 
 class Config(Sections):

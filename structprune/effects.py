@@ -42,7 +42,14 @@ def _common(config: Config, arms: list[str]) -> tuple[Idle, ...]:
         ("sink", ("mask", "alpha", "kappa", "scale_free"), sink.policy == "none", "sink.policy = all or unstable"),
         ("sink", ("trajectory",), blind, "an arm that is masked or has +sink"),
         ("sink", ("alpha", "scale_free"), sink.mask == "hard", "sink.mask = soft"),
+        ("memory", ("overlap",), not _accelerated(config), "an accelerator"),
     )
+
+
+def _accelerated(config: Config) -> bool:
+    from torch import cuda  # late: `import structprune` is light
+
+    return (config.model.device or ("cuda" if cuda.is_available() else "cpu")) != "cpu"
 
 
 def check_structured(config: Config) -> None:
@@ -84,7 +91,7 @@ def check_masking(config: Config, base: str, arm: str | None, reads: bool) -> No
          "a score, refit or held-out check that looks at text"),
         ("calibration", ("steps", "interval"), not noised and not config.calibration.replays,
          "a noisy arm, a refit or a held-out check"),
-        ("memory", ("offload",), not reads, "a forward pass"),
+        ("memory", ("offload", "overlap"), not reads, "a forward pass"),
     )  # fmt: skip
     seen = arm or ("masked" if masking.allocation == "owl" else "")  # where the score sees nothing, owl looks
     arms = [seen, reconstruct.arm if reconstruct.enabled else ""]

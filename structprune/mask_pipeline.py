@@ -119,13 +119,16 @@ class MaskRun:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
         return value
 
+    def _streamed(self, model: DiffusionLM):
+        return streamed(model, self._target, self.config.memory.overlap)
+
     def run(self, in_place: bool = False) -> Masked:
         """Mask the model, or a copy that shares everything but its projections."""
         start = time.perf_counter()
         dense = self._nelbo(self.model)
         model = unshared(self.model)  # where in place, one block's dense weights at most are held beside the new
         plain = PlainWeights(Adapter(model), self._budget) if self.config.reconstruct.enabled else None
-        with streamed(self.model, self._target), streamed(model, self._target), torch.no_grad():
+        with self._streamed(self.model), self._streamed(model), torch.no_grad():
             ratios = self._ratios()
             masks, factored, fits = self._mask_blocks(Adapter(model), ratios, plain, in_place)
         check = self._check(model, dense, plain)
@@ -184,7 +187,7 @@ class MaskRun:
         if self.calibration is None or self.calibration.held_out == 0:
             return None
         noise = held_out_noise(self.calibration, model, self.config.calibration.seed)
-        with streamed(model, self._target):
+        with self._streamed(model):
             show = lambda items: self.track(items, "held-out check")  # noqa: E731
             return self._timed("check", lambda: masked_nelbo(model, *noise, batch=self._batch, track=show))
 
@@ -212,7 +215,7 @@ class MaskRun:
         dense = Adapter(self.model)
         arguments = (dense, self.calibration, config, self.base, self.arm, self.track, self._sinks.observe)
         wanted = self._timed("sinks", lambda: wanted_rows(*arguments))
-        walk = Walk(dense, adapter, wanted, self._batch, self._budget) if wanted else None
+        walk = Walk(dense, adapter, wanted, self._batch, self._budget, config.memory.overlap) if wanted else None
         masks, factored, fits = Masks({}, {}), [], []
         title = config.masking.score + (f" ({self.arm})" if self.arm else "")
         for block in self.track(adapter.blocks, title):

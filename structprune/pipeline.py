@@ -124,7 +124,8 @@ class Pruner:
         self._target = stream_target(self.config.memory.offload, self.config.model.device)
         self.calibration = calibrated(model, self.config, calibration, track)
         self.adapter = Adapter(model)
-        self.limits = Limits(self.config.calibration.batch, int(self.config.memory.budget_gb * 1e9))
+        memory = self.config.memory
+        self.limits = Limits(self.config.calibration.batch, int(memory.budget_gb * 1e9), memory.overlap)
         self.seconds: dict[str, float] = {}
         self._check = held_out_noise(self.calibration, model, self.config.calibration.seed)
         self._paths: dict | None = None
@@ -146,9 +147,12 @@ class Pruner:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
         return value
 
+    def _streamed(self, model: DiffusionLM):
+        return streamed(model, self._target, self.config.memory.overlap)
+
     def _nelbo(self, model: DiffusionLM) -> Nelbo:
         batch = self.config.calibration.batch * self.calibration.levels
-        with streamed(model, self._target):
+        with self._streamed(model):
             return self._timed("check", lambda: masked_nelbo(model, *self._check, batch=batch))
 
     def _cut(self, plan: Plan) -> DiffusionLM:
@@ -166,12 +170,12 @@ class Pruner:
             self._refits = {count: refit for count, refit in self._refits.items() if refit.kept}
             arguments = (calibration, self.config.reconstruct, self.config.sink, self.limits, self.track)
             log = SinkLog()
-            with streamed(self.model, self._target):
+            with self._streamed(self.model):
                 made = self._timed("refit", lambda: Reconstructor(self.model, *arguments, log.observe))
             self._refits[calibration.windows] = made
             self._note_sinks(log, calibration)
         refit = self._refits[calibration.windows]
-        with streamed(self.model, self._target), streamed(small, self._target):
+        with self._streamed(self.model), self._streamed(small):
             return small, self._timed("refit", lambda: refit.refit(small))
 
     def _note_sinks(self, log: SinkLog, calibration: Calibration) -> None:
@@ -201,7 +205,7 @@ class Pruner:
         if self._paths is None:
             arguments = (self.adapter, self.calibration.fit, settings, arm, self.config.sink, self.limits, self.track)
             log = SinkLog()
-            with streamed(self.model, self._target):
+            with self._streamed(self.model):
                 self._paths = self._timed("scores", lambda: rank_units(*arguments, log.observe))
             self._note_sinks(log, self.calibration)
         notes = {"score": settings.score, "arm": arm, "allocation": settings.allocation, "ratio": settings.ratio}

@@ -168,5 +168,6 @@ def calibrated(model: DiffusionLM, config: Config, calibration: Calibration | No
         return calibration
     copies = calibration.levels if config.method == "structured" else 1  # what calibration.batch counts
     batch = config.calibration.batch * copies
-    with streamed(model, stream_target(config.memory.offload, config.model.device)):
+    memory = config.memory
+    with streamed(model, stream_target(memory.offload, config.model.device), memory.overlap):
         return reverse_calibration(model, calibration, config.calibration, batch, track)

@@ -2,7 +2,7 @@
 
 import torch
 
-from structprune.bench.memory import LARGEST_SHARD, RUNTIME_BYTES, live_features
+from structprune.bench.memory import LARGEST_SHARD, RUNTIME_BYTES, live_features, transfers
 from structprune.config import Config
 from structprune.masking.rows import reads_text, walked
 from structprune.masking.table import SCORES, resolve_score
@@ -49,9 +49,12 @@ def predicted_mask_peak(adapter: Adapter, config: Config, stored: torch.dtype) -
     if not accelerator:
         parts["peak host"] = weights + max(shard, stored_aside + working) + RUNTIME_BYTES
         return parts | files
-    layer = max(p.numel() for p in adapter.model.parameters()) * dtype.itemsize
-    parts["peak host"] = max(shard, stored_aside) + (weights if offload else 0) + RUNTIME_BYTES
-    parts["peak device"] = (layer if offload else weights) + working
+    batch = config.calibration.batch * sequence * adapter.hidden_size
+    parts |= transfers(adapter, config, batch, sum(size > 0 for size in stores), dtype)
+    parts["peak host"] = (
+        max(shard, stored_aside + parts["pinned buffers"]) + (weights if offload else 0) + RUNTIME_BYTES
+    )
+    parts["peak device"] = (parts["layers under way"] if offload else weights) + parts["batches under way"] + working
     return parts | files
 
 

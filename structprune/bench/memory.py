@@ -11,6 +11,7 @@ from structprune.config import Config
 from structprune.criteria.table import CRITERIA, resolve_arm
 from structprune.models.adapter import Adapter
 from structprune.models.loading import as_dtype
+from structprune.models.transfer import PINNED_BYTES
 from structprune.statistics.rows import needs_sinks
 
 LARGEST_SHARD = 5_000_000_000  # official checkpoints are cut at 5 GB; a shard is in memory beside what was read so far
@@ -71,10 +72,25 @@ def predicted_peak(dense: Adapter, pruned: Adapter, config: Config, stored: torc
         parts["peak host"] = max(weights + shard, weights + copy + parts["hidden states"] + working) + RUNTIME_BYTES
         return parts | files
     at_home = weights + copy  # in host memory with offload, on the device without
-    layer = max(p.numel() for p in dense.model.parameters()) * dtype.itemsize
-    parts["peak host"] = max(shard, parts["hidden states"]) + (at_home if offload else 0) + RUNTIME_BYTES
-    parts["peak device"] = (layer if offload else at_home) + working
+    parts |= transfers(dense, config, size.batch * dense.hidden_size, streams, dtype)
+    parts["peak host"] = max(shard, parts["hidden states"] + parts["pinned buffers"]) + RUNTIME_BYTES
+    parts["peak host"] += at_home if offload else 0
+    parts["peak device"] = (parts["layers under way"] if offload else at_home) + parts["batches under way"] + working
     return parts | files
+
+
+def transfers(adapter: Adapter, config: Config, batch: int, streams: int, dtype: torch.dtype) -> dict[str, int]:
+    """Bytes of what copies to and from an accelerator hold, by part.
+
+    Args:
+        batch: bytes of one batch's hidden states. Where copies overlap the computation, the next one and the last one
+            of each of `streams` stores are on the device.
+    """
+    memory = config.memory
+    layer = max(p.numel() for p in adapter.model.parameters()) * dtype.itemsize
+    layers = 0 if not memory.offload else 2 * layer if memory.overlap else layer  # the present one, and the next
+    found = {"pinned buffers": PINNED_BYTES, "batches under way": 2 * batch * streams}
+    return (found if memory.overlap else dict.fromkeys(found, 0)) | {"layers under way": layers}
 
 
 @dataclass(frozen=True)

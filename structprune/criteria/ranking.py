@@ -26,10 +26,12 @@ Key = tuple[int, str]  # (block index, kind of unit)
 
 @dataclass(frozen=True)
 class Limits:
-    """How much goes through at once: windows per forward pass, and bytes that statistics may hold."""
+    """How much goes through at once: windows per forward pass, bytes that statistics may hold, and whether hidden states
+    are copied while others are computed with."""
 
     windows: int = 1
     budget: int = 2**33
+    overlap: bool = True
 
 
 def block_groups(block: BlockView, kind: str, form: str) -> list[list[int]]:
@@ -122,7 +124,7 @@ def calibration_rows(adapter, calibration, arm, sink, limits, track, observe=uno
 @torch.inference_mode()
 def _by_obs(adapter, calibration, settings, arm, sink, limits, track, observe) -> dict[Key, RemovalPath]:
     rows = calibration_rows(adapter, calibration, arm, sink, limits, track, observe)
-    states = HiddenStates(adapter, rows.ids, limits.windows * rows.copies, limits.budget)
+    states = HiddenStates(adapter, rows.ids, limits.windows * rows.copies, limits.budget, limits.overlap)
     paths = {}
     for block in track(adapter.blocks, f"obs scores ({arm})"):
         grams = _advance_with_grams(block, states, rows, settings.relative is not False, adapter.device)

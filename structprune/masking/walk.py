@@ -72,17 +72,18 @@ class Walk:
         adapter: of the model that is masked, block by block.
         batch: sequences in a forward pass.
         budget: bytes of hidden states to hold in memory; beyond it they are in a file.
+        overlap: on an accelerator they are copied while others are computed with.
     """
 
-    def __init__(self, dense: Adapter, adapter: Adapter, wanted: Wanted, batch: int, budget: int):
+    def __init__(self, dense: Adapter, adapter: Adapter, wanted: Wanted, batch: int, budget: int, overlap: bool = True):
         self._original, self._adapter, self._wanted, self._batch = dense, adapter, wanted, batch
         scored = [wanted.score] if wanted.score is not None else []
         uses = scored + wanted.purposes
         self._edges = sorted({edge for use in uses for edge in (use.rows.start, use.rows.stop)})
         prefix = wanted.purposes + ([] if wanted.on_dense else scored)
         aimed = (wanted.purposes if wanted.target_dense else []) + (scored if wanted.on_dense else [])
-        self._prefix = _Stream.of(adapter, wanted.ids, prefix, batch, budget)
-        self._dense = _Stream.of(dense, wanted.ids, aimed, batch, budget)
+        self._prefix = _Stream.of(adapter, wanted.ids, prefix, batch, budget, overlap)
+        self._dense = _Stream.of(dense, wanted.ids, aimed, batch, budget, overlap)
 
     def _slices(self, use: Use | None = None):
         """Batches of rows: all, or those of one use; none is in two uses by a part only."""
@@ -154,20 +155,20 @@ class Walk:
 
 
 class _Stream:
-    """Hidden states of some neighbouring sequences, before a block or within it."""
+    """Hidden states of some neighbouring sequences, before a block or within it; `limits` as of `HiddenStates`."""
 
-    def __init__(self, adapter: Adapter, ids: torch.Tensor, rows: slice, batch: int, budget: int):
+    def __init__(self, adapter: Adapter, ids: torch.Tensor, rows: slice, *limits):
         self.rows = rows
-        self._states = HiddenStates(adapter, ids[rows], batch, budget)
+        self._states = HiddenStates(adapter, ids[rows], *limits)
         self.rotary = self._states.rotary
 
     @classmethod
-    def of(cls, adapter: Adapter, ids: torch.Tensor, uses: list[Use], batch: int, budget: int) -> "_Stream | None":
+    def of(cls, adapter: Adapter, ids: torch.Tensor, uses: list[Use], *limits) -> "_Stream | None":
         """A stream from the first sequence that a use looks at to the last; None where none does."""
         if not uses:
             return None
         rows = slice(min(use.rows.start for use in uses), max(use.rows.stop for use in uses))
-        return cls(adapter, ids, rows, batch, budget)
+        return cls(adapter, ids, rows, *limits)
 
     def _own(self, rows: slice) -> slice:
         return slice(rows.start - self.rows.start, rows.stop - self.rows.start)

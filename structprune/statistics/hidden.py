@@ -11,6 +11,7 @@ import torch
 
 from structprune.errors import UserError
 from structprune.models.adapter import Adapter
+from structprune.models.transfer import StagedRows, lane_to, send
 
 
 def roomy(shape: tuple[int, ...], dtype: torch.dtype, budget: int):
@@ -52,15 +53,20 @@ class HiddenStates:
 
     It starts as the embeddings; `write` replaces it. What does not fit `budget` bytes lives in a memory-mapped
     temporary file.
+
+    Args:
+        overlap: on an accelerator rows are copied while others are computed with (`StagedRows`).
     """
 
-    def __init__(self, adapter: Adapter, ids: torch.Tensor, batch: int, budget: int):
+    def __init__(self, adapter: Adapter, ids: torch.Tensor, batch: int, budget: int, overlap: bool = True):
         self._adapter, self._batch = adapter, batch
         weight = adapter.model.embedding.weight
         self._states, self._file = roomy((*ids.shape, adapter.hidden_size), weight.dtype, budget)  # (R, T, C)
+        lane = lane_to(adapter.device) if overlap else None
+        self._staged = None if lane is None else StagedRows(self._states, lane, batch)
         self.rotary = adapter.model.rotary(ids.shape[1], adapter.device)
         for rows in self.slices():
-            self._states[rows] = adapter.model.embedding(ids[rows].to(adapter.device)).cpu()
+            self.write(rows, adapter.model.embedding(send(ids[rows], adapter.device)))
 
     def slices(self) -> Iterator[slice]:
         """The batches' row slices."""
@@ -69,8 +75,13 @@ class HiddenStates:
 
     def read(self, rows: slice) -> torch.Tensor:
         """Hidden states of some sequences on the model's device, (b, T, C)."""
+        if self._staged is not None:
+            return self._staged.read(rows)
         return self._states[rows].to(self._adapter.device)
 
     def write(self, rows: slice, states: torch.Tensor) -> None:
-        """Replace the hidden states of some sequences by (b, T, C)."""
-        self._states[rows] = states.to(self._states.device)
+        """Replace the hidden states of some sequences by (b, T, C), which may not be changed afterwards."""
+        if self._staged is not None:
+            self._staged.write(rows, states)
+        else:
+            self._states[rows] = states.to(self._states.device)

@@ -16,13 +16,14 @@ class ResidualRun:
     weights it has by then. What was read is held until `advance` where it fits the budget, else computed again.
     """
 
-    def __init__(self, adapter: Adapter, ids: torch.Tensor, batch: int, budget: int):
+    def __init__(self, adapter: Adapter, ids: torch.Tensor, batch: int, budget: int, overlap: bool = True):
         self._adapter, self._ids, self._batch, self._budget = adapter, ids, batch, budget
         self._size = ids.numel() * adapter.model.embedding.weight.element_size()  # bytes of one feature of all tokens
         widest = max(block[role].in_features for block in adapter.blocks for role in CONSUMER.values())
         self._hold = self._size * widest <= budget
         self._held: dict[Key, dict[int, torch.Tensor]] = {}
-        self._states = HiddenStates(adapter, ids, batch, budget)
+        self._overlap = overlap
+        self._states = HiddenStates(adapter, ids, batch, budget, overlap)
 
     def slices(self):
         """The batches' row slices."""
@@ -71,8 +72,8 @@ class TargetRun(ResidualRun):
     `restart` goes back to the first block, free where everything is held.
     """
 
-    def __init__(self, adapter: Adapter, ids: torch.Tensor, batch: int, budget: int):
-        super().__init__(adapter, ids, batch, budget)
+    def __init__(self, adapter: Adapter, ids: torch.Tensor, batch: int, budget: int, overlap: bool = True):
+        super().__init__(adapter, ids, batch, budget, overlap)
         self.kept = self._size * len(CONSUMER) * len(adapter.blocks) * adapter.hidden_size <= budget
         self._hold = self._size * adapter.hidden_size <= budget
         self._done: set[Key] = set()
@@ -81,7 +82,7 @@ class TargetRun(ResidualRun):
         """Start anew with the embeddings, unless everything is held or nothing was consumed yet."""
         if not self.kept and self._done:
             self._done, self._held = set(), {}
-            self._states = HiddenStates(self._adapter, self._ids, self._batch, self._budget)
+            self._states = HiddenStates(self._adapter, self._ids, self._batch, self._budget, self._overlap)
 
     def read(self, key: Key, rows: slice) -> torch.Tensor:
         return self.compute(key, self._states.read(rows))

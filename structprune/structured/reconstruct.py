@@ -139,7 +139,7 @@ class Reconstructor:
             fit_weight = torch.ones(rows.ids.shape) if rows.weight is None else rows.weight  # (R1, T)
             self._weight = torch.cat((fit_weight, held_out.masked.float()))  # (R, T)
             self._batch = limits.windows * calibration.levels
-            self._run = TargetRun(self._dense, self._ids, self._batch, limits.budget)
+            self._run = TargetRun(self._dense, self._ids, self._batch, limits.budget, limits.overlap)
 
     @property
     def kept(self) -> bool:
@@ -155,7 +155,7 @@ class Reconstructor:
         """
         pruned = Adapter(small)
         self._run.restart()
-        run = ResidualRun(pruned, self._ids, self._batch, self._limits.budget)
+        run = ResidualRun(pruned, self._ids, self._batch, self._limits.budget, self._limits.overlap)
         fits = []
         for index in self._track(range(len(pruned.blocks)), "refit"):
             for kind in KINDS:
