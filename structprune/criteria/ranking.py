@@ -16,6 +16,7 @@ from structprune.criteria.taylor import taylor_scores
 from structprune.criteria.wanda import wanda_scores
 from structprune.errors import UserError
 from structprune.models.adapter import CONSUMER, Adapter, BlockView
+from structprune.models.transfer import send
 from structprune.statistics.activations import add_products, relative_weight
 from structprune.statistics.hidden import HiddenStates
 from structprune.statistics.moments import consumer_moments
@@ -26,8 +27,8 @@ Key = tuple[int, str]  # (block index, kind of unit)
 
 @dataclass(frozen=True)
 class Limits:
-    """How much goes through at once: windows per forward pass, bytes that statistics may hold, and whether hidden states
-    are copied while others are computed with."""
+    """How much goes through at once: windows per forward pass, bytes that statistics may hold, and whether hidden
+    states are copied while others are computed with."""
 
     windows: int = 1
     budget: int = 2**33
@@ -182,12 +183,17 @@ def _by_taylor(adapter, calibration, settings, arm, sink, limits, track, observe
 def _weighted_loss(adapter: Adapter, calibration: Calibration, rows: Rows, windows: slice) -> torch.Tensor:
     """Σ ω CE / p over masked tokens of some windows' noisy copies, over the number of tokens: ()."""
     part = slice(windows.start * rows.copies, windows.stop * rows.copies)
-    ids, masked = rows.ids[part].to(adapter.device), rows.masked[part].to(adapter.device)  # (b, T)
-    target = calibration.input_ids[windows].repeat_interleave(rows.copies, dim=0).to(adapter.device)  # (b, T)
-    weight = 1 / calibration.mask_probability[windows].reshape(-1, 1).to(adapter.device)  # (b, 1)
-    weight = weight.expand(ids.shape) if rows.weight is None else weight * rows.part(part, adapter.device)  # (b, T)
+    target = calibration.input_ids[windows].repeat_interleave(rows.copies, dim=0)  # (b, T)
+    weight = 1 / calibration.mask_probability[windows].reshape(-1, 1)  # (b, 1)
+    weight = weight.expand(target.shape) if rows.weight is None else weight * rows.weight[part]  # (b, T)
+    masked = (
+        rows.masked[part].flatten().nonzero()[:, 0]
+    )  # (M,), found on the host: the device would have to wait for it
+    ids = send(rows.ids[part], adapter.device)  # (b, T)
+    target, weight = (send(each.flatten()[masked], adapter.device) for each in (target, weight))  # (M,) each
     logits = adapter.model(ids).logits  # (b, T, V)
     if adapter.model.shifted:
         logits = torch.cat((logits[:, :1], logits[:, :-1]), dim=1)  # (b, T, V)
-    nats = F.cross_entropy(logits[masked].float(), target[masked], reduction="none")  # (M,)
-    return (nats * weight[masked]).sum() / rows.ids.numel()
+    logits = logits.flatten(0, 1)[send(masked, adapter.device)]  # (M, V)
+    nats = F.cross_entropy(logits.float(), target, reduction="none")  # (M,)
+    return (nats * weight).sum() / rows.ids.numel()

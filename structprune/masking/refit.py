@@ -83,6 +83,7 @@ def conjugate_gradients(
     x, left = torch.zeros_like(right), right.clone()  # (O, C) each
     direction = scale * left  # (O, C)
     slope = (left * direction).sum(1, keepdim=True)  # (O, 1)
+    found, moving = {}, list(range(sets))  # set -> (rows, C) of those that rest; the others
     for count in range(STEPS):
         image = inside * (direction @ gram) + ridge * direction  # (O, C)
         curve = (direction * image).sum(1, keepdim=True)  # (O, 1)
@@ -91,14 +92,24 @@ def conjugate_gradients(
         x += length * direction
         left -= length * image
         if count % EVERY == EVERY - 1:
-            rests = left.norm(dim=1).view(sets, -1).amax(1) <= tolerance  # (sets,)
-            if rests.all():
+            rests = (left.norm(dim=1).view(len(moving), -1).amax(1) <= tolerance).tolist()  # one look of the host
+            if all(rests):
                 break
-            goes = goes & ~rests.repeat_interleave(len(goes) // sets)[:, None]  # (O, 1)
+            if any(rests):  # the others go on without them
+                found |= {moving[place]: x.chunk(len(moving))[place] for place, rest in enumerate(rests) if rest}
+                going = [place for place, rest in enumerate(rests) if not rest]
+                state = (x, left, direction, slope, inside, ridge, scale, goes)
+                x, left, direction, slope, inside, ridge, scale, goes = (
+                    part.unflatten(0, (len(moving), -1))[going].flatten(0, 1) for part in state
+                )
+                moving = [moving[place] for place in going]
         scaled = scale * left  # (O, C)
         before, slope = slope, (left * scaled).sum(1, keepdim=True)  # (O, 1)
         direction = torch.where(goes, scaled + slope / before * direction, 0.0)  # (O, C)
-    return x
+    if not found:
+        return x
+    found |= dict(zip(moving, x.chunk(len(moving))))
+    return torch.cat([found[index] for index in range(sets)])
 
 
 def choose_refit(
