@@ -272,16 +272,16 @@ def test_predicted_peak_on_an_accelerator(tmp_path, monkeypatch):
     whole, streamed = memory(), memory(**{"memory.offload": True})
     assert whole["dense weights"] == 2 * LLADA_TOTAL and whole["hidden states"] == 16e9
     working = whole["activations of one batch"] + max(whole["scoring (obs)"], whole["refit"])
-    under_way = 2 * 2 * (10 * 2048 * 2 * 4096)  # the next and the last batch of either store
-    assert whole["batches under way"] == under_way and whole["layers under way"] == 0
-    assert whole["peak device"] == whole["dense weights"] + whole["pruned weights"] + under_way + working
-    assert streamed["layers under way"] == 2 * (2 * 126464 * 4096)  # the head, and the next layer
-    assert streamed["peak device"] == 2 * (2 * 126464 * 4096) + under_way + working
+    assert whole["batches under way"] == whole["layers under way"] == whole["pinned buffers"] == 0
+    assert whole["peak device"] == whole["dense weights"] + whole["pruned weights"] + working
+    head = 2 * 126464 * 4096  # the largest layer
+    assert streamed["peak device"] == head + working
     assert streamed["peak host"] - whole["peak host"] == whole["dense weights"] + whole["pruned weights"]
-    plain = memory(**{"memory.offload": True, "memory.overlap": False})
-    assert plain["batches under way"] == plain["pinned buffers"] == 0
-    assert plain["peak device"] == 2 * 126464 * 4096 + working
-    assert streamed["peak host"] - plain["peak host"] == 4 * 2**26 == whole["pinned buffers"]
+    ahead = memory(**{"memory.offload": True, "memory.overlap": True})
+    under_way = 2 * 2 * (10 * 2048 * 2 * 4096)  # the next and the last batch of either store
+    assert ahead["batches under way"] == under_way and ahead["layers under way"] == 2 * head  # and the next layer
+    assert ahead["peak device"] == 2 * head + under_way + working
+    assert ahead["peak host"] - streamed["peak host"] == 4 * 2**26 == ahead["pinned buffers"]
 
 
 def test_predicted_peak_covers_what_a_block_may_keep(tmp_path):

@@ -74,17 +74,17 @@ def test_a_run_over_lanes_gives_the_same_model(case, offload, tiny_checkpoint, t
         lane = Lane(queue)
         monkeypatch.setattr(hidden, "lane_to", lambda device: asked.append("states") or lane)
         monkeypatch.setattr(placement, "lane_to", lambda device: asked.append("weights") or lane)
-        found = run(checkpoint, text_path, case, **{"memory.offload": offload})
+        found = run(checkpoint, text_path, case, **{"memory.offload": offload, "memory.overlap": True})
         assert all(torch.equal(found[name], plain[name]) for name in plain)
         assert len(queue.copies) > 50
     assert set(asked) == ({"states", "weights"} if offload else {"states"})
     asked.clear()
-    found = run(checkpoint, text_path, case, **{"memory.offload": offload, "memory.overlap": False})
+    found = run(checkpoint, text_path, case, **{"memory.offload": offload})  # off unless asked for
     assert all(torch.equal(found[name], plain[name]) for name in plain) and asked == []
 
 
 @pytest.mark.parametrize("method", ["structured", "unstructured"])
-def test_without_an_accelerator_nothing_overlaps(method, tiny_checkpoint):
-    config = Config.load(overrides={"method": method, "model.device": "cpu", "memory.overlap": False})
-    with pytest.raises(UserError, match="memory.overlap = False has no effect without an accelerator"):
+def test_without_an_accelerator_overlap_is_refused(method, tiny_checkpoint):
+    config = Config.load(overrides={"method": method, "model.device": "cpu", "memory.overlap": True})
+    with pytest.raises(UserError, match="memory.overlap = True has no effect without an accelerator"):
         pipeline.prune(load_model(tiny_checkpoint()), config)

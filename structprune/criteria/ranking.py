@@ -32,7 +32,7 @@ class Limits:
 
     windows: int = 1
     budget: int = 2**33
-    overlap: bool = True
+    overlap: bool = False
 
 
 def block_groups(block: BlockView, kind: str, form: str) -> list[list[int]]:

@@ -75,7 +75,9 @@ class Walk:
         overlap: on an accelerator they are copied while others are computed with.
     """
 
-    def __init__(self, dense: Adapter, adapter: Adapter, wanted: Wanted, batch: int, budget: int, overlap: bool = True):
+    def __init__(
+        self, dense: Adapter, adapter: Adapter, wanted: Wanted, batch: int, budget: int, overlap: bool = False
+    ):
         self._original, self._adapter, self._wanted, self._batch = dense, adapter, wanted, batch
         scored = [wanted.score] if wanted.score is not None else []
         uses = scored + wanted.purposes

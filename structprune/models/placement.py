@@ -138,7 +138,7 @@ def stream_target(offload: bool, device: str | None) -> torch.device | None:
 
 
 @contextmanager
-def streamed(model: DiffusionLM, device: torch.device | None, overlap: bool = True) -> Iterator[DiffusionLM]:
+def streamed(model: DiffusionLM, device: torch.device | None, overlap: bool = False) -> Iterator[DiffusionLM]:
     """While open, `model` computes on `device` though its weights stay at home: one layer's copy is there at a time.
 
     For forward passes only: a backward pass would look for weights that are gone. None changes nothing.

@@ -58,7 +58,7 @@ class HiddenStates:
         overlap: on an accelerator rows are copied while others are computed with (`StagedRows`).
     """
 
-    def __init__(self, adapter: Adapter, ids: torch.Tensor, batch: int, budget: int, overlap: bool = True):
+    def __init__(self, adapter: Adapter, ids: torch.Tensor, batch: int, budget: int, overlap: bool = False):
         self._adapter, self._batch = adapter, batch
         weight = adapter.model.embedding.weight
         self._states, self._file = roomy((*ids.shape, adapter.hidden_size), weight.dtype, budget)  # (R, T, C)

@@ -16,7 +16,7 @@ class ResidualRun:
     weights it has by then. What was read is held until `advance` where it fits the budget, else computed again.
     """
 
-    def __init__(self, adapter: Adapter, ids: torch.Tensor, batch: int, budget: int, overlap: bool = True):
+    def __init__(self, adapter: Adapter, ids: torch.Tensor, batch: int, budget: int, overlap: bool = False):
         self._adapter, self._ids, self._batch, self._budget = adapter, ids, batch, budget
         self._size = ids.numel() * adapter.model.embedding.weight.element_size()  # bytes of one feature of all tokens
         widest = max(block[role].in_features for block in adapter.blocks for role in CONSUMER.values())
@@ -72,7 +72,7 @@ class TargetRun(ResidualRun):
     `restart` goes back to the first block, free where everything is held.
     """
 
-    def __init__(self, adapter: Adapter, ids: torch.Tensor, batch: int, budget: int, overlap: bool = True):
+    def __init__(self, adapter: Adapter, ids: torch.Tensor, batch: int, budget: int, overlap: bool = False):
         super().__init__(adapter, ids, batch, budget, overlap)
         self.kept = self._size * len(CONSUMER) * len(adapter.blocks) * adapter.hidden_size <= budget
         self._hold = self._size * adapter.hidden_size <= budget

@@ -252,7 +252,7 @@ def test_hidden_states_over_a_lane_are_the_same(queue, budget, tiny_model, monke
                 states.write(rows, adapter.blocks[1].module(states.read(rows), states.rotary))
             return torch.cat([states.read(rows) for rows in states.slices()])
 
-    plain = after_two_blocks(True)
+    plain = after_two_blocks(False)
     lane = Lane(queue(1000))
     monkeypatch.setattr(hidden, "lane_to", lambda device: lane)
     assert torch.equal(after_two_blocks(True), plain)
@@ -273,7 +273,7 @@ def test_streamed_weights_over_a_lane_give_the_same_numbers(queue, tiny_model, m
     plain = model(IDS).logits
     home = {name: weight.data_ptr() for name, weight in model.named_parameters()}
     lanes_of(monkeypatch, queue)
-    with streamed(model, CPU), torch.no_grad():
+    with streamed(model, CPU, True), torch.no_grad():
         for _ in range(3):
             assert torch.equal(model(IDS).logits, plain)
     assert {name: weight.data_ptr() for name, weight in model.named_parameters()} == home
@@ -288,7 +288,7 @@ def test_the_next_layer_is_under_way_once_the_order_is_known(tiny_model, monkeyp
         return taken(self, module)
 
     monkeypatch.setattr(placement._Weights, "take", take)
-    with streamed(model, CPU), torch.no_grad():
+    with streamed(model, CPU, True), torch.no_grad():
         for _ in range(3):
             model(IDS)
     layers = 3 * 9 + 3  # seven linears and two norms a block; embedding, last norm and head
@@ -300,7 +300,7 @@ def test_a_weight_changed_after_its_fetch_is_fetched_again(how, tiny_model, monk
     model = tiny_model()
     first = model.blocks[0].part("attention_norm")
     lanes_of(monkeypatch, LazyQueue)
-    with streamed(model, CPU), torch.no_grad():
+    with streamed(model, CPU, True), torch.no_grad():
         before = [model.blocks[0](model.embedding(IDS), model.rotary(7, CPU)) for _ in range(2)]
         query = model.blocks[0].part("query")
         first(torch.ones(1, 32))  # now the query is on its way
