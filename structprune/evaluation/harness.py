@@ -22,7 +22,7 @@ from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 
 from structprune.errors import UserError, nearest
-from structprune.evaluation.choices import MonteCarlo, score_items
+from structprune.evaluation.choices import Item, MonteCarlo, Scored, check_items, score_items
 from structprune.evaluation.documents import Opening
 from structprune.evaluation.encode import Batches
 from structprune.evaluation.openings import complete
@@ -35,6 +35,7 @@ from structprune.models.loading import load_model
 from structprune.models.placement import compute_device, pick_device
 
 LOG = logging.getLogger(__name__)
+PART = 256  # items that are scored together: what is known of all their tokens is held until they are done
 DEFAULT_DEVICE = "cuda:0"  # lm_eval's command line hands this over where no device is asked for, GPU or not
 
 
@@ -96,9 +97,17 @@ class StructpruneLM(LM):
         """
         groups = group_choices(requests)
         items = [to_item(group.document, self.texts) for group in groups]
-        scored = {found.key: found for found in score_items(self.model, items, self.settings, self.batch)}
+        scored = {found.key: found for found in self._score(items)}
         outcomes = [scored[item.key].log_likelihoods for item in items]
         return [(value, False) for value in spread(groups, outcomes)]
+
+    def _score(self, items: Sequence[Item]) -> list[Scored]:
+        """PART items at a time, those of like length together and the longest first."""
+        check_items(self.model.config, items, self.settings)  # before the first part takes its time
+        longest = [max(len(each.prompt) + len(each.target) for each in item.answers) for item in items]
+        order = sorted(range(len(items)), key=lambda index: -longest[index])
+        parts = [[items[index] for index in order[start : start + PART]] for start in range(0, len(order), PART)]
+        return [each for part in parts for each in score_items(self.model, part, self.settings, self.batch)]
 
     def loglikelihood_rolling(self, requests: Sequence) -> list[float]:
         """Refused.

@@ -11,7 +11,7 @@ from lm_eval.tasks import TaskManager
 
 from structprune import load_model
 from structprune.errors import UserError
-from structprune.evaluation import lm_tasks
+from structprune.evaluation import harness, lm_tasks
 from structprune.evaluation.choices import MonteCarlo, score_items
 from structprune.evaluation.encode import Batches
 from structprune.evaluation.generate import generate
@@ -126,6 +126,25 @@ def test_lm_evals_evaluator_and_ours_agree_on_choices(checkpoint, folder, family
     for metric in ("acc", "acc_norm"):
         mean = sum(grade[metric] for grade in graded) / 4
         assert results["results"]["tiny_choice"][f"{metric},none"] == mean
+
+
+def test_a_few_items_are_scored_at_a_time(checkpoint, folder, monkeypatch):
+    """The longest first, two and two and one; the answers come back in the order of the requests."""
+    directory, parts = checkpoint(), []
+    options = {"model_args": f"pretrained={directory},samples=16"}
+    logged = lambda found: [
+        each["resps"] for each in sorted(found["samples"]["tiny_choice"], key=lambda s: s["doc_id"])
+    ]  # noqa: E731
+    whole = logged(evaluate("structprune", folder, "tiny_choice", **options))
+    count = lambda model, items, *rest: parts.append(list(items)) or score_items(model, items, *rest)  # noqa: E731
+    monkeypatch.setattr(harness, "PART", 2)
+    monkeypatch.setattr(harness, "score_items", count)
+    found = logged(evaluate("structprune", folder, "tiny_choice", **options))
+    assert [len(part) for part in parts] == [2, 2, 1]
+    longest = [max(len(a.prompt) + len(a.target) for a in item.answers) for part in parts for item in part]
+    assert longest == sorted(longest, reverse=True) and longest[0] > longest[-1]
+    for one, other in zip(whole, found, strict=True):
+        assert [float(r[0][0]) for r in one] == pytest.approx([float(r[0][0]) for r in other], rel=1e-4)
 
 
 def test_choices_are_graded_by_lm_eval(checkpoint, folder):
