@@ -21,7 +21,7 @@ class Answer:
     Attributes:
         prompt: (P,) int64, what stands before it; may be empty.
         target: (L,) int64, what is scored. Dream never masks the last one: it should be an EOS.
-        size: what a normalised choice (acc_norm) divides the log-likelihood by, usually characters of the answer's text.
+        size: what a normalised choice (acc_norm) divides the log-likelihood by, usually its text's characters.
     """
 
     prompt: torch.Tensor
