@@ -13,11 +13,16 @@ import torch
 from structprune.evaluation.forecast import Completed
 
 GROWTH = 1.125  # blocks at one look over those at the look before
+LEAST = 16  # samples at the first look: of fewer, noise is so large that a flat prior of the gap would be no prior
 
 
-def look_schedule(blocks: int) -> list[int]:
-    """Numbers of blocks after which a choice is looked at, the last being all: 2, 3, ..., 16, 18, 20, ..., `blocks`."""
-    looks = [min(2, blocks)]
+def look_schedule(blocks: int, rows: int) -> list[int]:
+    """Numbers of blocks after which a choice is looked at, the last being all: 2, 3, ..., 16, 18, 20, ..., `blocks`.
+
+    Args:
+        rows: samples of a block; of small ones the first look waits for LEAST samples.
+    """
+    looks = [min(max(2, math.ceil(LEAST / rows)), blocks)]
     while looks[-1] < blocks:
         looks.append(min(blocks, max(looks[-1] + 1, int(looks[-1] * GROWTH))))
     return looks
@@ -64,7 +69,10 @@ def decided(answers: Sequence[Completed], sizes: torch.Tensor, confidence: float
 
 
 def _behind(other: Completed, other_size: float, leader: Completed, size: float, allowed: float) -> bool:
-    """Whether the leader's lead would be lost with a probability of at most `allowed`."""
+    """Whether the leader's lead would be lost with a probability of at most `allowed`.
+
+    Degrees of freedom are those of the answer that is forecast from fewer masks.
+    """
     gap = Completed(
         other.values / other_size - leader.values / size,
         torch.maximum(other.repeats, leader.repeats),
@@ -72,7 +80,10 @@ def _behind(other: Completed, other_size: float, leader: Completed, size: float,
         other.influence / other_size - leader.influence / size,
         other.fresh | leader.fresh,
     )
+    freedom = min((int(part.fresh.sum()) - 1 for part in (other, leader) if part.repeats.any()), default=1)
     advantage, noise = gap.values.mean().item(), gap.error()
-    if noise in (0, math.inf):
-        return noise == 0 and advantage > 0
-    return student_tail(advantage / noise, int(gap.fresh.sum()) - 1) <= allowed
+    if freedom < 1 or not math.isfinite(advantage + noise):  # a single mask shows no spread; nats may be NaN
+        return False
+    if noise == 0:
+        return advantage > 0
+    return student_tail(advantage / noise, freedom) <= allowed

@@ -84,7 +84,8 @@ def score_items(
     for state in states:
         for answer in state.item.answers:
             state.tallies.append(_Tally(answer, state, _exact(answer, settings, form)))
-    looks, active, done = look_schedule(settings.blocks) if settings.adaptive else [settings.blocks], states, 0
+    looks = look_schedule(settings.blocks, settings.rows) if settings.adaptive else [settings.blocks]
+    active, done = states, 0
     for count in looks:
         work = [tally for state in active for tally in state.tallies if not (tally.exact and done)]
         for group in track(_groups(work, (count - done) * settings.rows, batch)):
@@ -148,7 +149,8 @@ def _extend(
         rows.append(_rows(tally.answer, patterns[new]))
     nats = token_nats(model, Rows.join(rows), form.guidance(settings.cfg_scale), batch)  # (n, T)
     for tally, names, order, found in zip(group, fresh, wanted, nats.split([len(names) for names in fresh])):
-        tally.known.update(zip(names, found[:, len(tally.answer.prompt) :]))  # (L,) each
+        own = found[:, len(tally.answer.prompt) :].clone()  # (n, L), which does not keep the whole group's
+        tally.known.update(zip(names, own))  # (L,) each
         tally.nats.append(torch.stack([tally.known[name] for name in order]))  # (N, L)
 
 

@@ -24,7 +24,8 @@ class Completed:
         repeats: (N,) int64, of a forecast how many forecasts have its mask, itself among them; 0 where known.
         residuals: (S,) float64, of every sample run, its value minus what the others say of it.
         influence: (S,) float64, what all forecasts together gained by it.
-        fresh: (S,) bool, the samples run whose mask was not run before; only their residuals and influences count.
+        fresh: (S,) bool, the samples run whose mask was not run before and is not empty; only their residuals and
+            influences count. None where nothing is forecast.
     """
 
     values: torch.Tensor
@@ -113,7 +114,8 @@ class TokenModel:
 def complete(masked: torch.Tensor, weight: torch.Tensor, nats: torch.Tensor, seen: int) -> Completed:
     """All samples of an answer whose first `seen` were run.
 
-    A later sample with a mask that was run is known as well, not forecast.
+    A later sample with a mask that was run is known as well, not forecast, and so is one without a mask (Dream), which
+    says nothing of the others either.
 
     Args:
         masked: (N, L) bool. weight: (N,) float64.
@@ -123,14 +125,20 @@ def complete(masked: torch.Tensor, weight: torch.Tensor, nats: torch.Tensor, see
     _, pattern, times = masked.unique(dim=0, return_inverse=True, return_counts=True)  # (N,), (n,)
     first = torch.full_like(times, count).scatter_reduce(0, pattern, torch.arange(count), "amin")  # (n,) sample
     first = first[pattern]  # (N,) sample in which its mask comes first
-    known = first < seen  # (N,)
-    fitted = known & (first == torch.arange(count))  # (N,) each mask once
+    some = masked.any(1)  # (N,)
+    known = (first < seen) | ~some  # (N,)
+    if known.all():
+        values = nats.sum(1)[first.clamp(max=seen - 1)] * weight * some  # (N,)
+        nothing = torch.zeros(seen, dtype=torch.float64)  # (S,)
+        return Completed(values, torch.zeros_like(times[pattern]), nothing, nothing, nothing.bool())
+    fitted = known & some & (first == torch.arange(count))  # (N,) each mask once
     padded = torch.cat((nats, nats.new_zeros(count - seen, nats.shape[1])))  # (N, L)
     model, fresh = TokenModel(masked, padded, fitted), fitted[:seen]  # (S,)
     said = (model.left_out[first[:seen]] * masked[:seen]).sum(1)  # (S,)
     residuals = (nats.sum(1) - said) * weight[:seen]  # (S,)
-    mean = residuals[fresh].mean()  # ()
-    totals = torch.where(known, padded[first.clamp(max=seen - 1)].sum(1), (model.predicted * masked).sum(1))  # (N,)
+    mean = residuals[fresh].sum() / fresh.sum().clamp(min=1)  # ()
+    run = padded[first.clamp(max=seen - 1)].sum(1) * some  # (N,)
+    totals = torch.where(known, run, (model.predicted * masked).sum(1))  # (N,)
     values = totals * weight + torch.where(known, 0.0, mean)  # (N,)
     repeats = torch.where(known, 0, times[pattern])  # (N,)
     return Completed(
@@ -151,7 +159,7 @@ def _influence(
     The correction takes back what the model makes of samples like those run; what is left is where the others differ
     from them.
     """
-    missing, count = (~known).sum().item(), fresh.sum().item()
+    missing, count = (~known).sum().item(), max(fresh.sum().item(), 1)
     far = torch.einsum("nlf,nl->lf", model.x, masked * (weight * ~known)[:, None])  # (L, F)
     near = torch.einsum("nlf,nl->lf", model.x, model.used * weight[:, None])  # (L, F)
     gained = model.gained(far - missing / count * near)[: len(fresh)]  # (S,)

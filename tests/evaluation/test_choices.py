@@ -159,6 +159,21 @@ def record_masks(monkeypatch) -> list[torch.Tensor]:
     return seen
 
 
+def test_nats_are_held_of_targets_alone(tiny_model, monkeypatch):
+    """A prompt of 50 tokens takes no room while an item waits for its next look."""
+    held, original = [], choices._decided
+
+    def look(state, *rest):
+        for tally in state.tallies:
+            held.extend(row.untyped_storage().nbytes() / len(tally.known) for row in tally.known.values())
+        return original(state, *rest)
+
+    monkeypatch.setattr(choices, "_decided", look)
+    items = [Item(f"q/{i}", (answer(range(50), (7, 8, 9), 1), answer(range(50), (i, 8, 7), 1))) for i in range(4)]
+    score_items(tiny_model(), items, MonteCarlo(128, adaptive=True), Batches(9999))
+    assert held and max(held) <= 3 * 8  # 3 doubles a mask
+
+
 def test_noise_is_common_to_checkpoints_and_answers(tiny_model, monkeypatch):
     item, masks = make_items()[1], record_masks(monkeypatch)
     twins = Item(item.key, (item.answers[0], Answer(item.answers[0].prompt, item.answers[0].target + 1, 2)))
@@ -196,6 +211,13 @@ def test_what_stops_early_is_estimated_from_its_samples_and_forecasts(tiny_model
         blocks = (nats.sum(1) * samples.weight[:seen]).view(-1, 4).mean(1)  # (K,)
         full = blocks.std().item() / 4  # √16 blocks
         assert error == pytest.approx((full**2 + completed.error() ** 2) ** 0.5, rel=1e-3)
+
+
+def test_small_blocks_wait_for_sixteen_samples(tiny_model):
+    (found,) = score_items(
+        tiny_model(), make_items()[:1], MonteCarlo(64, 1, adaptive=True, confidence=0.01), Batches(999)
+    )
+    assert found.samples == 16
 
 
 def test_a_single_answer_gets_all_samples(tiny_model):

@@ -80,6 +80,34 @@ def test_all_run_leaves_nothing_to_forecast():
     assert not found.repeats.any() and found.values.tolist() == [1, 2, 7, 0] and found.error() == 0
 
 
+def test_samples_without_a_mask_are_known_and_say_nothing():
+    """Dream's, run or not: 0, and forecasts are as without them."""
+    masked = masks("...", "M..", ".M.", "...", "MMM", "...")
+    weight = torch.tensor([1000, 4, 2, 9, 1, 9]).double()
+    nats = torch.tensor([[0, 0, 0], [3, 0, 0], [0, 5, 0]]).double()
+    found = complete(masked, weight, nats, seen=3)
+    assert found.fresh.tolist() == [False, True, True] and found.repeats.tolist() == [0, 0, 0, 0, 1, 0]
+    assert found.values.tolist()[:4] == [0, 12, 10, 0] and found.values[5] == 0
+    alone = complete(masked[[1, 2, 4]], weight[[1, 2, 4]], nats[1:], seen=2)
+    assert found.values[4].item() == pytest.approx(alone.values[2].item())
+    assert found.error() * 6 == pytest.approx(alone.error() * 3)
+    unseen = complete(masked[1:], weight[1:], nats[1:], seen=2)  # an empty one is not forecast either
+    assert unseen.values[2] == 0 and unseen.error() * 5 == pytest.approx(alone.error() * 3)
+    nothing = complete(masked, weight, nats[:1], seen=1)
+    assert nothing.values.isfinite().all() and nothing.error() == float("inf")
+
+
+def test_an_answer_that_is_known_adds_nothing_to_a_gap():
+    found = complete(
+        masks("M.", ".M", "MM", "M.", ".."),
+        torch.ones(5).double(),
+        torch.tensor([[1, 0], [0, 1], [2, 3]]).double(),
+        seen=3,
+    )
+    assert found.values.tolist() == [1, 1, 5, 1, 0] and not found.fresh.any() and not found.repeats.any()
+    assert not found.residuals.any() and not found.influence.any() and len(found.residuals) == 3
+
+
 def test_error_by_hand():
     """Three of six missing, two of them of one mask, so that 1 + 2 + 2 err; of five samples four count, whose residuals
     vary by 4/3 and whose influences' squares sum to 8: √(5 · 4/3 + 3/4 · 8) / 6."""
