@@ -1,9 +1,9 @@
 """A benchmark: checkpoints -> latency, generation, memory and the share of the ideal saving, measured in one run."""
 
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Callable, Iterable, Sequence
+from typing import Callable, Iterable, Iterator, Sequence
 
 import torch
 
@@ -144,21 +144,41 @@ def describe_models(models: Models) -> list[dict]:
 def _measure(models: Models, settings: BenchSettings, generation: Generation | None, track: Track):
     """Rows of forward passes and of generations, in eager mode and then compiled."""
     forward, generated = [], []
-    sizes = [(batch, length) for batch in settings.batches for length in settings.lengths]
+    wanted = () if generation is None else settings.caches_of(generation)
     for mode in ("eager", "compiled") if settings.compiled else ("eager",):
+        compiled = mode == "compiled"
         # what a cache runs is hooked into the attention cores, which is not for the compiler
-        caches = () if generation is None else settings.caches_of(generation) if mode == "eager" else ("none",)
-        with compiled_blocks(models.values()) if mode == "compiled" else nullcontext():
-            for size in sizes:
+        caches = tuple(cache for cache in wanted if not compiled or cache == "none")
+        with compiled_blocks(models.values()) if compiled else nullcontext():
+            for size in _sizes(settings):
                 title = f"{mode}, {size[0]} x {size[1]}"
-                shown = _titled(track, f"forward, {title}")
-                rows = forward_rows(models, *size, settings.rounds, settings.warmup, shown)
-                forward += [{"mode": mode, **row} for row in rows]
-                for cache in caches:
-                    shown = _titled(track, f"generation, {title}, cache {cache}")
-                    rows = generation_rows(models, *size, generation, cache, settings.generation_rounds, shown)
-                    generated += [{"mode": mode, **row} for row in rows]
+                with _fitting(models, *size):
+                    shown = _titled(track, f"forward, {title}")
+                    rows = forward_rows(models, *size, settings.rounds, settings.warmup, shown)
+                    forward += [{"mode": mode, **row} for row in rows]
+                    full: dict[str, torch.Tensor] = {}
+                    for cache in caches:
+                        shown = _titled(track, f"generation, {title}, cache {cache}")
+                        counts = (settings.generation_rounds, int(compiled))  # a warm-up compiles
+                        rows = generation_rows(models, *size, generation, cache, *counts, full, shown)
+                        generated += [{"mode": mode, **row} for row in rows]
     return forward, generated
+
+
+def _sizes(settings: BenchSettings) -> list[tuple[int, int]]:
+    return [(batch, length) for batch in settings.batches for length in settings.lengths]
+
+
+@contextmanager
+def _fitting(models: Models, batch: int, length: int) -> Iterator[None]:
+    """Raise UserError where memory runs out at a size."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise UserError(
+            f"--batch {batch} at --length {length} does not fit the memory beside {len(models)} models:"
+            " lower either, or give fewer checkpoints"
+        ) from error
 
 
 def _titled(track: Track, title: str) -> Callable[[Iterable], Iterable]:
@@ -182,11 +202,13 @@ def _semi_structured(models: Models, settings: BenchSettings, device: torch.devi
     if found["refused"]:
         return found | {"models": {label: {} for label in masked}}
     rounds = (settings.rounds, settings.warmup)
-    sizes = [(batch, length) for batch in settings.batches for length in settings.lengths]
     for label, model in track(masked.items(), "2:4 kernels"):
-        counts = sorted({batch * length for batch, length in sizes})
+        counts = sorted({batch * length for batch, length in _sizes(settings)})
         shapes = [row for tokens in counts for row in shape_rows(model, tokens, *rounds)]
-        forward = [semi_structured_row(model, *size, *rounds) for size in sizes]
+        forward = []
+        for size in _sizes(settings):
+            with _fitting(models, *size):
+                forward.append(semi_structured_row(model, *size, *rounds))
         found["models"][label] = {"shapes": shapes, "forward": forward}
     return found
 

@@ -73,15 +73,34 @@ def test_dream_has_no_blocks(tiny_checkpoint, tmp_path, capsys):
 
 
 def test_compiled_rows_follow_the_eager_ones(pair, tmp_path, monkeypatch):
-    compile = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda *a, **k: compile(*a, **(k | {"backend": "eager"})))
+    """Nothing is compiled within a timed call or within one whose memory is watched, and MACs are those of eager ones."""
+    from structprune.bench import latency, workloads
+
+    compile, graphs, made = torch.compile, [], []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def watched(call, device, *rest):
+        before = len(graphs)
+        call()
+        made.append(len(graphs) - before)
+        return 1.0
+
+    monkeypatch.setattr(torch, "compile", lambda *a, **k: compile(*a, **(k | {"backend": backend})))
+    monkeypatch.setattr(latency, "elapsed", watched)
+    monkeypatch.setattr(workloads, "peak_above", watched)
     settings = BenchSettings((1,), (24,), 8, 4, 4, ("all",), compiled=True, rounds=1, generation_rounds=1)
     found = bench(pair, settings, tmp_path / "made", plots=False).result
     assert [row["mode"] for row in found["forward"]] == ["eager"] * 2 + ["compiled"] * 2
     assert [(row["mode"], row["cache"]) for row in found["generation"][::2]] == [
         ("eager", "none"), ("eager", "prefix"), ("eager", "dual"), ("compiled", "none")
     ]  # fmt: skip
-    assert found["forward"][3]["macs"] == found["forward"][1]["macs"]
+    for part in ("forward", "generation"):
+        counts = {mode: [row["macs"] for row in found[part] if row["mode"] == mode] for mode in ("eager", "compiled")}
+        assert counts["compiled"] == counts["eager"][:2]
+    assert graphs and set(made) == {0}
 
 
 def test_two_of_four_without_kernels_says_so_and_goes_on(pair, tmp_path, capsys):
@@ -128,6 +147,8 @@ def test_what_cannot_be_measured_together(pair, tiny_checkpoint, tmp_path, capsy
         ([pair[0], dream], [], f"'{dream}' is of family dream, '{pair[0]}' of llada: compare within one family"),
         (pair, ["--length", "65"], "--length 65 is beyond the 64 positions of"),
         (pair, ["--cache", "duel"], "unknown --cache 'duel' (did you mean 'dual'?)"),
+        (pair, ["--cache", "none,none"], "--cache none,none names one twice: give each once, or all alone"),
+        (pair, ["--cache", "all,dual"], "--cache all,dual names one twice"),
         (pair, ["--batch", "1;2"], "--batch '1;2' is no list of whole numbers: write them as in --batch 1,8"),
         (pair, ["--dtype", "float64"], "model.dtype"),
         (pair, ["--device", "tpu"], "unknown device 'tpu'"),
@@ -135,6 +156,25 @@ def test_what_cannot_be_measured_together(pair, tiny_checkpoint, tmp_path, capsy
         ([str(tmp_path / "nowhere")], [], "nowhere"),
     ):
         assert message in refused(["bench", *checkpoints, "--out", str(out), *QUICK, *more], capsys, out), message
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA"), MemoryError()])
+@pytest.mark.parametrize("stage", ["forward_rows", "generation_rows"])
+def test_what_does_not_fit_is_named(pair, tmp_path, capsys, monkeypatch, error, stage):
+    from structprune import bench_run
+
+    monkeypatch.setattr(bench_run, stage, lambda *args: (_ for _ in ()).throw(error))
+    out = tmp_path / "made"
+    said = refused(["bench", *pair, "--out", str(out), *QUICK, "--batch", "3", "--no-plots"], capsys, out)
+    assert "--batch 3 at --length 24 does not fit the memory beside 2 models: lower either, or give fewer" in said
+
+
+def test_a_compiled_cache_is_not_put_in_the_place_of_another(pair, tmp_path, monkeypatch):
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *a, **k: compile(*a, **(k | {"backend": "eager"})))
+    settings = BenchSettings((1,), (24,), 8, 4, 4, ("dual",), compiled=True, rounds=1, generation_rounds=1)
+    found = bench(pair[:1], settings, tmp_path / "made", plots=False).result
+    assert [(row["mode"], row["cache"]) for row in found["generation"]] == [("eager", "dual")]
 
 
 def test_an_output_is_replaced_only_when_asked_and_only_if_it_is_one(pair, tmp_path, capsys):

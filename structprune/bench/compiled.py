@@ -32,7 +32,8 @@ def check_compile(device: torch.device) -> None:
 def compiled_blocks(models: Iterable[DiffusionLM]) -> Iterator[None]:
     """While open, every block of the models is compiled, for one shape at a time, when it is first called.
 
-    Block by block, because a whole model of 32 blocks compiles for minutes at every shape and gains little more.
+    Block by block, because a whole model of 32 blocks compiles for minutes at every shape and gains little more. In a
+    generation the last block runs as it is: it ends at the wanted positions (`encode_at`), which no call of it does.
     """
     blocks = [block for model in models for block in model.blocks]
     for block in blocks:

@@ -20,7 +20,7 @@ class BenchSettings:
         gen_length: generated tokens of each sequence, 0 for no generation; steps of all blocks together.
         block_length: of a sampler with blocks; None: 32, or gen_length where that is less.
         caches: of `none`, `prefix`, `dual`, or `all` of them that the sampler can have.
-        compiled: also measure with torch.compile.
+        compiled: also measure with torch.compile: forward passes, and generation without a cache.
         semi_structured: also run 2:4-masked weights through torch's semi-structured kernels.
         rounds, generation_rounds, warmup: timed passes, timed generations, and untimed passes before.
     Raises:
@@ -59,6 +59,8 @@ class BenchSettings:
             if name not in known:
                 close = nearest(name, list(known))
                 raise UserError(f"unknown --cache '{name}'{close}: choose of {', '.join(known)}")
+        if len(set(self.caches)) < len(self.caches) or (ALL in self.caches and len(self.caches) > 1):
+            raise UserError(f"--cache {','.join(self.caches)} names one twice: give each once, or all alone")
         self._check_idle()
         shortest = min(self.lengths)
         if self.gen_length >= shortest:

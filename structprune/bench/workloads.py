@@ -38,38 +38,51 @@ def rows_of(found: dict[str, Latency], macs: dict[str, int], tokens: int) -> dic
 def forward_rows(models: Models, batch: int, length: int, rounds: int, warmup: int, track: Track) -> list[dict]:
     """Latency, MACs and peak memory of `model(ids)`, logits at all (B, T) positions."""
     ids = random_ids(next(iter(models.values())), batch, length)  # (B, T)
-    macs, peaks = {}, {}
+    macs = {}
     for name, model in models.items():
         with counted_macs(model) as count:
             model(ids)
         macs[name] = count.total
-        peaks[name] = peak_above(lambda model=model: model(ids), ids.device)
     found = measure_latency(models, length, batch, rounds, warmup, track=track)
+    peaks = {name: peak_above(lambda model=model: model(ids), ids.device) for name, model in models.items()}
     rows = rows_of(found, macs, batch * length)
     return [{"batch": batch, "length": length, **row, "peak_above_weights": peaks[name]} for name, row in rows.items()]
 
 
 def generation_rows(
-    models: Models, batch: int, length: int, settings: Generation, cache: str, rounds: int, track: Track
+    models: Models,
+    batch: int,
+    length: int,
+    settings: Generation,
+    cache: str,
+    rounds: int,
+    warmup: int,
+    full: dict[str, torch.Tensor],
+    track: Track,
 ) -> list[dict]:
     """Tokens per second, MACs and peak memory of whole generations, and their agreement with full recomputation.
 
     Args:
         length: of prompt and generated tokens together.
+        warmup: untimed generations of each model before, beyond the one that is counted, which nothing compiles.
+        full: name -> tokens (B, P + G) of full recomputation at this size; what is missing is made and added.
     """
     first = next(iter(models.values()))
-    prompts = random_ids(first, batch, length - settings.gen_length)  # (B, P)
-    calls, macs, agreement, peaks = {}, {}, {}, {}
+    prompts, device = random_ids(first, batch, length - settings.gen_length), compute_device(first)  # (B, P)
+    calls, macs, agreement = {}, {}, {}
     for name, model in models.items():
         calls[name] = lambda model=model: generate(model, prompts, settings, batch=batch, cache=cache)
-        made = []
         with counted_macs(model) as count:
-            peaks[name] = peak_above(lambda name=name: made.append(calls[name]()), compute_device(model))  # noqa: B023
+            made = calls[name]()  # (B, P + G)
         macs[name] = count.total
-        if cache != "none":
-            full = generate(model, prompts, settings, batch=batch)  # (B, P + G)
-            agreement[name] = (made[0] == full)[:, -settings.gen_length :].double().mean().item()
-    found = interleaved(calls, compute_device(first), rounds, track=track)
+        if cache == "none":
+            full[name] = made
+            continue
+        if name not in full:
+            full[name] = generate(model, prompts, settings, batch=batch)
+        agreement[name] = (made == full[name])[:, -settings.gen_length :].double().mean().item()
+    found = interleaved(calls, device, rounds, warmup, track=track)
+    peaks = {name: peak_above(call, device) for name, call in calls.items()}
     rows = rows_of(found, macs, batch * settings.gen_length)
     same = {"batch": batch, "length": length, "cache": cache}
     return [

@@ -29,7 +29,7 @@ Batches = Annotated[str, typer.Option("--batch", metavar="LIST", help="Sequences
 Lengths = Annotated[
     str, typer.Option("--length", metavar="LIST", help="Tokens of a sequence, generated ones included.")
 ]
-Compile = Annotated[bool, typer.Option("--compile", help="Also measure with torch.compile.")]
+Compile = Annotated[bool, typer.Option("--compile", help="Also measure with torch.compile; caches are not for it.")]
 Cache = Annotated[
     str,
     typer.Option(

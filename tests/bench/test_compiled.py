@@ -5,6 +5,7 @@ import torch
 
 from structprune.bench import compiled as module
 from structprune.bench.compiled import check_compile, compiled_blocks
+from structprune.bench.macs import counted_macs
 from structprune.errors import UserError
 
 
@@ -34,6 +35,18 @@ def test_every_block_is_compiled_for_its_own_width_and_back_again(tiny_model, ea
         assert len(eager_backend) == 12  # nothing is compiled twice
     assert all(block._compiled_call_impl is None for block in model.blocks)
     assert torch.equal(model(ids).logits, expected) and len(eager_backend) == 12
+
+
+@torch.no_grad()
+def test_what_is_only_counted_is_not_compiled(tiny_model, eager_backend):
+    """With the hooks of the count in it, it would have to be compiled again without."""
+    model, ids = tiny_model(), torch.arange(10)[None]
+    with compiled_blocks([model]):
+        with counted_macs(model) as count:
+            model(ids)
+        assert count.linear > 0 and not eager_backend
+        model(ids)
+        assert eager_backend
 
 
 def test_a_missing_compiler_is_one_line(monkeypatch):

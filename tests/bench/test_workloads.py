@@ -48,12 +48,15 @@ def test_generation_rows(pair, monkeypatch):
         return generate(model, prompts, given, batch=batch, cache=cache)
 
     monkeypatch.setattr(module, "generate", noted)
-    plain = generation_rows(pair, 2, 20, settings, "none", rounds=2, track=lambda items: items)
-    assert set(asked) == {((2, 12), 2, "none")} and len(asked) == 2 * (1 + 2)  # one for counts and peak, two rounds
-    assert [row["agreement"] for row in plain] == [None, None]
+    full = {}
+    plain = generation_rows(pair, 2, 20, settings, "none", 2, 0, full, track=lambda items: items)
+    assert set(asked) == {((2, 12), 2, "none")} and len(asked) == 2 * (1 + 2 + 1)  # counted, two rounds, peak
+    assert [row["agreement"] for row in plain] == [None, None] and list(full) == ["dense", "small"]
     asked.clear()
-    rows = generation_rows(pair, 2, 20, settings, "dual", rounds=2, track=lambda items: items)
-    assert [cache for _, _, cache in asked].count("none") == 2
+    del full["small"]
+    rows = generation_rows(pair, 2, 20, settings, "dual", 2, 1, full, track=lambda items: items)
+    assert [cache for _, _, cache in asked].count("none") == 1  # the other is known
+    assert len(asked) == 1 + 2 * (1 + 1 + 2 + 1) and set(full) == {"dense", "small"}
     for row, full, model in zip(rows, plain, pair.values()):
         assert row["cache"] == "dual" and row["macs"] < full["macs"]
         prompts = module.random_ids(pair["dense"], 2, 12)
@@ -70,5 +73,20 @@ def test_agreement_is_of_generated_tokens_only(pair, monkeypatch):
         return torch.cat((prompts, tail), dim=1)
 
     monkeypatch.setattr(module, "generate", fake)
-    rows = generation_rows({"dense": pair["dense"]}, 2, 20, LLaDAGeneration(8, 8, 4), "prefix", 1, lambda items: items)
+    settings = LLaDAGeneration(8, 8, 4)
+    rows = generation_rows({"dense": pair["dense"]}, 2, 20, settings, "prefix", 1, 0, {}, lambda items: items)
     assert rows[0]["agreement"] == 0.75
+
+
+def test_peaks_are_of_calls_made_before(pair, monkeypatch):
+    """So that neither loading of libraries nor compilation is taken for what a model needs."""
+    runs, settings = [], LLaDAGeneration(8, 4, 4)
+    pair["small"].register_forward_pre_hook(lambda *_: runs.append("forward"))
+    pair["small"].blocks[0].register_forward_pre_hook(lambda *_: runs.append("block"))
+    monkeypatch.setattr(module, "peak_above", lambda call, device: runs.append("peak") or call())
+    forward_rows(pair, 1, 16, rounds=2, warmup=1, track=lambda items: items)
+    assert runs[:-2].count("forward") == 1 + 1 + 2 and runs[-3:] == ["peak", "forward", "block"]
+    runs.clear()
+    generation_rows(pair, 1, 16, settings, "none", 1, 1, {}, track=lambda items: items)
+    last = len(runs) - runs[::-1].index("peak")
+    assert runs[:last].count("block") == 3 * 4 and runs[last:] == ["block"] * 4
