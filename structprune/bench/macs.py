@@ -26,7 +26,8 @@ def counted_macs(model: DiffusionLM) -> Iterator[MacCount]:
     """While open, the yielded count grows by what the model runs, be it a forward pass or a generation with a cache.
 
     Norms, RoPE, softmax and gated products are no products of matrices and are not counted; positions that are not
-    run are not either. Nothing is compiled meanwhile: with these hooks in it, it would be compiled again once they are gone.
+    run are not either. Nothing is compiled meanwhile: with these hooks in it, it would have to be compiled again once
+    they are gone.
     """
     count = MacCount()
 

@@ -7,6 +7,7 @@ from structprune.report.plots import COLOURS, MARKERS, check_matplotlib
 
 WANTED = 0.9  # of the ideal saving: drawn as a line
 GREY = "#555555"
+INSIDE = 5  # entries of a legend that leave room for the lines; more of them stand beside
 
 
 def plot_bench(result: dict, folder: str | Path) -> list[Path]:
@@ -70,7 +71,7 @@ def draw_latency(axes, rows: list[dict], removed: dict[str, float]) -> None:
     axes.set_xlabel("removed share of block projections")
     axes.set_ylabel("forward pass, ms (median, quartiles)")
     axes.set_title(_title("Forward latency", rows), fontsize=11)
-    axes.legend(frameon=False, fontsize=9)
+    _legend(axes)
 
 
 def draw_ideal(axes, rows: list[dict], removed: dict[str, float]) -> None:
@@ -90,7 +91,7 @@ def draw_ideal(axes, rows: list[dict], removed: dict[str, float]) -> None:
     low, high = axes.get_ylim()
     axes.set_ylim(min(low, 80), max(high, 104))
     axes.margins(x=0.12)
-    axes.legend(frameon=False, fontsize=9)
+    _legend(axes)
 
 
 def draw_memory(axes, models: list[dict], rows: list[dict]) -> None:
@@ -117,6 +118,15 @@ def _title(start: str, rows: list[dict]) -> str:
     """With the size, where there is only one."""
     sizes = {(row["batch"], row["length"]) for row in rows}
     return start if len(sizes) > 1 else f"{start}, batch {rows[0]['batch']}, {rows[0]['length']} tokens"
+
+
+def _legend(axes) -> None:
+    """Among the lines while it is short, else to their right, on a figure that is as much wider."""
+    if len(axes.get_legend_handles_labels()[1]) <= INSIDE:
+        axes.legend(frameon=False, fontsize=9)
+        return
+    axes.figure.set_figwidth(axes.figure.get_figwidth() + 2.6)
+    axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def _styles():

@@ -25,7 +25,10 @@ def bench_tables(result: dict) -> list[Table]:
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for name in columns:
-        table.add_column(name, justify="left" if name in ("model", "layers") else "right", no_wrap=True)
+        if name in ("model", "layers"):  # a long name takes a second line, never the place of a figure
+            table.add_column(name, justify="left", overflow="fold")
+        else:
+            table.add_column(name, justify="right", no_wrap=True)
     return table
 
 
@@ -55,15 +58,17 @@ def _forward(rows: Rows) -> Table:
 def _generation(rows: Rows, sampler: dict) -> Table:
     block = f", blocks of {sampler['block_length']}" if "block_length" in sampler else ""
     title = f"generation, {sampler['gen_length']} tokens in {sampler['steps']} steps{block}"
-    table = _table(title, "model", "tokens/s (quartiles)", "speed", "MACs", "of ideal", "equal")
+    table = _table(title, "model", "tokens/s", "speed", "MACs", "of ideal", "equal", "peak")
     for title, group in _groups(rows):
         table.add_section()
         table.add_row(title, style="bold")
         for row in group:
             equal = "" if row["agreement"] is None else f"{100 * row['agreement']:.0f} %"
-            table.add_row(f"  {row['model']}", _quartiles(_rates(row)), *_gain(row), equal)
+            shown = (_quartiles(_rates(row)), *_gain(row), equal, _bytes(row["peak_above_weights"]))
+            table.add_row(f"  {row['model']}", *shown)
+    table.caption = "tokens/s: generated ones, with quartiles; peak above what was in memory"
     if any(row["agreement"] is not None for row in rows):
-        table.caption = "equal: share of tokens that are the same model's without a cache, which is approximate"
+        table.caption += "; equal: share of tokens that are the same model's without a cache, on random prompts"
     return table
 
 
@@ -75,8 +80,11 @@ def _shapes(label: str, found: dict) -> Table:
     table.add_section()
     for row in found["forward"]:
         table.add_row("whole pass", f"{row['batch']} x {row['length']}", "", *_pair(row))
-    refused = {row["refused"] for row in found["shapes"] if "refused" in row}
-    table.caption = "; ".join(sorted(refused)) or None
+    notes = sorted({row["refused"] for row in found["shapes"] if "refused" in row})
+    if found["forward"]:
+        apart = max(row["relative_difference"] for row in found["forward"])
+        notes.append(f"logits of both are {apart:.1g} apart, relative to their size")
+    table.caption = "; ".join(notes) or None
     return table
 
 

@@ -61,8 +61,22 @@ def test_what_is_printed_fits_80_columns():
     assert words(text, "dense", 1) == "dense 200 (180-240) 10.0 G 30.00 MB".split()
     assert "generation, 128 tokens in 32 steps, blocks of 32" in text
     # 1e5 / 11 tokens/s at the median; a fifth more time is a sixth less
-    assert words(text, "half", 3) == "half 9091 (7576-10101) 18.18x -95.0 % 99.5 % 80 %".split()
-    assert "1 x 512, dual cache" in text and "1 x 512, no cache" in text
+    assert words(text, "half", 3) == "half 9091 (7576-10101) 18.18x -95.0 % 99.5 % 80 % 30.00 MB".split()
+    wide = printed(RESULT, 100)
+    assert "1 x 512, dual cache" in wide and "1 x 512, no cache" in wide
+
+
+def test_a_long_name_never_takes_the_place_of_a_figure():
+    result = deepcopy(RESULT)
+    for part in ("models", "forward", "generation"):
+        for each in result[part]:
+            each["model"] = f"LLaDA-8B-Instruct-{each['model']}"
+    for each in result["generation"]:
+        each["mode"] = "compiled"
+    text = printed(result)
+    assert "…" not in text and max(map(len, text.splitlines())) <= 80
+    assert "9091 (7576-10101)  18.18x  -95.0 %    99.5 %   80 %  30.00 MB" in text
+    assert "110 (99.0-132)  1.82x  -50.0 %    90.0 %    30.00 MB" in text
 
 
 def test_the_kernels_table_says_what_was_refused():
@@ -72,13 +86,19 @@ def test_the_kernels_table_says_what_was_refused():
     result = RESULT | {
         "semi_structured": {
             "refused": None,
-            "models": {"masked": {"shapes": shapes, "forward": [{"batch": 1, "length": 512} | kernels]}},
+            "models": {
+                "masked": {
+                    "shapes": shapes,
+                    "forward": [{"batch": 1, "length": 512, "relative_difference": 0.0123} | kernels],
+                }
+            },
         }
     }
     text = printed(result)
     assert words(text, "6 as q_proj")[3:] == "512 64x32 2.00 (1.80-2.40) 1.00 (0.900-1.20) 2.00x".split()
     assert words(text, "6 as q_proj", 1)[-1] == "refused" and "no multiple of 32" in text
     assert words(text, "whole pass")[-1] == "2.00x"
+    assert "logits of both are 0.01 apart, relative to their size" in " ".join(text.split())
     assert "kernels" not in printed(RESULT | {"semi_structured": {"refused": "none here", "models": {}}})
 
 
@@ -112,6 +132,16 @@ def test_shares_of_the_ideal_in_percent(axes):
         pytest.approx([90]), pytest.approx([80]), pytest.approx([100 * 0.945 / 0.95])
     ]  # fmt: skip
     assert 90 in {line.get_ydata()[0] for line in axes.get_lines()}
+
+
+def test_a_long_legend_stands_beside_the_lines(axes):
+    draw_latency(axes, RESULT["forward"], REMOVED)  # two entries
+    width = axes.figure.get_figwidth()
+    assert axes.get_legend().get_bbox_to_anchor().x1 <= axes.bbox.x1
+    many = [each | {"length": 64 + number} for number in range(5) for each in RESULT["forward"]]
+    axes.clear()
+    draw_latency(axes, many, REMOVED)
+    assert axes.get_legend().get_bbox_to_anchor().x0 >= axes.bbox.x1 and axes.figure.get_figwidth() > width
 
 
 def test_memory_is_stacked(axes):
