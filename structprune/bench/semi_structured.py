@@ -1,6 +1,7 @@
 """2:4-masked weights through torch's own semi-structured kernels: what they gain or lose, layer shape by layer shape.
 
-cuSPARSELt or CUTLASS, whichever the build has (torch.sparse.to_sparse_semi_structured).
+torch.sparse.to_sparse_semi_structured takes cuSPARSELt, for fp16 and bf16 weights; CUTLASS only where it is forced
+(SparseSemiStructuredTensor._FORCE_CUTLASS).
 """
 
 import copy
@@ -13,6 +14,7 @@ from structprune.bench.latency import interleaved, measure_latency, random_ids, 
 from structprune.models.adapter import Adapter
 from structprune.models.families import ROLES
 from structprune.models.modeling_structprune import DiffusionLM
+from structprune.statistics.half import HALF
 
 PROBE = 128  # rows and columns that every kernel takes
 
@@ -40,16 +42,32 @@ def convert(weight: torch.Tensor) -> torch.Tensor:
     return torch.sparse.to_sparse_semi_structured(weight.detach().contiguous())
 
 
+def tried(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor | str:
+    """The weight in semi-structured form, once it has multiplied (N, C) inputs; or why it cannot, in one line."""
+    try:
+        sparse = convert(weight)
+        F.linear(x, sparse)
+    except torch.OutOfMemoryError:  # no matter of kernels
+        raise
+    except RuntimeError as error:
+        return _first_line(error)
+    return sparse
+
+
+def _inputs(weight: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Inputs (N, C) for a weight (O, C)."""
+    return torch.ones(tokens, weight.shape[1], device=weight.device, dtype=weight.dtype)
+
+
 def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why this build and device cannot run 2:4 weights, in one line; None where they can."""
     if device.type != "cuda":
         return f"torch has no 2:4 kernels for device {device.type}"
+    if dtype not in HALF:  # CUTLASS would take fp32, but as one of every two
+        return f"torch has no 2:4 kernels for {str(dtype).removeprefix('torch.')}: use --dtype bfloat16 or float16"
     weight = torch.tensor([0, 0, 1, 1], device=device).to(dtype).tile(PROBE, PROBE // 4)  # (O, C)
-    try:
-        F.linear(torch.ones(PROBE, PROBE, device=device, dtype=dtype), convert(weight))
-    except RuntimeError as error:
-        return _first_line(error)
-    return None
+    found = tried(weight, _inputs(weight, PROBE))
+    return found if isinstance(found, str) else None
 
 
 @torch.inference_mode()
@@ -63,12 +81,11 @@ def shape_rows(model: DiffusionLM, tokens: int, rounds: int, warmup: int) -> lis
     for (outputs, inputs), names in shapes.items():
         weight = linears[names[0]].weight.detach()
         row = {"outputs": outputs, "inputs": inputs, "layers": len(names), "first": names[0], "tokens": tokens}
-        try:
-            sparse = convert(weight)
-        except RuntimeError as error:
-            rows.append(row | {"refused": _first_line(error)})
+        x = _inputs(weight, tokens)  # (N, C)
+        sparse = tried(weight, x)
+        if isinstance(sparse, str):
+            rows.append(row | {"refused": sparse})
             continue
-        x = torch.ones(tokens, inputs, device=weight.device, dtype=weight.dtype)  # (N, C)
         calls = {"dense": lambda: F.linear(x, weight), "2:4": lambda: F.linear(x, sparse)}  # noqa: B023
         found = interleaved(calls, weight.device, rounds, warmup)
         timed = {f"{name}_ms": latency.quartiles_ms() for name, latency in found.items()}
@@ -76,30 +93,36 @@ def shape_rows(model: DiffusionLM, tokens: int, rounds: int, warmup: int) -> lis
     return rows
 
 
-def with_kernels(model: DiffusionLM) -> DiffusionLM:
-    """The same model, its 2:4 weights in semi-structured form where torch takes their shape; all else is shared."""
+def with_kernels(model: DiffusionLM, tokens: int) -> DiffusionLM:
+    """The same model, its 2:4 weights in semi-structured form where that takes `tokens` inputs; all else is shared."""
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     clone = copy.deepcopy(model, memo=shared)
     for linear in masked_linears(clone).values():
-        try:
-            sparse = convert(linear.weight)
-        except RuntimeError:  # reported by shape
-            continue
-        linear.weight = nn.Parameter(sparse, requires_grad=False)
+        sparse = tried(linear.weight.detach(), _inputs(linear.weight, tokens))
+        if not isinstance(sparse, str):  # else `shape_rows` says why
+            linear.weight = nn.Parameter(sparse, requires_grad=False)
     return clone
 
 
 @torch.inference_mode()
 def semi_structured_row(model: DiffusionLM, batch: int, length: int, rounds: int, warmup: int) -> dict:
     """A whole forward pass with and without the kernels, and how far the logits are apart relative to their size."""
-    pair = {"dense": model, "2:4": with_kernels(model)}
-    ids = random_ids(model, batch, length)  # (B, T)
-    logits, other = (each(ids).logits.float() for each in pair.values())  # 2 x (B, T, V)
-    apart = ((other - logits).norm() / logits.norm()).item()
+    pair = {"dense": model, "2:4": with_kernels(model, batch * length)}
+    apart = _difference(*pair.values(), random_ids(model, batch, length))
     found = measure_latency(pair, length, batch, rounds, warmup)
     timed = {f"{name}_ms": latency.quartiles_ms() for name, latency in found.items()}
     speed = speedup(found["dense"], found["2:4"])
     return {"batch": batch, "length": length, **timed, "speedup": speed, "relative_difference": apart}
+
+
+def _difference(model: DiffusionLM, other: DiffusionLM, ids: torch.Tensor) -> float:
+    """Norm of the difference of both models' logits on (B, T), over that of the first's."""
+    expected, found = model(ids).logits, other(ids).logits  # 2 x (B, T, V)
+    apart = size = 0.0
+    for one, two in zip(expected, found):  # row by row, (T, V): an fp32 copy of all of them may not fit
+        apart += (two.float() - one.float()).norm().item() ** 2
+        size += one.float().norm().item() ** 2
+    return (apart / size) ** 0.5
 
 
 def _first_line(error: Exception) -> str:

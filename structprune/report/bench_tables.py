@@ -68,7 +68,8 @@ def _generation(rows: Rows, sampler: dict) -> Table:
             table.add_row(f"  {row['model']}", *shown)
     table.caption = "tokens/s: generated ones, with quartiles; peak above what was in memory"
     if any(row["agreement"] is not None for row in rows):
-        table.caption += "; equal: share of tokens that are the same model's without a cache, on random prompts"
+        table.caption += "; prefix, dual: with that cache; equal: share of tokens that are the same model's without"
+        table.caption += ", on random prompts"
     return table
 
 
@@ -98,12 +99,12 @@ def _pair(row: dict) -> tuple[str, str, str]:
 
 
 def _groups(rows: Rows):
-    """('1 x 512, prefix cache, compiled', its rows), in the order they first appear."""
+    """('1 x 512, prefix', its rows), in the order they first appear."""
     found: dict[str, Rows] = {}
     for row in rows:
         parts = [f"{row['batch']} x {row['length']}"]
-        if "cache" in row:
-            parts.append("no cache" if row["cache"] == "none" else f"{row['cache']} cache")
+        if row.get("cache", "none") != "none":
+            parts.append(row["cache"])
         if row["mode"] != "eager":
             parts.append(row["mode"])
         found.setdefault(", ".join(parts), []).append(row)

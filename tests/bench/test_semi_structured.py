@@ -47,9 +47,11 @@ def test_without_kernels_it_says_so(monkeypatch):
     monkeypatch.setattr(torch, "tensor", lambda values, device: made(values))
     monkeypatch.setattr(torch, "ones", lambda *shape, device, dtype: torch.zeros(*shape, dtype=dtype))
     monkeypatch.setattr(module, "convert", none)
-    assert refusal(Cuda(), torch.float32) == "cuSPARSELt not supported on your machine."
+    assert refusal(Cuda(), torch.bfloat16) == "cuSPARSELt not supported on your machine."
     monkeypatch.setattr(module, "convert", lambda weight: weight)
-    assert refusal(Cuda(), torch.float32) is None
+    assert refusal(Cuda(), torch.bfloat16) is None
+    found = refusal(Cuda(), torch.float32)  # torch's own words name no remedy
+    assert found == "torch has no 2:4 kernels for float32: use --dtype bfloat16 or float16"
 
 
 def test_torch_refuses_on_cpu():
@@ -74,7 +76,7 @@ def test_shapes_are_measured_once_each_and_refusals_kept(masked, monkeypatch):
 
 def test_the_kernels_run_in_a_copy_that_shares_all_else(masked, monkeypatch):
     monkeypatch.setattr(module, "convert", lambda weight: 2 * weight)  # so that its use shows
-    copy = module.with_kernels(masked)
+    copy = module.with_kernels(masked, 12)
     old, new = Adapter(masked).blocks, Adapter(copy).blocks
     assert torch.equal(new[0]["query"].weight, 2 * old[0]["query"].weight)
     assert new[2]["query"].weight is old[2]["query"].weight and new[2]["up"].weight is not old[2]["up"].weight
@@ -83,3 +85,41 @@ def test_the_kernels_run_in_a_copy_that_shares_all_else(masked, monkeypatch):
     assert row["relative_difference"] > 0.01 and (row["batch"], row["length"]) == (2, 6)
     monkeypatch.setattr(module, "convert", lambda weight: weight.clone())
     assert semi_structured_row(masked, 2, 6, rounds=2, warmup=1)["relative_difference"] == 0
+
+
+def test_a_kernel_that_fails_only_when_it_runs_is_refused_too(masked, monkeypatch):
+    """Whole passes then run that shape dense, and a lack of memory is none of it."""
+    linear, seen = module.F.linear, []
+
+    def failing(x, weight, bias=None):
+        if getattr(weight, "sparse", False) and weight.shape == (32, 48):
+            seen.append(len(x))
+            raise RuntimeError("CUDA error: operation not supported\ntrace")
+        return linear(x, weight, bias)
+
+    def convert(weight):
+        made = 2 * weight
+        made.sparse = True
+        return made
+
+    monkeypatch.setattr(module.F, "linear", failing)
+    monkeypatch.setattr(module, "convert", convert)
+    rows = {(row["outputs"], row["inputs"]): row for row in shape_rows(masked, tokens=5, rounds=1, warmup=0)}
+    assert rows[32, 48]["refused"] == "CUDA error: operation not supported" and "speedup" in rows[32, 32]
+    new, old = (Adapter(model).blocks[0] for model in (module.with_kernels(masked, 6), masked))
+    assert new["down"].weight is old["down"].weight and torch.equal(new["up"].weight, 2 * old["up"].weight)
+    assert seen == [5, 6, 6]  # one shape; two layers
+
+    def full(weight):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(module, "convert", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        shape_rows(masked, tokens=5, rounds=1, warmup=0)
+
+
+@torch.no_grad()
+def test_the_difference_of_logits_is_over_all_rows(masked, tiny_model):
+    other, ids = tiny_model(seed=3), torch.arange(12).view(2, 6)
+    one, two = masked(ids).logits, other(ids).logits
+    assert module._difference(masked, other, ids) == pytest.approx(((two - one).norm() / one.norm()).item())
