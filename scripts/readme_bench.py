@@ -1,4 +1,4 @@
-"""The README's table of latency: dense against pruned, forward and generation."""
+"""The README's tables of latency: dense against pruned, forward and generation, and what odd widths cost."""
 
 from readme_common import machine, table
 
@@ -50,14 +50,42 @@ def note(found: dict) -> str:
         for row in found["pruning"]
     ]
     size = found["calibration"]
+    command = f"scripts/bench_pruned.py --windows {size['windows']} --rounds {settings['rounds']}"
+    equal = [row["agreement"] for row in found["generation"] if row["agreement"] is not None]
+    agreement = ""
+    if equal:
+        agreement = (
+            f" With a cache {min(equal):.0%} to {max(equal):.0%} of the tokens are those of full recomputation: nothing"
+            " to go by, as the weights are random."
+        )
     pruning = f" Pruning itself ({size['windows']} windows of {size['window']} tokens, {size['levels']} levels): {'; '.join(runs)}."
     return (
-        "`python scripts/bench_pruned.py`, from [`bench_cpu.json`](scripts/results/bench_cpu.json): a random LLaDA of"
+        f"`python {command}`, from [`bench_cpu.json`](scripts/results/bench_cpu.json): a random LLaDA of"
         f" {dense['parameters'] / 1e6:.0f} M parameters ({len(widths)} blocks, {widths[0]['query_heads']} heads,"
         f" {widths[0]['channels']} channels), pruned by structprune and reloaded, {dense['dtype']},"
         f" {machine(found['machine'])}, {found['machine']['threads']} thread; models in turns, median and quartiles. Generation: {sampler['gen_length']} tokens in"
         f" {sampler['steps']} steps. Ideal: time in proportion to the MACs, attention and LM head counted;"
-        f" (1 - 1 / speed-up) over the share of MACs removed.{pruning}"
+        f" (1 - 1 / speed-up) over the share of MACs removed.{agreement}{pruning}"
+    )
+
+
+def widths(found: dict) -> str:
+    """What MLP widths that are no multiples of 128 cost.
+
+    Args:
+        found: of scripts/bench_widths.py.
+    """
+    rows = [[alignment, f"{cost:+.1%}"] for alignment, cost in found["costs"].items()]
+    return table(["MLP widths that are multiples of", "cost over the line between multiples of 128"], rows)
+
+
+def widths_note(found: dict) -> str:
+    """How the figures of `widths` were made."""
+    size, where = found["settings"], found["machine"]
+    return (
+        "`python scripts/bench_widths.py`, from [`widths.json`](scripts/results/widths.json): a gated MLP on"
+        f" {size['tokens']} x {size['hidden']} inputs, {size['dtype']} ({machine(where)}, {where['threads']} threads). Pruned"
+        " MLPs keep multiples of 128 where they are wide enough (`structured.round_to`), for GPUs."
     )
 
 

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from readme_bench import bench
+from readme_bench import bench, widths
 from readme_common import table
 
 PREFIX = "gpu_"
@@ -127,9 +127,4 @@ def _pair(row: dict) -> tuple[str, str, str]:
     )
 
 
-def _widths(found: dict) -> str:
-    rows = [[alignment, f"{cost:+.1%}"] for alignment, cost in found["costs"].items()]
-    return table(["MLP widths that are multiples of", "cost over the line between multiples of 128"], rows)
-
-
-PARTS = {"prune": _prune, "sparsegpt": _sparsegpt, "mass": _mass, "nm": _nm, "widths": _widths}
+PARTS = {"prune": _prune, "sparsegpt": _sparsegpt, "mass": _mass, "nm": _nm, "widths": widths}

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from readme_bench import bench, note  # noqa: E402
+from readme_bench import bench, note, widths, widths_note  # noqa: E402
 from readme_common import machine, ranged, table  # noqa: E402
 from readme_evaluation import evaluation, evaluation_speed  # noqa: E402
 from readme_gpu import gpu  # noqa: E402
@@ -250,6 +250,7 @@ SECTIONS = {
     ),
     "evaluation-speed": lambda: evaluation_speed(load("evaluation_speed.json")),
     "bench": lambda: bench(load("bench_cpu.json")) + "\n\n" + note(load("bench_cpu.json")),
+    "widths": lambda: widths(load("widths.json")) + "\n\n" + widths_note(load("widths.json")),
     "gpu": lambda: gpu(RESULTS),
 }
 LATER = {
@@ -259,6 +260,7 @@ LATER = {
     "sinks": "sinks_embedded.json",
     "evaluation-speed": "evaluation_speed.json",
     "bench": "bench_cpu.json",
+    "widths": "widths.json",
 }  # left as they are until measured and marked
 
 

@@ -67,7 +67,8 @@ def bench(
         check_compile(device)
     models: Models = {}
     for label, checkpoint in zip(labels, track(checkpoints, "loading")):
-        models[label] = load_model(checkpoint, place.dtype, device, place.mask_id, place.allow_pickle)
+        with _fitting(f"'{checkpoint}'", len(models), "give fewer checkpoints, or a half-precision --dtype"):
+            models[label] = load_model(checkpoint, place.dtype, device, place.mask_id, place.allow_pickle)
     if settings.semi_structured:
         _check_masked(models)
     forward, generated = _measure(models, settings, generation, track)
@@ -152,7 +153,7 @@ def _measure(models: Models, settings: BenchSettings, generation: Generation | N
         with compiled_blocks(models.values()) if compiled else nullcontext():
             for size in _sizes(settings):
                 title = f"{mode}, {size[0]} x {size[1]}"
-                with _fitting(models, *size):
+                with _fitting_size(models, *size):
                     shown = _titled(track, f"forward, {title}")
                     rows = forward_rows(models, *size, settings.rounds, settings.warmup, shown)
                     forward += [{"mode": mode, **row} for row in rows]
@@ -170,15 +171,17 @@ def _sizes(settings: BenchSettings) -> list[tuple[int, int]]:
 
 
 @contextmanager
-def _fitting(models: Models, batch: int, length: int) -> Iterator[None]:
-    """Raise UserError where memory runs out at a size."""
+def _fitting(what: str, count: int, remedy: str) -> Iterator[None]:
+    """Raise UserError where memory runs out for something beside `count` models."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:
-        raise UserError(
-            f"--batch {batch} at --length {length} does not fit the memory beside {len(models)} models:"
-            " lower either, or give fewer checkpoints"
-        ) from error
+        raise UserError(f"{what} does not fit the memory beside {count} models: {remedy}") from error
+
+
+def _fitting_size(models: Models, batch: int, length: int):
+    remedy = "lower either, or give fewer checkpoints"
+    return _fitting(f"--batch {batch} at --length {length}", len(models), remedy)
 
 
 def _titled(track: Track, title: str) -> Callable[[Iterable], Iterable]:
@@ -207,7 +210,7 @@ def _semi_structured(models: Models, settings: BenchSettings, device: torch.devi
         shapes = [row for tokens in counts for row in shape_rows(model, tokens, *rounds)]
         forward = []
         for size in _sizes(settings):
-            with _fitting(models, *size):
+            with _fitting_size(models, *size):
                 forward.append(semi_structured_row(model, *size, *rounds))
         found["models"][label] = {"shapes": shapes, "forward": forward}
     return found

@@ -169,6 +169,19 @@ def test_what_does_not_fit_is_named(pair, tmp_path, capsys, monkeypatch, error, 
     assert "--batch 3 at --length 24 does not fit the memory beside 2 models: lower either, or give fewer" in said
 
 
+def test_a_checkpoint_that_does_not_fit_is_named(pair, tmp_path, capsys, monkeypatch):
+    from structprune import bench_run
+
+    def load(checkpoint, *rest):
+        if checkpoint == pair[1]:
+            raise torch.OutOfMemoryError("CUDA")
+        return load_model(checkpoint, *rest)
+
+    monkeypatch.setattr(bench_run, "load_model", load)
+    said = refused(["bench", *pair, "--out", str(tmp_path / "made"), *QUICK, "--no-plots"], capsys, tmp_path / "made")
+    assert f"'{pair[1]}' does not fit the memory beside 1 models: give fewer checkpoints, or a half-precision" in said
+
+
 def test_a_compiled_cache_is_not_put_in_the_place_of_another(pair, tmp_path, monkeypatch):
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda *a, **k: compile(*a, **(k | {"backend": "eager"})))

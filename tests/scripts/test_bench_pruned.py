@@ -68,6 +68,19 @@ def test_a_model_is_pruned_and_measured(monkeypatch, tmp_path, capsys):
         "made.json", "made_ideal.png", "made_latency.png", "made_memory.png"
     ]  # fmt: skip
     assert "pruning at 0.3" in capsys.readouterr().out
+    note = script("readme_bench", monkeypatch).note(found)
+    equal = [row["agreement"] for row in found["generation"] if row["cache"] != "none"]
+    assert note.startswith("`python scripts/bench_pruned.py --windows 3 --rounds 2`, ")
+    assert f"With a cache {min(equal):.0%} to {max(equal):.0%} of the tokens are those of full recomputation" in note
+
+
+def test_the_readme_shows_what_widths_cost(monkeypatch):
+    module = script("readme_bench", monkeypatch)
+    machine = {"processor": "P", "cores": 2, "torch": "2.13", "threads": 3}
+    size = {"tokens": 512, "hidden": 1024, "dtype": "float32"}
+    found = {"costs": {"128": 0.0, "8": 0.031}, "settings": size, "machine": machine}
+    assert module.widths(found).splitlines()[2:] == ["| 128 | +0.0% |", "| 8 | +3.1% |"]
+    assert "512 x 1024 inputs, float32 (P, 2 cores, torch 2.13, 3 threads)" in module.widths_note(found)
 
 
 def test_costs_by_hand(monkeypatch):
