@@ -29,7 +29,7 @@ from structprune.errors import UserError
 from structprune.models.adapter import Adapter
 from structprune.models.loading import load_model
 from structprune.models.modeling_structprune import DiffusionLM
-from structprune.models.placement import pick_device
+from structprune.models.placement import pick_device, synchronise
 from structprune.pipeline import Pruned, prune
 from structprune.report.bench_tables import bench_tables
 from structprune.report.progress import progress_bars
@@ -78,6 +78,7 @@ def prune_once(dense: Path, out: Path, ratio: float, options: argparse.Namespace
     clock, start = ForwardClock(device), time.perf_counter()
     with clock.running():
         pruned = prune(model, run_config(options, ratio), calibration, track=track)
+    synchronise(device)
     seconds = time.perf_counter() - start
     pruned.save(out)
     return run_figures(pruned, ratio, seconds, clock)

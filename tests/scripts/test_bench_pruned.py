@@ -53,6 +53,47 @@ def test_the_clock_counts_layers_and_nothing_else(monkeypatch, tiny_model):
     assert clock.seconds == 39 and RMSNorm.forward is forward
 
 
+def test_on_cuda_the_clock_never_waits_while_it_counts(monkeypatch):
+    """With a fake torch.cuda, whose device ends every layer of 2 s when it is asked to."""
+    module, state = script("forward_clock", monkeypatch), {"queued": 0.0, "done": 0.0, "waits": 0}
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self, stream):
+            assert stream == "stream"
+            self.at = state["queued"]
+
+        def query(self):
+            return self.at <= state["done"]
+
+        def synchronize(self):
+            state["waits"] += 1
+            state["done"] = max(state["done"], self.at)
+
+        def elapsed_time(self, other):
+            return 1e3 * (other.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "stream")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: pytest.fail("the host waits"))
+    clock = module.ForwardClock(torch.device("cuda"))
+
+    def layer():
+        state["queued"] += 2.0
+
+    timed = clock._timed(layer)
+    for _ in range(5):
+        timed()
+        state["queued"] += 1.0  # of other work, which is not counted
+    assert state["waits"] == 0 and len(clock._open) == 5
+    state["done"] = 5.0  # two layers have ended
+    timed()
+    assert state["waits"] == 0 and len(clock._open) == 4
+    assert clock.seconds == 12.0 and not clock._open
+
+
 def test_a_model_is_pruned_and_measured(monkeypatch, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     module, out = script("bench_pruned", monkeypatch), tmp_path / "made.json"
