@@ -62,6 +62,11 @@ class BenchSettings:
         if len(set(self.caches)) < len(self.caches) or (ALL in self.caches and len(self.caches) > 1):
             raise UserError(f"--cache {','.join(self.caches)} names one twice: give each once, or all alone")
         self._check_idle()
+        if self.gen_length and self.steps > self.gen_length:
+            raise UserError(
+                f"--steps {self.steps} are more than the {self.gen_length} tokens of --gen-length, and a step without a"
+                f" token runs nothing: give at most {self.gen_length}"
+            )
         shortest = min(self.lengths)
         if self.gen_length >= shortest:
             raise UserError(

@@ -17,6 +17,7 @@ from structprune.evaluation.samplers import DreamGeneration, LLaDAGeneration
         ({"generation_rounds": 0}, "--generation-rounds 0 is no count"),
         ({"gen_length": -1}, "--gen-length -1 is no count: give 0"),
         ({"caches": ("dul",)}, r"unknown --cache 'dul' \(did you mean 'dual'\?\): choose of none, prefix, dual, all"),
+        ({"gen_length": 16}, "--steps 32 are more than the 16 tokens of --gen-length.* give at most 16"),
         ({"lengths": (512, 128)}, "--length 128 leaves no room for a prompt before --gen-length 128"),
     ],
 )
