@@ -21,7 +21,7 @@ from structprune.errors import UserError
 from structprune.evaluation.compare import paired_difference
 from structprune.evaluation.nelbo import Nelbo, masked_nelbo
 from structprune.mask_pipeline import Masked, mask
-from structprune.models.adapter import Adapter
+from structprune.models.adapter import CONSUMERS, Adapter
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.placement import stream_target, streamed, synchronise
 from structprune.statistics.rows import Track, untracked
@@ -151,7 +151,7 @@ class Pruner:
         return streamed(model, self._target, self.config.memory.overlap)
 
     def _nelbo(self, model: DiffusionLM) -> Nelbo:
-        batch = self.config.calibration.batch * self.calibration.levels
+        batch = self.limits.sequences(self.calibration.levels, self.calibration.length)
         with self._streamed(model):
             return self._timed("check", lambda: masked_nelbo(model, *self._check, batch=batch))
 
@@ -240,10 +240,16 @@ class Pruner:
         if self._dense is None:
             self._dense = self._nelbo(self.model)
         refitted = self._nelbo(small)
-        plain_model = self._cut(plan) if fits else small
-        plain = self._nelbo(plain_model) if fits else refitted
-        kept_refit = bool(fits) and refitted.mean < plain.mean
-        small = small if kept_refit else plain_model
+        plain, kept_refit = refitted, False
+        if fits:
+            moved = consumer_parameters(small)
+            small = None  # of two pruned models the second would be the peak of memory
+            small = self._cut(plan)
+            plain = self._nelbo(small)
+            kept_refit = refitted.mean < plain.mean
+            if kept_refit:
+                for (index, role, name), value in moved.items():
+                    setattr(Adapter(small).blocks[index][role], name, value)
         self.seconds["total"] = time.perf_counter() - start
         check = {
             "kept": "refit" if kept_refit else "plain removal",
@@ -258,6 +264,13 @@ class Pruner:
         report |= {"held_out_nelbo": check, "refit": [fit.plain() for fit in fits], "choice": chosen}
         report["sinks"] = self._taken
         return Pruned(small, plan, self.calibration, report)
+
+
+def consumer_parameters(model: DiffusionLM) -> dict[tuple[int, str, str], torch.nn.Parameter]:
+    """(block index, role, name) -> what a refit moves."""
+    blocks = Adapter(model).blocks
+    return {(block.index, role, name): value
+            for block in blocks for role in CONSUMERS for name, value in block[role].named_parameters()}  # fmt: skip
 
 
 def prune(

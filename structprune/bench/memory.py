@@ -8,8 +8,10 @@ from pathlib import Path
 import torch
 
 from structprune.config import Config
+from structprune.criteria.ranking import Limits
 from structprune.criteria.table import CRITERIA, resolve_arm
-from structprune.models.adapter import Adapter
+from structprune.evaluation.encode import LOGIT_BYTES
+from structprune.models.adapter import CONSUMERS, Adapter
 from structprune.models.loading import as_dtype
 from structprune.models.transfer import PINNED_BYTES
 from structprune.statistics.rows import needs_sinks
@@ -43,7 +45,8 @@ def predicted_peak(dense: Adapter, pruned: Adapter, config: Config, stored: torc
         dense, pruned: adapters of meta models before and after.
         stored: dtype of the checkpoint's weights.
     Returns:
-        Named parts of the phases that can be the peak (loading, scoring, refit), "peak host" over them, with an
+        Weights, hidden states, and what each phase that can be the peak needs beside them (scoring, refit, held-out
+        check; all with the activations of a forward pass); "peak host" over them and the loading of weights, with an
         accelerator "peak device", and on disk "temporary files". Hidden states and held activations beyond
         `memory.budget_gb` go to files or are computed again, so they are capped.
     """
@@ -52,27 +55,29 @@ def predicted_peak(dense: Adapter, pruned: Adapter, config: Config, stored: torc
     dtype = as_dtype(config.model.dtype) or (stored if accelerator else torch.float32)
     shared = sum(p.numel() for p in pruned.model.parameters()) - sum(_block_numbers(pruned))
     size = Tokens.of(config).scaled(dtype.itemsize)
+    at_once = size.once * _pass_features(dense, dtype)
     weights = dense.model.num_parameters() * dtype.itemsize
     copy = (pruned.model.num_parameters() - shared) * dtype.itemsize
     stream, streams = size.all * dense.hidden_size, 2 if config.reconstruct.enabled else 1
     files = {"temporary files": stream * streams if stream > _budget(config) else 0}
-    scoring = _scoring_bytes(dense, config, size, weights)
-    refit = _refit_bytes(dense, pruned, config, size) if config.reconstruct.enabled else 0
+    phases = {
+        f"scoring ({config.structured.score})": _scoring_bytes(dense, config, size, dtype, at_once),
+        "refit": _refit_bytes(dense, pruned, config, size, at_once) if config.reconstruct.enabled else 0,
+        "held-out check": at_once + _check_bytes(pruned, config, dtype, size.once // dtype.itemsize),
+    }
     parts = {
         "dense weights": weights,
         "pruned weights": copy,
-        "activations of one batch": size.batch * live_features(dense),
-        f"scoring ({config.structured.score})": scoring,
-        "refit": refit,
+        **phases,
         "hidden states": min(stream, _budget(config)) * streams,
     }
-    working = parts["activations of one batch"] + max(scoring, refit)
+    working = max(phases.values())
     shard = min(dense.model.num_parameters() * stored.itemsize, LARGEST_SHARD)
     if not accelerator:
         parts["peak host"] = max(weights + shard, weights + copy + parts["hidden states"] + working) + RUNTIME_BYTES
         return parts | files
     at_home = weights + copy  # in host memory with offload, on the device without
-    parts |= transfers(dense, config, size.batch * dense.hidden_size, streams, dtype)
+    parts |= transfers(dense, config, size.once * dense.hidden_size, streams, dtype)
     parts["peak host"] = max(shard, parts["hidden states"] + parts["pinned buffers"]) + RUNTIME_BYTES
     parts["peak host"] += at_home if offload else 0
     parts["peak device"] = (parts["layers under way"] if offload else at_home) + parts["batches under way"] + working
@@ -95,19 +100,26 @@ def transfers(adapter: Adapter, config: Config, batch: int, streams: int, dtype:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Tokens of a run, noisy copies counted: of all windows, and of one batch; or bytes of one feature of them."""
+    """Tokens of a run, noisy copies counted, or bytes of one feature of them.
+
+    Attributes:
+        all: of all windows. batch: of `calibration.batch` whole windows.
+        once: of a forward pass that need not see whole windows (`Limits.sequences`).
+    """
 
     all: int
     batch: int
+    once: int
 
     @classmethod
     def of(cls, config: Config) -> "Tokens":
         settings = config.calibration
-        each = max(1, settings.steps // settings.interval) * settings.length  # of one window
-        return cls((settings.windows + settings.held_out) * each, settings.batch * each)
+        levels, length = max(1, settings.steps // settings.interval), settings.length
+        windows, once = settings.windows + settings.held_out, Limits(settings.batch).sequences(levels, length)
+        return cls(windows * levels * length, settings.batch * levels * length, once * length)
 
     def scaled(self, factor: int) -> "Tokens":
-        return Tokens(self.all * factor, self.batch * factor)
+        return Tokens(self.all * factor, self.batch * factor, self.once * factor)
 
 
 def _budget(config: Config) -> int:
@@ -118,38 +130,69 @@ def _consumer_widths(adapter: Adapter) -> list[tuple[int, int]]:
     return [(block["attention_output"].in_features, block["down"].in_features) for block in adapter.blocks]
 
 
-def _scoring_bytes(dense: Adapter, config: Config, size: Tokens, weights: int) -> int:
-    """Of the statistics that the score needs, beside weights, hidden states and one batch's activations."""
+def _scoring_bytes(dense: Adapter, config: Config, size: Tokens, dtype: torch.dtype, at_once: int) -> int:
+    """Of what the score needs, beside weights and hidden states; `at_once`: activations of a pass of `size.once`."""
     widths, settings = _consumer_widths(dense), config.structured
     needs = CRITERIA[settings.score].needs
-    if needs == "grams":  # fp32 Gram of both consumers, and three fp64 copies while the wider is inverted
-        return max(4 * (a * a + b * b) + 24 * max(a, b) ** 2 for a, b in widths)
+    if needs == "weights":
+        return 0
+    if needs == "grams":  # fp32 Grams of both consumers; and a pass, or fp64 copies while the wider is inverted
+        return max(4 * (a * a + b * b) + max(at_once, _inversion_bytes(dense, max(a, b))) for a, b in widths)
     if needs == "gradients":  # their running sum, the new ones, and every block's activations for the backward pass
-        return 2 * weights + len(widths) * size.batch * live_features(dense)
-    if needs == "moments" and needs_sinks(resolve_arm(settings.score, settings.arm), config.sink):
+        sums = 2 * dense.model.num_parameters() * dtype.itemsize
+        return sums + (len(widths) + 1) * size.batch * live_features(dense)
+    whole = size.batch * _pass_features(dense, dtype)
+    if needs_sinks(resolve_arm(settings.score, settings.arm), config.sink):
         # every consumer's input until the batch has ended
         held = size.batch * sum(a + b for a, b in widths)
-        return held if held <= _budget(config) else 0
-    return 0
+        return whole + (held if held <= _budget(config) else 0)
+    return whole
 
 
-def _refit_bytes(dense: Adapter, pruned: Adapter, config: Config, size: Tokens) -> int:
-    """fp32 and fp64 Grams of fit and held-out rows, a solve, held targets, and the consumer's input in turn."""
+def _inversion_bytes(adapter: Adapter, width: int) -> int:
+    """fp64: the inverse Gram matrix and two copies of it, the weight and a copy."""
+    return 24 * width * width + 16 * width * adapter.hidden_size
+
+
+def _refit_bytes(dense: Adapter, pruned: Adapter, config: Config, size: Tokens, at_once: int) -> int:
+    """fp32 products of fit and held-out rows, a pass or a solve, held targets, and the consumer's input in turn."""
     settings, windows = config.structured, config.calibration.windows + config.calibration.held_out
     # under `global` a block may keep everything
     side = dense if settings.allocation == "global" else pruned
-    kept = max(block["down"].in_features for block in side.blocks)
+    kept, outputs = max(block["down"].in_features for block in side.blocks), dense.hidden_size
     targets = size.all * 2 * len(dense.blocks) * dense.hidden_size
     one = size.all * max(max(pair) for pair in _consumer_widths(side))
     split = 0  # the measured split holds targets of its own
     if settings.split == "measured":
         split = targets * min(settings.split_windows + config.calibration.held_out, windows) // windows
     held = sum(part for part in (targets, split, one) if part <= _budget(config))
-    return 24 * kept * kept + 16 * kept * (kept + dense.hidden_size) + held
+    # fp64: a factor beside what it is made of or its copy; the weight, the best one, and the gap, twice, with what it
+    # becomes. Measured on CPU at K = 2048
+    solve = 16 * kept * kept + 40 * kept * outputs
+    return 8 * kept * (kept + outputs) + max(at_once, solve) + held
+
+
+def _check_bytes(pruned: Adapter, config: Config, dtype: torch.dtype, tokens: int) -> int:
+    """Logits of at most all `tokens`, as they are, in fp32, and normalised; and what a refit moved, which is kept beside
+    the weights of plain removal."""
+    rows = min(tokens, max(1, LOGIT_BYTES // (8 * pruned.vocabulary)))
+    moved = sum(block[role].weight.numel() for block in pruned.blocks for role in CONSUMERS)
+    head = rows * pruned.vocabulary * (8 if dtype == torch.float32 else 8 + dtype.itemsize)
+    return head + (moved * dtype.itemsize if config.reconstruct.enabled else 0)
 
 
 def _block_numbers(adapter: Adapter) -> list[int]:
     return [sum(p.numel() for p in block.module.parameters()) for block in adapter.blocks]
+
+
+def _pass_features(adapter: Adapter, dtype: torch.dtype) -> int:
+    """Features per token alive at once in a block, with those made of a consumer's input for its weighted products.
+
+    Three of the MLP's (gate, up and what they become), or its input and, of half-precision rows, an fp32 product with
+    the weights and its two terms; of the stream what comes in, goes on, and its squares in fp32.
+    """
+    mlp, stream = (3, 4) if dtype == torch.float32 else (5, 6)
+    return max(mlp * block.widths.channels for block in adapter.blocks) + stream * adapter.hidden_size
 
 
 def live_features(adapter: Adapter) -> int:

@@ -23,6 +23,7 @@ from structprune.statistics.moments import consumer_moments
 from structprune.statistics.rows import Observe, Rows, Track, arm_rows, measure_mass, needs_sinks, unobserved, untracked
 
 Key = tuple[int, str]  # (block index, kind of unit)
+PASS_TOKENS = 8192  # at most in a forward pass that need not see whole windows, where a sequence is not longer
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,13 @@ class Limits:
     windows: int = 1
     budget: int = 2**33
     overlap: bool = False
+
+    def sequences(self, copies: int, length: int) -> int:
+        """Sequences of `length` tokens in a forward pass: all `copies` of its windows, or those in `PASS_TOKENS`.
+
+        For what takes sequences one by one; scores that need all levels of a window in a pass run `windows` windows.
+        """
+        return max(1, min(self.windows * copies, PASS_TOKENS // length))
 
 
 def block_groups(block: BlockView, kind: str, form: str) -> list[list[int]]:
@@ -98,6 +106,7 @@ def _by_magnitude(adapter, calibration, settings, arm, sink, limits, track, obse
 
 
 def _by_moments(adapter, calibration, settings, arm, sink, limits, track, observe) -> dict[Key, RemovalPath]:
+    # whole windows: inputs wait for the weights of their pass, which policies make of all levels of a window
     measured = consumer_moments(adapter, calibration, arm, sink, limits.windows, limits.budget, track, observe)
     paths = {}
     for block in adapter.blocks:
@@ -117,7 +126,7 @@ def _by_moments(adapter, calibration, settings, arm, sink, limits, track, observ
 
 def calibration_rows(adapter, calibration, arm, sink, limits, track, observe=unobserved) -> Rows:
     """The rows of an arm, with sink weights measured by a pass of their own where it needs them."""
-    batch = limits.windows * calibration.levels
+    batch = limits.sequences(calibration.levels, calibration.length)  # all mass is here before any of it is weighed
     mass = measure_mass(adapter, calibration, batch, track, observe) if needs_sinks(arm, sink) else None
     return arm_rows(calibration, arm, sink, mass, adapter.mask_id)
 
@@ -125,7 +134,8 @@ def calibration_rows(adapter, calibration, arm, sink, limits, track, observe=uno
 @torch.inference_mode()
 def _by_obs(adapter, calibration, settings, arm, sink, limits, track, observe) -> dict[Key, RemovalPath]:
     rows = calibration_rows(adapter, calibration, arm, sink, limits, track, observe)
-    states = HiddenStates(adapter, rows.ids, limits.windows * rows.copies, limits.budget, limits.overlap)
+    batch = limits.sequences(rows.copies, calibration.length)
+    states = HiddenStates(adapter, rows.ids, batch, limits.budget, limits.overlap)
     paths = {}
     for block in track(adapter.blocks, f"obs scores ({arm})"):
         grams = _advance_with_grams(block, states, rows, settings.relative is not False, adapter.device)

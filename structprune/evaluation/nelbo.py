@@ -6,7 +6,7 @@ from typing import Callable, Iterable
 import torch
 import torch.nn.functional as F
 
-from structprune.evaluation.encode import Batches, encode_at
+from structprune.evaluation.encode import Batches, encode_at, logit_slices
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.placement import compute_device
 
@@ -86,7 +86,15 @@ def masked_nelbo(
 
 def _masked_nats(model: DiffusionLM, ids, target, masked) -> torch.Tensor:
     """Cross-entropy summed over the masked positions of each row: (b, T) ids -> (b,) on CPU."""
-    logits = model.output_head(encode_at(model, ids, masked)).float()  # (M, V)
+    hidden, wanted = encode_at(model, ids, masked), target[masked]  # (M, C), (M,)
     nats = torch.zeros_like(ids, dtype=torch.float32)  # (b, T)
-    nats[masked] = F.cross_entropy(logits, target[masked], reduction="none")  # (M,)
+    parts = logit_slices(len(wanted), model.embedding.weight.shape[0], kinds=2)  # logits, and those normalised
+    found = [_cross_entropy(model.output_head(hidden[part]), wanted[part]) for part in parts]  # (m,) each
+    if found:
+        nats[masked] = torch.cat(found)  # (M,)
     return nats.sum(1).cpu()
+
+
+def _cross_entropy(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """(m, V), (m,) -> (m,)."""
+    return F.cross_entropy(logits.float(), wanted, reduction="none")

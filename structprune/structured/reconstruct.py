@@ -36,19 +36,29 @@ def refit_weight(
     Returns:
         (O, K), or None where G + λI is not positive definite.
     """
-    return kept if damping == NEVER else _moved(kept, wanted - kept @ gram, gram, damping, features)
+    return kept if damping == NEVER else _moved(kept, _gap(kept, wanted, gram), gram, damping, features)
 
 
 def _moved(
     kept: torch.Tensor, gap: torch.Tensor, gram: torch.Tensor, damping: float, features: int
 ) -> torch.Tensor | None:
     """W_K + gap (G + λI)⁻¹ of `refit_weight`, gap (O, K) being what all dampings share."""
-    scale = gram.diagonal()[:features].mean()  # ()
-    ridge = gram + damping * scale * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)  # (K, K)
-    factor, failed = torch.linalg.cholesky_ex(ridge)
+    factor, failed = torch.linalg.cholesky_ex(_ridge(gram, damping, features))  # the ridge goes before the solve
     if failed:  # the device is waited for, once a candidate and layer: less than the factorisation takes
         return None
-    return kept + torch.cholesky_solve(gap.T, factor).T  # (O, K)
+    return torch.cholesky_solve(gap.T, factor).T.add_(kept)  # (O, K)
+
+
+def _gap(kept: torch.Tensor, wanted: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
+    """W·C - W_K·G, (O, K) fp64."""
+    return (kept @ gram.double()).neg_().add_(wanted)  # (O, K)
+
+
+def _ridge(gram: torch.Tensor, damping: float, features: int) -> torch.Tensor:
+    """G + λI, (K, K) fp64, with λ as in `refit_weight`."""
+    ridge = gram.to(torch.float64, copy=True)  # (K, K)
+    ridge.diagonal().add_(damping * ridge.diagonal()[:features].mean())
+    return ridge
 
 
 def output_error(weight: torch.Tensor, wanted: torch.Tensor, gram: torch.Tensor) -> float:
@@ -58,7 +68,8 @@ def output_error(weight: torch.Tensor, wanted: torch.Tensor, gram: torch.Tensor)
 
 def output_errors(weights: torch.Tensor, wanted: torch.Tensor, gram: torch.Tensor) -> list[float]:
     """`output_error` of several weights (n, O, K), brought to the host at once."""
-    return (weights * (weights @ gram - 2 * wanted)).sum((1, 2)).tolist()
+    terms = (weights @ gram.double()).sub_(wanted, alpha=2)  # (n, O, K)
+    return terms.mul_(weights).sum((1, 2)).tolist()
 
 
 def refit_bias(kept: torch.Tensor, wanted: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
@@ -68,7 +79,7 @@ def refit_bias(kept: torch.Tensor, wanted: torch.Tensor, gram: torch.Tensor) -> 
         kept: (O, K), the constant as last feature.
         wanted: (O, 1) W·C and gram: (K, 1) G, of which this needs the last column only (more do no harm).
     """
-    residual = wanted[:, -1] - kept @ gram[:, -1]  # (O,)
+    residual = wanted[:, -1] - kept @ gram[:, -1].double()  # (O,)
     moved = kept.clone()  # (O, K)
     moved[:, -1] += residual / gram[-1, -1]
     return moved
@@ -76,7 +87,11 @@ def refit_bias(kept: torch.Tensor, wanted: torch.Tensor, gram: torch.Tensor) -> 
 
 @dataclass(frozen=True)
 class Products:
-    """Second moments of one consumer: gram (K, K), wanted (O, K), and the power ‖W Xᵀ‖² of the wanted output."""
+    """Second moments of one consumer: gram (K, K), wanted (O, K), and the power ‖W Xᵀ‖² of the wanted output.
+
+    They may be the fp32 sums that they were collected in: fp64 copies, made where they are used and gone then, would be
+    the peak of memory.
+    """
 
     gram: torch.Tensor
     wanted: torch.Tensor
@@ -110,7 +125,7 @@ def choose(
     if settings.mode == "bias":
         candidates = [(refit_bias(kept, fit.wanted, fit.gram), 0.0)]
     else:
-        gap = fit.wanted - kept @ fit.gram  # (O, K)
+        gap = _gap(kept, fit.wanted, fit.gram)  # (O, K)
         # one after the other: factors of all at once would be the peak of memory
         candidates = ((_moved(kept, gap, fit.gram, value, features), value) for value in sorted(settings.damping))
     for weight, damping in candidates:
@@ -138,7 +153,7 @@ class Reconstructor:
             self._ids = torch.cat((rows.ids, held_out.ids))  # (R, T)
             fit_weight = torch.ones(rows.ids.shape) if rows.weight is None else rows.weight  # (R1, T)
             self._weight = torch.cat((fit_weight, held_out.masked.float()))  # (R, T)
-            self._batch = limits.windows * calibration.levels
+            self._batch = limits.sequences(calibration.levels, calibration.length)
             self._run = TargetRun(self._dense, self._ids, self._batch, limits.budget, limits.overlap)
 
     @property
@@ -168,7 +183,7 @@ class Reconstructor:
     def _refit_consumer(self, pruned: Adapter, run: ResidualRun, key) -> LayerFit:
         linear = pruned.blocks[key[0]][CONSUMER[key[1]]]
         fit, check = self._products(run, key)
-        weight = _augmented(linear, self._constant).to(fit.gram.device)  # (O, K)
+        weight = _augmented(linear, self._constant).to(fit.gram.device)  # (O, K) fp64
         chosen, damping, gain = choose(self.settings, weight, fit, check, linear.in_features)
         linear.weight = _parameter(chosen[:, :-1] if self._constant else chosen, linear.weight)
         if self._constant:
@@ -181,7 +196,7 @@ class Reconstructor:
         return self.settings.constant or self.settings.mode == "bias"
 
     def _products(self, run: ResidualRun, key) -> tuple[Products, Products]:
-        """Products over the fit rows (weighted by ω²) and over the held-out masked tokens, fp64."""
+        """Products over the fit rows (weighted by ω²) and over the held-out masked tokens, fp32."""
         sums: dict[bool, list] = {}
         for rows in run.slices():
             for part, fitted in self._parts(rows):
@@ -202,9 +217,7 @@ class Reconstructor:
                 add_products(sums[fitted][1], target, right, weight)
                 if not fitted:
                     sums[fitted][2] += (target.float() * weight[..., None]).pow(2).sum()
-        return tuple(
-            Products(gram.double(), wanted.double(), float(power)) for gram, wanted, power in (sums[True], sums[False])
-        )
+        return tuple(Products(gram, wanted, float(power)) for gram, wanted, power in (sums[True], sums[False]))
 
     def _target(self, run: ResidualRun, key, rows: slice) -> torch.Tensor:
         """The output the refit aims at: the dense model's, or the dense layer's on this prefix, (b, T, O).

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from structprune.calibration.batches import Calibration
 from structprune.config import SinkSettings, StructuredSettings
+from structprune.criteria import ranking
 from structprune.criteria.obs import obs_path
 from structprune.criteria.ranking import Limits, block_groups, block_tensors, coupled_slices, rank_units
 from structprune.errors import UserError
@@ -117,6 +118,36 @@ def test_obs_is_the_same_from_a_file_of_states(tiny_model, calibration):
     )
     for key in memory:
         assert memory[key].steps == file[key].steps and torch.equal(memory[key].cost, file[key].cost)
+
+
+@pytest.mark.parametrize(
+    "windows, copies, length, expected",
+    [(1, 10, 128, 10), (4, 10, 128, 40), (1, 10, 4096, 2), (8, 1, 2048, 4), (1, 10, 819, 10), (1, 10, 9000, 1)],
+)
+def test_sequences_in_a_pass(windows, copies, length, expected):
+    assert Limits(windows).sequences(copies, length) == expected
+
+
+@pytest.mark.parametrize("score, passes", [("obs", {3}), ("wanda", {6}), ("taylor", {6})])
+@torch.no_grad()
+def test_a_pass_has_so_many_tokens_unless_it_needs_whole_windows(tiny_model, calibration, score, passes, monkeypatch):
+    adapter, seen = Adapter(tiny_model()), {"mass": set(), "score": set()}
+    settings = StructuredSettings(score=score)
+    whole = rank_units(adapter, calibration, settings, "masked+sink", SINK, Limits(3))
+
+    def see(module, args, output):
+        seen["score"].add(len(output))
+
+    monkeypatch.setattr(ranking, "PASS_TOKENS", 4 * LENGTH - 1)
+    measure = ranking.measure_mass
+    monkeypatch.setattr(ranking, "measure_mass", lambda *args: seen["mass"].add(args[2]) or measure(*args))
+    handle = adapter.blocks[0]["gate"].register_forward_hook(see)
+    found = rank_units(adapter, calibration, settings, "masked+sink", SINK, Limits(3))
+    handle.remove()
+    assert seen["mass"] == ({3} if score != "wanda" else set())
+    assert seen["score"] - ({3} if score == "taylor" else set()) == passes  # its mass pass goes through the gate too
+    for key, path in found.items():
+        assert path.steps == whole[key].steps and torch.allclose(path.cost, whole[key].cost, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family, form", FORMS)

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from structprune.evaluation import encode
 from structprune.evaluation.nelbo import Nelbo, masked_nelbo
 
 MASK, LENGTH = 2047, 9
@@ -74,6 +75,18 @@ def test_the_head_runs_at_masked_positions_only(tiny_model, text, family):
     found = masked_nelbo(model, *text, batch=2)
     handle.remove()
     assert sum(rows) == found.masked_tokens.sum() < 3 * 2 * LENGTH
+
+
+@pytest.mark.parametrize("family", ["llada", "dream"])
+def test_few_logits_exist_at_once(tiny_model, text, family, monkeypatch):
+    model, rows = tiny_model(family), []
+    whole = masked_nelbo(model, *text, batch=4)
+    monkeypatch.setattr(encode, "LOGIT_BYTES", 3 * 2 * 4 * 2048)  # of three positions, as they are and normalised
+    handle = model.output_head.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[0]))
+    found = masked_nelbo(model, *text, batch=4)
+    handle.remove()
+    assert max(rows) == 3 and sum(rows) == found.masked_tokens.sum() and len(rows) > 4
+    assert torch.allclose(found.nelbo, whole.nelbo, rtol=1e-5)
 
 
 def test_nothing_masked_costs_nothing(tiny_model, text):

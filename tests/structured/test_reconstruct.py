@@ -123,6 +123,19 @@ def test_held_out_rows_choose_the_damping():
 
 
 @pytest.mark.parametrize("mode", ["least-squares", "bias"])
+def test_fp32_sums_are_refitted_to_as_their_fp64_copies(mode):
+    sums = [Products(*(each.float() for each in reversed(products(*case()))), 0.0) for _ in range(2)]
+    copies = [Products(each.gram.double(), each.wanted.double(), 0.0) for each in sums]
+    held = [(each.gram.clone(), each.wanted.clone()) for each in sums]
+    kept, settings = case()[3][:, KEPT], ReconstructSettings(mode=mode)
+    found, *rest = choose(settings, kept, *sums, 4)
+    expected, *more = choose(settings, kept, *copies, 4)
+    assert found.dtype == torch.float64 and torch.equal(found, expected) and rest == more and rest[1] < 0
+    for each, before in zip(sums + copies, held + held):  # nothing is changed in place
+        assert torch.equal(each.gram.float(), before[0]) and torch.equal(each.wanted.float(), before[1])
+
+
+@pytest.mark.parametrize("mode", ["least-squares", "bias"])
 def test_a_refit_that_held_out_rows_reject_is_not_made(mode):
     fit = Products(*reversed(products(*case())), 0.0)
     kept = case()[3][:, KEPT]

@@ -199,6 +199,30 @@ def test_a_spoilt_refit_is_discarded(tiny_checkpoint, text_path, monkeypatch):
     assert all(torch.equal(value, plain.state_dict()[name]) for name, value in pruned.model.state_dict().items())
 
 
+@pytest.mark.parametrize("constant", [False, True])
+def test_a_kept_refit_is_what_was_refitted(tiny_checkpoint, text_path, monkeypatch, constant):
+    model, refit, made, losses = load_model(tiny_checkpoint()), Reconstructor.refit, [], iter((7, 8, 9))
+
+    def watch(self, small):
+        fits = refit(self, small)
+        made.append({name: value.clone() for name, value in small.state_dict().items()})
+        return fits
+
+    def nelbo(model, *args, **kwargs):
+        found = masked_nelbo(model, *args, **kwargs)
+        return replace(found, nelbo=found.nelbo * 0 + next(losses))  # dense, refit, plain removal
+
+    monkeypatch.setattr("structprune.structured.reconstruct.Reconstructor.refit", watch)
+    monkeypatch.setattr("structprune.pipeline.masked_nelbo", nelbo)
+    pruned = prune(model, run_config(text_path, **{"reconstruct.constant": constant}))
+    check, found = pruned.report["held_out_nelbo"], pruned.model.state_dict()
+    assert (check["kept"], check["refit"], check["plain_removal"]) == ("refit", 8, 9)
+    assert found.keys() == made[0].keys() and all(torch.equal(value, made[0][name]) for name, value in found.items())
+    plain = apply_plan(model, pruned.plan, constant).state_dict()
+    moved = {name.split(".")[-2] for name in found if not torch.equal(found[name], plain[name])}
+    assert moved == {"attn_out", "ff_out"}
+
+
 def test_the_refit_can_be_switched_off(tiny_checkpoint, text_path):
     model = load_model(tiny_checkpoint())
     pruned = prune(model, run_config(text_path, **{"reconstruct.enabled": False}))
