@@ -188,9 +188,9 @@ class MemorySettings(Section):
     offload: bool = False
     """Weights stay in host memory; each layer's are on the accelerator only while it computes."""
     overlap: bool = False
-    """On an accelerator copy hidden states and offloaded weights, through pinned memory, while others are computed with:
-    faster, with more memory. Off by default until a GPU has shown it right: its copies on CUDA streams ran on no GPU yet
-    (stage overlap of scripts/gpu_report.py checks that weights stay bit-equal)."""
+    """On an accelerator copy hidden states and offloaded weights, through pinned memory, while others are computed
+    with: faster, with more memory. Off until a GPU has shown it right: its copies on CUDA streams never ran on one yet
+    (stage `overlap` of scripts/gpu_report.py checks that weights stay bit-equal)."""
 
 
 class Config(Sections):

@@ -173,8 +173,8 @@ def _refit_bytes(dense: Adapter, pruned: Adapter, config: Config, size: Tokens, 
 
 
 def _check_bytes(pruned: Adapter, config: Config, dtype: torch.dtype, tokens: int) -> int:
-    """Logits of at most all `tokens`, as they are, in fp32, and normalised; and what a refit moved, which is kept beside
-    the weights of plain removal."""
+    """Logits of at most all `tokens`, as they are, in fp32, and normalised; and what a refit moved, kept beside the
+    weights of plain removal."""
     rows = min(tokens, max(1, LOGIT_BYTES // (8 * pruned.vocabulary)))
     moved = sum(block[role].weight.numel() for block in pruned.blocks for role in CONSUMERS)
     head = rows * pruned.vocabulary * (8 if dtype == torch.float32 else 8 + dtype.itemsize)

@@ -223,6 +223,24 @@ def test_a_kept_refit_is_what_was_refitted(tiny_checkpoint, text_path, monkeypat
     assert moved == {"attn_out", "ff_out"}
 
 
+@pytest.mark.parametrize("sequences", [2, 9])
+def test_no_pass_of_a_run_has_more_tokens_than_it_may(tiny_checkpoint, text_path, monkeypatch, sequences):
+    """Scores, their mass, refit and held-out checks: calibration.batch asks for 3 windows at 3 levels."""
+    monkeypatch.setattr("structprune.criteria.ranking.PASS_TOKENS", sequences * 24 + 23)
+    model, seen = load_model(tiny_checkpoint()), set()
+
+    def see(module, args):
+        if args and args[0].dim() == 3:  # (b, T, C); a last block and the head read masked positions only
+            seen.add(len(args[0]))
+
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(see)
+    try:
+        prune(model, run_config(text_path))
+    finally:
+        handle.remove()
+    assert max(seen) == sequences
+
+
 def test_the_refit_can_be_switched_off(tiny_checkpoint, text_path):
     model = load_model(tiny_checkpoint())
     pruned = prune(model, run_config(text_path, **{"reconstruct.enabled": False}))
