@@ -17,7 +17,7 @@ from structprune.criteria.wanda import wanda_scores
 from structprune.errors import UserError
 from structprune.models.adapter import CONSUMER, Adapter, BlockView
 from structprune.models.transfer import send
-from structprune.statistics.activations import add_products, relative_weight
+from structprune.statistics.activations import add_gram, mirror, relative_weight
 from structprune.statistics.hidden import HiddenStates
 from structprune.statistics.moments import consumer_moments
 from structprune.statistics.rows import Observe, Rows, Track, arm_rows, measure_mass, needs_sinks, unobserved, untracked
@@ -160,11 +160,11 @@ def _advance_with_grams(
         for kind in KINDS:
             read = block.module.mix(x, states.rotary) if kind == "attention" else block.module.activate(x)  # (b, T, .)
             weight = relative_weight(x, omega) if relative else omega  # (b, T)
-            add_products(grams[kind], read, read, weight)
+            add_gram(grams[kind], read, weight)
             totals[kind] += x.shape[0] * x.shape[1] if weight is None else weight.double().pow(2).sum()
             x = x + block[CONSUMER[kind]](read)  # (b, T, C)
         states.write(part, x)
-    return {kind: gram / totals[kind] for kind, gram in grams.items()}
+    return {kind: mirror(gram).div_(totals[kind]) for kind, gram in grams.items()}
 
 
 def _by_taylor(adapter, calibration, settings, arm, sink, limits, track, observe) -> dict[Key, RemovalPath]:

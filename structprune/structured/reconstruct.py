@@ -16,7 +16,7 @@ from structprune.criteria.ranking import Limits, calibration_rows
 from structprune.models.adapter import CONSUMER, Adapter
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.transfer import send
-from structprune.statistics.activations import add_products, relative_weight
+from structprune.statistics.activations import add_gram, add_products, mirror, relative_weight
 from structprune.statistics.residual import ResidualRun, TargetRun
 from structprune.statistics.rows import Observe, Track, arm_rows, unobserved, untracked
 
@@ -213,11 +213,17 @@ class Reconstructor:
                     shapes = [(side.shape[-1], right.shape[-1]) for side in (x, target)]
                     power = torch.zeros((), dtype=torch.float64, device=x.device)  # read after the last batch only
                     sums[fitted] = [*(torch.zeros(shape, device=x.device) for shape in shapes), power]
-                add_products(sums[fitted][0], x, right, weight)
+                if right is x:
+                    add_gram(sums[fitted][0], x, weight)
+                else:
+                    add_products(sums[fitted][0], x, right, weight)
                 add_products(sums[fitted][1], target, right, weight)
                 if not fitted:
                     sums[fitted][2] += (target.float() * weight[..., None]).pow(2).sum()
-        return tuple(Products(gram, wanted, float(power)) for gram, wanted, power in (sums[True], sums[False]))
+        return tuple(
+            Products(mirror(gram) if len(gram) == gram.shape[1] else gram, wanted, float(power))
+            for gram, wanted, power in (sums[True], sums[False])
+        )
 
     def _target(self, run: ResidualRun, key, rows: slice) -> torch.Tensor:
         """The output the refit aims at: the dense model's, or the dense layer's on this prefix, (b, T, O).

@@ -13,6 +13,7 @@ from structprune.criteria.obs import obs_path
 from structprune.criteria.ranking import Limits, block_groups, block_tensors, coupled_slices, rank_units
 from structprune.errors import UserError
 from structprune.models.adapter import Adapter
+from structprune.statistics import activations
 from structprune.statistics.rows import arm_rows, measure_mass
 
 MASK, LENGTH = 2047, 12
@@ -146,6 +147,22 @@ def test_a_pass_has_so_many_tokens_unless_it_needs_whole_windows(tiny_model, cal
     handle.remove()
     assert seen["mass"] == ({3} if score != "wanda" else set())
     assert seen["score"] - ({3} if score == "taylor" else set()) == passes  # its mass pass goes through the gate too
+    for key, path in found.items():
+        assert path.steps == whole[key].steps and torch.allclose(path.cost, whole[key].cost, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_obs_needs_half_of_a_gram(tiny_model, calibration, monkeypatch):
+    """Tiles below the diagonal are not computed, and filled in before anything is scored."""
+    adapter, settings, tiles = Adapter(tiny_model()), StructuredSettings(score="obs"), []
+    whole = rank_units(adapter, calibration, settings, "masked+sink", SINK)
+    monkeypatch.setitem(activations.GRAM_TILE, "cpu", 8)
+    add = torch.Tensor.addmm_
+    monkeypatch.setattr(
+        torch.Tensor, "addmm_", lambda total, *args, **more: tiles.append(total.shape) or add(total, *args, **more)
+    )
+    found = rank_units(adapter, calibration, settings, "masked+sink", SINK)
+    assert {(8, 32), (8, 24), (8, 16), (8, 8)} <= set(tiles)
     for key, path in found.items():
         assert path.steps == whole[key].steps and torch.allclose(path.cost, whole[key].cost, rtol=1e-4)
 

@@ -12,6 +12,7 @@ from structprune.evaluation.nelbo import masked_nelbo
 from structprune.models.adapter import Adapter
 from structprune.models.loading import load_model
 from structprune.pipeline import Pruner, prune
+from structprune.statistics import activations
 from structprune.statistics.rows import arm_rows, measure_mass
 from structprune.structured.plan import BlockPlan, Plan
 from structprune.structured.reconstruct import NEVER, LayerFit, Reconstructor
@@ -137,6 +138,19 @@ def test_small_budgets_and_other_batches_give_the_same(tiny_model, calibration):
         Reconstructor(model, calibration, ReconstructSettings(), SINK, limits).refit(small)
         found.append(small(calibration.noisy_ids[0]).logits)
     assert torch.allclose(found[0], found[1], atol=1e-3) and torch.allclose(found[0], found[2], atol=1e-3)
+
+
+@torch.no_grad()
+def test_half_of_a_gram_is_enough_for_a_refit(tiny_model, calibration, monkeypatch):
+    model = tiny_model()
+    plan, found = half_plan(Adapter(model)), []
+    for tile in (384, 4):  # at 4, tiles below the diagonal are not computed
+        monkeypatch.setitem(activations.GRAM_TILE, "cpu", tile)
+        small = apply_plan(model, plan)
+        fits = Reconstructor(model, calibration, ReconstructSettings(), SINK).refit(small)
+        found.append((small(calibration.noisy_ids[0]).logits, [fit.damping for fit in fits]))
+    assert torch.allclose(found[0][0], found[1][0], atol=1e-3) and found[0][1] == found[1][1]
+    assert any(damping != NEVER for damping in found[0][1])
 
 
 @torch.no_grad()
