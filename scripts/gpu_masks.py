@@ -53,18 +53,19 @@ def sparsegpt(options: argparse.Namespace, track) -> dict:
     }
 
 
-def _config(options: argparse.Namespace, volume: dict) -> Config:
+def mask_config(options: argparse.Namespace, volume: dict, held_out: int) -> Config:
+    """SparseGPT on the default arm at a volume, without a refit."""
     return Config.load(
         overrides={
             "method": "unstructured", "masking.score": "sparsegpt", "masking.ratio": RATIO,
-            "reconstruct.enabled": False, "calibration.held_out": 0, "calibration.windows": volume["windows"],
+            "reconstruct.enabled": False, "calibration.held_out": held_out, "calibration.windows": volume["windows"],
             "calibration.length": volume["window"], "calibration.interval": STEPS // volume["levels"],
         }
     )  # fmt: skip
 
 
 def _ours(model: DiffusionLM, options: argparse.Namespace, volume: dict, track=untracked) -> Masked:
-    return mask(model, _config(options, volume), calibration_at(model, options, volume, 0), track)
+    return mask(model, mask_config(options, volume, 0), calibration_at(model, options, volume, 0), track)
 
 
 def _copies(model: DiffusionLM, options: argparse.Namespace, volume: dict) -> torch.Tensor:

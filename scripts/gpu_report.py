@@ -4,7 +4,7 @@
 
 The checkpoint has LLaDA-8B's (or Dream-7B's) exact shape and random weights: speed and memory depend on shape alone,
 and what the model says means nothing. Each stage writes one JSON file, with the machine described; `readme_tables.py`
-makes tables of them. `forward`, `generation` and `widths` to `sparsegpt` can be run alone once `make` and `prune` have
+makes tables of them. `forward`, `generation` and `widths` to `overlap` can be run alone once `make` and `prune` have
 filled the work directory, `mass` and `widths` at any time, so that several short calls on one machine add up.
 
 Stages
@@ -16,13 +16,14 @@ Stages
   widths      what MLP widths that are no multiples of 128 cost
   mass        attention mass on top of attention and of a block's forward pass, tiled and by FlexAttention
   sparsegpt   ours against a straightforward implementation (`sparsegpt_plain.py`)
+  overlap     memory.overlap on and off: whether the weights are bit-equal, and the time of either
 
 Calibration: random ids, as much of the published volume (128 windows x 4096 tokens x 10 levels) as fits
 --prune-seconds and --sparsegpt-seconds by a short pilot; what all of it would take is extrapolated and said to be.
 
 Time on an H100, estimated and never measured: 450 TFLOP/s in bf16, 45 in fp32 (Gram matrices), 3 GB/s from or to disk.
   make 25 s: 16 GB drawn and written
-  prune 200 s: 10 to load, 25 pilot, 2 x 70 (--prune-seconds), 2 x 10 to save. A block costs 2.3 s for both ratios
+  prune 170 s: 10 to load, 25 pilot, 2 x 55 (--prune-seconds), 2 x 10 to save. A block costs 2.3 s for both ratios
     (scores in fp64 1.5, refit solves 0.8), each noisy copy of 4096 tokens in it 0.22 s (Grams 0.1, passes 0.05, moves
     to and from the host 0.07)
   forward 75 s: 25 to load three models; a round of 60k tokens x 16 GFLOP x 2.3 (of three models) is 5 s, 5 rounds and
@@ -30,10 +31,11 @@ Time on an H100, estimated and never measured: 450 TFLOP/s in bf16, 45 in fp32 (
   generation 95 s: 25 to load; 16 steps x 4608 tokens x 2.3 = 6 s recomputing, 3 s cached; 12 passes
   nm 45 s, widths 10 s, mass 30 s (compiling FlexAttention)
   sparsegpt 45 s at the 4 blocks of the default: 10 to load, 15 pilot, 20 (--sparsegpt-seconds)
-All: 525 s, below the 540 s of one call; no stage starts after --seconds. On one machine for 15 minutes, in three calls
-of 240, 270 and 240 s: more calibration, torch.compile too (100 s), and SparseGPT on all blocks:
+  overlap 35 s: 10 to load; two blocks, twice, pruned (6), pruned from host memory and files (13) and by SparseGPT (6)
+All: 530 s, below the 540 s of one call; no stage starts after --seconds. On one machine for 15 minutes, in three calls
+of 240, 270 and 275 s: more calibration, torch.compile too (100 s), and SparseGPT on all blocks:
   --stages make,prune --prune-seconds 80 | --stages forward,generation --compile
-  --stages nm,widths,mass,sparsegpt --blocks 0 --sparsegpt-seconds 130
+  --stages nm,widths,mass,sparsegpt,overlap --blocks 0 --sparsegpt-seconds 130
 
 Packages: torch, transformers, rich, typer, psutil, PyYAML, and torch-pruning and pydantic, which GPU images often lack.
 Carry these as wheels; there, with the repository as working directory, no datasets and no network:
@@ -58,6 +60,7 @@ from bench_pruned import STEPS, run_config
 from gpu_common import PUBLISHED, RATIOS, at_volume, made, pruned_name, shape_family, shape_values
 from gpu_masks import sparsegpt
 from gpu_mass import mass
+from gpu_overlap import overlap, overlap_lines
 from gpu_pruning import prune
 from gpu_stages import forward, generation, make, nm, widths
 from rich.console import Console
@@ -70,9 +73,9 @@ from structprune.models.placement import give_back_memory, pick_device
 from structprune.report.progress import progress_bars
 
 RESULTS = Path(__file__).parent / "results"
-STAGES = {each.__name__: each for each in (make, prune, forward, generation, nm, widths, mass, sparsegpt)}
+STAGES = {each.__name__: each for each in (make, prune, forward, generation, nm, widths, mass, sparsegpt, overlap)}
 MAKES = {"make": {"dense"}, "prune": {pruned_name(ratio) for ratio in RATIOS}}
-NEEDS = dict.fromkeys(("prune", "nm", "sparsegpt"), ["dense"])
+NEEDS = dict.fromkeys(("prune", "nm", "sparsegpt", "overlap"), ["dense"])
 NEEDS |= dict.fromkeys(("forward", "generation"), ["dense", *map(pruned_name, RATIOS)])
 SIZES = {"batches": "1,8", "lengths": "512,2048,4096"}
 COUNTS = {"held-out": 1, "window": 4096, "levels": 10, "rounds": 5, "gen-length": 128, "steps": 16}
@@ -95,7 +98,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     for name, value in COUNTS.items():
         parser.add_argument(f"--{name}", type=int, default=value, help="default %(default)s")
     parser.add_argument("--windows", default="auto", help="of calibration; default as many as the time allows")
-    parser.add_argument("--prune-seconds", type=float, default=70, help="a ratio's run (default %(default)s)")
+    parser.add_argument("--prune-seconds", type=float, default=55, help="a ratio's run (default %(default)s)")
     parser.add_argument("--sparsegpt-seconds", type=float, default=20, help="both sides (default %(default)s)")
     parser.add_argument("--blocks", type=int, default=4, help="of sparsegpt, 0 for all (default %(default)s)")
     parser.add_argument("--split", default="by-cost", help="structured.split (default %(default)s)")
@@ -219,6 +222,8 @@ def machine(options: argparse.Namespace) -> dict:
 
 def summary(name: str, found: dict) -> list[str]:
     """What is said of a stage at once."""
+    if name == "overlap":
+        return overlap_lines(found)
     if "calibration" not in found:
         return []
     size = found["calibration"]

@@ -127,4 +127,16 @@ def _pair(row: dict) -> tuple[str, str, str]:
     )
 
 
-PARTS = {"prune": _prune, "sparsegpt": _sparsegpt, "mass": _mass, "nm": _nm, "widths": widths}
+def _overlap(found: dict) -> str:
+    if found["refused"]:
+        return f"`memory.overlap`: not compared, it {found['refused'].removeprefix('memory.overlap ')}."
+    rows = []
+    for run in found["runs"]:
+        apart = "equal" if run["equal"] else "not equal"
+        if run["largest_difference"]:
+            apart += f", {run['largest_difference']:.1e} apart"
+        rows.append([run["case"], *(f"{run['seconds'][side]:.1f} s" for side in ("off", "on")), apart])
+    return table([f"`memory.overlap`, {found['blocks']} blocks", "off", "on", "weights, bit by bit"], rows)
+
+
+PARTS = {"prune": _prune, "sparsegpt": _sparsegpt, "overlap": _overlap, "mass": _mass, "nm": _nm, "widths": widths}

@@ -30,7 +30,7 @@ def ran(script, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("gpu")
     places = ["--work", str(folder / "work"), "--out", str(folder / "out")]
     assert script.main([*SMALL, *places, "--stages", "make,prune,forward"]) == 0
-    assert script.main([*SMALL, *places, "--stages", "generation,nm,widths,mass,sparsegpt"]) == 0  # goes on
+    assert script.main([*SMALL, *places, "--stages", "generation,nm,widths,mass,sparsegpt,overlap"]) == 0  # goes on
     return folder / "out"
 
 
@@ -49,6 +49,10 @@ def test_every_stage_writes_its_file(script, ran):
     }  # one block of 8
     assert found["nm"]["semi_structured"]["refused"] == "torch has no 2:4 kernels for device cpu"
     assert "costs" in found["widths"] and found["make"]["bytes"] > 0
+    assert (
+        found["overlap"]["refused"] == "memory.overlap is for accelerators, not for cpu"
+        and found["overlap"]["runs"] == []
+    )
     check_pruning(found["prune"])
     check_mass(found["mass"])
     check_sparsegpt(found["sparsegpt"])
@@ -68,12 +72,16 @@ def test_the_readmes_tables_come_from_them(load, ran, tmp_path):
     assert f"2 of 2 blocks, in one run: ours is {found['sparsegpt']['times_faster']:.2f}x faster" in text
     added = found["mass"]["rows"][0]["on_top_of_a_block"]
     assert f"{added['tiled']['median']:+.0%} | {added['flex']['median']:+.0%} |" in text
+    assert "`memory.overlap`: not compared, it is for accelerators, not for cpu." in text
     assert "2:4: torch has no 2:4 kernels for device cpu." in text and "| 128 | +0.0% |" in text
     assert "Not measured yet" not in text and "owed" not in text and "transformers " in text
     assert module.gpu(tmp_path) == module.OWED
     (tmp_path / "gpu_tiny_mass.json").write_text(json.dumps(found["mass"]))
     part = module.gpu(tmp_path)
-    assert "Not measured yet: forward, generation, prune, sparsegpt, nm, widths." in part and "forward, 1 x" not in part
+    assert (
+        "Not measured yet: forward, generation, prune, sparsegpt, overlap, nm, widths." in part
+        and "forward, 1 x" not in part
+    )
 
 
 def check_pruning(found: dict) -> None:

@@ -1,0 +1,109 @@
+"""The stage of scripts/gpu_report.py that checks memory.overlap, on the CPU over lanes that copy late."""
+
+import argparse
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+
+from structprune import effects, mask_pipeline, pipeline
+from structprune.models import placement
+from structprune.models.transfer import BUFFERS, Lane
+from structprune.statistics import hidden
+
+OPTIONS = {"device": "cpu", "dtype": None, "levels": 2, "window": 16, "held_out": 1, "split": "equal"}
+
+
+class Queue:
+    """Copies of a host, which run when somebody waits for them; `spoilt`: one of them never does."""
+
+    def __init__(self, spoilt: int | None = None):
+        self.copies, self.done, self.spoilt = [], 0, spoilt
+        self.buffers = [torch.zeros(5000, dtype=torch.uint8) for _ in range(2 * BUFFERS)]
+
+    def empty(self, shape, dtype):
+        return torch.zeros(shape, dtype=dtype)
+
+    def copy(self, target, source) -> int:
+        self.copies.append((target, source))
+        return len(self.copies)
+
+    @torch.inference_mode()
+    def wait(self, event: int) -> None:
+        for number, (target, source) in enumerate(self.copies[self.done : event], self.done):
+            if number != self.spoilt:
+                target.copy_(source)
+        self.done = max(self.done, event)
+
+    def compute_after(self, event, uses) -> None:
+        self.wait(event)
+
+    def computed(self) -> None:
+        pass
+
+    def copy_after(self, event) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def load():
+    """`load(name)` -> a module of scripts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parents[2] / "scripts")
+        yield importlib.import_module
+
+
+@pytest.fixture
+def stage(load, monkeypatch, tmp_path):
+    """`stage(queue)` -> what the stage found over a lane, with the CPU for an accelerator."""
+    module, checkpoint = load("gpu_overlap"), load("random_checkpoint")
+    checkpoint.write_random(tmp_path / "dense", checkpoint.llada_values(64, 4, 3, 128, 256, 128, "float32"))
+
+    def run(queue):
+        lane = Lane(queue)
+        for each in (module, hidden, placement):
+            monkeypatch.setattr(each, "lane_to", lambda device: lane)
+        for each in (pipeline, mask_pipeline):
+            monkeypatch.setattr(each, "stream_target", lambda offload, device: torch.device("cpu") if offload else None)
+        monkeypatch.setattr(effects, "_accelerated", lambda config: True)
+        options = argparse.Namespace(work=tmp_path, **OPTIONS)
+        return module.overlap(options, lambda items, title: items)
+
+    return run
+
+
+def test_every_case_is_compared(stage, load):
+    queue = Queue()
+    found = stage(queue)
+    assert found["refused"] is None and found["blocks"] == 2
+    assert found["volume"] == {"windows": 3, "levels": 2, "window": 16, "held_out": 1}
+    assert [(run["case"], run["equal"], run["largest_difference"]) for run in found["runs"]] == [
+        ("structured", True, 0.0), ("structured, states in files, offload", True, 0.0), ("sparsegpt", True, 0.0),
+    ]  # fmt: skip
+    assert all(min(run["seconds"].values()) > 0 for run in found["runs"]) and len(queue.copies) > 100
+    text = load("readme_gpu")._overlap(found)
+    assert "| `memory.overlap`, 2 blocks | off | on | weights, bit by bit |" in text and "| sparsegpt |" in text
+    assert text.count("| equal |") == 3 and "apart" not in text
+    assert all("weights bit-equal" in line for line in load("gpu_overlap").overlap_lines(found))
+
+
+def test_a_copy_that_is_lost_shows(stage, load):
+    queue = Queue()
+    stage(queue)
+    lost = Queue(spoilt=len(queue.copies) - 2)  # of the last run's states
+    found = stage(lost)
+    assert [run["equal"] for run in found["runs"]] == [True, True, False]
+    assert found["runs"][2]["largest_difference"] > 0
+    assert "| not equal, " in load("readme_gpu")._overlap(found)
+    assert "WEIGHTS DIFFER" in load("gpu_overlap").overlap_lines(found)[2]
+
+
+def test_comparison_by_hand(load):
+    compare, one = load("gpu_overlap").compare, {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0])}
+    assert compare(one, dict(one)) == {"equal": True, "largest_difference": 0.0}
+    assert compare(one, one | {"b": torch.tensor([3.5])}) == {"equal": False, "largest_difference": 0.5}
+    assert compare(one, one | {"b": torch.ones(2)}) == {"equal": False, "largest_difference": None}
+    assert compare(one, {"a": one["a"]}) == {"equal": False, "largest_difference": None}
+    lost = compare(one, one | {"b": torch.tensor([torch.nan])})
+    assert not lost["equal"] and lost["largest_difference"] > 1e300
