@@ -92,8 +92,8 @@ def check_checkpoints(
     """Refuse what cannot be measured together, from config.json alone; the sampler's settings for all.
 
     Raises:
-        UserError: another family or vocabulary than the first, a length beyond a model's positions, or a form of
-            generation that the family has not.
+        UserError: another family, vocabulary or (for generation) mask token than the first, a length beyond a model's
+            positions, or a form of generation that the family has not.
     """
     first = None
     for checkpoint in checkpoints:
@@ -107,6 +107,11 @@ def check_checkpoints(
         if vocabulary != first[2]:
             raise UserError(
                 f"'{checkpoint}' has a vocabulary of {vocabulary}, '{first[0]}' of {first[2]}: give checkpoints of one"
+            )
+        mask, other = config.mask_token_id, first[3].mask_token_id
+        if settings.gen_length and mask != other:  # prompts of one may hold the other's
+            raise UserError(
+                f"'{checkpoint}' has mask token {mask}, '{first[0]}' {other}: name that of all by --mask-id"
             )
         if max(settings.lengths) > positions:
             raise UserError(

@@ -190,6 +190,15 @@ def test_a_compiled_cache_is_not_put_in_the_place_of_another(pair, tmp_path, mon
     assert [(row["mode"], row["cache"]) for row in found["generation"]] == [("eager", "dual")]
 
 
+def test_another_mask_token_is_refused_where_text_is_generated(pair, tiny_checkpoint, tmp_path, capsys):
+    """Else a random prompt may hold it, which is found out only after minutes."""
+    out, other = tmp_path / "made", str(tiny_checkpoint(name="other", mask_token_id=3))
+    arguments = ["bench", pair[0], other, "--out", str(out), "--length", "24", "--rounds", "1", "--no-plots"]
+    said = refused([*arguments, "--gen-length", "8", "--steps", "4"], capsys, out)
+    assert f"'{other}' has mask token 3, '{pair[0]}' 2047: name that of all by --mask-id" in said
+    assert main([*arguments, "--gen-length", "0"]) == 0
+
+
 def test_an_output_is_replaced_only_when_asked_and_only_if_it_is_one(pair, tmp_path, capsys):
     out = tmp_path / "made"
     arguments = ["bench", *pair, "--out", str(out), *QUICK, "--no-plots"]

@@ -126,11 +126,41 @@ def test_latency_and_what_macs_alone_would_give(axes):
 
 
 def test_shares_of_the_ideal_in_percent(axes):
-    draw_ideal(axes, RESULT["forward"] + RESULT["generation"], REMOVED)
-    assert [list(each.lines[0].get_ydata()) for each in axes.containers] == [
-        pytest.approx([90]), pytest.approx([80]), pytest.approx([100 * 0.945 / 0.95])
-    ]  # fmt: skip
-    assert 90 in {line.get_ydata()[0] for line in axes.get_lines()}
+    """Three things measured, one pruned model: its share of each, from top to bottom."""
+    draw_ideal(axes, RESULT["forward"] + RESULT["generation"])
+    (found,) = axes.containers
+    assert found.get_label() == "half" and [line.get_xdata()[0] for line in axes.get_lines()[:2]] == [100, 90]
+    assert list(found.lines[0].get_xdata()) == pytest.approx([90, 80, 100 * 0.945 / 0.95])
+    assert list(found.lines[0].get_ydata()) == [0, 1, 2]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["forward", "generation", "generation, dual cache"]
+    low, high = (segment[0] for segment in found.lines[2][0].get_segments()[0])
+    assert (low, high) == pytest.approx((81, 108)) and axes.get_ylim()[0] > axes.get_ylim()[1]
+
+
+def many(count: int) -> list[dict]:
+    """So many sizes of the forward pass."""
+    return [each | {"length": 64 * (size + 1)} for size in range(count) for each in RESULT["forward"]]
+
+
+@pytest.mark.parametrize("draw", [draw_ideal, lambda axes, rows: draw_latency(axes, rows, REMOVED)])
+def test_names_of_all_that_was_measured_cover_nothing(axes, draw):
+    axes.figure.set_size_inches(7, 1.2 + 0.36 * 12)
+    axes.figure.set_layout_engine("constrained")
+    draw(axes, many(12))
+    axes.figure.canvas.draw()
+    whole, inner, legend = (box.get_window_extent() for box in (axes.figure, axes, axes.get_legend()))
+    assert legend.x0 >= inner.x1 and legend.x1 <= whole.x1 and whole.y0 <= legend.y0 and legend.y1 <= whole.y1
+    names = [label.get_window_extent() for label in axes.get_yticklabels()]
+    assert all(not one.overlaps(other) for one, other in zip(names, names[1:])) and inner.height > 0.7 * whole.height
+
+
+def test_pictures_grow_with_what_was_measured(tmp_path):
+    image = pytest.importorskip("matplotlib.image")
+    heights = []
+    for count in (1, 20):
+        plot_bench(RESULT | {"forward": many(count)}, tmp_path)
+        heights.append(image.imread(tmp_path / "ideal.png").shape[0])
+    assert heights[1] - heights[0] == pytest.approx(19 * 0.36 * 110, abs=2)
 
 
 def test_a_long_legend_stands_beside_the_lines(axes):
@@ -148,6 +178,12 @@ def test_memory_is_stacked(axes):
     assert [bar.get_height() for bar in axes.containers[0]] == [360, 180]
     assert [(bar.get_y(), bar.get_height()) for bar in axes.containers[1]] == [(360, 30), (180, 30)]
     assert axes.get_ylabel() == "MB"
+
+
+def test_memory_that_is_not_known_is_not_drawn_as_none(axes):
+    draw_memory(axes, RESULT["models"], [each | {"peak_above_weights": None} for each in RESULT["forward"]])
+    assert [bar.get_height() for (bar, *_) in axes.containers] == [360] and "weights" in axes.get_title()
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["weights"]
 
 
 def test_pictures_are_written_whole(tmp_path, monkeypatch):
