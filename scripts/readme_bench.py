@@ -41,32 +41,41 @@ def bench(found: dict, sized: bool = False) -> str:
 
 
 def note(found: dict) -> str:
-    """How the figures of `bench` were made."""
-    dense, settings = found["models"][0], found["settings"]
-    widths = dense["widths"]
-    sampler = settings["sampler"]
-    runs = [
-        f"{row['seconds']:.0f} s at {row['asked']}, {row['forward_share']:.0%} of it forward passes"
-        for row in found["pruning"]
-    ]
-    size = found["calibration"]
-    command = f"scripts/bench_pruned.py --windows {size['windows']} --rounds {settings['rounds']}"
-    equal = [row["agreement"] for row in found["generation"] if row["agreement"] is not None]
-    agreement = ""
-    if equal:
-        agreement = (
-            f" With a cache {min(equal):.0%} to {max(equal):.0%} of the tokens are those of full recomputation: nothing"
-            " to go by, as the weights are random."
-        )
-    pruning = f" Pruning itself ({size['windows']} windows of {size['window']} tokens, {size['levels']} levels): {'; '.join(runs)}."
+    """How the figures of `bench` were made, with the options that say so."""
+    dense, settings, size = found["models"][0], found["settings"], found["calibration"]
+    blocks, sampler = dense["widths"], settings["sampler"]
+    rounds, generations = settings["rounds"], settings["generation_rounds"]
+    command = f"python scripts/bench_pruned.py --split {size['split']} --windows {size['windows']} --rounds {rounds}"
     return (
-        f"`python {command}`, from [`bench_cpu.json`](scripts/results/bench_cpu.json): a random LLaDA of"
-        f" {dense['parameters'] / 1e6:.0f} M parameters ({len(widths)} blocks, {widths[0]['query_heads']} heads,"
-        f" {widths[0]['channels']} channels), pruned by structprune and reloaded, {dense['dtype']},"
-        f" {machine(found['machine'])}, {found['machine']['threads']} thread; models in turns, median and quartiles. Generation: {sampler['gen_length']} tokens in"
-        f" {sampler['steps']} steps. Ideal: time in proportion to the MACs, attention and LM head counted;"
-        f" (1 - 1 / speed-up) over the share of MACs removed.{agreement}{pruning}"
+        f"`{command} --generation-rounds {generations}`, from [`bench_cpu.json`](scripts/results/bench_cpu.json): a"
+        f" random LLaDA of {dense['parameters'] / 1e6:.0f} M parameters ({len(blocks)} blocks,"
+        f" {blocks[0]['query_heads']} heads, {blocks[0]['channels']} channels), pruned by structprune and reloaded,"
+        f" {dense['dtype']}, batch {settings['batches'][0]}, {settings['lengths'][0]} tokens,"
+        f" {machine(found['machine'])}, threads: {found['machine']['threads']}; models in turns, median and quartiles"
+        f" of {rounds} passes and {generations} generations of {sampler['gen_length']} tokens in {sampler['steps']} steps,"
+        f" blocks of {sampler['block_length']}. Ideal: time in proportion to the MACs, attention and LM head counted;"
+        f" (1 - 1 / speed-up) over the share of MACs removed.{_agreement(found['generation'])}"
+        f"{_pruning(found['pruning'], size)}"
     )
+
+
+def _agreement(rows: list[dict]) -> str:
+    """What a cache changes, where one was measured."""
+    equal = [row["agreement"] for row in rows if row["agreement"] is not None]
+    if not equal:
+        return ""
+    return (
+        f" With a cache {min(equal):.0%} to {max(equal):.0%} of the tokens are those of full recomputation: nothing"
+        " to go by, as the weights are random."
+    )
+
+
+def _pruning(runs: list[dict], size: dict) -> str:
+    took = [
+        f"{row['seconds']:.0f} s at {row['asked']}, {row['forward_share']:.0%} of it forward passes" for row in runs
+    ]
+    volume = f"{size['windows']} windows of {size['window']} tokens, {size['levels']} levels"
+    return f" Pruning itself ({volume}): {'; '.join(took)}."
 
 
 def widths(found: dict) -> str:
@@ -84,8 +93,8 @@ def widths_note(found: dict) -> str:
     size, where = found["settings"], found["machine"]
     return (
         "`python scripts/bench_widths.py`, from [`widths.json`](scripts/results/widths.json): a gated MLP on"
-        f" {size['tokens']} x {size['hidden']} inputs, {size['dtype']} ({machine(where)}, {where['threads']} threads). Pruned"
-        " MLPs keep multiples of 128 where they are wide enough (`structured.round_to`), for GPUs."
+        f" {size['tokens']} x {size['hidden']} inputs, {size['dtype']} ({machine(where)}, {where['threads']} threads)."
+        " Pruned MLPs keep multiples of 128 where they are wide enough (`structured.round_to`), for GPUs."
     )
 
 
