@@ -93,26 +93,35 @@ def shape_rows(model: DiffusionLM, tokens: int, rounds: int, warmup: int) -> lis
     return rows
 
 
-def with_kernels(model: DiffusionLM, tokens: int) -> DiffusionLM:
-    """The same model, its 2:4 weights in semi-structured form where that takes `tokens` inputs; all else is shared."""
+def with_kernels(model: DiffusionLM, tokens: int) -> tuple[DiffusionLM, int, int]:
+    """The same model, its 2:4 weights in semi-structured form where that takes `tokens` inputs; all else is shared.
+
+    Returns:
+        The model, how many layers run on the kernels, and how many are 2:4.
+    """
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     clone = copy.deepcopy(model, memo=shared)
-    for linear in masked_linears(clone).values():
+    linears, taken = masked_linears(clone), 0
+    for linear in linears.values():
         sparse = tried(linear.weight.detach(), _inputs(linear.weight, tokens))
         if not isinstance(sparse, str):  # else `shape_rows` says why
             linear.weight = nn.Parameter(sparse, requires_grad=False)
-    return clone
+            taken += 1
+    return clone, taken, len(linears)
 
 
 @torch.inference_mode()
 def semi_structured_row(model: DiffusionLM, batch: int, length: int, rounds: int, warmup: int) -> dict:
-    """A whole forward pass with and without the kernels, and how far the logits are apart relative to their size."""
-    pair = {"dense": model, "2:4": with_kernels(model, batch * length)}
+    """A whole forward pass with and without the kernels, how many of the 2:4 layers run on them, and how far the logits
+    are apart relative to their size."""
+    other, taken, layers = with_kernels(model, batch * length)
+    pair = {"dense": model, "2:4": other}
     apart = _difference(*pair.values(), random_ids(model, batch, length))
     found = measure_latency(pair, length, batch, rounds, warmup)
     timed = {f"{name}_ms": latency.quartiles_ms() for name, latency in found.items()}
     speed = speedup(found["dense"], found["2:4"])
-    return {"batch": batch, "length": length, **timed, "speedup": speed, "relative_difference": apart}
+    row = {"batch": batch, "length": length, "layers": taken, "of_layers": layers, **timed}
+    return row | {"speedup": speed, "relative_difference": apart}
 
 
 def _difference(model: DiffusionLM, other: DiffusionLM, ids: torch.Tensor) -> float:

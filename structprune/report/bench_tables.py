@@ -80,7 +80,8 @@ def _shapes(label: str, found: dict) -> Table:
         table.add_row(*start, *(("refused", "", "") if "refused" in row else _pair(row)))
     table.add_section()
     for row in found["forward"]:
-        table.add_row("whole pass", f"{row['batch']} x {row['length']}", "", *_pair(row))
+        part = "" if row["layers"] == row["of_layers"] else f"{row['layers']} of {row['of_layers']}"  # that run on them
+        table.add_row("whole pass", f"{row['batch']} x {row['length']}", part, *_pair(row))
     notes = sorted({row["refused"] for row in found["shapes"] if "refused" in row})
     if found["forward"]:
         apart = max(row["relative_difference"] for row in found["forward"])

@@ -76,13 +76,15 @@ def test_shapes_are_measured_once_each_and_refusals_kept(masked, monkeypatch):
 
 def test_the_kernels_run_in_a_copy_that_shares_all_else(masked, monkeypatch):
     monkeypatch.setattr(module, "convert", lambda weight: 2 * weight)  # so that its use shows
-    copy = module.with_kernels(masked, 12)
+    copy, taken, layers = module.with_kernels(masked, 12)
+    assert taken == layers == 16
     old, new = Adapter(masked).blocks, Adapter(copy).blocks
     assert torch.equal(new[0]["query"].weight, 2 * old[0]["query"].weight)
     assert new[2]["query"].weight is old[2]["query"].weight and new[2]["up"].weight is not old[2]["up"].weight
     assert copy.output_head.weight is masked.output_head.weight
     row = semi_structured_row(masked, 2, 6, rounds=2, warmup=1)
     assert row["relative_difference"] > 0.01 and (row["batch"], row["length"]) == (2, 6)
+    assert row["layers"] == row["of_layers"] == 16
     monkeypatch.setattr(module, "convert", lambda weight: weight.clone())
     assert semi_structured_row(masked, 2, 6, rounds=2, warmup=1)["relative_difference"] == 0
 
@@ -106,7 +108,9 @@ def test_a_kernel_that_fails_only_when_it_runs_is_refused_too(masked, monkeypatc
     monkeypatch.setattr(module, "convert", convert)
     rows = {(row["outputs"], row["inputs"]): row for row in shape_rows(masked, tokens=5, rounds=1, warmup=0)}
     assert rows[32, 48]["refused"] == "CUDA error: operation not supported" and "speedup" in rows[32, 32]
-    new, old = (Adapter(model).blocks[0] for model in (module.with_kernels(masked, 6), masked))
+    copy, taken, layers = module.with_kernels(masked, 6)
+    new, old = (Adapter(model).blocks[0] for model in (copy, masked))
+    assert (taken, layers) == (14, 16)
     assert new["down"].weight is old["down"].weight and torch.equal(new["up"].weight, 2 * old["up"].weight)
     assert seen == [5, 6, 6]  # one shape; two layers
 

@@ -88,7 +88,11 @@ def test_the_kernels_table_says_what_was_refused():
             "models": {
                 "masked": {
                     "shapes": shapes,
-                    "forward": [{"batch": 1, "length": 512, "relative_difference": 0.0123} | kernels],
+                    "forward": [
+                        {"batch": 1, "length": 512, "layers": count, "of_layers": 12, "relative_difference": 0.0123}
+                        | kernels
+                        for count in (6, 12)
+                    ],
                 }
             },
         }
@@ -96,7 +100,8 @@ def test_the_kernels_table_says_what_was_refused():
     text = printed(result)
     assert words(text, "6 as q_proj")[3:] == "512 64x32 2.00 (1.80-2.40) 1.00 (0.900-1.20) 2.00x".split()
     assert words(text, "6 as q_proj", 1)[-1] == "refused" and "no multiple of 32" in text
-    assert words(text, "whole pass")[-1] == "2.00x"
+    assert words(text, "whole pass")[:8] == "whole pass 1 x 512 6 of 12".split()  # layers on kernels
+    assert words(text, "whole pass", 1) == "whole pass 1 x 512 2.00 (1.80-2.40) 1.00 (0.900-1.20) 2.00x".split()
     assert "logits of both are 0.01 apart, relative to their size" in " ".join(text.split())
     assert "kernels" not in printed(RESULT | {"semi_structured": {"refused": "none here", "models": {}}})
 
