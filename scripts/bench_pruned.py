@@ -18,10 +18,10 @@ import torch
 from forward_clock import ForwardClock
 from random_checkpoint import llada_values, write_random
 from rich.console import Console
-from script_line import OneLineParser, one_line, write_result
+from script_line import OneLineParser, is_quick, one_line, write_result
 
 from structprune.bench.settings import BenchSettings
-from structprune.bench_run import bench
+from structprune.bench_run import bench, check_checkpoints
 from structprune.calibration.batches import Calibration
 from structprune.calibration.noise import noise_windows
 from structprune.config import Config, ModelSettings
@@ -103,20 +103,21 @@ def measure(options: argparse.Namespace, folder: Path, out: Path | None) -> dict
     """Checkpoint, pruning runs and benchmark; pictures go beside `out`."""
     sizes = (getattr(options, name) for name in SIZES)
     values = llada_values(*sizes, dtype=options.dtype or "float32")
+    settings = BenchSettings(
+        batches=(options.batch,),
+        lengths=(options.length,),
+        gen_length=options.gen_length,
+        steps=options.steps,
+        block_length=options.block_length,
+        caches=("all",),
+        compiled=options.compile,
+        rounds=options.rounds,
+        generation_rounds=options.generation_rounds,
+    )
     dense = write_random(folder / "dense", values)
+    check_checkpoints([str(dense)], settings)  # before minutes of pruning
     with progress_bars(Console(stderr=True)) as track:
         runs = [prune_once(dense, folder / f"pruned-{ratio}", ratio, options, track) for ratio in options.ratios]
-        settings = BenchSettings(
-            batches=(options.batch,),
-            lengths=(options.length,),
-            gen_length=options.gen_length,
-            steps=options.steps,
-            block_length=options.block_length,
-            caches=("all",),
-            compiled=options.compile,
-            rounds=options.rounds,
-            generation_rounds=options.generation_rounds,
-        )
         checkpoints = [str(dense), *(str(folder / f"pruned-{ratio}") for ratio in options.ratios)]
         place = ModelSettings(device=options.device, dtype=options.dtype)
         found = bench(checkpoints, settings, folder / "bench", place, out is not None, track=track)
@@ -142,11 +143,13 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="also measure with torch.compile")
     parser.add_argument("--device", help="cpu or cuda[:N] (default: cuda where there is one)")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default float32)")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes; nothing is written unless --out is given")
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny sizes by default; nothing is written unless --out is given"
+    )
     parser.add_argument("--out", type=Path, help=f"default {OUT}")
+    if is_quick(arguments):
+        parser.set_defaults(**QUICK)
     options = parser.parse_args(arguments)
-    if options.quick:
-        vars(options).update(QUICK)
     try:
         options.ratios = [float(part) for part in options.ratios.split(",")]
     except ValueError as error:

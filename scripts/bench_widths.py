@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
-from script_line import OneLineParser, one_line, write_result
+from script_line import OneLineParser, is_quick, one_line, write_result
 
 from structprune.bench.latency import Latency, interleaved
 from structprune.bench.machine import describe_machine
@@ -31,7 +31,7 @@ OUT = Path(__file__).parent / "results" / "widths.json"
 STEP = 128
 OFFSETS = (1, 4, 8, 24, 16, 48, 32, 96, 64)  # past a multiple of 128; two of each alignment from 8 to 32
 FREE = 0.03  # a cost that is none
-QUICK = {"hidden": 32, "centres": [128], "tokens": 4, "rounds": 3}
+QUICK = {"hidden": 32, "centres": "128", "tokens": 4, "rounds": 3}
 
 
 def alignment(width: int) -> int:
@@ -108,15 +108,17 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, default=value, help="default %(default)s")
     parser.add_argument("--device", help="cpu or cuda[:N] (default: cuda where there is one)")
     parser.add_argument("--dtype", help="default float32 on CPU, bfloat16 on CUDA")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes; nothing is written unless --out is given")
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny sizes by default; nothing is written unless --out is given"
+    )
     parser.add_argument("--out", type=Path, help=f"default {OUT}")
+    if is_quick(arguments):
+        parser.set_defaults(**QUICK)
     options = parser.parse_args(arguments)
     try:
         options.centres = [int(part) for part in options.centres.split(",")]
     except ValueError as error:
         raise UserError(f"--centres '{options.centres}' is no list of numbers: write them as in 1024,2048") from error
-    if options.quick:
-        vars(options).update(QUICK)
     for low in options.centres:
         if low < STEP or low % STEP:
             raise UserError(f"--centres {low} is no multiple of {STEP}: give such as 1024")

@@ -20,6 +20,13 @@ class OneLineParser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
+def is_quick(arguments: list[str] | None) -> bool:
+    """Whether --quick is among the arguments (None: of the process), which other defaults hang on."""
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--quick", action="store_true")
+    return first.parse_known_args(arguments)[0].quick
+
+
 def one_line(name: str, work: Callable[[], object]) -> int:
     """Exit code of `work`: 0, what it returns, or 2 with one line for what the user can mend."""
     try:

@@ -111,7 +111,9 @@ def test_a_model_is_pruned_and_measured(monkeypatch, tmp_path, capsys):
     assert "pruning at 0.3" in capsys.readouterr().out
     note = script("readme_bench", monkeypatch).note(found)
     equal = [row["agreement"] for row in found["generation"] if row["cache"] != "none"]
-    assert note.startswith("`python scripts/bench_pruned.py --windows 3 --rounds 2`, ")
+    command = "--split by-cost --windows 3 --rounds 2 --generation-rounds 1"
+    assert note.startswith(f"`python scripts/bench_pruned.py {command}`, ") and ", batch 1, 32 tokens, " in note
+    assert "quartiles of 2 passes and 1 generations of 8 tokens in 4 steps, blocks of 4." in note
     assert f"With a cache {min(equal):.0%} to {max(equal):.0%} of the tokens are those of full recomputation" in note
 
 
@@ -155,10 +157,27 @@ def test_widths_are_measured(monkeypatch, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--gen-length", "9"], "gen_length = 9 is not a multiple of block_length = 4"),
+        (["--rounds", "0"], "--rounds 0 is no count"),
+        (["--gen-length", "32"], "--length 32 leaves no room for a prompt"),
+    ],
+)
+def test_what_cannot_be_measured_is_said_before_anything_is_pruned(monkeypatch, capsys, more, message):
+    module = script("bench_pruned", monkeypatch)
+    monkeypatch.setattr(module, "prune_once", lambda *args: pytest.fail("pruned"))
+    assert module.main(["--quick", *more]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     "name, arguments, message",
     [
         ("bench_pruned", ["--ratios", "0.3;0.5"], "--ratios '0.3;0.5' is no list of numbers"),
         ("bench_pruned", ["--levels", "60"], "--levels 60: give 1 to 50"),
+        ("bench_pruned", ["--quick", "--levels", "60"], "--levels 60: give 1 to 50"),
+        ("bench_widths", ["--quick", "--centres", "1000"], "--centres 1000 is no multiple of 128"),
         ("bench_pruned", ["--width", "100", "--heads", "8"], "each of 8 heads needs an even share"),
         ("bench_widths", ["--centres", "1000"], "--centres 1000 is no multiple of 128"),
         ("bench_widths", ["--rounds", "0"], "--rounds 0: give at least 1"),
