@@ -56,6 +56,7 @@ def bench(
         plots: draw pictures (needs matplotlib).
     Raises:
         UserError: anything the user can mend, before any weight is read where it can be known then.
+        torch.OutOfMemoryError: a checkpoint or a size that does not fit, by name.
     """
     if plots:
         check_matplotlib("or leave them out with --no-plots")
@@ -177,11 +178,12 @@ def _sizes(settings: BenchSettings) -> list[tuple[int, int]]:
 
 @contextmanager
 def _fitting(what: str, count: int, remedy: str) -> Iterator[None]:
-    """Raise UserError where memory runs out for something beside `count` models."""
+    """Say where memory runs out for something beside `count` models, and what to do: still as an OutOfMemoryError, for
+    whoever measures other things afterwards (scripts/gpu_report.py) goes on after it."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:
-        raise UserError(f"{what} does not fit the memory beside {count} models: {remedy}") from error
+        raise torch.OutOfMemoryError(f"{what} does not fit the memory beside {count} models: {remedy}") from error
 
 
 def _fitting_size(models: Models, batch: int, length: int):

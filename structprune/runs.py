@@ -13,7 +13,7 @@ from structprune.bench_run import bench
 from structprune.calibration.build import check_source
 from structprune.checkpoint.save import check_output
 from structprune.config import Config, ModelSettings
-from structprune.errors import Interrupted
+from structprune.errors import Interrupted, UserError
 from structprune.evaluate import evaluate
 from structprune.evaluation.settings import EvaluationConfig
 from structprune.evaluation.workers import workers
@@ -157,8 +157,11 @@ def bench_and_show(
     Raises:
         UserError: anything the user can mend.
     """
-    with progress_bars(Console(stderr=True)) as track:
-        found = bench(checkpoints, settings, out, place, plots, overwrite, track)
+    try:
+        with progress_bars(Console(stderr=True)) as track:
+            found = bench(checkpoints, settings, out, place, plots, overwrite, track)
+    except torch.OutOfMemoryError as error:
+        raise UserError(str(error)) from error
     console = Console()
     for table in bench_tables(found.result):
         console.print(table)

@@ -167,6 +167,8 @@ def test_what_does_not_fit_is_named(pair, tmp_path, capsys, monkeypatch, error, 
     out = tmp_path / "made"
     said = refused(["bench", *pair, "--out", str(out), *QUICK, "--batch", "3", "--no-plots"], capsys, out)
     assert "--batch 3 at --length 24 does not fit the memory beside 2 models: lower either, or give fewer" in said
+    with pytest.raises(RuntimeError, match="--length 24 does not fit"):  # which gpu_report goes on after
+        bench(pair, BenchSettings((1,), (24,), 8, 4, rounds=1), out, plots=False)
 
 
 def test_a_checkpoint_that_does_not_fit_is_named(pair, tmp_path, capsys, monkeypatch):
