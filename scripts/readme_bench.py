@@ -52,9 +52,9 @@ def note(found: dict) -> str:
         f" {blocks[0]['query_heads']} heads, {blocks[0]['channels']} channels), pruned by structprune and reloaded,"
         f" {dense['dtype']}, batch {settings['batches'][0]}, {settings['lengths'][0]} tokens,"
         f" {machine(found['machine'])}, threads: {found['machine']['threads']}; models in turns, median and quartiles"
-        f" of {rounds} passes and {generations} generations of {sampler['gen_length']} tokens in {sampler['steps']} steps,"
-        f" blocks of {sampler['block_length']}. Ideal: time in proportion to the MACs, attention and LM head counted;"
-        f" (1 - 1 / speed-up) over the share of MACs removed.{_agreement(found['generation'])}"
+        f" of {rounds} passes and {generations} generations of {sampler['gen_length']} tokens in {sampler['steps']}"
+        f" steps, blocks of {sampler['block_length']}. Ideal: time in proportion to the MACs, attention and LM head"
+        f" counted; (1 - 1 / speed-up) over the share of MACs removed.{_agreement(found['generation'])}"
         f"{_pruning(found['pruning'], size)}"
     )
 
