@@ -11,7 +11,7 @@ from gpu_volume import choose_volume, describe_volume
 
 from structprune.models.loading import load_model
 from structprune.models.modeling_structprune import DiffusionLM
-from structprune.models.placement import pick_device
+from structprune.models.placement import pick_device, synchronise
 from structprune.pipeline import Pruned, Pruner
 from structprune.statistics.rows import untracked
 
@@ -51,6 +51,7 @@ def _runs(model: DiffusionLM, options: argparse.Namespace, volume: dict, track):
         clock, start = ForwardClock(device), time.perf_counter()
         with clock.running():
             pruned = pruner.prune(ratio)
+        synchronise(device)
         row = run_figures(pruned, ratio, time.perf_counter() - start, clock)
         # of a run on its own, but for the dense model's check: the scores of all are those of the first
         row |= {"whole_seconds": row["seconds"] + shared, "memory": _memory(model, pruned, device)}

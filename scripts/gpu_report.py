@@ -36,6 +36,9 @@ All: 530 s, below the 540 s of one call; no stage starts after --seconds. On one
 of 240, 270 and 275 s: more calibration, torch.compile too (100 s), and SparseGPT on all blocks:
   --stages make,prune --prune-seconds 80 | --stages forward,generation --compile
   --stages nm,widths,mass,sparsegpt,overlap --blocks 0 --sparsegpt-seconds 130
+Whole generations of longer sequences, instead of those of 512 tokens, take a call of their own (about 330 s: at 8 x
+4096 tokens the three models take 45 s for one generation each):
+  --stages generation --generation-lengths 512,2048,4096 --generation-rounds 1
 
 Packages: torch, transformers, rich, typer, psutil, PyYAML, and torch-pruning and pydantic, which GPU images often lack.
 Carry these as wheels; there, with the repository as working directory, no datasets and no network:
@@ -77,12 +80,13 @@ STAGES = {each.__name__: each for each in (make, prune, forward, generation, nm,
 MAKES = {"make": {"dense"}, "prune": {pruned_name(ratio) for ratio in RATIOS}}
 NEEDS = dict.fromkeys(("prune", "nm", "sparsegpt", "overlap"), ["dense"])
 NEEDS |= dict.fromkeys(("forward", "generation"), ["dense", *map(pruned_name, RATIOS)])
-SIZES = {"batches": "1,8", "lengths": "512,2048,4096"}
-COUNTS = {"held-out": 1, "window": 4096, "levels": 10, "rounds": 5, "gen-length": 128, "steps": 16}
+SIZES = {"batches": "1,8", "lengths": "512,2048,4096", "generation-lengths": "512"}
+COUNTS = {"held-out": 1, "window": 4096, "levels": 10, "rounds": 5, "gen-length": 128, "steps": 16,
+          "generation-rounds": 3}  # fmt: skip
 # what fits the tiny shape, whose 128 positions and 2 blocks are for trying the script out
 TINY = {
-    "batches": "1,2", "lengths": "32,64", "held_out": 1, "window": 16, "levels": 2, "rounds": 2, "gen_length": 8,
-    "steps": 4, "prune_seconds": 1.0, "sparsegpt_seconds": 1.0,
+    "batches": "1,2", "lengths": "32,64", "generation_lengths": "32", "generation_rounds": 1, "held_out": 1,
+    "window": 16, "levels": 2, "rounds": 2, "gen_length": 8, "steps": 4, "prune_seconds": 1.0, "sparsegpt_seconds": 1.0,
 }  # fmt: skip
 
 
@@ -131,11 +135,11 @@ def _check(options: argparse.Namespace) -> None:
         if name not in STAGES:
             raise UserError(f"unknown stage '{name}'{nearest(name, list(STAGES))}: choose of {', '.join(STAGES)}")
     for name in SIZES:
-        text = getattr(options, name)
+        text = getattr(options, name.replace("-", "_"))
         parts = text.split(",")
         if not all(part.isdecimal() and int(part) for part in parts):
             raise UserError(f"--{name} '{text}' is no list of numbers from 1: write them as in 1,8")
-        setattr(options, name, tuple(map(int, parts)))
+        setattr(options, name.replace("-", "_"), tuple(map(int, parts)))
     if options.windows != "auto":
         if not (options.windows.isdecimal() and int(options.windows)):
             raise UserError(f"--windows '{options.windows}' is no number from 1: give one, or auto")
@@ -146,9 +150,10 @@ def _check(options: argparse.Namespace) -> None:
             raise UserError(f"--{name} {value}: give at least {least}")
     if options.levels > STEPS:
         raise UserError(f"--levels {options.levels}: give 1 to {STEPS}")
-    if min(options.lengths) <= options.gen_length and "generation" in options.stages:
+    shortest = min(options.generation_lengths)
+    if shortest <= options.gen_length and "generation" in options.stages:
         raise UserError(
-            f"--lengths {min(options.lengths)} leaves no prompt before --gen-length {options.gen_length}: raise the one"
+            f"--generation-lengths {shortest} leaves no prompt before --gen-length {options.gen_length}: raise the one"
         )
     pick_device(options.device)
     as_dtype(options.dtype)
@@ -160,7 +165,8 @@ def _check_shape(options: argparse.Namespace) -> None:
     """Raise UserError where a length is beyond the shape's positions, or a stage lacks what an earlier one makes."""
     values = shape_values(options)
     positions = values[shape_family(values).keys["positions"]]
-    for name, longest in (("lengths", max(options.lengths)), ("window", options.window)):
+    most = {name: max(getattr(options, name.replace("-", "_"))) for name in ("lengths", "generation-lengths")}
+    for name, longest in (most | {"window": options.window}).items():
         if longest > positions:
             raise UserError(f"--{name} {longest} is beyond the {positions} positions of {options.shape}: lower it")
     if "prune" in options.stages and importlib.util.find_spec("torch_pruning") is None:

@@ -38,10 +38,10 @@ def forward(options: argparse.Namespace, track) -> dict:
 
 
 def generation(options: argparse.Namespace, track) -> dict:
-    """At the shortest length: recomputation and both caches cost the same number of steps at any."""
-    sizes = (options.batches, (min(options.lengths),), options.gen_length, options.steps)
-    settings = BenchSettings(*sizes, caches=("all",), rounds=options.rounds, generation_rounds=3)
-    return _bench(options, settings, track)
+    """Whole generations with recomputation and both caches."""
+    sizes = (options.batches, options.generation_lengths, options.gen_length, options.steps)
+    rounds = {"rounds": options.rounds, "generation_rounds": options.generation_rounds}
+    return _bench(options, BenchSettings(*sizes, caches=("all",), compiled=options.compile, **rounds), track)
 
 
 def nm(options: argparse.Namespace, track) -> dict:

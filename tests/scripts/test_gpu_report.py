@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,8 @@ def ran(script, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("gpu")
     places = ["--work", str(folder / "work"), "--out", str(folder / "out")]
     assert script.main([*SMALL, *places, "--stages", "make,prune,forward"]) == 0
-    assert script.main([*SMALL, *places, "--stages", "generation,nm,widths,mass,sparsegpt,overlap"]) == 0  # goes on
+    rest = ["--generation-lengths", "32,48", "--stages", "generation,nm,widths,mass,sparsegpt,overlap"]
+    assert script.main([*SMALL, *places, *rest]) == 0  # goes on
     return folder / "out"
 
 
@@ -45,7 +47,7 @@ def test_every_stage_writes_its_file(script, ran):
     sizes = [(row["batch"], row["length"]) for row in found["forward"]["forward"][::3]]
     assert sizes == [(1, 32), (1, 64), (2, 32), (2, 64)] and found["forward"]["generation"] == []
     assert {(row["batch"], row["length"], row["cache"]) for row in found["generation"]["generation"]} == {
-        (batch, 32, cache) for batch in (1, 2) for cache in ("none", "prefix")
+        (batch, length, cache) for batch in (1, 2) for length in (32, 48) for cache in ("none", "prefix")
     }  # one block of 8
     assert found["nm"]["semi_structured"]["refused"] == "torch has no 2:4 kernels for device cpu"
     assert "costs" in found["widths"] and found["make"]["bytes"] > 0
@@ -56,6 +58,14 @@ def test_every_stage_writes_its_file(script, ran):
     check_pruning(found["prune"])
     check_mass(found["mass"])
     check_sparsegpt(found["sparsegpt"])
+
+
+def test_compile_is_for_generations_too(script, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys.modules["gpu_stages"], "_bench", lambda options, settings, track: settings)
+    places = ["--work", str(tmp_path), "--stages", "make,prune,generation", "--generation-rounds", "7"]
+    for flags, compiled in (([], False), (["--compile"], True)):
+        settings = script.STAGES["generation"](script.parse_arguments([*SMALL, *places, *flags]), None)
+        assert (settings.compiled, settings.generation_rounds, settings.lengths) == (compiled, 7, (32,))
 
 
 def test_the_readmes_tables_come_from_them(load, ran, tmp_path):
@@ -213,7 +223,8 @@ def test_a_package_to_carry_is_asked_for_before_any_stage(script, tmp_path, caps
         (["--split", "even"], "structured.split = 'even'"),
         (["--levels", "51"], "--levels 51: give 1 to 50"),
         (["--blocks", "-1"], "--blocks -1: give at least 0"),
-        (["--gen-length", "32"], "--lengths 32 leaves no prompt before --gen-length 32"),
+        (["--gen-length", "32"], "--generation-lengths 32 leaves no prompt before --gen-length 32"),
+        (["--generation-lengths", "256"], "--generation-lengths 256 is beyond the 128 positions of tiny"),
         (["--dtype", "int8"], "unknown dtype 'int8'"),
     ],
 )
