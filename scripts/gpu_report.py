@@ -192,9 +192,11 @@ def run(options: argparse.Namespace) -> int:
         try:
             with progress_bars(Console(stderr=True)) as track:
                 found = STAGES[name](options, track)
-        except (RuntimeError, UserError) as error:  # torch's: out of memory, a kernel or a compilation that fails
-            if isinstance(error, UserError) and not failed:
-                raise
+        except UserError as error:
+            print(f"gpu_report: {name}: {error}", file=sys.stderr)
+            failed.append(name)
+            continue
+        except (RuntimeError, OSError):  # torch's: out of memory, a kernel or a compilation that fails; a full disk
             traceback.print_exc()
             failed.append(name)
             continue

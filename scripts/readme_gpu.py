@@ -115,7 +115,9 @@ def _nm(found: dict) -> str:
         for row in each["shapes"]:
             name, kind = f"{row['outputs']} x {row['inputs']}, {row['tokens']} tokens", f"{row['layers']} layers"
             rows.append([name, kind, *(("refused", "", "") if "refused" in row else _pair(row))])
-        rows += [[f"{row['batch']} x {row['length']}", "whole pass", *_pair(row)] for row in each["forward"]]
+        for row in each["forward"]:
+            kind = f"whole pass, {row['layers']} of {row['of_layers']} layers on the kernels"
+            rows.append([f"{row['batch']} x {row['length']}", kind, *_pair(row)])
     return table(["2:4 kernels", "", "dense", "2:4", "speed-up"], rows)
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from structprune.errors import UserError
+
 TINY = ["--shape", "tiny", "--device", "cpu"]
 SMALL = [*TINY, "--windows", "3", "--held-out", "2"]
 
@@ -191,16 +193,26 @@ def test_no_stage_starts_too_late(script, tmp_path, capsys):
     assert "run --stages mass on its own" in capsys.readouterr().out and not list((tmp_path / "out").iterdir())
 
 
-def test_a_stage_that_fails_stops_no_other(script, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("error", [RuntimeError("no memory"), UserError("no memory"), OSError("no memory")])
+def test_a_stage_that_fails_stops_no_other(script, tmp_path, capsys, monkeypatch, error):
     def fail(options, track):
-        raise RuntimeError("out of memory")
+        raise error
 
     monkeypatch.setitem(script.STAGES, "make", fail)
     places = ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
     assert script.main([*TINY, *places, "--stages", "make,prune,widths"]) == 1
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["gpu_tiny_widths.json"]
     said = capsys.readouterr().err
-    assert "out of memory" in said and "make failed (see above)" in said and "prune failed (see above)" in said
+    assert "no memory" in said and "make failed (see above)" in said and "prune failed (see above)" in said
+    assert ("gpu_report: make: no memory" in said) == isinstance(error, UserError)
+
+
+def test_readme_says_how_many_layers_ran_on_the_kernels(load):
+    times = {"dense_ms": {"median": 3.0}, "2:4_ms": {"median": 2.0}, "speedup": {"median": 1.5}}
+    row = {"batch": 1, "length": 512, "layers": 220, "of_layers": 224, **times}
+    sparse = {"refused": None, "models": {"2of4": {"shapes": [], "forward": [row]}}}
+    text = load("readme_gpu")._nm({"semi_structured": sparse})
+    assert "| 1 x 512 | whole pass, 220 of 224 layers on the kernels | 3.00 ms | 2.00 ms | 1.50x |" in text
 
 
 def test_a_package_to_carry_is_asked_for_before_any_stage(script, tmp_path, capsys, monkeypatch):
