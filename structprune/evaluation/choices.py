@@ -140,9 +140,8 @@ def _extend(
     for tally in group:
         patterns, inverse = _samples(tally, settings, form).masked[start:stop].unique(dim=0, return_inverse=True)
         names = [bytes(pattern) for pattern in patterns.to(torch.uint8).tolist()]  # (n, L), (N,)
-        tally.known.update(
-            {name: torch.zeros(len(name)).double() for name in names if not any(name)}
-        )  # Dream's empty ones
+        empty = [name for name in names if not any(name)]  # Dream's, of which nothing need be run
+        tally.known.update({name: torch.zeros(len(name), dtype=torch.float64) for name in empty})
         new = [i for i, name in enumerate(names) if name not in tally.known]
         wanted.append([names[i] for i in inverse.tolist()])
         fresh.append([names[i] for i in new])

@@ -25,7 +25,7 @@ class Completed:
         residuals: (S,) float64, of every sample run, its value minus what the others say of it.
         influence: (S,) float64, what all forecasts together gained by it.
         fresh: (S,) bool, the samples run whose mask was not run before and is not empty; only their residuals and
-            influences count. None where nothing is forecast.
+            influences count; all false where nothing is forecast.
     """
 
     values: torch.Tensor
