@@ -11,8 +11,6 @@ import argparse
 import json
 import math
 import os
-import re
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +22,7 @@ from script_line import OneLineParser, one_line
 
 from structprune.bench.latency import interleaved, speedup
 from structprune.bench.machine import describe_machine
+from structprune.bench.peak import peak_above
 from structprune.errors import UserError
 from structprune.models.configuration_structprune import StructpruneLLaDAConfig
 from structprune.models.modeling_structprune import StructpruneLLaDA
@@ -56,46 +55,22 @@ def make_inputs(length: int, heads: int, size: int, device: torch.device) -> tup
     return 2 * query, key  # scaled so that attention is far from uniform
 
 
-def resident() -> tuple[int, int]:
-    """Bytes of this process resident now, and at their peak.
-
-    Linux's VmHWM, because `ru_maxrss` of a child process starts at what its parent had.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        text = status.read_text()
-        now, peak = (1024 * int(re.search(rf"{key}:\s+(\d+) kB", text)[1]) for key in ("VmRSS", "VmHWM"))
-        return now, peak
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return peak, peak
+def run_case(method: str, length: int, options: argparse.Namespace) -> int | None:
+    """Bytes that one method needs at its peak beyond its inputs, in this process; None where that cannot be known."""
+    query, key = make_inputs(length, options.heads, options.size, options.device)  # (1, H, T, D)
+    METHODS[method](query[:, :, :WARMUP], key[:, :, :WARMUP])
+    return peak_above(lambda: METHODS[method](query, key), options.device)
 
 
-def peak_above_inputs(run, query: torch.Tensor, key: torch.Tensor) -> int:
-    """Bytes that `run(query, key)` needs at its peak beyond what is there before it."""
-    run(query[:, :, :WARMUP], key[:, :, :WARMUP])
-    if query.device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run(query, key)
-        return torch.cuda.max_memory_allocated() - before
-    reset = Path("/proc/self/clear_refs")
-    if reset.exists():
-        reset.write_text("5")  # the peak starts at what is resident now, not at what imports once needed
-    before, _ = resident()
-    run(query, key)
-    return max(0, resident()[1] - before)
-
-
-def memory_case(method: str, length: int, options: argparse.Namespace) -> int:
-    """`peak_above_inputs` of one method in a fresh process."""
+def memory_case(method: str, length: int, options: argparse.Namespace) -> int | None:
+    """`run_case` of one method in a fresh process."""
     command = [sys.executable, __file__, "--case", method, "--lengths", str(length), "--heads", str(options.heads)]
     command += ["--size", str(options.size), "--device", str(options.device), "--threads", str(torch.get_num_threads())]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise UserError(f"the {method} case failed at T = {length} ({last}): leave it out of --lengths")
-    return int(done.stdout)
+    return json.loads(done.stdout)
 
 
 def block_runs(length: int, options: argparse.Namespace) -> dict:
@@ -126,7 +101,7 @@ def measure(length: int, options: argparse.Namespace) -> dict:
     return {
         "length": length,
         "peak_bytes": peaks,
-        "memory_ratio": peaks["naive"] / max(1, peaks["tiled"]),
+        "memory_ratio": None if None in peaks.values() else peaks["naive"] / max(1, peaks["tiled"]),
         "median_ms": {name: latency.median_ms for name, latency in times.items()},
         "time_ratio": speedup(times["naive"], times["tiled"]),
         "forward_ratio": speedup(times["block with mass"], times["block"]),
@@ -143,8 +118,8 @@ def result_table(rows: list[dict], options: argparse.Namespace) -> Table:
         peak, median, ratio = row["peak_bytes"], row["median_ms"], row["time_ratio"]
         table.add_row(
             f"{row['length']:,}",
-            *(f"{peak[method] / 1e6:,.1f}" for method in METHODS),
-            f"{row['memory_ratio']:.1f} x",
+            *("?" if peak[method] is None else f"{peak[method] / 1e6:,.1f}" for method in METHODS),
+            "?" if row["memory_ratio"] is None else f"{row['memory_ratio']:.1f} x",
             *(f"{median[method]:,.1f}" for method in METHODS),
             f"{ratio['median']:.2f} x ({ratio['p25']:.2f} to {ratio['p75']:.2f})",
             f"{row['max_relative_difference']:.0e}",
@@ -183,8 +158,7 @@ def run(options: argparse.Namespace) -> None:
         torch.set_num_threads(options.threads)
     if options.case:
         with torch.inference_mode():
-            inputs = make_inputs(options.lengths[0], options.heads, options.size, options.device)
-            print(peak_above_inputs(METHODS[options.case], *inputs))
+            print(json.dumps(run_case(options.case, options.lengths[0], options)))
         return
     with progress_bars(Console(stderr=True)) as track:
         rows = [measure(length, options) for length in track(options.lengths, "attention mass")]

@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -21,16 +22,24 @@ def test_naive_mass_by_hand(script):
     assert torch.allclose(script.naive_mass(query, key), torch.tensor([[0.75, 1.25]]))
 
 
-def test_peak_counts_what_a_function_holds_beyond_its_inputs(script):
-    query = torch.zeros(1, 1, 2000, 2)
-    size = 64 * 2**20  # beyond what an allocator may serve from memory that earlier tests freed
+def test_peak_is_of_the_full_length_alone(script, monkeypatch):
+    size = 64 * 2**20
 
-    def hold(query, key):
-        if query.shape[2] == 2000:  # not in the warm-up
-            torch.ones(size, dtype=torch.uint8)
+    def hold(query, key):  # eight times as much in the warm-up
+        torch.ones(size if query.shape[2] == 2000 else 8 * size, dtype=torch.uint8)
 
-    assert script.peak_above_inputs(hold, query, query) == pytest.approx(size, rel=0.15)
-    assert script.peak_above_inputs(lambda query, key: None, query, query) < 2**22
+    monkeypatch.setitem(script.METHODS, "naive", hold)
+    options = Namespace(heads=1, size=2, device=torch.device("cpu"))
+    assert script.run_case("naive", 2000, options) == pytest.approx(size, rel=0.15)
+
+
+def test_a_peak_that_cannot_be_known_is_left_open(script, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(script, "memory_case", lambda *case: None)
+    out = tmp_path / "mass.json"
+    assert script.main(["--lengths", "64", "--heads", "1", "--size", "4", "--rounds", "1", "--out", str(out)]) == 0
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["peak_bytes"] == {"naive": None, "tiled": None} and row["memory_ratio"] is None
+    assert capsys.readouterr().out.count("?") == 3
 
 
 def test_a_run_writes_figures_and_machine(script, tmp_path, capsys):
