@@ -1,19 +1,16 @@
 """scripts/bench_attention_mass.py on tiny lengths."""
 
-import importlib
 import json
 import math
 from argparse import Namespace
-from pathlib import Path
 
 import pytest
 import torch
 
 
 @pytest.fixture
-def script(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "scripts")
-    return importlib.import_module("bench_attention_mass")
+def script(scripts):
+    return scripts("bench_attention_mass")
 
 
 def test_naive_mass_by_hand(script):

@@ -1,6 +1,5 @@
 """scripts/bench_evaluation.py: the published loop by hand, its figures, and a small run."""
 
-import importlib
 import json
 import re
 from pathlib import Path
@@ -19,9 +18,8 @@ ROWS = [
 
 
 @pytest.fixture
-def bench(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "scripts")
-    return importlib.import_module("bench_evaluation")
+def bench(scripts):
+    return scripts("bench_evaluation")
 
 
 @pytest.fixture

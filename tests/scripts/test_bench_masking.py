@@ -1,7 +1,6 @@
 """scripts/bench_masking.py and its workers, without the release: a stand-in of its layout takes its place."""
 
 import hashlib
-import importlib
 import json
 import subprocess
 import sys
@@ -10,41 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from structprune.config import Config
-from structprune.masking import blocks, patterns, sparsegpt, walk
 from structprune.models.loading import load_model
-from structprune.statistics import sinks
 
 QUICK = "--quick --threads 1 --rounds 2".split()
 
 
 @pytest.fixture
-def scripts(monkeypatch):
-    """Imports a module of scripts/ by name."""
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "scripts")
-    return importlib.import_module
-
-
-@pytest.fixture
 def bench(scripts):
     return scripts("bench_masking")
-
-
-@pytest.fixture
-def folder(bench, tmp_path):
-    """A folder with the quick benchmark's checkpoint and data."""
-    options = bench.parse_arguments(QUICK)
-    bench.write_checkpoint(tmp_path / "checkpoint", options)
-    bench.write_data(tmp_path / "data.safetensors", options)
-    return tmp_path
-
-
-def make_request(scripts, folder, **changes):
-    base = {"checkpoint": str(folder / "checkpoint"), "data": str(folder / "data.safetensors"), "method": "sink-wanda"}
-    base |= {"ratio": 0.25, "steps": 10, "interval": 5, "threads": 1}
-    return scripts("published_worker").Request(**base | changes)
 
 
 def test_sides_take_turns_and_the_short_method_gets_more_rounds(bench):
@@ -73,8 +47,8 @@ def test_ratios_are_medians_of_each_round(bench):
     assert set(row["peak_bytes"]) == {"ours"} and "memory_ratio" not in row and row["times_faster"]["median"] == 1.5
 
 
-def test_data_is_noised_level_after_level(folder, bench):
-    data = load_file(folder / "data.safetensors")
+def test_data_is_noised_level_after_level(mask_dir, bench):
+    data = load_file(mask_dir / "data.safetensors")
     ids, noisy, mask_id = data["ids"], data["noisy"], bench.QUICK["vocabulary"] - 1
     assert ids.shape == (4, 64) and noisy.shape == (4, 2, 64) and not (ids == mask_id).any()
     masked = noisy == mask_id  # (N, S, T)
@@ -111,7 +85,7 @@ def test_measured_counts_seconds_and_bytes_of_the_call_only(scripts):
     assert figures["peak_bytes"] < 2**22
 
 
-def test_no_bytes_where_the_peak_cannot_be_reset(scripts, bench, folder, monkeypatch, capsys):
+def test_no_bytes_where_the_peak_cannot_be_reset(scripts, bench, mask_dir, monkeypatch, capsys):
     """Else the peak of the warm-up would be given as that of the call."""
     write = Path.write_text
 
@@ -129,28 +103,30 @@ def test_no_bytes_where_the_peak_cannot_be_reset(scripts, bench, folder, monkeyp
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_bare_passes_are_made_one_for_every_copy_between_our_own(scripts, folder, monkeypatch, batch):
+def test_bare_passes_are_made_one_for_every_copy_between_our_own(
+    scripts, mask_dir, monkeypatch, batch, masking_request
+):
     worker, seen, clock = scripts("masking_worker"), [], iter(range(1000))
     original = worker.bare_pass
-    ids = load_file(folder / "data.safetensors")["noisy"].flatten(0, 1)  # (N*S, T)
+    ids = load_file(mask_dir / "data.safetensors")["noisy"].flatten(0, 1)  # (N*S, T)
     monkeypatch.setattr(worker, "bare_pass", lambda adapter, part: (seen.append(part), original(adapter, part)))
     monkeypatch.setattr(worker.time, "perf_counter", lambda: next(clock))
-    model, calibration = load_model(folder / "checkpoint"), worker.read_data(folder / "data.safetensors")
-    figures = worker.measure_passes(model, make_request(scripts, folder), calibration, batch, lambda: None)
+    model, calibration = load_model(mask_dir / "checkpoint"), worker.read_data(mask_dir / "data.safetensors")
+    figures = worker.measure_passes(model, masking_request(), calibration, batch, lambda: None)
     assert [len(part) for part in seen] == ([1] * 8 if batch == 1 else [3, 3, 2]) and torch.equal(torch.cat(seen), ids)
     assert figures["forwards"] == len(seen) and figures["seconds"] > 0  # one tick of the clock each
-    plain = load_model(folder / "checkpoint")
-    worker.call_ours(plain, make_request(scripts, folder), calibration, batch)()
+    plain = load_model(mask_dir / "checkpoint")
+    worker.call_ours(plain, masking_request(), calibration, batch)()
     for ours, other in zip(model.parameters(), plain.parameters()):
         assert torch.equal(ours, other)
     monkeypatch.setattr(worker, "call_ours", lambda *arguments: lambda: None)
     with pytest.raises(RuntimeError, match="0 bare passes"):
-        worker.measure_passes(model, make_request(scripts, folder), calibration, batch, lambda: None)
+        worker.measure_passes(model, masking_request(), calibration, batch, lambda: None)
 
 
-def test_a_bare_pass_ends_at_the_last_linear(scripts, folder):
+def test_a_bare_pass_ends_at_the_last_linear(scripts, mask_dir):
     worker, ran = scripts("masking_worker"), []
-    model, calibration = load_model(folder / "checkpoint"), worker.read_data(folder / "data.safetensors")
+    model, calibration = load_model(mask_dir / "checkpoint"), worker.read_data(mask_dir / "data.safetensors")
     names = [f"{index}.{role}" for index in (0, 1) for role in ("query", "attention_output", "gate", "down")]
     for name in names:
         index, role = name.split(".")
@@ -175,10 +151,10 @@ def test_the_release_is_named(bench, tmp_path):
     assert len(head) == 40 and bench.identify(options)["release_commit"] == head
 
 
-def test_our_worker_prunes_what_the_request_says(scripts, folder, capsys):
-    out = folder / "ours.safetensors"
+def test_our_worker_prunes_what_the_request_says(scripts, mask_dir, capsys, masking_request):
+    out = mask_dir / "ours.safetensors"
     threads = torch.get_num_threads()
-    scripts("masking_worker").main(make_request(scripts, folder, out=str(out)), batch=2)
+    scripts("masking_worker").main(masking_request(out=str(out)), batch=2)
     assert torch.get_num_threads() == threads == 1
     assert json.loads(capsys.readouterr().out)["seconds"] > 0
     found = load_file(out)
@@ -224,12 +200,12 @@ def release(tmp_path, monkeypatch):
     return root, seen
 
 
-def test_the_release_gets_our_windows_and_noise_in_its_order(scripts, folder, release, capsys):
+def test_the_release_gets_our_windows_and_noise_in_its_order(scripts, mask_dir, release, capsys, masking_request):
     root, seen = release
-    out = folder / "sink-wanda-release.safetensors"
-    scripts("published_worker").main(str(root), make_request(scripts, folder, out=str(out)))
+    out = mask_dir / "sink-wanda-release.safetensors"
+    scripts("published_worker").main(str(root), masking_request(out=str(out)))
     ((args, ids, noisy, length, tokenizer),) = seen
-    data = load_file(folder / "data.safetensors")
+    data = load_file(mask_dir / "data.safetensors")
     assert torch.equal(ids, data["ids"]) and torch.equal(noisy, data["noisy"].flatten(0, 1))
     assert (length, tokenizer.mask_token_id, args.nsamples, args.sparsity_ratio) == (64, 511, 4, 0.25)
     assert (args.sink_std, args.sink_alpha) == (2.0, 5.0)
@@ -237,121 +213,6 @@ def test_the_release_gets_our_windows_and_noise_in_its_order(scripts, folder, re
     assert set(json.loads(printed.out)) >= {"seconds", "peak_bytes"} and "chatter" in printed.err
     weights = load_file(out)
     assert not weights["0.q_proj"][:, :32].any() and weights["0.q_proj"][:, 32:].all()
-
-
-def test_agreement_counts_masks_and_outputs(scripts, folder):
-    agreement = scripts("masking_agreement")
-    weights = scripts("published_worker").linear_weights(load_model(folder / "checkpoint").blocks)
-    weights = {name: value.clone() for name, value in weights.items()}
-    for value in weights.values():
-        value[:, ::2] = 0
-    total = sum(value.numel() for value in weights.values())
-    save_file(weights, folder / "sink-wanda-release.safetensors")
-    save_file(weights, folder / "sink-wanda-ours.safetensors")
-    same = agreement.compare("sink-wanda", folder)
-    assert same["masks_differ"] == same["outputs_differ"] == 0 and same["error_ratio"] == 1
-    weights["1.ff_out"][:3, 1] = 0
-    save_file(weights, folder / "sink-wanda-ours.safetensors")
-    found = agreement.compare("sink-wanda", folder)
-    assert found["masks_differ"] == 3 / total and found["first_block_differs"] == 0
-    assert found["removed"] == [0.5 + 3 / total, 0.5] and 0 < found["outputs_differ"] < 0.2
-
-
-def test_ours_may_be_three_times_as_far_from_right_as_the_release(scripts):
-    def agrees(ours, release):
-        names = ("misplaced", "weights_differ", "widest_gap")
-        return scripts("masking_agreement").judge(
-            {"ours": dict(zip(names, ours)), "release": dict(zip(names, release))}
-        )["agree"]
-
-    assert agrees((3e-5, 6e-5, 0.5), (1e-5, 2e-5, 1e-4))
-    assert not agrees((3.1e-5, 6e-5, 0.5), (1e-5, 2e-5, 1e-4)) and not agrees((3e-5, 6.1e-5, 0.5), (1e-5, 2e-5, 1e-4))
-    assert agrees((1e-6, 1e-5, 0.5), (0.0, 0.0, 0.0)) and not agrees((2e-6, 0.0, 0.5), (0.0, 0.0, 0.0))
-    assert not agrees((0.0, 0.0, 0.0), (1e-5, 2e-5, 0.2))  # then the referee is wrong, or the release
-
-
-def test_the_referee_by_hand(scripts):
-    """G = [[2, 1], [1, 2]]: the inverse (1/3) [[2, -1], [-1, 2]] is UᵀU with U = [[√2, -√2/2], [0, √6/2]] / √3."""
-    referee, tally = scripts("masking_referee"), scripts("masking_referee").Tally()
-    upper = torch.linalg.cholesky(torch.tensor([[2.0, -1.0], [-1.0, 2.0]]).double() / 3, upper=True)  # (C, C)
-    dense = torch.tensor([[1.0, 2.0], [3.0, -1.0]]).double()  # (O, C); scores w² / U²: 1.5, 8, 13.5, 2
-    removed = torch.tensor([[True, False], [False, True]])
-    right = referee.replay(dense, upper, removed, 0.25, tally)
-    assert torch.allclose(right, torch.tensor([[0.0, 2.5], [3.0, 0.0]]).double())  # least squares: 2 + 1/2
-    assert tally._misplaced == 0  # the threshold is the second lowest, 2
-    referee.replay(dense, upper, ~removed, 0.25, tally)
-    assert tally._misplaced == 4 and tally._weights == 8 and tally._gap == pytest.approx(13.5 / 2 - 1)
-    tally.compare(right + 0.3, right, right + 3.0)
-    assert tally.found()["weights_differ"] == pytest.approx(0.1)
-
-
-@pytest.fixture
-def held_against(scripts, folder):
-    """`judge`'s answer on a method as it is now, the release as far from fp64 as rounding takes it."""
-    worker, referee = scripts("masking_worker"), scripts("masking_referee").Referee(folder, 0.25)
-
-    def answer(method):
-        model, calibration = load_model(folder / "checkpoint"), worker.read_data(folder / "data.safetensors")
-        worker.call_ours(model, make_request(scripts, folder, method=method), calibration, 1)()
-        weights = scripts("published_worker").linear_weights(model.blocks)
-        release = {"misplaced": 1e-6, "weights_differ": 4e-6, "widest_gap": 4e-5}
-        return scripts("masking_agreement").judge({"ours": referee.judge(method, weights), "release": release})
-
-    return answer
-
-
-@pytest.mark.parametrize("method", ["wanda", "sink-wanda", "sparsegpt", "sink-sparsegpt"])
-def test_ours_is_right_to_rounding(held_against, method):
-    found = held_against(method)
-    assert found["agree"], found
-    assert found["against_fp64"]["ours"]["misplaced"] == 0
-
-
-def defects():
-    """Name -> method, and what of the package is replaced by what."""
-    gram, factorise = walk.add_gram, blocks.factorise
-
-    def one_less(score, ratio):
-        return score > score.flatten().sort().values[int(score.numel() * ratio) - 1]
-
-    def sample_deviation(mass, kappa):
-        return mass.mean(-1, keepdim=True) + kappa * mass.std(-1, keepdim=True)
-
-    root = {(walk, "add_gram"): lambda total, x, omega=None: gram(total, x, omega.sqrt())}
-    damping = {(blocks, "factorise"): lambda matrix, share: factorise(matrix, 1.1 * share)}
-    deviation = {(sinks, "sink_threshold"): sample_deviation}
-    per_row = {(blocks, "row_mask"): lambda score, ratio: patterns.row_mask(score, ratio + 1 / score.shape[1])}
-    return {
-        "omega, not its square": ("sink-sparsegpt", root),
-        "damping": ("sparsegpt", damping),
-        "one fewer": ("sparsegpt", {(sparsegpt, "pooled_mask"): one_less}),
-        "one more of a row": ("sink-wanda", per_row),
-        "sample deviation": ("sink-sparsegpt", deviation),
-        "no update": ("sparsegpt", {(blocks, "sparsegpt"): without_update}),
-    }
-
-
-def without_update(weights, *rest):
-    return [(weight * kept, kept) for weight, (_, kept) in zip(weights, sparsegpt.sparsegpt(weights, *rest))]
-
-
-@pytest.mark.parametrize("name", list(defects()))
-def test_a_defect_is_no_rounding(held_against, monkeypatch, name):
-    method, changes = defects()[name]
-    for (owner, attribute), value in changes.items():
-        monkeypatch.setattr(owner, attribute, value)
-    assert not held_against(method)["agree"]
-
-
-@pytest.mark.parametrize(
-    "key, value", [("masking.order", "one-shot"), ("masking.column_block", 64), ("sink.kappa", 1.9)]
-)
-def test_another_choice_is_no_rounding(scripts, held_against, monkeypatch, key, value):
-    """Blocks measured on dense blocks, columns that choose in other blocks, sinks from another threshold on."""
-    load = Config.load
-    changed = types.SimpleNamespace(load=lambda path, changes: load(path, changes | {key: value}))
-    monkeypatch.setattr(scripts("masking_worker"), "Config", changed)
-    assert not held_against("sink-sparsegpt")["agree"]
 
 
 def test_a_run_of_ours_alone_writes_figures(bench, tmp_path, capsys, monkeypatch):

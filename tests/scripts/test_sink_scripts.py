@@ -1,6 +1,5 @@
 """scripts/bench_sinks.py and scripts/sink_study.py on tiny sizes."""
 
-import importlib
 import json
 from pathlib import Path
 
@@ -13,24 +12,18 @@ from structprune.models.loading import load_tokenizer
 RESULTS = Path(__file__).parents[2] / "scripts" / "results"
 
 
-@pytest.fixture
-def script(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "scripts")
-    return importlib.import_module
-
-
-def test_cost_is_measured_in_one_run(script, tmp_path, capsys):
+def test_cost_is_measured_in_one_run(scripts, tmp_path, capsys):
     out = tmp_path / "cost.json"
     arguments = ["--length", "32", "--width", "64", "--blocks", "1", "--rounds", "2", "--out", str(out)]
-    assert script("bench_sinks").main(arguments) == 0
+    assert scripts("bench_sinks").main(arguments) == 0
     found = json.loads(out.read_text())
     assert set(found["median_ms"]) == {"plain", "mass", "heads"} and set(found["ratio"]) == {"mass", "heads"}
     assert "with all that" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("arguments", [["--width", "100"], ["--rounds", "0"], ["--device", "tpu"]])
-def test_bad_options_are_one_line(script, arguments, capsys):
-    assert script("bench_sinks").main(arguments) == 2
+def test_bad_options_are_one_line(scripts, arguments, capsys):
+    assert scripts("bench_sinks").main(arguments) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 
@@ -40,7 +33,7 @@ def test_the_kept_result_meets_the_target():
     assert max(ratio["median"] for ratio in found["ratio"].values()) <= found["target"] == 1.3
 
 
-def test_study_writes_figures_and_pictures(script, tmp_path):
+def test_study_writes_figures_and_pictures(scripts, tmp_path):
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(0)
@@ -49,7 +42,7 @@ def test_study_writes_figures_and_pictures(script, tmp_path):
     load_tokenizer(model_directory()).save_pretrained(tmp_path / "tiny")
     results = tmp_path / "results"
     results.mkdir()
-    study = script("sink_study").study
+    study = scripts("sink_study").study
     assert study([str(tmp_path / "tiny"), "--windows", "1", "--length", "40"], results) == 0
     ours, theirs = (json.loads((results / f"sinks_{name}.json").read_text()) for name in ("embedded", "smollm2"))
     assert [run["kind"] for run in ours["runs"]] == ["forward", "reverse"] and theirs["runs"][0]["model"] == "tiny"

@@ -1,8 +1,5 @@
 """scripts/sparsegpt_plain.py by hand, and against the package's own SparseGPT."""
 
-import importlib
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -16,9 +13,8 @@ from structprune.models.loading import load_model
 
 
 @pytest.fixture
-def script(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "scripts")
-    return importlib.import_module("sparsegpt_plain")
+def script(scripts):
+    return scripts("sparsegpt_plain")
 
 
 def test_one_column_by_hand(script):
@@ -63,9 +59,9 @@ def test_equal_to_the_packages_own(script, ratio):
     assert (~kept[:, :128]).sum() == int(24 * 128 * ratio) + 1 and (~kept[:, 128:]).sum() == int(24 * 32 * ratio) + 1
 
 
-def test_a_whole_model(script, tmp_path):
+def test_a_whole_model(script, scripts, tmp_path):
     """Block after block on what was pruned before: masks equal to ours, and the weights of all projections."""
-    checkpoint = importlib.import_module("random_checkpoint")
+    checkpoint = scripts("random_checkpoint")
     values = checkpoint.llada_values(64, 4, 2, 160, 32, 64, "float32")
     model = load_model(checkpoint.write_random(tmp_path / "dense", values))
     ids = torch.randint(0, 31, (8, 2, 24), generator=torch.Generator().manual_seed(1))  # (N, S, T)

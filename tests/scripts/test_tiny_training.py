@@ -1,8 +1,6 @@
 """Schedules, noise, loss and optimizer of scripts/tiny_training.py against hand-computed values."""
 
-import importlib
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +10,8 @@ MASK_ID = 2047
 
 
 @pytest.fixture
-def maths(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "scripts")
-    return importlib.import_module("tiny_training")
+def maths(scripts):
+    return scripts("tiny_training")
 
 
 def generator(seed: int = 0) -> torch.Generator:

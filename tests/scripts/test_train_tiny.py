@@ -1,6 +1,5 @@
 """scripts/train_tiny.py: its output loads and prunes, a killed run ends as a whole one, errors are one line."""
 
-import importlib
 import json
 import shutil
 from pathlib import Path
@@ -18,9 +17,8 @@ SMALL += "--log-every 2 --device cpu".split()
 
 
 @pytest.fixture
-def script(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "scripts")
-    return importlib.import_module("train_tiny")
+def script(scripts):
+    return scripts("train_tiny")
 
 
 @pytest.fixture
