@@ -1,4 +1,4 @@
-"""Fixtures every test folder shares: the parity checkpoints, and tiny official checkpoints made on the spot."""
+"""Fixtures tests share: the parity checkpoints, tiny official checkpoints made on the spot, published configs."""
 
 import json
 import shutil
@@ -16,16 +16,28 @@ torch.set_num_threads(1)  # on tensors this small threads only wait for each oth
 PARITY = Path(__file__).parent / "parity"
 MASK_ID = 2047  # of the embedded tokenizer, which tiny checkpoints carry
 LLADA = {
-    "model_type": "llada", "architectures": ["LLaDAModelLM"], "d_model": 32, "n_heads": 4, "n_kv_heads": 4, "n_layers": 3,
-    "mlp_hidden_size": 48, "vocab_size": 2048, "embedding_size": 2048, "max_sequence_length": 64, "rope_theta": 10000.0,
-    "rms_norm_eps": 1e-5, "mask_token_id": MASK_ID, "torch_dtype": "float32", "include_bias": False,
-    "include_qkv_bias": False, "weight_tying": False, "block_type": "llama",
+    "model_type": "llada", "architectures": ["LLaDAModelLM"], "d_model": 32, "n_heads": 4, "n_kv_heads": 4,
+    "n_layers": 3, "mlp_hidden_size": 48, "vocab_size": 2048, "embedding_size": 2048, "max_sequence_length": 64,
+    "rope_theta": 10000.0, "rms_norm_eps": 1e-5, "mask_token_id": MASK_ID, "torch_dtype": "float32",
+    "include_bias": False, "include_qkv_bias": False, "weight_tying": False, "block_type": "llama",
 }  # fmt: skip
 DREAM = {
     "model_type": "Dream", "architectures": ["DreamModel"], "hidden_size": 32, "num_attention_heads": 6,
     "num_key_value_heads": 2, "head_dim": 8, "num_hidden_layers": 3, "intermediate_size": 48, "vocab_size": 2048,
     "max_position_embeddings": 64, "rope_theta": 10000.0, "rms_norm_eps": 1e-6, "mask_token_id": MASK_ID,
     "torch_dtype": "float32", "rope_scaling": None, "tie_word_embeddings": False,
+}  # fmt: skip
+LLADA_8B = {
+    "model_type": "llada", "architectures": ["LLaDAModelLM"], "d_model": 4096, "n_heads": 32, "n_kv_heads": 32,
+    "n_layers": 32, "mlp_hidden_size": 12288, "vocab_size": 126464, "embedding_size": 126464, "mask_token_id": 126336,
+    "rope_theta": 500000.0, "rms_norm_eps": 1e-5, "max_sequence_length": 4096, "torch_dtype": "bfloat16",
+    "include_bias": False, "include_qkv_bias": False, "weight_tying": False, "block_type": "llama", "use_cache": False,
+}  # fmt: skip
+DREAM_7B = {
+    "model_type": "Dream", "architectures": ["DreamModel"], "hidden_size": 3584, "intermediate_size": 18944,
+    "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4, "rope_theta": 1000000.0,
+    "rms_norm_eps": 1e-6, "vocab_size": 152064, "mask_token_id": 151666, "max_position_embeddings": 131072,
+    "tie_word_embeddings": False, "rope_scaling": None, "torch_dtype": "bfloat16",
 }  # fmt: skip
 
 
@@ -94,6 +106,19 @@ def tiny_model():
     return lambda family="llada", seed=0, **changes: build_model(tiny_values(family, **changes), seed)
 
 
+@pytest.fixture
+def published_config(tmp_path):
+    """`published_config(family)` -> a directory that holds only the config.json of LLaDA-8B or Dream-7B."""
+
+    def make(family: str) -> Path:
+        directory = tmp_path / {"llada": "LLaDA-8B", "dream": "Dream-7B"}[family]
+        directory.mkdir()
+        (directory / "config.json").write_text(json.dumps({"llada": LLADA_8B, "dream": DREAM_7B}[family]))
+        return directory
+
+    return make
+
+
 @pytest.fixture(params=["llada", "dream"])
 def parity(request) -> Path:
     """Directory of one family's parity fixture."""
@@ -129,5 +154,28 @@ def tiny_calibration(tmp_path_factory):
             CalibrationSettings(**keys), tokenizer, mask_id=adapter.mask_id, schedule=adapter.family.schedule,
             edges_visible=model.edges_visible, vocabulary=adapter.vocabulary,
         )  # fmt: skip
+
+    return make
+
+
+@pytest.fixture
+def small_run() -> list[str]:
+    """key=value of a structured run that takes a moment."""
+    return [
+        "calibration.windows=3", "calibration.held_out=2", "calibration.length=16", "calibration.interval=25",
+        "structured.split_candidates=2", "structured.split_windows=2", "structured.rounds=8",
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def prune_command(small_run):
+    """`prune_command(checkpoint, out, text, *more)` -> such a run's arguments, but what a replay has no use for."""
+
+    def make(checkpoint, out, text, *more) -> list[str]:
+        small = [pair for pair in small_run if "--plan" not in more or not pair.startswith("structured.")]
+        if str(text).endswith(".safetensors"):
+            small = [pair for pair in small if not pair.startswith("calibration.")]
+        sets = [part for pair in small for part in ("--set", pair)]
+        return ["prune", str(checkpoint), "--out", str(out), "--calibration", str(text), *sets, *map(str, more)]
 
     return make

@@ -15,18 +15,6 @@ from structprune.inspect import inspect_checkpoint
 from structprune.models import loading
 from structprune.report.tables import inspect_tables
 
-LLADA_8B = {
-    "model_type": "llada", "architectures": ["LLaDAModelLM"], "d_model": 4096, "n_heads": 32, "n_kv_heads": 32,
-    "n_layers": 32, "mlp_hidden_size": 12288, "vocab_size": 126464, "embedding_size": 126464, "mask_token_id": 126336,
-    "rope_theta": 500000.0, "rms_norm_eps": 1e-5, "max_sequence_length": 4096, "torch_dtype": "bfloat16",
-    "include_bias": False, "include_qkv_bias": False, "weight_tying": False, "block_type": "llama", "use_cache": False,
-}  # fmt: skip
-DREAM_7B = {
-    "model_type": "Dream", "architectures": ["DreamModel"], "hidden_size": 3584, "intermediate_size": 18944,
-    "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4, "rope_theta": 1000000.0,
-    "rms_norm_eps": 1e-6, "vocab_size": 152064, "mask_token_id": 151666, "max_position_embeddings": 131072,
-    "tie_word_embeddings": False, "rope_scaling": None, "torch_dtype": "bfloat16",
-}  # fmt: skip
 # LLaDA-8B: embedding and head, 32 blocks of 4 d^2 + 3 d m and two norms, the final norm
 LLADA_PROJECTIONS = 4 * 4096**2 + 3 * 4096 * 12288
 LLADA_TOTAL = 2 * 126464 * 4096 + 32 * (LLADA_PROJECTIONS + 2 * 4096) + 4096
@@ -35,20 +23,13 @@ DREAM_PROJECTIONS = 2 * 3584**2 + 3584 + 2 * (512 * 3584 + 512) + 3 * 3584 * 189
 DREAM_TOTAL = 2 * 152064 * 3584 + 28 * (DREAM_PROJECTIONS + 2 * 3584) + 3584
 
 
-def directory_of(values, path):
-    """A checkpoint directory that holds config.json only."""
-    path.mkdir()
-    (path / "config.json").write_text(json.dumps(values))
-    return path
-
-
 def settings(**options) -> Config:
     return Config.load(None, {f"structured.{key}": value for key, value in options.items()})
 
 
-def test_llada_8b(tmp_path):
+def test_llada_8b(published_config):
     assert LLADA_TOTAL == 8_015_581_184
-    found = inspect_checkpoint(directory_of(LLADA_8B, tmp_path / "LLaDA-8B"), settings(ratio=0.5, split="equal"))
+    found = inspect_checkpoint(published_config("llada"), settings(ratio=0.5, split="equal"))
     half = LLADA_PROJECTIONS // 2  # 16 heads and 6144 channels fewer
     assert found["parameters"] == {"before": LLADA_TOTAL, "after": LLADA_TOTAL - 32 * half}
     assert found["parameters"]["after"] == 4_525_920_256
@@ -65,9 +46,9 @@ def test_llada_8b(tmp_path):
     assert (found["source"], found["family"], found["rounding"]) == ("LLaDA-8B", "llada", 128)
 
 
-def test_llada_8b_at_0_3_is_met_within_one_rounding_step(tmp_path):
+def test_llada_8b_at_0_3_is_met_within_one_rounding_step(published_config):
     """10 of 32 heads (nearest to 0.3); channels make up for them in steps of 128, here 28 steps."""
-    found = inspect_checkpoint(directory_of(LLADA_8B, tmp_path / "x"), settings(ratio=0.3, split="equal"))
+    found = inspect_checkpoint(published_config("llada"), settings(ratio=0.3, split="equal"))
     removed = 10 * 4 * 128 * 4096 + 28 * 128 * 3 * 4096
     assert found["blocks"][31]["after"] == {"query_heads": 22, "kv_heads": 22, "channels": 12288 - 28 * 128}
     assert found["parameters"]["after"] == LLADA_TOTAL - 32 * removed
@@ -77,10 +58,10 @@ def test_llada_8b_at_0_3_is_met_within_one_rounding_step(tmp_path):
         assert abs(choice["ratio"] - 0.3) <= step / 2 + 1e-9 and choice["query_heads"] == 32 - choice["steps"]
 
 
-def test_dream_7b(tmp_path):
+def test_dream_7b(published_config):
     assert DREAM_TOTAL == 7_615_616_512
     wanted = settings(ratio=0.5, split=3, allocation="uniform")
-    found = inspect_checkpoint(directory_of(DREAM_7B, tmp_path / "Dream"), wanted)
+    found = inspect_checkpoint(published_config("dream"), wanted)
     heads = 3 * 4 * 128 * (2 * 3584 + 1)  # 3 query heads of each of 4 groups: rows and biases of q, columns of output
     removed = heads + 77 * 128 * 3 * 3584
     assert removed == 116_983_296
@@ -90,9 +71,9 @@ def test_dream_7b(tmp_path):
     assert abs(removed / DREAM_PROJECTIONS - 0.5) <= 128 * 3 * 3584 / DREAM_PROJECTIONS / 2
 
 
-def test_dream_7b_by_whole_groups(tmp_path):
+def test_dream_7b_by_whole_groups(published_config):
     wanted = settings(ratio=0.5, split=1, allocation="uniform", gqa="kv_groups")
-    found = inspect_checkpoint(directory_of(DREAM_7B, tmp_path / "x"), wanted)
+    found = inspect_checkpoint(published_config("dream"), wanted)
     widths = found["blocks"][0]["after"]
     assert (widths["query_heads"], widths["kv_heads"]) == (21, 3)
     group = 7 * 128 * (2 * 3584 + 1) + 2 * 128 * (3584 + 1)
@@ -114,12 +95,12 @@ def sparse_shard(path, shapes):
         file.truncate(8 + len(header) + end)
 
 
-def test_8b_with_shards_takes_under_a_gigabyte(tmp_path):
+def test_8b_with_shards_takes_under_a_gigabyte(published_config):
     """Headers of 16 GB are read, not the weights: peak memory of a fresh process."""
-    directory = directory_of(LLADA_8B, tmp_path / "x")
-    config = loading.load_config(directory)[2]
+    directory = published_config("llada")
+    values, config = json.loads((directory / "config.json").read_text()), loading.load_config(directory)[2]
     with torch.device("meta"):
-        model = loading.detect_family(LLADA_8B, directory).model_class(config)
+        model = loading.detect_family(values, directory).model_class(config)
     sparse_shard(directory / "model.safetensors", {name: tuple(t.shape) for name, t in model.state_dict().items()})
     code = (
         "import sys; from structprune.cli import main; "
@@ -171,8 +152,8 @@ def test_what_a_run_would_refuse_is_refused(tiny_checkpoint, changes, message):
         inspect_checkpoint(tiny_checkpoint(), Config.load(None, changes))
 
 
-def test_a_number_of_heads_is_per_block_or_over_all_blocks(tmp_path):
-    directory = directory_of(LLADA_8B, tmp_path / "LLaDA-8B")
+def test_a_number_of_heads_is_per_block_or_over_all_blocks(published_config):
+    directory = published_config("llada")
     per_block = inspect_checkpoint(directory, settings(ratio=0.5, split=2, allocation="uniform"))
     assert [row["after"]["query_heads"] for row in per_block["blocks"]] == [30] * 32
     over_all = inspect_checkpoint(directory, settings(ratio=0.5, split=64))  # the same number, shown spread evenly
@@ -195,23 +176,26 @@ def test_no_weight_is_read(tiny_checkpoint, monkeypatch):
 
 
 @pytest.mark.parametrize("key, name, itemsize", [("dtype", "float16", 2), ("torch_dtype", "torch.float32", 4)])
-def test_dtype_of_a_lone_config(tmp_path, key, name, itemsize):
-    values = {k: v for k, v in DREAM_7B.items() if k != "torch_dtype"} | {key: name}
-    found = inspect_checkpoint(directory_of(values, tmp_path / "x"), settings(ratio=0.3))
+def test_dtype_of_a_lone_config(key, name, itemsize, published_config):
+    directory = published_config("dream")
+    values = json.loads((directory / "config.json").read_text())
+    values.pop("torch_dtype")
+    (directory / "config.json").write_text(json.dumps(values | {key: name}))
+    found = inspect_checkpoint(directory, settings(ratio=0.3))
     assert found["bytes"]["before"] == itemsize * DREAM_TOTAL
 
 
 @pytest.mark.parametrize("ratio", [1.0, -0.1, float("nan"), 2])
-def test_ratio_outside(tmp_path, ratio):
+def test_ratio_outside(ratio, published_config):
     with pytest.raises(UserError, match=r"lies outside \[0, 1\)"):
-        inspect_checkpoint(directory_of(LLADA_8B, tmp_path / "x"), settings(ratio=ratio))
+        inspect_checkpoint(published_config("llada"), settings(ratio=ratio))
 
 
-def test_ratio_that_no_plan_meets_names_the_nearest(tmp_path):
+def test_ratio_that_no_plan_meets_names_the_nearest(published_config):
     """At most 31 heads and all channels but 128 of a block can go."""
     most = (31 * 4 * 128 * 4096 + (12288 - 128) * 3 * 4096) / LLADA_PROJECTIONS
     with pytest.raises(UserError, match=f"no plan meets ratio 0.9.*: the most is {most:.4f}"):
-        inspect_checkpoint(directory_of(LLADA_8B, tmp_path / "x"), settings(ratio=0.995))
+        inspect_checkpoint(published_config("llada"), settings(ratio=0.995))
 
 
 def test_broken_shards_are_refused_here_too(tiny_checkpoint):
@@ -227,109 +211,11 @@ def test_broken_shards_are_refused_here_too(tiny_checkpoint):
         inspect_checkpoint(directory, settings(ratio=0.3))
 
 
-def test_tables_show_it(tmp_path):
-    found = inspect_checkpoint(directory_of(LLADA_8B, tmp_path / "x"), settings(ratio=0.5, split="equal"))
+def test_tables_show_it(published_config):
+    found = inspect_checkpoint(published_config("llada"), settings(ratio=0.5, split="equal"))
     console = Console(width=140, file=io.StringIO())
     for table in inspect_tables(found):
         console.print(table)
     text = console.file.getvalue()
     for shown in ("8.016 B", "4.526 B", "32 → 16", "12288 → 6144", "0-31"):
         assert shown in text
-
-
-def moved_bytes(itemsize: int) -> int:
-    """Of what a refit at 0.5 moves, the output projections of 16 heads and of 6,144 channels."""
-    return itemsize * 32 * 4096 * (16 * 128 + 6144)
-
-
-def test_8b_at_the_published_volume_needs_8_gb_above_its_weights(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    volume = {"calibration.windows": 128, "calibration.length": 4096, "structured.ratio": 0.5}
-    found = inspect_checkpoint(directory_of(LLADA_8B, tmp_path / "x"), Config.load(None, volume))["memory"]
-    assert 5e9 < found["peak device"] - found["dense weights"] - found["pruned weights"] <= 8e9
-
-
-def test_predicted_peak(tmp_path):
-    directory = directory_of(LLADA_8B, tmp_path / "x")
-
-    def memory(**options):
-        keys = {"structured.ratio": 0.5, "structured.split": "equal", "model.device": "cpu"} | options
-        return inspect_checkpoint(directory, Config.load(None, keys))["memory"]
-
-    default = memory()
-    assert default["dense weights"] == 4 * LLADA_TOTAL  # fp32 on CPU whatever is stored
-    assert default["pruned weights"] == 4 * 32 * (LLADA_PROJECTIONS // 2 + 2 * 4096)
-    assert default["peak host"] >= 4 * LLADA_TOTAL + 5e9  # while loading: a shard beside what was read
-    assert default["peak host"] >= default["dense weights"] + default["pruned weights"] + default["refit"]
-    assert memory(**{"model.dtype": "bfloat16"})["dense weights"] == 2 * LLADA_TOTAL
-    assert memory(**{"reconstruct.enabled": False})["refit"] == 0
-    assert memory(**{"structured.score": "magnitude"})["scoring (magnitude)"] == 0
-    assert memory(**{"memory.budget_gb": 1.0})["peak host"] < default["peak host"]
-    stream = 4 * 4096 * 144 * 10 * 2048  # of 144 windows at 10 levels, 2,048 tokens each
-    assert default["temporary files"] == 2 * stream and memory(**{"memory.budget_gb": 1000})["temporary files"] == 0
-    assert memory(**{"reconstruct.enabled": False})["temporary files"] == stream
-    assert memory(**{"calibration.batch": 2}) == default  # a pass has 8,192 tokens already
-    assert default["held-out check"] == 4 * 8192 * (3 * 12288 + 4 * 4096) + 8 * 126464 * 265 + moved_bytes(4)
-
-
-def test_predicted_peak_on_an_accelerator(tmp_path, monkeypatch):
-    """Weights and working memory on the device, hidden states on the host; offload swaps the weights' place."""
-    directory = directory_of(LLADA_8B, tmp_path / "x")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-
-    def memory(**options):
-        keys = {"structured.ratio": 0.5, "structured.split": "equal", "memory.budget_gb": 8.0} | options
-        return inspect_checkpoint(directory, Config.load(None, keys))["memory"]
-
-    whole, streamed = memory(), memory(**{"memory.offload": True})
-    assert whole["dense weights"] == 2 * LLADA_TOTAL and whole["hidden states"] == 16e9
-    pass_ = 2 * 8192 * (5 * 12288 + 6 * 4096)  # 4 sequences of 2,048 tokens
-    assert whole["held-out check"] == pass_ + 10 * 126464 * 265 + moved_bytes(2)  # 265 rows of logits
-    inverted = 24 * 12288**2 + 16 * 12288 * 4096
-    assert whole["scoring (obs)"] == 4 * (12288**2 + 4096**2) + inverted > pass_
-    working = max(whole["scoring (obs)"], whole["refit"])
-    assert working == whole["refit"] == 8 * 12288 * (12288 + 4096) + 16 * 12288**2 + 40 * 12288 * 4096
-    assert whole["batches under way"] == whole["layers under way"] == whole["pinned buffers"] == 0
-    assert whole["peak device"] == whole["dense weights"] + whole["pruned weights"] + working
-    head = 2 * 126464 * 4096  # the largest layer
-    assert streamed["peak device"] == head + working
-    assert streamed["peak host"] - whole["peak host"] == whole["dense weights"] + whole["pruned weights"]
-    ahead = memory(**{"memory.offload": True, "memory.overlap": True})
-    under_way = 2 * 2 * (8192 * 2 * 4096)  # the next and the last batch of either store
-    assert ahead["batches under way"] == under_way and ahead["layers under way"] == 2 * head  # and the next layer
-    assert ahead["peak device"] == 2 * head + under_way + working
-    assert ahead["peak host"] - streamed["peak host"] == 4 * 2**26 == ahead["pinned buffers"]
-
-
-def test_predicted_peak_covers_what_a_block_may_keep(tmp_path):
-    """Under `global` a block may keep all channels; the measured split holds targets beside the final refit's."""
-    directory = directory_of(LLADA_8B, tmp_path / "x")
-
-    def refit(**options):
-        keys = {"structured.ratio": 0.5, "model.device": "cpu", "memory.budget_gb": 100.0} | options
-        keys |= {"calibration.windows": 4, "calibration.held_out": 4, "calibration.length": 64}
-        return inspect_checkpoint(directory, Config.load(None, keys))["memory"]["refit"]
-
-    tokens, equal = 8 * 10 * 64, {"structured.split": "equal"}
-    targets, one = tokens * 4 * 2 * 32 * 4096, tokens * 4 * 12288
-    assert refit(**equal) == 24 * 12288**2 + 48 * 12288 * 4096 + targets + one
-    assert refit(**{"structured.split_windows": 1}) - refit(**equal) == targets * 5 // 8
-    uniform = {"structured.allocation": "uniform"} | equal
-    assert refit(**uniform) == 24 * 6144**2 + 48 * 6144 * 4096 + targets + one // 2
-
-
-def test_whole_windows_where_a_score_needs_them(tmp_path):
-    """Windows of 4,096 tokens: two at a time, but for moments under sinks and gradients, which take all 10 levels."""
-    directory = directory_of(LLADA_8B, tmp_path / "x")
-
-    def scoring(score, **options):
-        keys = {"structured.ratio": 0.5, "structured.split": "equal", "model.device": "cpu", "structured.score": score}
-        keys |= {"calibration.length": 4096, "memory.budget_gb": 100.0} | options
-        return inspect_checkpoint(directory, Config.load(None, keys))["memory"][f"scoring ({score})"]
-
-    window, features, unweighted = 4 * 10 * 4096, 3 * 12288 + 4 * 4096, {"structured.arm": "masked"}
-    assert scoring("wanda") == window * (features + 32 * (4096 + 12288))
-    assert scoring("wanda", **unweighted) == window * features
-    assert scoring("wanda", **{"calibration.batch": 2} | unweighted) == 2 * window * features
-    assert scoring("taylor") == 8 * LLADA_TOTAL + 33 * window * 126464  # the head's features are the most
-    assert scoring("obs") == scoring("obs", **{"calibration.length": 2048})

@@ -1,4 +1,4 @@
-"""Masks through the command line: what is written and said, the dry run, and one line for everything that is wrong."""
+"""Masks through the command line: what is written and said, and one line for everything that is wrong."""
 
 import json
 
@@ -13,22 +13,6 @@ from structprune.masking import Masks
 SMALL = ("calibration.windows=4", "calibration.held_out=2", "calibration.length=32", "calibration.interval=25")
 MADE = {"README.md", "calibration.safetensors", "config.json", "masks.safetensors", "model.safetensors", "report.json",
         "tokenizer.json", "tokenizer_config.json"}  # fmt: skip
-LLADA_8B = {
-    "model_type": "llada", "architectures": ["LLaDAModelLM"], "d_model": 4096, "n_heads": 32, "n_kv_heads": 32,
-    "n_layers": 32, "mlp_hidden_size": 12288, "vocab_size": 126464, "embedding_size": 126464, "mask_token_id": 126336,
-    "rope_theta": 500000.0, "rms_norm_eps": 1e-5, "max_sequence_length": 4096, "torch_dtype": "bfloat16",
-}  # fmt: skip
-DREAM_7B = {
-    "model_type": "Dream", "architectures": ["DreamModel"], "hidden_size": 3584, "intermediate_size": 18944,
-    "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4, "rope_theta": 1000000.0,
-    "rms_norm_eps": 1e-6, "vocab_size": 152064, "mask_token_id": 151666, "max_position_embeddings": 131072,
-    "torch_dtype": "bfloat16",
-}  # fmt: skip
-LLADA_BLOCK, DREAM_BLOCK = 4 * 4096**2 + 3 * 4096 * 12288, 2 * 3584**2 + 2 * 512 * 3584 + 3 * 3584 * 18944
-SHAPES = {  # config, parameters, weights of the projections, inputs of a block's four readers
-    "llada": (LLADA_8B, 8_015_581_184, 32 * LLADA_BLOCK, (4096, 4096, 4096, 12288)),
-    "dream": (DREAM_7B, 7_615_616_512, 28 * DREAM_BLOCK, (3584, 3584, 3584, 18944)),
-}
 
 
 def sets(*pairs: str) -> list[str]:
@@ -191,80 +175,6 @@ def test_outputs_that_must_not_be_touched(tiny_checkpoint, text_path, tmp_path, 
     assert "holds something else" in refused([*taken, "--overwrite"], capsys, tmp_path)
     itself = command(checkpoint, checkpoint, text_path, *MASKS, "--overwrite")
     assert "lies inside the input checkpoint" in refused(itself, capsys, tmp_path)
-
-
-def shape(family: str, folder) -> str:
-    """A checkpoint directory that holds config.json only, of the true shape."""
-    (folder / family).mkdir()
-    (folder / family / "config.json").write_text(json.dumps(SHAPES[family][0]))
-    return str(folder / family)
-
-
-def inspected(capsys, *arguments: str) -> dict:
-    assert main(["inspect", *arguments, "--json"]) == 0
-    return json.loads(capsys.readouterr().out)
-
-
-@pytest.mark.parametrize("family", ["llada", "dream"])
-def test_inspect_of_the_true_shapes(family, tmp_path, capsys):
-    """Counts, and the parts of the predicted peak that can be computed by hand; on a CPU weights are fp32."""
-    directory, (_, total, projections, inputs) = shape(family, tmp_path), SHAPES[family]
-    cpu = sets("model.device=cpu")
-    found = inspected(capsys, directory, "--method", "nm", *cpu)
-    assert (found["family"], found["method"], found["pattern"], found["ratio"]) == (family, "nm", "2:4", 0.5)
-    assert (found["score"], found["arm"], found["stored_dtype"]) == ("sparsegpt", "masked", "bfloat16")
-    assert (found["parameters"], found["bytes"], found["mask_bytes"]) == (total, 2 * total, projections // 8)
-    assert sum(role["weights"] for role in found["projections"].values()) == projections
-    assert all(2 * role["zero"] == role["weights"] for role in found["projections"].values())
-    memory = found["memory"]
-    assert memory["weights"] == 4 * total and memory["hidden states"] == 16e9  # two stores at the budget of 8 GB
-    assert memory["statistics (sparsegpt)"] == 4 * sum(width**2 for width in inputs)
-    states = (128 + 16) * 10 * 2048 * 4 * inputs[0]  # windows x levels x tokens x fp32 features, in two streams
-    assert memory["temporary files"] == 2 * states + 4 * projections
-    assert memory["peak host"] > sum(
-        size for part, size in memory.items() if part not in ("peak host", "temporary files")
-    )
-    less = inspected(capsys, directory, "--method", "nm", *cpu, *sets("memory.budget_gb=1"))["memory"]
-    assert memory["weights before the refit"] == 8e9 and memory["packed masks"] == projections // 8
-    assert memory["peak host"] - less["peak host"] == 21e9  # and the weights before the refit
-    plain = inspected(capsys, directory, "--method", "nm", *cpu, *sets("reconstruct.enabled=false"))["memory"]
-    assert plain["refit"] == plain["weights before the refit"] == 0 and plain["hidden states"] == 8e9
-    bare = inspected(capsys, directory, "--method", "unstructured", "--ratio", "0.25", *cpu, *NO_TEXT)
-    assert bare["arm"] is None and bare["pattern"] is None
-    assert bare["projections"]["up"]["zero"] * 4 == bare["projections"]["up"]["weights"]
-    assert bare["memory"]["hidden states"] == bare["memory"]["activations of one batch"] == 0
-    assert bare["memory"]["peak host"] == 4 * total + 5_000_000_000 + 450_000_000  # while loading: a shard beside them
-
-
-@pytest.mark.parametrize("family", ["llada", "dream"])
-def test_inspect_on_an_accelerator(family, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    directory, total = shape(family, tmp_path), SHAPES[family][1]
-    whole, streamed = (
-        inspected(capsys, directory, "--method", "nm", *more)["memory"] for more in ([], sets("memory.offload=true"))
-    )
-    assert whole["weights"] == 2 * total < whole["peak device"]
-    assert whole["peak device"] - streamed["peak device"] > 0.8 * 2 * total
-    assert streamed["peak host"] - whole["peak host"] == 2 * total
-
-
-def test_inspect_shows_tables(tmp_path, capsys):
-    assert (
-        main(["inspect", shape("dream", tmp_path), "--method", "unstructured", *sets("masking.score=sink-wanda")]) == 0
-    )
-    said = capsys.readouterr().out
-    for shown in (
-        "wanda on masked+sink",
-        "unstructured 0.5",
-        "attention output",
-        "950.534 M",
-        "815.66 MB",
-        "peak host",
-    ):
-        assert shown in said
-    assert max(map(len, said.splitlines())) <= 80
-    assert main(["inspect", str(tmp_path / "dream"), "--method", "nm", "--nm", "4:8"]) == 0
-    assert "sparsegpt on masked, 4:8" in capsys.readouterr().out
 
 
 EARLY = [
