@@ -179,3 +179,72 @@ def prune_command(small_run):
         return ["prune", str(checkpoint), "--out", str(out), "--calibration", str(text), *sets, *map(str, more)]
 
     return make
+
+
+@pytest.fixture
+def piqa(tmp_path) -> Path:
+    """Six items in the layout of PIQA."""
+    goals = ["boil an egg", "open a jar", "dry wet shoes", "clean a window", "find a lost key", "carry water home"]
+    path = tmp_path / "piqa.jsonl"
+    rows = [
+        {"goal": f"How to {goal}?", "sol1": f"Use {goal[-3:]} and wait.", "sol2": "Run to the sea.", "label": index % 2}
+        for index, goal in enumerate(goals)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def gsm8k(tmp_path) -> Path:
+    """One item in the layout of GSM8K."""
+    path = tmp_path / "gsm8k.jsonl"
+    path.write_text(json.dumps({"question": "2 + 3?", "answer": "It is five.\n#### 5"}) + "\n")
+    return path
+
+
+@pytest.fixture
+def eval_checkpoint(tiny_checkpoint):
+    """`eval_checkpoint(family, seed=0, name=None)` -> a tiny checkpoint of 128 positions, its tokenizer with a BOS."""
+
+    def make(family: str = "llada", seed: int = 0, name: str | None = None) -> Path:
+        positions = "max_position_embeddings" if family == "dream" else "max_sequence_length"
+        made = tiny_checkpoint(family, seed, name=name, **{positions: 128})
+        path = made / "tokenizer_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"bos_token": "<|endoftext|>"}))
+        return made
+
+    return make
+
+
+@pytest.fixture
+def eval_settings():
+    """`eval_settings(text=None, tasks=(), **changes)` -> quick ones; `evaluation__seed=1` changes evaluation.seed."""
+    from structprune.evaluation.settings import EvaluationConfig
+
+    def make(text=None, tasks=(), **changes):
+        values = {
+            "evaluation.source": None if text is None else str(text),
+            "evaluation.tasks": [str(task) for task in tasks],
+        }
+        if text is not None:
+            values |= {"evaluation.windows": 20, "evaluation.length": 32, "evaluation.noise": 2}
+        if any(str(task).startswith("piqa") for task in tasks):
+            values |= {"evaluation.samples": 8, "evaluation.block": 4}
+        return EvaluationConfig.load(
+            overrides=values | {key.replace("__", "."): value for key, value in changes.items()}
+        )
+
+    return make
+
+
+@pytest.fixture
+def plain_rows():
+    """`plain_rows(results)` -> checkpoint -> task -> key -> numbers, without the keys of other rows."""
+
+    def make(results) -> dict:
+        return {
+            label: {task: {row.key: tuple(sorted(row.parts.items())) for row in rows} for task, rows in tasks.items()}
+            for label, tasks in results.rows.items()
+        }
+
+    return make
