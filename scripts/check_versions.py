@@ -49,7 +49,8 @@ LLADA_VALUES = COMMON | {
     "use_cache": False, "attention_dropout": 0.0, "residual_dropout": 0.0, "embedding_dropout": 0.0,
     "flash_attention": False, "input_emb_norm": False, "multi_query_attention": None, "scale_logits": False,
     "mlp_ratio": 4, "init_fn": "normal", "layer_norm_with_affine": True, "init_std": 0.02,
-    "init_cutoff_factor": None, "alibi_bias_max": 8.0, "attention_layer_norm_with_affine": True, "precision": None, "eos_token_id": 2046,
+    "init_cutoff_factor": None, "alibi_bias_max": 8.0, "attention_layer_norm_with_affine": True, "precision": None,
+    "eos_token_id": 2046,
 }  # fmt: skip
 DREAM_VALUES = COMMON | {
     "model_type": "Dream", "architectures": ["DreamModel"], "hidden_size": 72, "num_attention_heads": 6,

@@ -42,13 +42,17 @@ def evaluation(found: dict) -> str:
             )
             continue
         spent = [tasks[task]["samples"] for tasks in summary["checkpoints"].values()]
-        text = f"{task.partition(':')[0]}: {each['items']} questions, guidance {own['cfg_scale']}, {own['samples']} samples an answer"
+        text = (
+            f"{task.partition(':')[0]}: {each['items']} questions, guidance {own['cfg_scale']},"
+            f" {own['samples']} samples an answer"
+        )
         if own["adaptive"]:
             text += f" at most, {sum(spent) / len(spent):.0f} on average until the choice is decided"
         notes.append(text)
     note = (
-        "`python scripts/evaluate_demo.py --demo DIR --piqa FILE`, from [`evaluation.json`](scripts/results/evaluation.json): value ± standard error over items;"
-        f" difference to the first with its 95% interval (paired bootstrap); {'; '.join(notes)}."
+        "`python scripts/evaluate_demo.py --demo DIR --piqa FILE`, from"
+        " [`evaluation.json`](scripts/results/evaluation.json): value ± standard error over items; difference to the"
+        f" first with its 95% interval (paired bootstrap); {'; '.join(notes)}."
     )
     return f"{table(header, rows)}\n\n{note}"
 
@@ -83,11 +87,12 @@ def evaluation_speed(found: dict) -> str:
     z = found["deviations"]["full"]
     note = (
         f"`python scripts/bench_evaluation.py --piqa FILE --threads {found['machine']['threads']}`, from"
-        f" [`evaluation_speed.json`](scripts/results/evaluation_speed.json): {size['items']} questions of PIQA, the embedded"
-        f" model, {size['samples']} samples an answer, guidance {size['cfg_scale']}, fp32, {machine(found['machine'])}; the"
-        " loop takes one answer at a time, 8 copies in a batch, and predicts every position. Estimates differ from the"
-        f" loop's by {z['deviation']:.2f} standard errors ({z['within_2']:.0%} within 2); adaptive sampling drew"
-        f" {drawn['mean']:.0f} of {drawn['full']} samples. At the full count the loop's matrix products have"
-        f" {found['arithmetic']['ratio']:.2f} times the operations of ours, and a CPU's time goes to these."
+        f" [`evaluation_speed.json`](scripts/results/evaluation_speed.json): {size['items']} questions of PIQA, the"
+        f" embedded model, {size['samples']} samples an answer, guidance {size['cfg_scale']}, fp32,"
+        f" {machine(found['machine'])}; the loop takes one answer at a time, 8 copies in a batch, and predicts every"
+        f" position. Estimates differ from the loop's by {z['deviation']:.2f} standard errors ({z['within_2']:.0%}"
+        f" within 2); adaptive sampling drew {drawn['mean']:.0f} of {drawn['full']} samples. At the full count the"
+        f" loop's matrix products have {found['arithmetic']['ratio']:.2f} times the operations of ours, and a CPU's"
+        " time goes to these."
     )
     return f"{table(header, rows)}\n\n{note}"

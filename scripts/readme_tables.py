@@ -86,10 +86,11 @@ def demo() -> str:
         rows.append(cells(f"**{name}**" if row["method"] == "structprune" else name, row))
     note = (
         f"`structprune demo`, from [`demo.json`](scripts/results/demo.json): {run['seconds']:.0f} s in all and"
-        f" {run['peak_memory_bytes']['host'] / 1e9:.1f} GB at its peak ({machine(found['machine'])}). NELBO: masked-diffusion"
-        f" bound, lower is better, mean ± standard error over {dense['windows']} held-out windows of {dense['length']} tokens"
-        " under common noise, so that the loss is a paired difference. Forward: 16 windows, fp32, median. FLAP: fluctuation"
-        " score, one ranking, bias compensation. Magnitude: the same share everywhere, no refit."
+        f" {run['peak_memory_bytes']['host'] / 1e9:.1f} GB at its peak ({machine(found['machine'])}). NELBO:"
+        f" masked-diffusion bound, lower is better, mean ± standard error over {dense['windows']} held-out windows of"
+        f" {dense['length']} tokens under common noise, so that the loss is a paired difference. Forward: 16 windows,"
+        " fp32, median. FLAP: fluctuation score, one ranking, bias compensation. Magnitude: the same share everywhere,"
+        " no refit."
     )
     return f"{table(header, rows)}\n\n{note}"
 
@@ -120,8 +121,8 @@ def quality() -> str:
         lines.append([row["variant"], row["against"], str(row["ratio"]), f"**{gap}**" if row["shown"] else gap])
     note = (
         "`python scripts/quality_study.py`, from [`quality.json`](scripts/results/quality.json): loss of NELBO on the"
-        f" embedded model against dense, nats per token, {over_seeds(found['settings'])}; heads gone: of 40, per seed. The"
-        " rows below the grid change one thing of `obs, masked, refit`."
+        f" embedded model against dense, nats per token, {over_seeds(found['settings'])}; heads gone: of 40, per seed."
+        " The rows below the grid change one thing of `obs, masked, refit`."
     )
     sink_note = f"What weighting by sinks changed, paired ({SHOWN}):"
     sink_table = table(["variant", "against", "ratio", "difference [95% interval]"], lines)
@@ -137,27 +138,27 @@ def cost() -> str:
         for name, row in found["shapes"].items()
     ]  # fmt: skip
     inspected = table(["`structprune inspect --ratio 0.5`", "time", "peak memory", "parameters"], rows)
-    note = f"`python scripts/measure_inspect.py`, from [`inspect.json`](scripts/results/inspect.json); {machine(found['machine'])}."
+    note = (
+        "`python scripts/measure_inspect.py`, from [`inspect.json`](scripts/results/inspect.json);"
+        f" {machine(found['machine'])}."
+    )
     mass = load("attention_mass.json")
     header = [
-        "attention mass, T",
-        "tiled",
-        "naive (T x T)",
-        "time ratio",
-        "memory: tiled",
-        "naive",
-        "memory ratio",
+        "attention mass, T", "tiled", "naive (T x T)", "time ratio", "memory: tiled", "naive", "memory ratio",
         "block with mass / without",
-    ]
+    ]  # fmt: skip
     lines = []
     for row in mass["rows"]:
         times, peaks = row["median_ms"], row["peak_bytes"]
         lines.append([
-            str(row["length"]), f"{times['tiled']:.1f} ms", f"{times['naive']:.1f} ms", f"{row['time_ratio']['median']:.2f}x",
-            f"{peaks['tiled'] / 1e6:.0f} MB", f"{peaks['naive'] / 1e6:.0f} MB", f"{row['memory_ratio']:.1f}x",
-            f"{row['forward_ratio']['median']:.2f}x",
+            str(row["length"]), f"{times['tiled']:.1f} ms", f"{times['naive']:.1f} ms",
+            f"{row['time_ratio']['median']:.2f}x", f"{peaks['tiled'] / 1e6:.0f} MB", f"{peaks['naive'] / 1e6:.0f} MB",
+            f"{row['memory_ratio']:.1f}x", f"{row['forward_ratio']['median']:.2f}x",
         ])  # fmt: skip
-    text = "`python scripts/bench_attention_mass.py`, from [`attention_mass.json`](scripts/results/attention_mass.json); both in one run."
+    text = (
+        "`python scripts/bench_attention_mass.py`, from [`attention_mass.json`](scripts/results/attention_mass.json);"
+        " both in one run."
+    )
     return f"{inspected}\n\n{note}\n\n{table(header, lines)}\n\n{text}"
 
 

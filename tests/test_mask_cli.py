@@ -88,47 +88,137 @@ MASKS = ["--method", "unstructured"]
 NM = ["--method", "nm"]
 NO_TEXT = sets("masking.score=magnitude", "reconstruct.enabled=false", "calibration.held_out=0")
 WRONG = {
-    "M does not divide": ([*NM, "--nm", "2:5"], "masking.nm = 2:5 needs inputs in groups of 5, but model.transformer.blocks.0.q_proj has 32 inputs: choose an M that divides it"),
-    "M divides only some": ([*NM, "--nm", "16:32"], "masking.nm = 16:32 needs inputs in groups of 32, but model.transformer.blocks.0.ff_out has 48 inputs"),
+    "M does not divide": (
+        [*NM, "--nm", "2:5"],
+        "masking.nm = 2:5 needs inputs in groups of 5, but model.transformer.blocks.0.q_proj has 32 inputs: "
+        "choose an M that divides it",
+    ),
+    "M divides only some": (
+        [*NM, "--nm", "16:32"],
+        "masking.nm = 16:32 needs inputs in groups of 32, but model.transformer.blocks.0.ff_out has 48 inputs",
+    ),
     "4:4": ([*NM, "--nm", "4:4"], "masking.nm = 4:4 removes 4 of every 4: give N:M with 0 < N < M, such as 2:4"),
     "0:4": ([*NM, "--nm", "0:4"], "masking.nm = 0:4 removes 0 of every 4: give N:M with 0 < N < M"),
     "2of4": ([*NM, "--nm", "2of4"], "config key masking.nm = '2of4': input should be N:M, such as 2:4"),
-    "nm and ratio": ([*NM, "--nm", "2:4", "--ratio", "0.3"], "masking.ratio = 0.3 contradicts masking.nm = 2:4, which removes 0.5: leave it out (null)"),
+    "nm and ratio": (
+        [*NM, "--nm", "2:4", "--ratio", "0.3"],
+        "masking.ratio = 0.3 contradicts masking.nm = 2:4, which removes 0.5: leave it out (null)",
+    ),
     "nm of a structured run": (["--nm", "2:4"], "--nm 2:4 means nothing with method structured: add --method nm"),
-    "nm of an unstructured run": ([*MASKS, "--nm", "2:4"], "--nm 2:4 means nothing with method unstructured: add --method nm"),
-    "nm and a set ratio": ([*NM, "--nm", "2:4", *sets("masking.ratio=0.3")], "masking.ratio = 0.3 contradicts masking.nm = 2:4, which removes 0.5: leave it out (null)"),
-    "two ratios": ([*MASKS, "--ratio", "0.3", *sets("masking.ratio=0.6")], "--ratio 0.3 and --set masking.ratio both name the ratio: leave one out"),
-    "the default nm of an unstructured run": ([*MASKS, *sets("masking.nm='2:4'")], "--set masking.nm means nothing with method unstructured: add --method nm, or leave it out"),
-    "a default of masks in a structured run": (sets("masking.score=sparsegpt"), "--set masking.score means nothing with method structured: add --method unstructured or nm"),
-    "a default of another method": ([*MASKS, *sets("structured.score=obs")], "--set structured.score means nothing with method unstructured: add --method structured"),
+    "nm of an unstructured run": (
+        [*MASKS, "--nm", "2:4"],
+        "--nm 2:4 means nothing with method unstructured: add --method nm",
+    ),
+    "nm and a set ratio": (
+        [*NM, "--nm", "2:4", *sets("masking.ratio=0.3")],
+        "masking.ratio = 0.3 contradicts masking.nm = 2:4, which removes 0.5: leave it out (null)",
+    ),
+    "two ratios": (
+        [*MASKS, "--ratio", "0.3", *sets("masking.ratio=0.6")],
+        "--ratio 0.3 and --set masking.ratio both name the ratio: leave one out",
+    ),
+    "the default nm of an unstructured run": (
+        [*MASKS, *sets("masking.nm='2:4'")],
+        "--set masking.nm means nothing with method unstructured: add --method nm, or leave it out",
+    ),
+    "a default of masks in a structured run": (
+        sets("masking.score=sparsegpt"),
+        "--set masking.score means nothing with method structured: add --method unstructured or nm",
+    ),
+    "a default of another method": (
+        [*MASKS, *sets("structured.score=obs")],
+        "--set structured.score means nothing with method unstructured: add --method structured",
+    ),
     "ratio 1": ([*MASKS, "--ratio", "1"], "config key masking.ratio = 1.0: input should be less than 1"),
-    "ratio -0.1": ([*MASKS, "--ratio", "-0.1"], "config key masking.ratio = -0.1: input should be greater than or equal to 0"),
+    "ratio -0.1": (
+        [*MASKS, "--ratio", "-0.1"],
+        "config key masking.ratio = -0.1: input should be greater than or equal to 0",
+    ),
     "ratio nan": ([*MASKS, "--ratio", "nan"], "input should be a finite number"),
-    "method": (["--method", "wanda"], "config key method = 'wanda': input should be 'structured', 'unstructured' or 'nm'"),
-    "score": ([*MASKS, *sets("masking.score=wnada")], "masking.score = 'wnada': input should be 'magnitude', 'wanda', 'sink-wanda', 'ria', 'sparsegpt' or 'sink-sparsegpt'"),
-    "sinks without sinks": ([*MASKS, *sets("masking.score=sink-wanda", "masking.arm=clean")], "score 'sink-wanda' cannot use arm 'clean', which ignores sinks: ask for 'wanda', or for clean+sink"),
-    "magnitude on an arm": ([*MASKS, *sets("masking.score=magnitude", "masking.arm=masked")], "score 'magnitude' cannot use arm 'masked': it looks at weights only; leave masking.arm unset"),
-    "structured key": ([*NM, *sets("structured.ratio=0.3")], "--set structured.ratio means nothing with method nm: add --method structured"),
-    "masking key": (sets("masking.score=wanda"), "--set masking.score means nothing with method structured: add --method unstructured or nm"),
-    "dtype": ([*MASKS, *sets("export.dtype=float16")], "--set export.dtype means nothing with method unstructured: add --method structured"),
-    "constant": ([*MASKS, *sets("reconstruct.constant=true")], "reconstruct.constant = True has no effect without method = structured"),
-    "norms of a Gram": ([*MASKS, *sets("masking.norms=summed")], "masking.norms = summed has no effect without masking.score = wanda or ria"),
-    "damping of a norm": ([*MASKS, *sets("masking.score=ria", "masking.damping=0.1")], "masking.damping = 0.1 has no effect without masking.score = sparsegpt"),
-    "column block of nm": ([*NM, *sets("masking.column_block=64")], "masking.column_block = 64 has no effect without method = unstructured"),
-    "spread without owl": ([*MASKS, *sets("masking.owl_spread=0.1")], "masking.owl_spread = 0.1 has no effect without masking.allocation = owl"),
-    "owl with nm": ([*NM, *sets("masking.allocation=owl")], "masking.allocation = owl varies the ratio over blocks, which N:M fixes at 0.5: use uniform"),
-    "depth beyond 1": ([*MASKS, "--ratio", "0.95", *sets("masking.allocation=depth")], "masking.depth_slope = 0.2 gives block 0 the ratio 1.050 at 0.95"),
-    "owl beyond 1": ([*MASKS, "--ratio", "0.95", *sets("masking.allocation=owl", "masking.owl_spread=0.3")], "masking.owl_spread = 0.3 gives block"),
-    "order of magnitude": ([*MASKS, *sets("masking.score=magnitude", "masking.order=one-shot")], "masking.order = one-shot has no effect without a score that looks at activations"),
+    "method": (
+        ["--method", "wanda"],
+        "config key method = 'wanda': input should be 'structured', 'unstructured' or 'nm'",
+    ),
+    "score": (
+        [*MASKS, *sets("masking.score=wnada")],
+        "masking.score = 'wnada': input should be 'magnitude', 'wanda', 'sink-wanda', 'ria', 'sparsegpt' or "
+        "'sink-sparsegpt'",
+    ),
+    "sinks without sinks": (
+        [*MASKS, *sets("masking.score=sink-wanda", "masking.arm=clean")],
+        "score 'sink-wanda' cannot use arm 'clean', which ignores sinks: ask for 'wanda', or for clean+sink",
+    ),
+    "magnitude on an arm": (
+        [*MASKS, *sets("masking.score=magnitude", "masking.arm=masked")],
+        "score 'magnitude' cannot use arm 'masked': it looks at weights only; leave masking.arm unset",
+    ),
+    "structured key": (
+        [*NM, *sets("structured.ratio=0.3")],
+        "--set structured.ratio means nothing with method nm: add --method structured",
+    ),
+    "masking key": (
+        sets("masking.score=wanda"),
+        "--set masking.score means nothing with method structured: add --method unstructured or nm",
+    ),
+    "dtype": (
+        [*MASKS, *sets("export.dtype=float16")],
+        "--set export.dtype means nothing with method unstructured: add --method structured",
+    ),
+    "constant": (
+        [*MASKS, *sets("reconstruct.constant=true")],
+        "reconstruct.constant = True has no effect without method = structured",
+    ),
+    "norms of a Gram": (
+        [*MASKS, *sets("masking.norms=summed")],
+        "masking.norms = summed has no effect without masking.score = wanda or ria",
+    ),
+    "damping of a norm": (
+        [*MASKS, *sets("masking.score=ria", "masking.damping=0.1")],
+        "masking.damping = 0.1 has no effect without masking.score = sparsegpt",
+    ),
+    "column block of nm": (
+        [*NM, *sets("masking.column_block=64")],
+        "masking.column_block = 64 has no effect without method = unstructured",
+    ),
+    "spread without owl": (
+        [*MASKS, *sets("masking.owl_spread=0.1")],
+        "masking.owl_spread = 0.1 has no effect without masking.allocation = owl",
+    ),
+    "owl with nm": (
+        [*NM, *sets("masking.allocation=owl")],
+        "masking.allocation = owl varies the ratio over blocks, which N:M fixes at 0.5: use uniform",
+    ),
+    "depth beyond 1": (
+        [*MASKS, "--ratio", "0.95", *sets("masking.allocation=depth")],
+        "masking.depth_slope = 0.2 gives block 0 the ratio 1.050 at 0.95",
+    ),
+    "owl beyond 1": (
+        [*MASKS, "--ratio", "0.95", *sets("masking.allocation=owl", "masking.owl_spread=0.3")],
+        "masking.owl_spread = 0.3 gives block",
+    ),
+    "order of magnitude": (
+        [*MASKS, *sets("masking.score=magnitude", "masking.order=one-shot")],
+        "masking.order = one-shot has no effect without a score that looks at activations",
+    ),
     "sink key": ([*MASKS, *sets("sink.kappa=3")], "sink.kappa = 3.0 has no effect without an arm with +sink"),
     "plan": ([*MASKS, "--plan", "plan.json"], "--plan removes heads and channels: leave it out"),
-    "refit without held-out": ([*MASKS, *sets("calibration.held_out=0")], "calibration.held_out = 0 leaves nothing to choose the refit's damping on: set it, or reconstruct.enabled = false"),
-    "text that nobody reads": ([*MASKS, *NO_TEXT], "has no effect without a score, refit or held-out check that looks at text"),
-    "long windows": ([*MASKS, *sets("calibration.length=65")], "calibration.length = 65 exceeds the model's 64 positions: lower it"),
+    "refit without held-out": (
+        [*MASKS, *sets("calibration.held_out=0")],
+        "calibration.held_out = 0 leaves nothing to choose the refit's damping on: set it, or reconstruct.enabled "
+        "= false",
+    ),
+    "text that nobody reads": (
+        [*MASKS, *NO_TEXT],
+        "has no effect without a score, refit or held-out check that looks at text",
+    ),
+    "long windows": (
+        [*MASKS, *sets("calibration.length=65")],
+        "calibration.length = 65 exceeds the model's 64 positions: lower it",
+    ),
     "no level": ([*MASKS, *sets("calibration.interval=60")], "calibration.interval = 60 leaves no noise level"),
     "short text": ([*MASKS, *sets("calibration.windows=9000")], "lower calibration.windows"),
     "no text": ([*MASKS, "--calibration", "nowhere.txt"], "no calibration text at 'nowhere.txt'"),
-}  # fmt: skip
+}
 
 
 def refused(arguments, capsys, folder) -> str:

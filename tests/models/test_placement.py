@@ -59,10 +59,10 @@ def test_a_streamed_run_gives_the_same_model(score, tiny_checkpoint, text_path, 
     found = []
     for offload in (False, True):
         config = Config.load(overrides={
-            "structured.ratio": 0.4, "structured.score": score, "structured.arm": "masked+sink", "memory.offload": offload,
-            "calibration.source": str(text_path), "calibration.windows": 3, "calibration.held_out": 2,
-            "calibration.length": 16, "calibration.interval": 25, "structured.split_candidates": 2,
-            "structured.split_windows": 2, "reconstruct.constant": score == "obs",
+            "structured.ratio": 0.4, "structured.score": score, "structured.arm": "masked+sink",
+            "memory.offload": offload, "calibration.source": str(text_path), "calibration.windows": 3,
+            "calibration.held_out": 2, "calibration.length": 16, "calibration.interval": 25,
+            "structured.split_candidates": 2, "structured.split_windows": 2, "reconstruct.constant": score == "obs",
         })  # fmt: skip
         found.append(pipeline.prune(load_model(tiny_checkpoint(name=f"{score}-{offload}")), config))
     assert found[0].plan == found[1].plan

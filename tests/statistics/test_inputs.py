@@ -198,10 +198,10 @@ def test_norms_by_hand():
     x = torch.tensor([[[3.0, 0.0], [4.0, 1.0]], [[0.0, 2.0], [12.0, 2.0]]])  # (2, 2, 2)
     weight = torch.tensor([[1.0, 1.0], [1.0, 0.5]])
     joint, summed = InputNorms(), InputNorms(summed=True)
-    for norms in (joint, summed):
-        norms.add("a", x[:1], None)
-        norms.add("a", x[1:], weight[1:])
-        norms.add("b", x, weight)
+    for found in (joint, summed):
+        found.add("a", x[:1], None)
+        found.add("a", x[1:], weight[1:])
+        found.add("b", x, weight)
     # squares: 9 + 16 and 1 of the first, 36 and 4 + 1 of the second
     for key in ("a", "b"):
         assert joint.norms[key].tolist() == pytest.approx([61**0.5, 6**0.5])
