@@ -11,7 +11,7 @@ import pytest
 import structprune
 from structprune.assets import model_directory, text_file
 
-ROOT = Path(structprune.__file__).parent
+ROOT, HOME = Path(structprune.__file__).parent, Path(__file__).parents[1]
 STAGES = (
     "models",
     "calibration",
@@ -44,6 +44,7 @@ DRIVERS = (
     "__init__",
 )  # what knows several stages
 SELF_CONTAINED = ("modeling_structprune.py", "configuration_structprune.py")
+LONG_SO_FAR = {"structprune/evaluate.py:evaluate", "structprune/evaluation/generate.py:generate"}  # with docstring
 EXTRAS = ("datasets", "lm_eval", "matplotlib", "peft", "accelerate", "pandas", "pyarrow")
 
 
@@ -110,6 +111,31 @@ def test_exported_files_need_only_torch_and_transformers(name):
     assert all(module.startswith("structprune.models.configuration_structprune") for module in beside)
     text = (ROOT / "models" / name).read_text(encoding="utf-8")
     assert "import structprune" not in text and "from structprune" not in text  # relative, in its own folder
+
+
+def python_files(*folders: str) -> list[Path]:
+    return [path for folder in folders for path in sorted((HOME / folder).rglob("*.py"))]
+
+
+def test_files_are_short():
+    lines = {
+        str(path.relative_to(HOME)): len(path.read_text(encoding="utf-8").splitlines())
+        for path in python_files("structprune", "scripts", "tests")
+    }
+    assert {"structprune/cli.py", "scripts/reproduce.py", "tests/conftest.py"} <= lines.keys()
+    assert {name: count for name, count in lines.items() if count > 300} == {}
+
+
+def test_functions_are_short():
+    """From `def` to the last line, docstring included; methods and functions within functions too."""
+    lengths = [
+        (f"{path.relative_to(HOME)}:{node.name}", node.end_lineno - node.lineno + 1)
+        for path in python_files("structprune", "scripts")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+    ]
+    assert {"structprune/cli.py:main", "scripts/reproduce.py:main"} <= {name for name, _ in lengths}
+    assert {name for name, count in lengths if count >= 50} == LONG_SO_FAR
 
 
 def test_no_machine_paths():
