@@ -67,7 +67,7 @@ from gpu_overlap import overlap, overlap_lines
 from gpu_pruning import prune
 from gpu_stages import forward, generation, make, nm, widths
 from rich.console import Console
-from script_line import OneLineParser, one_line, write_result
+from script_line import OneLineParser, first_read, one_line, write_result
 
 from structprune.bench.machine import describe_machine
 from structprune.errors import UserError, nearest
@@ -110,18 +110,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", help="cpu or cuda[:N] (default: cuda where there is one)")
     parser.add_argument("--dtype", help="default: the checkpoint's own on CUDA, float32 on CPU")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results (default %(default)s)")
-    if _shape(arguments) == "tiny":
+    if first_read(arguments, "shape") == "tiny":
         parser.set_defaults(**TINY)
     options = parser.parse_args(arguments)
     _check(options)
     return options
-
-
-def _shape(arguments: list[str] | None) -> str:
-    """What --shape will be, which other defaults hang on."""
-    first = argparse.ArgumentParser(add_help=False)
-    first.add_argument("--shape", default="")
-    return first.parse_known_args(arguments)[0].shape
 
 
 def _check(options: argparse.Namespace) -> None:

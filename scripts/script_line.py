@@ -13,18 +13,32 @@ from structprune.evaluation.result_io import write_whole
 class OneLineParser(argparse.ArgumentParser):
     """Shows its module's docstring as help; what argparse finds wrong is a UserError."""
 
-    def __init__(self, description: str | None):
-        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    def __init__(self, description: str | None, add_help: bool = True):
+        plain = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, add_help=add_help, formatter_class=plain)
 
     def error(self, message: str):
         raise UserError(f"{message} (see --help)")
 
 
+def first_read(arguments: list[str] | None, name: str, **option) -> object:
+    """What one option will be, which the defaults of others hang on.
+
+    Args:
+        arguments: of the command line; None for those of the process.
+        name: the option's, without dashes.
+        option: how it is read, as `add_argument` takes it.
+    Raises:
+        UserError: it lacks its value.
+    """
+    first = OneLineParser(None, add_help=False)
+    first.add_argument(f"--{name}", **option)
+    return getattr(first.parse_known_args(arguments)[0], name)
+
+
 def is_quick(arguments: list[str] | None) -> bool:
-    """Whether --quick is among the arguments (None: of the process), which other defaults hang on."""
-    first = argparse.ArgumentParser(add_help=False)
-    first.add_argument("--quick", action="store_true")
-    return first.parse_known_args(arguments)[0].quick
+    """Whether --quick is among the arguments (None: of the process)."""
+    return first_read(arguments, "quick", action="store_true")
 
 
 def one_line(name: str, work: Callable[[], object]) -> int:

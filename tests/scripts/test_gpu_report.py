@@ -238,6 +238,7 @@ def test_a_package_to_carry_is_asked_for_before_any_stage(script, tmp_path, caps
         (["--gen-length", "32"], "--generation-lengths 32 leaves no prompt before --gen-length 32"),
         (["--generation-lengths", "256"], "--generation-lengths 256 is beyond the 128 positions of tiny"),
         (["--dtype", "int8"], "unknown dtype 'int8'"),
+        (["--shape"], "argument --shape: expected one argument (see --help)"),
     ],
 )
 def test_what_cannot_be_run(script, tmp_path, capsys, more, message):
