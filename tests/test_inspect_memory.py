@@ -90,7 +90,7 @@ def test_predicted_peak_covers_what_a_block_may_keep(published_config):
 
 
 def test_whole_windows_where_a_score_needs_them(published_config):
-    """Windows of 4,096 tokens: two at a time, but for moments under sinks and gradients, which take all 10 levels."""
+    """Windows of 4,096 tokens: two at a time, but for moments under sinks, which take all 10 levels."""
     directory = published_config("llada")
 
     def scoring(score, **options):
@@ -102,5 +102,9 @@ def test_whole_windows_where_a_score_needs_them(published_config):
     assert scoring("wanda") == window * (features + 32 * (4096 + 12288))
     assert scoring("wanda", **unweighted) == window * features
     assert scoring("wanda", **{"calibration.batch": 2} | unweighted) == 2 * window * features
-    assert scoring("taylor") == 8 * TOTAL + 33 * window * 126464  # the head's features are the most
+    block = 4 * 4096**2 + 3 * 4096 * 12288  # weights of the seven linears
+    held = 4 * (6 * 4096 + 4 * 12288) + 8 * 4097 + 4 * 32  # bytes a token, for the backward pass
+    sums, head, tokens = 4 * 32 * block + 4 * 4096 * 12288, 2**28, 2 * 4096
+    assert scoring("taylor") == sums + head + tokens * 33 * held
+    assert scoring("taylor", **{"memory.budget_gb": 8.0}) == sums + head + tokens * (33 * 4096 * 4 + 2 * held)
     assert scoring("obs") == scoring("obs", **{"calibration.length": 2048})

@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 
 from structprune.config import Config
-from structprune.criteria.ranking import Limits
+from structprune.criteria.gradients import held_bytes, recomputes
+from structprune.criteria.ranking import Limits, block_tensors
 from structprune.criteria.table import CRITERIA, resolve_arm
-from structprune.evaluation.encode import LOGIT_BYTES
 from structprune.models.adapter import CONSUMERS, Adapter
 from structprune.models.loading import as_dtype
+from structprune.models.logits import LOGIT_BYTES
 from structprune.models.transfer import PINNED_BYTES
 from structprune.statistics.rows import needs_sinks
 
@@ -138,15 +139,28 @@ def _scoring_bytes(dense: Adapter, config: Config, size: Tokens, dtype: torch.dt
         return 0
     if needs == "grams":  # fp32 Grams of both consumers; and a pass, or fp64 copies while the wider is inverted
         return max(4 * (a * a + b * b) + max(at_once, _inversion_bytes(dense, max(a, b))) for a, b in widths)
-    if needs == "gradients":  # their running sum, the new ones, and every block's activations for the backward pass
-        sums = 2 * dense.model.num_parameters() * dtype.itemsize
-        return sums + (len(widths) + 1) * size.batch * live_features(dense)
+    if needs == "gradients":
+        return _gradient_bytes(dense, config, dtype)
     whole = size.batch * _pass_features(dense, dtype)
     if needs_sinks(resolve_arm(settings.score, settings.arm), config.sink):
         # every consumer's input until the batch has ended
         held = size.batch * sum(a + b for a, b in widths)
         return whole + (held if held <= _budget(config) else 0)
     return whole
+
+
+def _gradient_bytes(dense: Adapter, config: Config, dtype: torch.dtype) -> int:
+    """fp32 sums and the widest new gradient; what blocks hold for the backward pass, or their inputs, one block's and
+    its gradients where they are computed again; and the slice of logits."""
+    linears = [value for block in dense.blocks for value in block_tensors(block).values()]
+    sums = 4 * sum(value.numel() for value in linears) + dtype.itemsize * max(value.numel() for value in linears)
+    tokens = Tokens.of(config).once
+    held = [tokens * held_bytes(block, dtype) for block in dense.blocks]
+    if recomputes(dense.blocks, tokens, dtype, _budget(config)):
+        live = (len(held) + 1) * tokens * dense.hidden_size * dtype.itemsize + 2 * max(held)
+    else:
+        live = sum(held) + max(held)
+    return sums + live + LOGIT_BYTES
 
 
 def _inversion_bytes(adapter: Adapter, width: int) -> int:

@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from structprune.calibration.batches import Calibration
 from structprune.config import SinkSettings, StructuredSettings
 from structprune.criteria.fluctuation import fluctuation_ranks, fluctuation_scores
+from structprune.criteria.gradients import gradient_sums
 from structprune.criteria.magnitude import magnitude_scores
 from structprune.criteria.obs import obs_path
 from structprune.criteria.paths import KINDS, RemovalPath, static_path, step_groups
@@ -16,7 +16,6 @@ from structprune.criteria.taylor import taylor_scores
 from structprune.criteria.wanda import wanda_scores
 from structprune.errors import UserError
 from structprune.models.adapter import CONSUMER, Adapter, BlockView
-from structprune.models.transfer import send
 from structprune.statistics.activations import add_gram, mirror, relative_weight
 from structprune.statistics.hidden import HiddenStates
 from structprune.statistics.moments import consumer_moments
@@ -173,37 +172,16 @@ def _by_taylor(adapter, calibration, settings, arm, sink, limits, track, observe
     rows = calibration_rows(adapter, calibration, arm, sink, limits, track, observe)
     tensors = {block.index: block_tensors(block) for block in adapter.blocks}
     flat = [(index, key, value) for index, part in tensors.items() for key, value in part.items()]
-    sums = [torch.zeros_like(value) for _, _, value in flat]
-    for start in track(range(0, len(calibration.input_ids), limits.windows), f"gradients ({arm})"):
-        with torch.enable_grad():
-            loss = _weighted_loss(adapter, calibration, rows, slice(start, start + limits.windows))
-            for total, gradient in zip(sums, torch.autograd.grad(loss, [value for *_, value in flat])):
-                total += gradient
+    batch = limits.sequences(rows.copies, calibration.length)
+    sums = gradient_sums(
+        adapter, calibration, rows, [value for *_, value in flat], batch, limits.budget, track, f"gradients ({arm})"
+    )
     products: dict[int, dict] = {index: {} for index in tensors}
     for (index, key, value), total in zip(flat, sums):
-        products[index][key] = value.detach() * total
+        products[index][key] = total.mul_(value.detach())
     paths = {}
     for block in adapter.blocks:
         for kind in KINDS:
             score = taylor_scores(coupled_slices(block, kind, settings.gqa, products[block.index]))  # (U,)
             paths[block.index, kind] = static_path(score, block_groups(block, kind, settings.gqa))
     return paths
-
-
-def _weighted_loss(adapter: Adapter, calibration: Calibration, rows: Rows, windows: slice) -> torch.Tensor:
-    """Σ ω CE / p over masked tokens of some windows' noisy copies, over the number of tokens: ()."""
-    part = slice(windows.start * rows.copies, windows.stop * rows.copies)
-    target = calibration.input_ids[windows].repeat_interleave(rows.copies, dim=0)  # (b, T)
-    weight = 1 / calibration.mask_probability[windows].reshape(-1, 1)  # (b, 1)
-    weight = weight.expand(target.shape) if rows.weight is None else weight * rows.weight[part]  # (b, T)
-    masked = (
-        rows.masked[part].flatten().nonzero()[:, 0]
-    )  # (M,), found on the host: the device would have to wait for it
-    ids = send(rows.ids[part], adapter.device)  # (b, T)
-    target, weight = (send(each.flatten()[masked], adapter.device) for each in (target, weight))  # (M,) each
-    logits = adapter.model(ids).logits  # (b, T, V)
-    if adapter.model.shifted:
-        logits = torch.cat((logits[:, :1], logits[:, :-1]), dim=1)  # (b, T, V)
-    logits = logits.flatten(0, 1)[send(masked, adapter.device)]  # (M, V)
-    nats = F.cross_entropy(logits.float(), target, reduction="none")  # (M,)
-    return (nats * weight).sum() / rows.ids.numel()

@@ -10,9 +10,6 @@ import torch
 from structprune.errors import UserError
 from structprune.models.modeling_structprune import DiffusionLM
 
-LOGIT_BYTES = (
-    2**28
-)  # of fp32 logits that exist at once (V is 126k and more); generation cuts a seed's noise by it, so keep it
 CPU_TOKENS, CUDA_TOKENS = 2**10, 2**16  # a forward pass on CPU is fastest while its activations stay in the caches
 
 
@@ -54,12 +51,6 @@ def encode_at(
     x = x[row, position] + last.part("attention_output")(mixed)  # (M, C)
     x = x + last.part("down")(last.activate(x))  # (M, C)
     return model.final_norm(x)
-
-
-def logit_slices(count: int, vocabulary: int, kinds: int = 1) -> list[slice]:
-    """Cut `count` positions so that `kinds` fp32 logits of each slice stay within LOGIT_BYTES (one at least)."""
-    size = max(1, LOGIT_BYTES // (4 * vocabulary * kinds))
-    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 class Batches:

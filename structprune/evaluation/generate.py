@@ -11,10 +11,11 @@ import torch
 
 from structprune.errors import UserError
 from structprune.evaluation.cached import KeyValueCache, check_cache
-from structprune.evaluation.encode import LOGIT_BYTES, encode_at
+from structprune.evaluation.encode import encode_at
 from structprune.evaluation.samplers import SAMPLERS, Generation
 from structprune.evaluation.sampling import guided, gumbel_choice
 from structprune.models.families import family_of
+from structprune.models.logits import LOGIT_BYTES
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.placement import compute_device
 

@@ -129,7 +129,7 @@ def test_sequences_in_a_pass(windows, copies, length, expected):
     assert Limits(windows).sequences(copies, length) == expected
 
 
-@pytest.mark.parametrize("score, passes", [("obs", {3}), ("wanda", {6}), ("taylor", {6})])
+@pytest.mark.parametrize("score, passes", [("obs", {3}), ("wanda", {6}), ("taylor", {3})])
 @torch.no_grad()
 def test_a_pass_has_so_many_tokens_unless_it_needs_whole_windows(tiny_model, calibration, score, passes, monkeypatch):
     adapter, seen = Adapter(tiny_model()), {"mass": set(), "score": set()}
@@ -146,7 +146,7 @@ def test_a_pass_has_so_many_tokens_unless_it_needs_whole_windows(tiny_model, cal
     found = rank_units(adapter, calibration, settings, "masked+sink", SINK, Limits(3))
     handle.remove()
     assert seen["mass"] == ({3} if score != "wanda" else set())
-    assert seen["score"] - ({3} if score == "taylor" else set()) == passes  # its mass pass goes through the gate too
+    assert seen["score"] == passes  # taylor's mass pass, which goes through the gate too, is of as many
     for key, path in found.items():
         assert path.steps == whole[key].steps and torch.allclose(path.cost, whole[key].cost, rtol=1e-4)
 

@@ -5,7 +5,7 @@ import torch
 
 from structprune.errors import UserError
 from structprune.evaluation import encode
-from structprune.evaluation.encode import Batches, encode_at, logit_slices
+from structprune.evaluation.encode import Batches, encode_at
 
 
 def full_logits(model, ids: torch.Tensor, attention_mask=None) -> torch.Tensor:
@@ -51,15 +51,6 @@ def test_the_last_block_ends_at_the_wanted_positions(tiny_model):
     wanted[0, 1] = wanted[1, 3] = wanted[1, 5] = True
     encode_at(model, torch.zeros(2, 6, dtype=torch.long), wanted)
     assert shapes == [(2, 6, 32), (2, 6, 32), (3, 32)]
-
-
-def test_logits_are_cut_to_a_limit(monkeypatch):
-    monkeypatch.setattr(encode, "LOGIT_BYTES", 4 * 10 * 3 + 8)
-    cut = lambda *args: [(each.start, each.stop) for each in logit_slices(*args)]  # noqa: E731
-    assert cut(7, 10) == [(0, 3), (3, 6), (6, 7)]
-    assert cut(3, 10, 2) == [(0, 1), (1, 2), (2, 3)]
-    assert cut(2, 1000) == [(0, 1), (1, 2)]  # one at least
-    assert cut(0, 10) == []
 
 
 def test_rows_of_a_pass():

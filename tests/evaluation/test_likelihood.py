@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from structprune.errors import UserError
-from structprune.evaluation import encode
 from structprune.evaluation.encode import Batches
 from structprune.evaluation.likelihood import Rows, token_nats
+from structprune.models import logits
 
 MASK, LENGTH = 2047, 9
 
@@ -51,7 +51,7 @@ def test_nats_by_hand_for_any_batch_and_order(tiny_model, rows, family, scale, m
         assert found.dtype == torch.float64 and torch.allclose(found, expected, rtol=1e-4)
     order = torch.tensor([5, 2, 6, 0, 4, 3, 1])
     assert torch.allclose(token_nats(model, rows[order], scale, Batches(50)), expected[order], rtol=1e-4)
-    monkeypatch.setattr(encode, "LOGIT_BYTES", 4 * 2048 * 3)  # three positions' logits at once
+    monkeypatch.setattr(logits, "LOGIT_BYTES", 4 * 2048 * 3)  # three positions' logits at once
     assert torch.allclose(token_nats(model, rows, scale, Batches(1000)), expected, rtol=1e-4)
 
 

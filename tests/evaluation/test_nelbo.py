@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from structprune.evaluation import encode
 from structprune.evaluation.nelbo import Nelbo, masked_nelbo
+from structprune.models import logits
 
 MASK, LENGTH = 2047, 9
 
@@ -81,7 +81,7 @@ def test_the_head_runs_at_masked_positions_only(tiny_model, text, family):
 def test_few_logits_exist_at_once(tiny_model, text, family, monkeypatch):
     model, rows = tiny_model(family), []
     whole = masked_nelbo(model, *text, batch=4)
-    monkeypatch.setattr(encode, "LOGIT_BYTES", 3 * 2 * 4 * 2048)  # of three positions, as they are and normalised
+    monkeypatch.setattr(logits, "LOGIT_BYTES", 3 * 2 * 4 * 2048)  # of three positions, as they are and normalised
     handle = model.output_head.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[0]))
     found = masked_nelbo(model, *text, batch=4)
     handle.remove()

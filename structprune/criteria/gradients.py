@@ -1,0 +1,128 @@
+"""Gradients of the masked-diffusion loss summed over a calibration set, in bounded memory.
+
+Shapes: R rows (noisy copies of windows), b rows of a pass, T tokens, M masked ones, C features, V vocabulary.
+"""
+
+from contextlib import contextmanager
+from typing import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from structprune.calibration.batches import Calibration
+from structprune.models.adapter import Adapter, BlockView
+from structprune.models.logits import logit_slices
+from structprune.models.modeling_structprune import DiffusionLM
+from structprune.models.transfer import send
+from structprune.statistics.rows import Rows, Track, untracked
+
+
+def held_bytes(block: BlockView, dtype: torch.dtype) -> int:
+    """Bytes per token that a block's forward pass holds for its backward pass.
+
+    Of each norm its input and root mean square in fp32 and its output; of attention queries, keys and values of every
+    head, what it mixes, and the log-sum-exp; of the MLP its gate before and after the activation, up and their product.
+    """
+    widths, size = block.widths, block["attention_output"].out_features
+    features = 2 * size + 4 * block["attention_output"].in_features + 4 * widths.channels
+    return features * dtype.itemsize + 2 * 4 * (size + 1) + 4 * widths.query_heads
+
+
+def recomputes(blocks: Sequence[BlockView], tokens: int, dtype: torch.dtype, budget: int) -> bool:
+    """Whether blocks are computed again in the backward pass, since what all of them hold is beyond the budget."""
+    return tokens * sum(held_bytes(block, dtype) for block in blocks) > budget
+
+
+def gradient_sums(
+    adapter: Adapter,
+    calibration: Calibration,
+    rows: Rows,
+    parameters: Sequence[nn.Parameter],
+    batch: int,
+    budget: int,
+    track: Track = untracked,
+    title: str = "gradients",
+) -> list[torch.Tensor]:
+    """fp32 sums of the gradients of Σ ω CE / p over masked tokens, over the number of all tokens: one per parameter.
+
+    Only one parameter's gradient is alive beside the sums, and the LM head runs on a slice of the masked tokens at a
+    time. Sums in half precision would lose what each pass adds. Gradients that parameters had before stay theirs.
+
+    Args:
+        rows: of an arm with a loss (`arm_rows`), all noisy copies of the calibration's windows.
+        batch: rows per pass.
+        budget: bytes that blocks may hold for the backward pass; beyond it they are computed again.
+    """
+    tokens = min(batch, len(rows.ids)) * calibration.length
+    again = recomputes(adapter.blocks, tokens, adapter.model.dtype, budget)
+    with torch.enable_grad(), _folded(adapter.model, parameters) as sums:
+        for start in track(range(0, len(rows.ids), batch), title):
+            _backward(adapter, calibration, rows, slice(start, start + batch), again)
+    return sums
+
+
+@contextmanager
+def _folded(model: DiffusionLM, parameters: Sequence[nn.Parameter]) -> Iterator[list[torch.Tensor]]:
+    """While open, every gradient of `parameters` is added to the sum it yields and let go of; no other is made."""
+    before = [(each, each.requires_grad, each.grad) for each in model.parameters()]
+    for each, _, _ in before:
+        each.requires_grad_(False).grad = None
+    sums, handles = [], []
+    try:
+        for parameter in parameters:
+            total = torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False)
+            parameter.requires_grad_(True)
+            handles.append(parameter.register_post_accumulate_grad_hook(_fold_into(total)))
+            sums.append(total)
+        yield sums
+    finally:
+        for handle in handles:
+            handle.remove()
+        for each, wanted, gradient in before:
+            each.requires_grad_(wanted).grad = gradient
+
+
+def _fold_into(total: torch.Tensor):
+    @torch.no_grad()
+    def fold(parameter: nn.Parameter) -> None:
+        total.add_(parameter.grad)
+        parameter.grad = None
+
+    return fold
+
+
+def _backward(adapter: Adapter, calibration: Calibration, rows: Rows, part: slice, again: bool) -> None:
+    """One pass: the loss of some rows and its gradients; `again` computes every block twice."""
+    model, masked = adapter.model, rows.masked[part]  # (b, T)
+    row, position = masked.nonzero(as_tuple=True)  # 2 x (M,), found on the host: a device would have to be waited for
+    window = torch.arange(len(rows.ids))[part] // rows.copies  # (b,)
+    target = calibration.input_ids[window][masked]  # (M,)
+    weight = 1 / calibration.mask_probability.flatten()[part][row]  # (M,)
+    if rows.weight is not None:
+        weight = weight * rows.weight[part][masked]  # (M,)
+    weight = weight / rows.ids.numel()
+    source = (position - 1).clamp(min=0) if model.shifted else position  # (M,) where the token is predicted
+    hidden = _encode(model, send(rows.ids[part], adapter.device), again)  # (b, T, C)
+    read = hidden[send(row, adapter.device), send(source, adapter.device)]  # (M, C)
+    slope = _head_slope(model.output_head, read.detach(), *(send(each, adapter.device) for each in (target, weight)))
+    read.backward(slope)
+
+
+def _encode(model: DiffusionLM, ids: torch.Tensor, again: bool) -> torch.Tensor:
+    """Hidden states after the final norm, (b, T) -> (b, T, C); `again` holds no more of a block than its input."""
+    x, rotary = model.embedding(ids), model.rotary(ids.shape[1], ids.device)  # (b, T, C)
+    for block in model.blocks:
+        x = checkpoint(block, x, rotary, use_reentrant=False) if again else block(x, rotary)  # (b, T, C)
+    return model.final_norm(x)
+
+
+def _head_slope(head: nn.Module, read: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Gradient of Σ weight · CE with respect to what the LM head reads: (M, C), (M,), (M,) -> (M, C)."""
+    slope = torch.empty_like(read)
+    for part in logit_slices(len(read), head.weight.shape[0], kinds=3):  # logits, log-probabilities, their gradient
+        state = read[part].requires_grad_()  # (m, C)
+        nats = F.cross_entropy(head(state).float(), target[part], reduction="none")  # (m,)
+        (slope[part],) = torch.autograd.grad((nats * weight[part]).sum(), state)
+    return slope
