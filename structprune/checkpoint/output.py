@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Callable, Iterator
@@ -42,22 +43,35 @@ def check_output(
             raise UserError(f"output '{directory}' lies inside the input checkpoint '{source}': choose another place")
         if directory.resolve() in inside.parents and overwrite:
             raise UserError(f"output '{directory}' holds the input checkpoint '{source}': --overwrite would erase it")
+    anchor = check_place(directory)
     if directory.is_dir() and any(directory.iterdir()) and not overwrite:
         raise UserError(f"output '{directory}' exists: choose another, or add --overwrite")
     if directory.is_dir() and any(directory.iterdir()) and not any((directory / name).exists() for name in marks):
         raise UserError(f"output '{directory}' holds something else than an earlier output: choose another")
     if directory.exists() and not directory.is_dir():
         raise UserError(f"output '{directory}' is a file: choose another")
-    anchor = directory.parent
-    while not anchor.exists():
-        anchor = anchor.parent
-    if not anchor.is_dir() or not os.access(anchor, os.W_OK):
-        raise UserError(f"output '{directory}' cannot be written: '{anchor}' is no directory that may be written to")
     free = shutil.disk_usage(anchor).free
     if needed_bytes > free:
         sizes = f"needs {needed_bytes / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free there"
         raise UserError(f"output '{directory}' {sizes}")
     return directory
+
+
+def check_place(path: str | Path) -> Path:
+    """The nearest directory above `path` that exists, tried: a directory is made in it and removed.
+
+    Permissions alone do not tell, for the superuser has all of them and some file systems take nothing.
+
+    Raises:
+        UserError: nothing can be written there, or the name is none.
+    """
+    path = Path(path).absolute()
+    try:
+        anchor = next(folder for folder in path.parents if folder.exists())
+        os.rmdir(tempfile.mkdtemp(prefix=f".{path.name}.", dir=anchor))
+    except OSError as error:
+        raise UserError(f"output '{path}' cannot be written ({error.strerror}): choose another place") from error
+    return anchor
 
 
 @contextmanager

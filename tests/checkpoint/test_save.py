@@ -231,10 +231,17 @@ def test_output_that_cannot_be(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="is a file"):
         check_output(tmp_path / "file", None)
-    with pytest.raises(UserError, match="no directory that may be written to"):
+    with pytest.raises(UserError, match=r"file/out' cannot be written \(Not a directory\): choose another place"):
         check_output(tmp_path / "file" / "out", None)
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
-    with pytest.raises(UserError, match="no directory that may be written to"):
+    with pytest.raises(UserError, match=r"cannot be written \(File name too long\)"):
+        check_output(tmp_path / ("x" * 256), None)
+    assert check_output(tmp_path / "new" / "out", None) and contents(tmp_path) == {"file": b"x"}
+
+    def refuse(folder, *arguments):  # as a file system that is read-only, to the superuser too
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), folder)
+
+    monkeypatch.setattr(os, "mkdir", refuse)
+    with pytest.raises(UserError, match=r"cannot be written \(Read-only file system\)"):
         check_output(tmp_path / "out", None)
 
 
