@@ -100,7 +100,7 @@ def plain_os_errors(path: Path) -> Iterator[None]:
             ) from error
         if (
             isinstance(error, (PermissionError, NotADirectoryError, FileExistsError, FileNotFoundError))
-            or error.errno == errno.EROFS
+            or error.errno in (errno.EROFS, errno.ENAMETOOLONG)
         ):
             raise UserError(f"output '{path}' cannot be written ({error.strerror}): choose another --out") from error
         raise
