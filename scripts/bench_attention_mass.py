@@ -10,7 +10,6 @@ figures as JSON with a description of the machine.
 import argparse
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +17,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
-from script_line import OneLineParser, one_line
+from script_line import OneLineParser, one_line, result_file, write_result
 
 from structprune.bench.latency import interleaved, speedup
 from structprune.bench.machine import describe_machine
@@ -137,7 +136,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=9, help="timed passes of each (default %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda[:N] (default %(default)s)")
     parser.add_argument("--threads", type=int, help="of torch on CPU (default: its own choice)")
-    parser.add_argument("--out", type=Path, default=OUT, help="default %(default)s")
+    parser.add_argument("--out", type=result_file, default=OUT, help="default %(default)s")
     parser.add_argument("--case", choices=METHODS, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     parts = options.lengths.split(",")
@@ -164,10 +163,7 @@ def run(options: argparse.Namespace) -> None:
         rows = [measure(length, options) for length in track(options.lengths, "attention mass")]
     settings = {"heads": options.heads, "head_dim": options.size, "batch": 1, "dtype": "float32"}
     settings |= {"rounds": options.rounds, "device": str(options.device)}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    draft = options.out.with_name(f".{options.out.name}.{os.getpid()}.tmp")
-    draft.write_text(json.dumps({"machine": describe_machine(), "settings": settings, "rows": rows}, indent=2) + "\n")
-    os.replace(draft, options.out)
+    write_result(options.out, {"machine": describe_machine(), "settings": settings, "rows": rows})
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(result_table(rows, options))
     console.print(f"Wrote {options.out}", soft_wrap=True)

@@ -11,7 +11,6 @@ counts of different noise agree. Run it on a machine that does nothing else: abo
 """
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -22,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
-from script_line import OneLineParser, one_line
+from script_line import OneLineParser, one_line, result_file, write_result
 from torch.utils.flop_counter import FlopCounterMode
 
 from structprune import load_model
@@ -34,7 +33,6 @@ from structprune.evaluation.encode import Batches
 from structprune.evaluation.local_tasks import read_piqa
 from structprune.evaluation.perturb import item_generator
 from structprune.evaluation.requests import to_item
-from structprune.evaluation.result_io import write_whole
 from structprune.evaluation.texts import Texts
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.report.progress import progress_bars
@@ -210,7 +208,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     for name, value in {"items": 70, "rounds": 5, "samples": 128, "block": 8, "threads": 2}.items():
         parser.add_argument(f"--{name}", type=int, default=value, help="default %(default)s")
     parser.add_argument("--cfg-scale", type=float, default=0.5, help="default %(default)s")
-    parser.add_argument("--out", type=Path, default=OUT, help="default %(default)s")
+    parser.add_argument("--out", type=result_file, default=OUT, help="default %(default)s")
     options = parser.parse_args(arguments)
     for name in ("items", "rounds", "threads"):
         if getattr(options, name) < 1:
@@ -240,8 +238,7 @@ def run(options: argparse.Namespace) -> int:
     }
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(result_table(result, options))
-    text = json.dumps({"machine": describe_machine(), "settings": settings} | result, indent=2)
-    write_whole(options.out, (text + "\n").encode())
+    write_result(options.out, {"machine": describe_machine(), "settings": settings} | result)
     console.print(f"Wrote {options.out}", soft_wrap=True)
     return 0
 

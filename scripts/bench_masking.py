@@ -27,7 +27,7 @@ from published_worker import CALLS, WANDA_WINDOWS
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
-from script_line import OneLineParser, one_line
+from script_line import OneLineParser, one_line, result_file, write_result
 
 from structprune.bench.machine import describe_machine
 from structprune.calibration.noise import noise_windows
@@ -190,7 +190,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, default=value, help="default %(default)s")
     parser.add_argument("--ratio", type=float, default=0.5, help="of the weights of every linear (default %(default)s)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes; nothing is written unless --out is given")
-    parser.add_argument("--out", type=Path, help=f"default {OUT}")
+    parser.add_argument("--out", type=result_file, help=f"default {OUT}")
     options = parser.parse_args(arguments)
     if options.quick:
         vars(options).update(QUICK)
@@ -257,11 +257,7 @@ def run(options: argparse.Namespace) -> int:
     if not all("ours" in row["peak_bytes"] for row in rows):
         print("bench_masking: the peak of memory cannot be reset here, so none is given", file=sys.stderr)
     if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        draft = options.out.with_name(f".{options.out.name}.{os.getpid()}.tmp")
-        found = {"machine": describe_machine(), "settings": settings, "rows": rows}
-        draft.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-        os.replace(draft, options.out)
+        write_result(options.out, {"machine": describe_machine(), "settings": settings, "rows": rows})
     console = Console(width=None if sys.stdout.isatty() else 180)
     console.print(result_table(rows, options))
     if options.out:

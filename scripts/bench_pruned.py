@@ -18,7 +18,7 @@ import torch
 from forward_clock import ForwardClock
 from random_checkpoint import llada_values, write_random
 from rich.console import Console
-from script_line import OneLineParser, is_quick, one_line, write_result
+from script_line import OneLineParser, is_quick, one_line, result_file, write_result
 
 from structprune.bench.settings import BenchSettings
 from structprune.bench_run import bench, check_checkpoints
@@ -146,7 +146,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--quick", action="store_true", help="tiny sizes by default; nothing is written unless --out is given"
     )
-    parser.add_argument("--out", type=Path, help=f"default {OUT}")
+    parser.add_argument("--out", type=result_file, help=f"default {OUT}")
     if is_quick(arguments):
         parser.set_defaults(**QUICK)
     options = parser.parse_args(arguments)

@@ -8,15 +8,13 @@ and `Recorder`). The ratio is the median over rounds. Writes the figures as JSON
 """
 
 import argparse
-import json
-import os
 import sys
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from script_line import OneLineParser, one_line
+from script_line import OneLineParser, one_line, result_file, write_result
 
 from structprune.bench.latency import interleaved, speedup
 from structprune.bench.machine import describe_machine
@@ -86,7 +84,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=15, help="timed passes of each (default %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda[:N] (default %(default)s)")
     parser.add_argument("--threads", type=int, help="of torch on CPU (default: its own choice)")
-    parser.add_argument("--out", type=Path, default=OUT, help="default %(default)s")
+    parser.add_argument("--out", type=result_file, default=OUT, help="default %(default)s")
     options = parser.parse_args(arguments)
     for name in ("length", "width", "blocks", "rounds", "threads"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
@@ -103,10 +101,7 @@ def run(options: argparse.Namespace) -> None:
     settings = {name: getattr(options, name) for name in ("length", "width", "blocks", "rounds")}
     settings |= {"threads": torch.get_num_threads(), "device": str(options.device), "batch": 1, "dtype": "float32"}
     found = {"machine": describe_machine(), "settings": settings} | measure(options)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    draft = options.out.with_name(f".{options.out.name}.{os.getpid()}.tmp")
-    draft.write_text(json.dumps(found, indent=2) + "\n")
-    os.replace(draft, options.out)
+    write_result(options.out, found)
     console = Console(width=None if sys.stdout.isatty() else 100)
     console.print(result_table(found, options))
     console.print(f"Wrote {options.out}", soft_wrap=True)

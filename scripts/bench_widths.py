@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
-from script_line import OneLineParser, is_quick, one_line, write_result
+from script_line import OneLineParser, is_quick, one_line, result_file, write_result
 
 from structprune.bench.latency import Latency, interleaved
 from structprune.bench.machine import describe_machine
@@ -111,7 +111,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--quick", action="store_true", help="tiny sizes by default; nothing is written unless --out is given"
     )
-    parser.add_argument("--out", type=Path, help=f"default {OUT}")
+    parser.add_argument("--out", type=result_file, help=f"default {OUT}")
     if is_quick(arguments):
         parser.set_defaults(**QUICK)
     options = parser.parse_args(arguments)
@@ -144,7 +144,6 @@ def run(options: argparse.Namespace) -> int:
         settings = {name: getattr(options, name) for name in kept} | {"device": str(pick_device(options.device))}
         result = {"machine": describe_machine(), "settings": settings, "rows": rows}
         result |= {"costs": {str(kind): value for kind, value in costs.items()}, "free": free}
-        options.out.parent.mkdir(parents=True, exist_ok=True)
         write_result(options.out, result)
         console.print(f"Wrote {options.out}", soft_wrap=True)
     return 0

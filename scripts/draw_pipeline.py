@@ -3,7 +3,7 @@
 python scripts/draw_pipeline.py --out scripts/results/pipeline.png
 """
 
-import argparse
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -11,6 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+from script_line import OneLineParser, one_line, result_file
 
 # (column, row, title, what happens there, colour)
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#555555"
@@ -60,9 +61,13 @@ def draw(path: Path) -> None:
     pyplot.close(figure)
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("scripts/results/pipeline.png"))
+def run() -> None:
+    parser = OneLineParser(__doc__)
+    parser.add_argument("--out", type=result_file, default=Path("scripts/results/pipeline.png"))
     target = parser.parse_args().out
     draw(target)
     print(f"Wrote {target}")
+
+
+if __name__ == "__main__":
+    sys.exit(one_line("draw_pipeline", run))

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from rich.console import Console
-from script_line import OneLineParser, one_line
+from script_line import OneLineParser, one_line, result_file
 
 from structprune.assets import model_directory, text_file
 from structprune.bench.machine import describe_machine
@@ -36,7 +36,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--samples", type=int, default=32, help="Monte Carlo samples an answer, at most")
     parser.add_argument("--work", type=Path, default=Path("evaluation-of-demo"))
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "evaluation.json")
+    parser.add_argument("--out", type=result_file, default=Path(__file__).parent / "results" / "evaluation.json")
     return parser.parse_args()
 
 

@@ -3,7 +3,6 @@
 python scripts/measure_inspect.py --out scripts/results/inspect.json
 """
 
-import argparse
 import json
 import subprocess
 import sys
@@ -13,8 +12,10 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from script_line import OneLineParser, one_line, result_file, write_result
 
 from structprune.bench.machine import describe_machine
+from structprune.errors import UserError
 
 SHAPES = {
     "LLaDA-8B": {
@@ -56,16 +57,15 @@ def measure(values: dict, ratio: float) -> dict:
     return {"seconds": seconds, "peak_memory_bytes": peak, "ratio": ratio, **kept, "memory": found["memory"]}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("scripts/results/inspect.json"))
+def run(arguments: list[str] | None) -> None:
+    parser = OneLineParser(__doc__)
+    parser.add_argument("--out", type=result_file, default=Path("scripts/results/inspect.json"))
     parser.add_argument("--ratio", type=float, default=0.5)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    if not 0 < options.ratio < 1:
+        raise UserError(f"--ratio {options.ratio}: give a number between 0 and 1")
     result = {name: measure(values, options.ratio) for name, values in SHAPES.items()}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(
-        json.dumps({"machine": describe_machine(), "shapes": result}, indent=1) + "\n", encoding="utf-8"
-    )
+    write_result(options.out, {"machine": describe_machine(), "shapes": result})
     table = Table(title=f"structprune inspect --ratio {options.ratio}, from config.json alone")
     for name in ("shape", "seconds", "peak memory, MB", "parameters", "pruned"):
         table.add_column(name, justify="right")
@@ -76,5 +76,9 @@ def main() -> None:
     print(f"Wrote {options.out}")
 
 
+def main(arguments: list[str] | None = None) -> int:
+    return one_line("measure_inspect", lambda: run(arguments))
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

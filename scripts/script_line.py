@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Callable
 
+from structprune.checkpoint.output import check_place
 from structprune.errors import UserError
 from structprune.evaluation.result_io import write_whole
 
@@ -34,6 +35,18 @@ def first_read(arguments: list[str] | None, name: str, **option) -> object:
     first = OneLineParser(None, add_help=False)
     first.add_argument(f"--{name}", **option)
     return getattr(first.parse_known_args(arguments)[0], name)
+
+
+def result_file(text: str) -> Path:
+    """What --out names, an argparse type: a file, whose place is tried before any work."""
+    path = Path(text)
+    try:
+        check_place(path)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"'{path}' is a directory: name a file")
+    return path
 
 
 def is_quick(arguments: list[str] | None) -> bool:

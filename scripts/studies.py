@@ -5,7 +5,6 @@ import json
 import math
 import multiprocessing
 import os
-import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Callable
 import torch
 from rich.console import Console
 from rich.table import Table
+from script_line import OneLineParser, one_line, result_file, write_result
 
 from structprune.assets import model_directory, text_file
 from structprune.bench.machine import describe_machine
@@ -214,8 +214,8 @@ def cell(row: dict | None, paired: bool = False) -> str:
 
 def parse_options(study: Study, arguments: list[str] | None) -> argparse.Namespace:
     """The options every study has, checked."""
-    parser = argparse.ArgumentParser(description=study.about)
-    parser.add_argument("--out", type=Path, default=Path(study.out), help="default %(default)s")
+    parser = OneLineParser(study.about)
+    parser.add_argument("--out", type=result_file, default=Path(study.out), help="default %(default)s")
     told = {"seeds": "two at least for intervals", "windows": "held-out windows per seed", "length": "tokens in each"}
     for name, value in OPTIONS.items():
         text = told.get(name, "processes")
@@ -230,7 +230,7 @@ def parse_options(study: Study, arguments: list[str] | None) -> argparse.Namespa
 def run_study(study: Study, options: argparse.Namespace) -> None:
     """Run or resume every variant at every seed, keep the JSON, print the tables."""
     seeds = list(range(options.seeds))
-    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.parent.mkdir(parents=True, exist_ok=True)  # for what is kept while the study runs
     partial = options.out.with_suffix(".part.jsonl")
     tasks = [(name, seed, options.windows, options.length) for seed in seeds for name in study.variants]
     settings = {
@@ -242,25 +242,13 @@ def run_study(study: Study, options: argparse.Namespace) -> None:
     done = run_all(study.measure, tasks, decisive, partial, options.jobs, Console(stderr=True))
     result = {"settings": {"seeds": seeds} | settings, "machine": describe_machine(), "variants": study.variants}
     result |= study.summarise(done, seeds)
-    write_result(result, options.out, partial)
+    write_result(options.out, result)
+    partial.unlink(missing_ok=True)
     console = Console(width=study.width)
     for table in study.tables(result):
         console.print(table)
     console.print(f"Wrote {options.out}")
 
 
-def write_result(result: dict, out: Path, partial: Path) -> None:
-    """The JSON whole or not at all; then what it was made of goes."""
-    draft = out.with_suffix(".part")
-    draft.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    draft.replace(out)
-    partial.unlink(missing_ok=True)
-
-
 def main(study: Study, arguments: list[str] | None = None) -> int:
-    try:
-        run_study(study, parse_options(study, arguments))
-    except (UserError, OSError) as error:
-        print(f"{study.name}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    return one_line(study.name, lambda: run_study(study, parse_options(study, arguments)))

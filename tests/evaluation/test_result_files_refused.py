@@ -52,7 +52,7 @@ def test_a_directory_of_something_else_is_left_alone(tmp_path, settings):
 
 def test_a_file_is_no_directory(tmp_path, settings):
     (tmp_path / "file").write_text("x")
-    for place in ("file", "file/below"):
+    for place in ("file", "file/below", "x" * 256):
         for act in (lambda: ResultStore(tmp_path / place, settings), lambda: clear_results(tmp_path / place)):
             with pytest.raises(UserError, match="cannot be written"):
                 act()

@@ -1,6 +1,7 @@
 """What the studies share: intervals over seeds by hand, and runs that resume only as they were begun."""
 
 import importlib.util
+import errno
 import json
 import math
 import sys
@@ -220,11 +221,17 @@ def test_main_keeps_the_json_and_refuses_a_study_begun_otherwise(studies, instan
 
 def test_main_decides_by_the_defaults_of_a_configuration_too(studies, instant, tmp_path, monkeypatch):
     study, out = study_of(studies, {}), tmp_path / "tiny.json"
-    monkeypatch.setattr(studies, "write_result", lambda *rest: None)
-    assert studies.main(study, ["--out", str(out)]) == 0
+    studies_write = studies.write_result
+
+    def fail(path, values):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(studies, "write_result", fail)
+    assert studies.main(study, ["--out", str(out)]) == 2  # what was measured stays
     kept = json.loads((tmp_path / "tiny.part.jsonl").read_text())["settings"]
     assert kept["defaults"]["masking"]["score"] == "sparsegpt" and kept["variants"] == {"a": {}}
-    assert studies.main(study, ["--out", str(out)]) == 0
+    monkeypatch.setattr(studies, "write_result", studies_write)
+    assert studies.main(study, ["--out", str(out)]) == 0 and not (tmp_path / "tiny.part.jsonl").exists()
     kept["defaults"]["masking"]["score"] = "wanda"
     (tmp_path / "tiny.part.jsonl").write_text(json.dumps({"settings": kept}) + "\n")
     assert studies.main(study, ["--out", str(out)]) == 2
