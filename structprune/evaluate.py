@@ -83,13 +83,7 @@ def evaluate(
     warnings = _warnings(subjects, settings, earlier)
     for line in warnings:
         say(line)
-    problem = None
-    if overwrite and workers.main and not goes_on(out, settings):
-        try:
-            clear_results(out)
-        except UserError as error:
-            problem = error
-    workers.agree(problem)
+    workers.agree(_clear(out, settings) if overwrite and workers.main else None)
     store = ResultStore(out, settings, workers.rank)
     try:
         if not store.finished:
@@ -104,6 +98,16 @@ def evaluate(
         store.close()
     summary = results.summary if earlier is None else _compare(results, earlier, config.evaluation.seed)
     return Evaluation(results, summary, warnings)
+
+
+def _clear(out: str | Path, settings: dict) -> UserError | None:
+    """Remove earlier results, unless these settings' are unfinished; what is wrong, for all processes to hear."""
+    try:
+        if not goes_on(out, settings):
+            clear_results(out)
+    except UserError as error:
+        return error
+    return None
 
 
 def _settings(subjects: Sequence[Subject], config: EvaluationConfig, device: torch.device) -> dict:

@@ -44,7 +44,6 @@ DRIVERS = (
     "__init__",
 )  # what knows several stages
 SELF_CONTAINED = ("modeling_structprune.py", "configuration_structprune.py")
-LONG_SO_FAR = {"structprune/evaluate.py:evaluate", "structprune/evaluation/generate.py:generate"}  # with docstring
 EXTRAS = ("datasets", "lm_eval", "matplotlib", "peft", "accelerate", "pandas", "pyarrow")
 
 
@@ -135,7 +134,7 @@ def test_functions_are_short():
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
     ]
     assert {"structprune/cli.py:main", "scripts/reproduce.py:main"} <= {name for name, _ in lengths}
-    assert {name for name, count in lengths if count >= 50} == LONG_SO_FAR
+    assert [name for name, count in lengths if count >= 50] == []
 
 
 def test_no_machine_paths():

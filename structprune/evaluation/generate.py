@@ -77,25 +77,29 @@ def generate(
             or a cache that there is not.
     """
     rows = _unpadded(prompts, attention_mask)
-    _check(model, rows, settings)
-    check_cache(cache, settings)
-    if refresh is not None and (cache == "none" or refresh < 1):
-        raise ValueError(f"refresh = {refresh} with cache '{cache}': give a number from 1, and a cache")
+    _check(model, rows, settings, cache, refresh)
     stop = _stop_ids(model, settings, eos_id)
     seeds = _seeds(len(rows), generator) if settings.draws else None
+    keep = None if cache == "none" else lambda: KeyValueCache(model, cache, refresh)
+    begin = lambda chosen: _Denoiser(model, settings, chosen, rows, seeds, stop, record, keep and keep())  # noqa: E731
+    tails = _tails(begin, rows, settings, batch, track)  # (N, G)
+    if isinstance(prompts, torch.Tensor):
+        return torch.cat((prompts.cpu(), tails), dim=1)
+    return [torch.cat(pair) for pair in zip(rows, tails)]
+
+
+def _tails(begin: Callable, rows: list[torch.Tensor], settings: Generation, batch: int, track: Callable):
+    """What follows every prompt, (N, G) on CPU; `begin` makes the denoiser of some prompts, by their indices."""
     order = sorted(range(len(rows)), key=lambda row: -len(rows[row]))  # longest first: what does not fit shows early
     batches = [order[start : start + batch] for start in range(0, len(order), batch)]
     tails = torch.empty(len(rows), settings.gen_length, dtype=torch.long)  # (N, G)
     for chosen, step in track([(chosen, step) for chosen in batches for step in range(settings.steps)]):
         if step == 0:
-            kept = None if cache == "none" else KeyValueCache(model, cache, refresh)
-            state = _Denoiser(model, settings, chosen, rows, seeds, stop, record, kept)
+            state = begin(chosen)
         state.advance(step)
         if step == settings.steps - 1:
             tails[chosen] = state.generated.cpu()
-    if isinstance(prompts, torch.Tensor):
-        return torch.cat((prompts.cpu(), tails), dim=1)
-    return [torch.cat(pair) for pair in zip(rows, tails)]
+    return tails
 
 
 def _seeds(count: int, generator: torch.Generator | None) -> list[int]:
@@ -122,7 +126,12 @@ def _unpadded(prompts: Sequence[torch.Tensor] | torch.Tensor, attention_mask) ->
     return [prompt[row] for prompt, row in zip(prompts.cpu(), real)]
 
 
-def _check(model: DiffusionLM, prompts: list[torch.Tensor], settings: Generation) -> None:
+def _check(
+    model: DiffusionLM, prompts: list[torch.Tensor], settings: Generation, cache: str, refresh: int | None
+) -> None:
+    check_cache(cache, settings)
+    if refresh is not None and (cache == "none" or refresh < 1):
+        raise ValueError(f"refresh = {refresh} with cache '{cache}': give a number from 1, and a cache")
     family, mask_id = family_of(model.config), model.config.mask_token_id
     if type(settings) is not SAMPLERS[family.name]:
         wanted = SAMPLERS[family.name].__name__

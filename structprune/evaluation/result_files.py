@@ -75,7 +75,7 @@ class ResultStore:
             self._file = open(self._path, "ab", buffering=0)
             self._lock()
             self._drop_torn_line()
-            for record in self._records():
+            for record in _records(self.directory):
                 self._note(record)
 
     def done(self, checkpoint: str, task: str) -> set[Chunk]:
@@ -171,16 +171,9 @@ class ResultStore:
         text = self._path.read_bytes()
         os.truncate(self._path, text.rfind(b"\n") + 1)
 
-    def _records(self) -> Iterator[dict]:
-        """Complete chunks of all processes; one may be there twice, where two runs had other numbers of them."""
-        for path in sorted((self.directory / PARTIAL).glob("rank-*.jsonl")):
-            text = path.read_bytes()
-            for number, line in enumerate(text[: text.rfind(b"\n") + 1].splitlines(), 1):
-                yield parse_line(line, path, number, CHUNK)
-
     def _ordered(self, items: Mapping[str, Mapping[str, Sequence[str]]]) -> Rows:
         found: dict[tuple[str, str], dict[str, Row]] = {}
-        for record in self._records():
+        for record in _records(self.directory):
             self._note(record)
             kept = found.setdefault((record["checkpoint"], record["task"]), {})
             for row in map(from_json, record["rows"]):
@@ -197,6 +190,14 @@ class ResultStore:
             checkpoint: {task: [found[checkpoint, task][key] for key in keys] for task, keys in tasks.items()}
             for checkpoint, tasks in items.items()
         }
+
+
+def _records(directory: Path) -> Iterator[dict]:
+    """Complete chunks of all processes; one may be there twice, where two runs had other numbers of them."""
+    for path in sorted((directory / PARTIAL).glob("rank-*.jsonl")):
+        text = path.read_bytes()
+        for number, line in enumerate(text[: text.rfind(b"\n") + 1].splitlines(), 1):
+            yield parse_line(line, path, number, CHUNK)
 
 
 def _in_order(rows: Rows, items: Mapping[str, Mapping[str, Sequence[str]]]) -> Rows:
@@ -233,8 +234,8 @@ def clear_results(directory: str | Path) -> None:
         UserError: the directory holds something else.
     """
     directory = Path(directory)
-    _refuse_foreign(directory)
     with plain_os_errors(directory):
+        _refuse_foreign(directory)
         (directory / RESULTS).unlink(missing_ok=True)  # first: what is left is never taken for finished
         for name in (PARTIAL, ITEMS):
             shutil.rmtree(directory / name, ignore_errors=True)
@@ -242,11 +243,22 @@ def clear_results(directory: str | Path) -> None:
 
 
 def goes_on(directory: str | Path, settings: dict) -> bool:
-    """Whether a directory holds these very settings' results, unfinished."""
+    """Whether a directory holds these very settings' results, unfinished and undamaged.
+
+    Raises:
+        UserError: there can be no such directory.
+    """
     directory = Path(directory)
-    if not (directory / SETTINGS).is_file() or (directory / RESULTS).is_file():
+    with plain_os_errors(directory):
+        if not (directory / SETTINGS).is_file() or (directory / RESULTS).is_file():
+            return False
+    try:
+        kept = read_object(directory / SETTINGS)["settings"]
+        for _ in _records(directory):
+            pass
+    except UserError:  # damaged, so nothing to go on with
         return False
-    return not setting_differences(read_object(directory / SETTINGS)["settings"], json.loads(json.dumps(settings)))
+    return not setting_differences(kept, json.loads(json.dumps(settings)))
 
 
 def setting_differences(old: dict, new: dict) -> list[str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from structprune.errors import UserError
-from structprune.evaluation.result_files import ResultStore, clear_results, read_results, setting_differences
+from structprune.evaluation.result_files import ResultStore, clear_results, goes_on, read_results, setting_differences
 
 
 @pytest.mark.parametrize(
@@ -100,6 +100,19 @@ def test_a_damaged_line_before_the_last_is_told(tmp_path, settings, fill):
     edit(tmp_path / "partial" / "rank-0.jsonl", lambda text: text.replace('"chunk"', '"chank"', 1))
     with pytest.raises(UserError, match="line 1 of '.*rank-0.jsonl' is damaged"):
         ResultStore(tmp_path, settings)
+
+
+@pytest.mark.parametrize("name", [None, "settings.json", "partial/rank-0.jsonl"])
+def test_what_is_damaged_is_not_gone_on_with(tmp_path, settings, fill, name):
+    """Else --overwrite, which the refusal names, would end in the same refusal."""
+    store = ResultStore(tmp_path, settings)
+    fill(store, range(2))
+    store.close()
+    if name is not None:
+        edit(tmp_path / name, lambda text: text.replace('"', "'", 1))
+    assert goes_on(tmp_path, settings) == (name is None)
+    clear_results(tmp_path)
+    assert not ResultStore(tmp_path, settings).done("dense", "notes")
 
 
 @pytest.mark.parametrize(

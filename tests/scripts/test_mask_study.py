@@ -1,28 +1,15 @@
 """The study of masks: every variant can be run, every comparison is of two that were, and the summary is right."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 
 from structprune.assets import model_directory
 from structprune.config import Config
 from structprune.inspect import inspect_masking
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 
-
-@pytest.fixture(scope="module")
-def study():
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        spec = importlib.util.spec_from_file_location("mask_study", SCRIPTS / "mask_study.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        yield module
-    finally:
-        sys.path.remove(str(SCRIPTS))
+@pytest.fixture
+def study(scripts):
+    return scripts("mask_study")
 
 
 def test_every_variant_can_be_run_at_its_ratios(study):

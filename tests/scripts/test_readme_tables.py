@@ -1,7 +1,6 @@
 """README tables made of small results: what is bold, what a single seed prints, and sections that are not there yet."""
 
 import copy
-import importlib.util
 import json
 from pathlib import Path
 
@@ -13,11 +12,9 @@ SPREAD = {"median": 2.0, "low": 1.5, "high": 2.5}
 
 
 @pytest.fixture
-def tables(tmp_path, monkeypatch):
+def tables(scripts, tmp_path, monkeypatch):
     """scripts/readme_tables.py, its results in an empty folder."""
-    spec = importlib.util.spec_from_file_location("readme_tables", SCRIPTS / "readme_tables.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = scripts("readme_tables")
     monkeypatch.setattr(module, "RESULTS", tmp_path)
     return module
 

@@ -1,11 +1,10 @@
 """What the studies share: intervals over seeds by hand, and runs that resume only as they were begun."""
 
-import importlib.util
 import errno
+import importlib
 import json
 import math
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from rich.console import Console
 
 from structprune.errors import UserError
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 SETTINGS = {"windows": 4, "ratios": (0.25, 0.5), "variants": {"a": {"k": 1}, "b": {}}}
 MEASURE = """
 from pathlib import Path
@@ -28,13 +26,9 @@ def measure(name, seed, log, threads):
 """
 
 
-@pytest.fixture(scope="module")
-def studies():
-    spec = importlib.util.spec_from_file_location("studies", SCRIPTS / "studies.py")
-    module = sys.modules["studies"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    sys.modules.pop("studies")
+@pytest.fixture
+def studies(scripts):
+    return scripts("studies")
 
 
 @pytest.fixture
