@@ -65,6 +65,7 @@ def run() -> None:
     parser = OneLineParser(__doc__)
     parser.add_argument("--out", type=result_file, default=Path("scripts/results/pipeline.png"))
     target = parser.parse_args().out
+    target.parent.mkdir(parents=True, exist_ok=True)
     draw(target)
     print(f"Wrote {target}")
 

@@ -67,7 +67,7 @@ def check_place(path: str | Path) -> Path:
     """
     path = Path(path).absolute()
     try:
-        anchor = next(folder for folder in path.parents if folder.exists())
+        anchor = next((folder for folder in path.parents if folder.exists()), path)
         os.rmdir(tempfile.mkdtemp(prefix=f".{path.name}.", dir=anchor))
     except OSError as error:
         raise UserError(f"output '{path}' cannot be written ({error.strerror}): choose another place") from error

@@ -254,9 +254,9 @@ def goes_on(directory: str | Path, settings: dict) -> bool:
             return False
     try:
         kept = read_object(directory / SETTINGS)["settings"]
-        for _ in _records(directory):
-            pass
-    except UserError:  # damaged, so nothing to go on with
+        for record in _records(directory):
+            list(map(from_json, record["rows"]))
+    except (UserError, OSError):  # damaged, so nothing to go on with
         return False
     return not setting_differences(kept, json.loads(json.dumps(settings)))
 

@@ -235,6 +235,8 @@ def test_output_that_cannot_be(tmp_path, monkeypatch):
         check_output(tmp_path / "file" / "out", None)
     with pytest.raises(UserError, match=r"cannot be written \(File name too long\)"):
         check_output(tmp_path / ("x" * 256), None)
+    with pytest.raises(UserError, match="output '/' exists"):
+        check_output("/", None)
     assert check_output(tmp_path / "new" / "out", None) and contents(tmp_path) == {"file": b"x"}
 
     def refuse(folder, *arguments):  # as a file system that is read-only, to the superuser too

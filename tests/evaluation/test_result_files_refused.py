@@ -102,6 +102,16 @@ def test_a_damaged_line_before_the_last_is_told(tmp_path, settings, fill):
         ResultStore(tmp_path, settings)
 
 
+@pytest.mark.parametrize("change", [{"rows": [{}]}, {"rows": ["x"]}])
+def test_rows_that_are_none_are_not_gone_on_with(tmp_path, settings, fill, change):
+    store = ResultStore(tmp_path, settings)
+    fill(store, range(2))
+    store.close()
+    path = tmp_path / "partial" / "rank-0.jsonl"
+    edit(path, lambda text: json.dumps(json.loads(text.splitlines()[0]) | change) + "\n")
+    assert not goes_on(tmp_path, settings)
+
+
 @pytest.mark.parametrize("name", [None, "settings.json", "partial/rank-0.jsonl"])
 def test_what_is_damaged_is_not_gone_on_with(tmp_path, settings, fill, name):
     """Else --overwrite, which the refusal names, would end in the same refusal."""
