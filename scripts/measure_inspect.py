@@ -32,6 +32,9 @@ SHAPES = {
     },
 }  # fmt: skip
 
+PUBLISHED = ("calibration.windows=128", "calibration.length=4096")  # the volume, at 10 levels by default
+SCORES = ("obs", "taylor")  # the default, and the one that needs most
+
 # the command line, which then says its own peak
 PROGRAM = """
 import sys
@@ -47,14 +50,23 @@ def measure(values: dict, ratio: float) -> dict:
     """Wall seconds, peak resident bytes, and what was found, of one `inspect` in a fresh process."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(values), encoding="utf-8")
-        command = [sys.executable, "-c", PROGRAM, "inspect", folder, "--ratio", str(ratio), "--json"]
         start = time.perf_counter()
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        found, peak = inspected(folder, ratio)
         seconds = time.perf_counter() - start
-    found = json.loads(done.stdout)
-    peak = int(done.stderr.strip().splitlines()[-1])
+        volume = ("model.device=cuda", *PUBLISHED)
+        on_device = {score: inspected(folder, ratio, f"structured.score={score}", *volume)[0]["memory"]["peak device"]
+                     for score in SCORES}  # fmt: skip
     kept = {key: found[key] for key in ("parameters", "block_parameters", "macs", "bytes", "tokens")}
-    return {"seconds": seconds, "peak_memory_bytes": peak, "ratio": ratio, **kept, "memory": found["memory"]}
+    kept |= {"memory": found["memory"], "predicted_device_peak_bytes": on_device}
+    return {"seconds": seconds, "peak_memory_bytes": peak, "ratio": ratio, **kept}
+
+
+def inspected(folder: str, ratio: float, *keys: str) -> tuple[dict, int]:
+    """What one `inspect` found in a process of its own, and its peak resident bytes."""
+    command = [sys.executable, "-c", PROGRAM, "inspect", folder, "--ratio", str(ratio), "--json"]
+    command += [f"--set={key}" for key in keys]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout), int(done.stderr.strip().splitlines()[-1])
 
 
 def run(arguments: list[str] | None) -> None:
@@ -67,11 +79,13 @@ def run(arguments: list[str] | None) -> None:
     result = {name: measure(values, options.ratio) for name, values in SHAPES.items()}
     write_result(options.out, {"machine": describe_machine(), "shapes": result})
     table = Table(title=f"structprune inspect --ratio {options.ratio}, from config.json alone")
-    for name in ("shape", "seconds", "peak memory, MB", "parameters", "pruned"):
+    scores = (f"predicted on a GPU, GB ({score})" for score in SCORES)
+    for name in ("shape", "seconds", "peak memory, MB", "parameters", "pruned", *scores):
         table.add_column(name, justify="right")
     for name, row in result.items():
         counts = [f"{row['parameters'][side] / 1e9:.3f} B" for side in ("before", "after")]
-        table.add_row(name, f"{row['seconds']:.1f}", f"{row['peak_memory_bytes'] / 1e6:.0f}", *counts)
+        predicted = [f"{peak / 1e9:.0f}" for peak in row["predicted_device_peak_bytes"].values()]
+        table.add_row(name, f"{row['seconds']:.1f}", f"{row['peak_memory_bytes'] / 1e6:.0f}", *counts, *predicted)
     Console().print(table)
     print(f"Wrote {options.out}")
 

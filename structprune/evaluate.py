@@ -107,6 +107,8 @@ def _clear(out: str | Path, settings: dict) -> UserError | None:
             clear_results(out)
     except UserError as error:
         return error
+    except OSError as error:  # a UserError too, for the others must not wait for a process that is gone
+        return UserError(f"output '{out}' cannot be cleared ({error}): remove it, or choose another --out")
     return None
 
 

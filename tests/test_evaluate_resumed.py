@@ -184,3 +184,16 @@ def test_a_killed_process_leaves_what_it_did(eval_checkpoint, text_path, piqa, t
     whole, chunks = evaluate([str(one)], asked, tmp_path / "whole"), []
     again = evaluate([str(one)], asked, out, track=lambda items, title: [chunks.extend(items), items][1])
     assert len(chunks) == 4 - kept and plain_rows(again.results) == plain_rows(whole.results)
+
+
+def test_what_cannot_be_cleared_is_told_to_all_processes(
+    eval_checkpoint, eval_settings, text_path, tmp_path, monkeypatch
+):
+    """Any error of the system too: the others must not wait for a process that is gone."""
+
+    def fail(*given):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("structprune.evaluate.goes_on", fail)
+    with pytest.raises(UserError, match="out' cannot be cleared .*Input/output error.*: remove it, or choose another"):
+        evaluate([str(eval_checkpoint())], eval_settings(text_path), tmp_path / "out", overwrite=True)

@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from structprune.calibration.batches import Calibration
 from structprune.config import SinkSettings
 from structprune.criteria import gradients
 from structprune.criteria.gradients import gradient_sums, held_bytes, recomputes
@@ -15,16 +14,6 @@ from structprune.models.adapter import Adapter
 from structprune.statistics.rows import arm_rows, measure_mass
 
 MASK, LENGTH, AMPLE = 2047, 12, 10**9
-
-
-@pytest.fixture
-def calibration() -> Calibration:
-    generator = torch.Generator().manual_seed(5)
-    ids = torch.randint(0, 90, (3, LENGTH), generator=generator)
-    p = torch.tensor([[0.3, 0.6], [0.4, 0.7], [0.2, 0.9]])  # (N, S)
-    noisy = ids[:, None].repeat(1, 2, 1)  # (N, S, T)
-    noisy[torch.rand(noisy.shape, generator=generator) < p[..., None]] = MASK
-    return Calibration(ids, noisy, p, {}, held_out=0)
 
 
 def sums_of(model, calibration, batch=6, budget=AMPLE, arm="masked+sink", **options):

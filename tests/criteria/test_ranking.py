@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from structprune.calibration.batches import Calibration
 from structprune.config import SinkSettings, StructuredSettings
 from structprune.criteria import ranking
 from structprune.criteria.obs import obs_path
@@ -20,16 +19,6 @@ MASK, LENGTH = 2047, 12
 SINK = SinkSettings(alpha=0.7, kappa=0.5)
 ROLE = {"attention": "attention_output", "channels": "down"}
 ARMS = ("clean", "masked", "masked+sink", "clean+sink")
-
-
-@pytest.fixture
-def calibration() -> Calibration:
-    generator = torch.Generator().manual_seed(3)
-    ids = torch.randint(0, 90, (3, LENGTH), generator=generator)
-    p = torch.tensor([[0.3, 0.6], [0.4, 0.7], [0.2, 0.9]])  # (N, S)
-    noisy = ids[:, None].repeat(1, 2, 1)  # (N, S, T)
-    noisy[torch.rand(noisy.shape, generator=generator) < p[..., None]] = MASK
-    return Calibration(ids, noisy, p, {}, held_out=0)
 
 
 def plain_rows(adapter, calibration, arm):

@@ -166,3 +166,15 @@ def test_kept_intervals_are_over_seeds():
         assert (each["mean"], each["low"], each["high"]) == pytest.approx((mean, mean - half, mean + half), abs=1e-12)
         same_sign = min(each["by_seed"]) > 0 or max(each["by_seed"]) < 0
         assert each["shown"] is (same_sign and abs(mean) > half)
+
+
+def test_peaks_that_are_not_known_are_left_open(tables, tmp_path):
+    row = {"length": 64, "peak_bytes": {"naive": None, "tiled": 5e6}, "memory_ratio": None, "time_ratio": SPREAD}
+    row |= {"median_ms": {"naive": 2.0, "tiled": 1.0}, "forward_ratio": SPREAD}
+    shape = {"seconds": 4.0, "peak_memory_bytes": 4e8, "parameters": {"before": 8e9, "after": 4e9}}
+    shape |= {"predicted_device_peak_bytes": {"obs": 29e9, "taylor": 56e9}}
+    (tmp_path / "attention_mass.json").write_text(json.dumps({"rows": [row]}))
+    (tmp_path / "inspect.json").write_text(json.dumps({"machine": MACHINE, "shapes": {"LLaDA-8B": shape}}))
+    text = tables.cost()
+    assert "| 64 | 1.0 ms | 2.0 ms | 2.00x | 5 MB | ? | ? | 2.00x |" in text
+    assert "| LLaDA-8B | 4.0 s | 0.40 GB | 8.000 B → 4.000 B | 29 GB | 56 GB |" in text
