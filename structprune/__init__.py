@@ -9,7 +9,7 @@ _LAZY = {
     "load_tokenizer": "structprune.models.loading",
     "Config": "structprune.config",
     "load_calibration": "structprune.calibration.build",
-    "prune": "structprune.pipeline",
+    "prune": "structprune.runs.prune",
     "apply_plan": "structprune.structured.surgery",
     "Plan": "structprune.structured.plan",
     "save_pruned": "structprune.checkpoint.save",

@@ -1,5 +1,5 @@
 """`python -m structprune`."""
 
-from structprune.cli import run
+from structprune.cli.main import run
 
 run()

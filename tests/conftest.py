@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from structprune.assets import model_directory
+from structprune.calibration.batches import Calibration
 from structprune.models.configuration_structprune import StructpruneDreamConfig, StructpruneLLaDAConfig
 from structprune.models.modeling_structprune import StructpruneDream, StructpruneLLaDA
 
@@ -98,6 +99,17 @@ def shared_checkpoint(tmp_path_factory):
         )
 
     return make
+
+
+@pytest.fixture
+def calibration() -> Calibration:
+    """Three windows of 12 tokens at two noise levels, none held out."""
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(0, 90, (3, 12), generator=generator)  # (N, T)
+    p = torch.tensor([[0.3, 0.6], [0.4, 0.7], [0.2, 0.9]])  # (N, S)
+    noisy = ids[:, None].repeat(1, 2, 1)  # (N, S, T)
+    noisy[torch.rand(noisy.shape, generator=generator) < p[..., None]] = MASK_ID
+    return Calibration(ids, noisy, p, {}, held_out=0)
 
 
 @pytest.fixture

@@ -12,12 +12,14 @@ import structprune
 from structprune.assets import model_directory, text_file
 
 ROOT, HOME = Path(structprune.__file__).parent, Path(__file__).parents[1]
+BASE = ("errors", "config", "assets")  # what every stage may use
 STAGES = (
     "models",
+    "generation",
     "calibration",
     "statistics",
-    "criteria",
     "structured",
+    "refit",
     "masking",
     "evaluation",
     "sinks",
@@ -25,24 +27,7 @@ STAGES = (
     "report",
     "checkpoint",
 )
-BASE = ("errors", "sections", "config", "effects", "assets")  # what every stage may use
-DRIVERS = (
-    "pipeline",
-    "mask_pipeline",
-    "mask_request",
-    "inspect",
-    "sink_run",
-    "bench_run",
-    "demo",
-    "evaluate",
-    "evaluation_request",
-    "runs",
-    "trajectories",
-    "verbs",
-    "cli",
-    "__main__",
-    "__init__",
-)  # what knows several stages
+DRIVERS = ("runs", "cli", "__main__", "__init__")  # what knows several stages
 SELF_CONTAINED = ("modeling_structprune.py", "configuration_structprune.py")
 EXTRAS = ("datasets", "lm_eval", "matplotlib", "peft", "accelerate", "pandas", "pyarrow")
 
@@ -62,7 +47,7 @@ def imported(path: Path) -> set[str]:
 
 
 def parts(path: Path) -> set[str]:
-    """The stages and modules of structprune that a file imports: `statistics`, `pipeline`, ..."""
+    """The stages and modules of structprune that a file imports: `statistics`, `runs`, ..."""
     return {name.split(".")[1] for name in imported(path) if name.startswith("structprune.")}
 
 
@@ -92,7 +77,7 @@ def test_the_base_knows_no_stage(name):
 def test_outputs_do_not_know_each_others_inputs():
     """Evaluation looks at models only, tables and plots at plain data only."""
     for path in (ROOT / "evaluation").rglob("*.py"):
-        assert parts(path) <= {"models", "evaluation", *BASE}, path
+        assert parts(path) <= {"models", "generation", "evaluation", *BASE}, path
     for path in (ROOT / "report").rglob("*.py"):
         assert parts(path) <= {"report", *BASE}, path
 
@@ -121,7 +106,7 @@ def test_files_are_short():
         str(path.relative_to(HOME)): len(path.read_text(encoding="utf-8").splitlines())
         for path in python_files("structprune", "scripts", "tests")
     }
-    assert {"structprune/cli.py", "scripts/reproduce.py", "tests/conftest.py"} <= lines.keys()
+    assert {"structprune/cli/main.py", "scripts/studies/reproduce.py", "tests/conftest.py"} <= lines.keys()
     assert {name: count for name, count in lines.items() if count > 300} == {}
 
 
@@ -133,7 +118,7 @@ def test_functions_are_short():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
     ]
-    assert {"structprune/cli.py:main", "scripts/reproduce.py:main"} <= {name for name, _ in lengths}
+    assert {"structprune/cli/main.py:main", "scripts/studies/reproduce.py:main"} <= {name for name, _ in lengths}
     assert [name for name, count in lengths if count >= 50] == []
 
 

@@ -5,7 +5,7 @@ import torch
 from structprune.bench.memory import LARGEST_SHARD, RUNTIME_BYTES, live_features, transfers
 from structprune.config import Config
 from structprune.masking.rows import reads_text, walked
-from structprune.masking.table import SCORES, resolve_score
+from structprune.masking.scores.table import SCORES, resolve_score
 from structprune.models.adapter import READERS, Adapter
 from structprune.models.loading import as_dtype
 from structprune.statistics.norms import held_bytes, weighs_late

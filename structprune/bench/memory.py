@@ -8,14 +8,14 @@ from pathlib import Path
 import torch
 
 from structprune.config import Config
-from structprune.criteria.gradients import held_bytes, recomputes
-from structprune.criteria.ranking import Limits, block_tensors
-from structprune.criteria.table import CRITERIA, resolve_arm
 from structprune.models.adapter import CONSUMERS, Adapter
 from structprune.models.loading import as_dtype
 from structprune.models.logits import LOGIT_BYTES
 from structprune.models.transfer import PINNED_BYTES
+from structprune.statistics.gradients import held_bytes, recomputes
 from structprune.statistics.rows import needs_sinks
+from structprune.structured.scores.ranking import Limits, block_tensors
+from structprune.structured.scores.table import CRITERIA, resolve_arm
 
 LARGEST_SHARD = 5_000_000_000  # official checkpoints are cut at 5 GB; a shard is in memory beside what was read so far
 RUNTIME_BYTES = 450_000_000  # the interpreter with torch and transformers imported

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from structprune.errors import UserError, nearest
-from structprune.evaluation.cached import CACHES, check_cache
-from structprune.evaluation.samplers import SAMPLERS, Generation, LLaDAGeneration, generation_settings
+from structprune.generation.cached import CACHES, check_cache
+from structprune.generation.samplers import SAMPLERS, Generation, LLaDAGeneration, generation_settings
 from structprune.models.families import family_of
 
 BLOCK_LENGTH = 32  # of LLaDA's generation where none is asked for: what block-wise caches are published with

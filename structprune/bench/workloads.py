@@ -7,8 +7,8 @@ import torch
 from structprune.bench.latency import Latency, ideal_share, interleaved, measure_latency, random_ids, speedup
 from structprune.bench.macs import counted_macs
 from structprune.bench.peak import peak_above
-from structprune.evaluation.generate import generate
-from structprune.evaluation.samplers import Generation
+from structprune.generation.generate import generate
+from structprune.generation.samplers import Generation
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.placement import compute_device
 

@@ -92,7 +92,7 @@ def mask_card(report: dict) -> str:
     """README.md of a checkpoint with zeros in place.
 
     Args:
-        report: of `structprune.mask_pipeline.mask`.
+        report: of `structprune.runs.mask.mask`.
     """
     source, nelbo, calibration = report["source"], report["held_out_nelbo"], report["calibration"]
     loss = ""
@@ -147,7 +147,7 @@ def model_card(report: dict) -> str:
     """README.md for the saved directory, as the Hub shows it.
 
     Args:
-        report: of `structprune.pipeline.Pruner.prune`.
+        report: of `structprune.runs.prune.Pruner.prune`.
     """
     config, nelbo, calibration = report["config"], report["held_out_nelbo"], report["calibration"]
     source = report["source"]

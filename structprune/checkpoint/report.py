@@ -13,10 +13,10 @@ from structprune.calibration.batches import Calibration
 from structprune.checkpoint.export import export_class
 from structprune.checkpoint.licence import source_licence
 from structprune.config import Config
-from structprune.criteria.table import resolve_arm
 from structprune.masking.masks import Masks
 from structprune.models.adapter import Adapter
 from structprune.models.modeling_structprune import DiffusionLM
+from structprune.structured.scores.table import resolve_arm
 from structprune.structured.sizes import block_size, forward_macs
 
 

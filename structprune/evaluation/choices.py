@@ -13,11 +13,11 @@ import torch
 
 from structprune.errors import UserError
 from structprune.evaluation.adaptive import decided, look_schedule
-from structprune.evaluation.encode import Batches
 from structprune.evaluation.forecast import Completed, complete
 from structprune.evaluation.items import Answer, Item, MonteCarlo, Scored, check_items
 from structprune.evaluation.likelihood import Rows, token_nats
 from structprune.evaluation.perturb import FORMS, Form, Perturbed, aligned_columns, draw_uniform, item_generator
+from structprune.models.encode import Batches
 from structprune.models.families import family_of
 from structprune.models.modeling_structprune import DiffusionLM
 

@@ -24,12 +24,12 @@ from lm_eval.api.registry import register_model
 from structprune.errors import UserError, nearest
 from structprune.evaluation.choices import Item, MonteCarlo, Scored, check_items, score_items
 from structprune.evaluation.documents import Opening
-from structprune.evaluation.encode import Batches
 from structprune.evaluation.openings import complete
 from structprune.evaluation.requests import group_choices, spread, to_item, to_opening
-from structprune.evaluation.samplers import SAMPLERS
 from structprune.evaluation.texts import Texts, chat_warning, model_names
 from structprune.evaluation.workers import Workers, join, leave
+from structprune.generation.samplers import SAMPLERS
+from structprune.models.encode import Batches
 from structprune.models.families import family_of
 from structprune.models.loading import load_model
 from structprune.models.placement import compute_device, pick_device

@@ -9,8 +9,8 @@ from typing import Sequence
 import torch
 import torch.nn.functional as F
 
-from structprune.evaluation.encode import Batches, encode_at
-from structprune.evaluation.sampling import guided
+from structprune.generation.sampling import guided
+from structprune.models.encode import Batches, encode_at
 from structprune.models.logits import logit_slices
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.placement import compute_device

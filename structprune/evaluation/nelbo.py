@@ -6,7 +6,7 @@ from typing import Callable, Iterable
 import torch
 import torch.nn.functional as F
 
-from structprune.evaluation.encode import Batches, encode_at
+from structprune.models.encode import Batches, encode_at
 from structprune.models.logits import logit_slices
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.placement import compute_device

@@ -5,11 +5,11 @@ from typing import Any, Callable, Iterable, Mapping, Sequence
 
 from structprune.errors import UserError
 from structprune.evaluation.documents import Opening
-from structprune.evaluation.generate import generate
 from structprune.evaluation.perturb import item_generator
 from structprune.evaluation.requests import sampler_values
-from structprune.evaluation.samplers import SAMPLERS, Generation, generation_settings
 from structprune.evaluation.texts import Texts
+from structprune.generation.generate import generate
+from structprune.generation.samplers import SAMPLERS, Generation, generation_settings
 from structprune.models.families import family_of
 from structprune.models.modeling_structprune import DiffusionLM
 

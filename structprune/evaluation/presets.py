@@ -13,7 +13,7 @@ from pydantic_core import PydanticCustomError
 
 from structprune.config import Section
 from structprune.errors import UserError, nearest
-from structprune.evaluation.samplers import SAMPLERS
+from structprune.generation.samplers import SAMPLERS
 
 
 class Likelihood(Section):

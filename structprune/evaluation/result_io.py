@@ -98,9 +98,8 @@ def plain_os_errors(path: Path) -> Iterator[None]:
             raise UserError(
                 f"no space left while writing '{path}': make room and run the same command again"
             ) from error
-        if (
-            isinstance(error, (PermissionError, NotADirectoryError, FileExistsError, FileNotFoundError))
-            or error.errno in (errno.EROFS, errno.ENAMETOOLONG)
-        ):
+        if isinstance(
+            error, (PermissionError, NotADirectoryError, FileExistsError, FileNotFoundError)
+        ) or error.errno in (errno.EROFS, errno.ENAMETOOLONG):
             raise UserError(f"output '{path}' cannot be written ({error.strerror}): choose another --out") from error
         raise

@@ -5,10 +5,10 @@ from typing import Any
 from pydantic import Field
 
 from structprune.config import ModelSettings
+from structprune.config.sections import Section, Sections
 from structprune.evaluation.choices import MonteCarlo
 from structprune.evaluation.perturb import Sampling
 from structprune.evaluation.presets import Likelihood
-from structprune.sections import Section, Sections
 
 
 class EvaluationSettings(Section):

@@ -16,11 +16,11 @@ from structprune.errors import UserError
 from structprune.evaluation import results
 from structprune.evaluation.choices import Item, MonteCarlo, score_items
 from structprune.evaluation.documents import Choices, Document, Opening, Task
-from structprune.evaluation.encode import Batches
 from structprune.evaluation.nelbo import masked_nelbo
 from structprune.evaluation.openings import complete
 from structprune.evaluation.perturb import item_generator
 from structprune.evaluation.texts import Texts
+from structprune.models.encode import Batches
 from structprune.models.modeling_structprune import DiffusionLM
 
 Noise = Callable[[torch.Tensor, torch.Generator], tuple[torch.Tensor, torch.Tensor]]

@@ -6,15 +6,15 @@ import torch
 
 from structprune.config import MaskingSettings, ReconstructSettings
 from structprune.errors import UserError
-from structprune.masking.magnitude import magnitude_scores
 from structprune.masking.patterns import group_mask, pooled_mask, row_mask
-from structprune.masking.products import InputProducts
-from structprune.masking.refit import choose_refit
-from structprune.masking.ria import ria_scores
-from structprune.masking.sparsegpt import factorise, sparsegpt
-from structprune.masking.wanda import wanda_scores
+from structprune.masking.scores.magnitude import magnitude_scores
+from structprune.masking.scores.ria import ria_scores
+from structprune.masking.scores.sparsegpt import factorise, sparsegpt
+from structprune.masking.scores.wanda import wanda_scores
 from structprune.models.adapter import READERS, BlockView
-from structprune.structured.reconstruct import LayerFit, output_error
+from structprune.refit.masked import choose_refit
+from structprune.refit.products import InputProducts
+from structprune.refit.reconstruct import LayerFit, output_error
 
 Masked = tuple[torch.Tensor, torch.Tensor]  # weight (O, C) fp32, and mask (O, C) bool, true where a weight stays
 

@@ -4,7 +4,7 @@ import torch
 
 from structprune.calibration.batches import Calibration
 from structprune.config import Config
-from structprune.masking.table import SCORES
+from structprune.masking.scores.table import SCORES
 from structprune.masking.walk import Use, Wanted
 from structprune.models.adapter import Adapter
 from structprune.statistics.rows import Observe, Rows, Track, arm_rows, measure_mass, needs_sinks, unobserved

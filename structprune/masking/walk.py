@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
-from structprune.masking.products import InputProducts, RowSums
 from structprune.models.adapter import READERS, Adapter, BlockView
 from structprune.models.transfer import send
+from structprune.refit.products import InputProducts, RowSums
 from structprune.statistics.activations import add_gram, mirror, relative_weight
 from structprune.statistics.hidden import HiddenStates
 from structprune.statistics.inputs import STREAM, InputNorms, Inputs, block_inputs, read_input

@@ -5,10 +5,10 @@ from typing import Callable, Iterable
 import torch
 
 from structprune.calibration.noise import noise_windows
-from structprune.evaluation.encode import Batches
-from structprune.evaluation.generate import Step, generate
-from structprune.evaluation.samplers import Generation
+from structprune.generation.generate import Step, generate
+from structprune.generation.samplers import Generation
 from structprune.models.adapter import Adapter
+from structprune.models.encode import Batches
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.sinks.trajectory import Recorder, Trajectory
 from structprune.statistics.capture import HeadMeter

@@ -3,8 +3,8 @@
 import heapq
 import math
 
-from structprune.criteria.paths import KINDS, RemovalPath
 from structprune.errors import UserError
+from structprune.structured.paths import KINDS, RemovalPath
 from structprune.structured.sizes import BlockSize
 
 Counts = dict[tuple[int, str], int]  # (block, kind) -> removal steps

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Callable
 
 from structprune.config import StructuredSettings
-from structprune.criteria.paths import KINDS, RemovalPath
 from structprune.errors import UserError
 from structprune.models.adapter import Adapter
 from structprune.structured.allocate import (
@@ -21,6 +20,7 @@ from structprune.structured.allocate import (
     ranked_choices,
     ratio_of,
 )
+from structprune.structured.paths import KINDS, RemovalPath
 from structprune.structured.sizes import BlockSize, block_size, rounding
 from structprune.structured.split import search_heads
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from structprune.criteria.paths import KINDS
 from structprune.models.adapter import CONSUMER, Adapter, set_widths
 from structprune.models.modeling_structprune import DiffusionLM, RMSNorm
+from structprune.structured.paths import KINDS
 
 
 @dataclass(frozen=True)

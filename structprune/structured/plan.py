@@ -5,11 +5,11 @@ import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from structprune.criteria.paths import RemovalPath
 from structprune.errors import UserError
 from structprune.models.adapter import Adapter, Widths
 from structprune.models.checkpoint_files import read_json
 from structprune.structured.allocate import Counts
+from structprune.structured.paths import RemovalPath
 
 FORMAT = 1
 

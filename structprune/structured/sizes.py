@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from structprune.criteria.paths import KINDS
-from structprune.criteria.ranking import block_groups, block_tensors
 from structprune.models.adapter import CONSUMER, Adapter, BlockView
+from structprune.structured.paths import KINDS
+from structprune.structured.scores.ranking import block_groups, block_tensors
 
 WIDE_STEPS = 16  # rounding by n needs an MLP at least this many times n wide
 ROUNDINGS = (128, 64, 32, 16, 8)

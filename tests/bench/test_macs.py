@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from structprune.bench.macs import counted_macs
-from structprune.evaluation.generate import generate
-from structprune.evaluation.samplers import LLaDAGeneration
+from structprune.generation.generate import generate
+from structprune.generation.samplers import LLaDAGeneration
 from structprune.models.adapter import Adapter
 from structprune.structured.sizes import forward_macs
 

@@ -4,7 +4,7 @@ import pytest
 
 from structprune.bench.settings import BenchSettings
 from structprune.errors import UserError
-from structprune.evaluation.samplers import DreamGeneration, LLaDAGeneration
+from structprune.generation.samplers import DreamGeneration, LLaDAGeneration
 
 
 @pytest.mark.parametrize(

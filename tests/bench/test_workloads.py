@@ -6,8 +6,8 @@ import torch
 from structprune.bench import workloads as module
 from structprune.bench.latency import Latency
 from structprune.bench.workloads import forward_rows, generation_rows, rows_of
-from structprune.evaluation.generate import generate
-from structprune.evaluation.samplers import LLaDAGeneration
+from structprune.generation.generate import generate
+from structprune.generation.samplers import LLaDAGeneration
 from structprune.models.adapter import Adapter
 from structprune.structured.sizes import forward_macs
 

@@ -5,10 +5,10 @@ import json
 import pytest
 
 from structprune.checkpoint.licence import licence_of, source_licence
-from structprune.cli import main
+from structprune.cli.main import main
 from structprune.config import Config
 from structprune.models.loading import load_model
-from structprune.pipeline import prune
+from structprune.runs.prune import prune
 
 LLADA = "---\nlicense: mit\nlibrary_name: transformers\n---\n# LLaDA\n---\nlicense: apache-2.0\n---\n"
 OTHER = """---

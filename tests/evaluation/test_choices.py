@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from structprune.errors import UserError
 from structprune.evaluation import choices
 from structprune.evaluation.choices import Answer, Item, MonteCarlo, score_items
-from structprune.evaluation.encode import Batches
 from structprune.evaluation.forecast import complete
 from structprune.evaluation.perturb import FORMS, aligned_columns, draw_uniform, item_generator
+from structprune.models.encode import Batches
 
 MASK = 2047
 GUIDED = {"llada": 0.5, "dream": 1.5}  # u + 1.5 (c - u) in both

@@ -13,15 +13,15 @@ from structprune import load_model
 from structprune.errors import UserError
 from structprune.evaluation import harness, lm_tasks
 from structprune.evaluation.choices import MonteCarlo, score_items
-from structprune.evaluation.encode import Batches
-from structprune.evaluation.generate import generate
 from structprune.evaluation.harness import StructpruneLM, main, split_options
 from structprune.evaluation.lm_tasks import load_tasks
 from structprune.evaluation.openings import complete
 from structprune.evaluation.requests import to_item
-from structprune.evaluation.samplers import LLaDAGeneration
 from structprune.evaluation.tasks import open_tasks
 from structprune.evaluation.texts import Texts
+from structprune.generation.generate import generate
+from structprune.generation.samplers import LLaDAGeneration
+from structprune.models.encode import Batches
 
 ROWS = [
     {"goal": "Dry a shoe.", "sol1": "Use paper.", "sol2": "Use a long spoon of soup.", "label": 0},
@@ -132,9 +132,10 @@ def test_a_few_items_are_scored_at_a_time(checkpoint, folder, monkeypatch):
     """The longest first, two and two and one; the answers come back in the order of the requests."""
     directory, parts = checkpoint(), []
     options = {"model_args": f"pretrained={directory},samples=16"}
-    logged = lambda found: [
-        each["resps"] for each in sorted(found["samples"]["tiny_choice"], key=lambda s: s["doc_id"])
-    ]  # noqa: E731
+
+    def logged(found):
+        return [each["resps"] for each in sorted(found["samples"]["tiny_choice"], key=lambda s: s["doc_id"])]
+
     whole = logged(evaluate("structprune", folder, "tiny_choice", **options))
     count = lambda model, items, *rest: parts.append(list(items)) or score_items(model, items, *rest)  # noqa: E731
     monkeypatch.setattr(harness, "PART", 2)

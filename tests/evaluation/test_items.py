@@ -5,8 +5,8 @@ import torch
 
 from structprune.errors import UserError
 from structprune.evaluation.choices import score_items
-from structprune.evaluation.encode import Batches
 from structprune.evaluation.items import Answer, Item, MonteCarlo, check_items
+from structprune.models.encode import Batches
 
 MASK = 2047
 

@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from structprune.errors import UserError
-from structprune.evaluation.encode import Batches
 from structprune.evaluation.likelihood import Rows, token_nats
 from structprune.models import logits
+from structprune.models.encode import Batches
 
 MASK, LENGTH = 2047, 9
 

@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 from structprune import load_model
 from structprune.evaluation import choices
 from structprune.evaluation.choices import Answer, Item, MonteCarlo, score_items
-from structprune.evaluation.encode import Batches
 from structprune.evaluation.likelihood import Rows, token_nats
 from structprune.evaluation.perturb import FORMS
+from structprune.models.encode import Batches
 
 
 @pytest.fixture(params=["likelihood_0", "likelihood_1"])

@@ -11,9 +11,9 @@ pytest.importorskip("lm_eval", reason="lm-eval is an extra")
 import datasets
 from lm_eval.tasks import TaskManager
 
-from structprune.evaluate import evaluate
 from structprune.evaluation import lm_tasks
 from structprune.evaluation.settings import EvaluationConfig
+from structprune.runs.evaluate import evaluate
 
 CHOICE = """
 task: NAME

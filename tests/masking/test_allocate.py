@@ -7,7 +7,7 @@ from structprune.calibration.batches import Calibration
 from structprune.config import MaskingSettings, SinkSettings
 from structprune.errors import UserError
 from structprune.masking.allocate import block_ratios, outlier_share, owl_ratios
-from structprune.masking.wanda import wanda_scores
+from structprune.masking.scores.wanda import wanda_scores
 from structprune.models.adapter import READERS, Adapter
 from structprune.statistics.norms import one_shot_norms
 

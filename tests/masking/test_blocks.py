@@ -7,10 +7,10 @@ from structprune.config import MaskingSettings, ReconstructSettings
 from structprune.errors import UserError
 from structprune.masking.blocks import Request, install, mask_block, refit_linears, scored_mask
 from structprune.masking.patterns import valid_groups
-from structprune.masking.products import InputProducts
-from structprune.masking.ria import ria_scores
-from structprune.masking.sparsegpt import factorise, sparsegpt
+from structprune.masking.scores.ria import ria_scores
+from structprune.masking.scores.sparsegpt import factorise, sparsegpt
 from structprune.models.adapter import READERS, Adapter
+from structprune.refit.products import InputProducts
 
 CPU = torch.device("cpu")
 ROLES = [role for roles in READERS.values() for role in roles]

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from structprune import UserError, load_model
 from structprune.config import Config
-from structprune.inspect import inspect_checkpoint
 from structprune.models.checkpoint_files import locate, read_header, stored_headers
+from structprune.runs.inspect import inspect_checkpoint
 
 HUB_ID = "GSAI-ML/LLaDA-tiny"
 FOREIGN = ("consolidated.00.pth", "x.gguf", "pytorch_model.bin", "tf_model.h5")  # not read, or only where asked for

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from structprune import mask_pipeline, pipeline
 from structprune.config import Config
 from structprune.errors import UserError
 from structprune.models.loading import load_model
 from structprune.models.placement import compute_device, pick_device, stream_target, streamed, synchronise
+from structprune.runs import mask as mask_pipeline
+from structprune.runs import prune as pipeline
 
 CPU = torch.device("cpu")
 

@@ -5,12 +5,19 @@ from pathlib import Path
 
 import pytest
 
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 
-@pytest.fixture
-def scripts(monkeypatch):
+
+def load_script(name: str):
+    """The module of that name in one of the rooms of scripts/."""
+    (path,) = SCRIPTS.glob(f"*/{name}.py")
+    return importlib.import_module(f"scripts.{path.parent.name}.{name}")
+
+
+@pytest.fixture(scope="session")
+def scripts():
     """`scripts(name)` -> a module of scripts/."""
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "scripts")
-    return importlib.import_module
+    return load_script
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""scripts/bench_attention_mass.py on tiny lengths."""
+"""scripts/bench/bench_attention_mass.py on tiny lengths."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""scripts/bench_evaluation.py: the published loop by hand, its figures, and a small run."""
+"""scripts/bench/bench_evaluation.py: the published loop by hand, its figures, and a small run."""
 
 import json
 import re
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from structprune.evaluation.choices import Answer, Item, MonteCarlo, Scored, score_items
-from structprune.evaluation.encode import Batches
+from structprune.models.encode import Batches
 
 ROWS = [
     {"goal": "Dry a shoe.", "sol1": "Use paper.", "sol2": "Use a long spoon of soup.", "label": 0},

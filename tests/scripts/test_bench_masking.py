@@ -1,4 +1,4 @@
-"""scripts/bench_masking.py and its workers, without the release: a stand-in of its layout takes its place."""
+"""scripts/bench/bench_masking.py and its workers, without the release: a stand-in of its layout takes its place."""
 
 import hashlib
 import json

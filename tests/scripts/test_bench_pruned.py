@@ -1,8 +1,6 @@
 """The scripts that measure a pruned random model and MLP widths, on tiny sizes."""
 
-import importlib
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,13 +10,8 @@ from structprune.models.loading import load_model
 from structprune.models.modeling_structprune import RMSNorm
 
 
-def script(name: str, monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "scripts")
-    return importlib.import_module(name)
-
-
-def test_a_random_checkpoint_is_an_official_one(monkeypatch, tmp_path):
-    module = script("random_checkpoint", monkeypatch)
+def test_a_random_checkpoint_is_an_official_one(scripts, tmp_path):
+    module = scripts("random_checkpoint")
     values = module.llada_values(32, 2, 2, 96, 64, 128, "bfloat16")
     first, again = (module.write_random(tmp_path / name, values) for name in ("a", "b"))
     model, other = load_model(first), load_model(again)
@@ -32,8 +25,8 @@ def test_a_random_checkpoint_is_an_official_one(monkeypatch, tmp_path):
     assert all(torch.equal(one, two) for one, two in zip(model.parameters(), other.parameters()))
 
 
-def test_the_clock_counts_layers_and_nothing_else(monkeypatch, tiny_model):
-    module = script("forward_clock", monkeypatch)
+def test_the_clock_counts_layers_and_nothing_else(scripts, monkeypatch, tiny_model):
+    module = scripts("forward_clock")
     now = [0.0]
 
     def tick():
@@ -53,9 +46,9 @@ def test_the_clock_counts_layers_and_nothing_else(monkeypatch, tiny_model):
     assert clock.seconds == 39 and RMSNorm.forward is forward
 
 
-def test_on_cuda_the_clock_never_waits_while_it_counts(monkeypatch):
+def test_on_cuda_the_clock_never_waits_while_it_counts(scripts, monkeypatch):
     """With a fake torch.cuda, whose device ends every layer of 2 s when it is asked to."""
-    module, state = script("forward_clock", monkeypatch), {"queued": 0.0, "done": 0.0, "waits": 0}
+    module, state = scripts("forward_clock"), {"queued": 0.0, "done": 0.0, "waits": 0}
 
     class Event:
         def __init__(self, enable_timing):
@@ -94,9 +87,9 @@ def test_on_cuda_the_clock_never_waits_while_it_counts(monkeypatch):
     assert clock.seconds == 12.0 and not clock._open
 
 
-def test_a_model_is_pruned_and_measured(monkeypatch, tmp_path, capsys):
+def test_a_model_is_pruned_and_measured(scripts, tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    module, out = script("bench_pruned", monkeypatch), tmp_path / "made.json"
+    module, out = scripts("bench_pruned"), tmp_path / "made.json"
     assert module.main(["--quick", "--out", str(out)]) == 0
     found = json.loads(out.read_text())
     assert [row["asked"] for row in found["pruning"]] == [0.3, 0.5]
@@ -109,16 +102,16 @@ def test_a_model_is_pruned_and_measured(monkeypatch, tmp_path, capsys):
         "made.json", "made_ideal.png", "made_latency.png", "made_memory.png"
     ]  # fmt: skip
     assert "pruning at 0.3" in capsys.readouterr().out
-    note = script("readme_bench", monkeypatch).note(found)
+    note = scripts("readme_bench").note(found)
     equal = [row["agreement"] for row in found["generation"] if row["cache"] != "none"]
     command = "--split by-cost --windows 3 --rounds 2 --generation-rounds 1"
-    assert note.startswith(f"`python scripts/bench_pruned.py {command}`, ") and ", batch 1, 32 tokens, " in note
+    assert note.startswith(f"`python -m scripts.bench.bench_pruned {command}`, ") and ", batch 1, 32 tokens, " in note
     assert "quartiles of 2 passes and 1 generations of 8 tokens in 4 steps, blocks of 4." in note
     assert f"With a cache {min(equal):.0%} to {max(equal):.0%} of the tokens are those of full recomputation" in note
 
 
-def test_the_readme_shows_what_widths_cost(monkeypatch):
-    module = script("readme_bench", monkeypatch)
+def test_the_readme_shows_what_widths_cost(scripts):
+    module = scripts("readme_bench")
     machine = {"processor": "P", "cores": 2, "torch": "2.13", "threads": 3}
     size = {"tokens": 512, "hidden": 1024, "dtype": "float32"}
     found = {"costs": {"128": 0.0, "8": 0.031}, "settings": size, "machine": machine}
@@ -126,17 +119,17 @@ def test_the_readme_shows_what_widths_cost(monkeypatch):
     assert "512 x 1024 inputs, float32 (P, 2 cores, torch 2.13, 3 threads)" in module.widths_note(found)
 
 
-def test_costs_by_hand(monkeypatch):
+def test_costs_by_hand(scripts):
     """Between 10 s at 128 and 20 s at 256, a width of 160 is worth 12.5 s."""
-    module = script("bench_widths", monkeypatch)
+    module = scripts("bench_widths")
     found = {128: Latency((10.0, 10.0)), 256: Latency((20.0, 20.0)), 160: Latency((15.0, 15.0))}
     assert module.cost(found, 128, 160) == pytest.approx({"median": 0.2, "p25": 0.2, "p75": 0.2})
     assert module.cost(found, 128, 256)["median"] == module.cost(found, 128, 128)["median"] == 0
     assert [module.alignment(width) for width in (1, 12, 96, 192, 256, 1024)] == [1, 4, 32, 64, 128, 128]
 
 
-def test_the_smallest_free_alignment_stops_at_the_first_dear_one(monkeypatch):
-    module = script("bench_widths", monkeypatch)
+def test_the_smallest_free_alignment_stops_at_the_first_dear_one(scripts):
+    module = scripts("bench_widths")
     rows = [
         {"alignment": kind, "cost": {"median": value}}
         for kind, value in ((128, 0.0), (64, 0.01), (64, 0.03), (32, 0.2), (16, 0.0))
@@ -145,8 +138,8 @@ def test_the_smallest_free_alignment_stops_at_the_first_dear_one(monkeypatch):
     assert costs == {128: 0.0, 64: 0.02, 32: 0.2, 16: 0.0} and free == 64
 
 
-def test_widths_are_measured(monkeypatch, tmp_path, capsys):
-    module, out = script("bench_widths", monkeypatch), tmp_path / "widths.json"
+def test_widths_are_measured(scripts, tmp_path, capsys):
+    module, out = scripts("bench_widths"), tmp_path / "widths.json"
     assert module.main(["--quick", "--out", str(out)]) == 0
     found = json.loads(out.read_text())
     assert [row["width"] for row in found["rows"]] == [128, 129, 132, 136, 144, 152, 160, 176, 192, 224, 256]
@@ -164,8 +157,8 @@ def test_widths_are_measured(monkeypatch, tmp_path, capsys):
         (["--gen-length", "32"], "--length 32 leaves no room for a prompt"),
     ],
 )
-def test_what_cannot_be_measured_is_said_before_anything_is_pruned(monkeypatch, capsys, more, message):
-    module = script("bench_pruned", monkeypatch)
+def test_what_cannot_be_measured_is_said_before_anything_is_pruned(scripts, monkeypatch, capsys, more, message):
+    module = scripts("bench_pruned")
     monkeypatch.setattr(module, "prune_once", lambda *args: pytest.fail("pruned"))
     assert module.main(["--quick", *more]) == 2
     assert message in capsys.readouterr().err
@@ -184,7 +177,7 @@ def test_what_cannot_be_measured_is_said_before_anything_is_pruned(monkeypatch, 
         ("bench_widths", ["--centers", "128"], "see --help"),
     ],
 )
-def test_options_that_cannot_be_used(monkeypatch, capsys, name, arguments, message):
-    assert script(name, monkeypatch).main(arguments) == 2
+def test_options_that_cannot_be_used(scripts, capsys, name, arguments, message):
+    assert scripts(name).main(arguments) == 2
     said = capsys.readouterr().err
     assert message in said and len(said.splitlines()) == 1

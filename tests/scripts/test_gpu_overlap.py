@@ -1,15 +1,15 @@
-"""The stage of scripts/gpu_report.py that checks memory.overlap, on the CPU over lanes that copy late."""
+"""The stage of scripts/gpu/gpu_report.py that checks memory.overlap, on the CPU over lanes that copy late."""
 
 import argparse
-import importlib
-from pathlib import Path
 
 import pytest
 import torch
 
-from structprune import effects, mask_pipeline, pipeline
+from structprune.config import effects
 from structprune.models import placement
 from structprune.models.transfer import BUFFERS, Lane
+from structprune.runs import mask as mask_pipeline
+from structprune.runs import prune as pipeline
 from structprune.statistics import hidden
 
 OPTIONS = {"device": "cpu", "dtype": None, "levels": 2, "window": 16, "held_out": 1, "split": "equal"}
@@ -46,18 +46,10 @@ class Queue:
         pass
 
 
-@pytest.fixture(scope="module")
-def load():
-    """`load(name)` -> a module of scripts."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(Path(__file__).parents[2] / "scripts")
-        yield importlib.import_module
-
-
 @pytest.fixture
-def stage(load, monkeypatch, tmp_path):
+def stage(scripts, monkeypatch, tmp_path):
     """`stage(queue)` -> what the stage found over a lane, with the CPU for an accelerator."""
-    module, checkpoint = load("gpu_overlap"), load("random_checkpoint")
+    module, checkpoint = scripts("gpu_overlap"), scripts("random_checkpoint")
     checkpoint.write_random(tmp_path / "dense", checkpoint.llada_values(64, 4, 3, 128, 256, 128, "float32"))
 
     def run(queue):
@@ -73,7 +65,7 @@ def stage(load, monkeypatch, tmp_path):
     return run
 
 
-def test_every_case_is_compared(stage, load):
+def test_every_case_is_compared(stage, scripts):
     queue = Queue()
     found = stage(queue)
     assert found["refused"] is None and found["blocks"] == 2
@@ -82,25 +74,25 @@ def test_every_case_is_compared(stage, load):
         ("structured", True, 0.0), ("structured, states in files, offload", True, 0.0), ("sparsegpt", True, 0.0),
     ]  # fmt: skip
     assert all(min(run["seconds"].values()) > 0 for run in found["runs"]) and len(queue.copies) > 100
-    text = load("readme_gpu")._overlap(found)
+    text = scripts("readme_gpu")._overlap(found)
     assert "| `memory.overlap`, 2 blocks | off | on | weights, bit by bit |" in text and "| sparsegpt |" in text
     assert text.count("| equal |") == 3 and "apart" not in text
-    assert all("weights bit-equal" in line for line in load("gpu_overlap").overlap_lines(found))
+    assert all("weights bit-equal" in line for line in scripts("gpu_overlap").overlap_lines(found))
 
 
-def test_a_copy_that_is_lost_shows(stage, load):
+def test_a_copy_that_is_lost_shows(stage, scripts):
     queue = Queue()
     stage(queue)
     lost = Queue(spoilt=len(queue.copies) - 2)  # of the last run's states
     found = stage(lost)
     assert [run["equal"] for run in found["runs"]] == [True, True, False]
     assert found["runs"][2]["largest_difference"] > 0
-    assert "| not equal, " in load("readme_gpu")._overlap(found)
-    assert "WEIGHTS DIFFER" in load("gpu_overlap").overlap_lines(found)[2]
+    assert "| not equal, " in scripts("readme_gpu")._overlap(found)
+    assert "WEIGHTS DIFFER" in scripts("gpu_overlap").overlap_lines(found)[2]
 
 
-def test_comparison_by_hand(load):
-    compare, one = load("gpu_overlap").compare, {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0])}
+def test_comparison_by_hand(scripts):
+    compare, one = scripts("gpu_overlap").compare, {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0])}
     assert compare(one, dict(one)) == {"equal": True, "largest_difference": 0.0}
     assert compare(one, one | {"b": torch.tensor([3.5])}) == {"equal": False, "largest_difference": 0.5}
     assert compare(one, one | {"b": torch.ones(2)}) == {"equal": False, "largest_difference": None}

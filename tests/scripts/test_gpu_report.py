@@ -1,6 +1,5 @@
-"""scripts/gpu_report.py, all stages at a tiny size on the CPU."""
+"""scripts/gpu/gpu_report.py, all stages at a tiny size on the CPU."""
 
-import importlib
 import json
 import sys
 from pathlib import Path
@@ -15,16 +14,8 @@ SMALL = [*TINY, "--windows", "3", "--held-out", "2"]
 
 
 @pytest.fixture(scope="module")
-def load():
-    """`load(name)` -> a module of scripts."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(Path(__file__).parents[2] / "scripts")
-        yield importlib.import_module
-
-
-@pytest.fixture(scope="module")
-def script(load):
-    return load("gpu_report")
+def script(scripts):
+    return scripts("gpu_report")
 
 
 @pytest.fixture(scope="module")
@@ -63,15 +54,15 @@ def test_every_stage_writes_its_file(script, ran):
 
 
 def test_compile_is_for_generations_too(script, monkeypatch, tmp_path):
-    monkeypatch.setattr(sys.modules["gpu_stages"], "_bench", lambda options, settings, track: settings)
+    monkeypatch.setattr(sys.modules["scripts.gpu.gpu_stages"], "_bench", lambda options, settings, track: settings)
     places = ["--work", str(tmp_path), "--stages", "make,prune,generation", "--generation-rounds", "7"]
     for flags, compiled in (([], False), (["--compile"], True)):
         settings = script.STAGES["generation"](script.parse_arguments([*SMALL, *places, *flags]), None)
         assert (settings.compiled, settings.generation_rounds, settings.lengths) == (compiled, 7, (32,))
 
 
-def test_the_readmes_tables_come_from_them(load, ran, tmp_path):
-    module, found = load("readme_gpu"), results(ran)
+def test_the_readmes_tables_come_from_them(scripts, ran, tmp_path):
+    module, found = scripts("readme_gpu"), results(ran)
     text = module.gpu(ran)
     row = next(row for row in found["forward"]["forward"] if (row["batch"], row["length"]) == (2, 64))
     assert f"| forward, 2 x 64 | dense | {row['ms']['median']:.1f} ms | {row['tokens_per_second']:.1f} |" in text
@@ -155,9 +146,9 @@ def test_a_pilot_chooses_the_volume(script, tmp_path, capsys):
     assert found["sparsegpt"]["blocks"] == 1 and "1 of 2 blocks" in capsys.readouterr().out
 
 
-def test_costs_by_hand(load):
+def test_costs_by_hand(scripts):
     """3 s for all, 2 s a block and 0.5 s a copy in a block: 4 copies are 7, 11 and (8 copies) 15 s."""
-    module = load("gpu_volume")
+    module = scripts("gpu_volume")
     cost = module.Cost.of(7.0, 11.0, 15.0, copies=4, more=4)
     assert (cost.start, cost.block, cost.copy) == (3.0, 2.0, 0.5)
     assert cost.seconds(32, 10) == 3 + 32 * (2 + 5)
@@ -166,8 +157,8 @@ def test_costs_by_hand(load):
     assert noisy.copy == 6 / 160 and noisy.block == 0 and noisy.start == pytest.approx(7 - 0.15)
 
 
-def test_volumes_by_hand(load):
-    share_out = load("gpu_volume").share_out
+def test_volumes_by_hand(scripts):
+    share_out = scripts("gpu_volume").share_out
     assert share_out(40, 10, held_out=1, most=128) == (3, 10)
     assert share_out(5000, 10, held_out=1, most=128) == (128, 10) and share_out(5000, 10, 0, 5) == (5, 10)
     assert share_out(19, 10, held_out=1, most=128) == (2, 5)  # not two windows at ten levels
@@ -176,9 +167,9 @@ def test_volumes_by_hand(load):
 
 
 @pytest.mark.parametrize("family", ["llada", "dream"])
-def test_the_first_blocks_are_the_models_own(load, tiny_model, family):
+def test_the_first_blocks_are_the_models_own(scripts, tiny_model, family):
     model = tiny_model(family)
-    small = load("gpu_volume").first_blocks(model, 1)
+    small = scripts("gpu_volume").first_blocks(model, 1)
     ids = torch.arange(6)[None]
     with torch.no_grad():
         x = model.blocks[0](model.embedding(ids), model.rotary(6, ids.device))
@@ -207,11 +198,11 @@ def test_a_stage_that_fails_stops_no_other(script, tmp_path, capsys, monkeypatch
     assert ("gpu_report: make: no memory" in said) == isinstance(error, UserError)
 
 
-def test_readme_says_how_many_layers_ran_on_the_kernels(load):
+def test_readme_says_how_many_layers_ran_on_the_kernels(scripts):
     times = {"dense_ms": {"median": 3.0}, "2:4_ms": {"median": 2.0}, "speedup": {"median": 1.5}}
     row = {"batch": 1, "length": 512, "layers": 220, "of_layers": 224, **times}
     sparse = {"refused": None, "models": {"2of4": {"shapes": [], "forward": [row]}}}
-    text = load("readme_gpu")._nm({"semi_structured": sparse})
+    text = scripts("readme_gpu")._nm({"semi_structured": sparse})
     assert "| 1 x 512 | whole pass, 220 of 224 layers on the kernels | 3.00 ms | 2.00 ms | 1.50x |" in text
 
 

@@ -1,4 +1,4 @@
-"""scripts/masking_agreement.py: our masks are right to rounding, and a defect is not, judged by a referee in fp64."""
+"""scripts.bench.masking_agreement: our masks are right to rounding, and a defect is not; judged in fp64."""
 
 import types
 
@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import save_file
 
 from structprune.config import Config
-from structprune.masking import blocks, patterns, sparsegpt, walk
+from structprune.masking import blocks, patterns, walk
+from structprune.masking.scores import sparsegpt
 from structprune.models.loading import load_model
 from structprune.statistics import sinks
 

@@ -13,7 +13,7 @@ SPREAD = {"median": 2.0, "low": 1.5, "high": 2.5}
 
 @pytest.fixture
 def tables(scripts, tmp_path, monkeypatch):
-    """scripts/readme_tables.py, its results in an empty folder."""
+    """scripts/readme/readme_tables.py, its results in an empty folder."""
     module = scripts("readme_tables")
     monkeypatch.setattr(module, "RESULTS", tmp_path)
     return module

@@ -1,15 +1,11 @@
-"""scripts/reproduce.py from a tiny checkpoint and a local PIQA to the table, and again where it stopped."""
+"""scripts/studies/reproduce.py from a tiny checkpoint and a local PIQA to the table, and again where it stopped."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
-sys.path.insert(0, str(SCRIPTS))
-import reproduce  # noqa: E402
-from reproduce import DENSE, TABLES, main  # noqa: E402
+from scripts.studies import reproduce
+from scripts.studies.reproduce import DENSE, TABLES, main
 
 QUICK = {
     "structured": ["calibration.windows=4", "calibration.held_out=2", "calibration.length=32",
@@ -60,7 +56,7 @@ def test_a_table_end_to_end(table, tiny_checkpoint, piqa, text_path, tmp_path, c
         assert [config["masking"]["score"] for config in reports] == list(variants)
         assert {config["masking"]["ratio"] for config in reports} == {0.5}
     monkeypatch.setattr(reproduce, "command_line", lambda command: pytest.fail("a model that is there is made again"))
-    monkeypatch.setattr("structprune.evaluate.load_model", lambda *a, **k: pytest.fail("evaluated again"))
+    monkeypatch.setattr("structprune.runs.evaluate.load_model", lambda *a, **k: pytest.fail("evaluated again"))
     assert main(command) == 0
     assert json.loads((out / "reproduction.json").read_text())["rows"] == found["rows"]
 

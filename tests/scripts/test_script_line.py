@@ -1,4 +1,4 @@
-"""scripts/script_line.py: results' places are tried before any work."""
+"""scripts/tools/script_line.py: results' places are tried before any work."""
 
 from pathlib import Path
 
@@ -43,7 +43,7 @@ def test_other_places_are_refused_in_one_line(line, tmp_path, capsys, name, word
 
 
 def test_every_script_that_writes_a_result_tries_its_place():
-    for path in sorted((Path(__file__).parents[2] / "scripts").glob("*.py")):
+    for path in sorted((Path(__file__).parents[2] / "scripts").glob("*/*.py")):
         text = path.read_text(encoding="utf-8")
         if "write_result(options.out" in text:
             assert '"--out", type=result_file' in text, path.name

@@ -1,4 +1,4 @@
-"""scripts/bench_sinks.py and scripts/sink_study.py on tiny sizes."""
+"""scripts/bench/bench_sinks.py and scripts/studies/sink_study.py on tiny sizes."""
 
 import json
 from pathlib import Path

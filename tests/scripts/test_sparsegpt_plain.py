@@ -1,15 +1,15 @@
-"""scripts/sparsegpt_plain.py by hand, and against the package's own SparseGPT."""
+"""scripts/bench/sparsegpt_plain.py by hand, and against the package's own SparseGPT."""
 
 import pytest
 import torch
 
 from structprune.calibration.batches import Calibration
 from structprune.config import Config
-from structprune.mask_pipeline import mask
 from structprune.masking.masks import unpack_bits
-from structprune.masking.sparsegpt import factorise, sparsegpt
+from structprune.masking.scores.sparsegpt import factorise, sparsegpt
 from structprune.models.adapter import Adapter
 from structprune.models.loading import load_model
+from structprune.runs.mask import mask
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Schedules, noise, loss and optimizer of scripts/tiny_training.py against hand-computed values."""
+"""Schedules, noise, loss and optimizer of scripts/tools/tiny_training.py against hand-computed values."""
 
 import math
 

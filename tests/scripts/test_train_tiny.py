@@ -1,4 +1,4 @@
-"""scripts/train_tiny.py: its output loads and prunes, a killed run ends as a whole one, errors are one line."""
+"""scripts/tools/train_tiny.py: its output loads and prunes, a killed run ends as a whole one, errors are one line."""
 
 import json
 import shutil

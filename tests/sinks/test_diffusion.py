@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from structprune.evaluation.generate import generate
-from structprune.evaluation.samplers import generation_settings
+from structprune.generation.generate import generate
+from structprune.generation.samplers import generation_settings
 from structprune.models.adapter import Adapter
 from structprune.models.modeling_structprune import rotate
 from structprune.sinks.diffusion import forward_trajectory, reverse_trajectory

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from structprune.criteria.paths import KINDS, RemovalPath
+from structprune.structured.paths import KINDS, RemovalPath
 from structprune.structured.sizes import BlockSize
 
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from structprune.config import StructuredSettings
-from structprune.criteria.paths import KINDS
 from structprune.errors import UserError
 from structprune.structured.allocate import (
     cheapest_heads,
@@ -19,6 +18,7 @@ from structprune.structured.allocate import (
     ratio_of,
 )
 from structprune.structured.choose import candidates, choose_counts
+from structprune.structured.paths import KINDS
 
 
 @pytest.mark.parametrize("ratio", [-0.1, 1, 1.5, float("nan"), float("inf")])

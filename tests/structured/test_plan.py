@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from structprune.criteria.paths import RemovalPath, static_path
 from structprune.errors import UserError
 from structprune.models.adapter import Adapter, Widths
+from structprune.structured.paths import RemovalPath, static_path
 from structprune.structured.plan import BlockPlan, Plan, identity_plan, make_plan
 from structprune.structured.surgery import apply_plan
 

@@ -1,0 +1,98 @@
+"""One measured pruning call of structprune, for bench_masking.py; run by that script, not by hand.
+
+    python masking_worker.py REQUEST.json [BATCH]
+
+As published_worker.py, in structprune's own environment. The method `encode` is sink-Wanda too, with a bare forward
+pass after each of its own: those it cannot do without, one for every window and level.
+"""
+
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from scripts.bench.published_worker import Request, finish, measured
+from structprune.calibration.batches import Calibration
+from structprune.config import Config
+from structprune.models.adapter import Adapter
+from structprune.models.loading import load_model
+from structprune.models.modeling_structprune import DiffusionLM
+from structprune.runs.mask import mask
+from structprune.statistics.inputs import block_inputs
+from structprune.statistics.rows import Track, untracked
+
+PRESETS = Path(__file__).parents[2] / "configs" / "published"
+
+
+def read_data(path: str) -> Calibration:
+    """The windows and noisy copies that the release gets as well, none held out."""
+    data = load_file(path)
+    return Calibration(data["ids"], data["noisy"], None, {}, held_out=0)
+
+
+def call_ours(model: DiffusionLM, request: Request, calibration: Calibration, batch: int, track: Track = untracked):
+    """The pruning call of a request, with the published choices: ours are made so that the outputs can be compared."""
+    changes = {"masking.ratio": request.ratio, "calibration.batch": batch}
+    config = Config.load(PRESETS / f"llada-{request.method}.yaml", changes)
+    return lambda: mask(model, config, calibration, track, in_place=True)
+
+
+@torch.inference_mode()
+def bare_pass(adapter: Adapter, ids: torch.Tensor) -> None:
+    """Ids (b, T) up to the last linear's input: no statistic can be had for less."""
+    x, rotary = adapter.model.embedding(ids), adapter.model.rotary(ids.shape[1], adapter.device)  # (b, T, C)
+    for block in adapter.blocks[:-1]:
+        x = block.module(x, rotary)  # (b, T, C)
+    block_inputs(adapter.blocks[-1], x, rotary)
+
+
+class Interleaved:
+    """A `track` that runs a bare pass over each batch of noisy copies right after sink-Wanda has looked at it.
+
+    Both meet the same machine, however busy it is, so that their ratio does not depend on what else runs when.
+    """
+
+    def __init__(self, model: DiffusionLM, calibration: Calibration, batch: int):
+        self._adapter, self._ids, self._batch = Adapter(model), calibration.noisy_ids.flatten(0, 1), batch  # (N*S, T)
+        self.seconds, self.copies = 0.0, 0
+
+    def __call__(self, items, title: str):
+        for item in items:
+            yield item
+            if title.startswith("norms"):
+                start, ids = time.perf_counter(), self._ids[item : item + self._batch]  # (b, T)
+                bare_pass(self._adapter, ids)
+                self.seconds += time.perf_counter() - start
+                self.copies += len(ids)
+
+
+def measure_passes(model: DiffusionLM, request: Request, calibration: Calibration, batch: int, warm_up) -> dict:
+    """Seconds of sink-Wanda, and of the bare passes between its own.
+
+    Raises:
+        RuntimeError: not one bare pass for every copy.
+    """
+    track = Interleaved(model, calibration, batch)
+    figures = measured(call_ours(model, request, calibration, batch, track), model, warm_up)
+    if track.copies != calibration.noisy_ids.flatten(0, 1).shape[0]:
+        raise RuntimeError(f"{track.copies} bare passes: one_shot_norms tracks no 'norms' any more")
+    return {"seconds": figures["seconds"] - track.seconds, "forwards": track.seconds}
+
+
+def main(request: Request, batch: int) -> None:
+    torch.set_num_threads(request.threads)
+    model, calibration = load_model(request.checkpoint, torch.float32), read_data(request.data)
+    warm_up = lambda: model(calibration.input_ids[:1])  # noqa: E731
+    if request.method == "encode":
+        request = replace(request, method="sink-wanda", out=None)
+        figures = measure_passes(model, request, calibration, batch, warm_up)
+    else:
+        figures = measured(call_ours(model, request, calibration, batch), model, warm_up)
+    finish(figures, model.blocks, request.out)
+
+
+if __name__ == "__main__":
+    main(Request.read(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 1)

@@ -1,0 +1,1 @@
+"""The report of a GPU, stage by stage."""

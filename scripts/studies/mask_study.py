@@ -1,0 +1,153 @@
+"""Masks compared fairly on the embedded model: method x arm x ratio with the same text and common noise, over seeds.
+
+The published comparison shows Wanda and SparseGPT clean text, sink-Wanda noised text and sink-SparseGPT clean text with
+sink weights. Here every method runs on all four arms, so that what masked calibration does and what sinks do are
+told apart. Losses of NELBO against the dense model are measured on held-out text under noise that all variants of a
+seed share. Intervals are over seeds (see studies.py). A killed study goes on where it stopped.
+
+    python -m scripts.studies.mask_study --out scripts/results/masks.json
+"""
+
+import sys
+
+import torch
+from rich.table import Table
+
+from scripts.studies.studies import HeldOut, Study, cell, contrast_row, loss_row, main
+from structprune.assets import model_directory
+from structprune.calibration.build import calibrate
+from structprune.config import Config
+from structprune.models.loading import load_model
+from structprune.runs.demo import BASE as DEMO
+from structprune.runs.mask import mask
+
+BASE = {key: value for key, value in DEMO.items() if key.startswith("calibration.")}
+BASE |= {"method": "unstructured", "reconstruct.enabled": False}
+RATIOS = {
+    "0.25": {"masking.ratio": 0.25},
+    "0.5": {"masking.ratio": 0.5},
+    "0.75": {"masking.ratio": 0.75},
+    "2:4": {"method": "nm"},
+}
+SCORES = ("wanda", "ria", "sparsegpt")
+ARMS = ("clean", "masked", "masked+sink", "clean+sink")
+REFIT = {"reconstruct.enabled": True}
+SPARSEGPT, WANDA = ({"masking.score": name, "masking.arm": "masked"} for name in ("sparsegpt", "wanda"))
+PUBLISHED = {"masking.score": "sink-wanda", "masking.norms": "summed", "masking.order": "one-shot"}
+
+
+def variants() -> dict[str, dict]:
+    """Name -> configuration keys. The first block is the comparison; those below change one thing of a masked run."""
+    grid = {f"{score}, {arm}": {"masking.score": score, "masking.arm": arm} for score in SCORES for arm in ARMS}
+    refits = {f"{score}, masked, refit": {"masking.score": score, "masking.arm": "masked"} | REFIT for score in SCORES}
+    return {
+        "magnitude": {"masking.score": "magnitude"},
+        **grid,
+        "sink-wanda as published": PUBLISHED,
+        "magnitude, refit": {"masking.score": "magnitude"} | REFIT,
+        **refits,
+        "sparsegpt, masked+sink, refit": {"masking.score": "sink-sparsegpt"} | REFIT,
+        "sparsegpt, masked, refit on masked+sink": SPARSEGPT | REFIT | {"reconstruct.arm": "masked+sink"},
+        "sparsegpt, masked, refit on clean": SPARSEGPT | REFIT | {"reconstruct.arm": "clean"},
+        "sparsegpt, masked, refit to layer": SPARSEGPT | REFIT | {"reconstruct.target": "layer"},
+        "sparsegpt, masked+sink, hard": {"masking.score": "sink-sparsegpt", "sink.mask": "hard"},
+        "sparsegpt, masked, one-shot": SPARSEGPT | {"masking.order": "one-shot"},
+        "sparsegpt, masked, relative": SPARSEGPT | {"masking.relative": True},
+        "sparsegpt, masked, owl": SPARSEGPT | {"masking.allocation": "owl"},
+        "sparsegpt, masked, owl reversed": SPARSEGPT | {"masking.allocation": "owl", "masking.owl_spread": -0.08},
+        "sparsegpt, masked, depth": SPARSEGPT | {"masking.allocation": "depth"},
+        "sparsegpt, masked, depth reversed": SPARSEGPT | {"masking.allocation": "depth", "masking.depth_slope": -0.2},
+        "wanda, masked, one-shot": WANDA | {"masking.order": "one-shot"},
+        "wanda, masked, relative": WANDA | {"masking.relative": True},
+        "wanda, masked, norms summed": WANDA | {"masking.norms": "summed"},
+    }
+
+
+def ratios_of(name: str) -> list[str]:
+    """The ratios a variant can be run at: allocations vary the ratio over blocks, which N:M fixes."""
+    return [ratio for ratio in RATIOS if ratio != "2:4" or "masking.allocation" not in variants()[name]]
+
+
+def contrasts() -> list[tuple[str, str, str]]:
+    """(question, variant, what it is compared with)."""
+    found = []
+    for score in SCORES:
+        found.append(("masked calibration", f"{score}, masked", f"{score}, clean"))
+        found.append(("sinks, on masked text", f"{score}, masked+sink", f"{score}, masked"))
+        found.append(("sinks, on clean text", f"{score}, clean+sink", f"{score}, clean"))
+    found.append(("as published", "sink-wanda as published", "wanda, clean"))
+    for name in variants():
+        *rest, last = name.split(", ")
+        if last == "refit":
+            found.append(("refit", name, ", ".join(rest)))
+        elif len(rest) == 2:
+            refit = ["refit"] if last.startswith("refit ") else []  # another refit is compared with the refit
+            found.append(("one change", name, ", ".join(rest + refit)))
+    return found
+
+
+def measure(name: str, seed: int, windows: int, length: int, threads: int) -> dict:
+    """One variant at one seed: per ratio the loss per held-out window, the sparsity met, and raised dampings."""
+    torch.set_num_threads(threads)
+    base = BASE | {"calibration.seed": seed} | variants()[name]
+    model = load_model(model_directory(), device="cpu")
+    held_out = HeldOut(model, seed, windows, length)
+    calibration = calibrate(model, Config.load(overrides=base))
+    found = {}
+    for ratio in ratios_of(name):
+        config = Config.load(overrides=base | RATIOS[ratio])
+        masked = mask(model, config, calibration)
+        raised = sum(each["damping"] > config.masking.damping for each in masked.report["factored"])
+        found[ratio] = {
+            "loss": held_out.loss(masked.model),
+            "sparsity": masked.report["sparsity"]["total"],
+            "raised": raised,
+            "seconds": masked.report["seconds"]["total"],
+        }
+    return {"variant": name, "seed": seed, "dense_nelbo": held_out.dense.mean, "ratios": found}
+
+
+def summarise(done: dict, seeds: list[int]) -> dict:
+    """Mean losses and paired contrasts with 95% intervals over seeds, as plain data."""
+    rows = []
+    for name in variants():
+        for ratio in ratios_of(name):
+            sparsity = [done[name, seed]["ratios"][ratio]["sparsity"] for seed in seeds]
+            rows.append({"variant": name, "ratio": ratio, **loss_row(done, name, seeds, ratio), "sparsity": sparsity})
+    gaps = []
+    for question, name, base in contrasts():
+        for ratio in ratios_of(name):
+            gap = contrast_row(done, (name, ratio), (base, ratio), seeds)
+            gaps.append({"question": question, "variant": name, "against": base, "ratio": ratio, **gap})
+    return {"losses": rows, "contrasts": gaps, "dense": [done["magnitude", seed]["dense_nelbo"] for seed in seeds]}
+
+
+def loss_table(result: dict) -> Table:
+    """A row per variant, a column per ratio: loss of NELBO, nats per token."""
+    table = Table(title="loss of NELBO against dense, nats per token [95% interval over seeds]")
+    for title in ("variant", *RATIOS):
+        table.add_column(title, justify="left" if title == "variant" else "right")
+    for name in variants():
+        found = {row["ratio"]: row for row in result["losses"] if row["variant"] == name}
+        table.add_row(name, *(cell(found.get(ratio)) for ratio in RATIOS))
+    return table
+
+
+def contrast_table(result: dict) -> Table:
+    """A row per comparison: paired differences, and whether one was shown."""
+    table = Table(title="paired difference, nats per token [95% interval over seeds]; * excludes 0, all seeds agree")
+    for title in ("question", "variant", "against", *RATIOS):
+        table.add_column(title, justify="right" if title in RATIOS else "left")
+    for question, name, base in contrasts():
+        found = {row["ratio"]: row for row in result["contrasts"] if (row["variant"], row["against"]) == (name, base)}
+        table.add_row(question, name, base, *(cell(found.get(ratio), True) for ratio in RATIOS))
+    return table
+
+
+STUDY = Study(
+    "mask_study", __doc__.splitlines()[0], "scripts/results/masks.json", BASE, RATIOS, variants(), measure, summarise,
+    lambda result: [loss_table(result), contrast_table(result)], 200,
+)  # fmt: skip
+
+if __name__ == "__main__":
+    sys.exit(main(STUDY))

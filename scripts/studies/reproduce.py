@@ -1,0 +1,244 @@
+"""The tables of "Sink-Aware Pruning" (arXiv 2602.17664) by one command: ours beside the published figures.
+
+    python -m scripts.studies.reproduce --model GSAI-ML/LLaDA-8B-Base --table structured --out reproduction
+
+needs structprune[eval], a GPU and, for the tasks' data, the network once. Models that are made and chunks that are
+evaluated stay: the same command goes on where it stopped. Without weights or network, the whole way runs on any
+checkpoint and a local PIQA:
+
+    python -m scripts.studies.reproduce --model DIR --tasks piqa:valid.jsonl --limit 20
+        --calibration notes.txt --out small
+
+The published figures were measured on LLaDA-8B-Base; for structured pruning neither the baseline nor what exactly the
+ratio counts is published, and no code is. Here the row without sinks is this package's own method on masked
+activations, so that the two rows differ by the sink weights alone.
+"""
+
+import argparse
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from scripts.tools.script_line import OneLineParser, one_line
+from structprune.bench.machine import describe_machine
+from structprune.cli.main import main as command_line
+from structprune.config import Config
+from structprune.errors import UserError
+from structprune.evaluation.result_io import json_text, write_whole
+from structprune.evaluation.settings import EvaluationConfig
+from structprune.evaluation.workers import workers
+from structprune.models.loading import load_config
+from structprune.report.eval_tables import eval_table
+from structprune.report.progress import progress_bars
+from structprune.runs.evaluate import evaluate
+
+NOTE = (
+    "accuracies in percent; ± standard error over items; the published dense figures of ARC-C and WinoGrande do not"
+    " match these settings (LLaDA's own report has 45.9 and 74.8)"
+)
+ROOT = Path(__file__).resolve().parents[2]
+STRUCTURED = ("piqa", "winogrande", "arc_easy", "arc_challenge")
+UNSTRUCTURED = ("mmlu", "arc_challenge", "piqa", "winogrande", "gsm8k", "hellaswag")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A model of a table.
+
+    Attributes:
+        title: of its row. Its directory has the variant's name.
+        config: a file in configs/, without the family's prefix.
+        keys: configuration keys on top of it.
+        published: task -> accuracy in percent (README of the released implementation).
+        average: as stated there, over more tasks than it lists.
+    """
+
+    title: str
+    config: str
+    keys: dict = field(default_factory=dict)
+    published: dict[str, float] = field(default_factory=dict)
+    average: float | None = None
+
+
+def _of(tasks: tuple[str, ...], *values: float) -> dict[str, float]:
+    return dict(zip(tasks, values, strict=True))
+
+
+MASKED = {"structured.arm": "masked"}
+TABLES: dict[str, tuple[tuple[str, ...], dict[str, Variant]]] = {
+    "structured": (
+        STRUCTURED,
+        {
+            "masked-0.3": Variant("0.3, no sinks", "0.3", MASKED, _of(STRUCTURED, 68.34, 66.30, 69.07, 37.80)),
+            "sinks-0.3": Variant("0.3, sink-aware", "0.3", {}, _of(STRUCTURED, 69.55, 67.40, 71.75, 38.20)),
+            "masked-0.5": Variant("0.5, no sinks", "0.5", MASKED, _of(STRUCTURED, 58.98, 55.72, 48.53, 20.39)),
+            "sinks-0.5": Variant("0.5, sink-aware", "0.5", {}, _of(STRUCTURED, 60.37, 57.24, 52.79, 23.62)),
+        },
+    ),
+    "unstructured": (
+        UNSTRUCTURED,
+        {
+            "wanda": Variant(
+                "50 %, Wanda", "published/wanda", {}, _of(UNSTRUCTURED, 61.43, 39.08, 72.63, 64.56, 57.01, 67.52), 52.70
+            ),
+            "sink-wanda": Variant(
+                "50 %, sink-Wanda", "published/sink-wanda", {},
+                _of(UNSTRUCTURED, 62.16, 41.38, 73.18, 65.27, 55.88, 67.18), 53.18,
+            ),
+            "sparsegpt": Variant(
+                "50 %, SparseGPT", "published/sparsegpt", {},
+                _of(UNSTRUCTURED, 60.97, 39.68, 72.20, 64.64, 53.53, 66.90), 52.34,
+            ),
+            "sink-sparsegpt": Variant(
+                "50 %, sink-SparseGPT", "published/sink-sparsegpt", {},
+                _of(UNSTRUCTURED, 60.79, 39.59, 72.95, 65.82, 52.11, 67.35), 52.36,
+            ),
+        },
+    ),
+}  # fmt: skip
+DENSE = Variant("dense", "", {}, _of(UNSTRUCTURED, 65.97, 43.00, 74.10, 69.30, 69.29, 72.70), 57.93)
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = OneLineParser(__doc__)
+    parser.add_argument("--model", required=True, help="checkpoint directory, or Hub id")
+    parser.add_argument("--table", choices=TABLES, default="structured")
+    parser.add_argument("--tasks", help="instead of the table's: names with commas between, such as piqa:FILE.jsonl")
+    parser.add_argument("--limit", type=int, help="documents of a task")
+    parser.add_argument("--adaptive", action="store_true", help="stop drawing samples where a choice is decided")
+    parser.add_argument("--calibration", help="text instead of the configuration's")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of prune's configuration")
+    parser.add_argument("--eval-set", action="append", default=[], metavar="KEY=VALUE", help="of the evaluation's")
+    parser.add_argument("--out", type=Path, default=Path("reproduction"))
+    return parser.parse_args(arguments)
+
+
+def prune_command(model: str, family: str, variant: Variant, out: Path, options: argparse.Namespace) -> list[str]:
+    """The arguments of `structprune prune` for a variant."""
+    folder, _, name = variant.config.rpartition("/")
+    path = ROOT / "configs" / folder / f"{family}-{name}.yaml"
+    keys = [f"{key}={value}" for key, value in variant.keys.items()] + options.set
+    if folder:
+        keys.append("masking.ratio=0.5")
+    text = ["--calibration", options.calibration] if options.calibration else []
+    return ["prune", model, "--out", str(out), "--config", str(path), *text, *(f"--set={key}" for key in keys)]
+
+
+def make_models(options: argparse.Namespace, family: str) -> None:
+    """Every variant's checkpoint, pruned unless it is there: outputs appear whole or not at all.
+
+    Raises:
+        UserError: one could not be made (its line is on stderr), or is there with other settings.
+    """
+    for name, variant in TABLES[options.table][1].items():
+        place = options.out / name
+        command = prune_command(options.model, family, variant, place, options)
+        made = options.out / f"{name}.command.json"
+        asked = json_text({"settings": {"command": command[1:]}})
+        if place.is_dir():
+            if not made.is_file() or made.read_bytes() != asked:
+                raise UserError(f"'{place}' was made by another command: remove it, or choose another --out")
+            continue
+        made.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(made, asked)
+        if command_line(command) != 0:
+            raise UserError(f"{variant.title} could not be made (see above)")
+
+
+def make_and_compare(options: argparse.Namespace, family: str, names: list[str]) -> dict:
+    """Make the models (in the first process), then evaluate them and the dense one: the summary of `structprune eval`.
+
+    Empty in processes other than the first.
+    """
+    given = {"evaluation.tasks": names, "evaluation.adaptive": options.adaptive}
+    given |= {} if options.limit is None else {"evaluation.limit": options.limit}
+    config = EvaluationConfig.load(overrides=given | EvaluationConfig.parse(options.eval_set))
+    checkpoints = [options.model, *(str(options.out / name) for name in TABLES[options.table][1])]
+    with workers() as place:
+        if place.main:
+            make_models(options, family)
+        place.wait()
+        warn = lambda line: print(f"reproduce: warning: {line}", file=sys.stderr) if place.main else None  # noqa: E731
+        with progress_bars(Console(stderr=True, quiet=not place.main)) as track:
+            found = evaluate(checkpoints, config, options.out / "evaluation", track=track, workers=place, say=warn)
+    return {} if found is None else found.summary
+
+
+def published_of(variant: Variant, task: str) -> float | None:
+    """The published figure for a task, also where it is read from a file or a preset (piqa:FILE)."""
+    return next((value for name, value in variant.published.items() if task.partition(":")[0] == name), None)
+
+
+def rows_of(summary: dict, options: argparse.Namespace) -> list[dict]:
+    """Per variant: title, and per task our figure with its error and the published one, all in percent."""
+    dense = replace(DENSE, average=DENSE.average if options.table == "unstructured" else None)
+    variants = {"dense": dense, **TABLES[options.table][1]}
+    rows = []
+    for variant, (label, tasks) in zip(variants.values(), summary["checkpoints"].items(), strict=True):
+        cells = {}
+        for task, found in tasks.items():
+            metrics = {
+                name: {key: None if value[key] is None else 100 * value[key] for key in ("value", "error")}
+                for name, value in found["metrics"].items()
+            }
+            cells[task] = {"metrics": metrics, "published": published_of(variant, task), "items": found["items"]}
+        rows.append({"title": variant.title, "checkpoint": label, "tasks": cells, "stated_average": variant.average})
+    return rows
+
+
+def reproduction_table(rows: list[dict]) -> Table:
+    """A section per task, a row per model: our metrics ± standard error, and the published figure."""
+    table = Table(title="ours, and the published figure", box=box.SIMPLE_HEAD, caption=NOTE)
+    for name in ("model", "ours", "published"):
+        table.add_column(name, justify="left" if name == "model" else "right", overflow="fold")
+    for task in rows[0]["tasks"]:
+        table.add_section()
+        table.add_row(task, f"{rows[0]['tasks'][task]['items']} items", "", style="bold")
+        for row in rows:
+            cell = row["tasks"][task]
+            lines = [f"{name} {_shown(value)}" for name, value in cell["metrics"].items()]
+            published = "-" if cell["published"] is None else f"{cell['published']:.2f}"
+            table.add_row(f"  {row['title']}", "\n".join(lines), published)
+    if any(row["stated_average"] is not None for row in rows):
+        table.add_section()
+        table.add_row("average as stated, over more tasks than are listed", "", "", style="bold")
+        for row in rows:
+            table.add_row(f"  {row['title']}", "", f"{row['stated_average']:.2f}")
+    return table
+
+
+def _shown(value: dict) -> str:
+    error = "" if value["error"] is None else f" ± {value['error']:.2f}"
+    return f"{value['value']:.2f}{error}"
+
+
+def run(options: argparse.Namespace) -> None:
+    """Make, evaluate, print, and keep as reproduction.json."""
+    family = load_config(options.model)[1].name
+    names = options.tasks.split(",") if options.tasks else list(TABLES[options.table][0])
+    for variant in TABLES[options.table][1].values():  # what cannot be is refused before hours of work
+        command = prune_command(options.model, family, variant, options.out, options)
+        Config.load(command[5], [text.removeprefix("--set=") for text in command if text.startswith("--set=")])
+    summary = make_and_compare(options, family, names)
+    if not summary:
+        return
+    console, rows = Console(), rows_of(summary, options)
+    console.print(reproduction_table(rows))
+    console.print(eval_table(summary, every_metric=True))
+    path = options.out / "reproduction.json"
+    asked = {name: str(value) for name, value in vars(options).items()}
+    write_whole(path, json_text({"settings": asked, "machine": describe_machine(), "rows": rows, "summary": summary}))
+    console.print(f"Wrote {path}; the models and the evaluation's items are beside it", soft_wrap=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code: 0, or 2 for what the user can mend (one line)."""
+    return one_line("reproduce", lambda: run(parse_arguments(arguments)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

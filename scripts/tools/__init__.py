@@ -1,0 +1,1 @@
+"""What other scripts share, the embedded model's training, and reload checks."""

@@ -1,0 +1,101 @@
+"""The command line: verbs, arguments and exit codes only."""
+
+import signal
+import sys
+import threading
+import traceback
+from typing import Annotated
+
+import typer
+
+from structprune import __version__
+from structprune.cli.bench import BENCH_HELP, bench
+from structprune.cli.demo import demo
+from structprune.cli.evaluate import EVAL_HELP, evaluate
+from structprune.cli.prune import PRUNE_HELP, inspect, prune
+from structprune.cli.sinks import SINKS_HELP, sinks
+from structprune.errors import Interrupted, UserError
+
+INTERRUPTED = 130  # the shell's code for it, which typer returns too
+
+app = typer.Typer(
+    name="structprune",
+    help="Make masked diffusion language models (LLaDA, LLaDA-1.5, MMaDA, Dream) smaller, and dense still.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+
+app.command(help=PRUNE_HELP)(prune)
+app.command()(inspect)
+app.command(help=SINKS_HELP)(sinks)
+app.command()(demo)
+app.command("eval", help=EVAL_HELP)(evaluate)
+app.command(help=BENCH_HELP)(bench)
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        typer.echo(f"structprune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns:
+        Exit code: 0, 2 for anything the user can mend (one line on stderr), 130 when interrupted, 1 otherwise.
+    """
+    arguments = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGTERM", "SIGHUP"):  # so that a run that is ended from outside removes its drafts too
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) is signal.SIG_DFL:  # nohup's SIG_IGN stays
+                signal.signal(number, signal.default_int_handler)
+    try:
+        code = app(arguments, standalone_mode=False)
+        return _interrupted() if code == INTERRUPTED else code if isinstance(code, int) else 0
+    except KeyboardInterrupt:
+        return _interrupted()
+    except Interrupted as error:
+        return _interrupted(str(error))
+    except Exception as error:
+        if type(error).__name__ == "Abort":
+            return _interrupted()
+        if "--debug" in arguments:
+            traceback.print_exc()
+        message, code = _explain(error)
+        print(f"structprune: error: {' '.join(message.split())}", file=sys.stderr)
+        return code
+
+
+def _interrupted(note: str = "nothing was written") -> int:
+    print(f"structprune: interrupted; {note}", file=sys.stderr)
+    return INTERRUPTED
+
+
+def _explain(error: Exception) -> tuple[str, int]:
+    """One line and an exit code for any exception."""
+    if isinstance(error, UserError):
+        return str(error), 2
+    if hasattr(error, "format_message"):  # usage errors of typer, whichever click it carries
+        return f"{error.format_message()} (see structprune --help)", 2
+    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+        return "out of memory: lower calibration.batch or memory.budget_gb (structprune inspect predicts the peak)", 1
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else 'no message'} (--debug shows where)", 1
+
+
+def run() -> None:
+    """Console entry point."""
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Generation by iterative denoising: samplers, their parts, and key/value caches."""

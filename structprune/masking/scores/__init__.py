@@ -1,0 +1,1 @@
+"""Scores of single weights, one per file, and the table that names them."""

@@ -1,0 +1,1 @@
+"""Closed-form refits of what pruning leaves, and the products they need."""

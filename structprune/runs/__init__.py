@@ -1,0 +1,1 @@
+"""One driver a verb, without a console: the only modules that know all stages."""

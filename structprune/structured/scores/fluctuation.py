@@ -1,0 +1,36 @@
+"""FLAP's fluctuation metric (arXiv 2312.11983): what is lost when a unit is replaced by its mean."""
+
+import torch
+
+from structprune.structured.paths import per_unit
+
+
+def fluctuation_scores(weight: torch.Tensor, variance: torch.Tensor, width: int) -> torch.Tensor:
+    """Mean over a unit's columns of Var(x_c) · ‖W[:, c]‖².
+
+    Args:
+        weight: (O, C) of the consumer, C = U * width.
+        variance: (C,) weighted variance of its input features.
+    Returns:
+        (U,) fp64.
+    """
+    return per_unit(_columns(weight, variance), width) / width
+
+
+def fluctuation_ranks(weight: torch.Tensor, variance: torch.Tensor, width: int) -> torch.Tensor:
+    """Mean over a unit's columns of their z-scores over the block and kind, which FLAP ranks globally as they are.
+
+    Args:
+        As `fluctuation_scores`.
+    Returns:
+        (U,) fp64.
+    """
+    columns = _columns(weight, variance)  # (C,)
+    deviation = columns.std(correction=0)  # ()
+    standardised = (columns - columns.mean()) / deviation.clamp(min=torch.finfo(columns.dtype).tiny)  # (C,)
+    return per_unit(standardised, width) / width
+
+
+def _columns(weight: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
+    """Var(x_c) · ‖W[:, c]‖²: (O, C), (C,) -> (C,) fp64."""
+    return weight.double().pow(2).sum(0) * variance

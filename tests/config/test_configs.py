@@ -1,0 +1,39 @@
+"""Every shipped configuration runs on a tiny checkpoint of its family, at its own ratio."""
+
+from pathlib import Path
+
+import pytest
+
+import structprune
+from structprune.config import Config
+from structprune.models.adapter import Adapter
+from structprune.structured.allocate import ratio_of
+from structprune.structured.choose import open_blocks
+
+FOLDER = Path(__file__).parents[2] / "configs"
+FILES = sorted(FOLDER.glob("*.yaml"))
+SMALL = {
+    "calibration.windows": 3, "calibration.held_out": 2, "calibration.length": 16, "calibration.interval": 25,
+    "structured.split_candidates": 2, "structured.split_windows": 2, "structured.rounds": 8,
+}  # fmt: skip
+
+
+def test_every_family_has_both_ratios():
+    names = {file.stem for file in FILES}
+    assert names == {f"{family}-{ratio}" for family in ("llada", "llada-1.5", "mmada", "dream") for ratio in (0.3, 0.5)}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_a_config_prunes_a_tiny_checkpoint_of_its_family(file, tiny_checkpoint, text_path):
+    family = {"llada-1.5": "llada"}.get(file.stem.rpartition("-")[0], file.stem.rpartition("-")[0])
+    config = Config.load(file, SMALL | {"calibration.source": str(text_path)})
+    shipped = Config.load(file)
+    assert shipped.structured.ratio == float(file.stem.rpartition("-")[2])
+    model = structprune.load_model(tiny_checkpoint(family))
+    pruned = structprune.prune(model, config)
+    widest_step = max(step for size in open_blocks(Adapter(model), config.structured) for step in size.step.values())
+    sizes = open_blocks(Adapter(model), config.structured)
+    total = sum(size.total for size in sizes)
+    assert abs(pruned.report["ratio"] - shipped.structured.ratio) <= widest_step / total
+    assert pruned.model.num_parameters() < model.num_parameters()
+    assert ratio_of(sizes, {(s.index, k): 0 for s in sizes for k in s.step}) == 0

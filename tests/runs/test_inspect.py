@@ -1,0 +1,221 @@
+"""The dry run: exact counts of the true 8B and 7B shapes from config.json alone, and agreement with a real run."""
+
+import io
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from rich.console import Console
+
+from structprune import Config, UserError, load_model, prune
+from structprune.cli.main import main
+from structprune.models import loading
+from structprune.report.tables import inspect_tables
+from structprune.runs.inspect import inspect_checkpoint
+
+# LLaDA-8B: embedding and head, 32 blocks of 4 d^2 + 3 d m and two norms, the final norm
+LLADA_PROJECTIONS = 4 * 4096**2 + 3 * 4096 * 12288
+LLADA_TOTAL = 2 * 126464 * 4096 + 32 * (LLADA_PROJECTIONS + 2 * 4096) + 4096
+# Dream-7B: q and output 3584 x 3584, k and v 512 x 3584, biases on q, k and v
+DREAM_PROJECTIONS = 2 * 3584**2 + 3584 + 2 * (512 * 3584 + 512) + 3 * 3584 * 18944
+DREAM_TOTAL = 2 * 152064 * 3584 + 28 * (DREAM_PROJECTIONS + 2 * 3584) + 3584
+
+
+def settings(**options) -> Config:
+    return Config.load(None, {f"structured.{key}": value for key, value in options.items()})
+
+
+def test_llada_8b(published_config):
+    assert LLADA_TOTAL == 8_015_581_184
+    found = inspect_checkpoint(published_config("llada"), settings(ratio=0.5, split="equal"))
+    half = LLADA_PROJECTIONS // 2  # 16 heads and 6144 channels fewer
+    assert found["parameters"] == {"before": LLADA_TOTAL, "after": LLADA_TOTAL - 32 * half}
+    assert found["parameters"]["after"] == 4_525_920_256
+    assert found["block_parameters"] == {"before": 32 * LLADA_PROJECTIONS, "after": 32 * half}
+    assert found["bytes"] == {key: 2 * count for key, count in found["parameters"].items()}
+    for row in found["blocks"]:
+        assert row["before"] == {"query_heads": 32, "kv_heads": 32, "channels": 12288}
+        assert row["after"] == {"query_heads": 16, "kv_heads": 16, "channels": 6144}
+        assert row["parameters"] == [LLADA_PROJECTIONS, half]
+    length, head = 2048, 126464 * 4096
+    before = length * (32 * LLADA_PROJECTIONS + head + 32 * 2 * 32 * 128 * length)
+    after = length * (32 * half + head + 32 * 2 * 16 * 128 * length)
+    assert (found["tokens"], found["macs"]) == (length, {"before": before, "after": after})
+    assert (found["source"], found["family"], found["rounding"]) == ("LLaDA-8B", "llada", 128)
+
+
+def test_llada_8b_at_0_3_is_met_within_one_rounding_step(published_config):
+    """10 of 32 heads (nearest to 0.3); channels make up for them in steps of 128, here 28 steps."""
+    found = inspect_checkpoint(published_config("llada"), settings(ratio=0.3, split="equal"))
+    removed = 10 * 4 * 128 * 4096 + 28 * 128 * 3 * 4096
+    assert found["blocks"][31]["after"] == {"query_heads": 22, "kv_heads": 22, "channels": 12288 - 28 * 128}
+    assert found["parameters"]["after"] == LLADA_TOTAL - 32 * removed
+    step = 128 * 3 * 4096 / LLADA_PROJECTIONS
+    assert abs(removed / LLADA_PROJECTIONS - 0.3) <= step / 2
+    for choice in found["choices"]:  # every number of heads on offer meets it
+        assert abs(choice["ratio"] - 0.3) <= step / 2 + 1e-9 and choice["query_heads"] == 32 - choice["steps"]
+
+
+def test_dream_7b(published_config):
+    assert DREAM_TOTAL == 7_615_616_512
+    wanted = settings(ratio=0.5, split=3, allocation="uniform")
+    found = inspect_checkpoint(published_config("dream"), wanted)
+    heads = 3 * 4 * 128 * (2 * 3584 + 1)  # 3 query heads of each of 4 groups: rows and biases of q, columns of output
+    removed = heads + 77 * 128 * 3 * 3584
+    assert removed == 116_983_296
+    assert found["parameters"] == {"before": DREAM_TOTAL, "after": DREAM_TOTAL - 28 * removed}
+    assert found["block_parameters"]["before"] == 28 * DREAM_PROJECTIONS
+    assert found["blocks"][0]["after"] == {"query_heads": 16, "kv_heads": 4, "channels": 18944 - 77 * 128}
+    assert abs(removed / DREAM_PROJECTIONS - 0.5) <= 128 * 3 * 3584 / DREAM_PROJECTIONS / 2
+
+
+def test_dream_7b_by_whole_groups(published_config):
+    wanted = settings(ratio=0.5, split=1, allocation="uniform", gqa="kv_groups")
+    found = inspect_checkpoint(published_config("dream"), wanted)
+    widths = found["blocks"][0]["after"]
+    assert (widths["query_heads"], widths["kv_heads"]) == (21, 3)
+    group = 7 * 128 * (2 * 3584 + 1) + 2 * 128 * (3584 + 1)
+    removed = (DREAM_TOTAL - found["parameters"]["after"]) / 28
+    assert (removed - group) % (128 * 3 * 3584) == 0
+    assert abs(removed / DREAM_PROJECTIONS - 0.5) <= 128 * 3 * 3584 / DREAM_PROJECTIONS / 2
+
+
+def sparse_shard(path, shapes):
+    """A safetensors file with a true header whose gigabytes of bf16 weights are a hole in the file."""
+    entries, end = {}, 0
+    for name, shape in shapes.items():
+        size = 2 * torch.Size(shape).numel()
+        entries[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [end, end + size]}
+        end += size
+    header = json.dumps(entries).encode()
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + end)
+
+
+def test_8b_with_shards_takes_under_a_gigabyte(published_config):
+    """Headers of 16 GB are read, not the weights: peak memory of a fresh process."""
+    directory = published_config("llada")
+    values, config = json.loads((directory / "config.json").read_text()), loading.load_config(directory)[2]
+    with torch.device("meta"):
+        model = loading.detect_family(values, directory).model_class(config)
+    sparse_shard(directory / "model.safetensors", {name: tuple(t.shape) for name, t in model.state_dict().items()})
+    code = (
+        "import sys; from structprune.cli.main import main; "
+        f"code = main(['inspect', {str(directory)!r}, '--ratio', '0.5', '--json']); "
+        "from structprune.bench.memory import peak_memory_bytes; "
+        "print(peak_memory_bytes()['host'], code, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    peak, code = done.stderr.splitlines()[-1].split()
+    assert code == "0" and json.loads(done.stdout)["parameters"]["before"] == LLADA_TOTAL
+    assert 1e8 < int(peak) < 1e9
+
+
+@pytest.mark.parametrize("family", ["llada", "dream"])
+def test_the_numbers_are_those_of_a_real_run(tiny_checkpoint, text_path, family):
+    directory = tiny_checkpoint(family)
+    config = Config.load(None, {
+        "structured.ratio": 0.4, "structured.allocation": "uniform", "structured.split": 1,
+        "structured.protect_first": 1, "structured.score": "magnitude", "reconstruct.enabled": False,
+        "calibration.source": str(text_path),
+        "calibration.windows": 1, "calibration.held_out": 1, "calibration.length": 16, "calibration.steps": 2,
+        "calibration.interval": 1,
+    })  # fmt: skip
+    found = inspect_checkpoint(directory, config)
+    pruned = prune(load_model(directory), config)
+    assert pruned.report["parameters"] == found["parameters"]
+    assert found["parameters"]["after"] == sum(p.numel() for p in pruned.model.parameters())
+    assert [row["after"] for row in found["blocks"]] == pruned.report["widths"]
+    assert {key: pruned.report["macs"][key] for key in ("before", "after")} == found["macs"]
+    assert found["blocks"][0]["before"] == found["blocks"][0]["after"] != found["blocks"][1]["after"]
+    removed = sum(row["parameters"][0] - row["parameters"][1] for row in found["blocks"])
+    total = sum(row["parameters"][0] for row in found["blocks"][1:])
+    assert pruned.report["ratio"] == pytest.approx(removed / total) == pytest.approx(0.4, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"structured.split": 99, "structured.allocation": "uniform"}, "structured.split = 99 does not fit"),
+        ({"structured.split": 1000}, "over all blocks 0 to 9 attention steps"),
+        ({"calibration.interval": 60}, "leaves no noise level"),
+        ({"export.compat": "official"}, "export.compat = official is not possible"),
+        ({"structured.depth_slope": 0.1}, "has no effect"),
+        ({"structured.score": "taylor", "structured.arm": "clean"}, "cannot use arm"),
+    ],
+)
+def test_what_a_run_would_refuse_is_refused(tiny_checkpoint, changes, message):
+    with pytest.raises(UserError, match=message):
+        inspect_checkpoint(tiny_checkpoint(), Config.load(None, changes))
+
+
+def test_a_number_of_heads_is_per_block_or_over_all_blocks(published_config):
+    directory = published_config("llada")
+    per_block = inspect_checkpoint(directory, settings(ratio=0.5, split=2, allocation="uniform"))
+    assert [row["after"]["query_heads"] for row in per_block["blocks"]] == [30] * 32
+    over_all = inspect_checkpoint(directory, settings(ratio=0.5, split=64))  # the same number, shown spread evenly
+    assert over_all["blocks"] == per_block["blocks"]
+
+
+def test_pickled_weights_are_allowed_by_name(tiny_checkpoint, capsys):
+    directory = tiny_checkpoint()
+    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
+    assert main(["inspect", str(directory)]) == 2 and "--allow-pickle" in capsys.readouterr().err
+    assert main(["inspect", str(directory), "--allow-pickle"]) == 0
+
+
+def test_no_weight_is_read(tiny_checkpoint, monkeypatch):
+    directory = tiny_checkpoint("llada", torch_dtype="bfloat16")
+    monkeypatch.setattr(loading, "_read_shard", lambda path: pytest.fail("a weight was read"))
+    values = json.loads((directory / "config.json").read_text()) | {"torch_dtype": "float32"}
+    (directory / "config.json").write_text(json.dumps(values))
+    assert inspect_checkpoint(directory, settings(ratio=0.3))["stored_dtype"] == "bfloat16"  # of the headers
+
+
+@pytest.mark.parametrize("key, name, itemsize", [("dtype", "float16", 2), ("torch_dtype", "torch.float32", 4)])
+def test_dtype_of_a_lone_config(key, name, itemsize, published_config):
+    directory = published_config("dream")
+    values = json.loads((directory / "config.json").read_text())
+    values.pop("torch_dtype")
+    (directory / "config.json").write_text(json.dumps(values | {key: name}))
+    found = inspect_checkpoint(directory, settings(ratio=0.3))
+    assert found["bytes"]["before"] == itemsize * DREAM_TOTAL
+
+
+@pytest.mark.parametrize("ratio", [1.0, -0.1, float("nan"), 2])
+def test_ratio_outside(ratio, published_config):
+    with pytest.raises(UserError, match=r"lies outside \[0, 1\)"):
+        inspect_checkpoint(published_config("llada"), settings(ratio=ratio))
+
+
+def test_ratio_that_no_plan_meets_names_the_nearest(published_config):
+    """At most 31 heads and all channels but 128 of a block can go."""
+    most = (31 * 4 * 128 * 4096 + (12288 - 128) * 3 * 4096) / LLADA_PROJECTIONS
+    with pytest.raises(UserError, match=f"no plan meets ratio 0.9.*: the most is {most:.4f}"):
+        inspect_checkpoint(published_config("llada"), settings(ratio=0.995))
+
+
+def test_broken_shards_are_refused_here_too(tiny_checkpoint):
+    directory = tiny_checkpoint("llada")
+    content = (directory / "model.safetensors").read_bytes()
+    (directory / "model.safetensors").write_bytes(content[:-4])
+    with pytest.raises(UserError, match="cut short"):
+        inspect_checkpoint(directory, settings(ratio=0.3))
+    places = {"a": "model-00001-of-00001.safetensors"}
+    (directory / "model.safetensors").unlink()
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    with pytest.raises(UserError, match="lacks model-00001-of-00001.safetensors"):
+        inspect_checkpoint(directory, settings(ratio=0.3))
+
+
+def test_tables_show_it(published_config):
+    found = inspect_checkpoint(published_config("llada"), settings(ratio=0.5, split="equal"))
+    console = Console(width=140, file=io.StringIO())
+    for table in inspect_tables(found):
+        console.print(table)
+    text = console.file.getvalue()
+    for shown in ("8.016 B", "4.526 B", "32 → 16", "12288 → 6144", "0-31"):
+        assert shown in text
