@@ -1,4 +1,4 @@
-"""The forward process of masked diffusion LMs: mask probabilities and noisy copies (METHODS.md section 2).
+"""The forward process of masked diffusion LMs: mask probabilities and noisy copies (docs/methods.md section 2).
 
 Papers: LLaDA arXiv 2502.09992, Dream arXiv 2508.15487. Shapes: N windows, S noise levels, T tokens.
 """

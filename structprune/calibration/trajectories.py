@@ -1,4 +1,4 @@
-"""Calibration along the model's own denoising: noisy copies that are states of its generation (METHODS.md section 3).
+"""Calibration along the model's own denoising: states of its generation as noisy copies (docs/methods.md section 3).
 
 `forward` copies are noise at S levels, independent of the model. `reverse` copies of a window come from one generation:
 its first quarter is the prompt, and the model fills the rest in K steps, greedily and by low confidence remasking (the

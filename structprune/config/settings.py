@@ -136,8 +136,8 @@ class MaskingSettings(Section):
     column_block: int = Field(128, ge=1)
     """For sparsegpt: columns whose mask is chosen at once."""
     relative: bool = False
-    """Rows count in proportion to 1 / RMS of the residual stream that the projection writes to (METHODS leaves this
-    off; the refit's is reconstruct.relative)."""
+    """Rows count in proportion to 1 / RMS of the residual stream that the projection writes to. Off, as in the papers; the
+    refit has its own, reconstruct.relative."""
 
     @field_validator("nm", mode="before")
     @classmethod

@@ -1,4 +1,4 @@
-"""Rows with masks -> nats, the costly half of a conditional log-likelihood (METHODS.md section 6).
+"""Rows with masks -> nats, the costly half of a conditional log-likelihood (docs/methods.md section 6).
 
 Shapes: N rows of T tokens, M masked positions, U different rows of a forward pass, C features, V vocabulary.
 """

@@ -1,4 +1,4 @@
-"""Masked-diffusion NELBO per token, one estimator for every family (METHODS.md section 6; arXiv 2502.09992)."""
+"""Masked-diffusion NELBO per token, one estimator for every family (docs/methods.md section 6; arXiv 2502.09992)."""
 
 from dataclasses import dataclass
 from typing import Callable, Iterable

@@ -1,4 +1,4 @@
-"""Monte Carlo perturbations of a target, in LLaDA's and Dream's forms, as pure functions (METHODS.md section 6).
+"""Monte Carlo perturbations of a target, in LLaDA's and Dream's forms, as pure functions (docs/methods.md section 6).
 
 All chance comes in as uniform numbers of one item, so that its answers, and every checkpoint, see the same noise and
 their differences are paired. Papers: LLaDA arXiv 2502.09992 (Appendix B.5), Dream arXiv 2508.15487. Shapes: K blocks of

@@ -1,4 +1,4 @@
-"""Published settings of the nine tasks, for LLaDA and for Dream (METHODS.md section 6), as in configs/eval/*.yaml.
+"""Published settings of the nine tasks, for LLaDA and for Dream (docs/methods.md section 6), as in configs/eval/*.yaml.
 
 The table is in code so that an installed package has it; a test holds the files equal to it. Sources: the evaluation
 scripts beside arXiv 2502.09992 (LLaDA) and arXiv 2508.15487 (Dream); what they leave open is said in the files.

@@ -1,7 +1,7 @@
 """Text of evaluation tasks to tokens and back, for both families, with or without a chat template.
 
 LLaDA's published evaluation adds neither BOS nor EOS. Dream's scores BOS + context, continuation + EOS, so that the
-last token, which is never masked, is the EOS (METHODS.md section 6). Shapes: P tokens of a prompt, L of a target.
+last token, which is never masked, is the EOS (docs/methods.md section 6). Shapes: P tokens of a prompt, L of a target.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""Generation by iterative denoising, one code path for LLaDA's and Dream's samplers (METHODS.md section 6).
+"""Generation by iterative denoising, one code path for LLaDA's and Dream's samplers (docs/methods.md section 6).
 
 Papers: LLaDA arXiv 2502.09992, Dream arXiv 2508.15487. Shapes: N prompts, B rows of a batch, P prompt columns (left
 padded), G generated positions, T = P + G, M predicted positions, C features, V vocabulary.

@@ -1,4 +1,4 @@
-"""Settings of the families' samplers, and what in a denoising step differs between them (METHODS.md section 6).
+"""Settings of the families' samplers, and what in a denoising step differs between them (docs/methods.md section 6).
 
 `generate` is the one code path; it asks a settings object how many masks go at a step, how logits are
 shaped, how sure a prediction is, and which positions are revealed. Papers: LLaDA arXiv 2502.09992, Dream arXiv

@@ -27,7 +27,7 @@ class Family:
         width_keys: `query_heads`, `kv_heads`, `channels` -> config key, which is also the `per_layer_config` key.
         keys: other roles (`hidden`, `depth`, `vocabulary`, `positions`) -> config key.
         required: config keys an official config.json must have.
-        schedule: how calibration draws noise levels (METHODS.md section 2): "levels" or "uniform".
+        schedule: how calibration draws noise levels (docs/methods.md section 2): "levels" or "uniform".
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""How strongly text is masked: the one formula that calibration and evaluation share (METHODS.md section 2)."""
+"""How strongly text is masked: the one formula that calibration and evaluation share (docs/methods.md section 2)."""
 
 import torch
 

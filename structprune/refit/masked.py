@@ -1,4 +1,4 @@
-"""Refit of the kept weights on a fixed mask, in delta form (METHODS.md section 5, row by row).
+"""Refit of the kept weights on a fixed mask, in delta form (docs/methods.md section 5, row by row).
 
 Every output keeps other inputs, so every row has a system of its own; conjugate gradients solve all of them at once by
 products with the one Gram matrix that they are parts of, where factorising each would take C³ operations a row.

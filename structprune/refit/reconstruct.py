@@ -1,4 +1,4 @@
-"""Closed-form refit of what is left after removal, in delta form (METHODS.md section 5).
+"""Closed-form refit of what is left after removal, in delta form (docs/methods.md section 5).
 
 Pure functions of Gram matrices, and a driver that walks a dense and a pruned model side by side: attention first,
 then the MLP on the refitted attention's output, each on activations of the already pruned prefix.

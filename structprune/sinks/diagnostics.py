@@ -1,4 +1,4 @@
-"""How concentrated sinks are, and how much they move over a trajectory: pure functions (METHODS.md section 3).
+"""How concentrated sinks are, and how much they move over a trajectory: pure functions (docs/methods.md section 3).
 
 Definitions after "Sink-Aware Pruning" (arXiv 2602.17664) and "Attention Sinks in Diffusion Language Models" (arXiv
 2510.15731). Shapes: S steps (noise levels), T positions, `...` any leading ones; φ is `sink_mask`'s. All variances are

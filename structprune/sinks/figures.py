@@ -67,7 +67,7 @@ def position_figures(trajectory: Trajectory, sink: SinkSettings, vocabulary: Voc
 
 
 def summary(mass: torch.Tensor, phi: torch.Tensor, votes: torch.Tensor) -> dict[str, dict]:
-    """The diagnostics of METHODS.md section 3, each as mean and standard error over sequences.
+    """The diagnostics of docs/methods.md section 3, each as mean and standard error over sequences.
 
     Args:
         mass, phi, votes: (N, S, T), at positions that every step has. `spatial_variation` is the standard deviation of

@@ -63,7 +63,7 @@ class InputNorms:
     """Norms of the features of every linear's input over weighted rows; `norms` gives them.
 
     Args:
-        summed: Σ over sequences of ‖X̃[:, c]‖ instead of ‖X̃[:, c]‖ over all rows (METHODS.md section 4).
+        summed: Σ over sequences of ‖X̃[:, c]‖ instead of ‖X̃[:, c]‖ over all rows (docs/methods.md section 4).
     """
 
     def __init__(self, summed: bool = False):

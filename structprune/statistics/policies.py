@@ -1,7 +1,7 @@
 """Which sink rows lose weight: policies over the S noise levels of a window, and what each of them took.
 
 The published claim is that sinks which move while the model denoises are transient and may be ignored, and that those
-that stay may not (arXiv 2602.17664; the formula is ours, METHODS.md section 3). Pure functions of the sink mask φ.
+that stay may not (arXiv 2602.17664; the formula is ours, docs/methods.md section 3). Pure functions of the sink mask φ.
 Shapes: N windows, S noise levels, T positions.
 """
 

@@ -1,4 +1,4 @@
-"""What an arm looks at: the token rows of a calibration set and their weights (METHODS.md section 2)."""
+"""What an arm looks at: the token rows of a calibration set and their weights (docs/methods.md section 2)."""
 
 from dataclasses import dataclass
 from typing import Callable, Iterable

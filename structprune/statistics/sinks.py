@@ -1,6 +1,6 @@
 """Attention sinks: incoming mass per position, the soft or hard sink mask, and the keep weights of rows.
 
-Definitions: METHODS.md section 3 of the project, after "Sink-Aware Pruning" (arXiv 2602.17664).
+Definitions: docs/methods.md section 3 of the project, after "Sink-Aware Pruning" (arXiv 2602.17664).
 Shapes: B sequences, T positions, H query heads, K key/value heads, D head dim.
 """
 

@@ -1,4 +1,4 @@
-"""Published settings: the files say what the built-in table says, and what METHODS.md says."""
+"""Published settings: the files say what the built-in table says, and what docs/methods.md says."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The dependency graph finds exactly the units that METHODS.md section 5 names, in every family and form."""
+"""The dependency graph finds exactly the units that docs/methods.md section 5 names, in every family and form."""
 
 import pytest
 
