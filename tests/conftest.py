@@ -194,6 +194,21 @@ def prune_command(small_run):
 
 
 @pytest.fixture
+def cpu_accelerator(monkeypatch) -> None:
+    """Runs take the CPU for an accelerator: memory.offload streams weights to it, and memory.overlap has an effect."""
+    from structprune.models.resources import Resources, resolve_resources
+
+    class CpuAccelerator(Resources):
+        accelerator = True
+
+    def resolve(model, memory, dry_run=False):
+        plain = resolve_resources(model, memory.model_copy(update={"offload": False}), dry_run)
+        return CpuAccelerator(**vars(plain) | {"device": torch.device("cpu"), "offload": memory.offload})
+
+    monkeypatch.setattr("structprune.runs.resolve.resolve_resources", resolve)
+
+
+@pytest.fixture
 def piqa(tmp_path) -> Path:
     """Six items in the layout of PIQA."""
     goals = ["boil an egg", "open a jar", "dry wet shoes", "clean a window", "find a lost key", "carry water home"]

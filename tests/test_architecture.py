@@ -12,14 +12,14 @@ import structprune
 from structprune.assets import model_directory, text_file
 
 ROOT, HOME = Path(structprune.__file__).parent, Path(__file__).parents[1]
-BASE = ("errors", "config", "assets")  # what every stage may use
+BASE = ("errors", "progress", "config", "assets")  # what every stage may use
 STAGES = (
     "models",
     "generation",
     "calibration",
     "statistics",
-    "structured",
     "refit",
+    "structured",
     "masking",
     "evaluation",
     "sinks",

@@ -22,10 +22,10 @@ from scripts.tools.script_line import OneLineParser, one_line, result_file, writ
 from structprune.bench.latency import interleaved, speedup
 from structprune.bench.machine import describe_machine
 from structprune.bench.peak import peak_above
-from structprune.cli.show import pick_device
 from structprune.errors import UserError
 from structprune.models.configuration_structprune import StructpruneLLaDAConfig
 from structprune.models.modeling_structprune import StructpruneLLaDA
+from structprune.models.placement import pick_device
 from structprune.report.progress import progress_bars
 from structprune.statistics.capture import MassMeter
 from structprune.statistics.sinks import attention_mass

@@ -19,11 +19,11 @@ from rich.table import Table
 from scripts.tools.script_line import OneLineParser, one_line, result_file, write_result
 from structprune.bench.latency import interleaved, speedup
 from structprune.bench.machine import describe_machine
-from structprune.cli.show import pick_device
 from structprune.errors import UserError
 from structprune.models.adapter import Adapter
 from structprune.models.configuration_structprune import StructpruneLLaDAConfig
 from structprune.models.modeling_structprune import StructpruneLLaDA
+from structprune.models.placement import pick_device
 from structprune.sinks.trajectory import Recorder
 from structprune.statistics.capture import HeadMeter, MassMeter
 

@@ -20,9 +20,9 @@ from structprune.config import Config
 from structprune.models.adapter import Adapter
 from structprune.models.loading import load_model
 from structprune.models.modeling_structprune import DiffusionLM
+from structprune.progress import Track, untracked
 from structprune.runs.mask import mask
 from structprune.statistics.inputs import block_inputs
-from structprune.statistics.rows import Track, untracked
 
 PRESETS = Path(__file__).parents[2] / "configs" / "published"
 

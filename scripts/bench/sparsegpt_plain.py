@@ -14,7 +14,7 @@ import torch
 from structprune.models.adapter import Adapter, BlockView
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.placement import synchronise
-from structprune.statistics.rows import Track, untracked
+from structprune.progress import Track, untracked
 
 COLUMNS = 128  # whose mask is chosen at once
 DAMPING = 0.01  # of the mean diagonal

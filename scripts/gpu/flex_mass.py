@@ -1,9 +1,9 @@
 """Attention mass by FlexAttention: two fused passes in plain torch, with nothing of size (T, T) in memory.
 
 The mass of key j in one head is Σ_i exp(s_ij - lse_i), lse_i being the log-sum-exp of query i's scores, which attention
-computes anyway. Its logarithm is in turn a log-sum-exp over the queries: exactly what attention with queries and keys
-exchanged computes as its own, once lse_i is taken from the scores. So the second pass is FlexAttention again, and no
-kernel is written by hand. Not measured on a GPU yet; `sinks.attention_mass`, the reference, is what everything uses.
+computes anyway. Its logarithm is again a log-sum-exp, over the queries: the one that attention computes when queries
+and keys are exchanged and lse_i is subtracted from the scores. So the second pass is FlexAttention too, without a
+hand-written kernel. Not measured on a GPU yet; everything uses the reference, `sinks.attention_mass`.
 Shapes: B sequences, T positions, H query heads, K key/value heads, D head dim.
 """
 
@@ -38,7 +38,7 @@ def attend_with_flex_mass(
 
 
 def _with_lse(attend, query, key, value, grouped: bool, change) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output (B, H, T, D) and log-sum-exp (B, H, T) of FlexAttention, asked for as each torch wants it."""
+    """Output (B, H, T, D) and log-sum-exp (B, H, T) of FlexAttention, by the interface of the installed torch."""
     options = {"score_mod": change, "enable_gqa": grouped}
     if hasattr(flex, "AuxRequest"):  # from torch 2.9
         mixed, aux = attend(query, key, value, **options, return_aux=flex.AuxRequest(lse=True))
@@ -48,7 +48,7 @@ def _with_lse(attend, query, key, value, grouped: bool, change) -> tuple[torch.T
 
 @lru_cache
 def _attention(device: str):
-    """FlexAttention, compiled where it is fused; on CPU it runs unfused, which is for tests."""
+    """FlexAttention, compiled on accelerators; on CPU it runs unfused, for tests only."""
     if device != "cpu":
         return torch.compile(flex.flex_attention, dynamic=True)
     warnings.filterwarnings("ignore", message="flex_attention called without torch.compile", category=UserWarning)

@@ -14,8 +14,8 @@ from structprune.models.adapter import Adapter
 from structprune.models.loading import load_model
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.placement import pick_device
+from structprune.progress import untracked
 from structprune.runs.mask import Masked, mask
-from structprune.statistics.rows import untracked
 
 RATIO = 0.5
 WANTED = 3.0  # times faster than the straightforward implementation

@@ -5,12 +5,12 @@ import argparse
 import torch
 import torch.nn.functional as F
 
+from scripts.gpu.flex_mass import attend_with_flex_mass
 from scripts.gpu.gpu_common import shape_family, shape_values
 from structprune.bench.latency import interleaved, speedup
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.placement import pick_device
 from structprune.statistics.capture import MassMeter
-from structprune.statistics.flex_mass import attend_with_flex_mass
 from structprune.statistics.sinks import attention_mass
 
 WANTED = 0.1  # of a forward pass

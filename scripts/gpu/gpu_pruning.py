@@ -12,8 +12,8 @@ from scripts.gpu.gpu_volume import choose_volume, describe_volume
 from structprune.models.loading import load_model
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.placement import pick_device, synchronise
+from structprune.progress import untracked
 from structprune.runs.prune import Pruned, Pruner
-from structprune.statistics.rows import untracked
 
 WANTED_ABOVE_WEIGHTS = 8e9  # bytes at batch 1
 

@@ -18,12 +18,10 @@ from rich.table import Table
 from scripts.studies.studies import HeldOut, Study, cell, contrast_row, loss_row, main
 from structprune.assets import model_directory
 from structprune.calibration.batches import Calibration
-from structprune.calibration.trajectories import calibrated
 from structprune.config import Config
 from structprune.models.loading import load_model
 from structprune.runs.demo import BASE as DEMO
-from structprune.runs.prune import prune
-from structprune.statistics.rows import untracked
+from structprune.runs.prune import Pruner, prune
 
 BASE = {key: value for key, value in DEMO.items() if key.startswith("calibration.")}
 RATIO = "0.5"
@@ -75,7 +73,7 @@ def calibration_of(trajectory: str, seed: int) -> Calibration:
     """What all variants of a trajectory and a seed look at, made once by a process."""
     model = load_model(model_directory(), device="cpu")
     config = Config.load(overrides=BASE | {"calibration.seed": seed, "sink.trajectory": trajectory})
-    return calibrated(model, config, None, untracked)
+    return Pruner(model, config).calibration
 
 
 def measure(name: str, seed: int, windows: int, length: int, threads: int) -> dict:

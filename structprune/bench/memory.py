@@ -7,15 +7,15 @@ from pathlib import Path
 
 import torch
 
-from structprune.config import Config
 from structprune.models.adapter import CONSUMERS, Adapter
-from structprune.models.loading import as_dtype
 from structprune.models.logits import LOGIT_BYTES
+from structprune.models.resources import Resources
 from structprune.models.transfer import PINNED_BYTES
-from structprune.statistics.gradients import held_bytes, recomputes
+from structprune.statistics.gradients import recomputes, saved_bytes
+from structprune.statistics.moments import held_input_bytes
 from structprune.statistics.rows import needs_sinks
-from structprune.structured.scores.ranking import Limits, block_tensors
-from structprune.structured.scores.table import CRITERIA, resolve_arm
+from structprune.structured.request import StructuredRequest
+from structprune.structured.units import block_tensors
 
 LARGEST_SHARD = 5_000_000_000  # official checkpoints are cut at 5 GB; a shard is in memory beside what was read so far
 RUNTIME_BYTES = 450_000_000  # the interpreter with torch and transformers imported
@@ -39,7 +39,7 @@ def _host_peak() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def predicted_peak(dense: Adapter, pruned: Adapter, config: Config, stored: torch.dtype) -> dict[str, int]:
+def predicted_peak(dense: Adapter, pruned: Adapter, request: StructuredRequest, stored: torch.dtype) -> dict[str, int]:
     """Predicted peak memory of a structured run, in bytes, by part and in total.
 
     Args:
@@ -51,52 +51,51 @@ def predicted_peak(dense: Adapter, pruned: Adapter, config: Config, stored: torc
         accelerator "peak device", and on disk "temporary files". Hidden states and held activations beyond
         `memory.budget_gb` go to files or are computed again, so they are capped.
     """
-    device = config.model.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    accelerator, offload = device != "cpu", config.memory.offload
-    dtype = as_dtype(config.model.dtype) or (stored if accelerator else torch.float32)
+    resources, refits = request.resources, request.reconstruct.enabled
+    dtype, budget = resources.weight_dtype(stored), resources.budget
     shared = sum(p.numel() for p in pruned.model.parameters()) - sum(_block_numbers(pruned))
-    size = Tokens.of(config).scaled(dtype.itemsize)
+    size = Tokens.of(request).scaled(dtype.itemsize)
     at_once = size.once * _pass_features(dense, dtype)
     weights = dense.model.num_parameters() * dtype.itemsize
     copy = (pruned.model.num_parameters() - shared) * dtype.itemsize
-    stream, streams = size.all * dense.hidden_size, 2 if config.reconstruct.enabled else 1
-    files = {"temporary files": stream * streams if stream > _budget(config) else 0}
+    stream, streams = size.all * dense.hidden_size, 2 if refits else 1
+    files = {"temporary files": stream * streams if stream > budget else 0}
     phases = {
-        f"scoring ({config.structured.score})": _scoring_bytes(dense, config, size, dtype, at_once),
-        "refit": _refit_bytes(dense, pruned, config, size, at_once) if config.reconstruct.enabled else 0,
-        "held-out check": at_once + _check_bytes(pruned, config, dtype, size.once // dtype.itemsize),
+        f"scoring ({request.settings.score})": _scoring_bytes(dense, request, size, dtype, at_once),
+        "refit": _refit_bytes(dense, pruned, request, size, at_once) if refits else 0,
+        "held-out check": at_once + _check_bytes(pruned, refits, dtype, size.once // dtype.itemsize),
     }
     parts = {
         "dense weights": weights,
         "pruned weights": copy,
         **phases,
-        "hidden states": min(stream, _budget(config)) * streams,
+        "hidden states": min(stream, budget) * streams,
     }
     working = max(phases.values())
     shard = min(dense.model.num_parameters() * stored.itemsize, LARGEST_SHARD)
-    if not accelerator:
+    if not resources.accelerator:
         parts["peak host"] = max(weights + shard, weights + copy + parts["hidden states"] + working) + RUNTIME_BYTES
         return parts | files
     at_home = weights + copy  # in host memory with offload, on the device without
-    parts |= transfers(dense, config, size.once * dense.hidden_size, streams, dtype)
+    parts |= transfers(dense, resources, size.once * dense.hidden_size, streams, dtype)
     parts["peak host"] = max(shard, parts["hidden states"] + parts["pinned buffers"]) + RUNTIME_BYTES
-    parts["peak host"] += at_home if offload else 0
-    parts["peak device"] = (parts["layers under way"] if offload else at_home) + parts["batches under way"] + working
+    parts["peak host"] += at_home if resources.offload else 0
+    parts["peak device"] = parts["layers under way"] if resources.offload else at_home
+    parts["peak device"] += parts["batches under way"] + working
     return parts | files
 
 
-def transfers(adapter: Adapter, config: Config, batch: int, streams: int, dtype: torch.dtype) -> dict[str, int]:
-    """Bytes of what copies to and from an accelerator hold, by part.
+def transfers(adapter: Adapter, resources: Resources, batch: int, streams: int, dtype: torch.dtype) -> dict[str, int]:
+    """Bytes that copies to and from an accelerator hold, by part.
 
     Args:
         batch: bytes of one batch's hidden states. Where copies overlap the computation, the next one and the last one
             of each of `streams` stores are on the device.
     """
-    memory = config.memory
     layer = max(p.numel() for p in adapter.model.parameters()) * dtype.itemsize
-    layers = 0 if not memory.offload else 2 * layer if memory.overlap else layer  # the present one, and the next
-    found = {"pinned buffers": PINNED_BYTES, "batches under way": 2 * batch * streams}
-    return (found if memory.overlap else dict.fromkeys(found, 0)) | {"layers under way": layers}
+    layers = 0 if not resources.offload else 2 * layer if resources.overlap else layer  # the current one, and the next
+    buffers = {"pinned buffers": PINNED_BYTES, "batches under way": 2 * batch * streams}
+    return (buffers if resources.overlap else dict.fromkeys(buffers, 0)) | {"layers under way": layers}
 
 
 @dataclass(frozen=True)
@@ -113,50 +112,44 @@ class Tokens:
     once: int
 
     @classmethod
-    def of(cls, config: Config) -> "Tokens":
-        settings = config.calibration
+    def of(cls, request: StructuredRequest) -> "Tokens":
+        settings = request.calibration
         levels, length = max(1, settings.steps // settings.interval), settings.length
-        windows, once = settings.windows + settings.held_out, Limits(settings.batch).sequences(levels, length)
+        windows, once = settings.windows + settings.held_out, request.limits.sequences(levels, length)
         return cls(windows * levels * length, settings.batch * levels * length, once * length)
 
     def scaled(self, factor: int) -> "Tokens":
         return Tokens(self.all * factor, self.batch * factor, self.once * factor)
 
 
-def _budget(config: Config) -> int:
-    return int(config.memory.budget_gb * 1e9)
-
-
 def _consumer_widths(adapter: Adapter) -> list[tuple[int, int]]:
     return [(block["attention_output"].in_features, block["down"].in_features) for block in adapter.blocks]
 
 
-def _scoring_bytes(dense: Adapter, config: Config, size: Tokens, dtype: torch.dtype, at_once: int) -> int:
-    """Of what the score needs, beside weights and hidden states; `at_once`: activations of a pass of `size.once`."""
-    widths, settings = _consumer_widths(dense), config.structured
-    needs = CRITERIA[settings.score].needs
+def _scoring_bytes(dense: Adapter, request: StructuredRequest, size: Tokens, dtype: torch.dtype, at_once: int) -> int:
+    """What the score needs beside weights and hidden states; `at_once`: activations of a pass of `size.once`."""
+    widths, needs = _consumer_widths(dense), request.score.needs
     if needs == "weights":
         return 0
     if needs == "grams":  # fp32 Grams of both consumers; and a pass, or fp64 copies while the wider is inverted
         return max(4 * (a * a + b * b) + max(at_once, _inversion_bytes(dense, max(a, b))) for a, b in widths)
     if needs == "gradients":
-        return _gradient_bytes(dense, config, dtype)
+        return _gradient_bytes(dense, request, dtype)
     whole = size.batch * _pass_features(dense, dtype)
-    if needs_sinks(resolve_arm(settings.score, settings.arm), config.sink):
-        # every consumer's input until the batch has ended
-        held = size.batch * sum(a + b for a, b in widths)
-        return whole + (held if held <= _budget(config) else 0)
+    if needs_sinks(request.arm, request.sink):
+        held = held_input_bytes(dense, size.batch // dtype.itemsize, dtype.itemsize)
+        return whole + (held if held <= request.resources.budget else 0)
     return whole
 
 
-def _gradient_bytes(dense: Adapter, config: Config, dtype: torch.dtype) -> int:
+def _gradient_bytes(dense: Adapter, request: StructuredRequest, dtype: torch.dtype) -> int:
     """fp32 sums and the widest new gradient; what blocks hold for the backward pass, or their inputs, one block's and
     its gradients where they are computed again; and the slice of logits."""
     linears = [value for block in dense.blocks for value in block_tensors(block).values()]
     sums = 4 * sum(value.numel() for value in linears) + dtype.itemsize * max(value.numel() for value in linears)
-    tokens = Tokens.of(config).once
-    held = [tokens * held_bytes(block, dtype) for block in dense.blocks]
-    if recomputes(dense.blocks, tokens, dtype, _budget(config)):
+    tokens = Tokens.of(request).once
+    held = [tokens * saved_bytes(block, dtype) for block in dense.blocks]
+    if recomputes(dense.blocks, tokens, dtype, request.resources.budget):
         live = (len(held) + 1) * tokens * dense.hidden_size * dtype.itemsize + 2 * max(held)
     else:
         live = sum(held) + max(held)
@@ -168,31 +161,32 @@ def _inversion_bytes(adapter: Adapter, width: int) -> int:
     return 24 * width * width + 16 * width * adapter.hidden_size
 
 
-def _refit_bytes(dense: Adapter, pruned: Adapter, config: Config, size: Tokens, at_once: int) -> int:
+def _refit_bytes(dense: Adapter, pruned: Adapter, request: StructuredRequest, size: Tokens, at_once: int) -> int:
     """fp32 products of fit and held-out rows, a pass or a solve, held targets, and the consumer's input in turn."""
-    settings, windows = config.structured, config.calibration.windows + config.calibration.held_out
+    settings, text = request.settings, request.calibration
+    windows = text.windows + text.held_out
     # under `global` a block may keep everything
     side = dense if settings.allocation == "global" else pruned
-    kept, outputs = max(block["down"].in_features for block in side.blocks), dense.hidden_size
+    remaining, outputs = max(block["down"].in_features for block in side.blocks), dense.hidden_size
     targets = size.all * 2 * len(dense.blocks) * dense.hidden_size
     one = size.all * max(max(pair) for pair in _consumer_widths(side))
     split = 0  # the measured split holds targets of its own
     if settings.split == "measured":
-        split = targets * min(settings.split_windows + config.calibration.held_out, windows) // windows
-    held = sum(part for part in (targets, split, one) if part <= _budget(config))
+        split = targets * min(settings.split_windows + text.held_out, windows) // windows
+    held = sum(part for part in (targets, split, one) if part <= request.resources.budget)
     # fp64: a factor beside what it is made of or its copy; the weight, the best one, and the gap, twice, with what it
     # becomes. Measured on CPU at K = 2048
-    solve = 16 * kept * kept + 40 * kept * outputs
-    return 8 * kept * (kept + outputs) + max(at_once, solve) + held
+    solve = 16 * remaining * remaining + 40 * remaining * outputs
+    return 8 * remaining * (remaining + outputs) + max(at_once, solve) + held
 
 
-def _check_bytes(pruned: Adapter, config: Config, dtype: torch.dtype, tokens: int) -> int:
+def _check_bytes(pruned: Adapter, refits: bool, dtype: torch.dtype, tokens: int) -> int:
     """Logits of at most all `tokens`, as they are, in fp32, and normalised; and what a refit moved, kept beside the
     weights of plain removal."""
     rows = min(tokens, max(1, LOGIT_BYTES // (8 * pruned.vocabulary)))
     moved = sum(block[role].weight.numel() for block in pruned.blocks for role in CONSUMERS)
     head = rows * pruned.vocabulary * (8 if dtype == torch.float32 else 8 + dtype.itemsize)
-    return head + (moved * dtype.itemsize if config.reconstruct.enabled else 0)
+    return head + (moved * dtype.itemsize if refits else 0)
 
 
 def _block_numbers(adapter: Adapter) -> list[int]:

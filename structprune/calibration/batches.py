@@ -1,4 +1,4 @@
-"""What a run calibrated on, in memory and as calibration.safetensors, which replays ids and noise exactly."""
+"""The calibration set of a run, in memory and as calibration.safetensors, which replays ids and noise exactly."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -163,15 +163,15 @@ def _check_values(tensors: dict[str, torch.Tensor], mask_id: int | None, path: s
     if clean.min() < 0:
         raise UserError(f"{path}: input_ids holds the negative token id {clean.min().item()}")
     if p is not None and not bool(((p > 0) & (p <= 1)).all()):  # NaN fails every comparison
-        wrong = p[~((p > 0) & (p <= 1))][0].item()
-        raise UserError(f"{path}: mask_probability holds {wrong}, not a probability in (0, 1]")
+        value = p[~((p > 0) & (p <= 1))][0].item()
+        raise UserError(f"{path}: mask_probability holds {value}, not a probability in (0, 1]")
     changed = noisy[noisy != clean[:, None]]  # (number of masked positions,)
     if mask_id is None and len(changed):
-        mask_id = changed[0].item()
-    wrong = changed[changed != mask_id]
-    if len(wrong):
+        mask_id = int(changed[0])
+    others = changed[changed != mask_id]  # (number of positions with another id,)
+    if len(others):
         raise UserError(
-            f"{path}: noisy_ids differ from input_ids by id {wrong[0].item()}, where only mask id {mask_id} may"
+            f"{path}: noisy_ids differ from input_ids by id {others[0].item()}, where only mask id {mask_id} may"
         )
 
 

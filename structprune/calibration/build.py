@@ -14,9 +14,9 @@ from structprune.models.adapter import Adapter
 from structprune.models.loading import load_tokenizer
 from structprune.models.modeling_structprune import DiffusionLM
 
-SURPLUS = 4  # times the tokens needed are read of a streamed source, so that windows are not just its first ones
-CHECK_SEED = 977  # of the noise of the held-out check, which is not the calibration's
-LONGEST = 1 << 26  # tokens read of a local or downloaded corpus (256 MB as int32)
+SURPLUS = 4  # times the needed tokens are read from a streamed source, so that windows are not just its first ones
+CHECK_SEED = 977  # seeds the noise of the held-out check, which differs from the calibration's
+LONGEST = 1 << 26  # most tokens read from a local or downloaded corpus (256 MB as int32)
 
 
 def calibrate(model: DiffusionLM, config: Config) -> Calibration:
@@ -37,24 +37,23 @@ def calibrate(model: DiffusionLM, config: Config) -> Calibration:
     )
 
 
-def check_length(model: DiffusionLM, config: Config, reads: bool = True) -> None:
-    """Raise UserError where windows to be cut are longer than the model's positions.
-
-    Args:
-        reads: whether the run looks at text at all.
-    """
+def check_length(model: DiffusionLM, config: Config) -> None:
+    """Raise UserError where the windows are longer than the model's positions."""
     longest = getattr(model.config, Adapter(model).family.keys["positions"])
     settings = config.calibration
-    if reads and not settings.replays and settings.length > longest:
+    if not settings.replays and settings.length > longest:
         raise UserError(f"calibration.length = {settings.length} exceeds the model's {longest} positions: lower it")
 
 
-def held_out_noise(calibration: Calibration, model: DiffusionLM, seed: int) -> tuple[torch.Tensor, ...]:
-    """What the final check of a run sees: held-out ids (n, T), noisy copies (n, S, T), mask probabilities (n, S)."""
+def held_out_noise(
+    calibration: Calibration, model: DiffusionLM, seed: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Inputs of a run's final check: held-out ids (n, T), noisy copies (n, S, T), mask probabilities (n, S)."""
     held_out = calibration.check.input_ids  # (n, T)
     generator = torch.Generator().manual_seed(CHECK_SEED + seed)
-    noise = stratified_noise(held_out, model.config.mask_token_id, generator, calibration.levels, model.edges_visible)
-    return held_out, *noise
+    mask_id, levels = model.config.mask_token_id, calibration.levels
+    noisy, p = stratified_noise(held_out, mask_id, generator, levels, model.edges_visible)  # (n, S, T), (n, S)
+    return held_out, noisy, p
 
 
 def load_calibration(
@@ -91,21 +90,20 @@ def load_calibration(
 
 
 def replay(settings: CalibrationSettings, mask_id: int | None = None) -> Calibration:
-    """The saved calibration set that is the source, as it is: of the settings only `held_out` counts, where the file
-    names none.
+    """The saved calibration set, unchanged; `settings.held_out` applies only where the file has none.
 
     Args:
         mask_id: the model's mask token, where it is known.
     Raises:
-        UserError: a file that cannot be replayed, or another number held out than is asked for.
+        UserError: a file that cannot be replayed, or a held-out count other than the configured one.
     """
-    source, asked = settings.source, settings.held_out
-    calibration = Calibration.load(source, asked, mask_id)
+    source, configured = settings.source, settings.held_out
+    calibration = Calibration.load(source, configured, mask_id)
     held_out = calibration.held_out
-    if asked not in (held_out, CalibrationSettings.model_fields["held_out"].default):
+    if configured not in (held_out, CalibrationSettings.model_fields["held_out"].default):
         raise UserError(
-            f"calibration.held_out = {asked} has no effect: {source} is replayed as it is, with {held_out} windows held"
-            f" out; leave it out, or set it to {held_out}"
+            f"calibration.held_out = {configured} has no effect: {source} is replayed as it is, with {held_out} windows"
+            f" held out; leave it out, or set it to {held_out}"
         )
     if held_out == 0 and settings.seed != CalibrationSettings.model_fields["seed"].default:
         raise UserError(
@@ -150,7 +148,7 @@ def _from_text(
     count = settings.windows + settings.held_out
     input_ids = cut_windows(tokens, count, settings.length, _generator(settings.seed, 0))  # (N, T)
     noise = _generator(settings.seed, 1)
-    # drawn apart, so that the times are stratified over the windows to fit on and over the held-out ones
+    # drawn separately, so that times are stratified over the fit windows and over the held-out ones
     parts = [
         noise_windows(part, mask_id, schedule, noise, settings.steps, settings.interval, edges_visible)
         for part in input_ids.split([settings.windows, settings.held_out])
@@ -174,11 +172,11 @@ def _from_text(
 
 
 def _corpus(settings: CalibrationSettings, tokenizer) -> torch.Tensor:
-    """The token ids (M,) of the source, or of as much of its start as is worth reading."""
+    """The token ids (M,) of the source, or of its start where that is enough."""
     source = settings.source
     documents = read_texts(source, settings.subset, settings.split, settings.column)
-    wanted = SURPLUS * (settings.windows + settings.held_out) * settings.length
-    limit = wanted if is_streamed(source) else max(wanted, LONGEST)
+    needed = SURPLUS * (settings.windows + settings.held_out) * settings.length  # tokens
+    limit = needed if is_streamed(source) else max(needed, LONGEST)
     return tokenize_corpus(join_texts(documents, source, tokenizer), tokenizer, limit)
 
 
@@ -188,7 +186,7 @@ def _generator(seed: int, stream: int) -> torch.Generator:
 
 
 def check_vocabulary(input_ids: torch.Tensor, vocabulary: int | None, source: str) -> None:
-    """Raise UserError where a text's token ids have no embedding, of which there are `vocabulary` (None: unknown)."""
+    """Raise UserError where a text has token ids without an embedding; `vocabulary` counts them (None: unknown)."""
     largest = input_ids.max().item()
     if vocabulary is not None and largest >= vocabulary:
         raise UserError(

@@ -17,7 +17,7 @@ def level_times(steps: int = 50, interval: int = 5) -> torch.Tensor:
     """LLaDA's ordered times t = s / N at s = interval, 2 interval, ...: (S,) float64, S = steps // interval.
 
     Raises:
-        UserError: the interval is longer than the trajectory, so no level is left.
+        UserError: the interval is longer than the trajectory, which leaves no level.
     """
     if not 1 <= interval <= steps:
         raise UserError(

@@ -1,9 +1,10 @@
 """Text to calibrate or evaluate on: Hub datasets, or local files, one document or conversation at a time."""
 
 import json
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterable, Iterator
+from typing import Any
 
 from structprune.errors import UserError, nearest
 
@@ -14,7 +15,7 @@ LOCAL = (".txt", ".jsonl", ".parquet")
 
 @dataclass(frozen=True)
 class HubText:
-    """How a source is asked of the Hub."""
+    """How to request a source from the Hub."""
 
     name: str
     subset: str | None = None
@@ -203,18 +204,18 @@ def _hub_rows(source: str, subset: str | None, split: str, section: str) -> Iter
             raise UserError(_unreachable(source, error, section)) from error
 
 
-def _request(source: str, wanted: HubText, subset: str | None, split: str, section: str) -> dict[str, Any]:
+def _request(source: str, text: HubText, subset: str | None, split: str, section: str) -> dict[str, Any]:
     """The arguments of `datasets.load_dataset`."""
-    request = {"path": wanted.name, "name": subset or wanted.subset, "split": split, "streaming": wanted.stream}
-    if wanted.files is None:
+    request = {"path": text.name, "name": subset or text.subset, "split": split, "streaming": text.stream}
+    if text.files is None:
         return request
     if subset is not None:
         raise UserError(
-            f"{section}.subset = '{subset}': '{source}' is one part of {wanted.name}; name that dataset instead"
+            f"{section}.subset = '{subset}': '{source}' is one part of {text.name}; name that dataset instead"
         )
-    if split not in wanted.files:
-        raise UserError(f"{section}.split = '{split}': '{source}' has {', '.join(wanted.files)}")
-    return request | {"data_files": {split: wanted.files[split]}}
+    if split not in text.files:
+        raise UserError(f"{section}.split = '{split}': '{source}' has {', '.join(text.files)}")
+    return request | {"data_files": {split: text.files[split]}}
 
 
 def _unreachable(source: str, error: Exception, section: str) -> str:

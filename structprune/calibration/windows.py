@@ -1,6 +1,6 @@
 """Windows of tokens: a corpus tokenised piece by piece, and disjoint windows drawn from it."""
 
-from typing import Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -51,12 +51,12 @@ def cut_windows(token_ids: torch.Tensor, count: int, length: int, generator: tor
 
     Args:
         token_ids: (M,) integers, on CPU.
-        count: windows wanted; as many as M // length can be had.
+        count: number of windows, at most M // length.
         length: tokens in each.
     Returns:
         (count, length) int64.
     Raises:
-        UserError: the corpus is shorter than one window, or has fewer windows than wanted.
+        UserError: the corpus is shorter than one window, or has fewer windows.
     """
     cells = len(token_ids) // length
     if cells == 0:

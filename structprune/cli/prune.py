@@ -113,7 +113,7 @@ def prune(
     debug: Debug = False,
 ) -> None:
     """Only what contradicts itself on the command line is refused here; the rest by the run itself."""
-    from structprune.cli.show import mask_checkpoint, prune_checkpoint
+    from structprune.cli.show import mask_and_show, prune_and_show
 
     extra = {"calibration__source": calibration, "model__device": device, "model__mask_id": mask_id, "method": method}
     settings = _settings(config, ratio, sets, nm, **extra, model__allow_pickle=allow_pickle or None)
@@ -124,9 +124,9 @@ def prune(
     if idle := [key for key in OF_TEXT if key in _named(sets) and settings.calibration.replays]:
         raise UserError(f"{idle[0]} means nothing for a saved calibration, which is replayed as it is: leave it out")
     if settings.method == "structured":
-        prune_checkpoint(checkpoint, out, settings, plan, overwrite)
+        prune_and_show(checkpoint, out, settings, plan, overwrite)
     else:
-        mask_checkpoint(checkpoint, out, settings, overwrite)
+        mask_and_show(checkpoint, out, settings, overwrite)
 
 
 def inspect(

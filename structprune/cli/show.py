@@ -9,75 +9,49 @@ from rich.console import Console
 from rich.markup import escape
 
 from structprune.bench.settings import BenchSettings
-from structprune.calibration.build import check_source
-from structprune.calibration.trajectories import check_calibration
 from structprune.checkpoint.save import check_output
 from structprune.config import Config, ModelSettings
 from structprune.errors import Interrupted, UserError
 from structprune.evaluation.settings import EvaluationConfig
 from structprune.evaluation.workers import workers
-from structprune.masking.rows import reads_text
-from structprune.masking.scores.table import resolve_score
-from structprune.models.adapter import Adapter
-from structprune.models.checkpoint_files import locate
-from structprune.models.loading import load_model
-from structprune.models.modeling_structprune import DiffusionLM
-from structprune.models.placement import pick_device, stream_target
 from structprune.report.bench_tables import bench_tables
 from structprune.report.eval_tables import eval_table
 from structprune.report.progress import progress_bars
 from structprune.report.tables import inspect_tables, mask_inspect_tables, mask_table, run_table
 from structprune.runs.bench import bench
+from structprune.runs.checkpoints import mask_checkpoint, prune_checkpoint
 from structprune.runs.evaluate import evaluate
-from structprune.runs.inspect import inspect_checkpoint, inspect_masking
-from structprune.runs.mask import mask
-from structprune.runs.prune import Pruner
+from structprune.runs.inspect import inspect_checkpoint
+from structprune.runs.inspect_masks import inspect_masking
 from structprune.structured.plan import Plan
 
 
-def prune_checkpoint(checkpoint: str, out: Path, config: Config, plan: Path | None, overwrite: bool) -> None:
-    """`structprune prune`: load, prune, save, and say what was made.
+def prune_and_show(checkpoint: str, out: Path, config: Config, plan: Path | None, overwrite: bool) -> None:
+    """`structprune prune`: load, prune, save, and print the result.
 
     Raises:
         UserError: anything the user can mend, before the long work where it can be known then.
     """
-    directory = locate(checkpoint, weights=False)
-    check_output(out, directory, overwrite)
     given = None if plan is None else Plan.load(plan)
-    inspect_checkpoint(checkpoint, config, given)  # refuses in seconds what cannot be, before weights are downloaded
-    _check_source(config, directory)
     with progress_bars(Console(stderr=True)) as track:
-        model = _load(checkpoint, config)
-        before = _stored_bytes(model)
-        check_output(out, directory, overwrite, before)
-        pruned = Pruner(model, config, track=track).prune(plan=given)
-        pruned.save(out, overwrite)
+        written = prune_checkpoint(checkpoint, out, config, given, overwrite, track)
     after = sum(path.stat().st_size for path in out.glob("*.safetensors") if path.name != "calibration.safetensors")
     console = Console()
-    console.print(run_table(pruned.report, (before, after)))
+    console.print(run_table(written.result.report, (written.source_bytes, after)))
     console.print(f"Wrote {out} (model, plan.json, calibration.safetensors, report.json, README.md)", soft_wrap=True)
     console.print(
         f"Load it anywhere: AutoModelForCausalLM.from_pretrained('{out}', trust_remote_code=True)", soft_wrap=True
     )
 
 
-def mask_checkpoint(checkpoint: str, out: Path, config: Config, overwrite: bool) -> None:
-    """`structprune prune --method unstructured|nm`: load, mask, save in the source's layout, and say what was made.
+def mask_and_show(checkpoint: str, out: Path, config: Config, overwrite: bool) -> None:
+    """`structprune prune --method unstructured|nm`: load, mask, save in the source's layout, and print the result.
 
     Raises:
         UserError: anything the user can mend, before the long work where it can be known then.
     """
-    directory = locate(checkpoint, weights=False)
-    check_output(out, directory, overwrite)
-    inspect_masking(checkpoint, config)  # refuses in seconds what cannot be, before weights are downloaded
-    if reads_text(config, resolve_score(config.masking.score, config.masking.arm)[1]):
-        _check_source(config, directory)
     with progress_bars(Console(stderr=True)) as track:
-        model = _load(checkpoint, config, code=True)
-        masks = sum(block[role].weight.numel() for block in Adapter(model).blocks for role in block.names) // 8
-        check_output(out, directory, overwrite, _stored_bytes(model) + masks)
-        masked = mask(model, config, track=track, in_place=True)
-        masked.save(out, overwrite)
+        masked = mask_checkpoint(checkpoint, out, config, overwrite, track).result
     console = Console()
     console.print(mask_table(masked.report))
     text = ", calibration.safetensors" if masked.calibration is not None else ""
@@ -88,26 +62,6 @@ def mask_checkpoint(checkpoint: str, out: Path, config: Config, overwrite: bool)
         " use --method structured.",
         soft_wrap=True,
     )
-
-
-def _check_source(config: Config, directory: Path) -> None:
-    """Refuse text or a saved calibration that cannot be used, before weights are read."""
-    saved = check_source(config.calibration, directory)
-    if saved is not None:
-        check_calibration(saved, config)
-
-
-def _load(checkpoint: str, config: Config, code: bool = False) -> DiffusionLM:
-    """The model where it is to compute; with memory.offload at home, in the checkpoint's dtype."""
-    settings = config.model
-    place, dtype = pick_device(settings.device), settings.dtype
-    if stream_target(config.memory.offload, settings.device):
-        place, dtype = torch.device("cpu"), dtype or "auto"
-    return load_model(checkpoint, dtype, place, settings.mask_id, settings.allow_pickle, code)
-
-
-def _stored_bytes(model: DiffusionLM) -> int:
-    return sum(p.numel() for p in model.parameters()) * model.source.dtype.itemsize
 
 
 def inspect_and_show(checkpoint: str, config: Config, as_json: bool) -> None:

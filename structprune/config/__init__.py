@@ -1,7 +1,9 @@
 """The validated model of a run's choices, and which of them contradict each other."""
 
+from structprune.config.names import register_name
 from structprune.config.sections import Section, Sections
 from structprune.config.settings import (
+    ARMS,
     DEFAULT_ARM,
     Arm,
     CalibrationSettings,
@@ -14,10 +16,10 @@ from structprune.config.settings import (
     SinkPolicy,
     SinkSettings,
     StructuredSettings,
-    known_keys,
 )
 
 __all__ = [
+    "ARMS",
     "DEFAULT_ARM",
     "Arm",
     "CalibrationSettings",
@@ -32,5 +34,5 @@ __all__ = [
     "SinkPolicy",
     "SinkSettings",
     "StructuredSettings",
-    "known_keys",
+    "register_name",
 ]

@@ -1,7 +1,10 @@
 """Choices that contradict each other: a value that was changed although another leaves it without effect."""
 
-from structprune.config import (
-    DEFAULT_ARM,
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from structprune.config.sections import Sections
+from structprune.config.settings import (
     CalibrationSettings,
     Config,
     ExportSettings,
@@ -12,10 +15,29 @@ from structprune.config import (
 )
 from structprune.errors import UserError
 
-Idle = tuple[str, tuple[str, ...], bool, str]  # section, keys, whether they have no effect, what they need
+Idle = tuple[str, tuple[str, ...], bool, str]  # section, keys, whether they have no effect, what would give them one
 
 
-def refuse_idle(config: Config, idle: tuple[Idle, ...]) -> None:
+@dataclass(frozen=True)
+class Facts:
+    """What the rules depend on beside the configuration itself.
+
+    Attributes:
+        score: the score's name, without `sink-`.
+        arm: the calibration arm it runs on; None for a score of weights alone.
+        users: option -> the scores that read it, for options that only some scores read.
+        accelerator: whether the run computes on one.
+        reads_text: whether any part of the run reads calibration text.
+    """
+
+    score: str
+    arm: str | None
+    users: Mapping[str, Sequence[str]]
+    accelerator: bool
+    reads_text: bool = True
+
+
+def refuse_idle(config: Sections, idle: Sequence[Idle]) -> None:
     """Raise UserError for the first key of `idle` that has no effect and yet differs from its default."""
     for section, keys, without_effect, need in idle:
         settings = getattr(config, section)
@@ -26,73 +48,69 @@ def refuse_idle(config: Config, idle: tuple[Idle, ...]) -> None:
             raise UserError(f"{section}.{changed[0]} = {value} has no effect without {need}: leave it out, or set that")
 
 
-def _common(config: Config, arms: list[str]) -> tuple[Idle, ...]:
-    """What holds for every method; `arms`: those that its score, allocation and refit use.
+def check_structured(config: Config, facts: Facts) -> None:
+    """Raise UserError for a value that a structured run would ignore."""
+    structured = config.structured
+    idle = (
+        ("masking", tuple(MaskingSettings.model_fields), True, "method = unstructured or nm"),
+        *_score_options("structured", facts),
+        ("structured", ("depth_slope",), structured.allocation != "depth", "structured.allocation = depth"),
+    )
+    refuse_idle(config, (*idle, *_common(config, facts, facts.arm)))
 
-    The policy `none` makes an arm with +sink one without; a trajectory decides what noisy copies are, so every arm that
-    looks at some takes it.
+
+def check_masking(config: Config, facts: Facts) -> None:
+    """Raise UserError for a value that an unstructured or N:M run would ignore."""
+    masking, reconstruct, calibration = config.masking, config.reconstruct, config.calibration
+    measured = facts.arm or ("masked" if masking.allocation == "owl" else None)  # `owl` reads activations by itself
+    noised = measured not in (None, "clean") or reconstruct.enabled or calibration.held_out > 0
+    official = "method = structured (masks leave the layout as it is)"
+    text = tuple(key for key in CalibrationSettings.model_fields if key != "held_out")
+    idle = (
+        ("structured", tuple(StructuredSettings.model_fields), True, "method = structured"),
+        ("export", tuple(ExportSettings.model_fields), True, official),
+        ("reconstruct", ("constant", "mode"), reconstruct.enabled, official),
+        ("masking", ("nm",), config.method != "nm", "method = nm"),
+        ("masking", ("order", "relative"), facts.arm is None, "a score that looks at activations"),
+        *_score_options("masking", facts),
+        ("masking", ("column_block",), config.method == "nm", "method = unstructured"),
+        ("masking", ("owl_threshold", "owl_spread"), masking.allocation != "owl", "masking.allocation = owl"),
+        ("masking", ("depth_slope",), masking.allocation != "depth", "masking.allocation = depth"),
+        ("calibration", text, not facts.reads_text, "a score, refit or held-out check that looks at text"),
+        ("calibration", ("steps", "interval"), not noised and not calibration.replays,
+         "a noisy arm, a refit or a held-out check"),
+        ("memory", ("offload", "overlap"), not facts.reads_text, "a forward pass"),
+    )  # fmt: skip
+    refuse_idle(config, (*idle, *_common(config, facts, measured)))
+
+
+def _score_options(section: str, facts: Facts) -> list[Idle]:
+    """Options that the score does not read."""
+    return [
+        (section, (option,), facts.score not in scores, f"{section}.score = {' or '.join(scores)}")
+        for option, scores in facts.users.items()
+    ]
+
+
+def _common(config: Config, facts: Facts, measured: str | None) -> list[Idle]:
+    """What holds for every method.
+
+    The policy `none` makes an arm with +sink equal to one without. A trajectory decides what noisy copies are, so it
+    matters to every arm that reads some.
+
+    Args:
+        measured: the arm of score or allocation, None where neither reads activations.
     """
     reconstruct, sink = config.reconstruct, config.sink
+    arms = [measured or "", reconstruct.arm if reconstruct.enabled else ""]
     weights = tuple(key for key in SinkSettings.model_fields if key != "trajectory")
     blind = all(arm in ("", "clean") for arm in arms)
-    return (
+    return [
         ("reconstruct", tuple(ReconstructSettings.model_fields), not reconstruct.enabled, "reconstruct.enabled = true"),
         ("reconstruct", ("damping",), reconstruct.mode == "bias", "reconstruct.mode = least-squares"),
         ("sink", weights, not any("sink" in arm for arm in arms), "an arm with +sink"),
         ("sink", ("mask", "alpha", "kappa", "scale_free"), sink.policy == "none", "sink.policy = all or unstable"),
         ("sink", ("trajectory",), blind, "an arm that is masked or has +sink"),
         ("sink", ("alpha", "scale_free"), sink.mask == "hard", "sink.mask = soft"),
-        ("memory", ("overlap",), not _accelerated(config), "an accelerator"),
-    )
-
-
-def _accelerated(config: Config) -> bool:
-    from torch import cuda  # late: `import structprune` is light
-
-    return (config.model.device or ("cuda" if cuda.is_available() else "cpu")) != "cpu"
-
-
-def check_structured(config: Config) -> None:
-    """Raise UserError for a value that a structured run would ignore."""
-    structured, reconstruct = config.structured, config.reconstruct
-    scored = structured.arm or ("" if structured.score == "magnitude" else DEFAULT_ARM)
-    arms = [scored, reconstruct.arm if reconstruct.enabled else ""]
-    idle = (
-        ("masking", tuple(MaskingSettings.model_fields), True, "method = unstructured or nm"),
-        ("structured", ("damping", "rounds", "relative"), structured.score != "obs", "structured.score = obs"),
-        ("structured", ("depth_slope",), structured.allocation != "depth", "structured.allocation = depth"),
-    )
-    refuse_idle(config, idle + _common(config, arms))
-
-
-def check_masking(config: Config, base: str, arm: str | None, reads: bool) -> None:
-    """Raise UserError for a value that an unstructured or N:M run would ignore.
-
-    Args:
-        base: the score without its `sink-`. arm: activations it sees, None for none.
-        reads: whether anything of the run looks at calibration text.
-    """
-    masking, reconstruct = config.masking, config.reconstruct
-    noisy = arm not in (None, "clean") or (arm is None and masking.allocation == "owl")
-    noised = noisy or reconstruct.enabled or config.calibration.held_out > 0
-    official = "method = structured (masks leave the layout as it is)"
-    idle = (
-        ("structured", tuple(StructuredSettings.model_fields), True, "method = structured"),
-        ("export", tuple(ExportSettings.model_fields), True, official),
-        ("reconstruct", ("constant", "mode"), reconstruct.enabled, official),
-        ("masking", ("nm",), config.method != "nm", "method = nm"),
-        ("masking", ("norms",), base not in ("wanda", "ria"), "masking.score = wanda or ria"),
-        ("masking", ("order", "relative"), arm is None, "a score that looks at activations"),
-        ("masking", ("damping", "column_block"), base != "sparsegpt", "masking.score = sparsegpt"),
-        ("masking", ("column_block",), config.method == "nm", "method = unstructured"),
-        ("masking", ("owl_threshold", "owl_spread"), masking.allocation != "owl", "masking.allocation = owl"),
-        ("masking", ("depth_slope",), masking.allocation != "depth", "masking.allocation = depth"),
-        ("calibration", tuple(key for key in CalibrationSettings.model_fields if key != "held_out"), not reads,
-         "a score, refit or held-out check that looks at text"),
-        ("calibration", ("steps", "interval"), not noised and not config.calibration.replays,
-         "a noisy arm, a refit or a held-out check"),
-        ("memory", ("offload", "overlap"), not reads, "a forward pass"),
-    )  # fmt: skip
-    seen = arm or ("masked" if masking.allocation == "owl" else "")  # where the score sees nothing, owl looks
-    arms = [seen, reconstruct.arm if reconstruct.enabled else ""]
-    refuse_idle(config, idle + _common(config, arms))
+        ("memory", ("overlap",), not facts.accelerator, "an accelerator"),
+    ]

@@ -5,7 +5,7 @@ from typing import Any, ClassVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
-from pydantic_core import PydanticCustomError
+from pydantic_core import ErrorDetails, PydanticCustomError
 from typing_extensions import Self
 
 from structprune.errors import UserError, nearest
@@ -47,8 +47,8 @@ class Sections(Section):
                 raise UserError(f"{path} cannot be read as YAML ({str(error).splitlines()[0]})") from error
             if not isinstance(values, dict):
                 raise UserError(f"{path} is not a mapping of sections")
-        given = overrides if isinstance(overrides, dict) else cls.parse(overrides or [])
-        for name, value in given.items():
+        changes = overrides if isinstance(overrides, dict) else cls.parse(overrides or [])
+        for name, value in changes.items():
             section, _, key = name.partition(".")
             if name in cls.scalars:
                 values[name] = value
@@ -85,17 +85,24 @@ class Sections(Section):
     @classmethod
     def known_keys(cls) -> list[str]:
         """Every key, as `section.key` (scalars have no section)."""
-        sections = {name: field.annotation for name, field in cls.model_fields.items() if name not in cls.scalars}
+        sections = {name: cls._section(name) for name in cls.model_fields if name not in cls.scalars}
         return [*cls.scalars, *(f"{name}.{key}" for name, section in sections.items() for key in section.model_fields)]
 
     @classmethod
-    def _explain(cls, problem: dict) -> str:
+    def _section(cls, name: str) -> type[Section]:
+        """The class of a section."""
+        section = cls.model_fields[name].annotation
+        assert isinstance(section, type) and issubclass(section, Section), name
+        return section
+
+    @classmethod
+    def _explain(cls, problem: ErrorDetails) -> str:
         name = ".".join(str(part) for part in problem["loc"][:2])
         if problem["type"] == "extra_forbidden":
             if "." not in name:
                 return f"unknown config section '{name}'{nearest(name, list(cls.model_fields))}"
             section, _, key = name.partition(".")
-            inside = cls.model_fields[section].annotation.model_fields
+            inside = cls._section(section).model_fields
             close = nearest(key, list(inside)) or nearest(name, cls.known_keys())
             return f"unknown config key '{name}'{close}"
         return f"config key {name} = {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"

@@ -2,16 +2,24 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field, field_validator
 from pydantic_core import PydanticCustomError
 
+from structprune.config.names import or_registered
 from structprune.config.sections import Section, Sections
 
 Arm = Literal["clean", "masked", "masked+sink", "clean+sink"]
+ARMS: tuple[Arm, ...] = get_args(Arm)
 SinkPolicy = Literal["all", "unstable", "none"]
-DEFAULT_ARM = "masked+sink"  # of scores; a refit is weighted by sinks only where asked for: no gain was measured
+DEFAULT_ARM: Arm = "masked+sink"  # of scores; refits default to masked, because sink weights showed no gain there
+StructuredScore = Annotated[
+    Literal["magnitude", "wanda", "fluctuation", "taylor", "obs"], or_registered("structured.score")
+]
+MaskScore = Annotated[
+    Literal["magnitude", "wanda", "sink-wanda", "ria", "sparsegpt", "sink-sparsegpt"], or_registered("masking.score")
+]
 
 
 class ModelSettings(Section):
@@ -77,8 +85,8 @@ class SinkSettings(Section):
 class StructuredSettings(Section):
     ratio: float = Field(0.5, allow_inf_nan=True)  # `check_ratio` says what is wrong with one
     """Removed share of the parameters of q, k, v, output, gate, up and down projections of unprotected blocks."""
-    score: Literal["magnitude", "wanda", "fluctuation", "taylor", "obs"] = "obs"
-    """What a unit is worth; one file each in structprune/structured/scores."""
+    score: StructuredScore = "obs"
+    """How units are ranked; one file each in structprune/structured/scores."""
     arm: Arm | None = None
     """Activations the score sees; default masked+sink (none for magnitude)."""
     allocation: Literal["uniform", "global", "depth"] = "global"
@@ -115,7 +123,7 @@ class MaskingSettings(Section):
     """Removed share of the weights of every projection; default 0.5, with `nm` N / M."""
     nm: str = "2:4"
     """For method nm, N:M: of every M neighbouring inputs of an output, N weights go (and M - N stay)."""
-    score: Literal["magnitude", "wanda", "sink-wanda", "ria", "sparsegpt", "sink-sparsegpt"] = "sparsegpt"
+    score: MaskScore = "sparsegpt"
     """What a weight is worth; one file each in structprune/masking. sink-: the same on an arm with +sink."""
     arm: Arm | None = None
     """Activations the score sees; default masked, masked+sink for sink-wanda and sink-sparsegpt, none for magnitude."""
@@ -136,8 +144,8 @@ class MaskingSettings(Section):
     column_block: int = Field(128, ge=1)
     """For sparsegpt: columns whose mask is chosen at once."""
     relative: bool = False
-    """Rows count in proportion to 1 / RMS of the residual stream that the projection writes to. Off, as in the papers; the
-    refit has its own, reconstruct.relative."""
+    """Rows count in proportion to 1 / RMS of the residual stream that the projection writes to. Off, as in the papers;
+    the refit has its own, reconstruct.relative."""
 
     @field_validator("nm", mode="before")
     @classmethod
@@ -208,8 +216,3 @@ class Config(Sections):
     reconstruct: ReconstructSettings = ReconstructSettings()
     export: ExportSettings = ExportSettings()
     memory: MemorySettings = MemorySettings()
-
-
-def known_keys() -> list[str]:
-    """Every key of a configuration, as `section.key` (`method` has no section)."""
-    return Config.known_keys()

@@ -28,9 +28,9 @@ def owl_ratios(outliers: list[float], ratio: float, spread: float) -> list[float
     low, high = min(outliers), max(outliers)
     if high == low:
         return [ratio] * len(outliers)
-    kept = [2 * spread * (share - low) / (high - low) for share in outliers]
-    mean = sum(kept) / len(kept)
-    return [ratio + mean - value for value in kept]
+    offsets = [2 * spread * (share - low) / (high - low) for share in outliers]
+    mean = sum(offsets) / len(offsets)
+    return [ratio + mean - offset for offset in offsets]
 
 
 def block_ratios(
@@ -49,12 +49,13 @@ def block_ratios(
     if settings.allocation == "depth":
         ratios, key = depth_ratios(len(sizes), ratio, settings.depth_slope), "depth_slope"
     else:
+        assert outliers is not None, "owl reads outliers"
         ratios, key = owl_ratios(outliers, ratio, settings.owl_spread), "owl_spread"
     met = sum(size * value for size, value in zip(sizes, ratios)) / sum(sizes)
     # blocks may differ in size, after a structured run; rounded, so that 0.25 - 1e-17 removes a quarter of a row
     ratios = [round(value + ratio - met, 12) for value in ratios]
     for index, value in enumerate(ratios):
         if not 0 <= value < 1:
-            asked = f"masking.{key} = {getattr(settings, key)}"
-            raise UserError(f"{asked} gives block {index} the ratio {value:.3f} at {ratio}: bring it nearer to 0")
+            setting = f"masking.{key} = {getattr(settings, key)}"
+            raise UserError(f"{setting} gives block {index} the ratio {value:.3f} at {ratio}: bring it nearer to 0")
     return ratios

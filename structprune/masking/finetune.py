@@ -1,18 +1,19 @@
-"""What keeps a masked model's zeros through fine-tuning, plain and with PEFT's LoRA.
+"""Keep a masked model's zeros through fine-tuning, plain and with PEFT's LoRA.
 
     masks = Masks.load("masks.safetensors")
     with keep_zeros(model, masks):         # or mask_adapters(peft_model, masks)
         trainer.train()
     model = merge_adapters(peft_model, masks)  # with LoRA only
 
-They know a weight by its name, so any model that has those names will do, the family's own code or ours. Weights must
-be whole in memory: FSDP, DeepSpeed ZeRO-3, tensor-parallel and offloaded weights are refused or not found, and an
-optimizer that steps copies of the weights instead of the weights themselves (DeepSpeed, Apex O2) is not seen.
+Weights are matched by name, so the model can come from the family's own code or from ours. Weights must be whole in
+memory: FSDP, DeepSpeed ZeRO-3, tensor-parallel and offloaded weights are refused or not found. An optimizer that steps
+copies of the weights (DeepSpeed, Apex O2) is not covered.
 """
 
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +34,7 @@ class _Removed:
         self.packed, self.columns = packed, columns
 
     def mask(self, device: torch.device) -> torch.Tensor:
-        """(O, C) bool, True where removed; the packed bits move along with the model."""
+        """(O, C) bool, True where removed; the packed bits move to the weight's device."""
         if self.packed.device != device:
             self.packed = self.packed.to(device)
         return ~unpack_bits(self.packed, self.columns)
@@ -51,9 +52,9 @@ class _Removed:
 def keep_zeros(model: nn.Module, masks: Masks) -> Iterator[None]:
     """While open, training leaves the removed weights exactly 0, whatever the torch optimizer, Trainer or not.
 
-    Opening sets them to 0. From then on their gradients are zeroed as they accumulate, so that moments and the
-    clipped norm know nothing of them, and after every step of an optimizer that holds a masked weight that weight is
-    masked again, for updates that are not elementwise (Muon) or need no gradient. Unfreeze weights before opening;
+    Opening sets them to 0. From then on their gradients are zeroed as they accumulate, so that optimizer moments and
+    gradient clipping ignore them. After every step of an optimizer that holds a masked weight, the weight is masked
+    again, for updates that are not elementwise (Muon) or need no gradient. Unfreeze weights before opening;
     frozen ones stay as they are.
 
     Raises:
@@ -71,7 +72,7 @@ def keep_zeros(model: nn.Module, masks: Masks) -> Iterator[None]:
         stack.callback(register_optimizer_step_post_hook(after_step).remove)
         for weight, entries in removed.items():
             if weight.requires_grad:
-                entries.zero_grad(weight)  # what an earlier backward pass left
+                entries.zero_grad(weight)  # from an earlier backward pass
                 stack.callback(weight.register_post_accumulate_grad_hook(entries.zero_grad).remove)
         yield
 
@@ -115,7 +116,8 @@ def merge_adapters(peft_model: nn.Module, masks: Masks) -> nn.Module:
     if not hasattr(peft_model, "merge_and_unload"):
         raise UserError(f"{type(peft_model).__name__} has no merge_and_unload(): give the PEFT model itself")
     _lora_layers(peft_model, masks)
-    merged = peft_model.merge_and_unload()
+    merger: Any = peft_model
+    merged = merger.merge_and_unload()
     masks.apply(merged)
     return merged
 
@@ -132,13 +134,13 @@ def _open(model: nn.Module, masks: Masks) -> dict[nn.Parameter, _Removed]:
     }
 
 
-def _lora_layers(model: nn.Module, masks: Masks) -> list[tuple[str, nn.Module]]:
+def _lora_layers(model: nn.Module, masks: Masks) -> list[tuple[str, Any]]:
     """The LoRA linears on masked weights, with the masks' names for them.
 
     Raises:
         UserError: a masked weight has an adapter whose delta cannot be masked.
     """
-    found = []
+    layers = []
     for name, weights in masks.find(model).items():
         for full, _ in weights:
             layer_name, inside, _ = full.rpartition(".base_layer.")
@@ -147,11 +149,11 @@ def _lora_layers(model: nn.Module, masks: Masks) -> list[tuple[str, nn.Module]]:
                 reason = _not_plain_lora(layer)
                 if reason:
                     raise UserError(f"'{layer_name}' {reason}: its delta cannot be masked, use plain LoRA there")
-                found.append((name, layer))
-    return found
+                layers.append((name, layer))
+    return layers
 
 
-def _not_plain_lora(layer: nn.Module) -> str | None:
+def _not_plain_lora(layer: Any) -> str | None:
     """Why an adapter's update is no delta of the weight's shape that could be masked; None for plain LoRA."""
     if not all(hasattr(layer, name) for name in (*LORA, "get_delta_weight")):
         return f"is {type(layer).__name__}, not LoRA"
@@ -187,7 +189,7 @@ def _masked_delta(entries: _Removed, own_delta: Callable, adapter: str) -> torch
     return delta.masked_fill(entries.mask(delta.device), 0)
 
 
-def _masked_forward(layer: nn.Module, own_forward: Callable, x: torch.Tensor, *args: Any, **kwargs: Any):
+def _masked_forward(layer: Any, own_forward: Callable, x: torch.Tensor, *args: Any, **kwargs: Any):
     """The forward of PEFT's LoRA linear with masked deltas: (..., C) -> (..., O)."""
     if layer.disable_adapters or layer.merged:
         return own_forward(x, *args, **kwargs)
@@ -210,7 +212,7 @@ def _masked_forward(layer: nn.Module, own_forward: Callable, x: torch.Tensor, *a
     return result
 
 
-def _update(layer: nn.Module, adapter: str, delta: Callable, x: torch.Tensor) -> torch.Tensor:
+def _update(layer: Any, adapter: str, delta: Callable, x: torch.Tensor) -> torch.Tensor:
     """What one adapter adds: (..., C) -> (..., O)."""
     bias = getattr(layer.lora_B[adapter], "bias", None)  # (O,), with lora_bias only
     bias = None if bias is None else (bias * layer.scaling[adapter]).to(x.dtype)

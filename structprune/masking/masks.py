@@ -20,15 +20,15 @@ INSIDE = re.compile(
 )
 
 
-def pack_bits(kept: torch.Tensor) -> torch.Tensor:
+def pack_bits(keep: torch.Tensor) -> torch.Tensor:
     """One bit per weight, the first of eight columns in the lowest bit, unused bits zero.
 
     Args:
-        kept: (O, C) bool.
+        keep: (O, C) bool.
     Returns:
         (O, ceil(C / 8)) uint8 on the same device.
     """
-    bits = F.pad(kept.to(torch.uint8), (0, -kept.shape[1] % 8))  # (O, 8 * ceil(C / 8))
+    bits = F.pad(keep.to(torch.uint8), (0, -keep.shape[1] % 8))  # (O, 8 * ceil(C / 8))
     packed = bits[:, 0::8].clone()  # (O, ceil(C / 8))
     for bit in range(1, 8):
         packed |= bits[:, bit::8] << bit
@@ -75,12 +75,6 @@ class Masks:
                 raise UserError(f"the mask of '{name}' has bits beyond its {columns} columns: make the masks anew")
 
     @classmethod
-    def pack(cls, kept: dict[str, torch.Tensor]) -> "Masks":
-        """Masks from a bool tensor (O, C) per weight, True where it is kept."""
-        shapes = {name: (value.shape[0], value.shape[1]) for name, value in kept.items()}
-        return cls({name: pack_bits(value) for name, value in kept.items()}, shapes)
-
-    @classmethod
     def of(cls, model: nn.Module) -> "Masks":
         """The zeros that the weights of a model's nn.Linear have, on CPU; weights without a zero get no mask.
 
@@ -118,8 +112,8 @@ class Masks:
             self._check_name(name)
         chosen = list(self.packed) if name is None else [name]
         total = sum(self.shapes[key][0] * self.shapes[key][1] for key in chosen)
-        kept = sum(_ones(self.packed[key]) for key in chosen)
-        return (total - kept) / total if total else 0.0
+        ones = sum(_ones(self.packed[key]) for key in chosen)
+        return (total - ones) / total if total else 0.0
 
     def save(self, path: str | Path) -> None:
         """Write the file whole or not at all: a uint8 tensor per weight, its `OxC` in the metadata.
@@ -166,17 +160,17 @@ class Masks:
         known: dict[str, list[tuple[str, nn.Parameter]]] = {}
         for full, weight in model.named_parameters(remove_duplicate=False):
             known.setdefault(plain_name(full), []).append((full, weight))
-        found = {}
+        matches = {}
         for name, shape in self.shapes.items():
-            found[name] = known.get(plain_name(name), [])
-            if not found[name]:
+            matches[name] = known.get(plain_name(name), [])
+            if not matches[name]:
                 hint = nearest(name, list(known))
                 raise UserError(f"the model has no weight '{name}', which the masks name{hint}: use this model's own")
-            for full, weight in found[name]:
+            for full, weight in matches[name]:
                 if tuple(weight.shape) != tuple(shape):
                     raise UserError(f"'{full}' has shape {tuple(weight.shape)}, but its mask is for {tuple(shape)}")
                 _check_whole(full, weight)
-        return found
+        return matches
 
     @torch.no_grad()
     def apply(self, model: nn.Module) -> None:
@@ -187,8 +181,8 @@ class Masks:
         """
         for name, weights in self.find(model).items():
             for _, weight in weights:
-                kept = unpack_bits(self.packed[name].to(weight.device), weight.shape[1])  # (O, C)
-                weight.masked_fill_(~kept, 0)  # a product would leave -0 and NaN
+                keep = unpack_bits(self.packed[name].to(weight.device), weight.shape[1])  # (O, C)
+                weight.masked_fill_(~keep, 0)  # a product would leave -0 and NaN
 
     def _check_name(self, name: str) -> None:
         if name not in self.packed:
@@ -199,14 +193,14 @@ def _linears(model: nn.Module) -> list[tuple[str, nn.Linear]]:
     """The linears of the bare model with the names of their weights: no adapter's, and no trained copy's."""
     modules = dict(model.named_modules())
     adapted = {name for name, module in modules.items() if "base_layer" in module._modules}
-    found = []
+    linears = []
     for name, module in modules.items():
         path = name.split(".")
         owners = [(".".join(path[:end]), path[end]) for end in range(len(path))]
         added = any(owner in adapted and child != "base_layer" for owner, child in owners)
         if isinstance(module, nn.Linear) and not added and "modules_to_save" not in path:
-            found.append((plain_name(f"{name}.weight"), module))
-    return found
+            linears.append((plain_name(f"{name}.weight"), module))
+    return linears
 
 
 def _check_whole(name: str, weight: torch.Tensor) -> None:
@@ -222,10 +216,10 @@ def _ones(packed: torch.Tensor) -> int:
 
 
 def _shape(text: str, name: str, path: Path) -> tuple[int, int]:
-    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
-    if not found:
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if not match:
         raise UserError(f"{path}: metadata '{name}' is '{text}', not a shape such as 4096x12288")
-    return int(found[1]), int(found[2])
+    return int(match[1]), int(match[2])
 
 
 def _name(dtype: torch.dtype) -> str:

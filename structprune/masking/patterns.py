@@ -76,8 +76,3 @@ def _lower(split: torch.Tensor, index: int) -> torch.Tensor:
     """How many of each group's entries go before entry `index`: (M, ...) -> (...)."""
     before = (split[:index] <= split[index]).sum(0)  # (...)
     return before + (split[index + 1 :] < split[index]).sum(0)
-
-
-def valid_groups(kept: torch.Tensor, removed: int, group: int) -> bool:
-    """Whether every group of a mask (O, C) keeps at most `group - removed` weights."""
-    return bool((kept.unflatten(1, (-1, group)).sum(-1) <= group - removed).all())

@@ -1,10 +1,11 @@
-"""Masked weights before their refit, put aside until the whole model has shown whether the refit is a gain."""
+"""Masked weights before their refit, stored until the whole model has shown whether the refit is a gain."""
 
 import torch
 
-from structprune.masking.blocks import Masked, install
+from structprune.masking.blocks import install
+from structprune.masking.scores.linears import Masked
 from structprune.models.adapter import Adapter
-from structprune.statistics.hidden import roomy
+from structprune.statistics.hidden import empty_on_host
 
 
 class PlainWeights:
@@ -17,19 +18,19 @@ class PlainWeights:
                 start, end = end, end + block[role].weight.numel()
                 self._places[block.index, role] = slice(start, end)
         dtype = adapter.blocks[0]["query"].weight.dtype
-        self._flat, self._file = roomy((end,), dtype, budget)
+        self._flat, self._file = empty_on_host((end,), dtype, budget)
 
     def put(self, index: int, masked: dict[str, Masked]) -> None:
-        """Keep a block's masked weights, role -> (O, C)."""
-        for role, (weight, kept) in masked.items():
-            self._flat[self._places[index, role]] = torch.where(kept, weight, 0.0).flatten().cpu()
+        """Store a block's masked weights, role -> (O, C)."""
+        for role, (weight, keep) in masked.items():
+            self._flat[self._places[index, role]] = torch.where(keep, weight, 0.0).flatten().cpu()
 
     def swap(self) -> None:
-        """Put all of them in place in the model, and what was there aside: twice changes nothing."""
+        """Exchange the stored weights and the model's; calling it twice changes nothing."""
         for block in self._adapter.blocks:
             for role in block.names:
-                aside = self._flat[self._places[block.index, role]]  # (O*C,)
+                stored = self._flat[self._places[block.index, role]]  # (O*C,)
                 now = block[role].weight.detach()  # (O, C)
-                weight = aside.view(now.shape).clone()  # (O, C)
-                aside.copy_(now.flatten())
+                weight = stored.view(now.shape).clone()  # (O, C)
+                stored.copy_(now.flatten())
                 install(block, {role: (weight, torch.ones_like(weight, dtype=torch.bool))})

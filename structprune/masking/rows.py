@@ -1,65 +1,45 @@
-"""Which rows a run for masks looks at, and for what."""
+"""Which rows a run for masks reads, and for what."""
+
+from dataclasses import replace
 
 import torch
 
-from structprune.calibration.batches import Calibration
-from structprune.config import Config
-from structprune.masking.scores.table import SCORES
-from structprune.masking.walk import Use, Wanted
-from structprune.models.adapter import Adapter
-from structprune.statistics.rows import Observe, Rows, Track, arm_rows, measure_mass, needs_sinks, unobserved
+from structprune.masking.request import MaskRequest
+from structprune.masking.walk import Use, WalkPlan
+from structprune.statistics.rows import Rows, arm_rows, measure_mass, needs_sinks
+from structprune.statistics.scan import Scan
 
 
-def reads_text(config: Config, arm: str | None) -> bool:
-    """Whether anything of a run looks at calibration text: score, allocation, refit or held-out check."""
-    owl = config.masking.allocation == "owl"
-    return arm is not None or owl or config.reconstruct.enabled or config.calibration.held_out > 0
+def plan_walk(scan: Scan, request: MaskRequest) -> WalkPlan | None:
+    """What a run's walk over the blocks measures; None where nothing needs a walk.
 
+    Rows that score and refit both read are walked once. Sink weights are measured by a pass of their own.
 
-def walked(config: Config, base: str) -> bool:
-    """Whether the score's statistics come from a walk: Grams always do, norms unless they are of the dense model."""
-    needs = SCORES[base].needs
-    return needs == "grams" or (needs == "norms" and config.masking.order == "sequential")
-
-
-def wanted_rows(
-    adapter: Adapter,
-    calibration: Calibration | None,
-    config: Config,
-    base: str,
-    arm: str | None,
-    track: Track,
-    observe: Observe = unobserved,
-) -> Wanted | None:
-    """What a run's walk over the blocks measures; None where nothing needs one.
-
-    Rows that score and refit both look at are walked once. Sink weights are measured by a pass of their own.
+    Args:
+        scan: of the dense model, with all windows, held-out ones included.
     """
-    masking, refit = config.masking, config.reconstruct
-    scored = arm if walked(config, base) else None
+    masking, refit = request.settings, request.reconstruct
+    scored = request.arm if request.walks else None
     fitted = refit.arm if refit.enabled else None
     if scored is None and fitted is None:
         return None
+    fit_windows, mask_id = scan.calibration.fit, scan.adapter.mask_id
     mass = None
-    if any(needs_sinks(each, config.sink) for each in (scored, fitted)):
-        mass = measure_mass(adapter, calibration.fit, config.calibration.batch, track, observe)  # (N, S, T)
-    rows = {
-        each: arm_rows(calibration.fit, each, config.sink, mass, adapter.mask_id) for each in {scored, fitted} - {None}
-    }
+    if any(needs_sinks(arm, request.sink) for arm in (scored, fitted)):
+        mass = measure_mass(replace(scan, calibration=fit_windows))  # (N, S, T)
+    rows = {arm: arm_rows(fit_windows, arm, request.sink, mass, mask_id) for arm in (scored, fitted) if arm is not None}
     ids: list[torch.Tensor] = []
-    score = fit = check = None
-    if scored is not None:
-        score = _use(ids, rows[scored])
+    score = _use(ids, rows[scored]) if scored is not None else None
+    fit = check = None
     if fitted is not None:
-        same = scored is not None and scored.split("+")[0] == fitted.split("+")[0]
-        fit = Use(score.rows, rows[fitted].weight) if same else _use(ids, rows[fitted])
-        held_out = arm_rows(calibration.check, "masked", config.sink, None, adapter.mask_id)
-        check = _use(ids, held_out)
-        check = Use(check.rows, held_out.masked.float())
-    return Wanted(
+        same = score is not None and str(scored).split("+")[0] == fitted.split("+")[0]
+        fit = Use(score.rows, rows[fitted].weight) if score is not None and same else _use(ids, rows[fitted])
+        held_out = arm_rows(scan.calibration.check, "masked", request.sink, None, mask_id)
+        check = Use(_use(ids, held_out).rows, held_out.masked.float())
+    return WalkPlan(
         ids=torch.cat(ids),
         score=score,
-        norms=masking.norms if SCORES[base].needs == "norms" and scored else None,
+        norms=masking.norms if request.score.needs == "norms" and scored else None,
         score_relative=masking.relative,
         on_dense=scored is not None and masking.order == "one-shot",
         fit=fit,
@@ -70,7 +50,7 @@ def wanted_rows(
 
 
 def _use(ids: list[torch.Tensor], rows: Rows) -> Use:
-    """Append the rows' sequences to `ids` and say where they are."""
+    """Append the rows' sequences to `ids`, and where they are."""
     start = sum(map(len, ids))
     ids.append(rows.ids)
     return Use(slice(start, start + len(rows.ids)), rows.weight)

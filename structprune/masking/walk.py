@@ -1,8 +1,8 @@
-"""A model walked block by block over stores of hidden states, beside its dense original.
+"""A masked model and its dense original, walked block by block over stores of hidden states.
 
-Two streams at most: `prefix`, what the masked model hands on, and `dense`, what the dense model hands on. Scores look
-at a block that is dense still; the refit of a linear looks at what the linears before it in the block make of their
-inputs with the weights they have now. One block's statistics are in memory at a time.
+There are at most two streams of hidden states: `prefix`, from the masked model, and `dense`, from the dense model.
+Scores read a block that is still dense; the refit of a linear reads inputs computed with the new weights of the linears
+before it. One block's statistics are in memory at a time.
 """
 
 from dataclasses import dataclass
@@ -15,11 +15,12 @@ from structprune.refit.products import InputProducts, RowSums
 from structprune.statistics.activations import add_gram, mirror, relative_weight
 from structprune.statistics.hidden import HiddenStates
 from structprune.statistics.inputs import STREAM, InputNorms, Inputs, block_inputs, read_input
+from structprune.statistics.scan import Limits
 
 
 @dataclass(frozen=True)
 class Use:
-    """Rows that one purpose looks at: neighbouring sequences and their weights ω (R, T), or None for ones."""
+    """Rows that one purpose reads: neighbouring sequences and their weights ω (R, T), None for ones."""
 
     rows: slice
     weight: torch.Tensor | None
@@ -35,16 +36,17 @@ class Use:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class WalkPlan:
     """What a walk measures.
 
     Attributes:
         ids: (R, T) int64 all sequences.
-        score: rows of the score, and `norms` ("joint", "summed") or None for Grams; None where nothing is scored.
+        score: rows of the score; None where nothing is scored.
+        norms: "joint" or "summed" norms for the score; None for Gram matrices.
         score_relative, fit_relative: divide row weights by the RMS of the stream an output is added to.
-        on_dense: the score looks at the dense stream (one-shot).
-        fit, check: rows of the refit and its held-out rows, none in both; None without a refit.
-        target_dense: the refit aims at the dense model's outputs, not at the layer's.
+        on_dense: the score reads the dense stream (one-shot).
+        fit, check: rows of the refit and its held-out rows, which do not overlap; None without a refit.
+        target_dense: the refit's targets are the dense model's outputs, not the layer's.
     """
 
     ids: torch.Tensor
@@ -64,59 +66,61 @@ class Wanted:
 
 
 class Walk:
-    """The streams of one run. For every block in order: `measure`; for every input in the order of `READERS`, with a
-    refit, `products`, then put the new weights of what reads it in place; `advance`.
+    """The streams of one run.
+
+    Call for every block in order: `measure`; with a refit, for every input in the order of `READERS`, `products`, and
+    install the new weights of its readers; then `advance`.
 
     Args:
-        dense: of the dense model, whose blocks stay as they are until `advance` has left them.
+        dense: of the dense model, whose blocks must not change until `advance` has passed them.
         adapter: of the model that is masked, block by block.
-        batch: sequences in a forward pass.
-        budget: bytes of hidden states to hold in memory; beyond it they are in a file.
-        overlap: on an accelerator they are copied while others are computed with.
+        limits: sequences per forward pass (`batch`), and memory for hidden states.
     """
 
-    def __init__(
-        self, dense: Adapter, adapter: Adapter, wanted: Wanted, batch: int, budget: int, overlap: bool = False
-    ):
-        self._original, self._adapter, self._wanted, self._batch = dense, adapter, wanted, batch
-        scored = [wanted.score] if wanted.score is not None else []
-        uses = scored + wanted.purposes
+    def __init__(self, dense: Adapter, adapter: Adapter, plan: WalkPlan, limits: Limits):
+        self._original, self._adapter, self._plan = dense, adapter, plan
+        self._batch = batch = limits.sequences(1, plan.ids.shape[1])
+        scored = [plan.score] if plan.score is not None else []
+        uses = scored + plan.purposes
         self._edges = sorted({edge for use in uses for edge in (use.rows.start, use.rows.stop)})
-        prefix = wanted.purposes + ([] if wanted.on_dense else scored)
-        aimed = (wanted.purposes if wanted.target_dense else []) + (scored if wanted.on_dense else [])
-        self._prefix = _Stream.of(adapter, wanted.ids, prefix, batch, budget, overlap)
-        self._dense = _Stream.of(dense, wanted.ids, aimed, batch, budget, overlap)
+        prefix = plan.purposes + ([] if plan.on_dense else scored)
+        target = (plan.purposes if plan.target_dense else []) + (scored if plan.on_dense else [])
+        self._prefix = _Stream.of(adapter, plan.ids, prefix, batch, limits.budget, limits.overlap)
+        self._dense = _Stream.of(dense, plan.ids, target, batch, limits.budget, limits.overlap)
 
     def _slices(self, use: Use | None = None):
-        """Batches of rows: all, or those of one use; none is in two uses by a part only."""
+        """Batches of rows: all, or those of one use; no batch belongs to a use in part only."""
         for start, stop in zip(self._edges, self._edges[1:]):
             if use is None or use.covers(slice(start, stop)):
                 for first in range(start, stop, self._batch):
                     yield slice(first, min(first + self._batch, stop))
 
     def _refitted(self, rows: slice) -> bool:
-        return any(use.covers(rows) for use in self._wanted.purposes)
+        return any(use.covers(rows) for use in self._plan.purposes)
 
     def _last(self, index: int) -> bool:
         return index == len(self._adapter.blocks) - 1
 
     @torch.inference_mode()
     def measure(self, index: int) -> dict[str, torch.Tensor]:
-        """Statistics of the score: input -> norms (C,) or Gram (C, C), of a block that is dense still; empty where
-        nothing is scored."""
-        wanted, device = self._wanted, self._adapter.device
-        if wanted.score is None:
+        """Statistics of the score for a block that is still dense: input -> norms (C,) or Gram matrix (C, C).
+
+        Empty where nothing is scored.
+        """
+        plan, device = self._plan, self._adapter.device
+        if plan.score is None:
             return {}
-        stream = self._dense if wanted.on_dense else self._prefix
-        norms = InputNorms(wanted.norms == "summed") if wanted.norms else None
+        stream = self._dense if plan.on_dense else self._prefix
+        assert stream is not None  # there is one for every use
+        norms = InputNorms(plan.norms == "summed") if plan.norms else None
         grams: dict[str, torch.Tensor] = {}
-        for rows in self._slices(wanted.score):
-            # a dense stream that no refit looks at moves on with the pass that is made anyway
-            move = wanted.on_dense and not self._last(index) and not (wanted.target_dense and self._refitted(rows))
-            seen = stream.inputs(self._original.blocks[index], rows, move)
-            weight = wanted.score.part(rows, device)  # (b, T)
-            for name, x in seen.read.items():
-                omega = seen.weight(name, weight, wanted.score_relative)  # (b, T)
+        for rows in self._slices(plan.score):
+            # a dense stream that no refit reads advances with this pass
+            move = plan.on_dense and not self._last(index) and not (plan.target_dense and self._refitted(rows))
+            inputs = stream.inputs(self._original.blocks[index], rows, move)
+            weight = plan.score.part(rows, device)  # (b, T)
+            for name, x in inputs.read.items():
+                omega = inputs.weight(name, weight, plan.score_relative)  # (b, T)
                 if norms:
                     norms.add(name, x, omega)
                 else:
@@ -126,38 +130,40 @@ class Walk:
 
     @torch.inference_mode()
     def products(self, index: int, name: str) -> tuple[InputProducts, InputProducts]:
-        """What the refit of the linears that read an input needs, over its rows and over the held-out ones.
+        """The products for refitting the linears that read an input, over its rows and over held-out rows.
 
-        The linears of the block before them have their new weights. The streams move along: `mlp_input` takes the
-        prefix behind attention, `mixed` and `activated` take the dense stream behind attention and behind the block.
+        Earlier linears of the block already have their new weights. The streams advance: `mlp_input` takes the prefix
+        past attention; `mixed` and `activated` take the dense stream past attention and past the block.
         """
-        wanted, block, dense = self._wanted, self._adapter.blocks[index], self._original.blocks[index]
+        plan, block, dense = self._plan, self._adapter.blocks[index], self._original.blocks[index]
         linears = {role: dense[role] for role in READERS[name]}
-        found = []
-        for use in (wanted.fit, wanted.check):
-            sums = RowSums(linears, self._adapter.device, wanted.target_dense, use is wanted.check)
+        prefix, products = self._prefix, []
+        assert prefix is not None and plan.fit is not None and plan.check is not None, "the walk plans no refit"
+        for use in (plan.fit, plan.check):
+            sums = RowSums(linears, self._adapter.device, plan.target_dense, use is plan.check)
             for rows in self._slices(use):
-                x = self._prefix.behind_attention(block, rows) if name == "mlp_input" else self._prefix.read(rows)
+                x = prefix.after_attention(block, rows) if name == "mlp_input" else prefix.read(rows)
                 omega = use.part(rows, self._adapter.device)  # (b, T)
-                omega = relative_weight(x, omega) if wanted.fit_relative and name in STREAM else omega  # (b, T)
-                hat = read_input(block, name, x, self._prefix.rotary)  # (b, T, C)
-                aim = self._dense.step(dense, name, rows) if wanted.target_dense else None  # (b, T, C)
-                sums.add(hat, aim, omega)
-            found.append(sums.finish())
-        return tuple(found)
+                omega = relative_weight(x, omega) if plan.fit_relative and name in STREAM else omega  # (b, T)
+                pruned = read_input(block, name, x, prefix.rotary)  # (b, T, C)
+                source = self._dense.step(dense, name, rows) if self._dense and plan.target_dense else None  # (b, T, C)
+                sums.add(pruned, source, omega)
+            products.append(sums.finish())
+        fit, check = products
+        return fit, check
 
     @torch.inference_mode()
     def advance(self, index: int) -> None:
-        """Move the prefix stream on through a block, with the weights it has now; behind the last nobody reads it."""
+        """Advance the prefix stream through a block with its new weights; after the last block nothing reads it."""
         if self._prefix is None or self._last(index):
             return
         block = self._adapter.blocks[index]
         for rows in self._slices():
-            self._prefix.leave(block, rows, self._refitted(rows))
+            self._prefix.pass_block(block, rows, self._refitted(rows))
 
 
 class _Stream:
-    """Hidden states of some neighbouring sequences, before a block or within it; `limits` as of `HiddenStates`."""
+    """Hidden states of some neighbouring sequences, before a block or within it; `limits` as in `HiddenStates`."""
 
     def __init__(self, adapter: Adapter, ids: torch.Tensor, rows: slice, *limits):
         self.rows = rows
@@ -166,7 +172,7 @@ class _Stream:
 
     @classmethod
     def of(cls, adapter: Adapter, ids: torch.Tensor, uses: list[Use], *limits) -> "_Stream | None":
-        """A stream from the first sequence that a use looks at to the last; None where none does."""
+        """A stream from the first sequence that a use reads to the last; None without a use."""
         if not uses:
             return None
         rows = slice(min(use.rows.start for use in uses), max(use.rows.stop for use in uses))
@@ -183,30 +189,30 @@ class _Stream:
         self._states.write(self._own(rows), states)
 
     def inputs(self, block: BlockView, rows: slice, move: bool = False) -> Inputs:
-        """What the block's linears read; with `move` the stream is the block's output afterwards."""
+        """The inputs of the block's linears; with `move` the stream becomes the block's output."""
         states = self.read(rows)  # (b, T, C)
-        found = block_inputs(block, states.clone() if move else states, self.rotary)
+        inputs = block_inputs(block, states.clone() if move else states, self.rotary)
         if move:
-            self._write(rows, found.stream["activated"] + block["down"](found.read["activated"]))
-        return found
+            self._write(rows, inputs.stream["activated"] + block["down"](inputs.read["activated"]))
+        return inputs
 
-    def behind_attention(self, block: BlockView, rows: slice) -> torch.Tensor:
-        """The stream between a block's halves (b, T, C), which is kept instead of the one before the block."""
+    def after_attention(self, block: BlockView, rows: slice) -> torch.Tensor:
+        """The stream between a block's halves (b, T, C), which replaces the one before the block."""
         x = self.read(rows)  # (b, T, C)
         x = x + block["attention_output"](block.module.mix(x, self.rotary))  # (b, T, C)
         self._write(rows, x)
         return x
 
     def step(self, block: BlockView, name: str, rows: slice) -> torch.Tensor:
-        """What the linears of an input read (b, T, C); those that add to the stream do so."""
+        """One input of the block's linears (b, T, C); where its reader adds to the stream, it does."""
         x = self.read(rows)  # (b, T, C)
         read = read_input(block, name, x, self.rotary)  # (b, T, C)
         if name in STREAM:
             self._write(rows, x + block[READERS[name][0]](read))
         return read
 
-    def leave(self, block: BlockView, rows: slice, half: bool) -> None:
-        """Take rows behind a block: the whole of it, or its second half where they are behind the first."""
+    def pass_block(self, block: BlockView, rows: slice, half: bool) -> None:
+        """Take rows past a block, or past its second half where they have passed the first."""
         if not self.rows.start <= rows.start < self.rows.stop:
             return
         x = self.read(rows)  # (b, T, C)

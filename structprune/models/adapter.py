@@ -12,6 +12,7 @@ from structprune.models.placement import compute_device
 
 CONSUMER = {"attention": "attention_output", "channels": "down"}  # kind of unit -> role of the linear that reads it
 CONSUMERS = tuple(CONSUMER.values())
+UNIT_KINDS = tuple(CONSUMER)
 READERS = {  # what a block's linears read -> their roles; those that read the same share one statistic
     "attention_input": ("query", "key", "value"),
     "mixed": ("attention_output",),

@@ -1,21 +1,65 @@
-"""What the refit of a block's linears needs of the rows it looks at: sums over them, input by input."""
+"""What refits are computed from: weighted second moments of inputs and target outputs, and the error they give."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import nn
 
-from structprune.refit.reconstruct import Products
 from structprune.statistics.activations import add_gram, add_products, mirror
+
+UNCHANGED = float("inf")  # the damping at which no weight changes
+
+
+@dataclass(frozen=True)
+class Products:
+    """Second moments of one linear: Gram matrix (K, K), target W XᵀX̂ (O, K), and power ‖W Xᵀ‖² of the target output.
+
+    They may stay the fp32 sums that were collected: fp64 copies of all would be the peak of memory.
+    """
+
+    gram: torch.Tensor
+    target: torch.Tensor
+    power: float
+
+
+@dataclass(frozen=True)
+class LayerFit:
+    """What the refit of one linear chose.
+
+    Attributes:
+        kind: the kind of unit it reads, or its role.
+        damping: infinity where nothing changed.
+        error: held-out output error, 1 without the refit.
+    """
+
+    block: int
+    kind: str
+    damping: float
+    error: float
+
+    def plain(self) -> dict:
+        """As plain data for JSON, where infinity is null."""
+        return asdict(self) | {"damping": None if self.damping == UNCHANGED else self.damping}
+
+
+def output_error(weight: torch.Tensor, target: torch.Tensor, gram: torch.Tensor) -> float:
+    """‖W_new X̂ᵀ - W Xᵀ‖² without the part that no W_new changes: tr(W_new G W_newᵀ) - 2 tr(W_new (W·C)ᵀ)."""
+    return output_errors(weight[None], target, gram)[0]
+
+
+def output_errors(weights: torch.Tensor, target: torch.Tensor, gram: torch.Tensor) -> list[float]:
+    """`output_error` of several weights (n, O, K), with one device sync."""
+    terms = (weights @ gram.double()).sub_(target, alpha=2)  # (n, O, K)
+    return terms.mul_(weights).sum((1, 2)).tolist()
 
 
 @dataclass(frozen=True)
 class InputProducts:
-    """Sums over rows of what linears read.
+    """Sums over rows of the input that several linears share.
 
     Attributes:
-        gram: (C, C) fp32 X̂ᵀX̂. cross: (C, C) fp32 XᵀX̂; the same tensor where both are one.
-        power: role -> ‖W Xᵀ‖², over held-out rows; empty for the others.
+        gram: (C, C) fp32 X̂ᵀX̂. cross: (C, C) fp32 XᵀX̂; the same tensor where X is X̂.
+        power: role -> ‖W Xᵀ‖² over held-out rows; empty for other rows.
     """
 
     gram: torch.Tensor
@@ -23,17 +67,17 @@ class InputProducts:
     power: dict[str, float]
 
     def of(self, role: str, weight: torch.Tensor) -> Products:
-        """The products of one linear, fp64: its dense weight (O, C) makes the outputs aimed at."""
-        wanted = weight.detach().to(self.gram.device).double() @ self.cross.double()  # (O, C)
-        return Products(self.gram.double(), wanted, self.power.get(role, float("nan")))
+        """The products of one linear in fp64, whose dense weight (O, C) gives the target outputs."""
+        target = weight.detach().to(self.gram.device).double() @ self.cross.double()  # (O, C)
+        return Products(self.gram.double(), target, self.power.get(role, float("nan")))
 
 
 class RowSums:
-    """Sums up one purpose's rows; `finish` gives them.
+    """Sums products over the rows of one purpose; `finish` returns them.
 
     Args:
-        linears: role -> dense linear, all of C inputs.
-        cross: whether X is another thing than X̂. power: whether ‖W Xᵀ‖² is asked for.
+        linears: role -> dense linear, all with the same C inputs.
+        cross: whether X differs from X̂. power: whether to sum ‖W Xᵀ‖².
     """
 
     def __init__(self, linears: dict[str, nn.Linear], device: torch.device, cross: bool, power: bool):
@@ -41,16 +85,22 @@ class RowSums:
         self._linears = linears
         self._gram = torch.zeros(size, size, device=device)  # (C, C)
         self._cross = torch.zeros_like(self._gram) if cross else None
-        # sums stay on the device until the last batch: to read one would make it wait
+        # sums stay on the device until the last batch: reading one earlier would be a device sync
         self._power = {role: torch.zeros((), dtype=torch.float64, device=device) for role in linears if power}
 
-    def add(self, hat: torch.Tensor, dense: torch.Tensor | None, omega: torch.Tensor | None) -> None:
-        """Count rows X̂ and X (b, T, C), weighted by ω (b, T); None for X̂ again, and for ones."""
-        add_gram(self._gram, hat, omega)
+    def add(self, pruned: torch.Tensor, dense: torch.Tensor | None, omega: torch.Tensor | None) -> None:
+        """Add rows X̂ and X, (b, T, C) each, weighted by ω (b, T).
+
+        Args:
+            dense: X; None where it is X̂.
+            omega: None for ones.
+        """
+        add_gram(self._gram, pruned, omega)
+        source = pruned if dense is None else dense  # (b, T, C)
         if self._cross is not None:
-            add_products(self._cross, dense, hat, omega)
+            add_products(self._cross, source, pruned, omega)
         for role in self._power:
-            output = self._output(role, hat if dense is None else dense)  # (b, T, O)
+            output = self._output(role, source)  # (b, T, O)
             output = output if omega is None else output * omega[..., None]  # (b, T, O)
             self._power[role] += output.pow(2).sum()
 

@@ -22,9 +22,9 @@ from structprune.models.adapter import Adapter
 from structprune.models.families import family_of
 from structprune.models.loading import load_config, load_model
 from structprune.models.placement import pick_device
+from structprune.progress import Track, untracked
 from structprune.report.bench_plots import plot_bench
 from structprune.report.plots import check_matplotlib
-from structprune.statistics.rows import Track, untracked
 from structprune.structured.sizes import block_size
 
 RESULT = "bench.json"

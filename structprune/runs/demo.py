@@ -22,9 +22,9 @@ from structprune.evaluation.compare import paired_difference
 from structprune.evaluation.nelbo import Nelbo, masked_nelbo
 from structprune.models.loading import load_model, load_tokenizer
 from structprune.models.modeling_structprune import DiffusionLM
+from structprune.progress import Track
 from structprune.report.plots import plot_nelbo
 from structprune.runs.prune import Pruned, Pruner
-from structprune.statistics.rows import Track
 
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 SAVED = (0.3, 0.5)

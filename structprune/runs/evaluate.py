@@ -28,8 +28,8 @@ from structprune.models.encode import Batches
 from structprune.models.fingerprint import fingerprint
 from structprune.models.loading import load_model
 from structprune.models.placement import compute_device, give_back_memory, pick_device
+from structprune.progress import Track, untracked
 from structprune.runs.evaluation_request import Subject, prepare
-from structprune.statistics.rows import Track, untracked
 
 COMPARISON = "against.json"
 ALONE = Workers()

@@ -3,48 +3,51 @@
 import math
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from structprune.calibration.batches import Calibration
-from structprune.calibration.build import CHECK_SEED, held_out_noise
-from structprune.calibration.trajectories import calibrated
 from structprune.checkpoint.card import mask_card
 from structprune.checkpoint.masked import save_masked
+from structprune.checkpoint.output import Content
 from structprune.checkpoint.report import mask_report
 from structprune.config import Config
 from structprune.errors import UserError
-from structprune.evaluation.compare import paired_difference
-from structprune.evaluation.nelbo import Nelbo, masked_nelbo
+from structprune.evaluation.nelbo import Nelbo
 from structprune.masking.allocate import block_ratios, outlier_share
-from structprune.masking.blocks import Request, install, mask_block, refit_linears
+from structprune.masking.blocks import Factored, install, mask_readers, refit_linears
 from structprune.masking.masks import Masks, pack_bits
-from structprune.masking.patterns import parse_nm
 from structprune.masking.plain import PlainWeights
-from structprune.masking.rows import reads_text, walked, wanted_rows
+from structprune.masking.request import MaskRequest
+from structprune.masking.rows import plan_walk
+from structprune.masking.scores.linears import Masked as MaskedWeight
+from structprune.masking.scores.linears import Removal
 from structprune.masking.scores.wanda import wanda_scores
 from structprune.masking.walk import Walk
 from structprune.models.adapter import READERS, Adapter, BlockView
 from structprune.models.modeling_structprune import DiffusionLM
-from structprune.models.placement import give_back_memory, stream_target, streamed, synchronise
-from structprune.runs.mask_request import block_sizes, check_mask_request, removed_ratio
-from structprune.statistics.inputs import Key
+from structprune.models.placement import give_back_memory
+from structprune.progress import Track, untracked
+from structprune.refit.products import LayerFit
+from structprune.runs.resolve import block_weights, resolve_masking
+from structprune.runs.run import Run
+from structprune.statistics.inputs import InputKey
 from structprune.statistics.norms import one_shot_norms
-from structprune.statistics.rows import Track, untracked
 from structprune.statistics.sink_log import SinkLog
 
-OUTLIER_ARM = "masked"  # what `owl` looks at where the score looks at no activations
+OUTLIER_ARM = "masked"  # read by `owl` where the score reads no activations
 
 
 @dataclass(frozen=True)
 class Masked:
-    """What a run made.
+    """The result of a run.
 
     Attributes:
         model: the masked model, in eval mode.
         masks: which weights are kept.
-        calibration: what the run looked at; None where nothing needs text.
+        calibration: the windows and noise that the run read; None where it needs no text.
         report: every figure of the run, as plain data.
     """
 
@@ -60,7 +63,7 @@ class Masked:
         Raises:
             UserError: as `structprune.checkpoint.masked.save_masked`.
         """
-        files = {
+        files: dict[str, Content] = {
             "masks.safetensors": self.masks.save,
             "report.json": self.report,
             "README.md": mask_card(self.report),
@@ -72,191 +75,197 @@ class Masked:
 
 def mask(
     model: DiffusionLM,
-    config: Config | None = None,
+    config: Config | MaskRequest | None = None,
     calibration: Calibration | None = None,
     track: Track = untracked,
     in_place: bool = False,
 ) -> Masked:
-    """Set the least weights of every projection to zero, update what is left, and check it on held-out windows.
+    """Set the lowest-scored weights of every projection to zero, update the others, and check on held-out windows.
 
     Args:
         model: from `structprune.load_model`.
-        config: `method` is unstructured (default here) or nm.
+        config: `method` is unstructured (default here) or nm; or a request that was resolved for this model's shapes.
         calibration: default what `config` describes.
-        track: wraps iterations that take long, `track(items, title)`.
+        track: wraps long iterations, `track(items, title)`.
         in_place: change `model` itself, which saves a copy of its projections.
     Raises:
         UserError: a request that cannot be met, in one line, before any forward pass.
     """
-    return MaskRun(model, config or Config(method="unstructured"), calibration, track).run(in_place)
+    if not isinstance(config, MaskRequest):
+        config = resolve_masking(config or Config(method="unstructured"), model)
+    return MaskRun(model, config, calibration, track).run(in_place)
 
 
-class MaskRun:
-    """One run; `run` does it. Arguments as `mask`."""
+class MaskRun(Run):
+    """One run for masks; `run` does it. Arguments as `mask`, with the request resolved."""
 
-    def __init__(self, model: DiffusionLM, config: Config, calibration: Calibration | None, track: Track):
-        self.model, self.config, self.track = model, config, track
-        self.base, self.arm = check_mask_request(model, config)
-        self._target = stream_target(config.memory.offload, config.model.device)
-        reads = reads_text(config, self.arm)
-        if calibration is not None and not reads:
-            raise UserError("nothing of this run looks at a calibration: leave it out, or set calibration.held_out")
-        self.calibration = calibrated(model, config, calibration, track) if reads else None
-        if reads and self.calibration.held_out >= self.calibration.windows:
+    def __init__(self, model: DiffusionLM, request: MaskRequest, calibration: Calibration | None, track: Track):
+        super().__init__(model, request, calibration, track)
+        self.request, self.log = request, SinkLog()
+        if self._calibration is not None and self._calibration.held_out >= self._calibration.windows:
             raise UserError("every window of the calibration is held out, which leaves none to look at: hold out fewer")
-        if config.reconstruct.enabled and self.calibration.held_out < 1:
+        if request.reconstruct.enabled and self.calibration.held_out < 1:
             raise UserError("no window is held out to choose the refit's damping on: set reconstruct.enabled = false")
-        self.seconds: dict[str, float] = {}
-        self._batch, self._budget = config.calibration.batch, int(config.memory.budget_gb * 1e9)
-        self._norms: dict[Key, torch.Tensor] = {}
-        self._sinks = SinkLog()
-
-    def _timed(self, name: str, work):
-        synchronise(self._target or self.model.device)
-        start = time.perf_counter()
-        value = work()
-        synchronise(self._target or self.model.device)
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-        return value
-
-    def _streamed(self, model: DiffusionLM):
-        return streamed(model, self._target, self.config.memory.overlap)
+        self._norms: dict[InputKey, torch.Tensor] = {}
 
     def run(self, in_place: bool = False) -> Masked:
         """Mask the model, or a copy that shares everything but its projections."""
         start = time.perf_counter()
-        dense = self._nelbo(self.model)
-        model = unshared(self.model)  # where in place, one block's dense weights at most are held beside the new
-        plain = PlainWeights(Adapter(model), self._budget) if self.config.reconstruct.enabled else None
-        with self._streamed(self.model), self._streamed(model), torch.no_grad():
+        dense = self._held_out_nelbo(self.model)
+        model = unshared(self.model)  # in place, at most one block's dense weights are held beside the new ones
+        refits = self.request.reconstruct.enabled
+        plain = PlainWeights(Adapter(model), self.limits.budget) if refits else None
+        with self.streamed(self.model), self.streamed(model), torch.no_grad():
             ratios = self._ratios()
-            masks, factored, fits = self._mask_blocks(Adapter(model), ratios, plain, in_place)
+            maker = _Blocks(self, Adapter(model), plain, in_place)
+            maker.mask_all(ratios)
         check = self._check(model, dense, plain)
         if in_place:
-            for new, old in zip(Adapter(model).blocks, Adapter(self.model).blocks):
-                hand_over(new, old, tuple(new.names))
+            for new, old in zip(Adapter(model).blocks, self.adapter.blocks, strict=True):
+                share_weights(new, old, tuple(new.names))
             model = self.model
         self.seconds["total"] = time.perf_counter() - start
-        device = self._target or model.device
-        report = mask_report(model, masks, self.config, self.calibration, self.seconds, device)
-        report |= {
-            "score": self.base,
-            "arm": self.arm,
-            "ratio": removed_ratio(self.config),
+        report = mask_report(model, maker.masks, self.request.config, self._calibration, self.seconds, self.device) | {
+            "score": self.request.name,
+            "arm": self.request.arm,
+            "ratio": self.request.ratio,
             "block_ratios": ratios,
             "held_out_nelbo": check,
-            "factored": [asdict(each) for each in factored],
-            "refit": [fit.plain() for fit in fits],
-            "sinks": self._taken(),
+            "factored": [asdict(each) for each in maker.factored],
+            "refit": [fit.plain() for fit in maker.fits],
+            "sinks": self._sink_report(),
         }
-        return Masked(model, masks, self.calibration, report)
+        return Masked(model, maker.masks, self._calibration, report)
 
-    def _taken(self) -> dict | None:
-        """What the sink policy took."""
-        if self.calibration is None:
+    def _sink_report(self) -> dict | None:
+        """The sink policy's effect."""
+        if self._calibration is None:
             return None
-        return self._sinks.report(self.calibration.fit, self.config.sink, self.model.config.mask_token_id)
+        return self.log.report(self._calibration.fit, self.sink, self.adapter.mask_id)
+
+    def _held_out_nelbo(self, model: DiffusionLM) -> Nelbo | None:
+        """None where no window is held out."""
+        if self._calibration is None or self._calibration.held_out == 0:
+            return None
+        return self.nelbo(model)
 
     def _check(self, model: DiffusionLM, dense: Nelbo | None, plain: PlainWeights | None) -> dict | None:
-        """What masks cost on held-out windows; a refit that is no gain there is undone."""
+        """What masks cost on held-out windows; a refit without a gain there is undone."""
         if dense is None:
             return None
-        after = before = self._nelbo(model)
+        after = before = self.nelbo(model)
         refitted = None
         if plain is not None:
             refitted = after
             plain.swap()
-            before = self._nelbo(model)
-            after = min(before, refitted, key=lambda found: math.inf if math.isnan(found.mean) else found.mean)
+            before = self.nelbo(model)
+            after = min(before, refitted, key=lambda nelbo: math.inf if math.isnan(nelbo.mean) else nelbo.mean)
             if after is refitted:
                 plain.swap()
         if math.isnan(after.mean):
             raise UserError("the masked model's loss is not a number in this dtype: use model.dtype = float32")
-        return {
-            "kept": "refit" if refitted is after else "plain masks",
-            "dense": dense.mean,
-            "masked": after.mean,
-            "plain_masks": before.mean,
-            "refit": refitted.mean if refitted else None,
-            "loss": paired_difference(after.nelbo, dense.nelbo),
-            "windows": self.calibration.held_out,
-            "seed": CHECK_SEED + self.config.calibration.seed,
-        }
-
-    def _nelbo(self, model: DiffusionLM) -> Nelbo | None:
-        if self.calibration is None or self.calibration.held_out == 0:
-            return None
-        noise = held_out_noise(self.calibration, model, self.config.calibration.seed)
-        with self._streamed(model):
-            show = lambda items: self.track(items, "held-out check")  # noqa: E731
-            return self._timed("check", lambda: masked_nelbo(model, *noise, batch=self._batch, track=show))
+        return self.held_out(
+            dense,
+            after,
+            kept="refit" if refitted is after else "plain masks",
+            masked=after.mean,
+            plain_masks=before.mean,
+            refit=refitted.mean if refitted else None,
+        )
 
     def _ratios(self) -> list[float]:
-        """The removed ratio of every block; measures norms of the dense model where score or allocation needs them."""
-        masking, config, adapter = self.config.masking, self.config, Adapter(self.model)
-        one_shot = self.arm is not None and not walked(config, self.base)
-        if one_shot or masking.allocation == "owl":
-            arguments = (adapter, self.calibration.fit, self.arm or OUTLIER_ARM, config.sink, masking.norms == "summed")
-            more = (masking.relative, self._batch, self._budget, self.track, self._sinks.observe)
-            self._norms = self._timed("statistics", lambda: one_shot_norms(*arguments, *more))
+        """The removed ratio of every block; measures the dense model's norms where score or allocation needs them."""
+        settings, request = self.request.settings, self.request
+        if request.measures_dense:
+            scan, arm = self.fit_scan(self.log), request.arm or OUTLIER_ARM
+            summed, relative = settings.norms == "summed", settings.relative
+            self._norms = self.timed("statistics", lambda: one_shot_norms(scan, arm, summed, relative))
         outliers = None
-        if masking.allocation == "owl":
-            outliers = [outlier_share(self._outlier_scores(block), masking.owl_threshold) for block in adapter.blocks]
-        return block_ratios(masking, removed_ratio(config), block_sizes(adapter), outliers)
+        if settings.allocation == "owl":
+            scores = (self._outlier_scores(block) for block in self.adapter.blocks)
+            outliers = [outlier_share(each, settings.owl_threshold) for each in scores]
+        return block_ratios(settings, request.ratio, block_weights(self.adapter), outliers)
 
     def _outlier_scores(self, block: BlockView) -> list[torch.Tensor]:
         norms = {role: self._norms[block.index, name] for name, roles in READERS.items() for role in roles}
         return [wanda_scores(block[role].weight.to(norm.device), norm) for role, norm in norms.items()]
 
-    def _mask_blocks(self, adapter: Adapter, ratios: list[float], plain: PlainWeights | None, in_place: bool):
-        """Mask block after block: the masks, and how Grams were factored and refits chosen."""
-        config = self.config
-        nm = parse_nm(config.masking.nm) if config.method == "nm" else None
-        dense = Adapter(self.model)
-        arguments = (dense, self.calibration, config, self.base, self.arm, self.track, self._sinks.observe)
-        wanted = self._timed("sinks", lambda: wanted_rows(*arguments))
-        walk = Walk(dense, adapter, wanted, self._batch, self._budget, config.memory.overlap) if wanted else None
-        masks, factored, fits = Masks({}, {}), [], []
-        title = config.masking.score + (f" ({self.arm})" if self.arm else "")
-        for block in self.track(adapter.blocks, title):
-            found = self._timed("statistics", lambda: walk.measure(block.index)) if walk else {}
-            if not found:
-                found = {name: self._norms[block.index, name] for name in READERS if self._norms}
-            for name in READERS:  # input by input, so that a refit sees what the block lost before
-                give_back_memory()  # of the pass or the input before: an MLP's Gram matrix and its factors are next
-                request = Request(ratios[block.index], nm)
-                kept, noted, chosen = self._mask_input(block, name, found, request, walk, plain)
-                factored, fits = factored + noted, fits + chosen
-                if in_place and plain is None:  # nobody looks at the dense weights again
-                    hand_over(block, dense.blocks[block.index], READERS[name])
-                for role, mask in kept.items():
-                    weight = f"{block.names[role]}.weight"
-                    masks.packed[weight], masks.shapes[weight] = pack_bits(mask).cpu(), tuple(mask.shape)
-            if walk:
-                self._timed("statistics", lambda: walk.advance(block.index))
-            if in_place:
-                hand_over(block, dense.blocks[block.index], tuple(block.names))
+    def dense_norms(self, index: int) -> dict[str, torch.Tensor]:
+        """Input -> norms (C,) of one block of the dense model; empty where they were not measured."""
+        return {name: self._norms[index, name] for name in READERS if self._norms}
+
+
+class _Blocks:
+    """Masks the blocks of `adapter`'s model one after the other, and collects what that gives.
+
+    Attributes:
+        masks: of all projections so far.
+        factored: how Gram matrices were factored.
+        fits: what refits chose.
+    """
+
+    def __init__(self, run: MaskRun, adapter: Adapter, plain: PlainWeights | None, in_place: bool):
+        self._run, self._adapter, self._plain, self._in_place = run, adapter, plain, in_place
+        self.masks = Masks({}, {})
+        self.factored: list[Factored] = []
+        self.fits: list[LayerFit] = []
+        plan = None
+        if run.request.reads_text:
+            scan = run.scan(run.log)
+            plan = run.timed("sinks", lambda: plan_walk(scan, run.request))
+        self._walk = Walk(run.adapter, adapter, plan, run.limits) if plan else None
+
+    def mask_all(self, ratios: list[float]) -> None:
+        """Mask every block at its ratio."""
+        run, request = self._run, self._run.request
+        title = request.settings.score + (f" ({request.arm})" if request.arm else "")
+        for block in run.track(self._adapter.blocks, title):
+            statistics = self._statistics(block.index)
+            dense = run.adapter.blocks[block.index]
+            for name in READERS:  # input by input, so that a refit sees the losses of earlier ones
+                give_back_memory()  # freed by the step before: an MLP's Gram matrix and its factors come next
+                self._mask_input(block, name, statistics, Removal(ratios[block.index], request.nm))
+                if self._in_place and self._plain is None:  # nothing reads the dense weights again
+                    share_weights(block, dense, READERS[name])
+            if self._walk:
+                run.timed("statistics", partial(self._walk.advance, block.index))
+            if self._in_place:
+                share_weights(block, dense, tuple(block.names))
             give_back_memory()
-        return masks, factored, fits
 
-    def _mask_input(
-        self, block: BlockView, name: str, found: dict, request: Request, walk: Walk | None, plain: PlainWeights | None
-    ):
-        """Mask, refit and put in place what reads one input of a block: masks by role, and notes."""
-        device, fits = self._target or self.model.device, []
-        arguments = (block, self.base, self.config.masking, request, found, device, (name,))
-        masked, factored = self._timed("masks", lambda: mask_block(*arguments))
-        if plain is not None:
-            plain.put(block.index, masked)
-            products = self._timed("statistics", lambda: walk.products(block.index, name))
-            settings = self.config.reconstruct
-            masked, fits = self._timed("refit", lambda: refit_linears(block, masked, products, settings))
+    def _statistics(self, index: int) -> dict[str, torch.Tensor]:
+        """Input -> norms (C,) or Gram matrix (C, C) of a block, as the score needs."""
+        walked = self._run.timed("statistics", partial(self._walk.measure, index)) if self._walk else {}
+        return walked or self._run.dense_norms(index)
+
+    def _mask_input(self, block: BlockView, name: str, statistics: dict, removal: Removal) -> None:
+        """Mask, refit and install the linears that read one input of a block."""
+        run = self._run
+        masked, factored = run.timed(
+            "masks", lambda: mask_readers(block, name, run.request, removal, statistics, run.device)
+        )
+        self.factored += factored
+        if self._plain is not None and self._walk is not None:
+            self._plain.put(block.index, masked)
+            masked = self._refit(block, name, masked, self._walk)
         install(block, masked)
-        return {role: kept for role, (_, kept) in masked.items()}, factored, fits
+        for role, (_, keep) in masked.items():
+            weight = f"{block.names[role]}.weight"
+            self.masks.packed[weight], self.masks.shapes[weight] = pack_bits(keep).cpu(), (keep.shape[0], keep.shape[1])
+
+    def _refit(
+        self, block: BlockView, name: str, masked: dict[str, MaskedWeight], walk: Walk
+    ) -> dict[str, MaskedWeight]:
+        run = self._run
+        products = run.timed("statistics", lambda: walk.products(block.index, name))
+        settings = run.request.reconstruct
+        masked, fits = run.timed("refit", lambda: refit_linears(block, masked, products, settings))
+        self.fits += fits
+        return masked
 
 
-def hand_over(block: BlockView, other: BlockView, roles: tuple[str, ...]) -> None:
-    """Give a block's projections to the same block of another model."""
+def share_weights(block: BlockView, other: BlockView, roles: tuple[str, ...]) -> None:
+    """Let the same block of another model use this block's projections."""
     for role in roles:
         other[role].weight = block[role].weight
 

@@ -36,7 +36,7 @@ class Moments:
 def moments(x: torch.Tensor, weight: torch.Tensor | None = None) -> Moments:
     """Moments of rows x (..., C), row weights ω (...) or None for ones.
 
-    The mean is taken out before squaring, so that a large mean does not drown the variance.
+    The mean is subtracted before squaring, so that a large mean does not swamp the variance.
     """
     rows = x.flatten(0, -2).float()  # (R, C)
     squares = torch.ones(len(rows), device=x.device) if weight is None else weight.reshape(-1).float() ** 2  # (R,)
@@ -69,16 +69,16 @@ def add_products(
 
 
 def _half_terms(left: torch.Tensor, right: torch.Tensor, weight: torch.Tensor | None):
-    """Rows to be multiplied in their own dtype: what ω² left is the sum of, right as it is, and the product.
+    """How to multiply rows in their own half-precision dtype: the terms that sum to ω² left, right, and the product.
 
-    Rows without a weight are multiplied exactly. A weight makes of bf16 entries numbers of more digits; all of it goes
-    to the left, as two bf16 terms, so that what is lost (2⁻¹⁷) is below what an fp32 sum over thousands of rows loses.
-    Rounded to one term, weighted entries would lose 2⁻⁸. fp16 has no range for ω² left: with a weight it becomes fp32.
+    Rows without a weight are multiplied exactly. Weighted bf16 entries have more digits, so the whole weight is applied
+    on the left, as a sum of two bf16 terms: the error (2⁻¹⁷) is below that of an fp32 sum over thousands of rows, where
+    one term would lose 2⁻⁸. fp16 has too little range for ω² left, so with a weight its rows become fp32.
 
     Args:
         left: (R, A). right: (R, C). weight: (...) ω of R rows, or None for ones.
     Returns:
-        (terms of (R, A), right, product), the product None where rows must become fp32.
+        (terms of (R, A), right, product); product is None where rows must become fp32.
     """
     product = half_product(left.device, left.dtype) if left.dtype == right.dtype else None
     if product is None or (weight is not None and left.dtype != torch.bfloat16):
@@ -95,7 +95,7 @@ DEVICE_GRAM_TILE = 2048
 def add_gram(total: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
     """total (C, C) += Σ ω² x xᵀ, in place and in fp32, on and above the diagonal only: half the work of the whole.
 
-    Entries below are left as they are or hold a part of a tile; `mirror` completes the matrix.
+    Entries below the diagonal are undefined until `mirror` completes the matrix.
 
     Args:
         x: (..., C) rows. weight: (...) ω, or None for ones.
@@ -114,8 +114,10 @@ def add_gram(total: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None =
 
 
 def mirror(total: torch.Tensor) -> torch.Tensor:
-    """Fill a (C, C) matrix below its diagonal from what is above, in place and tile by tile: copies would be the peak
-    of memory at the width of an MLP."""
+    """Copy the upper triangle of a (C, C) matrix below its diagonal, in place and tile by tile.
+
+    A copy of the whole matrix would be the peak of memory at the width of an MLP.
+    """
     tile = GRAM_TILE.get(total.device.type, DEVICE_GRAM_TILE)
     for start in range(0, len(total), tile):
         stop = min(start + tile, len(total))
@@ -136,8 +138,8 @@ def squared_norms(x: torch.Tensor, weight: torch.Tensor | None = None) -> torch.
 def relative_weight(states: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
     """Row weights divided by the RMS of the residual stream that a row's output is added to.
 
-    The next norm divides a token by that RMS, so an output error matters in proportion to it; without this the few
-    tokens with huge residuals decide alone.
+    The next norm divides a token by that RMS, so an output error matters in inverse proportion to it. Without this, a
+    few tokens with huge residuals dominate.
 
     Args:
         states: (..., T, C) the residual stream. weight: (..., T) ω, or None for ones.

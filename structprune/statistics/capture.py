@@ -1,8 +1,8 @@
-"""Forward hooks as context managers: what a linear reads, what attention attends to. Always removed."""
+"""Forward hooks as context managers: the inputs of linears and the mass of attention. Always removed."""
 
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Callable, Iterator
 
 import torch
 from torch import nn
@@ -11,7 +11,8 @@ from typing_extensions import Self
 from structprune.models.adapter import CONSUMERS, BlockView
 from structprune.statistics.sinks import attend_with_mass, head_mass
 
-ONE_PASS = 1024  # tokens up to which attention and mass from one pass were measured to be faster on CPU
+ONE_PASS = 1024  # tokens up to which computing attention and mass in one pass was measured to be faster on CPU
+ConsumerKey = tuple[int, str]  # (block index, role of the consumer)
 
 
 @contextmanager
@@ -30,14 +31,14 @@ def watch_inputs(modules: dict, visit: Callable) -> Iterator[None]:
 
 
 class AttentionMeter:
-    """Stands in for attention seams and takes in the mass (B, H, T) that each gives; subclasses say what to keep."""
+    """Replaces attention cores and receives the mass (B, H, T) of each; subclasses decide what to keep."""
 
     def _add(self, mass: torch.Tensor) -> None:
-        """Take in one layer's mass, (B, H, T)."""
+        """Receive one layer's mass, (B, H, T)."""
         raise NotImplementedError
 
     def _attend(self, core: nn.Module, query, key, value, mask=None) -> torch.Tensor:
-        """The seam's own computation, and the mass: in one pass where that is measured to be faster."""
+        """The core's own computation, and the mass: in one pass where that was measured to be faster."""
         if query.device.type == "cpu" and mask is None and query.shape[2] <= ONE_PASS:
             mixed, mass = attend_with_mass(query, key, value)  # (B, H, T, D), (B, H, T)
         else:
@@ -47,7 +48,7 @@ class AttentionMeter:
 
     @contextmanager
     def on(self, cores: list[nn.Module]) -> Iterator[Self]:
-        """Stand in for the attention seams `cores` while open."""
+        """Replace the forward of the attention cores while open."""
         for core in cores:
             core.forward = partial(self._attend, core)
         try:
@@ -60,7 +61,7 @@ class AttentionMeter:
 class MassMeter(AttentionMeter):
     """Sums attention mass over the layers of the sequences in flight; `take` returns (B, T) and starts anew."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._mass: torch.Tensor | None = None
 
     def _add(self, mass: torch.Tensor) -> None:
@@ -70,17 +71,18 @@ class MassMeter(AttentionMeter):
     @property
     def so_far(self) -> torch.Tensor:
         """(B, T) mass of the layers that have attended since the last `take`."""
+        assert self._mass is not None, "no layer has attended yet"
         return self._mass
 
     def take(self) -> torch.Tensor:
-        mass, self._mass = self._mass, None
+        mass, self._mass = self.so_far, None
         return mass
 
 
 class HeadMeter(AttentionMeter):
     """Keeps every layer's attention mass; `take` returns a list of (B, H, T), one per layer, and starts anew."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._layers: list[torch.Tensor] = []
 
     def _add(self, mass: torch.Tensor) -> None:
@@ -91,6 +93,6 @@ class HeadMeter(AttentionMeter):
         return layers
 
 
-def consumers(blocks: list[BlockView]) -> dict[tuple[int, str], nn.Linear]:
+def consumers(blocks: list[BlockView]) -> dict[ConsumerKey, nn.Linear]:
     """(block index, role) -> the linear that reads attention units or MLP channels."""
     return {(block.index, role): block[role] for block in blocks for role in CONSUMERS}

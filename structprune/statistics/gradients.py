@@ -3,8 +3,8 @@
 Shapes: R rows (noisy copies of windows), b rows of a pass, T tokens, M masked ones, C features, V vocabulary.
 """
 
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,14 +16,16 @@ from structprune.models.adapter import Adapter, BlockView
 from structprune.models.logits import logit_slices
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.transfer import send
-from structprune.statistics.rows import Rows, Track, untracked
+from structprune.statistics.rows import Rows
+from structprune.statistics.scan import Scan
 
 
-def held_bytes(block: BlockView, dtype: torch.dtype) -> int:
-    """Bytes per token that a block's forward pass holds for its backward pass.
+def saved_bytes(block: BlockView, dtype: torch.dtype) -> int:
+    """Bytes per token that a block's forward pass saves for its backward pass.
 
-    Of each norm its input and root mean square in fp32 and its output; of attention queries, keys and values of every
-    head, what it mixes, and the log-sum-exp; of the MLP its gate before and after the activation, up and their product.
+    Each norm saves its input and root mean square in fp32, and its output. Attention saves queries, keys and values of
+    every head, its output and the log-sum-exp. The MLP saves the gate before and after the activation, up, and their
+    product.
     """
     widths, size = block.widths, block["attention_output"].out_features
     features = 2 * size + 4 * block["attention_output"].in_features + 4 * widths.channels
@@ -31,41 +33,37 @@ def held_bytes(block: BlockView, dtype: torch.dtype) -> int:
 
 
 def recomputes(blocks: Sequence[BlockView], tokens: int, dtype: torch.dtype, budget: int) -> bool:
-    """Whether blocks are computed again in the backward pass, since what all of them hold is beyond the budget."""
-    return tokens * sum(held_bytes(block, dtype) for block in blocks) > budget
+    """Whether the backward pass computes blocks again, because what all of them save exceeds the budget."""
+    return tokens * sum(saved_bytes(block, dtype) for block in blocks) > budget
 
 
 def gradient_sums(
-    adapter: Adapter,
-    calibration: Calibration,
-    rows: Rows,
-    parameters: Sequence[nn.Parameter],
-    batch: int,
-    budget: int,
-    track: Track = untracked,
-    title: str = "gradients",
+    scan: Scan, rows: Rows, parameters: Sequence[torch.Tensor], title: str = "gradients"
 ) -> list[torch.Tensor]:
-    """fp32 sums of the gradients of Σ ω CE / p over masked tokens, over the number of all tokens: one per parameter.
+    """fp32 sums of the gradients of Σ ω CE / p over masked tokens, divided by the number of all tokens.
 
     Only one parameter's gradient is alive beside the sums, and the LM head runs on a slice of the masked tokens at a
-    time. Sums in half precision would lose what each pass adds. Gradients that parameters had before stay theirs.
+    time. Sums in half precision would lose what each pass adds. Gradients that parameters already had are kept. Blocks
+    whose saved activations exceed the scan's budget are computed again in the backward pass.
 
     Args:
-        rows: of an arm with a loss (`arm_rows`), all noisy copies of the calibration's windows.
-        batch: rows per pass.
-        budget: bytes that blocks may hold for the backward pass; beyond it they are computed again.
+        rows: all noisy copies of the scan's windows, of an arm with a loss.
+        parameters: what to differentiate by.
+    Returns:
+        One sum per parameter, of its shape.
     """
-    tokens = min(batch, len(rows.ids)) * calibration.length
-    again = recomputes(adapter.blocks, tokens, adapter.model.dtype, budget)
-    with torch.enable_grad(), _folded(adapter.model, parameters) as sums:
-        for start in track(range(0, len(rows.ids), batch), title):
-            _backward(adapter, calibration, rows, slice(start, start + batch), again)
+    adapter, batch = scan.adapter, scan.sequences(rows.copies)
+    tokens = min(batch, len(rows.ids)) * scan.calibration.length
+    again = recomputes(adapter.blocks, tokens, adapter.model.dtype, scan.limits.budget)
+    with torch.enable_grad(), _summed(adapter.model, parameters) as sums:
+        for start in scan.track(range(0, len(rows.ids), batch), title):
+            _backward(adapter, scan.calibration, rows, slice(start, start + batch), again)
     return sums
 
 
 @contextmanager
-def _folded(model: DiffusionLM, parameters: Sequence[nn.Parameter]) -> Iterator[list[torch.Tensor]]:
-    """While open, every gradient of `parameters` is added to the sum it yields and let go of; no other is made."""
+def _summed(model: DiffusionLM, parameters: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """While open, every gradient of `parameters` is added to the yielded sums and freed; no others are computed."""
     before = [(each, each.requires_grad, each.grad) for each in model.parameters()]
     for each, _, _ in before:
         each.requires_grad_(False).grad = None
@@ -74,19 +72,20 @@ def _folded(model: DiffusionLM, parameters: Sequence[nn.Parameter]) -> Iterator[
         for parameter in parameters:
             total = torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False)
             parameter.requires_grad_(True)
-            handles.append(parameter.register_post_accumulate_grad_hook(_fold_into(total)))
+            handles.append(parameter.register_post_accumulate_grad_hook(_add_to(total)))
             sums.append(total)
         yield sums
     finally:
         for handle in handles:
             handle.remove()
-        for each, wanted, gradient in before:
-            each.requires_grad_(wanted).grad = gradient
+        for each, required, gradient in before:
+            each.requires_grad_(required).grad = gradient
 
 
-def _fold_into(total: torch.Tensor):
+def _add_to(total: torch.Tensor):
     @torch.no_grad()
     def fold(parameter: nn.Parameter) -> None:
+        assert parameter.grad is not None  # a hook after accumulation
         total.add_(parameter.grad)
         parameter.grad = None
 
@@ -96,9 +95,10 @@ def _fold_into(total: torch.Tensor):
 def _backward(adapter: Adapter, calibration: Calibration, rows: Rows, part: slice, again: bool) -> None:
     """One pass: the loss of some rows and its gradients; `again` computes every block twice."""
     model, masked = adapter.model, rows.masked[part]  # (b, T)
-    row, position = masked.nonzero(as_tuple=True)  # 2 x (M,), found on the host: a device would have to be waited for
+    row, position = masked.nonzero(as_tuple=True)  # 2 x (M,), on the host, without a device sync
     window = torch.arange(len(rows.ids))[part] // rows.copies  # (b,)
     target = calibration.input_ids[window][masked]  # (M,)
+    assert calibration.mask_probability is not None, "a loss needs mask probabilities"
     weight = 1 / calibration.mask_probability.flatten()[part][row]  # (M,)
     if rows.weight is not None:
         weight = weight * rows.weight[part][masked]  # (M,)

@@ -1,11 +1,11 @@
 """Products of half-precision rows summed in fp32, where the device can multiply them as they are.
 
-A product of two bf16 or fp16 numbers is exact in fp32, so a sum over rows of such products is what the same rows in
-fp32 would give but for the order of the summation, at the speed of the half-precision units.
+A product of two bf16 or fp16 numbers is exact in fp32. So a sum of such products equals that of the same rows in fp32,
+except for the order of summation, at the speed of the half-precision units.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
-from typing import Callable
 
 import torch
 
@@ -14,7 +14,7 @@ Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]  # total (A
 
 
 def fused(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """In one kernel, where `addmm` takes an fp32 sum beside half-precision factors."""
+    """One kernel, where `addmm` accepts an fp32 sum with half-precision factors."""
     torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
 
 
@@ -24,9 +24,9 @@ def apart(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
 
 
 def half_product(device: torch.device, dtype: torch.dtype) -> Product | None:
-    """What multiplies rows of a dtype on a device with an fp32 sum, or None where they must become fp32 first.
+    """The product with an fp32 sum for rows of a dtype on a device; None where they must become fp32 first.
 
-    Never on CPU, where half-precision products are many times slower than fp32 ones, if there are any.
+    Never on CPU, where half-precision products are many times slower than fp32 ones.
     """
     return None if device.type == "cpu" or dtype not in HALF else find_product(device, dtype)
 
@@ -35,7 +35,7 @@ def half_product(device: torch.device, dtype: torch.dtype) -> Product | None:
 def find_product(device: torch.device, dtype: torch.dtype) -> Product | None:
     """The first of `fused` and `apart` that gives the right sum in a small case; None where neither does.
 
-    Tried once per device and dtype, not looked up by version: builds and devices differ in what they have.
+    Tried once per device and dtype rather than looked up by version, because builds and devices differ.
     """
     rows = torch.ones(4104, 8, dtype=dtype, device=device)  # (R, C)
     for product in (fused, apart):
@@ -51,10 +51,10 @@ def find_product(device: torch.device, dtype: torch.dtype) -> Product | None:
 
 
 def split_terms(rows: torch.Tensor) -> list[torch.Tensor]:
-    """fp32 rows as a sum of two bf16 ones; what is lost of an entry is 2⁻¹⁷ of it at most.
+    """fp32 rows as a sum of two bf16 terms, with a relative error of at most 2⁻¹⁷.
 
-    bf16 has 8 digits and fp32's range: rounding leaves at most 2⁻⁸ of the entry's power of two, and rounding that
-    again 2⁻⁹ of it.
+    bf16 has 8 significant bits: the first rounding leaves a remainder of at most 2⁻⁸ of the entry's power of two, and
+    rounding that remainder leaves 2⁻⁹ of it.
 
     Args:
         rows: (R, C) fp32, overwritten.

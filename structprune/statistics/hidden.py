@@ -5,7 +5,7 @@ import math
 import os
 import shutil
 import tempfile
-from typing import Iterator
+from collections.abc import Iterator
 
 import torch
 
@@ -14,24 +14,24 @@ from structprune.models.adapter import Adapter
 from structprune.models.transfer import StagedRows, lane_to, send
 
 
-def roomy(shape: tuple[int, ...], dtype: torch.dtype, budget: int):
-    """An empty host tensor, and None or, beyond `budget` bytes, the temporary file that it is mapped to.
+def empty_on_host(shape: tuple[int, ...], dtype: torch.dtype, budget: int):
+    """An empty host tensor and the temporary file it is mapped to: None within `budget` bytes.
 
-    The system removes the file when it is let go of: keep it as long as the tensor.
+    The system removes the file when the file object is freed: keep it as long as the tensor.
 
     Raises:
-        UserError: the temporary directory has no room for it.
+        UserError: the temporary directory is too full.
     """
     count = math.prod(shape)
     if count * dtype.itemsize <= budget:
         return torch.empty(shape, dtype=dtype), None
-    file = tempfile.NamedTemporaryFile(prefix="structprune-")
+    file = tempfile.NamedTemporaryFile(prefix="structprune-")  # noqa: SIM115 (returned to the caller)
     _reserve(file.fileno(), count * dtype.itemsize)
     return torch.from_file(file.name, shared=True, size=count, dtype=dtype).view(shape), file
 
 
 def _reserve(descriptor: int, size: int) -> None:
-    """Give a file its bytes now: a write to a mapped page for which the disk has no room would kill the process."""
+    """Allocate a file's bytes now: a write to a mapped page that does not fit the disk would kill the process."""
     folder = tempfile.gettempdir()
     try:
         if hasattr(os, "posix_fallocate"):
@@ -40,7 +40,7 @@ def _reserve(descriptor: int, size: int) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            return  # a file system that reserves nothing
+            return  # this file system cannot reserve space
         free = shutil.disk_usage(folder).free
         raise UserError(
             f"{size / 1e9:.3g} GB of temporary files do not fit {folder} ({free / 1e9:.3g} GB free): set TMPDIR to a"
@@ -51,17 +51,16 @@ def _reserve(descriptor: int, size: int) -> None:
 class HiddenStates:
     """The residual stream (R, T, C) of R sequences before some block.
 
-    It starts as the embeddings; `write` replaces it. What does not fit `budget` bytes lives in a memory-mapped
-    temporary file.
+    It starts as the embeddings; `write` replaces it. Beyond `budget` bytes it lives in a memory-mapped temporary file.
 
     Args:
-        overlap: on an accelerator rows are copied while others are computed with (`StagedRows`).
+        overlap: on an accelerator, copy rows while others are computed (`StagedRows`).
     """
 
     def __init__(self, adapter: Adapter, ids: torch.Tensor, batch: int, budget: int, overlap: bool = False):
         self._adapter, self._batch = adapter, batch
         weight = adapter.model.embedding.weight
-        self._states, self._file = roomy((*ids.shape, adapter.hidden_size), weight.dtype, budget)  # (R, T, C)
+        self._states, self._file = empty_on_host((*ids.shape, adapter.hidden_size), weight.dtype, budget)  # (R, T, C)
         lane = lane_to(adapter.device) if overlap else None
         self._staged = None if lane is None else StagedRows(self._states, lane, batch)
         self.rotary = adapter.model.rotary(ids.shape[1], adapter.device)
@@ -80,7 +79,7 @@ class HiddenStates:
         return self._states[rows].to(self._adapter.device)
 
     def write(self, rows: slice, states: torch.Tensor) -> None:
-        """Replace the hidden states of some sequences by (b, T, C), which may not be changed afterwards."""
+        """Replace the hidden states of some sequences by (b, T, C), which must not change afterwards."""
         if self._staged is not None:
             self._staged.write(rows, states)
         else:

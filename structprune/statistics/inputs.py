@@ -1,4 +1,4 @@
-"""What the linears of a block read, and its norms: one statistic for all that read the same."""
+"""The inputs of a block's linears and their norms: one statistic for all linears that read the same input."""
 
 from dataclasses import dataclass
 
@@ -8,8 +8,9 @@ from structprune.models.adapter import BlockView
 from structprune.statistics.activations import relative_weight, squared_norms
 from structprune.statistics.capture import watch_inputs
 
-Key = tuple[int, str]  # (block index, what is read: a key of READERS)
-STREAM = {"mixed": "attention_norm", "activated": "mlp_norm"}  # input -> the norm that reads the stream it is added to
+InputKey = tuple[int, str]  # (block index, input: a key of READERS)
+# input -> the norm that reads the residual stream which the output of its reader is added to
+STREAM = {"mixed": "attention_norm", "activated": "mlp_norm"}
 
 
 @dataclass(frozen=True)
@@ -25,20 +26,20 @@ class Inputs:
     stream: dict[str, torch.Tensor]
 
     def weight(self, name: str, weight: torch.Tensor | None, relative: bool) -> torch.Tensor | None:
-        """Row weights (b, T) of an input: ω, for what is added to the stream divided by its RMS if `relative`."""
+        """Row weights (b, T) of an input: ω, divided by the RMS of the stream that its reader adds to if `relative`."""
         return relative_weight(self.stream[name], weight) if relative and name in self.stream else weight
 
 
 def block_inputs(block: BlockView, x: torch.Tensor, rotary) -> Inputs:
-    """Run a block on (b, T, C) but for its down projection."""
-    seen: dict[str, torch.Tensor] = {}
-    with watch_inputs({"attention_input": block["query"]}, seen.__setitem__):
+    """Run a block on (b, T, C), except for its down projection."""
+    inputs: dict[str, torch.Tensor] = {}
+    with watch_inputs({"attention_input": block["query"]}, inputs.__setitem__):
         mixed = block.module.mix(x, rotary)  # (b, T, H*D)
-    return _behind_attention(block, x, mixed, seen["attention_input"])
+    return _after_attention(block, x, mixed, inputs["attention_input"])
 
 
 def read_input(block: BlockView, name: str, x: torch.Tensor, rotary) -> torch.Tensor:
-    """What the linears of one input read, (b, T, .), from the stream before the half of the block they are in."""
+    """One input of a block's linears, (b, T, .), from the stream before their half of the block (b, T, C)."""
     if name == "mixed":
         return block.module.mix(x, rotary)
     if name == "activated":
@@ -47,11 +48,11 @@ def read_input(block: BlockView, name: str, x: torch.Tensor, rotary) -> torch.Te
 
 
 def inputs_of_rows(block: BlockView, x: torch.Tensor, mixed: torch.Tensor) -> Inputs:
-    """`block_inputs` for some rows (b, r, C), from what attention gave them (b, r, H*D): the rest is row by row."""
-    return _behind_attention(block, x, mixed, block.module.part("attention_norm")(x))
+    """`block_inputs` of some rows (b, r, C), from their attention output (b, r, H*D): the rest works row by row."""
+    return _after_attention(block, x, mixed, block.module.part("attention_norm")(x))
 
 
-def _behind_attention(block: BlockView, x: torch.Tensor, mixed: torch.Tensor, attention_input: torch.Tensor) -> Inputs:
+def _after_attention(block: BlockView, x: torch.Tensor, mixed: torch.Tensor, attention_input: torch.Tensor) -> Inputs:
     read = {"attention_input": attention_input, "mixed": mixed}
     middle = x + block["attention_output"](mixed)  # (b, T, C)
     with watch_inputs({"mlp_input": block["gate"]}, read.__setitem__):
@@ -60,14 +61,15 @@ def _behind_attention(block: BlockView, x: torch.Tensor, mixed: torch.Tensor, at
 
 
 class InputNorms:
-    """Norms of the features of every linear's input over weighted rows; `norms` gives them.
+    """Norms of the features of every linear's input over weighted rows; `norms` returns them.
 
     Args:
         summed: Σ over sequences of ‖X̃[:, c]‖ instead of ‖X̃[:, c]‖ over all rows (docs/methods.md section 4).
     """
 
     def __init__(self, summed: bool = False):
-        self._summed, self._totals = summed, {}
+        self._summed = summed
+        self._totals: dict = {}
 
     def add(self, key, x: torch.Tensor, weight: torch.Tensor | None) -> None:
         """Count rows x (b, T, C) weighted by ω (b, T)."""

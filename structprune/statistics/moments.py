@@ -1,71 +1,58 @@
-"""Moments of what every consumer reads, on any arm: one forward per batch where its inputs can be held, else two."""
+"""Moments of the inputs of every consumer, on any arm: one forward per batch where the inputs fit, else two."""
 
 import torch
 
-from structprune.calibration.batches import Calibration
-from structprune.config import SinkSettings
 from structprune.models.adapter import Adapter
 from structprune.models.transfer import send
 from structprune.statistics.activations import Moments, merge_moments, moments
-from structprune.statistics.capture import MassMeter, consumers, watch_inputs
-from structprune.statistics.rows import Observe, Track, arm_ids, arm_weights, needs_sinks, unobserved, untracked
+from structprune.statistics.capture import ConsumerKey, MassMeter, consumers, watch_inputs
+from structprune.statistics.rows import arm_ids, arm_weights, needs_sinks
+from structprune.statistics.scan import Scan
 
-Key = tuple[int, str]  # (block index, consumer role)
 
-
-def held_bytes(adapter: Adapter, sequences: int, length: int) -> int:
-    """Bytes of every consumer's input for `sequences` sequences, as held until their sink weights are known."""
-    size = adapter.model.embedding.weight.element_size()
-    return sequences * length * size * sum(module.in_features for module in consumers(adapter.blocks).values())
+def held_input_bytes(adapter: Adapter, tokens: int, itemsize: int) -> int:
+    """Bytes of every consumer's input for `tokens` tokens, held until their sink weights are known."""
+    return tokens * itemsize * sum(module.in_features for module in consumers(adapter.blocks).values())
 
 
 @torch.inference_mode()
-def consumer_moments(
-    adapter: Adapter,
-    calibration: Calibration,
-    arm: str,
-    sink: SinkSettings,
-    windows: int = 1,
-    budget: int = 2**33,
-    track: Track = untracked,
-    observe: Observe = unobserved,
-) -> dict[Key, Moments]:
+def consumer_moments(scan: Scan, arm: str) -> dict[ConsumerKey, Moments]:
     """Moments of the inputs of all consumers over the rows of `arm`.
 
-    The noisy arms' sink weights are known only when a forward pass has ended: within `budget` bytes every consumer's
-    input is held until then, beyond it the batch is run twice. Both give the same numbers.
+    The sink weights of the noisy arms are known only after the forward pass. Within the budget every consumer's input
+    is held until then; beyond it the batch runs twice. Both give the same numbers. A batch holds whole windows, so that
+    a policy sees all levels of a window.
 
-    Args:
-        windows: windows per batch (times S copies, so that a policy has all levels of a window before it).
-        observe: is shown the mass that sink weights are made from, window by window.
     Returns:
         (block, role) -> `Moments` of that consumer's input features.
     """
-    totals: dict[Key, Moments] = {}
+    adapter, calibration, windows = scan.adapter, scan.calibration, scan.limits.windows
+    totals: dict[ConsumerKey, Moments] = {}
 
-    def add(key: Key, x: torch.Tensor, weight: torch.Tensor | None) -> None:
+    def add(key: ConsumerKey, x: torch.Tensor, weight: torch.Tensor | None) -> None:
         new = moments(x, weight)
         totals[key] = merge_moments(totals[key], new) if key in totals else new
 
     def weigh(noisy: torch.Tensor) -> torch.Tensor:
         mass = _mass(adapter, noisy)  # (b, S, T)
-        observe(mass)
-        return arm_weights(mass, arm, sink).flatten(0, 1)  # (b*R, T)
+        scan.observe(mass)
+        return arm_weights(mass, arm, scan.sink).flatten(0, 1)  # (b*R, T)
 
     ids, linears = arm_ids(calibration, arm), consumers(adapter.blocks)
-    hold = held_bytes(adapter, windows * calibration.levels, calibration.length) <= budget
-    for start in track(range(0, len(ids), windows), f"moments ({arm})"):
+    tokens = windows * calibration.levels * calibration.length
+    fits = held_input_bytes(adapter, tokens, adapter.model.embedding.weight.element_size()) <= scan.limits.budget
+    for start in scan.track(range(0, len(ids), windows), f"moments ({arm})"):
         noisy = calibration.noisy_ids[start : start + windows]  # (b, S, T)
         part = ids[start : start + windows]  # (b, R, T)
-        if needs_sinks(arm, sink) and arm.startswith("masked") and hold:
-            held: dict[Key, torch.Tensor] = {}
-            with watch_inputs(linears, held.__setitem__):
+        if needs_sinks(arm, scan.sink) and arm.startswith("masked") and fits:
+            inputs: dict[ConsumerKey, torch.Tensor] = {}
+            with watch_inputs(linears, inputs.__setitem__):
                 weight = weigh(noisy)  # (b*R, T)
-            for key in list(held):
-                add(key, held.pop(key), weight)
+            for key in list(inputs):
+                add(key, inputs.pop(key), weight)
             continue
-        weight = weigh(noisy) if needs_sinks(arm, sink) else None  # (b*R, T)
-        with watch_inputs(linears, lambda key, x: add(key, x, weight)):
+        weights = weigh(noisy) if needs_sinks(arm, scan.sink) else None  # (b*R, T)
+        with watch_inputs(linears, lambda key, x, weights=weights: add(key, x, weights)):
             adapter.model.encode(send(part.flatten(0, 1), adapter.device))
     return totals
 

@@ -1,96 +1,77 @@
-"""Norms of what every linear of the dense model reads, on any arm, in one forward pass a sequence.
+"""Norms of the inputs of every linear of the dense model, on any arm, in one forward pass per sequence.
 
-The row weights of the noisy sink arm are known only when the last block has attended. Until then what a linear reads
-would have to be held for every row. But nearly all rows weigh 1 in the end, so what is held are squares of the rows
-with most attention mass so far, sums of squares over groups of other rows of like mass, and what rows can be made again
-from; groups whose rows do not weigh the same in the end are made again row by row.
+The row weights of the noisy sink arm are known only after the last block's attention. Holding every input until then
+would take too much memory, but in the end nearly all rows have weight 1. So each block holds the squares of the rows
+with the most attention mass so far, sums of squares over groups of other rows of similar mass, and enough to compute
+single rows again. A group whose rows end up with different weights is computed again row by row.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
-from structprune.calibration.batches import Calibration
 from structprune.config import SinkSettings
 from structprune.models.adapter import READERS, Adapter, BlockView
 from structprune.models.transfer import send
 from structprune.statistics.activations import relative_weight, squared_norms
 from structprune.statistics.capture import MassMeter, watch_inputs
-from structprune.statistics.inputs import STREAM, InputNorms, Inputs, Key, block_inputs, inputs_of_rows
-from structprune.statistics.rows import (
-    Observe,
-    Track,
-    arm_ids,
-    arm_weights,
-    mass_of,
-    measure_mass,
-    needs_sinks,
-    unobserved,
-    untracked,
-)
+from structprune.statistics.inputs import STREAM, InputKey, InputNorms, Inputs, block_inputs, inputs_of_rows
+from structprune.statistics.rows import arm_ids, arm_weights, mass_of, measure_mass, needs_sinks
+from structprune.statistics.scan import Scan
 
-SINGLE = 8  # one row in so many is a group of its own: those that may well weigh less
-GROUP = 12  # rows in other groups: fewer hold more, more make more rows again
-SAME = 3e-5  # a group whose weights differ by less counts with their mean square; norms move by a few 1e-6 at most
+SINGLE = 8  # one row in so many is a group of its own: those that may well weigh less than 1
+GROUP = 12  # rows in each other group: smaller groups hold more, larger ones compute more rows again
+SAME = 3e-5  # weights within a group that differ by less count as their mean square; norms move by at most a few 1e-6
 
 
 @torch.inference_mode()
-def one_shot_norms(
-    adapter: Adapter,
-    calibration: Calibration,
-    arm: str,
-    sink: SinkSettings,
-    summed: bool = False,
-    relative: bool = False,
-    batch: int = 1,
-    budget: int = 2**33,
-    track: Track = untracked,
-    observe: Observe = unobserved,
-) -> dict[Key, torch.Tensor]:
+def one_shot_norms(scan: Scan, arm: str, summed: bool = False, relative: bool = False) -> dict[InputKey, torch.Tensor]:
     """Norms of every linear's input over the rows of `arm`.
 
+    Where the inputs held for the noisy sink arm exceed the budget, the pass runs twice. Both give the same numbers.
+
     Args:
-        batch: sequences in a forward pass.
-        budget: bytes; where what is held for the noisy sink arm exceeds them, the pass is run twice. Both give the same
-            numbers.
-        observe: is shown the mass that sink weights are made from, in the order of the sequences.
+        summed: sum norms over sequences instead of one norm over all rows (`InputNorms`).
+        relative: divide row weights by the RMS of the residual stream that a linear adds to.
     Returns:
         (block, input) -> (C,) fp64.
     """
-    counted, ids = InputNorms(summed), arm_ids(calibration, arm)  # (N, R, T)
-    late, room = weighs_late(arm, sink), None
-    weights = None
-    if needs_sinks(arm, sink) and not late:
-        mass = measure_mass(adapter, calibration, batch, track, observe)  # (N, S, T)
-        weights = arm_weights(mass, arm, sink).flatten(0, 1)  # (N*R, T)
-    ids = ids.flatten(0, 1)  # (R, T)
-    for start in track(range(0, len(ids), batch), f"norms ({arm})"):
+    adapter, norms, ids = scan.adapter, InputNorms(summed), arm_ids(scan.calibration, arm)  # (N, R, T)
+    late, weights = weighs_late(arm, scan.sink), None
+    if needs_sinks(arm, scan.sink) and not late:
+        weights = arm_weights(measure_mass(scan), arm, scan.sink).flatten(0, 1)  # (N*R, T)
+    batch, ids = scan.sequences(ids.shape[1]), ids.flatten(0, 1)  # (R, T)
+    late_pass = _LatePass(adapter, norms, scan.sink, relative)
+    for start in scan.track(range(0, len(ids), batch), f"norms ({arm})"):
         rows = slice(start, start + batch)
         part = send(ids[rows], adapter.device)  # (b, T)
-        if late and held_bytes(adapter, part.numel()) <= budget:
-            room = room or [_Held.empty(block, part.shape) for block in adapter.blocks[:-1]]
-            mass = _add_late(adapter, part, [held.first(len(part)) for held in room], counted, sink, relative)
-            observe(mass)  # (b, T)
+        if late and late_input_bytes(adapter, part.numel()) <= scan.limits.budget:
+            scan.observe(late_pass.add(part))  # (b, T)
             continue
         weight = None if weights is None else send(weights[rows], adapter.device)  # (b, T)
         if late:
-            observe(mass := mass_of(adapter, part))  # (b, T)
-            weight = _late_weight(mass, sink)  # (b, T)
-        _add(adapter, part, counted, weight, relative)
-    return counted.norms
+            scan.observe(mass := mass_of(adapter, part))  # (b, T)
+            weight = _late_weight(mass, scan.sink)  # (b, T)
+        _add(adapter, part, norms, weight, relative)
+    return norms.norms
 
 
 def weighs_late(arm: str | None, sink: SinkSettings) -> bool:
-    """Whether a noisy sequence's row weights are known once its own pass has ended.
+    """Whether the row weights of a noisy sequence are known after its own pass.
 
-    A policy that compares the levels of a window must know all of them, which a batch of sequences need not hold: there
-    the mass is measured by a pass of its own first.
+    A policy that compares the levels of a window needs all of them, and a batch of sequences may not hold them all:
+    then a pass of its own measures the mass first.
     """
-    return needs_sinks(arm, sink) and arm.startswith("masked") and sink.policy == "all"
+    return arm is not None and needs_sinks(arm, sink) and arm.startswith("masked") and sink.policy == "all"
 
 
-def held_bytes(adapter: Adapter, tokens: int, itemsize: int | None = None) -> int:
-    """Bytes held for the noisy sink arm until its row weights are known; `itemsize` of a hidden state (the model's)."""
+def late_input_bytes(adapter: Adapter, tokens: int, itemsize: int | None = None) -> int:
+    """Bytes held for the noisy sink arm until its row weights are known.
+
+    Args:
+        itemsize: bytes of a number in a hidden state; default the model's.
+    """
     hidden, size = adapter.hidden_size, itemsize or adapter.model.embedding.weight.element_size()
     numbers = 0.0
     for block in adapter.blocks[:-1]:
@@ -117,22 +98,24 @@ def _norms(adapter: Adapter, relative: bool) -> dict:
     return {(block.index, name): block.module.part(role) for block in blocks for name, role in STREAM.items()}
 
 
-def _add(adapter: Adapter, ids: torch.Tensor, counted: InputNorms, weight, relative: bool) -> None:
+def _add(adapter: Adapter, ids: torch.Tensor, norms: InputNorms, weight, relative: bool) -> None:
     """One forward pass over (b, T) ids whose row weights are known."""
-    scales: dict[Key, torch.Tensor] = {}
+    scales: dict[InputKey, torch.Tensor] = {}
 
-    def visit(key: Key, x: torch.Tensor) -> None:
+    def visit(key: InputKey, x: torch.Tensor) -> None:
         scale = scales.pop(key, None)  # (b, T)
-        counted.add(key, x, weight if scale is None else scale if weight is None else scale * weight)
+        norms.add(key, x, weight if scale is None else scale if weight is None else scale * weight)
 
-    with watch_inputs(_norms(adapter, relative), lambda key, x: scales.__setitem__(key, relative_weight(x, None))):
-        with watch_inputs(_linears(adapter), visit):
-            adapter.model.encode(ids)
+    def scale_rows(key: InputKey, x: torch.Tensor) -> None:
+        scales[key] = relative_weight(x, None)  # (b, T)
+
+    with watch_inputs(_norms(adapter, relative), scale_rows), watch_inputs(_linears(adapter), visit):
+        adapter.model.encode(ids)
 
 
 @dataclass(frozen=True)
 class _Held:
-    """One block's inputs until the row weights are known.
+    """One block's inputs, held until the row weights are known.
 
     Attributes:
         x: (b, T, C) the block's input. mixed: (b, T, H*D) what its attention output reads.
@@ -147,30 +130,29 @@ class _Held:
 
     @classmethod
     def empty(cls, block: BlockView, shape: torch.Size) -> "_Held":
-        """Room for ids of a (b, T) shape. It serves all batches: fresh memory amid what comes and goes in a pass would
-        leave holes in the heap, up to half as much again."""
-        place = {"device": block["query"].weight.device, "dtype": block["query"].weight.dtype}
+        """Buffers for ids of a (b, T) shape, reused by all batches: fresh ones would fragment the heap."""
+        like = block["query"].weight
         widths = {name: block[roles[0]].in_features for name, roles in READERS.items()}
-        x = torch.empty(*shape, widths["attention_input"], **place)  # (b, T, C)
-        mixed = torch.empty(*shape, widths.pop("mixed"), **place)  # (b, T, H*D)
-        order = torch.empty(shape, dtype=torch.int64, device=place["device"])  # (b, T)
+        x = like.new_empty(*shape, widths["attention_input"])  # (b, T, C)
+        mixed = like.new_empty(*shape, widths.pop("mixed"))  # (b, T, H*D)
+        order = torch.empty(shape, dtype=torch.int64, device=like.device)  # (b, T)
         single, groups = _groups(shape[1])
-        sums = {n: torch.empty(shape[0], single + groups, c, device=place["device"]) for n, c in widths.items()}
+        sums = {n: torch.empty(shape[0], single + groups, c, device=like.device) for n, c in widths.items()}
         return cls(x, mixed, order, sums)  # sums: (b, G, C)
 
     def first(self, count: int) -> "_Held":
-        """The room of the first `count` sequences."""
+        """The buffers of the first `count` sequences."""
         sums = {name: value[:count] for name, value in self.sums.items()}
         return _Held(self.x[:count], self.mixed[:count], self.order[:count], sums)
 
-    def fill(self, found: Inputs, x: torch.Tensor, mass: torch.Tensor, relative: bool) -> None:
-        """Hold a block's inputs, given the attention mass (b, T) so far."""
+    def fill(self, inputs: Inputs, x: torch.Tensor, mass: torch.Tensor, relative: bool) -> None:
+        """Hold a block's inputs, with the attention mass (b, T) so far."""
         self.x.copy_(x)
-        self.mixed.copy_(found.read["mixed"])
-        # by mass, so that rows that may weigh less than 1 come together
+        self.mixed.copy_(inputs.read["mixed"])
+        # sorted by mass, so that rows that may weigh less than 1 share groups
         self.order.copy_(mass.argsort(dim=1, descending=True))
         for name, sums in self.sums.items():
-            _grouped_squares(found.read[name], self.order, found.weight(name, None, relative), sums)
+            _grouped_squares(inputs.read[name], self.order, inputs.weight(name, None, relative), sums)
 
 
 def _groups(length: int) -> tuple[int, int]:
@@ -179,40 +161,85 @@ def _groups(length: int) -> tuple[int, int]:
     return single, -(-(length - single) // GROUP)
 
 
-def _add_late(
-    adapter: Adapter, ids: torch.Tensor, room: list[_Held], counted: InputNorms, sink: SinkSettings, relative: bool
-) -> torch.Tensor:
-    """One forward pass over (b, T) ids, whose row weights are those of its own attention mass (b, T), returned."""
-    x = adapter.model.embedding(ids)  # (b, T, C)
-    rotary, *blocks = adapter.model.rotary(ids.shape[1], adapter.device), *adapter.blocks
-    with MassMeter().on([block.core for block in blocks]) as meter:
-        for block, held in zip(blocks, room):
-            found = block_inputs(block, x, rotary)
-            held.fill(found, x, meter.so_far, relative)
-            x = found.stream["activated"] + block["down"](found.read["activated"])  # (b, T, C)
-            del found  # or it would be beside the next block's
-        last = block_inputs(blocks[-1], x, rotary)
-        mass = meter.take()  # (b, T)
-    weight = _late_weight(mass, sink)  # (b, T)
-    for name, value in last.read.items():
-        counted.add((blocks[-1].index, name), value, last.weight(name, weight, relative))
-    grouped = [_by_group(weight, held.order) for held in room]  # ((b, G), (b, G)) each
-    # one look of the host at all blocks' groups, not one a sequence and block
-    apart = torch.stack([apart for _, apart in grouped]).cpu() if grouped else []  # (blocks, b, G)
-    for block, held, (squared, _), groups in zip(blocks, room, grouped, apart):
-        _count(block, held, counted, weight, relative, squared, groups)
-    return mass
+class _LatePass:
+    """Forward passes over noisy sequences whose row weights come from the pass itself.
+
+    Args:
+        norms: what rows are added to.
+        relative: divide row weights by the RMS of the residual stream that a linear adds to.
+    """
+
+    def __init__(self, adapter: Adapter, norms: InputNorms, sink: SinkSettings, relative: bool):
+        self._adapter, self._norms, self._sink, self._relative = adapter, norms, sink, relative
+        self._buffers: list[_Held] = []
+
+    def add(self, ids: torch.Tensor) -> torch.Tensor:
+        """Add the rows of (b, T) ids; their attention mass (b, T)."""
+        adapter, last = self._adapter, self._adapter.blocks[-1]
+        self._buffers = self._buffers or [_Held.empty(block, ids.shape) for block in adapter.blocks[:-1]]
+        held = [buffers.first(len(ids)) for buffers in self._buffers]
+        with MassMeter().on([block.core for block in adapter.blocks]) as meter:
+            inputs = self._run(ids, held, meter)
+            mass = meter.take()  # (b, T)
+        weight = _late_weight(mass, self._sink)  # (b, T)
+        for name, value in inputs.read.items():
+            self._norms.add((last.index, name), value, inputs.weight(name, weight, self._relative))
+        grouped = [_by_group(weight, each.order) for each in held]  # ((b, G), (b, G)) each
+        # one device sync for all blocks' groups, not one per sequence and block
+        apart = [mixed for _, mixed in grouped]  # (b, G) each
+        mixed: Iterable[torch.Tensor] = torch.stack(apart).cpu() if apart else []  # (blocks, b, G)
+        for block, each, (squared, _), groups in zip(adapter.blocks, held, grouped, mixed):
+            self._count(block, each, weight, squared, groups)
+        return mass
+
+    def _run(self, ids: torch.Tensor, held: list[_Held], meter: MassMeter) -> Inputs:
+        """Fill the buffers of all blocks but the last, whose inputs are returned."""
+        x = self._adapter.model.embedding(ids)  # (b, T, C)
+        rotary = self._adapter.model.rotary(ids.shape[1], self._adapter.device)
+        for block, buffers in zip(self._adapter.blocks, held):
+            inputs = block_inputs(block, x, rotary)
+            buffers.fill(inputs, x, meter.so_far, self._relative)
+            x = inputs.stream["activated"] + block["down"](inputs.read["activated"])  # (b, T, C)
+            del inputs  # or they would be in memory beside the next block's
+        return block_inputs(self._adapter.blocks[-1], x, rotary)
+
+    def _count(
+        self, block: BlockView, held: _Held, weight: torch.Tensor, squared: torch.Tensor, mixed: torch.Tensor
+    ) -> None:
+        """Add a block's rows: whole groups where their rows weigh the same, else row by row.
+
+        Args:
+            weight: (b, T). squared: (b, G) mean ω² and mixed: (b, G) bool on the host, of `_by_group`.
+        """
+        scale = relative_weight(held.x, weight) if self._relative else weight  # (b, T)
+        self._norms.add((block.index, "mixed"), held.mixed, scale)
+        whole = squared * send(~mixed, squared.device)  # (b, G)
+        squares = {name: torch.bmm(whole[:, None], sums)[:, 0] for name, sums in held.sums.items()}  # (b, C)
+        single, _ = _groups(held.order.shape[1])
+        for index, groups in enumerate(mixed):
+            others = held.order[index, single:]  # (T - single,)
+            places = groups[single:].repeat_interleave(GROUP)[: len(others)].nonzero()[:, 0]  # (r,), on the host
+            if not len(places):
+                continue
+            rows = others[send(places, others.device)]  # (r,)
+            inputs = inputs_of_rows(block, held.x[index, rows][None], held.mixed[index, rows][None])
+            part = weight[index, rows][None]  # (1, r)
+            for name in squares:
+                part_weight = inputs.weight(name, part, self._relative)  # (1, r)
+                squares[name][index] += squared_norms(inputs.read[name], part_weight)[0]  # (C,)
+        for name, value in squares.items():
+            self._norms.add_squares((block.index, name), value)
 
 
 def _grouped_squares(x: torch.Tensor, order: torch.Tensor, weight: torch.Tensor | None, sums: torch.Tensor) -> None:
     """Sums of squares over groups of rows: x (b, T, C), order and weight (b, T), into sums (b, G, C) fp32.
 
-    Groups are gathered member by member, which takes a third of the time of squaring all and scattering the sums.
+    Gathering groups member by member takes a third of the time of squaring all rows and scattering the sums.
     """
     single, _ = _groups(order.shape[1])
     for index, ranks in enumerate(order):
         members = [ranks[:single]] + [ranks[single + member :: GROUP] for member in range(GROUP)]
-        for member, rows in enumerate(members):  # of a last group that is not full there may be one row fewer
+        for member, rows in enumerate(members):  # the last group may be one row short
             part = x[index].index_select(0, rows).float()  # (g, C)
             if weight is not None:
                 part = part * weight[index, rows, None]  # (g, C)
@@ -224,36 +251,8 @@ def _by_group(weight: torch.Tensor, order: torch.Tensor) -> tuple[torch.Tensor, 
     """Mean ω² of every group, and whether its weights differ: (b, T) each -> (b, G) each."""
     ranked, (single, _) = weight.gather(1, order), _groups(order.shape[1])  # (b, T)
     alone, rest = ranked[:, :single], ranked[:, single:]
-    missing = -rest.shape[1] % GROUP  # of a last group that is not full; its last weight stands in
+    missing = -rest.shape[1] % GROUP  # rows that the last group lacks: its last weight fills them
     rest = torch.cat((rest, rest[:, -1:].expand(-1, missing)), dim=1).unflatten(1, (-1, GROUP))  # (b, g, GROUP)
-    apart = rest.amax(2) - rest.amin(2) > SAME  # (b, g)
+    mixed = rest.amax(2) - rest.amin(2) > SAME  # (b, g)
     squared = torch.cat((alone.square(), rest.square().mean(2)), dim=1)  # (b, G)
-    return squared, torch.cat((torch.zeros_like(alone, dtype=torch.bool), apart), dim=1)
-
-
-def _count(
-    block: BlockView, held: _Held, counted: InputNorms, weight: torch.Tensor, relative: bool, squared: torch.Tensor,
-    apart: torch.Tensor,
-) -> None:  # fmt: skip
-    """Squares of what a block's linears read: whole groups where their rows weigh the same, else row by row.
-
-    Args:
-        weight: (b, T). squared: (b, G) and apart: (b, G) on the host, of `_by_group`.
-    """
-    scale = relative_weight(held.x, weight) if relative else weight  # (b, T)
-    counted.add((block.index, "mixed"), held.mixed, scale)
-    whole = squared * send(~apart, squared.device)  # (b, G)
-    squares = {name: torch.bmm(whole[:, None], sums)[:, 0] for name, sums in held.sums.items()}  # (b, C)
-    single, _ = _groups(held.order.shape[1])
-    for index, groups in enumerate(apart):
-        others = held.order[index, single:]  # (T - single,)
-        places = groups[single:].repeat_interleave(GROUP)[: len(others)].nonzero()[:, 0]  # (r,), on the host
-        if not len(places):
-            continue
-        rows = others[send(places, others.device)]  # (r,)
-        made = inputs_of_rows(block, held.x[index, rows][None], held.mixed[index, rows][None])
-        part = weight[index, rows][None]  # (1, r)
-        for name in squares:
-            squares[name][index] += squared_norms(made.read[name], made.weight(name, part, relative))[0]  # (C,)
-    for name, value in squares.items():
-        counted.add_squares((block.index, name), value)
+    return squared, torch.cat((torch.zeros_like(alone, dtype=torch.bool), mixed), dim=1)

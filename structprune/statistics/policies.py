@@ -1,7 +1,7 @@
-"""Which sink rows lose weight: policies over the S noise levels of a window, and what each of them took.
+"""Which sink rows lose weight: policies over the S noise levels of a window, and the effect of each.
 
-The published claim is that sinks which move while the model denoises are transient and may be ignored, and that those
-that stay may not (arXiv 2602.17664; the formula is ours, docs/methods.md section 3). Pure functions of the sink mask φ.
+The published claim is that sinks which move while the model denoises are transient and can be ignored, while sinks
+that stay cannot (arXiv 2602.17664; the formula is ours, docs/methods.md section 3). Pure functions of the sink mask φ.
 Shapes: N windows, S noise levels, T positions.
 """
 
@@ -18,7 +18,7 @@ def instability(phi: torch.Tensor, present: torch.Tensor | None = None) -> torch
     """Population variance of φ over the levels, 0 (always, or never, a sink) to 1/4: (..., S, T) -> (..., T).
 
     Args:
-        present: (S, T) bool, the levels that count for a position, NaN where there are none; default all.
+        present: (S, T) bool, the levels that count for a position; default all. Without any the result is NaN.
     """
     if present is None:
         return phi.var(-2, correction=0)
@@ -35,8 +35,8 @@ def survival(phi: torch.Tensor, present: torch.Tensor | None = None) -> torch.Te
 def policy_weights(phi: torch.Tensor, policy: SinkPolicy) -> torch.Tensor:
     """Keep weight ω of every row of S levels by a policy: (..., S, T) -> (..., S, T).
 
-    `all`: 1 - φ, also for (..., T). `unstable`: 1 - φ · min(1, 4 · Var_s φ), so that a position that is a sink at all
-    levels keeps its weight and one that is a sink at half of them loses as under `all`. `none`: 1.
+    `all`: 1 - φ, also for (..., T). `unstable`: 1 - φ · min(1, 4 · Var_s φ), so that a sink at all levels keeps its
+    weight and a sink at half of them loses as much as under `all`. `none`: 1.
     """
     if policy == "none":
         return torch.ones_like(phi)
@@ -45,19 +45,19 @@ def policy_weights(phi: torch.Tensor, policy: SinkPolicy) -> torch.Tensor:
     return 1 - phi
 
 
-def taken(weights: torch.Tensor, masked: torch.Tensor) -> dict:
-    """How much weight went, and from which positions, as plain data: shares of 1 a row, 0 (nothing) to 1 (all).
+def removed_weight(weights: torch.Tensor, masked: torch.Tensor) -> dict:
+    """How much weight was removed, and from which positions, as plain data: shares of a row's full weight of 1.
 
     Args:
         weights: (N, S, T) ω. masked: (N, S, T) bool, rows that are mask tokens.
     Returns:
         `share` over all rows; `by_level` (S); `by_decile` of the position in the window (10, or T where that is less);
-        `by_kind`: of `mask` tokens and of `text`, None where there are none; `of_mask`: the part of what went that went
-        from mask tokens (None: nothing went); `top`: the positions that lost most, and their share.
+        `by_kind`: of `mask` tokens and of `text`, None without any; `of_mask`: the part of all removed weight that was
+        removed from mask tokens (None: nothing removed); `top`: the positions that lost most, and their share.
     """
     lost = 1 - weights.double()  # (N, S, T)
     by_position = lost.mean((0, 1))  # (T,)
-    most = by_position.topk(min(TOP, len(by_position)))
+    top = by_position.topk(min(TOP, len(by_position)))
     total, at_masks = float(lost.sum()), float(lost[masked].sum())
     return {
         "share": float(lost.mean()),
@@ -65,7 +65,7 @@ def taken(weights: torch.Tensor, masked: torch.Tensor) -> dict:
         "by_decile": [float(part.mean()) for part in by_position.tensor_split(min(DECILES, len(by_position)))],
         "by_kind": {"mask": _mean(lost[masked]), "text": _mean(lost[~masked])},
         "of_mask": at_masks / total if total > 0 else None,
-        "top": [[int(place), float(share)] for share, place in zip(*most) if share > 0],
+        "top": [[int(place), float(share)] for share, place in zip(*top) if share > 0],
     }
 
 
@@ -74,22 +74,23 @@ def _mean(values: torch.Tensor) -> float | None:
 
 
 def policy_report(phi: torch.Tensor, masked: torch.Tensor, policy: SinkPolicy) -> dict:
-    """What a policy took from some windows beside what `all` and `unstable` would take, as plain data.
+    """The effect of a policy on some windows beside that of `all` and `unstable`, as plain data.
 
     Args:
-        phi: (N, S, T) sink mask, levels in the order they are to be shown in. masked: (N, S, T) bool, mask tokens.
+        phi: (N, S, T) sink mask, levels in display order. masked: (N, S, T) bool, mask tokens.
     Returns:
-        `policy`; `sinks`: share of rows with φ > 1/2; `survival`: mean share of levels of the positions that are a sink
-        at any, and `instability` their mean variance (None where there are none); `taken`: policy -> `taken`.
+        `policy`; `sinks`: share of rows with φ > 1/2; `survival`: mean share of levels at which a position is a sink,
+        of those that ever are, and `instability` their mean variance (None without any); `taken`: policy ->
+        `removed_weight`.
     """
     lasting = survival(phi)  # (N, T)
     ever = lasting > 0  # (N, T)
-    policies = ["all"] if phi.shape[1] < 2 else ["all", "unstable"]
+    policies: tuple[SinkPolicy, ...] = ("all",) if phi.shape[1] < 2 else ("all", "unstable")
     return {
         "policy": policy,
         "windows": phi.shape[0],
         "sinks": float((phi > SINK).double().mean()),
         "survival": _mean(lasting[ever]),
         "instability": _mean(instability(phi)[ever]),
-        "taken": {name: taken(policy_weights(phi, name), masked) for name in policies},
+        "taken": {name: removed_weight(policy_weights(phi, name), masked) for name in policies},
     }

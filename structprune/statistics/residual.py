@@ -1,4 +1,4 @@
-"""A model run consumer by consumer over many sequences, so that a refit can stand between reading and writing."""
+"""A model run consumer by consumer over many sequences, so that a refit can change each before its output counts."""
 
 import torch
 from torch import nn
@@ -6,14 +6,14 @@ from torch import nn
 from structprune.models.adapter import CONSUMER, Adapter
 from structprune.statistics.hidden import HiddenStates
 
-Key = tuple[int, str]  # (block index, kind of unit)
+UnitKey = tuple[int, str]  # (block index, kind of unit)
 
 
 class ResidualRun:
-    """What every consumer reads, in the order of the forward pass, over R sequences of T tokens.
+    """The inputs of every consumer, in the order of the forward pass, over R sequences of T tokens.
 
-    `read` gives a consumer's input for some sequences; `advance` adds its output to the residual stream, with the
-    weights it has by then. What was read is held until `advance` where it fits the budget, else computed again.
+    `read` returns a consumer's input for some sequences; `advance` adds its output to the residual stream, with the
+    weights it has by then. Inputs are held until `advance` where they fit the budget, else computed again.
     """
 
     def __init__(self, adapter: Adapter, ids: torch.Tensor, batch: int, budget: int, overlap: bool = False):
@@ -21,7 +21,7 @@ class ResidualRun:
         self._size = ids.numel() * adapter.model.embedding.weight.element_size()  # bytes of one feature of all tokens
         widest = max(block[role].in_features for block in adapter.blocks for role in CONSUMER.values())
         self._hold = self._size * widest <= budget
-        self._held: dict[Key, dict[int, torch.Tensor]] = {}
+        self._held: dict[UnitKey, dict[int, torch.Tensor]] = {}
         self._overlap = overlap
         self._states = HiddenStates(adapter, ids, batch, budget, overlap)
 
@@ -29,7 +29,7 @@ class ResidualRun:
         """The batches' row slices."""
         return self._states.slices()
 
-    def compute(self, key: Key, states: torch.Tensor, channels: Adapter | None = None) -> torch.Tensor:
+    def compute(self, key: UnitKey, states: torch.Tensor, channels: Adapter | None = None) -> torch.Tensor:
         """The consumer's input on given hidden states (b, T, C), by this run's model or another's block."""
         block = (channels or self._adapter).blocks[key[0]].module
         return block.mix(states, self._states.rotary) if key[1] == "attention" else block.activate(states)
@@ -38,25 +38,25 @@ class ResidualRun:
         """The residual stream that the current consumer's block reads, (b, T, C)."""
         return self._states.read(rows)
 
-    def consumer(self, key: Key) -> nn.Linear:
-        """The linear that reads what `key` names."""
+    def consumer(self, key: UnitKey) -> nn.Linear:
+        """The linear that `key` names."""
         return self._adapter.blocks[key[0]][CONSUMER[key[1]]]
 
-    def read(self, key: Key, rows: slice) -> torch.Tensor:
+    def read(self, key: UnitKey, rows: slice) -> torch.Tensor:
         """Input of consumer `key` for some sequences, (b, T, C)."""
         return self._cached(key, rows, lambda: self.compute(key, self._states.read(rows)))
 
-    def output(self, key: Key, rows: slice) -> torch.Tensor:
+    def output(self, key: UnitKey, rows: slice) -> torch.Tensor:
         """Output of consumer `key` for some sequences, with the weights it has now, (b, T, O)."""
         return self.consumer(key)(self.read(key, rows))
 
-    def advance(self, key: Key) -> None:
+    def advance(self, key: UnitKey) -> None:
         """Add the consumer's output to the residual stream of all sequences."""
         for rows in self.slices():
             self._states.write(rows, self._states.read(rows) + self.output(key, rows))
         self._held.pop(key, None)
 
-    def _cached(self, key: Key, rows: slice, compute) -> torch.Tensor:
+    def _cached(self, key: UnitKey, rows: slice, compute) -> torch.Tensor:
         held = self._held.setdefault(key, {})
         if rows.start in held:
             return held[rows.start]
@@ -67,33 +67,33 @@ class ResidualRun:
 
 
 class TargetRun(ResidualRun):
-    """The dense model's consumers' outputs, which do not change: held for good where all of them fit the budget.
+    """The outputs of the dense model's consumers, which do not change: held for the whole run where all fit the budget.
 
-    `restart` goes back to the first block, free where everything is held.
+    `restart` goes back to the first block, at no cost where everything is held.
     """
 
     def __init__(self, adapter: Adapter, ids: torch.Tensor, batch: int, budget: int, overlap: bool = False):
         super().__init__(adapter, ids, batch, budget, overlap)
-        self.kept = self._size * len(CONSUMER) * len(adapter.blocks) * adapter.hidden_size <= budget
+        self.holds_all = self._size * len(CONSUMER) * len(adapter.blocks) * adapter.hidden_size <= budget
         self._hold = self._size * adapter.hidden_size <= budget
-        self._done: set[Key] = set()
+        self._done: set[UnitKey] = set()
 
     def restart(self) -> None:
-        """Start anew with the embeddings, unless everything is held or nothing was consumed yet."""
-        if not self.kept and self._done:
+        """Start again from the embeddings, unless everything is held or nothing was consumed yet."""
+        if not self.holds_all and self._done:
             self._done, self._held = set(), {}
             self._states = HiddenStates(self._adapter, self._ids, self._batch, self._budget, self._overlap)
 
-    def read(self, key: Key, rows: slice) -> torch.Tensor:
+    def read(self, key: UnitKey, rows: slice) -> torch.Tensor:
         return self.compute(key, self._states.read(rows))
 
-    def output(self, key: Key, rows: slice) -> torch.Tensor:
+    def output(self, key: UnitKey, rows: slice) -> torch.Tensor:
         return self._cached(key, rows, lambda: self.consumer(key)(self.read(key, rows)))
 
-    def advance(self, key: Key) -> None:
+    def advance(self, key: UnitKey) -> None:
         if key in self._done:
             return
-        held = self._held.get(key) if self.kept else None
+        held = self._held.get(key) if self.holds_all else None
         super().advance(key)
         if held is not None:
             self._held[key] = held

@@ -1,7 +1,6 @@
-"""What an arm looks at: the token rows of a calibration set and their weights (docs/methods.md section 2)."""
+"""The token rows that a calibration arm feeds to the model, and their weights (docs/methods.md section 2)."""
 
 from dataclasses import dataclass
-from typing import Callable, Iterable
 
 import torch
 
@@ -10,32 +9,19 @@ from structprune.config import SinkSettings
 from structprune.models.adapter import Adapter
 from structprune.models.transfer import send
 from structprune.statistics.capture import MassMeter
+from structprune.statistics.scan import Scan
 from structprune.statistics.sinks import keep_weights
-
-Track = Callable[[Iterable, str], Iterable]
-
-
-Observe = Callable[[torch.Tensor], None]  # is shown attention mass (..., T) that sink weights are made from
-
-
-def unobserved(mass: torch.Tensor) -> None:
-    """The hook that looks at no mass."""
-
-
-def untracked(items: Iterable, title: str) -> Iterable:
-    """The progress hook that shows nothing."""
-    return items
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Sequences an arm feeds to the model.
+    """Sequences of one arm.
 
     Attributes:
         ids: (R, T) int64.
-        weight: (R, T) fp32 ω, or None where every row counts fully.
+        weight: (R, T) fp32 ω, or None where every row has weight 1.
         masked: (R, T) bool, tokens that are masked in `ids`.
-        copies: sequences per window, which are neighbours.
+        copies: sequences per window; the copies of one window are neighbours.
     """
 
     ids: torch.Tensor
@@ -49,12 +35,12 @@ class Rows:
 
 
 def needs_sinks(arm: str | None, sink: SinkSettings) -> bool:
-    """Whether rows of an arm are weighted by their sinks."""
+    """Whether an arm weights its rows by sinks."""
     return arm is not None and arm.endswith("+sink") and sink.policy != "none"
 
 
 def arm_ids(calibration: Calibration, arm: str) -> torch.Tensor:
-    """(N, R, T) ids an arm runs: the clean windows once, or their S noisy copies."""
+    """(N, R, T) ids of an arm: the clean windows once, or their S noisy copies."""
     return calibration.input_ids[:, None] if arm.startswith("clean") else calibration.noisy_ids
 
 
@@ -68,19 +54,28 @@ def arm_rows(calibration: Calibration, arm: str, sink: SinkSettings, mass: torch
     """The rows of an arm.
 
     Args:
-        mass: (N, S, T) attention mass on the noisy copies; needed by the sink arms only.
+        mass: (N, S, T) attention mass on the noisy copies; only the sink arms need it.
     """
     ids = arm_ids(calibration, arm)  # (N, R, T)
-    weight = arm_weights(mass, arm, sink).flatten(0, 1) if needs_sinks(arm, sink) else None  # (N*R, T)
+    weight = None
+    if needs_sinks(arm, sink):
+        assert mass is not None, f"arm {arm} needs the attention mass"
+        weight = arm_weights(mass, arm, sink).flatten(0, 1)  # (N*R, T)
     masked = (ids == mask_id) & (calibration.input_ids[:, None] != mask_id)  # (N, R, T)
     return Rows(ids.flatten(0, 1), weight, masked.flatten(0, 1), ids.shape[1])
+
+
+def scan_rows(scan: Scan, arm: str) -> Rows:
+    """The rows of an arm; a sink arm measures its attention mass in a pass of its own first."""
+    mass = measure_mass(scan) if needs_sinks(arm, scan.sink) else None
+    return arm_rows(scan.calibration, arm, scan.sink, mass, scan.adapter.mask_id)
 
 
 @torch.inference_mode()
 def mass_of(adapter: Adapter, ids: torch.Tensor) -> torch.Tensor:
     """Attention mass of some sequences over all layers and heads, (b, T) -> (b, T) fp32 on the model's device.
 
-    The pass ends where the last block's attention begins.
+    The pass stops after the last block's attention.
     """
     x = adapter.model.embedding(send(ids, adapter.device))  # (b, T, C)
     rotary = adapter.model.rotary(ids.shape[1], adapter.device)
@@ -91,22 +86,11 @@ def mass_of(adapter: Adapter, ids: torch.Tensor) -> torch.Tensor:
     return meter.take()
 
 
-def measure_mass(
-    adapter: Adapter,
-    calibration: Calibration,
-    batch: int = 1,
-    track: Track = untracked,
-    observe: Observe = unobserved,
-) -> torch.Tensor:
-    """Attention mass on every noisy copy: (N, S, T) fp32 on CPU.
-
-    Args:
-        batch: sequences per forward pass.
-        observe: is shown all of it.
-    """
-    noisy = calibration.noisy_ids.flatten(0, 1)  # (N*S, T)
-    starts = track(range(0, len(noisy), batch), "attention mass")
-    # brought to the host at once: batch by batch the device would stand still at the end of every pass
-    mass = torch.cat([mass_of(adapter, noisy[start : start + batch]) for start in starts]).cpu()  # (N*S, T)
-    observe(mass)
-    return mass.view(calibration.noisy_ids.shape)
+def measure_mass(scan: Scan) -> torch.Tensor:
+    """Attention mass on every noisy copy: (N, S, T) fp32 on CPU."""
+    noisy, batch = scan.calibration.noisy_ids.flatten(0, 1), scan.sequences()  # (N*S, T)
+    starts = scan.track(range(0, len(noisy), batch), "attention mass")
+    # one copy to the host at the end: a copy per batch would stall the device after every pass
+    mass = torch.cat([mass_of(scan.adapter, noisy[start : start + batch]) for start in starts]).cpu()  # (N*S, T)
+    scan.observe(mass)
+    return mass.view(scan.calibration.noisy_ids.shape)

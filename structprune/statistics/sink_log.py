@@ -1,4 +1,4 @@
-"""What a run's sink policy took, from the attention mass that its weights were made from."""
+"""The effect of a run's sink policy, from the attention mass that its weights were computed from."""
 
 import torch
 
@@ -9,23 +9,23 @@ from structprune.statistics.sinks import sink_phi
 
 
 class SinkLog:
-    """Keeps the mass that `observe` is shown, 4 bytes a row: N windows x S levels x T positions, where it is."""
+    """Keeps the mass that `observe` receives, on its device: 4 bytes for each of N windows x S levels x T positions."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._parts: list[torch.Tensor] = []
 
     def observe(self, mass: torch.Tensor) -> None:
-        """Keep mass (..., T) of further sequences, in the order of windows and levels."""
-        self._parts.append(mass.flatten(0, -2))  # (r, T); brought to the host once, or every pass would wait for it
+        """Keep the mass (..., T) of further sequences, in the order of windows and levels."""
+        self._parts.append(mass.flatten(0, -2))  # (r, T); copied to the host once, without a device sync per pass
 
     def report(self, calibration: Calibration, sink: SinkSettings, mask_id: int) -> dict | None:
-        """`policies.policy_report` of the windows seen, as plain data; None where none were.
+        """`policies.policy_report` of the observed windows, as plain data; None without any.
 
-        Levels are shown in the order of their mask probability, with the `mask_share` of each: its share of mask
-        tokens. What was seen again (an allocation and a score both look) counts once.
+        Levels are in the order of their mask probability, with the `mask_share` of each: its share of mask tokens.
+        Windows that were observed twice (by an allocation and a score) count once.
 
         Args:
-            calibration: the windows that were looked at, all of them.
+            calibration: all the windows that were observed.
         """
         if not self._parts:
             return None

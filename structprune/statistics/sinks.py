@@ -44,13 +44,13 @@ def head_mass(
     """Attention that each key position receives from every head, summed over queries, in fp32.
 
     Only a block of scores is in memory at a time, never a whole (T, T) matrix per head: `tile` queries against all keys
-    of as many heads, then sequences, as fit `TILE_BYTES`. Two buffers serve all blocks, because fresh memory for each
+    of as many heads, then sequences, as fit `TILE_BYTES`. All blocks share two buffers, because allocating new ones
     would cost as much as the products.
 
     Args:
         query: (B, H, Q, D), after RoPE; where Q < T they are the last Q of the T positions.
         key: (B, K, T, D), after RoPE; K divides H.
-        tile: queries per step; default as many as fit.
+        tile: queries per step; default: as many as fit.
         scale: of the scores; default 1/√D.
         mask: (B or 1, H or 1, Q or 1, T), true where a query sees a key, or numbers that are added to the scores.
         causal: a query sees no later position.
@@ -92,7 +92,7 @@ def _group_mass(query: torch.Tensor, key: torch.Tensor, tile: int, buffers: torc
 
 
 def _hide(mask: torch.Tensor | None, causal: bool, place: tuple, offset: int, scores: torch.Tensor, start: int) -> None:
-    """Take from a block of scores (b, h, q, T), in place, what its queries do not see.
+    """Mask, in place, the scores (b, h, q, T) of keys that a block's queries do not see.
 
     Args:
         mask, causal: of `head_mass`.
@@ -114,7 +114,7 @@ def _hide(mask: torch.Tensor | None, causal: bool, place: tuple, offset: int, sc
 def attend_with_mass(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Bidirectional attention and the mass each head gives every key, from one pass over its weights.
 
-    On CPU that is cheaper than `scaled_dot_product_attention` and `head_mass`, which make the weights twice.
+    On CPU this is cheaper than `scaled_dot_product_attention` plus `head_mass`, which compute the weights twice.
 
     Args:
         query: (B, H, T, D), after RoPE.
@@ -130,7 +130,7 @@ def attend_with_mass(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     mass = torch.zeros(batch, heads, length, device=query.device)  # (B, H, T)
     for row in range(batch):
         for head in range(0, heads, span):
-            shared = slice(head, head + span)
+            shared: slice | torch.Tensor = slice(head, head + span)
             if repeat > 1:
                 shared = torch.arange(head, min(head + span, heads), device=query.device) // repeat  # (h,)
             keys, values = key[row, shared].float(), value[row, shared].float()  # (h, T, D)
@@ -143,7 +143,8 @@ def attend_with_mass(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 
 
 def _block_shape(batch: int, kv_heads: int, repeat: int, length: int, tile: int | None, device) -> tuple[int, int, int]:
-    """Queries, key heads and sequences per step: more heads only where whole sequences of one fit, and so on."""
+    """Queries, key heads and sequences per step: several heads only where one whole sequence fits, then several
+    sequences only where all heads fit."""
     rows = TILE_BYTES.get(device.type, DEVICE_TILE_BYTES) // (4 * length)  # of scores, that fit
     tile = tile or max(1, min(length, rows // repeat))
     span = max(1, min(kv_heads, rows // (repeat * tile)))
@@ -176,6 +177,6 @@ def sink_phi(mass: torch.Tensor, sink: SinkSettings) -> torch.Tensor:
 def keep_weights(mass: torch.Tensor, sink: SinkSettings) -> torch.Tensor:
     """Weight ω of every row by the settings' policy: (..., S, T) of all levels of a window -> (..., S, T).
 
-    Under `all` and `none` a row's weight hangs on no other level, so (..., T) will do.
+    Under `all` and `none` a row's weight depends on no other level, so (..., T) works too.
     """
     return policy_weights(sink_phi(mass, sink), sink.policy)

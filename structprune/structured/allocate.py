@@ -1,10 +1,10 @@
-"""How much goes where: removal steps per block and kind that meet a ratio. Pure functions of sizes and paths."""
+"""Removal steps per block and kind that meet a ratio. Pure functions of sizes and paths."""
 
 import heapq
 import math
 
 from structprune.errors import UserError
-from structprune.structured.paths import KINDS, RemovalPath
+from structprune.structured.paths import UNIT_KINDS, RemovalPath, UnitKey
 from structprune.structured.sizes import BlockSize
 
 Counts = dict[tuple[int, str], int]  # (block, kind) -> removal steps
@@ -12,12 +12,12 @@ Counts = dict[tuple[int, str], int]  # (block, kind) -> removal steps
 
 def ratio_of(sizes: list[BlockSize], counts: Counts) -> float:
     """Removed share of the parameters of all blocks in `sizes`."""
-    removed = sum(counts[size.index, kind] * size.step[kind] for size in sizes for kind in KINDS)
+    removed = sum(counts[size.index, kind] * size.step[kind] for size in sizes for kind in UNIT_KINDS)
     return removed / sum(size.total for size in sizes)
 
 
 def check_ratio(ratio: float) -> None:
-    """Raises UserError unless 0 <= ratio < 1."""
+    """Raise UserError unless 0 <= ratio < 1."""
     if not (isinstance(ratio, (int, float)) and math.isfinite(ratio) and 0 <= ratio < 1):
         raise UserError(f"ratio {ratio} lies outside [0, 1): give the share to remove, such as 0.5")
 
@@ -27,14 +27,14 @@ def most_channels(size: BlockSize, multiple: int) -> int:
     return size.steps["channels"] - min(multiple, size.steps["channels"])
 
 
-def channel_steps(size: BlockSize, wanted: float, multiple: int) -> int:
-    """Removed channels nearest to `wanted` parameters such that the kept width is a multiple of `multiple`.
+def channel_steps(size: BlockSize, parameters: float, multiple: int) -> int:
+    """Channels to remove, nearest to `parameters`, such that the remaining width is a multiple of `multiple`.
 
-    May lie outside what the block has: the caller decides.
+    The result may exceed what the block has; the caller decides.
     """
     width = size.steps["channels"]
-    kept = width - wanted / size.step["channels"]
-    return width - round(kept / multiple) * multiple
+    remaining = width - parameters / size.step["channels"]
+    return width - round(remaining / multiple) * multiple
 
 
 def depth_ratios(count: int, ratio: float, slope: float) -> list[float]:
@@ -53,7 +53,7 @@ def split_counts(sizes: list[BlockSize], ratios: list[float], heads: float, mult
         ratios: one per block.
         heads: mean attention steps; blocks get shares in proportion to their ratios.
     Returns:
-        None where a block would lose more (or less) than it has.
+        None where a block would lose more (or less) than it can.
     """
     counts: Counts = {}
     mean = sum(ratios) / len(ratios)
@@ -62,25 +62,25 @@ def split_counts(sizes: list[BlockSize], ratios: list[float], heads: float, mult
         exact = (heads * ratio / mean if mean > 0 else 0.0) + head_debt
         steps = round(exact)
         head_debt = exact - steps
-        wanted = ratio * size.total + parameter_debt - steps * size.step["attention"]
-        channels = channel_steps(size, wanted, multiple)
+        parameters = ratio * size.total + parameter_debt - steps * size.step["attention"]
+        channels = channel_steps(size, parameters, multiple)
         if channels < 0 or channels > most_channels(size, multiple) or not 0 <= steps < size.steps["attention"]:
             return None
         uniform = all(value == ratio for value in ratios)
-        parameter_debt = 0.0 if uniform else wanted - channels * size.step["channels"]
+        parameter_debt = 0.0 if uniform else parameters - channels * size.step["channels"]
         counts[size.index, "attention"], counts[size.index, "channels"] = steps, channels
     return counts
 
 
 class _Greedy:
-    """Takes the cheapest next step over blocks, and keeps the counts."""
+    """Removes the cheapest next step over all blocks, and counts the steps."""
 
-    def __init__(self, sizes: list[BlockSize], paths: dict[tuple[int, str], RemovalPath], multiple: int):
+    def __init__(self, sizes: list[BlockSize], paths: dict[UnitKey, RemovalPath], multiple: int):
         self.sizes, self.paths, self.multiple = {size.index: size for size in sizes}, paths, multiple
-        self.counts: Counts = {(size.index, kind): 0 for size in sizes for kind in KINDS}
+        self.counts: Counts = {(size.index, kind): 0 for size in sizes for kind in UNIT_KINDS}
 
     def run_length(self, key: tuple[int, str]) -> int:
-        """Steps taken at once: one of attention, channels to the next kept multiple; 0 where none may go."""
+        """Steps to remove at once: one of attention, or channels down to the next multiple; 0 where none may go."""
         size, done = self.sizes[key[0]], self.counts[key]
         if key[1] == "attention":
             return 1 if done + 1 < size.steps["attention"] else 0
@@ -94,10 +94,10 @@ class _Greedy:
         return float(path.cost[window].sum()) / (length * self.sizes[key[0]].step[key[1]])
 
     def take(self, kinds: tuple[str, ...], budget: float, most: int | None = None) -> float:
-        """Take steps of some kinds until `budget` parameters are gone, or `most` steps; returns what is left of it.
+        """Remove steps of some kinds until `budget` parameters or `most` steps are removed; the unused budget.
 
-        A step that overshoots by more than it repairs is passed over, and a head that overshoots waits until no
-        channels are left, so that channels make up for what whole heads cannot.
+        A step that overshoots by more than it closes the gap is skipped. A head that overshoots waits until no channels
+        remain, because channels fill the budget more finely.
         """
         queue: list[tuple[float, tuple[int, str]]] = []
         late: list[tuple[int, str]] = []
@@ -110,8 +110,8 @@ class _Greedy:
         for key in self.counts:
             if key[1] in kinds:
                 push(key)
-        taken_steps = 0
-        while (queue or late) and budget > 0 and taken_steps != most:
+        removed_steps = 0
+        while (queue or late) and budget > 0 and removed_steps != most:
             key = heapq.heappop(queue)[1] if queue else late.pop(0)
             length = self.run_length(key)
             parameters = length * self.sizes[key[0]].step[key[1]]
@@ -121,57 +121,55 @@ class _Greedy:
                 late.append(key)
                 continue
             self.counts[key] += length
-            budget, taken_steps = budget - parameters, taken_steps + 1
+            budget, removed_steps = budget - parameters, removed_steps + 1
             push(key)
         return budget
 
 
-def joint_counts(
-    sizes: list[BlockSize], paths: dict[tuple[int, str], RemovalPath], ratio: float, multiple: int
-) -> Counts:
+def joint_counts(sizes: list[BlockSize], paths: dict[UnitKey, RemovalPath], ratio: float, multiple: int) -> Counts:
     """One ranking over all blocks, heads and channels competing by cost per parameter (or by the score's own rank).
 
     Raises:
         UserError: the blocks cannot lose that much without one being emptied.
     """
     greedy = _Greedy(sizes, paths, multiple)
-    left = greedy.take(KINDS, ratio * sum(size.total for size in sizes))
-    if left > min(size.step["channels"] for size in sizes) * multiple:
+    unused = greedy.take(UNIT_KINDS, ratio * sum(size.total for size in sizes))
+    if unused > min(size.step["channels"] for size in sizes) * multiple:
         raise UserError(f"no plan meets ratio {ratio}: the most is {ratio_of(sizes, greedy.counts):.4f}")
     return greedy.counts
 
 
 def ranked_choices(
     sizes: list[BlockSize],
-    paths: dict[tuple[int, str], RemovalPath],
+    paths: dict[UnitKey, RemovalPath],
     ratio: float,
     multiple: int,
     most: int = 65,
-    asked: int | None = None,
+    fixed: int | None = None,
 ) -> dict[int, Counts]:
     """Attention steps over all blocks -> counts: heads ranked over all blocks, then channels make up the ratio.
 
     Args:
         most: about as many numbers of attention steps are tried, evenly spread.
-        asked: a number that is tried too.
+        fixed: a number that is tried in any case.
     Raises:
         UserError: no number of attention steps meets the ratio.
     """
-    budget, found = ratio * sum(size.total for size in sizes), {}
+    budget, choices = ratio * sum(size.total for size in sizes), {}
     total = most_heads(sizes)
     slack = min(size.step["channels"] for size in sizes) * multiple
     tried = set(range(0, total + 1, max(1, -(-total // most))))
-    for steps in sorted(tried if asked is None else tried | {asked}):
+    for steps in sorted(tried if fixed is None else tried | {fixed}):
         greedy = _Greedy(sizes, paths, multiple)
         greedy.take(("attention",), float("inf"), most=steps)
         removed = sum(size.step["attention"] * greedy.counts[size.index, "attention"] for size in sizes)
         if removed > budget + slack / 2:
             break
         if greedy.take(("channels",), budget - removed) <= slack:
-            found[steps] = greedy.counts
-    if not found:
+            choices[steps] = greedy.counts
+    if not choices:
         raise UserError(f"no plan meets ratio {ratio}: the most is {most_ratio(sizes, multiple):.4f}")
-    return found
+    return choices
 
 
 def head_choices(sizes: list[BlockSize], ratios: list[float], multiple: int) -> dict[int, Counts]:
@@ -180,21 +178,21 @@ def head_choices(sizes: list[BlockSize], ratios: list[float], multiple: int) -> 
     Raises:
         UserError: no number of heads meets the ratio; names the nearest ratio that can be met.
     """
-    found = _head_choices(sizes, ratios, multiple)
-    if not found:
+    choices = _head_choices(sizes, ratios, multiple)
+    if not choices:
         ratio, most = sum(ratios) / len(ratios), most_ratio(sizes, multiple)
         if ratio > most and len(set(ratios)) == 1:
             raise UserError(f"no plan meets ratio {ratio:.4f}: the most is {most:.4f}")
         raise UserError(
             f"no plan meets ratio {ratio:.4f}: the nearest is {_nearest_ratio(sizes, ratios, multiple):.4f}"
         )
-    return found
+    return choices
 
 
 def _head_choices(sizes: list[BlockSize], ratios: list[float], multiple: int) -> dict[int, Counts]:
     tried = range(min(size.steps["attention"] for size in sizes))
-    found = {heads: split_counts(sizes, ratios, heads, multiple) for heads in tried}
-    return {heads: counts for heads, counts in found.items() if counts is not None}
+    choices = {heads: split_counts(sizes, ratios, heads, multiple) for heads in tried}
+    return {heads: counts for heads, counts in choices.items() if counts is not None}
 
 
 def _nearest_ratio(sizes: list[BlockSize], ratios: list[float], multiple: int, grid: float = 0.0025) -> float:
@@ -225,35 +223,35 @@ def equal_heads(sizes: list[BlockSize], ratio: float, choices: dict[int, Counts]
     return min(choices, key=lambda choice: (gap(choice), choice))
 
 
-def path_cost(counts: Counts, paths: dict[tuple[int, str], RemovalPath]) -> float:
+def path_cost(counts: Counts, paths: dict[UnitKey, RemovalPath]) -> float:
     """Predicted loss of a set of removals, in the score's own unit."""
     return float(sum(paths[key].cost[:steps].sum() for key, steps in counts.items()))
 
 
-def cheapest_heads(choices: dict[int, Counts], paths: dict[tuple[int, str], RemovalPath]) -> int:
+def cheapest_heads(choices: dict[int, Counts], paths: dict[UnitKey, RemovalPath]) -> int:
     """The number of attention steps whose removals the score predicts to cost least."""
     return min(choices, key=lambda heads: path_cost(choices[heads], paths))
 
 
 def most_heads(sizes: list[BlockSize]) -> int:
-    """Attention steps over all blocks that can go, one left in each."""
+    """Attention steps that can be removed over all blocks, which keep one each."""
     return sum(size.steps["attention"] - 1 for size in sizes)
 
 
-def check_total_heads(asked: int, sizes: list[BlockSize]) -> None:
-    """Raises UserError unless so many attention steps can go over all blocks."""
+def check_total_heads(steps: int, sizes: list[BlockSize]) -> None:
+    """Raise UserError unless so many attention steps can be removed over all blocks."""
     most = most_heads(sizes)
-    if not 0 <= asked <= most:
-        raise UserError(f"structured.split = {asked} does not fit: over all blocks 0 to {most} attention steps can go")
+    if not 0 <= steps <= most:
+        raise UserError(f"structured.split = {steps} does not fit: over all blocks 0 to {most} attention steps can go")
 
 
-def chosen_heads(asked: int, choices: dict[int, Counts]) -> int:
-    """A number of attention steps given by the user.
+def chosen_heads(steps: int, choices: dict[int, Counts]) -> int:
+    """The number of attention steps that the user gave.
 
     Raises:
-        UserError: no plan has it; names those that do.
+        UserError: no plan has it; the message names those that do.
     """
-    if asked in choices:
-        return asked
+    if steps in choices:
+        return steps
     known = ", ".join(map(str, choices))
-    raise UserError(f"structured.split = {asked} does not fit: at this ratio attention steps can be {known}")
+    raise UserError(f"structured.split = {steps} does not fit: at this ratio attention steps can be {known}")

@@ -1,7 +1,7 @@
-"""From removal paths to candidate plans: which counts an allocation and split allow, and which is chosen."""
+"""From removal paths to a choice: the counts that an allocation and split allow, and the one to use."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable
 
 from structprune.config import StructuredSettings
 from structprune.errors import UserError
@@ -20,14 +20,14 @@ from structprune.structured.allocate import (
     ranked_choices,
     ratio_of,
 )
-from structprune.structured.paths import KINDS, RemovalPath
+from structprune.structured.paths import UNIT_KINDS, RemovalPath, UnitKey
 from structprune.structured.sizes import BlockSize, block_size, rounding
 from structprune.structured.split import search_heads
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The chosen counts, and what the choice was made from.
+    """The chosen counts, and the measurements behind them.
 
     Attributes:
         counts: (block, kind) -> removal steps, of unprotected blocks.
@@ -44,7 +44,7 @@ def open_blocks(adapter: Adapter, settings: StructuredSettings) -> list[BlockSiz
     """Sizes of the blocks that are not protected.
 
     Raises:
-        UserError: every block is protected, or KV groups are asked to be removed where there is only one.
+        UserError: every block is protected.
     """
     count = len(adapter.blocks)
     first, last = settings.protect_first, settings.protect_last
@@ -54,7 +54,7 @@ def open_blocks(adapter: Adapter, settings: StructuredSettings) -> list[BlockSiz
 
 
 def channel_multiple(sizes: list[BlockSize], settings: StructuredSettings) -> int:
-    """The multiple kept MLP widths have.
+    """The multiple that remaining MLP widths have.
 
     Raises:
         UserError: it is below 1 or above the narrowest MLP.
@@ -67,7 +67,7 @@ def channel_multiple(sizes: list[BlockSize], settings: StructuredSettings) -> in
 
 
 def candidates(
-    sizes: list[BlockSize], settings: StructuredSettings, paths: dict[tuple[int, str], RemovalPath] | None = None
+    sizes: list[BlockSize], settings: StructuredSettings, paths: dict[UnitKey, RemovalPath] | None = None
 ) -> dict[int, Counts]:
     """Attention steps -> counts: per block under `uniform` and `depth`, over all blocks under `global`.
 
@@ -79,8 +79,9 @@ def candidates(
     check_ratio(settings.ratio)
     multiple = channel_multiple(sizes, settings)
     if settings.allocation == "global":
-        asked = settings.split if isinstance(settings.split, int) else None
-        return ranked_choices(sizes, paths, settings.ratio, multiple, asked=asked)
+        fixed = settings.split if isinstance(settings.split, int) else None
+        assert paths is not None, "global allocation ranks paths"
+        return ranked_choices(sizes, paths, settings.ratio, multiple, fixed=fixed)
     slope = settings.depth_slope if settings.allocation == "depth" else 0.0
     ratios = depth_ratios(len(sizes), settings.ratio, slope)
     if not 0 <= min(ratios) <= max(ratios) < 1:
@@ -89,13 +90,13 @@ def candidates(
 
 
 def check_split(settings: StructuredSettings) -> None:
-    """Raises UserError where heads and channels are to compete in one ranking that the allocation does not have."""
+    """Raise UserError for a joint ranking of heads and channels under an allocation without one."""
     if settings.split == "joint" and settings.allocation != "global":
         raise UserError(f"structured.split = joint needs structured.allocation = global, not {settings.allocation}")
 
 
 def check_choice(sizes: list[BlockSize], settings: StructuredSettings) -> None:
-    """Raise what `choose_counts` would refuse and sizes alone can tell, before any score is known.
+    """Raise what `choose_counts` would refuse, as far as sizes alone tell, before any score is known.
 
     Raises:
         UserError: a ratio, split or rounding that no plan can have.
@@ -116,7 +117,7 @@ def check_choice(sizes: list[BlockSize], settings: StructuredSettings) -> None:
 
 def choose_counts(
     sizes: list[BlockSize],
-    paths: dict[tuple[int, str], RemovalPath],
+    paths: dict[UnitKey, RemovalPath],
     settings: StructuredSettings,
     measure: Callable[[Counts], float],
 ) -> Choice:
@@ -137,11 +138,11 @@ def choose_counts(
         return Choice(choices[equal_heads(sizes, settings.ratio, choices)], rule, {})
     if rule == "by-cost" or settings.ratio == 0:
         return Choice(choices[cheapest_heads(choices, paths)], rule, {})
-    found = search_heads(choices, lambda heads: measure(choices[heads]), settings.split_candidates)
-    return Choice(choices[min(found, key=found.__getitem__)], rule, found)
+    losses = search_heads(choices, lambda heads: measure(choices[heads]), settings.split_candidates)
+    return Choice(choices[min(losses, key=losses.__getitem__)], rule, losses)
 
 
 def describe_counts(sizes: list[BlockSize], counts: Counts) -> dict:
     """Removed steps per kind and block, and the ratio met, as plain data."""
-    removed = {kind: [counts[size.index, kind] for size in sizes] for kind in KINDS}
+    removed = {kind: [counts[size.index, kind] for size in sizes] for kind in UNIT_KINDS}
     return {"ratio": ratio_of(sizes, counts), "blocks": [size.index for size in sizes], **removed}

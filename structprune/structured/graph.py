@@ -1,4 +1,4 @@
-"""The torch-pruning boundary: which slices of which modules go together, found by tracing the module.
+"""The torch-pruning boundary: which slices of which modules belong together, from a trace of the module.
 
 Only membership is taken from the graph. Its index maps are wrong for grouped-query attention and its ranges are
 unchecked, so indices are ours (`structured.surgery`). The trace runs on the meta device: no weight is touched.
@@ -10,12 +10,12 @@ import torch
 
 from structprune.models.adapter import CONSUMER, Adapter, set_widths
 from structprune.models.modeling_structprune import DiffusionLM, RMSNorm
-from structprune.structured.paths import KINDS
+from structprune.structured.paths import UNIT_KINDS, UnitKey
 
 
 @dataclass(frozen=True)
 class Coupled:
-    """What is cut with one kind of unit in one block.
+    """The modules that are cut with one kind of unit in one block.
 
     Attributes:
         outputs: names of modules that lose output rows.
@@ -26,7 +26,7 @@ class Coupled:
     inputs: frozenset[str]
 
 
-def coupled_units(model: DiffusionLM) -> dict[tuple[int, str], Coupled]:
+def coupled_units(model: DiffusionLM) -> dict[UnitKey, Coupled]:
     """(block, kind of unit) -> the modules that the dependency graph couples to the block's consumer input.
 
     Args:
@@ -43,24 +43,24 @@ def coupled_units(model: DiffusionLM) -> dict[tuple[int, str], Coupled]:
             ghost, {"input_ids": ids}, output_transform=lambda out: out.logits, unwrapped_parameters=norms
         )
     names = {module: name for name, module in ghost.named_modules()}
-    found = {}
+    coupled = {}
     for block in Adapter(ghost).blocks:
-        for kind in KINDS:
+        for kind in UNIT_KINDS:
             group = graph.get_pruning_group(block[CONSUMER[kind]], tp.prune_linear_in_channels, idxs=[0])
             sides: dict[str, set[str]] = {"out": set(), "in": set()}
             for item in group:
                 target = item.dep.target.module
-                if isinstance(target, torch.nn.Linear):  # other members are the trace's shape bookkeeping
+                if isinstance(target, torch.nn.Linear):  # other members are the trace's bookkeeping of shapes
                     side = "out" if item.dep.handler == tp.prune_linear_out_channels else "in"
                     sides[side].add(names[target])
-            found[block.index, kind] = Coupled(frozenset(sides["out"]), frozenset(sides["in"]))
-    return found
+            coupled[block.index, kind] = Coupled(frozenset(sides["out"]), frozenset(sides["in"]))
+    return coupled
 
 
 def _traced_config(model: DiffusionLM):
     """The model's configuration with as many KV heads as query heads, which couple the same modules.
 
-    With two query heads to a KV head the library's index maps double at every turn, and `get_pruning_group` never ends.
+    With two query heads per KV head the library's index maps double at every step, and `get_pruning_group` never ends.
     """
     adapter = Adapter(model)
     widths = [replace(block.widths, kv_heads=block.widths.query_heads) for block in adapter.blocks]

@@ -1,25 +1,29 @@
-"""Removal paths: in which order a block's units of one kind go, and what each step costs.
+"""Removal paths: the order in which a block's units of one kind are removed, and what each step costs.
 
-A *step* is what goes at once: one head, one KV group, one query head of every KV group, or one MLP channel. Every
-score reduces to a path, so that allocation need not know the scores.
+A *step* removes one head, one KV group, one query head of every KV group, or one MLP channel. Every score reduces to a
+path, so that allocation does not depend on scores.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-KINDS = ("attention", "channels")
+from structprune.models.adapter import UNIT_KINDS
+
+UnitKey = tuple[int, str]  # (block index, kind of unit)
+__all__ = ["UNIT_KINDS", "RemovalPath", "UnitKey", "per_unit", "static_path", "step_groups"]
 
 
 @dataclass(frozen=True)
 class RemovalPath:
-    """The order in which the units of one block and kind go.
+    """The order in which the units of one block and kind are removed.
 
     Attributes:
-        steps: unit indices of each step, first to go first.
+        steps: unit indices of each step, first removed first.
         cost: (len(steps),) fp64, the loss each step adds, in the score's own unit.
-        rank: (len(steps),) fp64 to compare as it is over blocks and kinds under `global` allocation; None: compare
-            cost per removed parameter.
+        rank: (len(steps),) fp64 to compare directly over blocks and kinds under `global` allocation; None: compare cost
+            per removed parameter.
     """
 
     steps: tuple[tuple[int, ...], ...]
@@ -27,18 +31,18 @@ class RemovalPath:
     rank: torch.Tensor | None = None
 
     def removed(self, count: int) -> list[int]:
-        """Sorted units gone after `count` steps."""
+        """Sorted units removed by the first `count` steps."""
         return sorted(unit for step in self.steps[:count] for unit in step)
 
 
 def step_groups(units: int, groups: int) -> list[list[int]]:
-    """Unit indices in `groups` equal runs; a step takes one unit of each (one run: any unit may go)."""
+    """Unit indices in `groups` equal runs; a step removes one unit of each run (one run: any unit may go)."""
     per = units // groups
     return [list(range(group * per, (group + 1) * per)) for group in range(groups)]
 
 
-def static_path(cost: torch.Tensor, groups: list[list[int]], rank: torch.Tensor | None = None) -> RemovalPath:
-    """Cheapest first by fixed costs: step k takes the k-th cheapest unit of every group.
+def static_path(cost: torch.Tensor, groups: Sequence[Sequence[int]], rank: torch.Tensor | None = None) -> RemovalPath:
+    """Cheapest first by fixed costs: step k removes the k-th cheapest unit of every group.
 
     Args:
         cost: (U,) per unit; a step's cost is the sum over its units.

@@ -1,4 +1,4 @@
-"""A plan: what every block keeps. A JSON file that can be saved, read, edited and applied by itself."""
+"""A plan: the units that every block keeps, as a JSON file that can be saved, read, edited and applied."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from structprune.errors import UserError
 from structprune.models.adapter import Adapter, Widths
 from structprune.models.checkpoint_files import read_json
 from structprune.structured.allocate import Counts
-from structprune.structured.paths import RemovalPath
+from structprune.structured.paths import RemovalPath, UnitKey
 
 FORMAT = 1
 
@@ -34,7 +34,7 @@ class Plan:
     Attributes:
         family: the family's name.
         blocks: one `BlockPlan` per block.
-        notes: where the plan came from (ratio, score, arm, ...); not used when it is applied.
+        notes: the plan's origin (ratio, score, arm, ...); applying it does not use them.
     """
 
     family: str
@@ -75,10 +75,10 @@ class Plan:
         for index, entry in enumerate(values["blocks"]):
             lists = {}
             for key in BlockPlan.__dataclass_fields__:
-                kept = entry.get(key) if isinstance(entry, dict) else None
-                if not isinstance(kept, list) or not all(type(unit) is int for unit in kept):
+                units = entry.get(key) if isinstance(entry, dict) else None
+                if not isinstance(units, list) or not all(type(unit) is int for unit in units):
                     raise UserError(f"{path}: block {index} has no list of integers '{key}'")
-                lists[key] = tuple(kept)
+                lists[key] = tuple(units)
             blocks.append(BlockPlan(**lists))
         return cls(str(values.get("family")), tuple(blocks), values.get("notes") or {})
 
@@ -94,18 +94,18 @@ class Plan:
             _check_heads(kept, block.widths, block.index)
 
 
-def _check_indices(kept: tuple[int, ...], width: int, where: str) -> None:
-    if not kept:
+def _check_indices(units: tuple[int, ...], width: int, where: str) -> None:
+    if not units:
         raise UserError(f"{where} keeps nothing: a block must keep at least one unit of each kind")
-    if list(kept) != sorted(set(kept)):
+    if list(units) != sorted(set(units)):
         raise UserError(f"{where} is not sorted and free of repeats")
-    if kept[0] < 0 or kept[-1] >= width:
-        wrong = kept[0] if kept[0] < 0 else kept[-1]
+    if units[0] < 0 or units[-1] >= width:
+        wrong = units[0] if units[0] < 0 else units[-1]
         raise UserError(f"{where} names {wrong}, but the model has {width}")
 
 
 def _check_heads(kept: BlockPlan, widths: Widths, index: int) -> None:
-    """Every kept KV head must keep the same number of its query heads, and no other query head may stay."""
+    """Every kept KV head must keep equally many of its query heads, and no query head may lose its KV head."""
     per = widths.query_heads // widths.kv_heads
     counts = {head: 0 for head in kept.kv_heads}
     for head in kept.query_heads:
@@ -126,21 +126,20 @@ def identity_plan(adapter: Adapter) -> Plan:
 
 
 def make_plan(
-    adapter: Adapter, paths: dict[tuple[int, str], RemovalPath], counts: Counts, form: str, notes: dict | None = None
+    adapter: Adapter, paths: dict[UnitKey, RemovalPath], counts: Counts, form: str, notes: dict | None = None
 ) -> Plan:
-    """The plan that takes `counts` steps of every path; blocks without counts keep everything."""
+    """The plan that removes `counts` steps of every path; blocks without counts keep everything."""
     blocks = list(identity_plan(adapter).blocks)
     for index in {index for index, _ in counts}:
         widths = adapter.blocks[index].widths
         per = widths.query_heads // widths.kv_heads
-        gone = set(paths[index, "attention"].removed(counts[index, "attention"]))
-        kv_gone: set[int] = gone if per == 1 or form == "kv_groups" else set()
-        heads = range(widths.query_heads)
-        kept = [h for h in heads if (h // per not in kv_gone if kv_gone is gone else h not in gone)]
-        cut = set(paths[index, "channels"].removed(counts[index, "channels"]))
+        units = set(paths[index, "attention"].removed(counts[index, "attention"]))
+        groups = per == 1 or form == "kv_groups"  # units are KV heads with all their query heads
+        query_heads = (h for h in range(widths.query_heads) if (h // per if groups else h) not in units)
+        channels = set(paths[index, "channels"].removed(counts[index, "channels"]))
         blocks[index] = BlockPlan(
-            tuple(kept),
-            tuple(head for head in range(widths.kv_heads) if head not in kv_gone),
-            tuple(channel for channel in range(widths.channels) if channel not in cut),
+            tuple(query_heads),
+            tuple(head for head in range(widths.kv_heads) if not groups or head not in units),
+            tuple(channel for channel in range(widths.channels) if channel not in channels),
         )
     return Plan(adapter.family.name, tuple(blocks), notes or {})

@@ -1,12 +1,11 @@
-"""How many parameters, MACs and units there are to remove, from module shapes alone (meta tensors will do)."""
+"""How many parameters, MACs and units there are, from module shapes alone (meta tensors suffice)."""
 
 from dataclasses import dataclass
 
-from structprune.models.adapter import CONSUMER, Adapter, BlockView
-from structprune.structured.paths import KINDS
-from structprune.structured.scores.ranking import block_groups, block_tensors
+from structprune.models.adapter import CONSUMER, UNIT_KINDS, Adapter, BlockView
+from structprune.structured.units import block_groups, block_tensors
 
-WIDE_STEPS = 16  # rounding by n needs an MLP at least this many times n wide
+WIDE_STEPS = 16  # rounding to n needs an MLP of at least this many times n
 ROUNDINGS = (128, 64, 32, 16, 8)
 
 
@@ -17,7 +16,7 @@ class BlockSize:
     Attributes:
         total: weights and biases of the seven linears.
         step: kind -> parameters that one removal step takes.
-        steps: kind -> number of steps there are (removing all of them would empty the block).
+        steps: kind -> number of steps (all of them would empty the block).
     """
 
     index: int
@@ -28,11 +27,11 @@ class BlockSize:
 
 def block_size(block: BlockView, form: str) -> BlockSize:
     """Sizes of one block for the attention unit `form` (`query_heads` or `kv_groups`)."""
-    groups = {kind: block_groups(block, kind, form) for kind in KINDS}
+    groups = {kind: block_groups(block, kind, form) for kind in UNIT_KINDS}
     steps = {kind: len(group[0]) for kind, group in groups.items()}
     step = {}
-    for kind in KINDS:
-        rows = ("gate", "up") if kind == "channels" else ("query", "key", "value")
+    for kind in UNIT_KINDS:
+        rows: tuple[str, ...] = ("gate", "up") if kind == "channels" else ("query", "key", "value")
         if kind == "attention" and len(groups[kind]) > 1:
             rows = ("query",)  # k and v of a KV group stay while any of its query heads does
         cut = sum(value.numel() for (role, _), value in block_tensors(block).items() if role in rows)
@@ -41,10 +40,10 @@ def block_size(block: BlockView, form: str) -> BlockSize:
     return BlockSize(block.index, total, step, steps)
 
 
-def rounding(width: int, asked: str | int) -> int:
-    """The multiple that kept MLP widths have: the one asked for, or 128 and less where the MLP is narrow."""
-    if asked != "auto":
-        return int(asked)
+def rounding(width: int, multiple: str | int) -> int:
+    """The multiple that remaining MLP widths have: the one given, or for "auto" 128, less where the MLP is narrow."""
+    if multiple != "auto":
+        return int(multiple)
     return next((n for n in ROUNDINGS if width % n == 0 and width >= WIDE_STEPS * n), 1)
 
 

@@ -3,9 +3,10 @@
 import torch
 from torch import nn
 
-from structprune.models.adapter import Adapter, set_widths
+from structprune.models.adapter import UNIT_KINDS, Adapter, BlockView, set_widths
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.structured.graph import Coupled, coupled_units
+from structprune.structured.paths import UnitKey
 from structprune.structured.plan import BlockPlan, Plan
 
 
@@ -15,7 +16,7 @@ def expand(units: tuple[int, ...], width: int) -> torch.Tensor:
 
 
 def pruned_config(model: DiffusionLM, plan: Plan, output_bias: bool = False):
-    """The model's configuration with the plan's widths, and biases on both consumers where asked for."""
+    """The model's configuration with the plan's widths, and biases on both consumers if `output_bias`."""
     adapter = Adapter(model)
     values = set_widths(model.config.to_dict(), adapter.family, [block.widths for block in plan.blocks])
     config = adapter.family.config_class(**values)
@@ -25,18 +26,18 @@ def pruned_config(model: DiffusionLM, plan: Plan, output_bias: bool = False):
     return config
 
 
-@torch.inference_mode(False)  # so that the new parameters can be trained whoever calls
+@torch.inference_mode(False)  # so that the new parameters can be trained, whatever mode the caller is in
 def apply_plan(
-    model: DiffusionLM, plan: Plan, output_bias: bool = False, coupled: dict[tuple[int, str], Coupled] | None = None
+    model: DiffusionLM, plan: Plan, output_bias: bool = False, coupled: dict[UnitKey, Coupled] | None = None
 ) -> DiffusionLM:
     """The model that keeps what `plan` keeps.
 
     Args:
         output_bias: give the attention output and down projections a bias (zero), for a refit with a constant feature.
-        coupled: `coupled_units(model)`, for who applies many plans to one model; traced here where it is None.
+        coupled: `coupled_units(model)`, to apply many plans to one model; None traces it here.
     Returns:
-        A new model in eval mode. Tensors that are not cut (embeddings, norms, head) are shared with `model`, so that
-        both fit in memory; copy it (`copy.deepcopy`) before training one of them while using the other.
+        A new model in eval mode. It shares uncut tensors (embeddings, norms, head) with `model`, so that both fit in
+        memory; copy it (`copy.deepcopy`) before training one of them while using the other.
     Raises:
         UserError: the plan does not fit the model.
     """
@@ -46,37 +47,44 @@ def apply_plan(
         small = type(model)(pruned_config(model, plan, output_bias))
     coupled = coupled or coupled_units(model)
     state = dict(model.state_dict())
-    for block, kept in zip(adapter.blocks, plan.blocks):
+    for block, kept in zip(adapter.blocks, plan.blocks, strict=True):
         if kept.widths == block.widths:
             continue
-        for kind in ("attention", "channels"):
-            for name in sorted(coupled[block.index, kind].outputs | coupled[block.index, kind].inputs):
-                _cut(state, name, model.get_submodule(name), coupled[block.index, kind], kept, block, kind)
+        for kind in UNIT_KINDS:
+            members = coupled[block.index, kind]
+            for name in sorted(members.outputs | members.inputs):
+                module = model.get_submodule(name)
+                assert isinstance(module, nn.Linear)
+                units = kept.channels if kind == "channels" else _heads(module, name in members.inputs, block, kept)
+                index = expand(units, 1 if kind == "channels" else block.head_dim).to(module.weight.device)
+                _cut(state, name, index, name in members.inputs)
     for name, tensor in small.state_dict().items():
         if output_bias and name not in state:
             state[name] = torch.zeros(tensor.shape, dtype=model.dtype, device=model.device)
         if state[name].shape != tensor.shape:
             raise RuntimeError(
-                f"surgery left {name} at {tuple(state[name].shape)}, the plan means {tuple(tensor.shape)}"
+                f"surgery left {name} at {tuple(state[name].shape)}, the plan needs {tuple(tensor.shape)}"
             )
     small.load_state_dict(state, assign=True)
     small.source = getattr(model, "source", None)
     return small.eval()
 
 
-def _cut(state: dict, name: str, module: nn.Linear, coupled: Coupled, kept: BlockPlan, block, kind: str) -> None:
-    """Slice one coupled linear's tensors in `state`."""
-    if kind == "channels":
-        index = expand(kept.channels, 1)
-    else:
-        # k and v are told from q by their size: only with K < H do they differ, and there the graph's maps are wrong
-        size = module.in_features if name in coupled.inputs else module.out_features
-        shared = size == block.widths.kv_heads * block.head_dim != block.widths.query_heads * block.head_dim
-        index = expand(kept.kv_heads if shared else kept.query_heads, block.head_dim)
-    index = index.to(module.weight.device)
-    if name in coupled.inputs:
+def _heads(module: nn.Linear, reads: bool, block: BlockView, kept: BlockPlan) -> tuple[int, ...]:
+    """The kept heads of one attention linear: key/value heads for k and v, query heads for q and the output.
+
+    k and v differ from q in size only where K < H, and there the graph's index maps are wrong.
+    """
+    size = module.in_features if reads else module.out_features
+    shared = size == block.widths.kv_heads * block.head_dim != block.widths.query_heads * block.head_dim
+    return kept.kv_heads if shared else kept.query_heads
+
+
+def _cut(state: dict[str, torch.Tensor], name: str, index: torch.Tensor, reads: bool) -> None:
+    """Slice one linear's tensors in `state`: its input columns if it `reads` the units, else its output rows."""
+    if reads:
         state[f"{name}.weight"] = state[f"{name}.weight"][:, index].contiguous()  # (O, C) -> (O, kept)
         return
     state[f"{name}.weight"] = state[f"{name}.weight"][index].contiguous()  # (O, C) -> (kept, C)
-    if module.bias is not None:
+    if f"{name}.bias" in state:
         state[f"{name}.bias"] = state[f"{name}.bias"][index].contiguous()  # (O,) -> (kept,)

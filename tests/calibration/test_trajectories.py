@@ -7,7 +7,6 @@ from structprune import Config, UserError, load_model
 from structprune.calibration.batches import Calibration
 from structprune.calibration.build import calibrate
 from structprune.calibration.trajectories import (
-    calibrated,
     check_calibration,
     check_trajectory,
     prompt_length,
@@ -18,7 +17,10 @@ from structprune.calibration.trajectories import (
 from structprune.generation.generate import generate
 from structprune.generation.samplers import low_confidence
 from structprune.models.adapter import Adapter
-from structprune.statistics.rows import untracked
+from structprune.progress import untracked
+from structprune.runs.mask import MaskRun
+from structprune.runs.prune import Pruner
+from structprune.runs.resolve import resolve_masking
 
 T, P = 32, 8
 SMALL = {"calibration.windows": 3, "calibration.held_out": 2, "calibration.length": T, "calibration.interval": 10}
@@ -36,8 +38,11 @@ def config(text_path):
     return lambda **changes: Config.load(overrides=SMALL | {"calibration.source": str(text_path)} | changes)
 
 
-def make(model, config, track=untracked) -> Calibration:
-    return calibrated(model, config, None, track)
+def make(model, config, track=untracked, calibration=None) -> Calibration:
+    """What a run of the configuration reads."""
+    if config.method == "structured":
+        return Pruner(model, config, calibration, track).calibration
+    return MaskRun(model, resolve_masking(config, model), calibration, track).calibration
 
 
 def test_states_stand_at_the_times_of_the_forward_levels():
@@ -153,7 +158,7 @@ def test_a_saved_one_is_replayed(model, config, tmp_path):
     with pytest.raises(UserError, match="sink.trajectory = forward has no effect: .* was made with reverse"):
         check_calibration(replayed, Config.load(overrides={"sink.trajectory": "forward"}))
     with pytest.raises(UserError, match="sink.trajectory = reverse has no effect: .* was made with forward"):
-        calibrated(model, config(**REVERSE), calibrate(model, config()), untracked)
+        make(model, config(**REVERSE), calibration=calibrate(model, config()))
 
 
 UNSTABLE = {"sink.policy": "unstable"}

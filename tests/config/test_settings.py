@@ -2,11 +2,9 @@
 
 import pytest
 
-from structprune.config import Config, known_keys
-from structprune.config.effects import check_masking, check_structured
+from structprune.config import Config
 from structprune.errors import UserError
-from structprune.masking.rows import reads_text
-from structprune.masking.scores.table import resolve_score
+from structprune.runs.resolve import resolve_masking, resolve_structured
 
 
 def test_defaults():
@@ -108,10 +106,22 @@ IDLE = {
 }
 
 
+@pytest.fixture
+def resolve(tiny_model):
+    """`resolve(overrides)` -> the request of a run on a tiny model whose positions hold the default windows."""
+    model = tiny_model(max_sequence_length=2048)
+
+    def make(overrides: list[str]):
+        config = Config.load(overrides=overrides)
+        return (resolve_structured if config.method == "structured" else resolve_masking)(config, model)
+
+    return make
+
+
 @pytest.mark.parametrize("message", IDLE)
-def test_a_value_without_effect_is_refused(message):
+def test_a_value_without_effect_is_refused(message, resolve):
     with pytest.raises(UserError, match=message):
-        check_structured(Config.load(overrides=IDLE[message]))
+        resolve(IDLE[message])
 
 
 @pytest.mark.parametrize(
@@ -127,14 +137,8 @@ def test_a_value_without_effect_is_refused(message):
         ["structured.split=equal", "structured.split_windows=4"],  # of the measured split only, but no contradiction
     ],
 )
-def test_values_with_an_effect_are_not(overrides):
-    assert check_structured(Config.load(overrides=overrides)) is None
-
-
-def check_masks(overrides: list[str]) -> None:
-    config = Config.load(overrides=overrides)
-    base, arm = resolve_score(config.masking.score, config.masking.arm)
-    check_masking(config, base, arm, reads_text(config, arm))
+def test_values_with_an_effect_are_not(overrides, resolve):
+    assert resolve(overrides).config == Config.load(overrides=overrides)
 
 
 MASKS = ["method=unstructured"]
@@ -200,9 +204,9 @@ IDLE_MASKS = {
 
 
 @pytest.mark.parametrize("message", IDLE_MASKS)
-def test_a_value_without_effect_on_masks_is_refused(message):
+def test_a_value_without_effect_on_masks_is_refused(message, resolve):
     with pytest.raises(UserError, match=message):
-        check_masks(IDLE_MASKS[message])
+        resolve(IDLE_MASKS[message])
 
 
 @pytest.mark.parametrize(
@@ -220,13 +224,13 @@ def test_a_value_without_effect_on_masks_is_refused(message):
         [*MASKS, "reconstruct.arm=clean+sink", "sink.alpha=3"],
     ],
 )
-def test_values_with_an_effect_on_masks_are_not(overrides):
-    assert check_masks(overrides) is None
+def test_values_with_an_effect_on_masks_are_not(overrides, resolve):
+    assert resolve(overrides).config == Config.load(overrides=overrides)
 
 
-def test_masking_keys_are_of_no_use_to_a_structured_run():
+def test_masking_keys_are_of_no_use_to_a_structured_run(resolve):
     with pytest.raises(UserError, match="masking.score = ria has no effect without method = unstructured or nm"):
-        check_structured(Config.load(overrides=["masking.score=ria"]))
+        resolve(["masking.score=ria"])
 
 
 def test_the_method_has_no_section(tmp_path):
@@ -234,7 +238,7 @@ def test_the_method_has_no_section(tmp_path):
     assert Config().method == "structured" and Config.load(tmp_path / "run.yaml").method == "unstructured"
     changed = Config.load(tmp_path / "run.yaml", ["method=nm"])
     assert (changed.method, changed.masking.score, changed.masking.nm) == ("nm", "wanda", "2:4")
-    assert Config.load(overrides={"method": "nm"}).method == "nm" and known_keys()[0] == "method"
+    assert Config.load(overrides={"method": "nm"}).method == "nm" and Config.known_keys()[0] == "method"
     with pytest.raises(UserError, match="config key method = {'nm': 2}: input should be"):
         Config.load(overrides=["method.nm=2"])
 
@@ -277,5 +281,5 @@ def test_a_scalar_section_with_an_override(tmp_path):
 
 
 def test_known_keys_are_all_of_them():
-    keys = known_keys()
+    keys = Config.known_keys()
     assert "structured.ratio" in keys and "memory.budget_gb" in keys and len(keys) == len(set(keys)) > 40

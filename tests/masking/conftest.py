@@ -7,8 +7,31 @@ import torch
 from torch import nn
 
 from structprune.masking import Masks
+from structprune.masking.masks import pack_bits
 
 ROLES = ("q_proj", "v_proj", "attn_out", "up_proj", "ff_out")
+
+
+def packed_masks(keep: dict[str, torch.Tensor]) -> Masks:
+    """Masks from a bool tensor (O, C) per weight, true where it stays."""
+    shapes = {name: (value.shape[0], value.shape[1]) for name, value in keep.items()}
+    return Masks({name: pack_bits(value) for name, value in keep.items()}, shapes)
+
+
+@pytest.fixture(scope="session")
+def pack_masks():
+    """`pack_masks({name: keep})` -> `Masks`."""
+    return packed_masks
+
+
+@pytest.fixture(scope="session")
+def valid_groups():
+    """`valid_groups(keep, removed, group)`: whether every group of a mask (O, C) keeps `group - removed` or less."""
+
+    def valid(keep: torch.Tensor, removed: int, group: int) -> bool:
+        return bool((keep.unflatten(1, (-1, group)).sum(-1) <= group - removed).all())
+
+    return valid
 
 
 @dataclass
@@ -56,11 +79,11 @@ class Masked:
 def masked(tiny_model) -> Masked:
     model = tiny_model()
     generator = torch.Generator().manual_seed(0)
-    kept = {
+    keep = {
         name: torch.rand(value.shape, generator=generator) > 0.5
         for name, value in model.state_dict().items()
         if ".blocks." in name and name.split(".")[-2] in ROLES
     }
-    masks = Masks.pack(kept)
+    masks = packed_masks(keep)
     masks.apply(model)
     return Masked(model, masks)

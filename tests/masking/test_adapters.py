@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from structprune.errors import UserError
-from structprune.masking import Masks, mask_adapters, merge_adapters
+from structprune.masking import mask_adapters, merge_adapters
 
 peft = pytest.importorskip("peft")
 TARGETS = ["q_proj", "v_proj", "up_proj"]
@@ -57,11 +57,11 @@ def test_the_merged_model_is_what_lora_trained(masked, case):
     assert torch.allclose(masked.logits(merged), trained, atol=1e-4)
 
 
-def test_the_masked_delta_and_its_gradients_by_hand():
+def test_the_masked_delta_and_its_gradients_by_hand(pack_masks):
     """One layer against x (W + mask * scale * B A)^T written out, with lora_bias and two active adapters."""
     torch.manual_seed(0)
     base, kept = nn.Sequential(nn.Linear(9, 6)), torch.rand(6, 9) > 0.5
-    masks = Masks.pack({"0.weight": kept})
+    masks = pack_masks({"0.weight": kept})
     settings = {"target_modules": ["0"], "r": 3, "init_lora_weights": False, "lora_bias": True}
     model = peft.get_peft_model(base, peft.LoraConfig(lora_alpha=6, **settings))
     model.add_adapter("second", peft.LoraConfig(lora_alpha=12, **settings))
@@ -102,9 +102,9 @@ def test_disabled_and_merged_adapters_run_as_peft_runs_them(masked):
             layer(torch.zeros(1, 32), adapter_names=["default"])
     adapted.merge_adapter()  # closed: PEFT merges everything
     assert masked.moved(adapted)
-    with pytest.raises(UserError, match=r"q_proj.weight' has merged adapters, .*: call unmerge_adapter\(\) first"):
-        with mask_adapters(adapted, masks):
-            pass
+    message = r"q_proj.weight' has merged adapters, .*: call unmerge_adapter\(\) first"
+    with pytest.raises(UserError, match=message), mask_adapters(adapted, masks):
+        pass
     assert torch.allclose(masked.logits(merge_adapters(adapted, masks)), trained, atol=1e-4)  # and this repairs it
 
 
@@ -133,9 +133,9 @@ def test_masked_lora_in_bf16_under_gradient_checkpointing(masked):
     assert difference < 0.02  # rounding of the merged weights
 
 
-def test_the_delta_is_not_stored_for_the_backward_pass():
+def test_the_delta_is_not_stored_for_the_backward_pass(pack_masks):
     model = peft.get_peft_model(nn.Sequential(nn.Linear(64, 64)), peft.LoraConfig(target_modules=["0"], r=2))
-    masks, sizes = Masks.pack({"0.weight": torch.rand(64, 64) > 0.5}), []
+    masks, sizes = pack_masks({"0.weight": torch.rand(64, 64) > 0.5}), []
     layer = model.base_model.model[0]
     own = {layer.base_layer.weight.data_ptr()}
 
@@ -181,7 +181,7 @@ def test_layers_with_accelerates_hooks_are_masked_and_hooked(masked):
     assert not torch.equal(unmasked, expected)
 
 
-def test_where_everything_is_kept_it_is_pefts_own_forward(masked):
+def test_where_everything_is_kept_it_is_pefts_own_forward(pack_masks):
     """Dropout, scaling and LoRA's own bias included; the same seed drops the same inputs."""
     model = nn.Sequential(nn.Linear(32, 24))
     adapted = lora(model, target_modules=["0"], lora_dropout=0.5, lora_bias=True, init_lora_weights=False).train()
@@ -191,7 +191,7 @@ def test_where_everything_is_kept_it_is_pefts_own_forward(masked):
         if ratio is None:
             outputs.append(adapted(x))
             continue
-        with mask_adapters(adapted, Masks.pack({"0.weight": torch.rand(24, 32).ge(ratio)})):
+        with mask_adapters(adapted, pack_masks({"0.weight": torch.rand(24, 32).ge(ratio)})):
             torch.manual_seed(1)
             outputs.append(adapted(x))
     assert torch.allclose(outputs[0], outputs[1], atol=1e-5)
@@ -209,9 +209,9 @@ def test_adapters_without_a_maskable_delta_are_refused_by_name(masked):
     for reason, settings in refused.items():
         adapted = peft.get_peft_model(copy.deepcopy(model), settings)
         before = copy.deepcopy(adapted.state_dict())
-        with pytest.raises(UserError, match=f"{where}({reason}): its delta cannot be masked, use plain LoRA there$"):
-            with mask_adapters(adapted, masks):
-                pass
+        message = f"{where}({reason}): its delta cannot be masked, use plain LoRA there$"
+        with pytest.raises(UserError, match=message), mask_adapters(adapted, masks):
+            pass
         with pytest.raises(UserError, match=where):
             merge_adapters(adapted, masks)
         assert all(torch.equal(value, before[name]) for name, value in adapted.state_dict().items())

@@ -4,12 +4,13 @@ import pytest
 import torch
 
 from structprune.calibration.batches import Calibration
-from structprune.config import MaskingSettings, SinkSettings
+from structprune.config import MaskingSettings
 from structprune.errors import UserError
 from structprune.masking.allocate import block_ratios, outlier_share, owl_ratios
 from structprune.masking.scores.wanda import wanda_scores
 from structprune.models.adapter import READERS, Adapter
 from structprune.statistics.norms import one_shot_norms
+from structprune.statistics.scan import Scan
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def test_outliers_of_relative_norms_do_not_depend_on_the_scale_of_the_stream(tin
                 for role in ("attention_output", "down"):
                     block[role].weight.mul_(scale)
         for relative in shares:
-            norms = one_shot_norms(adapter, noise, "masked", SinkSettings(), relative=relative)
+            norms = one_shot_norms(Scan(adapter, noise), "masked", relative=relative)
             shares[relative].append([outlier_share(scores_of(block, norms), 2.0) for block in adapter.blocks])
     one, four = shares[True]
     assert one == pytest.approx(four, abs=2e-4) and min(one) > 0  # two of 7680 weights may change sides

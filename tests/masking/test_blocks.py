@@ -1,20 +1,22 @@
 """One block's masks from hand-made statistics, their refit, and putting them in place."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from structprune.config import MaskingSettings, ReconstructSettings
 from structprune.errors import UserError
-from structprune.masking.blocks import Request, install, mask_block, refit_linears, scored_mask
-from structprune.masking.patterns import valid_groups
+from structprune.masking.blocks import install, mask_readers, refit_linears
+from structprune.masking.scores.linears import Linears, Removal
 from structprune.masking.scores.ria import ria_scores
 from structprune.masking.scores.sparsegpt import factorise, sparsegpt
+from structprune.masking.scores.table import SCORES
 from structprune.models.adapter import READERS, Adapter
 from structprune.refit.products import InputProducts
 
 CPU = torch.device("cpu")
 ROLES = [role for roles in READERS.values() for role in roles]
-SCORES = ("magnitude", "wanda", "ria", "sparsegpt")
 READ = {role: name for name, roles in READERS.items() for role in roles}
 
 
@@ -27,7 +29,7 @@ def rows(block, name: str, count: int = 200, seed: int = 0) -> torch.Tensor:
 
 
 def statistics(block, score: str) -> dict:
-    """What `mask_block` needs: norms or Grams of `rows`."""
+    """What `mask_readers` needs: norms or Gram matrices of `rows`."""
     if score == "magnitude":
         return {}
     if score == "sparsegpt":
@@ -35,8 +37,16 @@ def statistics(block, score: str) -> dict:
     return {name: rows(block, name).norm(dim=0) for name in READERS}
 
 
-def made(block, score: str, request: Request, seen: dict | None = None, **settings):
-    return mask_block(block, score, MaskingSettings(**settings), request, seen or statistics(block, score), CPU)
+def mask_block(block, score: str, removal: Removal, measured: dict | None = None, **settings):
+    """`mask_readers` of every input, one after the other: masks by role, and how Gram matrices were factored."""
+    measured = measured or statistics(block, score)
+    request = SimpleNamespace(score=SCORES[score], settings=MaskingSettings(**settings))  # all of it that is read
+    masked, factored = {}, []
+    for name in READERS:
+        part, factors = mask_readers(block, name, request, removal, measured, CPU)
+        masked, factored = masked | part, factored + factors
+    assert measured == {}  # each is dropped when it is used
+    return masked, factored
 
 
 @pytest.fixture(params=["llada", "dream"])
@@ -45,39 +55,39 @@ def block(request, tiny_model):
 
 
 def test_magnitude_is_pooled_over_each_matrix(block):
-    found, factored = made(block, "magnitude", Request(0.3))
-    assert list(found) == ROLES and factored == []
-    for role, (weight, kept) in found.items():
+    masked, factored = mask_block(block, "magnitude", Removal(0.3))
+    assert list(masked) == ROLES and factored == []
+    for role, (weight, keep) in masked.items():
         size = block[role].weight.detach().abs()
-        assert torch.equal(kept, size > size.flatten().sort().values[int(0.3 * size.numel())])
-        assert torch.equal(weight, block[role].weight * kept)
+        assert torch.equal(keep, size > size.flatten().sort().values[int(0.3 * size.numel())])
+        assert torch.equal(weight, block[role].weight * keep)
 
 
 @pytest.mark.parametrize("score", ["wanda", "ria"])
 def test_wanda_and_ria_go_row_by_row(block, score):
-    found, factored = made(block, score, Request(0.3))
-    assert list(found) == ROLES and factored == []
-    for role, (weight, kept) in found.items():
+    masked, factored = mask_block(block, score, Removal(0.3))
+    assert list(masked) == ROLES and factored == []
+    for role, (weight, keep) in masked.items():
         dense, norm = block[role].weight.detach(), rows(block, READ[role]).norm(dim=0).float()  # its own input's
         scores = ria_scores(dense, norm) if score == "ria" else dense.abs() * norm
         count = int(0.3 * scores.shape[1])
         threshold = scores.sort(dim=1).values[:, count - 1 : count]
-        assert torch.equal(kept, scores > threshold) and ((~kept).sum(1) == count).all()
-        assert torch.equal(weight, dense * kept)
+        assert torch.equal(keep, scores > threshold) and ((~keep).sum(1) == count).all()
+        assert torch.equal(weight, dense * keep)
 
 
 def test_sparsegpt_shares_one_factor_among_readers(block):
-    found, factored = made(block, "sparsegpt", Request(0.4), damping=0.02, column_block=24)
-    assert list(found) == ROLES
+    masked, factored = mask_block(block, "sparsegpt", Removal(0.4), damping=0.02, column_block=24)
+    assert list(masked) == ROLES
     assert [(each.block, each.input, each.damping, each.dead) for each in factored] == [
         (1, name, 0.02, 0) for name in READERS
     ]
     grams = statistics(block, "sparsegpt")
-    for role, (weight, kept) in found.items():
+    for role, (weight, keep) in masked.items():
         factor = factorise(grams[READ[role]], 0.02)
         [(expected, mask)] = sparsegpt([block[role].weight.detach()], factor, 0.4, column_block=24)
-        assert torch.equal(kept, mask) and torch.allclose(weight, expected, atol=1e-5)
-        assert not torch.equal(weight, block[role].weight * kept)  # updated
+        assert torch.equal(keep, mask) and torch.allclose(weight, expected, atol=1e-5)
+        assert not torch.equal(weight, block[role].weight * keep)  # updated
 
 
 def test_factors_tell_dead_inputs_and_raised_damping(block):
@@ -85,56 +95,62 @@ def test_factors_tell_dead_inputs_and_raised_damping(block):
     grams["mlp_input"][5] = grams["mlp_input"][:, 5] = 0
     few = rows(block, "activated", count=3)
     grams["activated"] = (few.T @ few).float()
-    found, factored = made(block, "sparsegpt", Request(0.5), grams, damping=0.0)
+    masked, factored = mask_block(block, "sparsegpt", Removal(0.5), grams, damping=0.0)
     by_input = {each.input: each for each in factored}
     assert by_input["mlp_input"].dead == 1 and by_input["attention_input"].dead == 0
     assert by_input["activated"].damping > 0 == by_input["attention_input"].damping
-    assert found["gate"][0][:, 5].eq(0).all() and all(torch.isfinite(weight).all() for weight, _ in found.values())
+    assert masked["gate"][0][:, 5].eq(0).all() and all(torch.isfinite(weight).all() for weight, _ in masked.values())
 
 
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("nm", [(2, 4), (3, 8)])
-def test_groups_whatever_the_score(block, score, nm):
-    found, _ = made(block, score, Request(nm[0] / nm[1], nm))
-    for weight, kept in found.values():
-        assert valid_groups(kept, *nm) and (~kept).sum() == kept.numel() * nm[0] / nm[1]
-        assert weight[~kept].eq(0).all()
+def test_groups_whatever_the_score(block, score, nm, valid_groups):
+    masked, _ = mask_block(block, score, Removal(nm[0] / nm[1], nm))
+    for weight, keep in masked.values():
+        assert valid_groups(keep, *nm) and (~keep).sum() == keep.numel() * nm[0] / nm[1]
+        assert weight[~keep].eq(0).all()
 
 
 @pytest.mark.parametrize("score", SCORES)
 def test_ratio_nought_changes_nothing(block, score):
     before = {role: block[role].weight.detach().clone() for role in ROLES}
-    seen = statistics(block, score)
+    measured = statistics(block, score)
     if score == "sparsegpt":
-        seen["mixed"][3] = seen["mixed"][:, 3] = 0  # not even the weights of a dead input
-    found, factored = made(block, score, Request(0.0), seen)
-    assert factored == [] and all(kept.all() for _, kept in found.values())
-    install(block, found)
+        measured["mixed"][3] = measured["mixed"][:, 3] = 0  # not even the weights of a dead input
+    masked, factored = mask_block(block, score, Removal(0.0), measured)
+    assert factored == [] and all(keep.all() for _, keep in masked.values())
+    install(block, masked)
     assert all(torch.equal(block[role].weight, before[role]) for role in ROLES)
 
 
 @pytest.mark.parametrize("score", SCORES)
 def test_weights_in_place_are_not_touched(block, score):
     before = {role: block[role].weight.detach().clone() for role in ROLES}
-    made(block, score, Request(0.5))
+    mask_block(block, score, Removal(0.5))
     assert all(torch.equal(block[role].weight, before[role]) for role in ROLES)
 
 
 @pytest.mark.parametrize("score", ["wanda", "ria", "sparsegpt"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_activations_that_overflow_are_refused_in_one_line(block, score, value):
-    seen = statistics(block, score)
-    seen["mlp_input"].view(-1)[7] = value
+    measured = statistics(block, score)
+    measured["mlp_input"].view(-1)[7] = value
     with pytest.raises(UserError, match="^block 1: its activations overflow in this dtype: use model.dtype = float32$"):
-        made(block, score, Request(0.5), seen)
+        mask_block(block, score, Removal(0.5), measured)
 
 
-def test_scored_mask_by_hand():
+def test_masks_by_scores_by_hand():
     weight, norm = torch.tensor([[4.0, -3.0, 2.0, 1.0]]), torch.tensor([1.0, 1.0, 3.0, 9.0])
-    assert scored_mask("magnitude", weight, None, Request(0.5)).tolist() == [[True, False, False, False]]  # one more
-    assert scored_mask("wanda", weight, norm, Request(0.5)).tolist() == [[False, False, True, True]]
-    assert scored_mask("wanda", weight, norm, Request(0.5, (1, 2))).tolist() == [[True, False, False, True]]
-    assert scored_mask("magnitude", weight, None, Request(0.9, (1, 2))).tolist() == [[True, False, True, False]]
+
+    def scored(score: str, removal: Removal, statistic: torch.Tensor | None = None) -> list:
+        [(masked, keep)] = SCORES[score].mask(Linears([weight], removal, statistic), MaskingSettings()).masked
+        assert torch.equal(masked, weight * keep)
+        return keep.tolist()
+
+    assert scored("magnitude", Removal(0.5)) == [[True, False, False, False]]  # one more
+    assert scored("wanda", Removal(0.5), norm) == [[False, False, True, True]]
+    assert scored("wanda", Removal(0.5, (1, 2)), norm) == [[True, False, False, True]]
+    assert scored("magnitude", Removal(0.9, (1, 2))) == [[True, False, True, False]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -143,23 +159,23 @@ def test_installed_weights_keep_their_kind_and_exact_zeros(tiny_model, dtype, tr
     block = Adapter(tiny_model("dream").to(dtype).requires_grad_(trained)).blocks[0]
     bias = block["query"].bias
     with torch.inference_mode():
-        found, _ = made(block, "sparsegpt", Request(0.5))
-        install(block, found)
-    for role, (weight, kept) in found.items():
+        masked, _ = mask_block(block, "sparsegpt", Removal(0.5))
+        install(block, masked)
+    for role, (weight, keep) in masked.items():
         now = block[role].weight
         assert isinstance(now, torch.nn.Parameter) and now.dtype == dtype and now.device.type == "cpu"
         assert now.requires_grad == trained and not now.is_inference()
-        assert torch.equal(now, torch.where(kept, weight, 0.0).to(dtype))
-        zeros = now.detach()[~kept]
+        assert torch.equal(now, torch.where(keep, weight, 0.0).to(dtype))
+        zeros = now.detach()[~keep]
         assert zeros.eq(0).all() and not zeros.signbit().any()
     assert block["query"].bias is bias
 
 
 def test_what_is_not_kept_is_nought_whatever_the_weight(block):
-    kept = torch.rand(block["up"].weight.shape, generator=torch.Generator().manual_seed(0)) > 0.5
-    weight = torch.full(kept.shape, 2.0)
-    install(block, {"up": (weight, kept)})
-    assert torch.equal(block["up"].weight, 2.0 * kept)
+    keep = torch.rand(block["up"].weight.shape, generator=torch.Generator().manual_seed(0)) > 0.5
+    weight = torch.full(keep.shape, 2.0)
+    install(block, {"up": (weight, keep)})
+    assert torch.equal(block["up"].weight, 2.0 * keep)
     weight.fill_(5)
     assert block["up"].weight.max() == 2  # a copy
 
@@ -169,44 +185,46 @@ def refit_products(block, name: str, noise: float) -> tuple[InputProducts, Input
     parts = []
     for first in (0, 150):
         x = rows(block, name, 300)[first : first + 150]
-        hat = x + noise * torch.randn(x.shape, generator=torch.Generator().manual_seed(first)) * x.std()
+        pruned = x + noise * torch.randn(x.shape, generator=torch.Generator().manual_seed(first)) * x.std()
         power = {
             role: (x @ block[role].weight.detach().double().T).pow(2).sum().item() for role in READERS[name] if first
         }
-        parts.append(InputProducts((hat.T @ hat).float(), (x.T @ hat).float(), power))
+        parts.append(InputProducts((pruned.T @ pruned).float(), (x.T @ pruned).float(), power))
     return tuple(parts)
 
 
-def refitted(block, masked: dict, noise: float):
+def refit_block(block, masked: dict, noise: float):
     """All linears of a block refitted, input by input."""
-    found, fits = {}, []
+    refitted, fits = {}, []
     for name, roles in READERS.items():
         part = {role: masked[role] for role in roles}
-        made, chosen = refit_linears(block, part, refit_products(block, name, noise), ReconstructSettings())
-        found, fits = found | made, fits + chosen
-    return found, fits
+        moved, chosen = refit_linears(block, part, refit_products(block, name, noise), ReconstructSettings())
+        refitted, fits = refitted | moved, fits + chosen
+    return refitted, fits
 
 
 @pytest.mark.parametrize("score", ["magnitude", "sparsegpt"])
 def test_the_refit_lowers_the_held_out_error_it_names(block, score):
-    masked, _ = made(block, score, Request(0.5))
-    found, fits = refitted(block, masked, 0.05)
+    masked, _ = mask_block(block, score, Removal(0.5))
+    refitted, fits = refit_block(block, masked, 0.05)
     assert [(fit.block, fit.kind) for fit in fits] == [(1, role) for role in ROLES]
     generator = torch.Generator().manual_seed(150)
     for fit in fits:
         x = rows(block, READ[fit.kind], 300)[150:]
-        hat = x + 0.05 * torch.randn(x.shape, generator=generator.manual_seed(150)) * x.std()
+        pruned = x + 0.05 * torch.randn(x.shape, generator=generator.manual_seed(150)) * x.std()
         target = x @ block[fit.kind].weight.detach().double().T
-        errors = [((hat @ weight.double().T - target) ** 2).sum() for weight, _ in (masked[fit.kind], found[fit.kind])]
+        errors = [
+            ((pruned @ weight.double().T - target) ** 2).sum() for weight, _ in (masked[fit.kind], refitted[fit.kind])
+        ]
         assert fit.error == pytest.approx((errors[1] / errors[0]).item(), rel=1e-3)
         assert fit.error < 0.95 and fit.damping in ReconstructSettings().damping
-        assert found[fit.kind][0].dtype == torch.float32 and found[fit.kind][0][~masked[fit.kind][1]].eq(0).all()
-        assert torch.equal(found[fit.kind][1], masked[fit.kind][1])
+        assert refitted[fit.kind][0].dtype == torch.float32 and refitted[fit.kind][0][~masked[fit.kind][1]].eq(0).all()
+        assert torch.equal(refitted[fit.kind][1], masked[fit.kind][1])
 
 
 def test_the_refit_of_a_block_that_lost_nothing_leaves_it(block):
-    masked, _ = made(block, "wanda", Request(0.0))
-    found, fits = refitted(block, masked, 0.0)
+    masked, _ = mask_block(block, "wanda", Removal(0.0))
+    refitted, fits = refit_block(block, masked, 0.0)
     for role in ROLES:
-        assert torch.equal(found[role][0], block[role].weight)
+        assert torch.equal(refitted[role][0], block[role].weight)
     assert all(fit.damping == float("inf") and fit.error == pytest.approx(1.0) for fit in fits)

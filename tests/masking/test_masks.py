@@ -18,14 +18,14 @@ def random_kept(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.fixture
-def masks() -> Masks:
-    return Masks.pack({Q: random_kept(32, 32), DOWN: random_kept(32, 48, 1), "odd.weight": random_kept(3, 13, 2)})
+def masks(pack_masks) -> Masks:
+    return pack_masks({Q: random_kept(32, 32), DOWN: random_kept(32, 48, 1), "odd.weight": random_kept(3, 13, 2)})
 
 
 @pytest.fixture
-def model_masks() -> Masks:
+def model_masks(pack_masks) -> Masks:
     """Masks of two weights of the tiny LLaDA."""
-    return Masks.pack({Q: random_kept(32, 32), DOWN: random_kept(32, 48, 1)})
+    return pack_masks({Q: random_kept(32, 32), DOWN: random_kept(32, 48, 1)})
 
 
 def test_bits_by_hand():
@@ -44,11 +44,11 @@ def test_every_width_comes_back(columns):
     assert torch.equal(pack_bits(kept.t().contiguous().t()), packed)  # any memory layout
 
 
-def test_sparsity_counts_weights_exactly():
+def test_sparsity_counts_weights_exactly(pack_masks):
     kept = {"a.weight": torch.ones(3, 13, dtype=torch.bool), "b.weight": torch.zeros(2, 5, dtype=torch.bool)}
     kept["a.weight"][0, 12] = kept["a.weight"][2, 0] = False
     kept["b.weight"][1, 4] = True
-    masks = Masks.pack(kept)
+    masks = pack_masks(kept)
     assert masks.sparsity("a.weight") == 2 / 39 and masks.sparsity("b.weight") == 9 / 10
     assert masks.sparsity() == 11 / 49
     assert Masks({}, {}).sparsity() == 0
@@ -63,7 +63,9 @@ def test_the_file_brings_everything_back(masks, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["masks.safetensors"]
     with safe_open(tmp_path / "masks.safetensors", "pt") as file:
         assert file.metadata() == {"format": FORMAT, Q: "32x32", DOWN: "32x48", "odd.weight": "3x13"}
-        assert {name: file.get_tensor(name).dtype for name in file.keys()} == dict.fromkeys(masks.packed, torch.uint8)
+        assert {name: file.get_tensor(name).dtype for name in list(file.keys())} == dict.fromkeys(
+            masks.packed, torch.uint8
+        )
     again = Masks.load(tmp_path / "masks.safetensors")
     assert again.shapes == masks.shapes and set(again.packed) == set(masks.packed)
     for name in masks.packed:
@@ -138,10 +140,10 @@ def test_masks_of_a_model_are_its_zeros(tiny_model, model_masks):
     model = tiny_model()
     assert Masks.of(model).packed == {}
     model_masks.apply(model)
-    found = Masks.of(model)
-    assert found.shapes == model_masks.shapes
+    zeros = Masks.of(model)
+    assert zeros.shapes == model_masks.shapes
     for name in model_masks.packed:
-        assert torch.equal(found.packed[name], model_masks.packed[name])
+        assert torch.equal(zeros.packed[name], model_masks.packed[name])
 
 
 def test_zeros_survive_dtypes_and_reloading(tiny_model, model_masks, tmp_path):
@@ -149,22 +151,22 @@ def test_zeros_survive_dtypes_and_reloading(tiny_model, model_masks, tmp_path):
     model = tiny_model()
     model_masks.apply(model)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        found = Masks.of(model.to(dtype))
-        assert all(torch.equal(found.packed[name], model_masks.packed[name]) for name in model_masks.packed)
+        zeros = Masks.of(model.to(dtype))
+        assert all(torch.equal(zeros.packed[name], model_masks.packed[name]) for name in model_masks.packed)
     model.save_pretrained(tmp_path)
-    found = Masks.of(type(model).from_pretrained(tmp_path))
-    assert found.shapes == model_masks.shapes
-    assert all(torch.equal(found.packed[name], model_masks.packed[name]) for name in model_masks.packed)
+    zeros = Masks.of(type(model).from_pretrained(tmp_path))
+    assert zeros.shapes == model_masks.shapes
+    assert all(torch.equal(zeros.packed[name], model_masks.packed[name]) for name in model_masks.packed)
 
 
-def test_masks_of_another_model_are_refused_before_anything_changes(tiny_model, model_masks):
+def test_masks_of_another_model_are_refused_before_anything_changes(tiny_model, model_masks, pack_masks):
     model = tiny_model()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     missing = "model.transformer.blocks.9.q_proj.weight"
-    wrong = Masks.pack({Q: model_masks.kept(Q), missing: random_kept(32, 32)})
+    wrong = pack_masks({Q: model_masks.kept(Q), missing: random_kept(32, 32)})
     with pytest.raises(UserError, match=r"no weight 'model.transformer.blocks.9.q_proj.weight', .* \(did you mean"):
         wrong.apply(model)
-    wrong = Masks.pack({Q: model_masks.kept(Q), DOWN: random_kept(32, 40)})
+    wrong = pack_masks({Q: model_masks.kept(Q), DOWN: random_kept(32, 40)})
     with pytest.raises(
         UserError, match=r"blocks.2.ff_out.weight' has shape \(32, 48\), but its mask is for \(32, 40\)"
     ):
@@ -203,9 +205,9 @@ def test_a_peft_model_has_the_same_masks_and_can_be_masked(tiny_model, model_mas
     settings = peft.LoraConfig(target_modules=["q_proj", "v_proj"], modules_to_save=["up_proj"])
     wrapped = peft.get_peft_model(model, settings)  # lora_B is all zeros, and no weight of the model
     wrapped.get_submodule("base_model.model.model.transformer.blocks.1.up_proj").weight.data[0] = 0  # the trained copy
-    found = Masks.of(wrapped)
-    assert found.shapes == model_masks.shapes
-    assert all(torch.equal(found.packed[name], model_masks.packed[name]) for name in model_masks.packed)
+    zeros = Masks.of(wrapped)
+    assert zeros.shapes == model_masks.shapes
+    assert all(torch.equal(zeros.packed[name], model_masks.packed[name]) for name in model_masks.packed)
     base = wrapped.get_parameter(f"base_model.model.{Q.removesuffix('.weight')}.base_layer.weight")
     base.data.fill_(1)
     model_masks.apply(wrapped)

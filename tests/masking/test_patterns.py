@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from structprune.errors import UserError
-from structprune.masking.patterns import check_pattern, group_mask, parse_nm, pooled_mask, row_mask, valid_groups
+from structprune.masking.patterns import check_pattern, group_mask, parse_nm, pooled_mask, row_mask
 from structprune.models.adapter import Adapter
 
 
@@ -80,19 +80,19 @@ def test_groups_by_hand():
 @pytest.mark.parametrize(
     "removed, group", [(1, 2), (2, 4), (4, 8), (1, 3), (3, 6), (2, 5), (15, 16), (3, 17), (10, 20)]
 )
-def test_groups_lose_their_lowest_the_first_of_equals(removed, group):
+def test_groups_lose_their_lowest_the_first_of_equals(removed, group, valid_groups):
     score = torch.randint(0, 4, (6, 3 * group), generator=torch.Generator().manual_seed(group)).float()
     kept = group_mask(score, removed, group)
     assert kept.shape == score.shape and kept.dtype == torch.bool
     for row in range(6):
         for start in range(0, 3 * group, group):
             lowest = sorted(range(group), key=lambda index: (score[row, start + index].item(), index))[:removed]
-            gone = [index for index in range(group) if not kept[row, start + index]]
-            assert gone == sorted(lowest)
+            removed_here = [index for index in range(group) if not kept[row, start + index]]
+            assert removed_here == sorted(lowest)
     assert valid_groups(kept, removed, group)
 
 
-def test_groups_that_keep_too_much_are_invalid():
+def test_groups_that_keep_too_much_are_invalid(valid_groups):
     kept = torch.tensor([[1, 1, 0, 0, 0, 0, 1, 1], [1, 0, 1, 0, 0, 1, 0, 1]]).bool()
     assert valid_groups(kept, 2, 4)
     assert not valid_groups(kept, 3, 4)

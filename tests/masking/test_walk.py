@@ -6,8 +6,9 @@ from functools import partial
 import pytest
 import torch
 
-from structprune.masking.walk import Use, Walk, Wanted
+from structprune.masking.walk import Use, Walk, WalkPlan
 from structprune.models.adapter import READERS, Adapter
+from structprune.statistics.scan import Limits
 
 GQA = {"n_kv_heads": 2}
 MODELS = {"llada": ("llada", {}), "llada-gqa": ("llada", GQA), "dream": ("dream", {})}  # Dream: 6 heads, 2 of K/V
@@ -64,38 +65,38 @@ def gram(x, y=None):
     return x.flatten(0, 1).T @ (x if y is None else y).flatten(0, 1)
 
 
-def expected_score(wanted: Wanted, seen, rows: slice) -> dict:
-    read, streams = seen
-    found = {}
+def expected_score(plan: WalkPlan, inputs, rows: slice) -> dict:
+    read, streams = inputs
+    statistics = {}
     for name, x in read.items():
-        x = weigh(x, {k: s[rows] for k, s in streams.items()}, name, wanted.score.weight, wanted.score_relative)
+        x = weigh(x, {k: s[rows] for k, s in streams.items()}, name, plan.score.weight, plan.score_relative)
         by_sequence = x.pow(2).sum(1).sqrt()  # (b, C)
         joint = by_sequence.pow(2).sum(0).sqrt()
-        found[name] = {None: gram(x), "summed": by_sequence.sum(0), "joint": joint}[wanted.norms]
-    return found
+        statistics[name] = {None: gram(x), "summed": by_sequence.sum(0), "joint": joint}[plan.norms]
+    return statistics
 
 
-def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    return torch.allclose(found.double(), expected, rtol=1e-4, atol=2e-5 * expected.abs().max().item())
+def close(value: torch.Tensor, expected: torch.Tensor) -> bool:
+    return torch.allclose(value.double(), expected, rtol=1e-4, atol=2e-5 * expected.abs().max().item())
 
 
-def cut(rows: slice, seen):
-    return {name: x[rows] for name, x in seen[0].items()}, seen[1]
+def cut(rows: slice, inputs):
+    return {name: x[rows] for name, x in inputs[0].items()}, inputs[1]
 
 
-def check_products(found, name: str, wanted: Wanted, use: Use, hat, dense, family: str, block, power: bool):
+def check_products(sums, name: str, plan: WalkPlan, use: Use, pruned, dense, family: str, block, power: bool):
     """G, C and the power of one purpose, for what reads one input of a dense block."""
-    (read, streams), (aim, _) = cut(use.rows, hat), cut(use.rows, dense if wanted.target_dense else hat)
+    (read, streams), (source, _) = cut(use.rows, pruned), cut(use.rows, dense if plan.target_dense else pruned)
     streams = {name: stream[use.rows] for name, stream in streams.items()}
-    x = weigh(read[name], streams, name, use.weight, wanted.fit_relative)
-    y = weigh(aim[name], streams, name, use.weight, wanted.fit_relative)  # by the pruned prefix's stream too
-    assert close(found.gram, gram(x)) and close(found.cross, gram(y, x)), name
-    assert len(found.power) == (len(LINEARS[family][name]) if power else 0)
+    x = weigh(read[name], streams, name, use.weight, plan.fit_relative)
+    y = weigh(source[name], streams, name, use.weight, plan.fit_relative)  # by the pruned prefix's stream too
+    assert close(sums.gram, gram(x)) and close(sums.cross, gram(y, x)), name
+    assert len(sums.power) == (len(LINEARS[family][name]) if power else 0)
     for role, path in zip(READERS[name], LINEARS[family][name]):
         weight = block.get_submodule(path).weight.detach()
-        product = found.of(role, weight)
-        assert product.gram.dtype == torch.float64 and torch.equal(product.gram, found.gram.double())
-        assert close(product.wanted, weight.double() @ gram(y, x))
+        product = sums.of(role, weight)
+        assert product.gram.dtype == torch.float64 and torch.equal(product.gram, sums.gram.double())
+        assert close(product.target, weight.double() @ gram(y, x))
         if power:
             output = y @ weight.double().T
             assert product.power == pytest.approx(output.pow(2).sum().item(), rel=1e-4), role
@@ -109,52 +110,52 @@ def thin(block, seed: int, paths: tuple[str, ...]) -> None:
         weight.data.mul_(1.1 * (torch.rand(weight.shape, generator=generator) > 1 / 3))
 
 
-def walk_and_check(model, family: str, wanted: Wanted, batch: int, budget: int) -> None:
+def walk_and_check(model, family: str, plan: WalkPlan, batch: int, budget: int) -> None:
     """Measure, change and leave every block, each compared with whole models run at once."""
     dense = copy.deepcopy(model)
     adapter, original = Adapter(model), Adapter(dense)
-    walk = Walk(original, adapter, wanted, batch, budget)
+    walk = Walk(original, adapter, plan, Limits(batch=batch, budget=budget))
     for index, view in enumerate(adapter.blocks):
-        hat, still = forward(model, family, index, wanted.ids), forward(dense, family, index, wanted.ids)
-        if index and (wanted.fit or not wanted.on_dense):
-            assert not close(hat[0]["mlp_input"], still[0]["mlp_input"])  # there is something to tell apart
-        found = walk.measure(index)
-        if wanted.score is not None:
-            seen = cut(wanted.score.rows, still if wanted.on_dense else hat)
-            expected = expected_score(wanted, seen, wanted.score.rows)
-            assert set(found) == set(expected)
-            assert all(close(found[name], expected[name]) for name in expected)
+        pruned, still = forward(model, family, index, plan.ids), forward(dense, family, index, plan.ids)
+        if index and (plan.fit or not plan.on_dense):
+            assert not close(pruned[0]["mlp_input"], still[0]["mlp_input"])  # there is something to tell apart
+        measured = walk.measure(index)
+        if plan.score is not None:
+            inputs = cut(plan.score.rows, still if plan.on_dense else pruned)
+            expected = expected_score(plan, inputs, plan.score.rows)
+            assert set(measured) == set(expected)
+            assert all(close(measured[name], expected[name]) for name in expected)
         else:
-            assert found == {}
+            assert measured == {}
         for name, paths in LINEARS[family].items():
-            if wanted.fit is not None:
-                now = forward(model, family, index, wanted.ids)  # with what the block lost already
-                assert name == "attention_input" or not torch.equal(now[0][name], hat[0][name])
-                for product, use in zip(walk.products(index, name), (wanted.fit, wanted.check)):
+            if plan.fit is not None:
+                now = forward(model, family, index, plan.ids)  # with what the block lost already
+                assert name == "attention_input" or not torch.equal(now[0][name], pruned[0][name])
+                for product, use in zip(walk.products(index, name), (plan.fit, plan.check)):
                     block = dense.blocks[index]
-                    check_products(product, name, wanted, use, now, still, family, block, use is wanted.check)
+                    check_products(product, name, plan, use, now, still, family, block, use is plan.check)
             thin(view.module, index, paths)
         walk.advance(index)
 
 
 CASES = {
-    "sequential grams, refit on the same rows": lambda ids, w: Wanted(
+    "sequential grams, refit on the same rows": lambda ids, w: WalkPlan(
         ids, Use(PLAIN, w[PLAIN]), score_relative=True, fit=Use(PLAIN, None), check=Use(HELD_OUT, w[HELD_OUT])
     ),
-    "sequential norms": lambda ids, w: Wanted(ids, Use(slice(0, ROWS), w), "joint"),
-    "sequential norms of unweighted rows": lambda ids, w: Wanted(ids, Use(slice(0, 5), None), "summed"),
-    "one-shot summed norms, refit to the layer": lambda ids, w: Wanted(
+    "sequential norms": lambda ids, w: WalkPlan(ids, Use(slice(0, ROWS), w), "joint"),
+    "sequential norms of unweighted rows": lambda ids, w: WalkPlan(ids, Use(slice(0, 5), None), "summed"),
+    "one-shot summed norms, refit to the layer": lambda ids, w: WalkPlan(
         ids, Use(slice(0, 2), w[:2]), "summed", score_relative=True, on_dense=True, fit=Use(slice(2, 4), w[2:4]),
         check=Use(HELD_OUT, None), fit_relative=False, target_dense=False,
     ),
-    "one-shot grams": lambda ids, w: Wanted(ids, Use(slice(0, ROWS), w), on_dense=True, target_dense=False),
-    "one-shot grams, dense refit on the same rows": lambda ids, w: Wanted(
+    "one-shot grams": lambda ids, w: WalkPlan(ids, Use(slice(0, ROWS), w), on_dense=True, target_dense=False),
+    "one-shot grams, dense refit on the same rows": lambda ids, w: WalkPlan(
         ids, Use(PLAIN, None), on_dense=True, fit=Use(PLAIN, w[PLAIN]), check=Use(HELD_OUT, w[HELD_OUT])
     ),
-    "sequential norms, dense refit on other rows": lambda ids, w: Wanted(
+    "sequential norms, dense refit on other rows": lambda ids, w: WalkPlan(
         ids, Use(slice(0, 2), w[:2]), "joint", True, fit=Use(slice(2, 4), w[2:4]), check=Use(HELD_OUT, w[HELD_OUT])
     ),
-    "refit alone, to the layer": lambda ids, w: Wanted(
+    "refit alone, to the layer": lambda ids, w: WalkPlan(
         ids, fit=Use(PLAIN, w[PLAIN]), check=Use(HELD_OUT, w[HELD_OUT]), target_dense=False
     ),
 }  # fmt: skip
@@ -169,12 +170,12 @@ def test_statistics_equal_whole_forward_passes(tiny_model, ids, omega, name, cas
 
 
 def test_files_and_batches_give_the_same_numbers(tiny_model, ids, omega):
-    wanted = CASES["sequential grams, refit on the same rows"](ids, omega)
-    found = []
+    plan = CASES["sequential grams, refit on the same rows"](ids, omega)
+    runs = []
     for batch, budget in ((3, 2**30), (3, 0), (1, 2**30)):
         model = tiny_model("dream")
         adapter = Adapter(model)
-        walk = Walk(Adapter(copy.deepcopy(model)), adapter, wanted, batch, budget)
+        walk = Walk(Adapter(copy.deepcopy(model)), adapter, plan, Limits(batch=batch, budget=budget))
         assert (walk._prefix._states._file is None) == (budget > 0)
         for view in adapter.blocks:
             score, products = walk.measure(view.index), {}
@@ -182,8 +183,8 @@ def test_files_and_batches_give_the_same_numbers(tiny_model, ids, omega):
                 products[name] = walk.products(view.index, name)
                 thin(view.module, view.index, paths)
             walk.advance(view.index)
-        found.append((score, products))
-    (one, refit), (files, same), (single, _) = found
+        runs.append((score, products))
+    (one, refit), (files, same), (single, _) = runs
     for name in one:
         assert torch.equal(one[name], files[name])
         assert all(torch.equal(a.cross, b.cross) and a.power == b.power for a, b in zip(refit[name], same[name]))
@@ -192,8 +193,8 @@ def test_files_and_batches_give_the_same_numbers(tiny_model, ids, omega):
 
 def test_products_over_fit_and_held_out_rows_differ(tiny_model, ids, omega):
     model = tiny_model("llada")
-    adapter, wanted = Adapter(model), CASES["sequential grams, refit on the same rows"](ids, omega)
-    walk = Walk(Adapter(copy.deepcopy(model)), adapter, wanted, 2, 2**30)
+    adapter, plan = Adapter(model), CASES["sequential grams, refit on the same rows"](ids, omega)
+    walk = Walk(Adapter(copy.deepcopy(model)), adapter, plan, Limits(batch=2))
     for name, paths in LINEARS["llada"].items():
         fit, check = walk.products(0, name)
         assert not torch.allclose(check.gram, fit.gram)
@@ -206,9 +207,9 @@ def test_streams_exist_only_where_something_reads_them(tiny_model, ids, omega):
     adapter = Adapter(tiny_model("llada"))
 
     def streams(case):
-        walk = Walk(adapter, adapter, CASES[case](ids, omega), 2, 2**30)
-        found = (walk._prefix, walk._dense)
-        return [stream and (stream.rows.start, stream.rows.stop, len(stream._states._states)) for stream in found]
+        walk = Walk(adapter, adapter, CASES[case](ids, omega), Limits(batch=2))
+        both = (walk._prefix, walk._dense)
+        return [stream and (stream.rows.start, stream.rows.stop, len(stream._states._states)) for stream in both]
 
     assert streams("sequential norms") == [(0, 7, 7), None]
     assert streams("one-shot grams") == [None, (0, 7, 7)]

@@ -1,14 +1,18 @@
 """Streamed weights: one layer's copy at the device at a time, the originals untouched, the same numbers."""
 
+import time
+from dataclasses import replace
+
 import pytest
 import torch
 
-from structprune.config import Config
+from structprune.config import Config, MemorySettings, ModelSettings
 from structprune.errors import UserError
 from structprune.models.loading import load_model
-from structprune.models.placement import compute_device, pick_device, stream_target, streamed, synchronise
-from structprune.runs import mask as mask_pipeline
-from structprune.runs import prune as pipeline
+from structprune.models.placement import compute_device, pick_device, streamed, synchronise
+from structprune.models.resources import Resources, resolve_resources
+from structprune.runs.prune import Pruner, prune
+from structprune.runs.resolve import resolve_structured
 
 CPU = torch.device("cpu")
 
@@ -55,8 +59,7 @@ def test_an_exception_brings_the_weights_home(tiny_model):
 
 
 @pytest.mark.parametrize("score", ["obs", "wanda", "fluctuation"])
-def test_a_streamed_run_gives_the_same_model(score, tiny_checkpoint, text_path, monkeypatch):
-    monkeypatch.setattr(pipeline, "stream_target", lambda offload, device: CPU if offload else None)
+def test_a_streamed_run_gives_the_same_model(score, tiny_checkpoint, text_path, cpu_accelerator):
     found = []
     for offload in (False, True):
         config = Config.load(overrides={
@@ -65,7 +68,7 @@ def test_a_streamed_run_gives_the_same_model(score, tiny_checkpoint, text_path, 
             "calibration.held_out": 2, "calibration.length": 16, "calibration.interval": 25,
             "structured.split_candidates": 2, "structured.split_windows": 2, "reconstruct.constant": score == "obs",
         })  # fmt: skip
-        found.append(pipeline.prune(load_model(tiny_checkpoint(name=f"{score}-{offload}")), config))
+        found.append(prune(load_model(tiny_checkpoint(name=f"{score}-{offload}")), config))
     assert found[0].plan == found[1].plan
     ours, theirs = (pruned.model.state_dict() for pruned in found)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -80,33 +83,57 @@ MASKS = {
 
 
 @pytest.mark.parametrize("case", MASKS)
-def test_streamed_masks_are_the_same(case, tiny_checkpoint, text_path, monkeypatch):
-    monkeypatch.setattr(mask_pipeline, "stream_target", lambda offload, device: CPU if offload else None)
+def test_streamed_masks_are_the_same(case, tiny_checkpoint, text_path, cpu_accelerator):
     found = []
     for offload in (False, True):
         config = Config.load(overrides=MASKS[case] | {
             "method": "unstructured", "memory.offload": offload, "calibration.source": str(text_path),
             "calibration.windows": 3, "calibration.held_out": 2, "calibration.length": 16, "calibration.interval": 25,
         })  # fmt: skip
-        made = pipeline.prune(load_model(tiny_checkpoint(name=f"masks-{offload}")), config)
+        made = prune(load_model(tiny_checkpoint(name=f"masks-{offload}")), config)
         found.append(made.model.state_dict())
         assert not any(module._forward_hooks for module in made.model.modules())
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
     assert sum(int((value == 0).sum()) for value in found[0].values()) > 1000
 
 
-def test_what_cannot_be_streamed_is_refused(tiny_checkpoint, monkeypatch):
-    assert stream_target(False, "cpu") is None
+def test_what_cannot_be_streamed_is_refused(tiny_checkpoint, tiny_model):
+    cpu = ModelSettings(device="cpu")
+    assert resolve_resources(cpu, MemorySettings()).stream_target is None
     with pytest.raises(UserError, match="memory.offload streams weights to an accelerator, and the device is cpu"):
-        stream_target(True, "cpu")
+        resolve_resources(cpu, MemorySettings(offload=True))
     with pytest.raises(UserError, match="unknown device 'gpu0'"):
         pick_device("gpu0")
     with pytest.raises(UserError, match="unknown device 'gpu0'"):
         load_model(tiny_checkpoint(), device="gpu0")
-    monkeypatch.setattr(pipeline, "stream_target", lambda offload, device: CPU)
-    config = Config.load(overrides={"structured.score": "taylor", "memory.offload": True})
+    config = Config.load(overrides={"structured.score": "taylor", "memory.offload": True, "model.device": "cuda:0"})
     with pytest.raises(UserError, match="taylor.*memory.offload"):
-        pipeline.check_request(load_model(tiny_checkpoint()), config)
+        resolve_structured(config, tiny_model(), dry_run=True)
+
+
+def test_resources_are_what_the_settings_say():
+    """A dry run takes a device that is not on this machine, and a run refuses it; both refuse unknown names."""
+    elsewhere = ModelSettings(device="cuda:99", dtype="float16")
+    memory = MemorySettings(offload=True, overlap=True, budget_gb=1.5)
+    found = resolve_resources(elsewhere, memory, dry_run=True)
+    assert found == Resources(torch.device("cuda:99"), True, True, torch.float16, 1_500_000_000)
+    assert found.accelerator and found.stream_target == found.device and found.home == CPU
+    stays = resolve_resources(elsewhere, MemorySettings(), dry_run=True)
+    assert stays.accelerator and stays.stream_target is None and stays.home == stays.device
+    with pytest.raises(UserError, match=r"device 'cuda:99' is not on this machine \(\d+ CUDA devices\): use cpu"):
+        resolve_resources(elsewhere, memory)
+    for name, message in (("gpu0", "unknown device 'gpu0'"), ("meta", "device 'meta' cannot be used")):
+        for dry_run in (True, False):
+            with pytest.raises(UserError, match=message):
+                resolve_resources(ModelSettings(device=name), memory, dry_run)
+
+
+def test_the_dtype_in_memory_goes_by_the_device():
+    cpu, accelerator = Resources(CPU), Resources(torch.device("cuda"))
+    assert (cpu.weight_dtype(torch.bfloat16), accelerator.weight_dtype(torch.bfloat16)) == (
+        torch.float32, torch.bfloat16,
+    )  # fmt: skip
+    assert Resources(CPU, dtype=torch.float16).weight_dtype(torch.bfloat16) == torch.float16
 
 
 def test_only_cuda_is_waited_for(monkeypatch):
@@ -125,20 +152,21 @@ def test_seconds_count_what_the_device_still_does(tiny_checkpoint, text_path, mo
         clock["now"], clock["busy"] = clock["now"] + clock["busy"], 0.0
 
     monkeypatch.setattr(torch.cuda, "synchronize", wait)
-    monkeypatch.setattr(pipeline, "stream_target", lambda offload, device: torch.device("cuda:0"))
-    monkeypatch.setattr(pipeline.time, "perf_counter", lambda: clock["now"])
-    pruner = pipeline.Pruner(load_model(tiny_checkpoint()), Config.load(overrides={
+    monkeypatch.setattr(time, "perf_counter", lambda: clock["now"])
+    model = load_model(tiny_checkpoint())
+    request = resolve_structured(Config.load(overrides={
         "calibration.source": str(text_path), "calibration.windows": 2, "calibration.held_out": 1,
         "calibration.length": 16, "calibration.interval": 25,
-    }))  # fmt: skip
+    }), model)  # fmt: skip
+    pruner = Pruner(model, replace(request, resources=Resources(torch.device("cuda:0"), offload=True)))
 
     def work(seconds):
         clock["busy"] += seconds
 
     work(3.0)  # untimed, and under way when the clock starts
-    pruner._timed("scores", lambda: work(5.0))
-    pruner._timed("scores", lambda: work(1.0))
-    pruner._timed("refit", lambda: work(2.0))
+    pruner.timed("scores", lambda: work(5.0))
+    pruner.timed("scores", lambda: work(1.0))
+    pruner.timed("refit", lambda: work(2.0))
     assert pruner.seconds == {"scores": 6.0, "refit": 2.0}
 
 

@@ -5,14 +5,14 @@ import torch
 
 from structprune.refit import masked as refit
 from structprune.refit.masked import choose_refit, refit_each, refit_rows
-from structprune.refit.reconstruct import NEVER, Products, output_error
+from structprune.refit.products import UNCHANGED, Products, output_error
 
 EXACT = {"tolerance": 1e-14, "dtype": torch.float64}
 CANDIDATES = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0)
 
 
 def case(outputs: int = 9, columns: int = 12, rows: int = 60, seed: int = 0):
-    """Dense inputs x and a disturbed prefix's (R, C), row weights (R,), W (O, C), and kept (O, C); all fp64.
+    """Dense inputs x and a disturbed prefix's (R, C), row weights (R,), W (O, C), and a mask (O, C); all fp64.
 
     Rows keep other numbers of inputs each; the first keeps none, the second all.
     """
@@ -23,155 +23,160 @@ def case(outputs: int = 9, columns: int = 12, rows: int = 60, seed: int = 0):
 
     x = draw(rows, columns) @ (torch.eye(columns) + 0.5 * draw(columns, columns)) + 0.5
     share = torch.linspace(0.2, 0.9, outputs)[:, None]
-    kept = torch.rand(outputs, columns, generator=generator) < share
-    kept[0], kept[1] = False, True
-    return x, x + 0.1 * draw(rows, columns), draw(rows).abs(), draw(outputs, columns), kept
+    keep = torch.rand(outputs, columns, generator=generator) < share
+    keep[0], keep[1] = False, True
+    return x, x + 0.1 * draw(rows, columns), draw(rows).abs(), draw(outputs, columns), keep
 
 
 def products(x, hat, omega, weight) -> Products:
-    """G, W·C and the power of the wanted output over rows weighted by ω²."""
+    """G, W·C and the power of the target output over rows weighted by ω²."""
     weighted = hat * omega[:, None] ** 2
     power = ((x @ weight.T) * omega[:, None]).pow(2).sum().item()
     return Products(hat.T @ weighted, weight @ x.T @ weighted, power)
 
 
-def explicit(x, hat, omega, dense, start, kept, damping):
+def explicit(x, hat, omega, dense, start, keep, damping):
     """Row by row the minimiser over kept inputs of ‖ω(X̂w - Xw_dense)‖² + λ‖w - w_start‖², by `lstsq`.
 
     λ is `damping` times the mean power of the row's kept inputs.
     """
-    found = torch.zeros_like(start)
-    for row, columns in enumerate(kept):
+    moved = torch.zeros_like(start)
+    for row, columns in enumerate(keep):
         count = int(columns.sum())
         if count:
             penalty = damping * (omega[:, None] * hat[:, columns]).pow(2).sum(0).mean()
             left = torch.cat((omega[:, None] * hat[:, columns], penalty**0.5 * torch.eye(count).double()))
             right = torch.cat((omega * (x @ dense[row]), penalty**0.5 * start[row, columns]))
-            found[row, columns] = torch.linalg.lstsq(left, right[:, None]).solution[:, 0]
-    return found
+            moved[row, columns] = torch.linalg.lstsq(left, right[:, None]).solution[:, 0]
+    return moved
 
 
 @pytest.mark.parametrize("damping", [0.0, 1e-3, 0.1, 3.0])
 def test_rows_are_the_explicit_minimisers(damping):
-    x, hat, omega, weight, kept = case()
-    start = weight * kept * 1.1  # as after an update of what is left
+    x, hat, omega, weight, keep = case()
+    start = weight * keep * 1.1  # as after an update of what is left
     sums = products(x, hat, omega, weight)
     before = start.clone()
-    found = refit_rows(start, kept, sums.wanted, sums.gram, damping, **EXACT)
-    expected = explicit(x, hat, omega, weight, start, kept, damping)
-    assert torch.allclose(found, expected, rtol=1e-7, atol=1e-9)
-    usual = refit_rows(start, kept, sums.wanted, sums.gram, damping)  # in fp32
+    moved = refit_rows(start, keep, sums.target, sums.gram, damping, **EXACT)
+    expected = explicit(x, hat, omega, weight, start, keep, damping)
+    assert torch.allclose(moved, expected, rtol=1e-7, atol=1e-9)
+    usual = refit_rows(start, keep, sums.target, sums.gram, damping)  # in fp32
     assert usual.dtype == torch.float64 and (usual - expected).norm() < 2e-3 * (expected - start).norm()
-    assert usual[~kept].eq(0).all() and usual[0].eq(0).all()
-    assert found[~kept].eq(0).all() and found[0].eq(0).all()
+    assert usual[~keep].eq(0).all() and usual[0].eq(0).all()
+    assert moved[~keep].eq(0).all() and moved[0].eq(0).all()
     assert torch.equal(start, before)
 
 
 def test_the_gradient_vanishes_on_kept_inputs_of_wide_rows():
-    x, hat, omega, weight, kept = case(outputs=40, columns=70, rows=90)
+    x, hat, omega, weight, keep = case(outputs=40, columns=70, rows=90)
     sums = products(x, hat, omega, weight)
-    found = refit_rows(weight * kept, kept, sums.wanted, sums.gram, 0.02, **EXACT)
-    mean = (sums.gram.diagonal() * kept).sum(1, keepdim=True) / kept.sum(1, keepdim=True).clamp(min=1)  # (O, 1)
+    moved = refit_rows(weight * keep, keep, sums.target, sums.gram, 0.02, **EXACT)
+    mean = (sums.gram.diagonal() * keep).sum(1, keepdim=True) / keep.sum(1, keepdim=True).clamp(min=1)  # (O, 1)
     penalty = 0.02 * mean
-    gradient = found @ sums.gram - sums.wanted + penalty * (found - weight * kept)
-    assert gradient[kept].abs().max() < 1e-8 * gradient.abs().max()
-    assert gradient[~kept].abs().max() > 1
+    gradient = moved @ sums.gram - sums.target + penalty * (moved - weight * keep)
+    assert gradient[keep].abs().max() < 1e-8 * gradient.abs().max()
+    assert gradient[~keep].abs().max() > 1
 
 
 def test_conjugate_gradients_by_hand():
-    """Diagonal systems are solved by the first step, others of K inputs by the K-th; what is not kept stays out."""
+    """Diagonal systems are solved by the first step, others of K inputs by the K-th; removed inputs stay out."""
     gram = torch.tensor([[2.0, 1.0, 5.0], [1.0, 3.0, 0.0], [5.0, 0.0, 20.0]]).double()
-    kept = torch.tensor([[True, True, False], [False, False, True], [False, False, False], [True, False, True]])
+    keep = torch.tensor([[True, True, False], [False, False, True], [False, False, False], [True, False, True]])
     right = torch.tensor([[0.6, 0.8, 0.0], [0.0, 0.0, 1.0], [0.0, 0.0, 0.0], [0.8, 0.0, 0.6]]).double()
     ridge = torch.tensor([[0.0], [5.0], [1.0], [1.0]]).double()
-    found = refit.conjugate_gradients(gram, right, kept, ridge, 1e-12)
+    moved = refit.conjugate_gradients(gram, right, keep, ridge, 1e-12)
     fourth = torch.linalg.solve(torch.tensor([[3.0, 5.0], [5.0, 21.0]]).double(), torch.tensor([0.8, 0.6]).double())
     expected = [[(0.6 * 3 - 0.8) / 5, (0.8 * 2 - 0.6) / 5, 0], [0, 0, 1 / 25], [0, 0, 0], [fourth[0], 0, fourth[1]]]
-    assert torch.allclose(found, torch.tensor(expected).double(), atol=1e-14)
+    assert torch.allclose(moved, torch.tensor(expected).double(), atol=1e-14)
 
 
 def test_too_few_steps_are_better_than_none(monkeypatch):
-    x, hat, omega, weight, kept = case(outputs=20, columns=40, rows=90)
-    start, sums = weight * kept, products(x, hat, omega, weight)
+    x, hat, omega, weight, keep = case(outputs=20, columns=40, rows=90)
+    start, sums = weight * keep, products(x, hat, omega, weight)
     errors = []
     for steps in (0, 1, 3, 9, 200):
         monkeypatch.setattr(refit, "STEPS", steps)
-        found = refit_rows(start, kept, sums.wanted, sums.gram, 0.0)
-        errors.append(output_error(found, sums.wanted, sums.gram))
-    assert errors[0] == output_error(start, sums.wanted, sums.gram) and errors == sorted(errors, reverse=True)
+        moved = refit_rows(start, keep, sums.target, sums.gram, 0.0)
+        errors.append(output_error(moved, sums.target, sums.gram))
+    assert errors[0] == output_error(start, sums.target, sums.gram) and errors == sorted(errors, reverse=True)
     assert errors[3] - errors[4] < 0.05 * (errors[0] - errors[4])
 
 
 @pytest.mark.parametrize("size", [1e-25, 1e25])
 def test_the_size_of_inputs_does_not_matter(size):
-    x, hat, omega, weight, kept = case()
-    start, sums = weight * kept, products(x, hat, omega, weight)
-    usual = refit_rows(start, kept, sums.wanted, sums.gram, 0.1)
-    scaled = refit_rows(start, kept, sums.wanted * size, sums.gram * size, 0.1)
+    x, hat, omega, weight, keep = case()
+    start, sums = weight * keep, products(x, hat, omega, weight)
+    usual = refit_rows(start, keep, sums.target, sums.gram, 0.1)
+    scaled = refit_rows(start, keep, sums.target * size, sums.gram * size, 0.1)
     assert torch.allclose(scaled, usual, rtol=1e-4, atol=1e-6) and not torch.equal(usual, start)
 
 
 def test_infinite_damping_changes_nothing():
-    x, hat, omega, weight, kept = case()
+    x, hat, omega, weight, keep = case()
     sums = products(x, hat, omega, weight)
-    assert refit_rows(weight, kept, sums.wanted, sums.gram, NEVER) is weight
-    start = weight * kept
-    gaps = [(refit_rows(start, kept, sums.wanted, sums.gram, value) - start).norm() for value in (0.01, 1.0, 1e9)]
+    assert refit_rows(weight, keep, sums.target, sums.gram, UNCHANGED) is weight
+    start = weight * keep
+    gaps = [(refit_rows(start, keep, sums.target, sums.gram, value) - start).norm() for value in (0.01, 1.0, 1e9)]
     assert gaps[0] > gaps[1] > gaps[2] and gaps[2] < 1e-6
 
 
 def test_too_few_tokens_for_the_inputs():
-    x, hat, omega, weight, kept = case(rows=3)
-    start, sums = weight * kept, products(x, hat, omega, weight)
+    x, hat, omega, weight, keep = case(rows=3)
+    start, sums = weight * keep, products(x, hat, omega, weight)
     for damping in (0.0, 1e-3):
-        found = refit_rows(start, kept, sums.wanted, sums.gram, damping)
-        gain = output_error(found, sums.wanted, sums.gram) - output_error(start, sums.wanted, sums.gram)
-        assert torch.isfinite(found).all() and gain < 0
+        moved = refit_rows(start, keep, sums.target, sums.gram, damping)
+        gain = output_error(moved, sums.target, sums.gram) - output_error(start, sums.target, sums.gram)
+        assert torch.isfinite(moved).all() and gain < 0
     shifted = sums.gram - 0.5 * sums.gram.diagonal().mean() * torch.eye(12)  # as no sum of squares is
-    assert torch.isfinite(refit_rows(start, kept, sums.wanted, shifted, 0.0)).all()
+    assert torch.isfinite(refit_rows(start, keep, sums.target, shifted, 0.0)).all()
 
 
 def test_the_best_candidate_on_held_out_rows_is_taken():
-    x, hat, omega, weight, kept = case(rows=326)
+    x, hat, omega, weight, keep = case(rows=326)
     fit = products(x[:26], hat[:26], omega[:26], weight)  # few tokens: little damping overfits, much does too little
     check = products(x[26:], hat[26:], omega[26:], weight)
-    start = weight * kept
-    tried = {value: refit_rows(start, kept, fit.wanted, fit.gram, value) for value in CANDIDATES}
-    errors = {value: output_error(found, check.wanted, check.gram) for value, found in tried.items()}
+    start = weight * keep
+    tried = {value: refit_rows(start, keep, fit.target, fit.gram, value) for value in CANDIDATES}
+    errors = {value: output_error(moved, check.target, check.gram) for value, moved in tried.items()}
     best = min(errors, key=errors.get)
     assert CANDIDATES[0] < best < CANDIDATES[-1]
-    found, damping, gain = choose_refit(start, kept, fit, check, CANDIDATES[::-1])
-    assert damping == best and torch.equal(found, tried[best])
-    assert gain == pytest.approx(errors[best] - output_error(start, check.wanted, check.gram)) and gain < 0
+    moved, damping, gain = choose_refit(start, keep, fit, check, CANDIDATES[::-1])
+    assert damping == best and torch.equal(moved, tried[best])
+    assert gain == pytest.approx(errors[best] - output_error(start, check.target, check.gram)) and gain < 0
 
 
 def test_held_out_rows_can_choose_either_end():
-    x, hat, omega, weight, kept = case()
-    start, sums = weight * kept, products(x, hat, omega, weight)
-    assert choose_refit(start, kept, sums, sums, CANDIDATES)[1] == 0.001  # on the very rows that are fitted
-    opposite = Products(sums.gram, 2 * start @ sums.gram - sums.wanted, sums.power)  # whose residual has the other sign
-    found, damping, gain = choose_refit(start, kept, sums, opposite, CANDIDATES)
-    assert found is start and damping == NEVER and gain == 0
+    x, hat, omega, weight, keep = case()
+    start, sums = weight * keep, products(x, hat, omega, weight)
+    assert choose_refit(start, keep, sums, sums, CANDIDATES)[1] == 0.001  # on the very rows that are fitted
+    opposite = Products(sums.gram, 2 * start @ sums.gram - sums.target, sums.power)  # whose residual has the other sign
+    moved, damping, gain = choose_refit(start, keep, sums, opposite, CANDIDATES)
+    assert moved is start and damping == UNCHANGED and gain == 0
 
 
 def test_no_candidate_that_can_be_solved_is_plain_removal():
-    x, hat, omega, weight, kept = case()
+    x, hat, omega, weight, keep = case()
     sums = products(x, hat, omega, weight)
-    broken = Products(-sums.gram, sums.wanted, sums.power)
-    found, damping, gain = choose_refit(weight * kept, kept, broken, sums, CANDIDATES)
-    assert torch.equal(found, weight * kept) and damping == NEVER and gain == 0
+    broken = Products(-sums.gram, sums.target, sums.power)
+    moved, damping, gain = choose_refit(weight * keep, keep, broken, sums, CANDIDATES)
+    assert torch.equal(moved, weight * keep) and damping == UNCHANGED and gain == 0
 
 
 def test_rows_beyond_the_sample_are_refitted_too(monkeypatch):
     monkeypatch.setattr(refit, "SAMPLE", 3)
-    x, hat, omega, weight, kept = case(outputs=20)
-    start, sums = weight * kept, products(x, hat, omega, weight)
-    seen, each = [], refit.refit_each
-    monkeypatch.setattr(refit, "refit_each", lambda *given: seen.append((len(given[0]), len(given[4]))) or each(*given))
-    found, damping, gain = choose_refit(start, kept, sums, sums, CANDIDATES)
-    assert seen == [(3, len(CANDIDATES)), (20, 1)]
-    assert torch.equal(found, refit_rows(start, kept, sums.wanted, sums.gram, damping))
-    error = ((found @ hat.T - weight @ x.T) * omega).pow(2).sum() - ((start @ hat.T - weight @ x.T) * omega).pow(
+    x, hat, omega, weight, keep = case(outputs=20)
+    start, sums = weight * keep, products(x, hat, omega, weight)
+    sizes, each = [], refit.refit_each
+
+    def count(weight, keep, target, gram, dampings, *more):
+        sizes.append((len(weight), len(dampings)))
+        return each(weight, keep, target, gram, dampings, *more)
+
+    monkeypatch.setattr(refit, "refit_each", count)
+    moved, damping, gain = choose_refit(start, keep, sums, sums, CANDIDATES)
+    assert sizes == [(3, len(CANDIDATES)), (20, 1)]
+    assert torch.equal(moved, refit_rows(start, keep, sums.target, sums.gram, damping))
+    error = ((moved @ hat.T - weight @ x.T) * omega).pow(2).sum() - ((start @ hat.T - weight @ x.T) * omega).pow(
         2
     ).sum()
     assert gain == pytest.approx(error.item())
@@ -180,51 +185,51 @@ def test_rows_beyond_the_sample_are_refitted_too(monkeypatch):
 def test_a_gain_on_the_sample_that_is_a_loss_on_all_rows_is_dropped(monkeypatch):
     monkeypatch.setattr(refit, "SAMPLE", 2)  # the first row and the last
     x, hat, omega, weight, _ = case(outputs=12)
-    kept = torch.ones(12, 12, dtype=torch.bool)
-    kept[:, ::2] = False
-    start, sums = weight * kept, products(x, hat, omega, weight)
-    wanted = 2 * start @ sums.gram - sums.wanted
-    wanted[[0, -1]] = sums.wanted[[0, -1]]  # held-out rows agree with the fit there alone
-    found, damping, gain = choose_refit(start, kept, sums, Products(sums.gram, wanted, sums.power), CANDIDATES)
-    assert found is start and damping == NEVER and gain == 0
+    keep = torch.ones(12, 12, dtype=torch.bool)
+    keep[:, ::2] = False
+    start, sums = weight * keep, products(x, hat, omega, weight)
+    target = 2 * start @ sums.gram - sums.target
+    target[[0, -1]] = sums.target[[0, -1]]  # held-out rows agree with the fit there alone
+    moved, damping, gain = choose_refit(start, keep, sums, Products(sums.gram, target, sums.power), CANDIDATES)
+    assert moved is start and damping == UNCHANGED and gain == 0
 
 
 def test_rounding_is_no_gain():
     x, _, omega, weight, _ = case()
-    kept = torch.ones_like(weight, dtype=torch.bool)
+    keep = torch.ones_like(weight, dtype=torch.bool)
     sums = products(x, x, omega, weight)  # nothing removed and nothing disturbed
-    noise = 1e-7 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)) * sums.wanted.abs().mean()
-    rounded = Products(sums.gram, sums.wanted + noise, sums.power)
-    found, damping, gain = choose_refit(weight, kept, rounded, rounded, CANDIDATES)
-    assert found is weight and damping == NEVER and gain == 0
+    noise = 1e-7 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)) * sums.target.abs().mean()
+    rounded = Products(sums.gram, sums.target + noise, sums.power)
+    moved, damping, gain = choose_refit(weight, keep, rounded, rounded, CANDIDATES)
+    assert moved is weight and damping == UNCHANGED and gain == 0
 
 
 def test_several_dampings_at_once_are_what_each_is_alone(monkeypatch):
     """Also where one needs more steps: those that are there rest."""
-    x, hat, omega, weight, kept = case(outputs=20, columns=40, rows=90)
-    start, sums, dampings = weight * kept, products(x, hat, omega, weight), (10.0, 1.0, 0.001, 0.1)
-    together = refit_each(start, kept, sums.wanted, sums.gram, dampings, dtype=torch.float64)
+    x, hat, omega, weight, keep = case(outputs=20, columns=40, rows=90)
+    start, sums, dampings = weight * keep, products(x, hat, omega, weight), (10.0, 1.0, 0.001, 0.1)
+    together = refit_each(start, keep, sums.target, sums.gram, dampings, dtype=torch.float64)
     assert together.shape == (len(dampings), 20, 40)
-    for damping, found in zip(dampings, together):
-        alone = refit_rows(start, kept, sums.wanted, sums.gram, damping, dtype=torch.float64)
-        assert torch.allclose(found, alone, rtol=1e-9, atol=1e-12)
+    for damping, moved in zip(dampings, together):
+        alone = refit_rows(start, keep, sums.target, sums.gram, damping, dtype=torch.float64)
+        assert torch.allclose(moved, alone, rtol=1e-9, atol=1e-12)
     monkeypatch.setattr(refit, "EVERY", refit.STEPS + 1)  # nobody rests before the last step
-    longer = refit_each(start, kept, sums.wanted, sums.gram, dampings, dtype=torch.float64)
+    longer = refit_each(start, keep, sums.target, sums.gram, dampings, dtype=torch.float64)
     assert not torch.allclose(longer[1], together[1], rtol=1e-9, atol=1e-12)
 
 
 def test_infinity_among_the_candidates_is_the_unchanged_weight():
-    x, hat, omega, weight, kept = case()
-    start, sums = weight * kept, products(x, hat, omega, weight)
-    assert choose_refit(start, kept, sums, sums, (NEVER,)) == (start, NEVER, 0.0)
-    found = choose_refit(start, kept, sums, sums, (NEVER, 0.1))
-    assert found[1] == 0.1 and torch.equal(found[0], refit_rows(start, kept, sums.wanted, sums.gram, 0.1))
+    x, hat, omega, weight, keep = case()
+    start, sums = weight * keep, products(x, hat, omega, weight)
+    assert choose_refit(start, keep, sums, sums, (UNCHANGED,)) == (start, UNCHANGED, 0.0)
+    moved = choose_refit(start, keep, sums, sums, (UNCHANGED, 0.1))
+    assert moved[1] == 0.1 and torch.equal(moved[0], refit_rows(start, keep, sums.target, sums.gram, 0.1))
 
 
 def test_one_damping_that_cannot_be_solved_spoils_no_other():
-    x, hat, omega, weight, kept = case()
-    start, sums = weight * kept, products(x, hat, omega, weight)
+    x, hat, omega, weight, keep = case()
+    start, sums = weight * keep, products(x, hat, omega, weight)
     shifted = sums.gram - 0.5 * sums.gram.diagonal().mean() * torch.eye(12)  # not positive definite without damping
-    found = refit_each(start, kept, sums.wanted, shifted, (0.0, 3.0), dtype=torch.float64)
-    alone = refit_rows(start, kept, sums.wanted, shifted, 3.0, dtype=torch.float64)
-    assert found.isfinite().all() and torch.allclose(found[1], alone, rtol=1e-9, atol=1e-12)
+    moved = refit_each(start, keep, sums.target, shifted, (0.0, 3.0), dtype=torch.float64)
+    alone = refit_rows(start, keep, sums.target, shifted, 3.0, dtype=torch.float64)
+    assert moved.isfinite().all() and torch.allclose(moved[1], alone, rtol=1e-9, atol=1e-12)

@@ -8,26 +8,26 @@ from structprune.refit.products import RowSums
 
 
 def linears(device: str = "cpu") -> dict[str, nn.Linear]:
-    made = {role: nn.Linear(3, 2, device=device) for role in ("gate", "up")}
-    for linear in made.values():
+    modules = {role: nn.Linear(3, 2, device=device) for role in ("gate", "up")}
+    for linear in modules.values():
         linear.requires_grad_(False)
-    return made
+    return modules
 
 
 @pytest.mark.parametrize("cross", [True, False])
 def test_power_is_that_of_the_output_over_all_batches(cross):
     generator = torch.Generator().manual_seed(0)
-    hat, dense = torch.randn(2, 3, 2, 4, 3, generator=generator).unbind()  # (batches, b, T, C) each
-    omega, made = torch.rand(3, 2, 4, generator=generator), linears()
-    sums = RowSums(made, torch.device("cpu"), cross, power=True)
-    for x, y, weight in zip(hat, dense, omega):
+    pruned, dense = torch.randn(2, 3, 2, 4, 3, generator=generator).unbind()  # (batches, b, T, C) each
+    omega, modules = torch.rand(3, 2, 4, generator=generator), linears()
+    sums = RowSums(modules, torch.device("cpu"), cross, power=True)
+    for x, y, weight in zip(pruned, dense, omega):
         sums.add(x, y if cross else None, weight)
-    found, aim = sums.finish(), dense if cross else hat
-    for role, linear in made.items():
-        output = aim.double() @ linear.weight.double().T * omega[..., None]  # no bias
-        assert type(found.power[role]) is float
-        assert found.power[role] == pytest.approx(output.pow(2).sum().item(), rel=1e-6)
-    assert RowSums(made, torch.device("cpu"), cross, power=False).finish().power == {}
+    products, source = sums.finish(), dense if cross else pruned
+    for role, linear in modules.items():
+        output = source.double() @ linear.weight.double().T * omega[..., None]  # no bias
+        assert type(products.power[role]) is float
+        assert products.power[role] == pytest.approx(output.pow(2).sum().item(), rel=1e-6)
+    assert RowSums(modules, torch.device("cpu"), cross, power=False).finish().power == {}
 
 
 def test_the_host_reads_nothing_in_a_batch():

@@ -10,12 +10,13 @@ from structprune.config import Config, ReconstructSettings, SinkSettings
 from structprune.evaluation.nelbo import masked_nelbo
 from structprune.models.adapter import Adapter
 from structprune.models.loading import load_model
-from structprune.refit.reconstruct import NEVER, LayerFit, Reconstructor
+from structprune.refit.products import UNCHANGED, LayerFit
+from structprune.refit.reconstruct import Reconstructor
 from structprune.runs.prune import Pruner, prune
 from structprune.statistics import activations
-from structprune.statistics.rows import arm_rows, measure_mass
+from structprune.statistics.rows import arm_rows, scan_rows
+from structprune.statistics.scan import Limits, Scan
 from structprune.structured.plan import BlockPlan, Plan
-from structprune.structured.scores.ranking import Limits
 from structprune.structured.surgery import apply_plan
 
 MASK, LENGTH = 2047, 12
@@ -45,34 +46,36 @@ def read_all(block, kind, x, rotary):
     return block.module.mix(x, rotary) if kind == "attention" else block.module.activate(x)
 
 
+def reconstructor(model, calibration, settings=None, **limits) -> Reconstructor:
+    scan = Scan(Adapter(model), calibration, SINK, Limits(**limits))
+    return Reconstructor(scan, settings or ReconstructSettings())
+
+
 def plain_refit(model, plan, calibration, settings):
     """Refit by lstsq, all rows at once: [(λ chosen or infinity, weight (O, K), bias (O,) or None)] in forward order."""
     dense, constant = Adapter(model), settings.constant or settings.mode == "bias"
     small = Adapter(apply_plan(model, plan, constant))
-    mass = measure_mass(dense, calibration.fit) if settings.arm.endswith("sink") else None
-    fit, check = (
-        arm_rows(calibration.fit, settings.arm, SINK, mass, MASK),
-        arm_rows(calibration.check, "masked", SINK, None, MASK),
-    )
+    fit = scan_rows(Scan(dense, calibration.fit, SINK), settings.arm)
+    check = arm_rows(calibration.check, "masked", SINK, None, MASK)
     omega = torch.ones(fit.ids.shape) if fit.weight is None else fit.weight
     sides = [(fit.ids, omega), (check.ids, check.masked.float())]
     wide = [dense.model.embedding(ids) for ids, _ in sides]  # the dense model's residual stream
     narrow = [x.clone() for x in wide]  # the pruned prefix's
-    rotary, made = dense.model.rotary(LENGTH, "cpu"), []
+    rotary, fits = dense.model.rotary(LENGTH, "cpu"), []
     for index in range(3):
         for kind, role in ROLE.items():
             full, linear = dense.blocks[index][role], small.blocks[index][role]
             systems, targets = [], [full(read_all(dense.blocks[index], kind, x, rotary)) for x in wide]
-            for (_, weight), x, wanted in zip(sides, narrow, targets):
+            for (_, weight), x, target in zip(sides, narrow, targets):
                 if settings.target == "layer":
-                    wanted = full(read_all(dense.blocks[index], kind, x, rotary))
+                    target = full(read_all(dense.blocks[index], kind, x, rotary))
                 if settings.relative:
                     weight = weight / x.pow(2).mean(-1).sqrt()
                 inputs = read_all(small.blocks[index], kind, x, rotary)
                 inputs = torch.cat((inputs, torch.ones_like(inputs[..., :1])), -1) if constant else inputs
                 left, right = (
                     (inputs * weight[..., None]).flatten(0, 1).double(),
-                    (wanted * weight[..., None]).flatten(0, 1).double(),
+                    (target * weight[..., None]).flatten(0, 1).double(),
                 )
                 systems.append((left, right))
             start = linear.weight.double()
@@ -92,10 +95,10 @@ def plain_refit(model, plan, calibration, settings):
             linear.weight.copy_(chosen[:, : linear.in_features])
             if constant:
                 linear.bias.copy_(chosen[:, -1])
-            made.append((chosen is new, (min(errors) / errors[0]).item(), linear.weight.clone(), linear.bias))
+            fits.append((chosen is new, (min(errors) / errors[0]).item(), linear.weight.clone(), linear.bias))
             narrow = [x + linear(read_all(small.blocks[index], kind, x, rotary)) for x in narrow]
-            wide = [x + wanted for x, wanted in zip(wide, targets)]
-    return made
+            wide = [x + target for x, target in zip(wide, targets)]
+    return fits
 
 
 SETTINGS = {
@@ -117,13 +120,13 @@ def test_the_driver_walks_both_models(tiny_model, calibration, family, name):
     model = tiny_model(family)
     plan, settings = half_plan(Adapter(model)), ReconstructSettings(damping=(DAMPING,), **SETTINGS[name])
     small = apply_plan(model, plan, settings.constant or settings.mode == "bias")
-    fits = Reconstructor(model, calibration, settings, SINK).refit(small)
+    fits = reconstructor(model, calibration, settings).refit(small)
     expected = plain_refit(model, plan, calibration, settings)
     assert [(fit.block, fit.kind) for fit in fits] == [(index, kind) for index in range(3) for kind in ROLE]
-    assert any(fit.damping != NEVER for fit in fits)
+    assert any(fit.damping != UNCHANGED for fit in fits)
     for fit, (moved, error, weight, bias) in zip(fits, expected):
         linear = Adapter(small).blocks[fit.block][ROLE[fit.kind]]
-        assert (fit.damping != NEVER) == moved, (fit, error)
+        assert (fit.damping != UNCHANGED) == moved, (fit, error)
         assert fit.error == pytest.approx(error, rel=1e-3) and fit.error <= 1
         assert torch.allclose(linear.weight, weight, atol=2e-3)
         assert bias is None or torch.allclose(linear.bias, bias, atol=2e-3)
@@ -132,25 +135,26 @@ def test_the_driver_walks_both_models(tiny_model, calibration, family, name):
 @torch.no_grad()
 def test_small_budgets_and_other_batches_give_the_same(tiny_model, calibration):
     model = tiny_model()
-    plan, found = half_plan(Adapter(model)), []
-    for limits in (Limits(1, 2**30), Limits(3, 0), Limits(2, 20 * LENGTH * 32 * 4)):
+    plan, logits = half_plan(Adapter(model)), []
+    for windows, budget in ((1, 2**30), (3, 0), (2, 20 * LENGTH * 32 * 4)):
         small = apply_plan(model, plan)
-        Reconstructor(model, calibration, ReconstructSettings(), SINK, limits).refit(small)
-        found.append(small(calibration.noisy_ids[0]).logits)
-    assert torch.allclose(found[0], found[1], atol=1e-3) and torch.allclose(found[0], found[2], atol=1e-3)
+        reconstructor(model, calibration, windows=windows, budget=budget).refit(small)
+        logits.append(small(calibration.noisy_ids[0]).logits)
+    assert torch.allclose(logits[0], logits[1], atol=1e-3) and torch.allclose(logits[0], logits[2], atol=1e-3)
 
 
 @torch.no_grad()
 def test_half_of_a_gram_is_enough_for_a_refit(tiny_model, calibration, monkeypatch):
     model = tiny_model()
-    plan, found = half_plan(Adapter(model)), []
+    plan, logits, dampings = half_plan(Adapter(model)), [], []
     for tile in (384, 4):  # at 4, tiles below the diagonal are not computed
         monkeypatch.setitem(activations.GRAM_TILE, "cpu", tile)
         small = apply_plan(model, plan)
-        fits = Reconstructor(model, calibration, ReconstructSettings(), SINK).refit(small)
-        found.append((small(calibration.noisy_ids[0]).logits, [fit.damping for fit in fits]))
-    assert torch.allclose(found[0][0], found[1][0], atol=1e-3) and found[0][1] == found[1][1]
-    assert any(damping != NEVER for damping in found[0][1])
+        fits = reconstructor(model, calibration).refit(small)
+        logits.append(small(calibration.noisy_ids[0]).logits)
+        dampings.append([fit.damping for fit in fits])
+    assert torch.allclose(*logits, atol=1e-3) and dampings[0] == dampings[1]
+    assert any(damping != UNCHANGED for damping in dampings[0])
 
 
 @torch.no_grad()
@@ -158,7 +162,7 @@ def test_one_reconstructor_refits_many_plans(tiny_model, calibration):
     model = tiny_model()
     plan = half_plan(Adapter(model))
     other = replace(plan, blocks=tuple(replace(block, channels=tuple(range(30))) for block in plan.blocks))
-    shared, logits = Reconstructor(model, calibration, ReconstructSettings(), SINK), []
+    shared, logits = reconstructor(model, calibration), []
     for each in (plan, other, plan):
         small = apply_plan(model, each)
         shared.refit(small)
@@ -197,15 +201,11 @@ def test_a_spoilt_refit_is_discarded(tiny_checkpoint, text_path, monkeypatch):
         return [LayerFit(0, "channels", 0.1, 0.5)]
 
     def nelbo(model, *args, **kwargs):  # a random model may gain by anything, so the loss is told
-        found = masked_nelbo(model, *args, **kwargs)
-        return (
-            replace(found, nelbo=found.nelbo * 0 + 8)
-            if hasattr(model, "spoilt")
-            else replace(found, nelbo=found.nelbo * 0 + 7)
-        )
+        value = masked_nelbo(model, *args, **kwargs)
+        return replace(value, nelbo=value.nelbo * 0 + (8 if hasattr(model, "spoilt") else 7))
 
     monkeypatch.setattr("structprune.refit.reconstruct.Reconstructor.refit", spoil)
-    monkeypatch.setattr("structprune.runs.prune.masked_nelbo", nelbo)
+    monkeypatch.setattr("structprune.runs.run.masked_nelbo", nelbo)
     pruned = prune(model, run_config(text_path))
     check = pruned.report["held_out_nelbo"]
     assert check["kept"] == "plain removal" and check["refit"] > check["plain_removal"] == 7
@@ -215,44 +215,45 @@ def test_a_spoilt_refit_is_discarded(tiny_checkpoint, text_path, monkeypatch):
 
 @pytest.mark.parametrize("constant", [False, True])
 def test_a_kept_refit_is_what_was_refitted(tiny_checkpoint, text_path, monkeypatch, constant):
-    model, refit, made, losses = load_model(tiny_checkpoint()), Reconstructor.refit, [], iter((7, 8, 9))
+    model, refit, states, losses = load_model(tiny_checkpoint()), Reconstructor.refit, [], iter((7, 8, 9))
 
     def watch(self, small):
         fits = refit(self, small)
-        made.append({name: value.clone() for name, value in small.state_dict().items()})
+        states.append({name: value.clone() for name, value in small.state_dict().items()})
         return fits
 
     def nelbo(model, *args, **kwargs):
-        found = masked_nelbo(model, *args, **kwargs)
-        return replace(found, nelbo=found.nelbo * 0 + next(losses))  # dense, refit, plain removal
+        value = masked_nelbo(model, *args, **kwargs)
+        return replace(value, nelbo=value.nelbo * 0 + next(losses))  # dense, refit, plain removal
 
     monkeypatch.setattr("structprune.refit.reconstruct.Reconstructor.refit", watch)
-    monkeypatch.setattr("structprune.runs.prune.masked_nelbo", nelbo)
+    monkeypatch.setattr("structprune.runs.run.masked_nelbo", nelbo)
     pruned = prune(model, run_config(text_path, **{"reconstruct.constant": constant}))
-    check, found = pruned.report["held_out_nelbo"], pruned.model.state_dict()
+    check, state = pruned.report["held_out_nelbo"], pruned.model.state_dict()
     assert (check["kept"], check["refit"], check["plain_removal"]) == ("refit", 8, 9)
-    assert found.keys() == made[0].keys() and all(torch.equal(value, made[0][name]) for name, value in found.items())
+    assert state.keys() == states[0].keys()
+    assert all(torch.equal(value, states[0][name]) for name, value in state.items())
     plain = apply_plan(model, pruned.plan, constant).state_dict()
-    moved = {name.split(".")[-2] for name in found if not torch.equal(found[name], plain[name])}
+    moved = {name.split(".")[-2] for name in state if not torch.equal(state[name], plain[name])}
     assert moved == {"attn_out", "ff_out"}
 
 
 @pytest.mark.parametrize("sequences", [2, 9])
 def test_no_pass_of_a_run_has_more_tokens_than_it_may(tiny_checkpoint, text_path, monkeypatch, sequences):
     """Scores, their mass, refit and held-out checks: calibration.batch asks for 3 windows at 3 levels."""
-    monkeypatch.setattr("structprune.structured.scores.ranking.PASS_TOKENS", sequences * 24 + 23)
-    model, seen = load_model(tiny_checkpoint()), set()
+    monkeypatch.setattr("structprune.statistics.scan.PASS_TOKENS", sequences * 24 + 23)
+    model, sizes = load_model(tiny_checkpoint()), set()
 
     def see(module, args):
         if args and args[0].dim() == 3:  # (b, T, C); a last block and the head read masked positions only
-            seen.add(len(args[0]))
+            sizes.add(len(args[0]))
 
     handle = torch.nn.modules.module.register_module_forward_pre_hook(see)
     try:
         prune(model, run_config(text_path))
     finally:
         handle.remove()
-    assert max(seen) == sequences
+    assert max(sizes) == sequences
 
 
 def test_the_refit_can_be_switched_off(tiny_checkpoint, text_path):

@@ -149,7 +149,43 @@ def test_the_numbers_are_those_of_a_real_run(tiny_checkpoint, text_path, family)
 )
 def test_what_a_run_would_refuse_is_refused(tiny_checkpoint, changes, message):
     with pytest.raises(UserError, match=message):
-        inspect_checkpoint(tiny_checkpoint(), Config.load(None, changes))
+        inspect_checkpoint(tiny_checkpoint(), Config.load(None, {"calibration.length": 64} | changes))
+
+
+@pytest.mark.parametrize("method", ["structured", "unstructured", "nm"])
+def test_windows_beyond_the_positions_are_refused_by_both(
+    method, tiny_checkpoint, text_path, tmp_path, capsys, monkeypatch
+):
+    """In one and the same line, before weights are read; as many tokens as the model has positions are fine."""
+    monkeypatch.setattr(loading, "_read_shard", lambda path: pytest.fail("a weight was read"))
+    directory, out = str(tiny_checkpoint()), str(tmp_path / "out")
+    look, run = ["inspect", directory], ["prune", directory, "--out", out, "--calibration", str(text_path)]
+    for verb in (look, run):
+        assert main([*verb, "--method", method, "--set", "calibration.length=65"]) == 2
+        line = "structprune: error: calibration.length = 65 exceeds the model's 64 positions: lower it"
+        assert capsys.readouterr().err.splitlines() == [line]
+    assert main([*look, "--method", method, "--set", "calibration.length=64"]) == 0
+
+
+@pytest.mark.parametrize("method", ["structured", "nm"])
+def test_a_dry_run_may_be_of_a_device_that_is_elsewhere(method, published_config, tmp_path, capsys):
+    """It predicts the memory of a GPU that this machine lacks, also with offload; a run is refused there."""
+    directory = str(published_config("llada"))
+
+    def memory(*pairs) -> dict:
+        sets = [f"--set={pair}" for pair in pairs]
+        assert main(["inspect", directory, "--method", method, "--json", *sets]) == 0
+        return json.loads(capsys.readouterr().out)["memory"]
+
+    elsewhere = "model.device=cuda:99"
+    whole, streamed = memory(elsewhere), memory(elsewhere, "memory.offload=true")
+    assert "peak device" not in memory("model.device=cpu")
+    assert whole["peak device"] - streamed["peak device"] > 1e10  # the weights are at home
+    assert main(["prune", directory, "--out", str(tmp_path / "out"), "--method", method, "--device", "cuda:99"]) == 2
+    assert "device 'cuda:99' is not on this machine" in capsys.readouterr().err
+    for name, message in (("quantum", "unknown device 'quantum'"), ("meta", "device 'meta' cannot be used")):
+        assert main(["inspect", directory, "--method", method, f"--set=model.device={name}"]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_a_number_of_heads_is_per_block_or_over_all_blocks(published_config):
@@ -164,7 +200,7 @@ def test_pickled_weights_are_allowed_by_name(tiny_checkpoint, capsys):
     directory = tiny_checkpoint()
     (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
     assert main(["inspect", str(directory)]) == 2 and "--allow-pickle" in capsys.readouterr().err
-    assert main(["inspect", str(directory), "--allow-pickle"]) == 0
+    assert main(["inspect", str(directory), "--allow-pickle", "--set", "calibration.length=64"]) == 0
 
 
 def test_no_weight_is_read(tiny_checkpoint, monkeypatch):
@@ -172,7 +208,8 @@ def test_no_weight_is_read(tiny_checkpoint, monkeypatch):
     monkeypatch.setattr(loading, "_read_shard", lambda path: pytest.fail("a weight was read"))
     values = json.loads((directory / "config.json").read_text()) | {"torch_dtype": "float32"}
     (directory / "config.json").write_text(json.dumps(values))
-    assert inspect_checkpoint(directory, settings(ratio=0.3))["stored_dtype"] == "bfloat16"  # of the headers
+    config = Config.load(None, {"structured.ratio": 0.3, "calibration.length": 64})
+    assert inspect_checkpoint(directory, config)["stored_dtype"] == "bfloat16"  # of the headers
 
 
 @pytest.mark.parametrize("key, name, itemsize", [("dtype", "float16", 2), ("torch_dtype", "torch.float32", 4)])

@@ -10,6 +10,7 @@ from structprune.calibration.batches import Calibration
 from structprune.models.adapter import READERS, Adapter
 from structprune.runs.mask import mask, unshared
 from structprune.statistics.rows import measure_mass
+from structprune.statistics.scan import Scan
 
 ARMS = ("clean", "masked", "masked+sink", "clean+sink")
 PATTERNS = ("unstructured", "2:4", "4:8", "3:4")
@@ -174,7 +175,7 @@ def omega_by_hand(model, calibration, arm: str, hard: bool) -> torch.Tensor:
     """Row weights (R, T) of an arm at alpha 0.05 and kappa 1: clean rows have the mean over their noisy copies."""
     if not arm.endswith("+sink"):
         return torch.ones(())
-    mass = measure_mass(Adapter(model), calibration.fit).double()  # (N, S, T)
+    mass = measure_mass(Scan(Adapter(model), calibration.fit)).double()  # (N, S, T)
     threshold = mass.mean(-1, keepdim=True) + mass.std(-1, correction=0, keepdim=True)
     omega = (mass <= threshold).double() if hard else 1 / (1 + (0.05 * (mass - threshold)).exp())
     return omega.mean(1) if arm.startswith("clean") else omega.flatten(0, 1)

@@ -111,7 +111,7 @@ def outliers_by_hand(model, ids, threshold: float) -> list[float]:
         scores, handles = [], []
         for role in ROLES:
 
-            def note(module, given):
+            def note(module, given, scores=scores):
                 norm = given[0].double().pow(2).sum((0, 1)).sqrt()  # (C,)
                 scores.append((module.weight.detach().double().abs() * norm).flatten())
 
@@ -257,7 +257,7 @@ def test_a_gram_that_cannot_be_factored(nm, given, tiny_calibration, tiny_checkp
 
 
 def test_magnitude_alone_needs_no_text(given, monkeypatch, tmp_path):
-    monkeypatch.setattr("structprune.runs.mask.calibrated", lambda *_: pytest.fail("text was asked for"))
+    monkeypatch.setattr("structprune.runs.run.calibrate", lambda *_: pytest.fail("text was asked for"))
     keys = {"method": "unstructured", "masking.score": "magnitude", "reconstruct.enabled": False}
     made = mask(given[0], config(keys, calibration__held_out=0))
     made.save(tmp_path / "out")

@@ -12,7 +12,7 @@ from structprune.errors import UserError
 from structprune.evaluation.nelbo import Nelbo
 from structprune.masking.plain import PlainWeights
 from structprune.models.adapter import READERS, Adapter
-from structprune.runs import mask as mask_pipeline
+from structprune.runs import run as shared_run
 from structprune.runs.mask import mask
 
 KEYS = {"method": "unstructured", "masking.score": "wanda", "masking.arm": "masked", "masking.ratio": 0.5}
@@ -43,8 +43,9 @@ def refit_kept(monkeypatch):
 
 def sink_weights(model, calibration, sink) -> torch.Tensor:
     from structprune.statistics.rows import arm_weights, measure_mass
+    from structprune.statistics.scan import Scan
 
-    mass = measure_mass(Adapter(model), calibration.fit)
+    mass = measure_mass(Scan(Adapter(model), calibration.fit))
     return arm_weights(mass, "masked+sink", sink).flatten()  # (R*T,)
 
 
@@ -65,7 +66,7 @@ def test_kept_weights_solve_their_rows(family, target, arm, tiny_checkpoint, tin
     masked = ((noisy == dense.config.mask_token_id) & (clean[:, None] != noisy)).flatten()
     held_hats, held = (reads(model, noisy.flatten(0, 1)) for model in (made.model, dense))
     moved = set()
-    for key, role in ((key, role) for key in hats for role in READERS[key[1]]):
+    for key, role in ((place, role) for place in hats for role in READERS[place[1]]):
         name = Adapter(dense).blocks[key[0]].names[role]
         old, new = (model.get_parameter(f"{name}.weight").detach().double() for model in (dense, made.model))  # (O, C)
         kept = made.masks.kept(f"{name}.weight")
@@ -102,7 +103,7 @@ def test_the_whole_model_decides_on_the_refit(refit, budget, tiny_checkpoint, ti
         )
         return Nelbo(torch.full((len(ids),), means[kind]), torch.ones(len(ids)), torch.ones(len(ids)))
 
-    monkeypatch.setattr(mask_pipeline, "masked_nelbo", judged)
+    monkeypatch.setattr(shared_run, "masked_nelbo", judged)
     config = Config.load(None, KEYS | {"memory.budget_gb": budget})
     made = mask(dense, config, tiny_calibration(dense))
     check, kept = made.report["held_out_nelbo"], "refit" if refit < 3.5 else "plain masks"
@@ -123,7 +124,7 @@ def test_a_loss_that_is_no_number_is_never_kept(plain, refit, kept, tiny_checkpo
     def judged(model, ids, *noise, **given):
         return Nelbo(torch.full((len(ids),), next(losses)), torch.ones(len(ids)), torch.ones(len(ids)))
 
-    monkeypatch.setattr(mask_pipeline, "masked_nelbo", judged)
+    monkeypatch.setattr(shared_run, "masked_nelbo", judged)
     if kept is None:
         with pytest.raises(UserError, match="loss is not a number in this dtype: use model.dtype = float32$"):
             mask(dense, Config.load(None, KEYS), tiny_calibration(dense))

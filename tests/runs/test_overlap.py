@@ -4,15 +4,12 @@ import pytest
 import torch
 
 from structprune import UserError
-from structprune.config import Config, effects
+from structprune.config import Config
 from structprune.models import placement
 from structprune.models.loading import load_model
 from structprune.models.transfer import BUFFERS, Lane
-from structprune.runs import mask as mask_pipeline
-from structprune.runs import prune as pipeline
+from structprune.runs.prune import prune
 from structprune.statistics import hidden
-
-CPU = torch.device("cpu")
 
 
 class Queue:
@@ -60,22 +57,19 @@ def run(checkpoint, text_path, case: str, **more) -> dict[str, torch.Tensor]:
         "calibration.source": str(text_path), "calibration.windows": 3, "calibration.held_out": 2,
         "calibration.length": 16, "calibration.interval": 25,
     }  # fmt: skip
-    return pipeline.prune(load_model(checkpoint), Config.load(overrides=keys)).model.state_dict()
+    return prune(load_model(checkpoint), Config.load(overrides=keys)).model.state_dict()
 
 
 @pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.parametrize("case", RUNS)
-def test_a_run_over_lanes_gives_the_same_model(case, offload, tiny_checkpoint, text_path, monkeypatch):
+def test_a_run_over_lanes_gives_the_same_model(case, offload, tiny_checkpoint, text_path, monkeypatch, cpu_accelerator):
     checkpoint, asked = tiny_checkpoint(), []
     plain = run(checkpoint, text_path, case)
-    for module in (pipeline, mask_pipeline):
-        monkeypatch.setattr(module, "stream_target", lambda offload, device: CPU if offload else None)
-    monkeypatch.setattr(effects, "_accelerated", lambda config: True)
     for eager in (False, True):
         queue = Queue(eager)
         lane = Lane(queue)
-        monkeypatch.setattr(hidden, "lane_to", lambda device: asked.append("states") or lane)
-        monkeypatch.setattr(placement, "lane_to", lambda device: asked.append("weights") or lane)
+        monkeypatch.setattr(hidden, "lane_to", lambda device, lane=lane: asked.append("states") or lane)
+        monkeypatch.setattr(placement, "lane_to", lambda device, lane=lane: asked.append("weights") or lane)
         found = run(checkpoint, text_path, case, **{"memory.offload": offload, "memory.overlap": True})
         assert all(torch.equal(found[name], plain[name]) for name in plain)
         assert len(queue.copies) > 50
@@ -89,4 +83,4 @@ def test_a_run_over_lanes_gives_the_same_model(case, offload, tiny_checkpoint, t
 def test_without_an_accelerator_overlap_is_refused(method, tiny_checkpoint):
     config = Config.load(overrides={"method": method, "model.device": "cpu", "memory.overlap": True})
     with pytest.raises(UserError, match="memory.overlap = True has no effect without an accelerator"):
-        pipeline.prune(load_model(tiny_checkpoint()), config)
+        prune(load_model(tiny_checkpoint()), config)

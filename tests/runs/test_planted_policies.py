@@ -12,20 +12,24 @@ import pytest
 import torch
 
 from structprune.calibration.batches import Calibration
-from structprune.config import Config, MaskingSettings, SinkSettings, StructuredSettings
-from structprune.masking.blocks import Request, mask_block
-from structprune.masking.rows import wanted_rows
+from structprune.config import Config, SinkSettings, StructuredSettings
+from structprune.masking.blocks import mask_readers
+from structprune.masking.request import MaskRequest
+from structprune.masking.rows import plan_walk
+from structprune.masking.scores.linears import Removal
 from structprune.masking.walk import Walk
 from structprune.models.adapter import Adapter
 from structprune.models.configuration_structprune import StructpruneLLaDAConfig
 from structprune.models.modeling_structprune import StructpruneLLaDA
+from structprune.runs.resolve import resolve_masking
 from structprune.statistics.moments import consumer_moments
 from structprune.statistics.norms import one_shot_norms
 from structprune.statistics.policies import instability, policy_report, survival
 from structprune.statistics.rows import measure_mass
+from structprune.statistics.scan import Limits, Scan
 from structprune.statistics.sink_log import SinkLog
 from structprune.statistics.sinks import keep_weights, sink_phi
-from structprune.structured.scores.ranking import Limits, rank_units
+from structprune.structured.ranking import rank_units
 
 STAYS, MOVES, TEXT, MASK = range(4)  # token ids, and the channel that fires at each
 WIDTH, HEADS, DIM, LENGTH, LEVELS = 8, 2, 4, 16, 4
@@ -70,6 +74,16 @@ def planted():
     return Adapter(planted_model()), Calibration(ids, noisy, p, {}, held_out=0)
 
 
+def mask_request(adapter: Adapter, policy: str, score: str, batch: int) -> MaskRequest:
+    """A run for masks on the noisy sink arm, without a refit."""
+    config = Config.load(overrides={
+        "method": "unstructured", "masking.score": score, "masking.arm": "masked+sink", "sink.policy": policy,
+        "reconstruct.enabled": False, "calibration.batch": batch, "calibration.length": LENGTH,
+        "memory.budget_gb": 1,
+    })  # fmt: skip
+    return resolve_masking(config, adapter.model)
+
+
 def fires(channel: int) -> float:
     """silu(g) * u, with a normed flag of 2."""
     x = 2 * GAINS[channel]
@@ -100,7 +114,7 @@ def test_what_is_planted_decides():
 
 def test_the_measures_find_both_sinks(planted):
     adapter, calibration = planted
-    mass = measure_mass(adapter, calibration)  # (N, S, T)
+    mass = measure_mass(Scan(*planted))  # (N, S, T)
     # every query gives e⁶ parts of 2 e⁶ + 14 to each of the two sinks, in each of 2 heads
     expected = torch.full_like(mass, HEADS * LENGTH / (2 * math.exp(6) + LENGTH - 2))  # (N, S, T)
     is_sink = (calibration.noisy_ids == STAYS) | (calibration.noisy_ids == MOVES)
@@ -117,7 +131,7 @@ def test_the_measures_find_both_sinks(planted):
 
 def test_unstable_spares_the_sink_that_stays(planted):
     adapter, calibration = planted
-    mass = measure_mass(adapter, calibration)
+    mass = measure_mass(Scan(*planted))
     for policy, stays, moves in (("all", 0.0, 0.0), ("unstable", 1.0, 0.25), ("none", 1.0, 1.0)):
         weights = keep_weights(mass, SinkSettings(policy=policy))  # (N, S, T)
         for token, kept in ((STAYS, stays), (MOVES, moves), (TEXT, 1.0), (MASK, 1.0)):
@@ -129,7 +143,8 @@ def test_unstable_spares_the_sink_that_stays(planted):
 @pytest.mark.parametrize("windows, budget", [(1, 2**30), (2, 2**30), (1, 0)])
 def test_moments_of_the_structured_path_by_hand(planted, policy, windows, budget):
     adapter, calibration = planted
-    found = consumer_moments(adapter, calibration, "masked+sink", SinkSettings(policy=policy), windows, budget)
+    scan = Scan(adapter, calibration, SinkSettings(policy=policy), Limits(windows, budget))
+    found = consumer_moments(scan, "masked+sink")
     assert torch.allclose(found[0, "down"].squared_norm, squares(policy), rtol=1e-4, atol=1e-6)
 
 
@@ -137,8 +152,7 @@ def test_moments_of_the_structured_path_by_hand(planted, policy, windows, budget
 @pytest.mark.parametrize("score", ["wanda", "obs"])
 def test_the_structured_path_removes_what_the_policy_says(planted, policy, score):
     settings = StructuredSettings(score=score, relative=False if score == "obs" else None)
-    adapter, calibration = planted
-    paths = rank_units(adapter, calibration, settings, "masked+sink", SinkSettings(policy=policy), Limits())
+    paths = rank_units(Scan(*planted, SinkSettings(policy=policy)), settings, "masked+sink")
     least = FIRST[policy]
     assert set(paths[0, "channels"].removed(len(least))) == least
     if score == "wanda":  # every column of `down` has the squared norm 8 * 0.01
@@ -150,9 +164,8 @@ def test_the_structured_path_removes_what_the_policy_says(planted, policy, score
 @pytest.mark.parametrize("batch", [1, 3, 4, 7, 8])
 @pytest.mark.parametrize("summed", [False, True])
 def test_norms_see_all_levels_of_a_window_whatever_the_batch(planted, policy, batch, summed):
-    adapter, calibration = planted
-    sink = SinkSettings(policy=policy)
-    found = one_shot_norms(adapter, calibration, "masked+sink", sink, summed, False, batch)[0, "activated"]
+    scan = Scan(*planted, SinkSettings(policy=policy), Limits(batch=batch))
+    found = one_shot_norms(scan, "masked+sink", summed)[0, "activated"]
     # all sequences are alike, so the sum of their 8 norms is 8 times that of an eighth of the squares
     expected = 8 * (squares(policy) / 8).sqrt() if summed else squares(policy).sqrt()
     assert torch.allclose(found, expected, rtol=1e-4, atol=1e-3)
@@ -162,11 +175,9 @@ def test_norms_see_all_levels_of_a_window_whatever_the_batch(planted, policy, ba
 @pytest.mark.parametrize("batch", [1, 3, 8])
 def test_grams_of_the_mask_path_by_hand(planted, policy, batch):
     adapter, calibration = planted
-    config = Config.load(overrides={
-        "method": "unstructured", "sink.policy": policy, "calibration.batch": batch, "reconstruct.enabled": False,
-    })  # fmt: skip
-    wanted = wanted_rows(adapter, calibration, config, "sparsegpt", "masked+sink", lambda items, title: items)
-    gram = Walk(adapter, adapter, wanted, batch, 2**30).measure(0)["activated"]  # (4, 4)
+    request = mask_request(adapter, policy, "sparsegpt", batch)
+    plan = plan_walk(Scan(adapter, calibration, request.sink, request.limits), request)
+    gram = Walk(adapter, adapter, plan, request.limits).measure(0)["activated"]  # (4, 4)
     assert torch.allclose(gram.double(), squares(policy).diag(), rtol=1e-4, atol=1e-6)
 
 
@@ -174,21 +185,19 @@ def test_grams_of_the_mask_path_by_hand(planted, policy, batch):
 @pytest.mark.parametrize("score", ["wanda", "ria", "sparsegpt"])
 def test_the_mask_path_removes_what_the_policy_says(planted, policy, score):
     adapter, calibration = planted
-    block, request = adapter.blocks[0], Request(0.25 * len(FIRST[policy]))
-    config = Config.load(overrides={"method": "unstructured", "sink.policy": policy, "reconstruct.enabled": False})
-    wanted = wanted_rows(adapter, calibration, config, score, "masked+sink", lambda items, title: items)
+    request, removal = mask_request(adapter, policy, score, 3), Removal(0.25 * len(FIRST[policy]))
+    plan = plan_walk(Scan(adapter, calibration, request.sink, request.limits), request)
     if score == "sparsegpt":  # which removes one entry more than the ratio
-        request = Request(0.25 * len(FIRST[policy]) - 1 / 32)
-    found = {"activated": Walk(adapter, adapter, wanted, 3, 2**30).measure(0)["activated"]}
-    arguments = (block, score, MaskingSettings(), request, found, torch.device("cpu"), ("activated",))
-    kept = mask_block(*arguments)[0]["down"][1]  # (O, C)
+        removal = Removal(0.25 * len(FIRST[policy]) - 1 / 32)
+    statistics = {"activated": Walk(adapter, adapter, plan, request.limits).measure(0)["activated"]}
+    arguments = (adapter.blocks[0], "activated", request, removal, statistics, torch.device("cpu"))
+    kept = mask_readers(*arguments)[0]["down"][1]  # (O, C)
     assert all(set((~row).nonzero().flatten().tolist()) == FIRST[policy] for row in kept)
 
 
 def test_clean_rows_lose_the_mean_over_the_levels(planted):
-    adapter, calibration = planted
     for policy, stays, moves in (("all", 0.0, 0.75), ("unstable", 1.0, 1 - 0.75 / 4)):
-        found = consumer_moments(adapter, calibration, "clean+sink", SinkSettings(policy=policy))[0, "down"]
+        found = consumer_moments(Scan(*planted, SinkSettings(policy=policy)), "clean+sink")[0, "down"]
         # clean text shows all places of MOVES at once, each a sink at one level of four
         expected = torch.tensor([2 * stays**2 * fires(STAYS) ** 2, 8 * moves**2 * fires(MOVES) ** 2])
         assert torch.allclose(found.squared_norm[:2], expected.double(), rtol=1e-4, atol=1e-6)
@@ -197,10 +206,10 @@ def test_clean_rows_lose_the_mean_over_the_levels(planted):
 def test_the_report_tells_what_went(planted):
     adapter, calibration = planted
     log = SinkLog()
-    consumer_moments(adapter, calibration, "masked+sink", SinkSettings(policy="unstable"), observe=log.observe)
+    consumer_moments(Scan(*planted, SinkSettings(policy="unstable"), observe=log.observe), "masked+sink")
     found = log.report(calibration, SinkSettings(policy="unstable"), MASK)
     whole = SinkLog()
-    one_shot_norms(adapter, calibration, "masked+sink", SinkSettings(), batch=3, observe=whole.observe)
+    one_shot_norms(Scan(*planted, limits=Limits(batch=3), observe=whole.observe), "masked+sink")
     assert whole.report(calibration, SinkSettings(), MASK)["taken"].keys() == found["taken"].keys()
     assert found["taken"]["all"]["share"] == pytest.approx(2 / LENGTH, rel=1e-4)  # both sinks of every copy
     assert found["taken"]["unstable"]["share"] == pytest.approx(0.75 / LENGTH, rel=1e-4)
@@ -209,6 +218,6 @@ def test_the_report_tells_what_went(planted):
     assert places == {place for _, moves in PLACES for place in moves}
     assert found["taken"]["all"]["of_mask"] == pytest.approx(0, abs=1e-5)
     assert found["survival"] == pytest.approx((1 + LEVELS / LEVELS) / (1 + LEVELS))  # of 1 + 4 places a window
-    phi = sink_phi(measure_mass(adapter, calibration), SinkSettings())
+    phi = sink_phi(measure_mass(Scan(*planted)), SinkSettings())
     again = policy_report(phi, calibration.noisy_ids == MASK, "unstable")
     assert again["taken"]["unstable"]["share"] == pytest.approx(found["taken"]["unstable"]["share"])

@@ -11,7 +11,8 @@ from structprune import Config, UserError, load_model, prune
 from structprune.cli.main import main
 from structprune.models.adapter import Adapter
 from structprune.report.tables import mask_table, run_table
-from structprune.runs.inspect import inspect_checkpoint, inspect_masking
+from structprune.runs.inspect import inspect_checkpoint
+from structprune.runs.inspect_masks import inspect_masking
 from structprune.statistics.capture import consumers
 
 ROOT = Path(__file__).parents[2]
@@ -188,7 +189,7 @@ ARMS = {"structured": "structured.arm", "unstructured": "masking.arm", "nm": "ma
 @pytest.mark.parametrize("case", SETS)
 def test_refused_in_seconds(case, method, tiny_checkpoint, capsys):
     sets, message = SETS[case]
-    given = [f"--set={text}" for text in (f"{ARMS[method]}=masked+sink", *sets)]
+    given = [f"--set={text}" for text in (f"{ARMS[method]}=masked+sink", "calibration.length=64", *sets)]
     assert main(["inspect", str(tiny_checkpoint()), "--method", method, *given]) == 2
     assert message in capsys.readouterr().err
 

@@ -41,7 +41,7 @@ def test_a_peak_that_cannot_be_known_is_left_open(script, tmp_path, monkeypatch,
 
 def test_a_run_writes_figures_and_machine(script, tmp_path, capsys):
     threads, out = torch.get_num_threads(), tmp_path / "made" / "mass.json"
-    options = "--lengths 1024 --heads 8 --size 4 --rounds 2 --threads 1".split()
+    options = ["--lengths", "1024", "--heads", "8", "--size", "4", "--rounds", "2", "--threads", "1"]
     try:
         assert script.main([*options, "--out", str(out)]) == 0
     finally:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from structprune.models.loading import load_model
 
-QUICK = "--quick --threads 1 --rounds 2".split()
+QUICK = ["--quick", "--threads", "1", "--rounds", "2"]
 
 
 @pytest.fixture

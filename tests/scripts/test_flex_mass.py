@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from structprune.statistics.flex_mass import attend_with_flex_mass
+from scripts.gpu.flex_mass import attend_with_flex_mass
 from structprune.statistics.sinks import attention_mass
 
 

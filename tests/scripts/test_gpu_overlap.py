@@ -5,11 +5,8 @@ import argparse
 import pytest
 import torch
 
-from structprune.config import effects
 from structprune.models import placement
 from structprune.models.transfer import BUFFERS, Lane
-from structprune.runs import mask as mask_pipeline
-from structprune.runs import prune as pipeline
 from structprune.statistics import hidden
 
 OPTIONS = {"device": "cpu", "dtype": None, "levels": 2, "window": 16, "held_out": 1, "split": "equal"}
@@ -47,7 +44,7 @@ class Queue:
 
 
 @pytest.fixture
-def stage(scripts, monkeypatch, tmp_path):
+def stage(scripts, monkeypatch, tmp_path, cpu_accelerator):
     """`stage(queue)` -> what the stage found over a lane, with the CPU for an accelerator."""
     module, checkpoint = scripts("gpu_overlap"), scripts("random_checkpoint")
     checkpoint.write_random(tmp_path / "dense", checkpoint.llada_values(64, 4, 3, 128, 256, 128, "float32"))
@@ -56,9 +53,6 @@ def stage(scripts, monkeypatch, tmp_path):
         lane = Lane(queue)
         for each in (module, hidden, placement):
             monkeypatch.setattr(each, "lane_to", lambda device: lane)
-        for each in (pipeline, mask_pipeline):
-            monkeypatch.setattr(each, "stream_target", lambda offload, device: torch.device("cpu") if offload else None)
-        monkeypatch.setattr(effects, "_accelerated", lambda config: True)
         options = argparse.Namespace(work=tmp_path, **OPTIONS)
         return module.overlap(options, lambda items, title: items)
 

@@ -1,15 +1,20 @@
 """scripts.bench.masking_agreement: our masks are right to rounding, and a defect is not; judged in fp64."""
 
 import types
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from structprune.config import Config
-from structprune.masking import blocks, patterns, walk
+from structprune.masking import patterns, walk
 from structprune.masking.scores import sparsegpt
+from structprune.masking.scores.linears import ByScores
+from structprune.masking.scores.table import SCORES
+from structprune.masking.scores.wanda import wanda_scores
 from structprune.models.loading import load_model
+from structprune.runs import resolve
 from structprune.statistics import sinks
 
 
@@ -83,30 +88,35 @@ def test_ours_is_right_to_rounding(held_against, method):
 
 def defects():
     """Name -> method, and what of the package is replaced by what."""
-    gram, factorise = walk.add_gram, blocks.factorise
+    gram, factorise = walk.add_gram, sparsegpt.factorise
 
     def one_less(score, ratio):
         return score > score.flatten().sort().values[int(score.numel() * ratio) - 1]
+
+    def one_more(score, ratio):
+        return patterns.row_mask(score, ratio + 1 / score.shape[1])
 
     def sample_deviation(mass, kappa):
         return mass.mean(-1, keepdim=True) + kappa * mass.std(-1, keepdim=True)
 
     root = {(walk, "add_gram"): lambda total, x, omega=None: gram(total, x, omega.sqrt())}
-    damping = {(blocks, "factorise"): lambda matrix, share: factorise(matrix, 1.1 * share)}
+    damping = {(sparsegpt, "factorise"): lambda matrix, share: factorise(matrix, 1.1 * share)}
     deviation = {(sinks, "sink_threshold"): sample_deviation}
-    per_row = {(blocks, "row_mask"): lambda score, ratio: patterns.row_mask(score, ratio + 1 / score.shape[1])}
+    per_row = {
+        (resolve, "MASK_SCORES"): SCORES | {"wanda": replace(SCORES["wanda"], mask=ByScores(wanda_scores, one_more))}
+    }
     return {
         "omega, not its square": ("sink-sparsegpt", root),
         "damping": ("sparsegpt", damping),
         "one fewer": ("sparsegpt", {(sparsegpt, "pooled_mask"): one_less}),
         "one more of a row": ("sink-wanda", per_row),
         "sample deviation": ("sink-sparsegpt", deviation),
-        "no update": ("sparsegpt", {(blocks, "sparsegpt"): without_update}),
+        "no update": ("sparsegpt", {(sparsegpt, "sparsegpt"): without_update}),
     }
 
 
-def without_update(weights, *rest):
-    return [(weight * kept, kept) for weight, (_, kept) in zip(weights, sparsegpt.sparsegpt(weights, *rest))]
+def without_update(weights, *rest, prune=sparsegpt.sparsegpt):
+    return [(weight * kept, kept) for weight, (_, kept) in zip(weights, prune(weights, *rest))]
 
 
 @pytest.mark.parametrize("name", list(defects()))

@@ -12,8 +12,10 @@ from structprune import load_model, load_tokenizer, prune
 from structprune.assets import model_directory
 from structprune.config import Config
 
-SMALL = "--d-model 16 --heads 2 --blocks 2 --mlp 24 --vocabulary 300 --length 16 --batch 4".split()
-SMALL += "--log-every 2 --device cpu".split()
+SMALL = [
+    "--d-model", "16", "--heads", "2", "--blocks", "2", "--mlp", "24", "--vocabulary", "300", "--length", "16",
+    "--batch", "4", "--log-every", "2", "--device", "cpu",
+]  # fmt: skip
 
 
 @pytest.fixture

@@ -17,21 +17,21 @@ from structprune.statistics.activations import (
 
 def test_moments_by_hand():
     x = torch.tensor([[1.0, 0.0], [3.0, 0.0], [8.0, 5.0]])
-    found = moments(x)
-    assert found.weight.item() == 3
-    assert found.mean.tolist() == pytest.approx([4, 5 / 3])
-    assert found.spread.tolist() == pytest.approx([9 + 1 + 16, 2 * 25 / 9 + 100 / 9])
-    assert found.variance.tolist() == pytest.approx([26 / 3, 50 / 9])
-    assert found.squared_norm.tolist() == pytest.approx([1 + 9 + 64, 25])
+    result = moments(x)
+    assert result.weight.item() == 3
+    assert result.mean.tolist() == pytest.approx([4, 5 / 3])
+    assert result.spread.tolist() == pytest.approx([9 + 1 + 16, 2 * 25 / 9 + 100 / 9])
+    assert result.variance.tolist() == pytest.approx([26 / 3, 50 / 9])
+    assert result.squared_norm.tolist() == pytest.approx([1 + 9 + 64, 25])
 
 
 def test_moments_weigh_rows_by_the_square_of_omega():
     x = torch.tensor([[1.0], [3.0], [100.0]])
-    found = moments(x, torch.tensor([2.0, 1.0, 0.0]))  # squares 4, 1, 0
-    assert found.weight.item() == 5
-    assert found.mean.item() == pytest.approx(7 / 5)
-    assert found.spread.item() == pytest.approx(4 * 0.4**2 + 1.6**2)
-    assert found.squared_norm.item() == pytest.approx(4 * 1 + 9)
+    result = moments(x, torch.tensor([2.0, 1.0, 0.0]))  # squares 4, 1, 0
+    assert result.weight.item() == 5
+    assert result.mean.item() == pytest.approx(7 / 5)
+    assert result.spread.item() == pytest.approx(4 * 0.4**2 + 1.6**2)
+    assert result.squared_norm.item() == pytest.approx(4 * 1 + 9)
 
 
 def test_variance_survives_a_large_mean():

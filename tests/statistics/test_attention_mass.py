@@ -58,9 +58,9 @@ def test_memory_stays_at_two_blocks(monkeypatch):
     empty = torch.empty
 
     def watch(*shape, **options):
-        made = empty(*shape, **options)
-        sizes.append(made.nbytes)
-        return made
+        buffer = empty(*shape, **options)
+        sizes.append(buffer.nbytes)
+        return buffer
 
     monkeypatch.setattr(torch, "empty", watch)
     monkeypatch.setitem(sinks.TILE_BYTES, "cpu", 2**16)
@@ -96,9 +96,9 @@ def test_heads_of_a_causal_model_also_for_its_last_queries(monkeypatch, rows, la
     monkeypatch.setitem(sinks.TILE_BYTES, "cpu", 4 * 9 * rows)
     query, key = make(3, 4, 2, 9, 6)
     hidden = torch.ones(9, 9, dtype=torch.bool).triu(1)[-last:]  # (Q, T)
-    found = sinks.head_mass(query[:, :, -last:], key, causal=True)
-    assert torch.allclose(found, full_heads(query[:, :, -last:], key, hidden), rtol=1e-5, atol=1e-7)
-    assert torch.allclose(found.sum(-1), torch.full((3, 4), float(last)))
+    mass = sinks.head_mass(query[:, :, -last:], key, causal=True)
+    assert torch.allclose(mass, full_heads(query[:, :, -last:], key, hidden), rtol=1e-5, atol=1e-7)
+    assert torch.allclose(mass.sum(-1), torch.full((3, 4), float(last)))
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 9, 9), (3, 1, 1, 9), (3, 4, 9, 9)])

@@ -18,14 +18,14 @@ IDS = torch.arange(10).view(2, 5)
 @torch.inference_mode()
 def test_watch_inputs_sees_every_consumer_once(tiny_model):
     adapter = Adapter(tiny_model())
-    seen = {}
-    with watch_inputs(consumers(adapter.blocks), seen.__setitem__):
+    inputs = {}
+    with watch_inputs(consumers(adapter.blocks), inputs.__setitem__):
         adapter.model.encode(IDS)
-    assert set(seen) == {(index, role) for index in range(3) for role in ("attention_output", "down")}
-    assert seen[1, "attention_output"].shape == (2, 5, 32) and seen[1, "down"].shape == (2, 5, 48)
+    assert set(inputs) == {(index, role) for index in range(3) for role in ("attention_output", "down")}
+    assert inputs[1, "attention_output"].shape == (2, 5, 32) and inputs[1, "down"].shape == (2, 5, 48)
     state = adapter.model.embedding(IDS)  # (B, T, C)
     expected = adapter.blocks[0].module.mix(state, adapter.model.rotary(5, state.device))
-    assert torch.allclose(seen[0, "attention_output"], expected, atol=1e-6)
+    assert torch.allclose(inputs[0, "attention_output"], expected, atol=1e-6)
     assert hooks_left(adapter.model) == 0
 
 
@@ -49,15 +49,14 @@ def test_hooks_are_removed_on_exceptions(tiny_model):
     def fail(key, x):
         raise RuntimeError("inside a hook")
 
-    with pytest.raises(RuntimeError, match="inside a hook"), torch.inference_mode():
-        with watch_inputs(consumers(adapter.blocks), fail):
-            assert hooks_left(adapter.model) == 6
-            adapter.model.encode(IDS)
+    watched = watch_inputs(consumers(adapter.blocks), fail)
+    with pytest.raises(RuntimeError, match="inside a hook"), torch.inference_mode(), watched:
+        assert hooks_left(adapter.model) == 6
+        adapter.model.encode(IDS)
     assert hooks_left(adapter.model) == 0
-    with pytest.raises(KeyboardInterrupt):
-        with MassMeter().on([block.core for block in adapter.blocks]):
-            assert all("forward" in vars(block.core) for block in adapter.blocks)
-            raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt), MassMeter().on([block.core for block in adapter.blocks]):
+        assert all("forward" in vars(block.core) for block in adapter.blocks)
+        raise KeyboardInterrupt
     assert not any("forward" in vars(block.core) for block in adapter.blocks)
 
 

@@ -9,18 +9,19 @@ from structprune.config import SinkSettings
 from structprune.models import logits
 from structprune.models.adapter import Adapter
 from structprune.statistics import gradients
-from structprune.statistics.gradients import gradient_sums, held_bytes, recomputes
-from structprune.statistics.rows import arm_rows, measure_mass
-from structprune.structured.scores.ranking import block_tensors
+from structprune.statistics.gradients import gradient_sums, recomputes, saved_bytes
+from structprune.statistics.rows import scan_rows
+from structprune.statistics.scan import Limits, Scan
+from structprune.structured.units import block_tensors
 
 MASK, LENGTH, AMPLE = 2047, 12, 10**9
 
 
 def sums_of(model, calibration, batch=6, budget=AMPLE, arm="masked+sink", **options):
     adapter = Adapter(model)
-    mass = measure_mass(adapter, calibration) if arm.endswith("sink") else None
-    rows = arm_rows(calibration, arm, SinkSettings(alpha=0.7, kappa=0.5), mass, MASK)
-    return gradient_sums(adapter, calibration, rows, linears(adapter), batch, budget, **options)
+    sink, limits = SinkSettings(alpha=0.7, kappa=0.5), Limits(batch=batch, budget=budget)
+    rows = scan_rows(Scan(adapter, calibration, sink), arm)
+    return gradient_sums(Scan(adapter, calibration, sink, limits, **options), rows, linears(adapter))
 
 
 def linears(adapter):
@@ -43,40 +44,40 @@ def test_blocks_are_computed_again_beyond_the_budget_only(tiny_model, calibratio
     model, calls = tiny_model(), []
     expected = sums_of(model, calibration, arm="masked")
     model.blocks[1].part("gate").register_forward_hook(lambda module, args, output: calls.append(len(output)))
-    found = sums_of(model, calibration, batch=4, budget=budget, arm="masked")
+    sums = sums_of(model, calibration, batch=4, budget=budget, arm="masked")
     assert calls == [4] * times + [2] * times
-    assert all(torch.allclose(one, other, rtol=1e-3, atol=1e-7) for one, other in zip(found, expected))
+    assert all(torch.allclose(one, other, rtol=1e-3, atol=1e-7) for one, other in zip(sums, expected))
 
 
 def test_the_head_runs_at_masked_positions_a_slice_at_a_time(tiny_model, calibration, monkeypatch):
-    model, seen = tiny_model(), []
-    model.output_head.register_forward_hook(lambda module, args, output: seen.append(len(output)))
+    model, rows = tiny_model(), []
+    model.output_head.register_forward_hook(lambda module, args, output: rows.append(len(output)))
     monkeypatch.setattr(logits, "LOGIT_BYTES", 3 * 4 * 2048 * 7)
     sums_of(model, calibration, arm="masked")
     masked = int((calibration.noisy_ids == MASK).sum())
-    assert seen == [7] * (masked // 7) + [masked % 7]
+    assert rows == [7] * (masked // 7) + [masked % 7]
 
 
 def test_one_gradient_is_alive_at_a_time(tiny_model, calibration, monkeypatch):
-    model, alive, make = tiny_model(), [], gradients._fold_into
+    model, alive, make = tiny_model(), [], gradients._add_to
 
     def counting(total):
         fold = make(total)
 
-        def see(parameter):
+        def count(parameter):
             alive.append(sum(each.grad is not None for each in model.parameters()))
             fold(parameter)
 
-        return see
+        return count
 
-    monkeypatch.setattr(gradients, "_fold_into", counting)
+    monkeypatch.setattr(gradients, "_add_to", counting)
     sums_of(model, calibration, batch=3, arm="masked")
     assert alive == [1] * (2 * len(linears(Adapter(model))))
 
 
 def test_half_precision_gradients_are_summed_in_fp32(tiny_model, calibration, monkeypatch):
     """Each pass's bf16 gradient, added exactly; bf16 sums would round."""
-    added, make = {}, gradients._fold_into
+    added, make = {}, gradients._add_to
 
     def recording(total):
         fold = make(total)
@@ -88,7 +89,7 @@ def test_half_precision_gradients_are_summed_in_fp32(tiny_model, calibration, mo
 
         return see
 
-    monkeypatch.setattr(gradients, "_fold_into", recording)
+    monkeypatch.setattr(gradients, "_add_to", recording)
     sums = sums_of(tiny_model().bfloat16(), calibration, batch=2, arm="masked")
     for total in sums:
         parts = added[id(total)]
@@ -132,7 +133,7 @@ def test_rows_without_a_masked_token_add_nothing(tiny_model, calibration):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", ["llada", "dream"])
-def test_held_bytes_are_those_autograd_saves(tiny_model, family, dtype):
+def test_saved_bytes_are_those_autograd_saves(tiny_model, family, dtype):
     model = tiny_model(family).to(dtype)
     adapter, x = Adapter(model), torch.randn(2, LENGTH, 32, dtype=dtype).requires_grad_()  # (B, T, C)
     block, rotary = adapter.blocks[1], model.rotary(LENGTH, "cpu")
@@ -141,16 +142,16 @@ def test_held_bytes_are_those_autograd_saves(tiny_model, family, dtype):
     for parameter in block_tensors(block).values():
         parameter.requires_grad_(True)
     storage = lambda value: value.untyped_storage().data_ptr()  # noqa: E731
-    given, held, alive = {storage(each) for each in (*model.parameters(), *rotary)}, {}, []
+    shared, sizes, alive = {storage(each) for each in (*model.parameters(), *rotary)}, {}, []
 
     def pack(value):
         alive.append(value)
-        if storage(value) not in given:
-            held[storage(value)] = value.untyped_storage().nbytes()
+        if storage(value) not in shared:
+            sizes[storage(value)] = value.untyped_storage().nbytes()
         return value
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
         block.module(x, rotary)
-    assert sum(held.values()) == 2 * LENGTH * held_bytes(block, dtype)
-    total = sum(held_bytes(each, dtype) for each in adapter.blocks)
+    assert sum(sizes.values()) == 2 * LENGTH * saved_bytes(block, dtype)
+    total = sum(saved_bytes(each, dtype) for each in adapter.blocks)
     assert not recomputes(adapter.blocks, 7, dtype, 7 * total) and recomputes(adapter.blocks, 7, dtype, 7 * total - 1)

@@ -25,8 +25,8 @@ def emulated(calls: list):
 def calls(monkeypatch) -> list:
     """The dtypes of the half-precision products that were made."""
     calls = []
-    found = lambda device, dtype: emulated(calls) if dtype in half.HALF else None  # noqa: E731
-    monkeypatch.setattr(activations, "half_product", found)
+    product = lambda device, dtype: emulated(calls) if dtype in half.HALF else None  # noqa: E731
+    monkeypatch.setattr(activations, "half_product", product)
     return calls
 
 
@@ -52,9 +52,9 @@ def exact(left, right, weight) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", half.HALF)
 def test_rows_without_weights_lose_nothing_but_the_order_of_the_sum(dtype, calls):
     left, right = rows(5, dtype), rows(3, dtype, seed=1)
-    found = add_products(torch.zeros(5, 3), left, right)
-    assert calls == [dtype] and found.dtype == torch.float32
-    assert bool(((found - exact(left, right, None)).abs() <= bound(left, right, None, 0.0)).all())
+    total = add_products(torch.zeros(5, 3), left, right)
+    assert calls == [dtype] and total.dtype == torch.float32
+    assert bool(((total - exact(left, right, None)).abs() <= bound(left, right, None, 0.0)).all())
     gram = mirror(add_gram(torch.zeros(5, 5), left))
     assert bool(((gram - exact(left, left, None)).abs() <= bound(left, left, None, 0.0)).all())
 
@@ -62,10 +62,10 @@ def test_rows_without_weights_lose_nothing_but_the_order_of_the_sum(dtype, calls
 def test_weighted_bf16_rows_lose_less_than_two_to_the_minus_17(calls, monkeypatch):
     monkeypatch.setitem(activations.GRAM_TILE, "cpu", 4)
     left, right = rows(5, torch.bfloat16), rows(3, torch.bfloat16, seed=1)
-    found = add_products(torch.zeros(5, 3), left, right, WEIGHT)
+    total = add_products(torch.zeros(5, 3), left, right, WEIGHT)
     assert calls == [torch.bfloat16] * 2
     allowed = bound(left, right, WEIGHT, 2.0**-17)
-    assert bool(((found - exact(left, right, WEIGHT)).abs() <= allowed).all())
+    assert bool(((total - exact(left, right, WEIGHT)).abs() <= allowed).all())
     rounded = (left * WEIGHT[..., None] ** 2).bfloat16()  # in one term it would not do
     assert bool(((exact(rounded, right, None) - exact(left, right, WEIGHT)).abs() > 4 * allowed).any())
     gram = mirror(add_gram(torch.zeros(5, 5), left, WEIGHT))
@@ -86,9 +86,9 @@ def test_what_half_precision_cannot_hold_becomes_fp32(side, calls):
     left = rows(5, torch.float16) * 500
     right = left if side == "both" else rows(3, torch.float32)
     weight = WEIGHT if side == "both" else None  # fp16 has no room for ω² x; unlike dtypes have no product
-    found = add_products(torch.zeros(5, right.shape[-1]), left, right, weight)
-    assert calls == [] and bool(found.isfinite().all())
-    assert bool(((found - exact(left, right, weight)).abs() <= bound(left, right, weight, 0.0)).all())
+    total = add_products(torch.zeros(5, right.shape[-1]), left, right, weight)
+    assert calls == [] and bool(total.isfinite().all())
+    assert bool(((total - exact(left, right, weight)).abs() <= bound(left, right, weight, 0.0)).all())
 
 
 def test_two_terms_by_hand():

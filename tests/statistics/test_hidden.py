@@ -10,7 +10,7 @@ import torch
 
 from structprune.errors import UserError
 from structprune.models.adapter import Adapter
-from structprune.statistics.hidden import HiddenStates, roomy
+from structprune.statistics.hidden import HiddenStates, empty_on_host
 from structprune.statistics.residual import ResidualRun, TargetRun
 
 IDS = torch.randint(0, 2000, (5, 7), generator=torch.Generator().manual_seed(0))
@@ -51,18 +51,18 @@ def test_the_file_is_there_only_beyond_the_budget_and_goes_with_the_object(tiny_
 
 def consumer_traffic(adapter: Adapter) -> tuple[dict, dict]:
     """What every consumer reads and writes in one plain forward pass: (block, kind) -> (R, T, .)."""
-    seen, given, handles = {}, {}, []
+    inputs, outputs, handles = {}, {}, []
     for block in adapter.blocks:
         for kind, role in zip(KINDS, ("attention_output", "down")):
 
             def hook(_, args, out, key=(block.index, kind)):
-                seen[key], given[key] = args[0], out
+                inputs[key], outputs[key] = args[0], out
 
             handles.append(block[role].register_forward_hook(hook))
     adapter.model.encode(IDS)
     for handle in handles:
         handle.remove()
-    return seen, given
+    return inputs, outputs
 
 
 BUDGETS = [0, 5 * 7 * 48 * 4, 2**30]  # nothing held, one consumer's input, everything
@@ -73,14 +73,14 @@ BUDGETS = [0, 5 * 7 * 48 * 4, 2**30]  # nothing held, one consumer's input, ever
 @torch.no_grad()
 def test_a_run_reads_and_gives_what_the_consumers_do(tiny_model, kind_of_run, budget):
     adapter = Adapter(tiny_model("dream"))
-    seen, given = consumer_traffic(adapter)
+    inputs, outputs = consumer_traffic(adapter)
     run = kind_of_run(adapter, IDS, 2, budget)
     for index in range(3):
         for kind in KINDS:
             for rows in run.slices():
                 for _ in range(2):  # also from what is held
-                    assert torch.allclose(run.output((index, kind), rows), given[index, kind][rows], atol=1e-5)
-                    assert torch.allclose(run.read((index, kind), rows), seen[index, kind][rows], atol=1e-5)
+                    assert torch.allclose(run.output((index, kind), rows), outputs[index, kind][rows], atol=1e-5)
+                    assert torch.allclose(run.read((index, kind), rows), inputs[index, kind][rows], atol=1e-5)
             run.advance((index, kind))
 
 
@@ -88,14 +88,14 @@ def test_a_run_reads_and_gives_what_the_consumers_do(tiny_model, kind_of_run, bu
 @torch.no_grad()
 def test_a_target_run_starts_again_and_is_computed_once_where_it_fits(tiny_model, budget, passes):
     adapter = Adapter(tiny_model("dream"))
-    given = consumer_traffic(adapter)[1]
+    outputs = consumer_traffic(adapter)[1]
     run, calls = TargetRun(adapter, IDS, 5, budget), []
     handle = adapter.blocks[1]["down"].register_forward_hook(lambda *_: calls.append(1))
     for _ in range(2):
         for index in range(3):
             for kind in KINDS:
                 for rows in run.slices():
-                    assert torch.allclose(run.output((index, kind), rows), given[index, kind][rows], atol=1e-5)
+                    assert torch.allclose(run.output((index, kind), rows), outputs[index, kind][rows], atol=1e-5)
                 run.advance((index, kind))
         run.restart()
     handle.remove()
@@ -130,13 +130,13 @@ def test_a_disk_that_is_full_is_one_line(code, monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(UserError, match=f"temporary files do not fit {tmp_path} .* free.: set TMPDIR to a larger disk"):
-        roomy((2, 5), torch.float32, 39)
+        empty_on_host((2, 5), torch.float32, 39)
     assert list(tmp_path.iterdir()) == []
-    assert roomy((2, 5), torch.float32, 40)[1] is None
+    assert empty_on_host((2, 5), torch.float32, 40)[1] is None
 
 
 def test_bytes_of_a_file_are_reserved_where_the_file_system_can(monkeypatch):
-    tensor, file = roomy((3, 4), torch.float64, 0)
+    tensor, file = empty_on_host((3, 4), torch.float64, 0)
     assert os.fstat(file.fileno()).st_size == 96 and os.fstat(file.fileno()).st_blocks * 512 >= 96
     monkeypatch.delattr(os, "posix_fallocate")
-    assert roomy((3, 4), torch.float64, 0)[0].shape == (3, 4)
+    assert empty_on_host((3, 4), torch.float64, 0)[0].shape == (3, 4)

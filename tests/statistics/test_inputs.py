@@ -1,6 +1,7 @@
 """Norms of the dense model's inputs against plain forward passes, and how many passes they take."""
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -11,7 +12,8 @@ from structprune.config import SinkSettings
 from structprune.models.adapter import Adapter
 from structprune.statistics import norms
 from structprune.statistics.inputs import InputNorms, block_inputs, inputs_of_rows
-from structprune.statistics.norms import held_bytes, one_shot_norms
+from structprune.statistics.norms import late_input_bytes, one_shot_norms
+from structprune.statistics.scan import Limits, Scan
 
 MASK, WINDOWS, LEVELS, LENGTH = 2047, 3, 2, 10
 ARMS = ("clean", "masked", "masked+sink", "clean+sink")
@@ -31,6 +33,10 @@ def calibration() -> Calibration:
     noisy = ids[:, None].repeat(1, LEVELS, 1)  # (N, S, T)
     noisy[torch.rand(noisy.shape, generator=generator) < 0.5] = MASK
     return Calibration(ids, noisy, torch.full((WINDOWS, LEVELS), 0.5), {}, held_out=0)
+
+
+def scan(adapter: Adapter, calibration: Calibration, batch: int = 1, budget: int = 2**33) -> Scan:
+    return Scan(adapter, calibration, SINK, Limits(batch=batch, budget=budget))
 
 
 @torch.no_grad()
@@ -91,27 +97,28 @@ def test_norms_equal_one_sequence_at_a_time(tiny_model, calibration, family, cha
     expected = naive(model, family, calibration, arm, summed, relative)
     assert len(expected) == 3 * 4
     for batch, budget in ((1, 2**30), (4, 2**30), (4, 0)):
-        found = one_shot_norms(Adapter(model), calibration, arm, SINK, summed, relative, batch, budget)
-        assert set(found) == set(expected)
-        for key, norm in found.items():
+        measured = one_shot_norms(scan(Adapter(model), calibration, batch, budget), arm, summed, relative)
+        assert set(measured) == set(expected)
+        for key, norm in measured.items():
             assert norm.dtype == torch.float64 and torch.allclose(norm, expected[key], rtol=1e-4), (key, batch)
 
 
 def test_every_choice_has_an_effect(tiny_model, calibration):
-    adapter, key = Adapter(tiny_model("llada")), (1, "activated")
+    one, key = scan(Adapter(tiny_model("llada")), calibration), (1, "activated")
     choices = [(arm, summed, relative) for arm in ARMS for summed in (True, False) for relative in (True, False)]
-    found = [one_shot_norms(adapter, calibration, arm, SINK, *rest)[key] for arm, *rest in choices]
-    assert not any(torch.allclose(a, b, rtol=1e-3) for i, a in enumerate(found) for b in found[:i])
-    hard = one_shot_norms(adapter, calibration, "masked+sink", SinkSettings(mask="hard"))[key]
-    assert not torch.allclose(hard, one_shot_norms(adapter, calibration, "masked+sink", SinkSettings())[key], rtol=1e-6)
+    measured = [one_shot_norms(one, arm, *rest)[key] for arm, *rest in choices]
+    assert not any(torch.allclose(a, b, rtol=1e-3) for i, a in enumerate(measured) for b in measured[:i])
+    hard, soft = (replace(one, sink=SinkSettings(mask=mask)) for mask in ("hard", "soft"))
+    hard, soft = (one_shot_norms(each, "masked+sink")[key] for each in (hard, soft))
+    assert not torch.allclose(hard, soft, rtol=1e-6)
 
 
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize("relative", [False, True])
 def test_held_and_recomputed_inputs_give_equal_numbers(tiny_model, calibration, batch, relative):
     adapter = Adapter(tiny_model("dream"))
-    arguments = (adapter, calibration, "masked+sink", SINK, True, relative, batch)
-    held, again = one_shot_norms(*arguments, 2**30), one_shot_norms(*arguments, 0)
+    scans = (scan(adapter, calibration, batch, budget) for budget in (2**30, 0))
+    held, again = (one_shot_norms(each, "masked+sink", True, relative) for each in scans)
     assert max((held[key] / again[key] - 1).abs().max().item() for key in held) < 5e-6  # `SAME`; 1e-6 without it
 
 
@@ -125,19 +132,18 @@ def test_only_groups_of_other_weights_are_made_again(tiny_model, family, relativ
     generator = torch.Generator().manual_seed(5)
     noisy = torch.randint(0, 90, (2, 3, 30), generator=generator)
     calibration = Calibration(noisy[:, 0], noisy, None, {}, held_out=0)
-    adapter, made = Adapter(tiny_model(family)), []
+    adapter, counts = Adapter(tiny_model(family)), []
 
     def noted(block, x, mixed):
-        made.append(x.shape[1])
+        counts.append(x.shape[1])
         return inputs_of_rows(block, x, mixed)
 
     monkeypatch.setattr(norms, "inputs_of_rows", noted)
     sink = SinkSettings(mask="hard").model_copy(update={"kappa": kappa})  # below 0 no configuration goes
-    arguments = (adapter, calibration, "masked+sink", sink, True, relative, 4)
-    held = one_shot_norms(*arguments, 2**30)
-    share_made = sum(made) / (2 * 6 * 30)  # two blocks, six sequences
-    assert share[0] <= share_made <= share[1]
-    again = one_shot_norms(*arguments, 0)
+    ample, none = (replace(scan(adapter, calibration, 4, budget), sink=sink) for budget in (2**30, 0))
+    held = one_shot_norms(ample, "masked+sink", True, relative)
+    assert share[0] <= sum(counts) / (2 * 6 * 30) <= share[1]  # two blocks, six sequences
+    again = one_shot_norms(none, "masked+sink", True, relative)
     assert all(torch.allclose(held[key], again[key], rtol=1e-6) for key in held) and len(held) == 12
 
 
@@ -150,7 +156,7 @@ def passes(adapter, calibration, arm, batch, budget, relative=False) -> tuple[in
 
     watched = (adapter.model.embedding, adapter.blocks[-1]["down"])
     handles = [module.register_forward_pre_hook(partial(count, place)) for place, module in enumerate(watched)]
-    one_shot_norms(adapter, calibration, arm, SINK, relative=relative, batch=batch, budget=budget)
+    one_shot_norms(scan(adapter, calibration, batch, budget), arm, relative=relative)
     for handle in handles:
         handle.remove()
     return tuple(counts)
@@ -171,7 +177,7 @@ def test_inputs_are_held_up_to_the_budget(tiny_model, calibration):
     adapter = Adapter(tiny_model("llada"))
     # a batch of 2, fp32, two blocks: what they and their attention outputs read, and sums over groups of 12 rows
     needed = int(2 * LENGTH * 2 * (4 * (32 + 32) + 4 * (32 + 32 + 48) * 19 / 96))  # 1/8 alone, 7/8 in groups of 12
-    assert held_bytes(adapter, 2 * LENGTH) == needed
+    assert late_input_bytes(adapter, 2 * LENGTH) == needed
     noisy = WINDOWS * LEVELS
     assert passes(adapter, calibration, "masked+sink", 2, needed) == (noisy, 0)
     # again, and the masses first, which need no more than the last attention
@@ -181,16 +187,16 @@ def test_inputs_are_held_up_to_the_budget(tiny_model, calibration):
 @pytest.mark.parametrize("blocks", [1, 2])
 def test_shallow_models_know_their_weights_in_time(tiny_model, calibration, blocks):
     model = tiny_model("llada", n_layers=blocks)
-    found = one_shot_norms(Adapter(model), calibration, "masked+sink", SINK, True, True, 3)
+    measured = one_shot_norms(scan(Adapter(model), calibration, 3), "masked+sink", True, True)
     expected = naive(model, "llada", calibration, "masked+sink", True, True)
-    assert set(found) == set(expected)
-    assert all(torch.allclose(found[key], expected[key], rtol=1e-4) for key in expected)
+    assert set(measured) == set(expected)
+    assert all(torch.allclose(measured[key], expected[key], rtol=1e-4) for key in expected)
 
 
 def test_no_hook_stays(tiny_model, calibration):
     adapter = Adapter(tiny_model("llada"))
     for arm in ARMS:
-        one_shot_norms(adapter, calibration, arm, SINK, relative=True)
+        one_shot_norms(scan(adapter, calibration), arm, relative=True)
     assert not any(module._forward_pre_hooks for module in adapter.model.modules())
 
 
@@ -198,10 +204,10 @@ def test_norms_by_hand():
     x = torch.tensor([[[3.0, 0.0], [4.0, 1.0]], [[0.0, 2.0], [12.0, 2.0]]])  # (2, 2, 2)
     weight = torch.tensor([[1.0, 1.0], [1.0, 0.5]])
     joint, summed = InputNorms(), InputNorms(summed=True)
-    for found in (joint, summed):
-        found.add("a", x[:1], None)
-        found.add("a", x[1:], weight[1:])
-        found.add("b", x, weight)
+    for norms_of in (joint, summed):
+        norms_of.add("a", x[:1], None)
+        norms_of.add("a", x[1:], weight[1:])
+        norms_of.add("b", x, weight)
     # squares: 9 + 16 and 1 of the first, 36 and 4 + 1 of the second
     for key in ("a", "b"):
         assert joint.norms[key].tolist() == pytest.approx([61**0.5, 6**0.5])

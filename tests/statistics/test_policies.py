@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from structprune.config import SinkSettings
-from structprune.statistics.policies import instability, policy_report, policy_weights, survival, taken
+from structprune.statistics.policies import instability, policy_report, policy_weights, removed_weight, survival
 from structprune.statistics.sinks import keep_weights, sink_mask
 
 # one window, 4 levels, 4 positions: a sink throughout, one at half the levels, one at a single level, never one
@@ -71,34 +71,34 @@ MASKED = torch.tensor([[[False, True, False, True]] * 4])  # (1, 4, 4)
 
 
 def test_what_was_taken_by_hand():
-    found = taken(policy_weights(PHI, "all"), MASKED)  # 4 + 2 + 0.8 of 16 rows
-    assert found["share"] == pytest.approx(6.8 / 16)
-    assert found["by_level"] == pytest.approx([0.5, 0.5, 0.45, 0.25])
-    assert found["by_decile"] == pytest.approx([1.0, 0.5, 0.2, 0.0])  # four positions, so four parts
-    assert found["by_kind"] == {"mask": pytest.approx(2 / 8), "text": pytest.approx(4.8 / 8)}
-    assert found["of_mask"] == pytest.approx(2 / 6.8)
-    assert found["top"] == [[0, 1.0], [1, 0.5], [2, pytest.approx(0.2)]]
+    report = removed_weight(policy_weights(PHI, "all"), MASKED)  # 4 + 2 + 0.8 of 16 rows
+    assert report["share"] == pytest.approx(6.8 / 16)
+    assert report["by_level"] == pytest.approx([0.5, 0.5, 0.45, 0.25])
+    assert report["by_decile"] == pytest.approx([1.0, 0.5, 0.2, 0.0])  # four positions, so four parts
+    assert report["by_kind"] == {"mask": pytest.approx(2 / 8), "text": pytest.approx(4.8 / 8)}
+    assert report["of_mask"] == pytest.approx(2 / 6.8)
+    assert report["top"] == [[0, 1.0], [1, 0.5], [2, pytest.approx(0.2)]]
 
 
 def test_a_decile_is_a_tenth_of_the_positions():
     weights = torch.ones(1, 1, 20)
     weights[..., 19] = 0.5
-    found = taken(weights, torch.zeros(1, 1, 20, dtype=torch.bool))
-    assert found["by_decile"] == pytest.approx([0.0] * 9 + [0.25])
-    assert found["by_kind"] == {"mask": None, "text": pytest.approx(0.5 / 20)}
+    report = removed_weight(weights, torch.zeros(1, 1, 20, dtype=torch.bool))
+    assert report["by_decile"] == pytest.approx([0.0] * 9 + [0.25])
+    assert report["by_kind"] == {"mask": None, "text": pytest.approx(0.5 / 20)}
 
 
 def test_nothing_taken():
-    found = taken(torch.ones(2, 3, 4), torch.zeros(2, 3, 4, dtype=torch.bool))
-    assert found["share"] == 0 and found["of_mask"] is None and found["top"] == []
+    report = removed_weight(torch.ones(2, 3, 4), torch.zeros(2, 3, 4, dtype=torch.bool))
+    assert report["share"] == 0 and report["of_mask"] is None and report["top"] == []
 
 
 def test_the_report_holds_both_policies():
-    found = policy_report(PHI, MASKED, "unstable")
-    assert found["policy"] == "unstable" and found["windows"] == 1
-    assert found["sinks"] == pytest.approx(7 / 16)
-    assert found["survival"] == pytest.approx((1 + 0.5 + 0.25) / 3)
-    assert found["instability"] == pytest.approx((0.25 + 0.12) / 3)
-    assert found["taken"]["all"]["share"] == pytest.approx(6.8 / 16)
-    assert found["taken"]["unstable"]["share"] == pytest.approx(2.384 / 16)
+    report = policy_report(PHI, MASKED, "unstable")
+    assert report["policy"] == "unstable" and report["windows"] == 1
+    assert report["sinks"] == pytest.approx(7 / 16)
+    assert report["survival"] == pytest.approx((1 + 0.5 + 0.25) / 3)
+    assert report["instability"] == pytest.approx((0.25 + 0.12) / 3)
+    assert report["taken"]["all"]["share"] == pytest.approx(6.8 / 16)
+    assert report["taken"]["unstable"]["share"] == pytest.approx(2.384 / 16)
     assert "unstable" not in policy_report(PHI[:, :1], MASKED[:, :1], "all")["taken"]  # one level: nothing to compare

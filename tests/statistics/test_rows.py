@@ -7,6 +7,7 @@ from structprune.calibration.batches import Calibration
 from structprune.config import SinkSettings
 from structprune.models.adapter import Adapter
 from structprune.statistics.rows import arm_rows, measure_mass, needs_sinks
+from structprune.statistics.scan import Limits, Scan
 from structprune.statistics.sinks import attention_mass, keep_weights
 
 MASK = 2047
@@ -72,10 +73,8 @@ def test_which_arms_need_sinks():
 @torch.inference_mode()
 def test_mass_is_measured_on_the_noisy_copies(tiny_model, calibration, family):
     adapter = Adapter(tiny_model(family))
-    mass = measure_mass(adapter, calibration, batch=6)
-    assert torch.equal(mass, measure_mass(adapter, calibration, batch=1)) or torch.allclose(
-        mass, measure_mass(adapter, calibration, batch=1), rtol=1e-5
-    )
+    mass, single = (measure_mass(Scan(adapter, calibration, limits=Limits(batch=batch))) for batch in (6, 1))
+    assert torch.equal(mass, single) or torch.allclose(mass, single, rtol=1e-5)
     total = torch.zeros(12)
 
     def add(module, args):

@@ -11,7 +11,7 @@ MASK = 9
 HARD = SinkSettings(mask="hard", kappa=1.0)
 
 
-def made(p) -> Calibration:
+def windows(p) -> Calibration:
     ids = torch.arange(4).repeat(2, 1)  # (N, T)
     noisy = ids[:, None].repeat(1, 2, 1)  # (N, S, T)
     noisy[0, 0, 0] = noisy[1, 1, :2] = MASK
@@ -27,9 +27,9 @@ def test_levels_are_sorted_by_their_mask_probability(parts):
     log = SinkLog()
     for part in MASS.flatten(0, 1).split(parts):
         log.observe(part)
-    found = log.report(made(torch.tensor([[0.9, 0.1], [0.1, 0.9]])), HARD, MASK)["taken"]["all"]
-    assert found["by_level"] == [0.0, 0.25] and found["by_kind"]["mask"] == pytest.approx(2 / 3)
-    plain = log.report(made(None), HARD, MASK)
+    effect = log.report(windows(torch.tensor([[0.9, 0.1], [0.1, 0.9]])), HARD, MASK)["taken"]["all"]
+    assert effect["by_level"] == [0.0, 0.25] and effect["by_kind"]["mask"] == pytest.approx(2 / 3)
+    plain = log.report(windows(None), HARD, MASK)
     assert plain["taken"]["all"]["by_level"] == [0.125, 0.125]  # as they are, where no probability is known
     assert plain["mask_share"] == [0.125, 0.25]
 
@@ -37,10 +37,10 @@ def test_levels_are_sorted_by_their_mask_probability(parts):
 def test_what_is_seen_again_counts_once():
     log = SinkLog()
     log.observe(MASS)
-    once = log.report(made(None), HARD, MASK)
+    once = log.report(windows(None), HARD, MASK)
     log.observe(torch.rand(MASS.shape))
-    assert log.report(made(None), HARD, MASK) == once
+    assert log.report(windows(None), HARD, MASK) == once
 
 
 def test_nothing_seen():
-    assert SinkLog().report(made(None), HARD, MASK) is None
+    assert SinkLog().report(windows(None), HARD, MASK) is None

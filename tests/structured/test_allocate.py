@@ -18,7 +18,7 @@ from structprune.structured.allocate import (
     ratio_of,
 )
 from structprune.structured.choose import candidates, choose_counts
-from structprune.structured.paths import KINDS
+from structprune.structured.paths import UNIT_KINDS
 
 
 @pytest.mark.parametrize("ratio", [-0.1, 1, 1.5, float("nan"), float("inf")])
@@ -32,8 +32,8 @@ def test_the_most_of_a_width_that_is_no_multiple(toy, random_paths):
     counts = ranked_choices(sizes, random_paths(sizes), 0.5, 48)  # widths 64 or 48
     assert {64 - c[0, "channels"] for c in counts.values()} <= {64, 48}
     for ratio in (0.0, 0.02, 0.1):  # nearest to 64 is 64 itself, or the multiple below
-        found = head_choices(sizes, [ratio], 48)
-        assert all(64 - c[0, "channels"] in (64, 48) for c in found.values())
+        choices = head_choices(sizes, [ratio], 48)
+        assert all(64 - c[0, "channels"] in (64, 48) for c in choices.values())
 
 
 def test_blocks_with_one_head_lose_channels_only(toy, random_paths):
@@ -73,7 +73,7 @@ def test_joint_takes_the_cheapest_per_parameter(toy, random_paths):
 def test_joint_fills_up_with_channels_where_a_head_would_overshoot(toy, random_paths):
     paths = random_paths(toy)
     cheap = [torch.zeros(4).double(), torch.arange(64).double() + 1]  # heads first, whatever they weigh
-    paths = {key: replace(path, cost=cheap[KINDS.index(key[1])]) for key, path in paths.items()}
+    paths = {key: replace(path, cost=cheap[UNIT_KINDS.index(key[1])]) for key, path in paths.items()}
     counts = joint_counts(toy, paths, 700 / (3 * 3520), 1)  # one head, and 300 parameters are left
     assert sum(counts[index, "attention"] for index in range(3)) == 1
     assert sum(counts[index, "channels"] for index in range(3)) == 10
@@ -81,7 +81,7 @@ def test_joint_fills_up_with_channels_where_a_head_would_overshoot(toy, random_p
 
 def test_joint_takes_a_head_too_many_where_no_channels_are_left(toy, random_paths):
     expensive = [torch.full((4,), 1e9).double(), torch.arange(64).double()]
-    paths = {key: replace(path, cost=expensive[KINDS.index(key[1])]) for key, path in random_paths(toy).items()}
+    paths = {key: replace(path, cost=expensive[UNIT_KINDS.index(key[1])]) for key, path in random_paths(toy).items()}
     counts = joint_counts(toy, paths, (3 * 63 * 30 + 300) / (3 * 3520), 1)
     assert sum(counts[index, "attention"] for index in range(3)) == 1
     assert all(counts[index, "channels"] == 63 for index in range(3))

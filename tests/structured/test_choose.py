@@ -10,7 +10,7 @@ from structprune.errors import UserError
 from structprune.models.adapter import Adapter
 from structprune.structured.allocate import most_ratio, ranked_choices, ratio_of
 from structprune.structured.choose import candidates, check_choice, choose_counts, open_blocks
-from structprune.structured.paths import KINDS
+from structprune.structured.paths import UNIT_KINDS
 from structprune.structured.sizes import BlockSize, rounding
 
 MODELS = {
@@ -50,7 +50,7 @@ def test_ratios_are_met(tiny_model, name, allocation, split, random_paths):
             assert 0 <= counts[size.index, "channels"] < size.steps["channels"]
             assert (size.steps["channels"] - counts[size.index, "channels"]) % multiple == 0
         if allocation == "uniform":
-            assert len({tuple(counts[size.index, kind] for kind in KINDS) for size in sizes}) == 1
+            assert len({tuple(counts[size.index, kind] for kind in UNIT_KINDS) for size in sizes}) == 1
         if ratio == 0:
             assert not any(counts.values())
 
@@ -67,7 +67,7 @@ def test_random_sizes_meet_random_ratios(allocation, random_paths):
         )
         step = {"attention": 4 * dim * hidden, "channels": 3 * hidden}
         steps = {"attention": heads, "channels": channels}
-        total = sum(steps[kind] * step[kind] for kind in KINDS)
+        total = sum(steps[kind] * step[kind] for kind in UNIT_KINDS)
         sizes = [BlockSize(index, total, step, steps) for index in range(draw.randint(1, 5))]
         multiple, ratio = draw.choice([1, 8, 32]), draw.random() * 0.9
         if ratio > most_ratio(sizes, multiple):
@@ -102,9 +102,9 @@ def test_a_number_of_heads_over_all_blocks_is_met_though_not_every_number_is_tri
     sizes = [replace(size, index=index) for index in range(30) for size in toy[:1]]  # 90 steps, every second one tried
     paths = random_paths(sizes)
     assert 7 not in ranked_choices(sizes, paths, 0.5, 1)
-    found = choose_counts(sizes, paths, StructuredSettings(ratio=0.5, split=7, round_to=1), lambda counts: 0.0)
-    assert sum(found.counts[index, "attention"] for index in range(30)) == 7
-    assert ratio_of(sizes, found.counts) == pytest.approx(0.5, abs=30 / (30 * 3520))
+    choice = choose_counts(sizes, paths, StructuredSettings(ratio=0.5, split=7, round_to=1), lambda counts: 0.0)
+    assert sum(choice.counts[index, "attention"] for index in range(30)) == 7
+    assert ratio_of(sizes, choice.counts) == pytest.approx(0.5, abs=30 / (30 * 3520))
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_what_no_plan_can_have_is_refused_before_any_score(settings, message, to
 def test_equal_split(toy, random_paths):
     settings = StructuredSettings(ratio=0.5, allocation="uniform", split="equal")
     counts = choose_counts(toy, random_paths(toy), settings, lambda counts: 0.0).counts
-    assert [counts[0, kind] for kind in KINDS] == [2, 32]
+    assert [counts[0, kind] for kind in UNIT_KINDS] == [2, 32]
 
 
 def test_a_number_of_heads(toy, random_paths):
@@ -152,15 +152,15 @@ def test_joint_needs_global(toy, random_paths):
 
 def test_measured_split_takes_the_best_candidate_it_measures(toy, random_paths):
     settings = StructuredSettings(ratio=0.5, allocation="uniform", split="measured")
-    seen = []
+    measured = []
 
     def measure(counts):
-        seen.append(counts[0, "attention"])
+        measured.append(counts[0, "attention"])
         return {0: 3.0, 1: 2.5, 2: 2.0, 3: 7.0}[counts[0, "attention"]]
 
     choice = choose_counts(toy, random_paths(toy), settings, measure)
     assert choice.counts[0, "attention"] == 2 and choice.measured == {0: 3.0, 1: 2.5, 2: 2.0, 3: 7.0}
-    assert sorted(seen) == [0, 1, 2, 3]  # each measured once
+    assert sorted(measured) == [0, 1, 2, 3]  # each measured once
     free = choose_counts(toy, random_paths(toy), settings.model_copy(update={"ratio": 0.0}), None)
     assert not any(free.counts.values())  # nothing to measure
 

@@ -2,12 +2,11 @@
 
 import copy
 import random
-from dataclasses import replace
 
 import pytest
 import torch
 
-from structprune.models.adapter import Adapter
+from structprune.models.adapter import CONSUMER, Adapter
 from structprune.structured import surgery
 from structprune.structured.plan import BlockPlan, Plan, identity_plan
 from structprune.structured.surgery import apply_plan
@@ -98,12 +97,14 @@ def test_a_wrong_cut_is_seen(tiny_model, monkeypatch, name, form, kind):
     plan = Plan(identity.family, (identity.blocks[0], kept, identity.blocks[2]))
     assert difference(apply_plan(model, plan), model, plan) <= 1e-5
 
-    def off_by_one(state, name, module, coupled, kept, block, which):
-        if which == kind and name in coupled.inputs and block.index == 1:  # the consumer reads the unit after its last
-            key = "channels" if kind == "channels" else "query_heads"
-            units = getattr(kept, key)
-            kept = replace(kept, **{key: (*units[:-1], units[-1] + 1)})
-        cut(state, name, module, coupled, kept, block, which)
+    block = Adapter(model).blocks[1]
+    consumer, width = block.names[CONSUMER[kind]], 1 if kind == "channels" else block.head_dim
+
+    def off_by_one(state, name, index, reads):
+        if name == consumer:  # it reads the unit after its last
+            assert reads
+            index = torch.cat((index[:-width], index[-width:] + width))
+        cut(state, name, index, reads)
 
     monkeypatch.setattr(surgery, "_cut", off_by_one)
     assert difference(apply_plan(model, plan), model, plan) > 1e-3

@@ -19,15 +19,15 @@ MODELS = {
 def test_units_are_exactly_those_of_the_definition(tiny_model, name):
     family, changes = MODELS[name]
     model = tiny_model(family, **changes)
-    found = coupled_units(model)
+    units = coupled_units(model)
     prefix = "model.layers.{}.self_attn." if family == "dream" else "model.transformer.blocks.{}."
     mlp = "model.layers.{}.mlp." if family == "dream" else prefix
     output, rows, down = ("o_proj", ("gate_proj", "up_proj"), "down_proj") if family == "dream" else (
         "attn_out", ("ff_proj", "up_proj"), "ff_out",
     )  # fmt: skip
-    assert set(found) == {(index, kind) for index in range(3) for kind in ("attention", "channels")}
+    assert set(units) == {(index, kind) for index in range(3) for kind in ("attention", "channels")}
     for index in range(3):
-        attention, channels = found[index, "attention"], found[index, "channels"]
+        attention, channels = units[index, "attention"], units[index, "channels"]
         assert attention.outputs == {prefix.format(index) + name for name in ("q_proj", "k_proj", "v_proj")}
         assert attention.inputs == {prefix.format(index) + output}
         assert channels.outputs == {mlp.format(index) + name for name in rows}

@@ -10,20 +10,20 @@ def test_a_valley_is_found_with_few_measurements():
         calls.append(heads)
         return (heads - 21) ** 2
 
-    found = search_heads(range(0, 64), loss, coarse=8, halvings=3)
-    assert min(found, key=found.__getitem__) == 21
-    assert len(calls) == len(set(calls)) == len(found) < 14
-    assert found[21] == 0 and all(found[heads] == (heads - 21) ** 2 for heads in found)
+    losses = search_heads(range(0, 64), loss, coarse=8, halvings=3)
+    assert min(losses, key=losses.__getitem__) == 21
+    assert len(calls) == len(set(calls)) == len(losses) < 14
+    assert losses[21] == 0 and all(losses[heads] == (heads - 21) ** 2 for heads in losses)
 
 
 def test_it_stops_after_two_that_are_worse():
-    found = search_heads(range(8), lambda heads: heads, coarse=8)
-    assert sorted(found) == [0, 1, 2]
+    losses = search_heads(range(8), lambda heads: heads, coarse=8)
+    assert sorted(losses) == [0, 1, 2]
 
 
 def test_one_bump_is_walked_over():
-    found = search_heads(range(6), [3, 4, 2, 1, 5, 6].__getitem__, coarse=8)
-    assert min(found, key=found.__getitem__) == 3
+    losses = search_heads(range(6), [3, 4, 2, 1, 5, 6].__getitem__, coarse=8)
+    assert min(losses, key=losses.__getitem__) == 3
 
 
 def test_only_feasible_numbers_are_measured():

@@ -1,8 +1,8 @@
-"""Magnitude: the score that looks at weights alone."""
+"""Magnitude: the score of weights alone."""
 
 import torch
 
 
-def magnitude_scores(weight: torch.Tensor) -> torch.Tensor:
+def magnitude_scores(weight: torch.Tensor, statistic: None = None) -> torch.Tensor:
     """|W|: (O, C) -> (O, C) fp32."""
     return weight.float().abs()

@@ -1,4 +1,4 @@
-"""SparseGPT: weights go column by column, and what is left takes over their part (arXiv 2301.00774).
+"""SparseGPT: weights are removed column by column, and later columns compensate (arXiv 2301.00774).
 
 Pure functions of weights and a Gram matrix. Shapes: O outputs, C inputs, b columns of a block.
 """
@@ -7,19 +7,21 @@ from dataclasses import dataclass
 
 import torch
 
+from structprune.config import MaskingSettings
 from structprune.masking.patterns import group_mask, pooled_mask
+from structprune.masking.scores.linears import Linears, Outcome
 
 INNER = 32  # columns whose updates reach the rest of their block as one product
 
 
 @dataclass(frozen=True)
 class Factor:
-    """What is needed of a Gram matrix.
+    """A factored Gram matrix.
 
     Attributes:
         upper: (C, C) fp32 U, upper triangular, with (G + λI)⁻¹ = UᵀU.
         dead: (C,) bool, inputs that were always 0.
-        damping: λ that was used, relative to the mean diagonal; more than asked for where that was not enough.
+        damping: λ used, relative to the mean diagonal; more than configured where the factorisation needed it.
     """
 
     upper: torch.Tensor
@@ -39,12 +41,13 @@ def factorise(gram: torch.Tensor, damping: float = 0.01) -> Factor:
     Raises:
         ValueError: the Gram matrix holds NaN or infinity.
     """
-    if not torch.isfinite(gram).all():  # a look from the host, as that at `failed` below: once an input
+    if not torch.isfinite(gram).all():  # one device sync per input, as for `failed` below
         raise ValueError("a Gram matrix holds NaN or infinity: the activations overflow in this dtype, use float32")
     turned = gram.float().flip(0, 1)  # (C, C), a copy
-    del gram  # where the caller let go of it too, only three matrices are alive at once
+    del gram  # where the caller dropped it too, at most three matrices are alive
     dead = turned.diagonal() == 0  # (C,)
-    scale = turned.diagonal().double().mean()  # (); before the dead get their 1, which has no unit; fp32 may overflow
+    # (), before dead inputs get 1, which has no unit; in fp64, because fp32 may overflow
+    scale = turned.diagonal().double().mean()
     turned.diagonal().masked_fill_(dead, 1)
     added = 0.0
     while True:
@@ -76,50 +79,60 @@ def sparsegpt(
 
     Args:
         weights: (O_i, C) each.
-        nm: (N, M): N of every M neighbouring columns go; None for unstructured.
+        nm: (N, M) removes N of every M neighbouring columns; None for unstructured.
         column_block: b; columns of a block choose their mask together.
     Returns:
         For every matrix its new weights (O_i, C) fp32 and its mask (O_i, C) bool, true where a weight stays.
     """
     sizes = [len(weight) for weight in weights]
-    left = torch.cat([weight.float() for weight in weights]).T.contiguous()  # (C, O): a column is one row in memory
-    left.masked_fill_(factor.dead[:, None], 0)
-    kept = torch.ones(left.shape, dtype=torch.bool, device=left.device)  # (C, O)
-    columns = len(left)
+    current = torch.cat([weight.float() for weight in weights]).T.contiguous()  # (C, O): a column is one row in memory
+    current.masked_fill_(factor.dead[:, None], 0)
+    keep = torch.ones(current.shape, dtype=torch.bool, device=current.device)  # (C, O)
+    columns = len(current)
     step = column_block if nm is None else max(nm[1], column_block // nm[1] * nm[1])  # groups are not cut
     for start in range(0, columns, step):
         block = slice(start, min(start + step, columns))
         upper = factor.upper[block, block]  # (b, b)
         if nm is None:
-            score = (left[block] / upper.diagonal()[:, None]).square_()  # (b, O)
-            kept[block] = torch.cat([pooled_mask(part, ratio) for part in score.split(sizes, dim=1)], dim=1)  # (b, O)
-        errors = _prune_block(left[block], kept[block], upper, nm)  # (b, O)
-        left[block.stop :].addmm_(factor.upper[block, block.stop :].T, errors, alpha=-1)  # (C - stop, O)
-    left *= kept
-    return [(w.T.contiguous(), k.T.contiguous()) for w, k in zip(left.split(sizes, dim=1), kept.split(sizes, dim=1))]
+            score = (current[block] / upper.diagonal()[:, None]).square_()  # (b, O)
+            keep[block] = torch.cat([pooled_mask(part, ratio) for part in score.split(sizes, dim=1)], dim=1)  # (b, O)
+        errors = _prune_block(current[block], keep[block], upper, nm)  # (b, O)
+        current[block.stop :].addmm_(factor.upper[block, block.stop :].T, errors, alpha=-1)  # (C - stop, O)
+    current *= keep
+    return [(w.T.contiguous(), k.T.contiguous()) for w, k in zip(current.split(sizes, dim=1), keep.split(sizes, dim=1))]
 
 
-def _prune_block(left: torch.Tensor, kept: torch.Tensor, upper: torch.Tensor, nm: tuple[int, int] | None):
+def _prune_block(current: torch.Tensor, keep: torch.Tensor, upper: torch.Tensor, nm: tuple[int, int] | None):
     """Go through a block's columns: (b, O) weights and mask in place, U (b, b) -> errors (b, O).
 
     Updates reach `INNER` columns (whole groups) at once and the rest of the block as one product.
     """
-    width = len(left)
+    width = len(current)
     inner = INNER if nm is None else max(1, INNER // nm[1]) * nm[1]
     scale = upper.diagonal()[:, None]  # (b, 1)
-    # an error is w / scale where w goes; what stays is divided by infinity, which makes one operation of two
-    divisor = torch.where(kept, torch.inf, scale) if nm is None else torch.empty_like(left)  # (b, O)
-    errors = torch.empty_like(left)  # (b, O)
+    # an error is w / scale where w is removed, else 0: dividing by infinity saves an operation
+    divisor = torch.where(keep, torch.inf, scale) if nm is None else torch.empty_like(current)  # (b, O)
+    errors = torch.empty_like(current)  # (b, O)
     for first in range(0, width, inner):
         last = min(first + inner, width)
         for column in range(first, last):
             if nm is not None and (column - first) % nm[1] == 0:
                 group = slice(column, column + nm[1])
-                score = (left[group] / scale[group]).square_()  # (M, O)
-                kept[group] = group_mask(score.T, *nm).T  # (M, O)
-                divisor[group] = torch.where(kept[group], torch.inf, scale[group])  # (M, O)
-            torch.div(left[column], divisor[column], out=errors[column])  # (O,)
+                score = (current[group] / scale[group]).square_()  # (M, O)
+                keep[group] = group_mask(score.T, *nm).T  # (M, O)
+                divisor[group] = torch.where(keep[group], torch.inf, scale[group])  # (M, O)
+            torch.div(current[column], divisor[column], out=errors[column])  # (O,)
             if column + 1 < last:
-                left[column + 1 : last].addr_(upper[column, column + 1 : last], errors[column], alpha=-1)  # (., O)
-        left[last:].addmm_(upper[first:last, last:].T, errors[first:last], alpha=-1)  # (b - last, O)
+                current[column + 1 : last].addr_(upper[column, column + 1 : last], errors[column], alpha=-1)  # (., O)
+        current[last:].addmm_(upper[first:last, last:].T, errors[first:last], alpha=-1)  # (b - last, O)
     return errors
+
+
+def mask_linears(linears: Linears, settings: MaskingSettings) -> Outcome:
+    """SparseGPT on the linears of one input."""
+    removal = linears.removal
+    if removal.nm is None and removal.ratio == 0:
+        return Outcome([(weight, torch.ones_like(weight, dtype=torch.bool)) for weight in linears.weights])
+    factor = factorise(linears.take_statistic(), settings.damping)  # no other reference, so its memory is freed
+    masked = sparsegpt(linears.weights, factor, removal.ratio, removal.nm, settings.column_block)
+    return Outcome(masked, factor.damping, int(factor.dead.sum()))

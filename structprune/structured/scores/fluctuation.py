@@ -1,8 +1,11 @@
-"""FLAP's fluctuation metric (arXiv 2312.11983): what is lost when a unit is replaced by its mean."""
+"""FLAP's fluctuation metric (arXiv 2312.11983): the loss when a unit is replaced by its mean."""
 
 import torch
 
-from structprune.structured.paths import per_unit
+from structprune.config import StructuredSettings
+from structprune.statistics.activations import Moments
+from structprune.structured.paths import RemovalPath, per_unit, static_path
+from structprune.structured.units import Units
 
 
 def fluctuation_scores(weight: torch.Tensor, variance: torch.Tensor, width: int) -> torch.Tensor:
@@ -18,7 +21,7 @@ def fluctuation_scores(weight: torch.Tensor, variance: torch.Tensor, width: int)
 
 
 def fluctuation_ranks(weight: torch.Tensor, variance: torch.Tensor, width: int) -> torch.Tensor:
-    """Mean over a unit's columns of their z-scores over the block and kind, which FLAP ranks globally as they are.
+    """Mean over a unit's columns of their z-scores within the block and kind, which FLAP ranks globally.
 
     Args:
         As `fluctuation_scores`.
@@ -34,3 +37,11 @@ def fluctuation_ranks(weight: torch.Tensor, variance: torch.Tensor, width: int) 
 def _columns(weight: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
     """Var(x_c) · ‖W[:, c]‖²: (O, C), (C,) -> (C,) fp64."""
     return weight.double().pow(2).sum(0) * variance
+
+
+def path(units: Units, moments: Moments, settings: StructuredSettings) -> RemovalPath:
+    """The lowest fluctuation first; under `global` allocation z-scores are compared."""
+    weight = units.weight.to(moments.mean.device)  # (O, C)
+    scores = fluctuation_scores(weight, moments.variance, units.width)  # (U,)
+    ranks = fluctuation_ranks(weight, moments.variance, units.width)  # (U,)
+    return static_path(scores * units.width, units.groups, ranks)

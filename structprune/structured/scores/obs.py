@@ -1,4 +1,4 @@
-"""Greedy structured optimal brain surgeon: the exact rise of a layer's output error when a group of inputs goes.
+"""Greedy structured optimal brain surgeon: the exact rise of a layer's output error when a group of inputs is removed.
 
 After the optimal brain surgeon (Hassibi, Stork 1993) and its structured forms (ZipLM, arXiv 2302.04089).
 """
@@ -8,7 +8,9 @@ from itertools import islice
 
 import torch
 
+from structprune.config import StructuredSettings
 from structprune.structured.paths import RemovalPath
+from structprune.structured.units import Units
 
 Round = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # units (n, groups), single costs (n, groups), joint cost ()
 
@@ -20,7 +22,7 @@ def group_costs(weight: torch.Tensor, inverse: torch.Tensor, width: int) -> torc
         weight: (O, C), C = U * width.
         inverse: (C, C) H⁻¹.
     Returns:
-        (U,), NaN where [H⁻¹]_gg is singular: an error raised here would make an accelerator wait in every round.
+        (U,), NaN where [H⁻¹]_gg is singular: raising an error here would force a device sync in every round.
     """
     if width == 1:
         return 0.5 * weight.pow(2).sum(0) / inverse.diagonal()
@@ -31,27 +33,29 @@ def group_costs(weight: torch.Tensor, inverse: torch.Tensor, width: int) -> torc
     return torch.where(failed == 0, 0.5 * (columns * solved).sum((1, 2)), torch.nan)
 
 
-def remaining(gone: torch.Tensor, size: int) -> torch.Tensor:
-    """Of 0 .. size - 1 those not among `gone` (G,), unique, in order: (size - G,) without a look at them from the host,
-    which selection by a mask would take."""
-    marked = torch.zeros(size, dtype=torch.int8, device=gone.device).index_fill_(0, gone, 1)  # (size,)
-    return marked.argsort(stable=True)[: size - len(gone)]
+def remaining(removed: torch.Tensor, size: int) -> torch.Tensor:
+    """The indices 0 .. size - 1 that are not in `removed` (G,), in order: (size - G,).
+
+    Without a device sync, which selection by a boolean mask needs.
+    """
+    marked = torch.zeros(size, dtype=torch.int8, device=removed.device).index_fill_(0, removed, 1)  # (size,)
+    return marked.argsort(stable=True)[: size - len(removed)]
 
 
-def remove_columns(weight: torch.Tensor, inverse: torch.Tensor, gone: torch.Tensor):
-    """Remove columns with the best linear compensation by those left.
+def remove_columns(weight: torch.Tensor, inverse: torch.Tensor, columns: torch.Tensor):
+    """Remove columns, with the best linear compensation by the remaining ones.
 
     Args:
-        weight: (O, C). inverse: (C, C) H⁻¹. gone: (G,) column indices.
+        weight: (O, C). inverse: (C, C) H⁻¹. columns: (G,) indices.
     Returns:
         weight (O, C - G), inverse (C - G, C - G) and the joint cost ½ tr(W_g ([H⁻¹]_gg)⁻¹ W_gᵀ), NaN where [H⁻¹]_gg is
         not positive definite, as in `group_costs`.
     """
-    keep = remaining(gone, weight.shape[1])  # (C - G,)
-    across = inverse[gone]  # (G, C)
-    factor, failed = torch.linalg.cholesky_ex(across[:, gone])  # (G, G), ()
+    keep = remaining(columns, weight.shape[1])  # (C - G,)
+    across = inverse[columns]  # (G, C)
+    factor, failed = torch.linalg.cholesky_ex(across[:, columns])  # (G, G), ()
     update = torch.cholesky_solve(across[:, keep], factor)  # (G, C - G)
-    removed = weight[:, gone]  # (O, G)
+    removed = weight[:, columns]  # (O, G)
     cost = 0.5 * (removed.T * torch.cholesky_solve(removed.T, factor)).sum()  # ()
     weight = weight[:, keep] - removed @ update  # (O, C - G)
     inverse = inverse[keep][:, keep].addmm_(across[:, keep].T, update, alpha=-1)  # (C - G, C - G)
@@ -62,7 +66,7 @@ def damped_inverse(gram: torch.Tensor, damping: float) -> torch.Tensor:
     """(G + λI)⁻¹ in fp64, λ relative to the mean diagonal: (C, C) -> (C, C).
 
     Raises:
-        torch.linalg.LinAlgError: G + λI is not positive definite; the check waits for the device, once a layer.
+        torch.linalg.LinAlgError: G + λI is not positive definite; checking takes one device sync per layer.
     """
     damped = gram.to(torch.float64, copy=True)  # (C, C)
     scale = damped.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)  # ()
@@ -77,12 +81,12 @@ def obs_path(
 
     Args:
         weight: (O, C) of the consumer. gram: (C, C) mean of x̃ x̃ᵀ over its rows.
-        groups: unit indices per group; a step takes one unit of each, C is divided evenly over all units.
+        groups: unit indices per group; a step removes one unit of each, and all units have equally many columns.
         damping: λ relative to the mean diagonal of `gram`.
-        rounds: steps go in this many rounds; None: one step each. Within a round the joint cost is shared out in
+        rounds: steps are removed in this many rounds; None: one step per round. A round's joint cost is divided in
             proportion to the single costs.
     Returns:
-        The path; the last step's cost is infinite, so that nothing prefers an empty block.
+        The path; the last step's cost is infinite, so that no allocation empties a block.
     Raises:
         torch.linalg.LinAlgError: a part of the inverse is not positive definite.
     """
@@ -90,38 +94,37 @@ def obs_path(
     group_of = {unit: number for number, group in enumerate(groups) for unit in group}
     member = torch.tensor([group_of[unit] for unit in range(units)], device=weight.device)  # (U,)
     size = max(1, len(groups[0]) // rounds) if rounds else 1
-    taken, left = eliminate(weight.double(), gram, damping, member, len(groups), size)
-    steps, costs = _shared_out(taken)
-    last = tuple(sorted(left.tolist(), key=group_of.__getitem__))
+    removed, rest = eliminate(weight.double(), gram, damping, member, len(groups), size)
+    steps, costs = _shared_costs(removed)
+    last = tuple(sorted(rest.tolist(), key=group_of.__getitem__))
     return RemovalPath((*steps, last), torch.tensor([*costs, float("inf")], dtype=torch.float64))
 
 
 def eliminate(
     weight: torch.Tensor, gram: torch.Tensor, damping: float, member: torch.Tensor, groups: int, size: int
 ) -> tuple[list[Round], torch.Tensor]:
-    """The greedy loop: rounds of `size` steps until one is left. The host reads nothing in it, so that an accelerator
-    gets one round after the other.
+    """The greedy loop: rounds of `size` steps until one step is left, without a device sync.
 
     Args:
         weight: (O, C) fp64. gram: (C, C). member: (U,) each unit's group of `groups`, equally many in each.
     Returns:
-        By round the units (n, groups) that went, their single costs (n, groups) and the joint cost (); and the units
-        left (groups,).
+        Per round the removed units (n, groups), their single costs (n, groups) and the joint cost (); and the remaining
+        units (groups,).
     """
     units, device = len(member), weight.device
     width, total = weight.shape[1] // units, units // groups
-    inverse = damped_inverse(gram, damping)  # (C, C); not an argument, which some Pythons hold on to
-    left = torch.arange(units, device=device)  # (U,)
-    taken: list[Round] = []
+    inverse = damped_inverse(gram, damping)  # (C, C); not passed as an argument, which some Pythons keep alive
+    rest = torch.arange(units, device=device)  # (U,)
+    rounds: list[Round] = []
     for first in range(0, total - 1, size):
         single = group_costs(weight, inverse, width)  # (U,)
-        chosen = cheapest(single, member[left], groups, min(size, total - 1 - first))  # (n, groups)
+        chosen = cheapest(single, member[rest], groups, min(size, total - 1 - first))  # (n, groups)
         places = chosen.flatten()  # (n * groups,)
-        gone = (places[:, None] * width + torch.arange(width, device=device)).flatten()  # (G,)
-        weight, inverse, joint = remove_columns(weight, inverse, gone)
-        taken.append((left[chosen], single[chosen], joint))
-        left = left[remaining(places, len(left))]  # (U,)
-    return taken, left
+        columns = (places[:, None] * width + torch.arange(width, device=device)).flatten()  # (G,)
+        weight, inverse, joint = remove_columns(weight, inverse, columns)
+        rounds.append((rest[chosen], single[chosen], joint))
+        rest = rest[remaining(places, len(rest))]  # (U,)
+    return rounds, rest
 
 
 def cheapest(single: torch.Tensor, member: torch.Tensor, groups: int, count: int) -> torch.Tensor:
@@ -137,15 +140,15 @@ def cheapest(single: torch.Tensor, member: torch.Tensor, groups: int, count: int
     return order.view(groups, -1)[:, :count].T
 
 
-def _shared_out(taken: list[Round]) -> tuple[list[tuple[int, ...]], list[float]]:
-    """Steps, and the joint cost of every round shared out over its steps in proportion to their single costs.
+def _shared_costs(rounds: list[Round]) -> tuple[list[tuple[int, ...]], list[float]]:
+    """Steps, and every round's joint cost divided among its steps in proportion to their single costs.
 
     Args:
-        taken: by round units (n, groups), their single costs (n, groups) and the joint cost ().
+        rounds: per round the units (n, groups), their single costs (n, groups) and the joint cost ().
     """
-    if not taken:
+    if not rounds:
         return [], []
-    units, singles, joints = zip(*taken)
+    units, singles, joints = zip(*rounds)
     costs = []
     read = iter(torch.cat(singles).tolist())  # one transfer, and one for the joint costs
     for part, joint in zip(singles, torch.stack(joints).tolist()):
@@ -154,3 +157,9 @@ def _shared_out(taken: list[Round]) -> tuple[list[tuple[int, ...]], list[float]]
     if any(math.isnan(cost) for cost in costs):
         raise torch.linalg.LinAlgError("obs: a part of the inverse Hessian is not positive definite: raise the damping")
     return [tuple(step) for step in torch.cat(units).tolist()], costs
+
+
+def path(units: Units, gram: torch.Tensor, settings: StructuredSettings) -> RemovalPath:
+    """`obs_path` of one block and kind; channels go in rounds, attention units one by one."""
+    rounds = settings.rounds if units.kind == "channels" else None
+    return obs_path(units.weight.to(gram.device), gram, units.groups, settings.damping, rounds)

@@ -1,42 +1,74 @@
-"""The table of structured scores: what each needs and on which arms it means something."""
+"""The table of structured scores: the statistic each needs, the arms it can use, and the function that ranks units."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from structprune.config import DEFAULT_ARM
+from structprune.config import ARMS, DEFAULT_ARM, StructuredSettings, register_name
 from structprune.errors import UserError
-
-ARMS = ("clean", "masked", "masked+sink", "clean+sink")
+from structprune.structured.paths import RemovalPath
+from structprune.structured.scores import fluctuation, magnitude, obs, taylor, wanda
+from structprune.structured.units import Units
 
 
 @dataclass(frozen=True)
-class Criterion:
-    """One score: what it is computed from, and the calibration arms it can use."""
+class Score:
+    """One structured score.
+
+    Attributes:
+        needs: the statistic, collected in `structured.ranking`. "weights": slices (U, n_i) of the coupled weights.
+            "moments": `Moments` of the consumer's C input features. "grams": their Gram matrix (C, C). "gradients":
+            slices (U, n_i) of gradient times weight.
+        path: `path(units, statistic, settings)` -> the order in which units go.
+        arms: calibration arms it can use; none for a score of weights alone.
+        reason: why it cannot use the others.
+        options: keys of `StructuredSettings` that only some scores read, and this one does.
+    """
 
     needs: Literal["weights", "moments", "grams", "gradients"]
-    arms: tuple[str, ...]
-    why: str = ""
+    path: Callable[[Units, Any, StructuredSettings], RemovalPath]
+    arms: tuple[str, ...] = ARMS
+    reason: str = "it has no such arm"
+    options: tuple[str, ...] = ()
 
 
-CRITERIA = {
-    "magnitude": Criterion("weights", (), "it looks at weights only"),
-    "wanda": Criterion("moments", ARMS),
-    "fluctuation": Criterion("moments", ARMS),
-    "taylor": Criterion("gradients", ("masked", "masked+sink"), "clean text has no masked token, so no loss"),
-    "obs": Criterion("grams", ARMS),
+SCORES = {
+    "magnitude": Score("weights", magnitude.path, (), "it looks at weights only"),
+    "wanda": Score("moments", wanda.path),
+    "fluctuation": Score("moments", fluctuation.path),
+    "taylor": Score("gradients", taylor.path, ("masked", "masked+sink"), "clean text has no masked token, so no loss"),
+    "obs": Score("grams", obs.path, options=("damping", "rounds", "relative")),
 }
 
 
+def register_score(name: str, score: Score) -> None:
+    """Add a score of your own, which `structured.score` then accepts.
+
+    Raises:
+        UserError: the name is taken.
+    """
+    if name in SCORES:
+        raise UserError(f"structured score '{name}' exists already: choose another name")
+    SCORES[name] = score
+    register_name("structured.score", name)
+
+
+def option_users() -> dict[str, list[str]]:
+    """Keys of `StructuredSettings` that only some scores read -> those scores."""
+    keys = [key for score in SCORES.values() for key in score.options]
+    return {key: [name for name, score in SCORES.items() if key in score.options] for key in keys}
+
+
 def resolve_arm(score: str, arm: str | None) -> str | None:
-    """The arm a score runs on: the one asked for, else `DEFAULT_ARM` (None for a score that takes none).
+    """The arm a score runs on: the one asked for, else `DEFAULT_ARM`; None for a score that takes none.
 
     Raises:
         UserError: the score cannot use that arm.
     """
-    criterion = CRITERIA[score]
+    row = SCORES[score]
     if arm is None:
-        return DEFAULT_ARM if criterion.arms else None
-    if arm not in criterion.arms:
-        usable = ", ".join(criterion.arms) or "none (leave structured.arm unset)"
-        raise UserError(f"score '{score}' cannot use arm '{arm}': {criterion.why}; usable: {usable}")
+        return (DEFAULT_ARM if DEFAULT_ARM in row.arms else row.arms[0]) if row.arms else None
+    if arm not in row.arms:
+        usable = ", ".join(row.arms) or "none (leave structured.arm unset)"
+        raise UserError(f"score '{score}' cannot use arm '{arm}': {row.reason}; usable: {usable}")
     return arm

@@ -2,7 +2,10 @@
 
 import torch
 
-from structprune.structured.paths import per_unit
+from structprune.config import StructuredSettings
+from structprune.statistics.activations import Moments
+from structprune.structured.paths import RemovalPath, per_unit, static_path
+from structprune.structured.units import Units
 
 
 def wanda_scores(weight: torch.Tensor, squared_norm: torch.Tensor, width: int) -> torch.Tensor:
@@ -15,3 +18,9 @@ def wanda_scores(weight: torch.Tensor, squared_norm: torch.Tensor, width: int) -
         (U,) fp64.
     """
     return per_unit(weight.double().pow(2).sum(0) * squared_norm, width)
+
+
+def path(units: Units, moments: Moments, settings: StructuredSettings) -> RemovalPath:
+    """The lowest scores first."""
+    weight = units.weight.to(moments.mean.device)  # (O, C)
+    return static_path(wanda_scores(weight, moments.squared_norm, units.width), units.groups)

@@ -39,6 +39,6 @@ def test_ria_survives_rows_and_columns_of_zeros():
 def test_scores_of_low_precision_weights_are_fp32(score):
     weight = torch.randn(8, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
     norm = torch.rand(16, generator=torch.Generator().manual_seed(1)).double() + 0.1
-    found = score(weight, norm)
-    assert found.dtype == torch.float32 and torch.equal(found, score(weight.float(), norm))
+    scores = score(weight, norm)
+    assert scores.dtype == torch.float32 and torch.equal(scores, score(weight.float(), norm))
     assert magnitude_scores(weight).dtype == torch.float32

@@ -7,7 +7,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from structprune.masking.patterns import valid_groups
 from structprune.masking.scores.sparsegpt import factorise, sparsegpt
 
 LAYER = Path(__file__).parents[2] / "parity" / "sparsegpt-layer"
@@ -31,22 +30,22 @@ def inverse_factor(gram: torch.Tensor, damping: float) -> torch.Tensor:
 
 def slow(weight, gram, ratio=0.5, nm=None, column_block=128, damping=0.01):
     """One column at a time, its error spread over all columns right of it at once: weights and mask (O, C)."""
-    left, upper = weight.double().clone(), inverse_factor(gram, damping)
-    kept = torch.ones(left.shape, dtype=torch.bool)
-    for column in range(left.shape[1]):
+    current, upper = weight.double().clone(), inverse_factor(gram, damping)
+    keep = torch.ones(current.shape, dtype=torch.bool)
+    for column in range(current.shape[1]):
         if nm is None and column % column_block == 0:
-            stop = min(column + column_block, left.shape[1])
-            score = left[:, column:stop] ** 2 / upper.diagonal()[column:stop] ** 2
-            kept[:, column:stop] = score > score.flatten().sort().values[int(score.numel() * ratio)]
+            stop = min(column + column_block, current.shape[1])
+            score = current[:, column:stop] ** 2 / upper.diagonal()[column:stop] ** 2
+            keep[:, column:stop] = score > score.flatten().sort().values[int(score.numel() * ratio)]
         if nm is not None and column % nm[1] == 0:
             stop = column + nm[1]
-            score = left[:, column:stop] ** 2 / upper.diagonal()[column:stop] ** 2
-            for row in range(len(left)):
-                kept[row, column + score[row].argsort()[: nm[0]]] = False
-        error = torch.where(kept[:, column], 0.0, left[:, column]) / upper[column, column]
-        left[:, column + 1 :] -= error[:, None] * upper[column, column + 1 :]
-        left[:, column] *= kept[:, column]
-    return left, kept
+            score = current[:, column:stop] ** 2 / upper.diagonal()[column:stop] ** 2
+            for row in range(len(current)):
+                keep[row, column + score[row].argsort()[: nm[0]]] = False
+        error = torch.where(keep[:, column], 0.0, current[:, column]) / upper[column, column]
+        current[:, column + 1 :] -= error[:, None] * upper[column, column + 1 :]
+        current[:, column] *= keep[:, column]
+    return current, keep
 
 
 @pytest.mark.parametrize("case", CASES["cases"], ids=lambda case: case["name"])
@@ -56,13 +55,13 @@ def test_equals_the_released_implementation(case, scale):
     inputs = tensors["inputs"].flatten(0, 1)  # (R, C)
     factor = factorise(scale * inputs.T @ inputs, CASES["damping"])
     nm = tuple(case["nm"]) if case["nm"] else None
-    [(weight, kept)] = sparsegpt([tensors["weight"]], factor, case["sparsity"], nm, CASES["column_block"])
+    [(weight, keep)] = sparsegpt([tensors["weight"]], factor, case["sparsity"], nm, CASES["column_block"])
     expected = tensors[f"{case['name']}/weight"]
     assert torch.equal(weight != 0, expected != 0)
     assert torch.allclose(weight, expected, atol=1e-5, rtol=1e-4)
     assert (weight == 0).float().mean().item() == pytest.approx(case["zero_fraction"], abs=1e-6)
     assert factor.dead.nonzero().flatten().tolist() == [66] and factor.damping == CASES["damping"]
-    assert not weight[~kept].any() and weight[:, 66].eq(0).all()
+    assert not weight[~keep].any() and weight[:, 66].eq(0).all()
 
 
 UNSTRUCTURED = [
@@ -80,13 +79,13 @@ UNSTRUCTURED = [
 def test_equals_one_column_at_a_time(outputs, columns, ratio, column_block):
     x, weight = make(outputs, columns)
     gram = x.T @ x
-    [(found, kept)] = sparsegpt([weight], factorise(gram), ratio, column_block=column_block)
+    [(updated, keep)] = sparsegpt([weight], factorise(gram), ratio, column_block=column_block)
     expected, mask = slow(weight, gram, ratio, column_block=column_block)
-    assert torch.equal(kept, mask)
-    assert torch.allclose(found.double(), expected, atol=1e-4)
-    assert found.dtype == torch.float32 and kept.dtype == torch.bool
+    assert torch.equal(keep, mask)
+    assert torch.allclose(updated.double(), expected, atol=1e-4)
+    assert updated.dtype == torch.float32 and keep.dtype == torch.bool
     for start in range(0, columns, column_block):
-        part = kept[:, start : start + column_block]
+        part = keep[:, start : start + column_block]
         assert (~part).sum() == int(part.numel() * ratio) + 1
 
 
@@ -103,14 +102,14 @@ GROUPED = [
 
 
 @pytest.mark.parametrize("outputs, columns, nm, column_block", GROUPED)
-def test_groups_equal_one_column_at_a_time(outputs, columns, nm, column_block):
+def test_groups_equal_one_column_at_a_time(outputs, columns, nm, column_block, valid_groups):
     x, weight = make(outputs, columns, seed=1)
     gram = x.T @ x
-    [(found, kept)] = sparsegpt([weight], factorise(gram), nm=nm, column_block=column_block)
+    [(updated, keep)] = sparsegpt([weight], factorise(gram), nm=nm, column_block=column_block)
     expected, mask = slow(weight, gram, nm=nm)
-    assert torch.equal(kept, mask)
-    assert torch.allclose(found.double(), expected, atol=1e-4)
-    assert valid_groups(kept, *nm) and (~kept).sum() == outputs * columns * nm[0] / nm[1]
+    assert torch.equal(keep, mask)
+    assert torch.allclose(updated.double(), expected, atol=1e-4)
+    assert valid_groups(keep, *nm) and (~keep).sum() == outputs * columns * nm[0] / nm[1]
 
 
 @pytest.mark.parametrize("nm", [None, (2, 4), (3, 6)])
@@ -120,28 +119,28 @@ def test_matrices_that_share_a_factor_equal_one_at_a_time(nm):
     factor = factorise(x.T @ x)
     parts = list(weight.split((5, 12, 7)))
     together = sparsegpt(parts, factor, 0.5, nm)
-    for part, (found, kept) in zip(parts, together, strict=True):
+    for part, (updated, keep) in zip(parts, together, strict=True):
         [(alone, mask)] = sparsegpt([part], factor, 0.5, nm)
-        assert torch.equal(kept, mask) and torch.allclose(found, alone, atol=1e-5)
-        assert found.is_contiguous() and kept.is_contiguous() and found.shape == part.shape
+        assert torch.equal(keep, mask) and torch.allclose(updated, alone, atol=1e-5)
+        assert updated.is_contiguous() and keep.is_contiguous() and updated.shape == part.shape
 
 
 @pytest.mark.parametrize("nm", [None, (2, 4)])
-def test_what_is_left_takes_over(nm):
+def test_what_stays_takes_over(nm):
     x, weight = make(16, 160)
     before = weight.clone()
-    [(found, kept)] = sparsegpt([weight], factorise(x.T @ x), 0.5, nm)
-    updated = ((found - weight) @ x.T).pow(2).sum()
-    removed = ((weight * kept - weight) @ x.T).pow(2).sum()
-    assert updated < 0.75 * removed
+    [(updated, keep)] = sparsegpt([weight], factorise(x.T @ x), 0.5, nm)
+    error = ((updated - weight) @ x.T).pow(2).sum()
+    plain = ((weight * keep - weight) @ x.T).pow(2).sum()
+    assert error < 0.75 * plain
     assert torch.equal(weight, before)
 
 
 def test_uncorrelated_inputs_leave_the_rest_alone():
     weight = torch.tensor([[1.0, -4.0, 2.0, 3.0]])
-    [(found, kept)] = sparsegpt([weight], factorise(torch.diag(torch.tensor([9.0, 1.0, 4.0, 1.0]))), nm=(2, 4))
-    assert kept.tolist() == [[False, True, True, False]]  # |w| · norm is 3, 4, 4, 3 (nearly: damping)
-    assert torch.allclose(found, torch.tensor([[0.0, -4.0, 2.0, 0.0]]))
+    [(updated, keep)] = sparsegpt([weight], factorise(torch.diag(torch.tensor([9.0, 1.0, 4.0, 1.0]))), nm=(2, 4))
+    assert keep.tolist() == [[False, True, True, False]]  # |w| · norm is 3, 4, 4, 3 (nearly: damping)
+    assert torch.allclose(updated, torch.tensor([[0.0, -4.0, 2.0, 0.0]]))
 
 
 def test_factor_is_the_upper_root_of_the_inverse():
@@ -163,31 +162,31 @@ def test_damping_nought_is_none():
     assert torch.equal(factor.upper, torch.diag(torch.tensor([0.5, 0.25]))) and factor.damping == 0
 
 
-@pytest.mark.parametrize("asked", [0.0, 1e-9])
-def test_damping_grows_until_too_few_tokens_can_be_factored(asked):
+@pytest.mark.parametrize("damping", [0.0, 1e-9])
+def test_damping_grows_until_too_few_tokens_can_be_factored(damping, valid_groups):
     x, weight = make(6, 64, tokens=5)
     gram = x.T @ x
-    factor = factorise(gram, asked)
+    factor = factorise(gram, damping)
     assert factor.damping >= 1e-4
     root = torch.linalg.inv(factor.upper.double())  # so G + λI = root rootᵀ, with the λ it reports
     damped = gram.double() + factor.damping * gram.diagonal().double().mean() * torch.eye(64)
     assert torch.allclose(root @ root.T, damped, atol=1e-5)
-    [(found, kept)] = sparsegpt([weight], factor, nm=(2, 4))
-    assert torch.isfinite(found).all() and valid_groups(kept, 2, 4)
+    [(updated, keep)] = sparsegpt([weight], factor, nm=(2, 4))
+    assert torch.isfinite(updated).all() and valid_groups(keep, 2, 4)
 
 
 def test_damping_grows_tenfold(monkeypatch):
-    seen, real = [], torch.linalg.cholesky_ex
+    means, real = [], torch.linalg.cholesky_ex
 
     def fail_twice(matrix):
-        seen.append(matrix.diagonal().mean().item())
+        means.append(matrix.diagonal().mean().item())
         lower, failed = real(matrix)
-        return lower, failed if len(seen) > 3 else torch.tensor(1)
+        return lower, failed if len(means) > 3 else torch.tensor(1)
 
     monkeypatch.setattr(torch.linalg, "cholesky_ex", fail_twice)
     assert factorise(torch.eye(4), 0.0).damping == pytest.approx(1e-2)
-    assert seen == pytest.approx([1, 1 + 1e-4, 1 + 1e-3, 1 + 1e-2])
-    seen.clear()
+    assert means == pytest.approx([1, 1 + 1e-4, 1 + 1e-3, 1 + 1e-2])
+    means.clear()
     assert factorise(torch.eye(4), 0.01).damping == pytest.approx(10)
 
 
@@ -198,21 +197,21 @@ def test_dead_inputs_lose_their_weights_and_move_nothing_else():
     gram = x.T @ x
     factor = factorise(gram)
     assert factor.dead.nonzero().flatten().tolist() == [3, 7, 8]
-    [(found, kept)] = sparsegpt([weight], factor, 0.5)
-    assert found[:, [3, 7, 8]].eq(0).all() and not kept[:, [3, 7, 8]].any()
+    [(updated, keep)] = sparsegpt([weight], factor, 0.5)
+    assert updated[:, [3, 7, 8]].eq(0).all() and not keep[:, [3, 7, 8]].any()
     # of 96 entries int(48) + 1 go: the 24 dead ones, and int(24.5) + 1 of the 72 others
     expected, mask = slow(weight[:, alive], gram[alive][:, alive], 24.5 / 72, damping=0.01 * 9 / 12)
-    assert torch.equal(kept[:, alive], mask) and (~kept).sum() == 49
-    assert torch.allclose(found[:, alive].double(), expected, atol=1e-5)
+    assert torch.equal(keep[:, alive], mask) and (~keep).sum() == 49
+    assert torch.allclose(updated[:, alive].double(), expected, atol=1e-5)
     small = factorise(gram * 1e-12)  # the 1 of a dead input has no say in the damping, whatever the units
     assert torch.allclose(small.upper[alive][:, alive] * 1e-6, factor.upper[alive][:, alive], rtol=1e-4, atol=1e-7)
 
 
-def test_nothing_but_dead_inputs():
+def test_nothing_but_dead_inputs(valid_groups):
     factor = factorise(torch.zeros(8, 8))
     assert factor.dead.all()
-    [(found, kept)] = sparsegpt([torch.ones(2, 8)], factor, nm=(2, 4))
-    assert found.eq(0).all() and valid_groups(kept, 2, 4)
+    [(updated, keep)] = sparsegpt([torch.ones(2, 8)], factor, nm=(2, 4))
+    assert updated.eq(0).all() and valid_groups(keep, 2, 4)
 
 
 def test_large_grams_can_be_factored(monkeypatch):

@@ -4,16 +4,16 @@ from typing import get_args
 
 import pytest
 
-from structprune.config import Arm, MaskingSettings
+from structprune.config import ARMS, Arm, MaskingSettings
 from structprune.errors import UserError
-from structprune.masking.scores.table import ARMS, SCORES, resolve_score
+from structprune.masking.scores.table import SCORES, resolve_score
 
 NAMES = get_args(MaskingSettings.model_fields["score"].annotation)
 
 
 def test_the_table_is_what_a_configuration_offers():
     assert {name.removeprefix("sink-") for name in NAMES} == set(SCORES)
-    assert ARMS == get_args(Arm)
+    assert get_args(Arm) == ARMS
 
 
 @pytest.mark.parametrize(

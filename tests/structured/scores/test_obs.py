@@ -27,9 +27,9 @@ def case(outputs: int, columns: int, rows: int = 60, seed: int = 0):
     return torch.randn(outputs, columns, generator=generator).double(), gram, hessian
 
 
-def least_rise(weight, hessian, gone):
-    """min over W' with W'[:, gone] = 0 of ½ tr((W' - W) H (W' - W)ᵀ), by lstsq on a square root of H; and its W'."""
-    keep = [c for c in range(weight.shape[1]) if c not in gone]
+def least_rise(weight, hessian, removed):
+    """min over W' with W'[:, removed] = 0 of ½ tr((W' - W) H (W' - W)ᵀ), by lstsq on a square root of H; and its W'."""
+    keep = [c for c in range(weight.shape[1]) if c not in removed]
     root = torch.linalg.cholesky(hessian).T  # (C, C): rootᵀ root = H
     solution = torch.linalg.lstsq(root[:, keep], root @ weight.T).solution.T  # (O, K)
     best = torch.zeros_like(weight)
@@ -43,18 +43,18 @@ def test_cost_of_a_group_is_the_least_rise_of_the_damped_error(width):
     weight, gram, hessian = case(5, 12)
     costs = group_costs(weight, damped_inverse(gram, DAMPING), width)
     for unit in range(12 // width):
-        gone = range(unit * width, (unit + 1) * width)
-        assert costs[unit].item() == pytest.approx(least_rise(weight, hessian, gone)[0].item(), rel=1e-8)
+        removed = range(unit * width, (unit + 1) * width)
+        assert costs[unit].item() == pytest.approx(least_rise(weight, hessian, removed)[0].item(), rel=1e-8)
 
 
 def test_removal_compensates_by_least_squares():
     weight, gram, hessian = case(4, 9, seed=1)
-    gone = [2, 5, 6]
-    left, inverse, cost = remove_columns(weight, damped_inverse(gram, DAMPING), torch.tensor(gone))
-    expected, solution = least_rise(weight, hessian, gone)
+    removed = [2, 5, 6]
+    updated, inverse, cost = remove_columns(weight, damped_inverse(gram, DAMPING), torch.tensor(removed))
+    expected, solution = least_rise(weight, hessian, removed)
     assert cost.item() == pytest.approx(expected.item(), rel=1e-8)
-    assert torch.allclose(left, solution, rtol=1e-8)
-    keep = [c for c in range(9) if c not in gone]
+    assert torch.allclose(updated, solution, rtol=1e-8)
+    keep = [c for c in range(9) if c not in removed]
     assert torch.allclose(inverse, torch.linalg.inv(hessian[keep][:, keep]), rtol=1e-8)
 
 
@@ -71,15 +71,17 @@ def test_uncorrelated_inputs_by_hand():
 @pytest.mark.parametrize("width", [1, 2])
 def test_the_path_is_greedy_and_rescored_after_every_step(width):
     weight, gram, hessian = case(3, 8, seed=2)
-    units, gone, total = 8 // width, [], 0.0
+    units, removed, total = 8 // width, [], 0.0
     path = obs_path(weight, gram, [list(range(units))], DAMPING)
     columns = lambda chosen: [c for unit in chosen for c in range(unit * width, (unit + 1) * width)]  # noqa: E731
     for step, cost in zip(path.steps[:-1], path.cost[:-1]):
-        rises = {u: least_rise(weight, hessian, columns([*gone, u]))[0].item() for u in range(units) if u not in gone}
+        rises = {
+            u: least_rise(weight, hessian, columns([*removed, u]))[0].item() for u in range(units) if u not in removed
+        }
         best = min(rises, key=rises.get)
         assert step == (best,)
         assert cost.item() == pytest.approx(rises[best] - total, rel=1e-6)  # costs add up to the joint rise
-        gone, total = [*gone, best], rises[best]
+        removed, total = [*removed, best], rises[best]
     assert path.cost[-1] == float("inf") and sorted(u for step in path.steps for u in step) == list(range(units))
 
 
@@ -125,7 +127,7 @@ def test_dead_inputs_cost_next_to_nothing_and_go_first(gram):
 def test_greedy_is_near_the_best_subset():
     weight, gram, hessian = case(3, 8, seed=5)
     path = obs_path(weight, gram, [list(range(8))], DAMPING)
-    best = min(least_rise(weight, hessian, gone)[0].item() for gone in itertools.combinations(range(8), 3))
+    best = min(least_rise(weight, hessian, removed)[0].item() for removed in itertools.combinations(range(8), 3))
     assert best <= path.cost[:3].sum().item() * (1 + 1e-9) <= 1.5 * best
 
 
@@ -135,9 +137,9 @@ def test_the_host_reads_nothing_while_units_go(width, groups, size):
     columns = 12 * width
     weight, gram = (torch.empty(rows, columns, dtype=torch.float64, device="meta") for rows in (5, columns))
     member = torch.empty(12, dtype=torch.int64, device="meta")
-    taken, left = eliminate(weight, gram, DAMPING, member, groups, size)
-    sizes = [len(units) for units, _, _ in taken]
-    assert sum(sizes) == 12 // groups - 1 and max(sizes) == size and left.shape == (groups,)
+    rounds, rest = eliminate(weight, gram, DAMPING, member, groups, size)
+    sizes = [len(units) for units, _, _ in rounds]
+    assert sum(sizes) == 12 // groups - 1 and max(sizes) == size and rest.shape == (groups,)
 
 
 def test_remaining_by_hand():

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from structprune.calibration.batches import Calibration
-from structprune.config import SinkSettings, StructuredSettings
+from structprune.config import StructuredSettings
 from structprune.models.adapter import Adapter
 from structprune.models.configuration_structprune import StructpruneLLaDAConfig
 from structprune.models.modeling_structprune import StructpruneLLaDA
-from structprune.structured.scores.ranking import rank_units
+from structprune.statistics.scan import Scan
+from structprune.structured.ranking import rank_units
 
 SINK_1, SINK_2, CONTENT, MASK = 1, 2, 3, 63  # content tokens are CONTENT .. CONTENT + 15: four bits
 CONST, FLAG_1, FLAG_2, BITS, FILL, OUT = 0, 1, 2, (3, 4, 5, 6), 7, 8  # features of the residual stream
@@ -139,7 +140,7 @@ def check_choices(score):
     settings = StructuredSettings(score=score, damping=DAMPING, relative=False if score == "obs" else None)
     for arm, expected in (("masked", SOFT), ("masked+sink", LOUD)):
         omega = plain_weights(mass, sinks_count=arm == "masked")
-        paths = rank_units(Adapter(model), calibration, settings, arm, SinkSettings())
+        paths = rank_units(Scan(Adapter(model), calibration), settings, arm)
         for block in Adapter(model).blocks:
             for kind, role in (("attention", "attention_output"), ("channels", "down")):
                 key = block.index, kind
@@ -172,17 +173,15 @@ def test_without_phi_the_arms_agree_and_the_check_above_fails(score, monkeypatch
     monkeypatch.setattr("structprune.statistics.sinks.sink_mask", lambda mass, *_: torch.zeros_like(mass))
     with pytest.raises(AssertionError):
         check_choices(score)
-    adapter, calibration, settings = Adapter(planted_model()), planted_calibration(), StructuredSettings(score=score)
-    masked, weighted = (
-        rank_units(adapter, calibration, settings, arm, SinkSettings()) for arm in ("masked", "masked+sink")
-    )
+    scan, settings = Scan(Adapter(planted_model()), planted_calibration()), StructuredSettings(score=score)
+    masked, weighted = (rank_units(scan, settings, arm) for arm in ("masked", "masked+sink"))
     for key in masked:
         assert masked[key].removed(2) == weighted[key].removed(2) == sorted(SOFT)
 
 
 @torch.no_grad()
 def test_the_default_obs_sees_the_sinks_too():
-    adapter, calibration, settings = Adapter(planted_model()), planted_calibration(), StructuredSettings(score="obs")
+    scan, settings = Scan(Adapter(planted_model()), planted_calibration()), StructuredSettings(score="obs")
     for arm, expected in (("masked", SOFT), ("masked+sink", LOUD)):
-        paths = rank_units(adapter, calibration, settings, arm, SinkSettings())
+        paths = rank_units(scan, settings, arm)
         assert all(set(path.removed(2)) == expected for path in paths.values())

@@ -2,12 +2,13 @@
 
 import pytest
 
+from structprune.config import ARMS
 from structprune.errors import UserError
-from structprune.structured.scores.table import ARMS, CRITERIA, resolve_arm
+from structprune.structured.scores.table import SCORES, resolve_arm
 
 
 def test_defaults():
-    defaults = {score: resolve_arm(score, None) for score in CRITERIA}
+    defaults = {score: resolve_arm(score, None) for score in SCORES}
     assert defaults == {
         "magnitude": None,
         "wanda": "masked+sink",

@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from structprune.config import SinkSettings, StructuredSettings
 from structprune.errors import UserError
 from structprune.models.adapter import Adapter
-from structprune.statistics import activations
-from structprune.statistics.rows import arm_rows, measure_mass
-from structprune.structured.scores import ranking
+from structprune.statistics import activations, rows
+from structprune.statistics.rows import scan_rows
+from structprune.statistics.scan import Limits, Scan
+from structprune.structured.ranking import rank_units
 from structprune.structured.scores.obs import obs_path
-from structprune.structured.scores.ranking import Limits, block_groups, block_tensors, coupled_slices, rank_units
+from structprune.structured.units import Units, block_groups, block_tensors, coupled_slices
 
 MASK, LENGTH = 2047, 12
 SINK = SinkSettings(alpha=0.7, kappa=0.5)
@@ -23,20 +24,19 @@ ARMS = ("clean", "masked", "masked+sink", "clean+sink")
 
 def plain_rows(adapter, calibration, arm):
     """ids (R, T) and ω (R, T) of an arm."""
-    mass = measure_mass(adapter, calibration) if arm.endswith("sink") else None
-    rows = arm_rows(calibration, arm, SINK, mass, MASK)
-    return rows.ids, torch.ones(rows.ids.shape) if rows.weight is None else rows.weight
+    fed = scan_rows(Scan(adapter, calibration, SINK), arm)
+    return fed.ids, torch.ones(fed.ids.shape) if fed.weight is None else fed.weight
 
 
 def consumer_inputs(adapter, ids):
     """(block, kind) -> the consumer's input (R*T, C), and the residual stream it is added to (R*T, hidden)."""
-    found, x, rotary = {}, adapter.model.embedding(ids), adapter.model.rotary(ids.shape[1], "cpu")
+    inputs, x, rotary = {}, adapter.model.embedding(ids), adapter.model.rotary(ids.shape[1], "cpu")
     for block in adapter.blocks:
         for kind, role in ROLE.items():
             read = block.module.mix(x, rotary) if kind == "attention" else block.module.activate(x)
-            found[block.index, kind] = read.flatten(0, 1).double(), x.flatten(0, 1).double()
+            inputs[block.index, kind] = read.flatten(0, 1).double(), x.flatten(0, 1).double()
             x = x + block[role](read)
-    return found
+    return inputs
 
 
 def check_static(path, unit_cost, groups):
@@ -58,7 +58,7 @@ def test_wanda_and_fluctuation(tiny_model, calibration, family, form, arm):
     ids, omega = plain_rows(adapter, calibration, arm)
     square = omega.flatten().double()[:, None] ** 2  # (R*T, 1)
     paths = {
-        score: rank_units(adapter, calibration, StructuredSettings(score=score, gqa=form), arm, SINK)
+        score: rank_units(Scan(adapter, calibration, SINK), StructuredSettings(score=score, gqa=form), arm)
         for score in ("wanda", "fluctuation")
     }
     for (index, kind), (x, _) in consumer_inputs(adapter, ids).items():
@@ -84,7 +84,7 @@ def test_wanda_and_fluctuation(tiny_model, calibration, family, form, arm):
 def test_obs_grams(tiny_model, calibration, family, form, arm, relative):
     adapter = Adapter(tiny_model(family))
     settings = StructuredSettings(score="obs", gqa=form, relative=relative, damping=0.05, rounds=5)
-    paths = rank_units(adapter, calibration, settings, arm, SINK, Limits(windows=2))
+    paths = rank_units(Scan(adapter, calibration, SINK, Limits(windows=2)), settings, arm)
     ids, omega = plain_rows(adapter, calibration, arm)
     for (index, kind), (x, stream) in consumer_inputs(adapter, ids).items():
         weight = omega.flatten().double()
@@ -95,64 +95,57 @@ def test_obs_grams(tiny_model, calibration, family, form, arm, relative):
         groups = block_groups(adapter.blocks[index], kind, form)
         rounds = 5 if kind == "channels" else None
         expected = obs_path(adapter.blocks[index][ROLE[kind]].weight, gram, groups, 0.05, rounds)
-        found = paths[index, kind]
-        assert found.steps == expected.steps
-        assert torch.allclose(found.cost, expected.cost, rtol=1e-2)
+        path = paths[index, kind]
+        assert path.steps == expected.steps
+        assert torch.allclose(path.cost, expected.cost, rtol=1e-2)
 
 
 @torch.no_grad()
 def test_obs_is_the_same_from_a_file_of_states(tiny_model, calibration):
     adapter, settings = Adapter(tiny_model()), StructuredSettings(score="obs")
     memory, file = (
-        rank_units(adapter, calibration, settings, "masked+sink", SINK, Limits(1, budget)) for budget in (2**30, 0)
+        rank_units(Scan(adapter, calibration, SINK, Limits(1, budget)), settings, "masked+sink")
+        for budget in (2**30, 0)
     )
     for key in memory:
         assert memory[key].steps == file[key].steps and torch.equal(memory[key].cost, file[key].cost)
 
 
-@pytest.mark.parametrize(
-    "windows, copies, length, expected",
-    [(1, 10, 128, 10), (4, 10, 128, 40), (1, 10, 4096, 2), (8, 1, 2048, 4), (1, 10, 819, 10), (1, 10, 9000, 1)],
-)
-def test_sequences_in_a_pass(windows, copies, length, expected):
-    assert Limits(windows).sequences(copies, length) == expected
-
-
 @pytest.mark.parametrize("score, passes", [("obs", {3}), ("wanda", {6}), ("taylor", {3})])
 @torch.no_grad()
 def test_a_pass_has_so_many_tokens_unless_it_needs_whole_windows(tiny_model, calibration, score, passes, monkeypatch):
-    adapter, seen = Adapter(tiny_model()), {"mass": set(), "score": set()}
-    settings = StructuredSettings(score=score)
-    whole = rank_units(adapter, calibration, settings, "masked+sink", SINK, Limits(3))
+    adapter, sizes = Adapter(tiny_model()), {"mass": set(), "score": set()}
+    scan, settings = Scan(adapter, calibration, SINK, Limits(3)), StructuredSettings(score=score)
+    whole = rank_units(scan, settings, "masked+sink")
 
-    def see(module, args, output):
-        seen["score"].add(len(output))
+    def count(module, args, output):
+        sizes["score"].add(len(output))
 
-    monkeypatch.setattr(ranking, "PASS_TOKENS", 4 * LENGTH - 1)
-    measure = ranking.measure_mass
-    monkeypatch.setattr(ranking, "measure_mass", lambda *args: seen["mass"].add(args[2]) or measure(*args))
-    handle = adapter.blocks[0]["gate"].register_forward_hook(see)
-    found = rank_units(adapter, calibration, settings, "masked+sink", SINK, Limits(3))
+    measure = rows.mass_of
+    monkeypatch.setattr("structprune.statistics.scan.PASS_TOKENS", 4 * LENGTH - 1)
+    monkeypatch.setattr(rows, "mass_of", lambda adapter, ids: sizes["mass"].add(len(ids)) or measure(adapter, ids))
+    handle = adapter.blocks[0]["gate"].register_forward_hook(count)
+    paths = rank_units(scan, settings, "masked+sink")
     handle.remove()
-    assert seen["mass"] == ({3} if score != "wanda" else set())
-    assert seen["score"] == passes  # taylor's mass pass, which goes through the gate too, is of as many
-    for key, path in found.items():
+    assert sizes["mass"] == ({3} if score != "wanda" else set())
+    assert sizes["score"] == passes  # taylor's mass pass, which goes through the gate too, is of as many
+    for key, path in paths.items():
         assert path.steps == whole[key].steps and torch.allclose(path.cost, whole[key].cost, rtol=1e-4)
 
 
 @torch.no_grad()
 def test_obs_needs_half_of_a_gram(tiny_model, calibration, monkeypatch):
     """Tiles below the diagonal are not computed, and filled in before anything is scored."""
-    adapter, settings, tiles = Adapter(tiny_model()), StructuredSettings(score="obs"), []
-    whole = rank_units(adapter, calibration, settings, "masked+sink", SINK)
+    scan, settings, tiles = Scan(Adapter(tiny_model()), calibration, SINK), StructuredSettings(score="obs"), []
+    whole = rank_units(scan, settings, "masked+sink")
     monkeypatch.setitem(activations.GRAM_TILE, "cpu", 8)
     add = torch.Tensor.addmm_
     monkeypatch.setattr(
         torch.Tensor, "addmm_", lambda total, *args, **more: tiles.append(total.shape) or add(total, *args, **more)
     )
-    found = rank_units(adapter, calibration, settings, "masked+sink", SINK)
+    paths = rank_units(scan, settings, "masked+sink")
     assert {(8, 32), (8, 24), (8, 16), (8, 8)} <= set(tiles)
-    for key, path in found.items():
+    for key, path in paths.items():
         assert path.steps == whole[key].steps and torch.allclose(path.cost, whole[key].cost, rtol=1e-4)
 
 
@@ -160,7 +153,7 @@ def test_obs_needs_half_of_a_gram(tiny_model, calibration, monkeypatch):
 @torch.no_grad()
 def test_magnitude(tiny_model, family, form):
     adapter = Adapter(tiny_model(family))
-    paths = rank_units(adapter, None, StructuredSettings(score="magnitude", gqa=form), None, SINK)
+    paths = rank_units(Scan(adapter, None), StructuredSettings(score="magnitude", gqa=form), None)
     for block in adapter.blocks:
         check_static(
             paths[block.index, "attention"], attention_sums(block, form, lambda w: w**2), unit_groups(block, form)
@@ -218,7 +211,8 @@ def plain_loss(adapter, calibration, omega):
 @pytest.mark.parametrize("family, form", FORMS)
 def test_taylor(tiny_model, calibration, family, form, arm):
     adapter = Adapter(tiny_model(family))
-    paths = rank_units(adapter, calibration, StructuredSettings(score="taylor", gqa=form), arm, SINK, Limits(windows=2))
+    scan = Scan(adapter, calibration, SINK, Limits(windows=2))
+    paths = rank_units(scan, StructuredSettings(score="taylor", gqa=form), arm)
     _, omega = plain_rows(adapter, calibration, arm)
     adapter.model.zero_grad()
     plain_loss(adapter, calibration, omega).backward()
@@ -248,21 +242,22 @@ def test_taylor_gradient_is_the_slope_of_the_loss(tiny_model, calibration):
 def test_taylor_leaves_the_model_as_it_was(tiny_model, calibration):
     model = tiny_model()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    rank_units(Adapter(model), calibration, StructuredSettings(score="taylor"), "masked", SINK)
+    rank_units(Scan(Adapter(model), calibration, SINK), StructuredSettings(score="taylor"), "masked")
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(value.grad is None and value.requires_grad for value in model.parameters())
 
 
 def test_taylor_without_mask_probabilities_is_refused(tiny_model, calibration):
+    scan = Scan(Adapter(tiny_model()), replace(calibration, mask_probability=None), SINK)
     with pytest.raises(UserError, match="'taylor' needs mask probabilities"):
-        rank_units(
-            Adapter(tiny_model()), replace(calibration, mask_probability=None), StructuredSettings(score="taylor"),
-            "masked", SINK,
-        )  # fmt: skip
+        rank_units(scan, StructuredSettings(score="taylor"), "masked")
 
 
 def test_slices_of_shared_kv_heads_stay_out_of_query_head_units(tiny_model):
     block = Adapter(tiny_model("dream")).blocks[0]
-    width = lambda form: sum(p.shape[1] for p in coupled_slices(block, "attention", form, block_tensors(block)))  # noqa: E731
+
+    def width(form: str) -> int:
+        return sum(part.shape[1] for part in coupled_slices(Units.of(block, "attention", form), block_tensors(block)))
+
     assert width("query_heads") == 8 * 32 + 8 + 8 * 32  # q rows, q bias, output columns of one head of dim 8
     assert width("kv_groups") == 3 * width("query_heads") + 2 * (8 * 32 + 8)  # three of those, and k and v

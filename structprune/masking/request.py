@@ -1,0 +1,42 @@
+"""A resolved run for masks."""
+
+from dataclasses import dataclass
+
+from structprune.config import MaskingSettings
+from structprune.masking.scores.table import MaskScore
+from structprune.statistics.request import Request
+from structprune.statistics.scan import Limits
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskRequest(Request):
+    """An unstructured or N:M run.
+
+    Attributes:
+        name: the score's name, without `sink-`.
+        score: its row in the table.
+        ratio: removed share of every projection, N / M for N:M.
+        nm: (N, M), or None.
+        walks: whether the score's statistics come from a walk: Gram matrices always, norms unless they are measured on
+            the dense model.
+    """
+
+    name: str
+    score: MaskScore
+    ratio: float
+    nm: tuple[int, int] | None
+    walks: bool
+
+    @property
+    def settings(self) -> MaskingSettings:
+        return self.config.masking
+
+    @property
+    def measures_dense(self) -> bool:
+        """Whether norms of the dense model are measured in one shot, for the score or for `owl`."""
+        return (self.arm is not None and not self.walks) or self.settings.allocation == "owl"
+
+    @property
+    def limits(self) -> Limits:
+        """`calibration.batch` counts sequences here, noisy or clean."""
+        return Limits(batch=self.calibration.batch, budget=self.resources.budget, overlap=self.resources.overlap)

@@ -1,0 +1,68 @@
+"""Where a run computes and what it may hold: device, streaming, dtype and memory budget, resolved once."""
+
+from dataclasses import dataclass
+
+import torch
+
+from structprune.config import MemorySettings, ModelSettings
+from structprune.errors import UserError
+from structprune.models.loading import as_dtype
+from structprune.models.placement import pick_device
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a run has to work with.
+
+    Attributes:
+        device: where forward passes compute.
+        offload: weights stay in host memory and each layer's are streamed to the device while it computes.
+        overlap: copy hidden states and streamed weights while others are computed.
+        dtype: of the weights in memory; None: float32 on CPU, else the checkpoint's own.
+        budget: bytes that hidden states and held statistics may take before they go to files or are computed again.
+    """
+
+    device: torch.device
+    offload: bool = False
+    overlap: bool = False
+    dtype: torch.dtype | None = None
+    budget: int = 8 * 10**9
+
+    @property
+    def accelerator(self) -> bool:
+        return self.device.type != "cpu"
+
+    @property
+    def stream_target(self) -> torch.device | None:
+        """The device to stream weights to; None where they stay where they are."""
+        return self.device if self.offload else None
+
+    @property
+    def home(self) -> torch.device:
+        """Where weights are loaded."""
+        return torch.device("cpu") if self.offload else self.device
+
+    def weight_dtype(self, stored: torch.dtype) -> torch.dtype:
+        """Dtype of the weights in memory, given the checkpoint's."""
+        return self.dtype or (stored if self.accelerator else torch.float32)
+
+
+def resolve_resources(model: ModelSettings, memory: MemorySettings, dry_run: bool = False) -> Resources:
+    """Resources from the settings.
+
+    Args:
+        dry_run: the device need not be on this machine.
+    Raises:
+        UserError: an unknown or absent device, or streaming without an accelerator.
+    """
+    name = model.device or ""
+    device = torch.device(name) if dry_run and _is_cuda(name) else pick_device(model.device)
+    if memory.offload and device.type == "cpu":
+        raise UserError("memory.offload streams weights to an accelerator, and the device is cpu: leave it off")
+    dtype = as_dtype(model.dtype)
+    return Resources(device, memory.offload, memory.overlap, dtype, int(memory.budget_gb * 1e9))
+
+
+def _is_cuda(device: str) -> bool:
+    name, _, index = device.partition(":")
+    return name == "cuda" and (not index or index.isdigit())

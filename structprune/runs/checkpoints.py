@@ -1,0 +1,102 @@
+"""From a checkpoint directory or Hub id to an output directory: `structprune prune`, without a console."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from structprune.calibration.build import check_length, check_source
+from structprune.calibration.trajectories import check_calibration
+from structprune.checkpoint.output import check_output
+from structprune.config import Config
+from structprune.masking.request import MaskRequest
+from structprune.models.adapter import Adapter
+from structprune.models.loading import load_model
+from structprune.models.modeling_structprune import DiffusionLM
+from structprune.progress import Track, untracked
+from structprune.runs.ghost import Ghost, read_ghost
+from structprune.runs.mask import Masked, mask
+from structprune.runs.prune import Pruned, Pruner
+from structprune.runs.resolve import at_ratio, check_plan, resolve_masking, resolve_structured
+from structprune.structured.plan import Plan
+from structprune.structured.request import StructuredRequest
+
+
+@dataclass(frozen=True)
+class Written:
+    """An output directory.
+
+    Attributes:
+        result: what was saved there.
+        source_bytes: of the source's weights, in their stored dtype.
+    """
+
+    result: Pruned | Masked
+    source_bytes: int
+
+
+def prune_checkpoint(
+    source: str,
+    out: Path,
+    config: Config,
+    plan: Plan | None = None,
+    overwrite: bool = False,
+    track: Track = untracked,
+) -> Written:
+    """Load, prune and save. Everything that can be refused is, before weights are read.
+
+    Args:
+        source: checkpoint directory or Hub id.
+        out: directory to write; it appears complete or not at all.
+        plan: apply this one instead of scoring.
+        overwrite: replace an earlier output.
+    Raises:
+        UserError: anything the user can mend.
+    """
+    ghost = read_ghost(source, config.model)
+    request = resolve_structured(config, ghost.model)
+    if plan is None:
+        at_ratio(request, None)
+    else:
+        check_plan(request, ghost.model, plan, ghost.values)
+    check_output(out, ghost.directory, overwrite, ghost.stored_bytes)
+    _check_text(config, ghost)
+    model = _load(source, request)
+    pruned = Pruner(model, request, track=track).prune(plan=plan)
+    pruned.save(out, overwrite)
+    return Written(pruned, ghost.stored_bytes)
+
+
+def mask_checkpoint(
+    source: str, out: Path, config: Config, overwrite: bool = False, track: Track = untracked
+) -> Written:
+    """Load, mask and save in the source's layout; arguments as `prune_checkpoint`.
+
+    Raises:
+        UserError: anything the user can mend, before weights are read where it can be known then.
+    """
+    ghost = read_ghost(source, config.model)
+    request = resolve_masking(config, ghost.model)
+    adapter = Adapter(ghost.model)
+    mask_bytes = sum(block[role].weight.numel() for block in adapter.blocks for role in block.names) // 8
+    check_output(out, ghost.directory, overwrite, ghost.stored_bytes + mask_bytes)
+    if request.reads_text:
+        _check_text(config, ghost)
+    model = _load(source, request)
+    masked = mask(model, request, track=track, in_place=True)
+    masked.save(out, overwrite)
+    return Written(masked, ghost.stored_bytes)
+
+
+def _check_text(config: Config, ghost: Ghost) -> None:
+    """Refuse windows, a saved calibration or a tokenizer that cannot be used, before weights are read."""
+    check_length(ghost.model, config)
+    saved = check_source(config.calibration, ghost.directory)
+    if saved is not None:
+        check_calibration(saved, config)
+
+
+def _load(source: str, request: StructuredRequest | MaskRequest) -> DiffusionLM:
+    """The model where the request says; masks also carry the checkpoint's own code over, which is not executed."""
+    resources, settings = request.resources, request.config.model
+    dtype = "auto" if resources.offload and resources.dtype is None else resources.dtype
+    carries_code = isinstance(request, MaskRequest)
+    return load_model(source, dtype, resources.home, settings.mask_id, settings.allow_pickle, carries_code)

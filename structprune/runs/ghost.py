@@ -1,0 +1,60 @@
+"""A checkpoint without its weights: a model on the meta device, from config.json and safetensors headers alone."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from structprune.config import ModelSettings
+from structprune.models.adapter import Adapter
+from structprune.models.checkpoint_files import stored_headers
+from structprune.models.loading import DTYPES, as_dtype, check_shapes, load_config, source_name
+from structprune.models.modeling_structprune import DiffusionLM
+
+
+@dataclass(frozen=True, eq=False)
+class Ghost:
+    """A checkpoint whose weights were not read.
+
+    Attributes:
+        name: the Hub id, or the directory's own name.
+        directory: of its files.
+        model: on the meta device.
+        values: contents of its config.json.
+        stored: dtype of its weights.
+    """
+
+    name: str
+    directory: Path
+    model: DiffusionLM
+    values: dict
+    stored: torch.dtype
+
+    @property
+    def adapter(self) -> Adapter:
+        return Adapter(self.model)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of its weights on disk."""
+        return self.model.num_parameters() * self.stored.itemsize
+
+
+def read_ghost(source: str | Path, settings: ModelSettings) -> Ghost:
+    """Read a checkpoint's configuration and headers; a directory that holds only config.json is enough.
+
+    Raises:
+        UserError: a checkpoint that cannot be loaded, as far as config.json and headers tell.
+    """
+    directory, family, config, values = load_config(source, settings.mask_id)
+    with torch.device("meta"):
+        model = family.model_class(config)
+    headers = stored_headers(source, directory, settings.allow_pickle)
+    if headers:
+        check_shapes(model, {name: header.shape for name, header in headers.items()}, directory)
+        dtypes = [DTYPES.get(header.dtype, torch.float32) for header in headers.values()]
+        stored = max(dtypes, key=dtypes.count)
+    else:
+        name = str(values.get("torch_dtype") or values.get("dtype") or "bfloat16")
+        stored = as_dtype(name.removeprefix("torch.")) or torch.bfloat16
+    return Ghost(source_name(source, directory), directory, model, values, stored)

@@ -1,0 +1,153 @@
+"""From a configuration and a model's shapes to a request: what contradicts itself or cannot be met is refused here.
+
+The dry run and the run share it. The model may be on the meta device.
+"""
+
+from dataclasses import replace
+
+from structprune.calibration.noise import level_times
+from structprune.calibration.trajectories import check_trajectory
+from structprune.checkpoint.export import check_export, check_export_request
+from structprune.config import Config
+from structprune.config.effects import Facts, check_masking, check_structured
+from structprune.errors import UserError
+from structprune.masking.allocate import block_ratios
+from structprune.masking.patterns import check_pattern, parse_nm
+from structprune.masking.request import MaskRequest
+from structprune.masking.scores.table import SCORES as MASK_SCORES
+from structprune.masking.scores.table import option_users as mask_option_users
+from structprune.masking.scores.table import resolve_score
+from structprune.models.adapter import Adapter
+from structprune.models.modeling_structprune import DiffusionLM
+from structprune.models.resources import resolve_resources
+from structprune.structured.choose import check_choice, open_blocks
+from structprune.structured.plan import Plan
+from structprune.structured.request import StructuredRequest
+from structprune.structured.scores.table import SCORES, option_users, resolve_arm
+from structprune.structured.surgery import pruned_config
+
+
+def resolve_structured(config: Config, model: DiffusionLM, dry_run: bool = False) -> StructuredRequest:
+    """A structured run, before any forward pass.
+
+    Args:
+        dry_run: the device need not be on this machine.
+    Raises:
+        UserError: the first choice that cannot be met or has no effect.
+    """
+    settings = config.structured
+    arm = resolve_arm(settings.score, settings.arm)
+    resources = resolve_resources(config.model, config.memory, dry_run)
+    if resources.offload and SCORES[settings.score].needs == "gradients":
+        raise UserError(
+            f"score '{settings.score}' needs a backward pass, which memory.offload does not do: turn one of them off"
+        )
+    sizes = open_blocks(Adapter(model), settings)
+    check_choice(sizes, settings)
+    check_structured(config, Facts(settings.score, arm, option_users(), resources.accelerator))
+    if config.calibration.held_out < 1 and not config.calibration.replays:
+        raise UserError("calibration.held_out = 0 leaves nothing to choose split and damping on: set it to 1 or more")
+    check_levels(config)
+    return StructuredRequest(config=config, arm=arm, resources=resources, score=SCORES[settings.score], sizes=sizes)
+
+
+def at_ratio(request: StructuredRequest, ratio: float | None) -> StructuredRequest:
+    """The request at another removed ratio (None: its own), without a plan to apply.
+
+    Raises:
+        UserError: no plan meets the ratio, or the export class rules it out.
+    """
+    if ratio is not None:
+        settings = request.settings.model_copy(update={"ratio": ratio})
+        request = replace(request, config=request.config.model_copy(update={"structured": settings}))
+        check_choice(request.sizes, settings)
+    check_export_request(request.config)
+    return request
+
+
+def check_plan(request: StructuredRequest, model: DiffusionLM, plan: Plan, source_values: dict) -> None:
+    """Raise UserError unless a plan fits the model and the export class.
+
+    Args:
+        source_values: contents of the dense checkpoint's config.json.
+    """
+    plan.check(Adapter(model))
+    check_export(pruned_config(model, plan, request.reconstruct.adds_bias), source_values, request.config.export.compat)
+
+
+def resolve_masking(config: Config, model: DiffusionLM, dry_run: bool = False) -> MaskRequest:
+    """An unstructured or N:M run, before any forward pass.
+
+    Args:
+        dry_run: the device need not be on this machine.
+    Raises:
+        UserError: the first choice that cannot be met or has no effect.
+    """
+    masking, adapter = config.masking, Adapter(model)
+    if config.method == "structured":
+        raise UserError("method = structured makes no masks: set it to unstructured or nm")
+    name, arm = resolve_score(masking.score, masking.arm)
+    score = MASK_SCORES[name]
+    walks = score.needs == "grams" or (score.needs == "norms" and masking.order == "sequential")
+    reads = arm is not None or masking.allocation == "owl" or config.reconstruct.enabled
+    reads = reads or config.calibration.held_out > 0
+    resources = resolve_resources(config.model, config.memory, dry_run)
+    check_masking(config, Facts(name, arm, mask_option_users(), resources.accelerator, reads))
+    ratio = removed_ratio(config)
+    nm = parse_nm(masking.nm) if config.method == "nm" else None
+    if nm is not None:
+        check_pattern(adapter.blocks, masking.nm)
+        if masking.allocation != "uniform":
+            choice = f"masking.allocation = {masking.allocation}"
+            raise UserError(f"{choice} varies the ratio over blocks, which N:M fixes at {ratio:g}: use uniform")
+    if masking.allocation != "owl":  # which activations decide
+        block_ratios(masking, ratio, block_weights(adapter), None)
+    if config.reconstruct.enabled and config.calibration.held_out < 1 and not config.calibration.replays:
+        raise UserError(
+            "calibration.held_out = 0 leaves nothing to choose the refit's damping on: set it, or"
+            " reconstruct.enabled = false"
+        )
+    if reads:
+        check_levels(config)
+    return MaskRequest(
+        config=config,
+        arm=arm,
+        resources=resources,
+        reads_text=reads,
+        name=name,
+        score=score,
+        ratio=ratio,
+        nm=nm,
+        walks=walks,
+    )
+
+
+def check_levels(config: Config) -> None:
+    """Raise UserError for noise levels or trajectories that the settings rule out."""
+    settings = config.calibration
+    if not settings.replays:
+        level_times(settings.steps, settings.interval)
+        check_trajectory(config)
+
+
+def removed_ratio(config: Config) -> float:
+    """The removed share of every projection of a run for masks.
+
+    Raises:
+        UserError: N:M with another ratio than N / M.
+    """
+    ratio = config.masking.ratio
+    if config.method != "nm":
+        return 0.5 if ratio is None else ratio
+    removed, group = parse_nm(config.masking.nm)
+    if ratio not in (None, removed / group):
+        conflict = f"masking.ratio = {ratio} contradicts masking.nm = {config.masking.nm}"
+        raise UserError(
+            f"{conflict}, which removes {removed / group:g}: leave it out (null), or use method unstructured"
+        )
+    return removed / group
+
+
+def block_weights(adapter: Adapter) -> list[int]:
+    """Weights of the seven projections of every block."""
+    return [sum(block[role].weight.numel() for role in block.names) for block in adapter.blocks]

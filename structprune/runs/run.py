@@ -1,0 +1,131 @@
+"""What every pruning run shares: calibration, streaming, timing, the held-out check and the sink log."""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TypeVar
+
+import torch
+
+from structprune.calibration.batches import Calibration
+from structprune.calibration.build import CHECK_SEED, calibrate, held_out_noise
+from structprune.calibration.trajectories import check_calibration, reverse_calibration
+from structprune.errors import UserError
+from structprune.evaluation.compare import paired_difference
+from structprune.evaluation.nelbo import Nelbo, masked_nelbo
+from structprune.masking.request import MaskRequest
+from structprune.models.adapter import Adapter
+from structprune.models.modeling_structprune import DiffusionLM
+from structprune.models.placement import streamed, synchronise
+from structprune.progress import Track
+from structprune.statistics.scan import Scan
+from structprune.statistics.sink_log import SinkLog
+from structprune.structured.request import StructuredRequest
+
+T = TypeVar("T")
+
+
+class Run:
+    """One dense model, one resolved request and one calibration set.
+
+    Args:
+        model: the dense model, from `structprune.load_model`.
+        request: what the run does.
+        calibration: the windows to read; None makes them as the request says.
+        track: wraps long iterations, `track(items, title)`.
+    Raises:
+        UserError: a calibration that the request cannot use.
+    """
+
+    def __init__(
+        self,
+        model: DiffusionLM,
+        request: StructuredRequest | MaskRequest,
+        calibration: Calibration | None,
+        track: Track,
+    ):
+        self.model, self.track, self.adapter = model, track, Adapter(model)
+        self.resources, self.limits = request.resources, request.limits
+        self.sink, self.seed = request.sink, request.calibration.seed
+        self.seconds: dict[str, float] = {}
+        if calibration is not None and not request.reads_text:
+            raise UserError("nothing of this run looks at a calibration: leave it out, or set calibration.held_out")
+        self._calibration = self._calibrate(request, calibration) if request.reads_text else None
+
+    def _calibrate(self, request: StructuredRequest | MaskRequest, calibration: Calibration | None) -> Calibration:
+        """The calibration given, replayed, or made along the trajectory that the request names."""
+        config = request.config
+        if calibration is not None or request.calibration.replays:
+            calibration = calibration or calibrate(self.model, config)
+            check_calibration(calibration, config)
+            return calibration
+        calibration = calibrate(self.model, config)
+        if self.sink.trajectory == "forward":
+            return calibration
+        with self.streamed(self.model):
+            copies = 1 if self.limits.batch is not None else calibration.levels
+            batch = request.calibration.batch * copies
+            return reverse_calibration(self.model, calibration, request.calibration, batch, self.track)
+
+    @property
+    def calibration(self) -> Calibration:
+        """The calibration set.
+
+        Raises:
+            UserError: the run reads no text.
+        """
+        if self._calibration is None:
+            raise UserError("this run reads no calibration text")
+        return self._calibration
+
+    @property
+    def device(self) -> torch.device:
+        """Where forward passes compute."""
+        return self.resources.stream_target or self.model.device
+
+    def scan(self, log: SinkLog) -> Scan:
+        """The context of a measurement on the dense model with all windows, whose sink mass `log` keeps."""
+        return Scan(self.adapter, self.calibration, self.sink, self.limits, self.track, log.observe)
+
+    def fit_scan(self, log: SinkLog) -> Scan:
+        """As `scan`, without the held-out windows."""
+        return replace(self.scan(log), calibration=self.calibration.fit)
+
+    def timed(self, name: str, work: Callable[[], T]) -> T:
+        """Do some work and add its time to phase `name`, in seconds, device included."""
+        synchronise(self.device)
+        start = time.perf_counter()
+        value = work()
+        synchronise(self.device)
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        return value
+
+    def streamed(self, model: DiffusionLM):
+        """While open, the model computes on the run's device even where its weights stay in host memory."""
+        return streamed(model, self.resources.stream_target, self.resources.overlap)
+
+    def nelbo(self, model: DiffusionLM) -> Nelbo:
+        """NELBO on the held-out windows, under noise that all models of this run share."""
+        ids, noisy, p = held_out_noise(self.calibration, self.model, self.seed)
+        batch = self.limits.sequences(self.calibration.levels, self.calibration.length)
+        with self.streamed(model):
+            return self.timed("check", lambda: masked_nelbo(model, ids, noisy, p, batch=batch, track=self._show_check))
+
+    def _show_check(self, items):
+        return self.track(items, "held-out check")
+
+    def held_out(self, dense: Nelbo, pruned: Nelbo, kept: str, **means: float | None) -> dict:
+        """What pruning costs on the held-out windows, as plain data for the report.
+
+        Args:
+            kept: which of the candidates `pruned` is.
+            means: NELBO of the candidates, by name.
+        """
+        return {
+            "kept": kept,
+            "dense": dense.mean,
+            **means,
+            "loss": paired_difference(pruned.nelbo, dense.nelbo),
+            "windows": self.calibration.held_out,
+            "seed": CHECK_SEED + self.seed,
+        }

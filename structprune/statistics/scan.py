@@ -1,0 +1,70 @@
+"""What goes through a model together: the model, the windows it reads, sink settings, limits, and who watches."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from structprune.calibration.batches import Calibration
+from structprune.config import SinkSettings
+from structprune.models.adapter import Adapter
+from structprune.progress import Track, untracked
+
+Observe = Callable[[torch.Tensor], None]  # receives the attention mass (..., T) that sink weights are computed from
+PASS_TOKENS = 8192  # most tokens in a forward pass that does not need whole windows
+
+
+def unobserved(mass: torch.Tensor) -> None:
+    """The mass hook that does nothing."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much is processed at once.
+
+    Attributes:
+        windows: windows per forward pass, each with all its noise levels.
+        budget: bytes that statistics and hidden states may hold in memory.
+        overlap: on an accelerator, copy hidden states while other rows are computed.
+        batch: sequences in every forward pass; None derives them from `windows`.
+    """
+
+    windows: int = 1
+    budget: int = 2**33
+    overlap: bool = False
+    batch: int | None = None
+
+    def sequences(self, copies: int, length: int) -> int:
+        """Sequences of `length` tokens per forward pass: all `copies` of `windows` windows, at most `PASS_TOKENS`.
+
+        For work that takes sequences one by one. Scores that compare all levels of a window use `windows` directly.
+        """
+        if self.batch is not None:
+            return self.batch
+        return max(1, min(self.windows * copies, PASS_TOKENS // length))
+
+
+@dataclass(frozen=True, eq=False)
+class Scan:
+    """The context of every measurement of a model.
+
+    Attributes:
+        adapter: of the model that is measured.
+        calibration: the windows and noisy copies it reads.
+        sink: how sink weights are computed from attention mass.
+        limits: how much is processed at once.
+        track: wraps long iterations, `track(items, title)`.
+        observe: receives the attention mass of every pass that sink weights come from, in the order of the sequences.
+    """
+
+    adapter: Adapter
+    calibration: Calibration
+    sink: SinkSettings = SinkSettings()
+    limits: Limits = Limits()
+    track: Track = untracked
+    observe: Observe = unobserved
+
+    def sequences(self, copies: int | None = None) -> int:
+        """Sequences per forward pass, with `copies` of each window (default: all noise levels)."""
+        copies = self.calibration.levels if copies is None else copies
+        return self.limits.sequences(copies, self.calibration.length)

@@ -1,0 +1,31 @@
+"""A resolved structured run."""
+
+from dataclasses import dataclass
+
+from structprune.config import StructuredSettings
+from structprune.statistics.request import Request
+from structprune.statistics.scan import Limits
+from structprune.structured.scores.table import Score
+from structprune.structured.sizes import BlockSize
+
+
+@dataclass(frozen=True, kw_only=True)
+class StructuredRequest(Request):
+    """A structured run.
+
+    Attributes:
+        score: the score's row in the table.
+        sizes: of the blocks that may lose units.
+    """
+
+    score: Score
+    sizes: list[BlockSize]
+
+    @property
+    def settings(self) -> StructuredSettings:
+        return self.config.structured
+
+    @property
+    def limits(self) -> Limits:
+        """`calibration.batch` counts windows here, each with all its noise levels."""
+        return Limits(self.calibration.batch, self.resources.budget, self.resources.overlap)

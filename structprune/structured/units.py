@@ -1,0 +1,88 @@
+"""The prunable units of a block: how they group into removal steps, and which weight slices belong to each."""
+
+from dataclasses import dataclass
+
+import torch
+
+from structprune.models.adapter import CONSUMER, UNIT_KINDS, BlockView
+from structprune.structured.paths import UnitKey, step_groups
+
+Tensors = dict[tuple[str, str], torch.Tensor]  # (role, "weight" or "bias") -> a tensor of that parameter's shape
+
+
+@dataclass(frozen=True, eq=False)
+class Units:
+    """The units of one kind in one block.
+
+    Attributes:
+        block: the block they are in.
+        kind: "attention" or "channels".
+        groups: unit indices; a removal step takes one unit of every group (`paths.step_groups`).
+        form: the attention unit, `query_heads` or `kv_groups`.
+    """
+
+    block: BlockView
+    kind: str
+    groups: list[list[int]]
+    form: str
+
+    @classmethod
+    def of(cls, block: BlockView, kind: str, form: str) -> "Units":
+        return cls(block, kind, block_groups(block, kind, form), form)
+
+    @property
+    def key(self) -> UnitKey:
+        return self.block.index, self.kind
+
+    @property
+    def count(self) -> int:
+        """U: units of this kind."""
+        return sum(len(group) for group in self.groups)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """(O, C) weight of the consumer, C = `count` * `width`."""
+        return self.block[CONSUMER[self.kind]].weight.detach()
+
+    @property
+    def width(self) -> int:
+        """Columns of the consumer that read one unit."""
+        return self.weight.shape[1] // self.count
+
+
+def all_units(blocks: list[BlockView], form: str) -> list[Units]:
+    """The units of every block and kind, in the order of the forward pass."""
+    return [Units.of(block, kind, form) for block in blocks for kind in UNIT_KINDS]
+
+
+def block_groups(block: BlockView, kind: str, form: str) -> list[list[int]]:
+    """Units of one kind in step groups: one group per KV head for query heads of a GQA block, else one group."""
+    widths = block.widths
+    if kind == "channels":
+        return step_groups(widths.channels, 1)
+    if form == "kv_groups":
+        return step_groups(widths.kv_heads, 1)
+    return step_groups(widths.query_heads, 1 if widths.query_heads == widths.kv_heads else widths.kv_heads)
+
+
+def coupled_slices(units: Units, tensors: Tensors) -> list[torch.Tensor]:
+    """Every weight slice that is removed with each unit, flattened: U units -> tensors (U, n_i).
+
+    Args:
+        tensors: what to slice, by role and name: parameters, or products of the same shapes.
+    """
+    widths = units.block.widths
+    if units.kind == "channels":
+        rows: tuple[str, ...] = ("gate", "up")
+    elif units.form == "kv_groups" or widths.query_heads == widths.kv_heads:
+        rows = ("query", "key", "value")
+    else:
+        rows = ("query",)
+    parts = [tensors[key].reshape(units.count, -1) for key in tensors if key[0] in rows]  # (U, n)
+    return [*parts, tensors[CONSUMER[units.kind], "weight"].T.reshape(units.count, -1)]
+
+
+def block_tensors(block: BlockView) -> Tensors:
+    """(role, name) -> parameter of the seven linears of a block."""
+    roles = ("query", "key", "value", "attention_output", "gate", "up", "down")
+    return {(role, name): value for role in roles for name, value in block[role].named_parameters()}

@@ -1,0 +1,86 @@
+"""From a checkpoint to an output directory without a console: what is checked, in which order, and what comes back."""
+
+import shutil
+from types import SimpleNamespace
+
+import pytest
+
+from structprune import Config, UserError, load_model
+from structprune.models import loading
+from structprune.models.adapter import Adapter
+from structprune.runs import checkpoints
+from structprune.runs.checkpoints import mask_checkpoint, prune_checkpoint
+
+SMALL = {
+    "calibration.windows": 3, "calibration.held_out": 2, "calibration.length": 16, "calibration.interval": 25,
+}  # fmt: skip
+STRUCTURED = SMALL | {"structured.ratio": 0.4, "structured.split": 3, "structured.score": "magnitude"}
+MASKS = SMALL | {"method": "unstructured", "masking.score": "wanda", "reconstruct.enabled": False}
+WAYS = {"prune": (prune_checkpoint, STRUCTURED), "mask": (mask_checkpoint, MASKS)}
+
+
+@pytest.fixture(params=WAYS)
+def way(request, text_path):
+    """Name, function, and `config(**changes)` of either way."""
+    function, keys = WAYS[request.param]
+
+    def config(**changes) -> Config:
+        more = {key.replace("__", "."): value for key, value in changes.items()}
+        return Config.load(None, keys | {"calibration.source": str(text_path)} | more)
+
+    return request.param, function, config
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """A test that fails where a weight is read."""
+    monkeypatch.setattr(loading, "_read_shard", lambda path: pytest.fail("weights were read"))
+
+
+def output_bytes(checkpoint, name: str) -> int:
+    """Bytes of what is written: the weights, and a bit for every weight of a projection where they are masked."""
+    model = load_model(checkpoint)
+    masked = sum(block[role].weight.numel() for block in Adapter(model).blocks for role in block.names)
+    return 4 * model.num_parameters() + (masked // 8 if name == "mask" else 0)
+
+
+def test_the_output_is_checked_once_with_its_size(way, tiny_checkpoint, tmp_path, monkeypatch, capsys):
+    name, function, config = way
+    checkpoint, out, sizes = tiny_checkpoint(), tmp_path / "out", []
+
+    def check(directory, source, overwrite, needed):
+        sizes.append(needed)
+        return checked(directory, source, overwrite, needed)
+
+    checked = checkpoints.check_output
+    monkeypatch.setattr(checkpoints, "check_output", check)
+    written = function(str(checkpoint), out, config())
+    assert sizes == [output_bytes(checkpoint, name)]
+    assert written.source_bytes == 4 * load_model(checkpoint).num_parameters()
+    assert load_model(out).num_parameters() == written.result.model.num_parameters()
+    assert capsys.readouterr() == ("", "")  # what is shown is up to the caller
+
+
+def test_a_full_disk_is_known_before_weights_are_read(way, tiny_checkpoint, tmp_path, monkeypatch, no_weights):
+    _, function, config = way
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100_000))
+    with pytest.raises(UserError, match=r"output '.*out' needs 0.00 GB, but 0.00 GB are free there"):
+        function(str(tiny_checkpoint()), tmp_path / "out", config())
+    assert not (tmp_path / "out").exists()
+
+
+def test_configuration_and_headers_come_before_the_output(way, tiny_checkpoint, tmp_path, no_weights):
+    """A request that no place can meet is refused as such, whatever stands at the output."""
+    _, function, config = way
+    checkpoint, out = tiny_checkpoint(), tmp_path / "out"
+    out.mkdir()
+    (out / "report.json").write_text("{}")
+    with pytest.raises(UserError, match="exists: choose another, or add --overwrite"):
+        function(str(checkpoint), out, config())
+    with pytest.raises(UserError, match="sink.kappa = 1.0 has no effect"):
+        function(str(checkpoint), out, config(sink__kappa=1.0))
+    weights = checkpoint / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4])
+    with pytest.raises(UserError, match="cut short"):
+        function(str(checkpoint), out, config())
+    assert [path.name for path in out.iterdir()] == ["report.json"]
