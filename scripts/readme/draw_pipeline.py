@@ -4,6 +4,7 @@ python -m scripts.readme.draw_pipeline --out scripts/results/pipeline.png
 """
 
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib
@@ -50,7 +51,7 @@ def draw(path: Path) -> None:
         )
         axes.text(x, y + 0.38, title, ha="center", va="center", fontsize=12.5, fontweight="bold", color=colour)
         axes.text(x, y - 0.16, text, ha="center", va="center", fontsize=10, color="#222222", linespacing=1.25)
-    for start, end in zip(ARROWS, ARROWS[1:]):
+    for start, end in pairwise(ARROWS):
         (x0, y0), (x1, y1) = centre(start), centre(end)
         along, up = (x1 > x0) - (x1 < x0), (y1 > y0) - (y1 < y0)
         tail = (x0 + along * WIDTH / 2, y0 + up * HEIGHT / 2)

@@ -1,16 +1,16 @@
-"""The README's tables of latency: dense against pruned, forward and generation, and what odd widths cost."""
+"""The tables of latency: dense against pruned, forward and generation, and what odd widths cost."""
 
 from scripts.readme.readme_common import machine, table
 
 CACHES = {"none": "full recomputation", "prefix": "prefix cache", "dual": "dual cache"}
 
 
-def bench(found: dict, sized: bool = False) -> str:
+def bench(results: dict, sized: bool = False) -> str:
     """Speed-up and share of the ideal saving of every pruned model.
 
     Args:
-        found: of scripts/bench/bench_pruned.py, or `forward` and `generation` of scripts/gpu/gpu_report.py.
-        sized: say batch and length of every row.
+        results: of scripts/bench/bench_pruned.py, or `forward` and `generation` of scripts/gpu/gpu_report.py.
+        sized: name batch and length in every row.
     """
     header = [
         "",
@@ -24,7 +24,7 @@ def bench(found: dict, sized: bool = False) -> str:
     ]
     rows = []
     for part, title in (("forward", "forward"), ("generation", "generation")):
-        for row in found[part]:
+        for row in results[part]:
             name = title if part == "forward" else f"{title}, {CACHES[row['cache']]}"
             if sized:
                 name += f", {row['batch']} x {row['length']}"
@@ -40,9 +40,9 @@ def bench(found: dict, sized: bool = False) -> str:
     return table(header, rows)
 
 
-def note(found: dict) -> str:
+def note(results: dict) -> str:
     """How the figures of `bench` were made, with the options that say so."""
-    dense, settings, size = found["models"][0], found["settings"], found["calibration"]
+    dense, settings, size = results["models"][0], results["settings"], results["calibration"]
     blocks, sampler = dense["widths"], settings["sampler"]
     rounds, generations = settings["rounds"], settings["generation_rounds"]
     counts = f"--split {size['split']} --windows {size['windows']} --rounds {rounds}"
@@ -52,11 +52,11 @@ def note(found: dict) -> str:
         f" random LLaDA of {dense['parameters'] / 1e6:.0f} M parameters ({len(blocks)} blocks,"
         f" {blocks[0]['query_heads']} heads, {blocks[0]['channels']} channels), pruned by structprune and reloaded,"
         f" {dense['dtype']}, batch {settings['batches'][0]}, {settings['lengths'][0]} tokens,"
-        f" {machine(found['machine'])}, threads: {found['machine']['threads']}; models in turns, median and quartiles"
-        f" of {rounds} passes and {generations} generations of {sampler['gen_length']} tokens in {sampler['steps']}"
-        f" steps, blocks of {sampler['block_length']}. Ideal: time in proportion to the MACs, attention and LM head"
-        f" counted; (1 - 1 / speed-up) over the share of MACs removed.{_agreement(found['generation'])}"
-        f"{_pruning(found['pruning'], size)}"
+        f" {machine(results['machine'])}, threads: {results['machine']['threads']}; models in turns, median and"
+        f" quartiles of {rounds} passes and {generations} generations of {sampler['gen_length']} tokens in"
+        f" {sampler['steps']} steps, blocks of {sampler['block_length']}. Ideal: time in proportion to the MACs,"
+        f" attention and LM head counted; (1 - 1 / speed-up) over the share of MACs removed."
+        f"{_agreement(results['generation'])}{_pruning(results['pruning'], size)}"
     )
 
 
@@ -72,26 +72,26 @@ def _agreement(rows: list[dict]) -> str:
 
 
 def _pruning(runs: list[dict], size: dict) -> str:
-    took = [
+    parts = [
         f"{row['seconds']:.0f} s at {row['asked']}, {row['forward_share']:.0%} of it forward passes" for row in runs
     ]
     volume = f"{size['windows']} windows of {size['window']} tokens, {size['levels']} levels"
-    return f" Pruning itself ({volume}): {'; '.join(took)}."
+    return f" Pruning itself ({volume}): {'; '.join(parts)}."
 
 
-def widths(found: dict) -> str:
+def widths(results: dict) -> str:
     """What MLP widths that are no multiples of 128 cost.
 
     Args:
-        found: of scripts/bench/bench_widths.py.
+        results: of scripts/bench/bench_widths.py.
     """
-    rows = [[alignment, f"{cost:+.1%}"] for alignment, cost in found["costs"].items()]
+    rows = [[alignment, f"{cost:+.1%}"] for alignment, cost in results["costs"].items()]
     return table(["MLP widths that are multiples of", "cost over the line between multiples of 128"], rows)
 
 
-def widths_note(found: dict) -> str:
+def widths_note(results: dict) -> str:
     """How the figures of `widths` were made."""
-    size, where = found["settings"], found["machine"]
+    size, where = results["settings"], results["machine"]
     return (
         "`python -m scripts.bench.bench_widths`, from [`widths.json`](scripts/results/widths.json): a gated MLP on"
         f" {size['tokens']} x {size['hidden']} inputs, {size['dtype']} ({machine(where)}, {where['threads']} threads)."

@@ -1,15 +1,17 @@
-"""What the README's tables share."""
+"""What the tables of the documentation share."""
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table, first column left, others right."""
-    marks = ["---"] + ["---:"] * (len(header) - 1)
+def table(header: list[str], rows: list[list[str]], others: str = "---:") -> str:
+    """A Markdown table: the first column to the left, the others as `others` says, to the right by default."""
+    marks = ["---"] + [others] * (len(header) - 1)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, marks, *rows))
 
 
-def machine(found: dict) -> str:
-    return f"{found['processor']}, {found['cores']} cores, torch {found['torch']}"
+def machine(described: dict) -> str:
+    """A machine in a few words: processor, cores, torch."""
+    return f"{described['processor']}, {described['cores']} cores, torch {described['torch']}"
 
 
 def ranged(value: dict) -> str:
+    """A factor with its range."""
     return f"{value['median']:.2f}x ({value['low']:.2f} to {value['high']:.2f})"

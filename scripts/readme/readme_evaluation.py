@@ -1,4 +1,4 @@
-"""The README's tables of evaluations."""
+"""The tables of evaluations."""
 
 from scripts.readme.readme_common import machine, ranged, table
 
@@ -10,13 +10,13 @@ NAMES = {
 }
 
 
-def evaluation(found: dict) -> str:
+def evaluation(results: dict) -> str:
     """A row per checkpoint, per task and metric its value and its paired difference to the first one.
 
     Args:
-        found: what scripts/studies/evaluate_demo.py keeps.
+        results: of scripts/studies/evaluate_demo.py.
     """
-    summary, settings = found["summary"], found["settings"]
+    summary, settings = results["summary"], results["settings"]
     columns = [
         (task, metric) for task, each in summary["tasks"].items() for metric in each["metrics"] if metric != "masked_ce"
     ]
@@ -57,42 +57,42 @@ def evaluation(found: dict) -> str:
     return f"{table(header, rows)}\n\n{note}"
 
 
-def _plus_minus(found: dict, share: bool) -> str:
+def _plus_minus(estimate: dict, share: bool) -> str:
     scale, places, unit = (100, 1, "%") if share else (1, 4, "")
-    return f"{scale * found['value']:.{places}f}{unit} ± {scale * found['error']:.{places}f}"
+    return f"{scale * estimate['value']:.{places}f}{unit} ± {scale * estimate['error']:.{places}f}"
 
 
-def _difference(found: dict, share: bool) -> str:
+def _difference(comparison: dict, share: bool) -> str:
     scale, places = (100, 1) if share else (1, 4)
-    text = f"{scale * found['difference']:+.{places}f}"
-    if found["low"] is not None:
-        text += f" [{scale * found['low']:+.{places}f}, {scale * found['high']:+.{places}f}]"
-    shown = found["verdict"] != "no difference shown"
-    return f"**{text}**, {found['verdict']}" if shown else f"{text}, {found['verdict']}"
+    text = f"{scale * comparison['difference']:+.{places}f}"
+    if comparison["low"] is not None:
+        text += f" [{scale * comparison['low']:+.{places}f}, {scale * comparison['high']:+.{places}f}]"
+    shown = comparison["verdict"] != "no difference shown"
+    return f"**{text}**, {comparison['verdict']}" if shown else f"{text}, {comparison['verdict']}"
 
 
-def evaluation_speed(found: dict) -> str:
+def evaluation_speed(results: dict) -> str:
     """Ours against the published loop.
 
     Args:
-        found: of scripts/bench/bench_evaluation.py.
+        results: of scripts/bench/bench_evaluation.py.
     """
-    size, drawn, same = found["settings"], found["adaptive_samples"], found["agreement"]
+    size, drawn, same = results["settings"], results["adaptive_samples"], results["agreement"]
     header = ["scoring", "seconds", "times faster (range over rounds)", "same choice as the full count", "normalised"]
     rows = []
-    for side, seconds in found["seconds"].items():
-        faster, agree = found["times_faster"].get(side), same.get(f"{side} with full")
+    for side, seconds in results["seconds"].items():
+        faster, agree = results["times_faster"].get(side), same.get(f"{side} with full")
         shares = [f"{agree[name]:.1%}" for name in ("raw", "normalised")] if agree else ["", ""]
         rows.append([side, f"{sum(seconds):.0f}", ranged(faster) if faster else "", *shares])
-    z = found["deviations"]["full"]
+    z = results["deviations"]["full"]
     note = (
-        f"`python -m scripts.bench.bench_evaluation --piqa FILE --threads {found['machine']['threads']}`, from"
+        f"`python -m scripts.bench.bench_evaluation --piqa FILE --threads {results['machine']['threads']}`, from"
         f" [`evaluation_speed.json`](scripts/results/evaluation_speed.json): {size['items']} questions of PIQA, the"
         f" embedded model, {size['samples']} samples an answer, guidance {size['cfg_scale']}, fp32,"
-        f" {machine(found['machine'])}; the loop takes one answer at a time, 8 copies in a batch, and predicts every"
+        f" {machine(results['machine'])}; the loop takes one answer at a time, 8 copies in a batch, and predicts every"
         f" position. Estimates differ from the loop's by {z['deviation']:.2f} standard errors ({z['within_2']:.0%}"
         f" within 2); adaptive sampling drew {drawn['mean']:.0f} of {drawn['full']} samples. At the full count the"
-        f" loop's matrix products have {found['arithmetic']['ratio']:.2f} times the operations of ours, and a CPU's"
+        f" loop's matrix products have {results['arithmetic']['ratio']:.2f} times the operations of ours, and a CPU's"
         " time goes to these."
     )
     return f"{table(header, rows)}\n\n{note}"

@@ -1,4 +1,4 @@
-"""The README's table of sinks: a diffusion LM and a causal LM side by side."""
+"""The table of sinks: a diffusion LM and a causal LM side by side."""
 
 from scripts.readme.readme_common import machine, table
 from structprune.report.sink_tables import ROWS, cell, columns
@@ -11,14 +11,14 @@ def sinks(embedded: dict, causal: dict, untrained: dict, cost: dict) -> str:
         embedded, causal, untrained: of scripts/studies/sink_study.py. cost: of scripts/bench/bench_sinks.py.
     """
     runs = [*embedded["runs"], *causal["runs"]]
-    nothing = [each for each in columns(untrained["runs"]) if each[1].endswith("prompt")]
-    found = columns(runs) + nothing
-    header = ["", *(f"{model}, {what}" for model, what, _ in found)]
+    control = [each for each in columns(untrained["runs"]) if each[1].endswith("prompt")]
+    shown = columns(runs) + control
+    header = ["", *(f"{model}, {what}" for model, what, _ in shown)]
     rows = []
     for section, title, key in ROWS:
         if section:
-            rows.append([f"**{section}**", *[""] * len(found)])
-        rows.append([title.strip(), *(cell(summary[key]) for *_, summary in found)])
+            rows.append([f"**{section}**", *[""] * len(shown)])
+        rows.append([title.strip(), *(cell(summary[key]) for *_, summary in shown)])
     size, ratio = cost["settings"], cost["ratio"]
     note = (
         f"`{embedded['command']}`, by `python -m scripts.studies.sink_study DIRECTORY`, from"

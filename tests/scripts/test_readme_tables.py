@@ -1,22 +1,20 @@
-"""README tables made of small results: what is bold, what a single seed prints, and sections that are not there yet."""
+"""Tables of small results: what is bold, what a single seed prints; pages filled between markers; tables of keys."""
 
 import copy
 import json
+import re
 from pathlib import Path
+from typing import Annotated, Literal
 
 import pytest
+from pydantic import Field
+
+from structprune.config import Config, Section
+from structprune.evaluation.settings import EvaluationConfig
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 MACHINE = {"processor": "P", "cores": 2, "torch": "2.13"}
 SPREAD = {"median": 2.0, "low": 1.5, "high": 2.5}
-
-
-@pytest.fixture
-def tables(scripts, tmp_path, monkeypatch):
-    """scripts/readme/readme_tables.py, its results in an empty folder."""
-    module = scripts("readme_tables")
-    monkeypatch.setattr(module, "RESULTS", tmp_path)
-    return module
 
 
 def row(mean, half, shown, **keys):
@@ -24,7 +22,7 @@ def row(mean, half, shown, **keys):
     return {**keys, "mean": mean, **ends, "shown": shown}
 
 
-def write_masks(folder, seeds=3):
+def mask_results(seeds=3):
     """Two methods with a refit and one change of it, some rows shown; `seeds` of 1 has no intervals."""
     half = None if seeds == 1 else 0.25
     losses = [
@@ -40,14 +38,12 @@ def write_masks(folder, seeds=3):
         for question, name, base, mean, shown in pairs
     ]
     settings = {"seeds": list(range(seeds)), "windows": 192, "length": 128}
-    found = {"settings": settings, "losses": losses, "contrasts": contrasts, "dense": [4.0, 4.5]}
-    (folder / "masks.json").write_text(json.dumps(found))
+    return {"settings": settings, "losses": losses, "contrasts": contrasts, "dense": [4.0, 4.5]}
 
 
-def test_masks_are_bold_where_shown_not_where_an_interval_excludes_0(tables, tmp_path):
+def test_masks_are_bold_where_shown_not_where_an_interval_excludes_0(scripts):
     """The refit's interval excludes 0, but it is not shown: its seeds disagree."""
-    write_masks(tmp_path)
-    text = tables.masks()
+    text = scripts("readme_studies").masks(mask_results())
     assert "| sparsegpt, clean | +0.500 ± 0.250 | +0.750 ± 0.250 |" in text
     assert "| **sparsegpt, masked, refit** (the default) | +0.500 ± 0.250 | - |" in text
     assert "| sparsegpt, masked - sparsegpt, clean | **-0.5000 ± 0.2500** | - |" in text
@@ -56,9 +52,8 @@ def test_masks_are_bold_where_shown_not_where_an_interval_excludes_0(tables, tmp
     assert "against dense (4.25)" in text and "t interval over the means of the seeds" in text and "3 seeds" in text
 
 
-def test_a_single_seed_prints_means_alone(tables, tmp_path):
-    write_masks(tmp_path, seeds=1)
-    text = tables.masks()
+def test_a_single_seed_prints_means_alone(scripts):
+    text = scripts("readme_studies").masks(mask_results(seeds=1))
     assert "| sparsegpt, masked - sparsegpt, clean | -0.5000 | - |" in text
     assert "±" not in text and "one seed, so without an interval" in text
 
@@ -80,14 +75,9 @@ def speed_results(published=True):
     return {"machine": MACHINE, "settings": settings, "rows": rows}
 
 
-def speed_text(tables, folder, found):
-    (folder / "masking_speed.json").write_text(json.dumps(found))
-    return tables.speed()
-
-
-def test_speed_prints_what_the_json_says_of_the_release(tables, tmp_path):
-    found = speed_results()
-    text = speed_text(tables, tmp_path, found)
+def test_speed_prints_what_the_json_says_of_the_release(scripts):
+    found, speed = speed_results(), scripts("readme_costs").speed
+    text = speed(found)
     line = "4.0 s | 2.0 s | 2.00x (1.50 to 2.50) | 90 MB | 63 MB | 0.70x | 1.6e-02 | 3.5e-06 |"
     assert f"| sink-wanda | {line}" in text and f"| sparsegpt | {line}" in text
     assert "sink-wanda takes 1.25x (1.00 to 1.50) the forward passes" in text
@@ -97,34 +87,73 @@ def test_speed_prints_what_the_json_says_of_the_release(tables, tmp_path):
     changed["settings"]["release_commit"] = "0123456789abcdef"
     changed["rows"][1]["agreement"] |= {"agree": False}
     del changed["rows"][1]["agreement"]["release_itself"], changed["rows"][0]["over_forwards"]
-    text = speed_text(tables, tmp_path, changed)
+    text = speed(changed)
     assert "(commit 0123456)" in text and "SHA-256" not in text
     assert "itself" not in text and "forward passes" not in text
     assert text.endswith("Apart by more than the benchmark allows for rounding: `sparsegpt`.")
 
 
-def test_speed_of_ours_alone(tables, tmp_path):
-    text = speed_text(tables, tmp_path, speed_results(published=False))
+def test_speed_of_ours_alone(scripts):
+    text = scripts("readme_costs").speed(speed_results(published=False))
     assert "| sparsegpt | - | 2.0 s | - | - | 63 MB | - | - | - |" in text
     assert "--published" not in text and "release" not in text.partition("\n\n")[2]
 
 
-@pytest.mark.parametrize("marked", [True, False])
-@pytest.mark.parametrize("measured", [True, False])
-def test_sections_to_come_wait_for_their_results_and_markers(tables, tmp_path, monkeypatch, marked, measured):
-    monkeypatch.setattr(tables, "SECTIONS", {"demo": lambda: "new demo", "masks": tables.masks})
-    if measured:
-        write_masks(tmp_path)
-    readme = "<!-- demo -->\nold\n<!-- /demo -->\n" + "<!-- masks -->\nold masks\n<!-- /masks -->\n" * marked
-    text = tables.filled(readme)
-    assert "new demo" in text
-    assert ("sparsegpt, masked" in text) is (marked and measured)
-    assert ("old masks" in text) is (marked and not measured)
+PAGE = "# Title\n<!-- demo -->\nold\n<!-- /demo -->\n<!-- masks -->\nold masks\n<!-- /masks -->\nend\n"
+MADE = {"demo": lambda: "new [a](scripts/results/a.json)", "masks": lambda: r"\1 |W|"}
 
 
-def test_a_section_that_was_there_may_not_go(tables):
-    with pytest.raises(SystemExit, match="no section marked 'demo'"):
-        tables.filled("no markers")
+def test_a_page_is_filled_between_its_markers_and_links_from_where_it_is(scripts):
+    filled = scripts("readme_tables").filled
+    text = filled(PAGE, "docs/results.md", MADE)
+    assert "<!-- demo -->\n\nnew [a](../scripts/results/a.json)\n\n<!-- /demo -->\n<!-- masks -->" in text
+    assert "\n\\1 |W|\n" in text and "old" not in text and text.startswith("# Title\n") and text.endswith("-->\nend\n")
+    assert filled(text, "docs/results.md", MADE) == text
+    assert "new [a](scripts/results/a.json)" in filled(PAGE, "README.md", MADE)
+
+
+def test_sections_and_markers_go_together(scripts):
+    filled = scripts("readme_tables").filled
+    with pytest.raises(SystemExit, match="README.md has no section marked 'demo'"):
+        filled("no markers", "README.md", MADE)
+    with pytest.raises(SystemExit, match="README.md marks 'masks', which nothing makes"):
+        filled(PAGE, "README.md", {"demo": MADE["demo"]})
+
+
+class Shape(Section):
+    """A section of a configuration."""
+
+    size: int = Field(3, ge=1, lt=2**62)
+    """How large;
+    |W| is not a bar."""
+    kind: Literal["round", "square"] | int = "round"
+    """What form."""
+    place: Path | None = None
+    shares: tuple[Annotated[float, Field(ge=0)], ...] = (0.5, 1)
+    """Of each."""
+    flat: bool = False
+    """Whether it is."""
+
+
+def test_keys_are_told_with_their_docstrings(scripts):
+    lines = scripts("readme_keys").keys("shape", Shape).splitlines()
+    assert lines[:2] == ["| key | default | values | meaning |", "| --- | --- | --- | --- |"]
+    assert lines[2] == "| `shape.size` | `3` | whole number from 1 below 2^62 | How large; \\|W\\| is not a bar. |"
+    assert lines[3] == "| `shape.kind` | `round` | `round`, `square` or whole number | What form. |"
+    assert lines[4] == "| `shape.place` | - |  |  |"
+    assert lines[5] == "| `shape.shares` | `[0.5, 1]` | list of numbers | Of each. |"
+    assert lines[6] == "| `shape.flat` | `false` | `true`, `false` | Whether it is. |"
+
+
+@pytest.mark.parametrize("model", [Config, EvaluationConfig])
+def test_every_key_is_on_a_page_with_a_meaning(scripts, model):
+    """But for two, of which the prose speaks."""
+    pages = scripts("readme_tables").PAGES
+    text = "\n".join((SCRIPTS.parent / page).read_text(encoding="utf-8") for page in pages)
+    meanings = dict(re.findall(r"^\| `([a-z]+\.\w+)` \|.*\| (.*) \|$", text, re.MULTILINE))
+    assert set(model.known_keys()) - set(meanings) <= {"method"}
+    silent = {key for key in model.known_keys() if not meanings.get(key, "?").strip()}
+    assert silent <= {"structured.protect_last", "export.max_shard_size"}
 
 
 def seeds_of(variant, ratio):
@@ -134,13 +163,13 @@ def seeds_of(variant, ratio):
 
 def shown(worse, better, ratio):
     """Whether the kept results show that one variant loses more than another: three seeds, t(2) = 4.302653."""
-    gaps = [a - b for a, b in zip(seeds_of(worse, ratio), seeds_of(better, ratio))]
+    gaps = [a - b for a, b in zip(seeds_of(worse, ratio), seeds_of(better, ratio), strict=True)]
     mean = sum(gaps) / 3
     half = 4.302653 * (sum((gap - mean) ** 2 for gap in gaps) / 2 / 3) ** 0.5
     return mean > half and min(gaps) > 0
 
 
-def test_what_the_readme_claims_of_the_choices_is_shown():
+def test_what_the_results_page_claims_of_the_choices_is_shown():
     """The sentences above the table of qualities: which differences are shown, and which are not."""
     ours = "obs, masked, refit"
     for ratio, expected in ((0.5, [True] * 7), (0.3, [True, True, False, False, True, False, False])):
@@ -168,13 +197,11 @@ def test_kept_intervals_are_over_seeds():
         assert each["shown"] is (same_sign and abs(mean) > half)
 
 
-def test_peaks_that_are_not_known_are_left_open(tables, tmp_path):
+def test_peaks_that_are_not_known_are_left_open(scripts):
     row = {"length": 64, "peak_bytes": {"naive": None, "tiled": 5e6}, "memory_ratio": None, "time_ratio": SPREAD}
     row |= {"median_ms": {"naive": 2.0, "tiled": 1.0}, "forward_ratio": SPREAD}
     shape = {"seconds": 4.0, "peak_memory_bytes": 4e8, "parameters": {"before": 8e9, "after": 4e9}}
     shape |= {"predicted_device_peak_bytes": {"obs": 29e9, "taylor": 56e9}}
-    (tmp_path / "attention_mass.json").write_text(json.dumps({"rows": [row]}))
-    (tmp_path / "inspect.json").write_text(json.dumps({"machine": MACHINE, "shapes": {"LLaDA-8B": shape}}))
-    text = tables.cost()
+    text = scripts("readme_costs").cost({"machine": MACHINE, "shapes": {"LLaDA-8B": shape}}, {"rows": [row]})
     assert "| 64 | 1.0 ms | 2.0 ms | 2.00x | 5 MB | ? | ? | 2.00x |" in text
     assert "| LLaDA-8B | 4.0 s | 0.40 GB | 8.000 B → 4.000 B | 29 GB | 56 GB |" in text

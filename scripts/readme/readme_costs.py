@@ -1,0 +1,98 @@
+"""The tables of what things cost: dry runs, attention mass, and masks beside the released implementation."""
+
+from scripts.readme.readme_common import machine, ranged, table
+
+
+def cost(inspected: dict, mass: dict) -> str:
+    """Time and memory of `structprune inspect`, and the tiled attention mass against the naive one.
+
+    Args:
+        inspected: of scripts/bench/measure_inspect.py.
+        mass: of scripts/bench/bench_attention_mass.py.
+    """
+    rows = [
+        [name, f"{row['seconds']:.1f} s", f"{row['peak_memory_bytes'] / 1e9:.2f} GB",
+         f"{row['parameters']['before'] / 1e9:.3f} B → {row['parameters']['after'] / 1e9:.3f} B",
+         *(f"{peak / 1e9:.0f} GB" for peak in row["predicted_device_peak_bytes"].values())]
+        for name, row in inspected["shapes"].items()
+    ]  # fmt: skip
+    scores = next(iter(inspected["shapes"].values()))["predicted_device_peak_bytes"]
+    header = ["`structprune inspect --ratio 0.5`", "time", "its peak memory", "parameters"]
+    header += [f"predicted peak of a run on a GPU, `{score}`" for score in scores]
+    note = (
+        "`python -m scripts.bench.measure_inspect`, from [`inspect.json`](scripts/results/inspect.json);"
+        f" {machine(inspected['machine'])}. Predicted, not measured: bf16, 128 windows of 4,096 tokens, 10 levels."
+    )
+    return f"{table(header, rows)}\n\n{note}\n\n{_attention_mass(mass)}"
+
+
+def _attention_mass(mass: dict) -> str:
+    header = [
+        "attention mass, T", "tiled", "naive (T x T)", "time ratio", "memory: tiled", "naive", "memory ratio",
+        "block with mass / without",
+    ]  # fmt: skip
+    rows = []
+    for row in mass["rows"]:
+        times, peaks = row["median_ms"], row["peak_bytes"]
+        rows.append([
+            str(row["length"]), f"{times['tiled']:.1f} ms", f"{times['naive']:.1f} ms",
+            f"{row['time_ratio']['median']:.2f}x",
+            *("?" if peaks[name] is None else f"{peaks[name] / 1e6:.0f} MB" for name in ("tiled", "naive")),
+            "?" if row["memory_ratio"] is None else f"{row['memory_ratio']:.1f}x",
+            f"{row['forward_ratio']['median']:.2f}x",
+        ])  # fmt: skip
+    note = (
+        "`python -m scripts.bench.bench_attention_mass`, from"
+        " [`attention_mass.json`](scripts/results/attention_mass.json); both in one run."
+    )
+    return f"{table(header, rows)}\n\n{note}"
+
+
+def speed(results: dict) -> str:
+    """Our masks and the released implementation's, where it ran too: time, memory, agreement.
+
+    Args:
+        results: of scripts/bench/bench_masking.py.
+    """
+    header = ["method", "release", "ours", "faster", "memory: release", "ours", "ratio", "masks differ", "in block 0"]
+    rows = []
+    for row in results["rows"]:
+        seconds, peaks, agreement = row["seconds"], row["peak_bytes"], row.get("agreement")
+        cells = [row["method"]]
+        cells += [f"{seconds[side]['median']:.1f} s" if side in seconds else "-" for side in ("release", "ours")]
+        cells.append(ranged(row["times_faster"]) if "times_faster" in row else "-")
+        cells += [f"{peaks[side]['median'] / 1e6:.0f} MB" if side in peaks else "-" for side in ("release", "ours")]
+        cells.append(f"{row['memory_ratio']:.2f}x" if "memory_ratio" in row else "-")
+        differ = ("masks_differ", "first_block_differs")
+        rows.append(cells + [f"{agreement[name]:.1e}" if agreement else "-" for name in differ])
+    return f"{table(header, rows)}\n\n{speed_note(results)}"
+
+
+def speed_note(results: dict) -> str:
+    """How the figures of `speed` were made, and where the two sides do not agree."""
+    size, rows = results["settings"], results["rows"]
+    command, on = "python -m scripts.bench.bench_masking", "ours on a"
+    if any("release" in row["seconds"] for row in rows):
+        command += " --published DIR --python ENVIRONMENT/bin/python"
+        commit, digest = size.get("release_commit"), size.get("release_sha256")
+        which = f" (commit {commit[:7]})" if commit else f" (SHA-256 {digest[:12]})" if digest else ""
+        on = f"the authors' release{which} and ours, in turns, on the same"
+    text = (
+        f"`{command}`, from [`masking_speed.json`](scripts/results/masking_speed.json): {on} random"
+        f" {size['blocks']}-block model of width {size['width']}, {size['windows']} windows of {size['length']} tokens,"
+        f" {size['levels']} noise levels, {size['dtype']} ({machine(results['machine'])}); median and range over"
+        " rounds; peak memory above the loaded model."
+    )
+    for row in (row for row in rows if "over_forwards" in row):
+        text += f" {row['method']} takes {ranged(row['over_forwards'])} the forward passes it cannot do without."
+    agreements = {row["method"]: row["agreement"] for row in rows if "agreement" in row}
+    itself = next((each["release_itself"] for each in agreements.values() if "release_itself" in each), None)
+    if itself:
+        text += (
+            " SparseGPT feeds roundings back: on another number of threads, the release's differs from itself in"
+            f" {itself['masks_differ']:.1e} of the masks ({itself['first_block_differs']:.1e} in block 0)."
+        )
+    apart = [f"`{name}`" for name, each in agreements.items() if not each["agree"]]
+    if apart:
+        text += f" Apart by more than the benchmark allows for rounding: {', '.join(apart)}."
+    return text

@@ -1,0 +1,149 @@
+"""The tables of losses: the demo's, and those of the studies over seeds."""
+
+from scripts.readme.readme_common import machine, table
+
+SHOWN = (
+    "Positive: the first loses more. Bold: the interval over seeds excludes 0 and all seeds agree in sign, which about"
+    " one in twenty would do by chance."
+)
+DEFAULTS = ("obs, masked+sink, refit", "sparsegpt, masked, refit")
+
+
+def interval(row: dict | None, paired: bool = False) -> str:
+    """A mean and half its 95% interval over seeds, where there is one; `paired`: finer, and bold where it is shown."""
+    if row is None:
+        return "-"
+    places = 4 if paired else 3
+    half = "" if row["low"] is None else f" ± {(row['high'] - row['low']) / 2:.{places}f}"
+    text = f"{row['mean']:+.{places}f}{half}"
+    return f"**{text}**" if paired and row["shown"] else text
+
+
+def over_seeds(settings: dict) -> str:
+    """What means and intervals of a study are over."""
+    count, drawn = len(settings["seeds"]), "calibration text, noise and evaluation text drawn anew"
+    windows = f"{settings['windows']} held-out windows under common noise"
+    if count == 1:
+        return f"mean over {windows} of one seed, so without an interval"
+    return (
+        f"mean over {count} seeds ({drawn}; in each, {windows}) ± half the 95% t interval over the means of the seeds"
+    )
+
+
+def title(variant: str) -> str:
+    """A variant's name, marked where it is the default."""
+    return f"**{variant}** (the default)" if variant in DEFAULTS else variant
+
+
+def demo(results: dict) -> str:
+    """The dense model, and every method at the saved ratios.
+
+    Args:
+        results: of `structprune demo`.
+    """
+    dense, run = results["dense"], results["run"]
+    header = [
+        "model",
+        "parameters",
+        "MACs",
+        "on disk",
+        "NELBO, nats/token",
+        "loss against dense",
+        "forward",
+        "speed-up",
+    ]
+    rows = [_demo_cells("dense", dense)]
+    for row in sorted((row for row in results["rows"] if "bytes" in row), key=lambda row: row["ratio"]):
+        name = f"{row['method']}, {row['ratio']}"
+        rows.append(_demo_cells(f"**{name}**" if row["method"] == "structprune" else name, row))
+    note = (
+        f"`structprune demo`, from [`demo.json`](scripts/results/demo.json): {run['seconds']:.0f} s in all and"
+        f" {run['peak_memory_bytes']['host'] / 1e9:.1f} GB at its peak ({machine(results['machine'])}). NELBO:"
+        f" masked-diffusion bound, lower is better, mean ± standard error over {dense['windows']} held-out windows of"
+        f" {dense['length']} tokens under common noise, so that the loss is a paired difference. Forward: 16 windows,"
+        " fp32, median. FLAP: fluctuation score, one ranking, bias compensation. Magnitude: the same share everywhere,"
+        " no refit."
+    )
+    return f"{table(header, rows)}\n\n{note}"
+
+
+def _demo_cells(name: str, row: dict) -> list[str]:
+    loss, speed = row.get("loss"), row.get("speedup")
+    return [
+        name,
+        f"{row['parameters'] / 1e6:.2f} M",
+        f"{row['macs'] / 1e6:.0f} M",
+        f"{row['bytes'] / 1e6:.1f} MB",
+        f"{row['nelbo']:.3f} ± {row['standard_error']:.3f}",
+        f"{loss['mean']:+.3f} ± {loss['standard_error']:.3f}" if loss else "",
+        f"{row['latency_ms']:.0f} ms",
+        f"{speed['median']:.2f}x" if speed else "",
+    ]
+
+
+def quality(results: dict) -> str:
+    """Losses of every variant of the study, then the paired differences that sink weights make.
+
+    Args:
+        results: of scripts/studies/quality_study.py.
+    """
+    variants = _by_variant(results["losses"])
+    ratios = sorted({row["ratio"] for row in results["losses"]})
+    header = ["variant"] + [text for ratio in ratios for text in (f"loss at {ratio}", "heads removed")]
+    rows = []
+    for name, losses in variants.items():
+        cells = [(interval(losses[ratio]), " / ".join(map(str, losses[ratio]["heads_removed"]))) for ratio in ratios]
+        rows.append([title(name), *(text for pair in cells for text in pair)])
+    lines = []
+    for row in (row for row in results["contrasts"] if "sink" in row["variant"]):
+        ends = "" if row["low"] is None else f" [{row['low']:+.4f}, {row['high']:+.4f}]"
+        gap = f"{row['mean']:+.4f}{ends}"
+        lines.append([row["variant"], row["against"], str(row["ratio"]), f"**{gap}**" if row["shown"] else gap])
+    note = (
+        "`python -m scripts.studies.quality_study`, from"
+        " [`quality.json`](scripts/results/quality.json): loss of NELBO on the"
+        f" embedded model against dense, nats per token, {over_seeds(results['settings'])}. Heads removed: of 40, per"
+        " seed. The rows below the grid change one thing of `obs, masked, refit`."
+    )
+    sink_table = table(["variant", "against", "ratio", "difference [95% interval]"], lines)
+    paired = f"What weighting by sinks changed, paired. {SHOWN}"
+    return f"{table(header, rows)}\n\n{note}\n\n{paired}\n\n{sink_table}"
+
+
+def masks(results: dict) -> str:
+    """Losses of every method, arm and ratio, then paired what masked text, sinks, the refit and single changes do.
+
+    Args:
+        results: of scripts/studies/mask_study.py.
+    """
+    ratios = list(dict.fromkeys(row["ratio"] for row in results["losses"]))
+    changed = {row["variant"] for row in results["contrasts"] if row["question"] == "one change"}
+    lines = [
+        [title(name), *(interval(losses.get(ratio)) for ratio in ratios)]
+        for name, losses in _by_variant(results["losses"]).items()
+        if name not in changed
+    ]
+    gaps: dict[tuple[str, str], dict] = {}
+    for row in results["contrasts"]:
+        gaps.setdefault((row["variant"], row["against"]), {})[row["ratio"]] = row
+    rows = [
+        [f"{name} - {base}", *(interval(each.get(ratio), True) for ratio in ratios)]
+        for (name, base), each in gaps.items()
+    ]
+    dense = results["dense"]
+    note = (
+        "`python -m scripts.studies.mask_study`, from [`masks.json`](scripts/results/masks.json): loss of NELBO on the"
+        f" embedded model against dense ({sum(dense) / len(dense):.2f}), nats per token, by removed"
+        f" share, {over_seeds(results['settings'])}. Clean is what Wanda and SparseGPT were published with;"
+        " `sparsegpt, clean+sink` is the published sink-SparseGPT."
+    )
+    paired = table(["first - second", *ratios], rows)
+    return f"{table(['method, arm', *ratios], lines)}\n\n{note}\n\nPaired differences. {SHOWN}\n\n{paired}"
+
+
+def _by_variant(losses: list[dict]) -> dict[str, dict]:
+    """Variant -> ratio -> row."""
+    variants: dict[str, dict] = {}
+    for row in losses:
+        variants.setdefault(row["variant"], {})[row["ratio"]] = row
+    return variants

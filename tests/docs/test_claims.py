@@ -1,0 +1,106 @@
+"""Figures that the prose of the pages states are those of scripts/results."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def results(name):
+    return json.loads((ROOT / "scripts" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def prose(name):
+    """A page as one line, without what is generated."""
+    return " ".join((ROOT / name).read_text(encoding="utf-8").split())
+
+
+def test_what_is_said_of_the_demo():
+    loss = {(row["method"], row["ratio"]): f"{row['loss']['mean']:.3f}" for row in results("demo")["rows"]}
+    said = f"costs {loss['structprune', 0.5]} nats per token, where FLAP loses {loss['FLAP', 0.5]}"
+    assert said in prose("README.md")
+
+
+def test_what_is_said_of_latency():
+    figures = results("bench_cpu")
+    speed = {
+        (part, row["model"]): f"{row['speedup']['median']:.2f}x"
+        for part in ("forward", "generation")
+        for row in figures[part]
+        if "speedup" in row and row.get("cache", "none") == "none"
+    }
+    forward, generation = (
+        [speed[part, f"pruned-{ratio}"] for ratio in (0.3, 0.5)] for part in ("forward", "generation")
+    )
+    text = prose("docs/benchmarks.md")
+    assert f"{forward[0]} at 0.3 and {forward[1]} at 0.5 for forward passes, {' and '.join(generation)} for" in text
+    assert f"{forward[1]} for forward passes and {generation[1]} for generation at 0.5" in prose("README.md")
+    shares = [
+        row["ideal_share"]["median"]
+        for part in ("forward", "generation")
+        for row in figures[part][1:]
+        if "ideal_share" in row
+    ]
+    least = int(100 * min(shares))
+    assert f"at least {least}% of the ideal saving" in text
+    assert f"on CPU reaches {least}% or more of the saving" in prose("README.md")
+
+
+def test_what_is_said_of_masks_and_the_release():
+    rows = results("masking_speed")["rows"]
+    faster, memory = [row["times_faster"]["median"] for row in rows], [row["memory_ratio"] for row in rows]
+    assert f"{min(faster):.2f} to {max(faster):.2f} times as fast in about half the memory" in prose("README.md")
+    assert 0.5 < min(memory) < max(memory) < 0.6
+
+
+@pytest.mark.parametrize("ratio", ["0.5", "0.75", "2:4"])
+def test_masked_text_halves_the_loss_and_a_refitted_magnitude_beats_all_without(ratio):
+    """At 2:4 nearly so."""
+    figures = results("masks")
+    changes = {row["variant"] for row in figures["contrasts"] if row["question"] == "one change"}
+    loss = {row["variant"]: row["mean"] for row in figures["losses"] if row["ratio"] == ratio}
+    plain = [value for name, value in loss.items() if "refit" not in name and name not in changes]
+    assert len(plain) == 14 and loss["magnitude, refit"] < min(plain)
+    assert loss["sparsegpt, masked"] / loss["sparsegpt, clean"] < (0.6 if ratio == "2:4" else 0.55)
+
+
+def test_what_is_shown_of_masked_text_and_sinks_in_masks():
+    contrasts = results("masks")["contrasts"]
+    shown = {(row["variant"], row["against"], row["ratio"]): row["mean"] for row in contrasts if row["shown"]}
+    gains = [value for (name, base, _), value in shown.items() if name == f"{base}+sink" and value < 0]
+    assert 0 < max(map(abs, gains)) < 0.00045 and shown["wanda, masked+sink", "wanda, masked", "0.75"] > 0
+    assert {at for name, base, at in shown if (name, base) == ("ria, masked", "ria, clean")} == {"0.5", "0.75", "2:4"}
+    assert not [key for key in shown if key[:2] == ("wanda, masked", "wanda, clean")]
+
+
+def test_what_is_said_of_sinks():
+    """Of the trajectories whose figures docs/sinks.md rounds."""
+    embedded = {run["kind"]: run for run in results("sinks_embedded")["runs"]}
+    (causal,) = results("sinks_smollm2")["runs"]
+    figure = lambda summary, key: summary[key]["mean"]  # noqa: E731
+    own, other, noise = embedded["reverse"]["summary"], causal["summary"], embedded["forward"]["summary"]
+    text = prose("docs/sinks.md")
+    assert f"SmolLM2 gives {100 * figure(other, 'mass_of_sinks'):.0f}% of its attention to one position" in text
+    assert f"The LLaDA gives {100 * figure(own, 'mass_of_sinks'):.0f}% to five or six positions" in text
+    assert round(figure(other, "sinks_per_step")) == 1 and 5 < figure(own, "sinks_per_step") < 6
+    assert 0.78 < figure(other, "votes_of_sinks") < 0.85 and 1 / 7 < figure(own, "votes_of_sinks") < 1 / 5.5
+    assert 0.3 < figure(noise, "kept") < 0.36 and 0.88 < figure(own, "kept") < 0.95 and figure(other, "kept") == 1
+    untrained = next(run for run in results("sinks_untrained")["runs"] if run["causal"])
+    assert figure(untrained["summary"], "kept") == 1
+    cost = results("sinks_cost")
+    assert f"It adds {100 * (cost['ratio']['mass']['median'] - 1):.0f}% to a forward pass of" in text
+
+
+def test_what_is_said_of_evaluation_and_memory():
+    figures, text = results("evaluation_speed"), prose("docs/evaluation.md")
+    faster = f"{figures['times_faster']['adaptive']['median']:.2f} times"
+    drawn = figures["adaptive_samples"]
+    assert f"On {figures['settings']['items']} questions of PIQA" in text and f"was {faster} faster than the" in text
+    assert f"drew {drawn['mean']:.0f} of {drawn['full']} samples on average" in text
+    assert set(figures["agreement"]["adaptive with full"][name] for name in ("raw", "normalised")) == {1.0}
+    assert f"scored 70 questions of PIQA {faster} as fast as the published loop, and" in prose("README.md")
+    peaks = results("inspect")["shapes"]["LLaDA-8B"]["predicted_device_peak_bytes"]
+    said = f"is {peaks['obs'] / 1e9:.0f} GB with the default score and {peaks['taylor'] / 1e9:.0f} GB with `taylor`"
+    assert said in prose("docs/pruning.md")
