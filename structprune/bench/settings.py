@@ -4,10 +4,9 @@ from dataclasses import dataclass
 
 from structprune.errors import UserError, nearest
 from structprune.generation.cached import CACHES, check_cache
-from structprune.generation.samplers import SAMPLERS, Generation, LLaDAGeneration, generation_settings
-from structprune.models.families import family_of
+from structprune.generation.samplers import Generation, generation_settings, sampler_options
 
-BLOCK_LENGTH = 32  # of LLaDA's generation where none is asked for: what block-wise caches are published with
+BLOCK_LENGTH = 32  # of block-wise generation by default: what block-wise caches are published with
 ALL = "all"
 
 
@@ -94,7 +93,7 @@ class BenchSettings:
             return None
         values = {"gen_length": self.gen_length, "steps": self.steps}
         block_length = self.block_length
-        if block_length is None and SAMPLERS[family_of(config).name] is LLaDAGeneration:
+        if block_length is None and "block_length" in sampler_options(config):
             block_length = min(BLOCK_LENGTH, self.gen_length)
         return generation_settings(config, values if block_length is None else values | {"block_length": block_length})
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import yaml
 
+from structprune.models.families import family_named
 from structprune.report.tables import change, mask_choice, millions, plus_minus, shown_arm
 
 TEMPLATE = """---
@@ -150,7 +151,7 @@ def model_card(report: dict) -> str:
         report: of `structprune.runs.prune.Pruner.prune`.
     """
     config, nelbo, calibration = report["config"], report["held_out_nelbo"], report["calibration"]
-    source = report["source"]
+    source, shifted = report["source"], family_named(report["family"]).model_class.shifted
     values = {
         "source": source,
         "base": _base(source),
@@ -168,7 +169,7 @@ def model_card(report: dict) -> str:
         "states": _states(calibration),
         "seed": calibration.get("seed", "unknown"),
         "export": report["export_class"],
-        "alignment": f"position i predicts token {'i + 1' if report['family'] == 'dream' else 'i'}",
+        "alignment": f"position i predicts token {'i + 1' if shifted else 'i'}",
     }
     return TEMPLATE.format(**values)
 

@@ -78,7 +78,7 @@ def score_items(
         UserError: an answer that is empty, does not fit the model's positions or holds the mask token, settings that
             the model's family has no use for, or a forward pass of one row that does not fit the device's memory.
     """
-    form = FORMS[family_of(model.config).name]
+    form = FORMS[family_of(model.config).likelihood]
     check_items(model.config, items, settings)
     states = [_Progress(item) for item in items]
     for state in states:

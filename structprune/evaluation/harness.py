@@ -28,7 +28,7 @@ from structprune.evaluation.openings import complete
 from structprune.evaluation.requests import group_choices, spread, to_item, to_opening
 from structprune.evaluation.texts import Texts, chat_warning, model_names
 from structprune.evaluation.workers import Workers, join, leave
-from structprune.generation.samplers import SAMPLERS
+from structprune.generation.samplers import sampler_options
 from structprune.models.encode import Batches
 from structprune.models.families import family_of
 from structprune.models.loading import load_model
@@ -79,9 +79,8 @@ class StructpruneLM(LM):
             pretrained = load_model(pretrained, dtype, pick_device(asked), mask_id, allow_pickle)
         self.model = pretrained
         family = family_of(self.model.config)
-        self.family = family.name
-        self.texts = Texts.open(self.model.source.directory, self.family)
-        self.settings, self.sampler = split_options(self.family, options)
+        self.texts = Texts.open(self.model.source.directory, family.text_edges)
+        self.settings, self.sampler = split_options(self.model.config, options)
         self._device, longest = compute_device(self.model), getattr(self.model.config, family.keys["positions"])
         automatic = batch_size == "auto"
         self.batch = Batches.automatic(self._device) if automatic else Batches(int(batch_size) * longest)
@@ -128,7 +127,7 @@ class StructpruneLM(LM):
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """A conversation as the model's prompt; from here on Dream's prompts have no BOS of their own."""
         if not self.texts.chat:
-            self.texts = Texts.of(self.texts.tokenizer, self.family, chat=True)
+            self.texts = Texts.of(self.texts.tokenizer, family_of(self.model.config).text_edges, chat=True)
             self._advise(chat=True)
         return self.texts.render(chat_history, add_generation_prompt)
 
@@ -172,14 +171,14 @@ class StructpruneLM(LM):
             LOG.warning("%s", warning.replace("--chat", "--apply_chat_template"))
 
 
-def split_options(family: str, options: Mapping[str, Any]) -> tuple[MonteCarlo, dict[str, Any]]:
-    """Keyword arguments as settings of likelihoods and options of the family's sampler.
+def split_options(config, options: Mapping[str, Any]) -> tuple[MonteCarlo, dict[str, Any]]:
+    """Keyword arguments as settings of likelihoods and options of the sampler of a model's family.
 
     Raises:
         UserError: a name that is neither's.
     """
     scoring = [field.name for field in fields(MonteCarlo)]
-    sampler = [field.name for field in fields(SAMPLERS[family])]
+    sampler = sampler_options(config)
     for name in options:
         if name not in (*scoring, *sampler):
             known = [*scoring, *(name for name in sampler if name not in scoring)]

@@ -116,9 +116,10 @@ class Scored:
 def check_items(config, items: Iterable[Item], settings: MonteCarlo) -> None:
     """Raise UserError as `score_items` would, from the model's configuration alone: before any weight is read."""
     family = family_of(config)
-    _check_settings(settings, FORMS[family.name])
+    form = FORMS[family.likelihood]
+    _check_settings(settings, form)
     for item in items:
-        _check_item(item, FORMS[family.name], config.mask_token_id, getattr(config, family.keys["positions"]))
+        _check_item(item, form, config.mask_token_id, getattr(config, family.keys["positions"]))
 
 
 def _check_settings(settings: MonteCarlo, form: Form) -> None:

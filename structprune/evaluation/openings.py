@@ -1,6 +1,5 @@
 """Documents of generation tasks to finished texts."""
 
-from dataclasses import fields
 from typing import Any, Callable, Iterable, Mapping, Sequence
 
 from structprune.errors import UserError
@@ -9,7 +8,7 @@ from structprune.evaluation.perturb import item_generator
 from structprune.evaluation.requests import sampler_values
 from structprune.evaluation.texts import Texts
 from structprune.generation.generate import generate
-from structprune.generation.samplers import SAMPLERS, Generation, generation_settings
+from structprune.generation.samplers import Generation, generation_settings, sampler_options
 from structprune.models.families import family_of
 from structprune.models.modeling_structprune import DiffusionLM
 
@@ -59,8 +58,7 @@ def check_openings(config, openings: Sequence[Opening], texts: Texts, given: Map
 
 
 def _settings(config, opening: Opening, given: Mapping[str, Any]) -> Generation:
-    known = [field.name for field in fields(SAMPLERS[family_of(config).name])]
-    return generation_settings(config, sampler_values(known, opening.options, given))
+    return generation_settings(config, sampler_values(sampler_options(config), opening.options, given))
 
 
 def _portions(openings: Sequence[Opening], settings: Sequence[Generation]) -> list[list[int]]:

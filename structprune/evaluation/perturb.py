@@ -34,7 +34,7 @@ class Perturbed:
 
 @dataclass(frozen=True)
 class Form:
-    """What differs between the families' estimators.
+    """How a likelihood is estimated: what differs between the families' published estimators.
 
     Attributes:
         perturb: levels and positions in [0, 1) -> samples; levels are (K,) or, with `level_per_sample`, (N,).
@@ -121,7 +121,7 @@ def masked_counts(first: torch.Tensor, length: int, block: int) -> torch.Tensor:
     return (torch.stack(counts).long() - 1) % length + 1  # (K, b)
 
 
-def llada_samples(levels: torch.Tensor, positions: torch.Tensor) -> Perturbed:
+def fixed_count(levels: torch.Tensor, positions: torch.Tensor) -> Perturbed:
     """LLaDA: levels (K,) and positions (N, L), both uniform in [0, 1) -> samples, N / K per block.
 
     k = 1 + floor(L u) is uniform over 1..L; a sample masks the positions of its lowest numbers; the weight is
@@ -134,7 +134,7 @@ def llada_samples(levels: torch.Tensor, positions: torch.Tensor) -> Perturbed:
     return Perturbed(rank < counts[:, None], length / counts.double())
 
 
-def dream_samples(levels: torch.Tensor, positions: torch.Tensor) -> Perturbed:
+def independent(levels: torch.Tensor, positions: torch.Tensor) -> Perturbed:
     """Dream: times (N,) and positions (N, L), both uniform in [0, 1) -> samples.
 
     Every token but the last is masked independently with p = mask_rate(t); the weight is 1 / p.
@@ -146,6 +146,6 @@ def dream_samples(levels: torch.Tensor, positions: torch.Tensor) -> Perturbed:
 
 
 FORMS: dict[str, Form] = {
-    "llada": Form(llada_samples, level_per_sample=False, hidden_last=False, guidance=lambda w: w),
-    "dream": Form(dream_samples, level_per_sample=True, hidden_last=True, guidance=lambda w: max(w - 1, 0.0)),
+    "fixed_count": Form(fixed_count, level_per_sample=False, hidden_last=False, guidance=lambda w: w),
+    "independent": Form(independent, level_per_sample=True, hidden_last=True, guidance=lambda w: max(w - 1, 0.0)),
 }

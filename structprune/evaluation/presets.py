@@ -14,6 +14,7 @@ from pydantic_core import PydanticCustomError
 from structprune.config import Section
 from structprune.errors import UserError, nearest
 from structprune.generation.samplers import SAMPLERS
+from structprune.models.families import FAMILIES, Family
 
 
 class Likelihood(Section):
@@ -44,18 +45,28 @@ class FamilyPreset(Section):
 
 
 class Preset(Section):
-    """One task's published settings."""
+    """One task's published settings: a field for each family that has published any (`Family.published`)."""
 
     task: str
     llada: FamilyPreset
     dream: FamilyPreset
 
+    @classmethod
+    def sides(cls) -> dict[str, type[Section]]:
+        """The families' fields by name."""
+        return {name: FamilyPreset for name, field in cls.model_fields.items() if field.annotation is FamilyPreset}
+
+    def settings_of(self, family: Family) -> FamilyPreset | None:
+        """What is published for a family, if anything."""
+        return getattr(self, family.published) if family.published in self.sides() else None
+
     @model_validator(mode="after")
     def _samplers_take_them(self):
-        for name, kind in SAMPLERS.items():
+        samplers = {family.published: SAMPLERS[family.sampler] for family in reversed(FAMILIES)}  # the first one counts
+        for name in self.sides():
             if (values := getattr(self, name).generation) is not None:
                 try:
-                    kind(**values)
+                    samplers[name](**values)
                 except (TypeError, UserError) as error:
                     raise PydanticCustomError(
                         "sampler", "{name}.generation: {why}", {"name": name, "why": str(error)}
@@ -91,9 +102,14 @@ PRESETS: dict[str, Preset] = {
 }
 
 
-def preset_for(task: str, family: str) -> FamilyPreset | None:
-    """A task's published settings for a family; None for a task that has none."""
-    return getattr(PRESETS[task], family) if task in PRESETS else None
+def preset_for(task: str, family: Family) -> FamilyPreset | None:
+    """A task's published settings for a family; None where there are none."""
+    return PRESETS[task].settings_of(family) if task in PRESETS else None
+
+
+def is_preset(values: Any) -> bool:
+    """Whether what a YAML file holds is meant as a `Preset`: it names a family, as lm-eval's task files do not."""
+    return isinstance(values, dict) and not values.keys().isdisjoint(Preset.sides())
 
 
 def load_preset(path: str | Path) -> Preset:
@@ -122,10 +138,10 @@ def load_preset(path: str | Path) -> Preset:
 def _explain(problem: dict) -> str:
     name = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        parts, kind = problem["loc"], Preset
-        for part in parts[:-1]:
-            kind = {"llada": FamilyPreset, "dream": FamilyPreset, "likelihood": Likelihood}.get(part, kind)
-        return f"unknown key '{name}'{nearest(str(parts[-1]), list(kind.model_fields))}"
+        parts = problem["loc"]
+        sections: dict[Any, type[Section]] = {**Preset.sides(), "likelihood": Likelihood}
+        section = sections[parts[-2]] if len(parts) > 1 else Preset
+        return f"unknown key '{name}'{nearest(str(parts[-1]), list(section.model_fields))}"
     if problem["type"] == "missing":
         return f"the key '{name}' is missing"
     return f"{name + ': ' if name else ''}{problem['msg'][0].lower()}{problem['msg'][1:]}"

@@ -9,6 +9,7 @@ from structprune.evaluation.documents import Task
 from structprune.evaluation.local_tasks import LOCAL_TASKS
 from structprune.evaluation.presets import preset_for
 from structprune.evaluation.texts import Texts
+from structprune.models.families import Family
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def parse_local(name: str) -> LocalSpec | None:
 
 def open_tasks(
     names: Sequence[str],
-    family: str,
+    family: Family,
     texts: Texts,
     shots: int | None = None,
     limit: int | None = None,
@@ -83,7 +84,7 @@ def open_tasks(
     return found
 
 
-def _shots(task: str, family: str, asked: int | None) -> int | None:
+def _shots(task: str, family: Family, asked: int | None) -> int | None:
     preset = preset_for(task, family)
     return asked if asked is not None or preset is None else preset.shots
 

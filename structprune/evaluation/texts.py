@@ -1,4 +1,4 @@
-"""Text of evaluation tasks to tokens and back, for both families, with or without a chat template.
+"""Text of evaluation tasks to tokens and back, with or without a chat template.
 
 LLaDA's published evaluation adds neither BOS nor EOS. Dream's scores BOS + context, continuation + EOS, so that the
 last token, which is never masked, is the EOS (docs/methods.md section 6). Shapes: P tokens of a prompt, L of a target.
@@ -12,13 +12,17 @@ from typing import Any, Sequence
 import torch
 
 from structprune.errors import UserError
-from structprune.models.families import DREAM
 from structprune.models.loading import load_tokenizer
 
 INSTRUCT = re.compile(
     r"instruct|chat|mixcot|(?<![\d.])1\.5(?!\d)", re.IGNORECASE
 )  # names of tuned official checkpoints
 BASE_MODEL = re.compile(r"^base_model:\s*(\S+)", re.MULTILINE)
+# special tokens around scored text: those before the prompt, which a chat template replaces, and those at the end
+EDGES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "none": ((), ()),
+    "bos_eos": (("bos_token",), ("eos_token",)),
+}
 
 
 @dataclass(frozen=True)
@@ -27,8 +31,8 @@ class Texts:
 
     Attributes:
         tokenizer: of transformers.
-        start: ids before every prompt, Dream's BOS; none with a chat template, which has its own marks.
-        end: ids after every scored continuation, Dream's EOS.
+        start: ids before every prompt; none with a chat template, which has its own marks.
+        end: ids after every scored continuation.
         chat: whether prompts go through the tokenizer's chat template.
     """
 
@@ -38,29 +42,34 @@ class Texts:
     chat: bool = False
 
     @classmethod
-    def open(cls, directory: str | Path, family: str, chat: bool = False) -> "Texts":
-        """Of a checkpoint's directory.
+    def open(cls, directory: str | Path, edges: str, chat: bool = False) -> "Texts":
+        """The texts of a checkpoint's directory.
 
+        Args:
+            edges: a key of `EDGES`, as a family's `text_edges`.
         Raises:
-            UserError: it has no tokenizer; `chat`, and no chat template; Dream's tokenizer names no BOS or EOS.
+            UserError: no tokenizer; `chat` without a chat template; a tokenizer without one of the special tokens.
         """
-        return cls.of(load_tokenizer(directory), family, chat)
+        return cls.of(load_tokenizer(directory), edges, chat)
 
     @classmethod
-    def of(cls, tokenizer, family: str, chat: bool = False) -> "Texts":
-        """Of a tokenizer that is loaded; raises as `open`."""
+    def of(cls, tokenizer, edges: str, chat: bool = False) -> "Texts":
+        """The texts of a loaded tokenizer; arguments and errors as `open`."""
         if chat and not getattr(tokenizer, "chat_template", None):
             place = getattr(tokenizer, "name_or_path", "") or "the checkpoint"
             raise UserError(
                 f"the tokenizer of '{place}' has no chat template: leave --chat out, or add chat_template.jinja"
             )
-        if family != DREAM.name:
-            return cls(tokenizer, chat=chat)
-        for name in ("eos_token",) if chat else ("bos_token", "eos_token"):
+        start, end = EDGES[edges]
+        start = () if chat else start
+        for name in (*start, *end):
             if getattr(tokenizer, name) is None:
-                raise UserError(f"Dream scores between BOS and EOS, and the tokenizer names no {name}: add it")
-        start = () if chat else (tokenizer.bos_token_id,)
-        return cls(tokenizer, start, (tokenizer.eos_token_id,), chat)
+                raise UserError(
+                    f"this family's text is scored between BOS and EOS, and the tokenizer names no {name}: add it to"
+                    " tokenizer_config.json"
+                )
+        ids = [tuple(getattr(tokenizer, f"{name}_id") for name in names) for names in (start, end)]
+        return cls(tokenizer, *ids, chat)
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text and no others; the names of special tokens in it become those."""

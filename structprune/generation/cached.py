@@ -31,8 +31,8 @@ def check_cache(cache: str, settings: Generation) -> None:
     if cache not in CACHES:
         raise UserError(f"unknown cache '{cache}'{nearest(cache, list(CACHES))}: choose one of {', '.join(CACHES)}")
     if cache == "dual" and settings.blocks == 1:
-        only = "Dream's sampler has no blocks" if settings.family == "dream" else "block_length leaves only one block"
-        raise UserError(f"cache 'dual' keeps what follows a block, but {only}: use prefix, which does the same")
+        reason = settings.single_block
+        raise UserError(f"cache 'dual' keeps what follows a block, but {reason}: use prefix, which does the same")
 
 
 class KeyValueCache:

@@ -11,7 +11,7 @@ import torch
 
 from structprune.errors import UserError
 from structprune.generation.cached import KeyValueCache, check_cache
-from structprune.generation.samplers import SAMPLERS, Generation
+from structprune.generation.samplers import Generation, sampler_of
 from structprune.generation.sampling import guided, gumbel_choice
 from structprune.models.encode import encode_at
 from structprune.models.families import family_of
@@ -133,9 +133,10 @@ def _check(
     if refresh is not None and (cache == "none" or refresh < 1):
         raise ValueError(f"refresh = {refresh} with cache '{cache}': give a number from 1, and a cache")
     family, mask_id = family_of(model.config), model.config.mask_token_id
-    if type(settings) is not SAMPLERS[family.name]:
-        wanted = SAMPLERS[family.name].__name__
-        raise UserError(f"{type(settings).__name__} is not for a model of family {family.name}: use {wanted}")
+    sampler = sampler_of(model.config)
+    if type(settings) is not sampler:
+        name = type(settings).__name__
+        raise UserError(f"{name} is not for a model of family {family.name}: use {sampler.__name__}")
     longest = getattr(model.config, family.keys["positions"])
     for index, prompt in enumerate(prompts):
         if len(prompt) == 0:

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from transformers import PretrainedConfig
+
 from structprune.errors import UserError, nearest
 from structprune.models.checkpoint_files import read_json
 from structprune.models.families import FAMILIES, Family
@@ -11,19 +13,6 @@ REFUSED_TYPES = {
     "llada2_moe": "LLaDA2 is a mixture of experts with block diffusion: structprune cuts dense MLPs only",
     "llada2": "LLaDA2 is a block-diffusion model: structprune cuts dense, bidirectional models only",
 }
-# config key -> the values this implementation computes; anything else would load and be silently wrong
-SUPPORTED_VALUES = {
-    "llada": {
-        "block_type": ("llama",), "layer_norm_type": ("rms",), "activation_type": ("silu",), "rope": (True,),
-        "alibi": (False,), "weight_tying": (False,), "attention_layer_norm": (False,), "input_emb_norm": (False,),
-        "scale_logits": (False,), "bias_for_layer_norm": (False, None), "rope_full_precision": (True,),
-        "layer_norm_with_affine": (True,), "rope_scaling": (None,),
-    },
-    "dream": {
-        "rope_scaling": (None,), "use_sliding_window": (False,), "hidden_act": ("silu",),
-        "tie_word_embeddings": (False,),
-    },
-}  # fmt: skip
 NOT_OURS = (
     "model_type", "architectures", "auto_map", "transformers_version", "torch_dtype", "dtype", "use_cache",
     "_name_or_path", "rope_scaling", "rope_parameters",
@@ -49,7 +38,7 @@ def detect_family(values: dict, where: Path | str) -> Family:
     raise UserError(f"{where}: unknown model_type '{kind}'{nearest(kind, known)}; supported: {', '.join(known)}")
 
 
-def build_config(values: dict, family: Family, mask_id: int, where: Path | str):
+def build_config(values: dict, family: Family, mask_id: int, where: Path | str) -> PretrainedConfig:
     """Our configuration from an official (or our own) config.json's contents.
 
     Raises:
@@ -58,36 +47,35 @@ def build_config(values: dict, family: Family, mask_id: int, where: Path | str):
     for key in family.required:
         if not isinstance(values.get(key), int) or values[key] < 1:
             raise UserError(f"{where}: config.json has no positive integer '{key}', which {family.name} needs")
-    for key, allowed in SUPPORTED_VALUES[family.name].items():
+    for key, allowed in family.supported.items():
         if key in values and values[key] not in allowed:
             raise UserError(f"{where}: {key} = {values[key]!r} is not supported ({family.name} needs {allowed[0]!r})")
     hidden, heads = values[family.keys["hidden"]], values[family.width_keys["query_heads"]]
     if values.get("head_dim") is None and hidden % heads:
         raise UserError(f"{where}: hidden size {hidden} is not a multiple of {heads} heads and head_dim is not given")
-    shared = values.get(family.width_keys["kv_heads"]) or heads
-    if heads % shared:
-        raise UserError(f"{where}: {heads} heads are not a multiple of {shared} key/value heads")
+    kv_heads = values.get(family.width_keys["kv_heads"]) or heads
+    if heads % kv_heads:
+        raise UserError(f"{where}: {heads} heads are not a multiple of {kv_heads} key/value heads")
     rope = values.get("rope_parameters") or {}  # where transformers 5 keeps what rope_theta and rope_scaling were
     if rope.get("rope_type", "default") != "default":
         raise UserError(f"{where}: rope_type = {rope['rope_type']!r} is not supported (needs 'default')")
-    theta = rope.get("rope_theta")
-    kept = {key: value for key, value in values.items() if key not in NOT_OURS}
-    if theta is not None:
-        kept["rope_theta"] = theta
-    vocabulary = kept.get(family.keys["vocabulary"]) or kept["vocab_size"]
+    arguments = {key: value for key, value in values.items() if key not in NOT_OURS}
+    if rope.get("rope_theta") is not None:
+        arguments["rope_theta"] = rope["rope_theta"]
+    vocabulary = arguments.get(family.keys["vocabulary"]) or arguments["vocab_size"]
     if not 0 <= mask_id < vocabulary:
         raise UserError(f"{where}: mask id {mask_id} lies outside the embedding of {vocabulary} tokens")
-    return family.config_class(**(kept | {"mask_token_id": mask_id}))
+    return family.config_class(**(arguments | {"mask_token_id": mask_id}))
 
 
-def find_mask_id(values: dict, directory: Path, given: int | None = None) -> int:
-    """The mask token's id: `given`, else the config's, else the tokenizer's `mask_token`.
+def find_mask_id(values: dict, directory: Path, mask_id: int | None = None) -> int:
+    """The mask token's id: `mask_id` if there is one, else the config's, else the tokenizer's `mask_token`.
 
     Raises:
         UserError: none of them has one.
     """
-    if given is not None:
-        return given
+    if mask_id is not None:
+        return mask_id
     if isinstance(values.get("mask_token_id"), int):
         return values["mask_token_id"]
     settings = directory / "tokenizer_config.json"

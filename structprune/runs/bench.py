@@ -73,12 +73,13 @@ def bench(
     if settings.semi_structured:
         _check_masked(models)
     forward, generated = _measure(models, settings, generation, track)
+    rows = describe_models(models)
     result = {
-        "models": describe_models(models),
+        "models": rows,
         "forward": forward,
         "generation": generated,
         "semi_structured": _semi_structured(models, settings, device, track) if settings.semi_structured else None,
-        "settings": _plain_settings(settings, generation, device),
+        "settings": _plain_settings(settings, generation, device, rows[0]["family"]),
         "machine": describe_machine(),
     }
     with whole_directory(out) as draft:
@@ -223,6 +224,6 @@ def _semi_structured(models: Models, settings: BenchSettings, device: torch.devi
     return found
 
 
-def _plain_settings(settings: BenchSettings, generation: Generation | None, device: torch.device) -> dict:
-    sampler = None if generation is None else {"family": generation.family, **asdict(generation)}
+def _plain_settings(settings: BenchSettings, generation: Generation | None, device: torch.device, family: str) -> dict:
+    sampler = None if generation is None else {"family": family, **asdict(generation)}
     return {**asdict(settings), "device": str(device), "sampler": sampler}

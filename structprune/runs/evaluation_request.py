@@ -20,7 +20,7 @@ from structprune.evaluation.labels import checkpoint_labels
 from structprune.evaluation.lm_tasks import LmTask
 from structprune.evaluation.openings import check_openings
 from structprune.evaluation.overlap import CalibratedOn
-from structprune.evaluation.presets import PRESETS, FamilyPreset, Preset, load_preset
+from structprune.evaluation.presets import PRESETS, FamilyPreset, Preset, is_preset, load_preset
 from structprune.evaluation.requests import overlay, to_item
 from structprune.evaluation.settings import EvaluationConfig, EvaluationSettings
 from structprune.evaluation.tasks import open_tasks, parse_local
@@ -93,7 +93,7 @@ def prepare(checkpoints: Sequence[str], config: EvaluationConfig) -> list[Subjec
     for label, checkpoint in zip(checkpoint_labels(checkpoints), checkpoints):
         directory, family, own, _ = load_config(checkpoint, model.mask_id, allow_pickle=model.allow_pickle)
         tokenizer, tasks = load_tokenizer(directory), config.evaluation.tasks
-        texts = Texts.of(tokenizer, family.name, config.evaluation.chat) if tasks else None
+        texts = Texts.of(tokenizer, family.text_edges, config.evaluation.chat) if tasks else None
         subjects.append(Subject(label, checkpoint, directory, family, own, tokenizer, texts))
     makers = _Makers(config.evaluation, subjects)
     complete = [makers.complete(subject) for subject in subjects]
@@ -182,10 +182,10 @@ class _Makers:
         for name in settings.tasks:
             preset = self.presets.get(name)
             asked = name if preset is None else preset.task
-            published = _published(asked, preset, subject.family.name)
+            published = _published(asked, preset, subject.family)
             shots = published.shots if settings.shots is None and preset is not None else settings.shots
             arguments = (shots, settings.limit, settings.fewshot_seed, settings.include)
-            members = open_tasks([asked], subject.family.name, subject.texts, *arguments)
+            members = open_tasks([asked], subject.family, subject.texts, *arguments)
             task = members[0].name if len(members) == 1 else asked
             if task in (unit.task for unit in units):
                 raise UserError(f"the task '{task}' is named twice: leave one out")
@@ -243,16 +243,16 @@ def _presets(tasks: Sequence[str]) -> dict[str, Preset]:
                 values = yaml.safe_load(path.read_text(encoding="utf-8"))
             except (yaml.YAMLError, UnicodeDecodeError):
                 continue  # lm-eval's have tags of their own
-            if isinstance(values, dict) and {"llada", "dream"} & values.keys():
+            if is_preset(values):
                 found[name] = load_preset(path)
     return found
 
 
-def _published(task: str, preset: Preset | None, family: str) -> FamilyPreset | None:
+def _published(task: str, preset: Preset | None, family: Family) -> FamilyPreset | None:
     """The settings of a task for a family: its file's, else the published ones, if any."""
     local = parse_local(task)
     preset = preset or PRESETS.get(local.task if local else task)
-    return None if preset is None else getattr(preset, family)
+    return None if preset is None else preset.settings_of(family)
 
 
 def _with_warnings(subject: Subject, chat: bool) -> Subject:

@@ -10,6 +10,7 @@ from structprune.evaluation.choices import Answer, Item, MonteCarlo, score_items
 from structprune.evaluation.forecast import complete
 from structprune.evaluation.perturb import FORMS, aligned_columns, draw_uniform, item_generator
 from structprune.models.encode import Batches
+from structprune.models.families import family_named
 
 MASK = 2047
 GUIDED = {"llada": 0.5, "dream": 1.5}  # u + 1.5 (c - u) in both
@@ -43,7 +44,10 @@ def sample_nats(model, answer: Answer, masked: torch.Tensor, scale: float, of: t
 
 def block_means(model, item: Item, settings: MonteCarlo, family: str) -> list[torch.Tensor]:
     """Per answer (K,) the means of every block's samples of the item's stream, by hand."""
-    form, (columns, width) = FORMS[family], aligned_columns([answer.target for answer in item.answers])
+    form, (columns, width) = (
+        FORMS[family_named(family).likelihood],
+        aligned_columns([answer.target for answer in item.answers]),
+    )
     uniform = (settings.samples, settings.block, width, settings.sampling, item_generator(settings.seed, item.key))
     levels, positions = draw_uniform(form, *uniform)
     found = []
@@ -193,7 +197,7 @@ def test_noise_is_common_to_checkpoints_and_answers(tiny_model, monkeypatch):
 @torch.inference_mode()
 def test_what_stops_early_is_estimated_from_its_samples_and_forecasts(tiny_model, family):
     """The samples are the first of the full count's, forecasts fill the rest, and errors of both add in squares."""
-    model, item, form = tiny_model(family), make_items()[0], FORMS[family]
+    model, item, form = tiny_model(family), make_items()[0], FORMS[family_named(family).likelihood]
     settings = MonteCarlo(64, 4, adaptive=True, confidence=0.6)
     (found,) = score_items(model, [item], settings, Batches(999))
     seen = found.samples
@@ -248,7 +252,7 @@ def test_adaptive_choices_are_those_of_the_full_count(tiny_model):
 def test_samples_without_a_mask_left_out_as_released(tiny_model):
     """Dream's released mean: over samples that have a mask, larger by just their share."""
     model, item = tiny_model("dream"), make_items()[2]  # two tokens: without a mask when t is small
-    form, settings = FORMS["dream"], MonteCarlo(32, sampling="published")
+    form, settings = FORMS["independent"], MonteCarlo(32, sampling="published")
     drawn = draw_uniform(form, 32, 8, 2, "published", item_generator(0, item.key))
     share = form.perturb(*drawn).masked.any(1).double().mean().item()
     assert 0.2 < share < 0.9

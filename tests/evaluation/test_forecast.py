@@ -147,8 +147,8 @@ def test_a_linear_world_is_forecast_exactly_and_a_noisy_one_within_its_errors(le
     generator = torch.Generator().manual_seed(1)
     stated, made, plain = [], [], []
     for noise in [0.0] + [0.5] * 200:
-        levels, positions = draw_uniform(FORMS["llada"], 64, 8, length, "stratified", generator)
-        samples = FORMS["llada"].perturb(levels, positions)
+        levels, positions = draw_uniform(FORMS["fixed_count"], 64, 8, length, "stratified", generator)
+        samples = FORMS["fixed_count"].perturb(levels, positions)
         line = torch.tensor([2, 1, -0.5, -0.3]).double()
         own = torch.randn(length, generator=generator).double() if noise else torch.zeros(length).double()  # (L,)
         nats = surroundings(samples.masked) @ line + own  # (N, L)

@@ -21,7 +21,9 @@ from structprune.evaluation.tasks import open_tasks
 from structprune.evaluation.texts import Texts
 from structprune.generation.generate import generate
 from structprune.generation.samplers import LLaDAGeneration
+from structprune.models.configuration_structprune import StructpruneDreamConfig, StructpruneLLaDAConfig
 from structprune.models.encode import Batches
+from structprune.models.families import LLADA, family_named
 
 ROWS = [
     {"goal": "Dry a shoe.", "sol1": "Use paper.", "sol2": "Use a long spoon of soup.", "label": 0},
@@ -113,7 +115,7 @@ def test_lm_evals_evaluator_and_ours_agree_on_choices(checkpoint, folder, family
     samples = sorted(results["samples"]["tiny_choice"], key=lambda sample: sample["doc_id"])
 
     model = load_model(directory)
-    texts = Texts.open(directory, family)
+    texts = Texts.open(directory, family_named(family).text_edges)
     [task] = load_tasks("tiny_choice", None, 4, 1234, texts, folder)
     settings = MonteCarlo(samples=16, seed=3, cfg_scale=0.5 if family == "llada" else 0.0)
     scored = score_items(model, [to_item(document, texts) for document in task.documents], settings, Batches(256))
@@ -149,7 +151,7 @@ def test_a_few_items_are_scored_at_a_time(checkpoint, folder, monkeypatch):
 
 
 def test_choices_are_graded_by_lm_eval(checkpoint, folder):
-    [task] = load_tasks("tiny_choice", None, None, 1234, Texts.open(checkpoint(), "llada"), folder)
+    [task] = load_tasks("tiny_choice", None, None, 1234, Texts.open(checkpoint(), "none"), folder)
     assert len(task.documents) == 5 and task.documents[0].key == "tiny_choice/0"
     assert task.documents[0].pairs[0] == ("Question: Dry a shoe.\nAnswer:", " Use paper.")
     assert task.documents[0].lengths == (10, 25)
@@ -163,7 +165,7 @@ def test_lm_evals_evaluator_and_ours_agree_on_generation(checkpoint, folder, fam
     directory = checkpoint(family)
     results = evaluate("structprune", folder, "tiny_generation", model_args=f"pretrained={directory},steps=4")
     samples = [s for s in results["samples"]["tiny_generation"] if s["filter"] == "whole"]
-    model, texts = load_model(directory), Texts.open(directory, family)
+    model, texts = load_model(directory), Texts.open(directory, family_named(family).text_edges)
     [task] = load_tasks("tiny_generation", None, None, 1234, texts, folder)
     found = complete(model, task.documents, texts, {"steps": 4}, batch=2)
     assert [sample["resps"][0][0] for sample in samples] == found
@@ -175,13 +177,13 @@ def test_lm_evals_evaluator_and_ours_agree_on_generation(checkpoint, folder, fam
 
 
 def test_generations_are_graded_by_lm_eval(checkpoint, folder):
-    [task] = load_tasks("tiny_generation", None, 1, 1234, Texts.open(checkpoint(), "llada"), folder)
+    [task] = load_tasks("tiny_generation", None, 1, 1234, Texts.open(checkpoint(), "none"), folder)
     assert task.grade(task.documents[0], "Use paper.") == {"exact_match,whole": 1.0, "exact_match,letters": 0.0}
 
 
 def test_a_generation_is_what_the_sampler_gives(checkpoint, folder):
     directory = checkpoint()
-    model, texts = load_model(directory), Texts.open(directory, "llada")
+    model, texts = load_model(directory), Texts.open(directory, "none")
     [task] = load_tasks("tiny_generation", None, 1, 1234, texts, folder)
     prompt = texts.prompt("Dry a shoe.")
     [ids] = generate(model, [prompt], LLaDAGeneration(8, 8, 8))  # max_gen_toks: 8
@@ -190,7 +192,7 @@ def test_a_generation_is_what_the_sampler_gives(checkpoint, folder):
 
 def test_drawn_tokens_depend_on_the_document_alone(checkpoint, folder):
     directory = checkpoint()
-    model, texts = load_model(directory), Texts.open(directory, "llada")
+    model, texts = load_model(directory), Texts.open(directory, "none")
     [task] = load_tasks("tiny_generation", None, 3, 1234, texts, folder)
     together = complete(model, task.documents, texts, {"temperature": 1.0}, seed=5)
     assert complete(model, task.documents[1:2], texts, {"temperature": 1.0}, seed=5) == together[1:2]
@@ -198,7 +200,7 @@ def test_drawn_tokens_depend_on_the_document_alone(checkpoint, folder):
 
 
 def test_shots_seed_and_limit_are_lm_evals(checkpoint, folder):
-    texts = Texts.open(checkpoint(), "llada")
+    texts = Texts.open(checkpoint(), "none")
     contexts = [
         load_tasks("tiny_choice", 2, 1, seed, texts, folder)[0].documents[0].pairs[0][0] for seed in (1, 1, 2, 3, 4)
     ]
@@ -210,7 +212,7 @@ def test_shots_seed_and_limit_are_lm_evals(checkpoint, folder):
 
 def test_the_chat_template_is_applied_by_both(checkpoint, folder):
     directory = checkpoint(template=TEMPLATE, name="Tiny-Instruct")
-    texts = Texts.open(directory, "llada", chat=True)
+    texts = Texts.open(directory, "none", chat=True)
     [task] = load_tasks("tiny_choice", None, 2, 1234, texts, folder)
     expected = "[user]Question: Dry a shoe.\nAnswer:[assistant]"
     assert task.documents[0].pairs[0] == (expected, "Use paper.") and task.documents[0].lengths == (10, 25)
@@ -220,17 +222,17 @@ def test_the_chat_template_is_applied_by_both(checkpoint, folder):
 
 
 def test_names_that_lm_eval_has_not(checkpoint, folder):
-    texts = Texts.open(checkpoint(), "llada")
+    texts = Texts.open(checkpoint(), "none")
     with pytest.raises(UserError, match=r"unknown task 'tiny_choise' \(did you mean 'tiny_choice'\?\)"):
-        open_tasks(["tiny_choise"], "llada", texts, include=folder)
-    [task] = open_tasks([str(folder / "choice.yaml")], "llada", texts, limit=1)
+        open_tasks(["tiny_choise"], LLADA, texts, include=folder)
+    [task] = open_tasks([str(folder / "choice.yaml")], LLADA, texts, limit=1)
     assert task.name == "tiny_choice"
 
 
 def test_data_that_cannot_be_had(checkpoint, folder, tmp_path):
     (tmp_path / "broken.yaml").write_text(CHOICE.replace("FILE", "absent.jsonl").replace("tiny_choice", "broken"))
     with pytest.raises(UserError, match="the data of task 'broken' cannot be read"):
-        load_tasks("broken", None, 1, 1, Texts.open(checkpoint(), "llada"), tmp_path)
+        load_tasks("broken", None, 1, 1, Texts.open(checkpoint(), "none"), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -250,7 +252,7 @@ def test_kinds_that_are_not_run(checkpoint, folder, tmp_path, line, message):
         text += line + "\n"
     (tmp_path / "odd.yaml").write_text(text)
     with pytest.raises(UserError, match=message):
-        load_tasks("odd", None, 1, 1, Texts.open(checkpoint(), "llada"), tmp_path)
+        load_tasks("odd", None, 1, 1, Texts.open(checkpoint(), "none"), tmp_path)
 
 
 def test_rolling_likelihoods_are_refused(checkpoint):
@@ -259,9 +261,9 @@ def test_rolling_likelihoods_are_refused(checkpoint):
 
 
 def test_arguments_of_the_model(checkpoint):
-    settings, sampler = split_options("llada", {"samples": 8, "cfg_scale": 0.5, "gen_length": 4})
+    settings, sampler = split_options(StructpruneLLaDAConfig(), {"samples": 8, "cfg_scale": 0.5, "gen_length": 4})
     assert settings == MonteCarlo(samples=8, cfg_scale=0.5) and sampler == {"cfg_scale": 0.5, "gen_length": 4}
-    assert split_options("dream", {"alg": "entropy"}) == (MonteCarlo(), {"alg": "entropy"})
+    assert split_options(StructpruneDreamConfig(), {"alg": "entropy"}) == (MonteCarlo(), {"alg": "entropy"})
     with pytest.raises(UserError, match=r"unknown model argument 'sample' \(did you mean 'samples'\?\)"):
         StructpruneLM(str(checkpoint()), sample=3)
 

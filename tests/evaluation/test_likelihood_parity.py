@@ -12,6 +12,7 @@ from structprune.evaluation.choices import Answer, Item, MonteCarlo, score_items
 from structprune.evaluation.likelihood import Rows, token_nats
 from structprune.evaluation.perturb import FORMS
 from structprune.models.encode import Batches
+from structprune.models.families import family_named
 
 
 @pytest.fixture(params=["likelihood_0", "likelihood_1"])
@@ -45,7 +46,9 @@ def test_recorded_rows_give_the_published_value(recorded, tokens):
         torch.full((count,), len(prompt)),
     )
     assert torch.equal(rows.clean.masked_fill(rows.masked, model.config.mask_token_id), tensors["perturbed_ids"])
-    nats = token_nats(model, rows, FORMS[family].guidance(case["cfg_scale"]), Batches(tokens)).sum(1)  # (N,)
+    nats = token_nats(
+        model, rows, FORMS[family_named(family).likelihood].guidance(case["cfg_scale"]), Batches(tokens)
+    ).sum(1)  # (N,)
     averaged = case.get("samples_with_a_mask", count)
     assert -(nats / rate.double()).sum().item() / averaged == pytest.approx(case["log_likelihood"], rel=0, abs=1e-4)
 

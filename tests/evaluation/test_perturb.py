@@ -10,9 +10,9 @@ from structprune.evaluation.perturb import (
     FORMS,
     aligned_columns,
     draw_uniform,
-    dream_samples,
+    fixed_count,
+    independent,
     item_generator,
-    llada_samples,
     masked_counts,
     spread,
 )
@@ -31,23 +31,23 @@ def test_numbers_of_masked_tokens_of_a_block_by_hand():
 def test_llada_masks_the_lowest_numbers_and_weighs_by_the_share():
     levels = torch.tensor([0.3, 0.999999], dtype=torch.float64)  # L = 4: k = 2, 4; a block of two goes on by 2
     positions = torch.tensor([[0.4, 0.1, 0.9, 0.2], [0.4, 0.1, 0.9, 0.2], [0.5, 0.6, 0.7, 0.1], [0.9, 0.3, 0.2, 0.8]])
-    found = llada_samples(levels, positions)
+    found = fixed_count(levels, positions)
     assert found.masked.long().tolist() == [[0, 1, 0, 1], [1, 1, 1, 1], [1, 1, 1, 1], [0, 1, 1, 0]]
     assert found.weight.tolist() == [2, 1, 1, 2]
-    assert llada_samples(torch.tensor([1.0]), torch.rand(1, 3)).masked.all()  # a level rounded up to 1 is no L + 1
+    assert fixed_count(torch.tensor([1.0]), torch.rand(1, 3)).masked.all()  # a level rounded up to 1 is no L + 1
 
 
 def test_dream_masks_by_chance_but_never_the_last():
     levels = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)  # p = 0.001, 0.5005, 1
     positions = torch.tensor([[0.0009, 0.002, 0.0], [0.5, 0.501, 0.0], [0.999, 0.0, 0.0]], dtype=torch.float64)
-    found = dream_samples(levels, positions)
+    found = independent(levels, positions)
     assert found.masked.long().tolist() == [[1, 0, 0], [1, 0, 0], [1, 1, 0]]
     assert found.weight.tolist() == pytest.approx([1000, 1 / 0.5005, 1])
 
 
 def test_guidance_of_the_families():
-    assert [FORMS["llada"].guidance(w) for w in (0.0, 0.5)] == [0.0, 0.5]
-    assert [FORMS["dream"].guidance(w) for w in (0.0, 0.5, 1.0, 1.5)] == [0.0, 0.0, 0.0, 0.5]
+    assert [FORMS["fixed_count"].guidance(w) for w in (0.0, 0.5)] == [0.0, 0.5]
+    assert [FORMS["independent"].guidance(w) for w in (0.0, 0.5, 1.0, 1.5)] == [0.0, 0.0, 0.0, 0.5]
 
 
 def test_spread_is_even_in_every_prefix_and_so_are_its_multiples():
@@ -73,14 +73,14 @@ def test_an_items_noise_depends_on_seed_and_key():
 FIRST = 0.12898365890143115
 
 
-@pytest.mark.parametrize("family, count", [("llada", 4), ("dream", 32)])
-def test_shapes_of_the_uniform_numbers(family, count):
+@pytest.mark.parametrize("form, count", [("fixed_count", 4), ("independent", 32)])
+def test_shapes_of_the_uniform_numbers(form, count):
     for sampling in ("stratified", "published"):
-        levels, positions = draw_uniform(FORMS[family], 32, 8, 5, sampling, item_generator(0, "x"))
+        levels, positions = draw_uniform(FORMS[form], 32, 8, 5, sampling, item_generator(0, "x"))
         assert (levels.shape, positions.shape) == ((count,), (32, 5))
         assert levels.dtype == positions.dtype == torch.float64
     # levels drawn independently are no Kronecker sequence
-    published = draw_uniform(FORMS[family], 32, 8, 5, "published", item_generator(0, "x"))[0]
+    published = draw_uniform(FORMS[form], 32, 8, 5, "published", item_generator(0, "x"))[0]
     assert (published.diff() % 1).std() > 0.1
 
 
@@ -95,7 +95,7 @@ def nats(length: int) -> dict[tuple[bool, ...], float]:
     return dict(zip(patterns, values)) | {(False,) * length: 0.0}
 
 
-def llada_expectation(value: dict) -> float:
+def fixed_count_expectation(value: dict) -> float:
     """Over every k, place in the block and set of that many masked tokens, all equally likely."""
     total = 0.0
     for k in range(1, LENGTH + 1):
@@ -105,39 +105,41 @@ def llada_expectation(value: dict) -> float:
     return total / LENGTH / BLOCK
 
 
-def dream_expectation(value: dict) -> float:
+def independent_expectation(value: dict) -> float:
     """∫ Σ_mask p^m (1-p)^(L-1-m) value / p dp over p in (0.001, 1), by the midpoint rule."""
     p = 1e-3 + 0.999 * (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
     masks = [mask for mask in value if not mask[-1]]
     return sum(value[mask] * (p ** (sum(mask) - 1) * (1 - p) ** (LENGTH - 1 - sum(mask))).mean() for mask in masks)
 
 
-def estimates(family: str, sampling: str, value: dict, seeds: range) -> torch.Tensor:
+def estimates(form: str, sampling: str, value: dict, seeds: range) -> torch.Tensor:
     """One Monte Carlo estimate per seed."""
     found = []
     for seed in seeds:
-        drawn = draw_uniform(FORMS[family], SAMPLES, BLOCK, LENGTH, sampling, item_generator(seed, "x"))
-        samples = FORMS[family].perturb(*drawn)
+        drawn = draw_uniform(FORMS[form], SAMPLES, BLOCK, LENGTH, sampling, item_generator(seed, "x"))
+        samples = FORMS[form].perturb(*drawn)
         of_sample = torch.tensor([value[tuple(mask)] for mask in samples.masked.tolist()], dtype=torch.float64)
         found.append((of_sample * samples.weight).mean())
     return torch.stack(found)
 
 
 @pytest.mark.parametrize("sampling", ["stratified", "published"])
-@pytest.mark.parametrize("family, expectation", [("llada", llada_expectation), ("dream", dream_expectation)])
-def test_estimates_are_unbiased(family, expectation, sampling):
+@pytest.mark.parametrize(
+    "form, expectation", [("fixed_count", fixed_count_expectation), ("independent", independent_expectation)]
+)
+def test_estimates_are_unbiased(form, expectation, sampling):
     value = nats(LENGTH)
-    found, exact = estimates(family, sampling, value, range(1500)), expectation(value)
+    found, exact = estimates(form, sampling, value, range(1500)), expectation(value)
     error = (found.std() / len(found) ** 0.5).item()
     assert error < 0.03 * exact  # so that a bias would show
     assert abs(found.mean().item() - exact) < 3.5 * error
 
 
-@pytest.mark.parametrize("family", ["llada", "dream"])
-def test_stratified_estimates_vary_less(family):
+@pytest.mark.parametrize("form", ["fixed_count", "independent"])
+def test_stratified_estimates_vary_less(form):
     """Where the number of masks is all that matters, spread levels are much better than independent ones."""
     value = {mask: float(sum(mask)) ** 2 for mask in nats(LENGTH)}
-    variance = {each: estimates(family, each, value, range(300)).var() for each in ("stratified", "published")}
+    variance = {each: estimates(form, each, value, range(300)).var() for each in ("stratified", "published")}
     assert variance["stratified"] < 0.9 * variance["published"]
 
 
@@ -158,6 +160,6 @@ def test_what_answers_have_in_common_shares_its_numbers():
 def test_a_shared_token_is_masked_in_both_answers():
     """Of two answers that differ by an insertion, Dream's masks are the same at every shared token."""
     (one, two), width = aligned_columns([torch.tensor([5, 6, 7, 8, 9]), torch.tensor([5, 1, 2, 6, 7, 8, 9])])
-    levels, positions = draw_uniform(FORMS["dream"], 64, 8, width, "stratified", item_generator(0, "x"))
-    first, second = (FORMS["dream"].perturb(levels, positions[:, each]).masked for each in (one, two))
+    levels, positions = draw_uniform(FORMS["independent"], 64, 8, width, "stratified", item_generator(0, "x"))
+    first, second = (FORMS["independent"].perturb(levels, positions[:, each]).masked for each in (one, two))
     assert torch.equal(first[:, :4], second[:, [0, 3, 4, 5]]) and first.any()

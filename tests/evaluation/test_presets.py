@@ -6,6 +6,7 @@ import pytest
 
 from structprune.errors import UserError
 from structprune.evaluation.presets import PRESETS, load_preset, preset_for
+from structprune.models.families import DREAM, LLADA
 
 FOLDER = Path(__file__).parents[2] / "configs" / "eval"
 FILES = sorted(FOLDER.glob("*.yaml"))
@@ -41,21 +42,21 @@ def test_the_nine_tasks_have_files():
     ],
 )
 def test_likelihoods_are_the_published_ones(task, shots, samples, cfg_scale):
-    llada, dream = preset_for(task, "llada"), preset_for(task, "dream")
+    llada, dream = preset_for(task, LLADA), preset_for(task, DREAM)
     assert (llada.shots, llada.likelihood.samples, llada.likelihood.cfg_scale) == (shots, samples, cfg_scale)
     assert llada.likelihood.block == min(8, samples)
     assert (dream.shots, dream.likelihood.samples, dream.likelihood.cfg_scale) == (shots, 128, 0.0)
 
 
 def test_gsm8k_is_generated():
-    llada, dream = preset_for("gsm8k", "llada"), preset_for("gsm8k", "dream")
+    llada, dream = preset_for("gsm8k", LLADA), preset_for("gsm8k", DREAM)
     assert [llada.generation[name] for name in ("gen_length", "steps", "block_length")] == [1024] * 3
     assert (dream.generation["gen_length"], dream.generation["steps"], dream.shots) == (256, 256, 8)
     assert llada.likelihood is None
 
 
 def test_other_tasks_have_none():
-    assert preset_for("boolq", "llada") is None
+    assert preset_for("boolq", LLADA) is None
 
 
 @pytest.mark.parametrize(

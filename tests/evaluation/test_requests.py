@@ -65,7 +65,7 @@ def test_requests_of_no_task_are_told_apart_by_context():
 
 
 def test_an_item_holds_the_tokens_of_every_answer():
-    texts = Texts.open(model_directory(), "llada")
+    texts = Texts.open(model_directory(), "none")
     [group] = group_choices([request("The cat", " sat"), request("The cat", " flew away")])
     item = to_item(group.document, texts)
     assert item.key == "piqa/0" and [answer.size for answer in item.answers] == [3, 9]

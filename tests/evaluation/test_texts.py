@@ -27,21 +27,21 @@ def dream_tokenizer(tokenizer):
 
 
 def test_llada_adds_no_token(tokenizer):
-    prompt, target = Texts.of(tokenizer, "llada").pair("Question: why?\nAnswer:", " because")
+    prompt, target = Texts.of(tokenizer, "none").pair("Question: why?\nAnswer:", " because")
     whole = tokenizer("Question: why?\nAnswer: because", add_special_tokens=False)["input_ids"]
     assert torch.cat((prompt, target)).tolist() == whole
     assert tokenizer.decode(target) == " because" and prompt.dtype == target.dtype == torch.int64
 
 
 def test_spaces_at_the_end_of_a_context_go_to_the_continuation(tokenizer):
-    texts = Texts.of(tokenizer, "llada")
+    texts = Texts.of(tokenizer, "none")
     assert all(map(torch.equal, texts.pair("the cat ", "sat"), texts.pair("the cat", " sat")))
     assert tokenizer.decode(texts.pair("the cat \n", "sat")[1]) == " \nsat"
 
 
 def test_the_cut_is_at_as_many_tokens_as_the_context_has(tokenizer):
     """`com` is one token and so is `comm`: the whole's tokens, not the parts', are scored, as published."""
-    texts = Texts.of(tokenizer, "llada")
+    texts = Texts.of(tokenizer, "none")
     whole, context = texts.encode("the command"), texts.encode("the comm")
     assert whole[: len(context)] != context  # otherwise this tests nothing
     prompt, target = texts.pair("the comm", "and more")
@@ -51,13 +51,13 @@ def test_the_cut_is_at_as_many_tokens_as_the_context_has(tokenizer):
 
 def test_a_continuation_that_melts_into_its_context_is_refused(tokenizer):
     with pytest.raises(UserError, match="adds no token"):
-        Texts.of(tokenizer, "llada").pair("word", "")
+        Texts.of(tokenizer, "none").pair("word", "")
 
 
 def test_dream_scores_between_bos_and_eos(dream_tokenizer):
-    texts = Texts.of(dream_tokenizer, "dream")
+    texts = Texts.of(dream_tokenizer, "bos_eos")
     prompt, target = texts.pair("the cat", " sat")
-    bare = Texts.of(dream_tokenizer, "llada").pair("the cat", " sat")
+    bare = Texts.of(dream_tokenizer, "none").pair("the cat", " sat")
     bos = dream_tokenizer.bos_token_id
     assert prompt.tolist() == [bos, *bare[0].tolist()] and target.tolist() == [*bare[1].tolist(), EOS]
     assert texts.prompt("the cat").tolist() == prompt.tolist()
@@ -66,40 +66,40 @@ def test_dream_scores_between_bos_and_eos(dream_tokenizer):
 
 def test_dream_with_a_template_has_no_bos_of_its_own(dream_tokenizer):
     dream_tokenizer.chat_template = TEMPLATE
-    texts = Texts.of(dream_tokenizer, "dream", chat=True)
+    texts = Texts.of(dream_tokenizer, "bos_eos", chat=True)
     assert texts.start == () and texts.end == (EOS,)
 
 
 def test_dream_needs_a_bos(tokenizer):
     with pytest.raises(UserError, match="names no bos_token"):
-        Texts.of(tokenizer, "dream")
+        Texts.of(tokenizer, "bos_eos")
 
 
 def test_the_template_opens_the_answer(tokenizer):
     tokenizer.chat_template = TEMPLATE
-    texts = Texts.of(tokenizer, "llada", chat=True)
+    texts = Texts.of(tokenizer, "none", chat=True)
     assert texts.question("why?") == "[user]why?[assistant]" and texts.delimiter() == ""
-    plain = Texts.of(tokenizer, "llada")
+    plain = Texts.of(tokenizer, "none")
     assert plain.question("why?") == "why?" and plain.delimiter() == " "
 
 
 def test_an_open_last_message_is_continued(tokenizer):
     tokenizer.chat_template = TEMPLATE
     messages = [{"role": "user", "content": "why?"}, {"role": "assistant", "content": "Because"}]
-    assert Texts.of(tokenizer, "llada", chat=True).render(messages, False) == "[user]why?[assistant]Because"
+    assert Texts.of(tokenizer, "none", chat=True).render(messages, False) == "[user]why?[assistant]Because"
 
 
 def test_a_template_that_is_missing_or_refuses(tokenizer):
     with pytest.raises(UserError, match="no chat template"):
-        Texts.of(tokenizer, "llada", chat=True)
+        Texts.of(tokenizer, "none", chat=True)
     tokenizer.chat_template = "{{ raise_exception('no system turn') }}"
     with pytest.raises(UserError, match="refuses a prompt of the task .*no system turn"):
-        Texts.of(tokenizer, "llada", chat=True).question("why?")
+        Texts.of(tokenizer, "none", chat=True).question("why?")
 
 
 def test_a_checkpoint_without_tokenizer(tmp_path):
     with pytest.raises(UserError, match="no tokenizer"):
-        Texts.open(tmp_path, "llada")
+        Texts.open(tmp_path, "none")
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_a_checkpoint_without_tokenizer(tmp_path):
     ],
 )
 def test_answers_end_at_eos_or_a_stop_string(tokenizer, generated, until, expected):
-    texts = Texts.of(tokenizer, "llada")
+    texts = Texts.of(tokenizer, "none")
     assert texts.answer(torch.tensor(texts.encode(generated)), until) == expected
 
 

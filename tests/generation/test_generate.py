@@ -14,7 +14,8 @@ from structprune.generation.samplers import DreamGeneration, LLaDAGeneration, ge
 
 MASK = 2047
 PROMPTS = [torch.arange(start, start + length) * 7 % 2000 for start, length in ((3, 9), (40, 4), (77, 6), (500, 9))]
-FORMS = {  # the samplers' forms: name -> family, settings
+FAMILIES = {LLaDAGeneration: "llada", DreamGeneration: "dream"}
+FORMS = {  # the samplers' forms: name -> settings
     "low confidence": LLaDAGeneration(12, 6, 6),
     "guided": LLaDAGeneration(12, 6, 6, cfg_scale=0.8),
     "tempered": LLaDAGeneration(12, 6, 6, temperature=0.8),
@@ -54,7 +55,7 @@ def test_tokens_equal_the_published_samplers(parity):
 @pytest.mark.parametrize("form", FORMS)
 def test_neither_batch_nor_order_nor_padding_changes_tokens(tiny_model, form):
     settings = FORMS[form]
-    model = tiny_model(settings.family)
+    model = tiny_model(FAMILIES[type(settings)])
     alone = generate(model, PROMPTS, settings, generator=seeded(), batch=1)
     together = generate(model, PROMPTS, settings, generator=seeded(), batch=4)
     for prompt, one, many in zip(PROMPTS, alone, together):
@@ -66,7 +67,7 @@ def test_neither_batch_nor_order_nor_padding_changes_tokens(tiny_model, form):
 @pytest.mark.parametrize("form", FORMS)
 def test_the_seed_decides_where_chance_has_a_part(tiny_model, form):
     settings = FORMS[form]
-    model, state = tiny_model(settings.family), torch.get_rng_state()
+    model, state = tiny_model(FAMILIES[type(settings)]), torch.get_rng_state()
     first, again, other = (
         torch.cat(generate(model, PROMPTS, settings, generator=seeded(seed), batch=2)) for seed in (0, 0, 1)
     )
@@ -159,7 +160,7 @@ def test_steps_that_reveal_nothing_cost_nothing(tiny_model):
     ],
 )
 def test_the_head_runs_where_it_is_needed(tiny_model, settings, rows):
-    model, seen = tiny_model(settings.family), []
+    model, seen = tiny_model(FAMILIES[type(settings)]), []
     handle = model.output_head.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[0]))
     generate(model, PROMPTS[:3], settings, generator=seeded())
     handle.remove()
@@ -188,7 +189,7 @@ def test_small_portions_of_logits_change_nothing(tiny_model, monkeypatch):
     monkeypatch.setattr(module, "LOGIT_BYTES", 4 * 2048 * 4)  # 4 positions
     for form in ("guided", "tempered", "tempered, top-k"):
         settings = FORMS[form]
-        model, sizes = tiny_model(settings.family), []
+        model, sizes = tiny_model(FAMILIES[type(settings)]), []
         handle = model.output_head.register_forward_pre_hook(lambda _, args: sizes.append(args[0].shape[0]))
         alone = generate(model, PROMPTS, settings, generator=seeded(), batch=1)
         together = generate(model, PROMPTS, settings, generator=seeded(), batch=4)
@@ -238,18 +239,18 @@ def test_progress_counts_steps_of_batches(tiny_model):
     [
         (lambda: LLaDAGeneration(128, 128, 48), "gen_length = 128 is not a multiple of block_length = 48"),
         (lambda: LLaDAGeneration(128, 30, 32), "steps = 30 cannot be shared by 4 blocks: give 4 or a multiple"),
-        (lambda: LLaDAGeneration(steps=0), "steps = 0 is no count"),
-        (lambda: LLaDAGeneration(steps=True), "steps = True is no count"),
+        (lambda: LLaDAGeneration(steps=0), "steps = 0 cannot be used: give a whole number"),
+        (lambda: LLaDAGeneration(steps=True), "steps = True cannot be used: give a whole number"),
         (lambda: LLaDAGeneration(temperature=-1), "temperature = -1 cannot be used"),
         (lambda: LLaDAGeneration(cfg_scale=float("nan")), "cfg_scale = nan cannot be used"),
         (lambda: LLaDAGeneration(remasking="low_confidenc"), r"did you mean 'low_confidence'\?"),
         (lambda: LLaDAGeneration(stop_at_eos=True), "block_length = 128 leaves only one"),
         (lambda: DreamGeneration(alg="entrpy"), r"unknown alg 'entrpy' \(did you mean 'entropy'\?\)"),
-        (lambda: DreamGeneration(eps=1.0), "eps = 1.0 is no time"),
-        (lambda: DreamGeneration(top_p=0.0), "top_p = 0.0 is no probability"),
-        (lambda: DreamGeneration(top_k=0), "top_k = 0 is no count"),
-        (lambda: DreamGeneration(alg="origin", alg_temp=0.2), "alg_temp = 0.2 means nothing for alg origin"),
-        (lambda: DreamGeneration(alg="origin", top_p=0.9), "change nothing for alg origin at temperature 0"),
+        (lambda: DreamGeneration(eps=1.0), "eps = 1.0 is not below 1"),
+        (lambda: DreamGeneration(top_p=0.0), "top_p = 0.0 is not a probability"),
+        (lambda: DreamGeneration(top_k=0), "top_k = 0 cannot be used: give a whole number"),
+        (lambda: DreamGeneration(alg="origin", alg_temp=0.2), "alg_temp = 0.2 has no effect with alg = origin"),
+        (lambda: DreamGeneration(alg="origin", top_p=0.9), "have no effect with alg = origin at temperature 0"),
     ],
 )
 def test_settings_that_cannot_be_meant(make, message):

@@ -1,0 +1,57 @@
+"""What the package has to know about a model family: one row of the table in `families`."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+
+from transformers import PretrainedConfig
+
+from structprune.models.modeling_structprune import DiffusionLM
+
+ROLES = ("query", "key", "value", "attention_output", "gate", "up", "down")
+UNSCALED: Mapping[str, tuple] = MappingProxyType({"rope_scaling": (None,)})
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family's names, and the names of its behaviours.
+
+    Behaviours that a model class knows (`shifted`, `edges_visible`) are asked of `model_class`.
+
+    Attributes:
+        model_types: `model_type` values of official checkpoints that load into this family.
+        config_class: needs `head_dim`, `mask_token_id`, `rope_theta`, `attention_output_bias` and `mlp_output_bias`
+            beside the keys below, and a `model_type` of its own, under which pruned checkpoints are written.
+        model_class: its blocks' `roles` name every part of a block (`ROLES` are the linears, "core" the attention).
+        blocks: name of the module list of blocks; embedding: name of the embedding's weight.
+        width_keys: `query_heads`, `kv_heads`, `channels` -> config key, which is also the `per_layer_config` key.
+        keys: other roles (`hidden`, `depth`, `vocabulary`, `positions`) -> config key.
+        required: config keys that an official config.json must have.
+        schedule: how calibration draws noise levels (docs/methods.md section 2): "levels" or "uniform".
+        sampler: how text is generated, a key of `generation.samplers.SAMPLERS`.
+        likelihood: how answers are scored, a key of `evaluation.perturb.FORMS`.
+        text_edges: special tokens around scored text, a key of `evaluation.texts.EDGES`.
+        published: the key of its settings in the presets of evaluation tasks; None: there are none.
+        supported: config key -> the values that the model class computes. Any other value is refused, because the
+            checkpoint would load and be silently wrong.
+        code: further files that define the classes, copied next to the weights beside the two model files. Where
+            they are not named, only `structprune.load_model` loads what is written, and `AutoModel` does not.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    config_class: type[PretrainedConfig]
+    model_class: type[DiffusionLM]
+    blocks: str
+    embedding: str
+    width_keys: Mapping[str, str]
+    keys: Mapping[str, str]
+    required: tuple[str, ...]
+    schedule: str
+    sampler: str
+    likelihood: str
+    text_edges: str = "none"
+    published: str | None = None
+    supported: Mapping[str, tuple] = field(default_factory=lambda: UNSCALED)
+    code: tuple[Path, ...] = ()
