@@ -77,16 +77,18 @@ def check_export_request(config: Config) -> None:
         raise UserError(f"export.compat = {compat} is not possible: {reason}; or export as free")
 
 
-def auto_map(family: Family) -> dict[str, str]:
-    """`auto_map` entries that lead transformers' auto classes to the files written beside the weights."""
-    configuration, modeling = (Path(name).stem for name in CODE_FILES)
-    model = f"{modeling}.{family.model_class.__name__}"
-    return {
-        "AutoConfig": f"{configuration}.{family.config_class.__name__}",
-        "AutoModel": model,
-        "AutoModelForCausalLM": model,
-        "AutoModelForMaskedLM": model,
-    }
+def auto_map(family: Family) -> dict[str, dict[str, str]]:
+    """The entry `auto_map`, which leads transformers' auto classes to the files written beside the weights.
+
+    Empty where none of the files defines the family's classes (`Family.code`).
+    """
+    classes = (family.config_class, family.model_class)
+    places = [each.__module__.rpartition(".")[2] for each in classes]
+    if not {Path(name).stem for name in (*CODE_FILES, *family.code)}.issuperset(places):
+        return {}
+    config, model = (f"{place}.{each.__name__}" for place, each in zip(places, classes))
+    models = ("AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM")
+    return {"auto_map": {"AutoConfig": config, **dict.fromkeys(models, model)}}
 
 
 def config_values(config, source_values: dict | None, compat: str, dtype: str) -> dict:
@@ -100,13 +102,14 @@ def config_values(config, source_values: dict | None, compat: str, dtype: str) -
     if compat == "official":
         key = family.width_keys["channels"]
         values = dict(source_values) | {key: block_widths(config, family, 0).channels}
-        values.pop("dtype", None)
+        for stale in ("dtype",) if auto_map(family) else ("dtype", "auto_map"):
+            values.pop(stale, None)
         own = {"mask_token_id": config.mask_token_id, "rope_theta": config.rope_theta}  # the source may lack them
-        return values | own | {"torch_dtype": dtype, "auto_map": auto_map(family)}
+        return values | own | {"torch_dtype": dtype} | auto_map(family)
     defaults = PretrainedConfig().to_dict()
     values = {key: value for key, value in config.to_dict().items() if key not in defaults or defaults[key] != value}
     for stale in ("dtype", "_name_or_path", "transformers_version"):
         values.pop(stale, None)
     own = {"architectures": [family.model_class.__name__], "model_type": family.config_class.model_type}
     # torch_dtype is the name that transformers 4 and 5 both read
-    return values | own | {"torch_dtype": dtype, "auto_map": auto_map(family)}
+    return values | own | {"torch_dtype": dtype} | auto_map(family)

@@ -17,6 +17,7 @@ from structprune.checkpoint.output import (
 )
 from structprune.models import modeling_structprune
 from structprune.models.checkpoint_files import TOKENIZER_FILES, is_byte_pair, read_json
+from structprune.models.families import family_of
 from structprune.models.loading import as_dtype
 from structprune.models.modeling_structprune import DiffusionLM
 
@@ -59,8 +60,9 @@ def save_pruned(
     with full_disk_refused(directory, needed), whole_directory(directory) as draft:
         _write_weights(model, draft, dtype, max_shard_size)
         write_json(draft / "config.json", config_values(model.config, values, compat, str(dtype).split(".")[1]))
-        for name in CODE_FILES:
-            shutil.copyfile(Path(modeling_structprune.__file__).with_name(name), draft / name)
+        beside = [Path(modeling_structprune.__file__).with_name(name) for name in CODE_FILES]
+        for path in (*beside, *family_of(model.config).code):
+            shutil.copyfile(path, draft / path.name)
         if carried is not None:
             _carry(carried, draft)
         for name, content in (files or {}).items():

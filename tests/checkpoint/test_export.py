@@ -127,7 +127,7 @@ def test_free_config_is_our_own_type(pruned, family):
 @pytest.mark.parametrize("family", [LLADA, DREAM])
 def test_auto_map_leads_to_the_files_beside_the_weights(family):
     name = family.model_class.__name__
-    assert auto_map(family) == {
+    assert auto_map(family)["auto_map"] == {
         "AutoConfig": f"configuration_structprune.{name}Config",
         "AutoModel": f"modeling_structprune.{name}",
         "AutoModelForCausalLM": f"modeling_structprune.{name}",
