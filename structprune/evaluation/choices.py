@@ -205,7 +205,9 @@ def _estimate(tally: _Tally, settings: MonteCarlo, form: Form) -> tuple[float, f
     sums, counts = (part.double().unflatten(0, (-1, settings.rows)).sum(1) for part in (values, counted))  # (K,) each
     if not counts.sum():
         key = tally.item.item.key
-        raise UserError(f"item {key}: none of its {len(counts)} blocks has a mask: draw more samples or no skip_empty")
+        raise UserError(
+            f"item {key}: none of its {len(counts)} blocks has a mask: raise samples, or leave skip_empty out"
+        )
     ratio = sums.sum() / counts.sum()
     error = ((sums - ratio * counts) / counts.mean()).std().item() / settings.blocks**0.5 if len(sums) > 1 else None
     if len(nats) == settings.samples:

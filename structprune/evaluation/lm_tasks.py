@@ -95,7 +95,7 @@ def _build(source, asked: str, shots: int | None, limit: int | None, seed: int, 
     _check(source, name)
     own = source.get_config("num_fewshot")
     if own == 0 and shots:
-        raise UserError(f"the task '{name}' is fixed at 0 examples by lm-eval, and {shots} are asked for: ask for 0")
+        raise UserError(f"the task '{name}' is fixed at 0 examples by lm-eval: set evaluation.shots=0, not {shots}")
     source.set_config(key="num_fewshot", value=(own or 0) if shots is None else shots)
     source.set_fewshot_seed(seed=seed)
     source.build_all_requests(
@@ -116,7 +116,8 @@ def _check(source, name: str) -> None:
     if kind not in KINDS:
         raise UserError(f"the task '{name}' is of kind {kind}: only {' and '.join(KINDS)} can be evaluated")
     if getattr(source, "UNSAFE_CODE", False):
-        raise UserError(f"the task '{name}' runs generated code: use lm_eval --model structprune, which asks you first")
+        remedy = "use python -m structprune.evaluation.harness with --confirm_run_unsafe_code"
+        raise UserError(f"the task '{name}' runs generated code: {remedy}")
     if getattr(source, "MULTIMODAL", False):
         raise UserError(f"the task '{name}' has images or sound, and the models read text only")
     if (repeats := source.get_config("repeats") or 1) != 1:

@@ -127,10 +127,10 @@ def _shots(rows: Iterator[dict], path: Path | None, count: int, show: Callable[[
     if not count:
         return ""
     if path is None:
-        raise UserError(f"{count} shots need a file to take them from: write TASK:FILE:TRAIN, or ask for 0")
+        raise UserError(f"{count} shots need a file to take them from: write TASK:FILE:TRAIN, or evaluation.shots=0")
     rows = _taken(rows, path, None)
     if len(rows) < count:
-        raise UserError(f"{path} has {len(rows)} lines, too few for {count} shots: ask for fewer")
+        raise UserError(f"{path} has {len(rows)} lines, too few for {count} shots: lower evaluation.shots")
     return "".join(f"{show(row)}\n\n" for row in rows[:count])
 
 

@@ -11,6 +11,8 @@ from structprune.models.logits import logit_slices
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.placement import compute_device
 
+OFFLOAD = "use a device with more memory, memory.offload=true, or shorter windows"  # where a pruning run checks itself
+
 
 @dataclass(frozen=True)
 class Nelbo:
@@ -59,7 +61,7 @@ def masked_nelbo(
         input_ids: (N, T) int64 clean windows.
         noisy_ids: (N, S, T) int64 noisy copies.
         mask_probability: (N, S) the probability each was masked with.
-        batch: noisy copies per forward pass, or what learns from the device's memory.
+        batch: noisy copies per forward pass of a pruning run's check, or what learns from the device's memory.
         track: wraps the iteration over batches (progress).
     """
     count, copies, length = noisy_ids.shape
@@ -69,7 +71,7 @@ def masked_nelbo(
     clean = input_ids.repeat_interleave(copies, dim=0)  # (N*S, T)
     weight = 1 / mask_probability.reshape(-1).float()  # (N*S,)
     nats, tokens = torch.zeros(count * copies), torch.zeros(count * copies)  # (N*S,)
-    batches = Batches(batch * length) if isinstance(batch, int) else batch
+    batches = Batches(batch * length, OFFLOAD) if isinstance(batch, int) else batch
 
     def measure(rows: slice) -> torch.Tensor:
         ids, target = noisy[rows].to(device), clean[rows].to(device)  # (b, T)

@@ -53,7 +53,7 @@ def check_openings(config, openings: Sequence[Opening], texts: Texts, given: Map
         if len(prompt) + settings.gen_length > longest:
             raise UserError(
                 f"item {opening.key} has {len(prompt)} tokens, and gen_length = {settings.gen_length} more do not fit "
-                f"the model's {longest} positions: shorten either"
+                f"the model's {longest} positions: shorten the prompt, or lower gen_length"
             )
 
 

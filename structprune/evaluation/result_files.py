@@ -288,6 +288,7 @@ def _short(text: str) -> str:
 
 def _refuse_foreign(directory: Path) -> None:
     """Nothing is written into, or removed from, a directory that holds something else."""
-    if directory.is_dir() and not (directory / SETTINGS).is_file():
-        if any(not is_draft(path) for path in directory.iterdir()):
-            raise UserError(f"output '{directory}' holds something else than results: choose another --out")
+    if not directory.is_dir() or (directory / SETTINGS).is_file():
+        return
+    if any(not is_draft(path) for path in directory.iterdir()):
+        raise UserError(f"output '{directory}' holds something else than results: choose another --out")

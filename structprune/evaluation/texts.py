@@ -58,7 +58,7 @@ class Texts:
         if chat and not getattr(tokenizer, "chat_template", None):
             place = getattr(tokenizer, "name_or_path", "") or "the checkpoint"
             raise UserError(
-                f"the tokenizer of '{place}' has no chat template: leave --chat out, or add chat_template.jinja"
+                f"the tokenizer of '{place}' has no chat template: add chat_template.jinja, or evaluate without"
             )
         start, end = EDGES[edges]
         start = () if chat else start

@@ -146,7 +146,7 @@ def _check(
         if len(prompt) + settings.gen_length > longest:
             raise UserError(
                 f"prompt {index} has {len(prompt)} tokens and gen_length = {settings.gen_length} more do not fit the "
-                f"model's {longest}: shorten either"
+                f"model's {longest}: shorten the prompt, or lower gen_length"
             )
 
 

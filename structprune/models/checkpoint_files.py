@@ -115,7 +115,7 @@ def shard_names(directory: Path, allow_pickle: bool = False) -> list[str]:
     present = sorted(path.name for path in directory.iterdir() if WEIGHT_FILE.match(path.name))
     pickled = [name for name in present if name.endswith(".bin")]
     if pickled and not allow_pickle:
-        remedy = "convert to safetensors or allow with --allow-pickle"
+        remedy = "convert them to safetensors, or allow them with --allow-pickle (in Python and lm-eval: allow_pickle)"
         raise UserError(f"{directory} has only pickled weights ({pickled[0]}): {remedy}")
     if pickled:
         return _named_shards(directory, "pytorch_model.bin") or pickled

@@ -58,14 +58,15 @@ class Batches:
 
     Args:
         tokens: the most to begin with; results do not depend on it, up to rounding.
+        remedy: what the user can do where not even one row fits.
     Raises:
         UserError: not a positive whole number.
     """
 
-    def __init__(self, tokens: int):
+    def __init__(self, tokens: int, remedy: str = "use a device with more memory, or leave long texts out"):
         if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
             raise UserError(f"{tokens!r} tokens cannot be a batch: give a whole number from 1")
-        self.tokens = tokens
+        self.tokens, self._remedy = tokens, remedy
 
     @classmethod
     def automatic(cls, device: torch.device) -> "Batches":
@@ -91,8 +92,8 @@ class Batches:
                 results.append(function(slice(start, start + rows)))
             except torch.OutOfMemoryError as error:
                 if rows == 1:
-                    remedy = "use a larger device, memory.offload, or leave long texts out"
-                    raise UserError(f"one row of {length} tokens does not fit the device's memory: {remedy}") from error
+                    message = f"one row of {length} tokens does not fit the device's memory: {self._remedy}"
+                    raise UserError(message) from error
             else:
                 start += rows
                 continue

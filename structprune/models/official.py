@@ -91,5 +91,5 @@ def find_mask_id(values: dict, directory: Path, mask_id: int | None = None) -> i
             for entry in read_json(vocabulary).get("added_tokens", []):
                 if entry.get("content") == token:
                     return int(entry["id"])
-    remedy = "give it with --mask-id (LLaDA 126336, Dream 151666)"
+    remedy = "give it with --mask-id, in Python and lm-eval as mask_id (LLaDA 126336, Dream 151666)"
     raise UserError(f"{directory}: no mask id in config.json or the tokenizer: {remedy}")

@@ -1,8 +1,9 @@
 """An evaluation run: checkpoints x tasks -> rows per item, kept chunk by chunk, summarised and compared."""
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Sequence
 
 import torch
 
@@ -88,7 +89,8 @@ def evaluate(
     try:
         if not store.finished:
             for subject in subjects:
-                _run(subject, config, device, store, track, workers)
+                with _memory_errors(subject):
+                    _run(subject, config, device, store, track, workers)
         workers.wait()
         if not workers.main:
             return None
@@ -184,6 +186,18 @@ def _run(
     give_back_memory()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+@contextmanager
+def _memory_errors(subject: Subject) -> Iterator[None]:
+    """Running out of memory where no smaller batch helps is a UserError."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise UserError(
+            f"'{subject.checkpoint}' does not fit the memory: lower evaluation.prompts (of generation), set"
+            " model.dtype=bfloat16, or use another --device"
+        ) from error
 
 
 def _compare(results: Results, earlier: Results, seed: int) -> dict:

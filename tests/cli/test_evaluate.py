@@ -111,7 +111,7 @@ WRONG = {
     "no preset": (["--tasks=configs/none.yaml"], "no file of a task at 'configs/none.yaml'"),
     "half a character": (["--tasks=piqa:{half}"], "the field 'goal' holds half a character"),
     "skip_empty": ([TASK, "--set=evaluation.skip_empty=true"], "skip_empty is for Dream"),
-    "chat": ([TASK, "--chat"], "has no chat template: leave --chat out"),
+    "chat": ([TASK, "--chat"], "has no chat template: add chat_template.jinja, or evaluate without"),
     "option": (
         ["--tasks=gsm8k:{gsm8k}", "--set=evaluation.generation={{gen_len: 8}}"],
         "llada's sampler has no option 'gen_len' (did you mean 'gen_length'?)",

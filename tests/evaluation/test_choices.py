@@ -259,7 +259,7 @@ def test_samples_without_a_mask_left_out_as_released(tiny_model):
     (ours,) = score_items(model, [item], settings, Batches(999))
     (released,) = score_items(model, [item], MonteCarlo(32, sampling="published", skip_empty=True), Batches(999))
     assert released.log_likelihoods[0] * share == pytest.approx(ours.log_likelihoods[0], rel=1e-6)
-    with pytest.raises(UserError, match="item task/2: none of its 1 blocks has a mask: draw more samples"):
+    with pytest.raises(UserError, match="item task/2: none of its 1 blocks has a mask: raise samples"):
         for seed in range(50):
             score_items(model, [item], MonteCarlo(1, skip_empty=True, seed=seed), Batches(999))
 

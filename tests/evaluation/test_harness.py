@@ -206,7 +206,7 @@ def test_shots_seed_and_limit_are_lm_evals(checkpoint, folder):
     ]
     assert all(context.count("Question:") == 3 for context in contexts)
     assert contexts[0] == contexts[1] and len(set(contexts)) > 1
-    with pytest.raises(UserError, match="fixed at 0 examples by lm-eval, and 2 are asked for"):
+    with pytest.raises(UserError, match="fixed at 0 examples by lm-eval: set evaluation.shots=0, not 2"):
         load_tasks("tiny_generation", 2, 1, 1, texts, folder)
 
 

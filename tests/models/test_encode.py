@@ -97,8 +97,12 @@ def test_running_out_of_memory_halves_the_rows_and_is_remembered():
 
 
 def test_a_row_that_does_not_fit_is_an_error_of_one_line():
-    with pytest.raises(UserError, match="^one row of 9 tokens does not fit the device's memory: use a larger device"):
+    with pytest.raises(
+        UserError, match="^one row of 9 tokens does not fit the device's memory: use a device with more"
+    ):
         Batches(100).map(Memory(0), 13, 9)
+    with pytest.raises(UserError, match="does not fit the device's memory: wait$"):
+        Batches(100, "wait").map(Memory(0), 13, 9)
 
 
 def test_other_errors_are_not_swallowed():

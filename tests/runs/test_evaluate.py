@@ -156,6 +156,15 @@ def test_batches_change_nothing(eval_checkpoint, text_path, piqa, tmp_path, eval
             assert values(ours) == pytest.approx(values(theirs), rel=1e-5)
 
 
+def test_memory_that_runs_out_for_good_is_one_line(eval_checkpoint, text_path, tmp_path, monkeypatch, eval_settings):
+    def full(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+    monkeypatch.setattr("structprune.runs.evaluate.load_model", full)
+    with pytest.raises(UserError, match="does not fit the memory: lower evaluation.prompts .* model.dtype=bfloat16"):
+        evaluate([str(eval_checkpoint())], eval_settings(text_path), tmp_path / "out")
+
+
 def test_memory_that_runs_out_is_halved(eval_checkpoint, text_path, tmp_path, monkeypatch, eval_settings):
     from structprune.evaluation import nelbo
 
