@@ -18,8 +18,9 @@ from scripts.tools.script_line import OneLineParser, one_line, result_file
 from structprune.assets import model_directory, text_file
 from structprune.bench.machine import describe_machine
 from structprune.errors import UserError
-from structprune.evaluation.result_io import json_text, write_whole
+from structprune.evaluation.result_io import json_text
 from structprune.evaluation.settings import EvaluationConfig
+from structprune.files import write_whole
 from structprune.report.eval_tables import eval_table
 from structprune.report.progress import progress_bars
 from structprune.runs.evaluate import evaluate

@@ -28,9 +28,10 @@ from structprune.bench.machine import describe_machine
 from structprune.cli.main import main as command_line
 from structprune.config import Config
 from structprune.errors import UserError
-from structprune.evaluation.result_io import json_text, write_whole
+from structprune.evaluation.result_io import json_text
 from structprune.evaluation.settings import EvaluationConfig
 from structprune.evaluation.workers import workers
+from structprune.files import write_whole
 from structprune.models.loading import load_config
 from structprune.report.eval_tables import eval_table
 from structprune.report.progress import progress_bars

@@ -8,7 +8,7 @@ from typing import Callable
 
 from structprune.checkpoint.output import check_place
 from structprune.errors import UserError
-from structprune.evaluation.result_io import write_whole
+from structprune.files import write_whole
 
 
 class OneLineParser(argparse.ArgumentParser):

@@ -13,6 +13,7 @@ from structprune.errors import UserError, nearest
 from structprune.evaluation.documents import Choices, Document
 from structprune.evaluation.requests import Group, document_key, group_choices, spread, to_opening
 from structprune.evaluation.texts import Texts
+from structprune.files import first_line
 
 REMEDY = "install lm-eval (pip install 'structprune[eval]'), or name a local file, such as piqa:FILE.jsonl"
 KINDS = {"multiple_choice": "loglikelihood", "generate_until": "generate_until"}  # what we run: output -> request type
@@ -75,10 +76,8 @@ def load_tasks(
     try:
         members = manager.load([name])["tasks"]
     except (OSError, ValueError, RuntimeError) as error:  # what `datasets` raises where data cannot be had
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"the data of task '{name}' cannot be read ({reason}): go online once, or use a file"
-        ) from error
+        reason = f"the data of task '{name}' cannot be read ({first_line(error)})"
+        raise UserError(f"{reason}: go online once, or use a file") from error
     return [_build(member, name, shots, limit, seed, texts) for member in members.values()]
 
 

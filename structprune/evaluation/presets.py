@@ -13,6 +13,7 @@ from pydantic_core import PydanticCustomError
 
 from structprune.config import Section
 from structprune.errors import UserError, nearest
+from structprune.files import first_line
 from structprune.generation.samplers import SAMPLERS
 from structprune.models.families import FAMILIES, Family
 
@@ -123,7 +124,7 @@ def load_preset(path: str | Path) -> Preset:
     except FileNotFoundError as error:
         raise UserError(f"no file of evaluation settings at '{path}'") from error
     except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as YAML ({str(error).splitlines()[0]})") from error
+        raise UserError(f"{path} cannot be read as YAML ({first_line(error)})") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} is not a mapping: give task, llada and dream")
     try:

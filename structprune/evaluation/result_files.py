@@ -19,16 +19,15 @@ from typing import Callable, Iterator, Mapping, Sequence
 from structprune.errors import UserError
 from structprune.evaluation.labels import safe_names
 from structprune.evaluation.result_io import (
-    is_draft,
     json_line,
     json_text,
     parse_line,
     plain_os_errors,
     read_object,
     read_rows,
-    write_whole,
 )
 from structprune.evaluation.results import Row, from_json, to_json
+from structprune.files import is_draft, write_whole
 
 RESULTS, SETTINGS, PARTIAL, ITEMS = "results.json", "settings.json", "partial", "items"
 Chunk = int | str
@@ -66,7 +65,7 @@ class ResultStore:
         self._path = self.directory / PARTIAL / f"rank-{rank}.jsonl"
         self._done: dict[tuple[str, str], set[Chunk]] = {}
         with plain_os_errors(self.directory):
-            self._claim(rank)
+            self._claim()
             self.finished = (self.directory / RESULTS).is_file()
             if self.finished:
                 self._file = None
@@ -144,13 +143,13 @@ class ResultStore:
                 files.setdefault(checkpoint, {})[task] = {"file": path, "items": len(each)}
         return files
 
-    def _claim(self, rank: int) -> None:
+    def _claim(self) -> None:
         """The directory is made, or is one of these settings."""
         _refuse_foreign(self.directory)
         self.directory.mkdir(parents=True, exist_ok=True)
         path = self.directory / SETTINGS
         if not path.exists():  # processes that start together write the same
-            write_whole(path, json_text({"settings": self.settings}), suffix=f"{rank}.{os.getpid()}")
+            write_whole(path, json_text({"settings": self.settings}))
         found = read_object(path)
         if changed := setting_differences(found["settings"], self.settings):
             more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""

@@ -1,8 +1,7 @@
-"""JSON files that appear whole or not at all, and are refused in one line where they are damaged."""
+"""The JSON of results, refused in one line where it is damaged."""
 
 import errno
 import json
-import os
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -12,22 +11,6 @@ from structprune.errors import UserError
 from structprune.evaluation.results import Row, from_json
 
 FORMAT = 1  # of the files; raised when a reader of the old ones would be misled
-
-
-def write_whole(path: Path, content: bytes, suffix: str = "new") -> None:
-    """Under another name first, then renamed into place; `suffix` tells apart processes that write the same file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{suffix}.tmp")
-    with open(draft, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)
-
-
-def is_draft(path: Path) -> bool:
-    """Whether `write_whole` was killed while it wrote this."""
-    return path.name.startswith(".") and path.name.endswith(".tmp")
 
 
 def json_text(values: dict) -> bytes:

@@ -12,6 +12,7 @@ from typing import Any, Sequence
 import torch
 
 from structprune.errors import UserError
+from structprune.files import first_line
 from structprune.models.loading import load_tokenizer
 
 INSTRUCT = re.compile(
@@ -113,8 +114,7 @@ class Texts:
                 continue_final_message=not add_generation_prompt,
             )
         except Exception as error:  # templates are programs: jinja raises what they raise
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(f"the chat template refuses a prompt of the task ({reason})") from error
+            raise UserError(f"the chat template refuses a prompt of the task ({first_line(error)})") from error
 
     def question(self, text: str) -> str:
         """A task's prompt as the model is given it: as it is, or as a user's turn with `chat`."""

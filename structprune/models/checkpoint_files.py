@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from structprune.errors import UserError
+from structprune.files import first_line
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
@@ -68,8 +69,7 @@ def _snapshot(hub_id: str, weights: list[str], code: bool) -> Path:
     try:
         return Path(snapshot_download(hub_id, **wanted))
     except Exception as error:  # the Hub client raises a dozen types, all meaning the same to the user
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        message = f"'{hub_id}' is neither a directory nor a Hub checkpoint that can be reached ({reason})"
+        message = f"'{hub_id}' is neither a directory nor a Hub checkpoint that can be reached ({first_line(error)})"
         raise UserError(message) from error
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from structprune.errors import UserError
+from structprune.files import first_line
 from structprune.models.checkpoint_files import is_byte_pair, locate, read_headers, read_json, shard_names
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.official import build_config, detect_family, find_mask_id
@@ -188,6 +189,5 @@ def load_tokenizer(directory: str | Path):
     try:
         return kind.from_pretrained(directory)
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        lacks = f"{directory}: no tokenizer that can be read without remote code ({reason})"
-        raise UserError(f"{lacks}: add tokenizer.json") from error
+        reason = f"no tokenizer that can be read without remote code ({first_line(error)})"
+        raise UserError(f"{directory}: {reason}: add tokenizer.json") from error

@@ -1,7 +1,6 @@
 """Safetensors files of our own: whole or not at all, and byte for byte the same for the same content."""
 
 import json
-import os
 import struct
 from pathlib import Path
 
@@ -10,11 +9,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from structprune.errors import UserError
+from structprune.files import first_line, whole_file
 
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, or its type where it has none."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+__all__ = ["first_line", "write_tensors"]
 
 
 def write_tensors(path: str | Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
@@ -25,16 +22,13 @@ def write_tensors(path: str | Path, tensors: dict[str, torch.Tensor], metadata: 
     """
     path = Path(path)
     # cloned, because safetensors refuses tensors that share memory
-    whole = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    copies = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
     try:
-        save_file(whole, draft, metadata=metadata)
-        _sort_metadata(draft)
-        os.replace(draft, path)
+        with whole_file(path) as draft:
+            save_file(copies, draft, metadata=metadata)
+            _sort_metadata(draft)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be written ({first_line(error)})") from error
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def _sort_metadata(path: Path) -> None:

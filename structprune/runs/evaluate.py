@@ -18,12 +18,13 @@ from structprune.evaluation.result_files import (
     read_results,
     setting_differences,
 )
-from structprune.evaluation.result_io import json_text, plain_os_errors, write_whole
+from structprune.evaluation.result_io import json_text, plain_os_errors
 from structprune.evaluation.results import Row
 from structprune.evaluation.settings import EvaluationConfig
 from structprune.evaluation.summary import summarise
 from structprune.evaluation.units import Unit
 from structprune.evaluation.workers import Workers
+from structprune.files import write_whole
 from structprune.models.checkpoint_files import locate
 from structprune.models.encode import Batches
 from structprune.models.fingerprint import fingerprint

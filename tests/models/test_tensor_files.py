@@ -6,7 +6,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from structprune.errors import UserError
-from structprune.models.tensor_files import first_line, write_tensors
+from structprune.models.tensor_files import write_tensors
 
 METADATA = {f"key {number}": f"value {number}" for number in range(20)}  # 20! orders
 TENSORS = {"b": torch.arange(6).view(2, 3), "a": torch.tensor([[0.5]]), "empty": torch.zeros(0, 4)}
@@ -59,7 +59,3 @@ def test_a_failure_leaves_what_was_there(step, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"file cannot be written \(No space left on device\)$"):
         write_tensors(path, TENSORS, METADATA)
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
-
-
-def test_first_line():
-    assert first_line(OSError(" one\ntwo")) == "one" and first_line(KeyError()) == "KeyError"
