@@ -1,6 +1,7 @@
-"""The only uniform view of a model: its blocks, their projections and widths, whatever the family."""
+"""A uniform view of a model of any family: its blocks, their projections and widths."""
 
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -13,7 +14,7 @@ from structprune.models.placement import compute_device
 CONSUMER = {"attention": "attention_output", "channels": "down"}  # kind of unit -> role of the linear that reads it
 CONSUMERS = tuple(CONSUMER.values())
 UNIT_KINDS = tuple(CONSUMER)
-READERS = {  # what a block's linears read -> their roles; those that read the same share one statistic
+READERS = {  # a block's activation -> roles of the linears that read it, which share its statistics
     "attention_input": ("query", "key", "value"),
     "mixed": ("attention_output",),
     "mlp_input": ("gate", "up"),
@@ -23,7 +24,7 @@ READERS = {  # what a block's linears read -> their roles; those that read the s
 
 @dataclass(frozen=True)
 class Widths:
-    """What can be cut in one block: query heads H, key/value heads K, MLP channels M."""
+    """The prunable sizes of one block: query heads H, key/value heads K, MLP channels M."""
 
     query_heads: int
     kv_heads: int
@@ -42,7 +43,7 @@ class BlockView:
     names: dict[str, str]  # role -> full module name
 
     def __getitem__(self, role: str) -> nn.Linear:
-        return self.module.part(role)
+        return cast(nn.Linear, self.module.part(role))
 
     @property
     def core(self) -> nn.Module:
@@ -62,7 +63,7 @@ class Adapter:
         self.head_dim: int = model.config.head_dim
         self.blocks = [self._view(index, module) for index, module in enumerate(model.blocks)]
 
-    def _view(self, index: int, module: nn.Module) -> BlockView:
+    def _view(self, index: int, module: Block) -> BlockView:
         prefix = f"{self.family.blocks}.{index}"
         names = {role: f"{prefix}.{module.roles[role]}" for role in ROLES}
         widths = block_widths(self.model.config, self.family, index)
@@ -85,8 +86,8 @@ class Adapter:
         return compute_device(self.model)
 
 
-def block_widths(config, family: Family, index: int) -> Widths:
-    """The widths of block `index` that `config` describes."""
+def block_widths(config: Any, family: Family, index: int) -> Widths:
+    """The widths that a config gives block `index`."""
     return Widths(**{role: layer_width(config, index, key) for role, key in family.width_keys.items()})
 
 

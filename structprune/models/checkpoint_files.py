@@ -1,10 +1,11 @@
-"""A checkpoint directory as files: config, shards and safetensors headers, checked before any weight is read."""
+"""The files of a checkpoint directory: config, shards and safetensors headers, checked before any weight is read."""
 
 import json
 import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from structprune.errors import UserError
 from structprune.files import first_line
@@ -22,10 +23,10 @@ UNREAD_WEIGHTS = (
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """Shape and safetensors dtype name of one stored tensor, and the shard it is in.
+    """Shape and safetensors dtype name of one stored tensor, and its shard.
 
     Attributes:
-        span: first byte in the shard's file, and the one after the last; empty where the file is not here.
+        span: its first byte in the shard's file, and the one after the last; (0, 0) where the file is not local.
     """
 
     shape: tuple[int, ...]
@@ -38,49 +39,48 @@ def locate(source: str | Path, weights: bool = True, allow_pickle: bool = False,
     """The directory of a checkpoint given as a path or a Hub id (downloaded without any Python file).
 
     Args:
-        weights: also download the weights of a Hub id; config and tokenizer files always come.
+        weights: also download the weights of a Hub id; config and tokenizer files are always downloaded.
         allow_pickle: download `.bin` shards where the Hub id has no safetensors.
-        code: download its `*.py` files, licence and all else but weights too, so that they can be carried over; they
-            are never run.
+        code: also download its `*.py` files, licence and all other files but weights, to copy them to an output; the
+            code is never run.
     Raises:
-        UserError: no such directory, or the Hub does not give it.
+        UserError: no such directory, or the Hub cannot be reached or does not have it.
     """
     path = Path(source)
     if path.is_dir():
         return path
     if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
         raise UserError(f"no checkpoint directory at '{source}': give one with config.json, or a Hub id (org/name)")
-    kinds = ["*.safetensors"] if weights else []
-    directory = _snapshot(str(source), kinds, code)
+    patterns = ["*.safetensors"] if weights else []
+    directory = _snapshot(str(source), patterns, code)
     if weights and allow_pickle and not any(directory.glob("*.safetensors")):
-        directory = _snapshot(str(source), [*kinds, "*.bin"], code)
+        directory = _snapshot(str(source), [*patterns, "*.bin"], code)
     return directory
 
 
 def _snapshot(hub_id: str, weights: list[str], code: bool) -> Path:
-    """Settings and weights of those patterns; with `code` everything but weights of other patterns."""
+    """Download settings and the weights of some patterns; with `code` everything but weights of other patterns."""
     from huggingface_hub import snapshot_download
 
+    patterns: dict[str, Any] = {"allow_patterns": [*SETTINGS_PATTERNS, *weights]}
     if code:
         others = [pattern for pattern in ("*.safetensors", "*.bin", *UNREAD_WEIGHTS) if pattern not in weights]
-        wanted = {"ignore_patterns": others}
-    else:
-        wanted = {"allow_patterns": [*SETTINGS_PATTERNS, *weights]}
+        patterns = {"ignore_patterns": others}
     try:
-        return Path(snapshot_download(hub_id, **wanted))
+        return Path(snapshot_download(hub_id, **patterns))
     except Exception as error:  # the Hub client raises a dozen types, all meaning the same to the user
         message = f"'{hub_id}' is neither a directory nor a Hub checkpoint that can be reached ({first_line(error)})"
         raise UserError(message) from error
 
 
 def is_byte_pair(directory: Path) -> bool:
-    """Whether the tokenizer is there as vocab.json and merges.txt only, as Dream's is."""
+    """Whether the tokenizer consists of vocab.json and merges.txt only, as Dream's does."""
     files = [(directory / name).exists() for name in ("vocab.json", "merges.txt", "tokenizer.json")]
     return files == [True, True, False]
 
 
 def is_weights(name: str) -> bool:
-    """Whether a file holds weights in any format, or is the index of such files, by its name."""
+    """Whether a file's name is that of weights in any format, or of an index of such files."""
     name = name.lower().removesuffix(".index.json")
     return bool(WEIGHT_FILE.match(name)) or any(name.endswith(pattern.lstrip("*")) for pattern in UNREAD_WEIGHTS)
 
@@ -89,7 +89,7 @@ def read_json(path: Path, remedy: str = "download it again") -> dict:
     """The object in a JSON file.
 
     Args:
-        remedy: what to do about one that is damaged.
+        remedy: what the user can do about a damaged file.
     Raises:
         UserError: the file is missing, or is not a JSON object.
     """
@@ -108,7 +108,7 @@ def shard_names(directory: Path, allow_pickle: bool = False) -> list[str]:
     """The weight files of a checkpoint, in order.
 
     Raises:
-        UserError: none there, one named by the index missing, or only pickled ones and `allow_pickle` is off.
+        UserError: there is none, one that the index names is missing, or all are pickled and `allow_pickle` is off.
     """
     if names := _named_shards(directory, "model.safetensors"):
         return names
@@ -123,11 +123,11 @@ def shard_names(directory: Path, allow_pickle: bool = False) -> list[str]:
         raise UserError(
             f"{directory} has {present[0]} but neither model.safetensors nor its index: finish the download"
         )
-    raise UserError(f"{directory} has no weights (model.safetensors or an index with its shards)")
+    raise UserError(f"{directory} has no weights (model.safetensors or an index with its shards): download them")
 
 
 def _named_shards(directory: Path, whole: str) -> list[str]:
-    """The shards that the index of `whole` names, else `whole` itself where it is there, else none."""
+    """The shards that the index of the file `whole` names, else `whole` itself where it exists, else none."""
     index = directory / f"{whole}.index.json"
     if not index.exists():
         return [whole] if (directory / whole).exists() else []
@@ -148,7 +148,7 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
     """Names, shapes and dtypes in a safetensors file, without reading any weight.
 
     Raises:
-        UserError: the file is cut short or is no safetensors file.
+        UserError: the file is cut short or not a safetensors file.
     """
     size = path.stat().st_size
     broken = UserError(f"{path} is cut short or not a safetensors file ({size:,} bytes): download it again")
@@ -167,7 +167,7 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
                 name: TensorHeader(tuple(e["shape"]), e["dtype"], path.name, _span(e, 8 + length))
                 for name, e in entries.items()
             }
-        except (ValueError, AttributeError, KeyError, TypeError, IndexError) as error:  # not JSON, or not a header
+        except (ValueError, AttributeError, KeyError, TypeError, IndexError) as error:  # not JSON or not a header
             raise broken from error
     if 8 + length + end != size:
         raise broken
@@ -180,7 +180,7 @@ def _span(entry: dict, start: int) -> tuple[int, int]:
 
 
 def read_headers(directory: Path, names: list[str]) -> dict[str, TensorHeader]:
-    """Every tensor's header over all safetensors shards `names`."""
+    """Every tensor's header in the safetensors shards `names`."""
     headers: dict[str, TensorHeader] = {}
     for name in names:
         headers |= read_header(directory / name)
@@ -188,30 +188,30 @@ def read_headers(directory: Path, names: list[str]) -> dict[str, TensorHeader]:
 
 
 def stored_headers(source: str | Path, directory: Path, allow_pickle: bool = False) -> dict[str, TensorHeader]:
-    """Every tensor's header without reading any weight; none where there is only config.json, or pickled weights.
+    """Every tensor's header, without reading any weight; none of a config.json alone, or of pickled weights.
 
     Args:
-        source: as the user gave it; the headers of a Hub id whose shards are not here are fetched from the Hub.
-        directory: of `locate(source)`.
+        source: as the user gave it; the headers of a Hub id without local shards are fetched from the Hub.
+        directory: what `locate(source)` returns.
     Raises:
         UserError: shards that are broken or missing.
     """
-    here = [path.name for path in directory.iterdir() if WEIGHT_FILE.match(path.name)]
-    if not here and not Path(source).is_dir():
+    local = [path.name for path in directory.iterdir() if WEIGHT_FILE.match(path.name)]
+    if not local and not Path(source).is_dir():
         return _hub_headers(str(source))
-    if not here and not list(directory.glob("*.index.json")):
+    if not local and not list(directory.glob("*.index.json")):
         return {}
     names = shard_names(directory, allow_pickle)
     return read_headers(directory, names) if names[0].endswith(".safetensors") else {}
 
 
 def _hub_headers(hub_id: str) -> dict[str, TensorHeader]:
-    """Headers by range requests of a few kilobytes per shard; none where the Hub does not give them."""
+    """Headers by range requests of a few kilobytes per shard; none where the Hub does not return them."""
     from huggingface_hub import get_safetensors_metadata
 
     try:
         files = get_safetensors_metadata(hub_id).files_metadata
-    except Exception:  # offline, no safetensors there, a header that cannot be parsed: config.json must do
+    except Exception:  # offline, no safetensors, or a header that cannot be parsed: config.json must do
         return {}
     return {
         name: TensorHeader(tuple(tensor.shape), tensor.dtype, shard)

@@ -1,49 +1,49 @@
-"""Forward passes that cost no more than they must: only wanted positions, and as many rows as memory takes.
+"""Forward passes at some positions only, and with as many rows as memory takes.
 
-Shapes: B rows, T tokens, M wanted positions, C features, V vocabulary.
+Shapes: B rows, T tokens, M target positions, C features, V vocabulary.
 """
 
-from typing import Callable
+from collections.abc import Callable
 
 import torch
 
 from structprune.errors import UserError
 from structprune.models.modeling_structprune import DiffusionLM
 
-CPU_TOKENS, CUDA_TOKENS = 2**10, 2**16  # a forward pass on CPU is fastest while its activations stay in the caches
+CPU_TOKENS, CUDA_TOKENS = 2**10, 2**16  # on a CPU a forward pass is fastest while activations fit its caches
 
 
 def encode_at(
     model: DiffusionLM,
     input_ids: torch.Tensor,
-    wanted: torch.Tensor,
+    targets: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
     span: slice | None = None,
 ) -> torch.Tensor:
-    """Hidden states that predict the tokens at the wanted positions, so that the LM head need run nowhere else.
+    """Hidden states that predict the tokens at the target positions, so that the LM head runs nowhere else.
 
-    They are those of the positions themselves, and of the positions before where the model is shifted (Dream, whose
-    first token is predicted from its own position). The last block ends at these positions too: of the others it
-    needs keys and values only.
+    These are the states at the positions themselves, or at the positions before where the model is shifted (Dream,
+    whose first token is predicted from its own position). The last block computes outputs at these positions only, and
+    keys and values at the others.
 
     Args:
         input_ids: (B, T) int64.
-        wanted: (B, T) bool.
+        targets: (B, T) bool.
         attention_mask: (B, T), true at real tokens; None when every token is real.
-        span: only these positions run, and the wanted ones are predicted from among them; keys and values of the
-            others must come from a cache (`cached.KeyValueCache`). Default all.
+        span: positions to run, from among which the targets are predicted; keys and values of the other positions must
+            come from a cache (`cached.KeyValueCache`). Default all.
     Returns:
         (M, C) after the final norm, row by row from left to right.
     """
     span = span or slice(0, input_ids.shape[1])
-    row, position = wanted.nonzero(as_tuple=True)  # 2 x (M,)
+    row, position = targets.nonzero(as_tuple=True)  # 2 x (M,)
     if model.shifted:
         position = (position - 1).clamp(min=0)  # (M,)
-    position = position - span.start  # (M,) among the n that run
+    position = position - span.start  # (M,) within the n positions that run
     mask = None if attention_mask is None else attention_mask.bool()[:, None, None, :]  # (B, 1, 1, T)
     x = model.embedding(input_ids[:, span])  # (B, n, C)
-    whole = model.rotary(input_ids.shape[1], input_ids.device, attention_mask)
-    rotary = tuple(table[:, :, span] for table in whole)  # 2 x (1 or B, 1, n, D)
+    tables = model.rotary(input_ids.shape[1], input_ids.device, attention_mask)  # 2 x (1 or B, 1, T, D)
+    rotary = tuple(table[:, :, span] for table in tables)  # 2 x (1 or B, 1, n, D)
     *blocks, last = model.blocks
     for block in blocks:
         x = block(x, rotary, mask)  # (B, n, C)
@@ -54,10 +54,10 @@ def encode_at(
 
 
 class Batches:
-    """How many tokens (rows x length) go into one forward pass; falls by half whenever memory runs out.
+    """How many tokens (rows x length) go into one forward pass; halved whenever memory runs out.
 
     Args:
-        tokens: the most to begin with; results do not depend on it, up to rounding.
+        tokens: the number to begin with; results do not depend on it, up to rounding.
         remedy: what the user can do where not even one row fits.
     Raises:
         UserError: not a positive whole number.
@@ -70,17 +70,17 @@ class Batches:
 
     @classmethod
     def automatic(cls, device: torch.device) -> "Batches":
-        """A good start on a device; on CUDA high, so that memory decides."""
+        """A good number to begin with on a device; high on CUDA, where memory is the limit."""
         return cls(CPU_TOKENS if device.type == "cpu" else CUDA_TOKENS)
 
     def rows(self, length: int) -> int:
-        """How many rows of `length` tokens go into a forward pass, one at least."""
+        """How many rows of `length` tokens go into a forward pass, at least one."""
         return max(1, self.tokens // length)
 
     def map(self, function: Callable[[slice], torch.Tensor], count: int, length: int) -> torch.Tensor:
-        """`function` of consecutive slices of `count` rows, `length` tokens each; results are joined: (count, ...).
+        """Call `function` on consecutive slices of `count` rows of `length` tokens, and join its results: (count, ...).
 
-        Rows that do not fit are tried again, half as many at a time, and the lower number is kept for what follows.
+        Slices that do not fit are tried again with half as many rows, and later calls begin with the lower number.
 
         Raises:
             UserError: not even one row fits.
@@ -97,7 +97,7 @@ class Batches:
             else:
                 start += rows
                 continue
-            self._shrink(rows // 2 * length)  # outside `except`: the traceback would keep the tensors alive
+            self._shrink(rows // 2 * length)  # outside `except`, whose traceback would keep the tensors alive
         return torch.cat(results)
 
     def _shrink(self, tokens: int) -> None:

@@ -1,4 +1,4 @@
-"""What identifies a checkpoint's content, without reading all of it."""
+"""A hash of a checkpoint's content that does not read all of it."""
 
 import hashlib
 from pathlib import Path
@@ -11,11 +11,11 @@ TENSOR_PROBE = 256  # bytes at the start, in the middle and at the end of every 
 
 
 def fingerprint(directory: Path, allow_pickle: bool = False) -> str:
-    """SHA-256 (first 16 hex digits) of small files whole, and of each weight file its size and many small probes.
+    """SHA-256 (first 16 hex digits) of the small files, and of every weight file's size and many small probes.
 
-    Every tensor of a safetensors file is looked at in three places, so that weights which were trained or pruned
-    otherwise are told apart; only a change of single values between the probes is not seen. A copy of a checkpoint has
-    the same fingerprint wherever it is.
+    Every tensor of a safetensors file is read in three places, so that weights that were trained or pruned differently
+    have different fingerprints; a change of single values between the probes goes unnoticed. A copy of a checkpoint
+    has the same fingerprint at any path.
     """
     digest = hashlib.sha256()
     for name in WHOLE:

@@ -1,14 +1,16 @@
-"""Official checkpoint directory or Hub id -> our model, with no code from the checkpoint executed."""
+"""Official checkpoint directory or Hub id -> our model; no code from the checkpoint is executed."""
 
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from structprune.errors import UserError
 from structprune.files import first_line
 from structprune.models.checkpoint_files import is_byte_pair, locate, read_headers, read_json, shard_names
+from structprune.models.families import Family
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.official import build_config, detect_family, find_mask_id
 from structprune.models.placement import pick_device
@@ -21,9 +23,9 @@ class Source:
     """Where a model came from.
 
     Attributes:
-        directory: of the checkpoint's files.
-        values: its config.json's contents.
-        dtype: its weights are stored in.
+        directory: where its files are.
+        values: contents of its config.json.
+        dtype: the dtype its weights are stored in.
         name: the Hub id, or the directory's own name.
     """
 
@@ -58,13 +60,13 @@ def load_config(
     weights: bool = False,
     allow_pickle: bool = False,
     code: bool = False,
-):
+) -> tuple[Path, Family, Any, dict]:
     """Our configuration and family of a checkpoint; reads config.json (and the tokenizer's settings) only.
 
     Args:
         weights, allow_pickle, code: what to download of a Hub id (`locate`).
     Returns:
-        (directory, family, config, config.json's contents)
+        (directory, family, config, contents of config.json)
     """
     directory = locate(source, weights, allow_pickle, code)
     values = read_json(directory / "config.json")
@@ -90,11 +92,11 @@ def load_model(
         device: default CPU.
         mask_id: the mask token's id, where neither config nor tokenizer has it.
         allow_pickle: also read `.bin` shards, with `torch.load(weights_only=True)`.
-        code: also download a Hub id's Python files and all else (`locate`), for `save_masked`; nothing of it is run.
+        code: also download a Hub id's Python and other files (`locate`), for `save_masked`; no code is run.
     Returns:
         A `transformers.PreTrainedModel` in eval mode; `model.source` says where it came from.
     Raises:
-        UserError: anything wrong with the checkpoint, or a device that is not there, in one line.
+        UserError: anything wrong with the checkpoint, or a device this machine does not have, in one line.
     """
     directory, family, config, values = load_config(source, mask_id, True, allow_pickle, code)
     device = torch.device("cpu") if device is None else pick_device(str(device))
@@ -103,34 +105,36 @@ def load_model(
     names = shard_names(directory, allow_pickle)
     if not names[0].endswith(".bin"):
         check_shapes(model, {n: h.shape for n, h in read_headers(directory, names).items()}, directory)
-    state, stored = {}, None
+    chosen = as_dtype(None if dtype == "auto" else dtype)
+    if dtype is None and device.type == "cpu":
+        chosen = torch.float32
+    state: dict[str, torch.Tensor] = {}
+    dtypes: list[torch.dtype] = []  # of the first shard's tensors as stored
     for name in names:  # cast shard by shard, so that no second copy of the whole model is in memory
         shard = _read_shard(directory / name)
-        kinds = [tensor.dtype for tensor in shard.values()]
-        stored = stored or max(kinds, key=kinds.count)
-        fitting = as_dtype(None if dtype == "auto" else dtype)
-        wanted = fitting or (torch.float32 if dtype is None and device.type == "cpu" else stored)
-        state |= {key: shard.pop(key).to(device, wanted) for key in list(shard)}
+        dtypes = dtypes or [tensor.dtype for tensor in shard.values()]
+        stored = max(dtypes, key=dtypes.count)
+        state |= {key: shard.pop(key).to(device, chosen or stored) for key in list(shard)}
     check_shapes(model, {name: tuple(tensor.shape) for name, tensor in state.items()}, directory)
     model.load_state_dict({name: state.pop(name) for name in model.state_dict()}, assign=True)
-    model.config.dtype = wanted
+    model.config.dtype = chosen or stored
     model.source = Source(directory, values, stored, source_name(source, directory))
     return model.eval()
 
 
 def check_shapes(model: DiffusionLM, shapes: dict[str, tuple[int, ...]], directory: Path) -> None:
-    """Stored tensors against the model that the config describes.
+    """Compare the shapes of stored tensors with the model that the config describes.
 
     Raises:
-        UserError: one is missing, unknown, or of another shape.
+        UserError: one is missing, unknown, or has another shape.
     """
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    for name, shape in wanted.items():
+    described = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name, shape in described.items():
         if name not in shapes:
             raise UserError(f"{directory}: the weights lack {name}, which config.json asks for")
         if shapes[name] != shape:
             raise UserError(f"{directory}: {name} is {shapes[name]}, but config.json asks for {shape}")
-    extra = [name for name in shapes if name not in wanted and not name.endswith("inv_freq")]
+    extra = [name for name in shapes if name not in described and not name.endswith("inv_freq")]
     if extra:
         count, first = len(extra), extra[0]
         raise UserError(f"{directory}: {count} weights are not in the model config.json describes (first: {first})")
@@ -157,34 +161,33 @@ def read_pickle(path: Path, mapped: bool = False) -> dict[str, torch.Tensor]:
     """The state dict in a `.bin` shard, on the CPU.
 
     Args:
-        mapped: leave tensors on disk until they are used, where the file is of the kind that allows it.
+        mapped: leave tensors on disk until they are used, where the file's format allows it.
     Raises:
-        UserError: it is damaged, or holds more than tensors.
+        UserError: the file is damaged, or holds more than tensors.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and zipfile.is_zipfile(path))
     except Exception as error:  # a cut archive and a pickle that holds more than weights raise unrelated types
-        kind = type(error).__name__
-        raise UserError(f"{path} is cut short or holds more than weights ({kind}): not loaded") from error
+        reason = f"cut short or holds more than weights ({type(error).__name__})"
+        raise UserError(f"{path} is {reason}: not loaded, download it again as safetensors") from error
     if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
-        raise UserError(f"{path} is not a state dict of tensors: not loaded")
+        raise UserError(f"{path} is not a state dict of tensors: not loaded, download it again as safetensors")
     return state
 
 
-def load_tokenizer(directory: str | Path):
+def load_tokenizer(directory: str | Path) -> Any:
     """The checkpoint's own tokenizer, by transformers' classes only (no remote code).
 
     Raises:
-        UserError: the directory has none that can be read.
+        UserError: the directory has no tokenizer, or none that can be read.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
     directory = Path(directory)
-    # the official files name classes that only their remote code has: tokenizer.json is all there is to a fast one,
-    # and DreamTokenizer, which comes as vocabulary and merges, is Qwen2's under another name
-    if (directory / "tokenizer.json").exists():
-        kind = PreTrainedTokenizerFast
-    else:
+    # the official files name classes that only their remote code has: a fast tokenizer is its tokenizer.json, and
+    # DreamTokenizer, which comes as vocabulary and merges, is Qwen2's under another name
+    kind: Any = PreTrainedTokenizerFast
+    if not (directory / "tokenizer.json").exists():
         kind = Qwen2Tokenizer if is_byte_pair(directory) else AutoTokenizer
     try:
         return kind.from_pretrained(directory)

@@ -1,12 +1,13 @@
 """LLaDA and Dream, masked diffusion language models whose blocks may differ in width.
 
-This file and `configuration_structprune.py` are the whole model: both are copied next to every checkpoint structprune
-writes, so they import only torch and transformers (4.46 to 4.57 and 5). Attribute names are those of the published
-checkpoints, so their state dicts load unchanged.
+This file and `configuration_structprune.py` are copied next to every checkpoint written, so they import only torch and
+transformers (4.46 to 4.57 and 5). Attributes are named as in the published checkpoints, whose state dicts load as is.
 
 Shapes: B batch, T sequence length, H query heads, K key/value heads, D head dim, C features.
 Papers: LLaDA arXiv 2502.09992, Dream arXiv 2508.15487, RoPE arXiv 2104.09864.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -54,16 +55,14 @@ class AttentionCore(nn.Module):
     def forward(self, query, key, value, mask=None):  # (B, H, T, D), 2 x (B, K, T, D) -> (B, H, T, D)
         repeat = query.shape[1] // key.shape[1]
         if repeat > 1:
-            key = key.repeat_interleave(repeat, dim=1)  # (B, H, T, D)
-            value = value.repeat_interleave(repeat, dim=1)  # (B, H, T, D)
+            key, value = (side.repeat_interleave(repeat, dim=1) for side in (key, value))  # 2 x (B, H, T, D)
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
 
 class Block(nn.Module):
     """A pre-norm transformer block; `roles` places its parts under the family's names.
 
-    `mix` and `activate` end where the two consumers (attention output and down projection) begin, so that a refit can
-    stand between them.
+    `mix` and `activate` end where the consumers (attention output, down projection) begin: a refit can stand between.
     """
 
     roles: dict[str, str] = {}
@@ -80,18 +79,18 @@ class Block(nn.Module):
             parent = getattr(parent, step)
         parent.add_module(name, module)
 
-    def build(self, config, size, heads, kv_heads, width, qkv_bias=False, bias=False):
-        """Place all parts: `size` C, `heads` H, `kv_heads` K, `width` the MLP's channels."""
-        self.head_dim = config.head_dim
+    def build(self, config, size, widths, qkv_bias=False, bias=False):
+        """Place all parts: `size` is C, `widths` are H, K and the MLP's channels."""
+        self.head_dim, (heads, kv_heads, channels) = config.head_dim, widths
         for role in ("attention_norm", "mlp_norm"):
             self.place(role, RMSNorm(size, config.rms_norm_eps))
         for role, count in (("query", heads), ("key", kv_heads), ("value", kv_heads)):
             self.place(role, nn.Linear(size, count * self.head_dim, bias=qkv_bias))
         for role in ("gate", "up"):
-            self.place(role, nn.Linear(size, width, bias=bias))
+            self.place(role, nn.Linear(size, channels, bias=bias))
         attention_bias, mlp_bias = config.attention_output_bias or bias, config.mlp_output_bias or bias
         self.place("attention_output", nn.Linear(heads * self.head_dim, size, bias=attention_bias))
-        self.place("down", nn.Linear(width, size, bias=mlp_bias))
+        self.place("down", nn.Linear(channels, size, bias=mlp_bias))
         self.place("core", AttentionCore())
 
     def mix(self, x, rotary, mask=None):
@@ -120,8 +119,8 @@ class LLaDABlock(Block):
 
     def __init__(self, config, index: int):
         super().__init__()
-        widths = (layer_width(config, index, key) for key in ("n_heads", "n_kv_heads", "mlp_hidden_size"))
-        self.build(config, config.d_model, *widths, config.include_bias or config.include_qkv_bias, config.include_bias)
+        widths = [layer_width(config, index, key) for key in ("n_heads", "n_kv_heads", "mlp_hidden_size")]
+        self.build(config, config.d_model, widths, config.include_bias or config.include_qkv_bias, config.include_bias)
 
 
 class DreamBlock(Block):
@@ -134,23 +133,25 @@ class DreamBlock(Block):
     def __init__(self, config, index: int):
         super().__init__()
         keys = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
-        self.build(config, config.hidden_size, *(layer_width(config, index, key) for key in keys), qkv_bias=True)
+        self.build(config, config.hidden_size, [layer_width(config, index, key) for key in keys], qkv_bias=True)
 
 
 class DiffusionLM(PreTrainedModel):
-    """What both families share: one forward pass, the masked-diffusion loss, and what trainers expect.
-
-    A subclass places `embedding`, `blocks`, `final_norm` and `output_head` under its family's names. `shifted`:
-    position i predicts token i + 1. `edges_visible`: the first and last position are never masked.
-    """
+    """What all families share: one forward pass, the masked-diffusion loss, and what trainers expect."""
 
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    accepts_loss_kwargs = False  # the loss is a mean per window already: the Trainer scales it as usual
-    _auto_class = "AutoModelForCausalLM"  # save_pretrained then writes the code too, under transformers 4 as well
-    shifted = False
-    edges_visible = False
+    accepts_loss_kwargs = False  # the loss is already a mean per window: the Trainer scales it as usual
+    _auto_class: Any = "AutoModelForCausalLM"  # save_pretrained writes the code too, under transformers 4 as well
+    shifted = False  # whether position i predicts token i + 1
+    edges_visible = False  # whether the first and last position are never masked
     gradient_checkpointing = False  # set per instance by gradient_checkpointing_enable
+    embedding: Any  # these four are placed by a subclass, under its family's names
+    blocks: Any
+    final_norm: Any
+    output_head: Any
+    source: Any  # the checkpoint it was loaded from
+    streamed_to: Any  # the device that weights visit, where they are streamed
 
     def _init_weights(self, module):
         if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -159,7 +160,7 @@ class DiffusionLM(PreTrainedModel):
             module.bias.data.zero_()
 
     @classmethod
-    def can_generate(cls) -> bool:  # denoising is not `generate`; silences the warning about GenerationMixin
+    def can_generate(cls) -> bool:  # text comes from denoising, not `generate`; this silences a warning
         return False
 
     def get_input_embeddings(self):
@@ -204,11 +205,11 @@ class DiffusionLM(PreTrainedModel):
         """Logits (B, T, V) in checkpoint alignment (Dream's are not shifted back), and a loss when `labels` are given.
 
         Args:
-            labels: (B, T) clean token ids, -100 where no loss is wanted (and nothing is masked).
+            labels: (B, T) clean token ids, -100 at positions without loss, which are not masked either.
             mask_probability: (B,) the probability `input_ids` were already masked with. Without it the model masks
                 `input_ids` itself: t stratified over the batch, p = (1 - eps) t + eps.
         Raises:
-            ValueError: attention weights, a cache, or noising of `inputs_embeds`, which a denoiser has not.
+            ValueError: attention weights, a cache, or a loss of `inputs_embeds`, none of which is supported.
         """
         if output_attentions or use_cache:
             raise ValueError("output_attentions and use_cache are not available in a masked diffusion model")
@@ -225,22 +226,21 @@ class DiffusionLM(PreTrainedModel):
 
     def noise(self, input_ids, labels, mask_probability=None):
         """The noised ids (B, T), which positions carry loss (B, T), and the mask probabilities (B,)."""
-        wanted = self.maskable(labels)  # (B, T)
+        maskable = self.maskable(labels)  # (B, T)
         if mask_probability is not None:
-            return input_ids, wanted & (input_ids == self.config.mask_token_id), mask_probability
+            return input_ids, maskable & (input_ids == self.config.mask_token_id), mask_probability
         batch, device = input_ids.shape[0], input_ids.device
         t = torch.rand(1, device=device) + torch.arange(batch, device=device) / batch  # (B,)
         p = (1 - NOISE_EPSILON) * (t % 1) + NOISE_EPSILON  # (B,)
-        masked = wanted & (torch.rand(input_ids.shape, device=device) < p[:, None])  # (B, T)
+        masked = maskable & (torch.rand(input_ids.shape, device=device) < p[:, None])  # (B, T)
         return input_ids.masked_fill(masked, self.config.mask_token_id), masked, p
 
     def maskable(self, labels):
-        """Positions that may be masked: (B, T) ids with -100 where not wanted -> (B, T) bool."""
-        wanted = labels != -100  # (B, T)
+        """Positions that may be masked: (B, T) ids, -100 at positions without loss -> (B, T) bool."""
+        maskable = labels != -100  # (B, T)
         if self.edges_visible:
-            wanted = wanted.clone()
-            wanted[:, 0] = wanted[:, -1] = False
-        return wanted
+            maskable[:, 0] = maskable[:, -1] = False
+        return maskable
 
     def diffusion_loss(self, logits, labels, masked, mask_probability):
         """NELBO in nats per maskable token: sum of CE / p over masked positions / number of maskable ones."""
@@ -251,7 +251,7 @@ class DiffusionLM(PreTrainedModel):
         return (nats / weight).sum() / self.maskable(labels).sum().clamp(min=1)
 
     def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **kwargs):
-        """What PEFT asks for; generation itself is iterative denoising, not `generate`."""
+        """PEFT needs this method; text is generated by iterative denoising, not by `generate`."""
         return {"input_ids": input_ids, "attention_mask": attention_mask}
 
 

@@ -1,22 +1,23 @@
-"""Where a model computes: a device of the user's choice, or one that each layer visits only while it computes."""
+"""Where a model computes: on the device that holds it, or on one that each layer visits only while it computes."""
 
 import ctypes
 import sys
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from structprune.errors import UserError
 from structprune.models.modeling_structprune import DiffusionLM
-from structprune.models.transfer import Lane, lane_to
+from structprune.models.transfer import Fetch, Lane, lane_to
 
 
 def give_back_memory() -> None:
-    """Return freed host memory to the system where the C library keeps it (glibc).
+    """Return freed host memory to the system, which glibc otherwise keeps.
 
-    Without this, matrices of many sizes that come and go leave a heap that grows with every block.
+    Without this, many matrices of different sizes leave a heap that grows with every block.
     """
     if sys.platform != "linux":
         return
@@ -25,47 +26,55 @@ def give_back_memory() -> None:
         trim(0)
 
 
-def pick_device(asked: str | None) -> torch.device:
-    """The device asked for, else CUDA where there is one.
+def pick_device(name: str | None) -> torch.device:
+    """The device of that name; by default CUDA where there is one, else the CPU.
 
     Raises:
-        UserError: not a device, or one this machine has not.
+        UserError: not a device's name, or a device that this machine does not have.
     """
-    if asked is None:
+    if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(asked)
+        device = torch.device(name)
     except RuntimeError as error:
-        raise UserError(f"unknown device '{asked}': give cpu or cuda[:N]") from error
+        raise UserError(f"unknown device '{name}': give cpu or cuda[:N]") from error
     if device.type not in ("cpu", "cuda"):  # others lack the fp64 that refits are solved in
-        raise UserError(f"device '{asked}' cannot be used: give cpu or cuda[:N]")
+        raise UserError(f"device '{name}' cannot be used: give cpu or cuda[:N]")
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise UserError(f"device '{asked}' is not on this machine ({torch.cuda.device_count()} CUDA devices): use cpu")
+        raise UserError(f"device '{name}' is not on this machine ({torch.cuda.device_count()} CUDA devices): use cpu")
     return device
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait for what was started on a device, so that a clock read next counts it; on CUDA calls return before that."""
+    """Wait for the work started on a device, so that a clock read next includes it: CUDA calls return before that."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def compute_device(model: DiffusionLM) -> torch.device:
-    """Where inputs must be for `model` to compute on them: its weights' device, unless they are streamed."""
+    """The device that `model` computes on, and takes inputs on: its weights' device, unless they are streamed."""
     return getattr(model, "streamed_to", None) or model.embedding.weight.device
 
 
-class _Weights:
-    """Brings layers' weights to a device; over a lane the next layer's while the present one computes.
+class _Copy(NamedTuple):
+    """A weight's copy to the device under way, and the state the weight was in."""
 
-    The next layer is the one that came next when this one had computed before.
+    weight: nn.Parameter
+    state: tuple[int, int] | None
+    fetch: Fetch
+
+
+class _Weights:
+    """Copies layers' weights to a device; over a lane the next layer's while the present one computes.
+
+    The next layer is taken to be the one that came next when the present one computed before.
     """
 
     def __init__(self, device: torch.device, lane: Lane | None):
         self._device, self._lane = device, lane
         self._next: dict[nn.Module, nn.Module] = {}
         self._last: nn.Module | None = None
-        self._ahead: tuple[nn.Module, dict] | None = None
+        self._ahead: tuple[nn.Module, dict[str, _Copy]] | None = None
 
     def take(self, module: nn.Module) -> dict[str, torch.Tensor]:
         """A layer's own weights on the device, by name."""
@@ -75,59 +84,63 @@ class _Weights:
         if self._last is not None:
             self._next[self._last] = module
         ahead, self._ahead, self._last = self._ahead, None, module
-        if ahead is None or ahead[0] is not module or not _as_fetched(weights, ahead[1]):
-            ahead = (module, self._fetch(module))
-        return {name: self._lane.land(fetch) for name, (_, _, fetch) in ahead[1].items()}
+        if ahead is not None and ahead[0] is module and _unchanged(weights, ahead[1]):
+            copies = ahead[1]
+        else:
+            copies = _begin_copies(module, self._lane)
+        return {name: self._lane.land(copy.fetch) for name, copy in copies.items()}
 
     def look_ahead(self) -> None:
-        """Fetch what is likely to be taken next."""
-        following = self._next.get(self._last)
-        if following is not None:
-            self._ahead = (following, self._fetch(following))
+        """Begin to copy the layer that is likely to come next."""
+        if self._lane is not None and self._last is not None and self._last in self._next:
+            following = self._next[self._last]
+            self._ahead = (following, _begin_copies(following, self._lane))
 
-    def _fetch(self, module: nn.Module) -> dict:
-        """Name -> a weight, its state and its copy under way."""
-        weights = module.named_parameters(recurse=False)
-        return {name: (weight, _state(weight), self._lane.fetch(weight)) for name, weight in weights}
+
+def _begin_copies(module: nn.Module, lane: Lane) -> dict[str, _Copy]:
+    """Begin to copy a layer's weights, by name."""
+    weights = module.named_parameters(recurse=False)
+    return {name: _Copy(weight, _state(weight), lane.fetch(weight)) for name, weight in weights}
 
 
 def _state(weight: torch.Tensor) -> tuple[int, int] | None:
-    """What changes with a weight's numbers; None where nothing tells (an inference tensor)."""
+    """Changes with a weight's values; None of an inference tensor, which has no version."""
     return None if weight.is_inference() else (weight._version, weight.data_ptr())
 
 
-def _as_fetched(weights: dict[str, torch.Tensor], fetched: dict) -> bool:
-    """Whether a layer's weights are those that were fetched, unchanged: a refit may have come between."""
-    if weights.keys() != fetched.keys():
+def _unchanged(weights: Mapping[str, nn.Parameter], copies: dict[str, _Copy]) -> bool:
+    """Whether a layer's weights are those that were copied: a refit may have replaced or changed them."""
+    if weights.keys() != copies.keys():
         return False
-    pairs = [(weights[name], weight, state) for name, (weight, state, _) in fetched.items()]
-    return all(now is then and state is not None and _state(now) == state for now, then, state in pairs)
+    pairs = [(weights[name], copy) for name, copy in copies.items()]
+    return all(now is copy.weight and copy.state is not None and _state(now) == copy.state for now, copy in pairs)
 
 
 class _Visit:
-    """Takes one layer's weights to a device before it computes and puts the originals back after."""
+    """Moves one layer's weights to a device before it computes, and puts the originals back afterwards."""
 
     def __init__(self, weights: _Weights):
-        self._weights, self.home = weights, {}
+        self._weights = weights
+        self._originals: dict[str, nn.Parameter] = {}
 
-    def go(self, module: nn.Module, args) -> None:
-        away = self._weights.take(module)
-        self.home = dict(module.named_parameters(recurse=False))
-        for name, there in away.items():
-            setattr(module, name, nn.Parameter(there, requires_grad=False))
+    def go(self, module: nn.Module, args: tuple) -> None:
+        copies = self._weights.take(module)
+        self._originals = dict(module.named_parameters(recurse=False))
+        for name, copy in copies.items():
+            setattr(module, name, nn.Parameter(copy, requires_grad=False))
 
-    def back(self, module: nn.Module, args, output) -> None:
-        for name, weight in self.home.items():
+    def back(self, module: nn.Module, args: tuple, output: object) -> None:
+        for name, weight in self._originals.items():
             setattr(module, name, weight)
-        self.home = {}
+        self._originals = {}
         self._weights.look_ahead()
 
 
 def stream_target(offload: bool, device: str | None) -> torch.device | None:
-    """The device to stream weights to, or None where they are to stay on the device they are on.
+    """The device to stream weights to; None where weights stay on their device.
 
     Raises:
-        UserError: streaming is asked for and there is no accelerator to stream to.
+        UserError: there is no accelerator to stream to.
     """
     if not offload:
         return None
@@ -139,12 +152,13 @@ def stream_target(offload: bool, device: str | None) -> torch.device | None:
 
 @contextmanager
 def streamed(model: DiffusionLM, device: torch.device | None, overlap: bool = False) -> Iterator[DiffusionLM]:
-    """While open, `model` computes on `device` though its weights stay at home: one layer's copy is there at a time.
+    """While open, `model` computes on `device`, and its weights stay where they are but for one layer's copy at a time.
 
-    For forward passes only: a backward pass would look for weights that are gone. None changes nothing.
+    For forward passes only: a backward pass would need the copies after they are dropped.
 
     Args:
-        overlap: on an accelerator the next layer's copy is made while a layer computes.
+        device: None changes nothing.
+        overlap: copy the next layer to the accelerator while one computes.
     """
     if device is None:
         yield model
