@@ -6,7 +6,7 @@ from structprune.errors import UserError, nearest
 from structprune.generation.cached import CACHES, check_cache
 from structprune.generation.samplers import Generation, generation_settings, sampler_options
 
-BLOCK_LENGTH = 32  # of block-wise generation by default: what block-wise caches are published with
+BLOCK_LENGTH = 32  # the default of block-wise generation, with which block-wise caches are published
 ALL = "all"
 
 
@@ -16,12 +16,12 @@ class BenchSettings:
 
     Attributes:
         batches, lengths: every pair is measured; a length counts prompt and generated tokens together.
-        gen_length: generated tokens of each sequence, 0 for no generation; steps of all blocks together.
-        block_length: of a sampler with blocks; None: 32, or gen_length where that is less.
-        caches: of `none`, `prefix`, `dual`, or `all` of them that the sampler can have.
+        gen_length: generated tokens of each sequence, 0 for no generation; steps: denoising steps of all blocks.
+        block_length: for a sampler with blocks; None: 32, or gen_length where that is less.
+        caches: some of `none`, `prefix`, `dual`, or `all` that the sampler can have.
         compiled: also measure with torch.compile: forward passes, and generation without a cache.
         semi_structured: also run 2:4-masked weights through torch's semi-structured kernels.
-        rounds, generation_rounds, warmup: timed passes, timed generations, and untimed passes before.
+        rounds, generation_rounds, warmup: timed passes, timed generations, and untimed passes before them.
     Raises:
         UserError: a value that cannot be used.
     """
@@ -39,55 +39,55 @@ class BenchSettings:
     warmup: int = 3
 
     def __post_init__(self):
-        for name, option, values in (
-            ("batch", "--batch", self.batches),
-            ("length", "--length", self.lengths),
-            ("count", "--rounds", (self.rounds,)),
-            ("count", "--generation-rounds", (self.generation_rounds,)),
-            ("count", "--steps", (self.steps,)),
+        for option, values in (
+            ("--batch", self.batches),
+            ("--length", self.lengths),
+            ("--rounds", (self.rounds,)),
+            ("--generation-rounds", (self.generation_rounds,)),
+            ("--steps", (self.steps,)),
         ):
             for value in values:
                 if value < 1:
-                    raise UserError(f"{option} {value} is no {name}: give whole numbers from 1")
+                    raise UserError(f"{option} {value} cannot be used: give whole numbers from 1")
             if len(set(values)) < len(values) or not values:
                 raise UserError(f"{option} needs different numbers, at least one: {', '.join(map(str, values))}")
         if self.gen_length < 0:
-            raise UserError(f"--gen-length {self.gen_length} is no count: give 0 (no generation) or more")
+            raise UserError(f"--gen-length {self.gen_length} cannot be used: give 0 (no generation) or more")
         known = (*CACHES, ALL)
         for name in self.caches:
             if name not in known:
                 close = nearest(name, list(known))
-                raise UserError(f"unknown --cache '{name}'{close}: choose of {', '.join(known)}")
+                raise UserError(f"unknown --cache '{name}'{close}: choose from {', '.join(known)}")
         if len(set(self.caches)) < len(self.caches) or (ALL in self.caches and len(self.caches) > 1):
-            raise UserError(f"--cache {','.join(self.caches)} names one twice: give each once, or all alone")
+            raise UserError(f"--cache {','.join(self.caches)} names one twice: give each once, or only 'all'")
         self._check_idle()
         if self.gen_length and self.steps > self.gen_length:
             raise UserError(
-                f"--steps {self.steps} are more than the {self.gen_length} tokens of --gen-length, and a step without a"
+                f"--steps {self.steps} is more than the {self.gen_length} tokens of --gen-length, and a step without a"
                 f" token runs nothing: give at most {self.gen_length}"
             )
         shortest = min(self.lengths)
         if self.gen_length >= shortest:
             raise UserError(
-                f"--length {shortest} leaves no room for a prompt before --gen-length {self.gen_length}: raise the one,"
-                " lower the other, or leave generation out with --gen-length 0"
+                f"--length {shortest} leaves no room for a prompt before --gen-length {self.gen_length}: raise"
+                " --length, lower --gen-length, or leave generation out with --gen-length 0"
             )
 
     def _check_idle(self) -> None:
-        """Refuse what is said of a generation that is left out."""
+        """Refuse options of generation where there is none."""
         if self.gen_length:
             return
         fields = type(self).__dataclass_fields__
         for name, option in (("steps", "--steps"), ("block_length", "--block-length"), ("caches", "--cache"),
                              ("generation_rounds", "--generation-rounds")):  # fmt: skip
             if getattr(self, name) != fields[name].default:
-                raise UserError(f"{option} has no effect without generation: leave it out, or --gen-length 0")
+                raise UserError(f"{option} has no effect without generation: leave it out, or raise --gen-length")
 
     def generation(self, config) -> Generation | None:
-        """The sampler's settings for models of a family; None where none is measured.
+        """The sampler's settings for a model's family; None where no generation is measured.
 
         Raises:
-            UserError: what the family's sampler cannot do.
+            UserError: settings that the family's sampler cannot have.
         """
         if not self.gen_length:
             return None
@@ -101,7 +101,7 @@ class BenchSettings:
         """The caches to measure, in a fixed order.
 
         Raises:
-            UserError: one that the sampler cannot have.
+            UserError: a cache that the sampler cannot have.
         """
         if ALL in self.caches:
             return CACHES if generation.blocks > 1 else CACHES[:-1]

@@ -77,7 +77,7 @@ class LLaDAGeneration(Generation):
         steps = self.steps // self.blocks
         return sampling.reveal_counts(began, steps, step % steps)
 
-    def shaped(self, logits: torch.Tensor) -> torch.Tensor:
+    def shape_logits(self, logits: torch.Tensor) -> torch.Tensor:
         return logits
 
     def confidence(self, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

@@ -1,16 +1,17 @@
-"""A block-wise key/value cache for generation (Fast-dLLM, arXiv 2505.22618): approximate, because a bidirectional
-model's keys and values change wherever a token does, and those that are kept stay as they were.
+"""A block-wise key/value cache for generation (Fast-dLLM, arXiv 2505.22618).
 
-At a block's first step the whole sequence runs, and keys and values outside the block are kept; at its other steps the
-rest runs alone. `prefix` keeps those of what precedes the block and runs from the block to the end; `dual` keeps those
-of what follows as well and runs the block. Where the model is shifted, the block begins one position earlier, at the
-one that predicts its first token.
+It is approximate: in a bidirectional model all keys and values change with every token, and cached ones do not.
 
-Shapes: R rows, B rows kept, T tokens, K key/value heads, D head dim, M wanted positions, C features.
+At a block's first step the whole sequence runs, and keys and values outside the block are cached. At its other steps
+only the rest runs: with `prefix`, which caches what precedes the block, from the block to the end; with `dual`, which
+also caches what follows, the block. Where the model is shifted, the block begins one position earlier, at the position
+that predicts its first token.
+
+Shapes: R rows, B cached rows, T tokens, K key/value heads, D head dim, M target positions, C features.
 """
 
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Iterator, Sequence
 
 import torch
 
@@ -23,10 +24,10 @@ CACHES = ("none", "prefix", "dual")
 
 
 def check_cache(cache: str, settings: Generation) -> None:
-    """Whether a generation can have this cache.
+    """Refuse a cache that a generation cannot have.
 
     Raises:
-        UserError: unknown, or it would be another one under a different name.
+        UserError: it is unknown, or would do the same as another.
     """
     if cache not in CACHES:
         raise UserError(f"unknown cache '{cache}'{nearest(cache, list(CACHES))}: choose one of {', '.join(CACHES)}")
@@ -36,7 +37,7 @@ def check_cache(cache: str, settings: Generation) -> None:
 
 
 class KeyValueCache:
-    """Keys and values of one batch on its way through `generate`.
+    """Keys and values of one batch during `generate`.
 
     Args:
         form: `prefix` or `dual`.
@@ -47,52 +48,53 @@ class KeyValueCache:
     def __init__(self, model: DiffusionLM, form: str, refresh: int | None = None):
         self._model, self._form, self._refresh = model, form, refresh
         self._cores = [block.part("core") for block in model.blocks]
-        self._kept: list[tuple[torch.Tensor, ...]] = []  # per layer: keys before, after, values before, after
-        self._block, self._rows, self._steps = slice(0, 0), [], 0
+        self._layers: list[tuple[torch.Tensor, ...]] = []  # of each: keys before and after, values before and after
+        self._block, self._steps = slice(0, 0), 0
+        self._rows: list[int] = []  # B names
 
     def encode(
         self,
         ids: torch.Tensor,
-        wanted: torch.Tensor,
+        targets: torch.Tensor,
         attention_mask: torch.Tensor | None,
         rows: Sequence[int],
         block: slice,
     ) -> torch.Tensor:
-        """As `encode_at`, (R, T) ids and wanted positions -> (M, C).
+        """As `encode_at`, (R, T) ids and targets -> (M, C).
 
         Args:
-            rows: R names of the rows, by which they are found again at the next step, when some may be gone.
-            block: positions in [0, T) of the block; all wanted ones are in it.
+            rows: R names, which tell rows apart when some no longer run at a later step.
+            block: positions in [0, T) of the block, which holds all targets.
         """
         span = slice(max(0, block.start - self._model.shifted), block.stop if self._form == "dual" else ids.shape[1])
-        known = self._block == block and set(rows) <= set(self._rows) and self._steps != self._refresh
-        self._steps = self._steps + 1 if known else 1
-        if known:
-            found = [self._rows.index(row) for row in rows]  # R of the B kept
-            with self._hooked(lambda layer, args: self._joined(layer, args, found)):
-                return encode_at(self._model, ids, wanted, attention_mask, span)
-        self._block, self._rows, self._kept = block, list(rows), []
-        with self._hooked(lambda layer, args: self._keep(args, span)):
-            return encode_at(self._model, ids, wanted, attention_mask)
+        cached = self._block == block and set(rows) <= set(self._rows) and self._steps != self._refresh
+        self._steps = self._steps + 1 if cached else 1
+        if cached:
+            places = [self._rows.index(row) for row in rows]  # R of the B cached rows
+            with self._hooked(lambda layer, args: self._joined(layer, args, places)):
+                return encode_at(self._model, ids, targets, attention_mask, span)
+        self._block, self._rows, self._layers = block, list(rows), []
+        with self._hooked(lambda layer, args: self._store(args, span)):
+            return encode_at(self._model, ids, targets, attention_mask)
 
-    def _keep(self, args: tuple, span: slice) -> None:
-        """Keep what is outside `span` of a layer's keys and values, (R, K, T, D) each; layers come in order."""
+    def _store(self, args: tuple, span: slice) -> None:
+        """Cache a layer's keys and values outside `span`, (R, K, T, D) each; layers come in order."""
         halves = ((side[:, :, : span.start], side[:, :, span.stop :]) for side in args[1:3])  # (R, K, ., D)
-        self._kept.append(tuple(half.clone() for pair in halves for half in pair))
+        self._layers.append(tuple(half.clone() for pair in halves for half in pair))
 
-    def _joined(self, layer: int, args: tuple, found: list[int]) -> tuple:
-        """A layer's attention inputs with what is kept around the new keys and values, (R, K, T, D) each."""
+    def _joined(self, layer: int, args: tuple, places: list[int]) -> tuple:
+        """A layer's attention inputs with cached keys and values around the new ones, (R, K, T, D) each."""
         query, key, value, *rest = args
-        kept = self._kept[layer]
-        if found != list(range(len(self._rows))):
-            kept = tuple(half[found] for half in kept)  # (R, K, ., D)
-        key = torch.cat((kept[0], key, kept[1]), dim=2)  # (R, K, T, D)
-        value = torch.cat((kept[2], value, kept[3]), dim=2)  # (R, K, T, D)
+        halves = self._layers[layer]  # 4 x (B, K, ., D)
+        if places != list(range(len(self._rows))):
+            halves = tuple(half[places] for half in halves)  # 4 x (R, K, ., D)
+        key = torch.cat((halves[0], key, halves[1]), dim=2)  # (R, K, T, D)
+        value = torch.cat((halves[2], value, halves[3]), dim=2)  # (R, K, T, D)
         return (query, key, value, *rest)
 
     @contextmanager
-    def _hooked(self, change) -> Iterator[None]:
-        """While open, `change(layer, args)` sees what every attention core gets, and may replace it."""
+    def _hooked(self, change: Callable[[int, tuple], tuple | None]) -> Iterator[None]:
+        """While open, `change(layer, args)` gets the arguments of every attention core, and may replace them."""
         handles = [
             core.register_forward_pre_hook(lambda _, args, layer=layer: change(layer, args))
             for layer, core in enumerate(self._cores)

@@ -45,7 +45,7 @@ class Generation(ABC):
     @property
     @abstractmethod
     def draw_temperature(self) -> float:
-        """Temperature of the choice among `shaped` logits."""
+        """Temperature of the choice among the logits that `shape_logits` returns."""
 
     @property
     @abstractmethod
@@ -67,7 +67,7 @@ class Generation(ABC):
         """Masks to reveal at a step, (B,), from the block's masks when it `began` and those `remaining`, (B,) each."""
 
     @abstractmethod
-    def shaped(self, logits: torch.Tensor) -> torch.Tensor:
+    def shape_logits(self, logits: torch.Tensor) -> torch.Tensor:
         """The logits that tokens are chosen from and confidence is computed on: (M, V) -> (M, V)."""
 
     @abstractmethod

@@ -9,7 +9,7 @@ import torch
 
 
 def reveal_counts(masks: torch.Tensor, steps: int, step: int) -> torch.Tensor:
-    """LLaDA: a block's m masks go m // s a step, one more in the first m mod s: (B,) -> (B,) at one step.
+    """LLaDA: m // s of a block's m masks are revealed a step, one more in the first m mod s: (B,) -> (B,) at one step.
 
     Args:
         masks: (B,) int64 masks when the block began.
@@ -22,7 +22,7 @@ def reveal_counts(masks: torch.Tensor, steps: int, step: int) -> torch.Tensor:
 def reveal_shares(steps: int, eps: float) -> torch.Tensor:
     """Dream: 1 - s/t for the neighbours t > s of linspace(1, eps, steps + 1), and 1 at the last: (steps,) fp32 on CPU.
 
-    Rounded in fp32 as the published sampler does: a count that is truncated can hang on the last bit.
+    Computed in fp32 as in the published sampler, because a truncated count can depend on the last bit.
     """
     times = torch.linspace(1, eps, steps + 1)  # (steps + 1,)
     shares = 1 - times[1:] / times[:-1]  # (steps,)
@@ -31,7 +31,7 @@ def reveal_shares(steps: int, eps: float) -> torch.Tensor:
 
 
 def shared_counts(masks: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
-    """Dream: int(m · share) of the masks left, truncated, per row: (B,) int64, () fp32 -> (B,) int64."""
+    """Dream: int(m · share) of the remaining masks, truncated, per row: (B,) int64, () fp32 -> (B,) int64."""
     return (masks.float() * share.to(masks.device)).long()
 
 
@@ -68,10 +68,11 @@ def gumbel_choice(logits: torch.Tensor, temperature: float, uniform: torch.Tenso
     logarithm of LLaDA's exp(logits) / (-log u)^temperature.
 
     Args:
-        uniform: (M, V) in [0, 1); not looked at for temperature 0.
+        uniform: (M, V) in [0, 1); not used at temperature 0.
     """
     if temperature == 0:
         return logits.argmax(-1)
+    assert uniform is not None, "a temperature needs noise"
     return (logits.double() + temperature * gumbel(uniform)).argmax(-1)
 
 
@@ -96,9 +97,9 @@ def top_positions(scores: torch.Tensor, eligible: torch.Tensor, counts: torch.Te
     """The `counts` highest-scored eligible positions of each row, the earlier of equal ones: (B, G) bool.
 
     Args:
-        scores: (B, G); what stands at other positions does not matter.
+        scores: (B, G); values at positions that are not eligible are ignored.
         eligible: (B, G) bool.
-        counts: (B,) int64; a row with fewer eligible positions gets them all.
+        counts: (B,) int64; of a row with fewer eligible positions all are chosen.
     """
     order = scores.masked_fill(~eligible, -torch.inf).argsort(dim=-1, descending=True, stable=True)  # (B, G)
     return (order.argsort(dim=-1) < counts[:, None]) & eligible

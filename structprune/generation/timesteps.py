@@ -67,7 +67,7 @@ class DreamGeneration(Generation):
 
     @property
     def draw_temperature(self) -> float:
-        """1, because `shaped` divides by the temperature."""
+        """1, because `shape_logits` divides by the temperature."""
         return 1.0 if self.temperature else 0.0
 
     @property
@@ -81,7 +81,7 @@ class DreamGeneration(Generation):
     def counts(self, step: int, began: torch.Tensor, remaining: torch.Tensor) -> torch.Tensor:
         return remaining if self.blind else sampling.shared_counts(remaining, self._share(step))
 
-    def shaped(self, logits: torch.Tensor) -> torch.Tensor:
+    def shape_logits(self, logits: torch.Tensor) -> torch.Tensor:
         """Temperature, then top-p, then top-k: (M, V) -> (M, V)."""
         if self.temperature:
             logits = logits / self.temperature  # (M, V)

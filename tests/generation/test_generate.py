@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from structprune import load_model
 from structprune.errors import UserError
-from structprune.generation import generate as module
+from structprune.generation import denoise
 from structprune.generation.generate import generate
 from structprune.generation.samplers import DreamGeneration, LLaDAGeneration, generation_settings, low_confidence
 
@@ -169,13 +169,13 @@ def test_the_head_runs_where_it_is_needed(tiny_model, settings, rows):
 
 def test_guidance_masks_the_prompt_in_the_same_pass(tiny_model, monkeypatch):
     model, passes = tiny_model(), []
-    encode_at = module.encode_at
+    encode_at = denoise.encode_at
 
     def noted(model, ids, wanted, mask=None):
         passes.append((ids, mask))
         return encode_at(model, ids, wanted, mask)
 
-    monkeypatch.setattr(module, "encode_at", noted)
+    monkeypatch.setattr(denoise, "encode_at", noted)
     generate(model, PROMPTS[:2], LLaDAGeneration(12, 2, 12, cfg_scale=0.5))
     assert len(passes) == 2
     for ids, mask in passes:
@@ -184,9 +184,9 @@ def test_guidance_masks_the_prompt_in_the_same_pass(tiny_model, monkeypatch):
 
 
 def test_small_portions_of_logits_change_nothing(tiny_model, monkeypatch):
-    assert module._portions([3, 0, 2, 5], 4) == [[(0, 3)], [(2, 2)], [(3, 4)], [(3, 1)]]
-    assert module._portions([1, 2, 1, 6], 4) == [[(0, 1), (1, 2), (2, 1)], [(3, 4)], [(3, 2)]]
-    monkeypatch.setattr(module, "LOGIT_BYTES", 4 * 2048 * 4)  # 4 positions
+    assert denoise.portions([3, 0, 2, 5], 4) == [[(0, 3)], [(2, 2)], [(3, 4)], [(3, 1)]]
+    assert denoise.portions([1, 2, 1, 6], 4) == [[(0, 1), (1, 2), (2, 1)], [(3, 4)], [(3, 2)]]
+    monkeypatch.setattr(denoise, "LOGIT_BYTES", 4 * 2048 * 4)  # 4 positions
     for form in ("guided", "tempered", "tempered, top-k"):
         settings = FORMS[form]
         model, sizes = tiny_model(FAMILIES[type(settings)]), []

@@ -79,7 +79,7 @@ def test_tokens_have_the_tempered_distribution(settings):
     uniform = torch.rand(40_000, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     logits = logs(0.6, 0.3, 0.1)
     tempered = (logits / 2).softmax(-1)[0]  # (V,)
-    shaped = settings.shaped(logits)  # (1, V)
+    shaped = settings.shape_logits(logits)  # (1, V)
     found = sampling.gumbel_choice(shaped.expand(40_000, 3), settings.draw_temperature, uniform).bincount() / 40_000
     assert found.tolist() == pytest.approx(tempered.tolist(), abs=0.01)
     expected = 0.3 if type(settings) is LLaDAGeneration else -(tempered * -tempered.log()).sum().item()
@@ -89,12 +89,19 @@ def test_tokens_have_the_tempered_distribution(settings):
 def test_dream_shapes_by_temperature_then_top_p_then_top_k():
     logits = logs(0.4, 0.3, 0.2, 0.1)
     inf = -math.inf
-    flat = DreamGeneration(temperature=10.0, top_p=0.6).shaped(logits)[0]  # at 0.27, 0.26, 0.25, 0.23 three are needed
+    flat = DreamGeneration(temperature=10.0, top_p=0.6).shape_logits(logits)[
+        0
+    ]  # at 0.27, 0.26, 0.25, 0.23 three are needed
     assert flat.tolist() == pytest.approx([*(logits[0, :3] / 10).tolist(), inf])
     # the cut by top-p sees all tokens: after top-k 0.4 / 0.7 alone would pass 0.5
-    assert DreamGeneration(top_p=0.5, top_k=2).shaped(logits)[0].isfinite().tolist() == [True, True, False, False]
-    assert DreamGeneration(top_p=0.95, top_k=1).shaped(logits)[0].isfinite().tolist() == [True, False, False, False]
-    assert DreamGeneration(top_p=1.0).shaped(logits) is logits
+    assert DreamGeneration(top_p=0.5, top_k=2).shape_logits(logits)[0].isfinite().tolist() == [True, True, False, False]
+    assert DreamGeneration(top_p=0.95, top_k=1).shape_logits(logits)[0].isfinite().tolist() == [
+        True,
+        False,
+        False,
+        False,
+    ]
+    assert DreamGeneration(top_p=1.0).shape_logits(logits) is logits
 
 
 def test_confidences():

@@ -147,7 +147,7 @@ def test_what_cannot_be_measured_together(pair, tiny_checkpoint, tmp_path, capsy
         ([pair[0], dream], [], f"'{dream}' is of family dream, '{pair[0]}' of llada: compare within one family"),
         (pair, ["--length", "65"], "--length 65 is beyond the 64 positions of"),
         (pair, ["--cache", "duel"], "unknown --cache 'duel' (did you mean 'dual'?)"),
-        (pair, ["--cache", "none,none"], "--cache none,none names one twice: give each once, or all alone"),
+        (pair, ["--cache", "none,none"], "--cache none,none names one twice: give each once, or only 'all'"),
         (pair, ["--cache", "all,dual"], "--cache all,dual names one twice"),
         (pair, ["--batch", "1;2"], "--batch '1;2' is no list of whole numbers: write them as in --batch 1,8"),
         (pair, ["--dtype", "float64"], "model.dtype"),
