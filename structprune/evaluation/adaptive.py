@@ -1,26 +1,26 @@
-"""When more Monte Carlo blocks can no longer be expected to change a choice.
+"""When further Monte Carlo blocks are no longer expected to change a choice.
 
-The question is not which answer is truly likelier, but which one the full count of samples on the same stream would
-choose. So the samples run are a sample without replacement of the full count's, the others are forecast (`forecast`),
-and the standard error of a mean advantage is that of the forecasts. Shapes: A answers, N samples in full.
+The question is not which answer is truly likelier, but which one all samples of the same stream would choose. So the
+samples that were run are drawn without replacement from all samples, the others are forecast (`forecast`), and the
+standard error of a mean advantage is that of the forecasts. Shapes: A answers, N samples in all.
 """
 
 import math
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 
 from structprune.evaluation.forecast import Completed
 
-GROWTH = 1.125  # blocks at one look over those at the look before
-LEAST = 16  # samples at the first look: of fewer, noise is so large that a flat prior of the gap would be no prior
+GROWTH = 1.125  # ratio of the blocks at one look to those at the look before
+LEAST = 16  # samples at the first look: with fewer, noise is so large that the flat prior of the gap misleads
 
 
 def look_schedule(blocks: int, rows: int) -> list[int]:
-    """Numbers of blocks after which a choice is looked at, the last being all: 2, 3, ..., 16, 18, 20, ..., `blocks`.
+    """Numbers of blocks after which a choice is tested, the last being all: 2, 3, ..., 16, 18, 20, ..., `blocks`.
 
     Args:
-        rows: samples of a block; of small ones the first look waits for LEAST samples.
+        rows: samples of a block; the first look waits for LEAST samples.
     """
     looks = [min(max(2, math.ceil(LEAST / rows)), blocks)]
     while looks[-1] < blocks:
@@ -44,31 +44,32 @@ def student_tail(t: float, freedom: int) -> float:
 
 
 def decided(answers: Sequence[Completed], sizes: torch.Tensor, confidence: float) -> bool:
-    """Whether all samples would choose as those run and the forecasts of the others do, raw and divided by size.
+    """Whether the choice is unlikely to change with all samples, both by total nats and by nats per size.
 
-    Every other answer must lag behind the leader, in each of the two senses, by more than chance explains: a
-    one-sided paired t-test whose error is shared (Bonferroni) by the answers and the two senses. Not by the looks: the
-    tail is the posterior probability, under a flat prior of the gap, that the full count turns it round, whenever one
-    looks. So the confidence holds on average over items of many gaps, near ties among them, as the tests try it.
+    In both senses every other answer must be behind the leader by more than chance explains: a one-sided paired t-test,
+    whose error is split (Bonferroni) between the answers and the two senses, but not between the looks. Under a flat
+    prior of the gap, the tail is the posterior probability that all samples reverse it, at whichever look. So the
+    confidence holds on average over items with many gaps, near ties included; the tests check this.
 
     Args:
-        answers: of one item, whose samples share their noise; an exact one has residuals of 0 and nothing unknown.
-        sizes: (A,) what the normalised choice divides by.
+        answers: of one item, whose samples share their noise; an exact one has residuals of 0 and no forecasts.
+        sizes: (A,) divisors of the normalised choice.
         confidence: that neither choice would change.
     """
     if len(answers) < 2:
         return False
     allowed = (1 - confidence) / ((len(answers) - 1) * 2)
-    for by in ([1.0] * len(answers), sizes.tolist()):
-        lead = min(range(len(answers)), key=lambda index: answers[index].values.mean().item() / by[index])
+    for divisors in ([1.0] * len(answers), sizes.tolist()):
+        rates = [answer.values.mean().item() / divisor for answer, divisor in zip(answers, divisors, strict=True)]
+        lead = rates.index(min(rates))
         for index in range(len(answers)):
-            if index != lead and not _behind(answers[index], by[index], answers[lead], by[lead], allowed):
+            if index != lead and not _behind(answers[index], divisors[index], answers[lead], divisors[lead], allowed):
                 return False
     return True
 
 
 def _behind(other: Completed, other_size: float, leader: Completed, size: float, allowed: float) -> bool:
-    """Whether the leader's lead would be lost with a probability of at most `allowed`.
+    """Whether the leader loses its lead with a probability of at most `allowed`.
 
     Degrees of freedom are those of the answer that is forecast from fewer masks.
     """
@@ -81,7 +82,7 @@ def _behind(other: Completed, other_size: float, leader: Completed, size: float,
     )
     freedom = min((int(part.fresh.sum()) - 1 for part in (other, leader) if part.repeats.any()), default=1)
     advantage, noise = gap.values.mean().item(), gap.error()
-    if freedom < 1 or not math.isfinite(advantage + noise):  # a single mask shows no spread; nats may be NaN
+    if freedom < 1 or not math.isfinite(advantage + noise):  # a single mask has no spread; nats may be NaN
         return False
     if noise == 0:
         return advantage > 0

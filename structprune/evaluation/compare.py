@@ -1,9 +1,10 @@
 """Paired statistics of two models that saw the same noise."""
 
 import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,20 +12,19 @@ import torch
 from structprune.errors import UserError
 
 RESAMPLES = 10_000
-FEWEST = 6  # items that differ, for an interval: of fewer, even all gaps of one sign are no rare chance (2 / 2^5 > 5%)
+FEWEST = 6  # items that must differ for an interval: with 5, all gaps have one sign by chance in 2 / 2^5 > 5% of cases
 CELLS = 1 << 20  # resampled counts in memory at a time
 
 Parts = Mapping[str, tuple[float, float]]  # item key -> (numerator, denominator)
 
 
-def paired_difference(ours: torch.Tensor, theirs: torch.Tensor) -> dict[str, float]:
+def paired_difference(ours: torch.Tensor, theirs: torch.Tensor) -> dict[str, Any]:
     """Mean of ours - theirs over pairs, its standard error, and a 95% normal interval.
 
     Args:
         ours, theirs: (N,) values of the same windows under the same noise.
     Returns:
-        `mean`, `standard_error`, `low`, `high`, all in the unit of the values; of a single pair all but the mean are
-        None.
+        `mean`, `standard_error`, `low`, `high` in the unit of the values; for a single pair all but the mean are None.
     """
     gap = ours.double() - theirs.double()  # (N,)
     mean = gap.mean().item()
@@ -36,12 +36,12 @@ def paired_difference(ours: torch.Tensor, theirs: torch.Tensor) -> dict[str, flo
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """A difference, ours - theirs, and what it is when items are drawn again with replacement.
+    """A difference, ours - theirs, and its values over items resampled with replacement.
 
     Attributes:
-        value: over the items as they are.
+        value: over the items themselves.
         resampled: (R,) float64.
-        items: shared by both; left_out: that only one of them has; differing: shared ones on which they differ.
+        items: shared by both; left_out: items of only one; differing: shared items on which they differ.
         smallest: items of the smallest task in it (of one task: `items`).
     """
 
@@ -55,10 +55,10 @@ class Bootstrap:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A difference with its 95% interval; both ends None where too few items differ for one.
+    """A difference with its 95% interval; both ends are None where too few items differ.
 
     Attributes:
-        verdict: `better`, `worse`, or `no difference shown` where the interval holds 0 or there is none.
+        verdict: `better`, `worse`, or `no difference shown` without an interval or where it contains 0.
     """
 
     difference: float
@@ -74,28 +74,28 @@ def paired_bootstrap(
 ) -> Bootstrap:
     """Difference of two ratios of sums (means, where denominators are 1) over the same items, and its bootstrap.
 
-    Items are drawn as (numerator, denominator) of both at once. Equal ones are drawn together: how often each kind
-    comes up is multinomial, which is the same law and costs little for right and wrong.
+    An item is drawn as the numerators and denominators of both at once. Items with equal numbers are drawn together:
+    their count is multinomial, which has the same distribution and is cheap where items are only right or wrong.
 
     Args:
-        task: gives every task a stream of its own, so that tasks can be averaged.
+        task: gives every task its own random stream, so that tasks can be averaged.
     Raises:
         UserError: no item in common, or only items without a denominator.
     """
     keys = [key for key in ours if key in theirs]
     if not keys:
-        raise UserError(f"task '{task}': no item in common, so nothing can be compared")
+        raise UserError(f"task '{task}': no item in common, so nothing can be compared: evaluate the same items")
     pairs = np.array([(*ours[key], *theirs[key]) for key in keys], dtype=np.float64)  # (N, 4)
     kinds, counts = np.unique(pairs, axis=0, return_counts=True)  # (U, 4), (U,)
     value = _difference(counts[None], kinds)[0]
     if not np.isfinite(value):
         raise UserError(f"task '{task}': shared items without a denominator cannot be compared")
     generator = np.random.default_rng([seed, zlib.crc32(task.encode())])
-    step, drawn = max(1, CELLS // len(kinds)), []
+    step, parts = max(1, CELLS // len(kinds)), []
     for start in range(0, resamples, step):
         size = min(step, resamples - start)
-        drawn.append(_difference(generator.multinomial(len(keys), counts / len(keys), size), kinds))  # (step,)
-    resampled = np.concatenate(drawn)  # (R,)
+        parts.append(_difference(generator.multinomial(len(keys), counts / len(keys), size), kinds))  # (step,)
+    resampled = np.concatenate(parts)  # (R,)
     left_out = len(set(ours) ^ set(theirs))
     differing = int(counts[(kinds[:, :2] != kinds[:, 2:]).any(1)].sum())
     return Bootstrap(float(value), resampled[np.isfinite(resampled)], len(keys), left_out, len(keys), differing)
@@ -113,21 +113,21 @@ def average(tasks: Sequence[Bootstrap]) -> Bootstrap:
     )
 
 
-def conclude(found: Bootstrap, higher_is_better: bool) -> Comparison:
-    """The 95% interval of a bootstrap, and what it says.
+def conclude(bootstrap: Bootstrap, higher_is_better: bool) -> Comparison:
+    """The 95% interval of a bootstrap, and its verdict.
 
-    Percentiles are taken further out, as Student's t and the factor n - 1 of a variance ask for: plain ones are too
-    narrow for few items (expanded percentile interval; T. Hesterberg, The American Statistician 69(4), 2015).
+    Plain percentiles are too narrow for few items. The percentiles here are further out, by Student's t and by the
+    factor n - 1 of a variance (expanded percentile interval; T. Hesterberg, The American Statistician 69(4), 2015).
     """
     low = high = None
-    if min(found.smallest, found.differing) >= FEWEST:
-        widened = (found.smallest / max(1, found.smallest - 1)) ** 0.5 * student_t(max(1, found.smallest - 1))
-        tail = NormalDist().cdf(-widened)
-        low, high = map(float, np.quantile(found.resampled, (tail, 1 - tail)))
     verdict = "no difference shown"
-    if low is not None and (low > 0 or high < 0):
-        verdict = "better" if (low > 0) == higher_is_better else "worse"
-    return Comparison(found.value, low, high, found.items, found.left_out, verdict)
+    if min(bootstrap.smallest, bootstrap.differing) >= FEWEST:
+        freedom = max(1, bootstrap.smallest - 1)
+        tail = NormalDist().cdf(-((bootstrap.smallest / freedom) ** 0.5) * student_t(freedom))
+        low, high = map(float, np.quantile(bootstrap.resampled, (tail, 1 - tail)))
+        if low > 0 or high < 0:
+            verdict = "better" if (low > 0) == higher_is_better else "worse"
+    return Comparison(bootstrap.value, low, high, bootstrap.items, bootstrap.left_out, verdict)
 
 
 def student_t(freedom: int) -> float:
@@ -145,10 +145,10 @@ def student_t(freedom: int) -> float:
 def _difference(counts: np.ndarray, kinds: np.ndarray) -> np.ndarray:
     """(R, U) how often each kind, (U, 4) its numerator and denominator in both -> (R,) differences of ratios.
 
-    a/b - c/d is written as ((a - c) - (b - d) c/d) / b: equal models differ by exactly 0, whatever rounding does.
+    a/b - c/d is computed as ((a - c) - (b - d) c/d) / b, so that equal models differ by exactly 0 despite rounding.
     """
     ours, below, theirs, below_theirs = kinds.T  # (U,) each
     columns = np.stack((ours - theirs, below - below_theirs, below, theirs, below_theirs), axis=1)  # (U, 5)
     gap, gap_below, below, theirs, below_theirs = (counts.astype(np.float64) @ columns).T  # (R,) each
-    with np.errstate(divide="ignore", invalid="ignore"):  # a draw may have no masked token: not finite
+    with np.errstate(divide="ignore", invalid="ignore"):  # a draw without masked tokens is not finite
         return (gap - gap_below * (theirs / below_theirs)) / below

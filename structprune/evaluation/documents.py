@@ -1,8 +1,9 @@
-"""Documents of evaluation tasks: what is scored or generated for each, and how an outcome is graded."""
+"""Documents of evaluation tasks: what is scored or generated for each, and how the outcome is graded."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Mapping, Protocol, Sequence
+from typing import Any, Protocol
 
 
 @dataclass(frozen=True)
@@ -12,8 +13,8 @@ class Choices:
     Attributes:
         key: unique among all documents of a run; seeds its noise.
         pairs: (context, continuation) of every answer, delimiters included.
-        lengths: of the answers without delimiter, in characters: what lm-eval's acc_norm divides by.
-        gold: index of the right answer; None where the task grades by itself.
+        lengths: of the answers without delimiter, in characters, by which lm-eval's acc_norm divides.
+        gold: index of the right answer; None where only the task's own code knows it.
     """
 
     key: str
@@ -28,10 +29,10 @@ class Opening:
 
     Attributes:
         key: as in `Choices`.
-        context: what generation starts from.
+        context: the text that generation continues.
         until: the text ends before the first of these.
-        options: the task's wishes, in lm-eval's words (max_gen_toks, do_sample) or the sampler's.
-        gold: the right answer; None where the task grades by itself.
+        options: the task's generation options, under lm-eval's names (max_gen_toks, do_sample) or the sampler's.
+        gold: the right answer; None where only the task's own code knows it.
     """
 
     key: str
@@ -45,19 +46,24 @@ Document = Choices | Opening
 
 
 class Task(Protocol):
-    """What a driver knows of a task.
+    """A task of any source.
 
     Attributes:
-        name: of reports.
-        preset: the name its published settings are filed under; no such settings may exist.
-        documents: of one kind.
+        name: in reports.
+        preset: the name of its published settings, which need not exist.
+        documents: all of one type.
     """
 
-    name: str
-    preset: str
-    documents: tuple[Document, ...]
+    @property
+    def name(self) -> str: ...
 
-    def grade(self, document: Document, outcome: Sequence[float] | str) -> dict[str, float]:
+    @property
+    def preset(self) -> str: ...
+
+    @property
+    def documents(self) -> Sequence[Document]: ...
+
+    def grade(self, document: Any, outcome: Any) -> dict[str, float]:
         """Metrics of one document.
 
         Args:

@@ -1,11 +1,12 @@
-"""What is scored and how: items, settings and results of conditional log-likelihoods, and what is wrong with them.
+"""Items, settings and results of conditional log-likelihoods, and their checks.
 
 Shapes: P prompt tokens, L target tokens.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Iterable, get_args
+from typing import get_args
 
 import torch
 
@@ -19,9 +20,9 @@ class Answer:
     """One continuation of a prompt.
 
     Attributes:
-        prompt: (P,) int64, what stands before it; may be empty.
-        target: (L,) int64, what is scored. Dream never masks the last one: it should be an EOS.
-        size: what a normalised choice (acc_norm) divides the log-likelihood by, usually its text's characters.
+        prompt: (P,) int64, the tokens before it; may be empty.
+        target: (L,) int64, the tokens to score. Dream never masks the last one: it should be an EOS.
+        size: divisor of the log-likelihood for the normalised choice (acc_norm), usually its characters.
     """
 
     prompt: torch.Tensor
@@ -53,17 +54,17 @@ class MonteCarlo:
     samples: int = 128
     """Perturbations of an answer (mc_num); an answer with one maskable token needs one."""
     block: int = 8
-    """Samples that share one draw of LLaDA's k (the published batch size), and between looks of `adaptive`."""
+    """Samples that share one draw of LLaDA's k (the published batch size), and between tests of `adaptive`."""
     cfg_scale: float = 0.0
     """w of classifier-free guidance: LLaDA u + (1 + w)(c - u), 0 is off; Dream u + w(c - u), 0 and 1 are off."""
     seed: int = 0
-    """Of the noise; with an item's key it fixes all its samples."""
+    """Seed of the noise; with an item's key it determines all its samples."""
     sampling: Sampling = "stratified"
     """"published": independent levels of noise; "stratified": the same distribution, spread evenly."""
     adaptive: bool = False
-    """Stop drawing samples of an item once its choice among several answers is decided; the others are forecast."""
+    """Stop sampling an item once its choice among several answers is decided; the other samples are forecast."""
     confidence: float = 0.99
-    """That the choice of `adaptive` is that of all samples, raw and normalised."""
+    """Probability that `adaptive` makes the choices of all samples, raw and normalised."""
     skip_empty: bool = False
     """Dream as in the sink-aware release: leave samples without a mask out of the mean, which biases it."""
 
@@ -71,23 +72,23 @@ class MonteCarlo:
         for name in ("samples", "block"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise UserError(f"{name} = {value!r} is no count: give a whole number from 1")
+                raise UserError(f"{name} = {value!r} cannot be used: give a whole number from 1")
         if self.samples % self.rows:
             raise UserError(f"samples = {self.samples} is not a multiple of block = {self.block}: change either")
         if not 0 <= self.cfg_scale < math.inf:
             raise UserError(f"cfg_scale = {self.cfg_scale} cannot be used: give 0 (off) or more")
         if not 0 < self.confidence < 1:
-            raise UserError(f"confidence = {self.confidence} is no probability: give one below 1, such as 0.99")
+            raise UserError(f"confidence = {self.confidence} is not between 0 and 1: give a number such as 0.99")
         known = get_args(Sampling)
         if self.sampling not in known:
             hint = nearest(str(self.sampling), list(known))
             raise UserError(f"unknown sampling '{self.sampling}'{hint}: choose one of {', '.join(known)}")
         if self.skip_empty and self.adaptive:
-            raise UserError("skip_empty is for published numbers, which adaptive sampling is not: drop either")
+            raise UserError("skip_empty reproduces published numbers, which adaptive sampling does not: drop either")
 
     @property
     def rows(self) -> int:
-        """Samples of a block, which is never larger than the whole."""
+        """Samples of a block, at most all of them."""
         return min(self.block, self.samples)
 
     @property
@@ -97,14 +98,14 @@ class MonteCarlo:
 
 @dataclass(frozen=True)
 class Scored:
-    """What was found for an item.
+    """The log-likelihoods of an item.
 
     Attributes:
         key: the item's.
         log_likelihoods: nats per answer, summed over its target.
-        errors: standard error of each over blocks, with that of forecasts where an item stopped early; 0 where it is
-            exact, None of a single block.
-        samples: Monte Carlo samples drawn per answer.
+        errors: standard error of each over blocks, including that of forecasts where the item stopped early; 0 where
+            the value is exact, None with a single block.
+        samples: Monte Carlo samples run per answer.
     """
 
     key: str
@@ -114,7 +115,7 @@ class Scored:
 
 
 def check_items(config, items: Iterable[Item], settings: MonteCarlo) -> None:
-    """Raise UserError as `score_items` would, from the model's configuration alone: before any weight is read."""
+    """Raise the errors of `score_items` that the model's configuration is enough for: before any weight is read."""
     family = family_of(config)
     form = FORMS[family.likelihood]
     _check_settings(settings, form)
@@ -126,15 +127,15 @@ def _check_settings(settings: MonteCarlo, form: Form) -> None:
     if form.hidden_last and 0 < settings.cfg_scale < 1:
         remedy = "give 0 or 1 (off), or more than 1"
         raise UserError(
-            f"cfg_scale = {settings.cfg_scale} changes nothing for Dream, u + w(c - u) from w = 1: {remedy}"
+            f"cfg_scale = {settings.cfg_scale} has no effect for Dream, whose guidance starts above 1: {remedy}"
         )
     if settings.skip_empty and not form.hidden_last:
-        raise UserError("skip_empty is for Dream: LLaDA's samples all have a mask, drop it")
+        raise UserError("skip_empty is for Dream, and LLaDA's samples all have a mask: drop it")
 
 
 def _check_item(item: Item, form: Form, mask_id: int, longest: int) -> None:
     if not item.answers:
-        raise UserError(f"item {item.key} has no answer: give one at least")
+        raise UserError(f"item {item.key} has no answer: give it at least one")
     for index, answer in enumerate(item.answers):
         name = f"item {item.key}, answer {index}"
         length = len(answer.prompt) + len(answer.target)
@@ -147,4 +148,4 @@ def _check_item(item: Item, form: Form, mask_id: int, longest: int) -> None:
         if (answer.prompt == mask_id).any() or (answer.target == mask_id).any():
             raise UserError(f"{name} holds the mask token {mask_id}: remove it")
         if answer.size < 1:
-            raise UserError(f"{name} has size {answer.size}: a choice cannot be normalised by it, give 1 or more")
+            raise UserError(f"{name} has size {answer.size}, by which its choice is divided: give 1 or more")

@@ -1,7 +1,8 @@
 """Masked-diffusion NELBO per token, one estimator for every family (docs/methods.md section 6; arXiv 2502.09992)."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Callable, Iterable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +35,7 @@ class Nelbo:
 
     @property
     def standard_error(self) -> float:
-        """Of the mean over windows; 0 for a single window."""
+        """Standard error of the mean over windows; 0 for a single window."""
         count = len(self.nelbo)
         return (self.nelbo.double().std().item() / count**0.5) if count > 1 else 0.0
 
@@ -61,7 +62,7 @@ def masked_nelbo(
         input_ids: (N, T) int64 clean windows.
         noisy_ids: (N, S, T) int64 noisy copies.
         mask_probability: (N, S) the probability each was masked with.
-        batch: noisy copies per forward pass of a pruning run's check, or what learns from the device's memory.
+        batch: noisy copies per forward pass (of a pruning run's check), or `Batches` that adapt to the memory.
         track: wraps the iteration over batches (progress).
     """
     count, copies, length = noisy_ids.shape
@@ -73,31 +74,29 @@ def masked_nelbo(
     nats, tokens = torch.zeros(count * copies), torch.zeros(count * copies)  # (N*S,)
     batches = Batches(batch * length, OFFLOAD) if isinstance(batch, int) else batch
 
-    def measure(rows: slice) -> torch.Tensor:
-        ids, target = noisy[rows].to(device), clean[rows].to(device)  # (b, T)
-        masked = (ids == model.config.mask_token_id) & (target != ids)  # (b, T)
-        return torch.stack((_masked_nats(model, ids, target, masked), masked.sum(1).float().cpu()), dim=1)  # (b, 2)
+    def measure(start: int, part: slice) -> torch.Tensor:
+        rows = slice(start + part.start, start + part.stop)
+        ids, labels = noisy[rows].to(device), clean[rows].to(device)  # (b, T)
+        masked = (ids == model.config.mask_token_id) & (labels != ids)  # (b, T)
+        return torch.stack((_masked_nats(model, ids, labels, masked), masked.sum(1).float().cpu()), dim=1)  # (b, 2)
 
     step = batches.rows(length)
     for start in track(range(0, len(noisy), step)):
         rows = slice(start, min(start + step, len(noisy)))
-        within = lambda part: measure(slice(start + part.start, start + part.stop))  # noqa: B023, E731
-        nats[rows], tokens[rows] = batches.map(within, rows.stop - start, length).unbind(1)  # 2 x (b,)
+        columns = batches.map(partial(measure, rows.start), rows.stop - start, length)  # (b, 2)
+        nats[rows], tokens[rows] = columns.unbind(1)  # 2 x (b,)
     estimate = (nats * weight / maskable).view(count, copies).mean(1)  # (N,)
     return Nelbo(estimate, nats.view(count, copies).sum(1), tokens.view(count, copies).sum(1))
 
 
-def _masked_nats(model: DiffusionLM, ids, target, masked) -> torch.Tensor:
+def _masked_nats(model: DiffusionLM, ids: torch.Tensor, clean: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
     """Cross-entropy summed over the masked positions of each row: (b, T) ids -> (b,) on CPU."""
-    hidden, wanted = encode_at(model, ids, masked), target[masked]  # (M, C), (M,)
+    hidden, labels = encode_at(model, ids, masked), clean[masked]  # (M, C), (M,)
     nats = torch.zeros_like(ids, dtype=torch.float32)  # (b, T)
-    parts = logit_slices(len(wanted), model.embedding.weight.shape[0], kinds=2)  # logits, and those normalised
-    found = [_cross_entropy(model.output_head(hidden[part]), wanted[part]) for part in parts]  # (m,) each
-    if found:
-        nats[masked] = torch.cat(found)  # (M,)
+    losses = []
+    for part in logit_slices(len(labels), model.embedding.weight.shape[0], kinds=2):  # logits, and normalised ones
+        logits = model.output_head(hidden[part]).float()  # (m, V)
+        losses.append(F.cross_entropy(logits, labels[part], reduction="none"))  # (m,)
+    if losses:
+        nats[masked] = torch.cat(losses)  # (M,)
     return nats.sum(1).cpu()
-
-
-def _cross_entropy(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """(m, V), (m,) -> (m,)."""
-    return F.cross_entropy(logits.float(), wanted, reduction="none")

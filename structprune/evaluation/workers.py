@@ -1,18 +1,18 @@
-"""One process among several, as `accelerate launch` and `torchrun` start them: each takes its share of the chunks."""
+"""The processes that `accelerate launch` or `torchrun` start: each does its share of the chunks."""
 
 import os
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Iterator
 
 import torch
 import torch.distributed
 
 from structprune.errors import UserError
 
-LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what both launchers set
-PATIENCE = timedelta(days=30)  # a process may have much more to do than another
+LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # set by both launchers
+PATIENCE = timedelta(days=30)  # one process may have much more work than another
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,9 @@ class Workers:
     """The processes of a run.
 
     Attributes:
-        rank: of this one, from 0.
-        count: of all.
-        device: of this process, where the launcher gave it one of several accelerators.
+        rank: number of this process, from 0.
+        count: number of processes.
+        device: this process's accelerator, where there are any.
     """
 
     rank: int = 0
@@ -31,29 +31,29 @@ class Workers:
 
     @property
     def main(self) -> bool:
-        """Whether this process reports."""
+        """Whether this process reports to the user."""
         return self.rank == 0
 
     def mine(self, number: int) -> bool:
-        """Whether chunk `number` is this process's."""
+        """Whether this process does chunk `number`."""
         return number % self.count == self.rank
 
     def agree(self, problem: UserError | None) -> None:
-        """Raise in every process what went wrong in the first, instead of leaving the others to wait for it."""
-        told = [None if problem is None else str(problem)]
+        """Raise the first process's problem in every process, so that none waits for a process that has ended."""
+        messages = [None if problem is None else str(problem)]
         if self.count > 1:
-            torch.distributed.broadcast_object_list(told, src=0)
-        if told[0] is not None:
-            raise problem or UserError(told[0])
+            torch.distributed.broadcast_object_list(messages, src=0)
+        if messages[0] is not None:
+            raise problem or UserError(messages[0])
 
     def wait(self) -> None:
-        """Until all are here."""
+        """Wait until all processes call this."""
         if self.count > 1:
             torch.distributed.barrier()
 
 
 def join() -> Workers:
-    """This process's place; joins the others where a launcher started it. Only gloo is used, which needs no GPU."""
+    """Join the other processes where a launcher started this one; with gloo only, which needs no GPU."""
     count = int(os.environ["WORLD_SIZE"]) if all(name in os.environ for name in LAUNCHED) else 1
     if count < 2:
         return Workers()
@@ -71,9 +71,8 @@ def leave() -> None:
 
 @contextmanager
 def workers() -> Iterator[Workers]:
-    """This process's place while open."""
-    place = join()
+    """`join` on entry and `leave` on exit."""
     try:
-        yield place
+        yield join()
     finally:
         leave()

@@ -165,14 +165,14 @@ def record_masks(monkeypatch) -> list[torch.Tensor]:
 
 def test_nats_are_held_of_targets_alone(tiny_model, monkeypatch):
     """A prompt of 50 tokens takes no room while an item waits for its next look."""
-    held, original = [], choices._decided
+    held, original = [], choices._Scorer.is_decided
 
-    def look(state, *rest):
-        for tally in state.tallies:
-            held.extend(row.untyped_storage().nbytes() / len(tally.known) for row in tally.known.values())
-        return original(state, *rest)
+    def look(scorer, state):
+        for answer in state.answers:
+            held.extend(row.untyped_storage().nbytes() / len(answer.by_mask) for row in answer.by_mask.values())
+        return original(scorer, state)
 
-    monkeypatch.setattr(choices, "_decided", look)
+    monkeypatch.setattr(choices._Scorer, "is_decided", look)
     answers = lambda *targets: tuple(Answer(torch.arange(50), torch.tensor(ids), 1) for ids in targets)  # noqa: E731
     items = [Item(f"q/{index}", answers((7, 8, 9), (index, 8, 7))) for index in range(4)]
     score_items(tiny_model(), items, MonteCarlo(128, adaptive=True), Batches(9999))

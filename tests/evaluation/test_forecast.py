@@ -60,11 +60,11 @@ def test_masks_that_were_run_are_known_and_learned_from_once():
     masked = masks("M..", ".M.", "MM.", "M..", "M..", ".M.", "..M")
     weight = torch.tensor([3, 3, 1.5, 3, 3, 3, 3]).double()
     nats = torch.tensor([[3, 0, 0], [0, 5, 0], [4, 9, 0], [3, 0, 0]]).double()
-    found = complete(masked, weight, nats, seen=4)
+    found = complete(masked, weight, nats, run=4)
     assert found.repeats.tolist() == [0] * 6 + [1] and found.fresh.tolist() == [True, True, True, False]
     assert found.values[:6].tolist() == [9, 15, 19.5, 9, 9, 15]
     once = [0, 1, 2, 4, 5, 6]  # without the repetition among those run
-    other = complete(masked[once], weight[once], nats[:3], seen=3)
+    other = complete(masked[once], weight[once], nats[:3], run=3)
     assert found.residuals[:3].tolist() == pytest.approx(other.residuals.tolist())
     assert found.residuals[3] == found.residuals[0] and abs(found.residuals[0]) > 0.1
     model = TokenModel(masked, torch.cat((nats, torch.zeros(3, 3))), torch.arange(7) < 3)
@@ -76,7 +76,7 @@ def test_masks_that_were_run_are_known_and_learned_from_once():
 def test_all_run_leaves_nothing_to_forecast():
     masked = masks("M.", ".M", "MM", "..")  # Dream may mask nothing
     nats = torch.tensor([[1, 0], [0, 2], [3, 4], [0, 0]]).double()
-    found = complete(masked, torch.ones(4).double(), nats, seen=4)
+    found = complete(masked, torch.ones(4).double(), nats, run=4)
     assert not found.repeats.any() and found.values.tolist() == [1, 2, 7, 0] and found.error() == 0
 
 
@@ -85,15 +85,15 @@ def test_samples_without_a_mask_are_known_and_say_nothing():
     masked = masks("...", "M..", ".M.", "...", "MMM", "...")
     weight = torch.tensor([1000, 4, 2, 9, 1, 9]).double()
     nats = torch.tensor([[0, 0, 0], [3, 0, 0], [0, 5, 0]]).double()
-    found = complete(masked, weight, nats, seen=3)
+    found = complete(masked, weight, nats, run=3)
     assert found.fresh.tolist() == [False, True, True] and found.repeats.tolist() == [0, 0, 0, 0, 1, 0]
     assert found.values.tolist()[:4] == [0, 12, 10, 0] and found.values[5] == 0
-    alone = complete(masked[[1, 2, 4]], weight[[1, 2, 4]], nats[1:], seen=2)
+    alone = complete(masked[[1, 2, 4]], weight[[1, 2, 4]], nats[1:], run=2)
     assert found.values[4].item() == pytest.approx(alone.values[2].item())
     assert found.error() * 6 == pytest.approx(alone.error() * 3)
-    unseen = complete(masked[1:], weight[1:], nats[1:], seen=2)  # an empty one is not forecast either
+    unseen = complete(masked[1:], weight[1:], nats[1:], run=2)  # an empty one is not forecast either
     assert unseen.values[2] == 0 and unseen.error() * 5 == pytest.approx(alone.error() * 3)
-    nothing = complete(masked, weight, nats[:1], seen=1)
+    nothing = complete(masked, weight, nats[:1], run=1)
     assert nothing.values.isfinite().all() and nothing.error() == float("inf")
 
 
@@ -102,7 +102,7 @@ def test_an_answer_that_is_known_adds_nothing_to_a_gap():
         masks("M.", ".M", "MM", "M.", ".."),
         torch.ones(5).double(),
         torch.tensor([[1, 0], [0, 1], [2, 3]]).double(),
-        seen=3,
+        run=3,
     )
     assert found.values.tolist() == [1, 1, 5, 1, 0] and not found.fresh.any() and not found.repeats.any()
     assert not found.residuals.any() and not found.influence.any() and len(found.residuals) == 3
@@ -123,7 +123,7 @@ def test_influence_by_hand():
     """Of three samples run: the sum of forecasts, less that of as many like those run, with each and without."""
     masked = masks("M..", ".M.", "MM.", "..M", ".MM")
     weight, nats = torch.tensor([3, 3, 1.5, 3, 1.5]).double(), torch.tensor([[3, 0, 0], [0, 5, 0], [4, 9, 0]]).double()
-    found = complete(masked, weight, nats, seen=3)
+    found = complete(masked, weight, nats, run=3)
     features, known = surroundings(masked), torch.cat((nats, torch.zeros(2, 3)))
     used = masked & (torch.arange(5) < 3)[:, None]
     sums = torch.einsum("nlf,nl->nlf", features, masked * weight[:, None])  # (N, L, F)
@@ -137,7 +137,7 @@ def test_influence_by_hand():
 
 def test_repeated_forecasts_are_counted():
     masked = masks("M..", ".M.", "MM.", ".MM", ".MM", "M.M")
-    found = complete(masked, torch.ones(6).double(), torch.tensor([[3, 0, 0], [0, 5, 0]]).double(), seen=2)
+    found = complete(masked, torch.ones(6).double(), torch.tensor([[3, 0, 0], [0, 5, 0]]).double(), run=2)
     assert found.repeats.tolist() == [0, 0, 1, 2, 2, 1]
 
 
@@ -155,7 +155,7 @@ def test_a_linear_world_is_forecast_exactly_and_a_noisy_one_within_its_errors(le
         of_mask = torch.randn(64, length, generator=generator)[samples.masked.unique(dim=0, return_inverse=True)[1]]
         nats = (nats + noise * of_mask) * samples.masked  # (N, L)
         values = nats.sum(1) * samples.weight  # (N,)
-        found = complete(samples.masked, samples.weight, nats[:24], seen=24)
+        found = complete(samples.masked, samples.weight, nats[:24], run=24)
         miss = (found.values.mean() - values.mean()).item()
         if not noise:
             assert abs(miss) < 0.1 and found.error() < 0.1 < values.std() / 8  # the prior pulls a little

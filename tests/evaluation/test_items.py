@@ -22,8 +22,8 @@ REFUSED = {
     "only EOS": ("dream", [answer(target=(3,))], "answer 0 has 1 tokens to score: .* end it with EOS"),
     "mask in prompt": ("llada", [answer(prompt=(1, MASK))], "item q/7, answer 0 holds the mask token 2047: remove it"),
     "mask in target": ("dream", [answer(target=(MASK, 1))], "holds the mask token 2047"),
-    "no size": ("llada", [answer(size=0)], "has size 0: a choice cannot be normalised by it"),
-    "no answer": ("llada", [], "item q/7 has no answer: give one at least"),
+    "no size": ("llada", [answer(size=0)], "has size 0, by which its choice is divided: give 1 or more"),
+    "no answer": ("llada", [], "item q/7 has no answer: give it at least one"),
 }
 
 
@@ -47,16 +47,16 @@ def test_the_longest_that_fits_is_scored(tiny_model):
 @pytest.mark.parametrize(
     "values, message",
     [
-        ({"samples": 0}, "samples = 0 is no count: give a whole number from 1"),
-        ({"samples": 12.0}, "samples = 12.0 is no count"),
-        ({"block": True}, "block = True is no count"),
+        ({"samples": 0}, "samples = 0 cannot be used: give a whole number from 1"),
+        ({"samples": 12.0}, "samples = 12.0 cannot be used"),
+        ({"block": True}, "block = True cannot be used"),
         ({"samples": 12}, "samples = 12 is not a multiple of block = 8: change either"),
         ({"cfg_scale": -0.5}, "cfg_scale = -0.5 cannot be used"),
         ({"cfg_scale": float("nan")}, "cfg_scale = nan cannot be used"),
-        ({"confidence": 1.0}, "confidence = 1.0 is no probability"),
-        ({"confidence": 0.0}, "confidence = 0.0 is no probability"),
+        ({"confidence": 1.0}, "confidence = 1.0 is not between 0 and 1"),
+        ({"confidence": 0.0}, "confidence = 0.0 is not between 0 and 1"),
         ({"sampling": "stratifed"}, "unknown sampling 'stratifed'.*stratified"),
-        ({"skip_empty": True, "adaptive": True}, "skip_empty is for published numbers"),
+        ({"skip_empty": True, "adaptive": True}, "skip_empty reproduces published numbers"),
     ],
 )
 def test_settings_that_cannot_be_used(values, message):
@@ -66,8 +66,8 @@ def test_settings_that_cannot_be_used(values, message):
 
 def test_settings_that_a_family_has_no_use_for(tiny_model):
     items = [Item("q", (answer(),))]
-    with pytest.raises(UserError, match="cfg_scale = 0.5 changes nothing for Dream.*give 0 or 1 .off., or more than 1"):
+    with pytest.raises(UserError, match="cfg_scale = 0.5 has no effect for Dream.*give 0 or 1 .off., or more than 1"):
         score_items(tiny_model("dream"), items, MonteCarlo(8, cfg_scale=0.5), Batches(99))
-    with pytest.raises(UserError, match="skip_empty is for Dream: LLaDA's samples all have a mask, drop it"):
+    with pytest.raises(UserError, match="skip_empty is for Dream, and LLaDA's samples all have a mask: drop it"):
         score_items(tiny_model(), items, MonteCarlo(8, skip_empty=True), Batches(99))
     score_items(tiny_model("dream"), items, MonteCarlo(8, cfg_scale=1.0), Batches(99))

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from structprune.errors import UserError
-from structprune.evaluation.likelihood import Rows, token_nats
+from structprune.evaluation.likelihood import MaskedRows, token_nats
 from structprune.models import logits
 from structprune.models.encode import Batches
 
@@ -22,10 +22,10 @@ def rows():
     masked = (torch.rand(7, LENGTH, generator=generator) < 0.6) & (torch.arange(LENGTH) >= prompt[:, None])
     masked[4], masked[6] = masked[1], False
     assert masked[:6].any(1).all()
-    return Rows(clean, masked, prompt)
+    return MaskedRows(clean, masked, prompt)
 
 
-def by_hand(model, rows: Rows, scale: float) -> torch.Tensor:
+def by_hand(model, rows: MaskedRows, scale: float) -> torch.Tensor:
     """(N, T) one row, one branch and one position at a time."""
     found = torch.zeros(rows.clean.shape, dtype=torch.float64)
     for row, clean, masked, prompt in zip(found, rows.clean, rows.masked, rows.prompt):
@@ -66,13 +66,13 @@ def count_rows(model) -> list[int]:
     return counts
 
 
-def two_answers() -> Rows:
+def two_answers() -> MaskedRows:
     """Two answers to one prompt and one to another, each once all masked and once in part."""
     prompts = torch.tensor([[1, 2, 3], [1, 2, 3], [4, 5, 6]])
     targets = torch.tensor([[10, 11, 12], [10, 21, 22], [30, 31, 32]])
     clean = torch.cat((prompts, targets), dim=1).repeat_interleave(2, 0)  # (6, 6)
     masked = torch.tensor([[0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 1, 1]]).bool().repeat(3, 1)
-    return Rows(clean, masked, torch.full((6,), 3))
+    return MaskedRows(clean, masked, torch.full((6,), 3))
 
 
 def test_sequences_in_common_are_run_once(tiny_model):

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from structprune import load_model
 from structprune.evaluation import choices
 from structprune.evaluation.choices import Answer, Item, MonteCarlo, score_items
-from structprune.evaluation.likelihood import Rows, token_nats
+from structprune.evaluation.likelihood import MaskedRows, token_nats
 from structprune.evaluation.perturb import FORMS
 from structprune.models.encode import Batches
 from structprune.models.families import family_named
@@ -40,7 +40,7 @@ def test_recorded_rows_give_the_published_value(recorded, tokens):
     masked, rate = masks_and_rates(model, tensors)
     prompt, target = tensors["prefix"], tensors["target"]
     count = len(masked)
-    rows = Rows(
+    rows = MaskedRows(
         torch.cat((prompt, target)).expand(count, -1),
         torch.cat((masked.new_zeros(count, len(prompt)), masked), dim=1),
         torch.full((count,), len(prompt)),

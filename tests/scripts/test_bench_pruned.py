@@ -153,7 +153,7 @@ def test_widths_are_measured(scripts, tmp_path, capsys):
     "more, message",
     [
         (["--gen-length", "9"], "gen_length = 9 is not a multiple of block_length = 4"),
-        (["--rounds", "0"], "--rounds 0 is no count"),
+        (["--rounds", "0"], "--rounds 0 cannot be used"),
         (["--gen-length", "32"], "--length 32 leaves no room for a prompt"),
     ],
 )
