@@ -122,6 +122,19 @@ def test_functions_are_short():
     assert [name for name, count in lengths if count >= 50] == []
 
 
+def test_only_the_command_line_prints():
+    """Drivers take `track` and return what they made; report builds tables, and Group is a container of them."""
+    for path in FILES:
+        if path.relative_to(ROOT).parts[0] == "cli" or path.name == "harness.py":  # lm-eval's own command line
+            continue
+        consoles = imported(path) & {"rich.console.Console", "rich.print", "rich.get_console", "rich.progress"}
+        assert not consoles, f"{path.relative_to(ROOT)} imports {sorted(consoles)}"
+        names = {
+            node.id for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Name)
+        }
+        assert "print" not in names, path
+
+
 def test_no_machine_paths():
     for path in FILES:
         text = path.read_text(encoding="utf-8")

@@ -22,11 +22,11 @@ from scripts.tools.script_line import OneLineParser, one_line, result_file, writ
 from structprune.bench.latency import interleaved, speedup
 from structprune.bench.machine import describe_machine
 from structprune.bench.peak import peak_above
+from structprune.cli.console import progress_bars
 from structprune.errors import UserError
 from structprune.models.configuration_structprune import StructpruneLLaDAConfig
 from structprune.models.modeling_structprune import StructpruneLLaDA
 from structprune.models.placement import pick_device
-from structprune.report.progress import progress_bars
 from structprune.statistics.capture import MassMeter
 from structprune.statistics.sinks import attention_mass
 
@@ -160,7 +160,7 @@ def run(options: argparse.Namespace) -> None:
         with torch.inference_mode():
             print(json.dumps(run_case(options.case, options.lengths[0], options)))
         return
-    with progress_bars(Console(stderr=True)) as track:
+    with progress_bars() as track:
         rows = [measure(length, options) for length in track(options.lengths, "attention mass")]
     settings = {"heads": options.heads, "head_dim": options.size, "batch": 1, "dtype": "float32"}
     settings |= {"rounds": options.rounds, "device": str(options.device)}

@@ -27,6 +27,7 @@ from scripts.tools.script_line import OneLineParser, one_line, result_file, writ
 from structprune import load_model
 from structprune.assets import model_directory
 from structprune.bench.machine import describe_machine
+from structprune.cli.console import progress_bars
 from structprune.errors import UserError
 from structprune.evaluation.choices import Answer, Item, MonteCarlo, Scored, score_items
 from structprune.evaluation.local_tasks import read_piqa
@@ -35,7 +36,6 @@ from structprune.evaluation.requests import to_item
 from structprune.evaluation.texts import Texts
 from structprune.models.encode import Batches
 from structprune.models.modeling_structprune import DiffusionLM
-from structprune.report.progress import progress_bars
 
 OUT = Path(__file__).parents[1] / "results" / "evaluation_speed.json"
 LOOP, FULL, ADAPTIVE, OTHER = "published loop", "full", "adaptive", "full, other seed"
@@ -107,7 +107,7 @@ def measure(model: DiffusionLM, items: list[Item], options: argparse.Namespace) 
         score(items[:1])
     seconds, found = {side: [] for side in sides}, {side: [] for side in sides}
     parts = [items[index :: options.rounds] for index in range(options.rounds)]
-    with progress_bars(Console(stderr=True)) as track:
+    with progress_bars() as track:
         for part, side in track([(part, side) for part in parts for side in sides], "scoring"):
             start = time.perf_counter()
             found[side] += sides[side](part)

@@ -31,10 +31,10 @@ from scripts.bench.published_worker import CALLS, WANDA_WINDOWS
 from scripts.tools.script_line import OneLineParser, one_line, result_file, write_result
 from structprune.bench.machine import describe_machine
 from structprune.calibration.noise import noise_windows
+from structprune.cli.console import progress_bars
 from structprune.errors import UserError
 from structprune.models.configuration_structprune import StructpruneLLaDAConfig
 from structprune.models.modeling_structprune import StructpruneLLaDA
-from structprune.report.progress import progress_bars
 
 ROOT = Path(__file__).parents[2]
 OUT = ROOT / "scripts" / "results" / "masking_speed.json"
@@ -220,7 +220,7 @@ def measure(options: argparse.Namespace, folder: Path) -> list[dict]:
     write_checkpoint(folder / "checkpoint", options)
     write_data(folder / "data.safetensors", options)
     figures: dict[str, dict[str, list[dict]]] = {method: {} for method in options.methods}
-    with progress_bars(Console(stderr=True)) as track:
+    with progress_bars() as track:
         for method, side in track(plan_rounds(options), "pruning"):
             name = FORWARDS if side == FORWARDS else method
             figures[method].setdefault(side, []).append(run_worker(side, name, options, folder))

@@ -23,6 +23,7 @@ from scripts.tools.script_line import OneLineParser, is_quick, one_line, result_
 from structprune.bench.settings import BenchSettings
 from structprune.calibration.batches import Calibration
 from structprune.calibration.noise import noise_windows
+from structprune.cli.console import progress_bars
 from structprune.config import Config, ModelSettings
 from structprune.errors import UserError
 from structprune.models.adapter import Adapter
@@ -30,8 +31,7 @@ from structprune.models.loading import load_model
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.placement import pick_device, synchronise
 from structprune.report.bench_tables import bench_tables
-from structprune.report.progress import progress_bars
-from structprune.runs.bench import bench, check_checkpoints
+from structprune.runs.bench import BenchOutput, bench, check_checkpoints
 from structprune.runs.prune import Pruned, prune
 
 OUT = Path(__file__).parents[1] / "results" / "bench_cpu.json"
@@ -115,12 +115,12 @@ def measure(options: argparse.Namespace, folder: Path, out: Path | None) -> dict
         generation_rounds=options.generation_rounds,
     )
     dense = write_random(folder / "dense", values)
-    check_checkpoints([str(dense)], settings)  # before minutes of pruning
-    with progress_bars(Console(stderr=True)) as track:
+    place = ModelSettings(device=options.device, dtype=options.dtype)
+    check_checkpoints([str(dense)], settings, place)  # before minutes of pruning
+    with progress_bars() as track:
         runs = [prune_once(dense, folder / f"pruned-{ratio}", ratio, options, track) for ratio in options.ratios]
         checkpoints = [str(dense), *(str(folder / f"pruned-{ratio}") for ratio in options.ratios)]
-        place = ModelSettings(device=options.device, dtype=options.dtype)
-        found = bench(checkpoints, settings, folder / "bench", place, out is not None, track=track)
+        found = bench(checkpoints, settings, BenchOutput(folder / "bench", plots=out is not None), place, track)
     volume = {name.replace("-", "_"): getattr(options, name.replace("-", "_")) for name in VOLUME} | {
         "split": options.split
     }
@@ -128,7 +128,7 @@ def measure(options: argparse.Namespace, folder: Path, out: Path | None) -> dict
     result = found.result | {"weights": "random", "shape": shape, "calibration": volume, "pruning": runs}
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        for path in (path for path in found.made if path.suffix == ".png"):
+        for path in (path for path in found.paths if path.suffix == ".png"):
             shutil.move(path, out.with_name(f"{out.stem}_{path.name}"))
         write_result(out, result)
     return result

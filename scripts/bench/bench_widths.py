@@ -21,10 +21,10 @@ from rich.table import Table
 from scripts.tools.script_line import OneLineParser, is_quick, one_line, result_file, write_result
 from structprune.bench.latency import Latency, interleaved
 from structprune.bench.machine import describe_machine
+from structprune.cli.console import progress_bars
 from structprune.errors import UserError
 from structprune.models.loading import as_dtype
 from structprune.models.placement import pick_device
-from structprune.report.progress import progress_bars
 from structprune.structured.sizes import ROUNDINGS
 
 OUT = Path(__file__).parents[1] / "results" / "widths.json"
@@ -133,7 +133,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> int:
     rows = []
-    with progress_bars(Console(stderr=True)) as track:
+    with progress_bars() as track:
         for low in options.centres:
             rows += width_rows(low, options, lambda items, low=low: track(items, f"widths from {low}"))
     costs, free = summarise(rows)

@@ -70,10 +70,10 @@ from scripts.gpu.gpu_pruning import prune
 from scripts.gpu.gpu_stages import forward, generation, make, nm, widths
 from scripts.tools.script_line import OneLineParser, first_read, one_line, write_result
 from structprune.bench.machine import describe_machine
+from structprune.cli.console import progress_bars
 from structprune.errors import UserError, nearest
 from structprune.models.loading import as_dtype
 from structprune.models.placement import give_back_memory, pick_device
-from structprune.report.progress import progress_bars
 
 RESULTS = Path(__file__).parents[1] / "results"
 STAGES = {each.__name__: each for each in (make, prune, forward, generation, nm, widths, mass, sparsegpt, overlap)}
@@ -183,7 +183,7 @@ def run(options: argparse.Namespace) -> int:
             console.print(f"{name} left out: {gone:.0f} s are gone; run --stages {name} on its own", soft_wrap=True)
             continue
         try:
-            with progress_bars(Console(stderr=True)) as track:
+            with progress_bars() as track:
                 found = STAGES[name](options, track)
         except UserError as error:
             print(f"gpu_report: {name}: {error}", file=sys.stderr)

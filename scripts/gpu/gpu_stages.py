@@ -13,7 +13,7 @@ from structprune.config import Config, ModelSettings
 from structprune.errors import UserError
 from structprune.models.loading import load_model
 from structprune.models.placement import pick_device
-from structprune.runs.bench import bench
+from structprune.runs.bench import BenchOutput, bench
 from structprune.runs.mask import mask
 
 MASKS = {
@@ -68,4 +68,5 @@ def _bench(options: argparse.Namespace, settings: BenchSettings, track, checkpoi
     names: tuple[str | Path, ...] = ("dense", *map(pruned_name, RATIOS))
     checkpoints = checkpoints or [str(made(options, name)) for name in names]
     place = ModelSettings(device=options.device, dtype=options.dtype)
-    return bench(checkpoints, settings, options.work / "bench", place, plots=False, overwrite=True, track=track).result
+    output = BenchOutput(options.work / "bench", plots=False, overwrite=True)
+    return bench(checkpoints, settings, output, place, track).result

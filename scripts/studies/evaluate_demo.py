@@ -17,12 +17,12 @@ from rich.console import Console
 from scripts.tools.script_line import OneLineParser, one_line, result_file
 from structprune.assets import model_directory, text_file
 from structprune.bench.machine import describe_machine
+from structprune.cli.console import progress_bars
 from structprune.errors import UserError
 from structprune.evaluation.result_io import json_text
 from structprune.evaluation.settings import EvaluationConfig
 from structprune.files import write_whole
 from structprune.report.eval_tables import eval_table
-from structprune.report.progress import progress_bars
 from structprune.runs.evaluate import evaluate
 
 PRUNED = ("structprune-0.3", "structprune-0.5")
@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> None:
         }
     )
     checkpoints = [str(dense), *(str(options.demo / name) for name in PRUNED)]
-    with progress_bars(Console(stderr=True)) as track:
+    with progress_bars() as track:
         found = evaluate(checkpoints, config, options.work / "results", track=track)
     console = Console()
     console.print(eval_table(found.summary, every_metric=True))

@@ -13,7 +13,7 @@ import sys
 import torch
 from rich.table import Table
 
-from scripts.studies.studies import HeldOut, Study, cell, contrast_row, loss_row, main
+from scripts.studies.studies import Study, cell, contrast_row, held_out_text, loss_row, main
 from structprune.assets import model_directory
 from structprune.calibration.build import calibrate
 from structprune.config import Config
@@ -91,7 +91,7 @@ def measure(name: str, seed: int, windows: int, length: int, threads: int) -> di
     torch.set_num_threads(threads)
     base = BASE | {"calibration.seed": seed} | variants()[name]
     model = load_model(model_directory(), device="cpu")
-    held_out = HeldOut(model, seed, windows, length)
+    held_out = held_out_text(model, seed, windows, length)
     calibration = calibrate(model, Config.load(overrides=base))
     found = {}
     for ratio in ratios_of(name):

@@ -15,7 +15,7 @@ from functools import lru_cache
 import torch
 from rich.table import Table
 
-from scripts.studies.studies import HeldOut, Study, cell, contrast_row, loss_row, main
+from scripts.studies.studies import Study, cell, contrast_row, held_out_text, loss_row, main
 from structprune.assets import model_directory
 from structprune.calibration.batches import Calibration
 from structprune.config import Config
@@ -81,7 +81,7 @@ def measure(name: str, seed: int, windows: int, length: int, threads: int) -> di
     torch.set_num_threads(threads)
     config = Config.load(overrides=BASE | {"calibration.seed": seed} | variants()[name])
     model = load_model(model_directory(), device="cpu")
-    held_out = HeldOut(model, seed, windows, length)
+    held_out = held_out_text(model, seed, windows, length)
     made = prune(model, config, calibration_of(config.sink.trajectory, seed))
     found = {
         "loss": held_out.loss(made.model),

@@ -12,7 +12,7 @@ import sys
 import torch
 from rich.table import Table
 
-from scripts.studies.studies import HeldOut, Study, cell, contrast_row, loss_row, main
+from scripts.studies.studies import Study, cell, contrast_row, held_out_text, loss_row, main
 from structprune.assets import model_directory
 from structprune.config import Config
 from structprune.models.loading import load_model
@@ -65,7 +65,7 @@ def measure(name: str, seed: int, windows: int, length: int, threads: int) -> di
     torch.set_num_threads(threads)
     config = Config.load(overrides=BASE | {"calibration.seed": seed} | variants()[name])
     model = load_model(model_directory(), device="cpu")
-    held_out = HeldOut(model, seed, windows, length)
+    held_out = held_out_text(model, seed, windows, length)
     pruner, found = Pruner(model, config), {}
     for ratio in RATIOS:
         pruned = pruner.prune(ratio)

@@ -25,6 +25,7 @@ from rich.table import Table
 
 from scripts.tools.script_line import OneLineParser, one_line
 from structprune.bench.machine import describe_machine
+from structprune.cli.console import progress_bars
 from structprune.cli.main import main as command_line
 from structprune.config import Config
 from structprune.errors import UserError
@@ -34,7 +35,6 @@ from structprune.evaluation.workers import workers
 from structprune.files import write_whole
 from structprune.models.loading import load_config
 from structprune.report.eval_tables import eval_table
-from structprune.report.progress import progress_bars
 from structprune.runs.evaluate import evaluate
 
 NOTE = (

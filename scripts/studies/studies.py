@@ -15,17 +15,13 @@ from rich.console import Console
 from rich.table import Table
 
 from scripts.tools.script_line import OneLineParser, one_line, result_file, write_result
-from structprune.assets import model_directory, text_file
 from structprune.bench.machine import describe_machine
-from structprune.calibration.noise import stratified_noise
-from structprune.calibration.windows import cut_windows
+from structprune.cli.console import progress_bars
 from structprune.config import Config
 from structprune.errors import UserError
 from structprune.evaluation.compare import paired_difference
-from structprune.evaluation.nelbo import Nelbo, masked_nelbo
-from structprune.models.loading import load_tokenizer
 from structprune.models.modeling_structprune import DiffusionLM
-from structprune.report.progress import progress_bars
+from structprune.runs.demo import HeldOut
 
 # 0.975 quantiles of Student's t at 1 to 30 degrees of freedom, as in any table of them; scipy is no dependency.
 T_QUANTILES = (
@@ -59,23 +55,9 @@ class Study:
     """Columns of the printed tables."""
 
 
-class HeldOut:
-    """Windows of held-out text and noise of a seed, which all variants of that seed share."""
-
-    def __init__(self, model: DiffusionLM, seed: int, windows: int, length: int):
-        text = text_file("heldout.txt").read_text(encoding="utf-8")
-        ids = torch.tensor(load_tokenizer(model_directory())(text, verbose=False)["input_ids"])  # (M,)
-        generator = torch.Generator().manual_seed(1000 + seed)
-        self.ids = cut_windows(ids, windows, length, generator)  # (N, T)
-        self.noise = stratified_noise(self.ids, model.config.mask_token_id, generator)
-        self.dense = self.nelbo(model)
-
-    def nelbo(self, model: DiffusionLM) -> Nelbo:
-        return masked_nelbo(model, self.ids, *self.noise, batch=32)
-
-    def loss(self, model: DiffusionLM) -> list[float]:
-        """Loss of NELBO against the dense model per window, nats per token."""
-        return (self.nelbo(model).nelbo - self.dense.nelbo).tolist()
+def held_out_text(model: DiffusionLM, seed: int, windows: int, length: int) -> HeldOut:
+    """Windows and noise that all variants of a seed share."""
+    return HeldOut(model, 1000 + seed, windows, length)
 
 
 def run_all(

@@ -29,11 +29,11 @@ from structprune.calibration.noise import stratified_noise
 from structprune.calibration.windows import cut_windows
 from structprune.checkpoint.atomic import whole_directory
 from structprune.checkpoint.save import check_output
-from structprune.cli.show import pick_device
 from structprune.errors import UserError
 from structprune.evaluation.nelbo import Nelbo, masked_nelbo
 from structprune.models.configuration_structprune import StructpruneLLaDAConfig
 from structprune.models.modeling_structprune import StructpruneLLaDA
+from structprune.models.placement import pick_device
 
 STATE, LOG = "state.pt", "train.log"
 STEPS = 7400

@@ -1,16 +1,23 @@
 """`structprune bench`."""
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 
-from structprune.cli.options import Debug, Device, MaskId, Overwrite, Pickle
+from structprune.cli.configuration import read_model_settings
+from structprune.cli.options import Checkpoints, Debug, Device, Dtype, MaskId, Overwrite, Pickle
 from structprune.errors import UserError
+
+if TYPE_CHECKING:
+    from structprune.bench.settings import BenchSettings
+    from structprune.config import ModelSettings
+    from structprune.runs.bench import BenchOutput
 
 BENCH_HELP = """Measure what pruning saves: latency, generation, memory, and the share of the ideal saving reached.
 
-All checkpoints are held in memory at once and measured in turns, so that drift hits all of them alike.
+All checkpoints are in memory at once and are measured in turns, so that drift affects all of them alike.
 
 [bold]Examples[/bold]
 
@@ -21,34 +28,39 @@ structprune bench ./llada ./llada-0.5 --out speed --batch 1,8 --length 512,2048 
 structprune bench ./llada ./llada-2of4 --out speed --semi-structured --gen-length 0
 """
 
-Checkpoints = Annotated[
-    list[str], typer.Argument(help="Checkpoint directories or Hub ids; the first is compared with.")
-]
-Results = Annotated[Path, typer.Option("--out", help="Directory of bench.json and pictures.")]
-Batches = Annotated[str, typer.Option("--batch", metavar="LIST", help="Sequences in a pass; commas between.")]
+Results = Annotated[Path, typer.Option("--out", help="Output directory for bench.json and the plots.")]
+Batches = Annotated[str, typer.Option("--batch", metavar="LIST", help="Batch sizes, separated by commas.")]
 Lengths = Annotated[
-    str, typer.Option("--length", metavar="LIST", help="Tokens of a sequence, generated ones included.")
+    str,
+    typer.Option(
+        "--length", metavar="LIST", help="Tokens per sequence, prompt and generated ones together; commas between."
+    ),
 ]
-Compile = Annotated[bool, typer.Option("--compile", help="Also measure with torch.compile; caches are not for it.")]
+Compile = Annotated[bool, typer.Option("--compile", help="Also measure with torch.compile (without caches).")]
 Cache = Annotated[
     str,
     typer.Option(
-        "--cache", metavar="LIST", help="Of none (full recomputation), prefix, dual; or all. Caches are approximate."
+        "--cache",
+        metavar="LIST",
+        help="Caches of generation: none (full recomputation), prefix, dual, or all. Caches are approximate.",
     ),
 ]
-GenLength = Annotated[int, typer.Option("--gen-length", help="Generated tokens of a sequence; 0: no generation.")]
+GenLength = Annotated[int, typer.Option("--gen-length", help="Tokens to generate; 0 measures no generation.")]
 Steps = Annotated[int, typer.Option("--steps", help="Denoising steps of a generation.")]
-BlockLength = Annotated[Optional[int], typer.Option("--block-length", help="Of LLaDA's generation.", show_default="32")]
+BlockLength = Annotated[
+    int | None,
+    typer.Option(
+        "--block-length",
+        help="Tokens in a block of LLaDA's sampler.",
+        show_default="32, or --gen-length if that is less",
+    ),
+]
 Rounds = Annotated[int, typer.Option("--rounds", help="Timed forward passes of each model.")]
 GenerationRounds = Annotated[int, typer.Option("--generation-rounds", help="Timed generations of each model.")]
 SemiStructured = Annotated[
-    bool, typer.Option("--semi-structured", help="Also run 2:4-masked weights through torch's 2:4 kernels.")
+    bool, typer.Option("--semi-structured", help="Also run 2:4-masked weights on torch's 2:4 kernels.")
 ]
-Dtype = Annotated[
-    Optional[str],
-    typer.Option("--dtype", help="float32, bfloat16 or float16.", show_default="float32 on CPU, else as stored"),
-]
-NoPlots = Annotated[bool, typer.Option("--no-plots", help="No pictures, which need matplotlib.")]
+NoPlots = Annotated[bool, typer.Option("--no-plots", help="Draw no plots (they need matplotlib).")]
 
 
 def bench(
@@ -72,13 +84,11 @@ def bench(
     overwrite: Overwrite = False,
     debug: Debug = False,
 ) -> None:
-    """Lists are written with commas."""
+    """Lists are separated by commas."""
     from structprune.bench.settings import BenchSettings
-    from structprune.cli.show import bench_and_show
-    from structprune.config import Config
+    from structprune.runs.bench import BenchOutput
 
-    place = {"device": device, "dtype": dtype, "mask_id": mask_id, "allow_pickle": allow_pickle}
-    place = Config.load(overrides={f"model.{name}": value for name, value in place.items()}).model
+    place = read_model_settings(device, dtype, mask_id, allow_pickle)
     settings = BenchSettings(
         batches=_numbers("--batch", batch),
         lengths=_numbers("--length", length),
@@ -91,16 +101,37 @@ def bench(
         rounds=rounds,
         generation_rounds=generation_rounds,
     )
-    bench_and_show(checkpoints, settings, out, place, not no_plots, overwrite)
+    _measure(checkpoints, settings, BenchOutput(out, not no_plots, overwrite), place)
+
+
+def _measure(checkpoints: list[str], settings: "BenchSettings", output: "BenchOutput", place: "ModelSettings") -> None:
+    """Run the benchmark and show its tables."""
+    import torch
+
+    from structprune.cli.console import progress_bars, show
+    from structprune.report.bench_tables import bench_tables
+    from structprune.runs.bench import bench as measure
+
+    try:
+        with progress_bars() as track:
+            benchmark = measure(checkpoints, settings, output, place, track)
+    except torch.OutOfMemoryError as error:
+        raise UserError(str(error)) from error
+    kernels = benchmark.result["semi_structured"]
+    refusal = kernels and kernels["refused"]
+    show(*bench_tables(benchmark.result))
+    if refusal:
+        show(f"2:4 kernels were not measured: {escape(refusal)}")
+    show("Wrote " + ", ".join(map(str, benchmark.paths)))
 
 
 def _numbers(option: str, text: str) -> tuple[int, ...]:
-    """Whole numbers between commas.
+    """Whole numbers separated by commas.
 
     Raises:
-        UserError: something else.
+        UserError: it is something else.
     """
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError as error:
-        raise UserError(f"{option} '{text}' is no list of whole numbers: write them as in {option} 1,8") from error
+        raise UserError(f"{option} '{text}' is not a list of whole numbers: write {option} 1,8") from error

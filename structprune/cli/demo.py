@@ -7,15 +7,20 @@ import typer
 
 from structprune.cli.options import Debug, Overwrite
 
+Results = Annotated[Path, typer.Option("--out", help="Output directory for the models, demo.json and nelbo.png.")]
 
-def demo(
-    out: Annotated[Path, typer.Option("--out", help="Directory for the models, demo.json and nelbo.png.")] = Path(
-        "structprune-demo"
-    ),
-    overwrite: Overwrite = False,
-    debug: Debug = False,
-) -> None:
-    """Prune the small trained model that comes with the package; needs no network and no GPU. About 2 minutes."""
-    from structprune.cli.show import demo_and_show
 
-    demo_and_show(out, overwrite)
+def demo(out: Results = Path("structprune-demo"), overwrite: Overwrite = False, debug: Debug = False) -> None:
+    """Prune the small trained model that is part of the package. Takes about 2 minutes, without network or GPU."""
+    from structprune.cli.console import progress_bars, show
+    from structprune.report.demo_tables import demo_table
+    from structprune.runs.demo import run_demo
+
+    with progress_bars() as track:
+        result = run_demo(out, overwrite, track)
+    example = next(path for path in result.paths if path.is_dir())
+    show(
+        demo_table(result.rows, result.dense),
+        "Wrote " + ", ".join(map(str, result.paths)),
+        f"Load one anywhere: AutoModelForCausalLM.from_pretrained('{example}', trust_remote_code=True)",
+    )

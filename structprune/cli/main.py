@@ -1,4 +1,4 @@
-"""The command line: verbs, arguments and exit codes only."""
+"""The command line: its verbs and exit codes."""
 
 import signal
 import sys
@@ -12,15 +12,17 @@ from structprune import __version__
 from structprune.cli.bench import BENCH_HELP, bench
 from structprune.cli.demo import demo
 from structprune.cli.evaluate import EVAL_HELP, evaluate
-from structprune.cli.prune import PRUNE_HELP, inspect, prune
+from structprune.cli.inspect import inspect
+from structprune.cli.prune import PRUNE_HELP, prune
 from structprune.cli.sinks import SINKS_HELP, sinks
 from structprune.errors import Interrupted, UserError
+from structprune.files import first_line
 
 INTERRUPTED = 130  # the shell's code for it, which typer returns too
 
 app = typer.Typer(
     name="structprune",
-    help="Make masked diffusion language models (LLaDA, LLaDA-1.5, MMaDA, Dream) smaller, and dense still.",
+    help="Prune masked diffusion language models (LLaDA, LLaDA-1.5, MMaDA, Dream) into smaller dense ones.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
@@ -54,11 +56,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        Exit code: 0, 2 for anything the user can mend (one line on stderr), 130 when interrupted, 1 otherwise.
+        Exit code: 0; 2 for what the user can mend (one line on stderr); 130 when interrupted; 1 otherwise.
     """
     arguments = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if threading.current_thread() is threading.main_thread():
-        for name in ("SIGTERM", "SIGHUP"):  # so that a run that is ended from outside removes its drafts too
+        for name in ("SIGTERM", "SIGHUP"):  # a run that is ended from outside also removes its drafts
             number = getattr(signal, name, None)
             if number is not None and signal.getsignal(number) is signal.SIG_DFL:  # nohup's SIG_IGN stays
                 signal.signal(number, signal.default_int_handler)
@@ -92,8 +94,7 @@ def _explain(error: Exception) -> tuple[str, int]:
         return f"{error.format_message()} (see structprune --help)", 2
     if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
         return "out of memory: lower calibration.batch or memory.budget_gb (structprune inspect predicts the peak)", 1
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0] if text else 'no message'} (--debug shows where)", 1
+    return f"{type(error).__name__}: {first_line(error)} (--debug shows where)", 1
 
 
 def run() -> None:

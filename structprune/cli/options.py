@@ -1,42 +1,58 @@
 """Arguments that several verbs share."""
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
 Checkpoint = Annotated[str, typer.Argument(help="Checkpoint directory, or Hub id such as GSAI-ML/LLaDA-8B-Base.")]
-ConfigFile = Annotated[
-    Optional[Path], typer.Option("--config", help="YAML file; see configs/.", show_default="defaults")
+Checkpoints = Annotated[
+    list[str], typer.Argument(help="Checkpoint directories or Hub ids; the others are compared with the first.")
 ]
-Ratio = Annotated[Optional[float], typer.Option("--ratio", help="Share of the block projections to remove, in [0, 1).")]
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", help="YAML file of settings; see configs/.", show_default="built-in defaults")
+]
+Ratio = Annotated[
+    float | None, typer.Option("--ratio", help="Share of the blocks' projection weights to remove, in [0, 1).")
+]
 Method = Annotated[
-    Optional[str],
+    str | None,
     typer.Option(
         "--method",
-        help="structured (smaller and dense), unstructured or nm (zeros in place).",
+        help="structured (a smaller dense model), unstructured or nm (zeros, shapes unchanged).",
         show_default="structured",
     ),
 ]
 Pattern = Annotated[
-    Optional[str],
-    typer.Option("--nm", metavar="N:M", help="For --method nm: N of every M inputs go.", show_default="2:4"),
+    str | None,
+    typer.Option("--nm", metavar="N:M", help="For --method nm: N zeros in every M inputs.", show_default="2:4"),
 ]
 Sets = Annotated[
-    Optional[list[str]],
-    typer.Option("--set", metavar="KEY=VALUE", help="Override any config key: calibration.windows=64. Repeatable."),
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Set a configuration key: calibration.windows=64. Repeatable."),
 ]
-Out = Annotated[Path, typer.Option("--out", help="Directory to write; appears complete or not at all.")]
+Out = Annotated[Path, typer.Option("--out", help="Directory to write. It appears complete or not at all.")]
 CalibrationText = Annotated[
-    Optional[str],
+    str | None,
     typer.Option(
         "--calibration",
-        help="wikitext2, c4, a Hub dataset, a .txt/.jsonl/.parquet file, or a calibration.safetensors.",
+        help="Calibration text: wikitext2, c4, a Hub dataset, a .txt, .jsonl or .parquet file, or a saved"
+        " calibration.safetensors.",
     ),
 ]
-PlanFile = Annotated[Optional[Path], typer.Option("--plan", help="Apply this plan.json instead of scoring.")]
-Device = Annotated[Optional[str], typer.Option("--device", help="cpu or cuda[:N].", show_default="cuda if there")]
-MaskId = Annotated[Optional[int], typer.Option("--mask-id", help="Mask token id, where the checkpoint names none.")]
+PlanFile = Annotated[Path | None, typer.Option("--plan", help="Apply this plan.json instead of computing scores.")]
+Device = Annotated[
+    str | None, typer.Option("--device", help="cpu or cuda[:N].", show_default="cuda if available, else cpu")
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype", help="float32, bfloat16 or float16.", show_default="float32 on CPU, else the checkpoint's own"
+    ),
+]
+MaskId = Annotated[int | None, typer.Option("--mask-id", help="Mask token id, if the checkpoint does not name one.")]
 Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Also read .bin shards (weights only).")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output once the new one is complete.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace an existing output once the new one is complete.")
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]

@@ -1,10 +1,9 @@
-"""`structprune prune` and `structprune inspect`, which take the same settings."""
+"""`structprune prune`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
+from structprune.cli.configuration import read_config, set_keys
 from structprune.cli.options import (
     CalibrationText,
     Checkpoint,
@@ -23,10 +22,13 @@ from structprune.cli.options import (
 )
 from structprune.errors import UserError
 
-OF_TEXT = [f"calibration.{key}" for key in ("windows", "length", "steps", "interval", "subset", "split", "column")]
-PRUNE_HELP = """Prune a checkpoint: remove heads and MLP channels, refit what is left, write a smaller dense model.
+if TYPE_CHECKING:
+    from structprune.config import Config
 
-With --method unstructured or nm: set single weights to zero, in the checkpoint's own layout.
+OF_TEXT = [f"calibration.{key}" for key in ("windows", "length", "steps", "interval", "subset", "split", "column")]
+PRUNE_HELP = """Prune a checkpoint: remove heads and MLP channels, refit the rest, write a smaller dense model.
+
+With --method unstructured or nm: set single weights to zero and keep the checkpoint's layout.
 
 [bold]Examples[/bold]
 
@@ -34,66 +36,32 @@ structprune prune GSAI-ML/LLaDA-8B-Base --out llada-0.5 --config configs/llada-0
 
 structprune prune ./my-dream --out small --ratio 0.3 --calibration notes.txt --set calibration.length=512
 
-[bold]Keys worth knowing[/bold] (all of them, with defaults: structprune/config/settings.py)
+[bold]Keys for --set[/bold] (all keys and their defaults: structprune/config/settings.py)
 
 structured.score: obs, wanda, fluctuation, taylor, magnitude
 
-structured.arm (default masked+sink) and reconstruct.arm (default masked): also clean, clean+sink
+structured.arm (default masked+sink) and reconstruct.arm (default masked): masked, masked+sink, clean, clean+sink
 
 structured.allocation: global, uniform, depth
 
-structured.split: measured, equal, by-cost, joint, or a number of heads (per block; over all blocks under global)
+structured.split: measured, equal, by-cost, joint, or a number of heads (in each block; in the whole \
+model with allocation global)
 
 structured.gqa: query_heads, kv_groups; structured.protect_first, structured.protect_last, structured.round_to
 
-sink.policy (of an arm with +sink): all, unstable, none; sink.trajectory: forward, reverse; sink.scale_free, sink.mask
+sink.policy (for arms with +sink): all, unstable, none; sink.trajectory: forward, reverse; sink.scale_free, sink.mask
 
 reconstruct.enabled, reconstruct.target: dense, layer; export.compat: free, uniform, official; memory.budget_gb
 
-[bold]For masks[/bold] (--method unstructured or nm; presets of the published choices: configs/published)
+[bold]Masks[/bold] (--method unstructured or nm; presets of the published methods: configs/published)
 
 structprune prune GSAI-ML/LLaDA-8B-Base --out llada-2of4 --method nm --nm 2:4
 
 masking.score: sparsegpt, wanda, ria, magnitude, sink-wanda, sink-sparsegpt; masking.arm as above (default masked)
 
-masking.order: sequential, one-shot; masking.allocation: uniform, owl, depth; reconstruct.enabled: refit what stays
+masking.order: sequential, one-shot; masking.allocation: uniform, owl, depth; reconstruct.enabled: refit \
+the weights that stay
 """
-
-
-def _settings(config: Path | None, ratio: float | None, sets: list[str] | None, nm: str | None = None, **extra):
-    """The run's configuration: file, then --set, then the options that have a name of their own."""
-    from structprune.config import Config
-
-    named = {key.replace("__", "."): value for key, value in extra.items()} | {"masking.nm": nm and f"'{nm}'"}
-    given = [*(sets or []), *(f"{key}={value}" for key, value in named.items() if value is not None)]
-    asked = _named(sets)
-    if nm is not None and ratio is None and "masking.ratio" not in asked:
-        given.append("masking.ratio=null")  # a preset's ratio is of its own pattern
-    if ratio is not None:
-        key = f"{'structured' if Config.load(config, given).method == 'structured' else 'masking'}.ratio"
-        if key in asked:
-            raise UserError(f"--ratio {ratio} and --set {key} both name the ratio: leave one out")
-        given.append(f"{key}={ratio}")
-    settings = Config.load(config, given)
-    if nm is not None and settings.method != "nm":
-        raise UserError(f"--nm {nm} means nothing with method {settings.method}: add --method nm, or leave it out")
-    _check_method(settings.method, asked)
-    return settings
-
-
-def _named(sets: list[str] | None) -> set[str]:
-    """The keys that --set names."""
-    return {text.partition("=")[0].strip() for text in sets or []}
-
-
-def _check_method(method: str, asked: set[str]) -> None:
-    """Raise UserError for a key of another method: values that happen to be the default go unnoticed elsewhere."""
-    structured = method == "structured"
-    other = ("masking.",) if structured else ("structured.", "export.")
-    idle = sorted(key for key in asked if key.startswith(other) or (key == "masking.nm" and method != "nm"))
-    if idle:
-        wanted = "nm" if idle[0] == "masking.nm" else "unstructured or nm" if structured else "structured"
-        raise UserError(f"--set {idle[0]} means nothing with method {method}: add --method {wanted}, or leave it out")
 
 
 def prune(
@@ -112,37 +80,57 @@ def prune(
     overwrite: Overwrite = False,
     debug: Debug = False,
 ) -> None:
-    """Only what contradicts itself on the command line is refused here; the rest by the run itself."""
-    from structprune.cli.show import mask_and_show, prune_and_show
-
-    extra = {"calibration__source": calibration, "model__device": device, "model__mask_id": mask_id, "method": method}
-    settings = _settings(config, ratio, sets, nm, **extra, model__allow_pickle=allow_pickle or None)
+    """Refuses only contradictions on the command line itself; the run refuses the rest."""
+    options = {
+        "calibration.source": calibration,
+        "model.device": device,
+        "model.mask_id": mask_id,
+        "method": method,
+        "model.allow_pickle": allow_pickle or None,
+    }
+    settings = read_config(config, ratio, sets, nm, options)
     if plan is not None and settings.method != "structured":
         raise UserError(f"--plan removes heads and channels: leave it out, or --method {settings.method}")
     if plan is not None and (ratio is not None or any(text.startswith("structured.") for text in sets or [])):
-        raise UserError("--plan says what goes already: leave out --ratio and --set structured.*")
-    if idle := [key for key in OF_TEXT if key in _named(sets) and settings.calibration.replays]:
-        raise UserError(f"{idle[0]} means nothing for a saved calibration, which is replayed as it is: leave it out")
+        raise UserError("--plan already says what is removed: leave out --ratio and --set structured.*")
+    if idle := [key for key in OF_TEXT if key in set_keys(sets) and settings.calibration.replays]:
+        raise UserError(f"{idle[0]} has no effect on a saved calibration, which is replayed as it is: leave it out")
     if settings.method == "structured":
-        prune_and_show(checkpoint, out, settings, plan, overwrite)
+        _prune_structured(checkpoint, out, settings, plan, overwrite)
     else:
-        mask_and_show(checkpoint, out, settings, overwrite)
+        _make_masks(checkpoint, out, settings, overwrite)
 
 
-def inspect(
-    checkpoint: Checkpoint,
-    method: Method = None,
-    config: ConfigFile = None,
-    ratio: Ratio = None,
-    nm: Pattern = None,
-    sets: Sets = None,
-    mask_id: MaskId = None,
-    allow_pickle: Pickle = False,
-    json_out: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
-    debug: Debug = False,
-) -> None:
-    """Dry run: units, parameters, bytes and MACs before and after, and predicted peak memory. Reads no weights."""
-    from structprune.cli.show import inspect_and_show
+def _prune_structured(checkpoint: str, out: Path, config: "Config", plan_file: Path | None, overwrite: bool) -> None:
+    """Prune, and show the result."""
+    from structprune.cli.console import progress_bars, show
+    from structprune.report.tables import run_table
+    from structprune.runs.checkpoints import prune_checkpoint
+    from structprune.structured.plan import Plan
 
-    extra = {"model__mask_id": mask_id, "model__allow_pickle": allow_pickle or None, "method": method}
-    inspect_and_show(checkpoint, _settings(config, ratio, sets, nm, **extra), json_out)
+    plan = None if plan_file is None else Plan.load(plan_file)
+    with progress_bars() as track:
+        written = prune_checkpoint(checkpoint, out, config, plan, overwrite, track)
+    after = sum(path.stat().st_size for path in out.glob("*.safetensors") if path.name != "calibration.safetensors")
+    show(
+        run_table(written.result.report, (written.source_bytes, after)),
+        f"Wrote {out} (model, plan.json, calibration.safetensors, report.json, README.md)",
+        f"Load it anywhere: AutoModelForCausalLM.from_pretrained('{out}', trust_remote_code=True)",
+    )
+
+
+def _make_masks(checkpoint: str, out: Path, config: "Config", overwrite: bool) -> None:
+    """Mask, and show the result."""
+    from structprune.cli.console import progress_bars, show
+    from structprune.report.tables import mask_table
+    from structprune.runs.checkpoints import mask_checkpoint
+
+    with progress_bars() as track:
+        masked = mask_checkpoint(checkpoint, out, config, overwrite, track).result
+    text = ", calibration.safetensors" if masked.calibration is not None else ""
+    show(
+        mask_table(masked.report),
+        f"Wrote {out} (the checkpoint in its own layout, masks.safetensors, report.json, README.md{text})",
+        "The file is not smaller and not faster by itself: zeros pay off with 2:4 kernels on a GPU. For a smaller dense"
+        " model use --method structured.",
+    )

@@ -1,15 +1,16 @@
 """`structprune sinks`."""
 
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
-from structprune.cli.options import Debug, Device, MaskId, Out, Overwrite, Pickle
+from structprune.cli.configuration import read_model_settings
+from structprune.cli.options import Debug, Device, Dtype, MaskId, Out, Overwrite, Pickle
 
-SINKS_HELP = """Measure where attention sinks are and how they move while a model denoises, or generates token by token.
+SINKS_HELP = """Measure attention sinks, and how they move while a model denoises or generates token by token.
 
-Writes sinks.json with every figure, pictures and an animation. A causal LM (Llama, Qwen, ...; also a GGUF file) can be
-measured too, and set beside a diffusion LM with --against.
+Writes sinks.json with all figures, plots and an animation. Also measures causal LMs (Llama, Qwen, ..., GGUF files); \
+--against puts a second model beside the first.
 
 [bold]Examples[/bold]
 
@@ -19,50 +20,55 @@ structprune sinks ./my-dream --out sinks --text notes.txt --against Qwen/Qwen2.5
 
 [bold]What is compared[/bold]
 
-Positions that are there at every step. Those of a causal LM are its prompt's, and mass is per query that sees them.
+Positions that exist at every step. For a causal LM these are the positions of the prompt, and attention is counted \
+per query that can see them.
 """
-Source = Annotated[str, typer.Argument(help="Checkpoint directory, Hub id, or GGUF file; a diffusion or a causal LM.")]
+Source = Annotated[
+    str, typer.Argument(help="Checkpoint directory, Hub id or GGUF file of a diffusion LM or a causal LM.")
+]
 Text = Annotated[
-    Optional[str],
+    str | None,
     typer.Option("--text", help="A .txt, .jsonl or .parquet file.", show_default="the package's held-out text"),
 ]
-Prompt = Annotated[Optional[str], typer.Option("--prompt", help="Generate from this instead of from windows of text.")]
+Prompt = Annotated[str | None, typer.Option("--prompt", help="Generate from this prompt instead of windows of text.")]
 Trajectory = Annotated[
-    Optional[str],
+    str | None,
     typer.Option(
         "--trajectory",
-        help="forward (noise levels), reverse (its own generation) or both.",
-        show_default="all that the model has",
+        help="forward (noise levels), reverse (the model's own generation) or both.",
+        show_default="both; reverse for a causal LM",
     ),
 ]
-Against = Annotated[Optional[str], typer.Option("--against", help="A second checkpoint, to be set beside the first.")]
+Against = Annotated[str | None, typer.Option("--against", help="A second checkpoint to show beside the first.")]
 Windows = Annotated[
-    Optional[int], typer.Option("--windows", help="Windows of the text; not with --prompt.", show_default="8")
+    int | None, typer.Option("--windows", help="Number of text windows; not with --prompt.", show_default="8")
 ]
 Length = Annotated[
-    Optional[int],
-    typer.Option("--length", help="Tokens of a window; the last are generated. Not with --prompt.", show_default="128"),
+    int | None,
+    typer.Option(
+        "--length", help="Tokens in a window, generated ones included; not with --prompt.", show_default="128"
+    ),
 ]
 GenLength = Annotated[
-    Optional[int],
+    int | None,
     typer.Option("--gen-length", help="Tokens to generate.", show_default="half the length; 64 after a prompt"),
 ]
 Levels = Annotated[
-    Optional[int], typer.Option("--levels", help="Noise levels of the forward trajectory.", show_default="10")
+    int | None, typer.Option("--levels", help="Noise levels of the forward trajectory.", show_default="10")
 ]
 Steps = Annotated[
-    Optional[int], typer.Option("--steps", help="Denoising steps of a diffusion LM.", show_default="one per token")
+    int | None, typer.Option("--steps", help="Denoising steps of a diffusion LM.", show_default="one per token")
 ]
-Blocks = Annotated[
-    Optional[int], typer.Option("--block-length", help="Of LLaDA's sampler.", show_default="the whole generation")
+BlockLength = Annotated[
+    int | None,
+    typer.Option("--block-length", help="Tokens in a block of LLaDA's sampler.", show_default="the whole generation"),
 ]
-Seed = Annotated[Optional[int], typer.Option("--seed", help="Draws windows and noise.", show_default="0")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Random seed of windows and noise.", show_default="0")]
 Alpha = Annotated[float, typer.Option("--alpha", help="Steepness of the sink mask.")]
-Kappa = Annotated[float, typer.Option("--kappa", help="A sink's mass exceeds the mean by so many deviations.")]
-ScaleFree = Annotated[bool, typer.Option("--scale-free", help="Divide the mass by its mean first.")]
-Dtype = Annotated[
-    Optional[str], typer.Option("--dtype", help="float32, bfloat16 or float16.", show_default="float32 on CPU")
+Kappa = Annotated[
+    float, typer.Option("--kappa", help="A sink's attention exceeds the mean by this many standard deviations.")
 ]
+ScaleFree = Annotated[bool, typer.Option("--scale-free", help="Divide attention by its mean first.")]
 
 
 def sinks(
@@ -77,7 +83,7 @@ def sinks(
     gen_length: GenLength = None,
     levels: Levels = None,
     steps: Steps = None,
-    block_length: Blocks = None,
+    block_length: BlockLength = None,
     seed: Seed = None,
     alpha: Alpha = 5.0,
     kappa: Kappa = 2.0,
@@ -89,10 +95,17 @@ def sinks(
     overwrite: Overwrite = False,
     debug: Debug = False,
 ) -> None:
-    """Arguments only: what contradicts itself is refused by the run."""
+    """The run refuses contradictions."""
+    from structprune.cli.console import progress_bars, show
     from structprune.config import Config
-    from structprune.runs.sinks import SinkRun, sinks_and_show
+    from structprune.report.sink_tables import property_table, token_tables
+    from structprune.runs.sinks import SinkRun, measure_sinks
 
-    chosen = Config.load(overrides={"sink.alpha": alpha, "sink.kappa": kappa, "sink.scale_free": scale_free}).sink
-    run = SinkRun(text, prompt, trajectory, windows, length, gen_length, levels, steps, block_length, seed, chosen)
-    sinks_and_show(checkpoint, out, run, against, device, dtype, mask_id, allow_pickle, overwrite)
+    sink = Config.load(overrides={"sink.alpha": alpha, "sink.kappa": kappa, "sink.scale_free": scale_free}).sink
+    run = SinkRun(sink, text, prompt, trajectory, windows, length, gen_length, levels, steps, block_length, seed)
+    place = read_model_settings(device, dtype, mask_id, allow_pickle)
+    sources = [checkpoint] if against is None else [checkpoint, against]
+    with progress_bars() as track:
+        measurement = measure_sinks(sources, run, out, place, overwrite, track)
+    runs = measurement.result["runs"]
+    show(property_table(runs), *token_tables(runs), f"Wrote {out} ({', '.join(measurement.files)})")

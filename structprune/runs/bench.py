@@ -1,9 +1,9 @@
 """A benchmark: checkpoints -> latency, generation, memory and the share of the ideal saving, measured in one run."""
 
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Callable, Iterable, Iterator, Sequence
 
 import torch
 
@@ -14,12 +14,13 @@ from structprune.bench.settings import BenchSettings
 from structprune.bench.workloads import Models, forward_rows, generation_rows
 from structprune.checkpoint.atomic import whole_directory
 from structprune.checkpoint.output import check_output, write_json
+from structprune.checkpoint.source import source_of
 from structprune.config import ModelSettings
 from structprune.errors import UserError
 from structprune.evaluation.labels import checkpoint_labels
 from structprune.generation.samplers import Generation
 from structprune.models.adapter import Adapter
-from structprune.models.families import family_of
+from structprune.models.families import Family, family_of
 from structprune.models.loading import load_config, load_model
 from structprune.models.placement import pick_device
 from structprune.progress import Track, untracked
@@ -31,43 +32,55 @@ RESULT = "bench.json"
 
 
 @dataclass(frozen=True)
+class BenchOutput:
+    """Where a benchmark writes.
+
+    Attributes:
+        directory: of bench.json and the plots; it appears complete or not at all.
+        plots: draw plots (needs matplotlib).
+        overwrite: replace an earlier output.
+    """
+
+    directory: Path
+    plots: bool = True
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
 class Bench:
-    """What a benchmark found: plain data, and the files it wrote."""
+    """What a benchmark measured, as plain data, and the files it wrote."""
 
     result: dict
-    made: list[Path]
+    paths: list[Path]
 
 
 def bench(
     checkpoints: Sequence[str],
     settings: BenchSettings,
-    out: str | Path,
-    place: ModelSettings = ModelSettings(),
-    plots: bool = True,
-    overwrite: bool = False,
+    output: BenchOutput,
+    place: ModelSettings | None = None,
     track: Track = untracked,
 ) -> Bench:
     """Measure checkpoints against the first of them, all in memory at once, in turns.
 
     Args:
         checkpoints: directories or Hub ids of one family and vocabulary; the first is the dense one.
-        out: directory of bench.json and pictures; it appears complete or not at all.
-        place: device, dtype, and how checkpoints are read.
-        plots: draw pictures (needs matplotlib).
+        place: device, dtype, and how checkpoints are read; default `ModelSettings()`.
     Raises:
         UserError: anything the user can mend, before any weight is read where it can be known then.
         torch.OutOfMemoryError: a checkpoint or a size that does not fit, by name.
     """
-    if plots:
+    place = place or ModelSettings()
+    if output.plots:
         check_matplotlib("or leave them out with --no-plots")
-    check_output(out, None, overwrite, marks=(RESULT,))
+    check_output(output.directory, None, output.overwrite, marks=(RESULT,))
     labels = checkpoint_labels(checkpoints)
     generation = check_checkpoints(checkpoints, settings, place)
     device = pick_device(place.device)
     if settings.compiled:
         check_compile(device)
     models: Models = {}
-    for label, checkpoint in zip(labels, track(checkpoints, "loading")):
+    for label, checkpoint in zip(labels, track(checkpoints, "loading"), strict=True):
         with _fitting(f"'{checkpoint}'", len(models), "give fewer checkpoints, or a half-precision --dtype"):
             models[label] = load_model(checkpoint, place.dtype, device, place.mask_id, place.allow_pickle)
     if settings.semi_structured:
@@ -82,47 +95,51 @@ def bench(
         "settings": _plain_settings(settings, generation, device, rows[0]["family"]),
         "machine": describe_machine(),
     }
-    with whole_directory(out) as draft:
-        names = [RESULT, *(path.name for path in (plot_bench(result, draft) if plots else ()))]
+    with whole_directory(output.directory) as draft:
+        names = [RESULT, *(path.name for path in (plot_bench(result, draft) if output.plots else ()))]
         write_json(draft / RESULT, result)
-    return Bench(result, [Path(out) / name for name in names])
+    return Bench(result, [output.directory / name for name in names])
 
 
-def check_checkpoints(
-    checkpoints: Sequence[str], settings: BenchSettings, place: ModelSettings = ModelSettings()
-) -> Generation | None:
-    """Refuse what cannot be measured together, from config.json alone; the sampler's settings for all.
+def check_checkpoints(checkpoints: Sequence[str], settings: BenchSettings, place: ModelSettings) -> Generation | None:
+    """Refuse checkpoints that cannot be measured together, from config.json alone.
 
+    Returns:
+        The sampler's settings for all of them; None where no generation is measured.
     Raises:
-        UserError: another family, vocabulary or (for generation) mask token than the first, a length beyond a model's
-            positions, or a form of generation that the family has not.
+        UserError: a family, vocabulary or (for generation) mask token other than the first one's, a length beyond a
+            model's positions, or a form of generation that the family does not have.
     """
-    first = None
-    for checkpoint in checkpoints:
+    dense, *others = checkpoints
+    _, first_family, first_config, _ = load_config(dense, place.mask_id)
+    _check_length(dense, first_family, first_config, settings)
+    for checkpoint in others:
         _, family, config, _ = load_config(checkpoint, place.mask_id)
-        vocabulary, positions = (getattr(config, family.keys[role]) for role in ("vocabulary", "positions"))
-        first = first or (checkpoint, family, vocabulary, config)
-        if family is not first[1]:
+        if family is not first_family:
+            names = f"'{checkpoint}' is of family {family.name}, '{dense}' of {first_family.name}"
+            raise UserError(f"{names}: compare within one family")
+        vocabulary, first_vocabulary = (getattr(each, family.keys["vocabulary"]) for each in (config, first_config))
+        if vocabulary != first_vocabulary:
             raise UserError(
-                f"'{checkpoint}' is of family {family.name}, '{first[0]}' of {first[1].name}: compare within one family"
+                f"'{checkpoint}' has a vocabulary of {vocabulary}, '{dense}' of {first_vocabulary}: give checkpoints"
+                " with the same vocabulary"
             )
-        if vocabulary != first[2]:
+        mask, first_mask = config.mask_token_id, first_config.mask_token_id
+        if settings.gen_length and mask != first_mask:  # prompts of one may hold the other's
             raise UserError(
-                f"'{checkpoint}' has a vocabulary of {vocabulary}, '{first[0]}' of {first[2]}: give checkpoints of one"
+                f"'{checkpoint}' has mask token {mask}, '{dense}' {first_mask}: set one for all with --mask-id"
             )
-        mask, other = config.mask_token_id, first[3].mask_token_id
-        if settings.gen_length and mask != other:  # prompts of one may hold the other's
-            raise UserError(
-                f"'{checkpoint}' has mask token {mask}, '{first[0]}' {other}: name that of all by --mask-id"
-            )
-        if max(settings.lengths) > positions:
-            raise UserError(
-                f"--length {max(settings.lengths)} is beyond the {positions} positions of '{checkpoint}': lower it"
-            )
-    generation = settings.generation(first[3])
+        _check_length(checkpoint, family, config, settings)
+    generation = settings.generation(first_config)
     if generation is not None:
         settings.caches_of(generation)
     return generation
+
+
+def _check_length(checkpoint: str, family: Family, config, settings: BenchSettings) -> None:
+    longest, positions = max(settings.lengths), getattr(config, family.keys["positions"])
+    if longest > positions:
+        raise UserError(f"--length {longest} is beyond the {positions} positions of '{checkpoint}': lower it")
 
 
 def describe_models(models: Models) -> list[dict]:
@@ -136,7 +153,7 @@ def describe_models(models: Models) -> list[dict]:
         rows.append(
             {
                 "model": label,
-                "source": model.source.name,
+                "source": source_of(model).name,
                 "family": family_of(model.config).name,
                 "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
                 "parameters": model.num_parameters(),

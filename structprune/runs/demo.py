@@ -1,4 +1,4 @@
-"""The embedded default: prune a small, really trained model, measure it on held-out text, and compare."""
+"""The demo: prune the small trained model of the package at several ratios, and compare methods on held-out text."""
 
 import json
 import time
@@ -6,30 +6,32 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich import box
-from rich.table import Table
 
 from structprune.assets import NAME, model_directory, text_file
-from structprune.bench.latency import measure_latency, speedup
+from structprune.bench.latency import Latency, measure_latency, speedup
 from structprune.bench.machine import describe_machine
 from structprune.bench.memory import peak_memory_bytes
 from structprune.calibration.build import calibrate
 from structprune.calibration.noise import stratified_noise
 from structprune.calibration.windows import cut_windows
 from structprune.checkpoint.atomic import whole_directory
+from structprune.checkpoint.output import check_output
 from structprune.config import Config
 from structprune.evaluation.compare import paired_difference
 from structprune.evaluation.nelbo import Nelbo, masked_nelbo
 from structprune.models.loading import load_model, load_tokenizer
 from structprune.models.modeling_structprune import DiffusionLM
-from structprune.progress import Track
-from structprune.report.plots import plot_nelbo
+from structprune.progress import Track, untracked
+from structprune.report.demo_tables import OURS
+from structprune.report.plots import check_matplotlib, plot_nelbo
 from structprune.runs.prune import Pruned, Pruner
+
+Saved = dict[tuple[str, float], Pruned]  # by method and ratio
 
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 SAVED = (0.3, 0.5)
-OURS = "structprune"
-WINDOWS, LENGTH = 128, 128  # held-out text: windows and tokens in each
+WINDOWS, LENGTH = 128, 128  # windows of held-out text, and tokens in each
+OUTPUT_BYTES = 100_000_000  # of the saved models, at most
 BASE = {
     "calibration.source": str(text_file("calibration.txt")),
     "calibration.length": LENGTH,
@@ -62,46 +64,56 @@ METHODS = {
 
 @dataclass(frozen=True)
 class Demo:
-    """What the demo measured: one row per method and ratio (plain data), and what it wrote."""
+    """What the demo measured, as plain data: a row per method and ratio, and the dense model; and what it wrote."""
 
     rows: list[dict]
     dense: dict
-    made: list[Path]
+    paths: list[Path]
 
 
-class _HeldOut:
-    """Common noise on held-out text, so that every difference is paired."""
+class HeldOut:
+    """Windows of the package's held-out text under fixed noise, so that differences between models are paired.
 
-    def __init__(self, model: DiffusionLM):
-        tokenizer = load_tokenizer(model_directory())
+    Args:
+        model: the dense one.
+        seed: of windows and noise.
+    """
+
+    def __init__(self, model: DiffusionLM, seed: int, windows: int, length: int):
         text = text_file("heldout.txt").read_text(encoding="utf-8")
-        ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])  # (M,)
-        generator = torch.Generator().manual_seed(1)
-        self.ids = cut_windows(ids, WINDOWS, LENGTH, generator)  # (N, T)
+        ids = torch.tensor(load_tokenizer(model_directory())(text, verbose=False)["input_ids"])  # (M,)
+        generator = torch.Generator().manual_seed(seed)
+        self.ids = cut_windows(ids, windows, length, generator)  # (N, T)
         self.noise = stratified_noise(self.ids, model.config.mask_token_id, generator)
+        self.dense = self.nelbo(model)
 
     def nelbo(self, model: DiffusionLM) -> Nelbo:
         return masked_nelbo(model, self.ids, *self.noise, batch=32)
 
+    def loss(self, model: DiffusionLM) -> list[float]:
+        """Loss of NELBO against the dense model per window, nats per token."""
+        return (self.nelbo(model).nelbo - self.dense.nelbo).tolist()
 
-def run_demo(out: Path, track: Track) -> Demo:
-    """Prune the embedded model at `RATIOS` by every method, save it at `SAVED`, and draw NELBO against ratio.
+
+def run_demo(out: Path, overwrite: bool = False, track: Track = untracked) -> Demo:
+    """Prune the embedded model at `RATIOS` by every method, save it at `SAVED`, and plot NELBO against the ratio.
 
     Args:
         out: directory for the models, demo.json and nelbo.png; it appears complete or not at all.
     Raises:
-        UserError: an output that cannot be written.
+        UserError: an output that cannot be written, or matplotlib is missing.
     """
+    check_matplotlib()
+    check_output(out, None, overwrite, OUTPUT_BYTES)
     start = time.perf_counter()
     model = load_model(model_directory(), device="cpu")
-    held_out = _HeldOut(model)
-    dense = held_out.nelbo(model)
-    rows, kept = _prune_all(model, held_out, dense, track)
-    timed = {"dense": model} | {f"{name} {ratio}": pruned.model for (name, ratio), pruned in kept.items()}
-    latency = measure_latency(timed, LENGTH, batch=16, rounds=7)
-    whole = {
-        "nelbo": dense.mean,
-        "standard_error": dense.standard_error,
+    held_out = HeldOut(model, 1, WINDOWS, LENGTH)
+    rows, saved = _prune_all(model, held_out, track)
+    models = {"dense": model} | {f"{method} {ratio}": pruned.model for (method, ratio), pruned in saved.items()}
+    latency = measure_latency(models, LENGTH, batch=16, rounds=7)
+    dense = {
+        "nelbo": held_out.dense.mean,
+        "standard_error": held_out.dense.standard_error,
         "latency_ms": latency["dense"].median_ms,
         "parameters": model.num_parameters(),
         "macs": rows[0]["macs_before"],
@@ -110,55 +122,45 @@ def run_demo(out: Path, track: Track) -> Demo:
         "length": LENGTH,
     }
     with whole_directory(out) as draft:
-        for pruned in kept.values():
-            pruned.report["source"] = NAME
-        made = {place: pruned.save(draft / _folder(*place)) for place, pruned in kept.items()}
-        for row in rows:
-            if place := made.get((row["method"], row["ratio"])):
-                measured = latency[f"{row['method']} {row['ratio']}"]
-                row |= {"latency_ms": measured.median_ms, "speedup": speedup(latency["dense"], measured)}
-                row["bytes"] = (place / "model.safetensors").stat().st_size
-        points = {
-            name: [(r["ratio_met"], r["nelbo"], r["standard_error"]) for r in rows if r["method"] == name]
-            for name in METHODS
-        }
-        title = "embedded model (4.8 M parameters), held-out text"
-        plot_nelbo(points, (dense.mean, dense.standard_error), draft / "nelbo.png", title)
+        _save_models(saved, rows, latency, draft)
+        _plot(rows, held_out.dense, draft)
         run = {"seconds": time.perf_counter() - start, "peak_memory_bytes": peak_memory_bytes()}
-        result = {"dense": whole, "rows": rows, "run": run, "machine": describe_machine()}
+        result = {"dense": dense, "rows": rows, "run": run, "machine": describe_machine()}
         (draft / "demo.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    paths = [out / _folder(*place) for place in kept if place[0] == OURS]
-    return Demo(rows, whole, [*paths, out / "nelbo.png", out / "demo.json"])
+    paths = [out / _folder(*key) for key in saved if key[0] == OURS]
+    return Demo(rows, dense, [*paths, out / "nelbo.png", out / "demo.json"])
 
 
 def _folder(method: str, ratio: float) -> str:
     return f"{method.lower()}-{ratio}"
 
 
-def _prune_all(model: DiffusionLM, held_out: "_HeldOut", dense: Nelbo, track: Track):
-    """One row per method and ratio, and what is to be saved: ((rows), {(method, ratio): Pruned})."""
+def _prune_all(model: DiffusionLM, held_out: HeldOut, track: Track) -> tuple[list[dict], Saved]:
+    """One row per method and ratio, and the models to save."""
     calibration = calibrate(model, Config.load(overrides=BASE))
     pruners = {
-        name: Pruner(model, Config.load(overrides=BASE | extra), calibration, track) for name, extra in METHODS.items()
+        method: Pruner(model, Config.load(overrides=BASE | keys), calibration, track)
+        for method, keys in METHODS.items()
     }
-    rows, kept = [], {}
-    for name, ratio in track([(name, ratio) for name in METHODS for ratio in RATIOS], "demo"):
-        pruned = pruners[name].prune(ratio)
-        rows.append(_row(name, ratio, pruned, held_out.nelbo(pruned.model), dense))
+    rows: list[dict] = []
+    saved: Saved = {}
+    for method, ratio in track([(method, ratio) for method in METHODS for ratio in RATIOS], "demo"):
+        pruned = pruners[method].prune(ratio)
+        rows.append(_row(method, ratio, pruned, held_out))
         if ratio in SAVED:
-            kept[name, ratio] = pruned
-    return rows, kept
+            saved[method, ratio] = pruned
+    return rows, saved
 
 
-def _row(name: str, ratio: float, pruned: Pruned, nelbo: Nelbo, dense: Nelbo) -> dict:
-    report = pruned.report
+def _row(method: str, ratio: float, pruned: Pruned, held_out: HeldOut) -> dict:
+    report, nelbo = pruned.report, held_out.nelbo(pruned.model)
     return {
-        "method": name,
+        "method": method,
         "ratio": ratio,
         "ratio_met": report["ratio"],
         "nelbo": nelbo.mean,
         "standard_error": nelbo.standard_error,
-        "loss": paired_difference(nelbo.nelbo, dense.nelbo),
+        "loss": paired_difference(nelbo.nelbo, held_out.dense.nelbo),
         "parameters": report["parameters"]["after"],
         "macs": report["macs"]["after"],
         "macs_before": report["macs"]["before"],
@@ -167,41 +169,24 @@ def _row(name: str, ratio: float, pruned: Pruned, nelbo: Nelbo, dense: Nelbo) ->
     }
 
 
-def demo_table(rows: list[dict], dense: dict) -> Table:
-    """Dense against every method at the saved ratios; fits 80 columns."""
-    table = Table(
-        title="a small trained LLaDA, pruned: held-out text, common noise",
-        box=box.SIMPLE_HEAD,
-        padding=0,
-        pad_edge=False,
-    )
-    columns = ("ratio", "method", "params", "MACs", "disk", "NELBO", "loss", "forward", "speed")
-    units = ("", "", "M", "M", "MB", "nats/token", "against dense", "ms", "")
-    for name, unit in zip(columns, units):
-        width = max(len(name), len(unit), 11 if name in ("method", "NELBO") else 14 if name == "loss" else 5)
-        justify = "left" if name == "method" else "right"
-        table.add_column(f"{name}\n[dim]{unit}[/dim]", justify=justify, no_wrap=True, min_width=width)
-    table.add_row("0", "dense", *_cells(dense), end_section=True)
-    for ratio in SAVED:
-        for row in (row for row in rows if row["ratio"] == ratio):
-            style = "bold" if row["method"] == OURS else None
-            last = row["method"] == list(METHODS)[-1]
-            table.add_row(f"{ratio}", row["method"], *_cells(row), style=style, end_section=last)
-    table.caption = (
-        f"NELBO ± standard error over {dense['windows']} windows of {dense['length']} tokens, loss paired;"
-        f" forward: 16 windows, median"
-    )
-    return table
+def _save_models(saved: Saved, rows: list[dict], latency: dict[str, Latency], draft: Path) -> None:
+    """Write the models into `draft`, and add latency and size on disk to their rows."""
+    by_key = {(row["method"], row["ratio"]): row for row in rows}
+    for (method, ratio), pruned in saved.items():
+        pruned.report["source"] = NAME
+        directory = pruned.save(draft / _folder(method, ratio))
+        own = latency[f"{method} {ratio}"]
+        by_key[method, ratio] |= {
+            "latency_ms": own.median_ms,
+            "speedup": speedup(latency["dense"], own),
+            "bytes": (directory / "model.safetensors").stat().st_size,
+        }
 
 
-def _cells(row: dict) -> list[str]:
-    loss, speed = row.get("loss"), row.get("speedup", {"median": 1.0})
-    return [
-        f"{row['parameters'] / 1e6:.2f}",
-        f"{row['macs'] / 1e6:.0f}",
-        f"{row['bytes'] / 1e6:.1f}",
-        f"{row['nelbo']:.2f} ± {row['standard_error']:.2f}",
-        f"{loss['mean']:+.3f} ± {loss['standard_error']:.3f}" if loss else "",
-        f"{row['latency_ms']:.0f}",
-        f"{speed['median']:.2f}x",
-    ]
+def _plot(rows: list[dict], dense: Nelbo, draft: Path) -> None:
+    series = {
+        method: [(row["ratio_met"], row["nelbo"], row["standard_error"]) for row in rows if row["method"] == method]
+        for method in METHODS
+    }
+    title = "embedded model (4.8 M parameters), held-out text"
+    plot_nelbo(series, (dense.mean, dense.standard_error), draft / "nelbo.png", title)

@@ -9,10 +9,12 @@ import torch
 from structprune.assets import NAME, model_directory
 from structprune.calibration.text import LOCAL, join_texts, read_texts
 from structprune.calibration.windows import cut_windows, tokenize_corpus
+from structprune.config import ModelSettings
 from structprune.errors import UserError
 from structprune.models.checkpoint_files import locate, read_json
 from structprune.models.loading import load_config, load_model, load_tokenizer, source_name
 from structprune.models.official import detect_family
+from structprune.models.placement import pick_device
 from structprune.sinks.causal import gguf_file, is_causal, load_causal, read_causal
 
 LONGEST = 1 << 22  # tokens read of a text
@@ -81,20 +83,18 @@ def describe_subject(source: str, mask_id: int | None) -> Subject:
     return Subject(name, True, None, tokenizer, longest, None, config)
 
 
-def open_subject(
-    source: str, subject: Subject, device: torch.device, dtype: str | None, mask_id: int | None, pickle: bool
-) -> Subject:
-    """What `describe_subject` told of a checkpoint, with its weights.
+def open_subject(source: str, subject: Subject, place: ModelSettings) -> Subject:
+    """The same subject with its weights loaded.
 
-    Args:
-        pickle: also read `.bin` shards of a diffusion LM.
     Raises:
-        UserError: anything wrong with it, in one line.
+        UserError: anything wrong with the checkpoint, in one line.
     """
+    device = pick_device(place.device)
     if not subject.causal:
-        return replace(subject, model=load_model(source, dtype, device, mask_id, pickle))
+        model = load_model(source, place.dtype, device, place.mask_id, place.allow_pickle)
+        return replace(subject, model=model)
     path = Path(source)
-    return replace(subject, model=load_causal(path if path.exists() else locate(source), dtype, device))
+    return replace(subject, model=load_causal(path if path.exists() else locate(source), place.dtype, device))
 
 
 def check_text(text: Path) -> None:

@@ -94,7 +94,7 @@ def test_help_shows_examples_and_keys(capsys):
     said = " ".join(capsys.readouterr().out.split())
     assert "Prune a checkpoint: remove heads and MLP channels" in said and "--calibration notes.txt" in said
     assert "structured.score: obs, wanda" in said and "masking.order: sequential, one-shot" in said
-    assert all(option in said for option in ("--out", "--plan", "--device", "--nm", "--mask-id", "cuda if there"))
+    assert all(option in said for option in ("--out", "--plan", "--device", "--nm", "--mask-id", "cuda if available"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -103,7 +103,7 @@ def test_an_interrupted_run_writes_nothing(number, tiny_checkpoint, text_path, t
     many = ["--set", "calibration.windows=400", "--set", "calibration.interval=1"]
     arguments = prune_command(tiny_checkpoint(), out, text_path, *many)
     # imports take seconds on a busy machine: the signal is to meet the run itself
-    code = "import structprune.cli.show; from structprune.cli.main import run; print('ready', flush=True); run()"
+    code = "import structprune.runs.prune, structprune.runs.inspect; from structprune.cli.main import run; print('ready', flush=True); run()"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     listen = lambda: signal.signal(number, signal.SIG_DFL)  # noqa: E731  a suite run in the background ignores SIGINT

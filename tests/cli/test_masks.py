@@ -46,7 +46,7 @@ def test_what_is_written_and_said(family, method, tiny_checkpoint, text_path, tm
     assert all(torch.equal(state[name], value) for name, value in written.items())
     assert f"Wrote {out} (the checkpoint in its own layout, masks.safetensors" in said
     last = said.strip().splitlines()[-1]
-    assert "The file is no smaller and no faster as it is" in last
+    assert "The file is not smaller and not faster by itself" in last
     assert "2:4 kernels" in last and "--method structured" in last
     assert f"{100 * masks.sparsity():.2f} % of its" in said and "2 held-out windows" in said
     choice = f"sparsegpt on masked, {'3:4' if method[0] == 'nm' else 'unstructured 0.6'}"
@@ -104,10 +104,10 @@ WRONG = {
         [*NM, "--nm", "2:4", "--ratio", "0.3"],
         "masking.ratio = 0.3 contradicts masking.nm = 2:4, which removes 0.5: leave it out (null)",
     ),
-    "nm of a structured run": (["--nm", "2:4"], "--nm 2:4 means nothing with method structured: add --method nm"),
+    "nm of a structured run": (["--nm", "2:4"], "--nm 2:4 has no effect with method structured: add --method nm"),
     "nm of an unstructured run": (
         [*MASKS, "--nm", "2:4"],
-        "--nm 2:4 means nothing with method unstructured: add --method nm",
+        "--nm 2:4 has no effect with method unstructured: add --method nm",
     ),
     "nm and a set ratio": (
         [*NM, "--nm", "2:4", *sets("masking.ratio=0.3")],
@@ -115,19 +115,19 @@ WRONG = {
     ),
     "two ratios": (
         [*MASKS, "--ratio", "0.3", *sets("masking.ratio=0.6")],
-        "--ratio 0.3 and --set masking.ratio both name the ratio: leave one out",
+        "--ratio 0.3 and --set masking.ratio both set the ratio: leave one out",
     ),
     "the default nm of an unstructured run": (
         [*MASKS, *sets("masking.nm='2:4'")],
-        "--set masking.nm means nothing with method unstructured: add --method nm, or leave it out",
+        "--set masking.nm has no effect with method unstructured: add --method nm, or leave it out",
     ),
     "a default of masks in a structured run": (
         sets("masking.score=sparsegpt"),
-        "--set masking.score means nothing with method structured: add --method unstructured or nm",
+        "--set masking.score has no effect with method structured: add --method unstructured or nm",
     ),
     "a default of another method": (
         [*MASKS, *sets("structured.score=obs")],
-        "--set structured.score means nothing with method unstructured: add --method structured",
+        "--set structured.score has no effect with method unstructured: add --method structured",
     ),
     "ratio 1": ([*MASKS, "--ratio", "1"], "config key masking.ratio = 1.0: input should be less than 1"),
     "ratio -0.1": (
@@ -154,15 +154,15 @@ WRONG = {
     ),
     "structured key": (
         [*NM, *sets("structured.ratio=0.3")],
-        "--set structured.ratio means nothing with method nm: add --method structured",
+        "--set structured.ratio has no effect with method nm: add --method structured",
     ),
     "masking key": (
         sets("masking.score=wanda"),
-        "--set masking.score means nothing with method structured: add --method unstructured or nm",
+        "--set masking.score has no effect with method structured: add --method unstructured or nm",
     ),
     "dtype": (
         [*MASKS, *sets("export.dtype=float16")],
-        "--set export.dtype means nothing with method unstructured: add --method structured",
+        "--set export.dtype has no effect with method unstructured: add --method structured",
     ),
     "constant": (
         [*MASKS, *sets("reconstruct.constant=true")],

@@ -79,9 +79,9 @@ OPTIONS = {
     "no text": (["--calibration", "nowhere.txt"], "no calibration text at 'nowhere.txt'"),
     "plan and ratio": (
         ["--plan", "nowhere.json", "--ratio", "0.3"],
-        "--plan says what goes already: leave out --ratio",
+        "--plan already says what is removed: leave out --ratio",
     ),
-    "plan and score": (["--plan", "x.json", "--set", "structured.score=wanda"], "--plan says what goes already"),
+    "plan and score": (["--plan", "x.json", "--set", "structured.score=wanda"], "--plan already says what is removed"),
     "no effect": (
         ["--set", "reconstruct.enabled=false", "--set", "reconstruct.constant=true"],
         "reconstruct.constant = True has no effect",
@@ -195,4 +195,4 @@ def test_options_that_a_replay_has_no_use_for(tiny_checkpoint, text_path, tmp_pa
     replay = prune_command(
         tiny_checkpoint(), tmp_path / "out", tmp_path / "saved.safetensors", "--set", "calibration.windows=3"
     )
-    assert "calibration.windows means nothing for a saved calibration" in refused(replay, capsys, tmp_path / "out")
+    assert "calibration.windows has no effect on a saved calibration" in refused(replay, capsys, tmp_path / "out")

@@ -11,7 +11,7 @@ from structprune.cli.main import main
 from structprune.models.adapter import Adapter
 from structprune.models.loading import load_model
 from structprune.report import plots
-from structprune.runs.bench import bench
+from structprune.runs.bench import BenchOutput, bench
 from structprune.structured.sizes import forward_macs
 
 QUICK = ["--length", "24", "--gen-length", "8", "--steps", "4", "--rounds", "2", "--generation-rounds", "1"]
@@ -92,7 +92,7 @@ def test_compiled_rows_follow_the_eager_ones(pair, tmp_path, monkeypatch):
     monkeypatch.setattr(latency, "elapsed", watched)
     monkeypatch.setattr(workloads, "peak_above", watched)
     settings = BenchSettings((1,), (24,), 8, 4, 4, ("all",), compiled=True, rounds=1, generation_rounds=1)
-    found = bench(pair, settings, tmp_path / "made", plots=False).result
+    found = bench(pair, settings, BenchOutput(tmp_path / "made", plots=False)).result
     assert [row["mode"] for row in found["forward"]] == ["eager"] * 2 + ["compiled"] * 2
     assert [(row["mode"], row["cache"]) for row in found["generation"][::2]] == [
         ("eager", "none"), ("eager", "prefix"), ("eager", "dual"), ("compiled", "none")
@@ -130,7 +130,9 @@ def test_two_of_four_with_kernels(pair, tmp_path, monkeypatch):
     monkeypatch.setattr(bench_run, "refusal", lambda device, dtype: None)
     monkeypatch.setattr(semi_structured, "convert", lambda weight: weight.clone())
     settings = BenchSettings((1, 2), (8, 16), 0, semi_structured=True, rounds=1, warmup=0)
-    found = bench([pair[0], str(checkpoint)], settings, tmp_path / "made", plots=False).result["semi_structured"]
+    found = bench([pair[0], str(checkpoint)], settings, BenchOutput(tmp_path / "made", plots=False)).result[
+        "semi_structured"
+    ]
     (label, rows), *others = found["models"].items()
     assert (label, others) == ("masked", [])
     shapes = [(row["outputs"], row["inputs"], row["tokens"]) for row in rows["shapes"]]
@@ -149,7 +151,7 @@ def test_what_cannot_be_measured_together(pair, tiny_checkpoint, tmp_path, capsy
         (pair, ["--cache", "duel"], "unknown --cache 'duel' (did you mean 'dual'?)"),
         (pair, ["--cache", "none,none"], "--cache none,none names one twice: give each once, or only 'all'"),
         (pair, ["--cache", "all,dual"], "--cache all,dual names one twice"),
-        (pair, ["--batch", "1;2"], "--batch '1;2' is no list of whole numbers: write them as in --batch 1,8"),
+        (pair, ["--batch", "1;2"], "--batch '1;2' is not a list of whole numbers: write --batch 1,8"),
         (pair, ["--dtype", "float64"], "model.dtype"),
         (pair, ["--device", "tpu"], "unknown device 'tpu'"),
         ([pair[0], pair[0]], [], "is given twice"),
@@ -168,7 +170,7 @@ def test_what_does_not_fit_is_named(pair, tmp_path, capsys, monkeypatch, error, 
     said = refused(["bench", *pair, "--out", str(out), *QUICK, "--batch", "3", "--no-plots"], capsys, out)
     assert "--batch 3 at --length 24 does not fit the memory beside 2 models: lower either, or give fewer" in said
     with pytest.raises(RuntimeError, match="--length 24 does not fit"):  # which gpu_report goes on after
-        bench(pair, BenchSettings((1,), (24,), 8, 4, rounds=1), out, plots=False)
+        bench(pair, BenchSettings((1,), (24,), 8, 4, rounds=1), BenchOutput(out, plots=False))
 
 
 def test_a_checkpoint_that_does_not_fit_is_named(pair, tmp_path, capsys, monkeypatch):
@@ -188,7 +190,7 @@ def test_a_compiled_cache_is_not_put_in_the_place_of_another(pair, tmp_path, mon
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda *a, **k: compile(*a, **(k | {"backend": "eager"})))
     settings = BenchSettings((1,), (24,), 8, 4, 4, ("dual",), compiled=True, rounds=1, generation_rounds=1)
-    found = bench(pair[:1], settings, tmp_path / "made", plots=False).result
+    found = bench(pair[:1], settings, BenchOutput(tmp_path / "made", plots=False)).result
     assert [(row["mode"], row["cache"]) for row in found["generation"]] == [("eager", "dual")]
 
 
@@ -197,7 +199,7 @@ def test_another_mask_token_is_refused_where_text_is_generated(pair, tiny_checkp
     out, other = tmp_path / "made", str(tiny_checkpoint(name="other", mask_token_id=3))
     arguments = ["bench", pair[0], other, "--out", str(out), "--length", "24", "--rounds", "1", "--no-plots"]
     said = refused([*arguments, "--gen-length", "8", "--steps", "4"], capsys, out)
-    assert f"'{other}' has mask token 3, '{pair[0]}' 2047: name that of all by --mask-id" in said
+    assert f"'{other}' has mask token 3, '{pair[0]}' 2047: set one for all with --mask-id" in said
     assert main([*arguments, "--gen-length", "0"]) == 0
 
 
@@ -226,5 +228,5 @@ def test_a_failure_leaves_nothing(pair, tmp_path, monkeypatch):
 
     monkeypatch.setattr(bench_run, "write_json", lambda path, values: (_ for _ in ()).throw(OSError("full")))
     with pytest.raises(OSError, match="full"):
-        bench(pair, BenchSettings((1,), (8,), 0, rounds=1), tmp_path / "made", plots=False)
+        bench(pair, BenchSettings((1,), (8,), 0, rounds=1), BenchOutput(tmp_path / "made", plots=False))
     assert [path.name for path in tmp_path.iterdir() if "made" in path.name] == []

@@ -10,10 +10,12 @@ from PIL import Image
 
 from structprune.assets import model_directory, text_file
 from structprune.cli.main import main
+from structprune.config import ModelSettings, SinkSettings
 from structprune.errors import UserError
 from structprune.models.loading import load_tokenizer
 from structprune.runs import sinks as sink_run
-from structprune.runs.sinks import SinkRun, measure, plan_run
+from structprune.runs.sinks import measure, plan_run
+from structprune.sinks.settings import SinkRun
 from structprune.sinks.subjects import describe_subject, open_subject
 
 SMALL = ["--windows", "2", "--length", "32"]
@@ -96,10 +98,15 @@ def test_what_cannot_be_is_one_line(tiny_checkpoint, causal, tmp_path, capsys):
         ("--windows", "0"): "--windows = 0",
         ("--against", tmp_path / "none"): "no checkpoint directory at",
         ("--against", causal, "--trajectory", "both"): "is a causal language model, which has no noise levels",
-        ("--trajectory", "forward", "--steps", "4"): "--steps = 4 is of generation, and --trajectory is forward",
-        ("--trajectory", "forward", "--gen-length", "4"): "--gen-length = 4 is of generation",
-        ("--trajectory", "reverse", "--levels", "4"): "--levels = 4 is of noise, and --trajectory is reverse",
-        ("--prompt", "a b"): "--windows = 2 is of windows of text, which a --prompt takes the place of: leave it out",
+        ("--trajectory", "forward", "--steps", "4"): "--steps = 4 applies to generation, and --trajectory is forward",
+        ("--trajectory", "forward", "--gen-length", "4"): "--gen-length = 4 applies to generation",
+        (
+            "--trajectory",
+            "reverse",
+            "--levels",
+            "4",
+        ): "--levels = 4 applies to noise levels, and --trajectory is reverse",
+        ("--prompt", "a b"): "--windows = 2 applies to windows of text, which --prompt replaces: leave it out",
         ("--alpha", "0"): "sink.alpha",
         ("--kappa", "-0.5"): "sink.kappa",
     }
@@ -109,22 +116,22 @@ def test_what_cannot_be_is_one_line(tiny_checkpoint, causal, tmp_path, capsys):
     prompts = {
         ("  ",): "--prompt is empty",
         ("a " * 70,): "exceeds the 64 positions of llada-tiny",
-        (words, "--length", "9"): "--length = 9 is of windows of text",
-        (words, "--trajectory", "reverse", "--gen-length", "4", "--seed", "0"): "--seed = 0 is of windows and noise",
+        (words, "--length", "9"): "--length = 9 applies to windows of text",
+        (words, "--trajectory", "reverse", "--gen-length", "4", "--seed", "0"): "--seed = 0 has no effect",
     }
     for more, message in prompts.items():
         assert message in refused(capsys, checkpoint, "--out", out, "--prompt", *more), more
     alone = {
-        ("--steps", "4"): "--steps = 4 is of diffusion LMs, and no model given is one: leave it out",
-        ("--block-length", "4"): "--block-length = 4 is of diffusion LMs",
-        ("--levels", "4"): "--levels = 4 is of diffusion LMs",
-        ("--mask-id", "4"): "--mask-id is of diffusion LMs",
-        ("--allow-pickle",): "--allow-pickle is of diffusion LMs",
+        ("--steps", "4"): "--steps = 4 applies to diffusion LMs, and no model given is one: leave it out",
+        ("--block-length", "4"): "--block-length = 4 applies to diffusion LMs",
+        ("--levels", "4"): "--levels = 4 applies to diffusion LMs",
+        ("--mask-id", "4"): "--mask-id applies to diffusion LMs",
+        ("--allow-pickle",): "--allow-pickle applies to diffusion LMs",
     }
     for more, message in alone.items():
         assert message in refused(capsys, causal, "--out", out, *SMALL, "--against", causal, *more), more
     drawn = [causal, "--out", out, "--prompt", words, "--gen-length", "4", "--seed", "3"]
-    assert "--seed = 3 is of windows and noise" in refused(capsys, *drawn)
+    assert "--seed = 3 has no effect" in refused(capsys, *drawn)
     assert not out.exists() and not list(tmp_path.glob(".out*"))
 
 
@@ -180,9 +187,9 @@ def test_without_matplotlib_nothing_is_begun(tiny_checkpoint, tmp_path, capsys, 
 
 
 def test_windows_are_the_same_for_both_trajectories(tiny_checkpoint, tmp_path):
-    folder, run = str(tiny_checkpoint()), SinkRun(windows=2, length=32, levels=40)
+    folder, run = str(tiny_checkpoint()), SinkRun(SinkSettings(), windows=2, length=32, levels=40)
     described = describe_subject(folder, None)
-    subject = open_subject(folder, described, torch.device("cpu"), None, None, False)
+    subject = open_subject(folder, described, ModelSettings(device="cpu"))
     forward, reverse = measure(subject, plan_run(described, run), run, lambda items, title: items)
     clean, generated = forward["detail"]["last_tokens"], reverse["detail"]["last_tokens"]
     for ours, theirs in zip(clean, generated):  # the last level leaves nearly all of the text
@@ -192,6 +199,6 @@ def test_windows_are_the_same_for_both_trajectories(tiny_checkpoint, tmp_path):
 
 
 def test_the_default_text_is_the_packages_own():
-    assert Path(text_file("heldout.txt")).is_file() and SinkRun().text is None
-    with pytest.raises(UserError, match="--levels = 0 is no count"):
-        SinkRun(levels=0)
+    assert Path(text_file("heldout.txt")).is_file() and SinkRun(SinkSettings()).text is None
+    with pytest.raises(UserError, match="--levels = 0 is not a count"):
+        SinkRun(SinkSettings(), levels=0)

@@ -1,0 +1,63 @@
+"""The configuration of `prune` and `inspect`, from a file, --set and the options that name a key."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from structprune.errors import UserError
+
+if TYPE_CHECKING:
+    from structprune.config import Config, ModelSettings
+
+
+def read_config(
+    file: Path | None, ratio: float | None, sets: list[str] | None, nm: str | None, options: dict[str, Any]
+) -> "Config":
+    """The run's configuration: the file, then --set, then the options, which count most.
+
+    Args:
+        options: configuration key -> value of the option that names it; None where it was not given.
+    Raises:
+        UserError: an option that contradicts another or has no effect.
+    """
+    from structprune.config import Config
+
+    options = options | {"masking.nm": nm and f"'{nm}'"}
+    overrides = [*(sets or []), *(f"{key}={value}" for key, value in options.items() if value is not None)]
+    keys = set_keys(sets)
+    if nm is not None and ratio is None and "masking.ratio" not in keys:
+        overrides.append("masking.ratio=null")  # a preset's ratio belongs to its own pattern
+    if ratio is not None:
+        key = f"{'structured' if Config.load(file, overrides).method == 'structured' else 'masking'}.ratio"
+        if key in keys:
+            raise UserError(f"--ratio {ratio} and --set {key} both set the ratio: leave one out")
+        overrides.append(f"{key}={ratio}")
+    config = Config.load(file, overrides)
+    if nm is not None and config.method != "nm":
+        raise UserError(f"--nm {nm} has no effect with method {config.method}: add --method nm, or leave it out")
+    _check_method(config.method, keys)
+    return config
+
+
+def read_model_settings(
+    device: str | None, dtype: str | None, mask_id: int | None, allow_pickle: bool
+) -> "ModelSettings":
+    """How checkpoints are loaded by the verbs that have no --set."""
+    from structprune.config import Config
+
+    values = {"device": device, "dtype": dtype, "mask_id": mask_id, "allow_pickle": allow_pickle}
+    return Config.load(overrides={f"model.{name}": value for name, value in values.items()}).model
+
+
+def set_keys(sets: list[str] | None) -> set[str]:
+    """The keys that --set names."""
+    return {text.partition("=")[0].strip() for text in sets or []}
+
+
+def _check_method(method: str, keys: set[str]) -> None:
+    """Refuse keys of another method: a value equal to the default would go unnoticed later."""
+    structured = method == "structured"
+    prefixes = ("masking.",) if structured else ("structured.", "export.")
+    idle = sorted(key for key in keys if key.startswith(prefixes) or (key == "masking.nm" and method != "nm"))
+    if idle:
+        other = "nm" if idle[0] == "masking.nm" else "unstructured or nm" if structured else "structured"
+        raise UserError(f"--set {idle[0]} has no effect with method {method}: add --method {other}, or leave it out")

@@ -1,0 +1,51 @@
+"""What verbs share to talk to the user: progress bars on stderr, tables and lines on stdout."""
+
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+Track = Callable[[Iterable, str], Iterable]
+
+
+@contextmanager
+def progress_bars(console: Console | None = None) -> Iterator[Track]:
+    """Yields `track(items, title)`, which shows a bar with the time left while its items are iterated.
+
+    Nothing is shown before the first bar, so that an error found at once is a single line.
+
+    Args:
+        console: default stderr.
+    """
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    console = console or Console(stderr=True)
+    progress = Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console, transient=True)
+
+    def track(items: Iterable, title: str) -> Iterable:
+        items = items if isinstance(items, Collection) else list(items)
+        progress.start()  # does nothing when it is running already
+        task = progress.add_task(title, total=len(items))
+        try:
+            for item in items:
+                yield item
+                progress.advance(task)
+        finally:
+            progress.remove_task(task)
+
+    try:
+        yield track
+    finally:
+        if progress.live.is_started:
+            progress.stop()
+
+
+def show(*parts: RenderableType, console: Console | None = None) -> None:
+    """Print tables and lines of text; lines are not wrapped, so that paths in them can be copied.
+
+    Args:
+        console: default stdout.
+    """
+    console = console or Console()
+    for part in parts:
+        console.print(part, soft_wrap=isinstance(part, str))

@@ -1,0 +1,41 @@
+"""`structprune inspect`."""
+
+import json
+from typing import Annotated
+
+import typer
+
+from structprune.cli.configuration import read_config
+from structprune.cli.options import Checkpoint, ConfigFile, Debug, MaskId, Method, Pattern, Pickle, Ratio, Sets
+
+
+def inspect(
+    checkpoint: Checkpoint,
+    method: Method = None,
+    config: ConfigFile = None,
+    ratio: Ratio = None,
+    nm: Pattern = None,
+    sets: Sets = None,
+    mask_id: MaskId = None,
+    allow_pickle: Pickle = False,
+    json_out: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Dry run: units, parameters, bytes and MACs before and after, and predicted peak memory. Reads no weights."""
+    from structprune.cli.console import show
+    from structprune.report.tables import inspect_tables, mask_inspect_tables
+    from structprune.runs.inspect import inspect_checkpoint
+    from structprune.runs.inspect_masks import inspect_masking
+
+    options = {"model.mask_id": mask_id, "model.allow_pickle": allow_pickle or None, "method": method}
+    settings = read_config(config, ratio, sets, nm, options)
+    if settings.method == "structured":
+        result = inspect_checkpoint(checkpoint, settings)
+        tables = inspect_tables
+    else:
+        result = inspect_masking(checkpoint, settings)
+        tables = mask_inspect_tables
+    if json_out:
+        print(json.dumps(result, indent=2))
+    else:
+        show(*tables(result), "Read: config.json and safetensors headers only. Nothing was written.")
