@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from scripts.tools.script_line import OneLineParser, one_line, result_file, write_result
-from structprune.bench.latency import interleaved, speedup
+from structprune.bench.latency import Timing, interleaved, speedup
 from structprune.bench.machine import describe_machine
 from structprune.bench.peak import peak_above
 from structprune.cli.console import progress_bars
@@ -97,7 +97,7 @@ def measure(length: int, options: argparse.Namespace) -> dict:
     query, key = make_inputs(length, options.heads, options.size, options.device)  # (1, H, T, D)
     naive, tiled = (run(query, key) for run in METHODS.values())  # (1, T)
     runs = {name: lambda run=run: run(query, key) for name, run in METHODS.items()}
-    times = interleaved(runs | block_runs(length, options), options.device, options.rounds, warmup=1)
+    times = interleaved(runs | block_runs(length, options), options.device, Timing(options.rounds, warmup=1))
     return {
         "length": length,
         "peak_bytes": peaks,

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from scripts.tools.script_line import OneLineParser, one_line, result_file, write_result
-from structprune.bench.latency import interleaved, speedup
+from structprune.bench.latency import Timing, interleaved, speedup
 from structprune.bench.machine import describe_machine
 from structprune.errors import UserError
 from structprune.models.adapter import Adapter
@@ -57,7 +57,7 @@ def make_runs(options: argparse.Namespace) -> dict:
 @torch.inference_mode()
 def measure(options: argparse.Namespace) -> dict:
     """Medians in milliseconds, and the ratio to the plain pass with its quartiles."""
-    times = interleaved(make_runs(options), options.device, options.rounds, warmup=1)
+    times = interleaved(make_runs(options), options.device, Timing(options.rounds, warmup=1))
     return {
         "median_ms": {name: latency.median_ms for name, latency in times.items()},
         "ratio": {name: speedup(times[name], times["plain"]) for name in ("mass", "heads")},

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from scripts.tools.script_line import OneLineParser, is_quick, one_line, result_file, write_result
-from structprune.bench.latency import Latency, interleaved
+from structprune.bench.latency import Latency, Timing, interleaved
 from structprune.bench.machine import describe_machine
 from structprune.cli.console import progress_bars
 from structprune.errors import UserError
@@ -62,7 +62,7 @@ def width_rows(low: int, options: argparse.Namespace, track) -> list[dict]:
     """A row for every width between `low` and `low` + 128."""
     widths = [low, low + STEP, *(low + offset for offset in OFFSETS)]
     calls = {width: mlp_call(width, options) for width in widths}
-    found = interleaved(calls, pick_device(options.device), options.rounds, warmup=2, track=track)
+    found = interleaved(calls, pick_device(options.device), Timing(options.rounds, 2, track))
     return [
         {
             "width": width,

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from scripts.gpu.flex_mass import attend_with_flex_mass
 from scripts.gpu.gpu_common import shape_family, shape_values
-from structprune.bench.latency import interleaved, speedup
+from structprune.bench.latency import Timing, interleaved, speedup
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.placement import pick_device
 from structprune.statistics.capture import MassMeter
@@ -58,7 +58,7 @@ def _row(model: DiffusionLM, shape: dict, batch: int, length: int, rounds: int) 
         "attention and mass, flex": lambda: attend_with_flex_mass(query, key, value),
     } | _block_calls(model, draw(batch, length, model.blocks[0].part("query").in_features))
     gap = (calls["attention and mass, flex"]()[1] - calls["tiled mass"]()).abs().max().item()
-    found = interleaved(calls, weight.device, rounds, warmup=3)
+    found = interleaved(calls, weight.device, Timing(rounds))
     with_flex = {"median": 1 + (_ms(found, "attention and mass, flex") - _ms(found, "attention")) / _ms(found, "block")}
     added = {"tiled": speedup(found["block with mass"], found["block"]), "flex": with_flex}
     return {

@@ -1,8 +1,9 @@
-"""Latency of several models, measured interleaved in one run so that drift hits all of them alike."""
+"""Latency of several models, measured in turns within one run so that drift affects all of them alike."""
 
 import time
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Callable, Iterable
+from functools import partial
 
 import torch
 
@@ -11,45 +12,71 @@ from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.placement import compute_device, synchronise
 
 Clock = Callable[[], float]
-QUARTILES = (0.25, 0.5, 0.75)
+Call = Callable[[], object]
+QUARTILES = {"median": 0.5, "p25": 0.25, "p75": 0.75}
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How calls are timed.
+
+    Attributes:
+        rounds: timed calls of each.
+        warmup: untimed calls of each before the first round.
+        track: wraps the iteration over rounds (progress).
+        clock: returns seconds; default `time.perf_counter`, on CUDA events. For tests.
+    """
+
+    rounds: int = 20
+    warmup: int = 3
+    track: Callable[[Iterable], Iterable] = lambda items: items
+    clock: Clock | None = None
+
+
+DEFAULT = Timing()
 
 
 @dataclass(frozen=True)
 class Latency:
-    """Seconds of one call, one entry per round.
+    """Seconds of a call.
 
     Attributes:
-        seconds: in the order measured; entry i of two models of one run belong to the same round.
+        seconds: one entry per round; entries with the same index of two models belong to the same round.
     """
 
     seconds: tuple[float, ...]
 
     @property
     def median_ms(self) -> float:
-        return self.quantile_ms(0.5)
-
-    def quantile_ms(self, share: float) -> float:
-        return 1e3 * torch.tensor(self.seconds, dtype=torch.float64).quantile(share).item()
+        return self.quartiles_ms()["median"]
 
     def quartiles_ms(self) -> dict[str, float]:
-        low, middle, high = map(self.quantile_ms, QUARTILES)
-        return {"median": middle, "p25": low, "p75": high}
+        return {name: 1e3 * value for name, value in quartiles(self.tensor()).items()}
+
+    def tensor(self) -> torch.Tensor:
+        """(rounds,) float64 seconds."""
+        return torch.tensor(self.seconds, dtype=torch.float64)
 
 
-def elapsed(call: Callable[[], object], device: torch.device, clock: Clock | None = None) -> float:
-    """Seconds that `call` takes, its work on the device included.
+def quartiles(values: torch.Tensor) -> dict[str, float]:
+    """Median and quartiles of (n,) values as plain data."""
+    return {name: values.quantile(share).item() for name, share in QUARTILES.items()}
 
-    On CUDA between two events on the device's stream, so that the host's own delay in looking at a clock does not
-    count; elsewhere, and where a clock is given, by the clock.
+
+def elapsed(call: Call, device: torch.device, clock: Clock | None = None) -> float:
+    """Seconds that `call` takes, including its work on the device.
+
+    On CUDA the time between two events on the device's stream, which excludes delays of the host; elsewhere, and where
+    a clock is given, the clock's time.
     """
     if device.type == "cuda" and clock is None:
         stream = torch.cuda.current_stream(device)
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record(stream)
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record(stream)
         call()
-        end.record(stream)
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3
+        last.record(stream)
+        last.synchronize()
+        return first.elapsed_time(last) / 1e3
     clock = clock or time.perf_counter
     synchronise(device)
     start = clock()
@@ -58,34 +85,24 @@ def elapsed(call: Callable[[], object], device: torch.device, clock: Clock | Non
     return clock() - start
 
 
-def interleaved(
-    calls: dict[str, Callable[[], object]],
-    device: torch.device,
-    rounds: int,
-    warmup: int = 0,
-    clock: Clock | None = None,
-    track: Callable[[Iterable], Iterable] = lambda items: items,
-) -> dict[str, Latency]:
-    """Time every call in turn, `rounds` times.
+def interleaved(calls: Mapping[str, Call], device: torch.device, timing: Timing) -> dict[str, Latency]:
+    """Time several calls in turns, so that drift of the machine affects all of them alike.
 
-    Every other round goes through them backwards, so that none always follows the same one.
+    Every other round runs in reverse order, so that no call always follows the same one.
 
     Args:
         calls: name -> what to time.
-        warmup: untimed calls of each before.
-        clock: seconds; for tests.
-        track: wraps the iteration over rounds (progress).
     Returns:
         name -> `Latency`.
     """
     for call in calls.values():
-        for _ in range(warmup):
+        for _ in range(timing.warmup):
             call()
     synchronise(device)
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for number in track(range(rounds)):
+    for number in timing.track(range(timing.rounds)):
         for name in list(calls)[:: -1 if number % 2 else 1]:
-            seconds[name].append(elapsed(calls[name], device, clock))
+            seconds[name].append(elapsed(calls[name], device, timing.clock))
     return {name: Latency(tuple(values)) for name, values in seconds.items()}
 
 
@@ -99,45 +116,32 @@ def random_ids(model: DiffusionLM, batch: int, length: int) -> torch.Tensor:
 
 @torch.inference_mode()
 def measure_latency(
-    models: dict[str, DiffusionLM],
-    length: int,
-    batch: int = 1,
-    rounds: int = 20,
-    warmup: int = 3,
-    clock: Clock | None = None,
-    track: Callable[[Iterable], Iterable] = lambda items: items,
+    models: dict[str, DiffusionLM], length: int, batch: int = 1, timing: Timing = DEFAULT
 ) -> dict[str, Latency]:
-    """Time `model(ids)` (logits of all positions) of every model in turn, `rounds` times.
+    """Time `model(ids)` (logits of all positions) of several models in turns, on the same random ids (B, T).
 
     Args:
         models: name -> model; all on one device, with one vocabulary.
-        length: tokens per sequence T. batch: sequences per pass.
-        warmup: untimed passes per model. The rest as for `interleaved`.
     Returns:
         name -> `Latency`.
     """
-    first = next(iter(models.values()))
-    ids = random_ids(first, batch, length)  # (B, T)
-    calls = {name: (lambda model=model: model(ids)) for name, model in models.items()}
-    return interleaved(calls, ids.device, rounds, warmup, clock, track)
+    ids = random_ids(next(iter(models.values())), batch, length)  # (B, T)
+    return interleaved({name: partial(model, ids) for name, model in models.items()}, ids.device, timing)
 
 
 def speedup(dense: Latency, pruned: Latency) -> dict[str, float]:
     """Median over rounds of dense / pruned time, with its quartiles."""
-    before, after = (torch.tensor(side.seconds, dtype=torch.float64) for side in (dense, pruned))  # (n,)
-    ratios = before / after  # (n,)
-    low, middle, high = (ratios.quantile(share).item() for share in QUARTILES)
-    return {"median": middle, "p25": low, "p75": high}
+    return quartiles(dense.tensor() / pruned.tensor())
 
 
 def ideal_share(speed: dict[str, float], macs: tuple[int, int]) -> dict[str, float] | None:
-    """Share of the ideal saving that is reached: (1 - 1 / speed-up) / (share of the MACs removed).
+    """Share of the ideal saving that is reached: (1 - 1 / speed-up) / (share of MACs removed).
 
     Args:
-        speed: a speed-up with its quartiles, as from `speedup`.
-        macs: of the dense and of the pruned model for the same work, attention and LM head counted.
+        speed: a speed-up with its quartiles, as `speedup` returns.
+        macs: of the dense and the pruned model for the same work, including attention and LM head.
     Returns:
-        Of the median and of both quartiles; None where no MACs are removed.
+        The share at the median and at both quartiles; None where no MACs are removed.
     """
     removed = 1 - macs[1] / macs[0]
     return {name: (1 - 1 / value) / removed for name, value in speed.items()} if removed > 0 else None

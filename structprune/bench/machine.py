@@ -1,4 +1,4 @@
-"""What a measurement ran on."""
+"""The machine that a measurement ran on."""
 
 import os
 import platform
@@ -22,7 +22,7 @@ def describe_machine() -> dict:
 
 
 def _processor(listing: Path = Path("/proc/cpuinfo")) -> str:
-    """The processor's name where the system gives one, else its architecture."""
+    """The processor's name if the system gives one, else its architecture."""
     if listing.exists():
         for line in listing.read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("model name"):

@@ -1,7 +1,7 @@
-"""Multiply-accumulates of whatever a model is made to compute, counted as it runs."""
+"""Multiply-accumulates (MACs), counted while a model runs."""
 
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Iterator
 
 import torch
 from torch import nn
@@ -11,7 +11,7 @@ from structprune.models.modeling_structprune import DiffusionLM
 
 
 class MacCount:
-    """MACs so far: of linears (the LM head included), and of attention's scores and mixture."""
+    """MACs so far: of linears (including the LM head), and of attention's two products."""
 
     def __init__(self):
         self.linear = self.attention = 0
@@ -23,18 +23,17 @@ class MacCount:
 
 @contextmanager
 def counted_macs(model: DiffusionLM) -> Iterator[MacCount]:
-    """While open, the yielded count grows by what the model runs, be it a forward pass or a generation with a cache.
+    """While open, the yielded count grows by all that the model runs, a forward pass or a generation with a cache.
 
-    Norms, RoPE, softmax and gated products are no products of matrices and are not counted; positions that are not
-    run are not either. Nothing is compiled meanwhile: with these hooks in it, it would have to be compiled again once
-    they are gone.
+    Only matrix products count, not norms, RoPE, softmax and gated products, and only at positions that are computed.
+    Nothing is compiled meanwhile: code compiled with these hooks would have to be compiled again without them.
     """
     count = MacCount()
 
     def linear(module, args) -> None:
         count.linear += args[0].numel() // args[0].shape[-1] * module.in_features * module.out_features
 
-    def attention(_, args, result) -> None:  # after it has run, so that a cache's keys are in `args`
+    def attention(_, args, result) -> None:  # a hook after the call, which sees the keys of a cache
         query, key = args[:2]  # (B, H, n, D), (B, K, T, D)
         count.attention += 2 * query.numel() * key.shape[2]
 

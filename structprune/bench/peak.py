@@ -1,8 +1,8 @@
-"""Peak memory of one call, above what was there before it."""
+"""Peak memory of one call, above the memory in use before it."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 import torch
 
@@ -12,13 +12,13 @@ STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def peak_above(call: Callable[[], object], device: torch.device) -> int | None:
-    """Bytes that `call` needs at its peak beyond what is in memory before it.
+    """Bytes that `call` needs at its peak, above the memory in use before it.
 
-    On CUDA of tensors, as the allocator counts them; elsewhere of the process, by Linux's high-water mark, which is
-    reset first. Call it once untimed before, so that libraries are loaded and threads started.
+    On CUDA the tensors that the allocator counts; elsewhere the process, by Linux's high-water mark, which is reset
+    first. Run the call once before, so that libraries are loaded and threads started.
 
     Returns:
-        None where the system's mark cannot be reset (other systems, some containers).
+        None where the high-water mark cannot be reset (other systems, some containers).
     """
     if device.type == "cuda":
         synchronise(device)
@@ -29,7 +29,7 @@ def peak_above(call: Callable[[], object], device: torch.device) -> int | None:
         return torch.cuda.max_memory_allocated(device) - before
     give_back_memory()
     try:
-        RESET.write_text("5")  # the mark starts again at what is resident now
+        RESET.write_text("5")  # the mark starts again at the current resident size
     except OSError:
         return None
     before = _status_bytes("VmRSS")
@@ -38,4 +38,6 @@ def peak_above(call: Callable[[], object], device: torch.device) -> int | None:
 
 
 def _status_bytes(key: str) -> int:
-    return 1024 * int(re.search(rf"{key}:\s+(\d+) kB", STATUS.read_text(encoding="ascii", errors="replace"))[1])
+    """A size in /proc/self/status, such as VmRSS."""
+    (kilobytes,) = re.findall(rf"{key}:\s+(\d+) kB", STATUS.read_text(encoding="ascii", errors="replace"))
+    return 1024 * int(kilobytes)

@@ -1,22 +1,25 @@
-"""2:4-masked weights through torch's own semi-structured kernels: what they gain or lose, layer shape by layer shape.
+"""2:4-masked weights on torch's own semi-structured kernels: the speed-up of each layer shape and of whole passes.
 
-torch.sparse.to_sparse_semi_structured takes cuSPARSELt, for fp16 and bf16 weights; CUTLASS only where it is forced
+torch.sparse.to_sparse_semi_structured uses cuSPARSELt for fp16 and bf16 weights; CUTLASS only where it is forced
 (SparseSemiStructuredTensor._FORCE_CUTLASS).
 """
 
 import copy
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from structprune.bench.latency import interleaved, measure_latency, random_ids, speedup
+from structprune.bench.latency import Timing, interleaved, measure_latency, random_ids, speedup
+from structprune.bench.settings import Size
+from structprune.files import first_line
 from structprune.models.adapter import Adapter
 from structprune.models.families import ROLES
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.statistics.half import HALF
 
-PROBE = 128  # rows and columns that every kernel takes
+PROBE = 128  # rows and columns that every kernel accepts
 
 
 def has_pattern(weight: torch.Tensor) -> bool:
@@ -27,10 +30,9 @@ def has_pattern(weight: torch.Tensor) -> bool:
 
 
 def masked_linears(model: DiffusionLM) -> dict[str, nn.Linear]:
-    """Name -> the block linears whose weights are 2:4."""
-    views = Adapter(model).blocks
-    found = {view.names[role]: view[role] for view in views for role in ROLES}
-    return {name: linear for name, linear in found.items() if has_pattern(linear.weight)}
+    """Name -> linear, for the block linears whose weights are 2:4."""
+    linears = {view.names[role]: view[role] for view in Adapter(model).blocks for role in ROLES}
+    return {name: linear for name, linear in linears.items() if has_pattern(linear.weight)}
 
 
 def convert(weight: torch.Tensor) -> torch.Tensor:
@@ -42,15 +44,15 @@ def convert(weight: torch.Tensor) -> torch.Tensor:
     return torch.sparse.to_sparse_semi_structured(weight.detach().contiguous())
 
 
-def tried(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor | str:
-    """The weight in semi-structured form, once it has multiplied (N, C) inputs; or why it cannot, in one line."""
+def try_kernel(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor | str:
+    """The weight in semi-structured form, after a product with inputs (N, C); or the reason why that fails, one line."""
     try:
         sparse = convert(weight)
         F.linear(x, sparse)
-    except torch.OutOfMemoryError:  # no matter of kernels
+    except torch.OutOfMemoryError:  # says nothing about kernels
         raise
     except RuntimeError as error:
-        return _first_line(error)
+        return first_line(error)
     return sparse
 
 
@@ -63,16 +65,16 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why this build and device cannot run 2:4 weights, in one line; None where they can."""
     if device.type != "cuda":
         return f"torch has no 2:4 kernels for device {device.type}"
-    if dtype not in HALF:  # CUTLASS would take fp32, but as one of every two
+    if dtype not in HALF:  # CUTLASS would accept fp32, but as 1:2
         return f"torch has no 2:4 kernels for {str(dtype).removeprefix('torch.')}: use --dtype bfloat16 or float16"
     weight = torch.tensor([0, 0, 1, 1], device=device).to(dtype).tile(PROBE, PROBE // 4)  # (O, C)
-    found = tried(weight, _inputs(weight, PROBE))
-    return found if isinstance(found, str) else None
+    sparse = try_kernel(weight, _inputs(weight, PROBE))
+    return sparse if isinstance(sparse, str) else None
 
 
 @torch.inference_mode()
-def shape_rows(model: DiffusionLM, tokens: int, rounds: int, warmup: int) -> list[dict]:
-    """One row per shape (O, C) of 2:4 weights: time of `tokens` inputs with both kernels, or why there is none."""
+def shape_rows(model: DiffusionLM, tokens: int, timing: Timing) -> list[dict]:
+    """One row per shape (O, C) of 2:4 weights: time for `tokens` inputs, dense and with the kernel, or its refusal."""
     linears = masked_linears(model)
     shapes: dict[tuple[int, ...], list[str]] = {}
     for name, linear in linears.items():
@@ -82,57 +84,54 @@ def shape_rows(model: DiffusionLM, tokens: int, rounds: int, warmup: int) -> lis
         weight = linears[names[0]].weight.detach()
         row = {"outputs": outputs, "inputs": inputs, "layers": len(names), "first": names[0], "tokens": tokens}
         x = _inputs(weight, tokens)  # (N, C)
-        sparse = tried(weight, x)
+        sparse = try_kernel(weight, x)
         if isinstance(sparse, str):
             rows.append(row | {"refused": sparse})
             continue
-        calls = {"dense": lambda: F.linear(x, weight), "2:4": lambda: F.linear(x, sparse)}  # noqa: B023
-        found = interleaved(calls, weight.device, rounds, warmup)
-        timed = {f"{name}_ms": latency.quartiles_ms() for name, latency in found.items()}
-        rows.append(row | timed | {"speedup": speedup(found["dense"], found["2:4"])})
+        calls = {"dense": partial(F.linear, x, weight), "2:4": partial(F.linear, x, sparse)}
+        latencies = interleaved(calls, weight.device, timing)
+        times = {f"{name}_ms": latency.quartiles_ms() for name, latency in latencies.items()}
+        rows.append(row | times | {"speedup": speedup(latencies["dense"], latencies["2:4"])})
     return rows
 
 
 def with_kernels(model: DiffusionLM, tokens: int) -> tuple[DiffusionLM, int, int]:
-    """The same model, its 2:4 weights in semi-structured form where that takes `tokens` inputs; all else is shared.
+    """A copy of the model whose 2:4 weights are semi-structured where a kernel accepts `tokens` inputs.
+
+    All other tensors are shared.
 
     Returns:
-        The model, how many layers run on the kernels, and how many are 2:4.
+        The model, the number of layers that run on kernels, and the number of 2:4 layers.
     """
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     clone = copy.deepcopy(model, memo=shared)
-    linears, taken = masked_linears(clone), 0
+    linears, converted = masked_linears(clone), 0
     for linear in linears.values():
-        sparse = tried(linear.weight.detach(), _inputs(linear.weight, tokens))
-        if not isinstance(sparse, str):  # else `shape_rows` says why
+        sparse = try_kernel(linear.weight.detach(), _inputs(linear.weight, tokens))
+        if not isinstance(sparse, str):  # `shape_rows` reports refusals
             linear.weight = nn.Parameter(sparse, requires_grad=False)
-            taken += 1
-    return clone, taken, len(linears)
+            converted += 1
+    return clone, converted, len(linears)
 
 
 @torch.inference_mode()
-def semi_structured_row(model: DiffusionLM, batch: int, length: int, rounds: int, warmup: int) -> dict:
-    """A whole forward pass with and without the kernels, how many of the 2:4 layers run on them, and how far the logits
-    are apart relative to their size."""
-    other, taken, layers = with_kernels(model, batch * length)
-    pair = {"dense": model, "2:4": other}
-    apart = _difference(*pair.values(), random_ids(model, batch, length))
-    found = measure_latency(pair, length, batch, rounds, warmup)
-    timed = {f"{name}_ms": latency.quartiles_ms() for name, latency in found.items()}
-    speed = speedup(found["dense"], found["2:4"])
-    row = {"batch": batch, "length": length, "layers": taken, "of_layers": layers, **timed}
-    return row | {"speedup": speed, "relative_difference": apart}
+def semi_structured_row(model: DiffusionLM, size: Size, timing: Timing) -> dict:
+    """A whole forward pass with and without the kernels: speed-up, how many 2:4 layers run on kernels, and the norm of
+    the logits' difference relative to the logits' norm."""
+    sparse, converted, layers = with_kernels(model, size.batch * size.length)
+    difference = _difference(model, sparse, random_ids(model, size.batch, size.length))
+    latencies = measure_latency({"dense": model, "2:4": sparse}, size.length, size.batch, timing)
+    times = {f"{name}_ms": latency.quartiles_ms() for name, latency in latencies.items()}
+    speed = speedup(latencies["dense"], latencies["2:4"])
+    row = {"batch": size.batch, "length": size.length, "layers": converted, "of_layers": layers, **times}
+    return row | {"speedup": speed, "relative_difference": difference}
 
 
 def _difference(model: DiffusionLM, other: DiffusionLM, ids: torch.Tensor) -> float:
-    """Norm of the difference of both models' logits on (B, T), over that of the first's."""
-    expected, found = model(ids).logits, other(ids).logits  # 2 x (B, T, V)
-    apart = size = 0.0
-    for one, two in zip(expected, found):  # row by row, (T, V): an fp32 copy of all of them may not fit
-        apart += (two.float() - one.float()).norm().item() ** 2
-        size += one.float().norm().item() ** 2
-    return (apart / size) ** 0.5
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """Norm of the difference of both models' logits on (B, T), over the norm of the first one's."""
+    pair = zip(model(ids).logits, other(ids).logits, strict=True)  # B x 2 x (T, V)
+    difference = norm = 0.0
+    for ours, theirs in pair:  # sequence by sequence: an fp32 copy of all logits may not fit
+        difference += (theirs.float() - ours.float()).norm().item() ** 2
+        norm += ours.float().norm().item() ** 2
+    return (difference / norm) ** 0.5

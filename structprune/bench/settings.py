@@ -1,4 +1,4 @@
-"""What a benchmark measures: sizes, forms of generation and rounds, checked before any weight is read."""
+"""What a benchmark measures: sizes, kinds of generation and rounds, checked before any weight is read."""
 
 from dataclasses import dataclass
 
@@ -11,16 +11,27 @@ ALL = "all"
 
 
 @dataclass(frozen=True)
+class Size:
+    """Sequences in a batch, and tokens of each (prompt and generated ones together)."""
+
+    batch: int
+    length: int
+
+    def __str__(self) -> str:
+        return f"{self.batch} x {self.length}"
+
+
+@dataclass(frozen=True)
 class BenchSettings:
     """Choices of one benchmark.
 
     Attributes:
         batches, lengths: every pair is measured; a length counts prompt and generated tokens together.
-        gen_length: generated tokens of each sequence, 0 for no generation; steps: denoising steps of all blocks.
-        block_length: for a sampler with blocks; None: 32, or gen_length where that is less.
-        caches: some of `none`, `prefix`, `dual`, or `all` that the sampler can have.
+        gen_length: tokens to generate for each sequence, 0 for no generation; steps: over all blocks together.
+        block_length: for a sampler with blocks; None: 32, or gen_length if that is less.
+        caches: `none`, `prefix` and `dual`, or `all` that the sampler allows.
         compiled: also measure with torch.compile: forward passes, and generation without a cache.
-        semi_structured: also run 2:4-masked weights through torch's semi-structured kernels.
+        semi_structured: also run 2:4-masked weights on torch's semi-structured kernels.
         rounds, generation_rounds, warmup: timed passes, timed generations, and untimed passes before them.
     Raises:
         UserError: a value that cannot be used.
@@ -39,55 +50,59 @@ class BenchSettings:
     warmup: int = 3
 
     def __post_init__(self):
-        for option, values in (
-            ("--batch", self.batches),
-            ("--length", self.lengths),
-            ("--rounds", (self.rounds,)),
-            ("--generation-rounds", (self.generation_rounds,)),
-            ("--steps", (self.steps,)),
+        for name, option, values in (
+            ("batch size", "--batch", self.batches),
+            ("length", "--length", self.lengths),
+            ("count", "--rounds", (self.rounds,)),
+            ("count", "--generation-rounds", (self.generation_rounds,)),
+            ("count", "--steps", (self.steps,)),
         ):
             for value in values:
                 if value < 1:
-                    raise UserError(f"{option} {value} cannot be used: give whole numbers from 1")
+                    raise UserError(f"{option} {value} is not a {name}: give whole numbers from 1")
             if len(set(values)) < len(values) or not values:
-                raise UserError(f"{option} needs different numbers, at least one: {', '.join(map(str, values))}")
+                raise UserError(f"{option} {','.join(map(str, values))}: give each number once, and at least one")
         if self.gen_length < 0:
-            raise UserError(f"--gen-length {self.gen_length} cannot be used: give 0 (no generation) or more")
-        known = (*CACHES, ALL)
+            raise UserError(f"--gen-length {self.gen_length} is not a count: give 0 (no generation) or more")
+        choices = [*CACHES, ALL]
         for name in self.caches:
-            if name not in known:
-                close = nearest(name, list(known))
-                raise UserError(f"unknown --cache '{name}'{close}: choose from {', '.join(known)}")
+            if name not in choices:
+                raise UserError(f"unknown --cache '{name}'{nearest(name, choices)}: choose from {', '.join(choices)}")
         if len(set(self.caches)) < len(self.caches) or (ALL in self.caches and len(self.caches) > 1):
-            raise UserError(f"--cache {','.join(self.caches)} names one twice: give each once, or only 'all'")
+            raise UserError(f"--cache {','.join(self.caches)} names a cache twice: give each once, or all alone")
         self._check_idle()
         if self.gen_length and self.steps > self.gen_length:
             raise UserError(
-                f"--steps {self.steps} is more than the {self.gen_length} tokens of --gen-length, and a step without a"
-                f" token runs nothing: give at most {self.gen_length}"
+                f"--steps {self.steps} are more than the {self.gen_length} tokens of --gen-length, and every step"
+                f" reveals at least one: give at most {self.gen_length}"
             )
         shortest = min(self.lengths)
         if self.gen_length >= shortest:
             raise UserError(
-                f"--length {shortest} leaves no room for a prompt before --gen-length {self.gen_length}: raise"
-                " --length, lower --gen-length, or leave generation out with --gen-length 0"
+                f"--length {shortest} leaves no room for a prompt before --gen-length {self.gen_length}: raise --length,"
+                " lower --gen-length, or measure no generation with --gen-length 0"
             )
 
     def _check_idle(self) -> None:
-        """Refuse options of generation where there is none."""
+        """Refuse options of generation where none is measured."""
         if self.gen_length:
             return
         fields = type(self).__dataclass_fields__
         for name, option in (("steps", "--steps"), ("block_length", "--block-length"), ("caches", "--cache"),
                              ("generation_rounds", "--generation-rounds")):  # fmt: skip
             if getattr(self, name) != fields[name].default:
-                raise UserError(f"{option} has no effect without generation: leave it out, or raise --gen-length")
+                raise UserError(f"{option} has no effect with --gen-length 0: leave one of them out")
+
+    @property
+    def sizes(self) -> list[Size]:
+        """Every batch size at every length."""
+        return [Size(batch, length) for batch in self.batches for length in self.lengths]
 
     def generation(self, config) -> Generation | None:
-        """The sampler's settings for a model's family; None where no generation is measured.
+        """The sampler's settings for the family of `config`; None where no generation is measured.
 
         Raises:
-            UserError: settings that the family's sampler cannot have.
+            UserError: settings that the family's sampler does not allow.
         """
         if not self.gen_length:
             return None
@@ -101,7 +116,7 @@ class BenchSettings:
         """The caches to measure, in a fixed order.
 
         Raises:
-            UserError: a cache that the sampler cannot have.
+            UserError: one that does not work with the sampler.
         """
         if ALL in self.caches:
             return CACHES if generation.blocks > 1 else CACHES[:-1]

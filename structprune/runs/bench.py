@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 
 from structprune.bench.compiled import check_compile, compiled_blocks
+from structprune.bench.latency import Timing
 from structprune.bench.machine import describe_machine
 from structprune.bench.semi_structured import masked_linears, refusal, semi_structured_row, shape_rows
-from structprune.bench.settings import BenchSettings
-from structprune.bench.workloads import Models, forward_rows, generation_rows
+from structprune.bench.settings import BenchSettings, Size
+from structprune.bench.workloads import GenerationWork, Models, forward_rows, generation_rows
 from structprune.checkpoint.atomic import whole_directory
 from structprune.checkpoint.output import check_output, write_json
 from structprune.checkpoint.source import source_of
@@ -143,13 +144,12 @@ def _check_length(checkpoint: str, family: Family, config, settings: BenchSettin
 
 
 def describe_models(models: Models) -> list[dict]:
-    """One row per model: sizes, the share of the first one's block projections that it lacks, and widths."""
-    rows, whole = [], None
+    """One row per model: sizes, widths, and the share of the first model's block projections that it lacks."""
+    rows: list[dict] = []
     for label, model in models.items():
         adapter = Adapter(model)
         projections = sum(block_size(block, "query_heads").total for block in adapter.blocks)
-        whole = whole or projections
-        widths = [asdict(block.widths) for block in adapter.blocks]
+        whole = rows[0]["block_parameters"] if rows else projections
         rows.append(
             {
                 "model": label,
@@ -160,53 +160,55 @@ def describe_models(models: Models) -> list[dict]:
                 "block_parameters": projections,
                 "removed": 1 - projections / whole,
                 "bytes": sum(weight.numel() * weight.element_size() for weight in model.parameters()),
-                "widths": widths,
+                "widths": [asdict(block.widths) for block in adapter.blocks],
             }
         )
     return rows
 
 
-def _measure(models: Models, settings: BenchSettings, generation: Generation | None, track: Track):
+def _measure(models: Models, settings: BenchSettings, sampler: Generation | None, track: Track):
     """Rows of forward passes and of generations, in eager mode and then compiled."""
-    forward, generated = [], []
-    wanted = () if generation is None else settings.caches_of(generation)
+    forward: list[dict] = []
+    generated: list[dict] = []
     for mode in ("eager", "compiled") if settings.compiled else ("eager",):
-        compiled = mode == "compiled"
-        # what a cache runs is hooked into the attention cores, which is not for the compiler
-        caches = tuple(cache for cache in wanted if not compiled or cache == "none")
-        with compiled_blocks(models.values()) if compiled else nullcontext():
-            for size in _sizes(settings):
-                title = f"{mode}, {size[0]} x {size[1]}"
-                with _fitting_size(models, *size):
-                    shown = _titled(track, f"forward, {title}")
-                    rows = forward_rows(models, *size, settings.rounds, settings.warmup, shown)
+        with compiled_blocks(models.values()) if mode == "compiled" else nullcontext():
+            for size in settings.sizes:
+                with _fitting_size(models, size):
+                    title = _titled(track, f"forward, {mode}, {size}")
+                    rows = forward_rows(models, size, Timing(settings.rounds, settings.warmup, title))
                     forward += [{"mode": mode, **row} for row in rows]
-                    full: dict[str, torch.Tensor] = {}
-                    for cache in caches:
-                        shown = _titled(track, f"generation, {title}, cache {cache}")
-                        counts = (settings.generation_rounds, int(compiled))  # a warm-up compiles
-                        rows = generation_rows(models, *size, generation, cache, *counts, full, shown)
-                        generated += [{"mode": mode, **row} for row in rows]
+                    if sampler is not None:
+                        generated += _generations(models, settings, GenerationWork(size, sampler), mode, track)
     return forward, generated
 
 
-def _sizes(settings: BenchSettings) -> list[tuple[int, int]]:
-    return [(batch, length) for batch in settings.batches for length in settings.lengths]
+def _generations(models: Models, settings: BenchSettings, work: GenerationWork, mode: str, track: Track) -> list[dict]:
+    """Rows of generations at one size, cache by cache."""
+    rows: list[dict] = []
+    for cache in settings.caches_of(work.sampler):
+        if mode == "compiled" and cache != "none":
+            continue  # caches work by hooks on attention, which the compiler does not support
+        title = _titled(track, f"generation, {mode}, {work.size}, cache {cache}")
+        timing = Timing(settings.generation_rounds, int(mode == "compiled"), title)  # a warm-up compiles
+        rows += [{"mode": mode, **row} for row in generation_rows(models, work, cache, timing)]
+    return rows
 
 
 @contextmanager
-def _fitting(what: str, count: int, remedy: str) -> Iterator[None]:
-    """Say where memory runs out for something beside `count` models, and what to do: still as an OutOfMemoryError, for
-    whoever measures other things afterwards (scripts/gpu/gpu_report.py) goes on after it."""
+def _fitting(subject: str, count: int, remedy: str) -> Iterator[None]:
+    """Turn a lack of memory into an OutOfMemoryError that names the subject, the models in memory and a remedy.
+
+    It is not a UserError, so that scripts which measure several things can continue with the next.
+    """
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:
-        raise torch.OutOfMemoryError(f"{what} does not fit the memory beside {count} models: {remedy}") from error
+        raise torch.OutOfMemoryError(f"{subject} does not fit the memory beside {count} models: {remedy}") from error
 
 
-def _fitting_size(models: Models, batch: int, length: int):
+def _fitting_size(models: Models, size: Size):
     remedy = "lower either, or give fewer checkpoints"
-    return _fitting(f"--batch {batch} at --length {length}", len(models), remedy)
+    return _fitting(f"--batch {size.batch} at --length {size.length}", len(models), remedy)
 
 
 def _titled(track: Track, title: str) -> Callable[[Iterable], Iterable]:
@@ -222,23 +224,24 @@ def _check_masked(models: Models) -> None:
 
 
 def _semi_structured(models: Models, settings: BenchSettings, device: torch.device, track: Track) -> dict:
-    """By model that is 2:4-masked, layer shapes and whole passes; or why there is nothing to measure here."""
-    found: dict = {"refused": None, "models": {}}
-    masked = {label: model for label, model in models.items() if masked_linears(model)}
-    first = next(iter(masked.values()))
-    found["refused"] = refusal(device, first.embedding.weight.dtype)
-    if found["refused"]:
-        return found | {"models": {label: {} for label in masked}}
-    rounds = (settings.rounds, settings.warmup)
-    for label, model in track(masked.items(), "2:4 kernels"):
-        counts = sorted({batch * length for batch, length in _sizes(settings)})
-        shapes = [row for tokens in counts for row in shape_rows(model, tokens, *rounds)]
+    """For each 2:4-masked model, layer shapes and whole passes; or the reason why kernels cannot be measured here."""
+    linears = {label: masked_linears(model) for label, model in models.items()}
+    labels = [label for label in models if linears[label]]
+    dtype = next(iter(linears[labels[0]].values())).weight.dtype
+    reason = refusal(device, dtype)
+    if reason:
+        return {"refused": reason, "models": {label: {} for label in labels}}
+    timing = Timing(settings.rounds, settings.warmup)
+    results = {}
+    for label in track(labels, "2:4 kernels"):
+        counts = sorted({size.batch * size.length for size in settings.sizes})
+        shapes = [row for tokens in counts for row in shape_rows(models[label], tokens, timing)]
         forward = []
-        for size in _sizes(settings):
-            with _fitting_size(models, *size):
-                forward.append(semi_structured_row(model, *size, *rounds))
-        found["models"][label] = {"shapes": shapes, "forward": forward}
-    return found
+        for size in settings.sizes:
+            with _fitting_size(models, size):
+                forward.append(semi_structured_row(models[label], size, timing))
+        results[label] = {"shapes": shapes, "forward": forward}
+    return {"refused": None, "models": results}
 
 
 def _plain_settings(settings: BenchSettings, generation: Generation | None, device: torch.device, family: str) -> dict:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from structprune.assets import NAME, model_directory, text_file
-from structprune.bench.latency import Latency, measure_latency, speedup
+from structprune.bench.latency import Latency, Timing, measure_latency, speedup
 from structprune.bench.machine import describe_machine
 from structprune.bench.memory import peak_memory_bytes
 from structprune.calibration.build import calibrate
@@ -110,7 +110,7 @@ def run_demo(out: Path, overwrite: bool = False, track: Track = untracked) -> De
     held_out = HeldOut(model, 1, WINDOWS, LENGTH)
     rows, saved = _prune_all(model, held_out, track)
     models = {"dense": model} | {f"{method} {ratio}": pruned.model for (method, ratio), pruned in saved.items()}
-    latency = measure_latency(models, LENGTH, batch=16, rounds=7)
+    latency = measure_latency(models, LENGTH, 16, Timing(rounds=7))
     dense = {
         "nelbo": held_out.dense.mean,
         "standard_error": held_out.dense.standard_error,

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from structprune.bench import semi_structured as module
+from structprune.bench.latency import Timing
 from structprune.bench.semi_structured import has_pattern, masked_linears, refusal, semi_structured_row, shape_rows
+from structprune.bench.settings import Size
 from structprune.models.adapter import Adapter
 
 CPU = torch.device("cpu")
@@ -67,7 +69,7 @@ def test_shapes_are_measured_once_each_and_refusals_kept(masked, monkeypatch):
         return weight.clone()
 
     monkeypatch.setattr(module, "convert", convert)
-    rows = {(row["outputs"], row["inputs"]): row for row in shape_rows(masked, tokens=5, rounds=3, warmup=1)}
+    rows = {(row["outputs"], row["inputs"]): row for row in shape_rows(masked, 5, Timing(3, 1))}
     assert {shape: row["layers"] for shape, row in rows.items()} == {(32, 32): 8, (48, 32): 6, (32, 48): 2}
     assert rows[32, 48]["refused"] == "shape is not supported!" and "speedup" not in rows[32, 48]
     assert rows[32, 32]["first"] == "model.transformer.blocks.0.q_proj" and rows[32, 32]["tokens"] == 5
@@ -82,11 +84,11 @@ def test_the_kernels_run_in_a_copy_that_shares_all_else(masked, monkeypatch):
     assert torch.equal(new[0]["query"].weight, 2 * old[0]["query"].weight)
     assert new[2]["query"].weight is old[2]["query"].weight and new[2]["up"].weight is not old[2]["up"].weight
     assert copy.output_head.weight is masked.output_head.weight
-    row = semi_structured_row(masked, 2, 6, rounds=2, warmup=1)
+    row = semi_structured_row(masked, Size(2, 6), Timing(2, 1))
     assert row["relative_difference"] > 0.01 and (row["batch"], row["length"]) == (2, 6)
     assert row["layers"] == row["of_layers"] == 16
     monkeypatch.setattr(module, "convert", lambda weight: weight.clone())
-    assert semi_structured_row(masked, 2, 6, rounds=2, warmup=1)["relative_difference"] == 0
+    assert semi_structured_row(masked, Size(2, 6), Timing(2, 1))["relative_difference"] == 0
 
 
 def test_a_kernel_that_fails_only_when_it_runs_is_refused_too(masked, monkeypatch):
@@ -106,7 +108,7 @@ def test_a_kernel_that_fails_only_when_it_runs_is_refused_too(masked, monkeypatc
 
     monkeypatch.setattr(module.F, "linear", failing)
     monkeypatch.setattr(module, "convert", convert)
-    rows = {(row["outputs"], row["inputs"]): row for row in shape_rows(masked, tokens=5, rounds=1, warmup=0)}
+    rows = {(row["outputs"], row["inputs"]): row for row in shape_rows(masked, 5, Timing(1, 0))}
     assert rows[32, 48]["refused"] == "CUDA error: operation not supported" and "speedup" in rows[32, 32]
     copy, taken, layers = module.with_kernels(masked, 6)
     new, old = (Adapter(model).blocks[0] for model in (copy, masked))
@@ -119,7 +121,7 @@ def test_a_kernel_that_fails_only_when_it_runs_is_refused_too(masked, monkeypatc
 
     monkeypatch.setattr(module, "convert", full)
     with pytest.raises(torch.OutOfMemoryError):
-        shape_rows(masked, tokens=5, rounds=1, warmup=0)
+        shape_rows(masked, 5, Timing(1, 0))
 
 
 @torch.no_grad()

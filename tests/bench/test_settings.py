@@ -10,14 +10,14 @@ from structprune.generation.samplers import DreamGeneration, LLaDAGeneration
 @pytest.mark.parametrize(
     "values, message",
     [
-        ({"batches": (0,)}, "--batch 0 cannot be used: give whole numbers from 1"),
-        ({"lengths": (512, -1)}, "--length -1 cannot be used"),
-        ({"lengths": (512, 512)}, "--length needs different numbers, at least one: 512, 512"),
-        ({"rounds": 0}, "--rounds 0 cannot be used"),
-        ({"generation_rounds": 0}, "--generation-rounds 0 cannot be used"),
-        ({"gen_length": -1}, "--gen-length -1 cannot be used: give 0"),
+        ({"batches": (0,)}, "--batch 0 is not a batch size: give whole numbers from 1"),
+        ({"lengths": (512, -1)}, "--length -1 is not a length"),
+        ({"lengths": (512, 512)}, "--length 512,512: give each number once"),
+        ({"rounds": 0}, "--rounds 0 is not a count"),
+        ({"generation_rounds": 0}, "--generation-rounds 0 is not a count"),
+        ({"gen_length": -1}, "--gen-length -1 is not a count: give 0"),
         ({"caches": ("dul",)}, r"unknown --cache 'dul' \(did you mean 'dual'\?\): choose from none, prefix, dual, all"),
-        ({"gen_length": 16}, "--steps 32 is more than the 16 tokens of --gen-length.* give at most 16"),
+        ({"gen_length": 16}, "--steps 32 are more than the 16 tokens of --gen-length.* give at most 16"),
         ({"lengths": (512, 128)}, "--length 128 leaves no room for a prompt before --gen-length 128"),
     ],
 )
@@ -60,7 +60,7 @@ def test_caches_of_a_sampler():
     ],
 )
 def test_what_is_said_of_a_generation_that_is_left_out(options, option):
-    with pytest.raises(UserError, match=f"^{option} has no effect without generation"):
+    with pytest.raises(UserError, match=f"^{option} has no effect with --gen-length 0"):
         BenchSettings(gen_length=0, **options)
     BenchSettings(gen_length=0)
     BenchSettings(gen_length=32, **options)

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from structprune.bench import workloads as module
-from structprune.bench.latency import Latency
-from structprune.bench.workloads import forward_rows, generation_rows, rows_of
+from structprune.bench.latency import Latency, Timing
+from structprune.bench.settings import Size
+from structprune.bench.workloads import GenerationWork, forward_rows, generation_rows, rows_of
 from structprune.generation.generate import generate
 from structprune.generation.samplers import LLaDAGeneration
 from structprune.models.adapter import Adapter
@@ -30,7 +31,7 @@ def pair(tiny_model):
 
 
 def test_forward_rows(pair):
-    rows = forward_rows(pair, batch=2, length=8, rounds=3, warmup=1, track=lambda items: items)
+    rows = forward_rows(pair, Size(2, 8), Timing(3, 1))
     assert [row["model"] for row in rows] == ["dense", "small"]
     for row, model in zip(rows, pair.values()):
         assert (row["batch"], row["length"]) == (2, 8) and row["macs"] == 2 * forward_macs(Adapter(model), 8)
@@ -49,12 +50,13 @@ def test_generation_rows(pair, monkeypatch):
 
     monkeypatch.setattr(module, "generate", noted)
     full = {}
-    plain = generation_rows(pair, 2, 20, settings, "none", 2, 0, full, track=lambda items: items)
+    work = GenerationWork(Size(2, 20), settings, full)
+    plain = generation_rows(pair, work, "none", Timing(2, 0))
     assert set(asked) == {((2, 12), 2, "none")} and len(asked) == 2 * (1 + 2 + 1)  # counted, two rounds, peak
     assert [row["agreement"] for row in plain] == [None, None] and list(full) == ["dense", "small"]
     asked.clear()
     del full["small"]
-    rows = generation_rows(pair, 2, 20, settings, "dual", 2, 1, full, track=lambda items: items)
+    rows = generation_rows(pair, work, "dual", Timing(2, 1))
     assert [cache for _, _, cache in asked].count("none") == 1  # the other is known
     assert len(asked) == 1 + 2 * (1 + 1 + 2 + 1) and set(full) == {"dense", "small"}
     for row, full, model in zip(rows, plain, pair.values()):
@@ -74,7 +76,7 @@ def test_agreement_is_of_generated_tokens_only(pair, monkeypatch):
 
     monkeypatch.setattr(module, "generate", fake)
     settings = LLaDAGeneration(8, 8, 4)
-    rows = generation_rows({"dense": pair["dense"]}, 2, 20, settings, "prefix", 1, 0, {}, lambda items: items)
+    rows = generation_rows({"dense": pair["dense"]}, GenerationWork(Size(2, 20), settings), "prefix", Timing(1, 0))
     assert rows[0]["agreement"] == 0.75
 
 
@@ -84,9 +86,9 @@ def test_peaks_are_of_calls_made_before(pair, monkeypatch):
     pair["small"].register_forward_pre_hook(lambda *_: runs.append("forward"))
     pair["small"].blocks[0].register_forward_pre_hook(lambda *_: runs.append("block"))
     monkeypatch.setattr(module, "peak_above", lambda call, device: runs.append("peak") or call())
-    forward_rows(pair, 1, 16, rounds=2, warmup=1, track=lambda items: items)
+    forward_rows(pair, Size(1, 16), Timing(2, 1))
     assert runs[:-2].count("forward") == 1 + 1 + 2 and runs[-3:] == ["peak", "forward", "block"]
     runs.clear()
-    generation_rows(pair, 1, 16, settings, "none", 1, 1, {}, track=lambda items: items)
+    generation_rows(pair, GenerationWork(Size(1, 16), settings), "none", Timing(1, 1))
     last = len(runs) - runs[::-1].index("peak")
     assert runs[:last].count("block") == 3 * 4 and runs[last:] == ["block"] * 4

@@ -103,7 +103,8 @@ def test_an_interrupted_run_writes_nothing(number, tiny_checkpoint, text_path, t
     many = ["--set", "calibration.windows=400", "--set", "calibration.interval=1"]
     arguments = prune_command(tiny_checkpoint(), out, text_path, *many)
     # imports take seconds on a busy machine: the signal is to meet the run itself
-    code = "import structprune.runs.prune, structprune.runs.inspect; from structprune.cli.main import run; print('ready', flush=True); run()"
+    imports = "import structprune.runs.prune, structprune.runs.inspect; from structprune.cli.main import run"
+    code = f"{imports}; print('ready', flush=True); run()"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     listen = lambda: signal.signal(number, signal.SIG_DFL)  # noqa: E731  a suite run in the background ignores SIGINT
