@@ -1,1 +1,1 @@
-"""Attention sinks over a trajectory: measured, located, told by token, for diffusion and causal language models."""
+"""Attention sinks over a trajectory of a diffusion or causal LM: how strong, where, and at which tokens."""

@@ -1,46 +1,49 @@
-"""Causal language models of transformers: loaded without remote code, and their attention while they generate."""
+"""Causal language models of transformers: loaded without remote code, and their attention during generation."""
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Any
 
 import torch
 
 from structprune.errors import UserError
+from structprune.files import first_line
 from structprune.models.checkpoint_files import read_json
 from structprune.models.loading import as_dtype
 from structprune.sinks.trajectory import Recorder, Trajectory
+from structprune.statistics.rows import Track
 from structprune.statistics.sinks import head_mass
 
-ATTENTION = "structprune_sdpa"  # under which transformers knows our attention function; "sdpa" in it has it checked
+ATTENTION = "structprune_sdpa"  # name of our attention function in transformers, which checks names with "sdpa"
 _meter: ContextVar["CausalMeter | None"] = ContextVar("meter", default=None)
 
 
 class CausalMeter:
-    """Incoming attention of every layer, (B, H, T), summed over all queries since the last `reset`.
+    """Incoming attention of every layer, (B, H, T), summed over all queries so far.
 
-    With a cache every query is computed once, and its attention never changes: what a step adds is all that is new.
+    With a cache every query is computed once and its attention never changes, so a step only adds its new queries.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._layers: dict[int, torch.Tensor] = {}
 
     def add(self, layer: int, mass: torch.Tensor) -> None:
-        """Take in the mass (B, H, T) that new queries give; T grows by their number."""
-        before = self._layers.get(layer)
-        if before is not None:
-            mass[..., : before.shape[-1]] += before
+        """Add the mass (B, H, T) of new queries; T grows by their number."""
+        total = self._layers.get(layer)
+        if total is not None:
+            mass[..., : total.shape[-1]] += total
         self._layers[layer] = mass
 
     @property
     def layers(self) -> list[torch.Tensor]:
-        """What there is so far, layer by layer."""
+        """The mass so far, layer by layer."""
         return [self._layers[index] for index in sorted(self._layers)]
 
     @contextmanager
     def on(self) -> Iterator["CausalMeter"]:
-        """Take in what models that attend by `ATTENTION` do while open."""
+        """While open, measure models whose attention function is `ATTENTION`."""
         token = _meter.set(self)
         try:
             yield self
@@ -49,7 +52,7 @@ class CausalMeter:
 
 
 def _attend(module, query, key, value, attention_mask, scaling=None, **options):
-    """transformers' attention by `scaled_dot_product_attention`, and the mass it gives every key."""
+    """transformers' `sdpa` attention, with the mass of every key added to the open meter."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     meter = _meter.get()
@@ -59,7 +62,7 @@ def _attend(module, query, key, value, attention_mask, scaling=None, **options):
 
 
 def register_attention() -> None:
-    """Make `ATTENTION` known to transformers, with the masks that `sdpa` takes."""
+    """Register `ATTENTION` with transformers, with the attention masks of `sdpa`."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
@@ -68,10 +71,10 @@ def register_attention() -> None:
 
 
 def gguf_file(source: Path) -> str | None:
-    """The name of the GGUF file to read: the path's own, or a directory's where it has neither config nor safetensors.
+    """Name of the GGUF file to read: the path itself, or the only one in a directory without safetensors.
 
     Raises:
-        UserError: a directory with several.
+        UserError: a directory with several GGUF files.
     """
     if source.is_file():
         return source.name if source.suffix == ".gguf" else None
@@ -84,7 +87,7 @@ def gguf_file(source: Path) -> str | None:
 
 
 def is_causal(directory: Path) -> bool:
-    """Whether config.json (or a GGUF file) describes a model that transformers has as a causal language model."""
+    """Whether config.json or a GGUF file describes a causal language model of transformers."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     if gguf_file(directory) is not None:
@@ -92,11 +95,11 @@ def is_causal(directory: Path) -> bool:
     return read_json(directory / "config.json").get("model_type") in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
-def read_causal(source: Path):
-    """A causal language model's configuration and tokenizer, of transformers' own classes; no weight is read.
+def read_causal(source: Path) -> tuple[Any, Any]:
+    """Configuration and tokenizer of a causal language model, in transformers' own classes; reads no weights.
 
     Raises:
-        UserError: they cannot be read, or are of an encoder.
+        UserError: they cannot be read, or belong to an encoder.
     """
     from transformers import AutoConfig, AutoTokenizer
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
@@ -105,20 +108,20 @@ def read_causal(source: Path):
         config = AutoConfig.from_pretrained(place, **options)
     decodes = getattr(config, "is_decoder", False) or getattr(config, "is_encoder_decoder", False)
     if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not decodes:
-        raise _both_ways(source, config.model_type)
+        raise _not_causal(source, config.model_type)
     with _reading(source) as (place, options):
         return config, AutoTokenizer.from_pretrained(place, **options)
 
 
-def _both_ways(source: Path, kind: str) -> UserError:
+def _not_causal(source: Path, kind: str) -> UserError:
     return UserError(
-        f"{source} is no causal language model: as its config has it, positions of {kind} attend to later ones; give a"
+        f"{source} is not a causal language model: with its config, positions of {kind} attend to later ones; give a"
         " decoder, such as Llama or Qwen"
     )
 
 
-def load_causal(source: Path, dtype: str | None, device: torch.device):
-    """A causal language model of transformers' own classes.
+def load_causal(source: Path, dtype: str | None, device: torch.device) -> Any:
+    """A causal language model in transformers' own classes.
 
     Args:
         dtype: default float32 on CPU, else the checkpoint's own.
@@ -128,80 +131,81 @@ def load_causal(source: Path, dtype: str | None, device: torch.device):
     from transformers import AutoModelForCausalLM
 
     register_attention()
-    wanted = as_dtype(dtype) or (torch.float32 if device.type == "cpu" else "auto")
-    with _reading(source) as (place, options):
-        model = AutoModelForCausalLM.from_pretrained(place, dtype=wanted, attn_implementation=ATTENTION, **options)
+    load_dtype = as_dtype(dtype) or (torch.float32 if device.type == "cpu" else "auto")
+    options: dict[str, Any] = {"dtype": load_dtype, "attn_implementation": ATTENTION}
+    with _reading(source) as (place, more):
+        model: Any = AutoModelForCausalLM.from_pretrained(place, **options, **more)
     if any(hasattr(module, "layer_idx") and getattr(module, "is_causal", True) is False for module in model.modules()):
-        raise _both_ways(source, type(model).__name__)
+        raise _not_causal(source, type(model).__name__)
     return model.to(device).eval()
 
 
 @contextmanager
 def _reading(source: Path) -> Iterator[tuple[Path, dict]]:
-    """Where transformers is to read from, and with which options; what it raises becomes one line."""
+    """The path and options for transformers' `from_pretrained`; its errors become one line."""
     from transformers.utils import logging
 
     name = gguf_file(source)
-    logging.disable_progress_bar()  # ours is on the same screen
+    logging.disable_progress_bar()  # ours is on the same terminal
     try:
-        options = {"trust_remote_code": False} | ({} if name is None else {"gguf_file": name})
+        options: dict[str, Any] = {"trust_remote_code": False} | ({} if name is None else {"gguf_file": name})
         yield source.parent if source.is_file() else source, options
     except ImportError as error:
-        raise UserError(f"reading {source} needs another package ({_first_line(error)})") from error
-    except Exception as error:  # transformers raises what its many loaders raise
-        raise UserError(f"{source} cannot be read as a causal language model ({_first_line(error)})") from error
+        raise UserError(f"reading {source} needs another package ({first_line(error)})") from error
+    except Exception as error:  # its loaders raise errors of many types
+        raise UserError(f"{source} cannot be read as a causal language model ({first_line(error)})") from error
     finally:
         logging.enable_progress_bar()
 
 
 def sliding_window(config) -> int | None:
-    """The fewest positions that a layer looks back on, of a transformers configuration; None where all see all."""
+    """The shortest attention window of a layer in a transformers configuration; None without windows."""
     config = config.get_text_config()
-    kinds = getattr(config, "layer_types", None)  # of every layer; None in families whose layers are all alike
+    kinds = getattr(config, "layer_types", None)  # one per layer; None in families whose layers are all alike
     windows = {"sliding_attention": getattr(config, "sliding_window", None)}
     windows |= {"chunked_attention": getattr(config, "attention_chunk_size", None)}
     if getattr(config, "use_sliding_window", True) is False:
         del windows["sliding_attention"]
-    found = [size for kind, size in windows.items() if size is not None and (kinds is None or kind in kinds)]
-    return min(found, default=None)
+    sizes = [size for kind, size in windows.items() if size is not None and (kinds is None or kind in kinds)]
+    return min(sizes, default=None)
 
 
 def check_window(config, length: int, name: str) -> None:
-    """Raise UserError where a text of `length` tokens is longer than a sliding window: the cache forgets its start."""
+    """Raise UserError for a text of `length` tokens longer than a sliding window, whose cache would drop its start."""
     window = sliding_window(config)
     if window is not None and length > window:
         raise UserError(
             f"{name} attends within a sliding window of {window} positions, fewer than the {length} of the run, so that"
-            f" its first positions drop out: take --length, or the prompt and --gen-length together, down to {window}"
+            f" its first positions drop out: lower --length, or the prompt and --gen-length together, to {window}"
         )
 
 
 @torch.no_grad()
-def generation_trajectory(model, prompts: torch.Tensor, gen_length: int, track: Callable) -> Trajectory:
+def generation_trajectory(model, prompts: torch.Tensor, gen_length: int, track: Track) -> Trajectory:
     """The model's own greedy generation from every prompt: at step s the text has P + s tokens.
 
-    Generation goes on after an EOS, as that of masked diffusion LMs does. Mass is per query that sees a position; the
-    positions that every step can compare lie in the prompt. What a query has attended to never changes, so this is a
-    running mean over queries, and some of its stability comes from causality itself.
+    Generation continues after an EOS, as for masked diffusion LMs. Mass is counted per query that can see a position;
+    the positions that all steps have in common lie in the prompt. The attention of a past query never changes, so the
+    mass is a running mean over queries, and part of its stability comes from causality itself.
 
     Args:
         prompts: (N, P) int64.
-        gen_length: S steps, a token each.
+        gen_length: S steps, one token each.
     Raises:
-        UserError: the model has no attention that could be measured, or one by a shorter sliding window.
+        UserError: attention of this model cannot be measured, or its sliding window is too short.
     """
     from transformers import GenerationConfig
 
     check_window(model.config, prompts.shape[1] + gen_length, type(model).__name__)
     recorder, device = Recorder(len(prompts), causal=True), model.device
-    model.generation_config = GenerationConfig()  # the checkpoint's own may sample, penalise or stop
+    model.generation_config = GenerationConfig()  # the checkpoint's own may sample, penalise or stop early
     for row, prompt in enumerate(track(list(prompts), "generation")):  # (P,)
         with CausalMeter().on() as meter:
 
             def observe(ids, scores, row=row, meter=meter):
                 if not meter.layers:
-                    raise UserError(f"{type(model).__name__} does not attend by transformers' attention interface")
-                recorder.add([ids.shape[1] - len(prompt)], [row], ids, meter.layers)
+                    raise UserError(f"{type(model).__name__} does not use transformers' attention interface")
+                recorder.add([ids.shape[1] - prompts.shape[1]], [row], ids, meter.layers)
                 return scores
 
             model.generate(
@@ -212,9 +216,5 @@ def generation_trajectory(model, prompts: torch.Tensor, gen_length: int, track: 
                 use_cache=True,
                 logits_processor=[observe],
             )
-    done = torch.arange(gen_length).expand(len(prompts), -1) / gen_length  # (N, S)
-    return recorder.finish("reverse", prompts.shape[1], done)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    progress = torch.arange(gen_length).expand(len(prompts), -1) / gen_length  # (N, S)
+    return recorder.finish("reverse", prompts.shape[1], progress)

@@ -1,4 +1,4 @@
-"""What is looked at: a diffusion or causal language model with its tokenizer, and the text it is given."""
+"""The subject of a measurement: a diffusion or causal language model with its tokenizer, and the text it reads."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,20 +17,20 @@ from structprune.models.official import detect_family
 from structprune.models.placement import pick_device
 from structprune.sinks.causal import gguf_file, is_causal, load_causal, read_causal
 
-LONGEST = 1 << 22  # tokens read of a text
+LONGEST = 1 << 22  # at most so many tokens of a text are read
 
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """A model, or what is known of one before its weights are read.
+    """A model, with or without its weights.
 
     Attributes:
         name: Hub id, or the directory's own name.
-        causal: whether it is a causal language model of transformers.
+        causal: a causal language model of transformers, else a diffusion LM.
         model: None before weights are read.
-        positions: the most it can take; None where its config does not say.
-        mask_id: of a diffusion LM.
-        config: of transformers, or ours.
+        positions: maximum length of a text; None if its config names none.
+        mask_id: mask token of a diffusion LM.
+        config: from transformers for a causal LM, else ours.
     """
 
     name: str
@@ -43,10 +43,10 @@ class Subject:
 
 
 def find_kind(source: str) -> tuple[Path, bool]:
-    """Where a checkpoint is, and whether it is a causal LM, before any weight is read.
+    """Where a checkpoint lies, and whether it is a causal LM; reads no weights.
 
     Raises:
-        UserError: nothing there, or neither a diffusion LM that structprune reads nor a causal LM of transformers.
+        UserError: no such checkpoint, or neither a diffusion LM that structprune reads nor a causal LM of transformers.
     """
     path = Path(source)
     if path.is_file() and path.suffix == ".gguf":
@@ -57,15 +57,15 @@ def find_kind(source: str) -> tuple[Path, bool]:
     try:
         detect_family(read_json(directory / "config.json"), directory)
     except UserError as error:
-        raise UserError(f"{error}; nor is it a causal language model that transformers has") from error
+        raise UserError(f"{error}; nor is it a causal language model of transformers") from error
     return directory, False
 
 
 def describe_subject(source: str, mask_id: int | None) -> Subject:
-    """A checkpoint's configuration and tokenizer; no weight is read.
+    """A checkpoint's configuration and tokenizer; reads no weights.
 
     Args:
-        mask_id: of a diffusion LM.
+        mask_id: mask token of a diffusion LM that names none.
     Raises:
         UserError: anything wrong with them, in one line.
     """
@@ -77,8 +77,8 @@ def describe_subject(source: str, mask_id: int | None) -> Subject:
         longest = getattr(config, family.keys["positions"])
         return Subject(name, False, None, load_tokenizer(directory), longest, config.mask_token_id, config)
     config, tokenizer = read_causal(directory)
-    named = gguf_file(directory)
-    name = name if named is None else Path(named).stem
+    file = gguf_file(directory)
+    name = name if file is None else Path(file).stem
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)
     return Subject(name, True, None, tokenizer, longest, None, config)
 
@@ -98,7 +98,7 @@ def open_subject(source: str, subject: Subject, place: ModelSettings) -> Subject
 
 
 def check_text(text: Path) -> None:
-    """Raise UserError for a text that is not there or is of no kind that is read."""
+    """Raise UserError for a text that does not exist or has an unknown file type."""
     if not text.is_file():
         raise UserError(f"no text at '{text}': give a {', '.join(LOCAL)} file")
     if text.suffix.lower() not in LOCAL:
@@ -106,10 +106,10 @@ def check_text(text: Path) -> None:
 
 
 def windows_of(subject: Subject, text: Path, count: int, length: int, seed: int) -> torch.Tensor:
-    """`count` windows of `length` tokens of a text, each after a BOS where the tokenizer puts one: (N, T) int64.
+    """`count` windows of `length` tokens of a text, (N, T) int64; each starts with a BOS if the tokenizer adds one.
 
     Raises:
-        UserError: windows longer than the model's positions, or a text too short for them.
+        UserError: windows longer than the model's positions, or a text that is too short.
     """
     start = _start(subject.tokenizer)
     _check_length(subject, length, "--length")
@@ -118,8 +118,8 @@ def windows_of(subject: Subject, text: Path, count: int, length: int, seed: int)
     inner = length - len(start)
     if len(tokens) < count * inner:
         raise UserError(
-            f"text '{text}' is {len(tokens):,} tokens to {subject.name}, too short for {count} windows of {inner}: give"
-            " a longer one, or lower --windows or --length"
+            f"text '{text}' has {len(tokens):,} tokens for {subject.name}, too short for {count} windows of {inner}:"
+            " give a longer one, or lower --windows or --length"
         )
     windows = cut_windows(tokens, count, inner, torch.Generator().manual_seed(seed))  # (N, T or T - 1)
     return torch.cat((torch.tensor([start] * count, dtype=torch.long).view(count, -1), windows), dim=1)
@@ -129,7 +129,7 @@ def prompt_of(subject: Subject, prompt: str, gen_length: int) -> torch.Tensor:
     """A prompt's tokens, (1, P) int64.
 
     Raises:
-        UserError: an empty prompt, or one that is too long for the model together with what is generated.
+        UserError: the prompt is empty, or too long for the model together with the generated tokens.
     """
     tokens = subject.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
     if not tokens:
@@ -140,7 +140,7 @@ def prompt_of(subject: Subject, prompt: str, gen_length: int) -> torch.Tensor:
 
 
 def _start(tokenizer) -> list[int]:
-    """The BOS, where the tokenizer puts one before a text."""
+    """The BOS, if the tokenizer puts one before a text."""
     first = tokenizer("a", verbose=False)["input_ids"][:1]
     return first if tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id] else []
 
@@ -148,5 +148,5 @@ def _start(tokenizer) -> list[int]:
 def _check_length(subject: Subject, length: int, what: str) -> None:
     if subject.positions is not None and length > subject.positions:
         remedy = "lower it" if what.startswith("--") else "shorten either"
-        shown = f"{what} = {length}" if what.startswith("--") else f"{what} make {length}, which"
-        raise UserError(f"{shown} exceeds the {subject.positions} positions of {subject.name}: {remedy}")
+        size = f"{what} = {length}" if what.startswith("--") else f"{what} make {length} tokens, which"
+        raise UserError(f"{size} exceeds the {subject.positions} positions of {subject.name}: {remedy}")

@@ -1,4 +1,4 @@
-"""What was measured over a trajectory, and how single forward passes are put together to one.
+"""Measurements over a trajectory, and how they are assembled from single forward passes.
 
 Shapes: N sequences, S steps, T positions, B sequences of a forward pass, L layers, H heads of one of them.
 """
@@ -9,7 +9,7 @@ import torch
 
 from structprune.sinks.diagnostics import head_sinks, per_query
 
-UNSEEN = 8  # a causal model's last positions are seen by fewer queries than this, too few to tell a mean from chance
+UNSEEN = 8  # the last positions of a causal model are visible to fewer queries than this, too few for a mean
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,16 +18,16 @@ class Trajectory:
 
     Attributes:
         kind: "forward" (noise levels) or "reverse" (the model's own generation).
-        causal: mass is per query that sees a position (`per_query`).
+        causal: mass is counted per query that can see a position (`per_query`).
         prompt: positions 0..prompt-1 hold the same token at every step of a generation; 0 for noise levels.
         progress: (N, S) share of the text that is visible (1 - p of a noise level), or of the generation that is done.
-        ids: (N, S, T) int64, what the model was given.
-        present: (S, T) bool, the positions that can be compared at a step: of a causal model those that are there and
-            that at least `UNSEEN` queries see, else all.
+        ids: (N, S, T) int64, the model's input.
+        present: (S, T) bool, the positions that can be compared at a step: all, or for a causal model those that exist
+            and that at least `UNSEEN` queries can see.
         mass: (N, S, T) fp32 over all layers and heads, NaN where not present.
-        votes: (N, S, T) share of the heads of which the position is a sink (`head_sinks`), NaN where not present.
+        votes: (N, S, T) share of heads for which the position is a sink (`head_sinks`), NaN where not present.
         strength: per layer (H,) share of a head's attention that goes to its sinks, mean over sequences and steps.
-        sinks: per layer (H,) how many sinks it has, the same mean.
+        sinks: per layer (H,) number of sinks of a head, mean over sequences and steps.
     """
 
     kind: str
@@ -43,7 +43,7 @@ class Trajectory:
 
     @property
     def common(self) -> torch.Tensor:
-        """(T,) bool: the positions that can be compared at every step."""
+        """(T,) bool: positions that can be compared at every step."""
         return self.present.all(0)
 
     @property
@@ -53,8 +53,8 @@ class Trajectory:
 
 
 @dataclass(frozen=True, eq=False)
-class _Found:
-    """One sequence at one step: ids (T,), mass (T,), votes (T,), strength and sinks (H over all layers,)."""
+class _Measurement:
+    """One sequence at one step: ids (T,), mass (t,), votes (t,), strength and sinks (H over all layers,)."""
 
     ids: torch.Tensor
     mass: torch.Tensor
@@ -64,49 +64,49 @@ class _Found:
 
 
 class Recorder:
-    """Takes in the attention mass of one forward pass after another; keeps sums over heads only.
+    """Collects the attention mass of forward passes; keeps only sums over heads.
 
     Args:
         sequences: N.
-        causal: of the model.
+        causal: the model is causal.
     """
 
     def __init__(self, sequences: int, causal: bool):
         self.sequences, self.causal = sequences, causal
-        self._found: dict[int, dict[int, _Found]] = {}  # step -> sequence -> what was found
+        self._steps: dict[int, dict[int, _Measurement]] = {}  # step -> sequence -> measurement
         self._widths: list[int] = []
 
     def add(self, steps: list[int], rows: list[int], ids: torch.Tensor, layers: list[torch.Tensor]) -> None:
-        """One forward pass: the step and sequence of each of its B rows, ids (B, T), L masses (B, H, T)."""
+        """Add a forward pass: step and sequence of each of its B rows, ids (B, T), and L masses (B, H, T)."""
         self._widths = [layer.shape[1] for layer in layers]
         mass = torch.cat(layers, dim=1)  # (B, H of all layers, T)
         total = mass.sum(1)  # (B, T)
         if self.causal:
-            seen = max(1, mass.shape[2] - UNSEEN + 1)  # positions that enough queries see
-            mass, total = per_query(mass)[..., :seen], per_query(total)[:, :seen]
-            mass = mass * (seen / mass.sum(-1, keepdim=True))  # an even share is 1 in every head, as without a mask
-        chosen = head_sinks(mass)  # (B, H of all layers, t)
-        strength = (mass * chosen).sum(-1) / mass.sum(-1)  # (B, H of all layers)
-        votes, count = chosen.float().mean(1), chosen.float().sum(-1)  # (B, t), (B, H of all layers)
+            compared = max(1, mass.shape[2] - UNSEEN + 1)  # t positions that enough queries can see
+            mass, total = per_query(mass)[..., :compared], per_query(total)[:, :compared]
+            mass = mass * (compared / mass.sum(-1, keepdim=True))  # an even share is 1, as in a bidirectional head
+        sinks = head_sinks(mass)  # (B, H of all layers, t)
+        strength = (mass * sinks).sum(-1) / mass.sum(-1)  # (B, H of all layers)
+        votes, count = sinks.float().mean(1), sinks.float().sum(-1)  # (B, t), (B, H of all layers)
         parts = (part.cpu() for part in (ids, total, votes, strength, count))
-        for step, row, *found in zip(steps, rows, *parts):
-            self._found.setdefault(step, {})[row] = _Found(*found)
+        for step, row, *values in zip(steps, rows, *parts, strict=True):
+            self._steps.setdefault(step, {})[row] = _Measurement(*values)
 
     def finish(self, kind: str, prompt: int, progress: torch.Tensor) -> Trajectory:
-        """The trajectory over the steps that every sequence took part in.
+        """The trajectory over the steps that all sequences have.
 
         Args:
-            progress: (N, all steps).
+            progress: (N, number of all steps).
         """
-        steps = [step for step in sorted(self._found) if len(self._found[step]) == self.sequences]
-        grid = [[self._found[step][row] for step in steps] for row in range(self.sequences)]
-        length = max(len(found.ids) for found in grid[0])  # T
+        steps = [step for step in sorted(self._steps) if len(self._steps[step]) == self.sequences]
+        grid = [[self._steps[step][row] for step in steps] for row in range(self.sequences)]
+        length = max(len(cell.ids) for cell in grid[0])  # T
         ids, mass, votes = (
-            torch.stack([torch.stack([_padded(getattr(found, name), length) for found in row]) for row in grid])
+            torch.stack([torch.stack([_pad(getattr(cell, name), length) for cell in row]) for row in grid])
             for name in ("ids", "mass", "votes")
         )  # 3 x (N, S, T)
         heads = [
-            torch.stack([torch.stack([getattr(found, name) for found in row]) for row in grid]).mean((0, 1))
+            torch.stack([torch.stack([getattr(cell, name) for cell in row]) for row in grid]).mean((0, 1))
             for name in ("strength", "sinks")
         ]  # 2 x (H of all layers,)
         strength, sinks = (list(part.split(self._widths)) for part in heads)
@@ -114,7 +114,7 @@ class Recorder:
         return Trajectory(kind, self.causal, prompt, progress[:, steps], ids, present, mass, votes, strength, sinks)
 
 
-def _padded(values: torch.Tensor, length: int) -> torch.Tensor:
-    """(t,) -> (T,): NaN, or -1 among integers, where a position is not there."""
+def _pad(values: torch.Tensor, length: int) -> torch.Tensor:
+    """(t,) -> (T,), with NaN, or -1 for integers, at missing positions."""
     filler = torch.nan if values.is_floating_point() else -1
     return torch.cat((values, values.new_full((length - len(values),), filler)))

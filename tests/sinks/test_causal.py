@@ -99,7 +99,7 @@ def test_what_cannot_be_read_is_one_line(tmp_path, causal_checkpoint):
 def test_a_model_with_attention_of_its_own_is_refused(causal_checkpoint):
     model = load_causal(causal_checkpoint(), None, CPU)
     model.set_attn_implementation("eager")
-    with pytest.raises(UserError, match="LlamaForCausalLM does not attend by transformers' attention interface"):
+    with pytest.raises(UserError, match="LlamaForCausalLM does not use transformers' attention interface"):
         causal.generation_trajectory(model, torch.zeros(1, 9, dtype=torch.long), 2, PLAIN)
 
 

@@ -51,9 +51,9 @@ def test_instability_and_survival():
     assert close(instability(PHI, present)[1:], [0.01, 0.16, NONE])
 
 
-def test_sinks_kept_to_the_next_step():
+def test_sinks_that_stay_at_the_next_step():
     phi = torch.tensor([[0.9, 0.9, 0.0], [0.9, 0.0, 0.0], [0.0, 0.0, 0.9], [0.0, 0.0, 0.0], [0.9, 0.0, 0.0]])
-    assert close(diagnostics.kept(phi), [0.5, 0.0, 0.0, NONE])
+    assert close(diagnostics.retention(phi), [0.5, 0.0, 0.0, NONE])
 
 
 def test_head_sinks_exceed_the_mean_of_the_others_by_more_than_epsilon():

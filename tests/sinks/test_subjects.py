@@ -27,7 +27,7 @@ def test_windows_begin_with_a_bos_where_the_tokenizer_puts_one(tmp_path):
     assert windows.shape == (2, 8) and windows[:, 0].tolist() == [1, 1]
     assert (windows[:, 1:].diff(dim=1) == 1).all()  # 7 neighbouring letters
     assert torch.equal(windows, windows_of(subject(), text, 2, 8, seed=0))
-    with pytest.raises(UserError, match="is 20 tokens to letters, too short for 3 windows of 7"):
+    with pytest.raises(UserError, match="has 20 tokens for letters, too short for 3 windows of 7"):
         windows_of(subject(), text, 3, 8, seed=0)
     with pytest.raises(UserError, match="--length = 17 exceeds the 16 positions of letters: lower it"):
         windows_of(subject(), text, 1, 17, seed=0)
@@ -35,7 +35,7 @@ def test_windows_begin_with_a_bos_where_the_tokenizer_puts_one(tmp_path):
 
 def test_a_prompt_and_what_is_generated_must_fit():
     assert prompt_of(subject(), "ab", 13).tolist() == [[1, 97, 98]]
-    with pytest.raises(UserError, match="the prompt's 3 tokens and --gen-length 14 make 17, which exceeds the 16"):
+    with pytest.raises(UserError, match="the prompt's 3 tokens and --gen-length 14 make 17 tokens, which exceeds the 16"):
         prompt_of(subject(), "ab", 14)
     assert prompt_of(subject(None), "ab", 99).shape == (1, 3)  # a model that names no limit
     with pytest.raises(UserError, match="--prompt is empty"):
