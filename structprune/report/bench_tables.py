@@ -1,4 +1,6 @@
-"""Tables of a benchmark: what was measured, each model beside the first."""
+"""Tables of a benchmark: each model compared with the first."""
+
+from collections.abc import ItemsView
 
 from rich import box
 from rich.table import Table
@@ -9,7 +11,7 @@ Rows = list[dict]
 
 
 def bench_tables(result: dict) -> list[Table]:
-    """Models, forward passes, generations and 2:4 kernels, as far as they were measured.
+    """Models, forward passes, generations and 2:4 kernels, those that were measured.
 
     Args:
         result: the contents of bench.json.
@@ -18,14 +20,14 @@ def bench_tables(result: dict) -> list[Table]:
     if result["generation"]:
         tables.append(_generation(result["generation"], result["settings"]["sampler"]))
     if result["semi_structured"] and not result["semi_structured"]["refused"]:
-        tables += [_shapes(label, found) for label, found in result["semi_structured"]["models"].items()]
+        tables += [_kernels(label, rows) for label, rows in result["semi_structured"]["models"].items()]
     return tables
 
 
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for name in columns:
-        if name in ("model", "layers"):  # a long name takes a second line, never the place of a figure
+        if name in ("model", "layers"):  # a long name is folded; figures never are
             table.add_column(name, justify="left", overflow="fold")
         else:
             table.add_column(name, justify="right", no_wrap=True)
@@ -49,8 +51,8 @@ def _forward(rows: Rows) -> Table:
         for row in group:
             table.add_row(f"  {row['model']}", _quartiles(row["ms"]), *_gain(row), _bytes(row["peak_above_weights"]))
     table.caption = (
-        "logits at all positions; of ideal: (1 - 1 / speed-up) / (share of MACs removed), attention and LM head"
-        " counted; peak above weights and what else was in memory"
+        "logits at all positions; of ideal: (1 - 1 / speed-up) / (share of MACs removed), including attention and LM"
+        " head; peak above: memory beyond the weights and all else held before the pass"
     )
     return table
 
@@ -64,34 +66,36 @@ def _generation(rows: Rows, sampler: dict) -> Table:
         table.add_row(title, style="bold")
         for row in group:
             equal = "" if row["agreement"] is None else f"{100 * row['agreement']:.0f} %"
-            shown = (_quartiles(_rates(row)), *_gain(row), equal, _bytes(row["peak_above_weights"]))
-            table.add_row(f"  {row['model']}", *shown)
-    table.caption = "tokens/s: generated ones, with quartiles; peak above what was in memory"
+            cells = (_quartiles(_rates(row)), *_gain(row), equal, _bytes(row["peak_above_weights"]))
+            table.add_row(f"  {row['model']}", *cells)
+    table.caption = "tokens/s: generated tokens, with quartiles; peak: memory beyond what was held before"
     if any(row["agreement"] is not None for row in rows):
-        table.caption += "; prefix, dual: with that cache; equal: share of tokens that are the same model's without"
-        table.caption += ", on random prompts"
+        table.caption += (
+            "; prefix, dual: with that cache; equal: share of tokens equal to the same model's without a cache, on"
+            " random prompts"
+        )
     return table
 
 
-def _shapes(label: str, found: dict) -> Table:
+def _kernels(label: str, rows: dict) -> Table:
     table = _table(f"{label}: 2:4 kernels", "layers", "tokens", "out x in", "dense ms", "2:4 ms", "speed")
-    for row in found["shapes"]:
+    for row in rows["shapes"]:
         start = (_short(row["first"], row["layers"]), str(row["tokens"]), f"{row['outputs']}x{row['inputs']}")
         table.add_row(*start, *(("refused", "", "") if "refused" in row else _pair(row)))
     table.add_section()
-    for row in found["forward"]:
-        part = "" if row["layers"] == row["of_layers"] else f"{row['layers']} of {row['of_layers']}"  # that run on them
-        table.add_row("whole pass", f"{row['batch']} x {row['length']}", part, *_pair(row))
-    notes = sorted({row["refused"] for row in found["shapes"] if "refused" in row})
-    if found["forward"]:
-        apart = max(row["relative_difference"] for row in found["forward"])
-        notes.append(f"logits of both are {apart:.1g} apart, relative to their size")
+    for row in rows["forward"]:
+        layers = "" if row["layers"] == row["of_layers"] else f"{row['layers']} of {row['of_layers']}"  # on kernels
+        table.add_row("whole pass", f"{row['batch']} x {row['length']}", layers, *_pair(row))
+    notes = sorted({row["refused"] for row in rows["shapes"] if "refused" in row})
+    if rows["forward"]:
+        difference = max(row["relative_difference"] for row in rows["forward"])
+        notes.append(f"relative difference of the logits: {difference:.1g}")
     table.caption = "; ".join(notes) or None
     return table
 
 
 def _short(name: str, layers: int) -> str:
-    """'32 as q_proj' for the full name of one of them."""
+    """Such as '32 as q_proj', from the full name of one of the layers."""
     return f"{layers} as {name.rpartition('.')[2]}"
 
 
@@ -99,21 +103,21 @@ def _pair(row: dict) -> tuple[str, str, str]:
     return _quartiles(row["dense_ms"]), _quartiles(row["2:4_ms"]), f"{row['speedup']['median']:.2f}x"
 
 
-def _groups(rows: Rows):
+def _groups(rows: Rows) -> ItemsView[str, Rows]:
     """('1 x 512, prefix', its rows), in the order they first appear."""
-    found: dict[str, Rows] = {}
+    groups: dict[str, Rows] = {}
     for row in rows:
         parts = [f"{row['batch']} x {row['length']}"]
         if row.get("cache", "none") != "none":
             parts.append(row["cache"])
         if row["mode"] != "eager":
             parts.append(row["mode"])
-        found.setdefault(", ".join(parts), []).append(row)
-    return found.items()
+        groups.setdefault(", ".join(parts), []).append(row)
+    return groups.items()
 
 
 def _number(value: float) -> str:
-    """About three digits, never an exponent."""
+    """About three digits, without an exponent."""
     digits = next((digits for digits, least in enumerate((100, 10, 1)) if value >= least), 3)
     return f"{value:.{digits}f}"
 
@@ -123,13 +127,13 @@ def _quartiles(values: dict) -> str:
 
 
 def _rates(row: dict) -> dict[str, float]:
-    """Tokens per second: the slower quartile of the times is the lower one of the rates."""
+    """Tokens per second; the upper quartile of times gives the lower quartile of rates."""
     work = row["tokens_per_second"] * row["ms"]["median"]
     return {"median": row["tokens_per_second"], "p25": work / row["ms"]["p75"], "p75": work / row["ms"]["p25"]}
 
 
 def _gain(row: dict) -> tuple[str, str, str]:
-    """Speed-up, change of MACs (the first model: MACs) and share of the ideal."""
+    """Speed-up, change of MACs (for the first model: its MACs) and share of the ideal saving."""
     if "speedup" not in row:
         return "", _macs(row["macs"]), ""
     share = row["ideal_share"]

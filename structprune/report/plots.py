@@ -1,24 +1,59 @@
-"""Pictures of results; matplotlib is an extra."""
+"""Plots of results, and what all plots share; matplotlib is an extra."""
 
 import importlib.util
-import os
+import io
 from pathlib import Path
+from typing import Any
 
 from structprune.errors import UserError
+from structprune.files import write_whole
 
-# Okabe-Ito colours, which stay apart for colour-blind readers
+# Okabe-Ito colours, which colour-blind readers can tell apart
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
 MARKERS = ("o", "s", "^", "D", "v")
+GREY = "#555555"
+REMOVED = "share of block projections removed"  # label of an axis
+SIZE = (7, 4.4)  # inches
 
 
 def check_matplotlib(otherwise: str = "") -> None:
-    """Raises UserError where matplotlib is not installed; call it before long work that ends in a picture.
+    """Raise UserError if matplotlib is not installed; call it before long work that ends in a plot.
 
     Args:
         otherwise: another remedy, to end the message with.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise UserError(f"pictures need matplotlib: pip install 'structprune[plot]'{otherwise and ', ' + otherwise}")
+        raise UserError(f"plots need matplotlib: pip install 'structprune[plot]'{otherwise and ', ' + otherwise}")
+
+
+def pyplot_for_files() -> Any:
+    """matplotlib.pyplot without a display.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    check_matplotlib()
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def hide_frame(axes) -> None:
+    """Draw only the left and bottom axis."""
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def save_figure(figure, path: Path, dpi: int) -> Path:
+    """Write a figure as PNG, completely or not at all, and free its memory."""
+    pyplot, png = pyplot_for_files(), io.BytesIO()
+    figure.savefig(png, dpi=dpi, format="png")
+    pyplot.close(figure)
+    write_whole(path, png.getvalue())
+    return path
 
 
 def plot_nelbo(
@@ -29,33 +64,21 @@ def plot_nelbo(
     Args:
         series: name -> points (ratio, nats per token, standard error).
         dense: NELBO of the dense model and its standard error.
-        path: PNG to write, whole or not at all.
+        path: PNG to write.
     Raises:
         UserError: matplotlib is not installed.
     """
-    check_matplotlib()
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.4), layout="constrained")
-    axes.axhline(dense[0], color="#555555", linewidth=1, linestyle="--", zorder=1)
-    axes.annotate("dense", (0.0, dense[0]), (3, -11), textcoords="offset points", color="#555555", fontsize=9)
-    for (name, points), colour, marker in zip(series.items(), COLOURS, MARKERS):
-        ratios, values, errors = zip(*points)
+    figure, axes = pyplot_for_files().subplots(figsize=SIZE, layout="constrained")
+    axes.axhline(dense[0], color=GREY, linewidth=1, linestyle="--", zorder=1)
+    axes.annotate("dense", (0.0, dense[0]), (3, -11), textcoords="offset points", color=GREY, fontsize=9)
+    for (name, points), colour, marker in zip(series.items(), COLOURS, MARKERS, strict=False):
+        ratios, values, errors = zip(*points, strict=True)
         axes.errorbar(ratios, values, yerr=errors, color=colour, marker=marker, markersize=5, capsize=2, label=name)
-    axes.set_xlabel("removed share of block projections")
+    axes.set_xlabel(REMOVED)
     axes.set_ylabel("masked-diffusion NELBO, nats per token")
     axes.set_title(title, fontsize=11)
     axes.set_xlim(left=0)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    path = Path(path)
-    draft = path.with_name(f".{path.name}.part")
-    figure.savefig(draft, dpi=160, format="png")
-    pyplot.close(figure)
-    os.replace(draft, path)
-    return path
+    hide_frame(axes)
+    return save_figure(figure, Path(path), 160)

@@ -1,4 +1,4 @@
-"""Tables of sinks: the properties of several trajectories side by side, and which tokens are sinks."""
+"""Tables of sinks: properties of several trajectories side by side, and which tokens are sinks."""
 
 from rich import box
 from rich.table import Table
@@ -27,48 +27,51 @@ def run_title(run: dict) -> str:
 
 
 def columns(runs: list[dict]) -> list[tuple[str, str, dict]]:
-    """Model, what was measured, and its summary: a column for each trajectory, and one for a generation's prompt."""
-    found = []
+    """(model, trajectory, summary): a column for each trajectory, and one for the prompt of a generation."""
+    entries = []
     for run in runs:
         compared = ", prompt" if run["causal"] else ""
-        found.append((run["model"], f"{KINDS[run['kind']]}{compared}", run["summary"]))
+        entries.append((run["model"], f"{KINDS[run['kind']]}{compared}", run["summary"]))
         if "prompt_only" in run:
-            found.append((run["model"], f"{KINDS[run['kind']]}, prompt", run["prompt_only"]))
-    return found
+            entries.append((run["model"], f"{KINDS[run['kind']]}, prompt", run["prompt_only"]))
+    return entries
 
 
 def cell(figure: dict) -> str:
-    """Mean ± standard error over sequences; 'none' where no sequence has one."""
+    """Mean ± standard error over sequences; 'none' if no sequence has a value."""
     if figure["mean"] is None:
         return "none"
-    shown, error = _short(figure["mean"], 3), figure["standard_error"]
-    return shown if error is None else f"{shown} ± {_short(error, 1)}"
+    mean, error = _short(figure["mean"], 3), figure["standard_error"]
+    return mean if error is None else f"{mean} ± {_short(error, 1)}"
 
 
 def _short(value: float, digits: int) -> str:
-    """A few significant digits, and all digits before the point."""
+    """A few significant digits, and all digits before the decimal point."""
     return f"{value:.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:.{digits}g}"
 
 
 def property_table(runs: list[dict]) -> Table:
-    """The measured properties of sinks, one column per trajectory."""
+    """Properties of sinks, one column per trajectory."""
     table = Table(title="attention sinks: mean ± standard error over sequences", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("", no_wrap=True)
-    found = columns(runs)
-    for model, what, _ in found:
-        table.add_column(f"{model}\n[dim]{what}[/dim]", justify="right", overflow="fold")
+    entries = columns(runs)
+    for model, trajectory, _ in entries:
+        table.add_column(f"{model}\n[dim]{trajectory}[/dim]", justify="right", overflow="fold")
     for section, title, key in ROWS:
         if section:
-            table.add_row(f"[bold]{section}[/bold]", *[""] * len(found))
-        table.add_row(title if title.startswith("  ") else f" {title}", *(cell(summary[key]) for *_, summary in found))
-    first = runs[0]
-    what = "'prompt': at positions whose tokens never change; of a causal LM mass is per query that sees the position"
-    table.caption = f"{first['sequences']} sequences; {what}"
+            table.add_row(f"[bold]{section}[/bold]", *[""] * len(entries))
+        table.add_row(
+            title if title.startswith("  ") else f" {title}", *(cell(summary[key]) for *_, summary in entries)
+        )
+    table.caption = (
+        f"{runs[0]['sequences']} sequences; prompt: positions whose tokens never change; for a causal LM, attention is"
+        " counted per query that can see the position"
+    )
     return table
 
 
 def token_tables(runs: list[dict], top: int = 8) -> list[Table]:
-    """Per trajectory, what kinds of tokens are sinks, and which tokens are so most often."""
+    """For each trajectory, which kinds of tokens are sinks, and which tokens most often."""
     tables = []
     for run in runs:
         table = Table(title=f"which tokens are sinks: {run_title(run)}", box=box.SIMPLE_HEAD, pad_edge=False)

@@ -171,8 +171,8 @@ def test_the_closing_tables_tell_what_went(run):
             report = run(path, "masked+sink", **SOFT, **changes).report
             shown = printed(table(report))
             share = report["sinks"]["taken"][report["sinks"]["policy"]]["share"]
-            assert f"{wanted}{100 * share:.2f} % of row weight taken" in shown
-            assert ("(all would take" in shown) == ("unstable" in wanted)
+            assert f"{wanted}{100 * share:.2f} % of row weight removed" in shown
+            assert ("(policy all:" in shown) == ("unstable" in wanted)
         assert "sinks" not in printed(table(run(path, "masked").report))
 
 

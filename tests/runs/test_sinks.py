@@ -183,7 +183,7 @@ def test_an_output_that_holds_something_else(tiny_checkpoint, tmp_path, capsys):
 def test_without_matplotlib_nothing_is_begun(tiny_checkpoint, tmp_path, capsys, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
-    assert "pictures need matplotlib" in refused(capsys, tiny_checkpoint(), "--out", tmp_path / "out")
+    assert "plots need matplotlib" in refused(capsys, tiny_checkpoint(), "--out", tmp_path / "out")
 
 
 def test_windows_are_the_same_for_both_trajectories(tiny_checkpoint, tmp_path):
