@@ -20,11 +20,11 @@ BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#555555"
 BOXES = {
     "checkpoint": (0, 0, "official checkpoint", "LLaDA, LLaDA-1.5,\nMMaDA, Dream;\nno remote code runs", GREY),
     "calibration": (1, 0, "calibration", "real text, masked at\nS noise levels", BLUE),
-    "sinks": (2, 0, "sinks", "attention mass per\nposition and level → ω", ORANGE),
-    "scores": (3, 0, "scores", "heads and channels on\nω-weighted activations", BLUE),
-    "plan": (3, 1, "plan", "heads against channels,\nmeasured; plan.json", BLUE),
-    "surgery": (2, 1, "surgery", "dependency graph:\ncoupled slices go\ntogether, exactly", BLUE),
-    "refit": (1, 1, "refit", "closed form, towards\nthe dense outputs,\nchecked on held-out text", ORANGE),
+    "sinks": (2, 0, "sinks", "weights ω from attention\nper position and level", ORANGE),
+    "scores": (3, 0, "scores", "of heads and channels,\non ω-weighted activations", BLUE),
+    "plan": (3, 1, "plan", "how many heads and\nhow many channels:\nthe best measured split", BLUE),
+    "surgery": (2, 1, "surgery", "coupled slices are\nremoved together,\nby dependency graph", BLUE),
+    "refit": (1, 1, "refit", "least squares towards\nthe dense outputs,\nchecked on held-out text", ORANGE),
     "out": (0, 1, "smaller dense model", "AutoModel loads it;\nreport, card, plan", GREEN),
 }
 ARROWS = ["checkpoint", "calibration", "sinks", "scores", "plan", "surgery", "refit", "out"]
