@@ -1,1 +1,1 @@
-"""Checkpoints out."""
+"""Writing checkpoints, their reports and model cards."""

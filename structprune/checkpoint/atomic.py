@@ -1,21 +1,21 @@
-"""Directories that appear complete or not at all."""
+"""Output directories that appear complete or not at all."""
 
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Iterator
 
 
 @contextmanager
 def whole_directory(directory: str | Path) -> Iterator[Path]:
-    """A draft beside `directory` to write into: renamed into place at the end, removed when anything is raised.
+    """Yields a draft beside `directory` to write into. It is renamed into place at the end, or removed after an error.
 
-    What was at `directory` is replaced only once the draft is complete, and comes back if the rename fails.
+    An earlier `directory` is replaced only once the draft is complete, and restored if the rename fails.
     """
     directory = Path(directory).absolute()
-    made = [folder for folder in directory.parents if not folder.exists()]  # innermost first
+    new_parents = [folder for folder in directory.parents if not folder.exists()]  # innermost first
     directory.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
@@ -25,13 +25,13 @@ def whole_directory(directory: str | Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(draft, ignore_errors=True)
         if not directory.exists():
-            with suppress(OSError):  # somebody else may use it by now
-                for folder in made:
+            with suppress(OSError):  # another process may use it by now
+                for folder in new_parents:
                     folder.rmdir()
 
 
 def _open_up(draft: Path) -> None:
-    """The modes that plainly written files have: mkdtemp's directory and safetensors' files are private."""
+    """Give files the usual modes: those of mkdtemp and safetensors are private."""
     umask = os.umask(0)
     os.umask(umask)
     for path in (draft, *draft.rglob("*")):
@@ -51,5 +51,5 @@ def _swap(draft: Path, directory: Path) -> None:
             os.rename(old / "was", directory)
         raise
     finally:
-        if directory.exists():  # else what was there is still in `old`, and must not be lost
+        if directory.exists():  # else the earlier output is still in `old` and must not be lost
             shutil.rmtree(old, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The model card written beside a pruned checkpoint, from its report."""
+"""The model card of a pruned checkpoint, from its report."""
 
 import re
 from pathlib import Path
@@ -90,28 +90,28 @@ with keep_zeros(model, masks):  # PEFT: mask_adapters and merge_adapters
 
 
 def mask_card(report: dict) -> str:
-    """README.md of a checkpoint with zeros in place.
+    """README.md of a checkpoint with masked weights.
 
     Args:
         report: of `structprune.runs.mask.mask`.
     """
     source, nelbo, calibration = report["source"], report["held_out_nelbo"], report["calibration"]
+    reconstruct = report["config"]["reconstruct"]
     loss = ""
     if nelbo:
         gap = plus_minus(nelbo["loss"])
-        refit = report["config"]["reconstruct"]["enabled"]
-        chosen = "; the same windows chose the refit's damping, so it is a little optimistic" if refit else ""
+        note = "; the same windows chose the refit's damping, so it is a little optimistic"
         loss = (
             f"\nNELBO on {nelbo['windows']} held-out windows of that text, nats per token: {nelbo['dense']:.4f} before,"
-            f" {nelbo['masked']:.4f} after ({gap}, paired), with the weights as they were in memory{chosen}.\n"
+            f" {nelbo['masked']:.4f} after ({gap}, paired), with the weights as they were in memory"
+            f"{note if reconstruct['enabled'] else ''}.\n"
         )
-    seen = "no calibration text was looked at"
+    text = "no calibration text was looked at"
     if calibration:
-        seen = (
+        text = (
             f"calibration on `{_text(calibration.get('source', 'given windows'))}` ({calibration['windows']} windows of"
             f" {calibration['length']} tokens, held-out ones included{_states(calibration)})"
         )
-    reconstruct = report["config"]["reconstruct"]
     values = {
         "source": source,
         "base": _base(source),
@@ -120,14 +120,14 @@ def mask_card(report: dict) -> str:
         "version": report["versions"]["structprune"],
         "choice": mask_choice(report),
         "refit": _mask_refit(reconstruct, nelbo),
-        "text": seen,
+        "text": text,
         "nelbo": loss,
     }
     return MASK_TEMPLATE.format(**values)
 
 
 def _mask_refit(reconstruct: dict, nelbo: dict | None) -> str:
-    if not reconstruct["enabled"]:
+    if nelbo is None or not reconstruct["enabled"]:  # a refit always has held-out windows
         return "no refit"
     refit = f"refit of the kept weights to {reconstruct['target']} targets"
     return refit if nelbo["kept"] == "refit" else f"{refit} left out, no gain on held-out text"
@@ -138,14 +138,14 @@ def _base(source: str) -> str:
 
 
 def _license(values: dict, beside: bool = True) -> str:
-    """Lines of front matter; a link to a file needs the source's files `beside` the card."""
+    """Lines of front matter; a link to a file is left out unless the source's files lie `beside` the card."""
     if not beside and not str(values.get("license_link", "")).startswith(("https://", "http://")):
         values = {key: value for key, value in values.items() if key != "license_link"}
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=1000) if values else ""
 
 
 def model_card(report: dict) -> str:
-    """README.md for the saved directory, as the Hub shows it.
+    """README.md of a pruned checkpoint, as the Hub shows it.
 
     Args:
         report: of `structprune.runs.prune.Pruner.prune`.
@@ -175,7 +175,7 @@ def model_card(report: dict) -> str:
 
 
 def _text(source: str) -> str:
-    """A calibration source as others may read it: of a file its name, not where it lies on this machine."""
+    """A calibration source for readers elsewhere: a file's name without its directory."""
     return Path(source).name if Path(source).suffix in (".txt", ".jsonl", ".parquet") else source
 
 
@@ -188,7 +188,7 @@ def _refitted(nelbo: dict) -> str:
 
 
 def _states(calibration: dict) -> str:
-    """What a reverse trajectory did to the windows."""
+    """Note on windows that the model continued itself (reverse trajectory)."""
     if calibration.get("trajectory") != "reverse":
         return ""
     return f", those to fit on continued by the model itself after {calibration['prompt_tokens']}"
@@ -196,9 +196,9 @@ def _states(calibration: dict) -> str:
 
 def _choice(report: dict) -> str:
     structured = report["config"]["structured"]
-    seen = f"on arm `{shown_arm(report)}`" if report["arm"] else "of the weights"
+    arm = f"on arm `{shown_arm(report)}`" if report["arm"] else "of the weights"
     parts = f"allocation `{structured['allocation']}`, split `{structured['split']}`"
-    return f"score `{structured['score']}` {seen}, {parts}"
+    return f"score `{structured['score']}` {arm}, {parts}"
 
 
 def _rows(report: dict) -> list[str]:

@@ -1,7 +1,8 @@
-"""Export classes: who can load a pruned model, and the config.json each class is written with.
+"""Export classes: which code can load a pruned model, and the config.json of each class.
 
-`official`: the family's own modeling code (MLP channels only, one width, no added bias), `uniform`: engines that know
-an explicit head dimension (one width everywhere, no added bias), `free`: the modeling files written beside the weights.
+`official`: the family's own modeling code (only MLP channels removed, one width, no added bias); `uniform`: engines
+that support an explicit head dimension (one width everywhere, no added bias); `free`: the modeling files written beside
+the weights.
 """
 
 from pathlib import Path
@@ -18,51 +19,52 @@ CLASSES = ("official", "uniform", "free")  # strictest first
 
 
 def obstacles(config, source_values: dict | None) -> dict[str, str]:
-    """Why a model is not of a class: class -> the first reason; a class that admits it is absent.
+    """Why a model is not in a class: class -> the first reason. Classes that allow the model are absent.
 
     Args:
-        config: the pruned model's.
+        config: of the pruned model.
         source_values: contents of the dense checkpoint's config.json.
     """
     family = family_of(config)
     depth = getattr(config, family.keys["depth"])
     widths = [block_widths(config, family, index) for index in range(depth)]
-    found: dict[str, str] = {}
+    reasons: dict[str, str] = {}
     if len(set(widths)) > 1:
-        found["uniform"] = "its blocks differ in width (use allocation uniform, protect no block)"
+        reasons["uniform"] = "its blocks differ in width (use allocation uniform, protect no block)"
     elif config.attention_output_bias or config.mlp_output_bias:
-        found["uniform"] = "the refit added biases (set reconstruct.constant false and mode least-squares)"
-    if "uniform" in found:
-        found["official"] = found["uniform"]
+        reasons["uniform"] = "the refit added biases (set reconstruct.constant false and mode least-squares)"
+    if "uniform" in reasons:
+        reasons["official"] = reasons["uniform"]
     elif not source_values or source_values.get("model_type") not in family.model_types:
-        found["official"] = "the dense checkpoint was not in its family's official layout"
+        reasons["official"] = "the dense checkpoint was not in its family's official layout"
     elif widths and not _official_heads(family, widths[0], source_values):
-        found["official"] = "heads were removed (set structured.split to 0)"
-    return found
+        reasons["official"] = "heads were removed (set structured.split to 0)"
+    return reasons
 
 
 def _official_heads(family: Family, widths: Widths, values: dict) -> bool:
+    """Whether the model has all heads of the dense checkpoint."""
     heads = values[family.width_keys["query_heads"]]
     shared = values.get(family.width_keys["kv_heads"]) or heads
     return (widths.query_heads, widths.kv_heads) == (heads, shared)
 
 
 def export_class(config, source_values: dict | None) -> str:
-    """The strictest class that admits a model."""
-    found = obstacles(config, source_values)
-    return next(name for name in CLASSES if name not in found)
+    """The strictest class that allows a model."""
+    reasons = obstacles(config, source_values)
+    return next(name for name in CLASSES if name not in reasons)
 
 
-def check_export(config, source_values: dict | None, wanted: str) -> None:
-    """Raises UserError where a model does not allow the class asked for, with the reason."""
-    reason = obstacles(config, source_values).get(wanted)
+def check_export(config, source_values: dict | None, compat: str) -> None:
+    """Raise UserError, with the reason, if a model is not in the class `compat`."""
+    reason = obstacles(config, source_values).get(compat)
     if reason:
         other = export_class(config, source_values)
-        raise UserError(f"export.compat = {wanted} is not possible: {reason}; or export as {other}")
+        raise UserError(f"export.compat = {compat} is not possible: {reason}; or export as {other}")
 
 
 def check_export_request(config: Config) -> None:
-    """Raises UserError where a run's own choices rule the class asked for out, before it starts."""
+    """Raise UserError if a run's own choices rule out its export class, before the run starts."""
     compat, structured, refit = config.export.compat, config.structured, config.reconstruct
     if compat == "free" or structured.ratio == 0:
         return

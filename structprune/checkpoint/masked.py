@@ -1,18 +1,20 @@
-"""A model with zeros in place, in its source's own layout: what is not changed is copied byte by byte, and never run.
+"""A masked model in the layout of its source checkpoint: all that does not change is copied byte by byte.
 
-Every tool that reads the source checkpoint reads the output as well; the file is no smaller.
+Every tool that reads the source reads the output; the files are not smaller. No code of the source is run.
 """
 
 import os
 import shutil
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import BinaryIO, Callable, Iterable, Iterator, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import torch
 
 from structprune.checkpoint.atomic import whole_directory
 from structprune.checkpoint.output import Content, check_output, full_disk_refused, write_content, write_shards
+from structprune.checkpoint.source import source_of
 from structprune.errors import UserError
 from structprune.models.checkpoint_files import is_weights, read_header, read_json, shard_names
 from structprune.models.loading import DTYPES, Source, read_pickle
@@ -21,11 +23,11 @@ from structprune.models.modeling_structprune import DiffusionLM
 INDEX = "model.safetensors.index.json"
 BY_PRODUCTS = ("calibration.safetensors", "masks.safetensors", "report.json", "plan.json", "demo.json")
 CHUNK = 1 << 24  # bytes copied at once
-Value = Callable[[str, torch.dtype], torch.Tensor]  # name, stored dtype -> what to write, on the CPU
+Value = Callable[[str, torch.dtype], torch.Tensor]  # name, stored dtype -> the tensor to write, on the CPU
 
 
 class Stored(NamedTuple):
-    """A tensor of the source; `dtype` is None where safetensors has one that models are not stored in."""
+    """A tensor of the source; `dtype` is None if it is not a floating-point dtype of models."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype | None
@@ -40,30 +42,30 @@ def save_masked(
     files: dict[str, Content] | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write the source checkpoint again, with the values of some of its weights taken from the model.
+    """Write the source checkpoint again, with the values of some weights from the model.
 
-    Shards, their index, shapes and stored dtypes stay as they are (pickled shards become safetensors). Config,
-    tokenizer, Python files and all else are carried over untouched, but for hidden files, `__pycache__`, weights that
-    the index does not name and by-products of an earlier run.
+    Shards, their index, shapes and stored dtypes stay the same (pickled shards become safetensors). Config, tokenizer,
+    Python files and all other files are copied, except hidden files, `__pycache__`, weights that the index does not
+    name, and by-products of an earlier run.
 
     Args:
         model: from `structprune.load_model`, in the shapes it was loaded in.
-        changed: state-dict names whose values are the model's; all others are the source's.
-        files: further files, in place of the source's of that name: a dict is written as JSON, text as it is, a
-            callable gets the path. Only an output with `masks.safetensors` can be overwritten later.
-        overwrite: replace an existing directory, once the new one is complete.
+        changed: state-dict names whose values come from the model; all others come from the source.
+        files: additional files, which replace those of the source with the same name: a dict is written as JSON, text
+            as it is, a callable gets the path. Only an output with `masks.safetensors` can be overwritten later.
+        overwrite: replace an existing directory once the new one is complete.
     Returns:
         The directory.
     Raises:
-        UserError: see `check_output`; a model without source; a source that is gone, incomplete or not what was
-            loaded; a name that is not stored; values that the stored dtype cannot hold; a disk that fills up.
+        UserError: see `check_output`; a model without source; a source that is missing, incomplete or not what was
+            loaded; a name that is not stored; values that the stored dtype cannot hold; a full disk.
     """
-    source, changed = _source(model), frozenset(changed)
+    source, changed = _intact_source(model), frozenset(changed)
     names = shard_names(source.directory, allow_pickle=True)
     stored, state = _read_stored(source.directory, names), model.state_dict()
     _check(stored, state, changed, source.directory)
-    carried = list(_carried(source.directory))
-    needed = sum((source.directory / path).stat().st_size for path in (*names, *carried))
+    copied = list(_copied_files(source.directory))
+    needed = sum((source.directory / path).stat().st_size for path in (*map(Path, names), *copied))
     directory = check_output(directory, source.directory, overwrite, needed)
     value = partial(_value, state)
     with full_disk_refused(directory, needed), whole_directory(directory) as draft:
@@ -72,7 +74,7 @@ def save_masked(
         else:
             for name in names:
                 _rewrite(source.directory / name, draft / name, changed, value)
-        for path in carried:
+        for path in copied:
             (draft / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source.directory / path, draft / path)
         for name, content in (files or {}).items():
@@ -80,11 +82,9 @@ def save_masked(
     return directory
 
 
-def _source(model: DiffusionLM) -> Source:
-    """Where the model came from, which must still be there, with the config it had."""
-    source = getattr(model, "source", None)
-    if source is None:
-        raise UserError("the model has no source checkpoint to write again: load it with structprune.load_model")
+def _intact_source(model: DiffusionLM) -> Source:
+    """Where the model came from; it must still exist, with the same config."""
+    source = source_of(model)
     if not source.directory.is_dir():
         raise UserError(f"the source checkpoint '{source.directory}' is gone: put it back, or load the model again")
     if read_json(source.directory / "config.json") != source.values:
@@ -93,31 +93,33 @@ def _source(model: DiffusionLM) -> Source:
 
 
 def _read_stored(directory: Path, names: list[str]) -> dict[str, Stored]:
-    """Every tensor of the shards `names`, without reading values."""
-    found = {}
+    """All tensors of the shards `names`, without reading values."""
+    stored: dict[str, Stored] = {}
     for name in names:
         if name.endswith(".bin"):
             tensors = read_pickle(directory / name, mapped=True)
-            found |= {key: Stored(tuple(tensor.shape), tensor.dtype, name) for key, tensor in tensors.items()}
+            stored |= {key: Stored(tuple(tensor.shape), tensor.dtype, name) for key, tensor in tensors.items()}
         else:
             headers = read_header(directory / name)
-            found |= {key: Stored(header.shape, DTYPES.get(header.dtype), name) for key, header in headers.items()}
-    return found
+            stored |= {key: Stored(header.shape, DTYPES.get(header.dtype), name) for key, header in headers.items()}
+    return stored
 
 
 def _check(stored: dict[str, Stored], state: dict[str, torch.Tensor], changed: frozenset[str], directory: Path) -> None:
-    """Raises UserError where the source does not hold what the model was loaded from, or a changed weight."""
+    """Raise UserError if the source no longer matches the model, or a changed weight cannot be stored."""
     for name in sorted(changed):
         if name not in stored or name not in state:
-            lacking = directory if name not in stored else "the model"
-            raise UserError(f"{lacking} has no weight '{name}': only stored weights can be changed")
+            owner = directory if name not in stored else "the model"
+            raise UserError(f"{owner} has no weight '{name}': only stored weights can be changed")
         if stored[name].dtype not in DTYPES.values():
-            raise UserError(f"{directory}: {name} is stored in a dtype that masks are not written in ({[*DTYPES]} are)")
+            raise UserError(
+                f"{directory}: {name} is stored in a dtype that masks cannot be written in (only {[*DTYPES]})"
+            )
     for name, tensor in state.items():
         shape = stored[name].shape if name in stored else "not there"
         if shape != tuple(tensor.shape):
-            differs = f"{name} is {shape}, but {tuple(tensor.shape)} in the model"
-            raise UserError(f"{directory} is not what the model was loaded from ({differs}): load it again")
+            difference = f"{name} is {shape}, but {tuple(tensor.shape)} in the model"
+            raise UserError(f"{directory} is not what the model was loaded from ({difference}): load it again")
 
 
 def _value(state: dict[str, torch.Tensor], name: str, dtype: torch.dtype) -> torch.Tensor:
@@ -129,7 +131,7 @@ def _value(state: dict[str, torch.Tensor], name: str, dtype: torch.dtype) -> tor
 
 
 def _rewrite(source: Path, target: Path, changed: frozenset[str], value: Value) -> None:
-    """Copy a safetensors shard, its header too, with the bytes of the changed tensors replaced."""
+    """Copy a safetensors shard with its header, replacing the bytes of the changed tensors."""
     headers = {name: header for name, header in read_header(source).items() if name in changed}
     with source.open("rb") as old, target.open("wb") as new:
         for name, header in sorted(headers.items(), key=lambda item: item[1].span):
@@ -138,7 +140,7 @@ def _rewrite(source: Path, target: Path, changed: frozenset[str], value: Value) 
             tensor = value(name, DTYPES[header.dtype])
             if tensor.nbytes != end - begin:
                 raise UserError(f"{source} is damaged: {name} has {end - begin} bytes, not {tensor.nbytes}")
-            new.write(tensor.reshape(-1).view(torch.uint8).numpy())
+            new.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
             old.seek(end)
         shutil.copyfileobj(old, new, CHUNK)
 
@@ -147,51 +149,52 @@ def _copy_bytes(old: BinaryIO, new: BinaryIO, count: int) -> None:
     while count > 0:
         chunk = old.read(min(CHUNK, count))
         if not chunk:
-            raise UserError(f"{old.name} was cut short while it was read: load the model again")
+            raise UserError(f"{old.name} became shorter while it was read: load the model again")
         new.write(chunk)
         count -= len(chunk)
 
 
 def _convert(source: Path, draft: Path, stored: dict[str, Stored], changed: frozenset[str], value: Value) -> None:
-    """Pickled shards as safetensors; tensors that are not changed keep their values and dtypes."""
+    """Write pickled shards as safetensors; unchanged tensors keep their values and dtypes."""
 
     @lru_cache(maxsize=1)
     def shard(name: str) -> dict[str, torch.Tensor]:
         return read_pickle(source / name, mapped=True)
 
     def read(name: str) -> torch.Tensor:
+        tensor = shard(stored[name].shard)[name]
         if name in changed:
-            return value(name, stored[name].dtype)
-        return shard(stored[name].shard)[name].contiguous().clone()  # tied ones may share memory, in files they cannot
+            return value(name, tensor.dtype)
+        return tensor.contiguous().clone()  # tied tensors share memory, which safetensors does not allow
 
     write_shards(draft, {n: torch.empty(s.shape, dtype=s.dtype, device="meta") for n, s in stored.items()}, read)
 
 
-def _carried(source: Path) -> Iterator[Path]:
-    """What is copied as it is, relative to `source`, links followed: all but weights and what came of earlier runs.
+def _copied_files(source: Path) -> Iterator[Path]:
+    """Files to copy, relative to `source`, with links followed: all except weights and by-products of earlier runs.
 
     Raises:
-        UserError: a file that cannot be read, as a link to nowhere.
+        UserError: a file that cannot be read, such as a broken link.
     """
     for path in _files_below(source, tuple(source.resolve().parents)):
-        place = path.relative_to(source)
-        if str(place) in BY_PRODUCTS or (is_weights(path.name) and str(place) != INDEX):
+        relative = path.relative_to(source)
+        if str(relative) in BY_PRODUCTS or (is_weights(path.name) and str(relative) != INDEX):
             continue
         if not os.access(path, os.R_OK):
-            raise UserError(f"{path} cannot be read: finish the download, or mend its permissions")
-        if path.is_file():  # else a pipe or the like
-            yield place
+            raise UserError(f"{path} cannot be read: finish the download, or change its permissions")
+        if path.is_file():  # not a pipe or the like
+            yield relative
 
 
-def _files_below(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
-    """All but hidden files and folders; a link to a folder that holds it is not followed."""
-    here = folder.resolve()
-    if here in above:
+def _files_below(folder: Path, ancestors: tuple[Path, ...]) -> Iterator[Path]:
+    """All files except hidden ones; a link to one of its own ancestors is not followed."""
+    resolved = folder.resolve()
+    if resolved in ancestors:
         return
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or path.name == "__pycache__":
             continue
         if path.is_dir():
-            yield from _files_below(path, (*above, here))
+            yield from _files_below(path, (*ancestors, resolved))
         else:
             yield path

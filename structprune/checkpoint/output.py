@@ -1,13 +1,13 @@
-"""Output directories: checked before long work, and how files are written into them."""
+"""Output directories: checks before long work, and writing files into them."""
 
 import errno
 import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Callable, Iterator
 
 import torch
 from safetensors import SafetensorError
@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from structprune.checkpoint.export import CODE_FILES
 from structprune.errors import UserError
 
-OURS = (CODE_FILES[1], "demo.json", "masks.safetensors")  # an output of ours has one of them
+OURS = (CODE_FILES[1], "demo.json", "masks.safetensors")  # every output of ours has one of them
 Content = dict | str | Callable[[Path], None]
 
 
@@ -26,15 +26,15 @@ def check_output(
     needed_bytes: int = 0,
     marks: tuple[str, ...] = OURS,
 ) -> Path:
-    """An output directory that may be written; call it before long work.
+    """Check that an output directory can be written, before long work; returns its absolute path.
 
     Args:
-        source: the input checkpoint, which the output must not lie in.
-        needed_bytes: what will be written.
-        marks: a directory without any of these files is no earlier output, and never replaced.
+        source: the input checkpoint, which must not contain the output.
+        needed_bytes: size of what will be written.
+        marks: a directory with none of these files is not an earlier output and is never replaced.
     Raises:
-        UserError: it exists (and is not to be overwritten), lies inside the input, its parent cannot be made or
-            written, or the disk is too full.
+        UserError: it exists (without `overwrite`), lies inside the input, cannot be created or written, or the disk is
+            too full.
     """
     directory = Path(directory).absolute()
     if source is not None:
@@ -47,7 +47,7 @@ def check_output(
     if directory.is_dir() and any(directory.iterdir()) and not overwrite:
         raise UserError(f"output '{directory}' exists: choose another, or add --overwrite")
     if directory.is_dir() and any(directory.iterdir()) and not any((directory / name).exists() for name in marks):
-        raise UserError(f"output '{directory}' holds something else than an earlier output: choose another")
+        raise UserError(f"output '{directory}' holds something other than an earlier output: choose another")
     if directory.exists() and not directory.is_dir():
         raise UserError(f"output '{directory}' is a file: choose another")
     free = shutil.disk_usage(anchor).free
@@ -58,12 +58,14 @@ def check_output(
 
 
 def check_place(path: str | Path) -> Path:
-    """The nearest directory above `path` that exists, tried: a directory is made in it and removed.
+    """Check that something can be written at `path`, by making and removing a directory in its nearest existing parent.
 
-    Permissions alone do not tell, for the superuser has all of them and some file systems take nothing.
+    Permissions alone are not enough: the superuser has all of them, and some file systems are read-only.
 
+    Returns:
+        That parent.
     Raises:
-        UserError: nothing can be written there, or the name is none.
+        UserError: nothing can be written there, or the name is not allowed.
     """
     path = Path(path).absolute()
     try:
@@ -76,24 +78,26 @@ def check_place(path: str | Path) -> Path:
 
 @contextmanager
 def full_disk_refused(directory: Path, needed_bytes: int) -> Iterator[None]:
-    """Around writing `directory`: a disk that fills up is a UserError, other errors pass."""
+    """While `directory` is written, turn a full disk into a UserError; other errors pass."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-        if full or f"os error {errno.ENOSPC}" in str(error):  # safetensors tells it in words only
-            wanted = f"{needed_bytes / 1e9:.2f} GB of weights"
-            raise UserError(f"no space left while writing '{directory}' ({wanted})") from error
+        if full or f"os error {errno.ENOSPC}" in str(error):  # safetensors gives it only as text
+            size = f"{needed_bytes / 1e9:.2f} GB of weights"
+            raise UserError(
+                f"no space left while writing '{directory}' ({size}): free some space, or choose another place"
+            ) from error
         raise
 
 
 def write_shards(
     draft: Path, headers: dict[str, torch.Tensor], read: Callable[[str], torch.Tensor], max_shard_size: str = "5GB"
 ) -> None:
-    """Safetensors shards named as transformers names them, and their index; one shard is in memory at a time.
+    """Write safetensors shards and their index with transformers' file names; one shard is in memory at a time.
 
     Args:
-        headers: name -> tensor on the meta device, of the shape and dtype that will be written.
+        headers: name -> tensor on the meta device, with the shape and dtype to write.
         read: name -> tensor to write, contiguous and on the CPU.
         max_shard_size: such as "5GB".
     """
@@ -110,7 +114,7 @@ def write_shards(
 
 
 def write_content(path: Path, content: Content) -> None:
-    """A dict as JSON, text as it is; a callable gets the path."""
+    """Write a dict as JSON, text as it is; a callable gets the path."""
     if isinstance(content, dict):
         write_json(path, content)
     elif isinstance(content, str):
@@ -120,5 +124,5 @@ def write_content(path: Path, content: Content) -> None:
 
 
 def write_json(path: Path, values: dict) -> None:
-    """As JSON that people can read."""
+    """Write indented JSON."""
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

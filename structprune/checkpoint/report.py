@@ -1,4 +1,4 @@
-"""report.json: figures of a structured run, and of one that made masks, as plain data."""
+"""The contents of report.json, for structured runs and for masking runs, as plain data."""
 
 import math
 import platform
@@ -12,12 +12,15 @@ from structprune.bench.memory import peak_memory_bytes
 from structprune.calibration.batches import Calibration
 from structprune.checkpoint.export import export_class
 from structprune.checkpoint.licence import source_licence
+from structprune.checkpoint.source import source_of
 from structprune.config import Config
 from structprune.masking.masks import Masks
 from structprune.models.adapter import Adapter
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.structured.scores.table import resolve_arm
 from structprune.structured.sizes import block_size, forward_macs
+
+ALL = slice(None)
 
 
 def build_report(
@@ -28,23 +31,22 @@ def build_report(
     seconds: dict[str, float],
     device: torch.device,
 ) -> dict:
-    """Sizes before and after, what the run was asked for and calibrated on, versions, timings, peak memory, class.
+    """Sizes before and after, configuration, calibration, versions, timings, peak memory and export class.
 
     Args:
-        seconds: phase -> seconds it took.
-        device: where forward passes computed.
+        seconds: phase -> seconds.
+        device: where forward passes ran.
     """
     before, after = Adapter(dense), Adapter(small)
-    blocks = [sum(block_size(block, "query_heads").total for block in side.blocks) for side in (before, after)]
     length = calibration.length
     return _run(dense, config, calibration, seconds, device) | {
         "arm": resolve_arm(config.structured.score, config.structured.arm),
         "ratio": removed_ratio(before, after, config),
         "parameters": {"before": dense.num_parameters(), "after": small.num_parameters()},
-        "block_parameters": {"before": blocks[0], "after": blocks[1]},
+        "block_parameters": {"before": _projections(before), "after": _projections(after)},
         "macs": {"before": forward_macs(before, length), "after": forward_macs(after, length), "tokens": length},
         "widths": [asdict(block.widths) for block in after.blocks],
-        "export_class": export_class(small.config, dense.source.values),
+        "export_class": export_class(small.config, source_of(dense).values),
     }
 
 
@@ -56,12 +58,12 @@ def mask_report(
     seconds: dict[str, float],
     device: torch.device,
 ) -> dict:
-    """Zeros of every projection and in total (`masked`: what this run removed), what the run was asked for and looked
-    at, timings, peak memory.
+    """Zeros of every projection and in total (`masked`: those made by this run), configuration, calibration, versions,
+    timings and peak memory.
 
     Args:
-        calibration: None where nothing of the run looked at text.
-        seconds, device: as `build_report`.
+        calibration: None if the run read no text.
+        seconds, device: as in `build_report`.
     """
     projections = sum(rows * columns for rows, columns in masks.shapes.values())
     weights = model.state_dict()
@@ -87,13 +89,14 @@ def _run(
     seconds: dict[str, float],
     device: torch.device,
 ) -> dict:
-    """What holds for every run: source and its licence, choices, text, timings, memory, versions."""
+    """What both reports have: source and its licence, configuration, calibration, timings, memory, versions."""
+    source = source_of(model)
     text = None
     if calibration is not None:
         text = calibration.metadata | {"windows": calibration.windows, "length": calibration.length}
     return {
-        "source": model.source.name,
-        "license": source_licence(model.source.directory),
+        "source": source.name,
+        "license": source_licence(source.directory),
         "family": Adapter(model).family.name,
         "config": config.model_dump(mode="json"),
         "calibration": text,
@@ -111,9 +114,11 @@ def _run(
 
 
 def removed_ratio(before: Adapter, after: Adapter, config: Config) -> float:
-    """Removed share of the seven projections' parameters over unprotected blocks; biases that a refit added count."""
-    first, last = config.structured.protect_first, len(before.blocks) - config.structured.protect_last
-    totals = [
-        sum(block_size(block, "query_heads").total for block in side.blocks[first:last]) for side in (before, after)
-    ]
-    return 1 - totals[1] / totals[0]
+    """Removed share of the seven projections' parameters in unprotected blocks, counting biases that a refit added."""
+    blocks = slice(config.structured.protect_first, len(before.blocks) - config.structured.protect_last)
+    return 1 - _projections(after, blocks) / _projections(before, blocks)
+
+
+def _projections(adapter: Adapter, blocks: slice = ALL) -> int:
+    """Parameters of the seven projections of the blocks."""
+    return sum(block_size(block, "query_heads").total for block in adapter.blocks[blocks])

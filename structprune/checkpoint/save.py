@@ -1,4 +1,4 @@
-"""A pruned model as a directory that loads anywhere: it appears complete or not at all."""
+"""Writing a pruned model as a directory that loads anywhere; it appears complete or not at all."""
 
 import shutil
 from pathlib import Path
@@ -22,7 +22,7 @@ from structprune.models.loading import as_dtype
 from structprune.models.modeling_structprune import DiffusionLM
 
 CARRIED = (*TOKENIZER_FILES, "generation_config.json")
-NARROW_TOKENIZERS = ("DreamTokenizer", "TokenizersBackend")  # of remote code, and of transformers 5 only
+NARROW_TOKENIZERS = ("DreamTokenizer", "TokenizersBackend")  # from remote code, and only in transformers 5
 
 
 def save_pruned(
@@ -39,16 +39,16 @@ def save_pruned(
     """Write weights, config, tokenizer, generation settings and the modeling files.
 
     Args:
-        tokenizer_source: directory whose tokenizer and generation settings are carried; default the dense checkpoint.
+        tokenizer_source: directory to copy tokenizer and generation settings from; default the dense checkpoint.
         compat: export class (`structprune.checkpoint.export`).
         dtype: of the written weights; default the dense checkpoint's own.
         max_shard_size: such as "5GB".
-        files: further files: a dict is written as JSON, text as it is, a callable gets the path.
-        overwrite: replace an existing directory, once the new one is complete.
+        files: additional files: a dict is written as JSON, text as it is, a callable gets the path.
+        overwrite: replace an existing directory once the new one is complete.
     Returns:
         The directory.
     Raises:
-        UserError: see `check_output`; a class the model does not allow; a disk that fills up.
+        UserError: see `check_output`; an export class that the model is not in; a full disk.
     """
     source = getattr(model, "source", None)
     values = source.values if source else None
@@ -77,7 +77,7 @@ def _write_weights(model: DiffusionLM, draft: Path, dtype: torch.dtype, max_shar
 
 
 def _carry(source: Path, draft: Path) -> None:
-    """Copy tokenizer and generation files; a tokenizer class that not every transformers has is replaced."""
+    """Copy tokenizer and generation files; replace a tokenizer class that not every version of transformers has."""
     for name in CARRIED:
         if (source / name).is_file():
             shutil.copyfile(source / name, draft / name)

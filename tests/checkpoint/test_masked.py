@@ -249,7 +249,7 @@ def test_overwrite_knows_both_kinds_of_output(source, tmp_path):
     assert not (out / "mark").exists()
     save_pruned(model, out, overwrite=True)
     save_masked(model, out, changed=CHANGED, overwrite=True)  # that replaced one of `save_pruned`
-    with pytest.raises(UserError, match="holds something else than an earlier output"):
+    with pytest.raises(UserError, match="holds something other than an earlier output"):
         check_output(out, source, overwrite=True)  # without its masks it looks as the source does
     with pytest.raises(UserError, match="lies inside the input checkpoint"):
         save_masked(model, source / "out", changed=CHANGED)

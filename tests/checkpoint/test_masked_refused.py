@@ -39,7 +39,7 @@ def test_names_that_cannot_be_changed(source, tmp_path):
 
 
 def test_model_without_source(tiny_model, tmp_path):
-    assert "no source checkpoint to write again: load it with" in refused(tiny_model(), tmp_path)
+    assert "no source checkpoint: load it with" in refused(tiny_model(), tmp_path)
 
 
 def test_source_that_is_gone(source, tmp_path):
@@ -71,7 +71,7 @@ def test_a_stored_dtype_that_masks_are_not_written_in(source, tmp_path):
     model, path = load_model(source), source / "model.safetensors"
     state = load_file(path)
     save_file(state | {UP[0]: state[UP[0]].to(torch.float8_e4m3fn)}, path)
-    assert f"{UP[0]} is stored in a dtype that masks are not written in" in refused(model, tmp_path)
+    assert f"{UP[0]} is stored in a dtype that masks cannot be written in" in refused(model, tmp_path)
     out = save_masked(model, tmp_path / "out", changed=[UP[1]])
     assert load_file(out / "model.safetensors")[UP[0]].dtype == torch.float8_e4m3fn
 

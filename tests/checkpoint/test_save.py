@@ -218,11 +218,11 @@ def test_only_an_earlier_output_is_ever_replaced(small, tmp_path):
     out = tmp_path / "home"
     out.mkdir()
     (out / "letter.txt").write_text("dear")
-    with pytest.raises(UserError, match="holds something else than an earlier output"):
+    with pytest.raises(UserError, match="holds something other than an earlier output"):
         save_pruned(small, out, overwrite=True)
     assert contents(out) == {"letter.txt": b"dear"}
     (out / "config.json").write_text("{}")  # another checkpoint, perhaps the only copy of it
-    with pytest.raises(UserError, match="holds something else than an earlier output"):
+    with pytest.raises(UserError, match="holds something other than an earlier output"):
         save_pruned(small, out, overwrite=True)
     assert contents(out) == {"letter.txt": b"dear", "config.json": b"{}"}
 

@@ -262,7 +262,7 @@ def test_outputs_that_must_not_be_touched(tiny_checkpoint, text_path, tmp_path, 
     (tmp_path / "letters" / "letter.txt").write_text("dear")
     taken = command(checkpoint, tmp_path / "letters", text_path, *MASKS)
     assert "exists: choose another, or add --overwrite" in refused(taken, capsys, tmp_path)
-    assert "holds something else" in refused([*taken, "--overwrite"], capsys, tmp_path)
+    assert "holds something other than" in refused([*taken, "--overwrite"], capsys, tmp_path)
     itself = command(checkpoint, checkpoint, text_path, *MASKS, "--overwrite")
     assert "lies inside the input checkpoint" in refused(itself, capsys, tmp_path)
 

@@ -152,7 +152,7 @@ def test_outputs_that_must_not_be_touched(tiny_checkpoint, text_path, tmp_path, 
     foreign.mkdir()
     (foreign / "letter.txt").write_text("dear")
     arguments = prune_command(checkpoint, foreign, text_path, "--overwrite")
-    assert "holds something else" in refused(arguments, capsys, foreign)
+    assert "holds something other than" in refused(arguments, capsys, foreign)
     assert (foreign / "letter.txt").read_text() == "dear"
     assert main(prune_command(checkpoint, out, text_path, "--ratio", "0.5", "--overwrite")) == 0
     assert abs(json.loads((out / "report.json").read_text())["ratio"] - 0.5) < 0.03

@@ -209,7 +209,7 @@ def test_an_output_is_replaced_only_when_asked_and_only_if_it_is_one(pair, tmp_p
     out.mkdir()
     (out / "thesis.txt").write_text("mine")
     assert "exists" in refused(arguments, capsys)
-    assert "holds something else than an earlier output" in refused([*arguments, "--overwrite"], capsys)
+    assert "holds something other than an earlier output" in refused([*arguments, "--overwrite"], capsys)
     write_json(out / "bench.json", {})
     assert main([*arguments, "--overwrite"]) == 0
     assert [path.name for path in out.iterdir()] == ["bench.json"]

@@ -176,7 +176,7 @@ def test_an_output_that_holds_something_else(tiny_checkpoint, tmp_path, capsys):
     out = tmp_path / "out"
     out.mkdir()
     (out / "thesis.tex").write_text("years of work")
-    assert "holds something else" in refused(capsys, tiny_checkpoint(), "--out", out, "--overwrite")
+    assert "holds something other than" in refused(capsys, tiny_checkpoint(), "--out", out, "--overwrite")
     assert (out / "thesis.tex").exists()
 
 
