@@ -1,1 +1,1 @@
-"""What pruning costs, compared over seeds."""
+"""Studies of what pruning costs, over several seeds."""

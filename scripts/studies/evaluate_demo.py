@@ -1,10 +1,10 @@
-"""The README's evaluation: the embedded model against what `structprune demo` makes of it, on text and a local PIQA.
+"""The README's evaluation: the embedded model against the models of `structprune demo`, on text and a local PIQA.
 
     structprune demo --out structprune-demo
     python -m scripts.studies.evaluate_demo --demo structprune-demo --piqa valid.jsonl
 
-PIQA (arXiv 1911.11641) is not shipped: valid.jsonl and valid-labels.lst lie beside its paper's page. Goes on where it
-stopped; ends with the summary, the settings and the machine in one JSON file.
+PIQA (arXiv 1911.11641) is not part of the package: its paper's page has valid.jsonl and valid-labels.lst. An
+interrupted run continues where it stopped; summary, settings and machine are written to one JSON file.
 """
 
 import argparse
@@ -12,9 +12,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from rich.console import Console
-
-from scripts.tools.script_line import OneLineParser, one_line, result_file
+from scripts.tools.script_line import OneLineParser, one_line, result_file, show_result
 from structprune.assets import model_directory, text_file
 from structprune.bench.machine import describe_machine
 from structprune.cli.console import progress_bars
@@ -35,18 +33,18 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--limit", type=int, default=140, help="questions (the 143rd is too long for the embedded model)"
     )
-    parser.add_argument("--samples", type=int, default=32, help="Monte Carlo samples an answer, at most")
+    parser.add_argument("--samples", type=int, default=32, help="at most so many Monte Carlo samples per answer")
     parser.add_argument("--work", type=Path, default=Path("evaluation-of-demo"))
     parser.add_argument("--out", type=result_file, default=Path(__file__).parents[1] / "results" / "evaluation.json")
     return parser.parse_args()
 
 
 def run(options: argparse.Namespace) -> None:
-    """Evaluate, print, and keep the figures."""
+    """Evaluate, print the tables, and write the figures."""
     missing = [name for name in PRUNED if not (options.demo / name).is_dir()]
     if missing:
         raise UserError(f"'{options.demo}' has no {missing[0]}: run structprune demo --out {options.demo} first")
-    dense = options.work / "dense"  # under a name that a table can show
+    dense = options.work / "dense"  # a copy, for its name in tables
     if not dense.is_dir():
         shutil.copytree(model_directory(), dense)
     config = EvaluationConfig.load(
@@ -60,12 +58,12 @@ def run(options: argparse.Namespace) -> None:
     )
     checkpoints = [str(dense), *(str(options.demo / name) for name in PRUNED)]
     with progress_bars() as track:
-        found = evaluate(checkpoints, config, options.work / "results", track=track)
-    console = Console()
-    console.print(eval_table(found.summary, every_metric=True))
-    values = {"settings": found.results.settings, "summary": found.summary, "machine": describe_machine()}
+        evaluation = evaluate(checkpoints, config, options.work / "results", track=track)
+    assert evaluation is not None  # None only in further processes
+    summary = evaluation.summary
+    values = {"settings": evaluation.results.settings, "summary": summary, "machine": describe_machine()}
     write_whole(options.out, json_text(values))
-    console.print(f"Wrote {options.out}", soft_wrap=True)
+    show_result(eval_table(summary, every_metric=True), out=options.out)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Masks compared fairly on the embedded model: method x arm x ratio with the same text and common noise, over seeds.
 
-The published comparison shows Wanda and SparseGPT clean text, sink-Wanda noised text and sink-SparseGPT clean text with
-sink weights. Here every method runs on all four arms, so that what masked calibration does and what sinks do are
-told apart. Losses of NELBO against the dense model are measured on held-out text under noise that all variants of a
-seed share. Intervals are over seeds (see studies.py). A killed study goes on where it stopped.
+In the published comparison, Wanda and SparseGPT see clean text, sink-Wanda noisy text, and sink-SparseGPT clean text
+with sink weights. Here every method runs on all four arms, which separates the effect of masked calibration from that
+of sinks. Losses of NELBO against the dense model are measured on held-out text under noise that all variants of a seed
+share. Intervals are over seeds (see studies.py). An interrupted study continues where it stopped.
 
     python -m scripts.studies.mask_study --out scripts/results/masks.json
 """
@@ -23,7 +23,7 @@ from structprune.runs.mask import mask
 
 BASE = {key: value for key, value in DEMO.items() if key.startswith("calibration.")}
 BASE |= {"method": "unstructured", "reconstruct.enabled": False}
-RATIOS = {
+RATIOS: dict[str, dict] = {
     "0.25": {"masking.ratio": 0.25},
     "0.5": {"masking.ratio": 0.5},
     "0.75": {"masking.ratio": 0.75},
@@ -37,7 +37,7 @@ PUBLISHED = {"masking.score": "sink-wanda", "masking.norms": "summed", "masking.
 
 
 def variants() -> dict[str, dict]:
-    """Name -> configuration keys. The first block is the comparison; those below change one thing of a masked run."""
+    """Name -> configuration keys: the comparison first, then variants that change one thing of a masked run."""
     grid = {f"{score}, {arm}": {"masking.score": score, "masking.arm": arm} for score in SCORES for arm in ARMS}
     refits = {f"{score}, masked, refit": {"masking.score": score, "masking.arm": "masked"} | REFIT for score in SCORES}
     return {
@@ -64,62 +64,62 @@ def variants() -> dict[str, dict]:
 
 
 def ratios_of(name: str) -> list[str]:
-    """The ratios a variant can be run at: allocations vary the ratio over blocks, which N:M fixes."""
+    """The ratios a variant can run at: an allocation varies the ratio over blocks, but N:M fixes it."""
     return [ratio for ratio in RATIOS if ratio != "2:4" or "masking.allocation" not in variants()[name]]
 
 
 def contrasts() -> list[tuple[str, str, str]]:
-    """(question, variant, what it is compared with)."""
-    found = []
+    """(question, variant, variant it is compared with)."""
+    rows = []
     for score in SCORES:
-        found.append(("masked calibration", f"{score}, masked", f"{score}, clean"))
-        found.append(("sinks, on masked text", f"{score}, masked+sink", f"{score}, masked"))
-        found.append(("sinks, on clean text", f"{score}, clean+sink", f"{score}, clean"))
-    found.append(("as published", "sink-wanda as published", "wanda, clean"))
+        rows.append(("masked calibration", f"{score}, masked", f"{score}, clean"))
+        rows.append(("sinks, on masked text", f"{score}, masked+sink", f"{score}, masked"))
+        rows.append(("sinks, on clean text", f"{score}, clean+sink", f"{score}, clean"))
+    rows.append(("as published", "sink-wanda as published", "wanda, clean"))
     for name in variants():
         *rest, last = name.split(", ")
         if last == "refit":
-            found.append(("refit", name, ", ".join(rest)))
+            rows.append(("refit", name, ", ".join(rest)))
         elif len(rest) == 2:
-            refit = ["refit"] if last.startswith("refit ") else []  # another refit is compared with the refit
-            found.append(("one change", name, ", ".join(rest + refit)))
-    return found
+            refit = ["refit"] if last.startswith("refit ") else []  # another refit is compared with the default refit
+            rows.append(("one change", name, ", ".join(rest + refit)))
+    return rows
 
 
 def measure(name: str, seed: int, windows: int, length: int, threads: int) -> dict:
-    """One variant at one seed: per ratio the loss per held-out window, the sparsity met, and raised dampings."""
+    """One variant at one seed: for each ratio the loss per held-out window, the sparsity, and raised dampings."""
     torch.set_num_threads(threads)
     base = BASE | {"calibration.seed": seed} | variants()[name]
     model = load_model(model_directory(), device="cpu")
     held_out = held_out_text(model, seed, windows, length)
     calibration = calibrate(model, Config.load(overrides=base))
-    found = {}
+    results = {}
     for ratio in ratios_of(name):
         config = Config.load(overrides=base | RATIOS[ratio])
         masked = mask(model, config, calibration)
         raised = sum(each["damping"] > config.masking.damping for each in masked.report["factored"])
-        found[ratio] = {
+        results[ratio] = {
             "loss": held_out.loss(masked.model),
             "sparsity": masked.report["sparsity"]["total"],
             "raised": raised,
             "seconds": masked.report["seconds"]["total"],
         }
-    return {"variant": name, "seed": seed, "dense_nelbo": held_out.dense.mean, "ratios": found}
+    return {"variant": name, "seed": seed, "dense_nelbo": held_out.dense.mean, "ratios": results}
 
 
-def summarise(done: dict, seeds: list[int]) -> dict:
+def summarise(runs: dict, seeds: list[int]) -> dict:
     """Mean losses and paired contrasts with 95% intervals over seeds, as plain data."""
     rows = []
     for name in variants():
         for ratio in ratios_of(name):
-            sparsity = [done[name, seed]["ratios"][ratio]["sparsity"] for seed in seeds]
-            rows.append({"variant": name, "ratio": ratio, **loss_row(done, name, seeds, ratio), "sparsity": sparsity})
+            sparsity = [runs[name, seed]["ratios"][ratio]["sparsity"] for seed in seeds]
+            rows.append({"variant": name, "ratio": ratio, **loss_row(runs, name, seeds, ratio), "sparsity": sparsity})
     gaps = []
     for question, name, base in contrasts():
         for ratio in ratios_of(name):
-            gap = contrast_row(done, (name, ratio), (base, ratio), seeds)
+            gap = contrast_row(runs, (name, ratio), (base, ratio), seeds)
             gaps.append({"question": question, "variant": name, "against": base, "ratio": ratio, **gap})
-    return {"losses": rows, "contrasts": gaps, "dense": [done["magnitude", seed]["dense_nelbo"] for seed in seeds]}
+    return {"losses": rows, "contrasts": gaps, "dense": [runs["magnitude", seed]["dense_nelbo"] for seed in seeds]}
 
 
 def loss_table(result: dict) -> Table:
@@ -128,19 +128,19 @@ def loss_table(result: dict) -> Table:
     for title in ("variant", *RATIOS):
         table.add_column(title, justify="left" if title == "variant" else "right")
     for name in variants():
-        found = {row["ratio"]: row for row in result["losses"] if row["variant"] == name}
-        table.add_row(name, *(cell(found.get(ratio)) for ratio in RATIOS))
+        cells = {row["ratio"]: row for row in result["losses"] if row["variant"] == name}
+        table.add_row(name, *(cell(cells.get(ratio)) for ratio in RATIOS))
     return table
 
 
 def contrast_table(result: dict) -> Table:
-    """A row per comparison: paired differences, and whether one was shown."""
+    """A row per comparison: paired differences, marked where one is shown."""
     table = Table(title="paired difference, nats per token [95% interval over seeds]; * excludes 0, all seeds agree")
     for title in ("question", "variant", "against", *RATIOS):
         table.add_column(title, justify="right" if title in RATIOS else "left")
     for question, name, base in contrasts():
-        found = {row["ratio"]: row for row in result["contrasts"] if (row["variant"], row["against"]) == (name, base)}
-        table.add_row(question, name, base, *(cell(found.get(ratio), True) for ratio in RATIOS))
+        cells = {row["ratio"]: row for row in result["contrasts"] if (row["variant"], row["against"]) == (name, base)}
+        table.add_row(question, name, base, *(cell(cells.get(ratio), True) for ratio in RATIOS))
     return table
 
 

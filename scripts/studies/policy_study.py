@@ -1,10 +1,10 @@
-"""Sink policies and trajectories on the embedded model: what sparing the sinks that stay is worth, over seeds.
+"""Sink policies and trajectories on the embedded model: the effect of sparing stable sinks, over seeds.
 
 The claim is that sinks which move while a diffusion LM denoises may be ignored, and that this shows along its own
 generation. So every policy (all sinks, unstable ones, none) runs on both trajectories, forward noise and the model's
-own denoising, in both pruning paths at ratio 0.5; losses of NELBO against the dense model are measured on held-out text
-under noise that all variants of a seed share. Beside them: how much weight each policy took, and how long sinks last.
-Intervals are over seeds (see studies.py). A killed study goes on where it stopped.
+own denoising, in both pruning paths at ratio 0.5. Losses of NELBO against the dense model are measured on held-out text
+under noise that all variants of a seed share; also how much weight each policy removes, and how long sinks last.
+Intervals are over seeds (see studies.py). An interrupted study continues where it stopped.
 
     python -m scripts.studies.policy_study --out scripts/results/policies.json
 """
@@ -25,9 +25,9 @@ from structprune.runs.prune import Pruner, prune
 
 BASE = {key: value for key, value in DEMO.items() if key.startswith("calibration.")}
 RATIO = "0.5"
-# a fixed number of heads (about what the measured split finds, see quality.json), so that scores alone differ
+# a fixed number of heads (about that of the measured split, see quality.json), so that only scores differ
 STRUCTURED = {"structured.ratio": 0.5, "structured.arm": "masked+sink", "structured.split": 14}
-TOO = ", refit too"  # the refit is weighted as the scores are
+TOO = ", refit too"  # the refit has the same weights as the scores
 WAYS = {
     "structured": STRUCTURED,
     f"structured{TOO}": STRUCTURED | {"reconstruct.arm": "masked+sink"},
@@ -38,7 +38,7 @@ POLICIES = ("all", "unstable", "none")
 
 
 def name_of(way: str, trajectory: str, policy: str) -> str:
-    """A variant's name; without sinks it does not matter what they would weight."""
+    """A variant's name; policy none has no weights, so its refit is the same with and without them."""
     return f"{way.removesuffix(TOO) if policy == 'none' else way}, {trajectory}, {policy}"
 
 
@@ -52,78 +52,77 @@ def variants() -> dict[str, dict]:
 
 
 def contrasts() -> list[tuple[str, str, str]]:
-    """(question, variant, what it is compared with)."""
-    found = []
+    """(question, variant, variant it is compared with)."""
+    rows = []
     for way in WAYS:
         for trajectory in TRAJECTORIES:
             names = {policy: name_of(way, trajectory, policy) for policy in POLICIES}
-            found.append(("all sinks against none", names["all"], names["none"]))
-            found.append(("unstable sinks against none", names["unstable"], names["none"]))
-            found.append(("unstable sinks against all", names["unstable"], names["all"]))
+            rows.append(("all sinks against none", names["all"], names["none"]))
+            rows.append(("unstable sinks against none", names["unstable"], names["none"]))
+            rows.append(("unstable sinks against all", names["unstable"], names["all"]))
     for way in WAYS:
         for policy in POLICIES:
             if policy != "none" or not way.endswith(TOO):
-                pair = (name_of(way, trajectory, policy) for trajectory in ("reverse", "forward"))
-                found.append(("own generation against noise", *pair))
-    return found
+                reverse, forward = (name_of(way, trajectory, policy) for trajectory in ("reverse", "forward"))
+                rows.append(("own generation against noise", reverse, forward))
+    return rows
 
 
 @lru_cache(maxsize=2)
 def calibration_of(trajectory: str, seed: int) -> Calibration:
-    """What all variants of a trajectory and a seed look at, made once by a process."""
+    """The calibration set that all variants of a trajectory and a seed share, made once per process."""
     model = load_model(model_directory(), device="cpu")
     config = Config.load(overrides=BASE | {"calibration.seed": seed, "sink.trajectory": trajectory})
     return Pruner(model, config).calibration
 
 
 def measure(name: str, seed: int, windows: int, length: int, threads: int) -> dict:
-    """One variant at one seed: the loss per held-out window, and what the policy took."""
+    """One variant at one seed: the loss per held-out window, and what the policy removed."""
     torch.set_num_threads(threads)
     config = Config.load(overrides=BASE | {"calibration.seed": seed} | variants()[name])
     model = load_model(model_directory(), device="cpu")
     held_out = held_out_text(model, seed, windows, length)
-    made = prune(model, config, calibration_of(config.sink.trajectory, seed))
-    found = {
-        "loss": held_out.loss(made.model),
-        "sinks": made.report["sinks"],
-        "kept": made.report["held_out_nelbo"]["kept"],
+    pruned = prune(model, config, calibration_of(config.sink.trajectory, seed))
+    result = {
+        "loss": held_out.loss(pruned.model),
+        "sinks": pruned.report["sinks"],
+        "kept": pruned.report["held_out_nelbo"]["kept"],
     }
-    return {"variant": name, "seed": seed, "dense_nelbo": held_out.dense.mean, "ratios": {RATIO: found}}
+    return {"variant": name, "seed": seed, "dense_nelbo": held_out.dense.mean, "ratios": {RATIO: result}}
 
 
-def summarise(done: dict, seeds: list[int]) -> dict:
-    """Mean losses and paired contrasts with 95% intervals over seeds, and what went, as plain data."""
+def summarise(runs: dict, seeds: list[int]) -> dict:
+    """Mean losses and paired contrasts with 95% intervals over seeds, and what policies removed, as plain data."""
     rows, gaps = [], []
     for name in variants():
-        found = [done[name, seed]["ratios"][RATIO] for seed in seeds]
-        rows.append({"variant": name, "ratio": RATIO, **loss_row(done, name, seeds, RATIO), **_sinks(found)})
+        sinks = _sinks([runs[name, seed]["ratios"][RATIO]["sinks"] for seed in seeds])
+        rows.append({"variant": name, "ratio": RATIO, **loss_row(runs, name, seeds, RATIO), **sinks})
     for question, name, base in contrasts():
-        gap = contrast_row(done, (name, RATIO), (base, RATIO), seeds)
+        gap = contrast_row(runs, (name, RATIO), (base, RATIO), seeds)
         gaps.append({"question": question, "variant": name, "against": base, "ratio": RATIO, **gap})
-    dense = [done[name_of("sparsegpt", "forward", "none"), seed]["dense_nelbo"] for seed in seeds]
+    dense = [runs[name_of("sparsegpt", "forward", "none"), seed]["dense_nelbo"] for seed in seeds]
     return {"losses": rows, "contrasts": gaps, "dense": dense}
 
 
-def _sinks(found: list[dict]) -> dict:
-    """Of every seed: shares of weight taken, also by level and from mask tokens; sinks, and how long they last."""
-    seen = [each["sinks"] for each in found]
-    if None in seen:
+def _sinks(reports: list[dict]) -> dict:
+    """For every seed: shares of weight removed, also by level and from mask tokens; sinks, and how long they last."""
+    if None in reports:
         return {"taken": None}
-    taken = [each["taken"][each["policy"]] for each in seen]
+    removed = [report["taken"][report["policy"]] for report in reports]
     return {
-        "taken": [each["share"] for each in taken],
-        "taken_by_level": [each["by_level"] for each in taken],
-        "of_mask": [each["of_mask"] for each in taken],
-        "mask_share": [each["mask_share"] for each in seen],
-        "sinks": [each["sinks"] for each in seen],
-        "survival": [each["survival"] for each in seen],
+        "taken": [each["share"] for each in removed],
+        "taken_by_level": [each["by_level"] for each in removed],
+        "of_mask": [each["of_mask"] for each in removed],
+        "mask_share": [report["mask_share"] for report in reports],
+        "sinks": [report["sinks"] for report in reports],
+        "survival": [report["survival"] for report in reports],
     }
 
 
 def loss_table(result: dict) -> Table:
-    """A row per variant: loss of NELBO, weight taken, sinks that last."""
+    """A row per variant: loss of NELBO, weight removed, sinks and how long they last."""
     table = Table(title="loss of NELBO against dense at 0.5, nats per token [95% interval over seeds]")
-    for title in ("variant", "loss", "weight taken", "of it from masks", "sinks", "levels a sink lasts"):
+    for title in ("variant", "loss", "weight removed", "of it from masks", "sinks", "levels a sink lasts"):
         table.add_column(title, justify="left" if title == "variant" else "right")
     for row in result["losses"]:
         cells = [""] * 4
@@ -135,7 +134,7 @@ def loss_table(result: dict) -> Table:
 
 
 def contrast_table(result: dict) -> Table:
-    """A row per comparison: the paired difference, and whether one was shown."""
+    """A row per comparison: the paired difference, marked if it is shown."""
     table = Table(title="paired difference, nats per token [95% interval over seeds]; * excludes 0, all seeds agree")
     for title in ("question", "variant", "against", "difference"):
         table.add_column(title, justify="right" if title == "difference" else "left")

@@ -2,16 +2,16 @@
 
     python -m scripts.studies.reproduce --model GSAI-ML/LLaDA-8B-Base --table structured --out reproduction
 
-needs structprune[eval], a GPU and, for the tasks' data, the network once. Models that are made and chunks that are
-evaluated stay: the same command goes on where it stopped. Without weights or network, the whole way runs on any
-checkpoint and a local PIQA:
+needs structprune[eval], a GPU and, for the tasks' data, the network once. Finished models and evaluated chunks are
+kept: the same command continues where it stopped. Without weights or network, everything runs on any checkpoint and a
+local PIQA:
 
     python -m scripts.studies.reproduce --model DIR --tasks piqa:valid.jsonl --limit 20
         --calibration notes.txt --out small
 
-The published figures were measured on LLaDA-8B-Base; for structured pruning neither the baseline nor what exactly the
-ratio counts is published, and no code is. Here the row without sinks is this package's own method on masked
-activations, so that the two rows differ by the sink weights alone.
+The published figures were measured on LLaDA-8B-Base. For structured pruning, neither the baseline, nor what exactly
+the ratio counts, nor code is published. Here the row without sinks is this package's own method on masked activations,
+so that the two rows differ only in the sink weights.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from scripts.tools.script_line import OneLineParser, one_line
+from scripts.tools.script_line import OneLineParser, one_line, show_result
 from structprune.bench.machine import describe_machine
 from structprune.cli.console import progress_bars
 from structprune.cli.main import main as command_line
@@ -51,11 +51,11 @@ class Variant:
     """A model of a table.
 
     Attributes:
-        title: of its row. Its directory has the variant's name.
+        title: of its row. Its directory is named after the variant.
         config: a file in configs/, without the family's prefix.
         keys: configuration keys on top of it.
         published: task -> accuracy in percent (README of the released implementation).
-        average: as stated there, over more tasks than it lists.
+        average: as published, over more tasks than are listed.
     """
 
     title: str
@@ -108,12 +108,16 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = OneLineParser(__doc__)
     parser.add_argument("--model", required=True, help="checkpoint directory, or Hub id")
     parser.add_argument("--table", choices=TABLES, default="structured")
-    parser.add_argument("--tasks", help="instead of the table's: names with commas between, such as piqa:FILE.jsonl")
-    parser.add_argument("--limit", type=int, help="documents of a task")
-    parser.add_argument("--adaptive", action="store_true", help="stop drawing samples where a choice is decided")
-    parser.add_argument("--calibration", help="text instead of the configuration's")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of prune's configuration")
-    parser.add_argument("--eval-set", action="append", default=[], metavar="KEY=VALUE", help="of the evaluation's")
+    parser.add_argument("--tasks", help="instead of the table's: names separated by commas, such as piqa:FILE.jsonl")
+    parser.add_argument("--limit", type=int, help="at most so many documents per task")
+    parser.add_argument("--adaptive", action="store_true", help="stop drawing samples once a choice is decided")
+    parser.add_argument("--calibration", help="calibration text, instead of the configuration's")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="a key of the pruning configuration"
+    )
+    parser.add_argument(
+        "--eval-set", action="append", default=[], metavar="KEY=VALUE", help="a key of the evaluation's configuration"
+    )
     parser.add_argument("--out", type=Path, default=Path("reproduction"))
     return parser.parse_args(arguments)
 
@@ -130,63 +134,67 @@ def prune_command(model: str, family: str, variant: Variant, out: Path, options:
 
 
 def make_models(options: argparse.Namespace, family: str) -> None:
-    """Every variant's checkpoint, pruned unless it is there: outputs appear whole or not at all.
+    """Prune every variant whose checkpoint does not exist yet; outputs appear whole or not at all.
 
     Raises:
-        UserError: one could not be made (its line is on stderr), or is there with other settings.
+        UserError: pruning failed (its error is on stderr), or a checkpoint exists with other settings.
     """
     for name, variant in TABLES[options.table][1].items():
-        place = options.out / name
-        command = prune_command(options.model, family, variant, place, options)
-        made = options.out / f"{name}.command.json"
-        asked = json_text({"settings": {"command": command[1:]}})
-        if place.is_dir():
-            if not made.is_file() or made.read_bytes() != asked:
-                raise UserError(f"'{place}' was made by another command: remove it, or choose another --out")
+        directory = options.out / name
+        command = prune_command(options.model, family, variant, directory, options)
+        record = options.out / f"{name}.command.json"
+        content = json_text({"settings": {"command": command[1:]}})
+        if directory.is_dir():
+            if not record.is_file() or record.read_bytes() != content:
+                raise UserError(f"'{directory}' was made by another command: remove it, or choose another --out")
             continue
-        made.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(made, asked)
+        write_whole(record, content)
         if command_line(command) != 0:
             raise UserError(f"{variant.title} could not be made (see above)")
 
 
 def make_and_compare(options: argparse.Namespace, family: str, names: list[str]) -> dict:
-    """Make the models (in the first process), then evaluate them and the dense one: the summary of `structprune eval`.
+    """Make the models (in the first process), then evaluate them and the dense one.
 
-    Empty in processes other than the first.
+    Returns:
+        The summary of `structprune eval`; empty in processes other than the first.
     """
-    given = {"evaluation.tasks": names, "evaluation.adaptive": options.adaptive}
-    given |= {} if options.limit is None else {"evaluation.limit": options.limit}
-    config = EvaluationConfig.load(overrides=given | EvaluationConfig.parse(options.eval_set))
+    overrides = {"evaluation.tasks": names, "evaluation.adaptive": options.adaptive}
+    overrides |= {} if options.limit is None else {"evaluation.limit": options.limit}
+    config = EvaluationConfig.load(overrides=overrides | EvaluationConfig.parse(options.eval_set))
     checkpoints = [options.model, *(str(options.out / name) for name in TABLES[options.table][1])]
     with workers() as place:
         if place.main:
             make_models(options, family)
         place.wait()
-        warn = lambda line: print(f"reproduce: warning: {line}", file=sys.stderr) if place.main else None  # noqa: E731
+
+        def warn(line: str) -> None:
+            if place.main:
+                print(f"reproduce: warning: {line}", file=sys.stderr)
+
         with progress_bars(Console(stderr=True, quiet=not place.main)) as track:
-            found = evaluate(checkpoints, config, options.out / "evaluation", track=track, workers=place, say=warn)
-    return {} if found is None else found.summary
+            results = evaluate(checkpoints, config, options.out / "evaluation", track=track, workers=place, say=warn)
+    return {} if results is None else results.summary
 
 
 def published_of(variant: Variant, task: str) -> float | None:
-    """The published figure for a task, also where it is read from a file or a preset (piqa:FILE)."""
+    """The published figure for a task, also if its data is read from a file (piqa:FILE)."""
     return next((value for name, value in variant.published.items() if task.partition(":")[0] == name), None)
 
 
 def rows_of(summary: dict, options: argparse.Namespace) -> list[dict]:
-    """Per variant: title, and per task our figure with its error and the published one, all in percent."""
+    """For each variant its title, and for each task our figure with its error and the published one, in percent."""
     dense = replace(DENSE, average=DENSE.average if options.table == "unstructured" else None)
     variants = {"dense": dense, **TABLES[options.table][1]}
     rows = []
     for variant, (label, tasks) in zip(variants.values(), summary["checkpoints"].items(), strict=True):
         cells = {}
-        for task, found in tasks.items():
+        for task, result in tasks.items():
             metrics = {
                 name: {key: None if value[key] is None else 100 * value[key] for key in ("value", "error")}
-                for name, value in found["metrics"].items()
+                for name, value in result["metrics"].items()
             }
-            cells[task] = {"metrics": metrics, "published": published_of(variant, task), "items": found["items"]}
+            cells[task] = {"metrics": metrics, "published": published_of(variant, task), "items": result["items"]}
         rows.append({"title": variant.title, "checkpoint": label, "tasks": cells, "stated_average": variant.average})
     return rows
 
@@ -206,7 +214,7 @@ def reproduction_table(rows: list[dict]) -> Table:
             table.add_row(f"  {row['title']}", "\n".join(lines), published)
     if any(row["stated_average"] is not None for row in rows):
         table.add_section()
-        table.add_row("average as stated, over more tasks than are listed", "", "", style="bold")
+        table.add_row("published average, over more tasks than are listed", "", "", style="bold")
         for row in rows:
             table.add_row(f"  {row['title']}", "", f"{row['stated_average']:.2f}")
     return table
@@ -218,26 +226,25 @@ def _shown(value: dict) -> str:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Make, evaluate, print, and keep as reproduction.json."""
+    """Make the models, evaluate them, print the tables, and write reproduction.json."""
     family = load_config(options.model)[1].name
     names = options.tasks.split(",") if options.tasks else list(TABLES[options.table][0])
-    for variant in TABLES[options.table][1].values():  # what cannot be is refused before hours of work
+    for variant in TABLES[options.table][1].values():  # refuse bad configurations before hours of work
         command = prune_command(options.model, family, variant, options.out, options)
         Config.load(command[5], [text.removeprefix("--set=") for text in command if text.startswith("--set=")])
     summary = make_and_compare(options, family, names)
     if not summary:
         return
-    console, rows = Console(), rows_of(summary, options)
-    console.print(reproduction_table(rows))
-    console.print(eval_table(summary, every_metric=True))
-    path = options.out / "reproduction.json"
-    asked = {name: str(value) for name, value in vars(options).items()}
-    write_whole(path, json_text({"settings": asked, "machine": describe_machine(), "rows": rows, "summary": summary}))
-    console.print(f"Wrote {path}; the models and the evaluation's items are beside it", soft_wrap=True)
+    rows, path = rows_of(summary, options), options.out / "reproduction.json"
+    settings = {name: str(value) for name, value in vars(options).items()}
+    content = {"settings": settings, "machine": describe_machine(), "rows": rows, "summary": summary}
+    write_whole(path, json_text(content))
+    note = f"Wrote {path}; the models and the evaluation's items are in the same directory"
+    show_result(reproduction_table(rows), eval_table(summary, every_metric=True), note)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code: 0, or 2 for what the user can mend (one line)."""
+    """Run, and return the exit code."""
     return one_line("reproduce", lambda: run(parse_arguments(arguments)))
 
 

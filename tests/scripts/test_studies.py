@@ -88,22 +88,6 @@ def test_a_single_seed_has_no_interval(studies):
     assert studies.cell(row, paired=True) == "+2.0000" and studies.cell(None) == "-"
 
 
-@pytest.mark.parametrize("freedom", range(1, 31))
-def test_quantiles_of_t_leave_a_fortieth_above(studies, freedom):
-    """The density over angles: x = sqrt(n) tan(u) makes it cos(u) ** (n - 1) over its integral."""
-    end = math.atan(studies.t_quantile(freedom) / math.sqrt(freedom))
-    angles = torch.linspace(0, 1, 20001, dtype=torch.float64)
-    part, whole = (
-        torch.trapezoid((stop * angles).cos().clamp(min=0) ** (freedom - 1), stop * angles)
-        for stop in (end, math.pi / 2)
-    )
-    assert (part / whole / 2).item() == pytest.approx(0.475, abs=1e-7)
-
-
-def test_beyond_the_table_the_last_quantile_holds(studies):
-    assert studies.t_quantile(500) == studies.t_quantile(30) == 2.042272
-
-
 def run(studies, measure, tmp_path, settings=SETTINGS, names=("a", "b")):
     tasks = [(name, seed, str(tmp_path / "log")) for name in names for seed in (0, 1)]
     return studies.run_all(measure, tasks, settings, tmp_path / "x.part.jsonl", 1, Console(quiet=True))
@@ -190,7 +174,7 @@ def study_of(studies, base):
 def instant(studies, monkeypatch):
     """`measure` in this process, so that only settings and files are tried."""
 
-    def run_all(measure, tasks, settings, partial, jobs, console):
+    def run_all(measure, tasks, settings, partial, jobs):
         studies.resume(partial, settings)
         return {task[:2]: {"ratios": {"0.5": {"loss": [task[1] + 1.0] * task[2]}}} for task in tasks}
 
