@@ -2,8 +2,8 @@
 
 import time
 from collections import deque
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Iterator
 from unittest.mock import patch
 
 import torch

@@ -10,8 +10,8 @@ of the referee shows.
 """
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 import torch
 from safetensors.torch import load_file

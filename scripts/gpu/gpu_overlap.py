@@ -2,7 +2,7 @@
 
 import argparse
 import copy
-from typing import Iterator
+from collections.abc import Iterator
 
 import torch
 

@@ -45,7 +45,8 @@ NUMBERS = {
     "save_every": (200, "steps between saved states"), "log_every": (50, "steps between lines of train.log"),
     "valid_windows": (1024, "held-out windows at most"),
 }  # fmt: skip
-RESULT_DEPENDS_ON = "d_model heads blocks mlp length batch steps minutes seed muon_lr adam_lr".split()
+SIZES = ["d_model", "heads", "blocks", "mlp"]
+RESULT_DEPENDS_ON = [*SIZES, "length", "batch", "steps", "minutes", "seed", "muon_lr", "adam_lr"]
 
 
 class Run:

@@ -45,7 +45,7 @@ def convert(weight: torch.Tensor) -> torch.Tensor:
 
 
 def try_kernel(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor | str:
-    """The weight in semi-structured form, after a product with inputs (N, C); or the reason why that fails, one line."""
+    """The weight in semi-structured form, after a product with inputs (N, C); or why that fails, in one line."""
     try:
         sparse = convert(weight)
         F.linear(x, sparse)

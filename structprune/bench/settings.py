@@ -79,8 +79,8 @@ class BenchSettings:
         shortest = min(self.lengths)
         if self.gen_length >= shortest:
             raise UserError(
-                f"--length {shortest} leaves no room for a prompt before --gen-length {self.gen_length}: raise --length,"
-                " lower --gen-length, or measure no generation with --gen-length 0"
+                f"--length {shortest} leaves no room for a prompt before --gen-length {self.gen_length}: raise"
+                " --length, lower --gen-length, or measure no generation with --gen-length 0"
             )
 
     def _check_idle(self) -> None:

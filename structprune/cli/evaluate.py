@@ -1,7 +1,7 @@
 """`structprune eval`."""
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -45,22 +45,22 @@ Checkpoints = Annotated[
     list[str], typer.Argument(help="Checkpoint directories or Hub ids; the first is compared with.")
 ]
 Text = Annotated[
-    Optional[str],
+    str | None,
     typer.Option(
         "--text", help="Text to measure the NELBO of: .txt, .jsonl, .parquet, wikitext2, c4, or a Hub dataset."
     ),
 ]
 Tasks = Annotated[
-    Optional[str],
+    str | None,
     typer.Option("--tasks", metavar="LIST", help="piqa:FILE, gsm8k:FILE, or tasks of lm-eval; commas between."),
 ]
-Limit = Annotated[Optional[int], typer.Option("--limit", help="At most so many documents of a task.")]
+Limit = Annotated[int | None, typer.Option("--limit", help="At most so many documents of a task.")]
 Adaptive = Annotated[
     bool, typer.Option("--adaptive", help="Stop drawing samples of a question once its choice is decided.")
 ]
 Chat = Annotated[bool, typer.Option("--chat", help="Prompts go through the chat template (Instruct checkpoints).")]
 Against = Annotated[
-    Optional[Path], typer.Option("--against", metavar="DIR", help="Also compare with the results of an earlier run.")
+    Path | None, typer.Option("--against", metavar="DIR", help="Also compare with the results of an earlier run.")
 ]
 Forget = Annotated[
     bool,

@@ -13,8 +13,9 @@ and takes all of lm_eval's options (--apply_chat_template, --limit, --include_pa
 
 import logging
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from typing import Any, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed

@@ -3,11 +3,12 @@
 Uses lm-eval 0.4.13's `TaskManager`, `Task.build_all_requests`, filters and `Task.process_results`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from numbers import Real
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any
 
 from structprune.errors import UserError, nearest
 from structprune.evaluation.documents import Choices, Document

@@ -5,9 +5,9 @@ PIQA: arXiv 1911.11641. GSM8K: arXiv 2110.14168.
 
 import json
 import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Iterator, Sequence
 
 from structprune.errors import UserError
 from structprune.evaluation.documents import Choices, Opening

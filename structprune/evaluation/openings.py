@@ -1,6 +1,7 @@
 """Documents of generation tasks to finished texts."""
 
-from typing import Any, Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from structprune.errors import UserError
 from structprune.evaluation.documents import Opening

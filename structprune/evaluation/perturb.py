@@ -7,9 +7,10 @@ b samples, N = K·b samples, L target tokens.
 
 import hashlib
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
-from typing import Callable, Literal, Sequence
+from typing import Literal
 
 import torch
 

@@ -6,8 +6,9 @@ early.
 """
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Mapping, Sequence
+from typing import Any
 
 from structprune.evaluation.choices import Answer, Item
 from structprune.evaluation.documents import Choices, Opening

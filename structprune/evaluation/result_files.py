@@ -12,9 +12,9 @@ import fcntl
 import json
 import os
 import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Iterator, Mapping, Sequence
 
 from structprune.errors import UserError
 from structprune.evaluation.labels import safe_names
@@ -71,7 +71,7 @@ class ResultStore:
                 self._file = None
                 return
             self._path.parent.mkdir(exist_ok=True)
-            self._file = open(self._path, "ab", buffering=0)
+            self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 (open until `close`)
             self._lock()
             self._drop_torn_line()
             for record in _records(self.directory):

@@ -2,10 +2,10 @@
 
 import errno
 import json
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
-from typing import Iterator, Mapping
 
 from structprune.errors import UserError
 from structprune.evaluation.results import Row, from_json

@@ -1,8 +1,8 @@
 """The figures of an evaluation: values with their errors, averages over tasks, and paired comparisons."""
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Mapping, Sequence
 
 from structprune.errors import UserError, nearest
 from structprune.evaluation.compare import RESAMPLES, Bootstrap, average, conclude, paired_bootstrap, student_t

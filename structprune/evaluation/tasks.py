@@ -1,8 +1,8 @@
 """Names of evaluation tasks to tasks: `piqa:FILE` and `gsm8k:FILE` are read from disk, others are lm-eval's."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Sequence
 
 from structprune.errors import UserError, nearest
 from structprune.evaluation.documents import Task

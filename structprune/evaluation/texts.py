@@ -5,9 +5,10 @@ last token, which is never masked, is the EOS (docs/methods.md section 6). Shape
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any
 
 import torch
 

@@ -1,8 +1,9 @@
 """What an evaluation is asked to do, made ready before any weight is read: tokenizers, windows, items, warnings."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any
 
 import torch
 import yaml

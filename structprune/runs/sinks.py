@@ -15,6 +15,7 @@ from structprune.config import ModelSettings
 from structprune.errors import UserError
 from structprune.generation.samplers import Generation, low_confidence
 from structprune.models.placement import pick_device
+from structprune.progress import Track, untracked
 from structprune.report.plots import check_matplotlib
 from structprune.report.sink_plots import draw_all
 from structprune.sinks.causal import check_window, generation_trajectory
@@ -32,7 +33,6 @@ from structprune.sinks.subjects import (
 )
 from structprune.sinks.tokens import Vocabulary
 from structprune.sinks.trajectory import UNSEEN
-from structprune.progress import Track, untracked
 
 RESULT = "sinks.json"
 OUTPUT_BYTES = 20_000_000  # of figures and pictures, at most

@@ -12,8 +12,8 @@ from structprune.errors import UserError
 from structprune.files import first_line
 from structprune.models.checkpoint_files import read_json
 from structprune.models.loading import as_dtype
+from structprune.progress import Track
 from structprune.sinks.trajectory import Recorder, Trajectory
-from structprune.statistics.rows import Track
 from structprune.statistics.sinks import head_mass
 
 ATTENTION = "structprune_sdpa"  # name of our attention function in transformers, which checks names with "sdpa"

@@ -8,9 +8,9 @@ from structprune.generation.samplers import Generation
 from structprune.models.adapter import Adapter
 from structprune.models.encode import Batches
 from structprune.models.modeling_structprune import DiffusionLM
+from structprune.progress import Track
 from structprune.sinks.trajectory import Recorder, Trajectory
 from structprune.statistics.capture import HeadMeter
-from structprune.statistics.rows import Track
 
 
 @torch.no_grad()

@@ -190,7 +190,9 @@ def test_small_portions_of_logits_change_nothing(tiny_model, monkeypatch):
     for form in ("guided", "tempered", "tempered, top-k"):
         settings = FORMS[form]
         model, sizes = tiny_model(FAMILIES[type(settings)]), []
-        handle = model.output_head.register_forward_pre_hook(lambda _, args: sizes.append(args[0].shape[0]))
+        handle = model.output_head.register_forward_pre_hook(
+            lambda _, args, sizes=sizes: sizes.append(args[0].shape[0])
+        )
         alone = generate(model, PROMPTS, settings, generator=seeded(), batch=1)
         together = generate(model, PROMPTS, settings, generator=seeded(), batch=4)
         handle.remove()

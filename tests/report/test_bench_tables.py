@@ -58,11 +58,12 @@ def test_what_is_printed_fits_80_columns():
     text = printed(RESULT)
     assert "…" not in text and max(map(len, text.splitlines())) <= 80
     assert words(text, "half") == ["half", "50.0", "%", "45.000", "M", "180.00", "MB", "float32"]
-    assert words(text, "half", 1) == "half 110 (99.0-132) 1.82x -50.0 % 90.0 % 30.00 MB".split()
-    assert words(text, "dense", 1) == "dense 200 (180-240) 10.0 G 30.00 MB".split()
+    assert words(text, "half", 1) == ["half", "110", "(99.0-132)", "1.82x", "-50.0", "%", "90.0", "%", "30.00", "MB"]
+    assert words(text, "dense", 1) == ["dense", "200", "(180-240)", "10.0", "G", "30.00", "MB"]
     assert "generation, 128 tokens in 32 steps, blocks of 32" in text
     # 1e5 / 11 tokens/s at the median; a fifth more time is a sixth less
-    assert words(text, "half", 3) == "half 9091 (7576-10101) 18.18x -95.0 % 99.5 % 80 % 30.00 MB".split()
+    figures = ["9091", "(7576-10101)", "18.18x", "-95.0", "%", "99.5", "%", "80", "%", "30.00", "MB"]
+    assert words(text, "half", 3) == ["half", *figures]
     assert "1 x 512, dual" in text and "1 x 512 " in text.partition("generation")[2]
 
 
@@ -99,10 +100,11 @@ def test_the_kernels_table_says_what_was_refused():
         }
     }
     text = printed(result)
-    assert words(text, "6 as q_proj")[3:] == "512 64x32 2.00 (1.80-2.40) 1.00 (0.900-1.20) 2.00x".split()
+    assert words(text, "6 as q_proj")[3:] == ["512", "64x32", "2.00", "(1.80-2.40)", "1.00", "(0.900-1.20)", "2.00x"]
     assert words(text, "6 as q_proj", 1)[-1] == "refused" and "no multiple of 32" in text
-    assert words(text, "whole pass")[:8] == "whole pass 1 x 512 6 of 12".split()  # layers on kernels
-    assert words(text, "whole pass", 1) == "whole pass 1 x 512 2.00 (1.80-2.40) 1.00 (0.900-1.20) 2.00x".split()
+    assert words(text, "whole pass")[:8] == ["whole", "pass", "1", "x", "512", "6", "of", "12"]  # layers on kernels
+    figures = ["1", "x", "512", "2.00", "(1.80-2.40)", "1.00", "(0.900-1.20)", "2.00x"]
+    assert words(text, "whole pass", 1) == ["whole", "pass", *figures]
     assert "relative difference of the logits: 0.01" in " ".join(text.split())
     assert "kernels" not in printed(RESULT | {"semi_structured": {"refused": "none here", "models": {}}})
 

@@ -35,7 +35,8 @@ def test_windows_begin_with_a_bos_where_the_tokenizer_puts_one(tmp_path):
 
 def test_a_prompt_and_what_is_generated_must_fit():
     assert prompt_of(subject(), "ab", 13).tolist() == [[1, 97, 98]]
-    with pytest.raises(UserError, match="the prompt's 3 tokens and --gen-length 14 make 17 tokens, which exceeds the 16"):
+    message = "the prompt's 3 tokens and --gen-length 14 make 17 tokens, which exceeds the 16"
+    with pytest.raises(UserError, match=message):
         prompt_of(subject(), "ab", 14)
     assert prompt_of(subject(None), "ab", 99).shape == (1, 3)  # a model that names no limit
     with pytest.raises(UserError, match="--prompt is empty"):
