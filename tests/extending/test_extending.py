@@ -1,5 +1,6 @@
 """Scores from outside the package, as docs/extending.md shows them: registered, configured, used and saved."""
 
+import ast
 import importlib.util
 from pathlib import Path
 
@@ -80,3 +81,16 @@ def test_an_example_is_short_and_in_the_docs(name):
     text = (HERE / f"{name}.py").read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 30
     assert f"```python\n{text}```" in DOCS.read_text(encoding="utf-8")
+
+
+def test_the_family_in_the_docs_is_the_one_that_is_tested():
+    """Every definition of the toy family stands in the page as the test has it."""
+    source = (HERE.parent / "models" / "test_register_family.py").read_text(encoding="utf-8")
+    lines, page = source.splitlines(), DOCS.read_text(encoding="utf-8")
+    definitions = {
+        getattr(node, "name", None) or node.targets[0].id: "\n".join(lines[node.lineno - 1 : node.end_lineno])
+        for node in ast.parse(source).body
+        if isinstance(node, (ast.ClassDef, ast.Assign))
+    }
+    for name in ("NAMES", "ToyConfig", "ToyLM", "TOY"):
+        assert definitions[name] in page, name
