@@ -21,7 +21,7 @@ from structprune.evaluation.result_io import json_text
 from structprune.evaluation.settings import EvaluationConfig
 from structprune.files import write_whole
 from structprune.report.eval_tables import eval_table
-from structprune.runs.evaluate import evaluate
+from structprune.runs.evaluate import Session, evaluate
 
 PRUNED = ("structprune-0.3", "structprune-0.5")
 
@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> None:
     )
     checkpoints = [str(dense), *(str(options.demo / name) for name in PRUNED)]
     with progress_bars() as track:
-        evaluation = evaluate(checkpoints, config, options.work / "results", track=track)
+        evaluation = evaluate(checkpoints, config, options.work / "results", session=Session(track))
     assert evaluation is not None  # None only in further processes
     summary = evaluation.summary
     values = {"settings": evaluation.results.settings, "summary": summary, "machine": describe_machine()}

@@ -35,7 +35,7 @@ from structprune.evaluation.workers import workers
 from structprune.files import write_whole
 from structprune.models.loading import load_config
 from structprune.report.eval_tables import eval_table
-from structprune.runs.evaluate import evaluate
+from structprune.runs.evaluate import Session, evaluate
 
 NOTE = (
     "accuracies in percent; ± standard error over items; the published dense figures of ARC-C and WinoGrande do not"
@@ -173,7 +173,7 @@ def make_and_compare(options: argparse.Namespace, family: str, names: list[str])
                 print(f"reproduce: warning: {line}", file=sys.stderr)
 
         with progress_bars(Console(stderr=True, quiet=not place.main)) as track:
-            results = evaluate(checkpoints, config, options.out / "evaluation", track=track, workers=place, say=warn)
+            results = evaluate(checkpoints, config, options.out / "evaluation", session=Session(track, place, warn))
     return {} if results is None else results.summary
 
 

@@ -10,7 +10,7 @@ from structprune.errors import UserError
 
 EVAL_HELP = """Evaluate checkpoints on text and tasks, and say whether they differ from the first.
 
-What is done is kept: the same command goes on where an earlier one ended.
+Finished work is stored: the same command continues where an earlier one ended.
 
 Several GPUs: accelerate launch -m structprune eval ... (on CPU: torchrun --nproc-per-node N -m structprune eval ...)
 
@@ -54,17 +54,15 @@ Tasks = Annotated[
     str | None,
     typer.Option("--tasks", metavar="LIST", help="piqa:FILE, gsm8k:FILE, or tasks of lm-eval; commas between."),
 ]
-Limit = Annotated[int | None, typer.Option("--limit", help="At most so many documents of a task.")]
-Adaptive = Annotated[
-    bool, typer.Option("--adaptive", help="Stop drawing samples of a question once its choice is decided.")
-]
+Limit = Annotated[int | None, typer.Option("--limit", help="The most documents of a task.")]
+Adaptive = Annotated[bool, typer.Option("--adaptive", help="Stop sampling a question once its choice is decided.")]
 Chat = Annotated[bool, typer.Option("--chat", help="Prompts go through the chat template (Instruct checkpoints).")]
 Against = Annotated[
     Path | None, typer.Option("--against", metavar="DIR", help="Also compare with the results of an earlier run.")
 ]
 Forget = Annotated[
     bool,
-    typer.Option("--overwrite", help="Forget the earlier results in --out (of this very run only if it is finished)."),
+    typer.Option("--overwrite", help="Remove earlier results in --out (those of the same run only if it is finished)."),
 ]
 Results = Annotated[Path, typer.Option("--out", help="Directory of the results.")]
 
@@ -86,13 +84,13 @@ def evaluate(
     overwrite: Forget = False,
     debug: Debug = False,
 ) -> None:
-    """Options that have a name of their own come last."""
+    """Options with a name of their own override --set and --config."""
     from structprune.cli.show import evaluate_and_show
     from structprune.evaluation.settings import EvaluationConfig
 
     named = {
         "evaluation.source": text,
-        "evaluation.tasks": None if tasks is None else _listed(tasks),
+        "evaluation.tasks": None if tasks is None else _split(tasks),
         "evaluation.limit": limit,
         "evaluation.adaptive": adaptive or None,
         "evaluation.chat": chat or None,
@@ -100,11 +98,11 @@ def evaluate(
         "model.mask_id": mask_id,
         "model.allow_pickle": allow_pickle or None,
     }
-    given = EvaluationConfig.parse(sets or []) | {key: value for key, value in named.items() if value is not None}
-    evaluate_and_show(checkpoints, EvaluationConfig.load(config, given), out, against, overwrite)
+    overrides = EvaluationConfig.parse(sets or []) | {key: value for key, value in named.items() if value is not None}
+    evaluate_and_show(checkpoints, EvaluationConfig.load(config, overrides), out, against, overwrite)
 
 
-def _listed(tasks: str) -> list[str]:
+def _split(tasks: str) -> list[str]:
     """The names between commas.
 
     Raises:

@@ -11,7 +11,7 @@ from structprune.errors import Interrupted
 from structprune.evaluation.settings import EvaluationConfig
 from structprune.evaluation.workers import workers
 from structprune.report.eval_tables import eval_table
-from structprune.runs.evaluate import evaluate
+from structprune.runs.evaluate import Session, evaluate
 
 
 def evaluate_and_show(
@@ -29,7 +29,7 @@ def evaluate_and_show(
                 print(f"structprune: warning: {line}", file=sys.stderr)
 
         try:
-            evaluation = evaluate(checkpoints, config, out, against, overwrite, track, place, warn)
+            evaluation = evaluate(checkpoints, config, out, against, overwrite, Session(track, place, warn))
         except KeyboardInterrupt as error:
             if not out.exists():
                 raise

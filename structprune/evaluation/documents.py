@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -43,6 +44,23 @@ class Opening:
 
 
 Document = Choices | Opening
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """Which documents of a task are read, and how they are shown.
+
+    Attributes:
+        shots: solved examples; None for the published number (0 for a local task without TRAIN), else the task's own.
+        limit: documents per task (of a group, per member).
+        seed: of lm-eval's choice of examples; default its own.
+        include: a folder of further lm-eval task files.
+    """
+
+    shots: int | None = None
+    limit: int | None = None
+    seed: int = 1234
+    include: str | Path | None = None
 
 
 class Task(Protocol):

@@ -1,7 +1,7 @@
 """structprune's models in lm-evaluation-harness, registered there as `structprune` (needs the extra `eval`).
 
-lm-eval 0.4.13 has no hook for models of other packages, so this module stands in for its command line, as the
-published evaluations do:
+lm-eval 0.4.13 has no hook for models of other packages, so this module replaces its command line, as the published
+evaluations do:
 
     python -m structprune.evaluation.harness --model structprune --model_args pretrained=DIR,cfg_scale=0.5 --tasks piqa
 
@@ -25,19 +25,21 @@ from lm_eval.api.registry import register_model
 from structprune.errors import UserError, nearest
 from structprune.evaluation.choices import Item, MonteCarlo, Scored, check_items, score_items
 from structprune.evaluation.documents import Opening
-from structprune.evaluation.openings import complete
-from structprune.evaluation.requests import group_choices, spread, to_item, to_opening
+from structprune.evaluation.openings import generate_texts
+from structprune.evaluation.requests import group_choices, in_request_order, to_item, to_opening
 from structprune.evaluation.texts import Texts, chat_warning, model_names
 from structprune.evaluation.workers import Workers, join, leave
 from structprune.generation.samplers import sampler_options
 from structprune.models.encode import Batches
 from structprune.models.families import family_of
 from structprune.models.loading import load_model
+from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.placement import compute_device, pick_device
 
 LOG = logging.getLogger(__name__)
-PART = 256  # items that are scored together: what is known of all their tokens is held until they are done
-DEFAULT_DEVICE = "cuda:0"  # lm_eval's command line hands this over where no device is asked for, GPU or not
+PART = 256  # items that are scored together: the nats of all their tokens are in memory until they are done
+DEFAULT_DEVICE = "cuda:0"  # lm_eval's command line passes this by default, with or without a GPU
+LOADING = ("dtype", "mask_id", "allow_pickle")  # arguments of `load_model`
 
 
 @register_model("structprune")
@@ -48,36 +50,34 @@ class StructpruneLM(LM):
 
     Args:
         pretrained: a directory, a Hub id, or a model from `structprune.load_model`.
-        batch_size: rows of the model's full length in a forward pass (so many more shorter ones), prompts that are
-            generated together; "auto": what suits the device, and 8.
-        device: default CUDA where there is one (of several processes, each its own).
-        dtype, mask_id, allow_pickle: as `load_model`'s.
-        max_batch_size: lm-eval hands it over; only None, its default.
-        options: fields of `MonteCarlo` (samples, cfg_scale, seed, adaptive, ...) and options of the family's sampler
-            (gen_length, steps, alg, ...), which outrank the task's. cfg_scale is for both.
+        batch_size: rows of the model's full length in a forward pass (more rows where they are shorter), and prompts
+            that are generated together; "auto": what suits the device, and 8.
+        device: default CUDA where there is one (for several processes, each its own).
+        max_batch_size: lm-eval passes it; only its default is supported.
+        options: `dtype`, `mask_id` and `allow_pickle` of `load_model`; fields of `MonteCarlo` (samples, cfg_scale,
+            seed, adaptive, ...); options of the family's sampler (gen_length, steps, alg, ...), which outrank the
+            task's. cfg_scale is for both.
     Raises:
-        UserError: anything wrong with the checkpoint (it must have a tokenizer), or an option that there is not.
+        UserError: anything wrong with the checkpoint (it must have a tokenizer), or an unknown option.
     """
 
     def __init__(
         self,
-        pretrained,
+        pretrained: str | DiffusionLM,
         batch_size: int | str = "auto",
         device: str | None = None,
-        dtype: str | None = None,
-        mask_id: int | None = None,
-        allow_pickle: bool = False,
         max_batch_size: None = None,
         **options: Any,
     ):
         super().__init__()
         if max_batch_size is not None:
             raise UserError(f"max_batch_size = {max_batch_size} is not used: give batch_size, or auto")
-        place = join()
-        self._rank, self._world_size = place.rank, place.count
+        worker = join()
+        self._rank, self._world_size = worker.rank, worker.count
+        loading = {name: options.pop(name) for name in LOADING if name in options}
         if isinstance(pretrained, str):
-            asked = place.device if device in (None, DEFAULT_DEVICE) else device
-            pretrained = load_model(pretrained, dtype, pick_device(asked), mask_id, allow_pickle)
+            name = worker.device if device in (None, DEFAULT_DEVICE) else device
+            pretrained = load_model(pretrained, device=pick_device(name), **loading)
         self.model = pretrained
         family = family_of(self.model.config)
         self.texts = Texts.open(self.model.source.directory, family.text_edges)
@@ -91,26 +91,26 @@ class StructpruneLM(LM):
     def loglikelihood(self, requests: Sequence) -> list[tuple[float, bool]]:
         """Monte Carlo estimates in nats; the answers of one document are one item.
 
-        The flag of greedy decoding is always false: it is not computed, as in the published evaluations, because none
-        of the published metrics reads it and every answer would cost as many forward passes as it has tokens. A metric
-        that does (exact_match of multiple choice, acc of LAMBADA) is 0 and means nothing.
+        The flag of greedy decoding is always false. As in the published evaluations it is not computed: no published
+        metric reads it, and it would take as many forward passes as an answer has tokens. Metrics that do read it
+        (exact_match of multiple choice, acc of LAMBADA) are 0 and meaningless.
         """
         groups = group_choices(requests)
         items = [to_item(group.document, self.texts) for group in groups]
-        scored = {found.key: found for found in self._score(items)}
+        scored = {each.key: each for each in self._score(items)}
         outcomes = [scored[item.key].log_likelihoods for item in items]
-        return [(value, False) for value in spread(groups, outcomes)]
+        return [(value, False) for value in in_request_order(groups, outcomes)]
 
     def _score(self, items: Sequence[Item]) -> list[Scored]:
-        """PART items at a time, those of like length together and the longest first."""
-        check_items(self.model.config, items, self.settings)  # before the first part takes its time
+        """PART items at a time, items of similar length together and the longest first."""
+        check_items(self.model.config, items, self.settings)  # all of them, before any is scored
         longest = [max(len(each.prompt) + len(each.target) for each in item.answers) for item in items]
         order = sorted(range(len(items)), key=lambda index: -longest[index])
         parts = [[items[index] for index in order[start : start + PART]] for start in range(0, len(order), PART)]
         return [each for part in parts for each in score_items(self.model, part, self.settings, self.batch)]
 
     def loglikelihood_rolling(self, requests: Sequence) -> list[float]:
-        """Refused.
+        """Not supported.
 
         Raises:
             UserError: always.
@@ -123,45 +123,46 @@ class StructpruneLM(LM):
     def generate_until(self, requests: Sequence) -> list[str]:
         """Texts after the prompts, up to EOS or a stop string, by LLaDA's block-wise or Dream's sampler."""
         openings: list[Opening] = [to_opening(request) for request in requests]
-        return complete(self.model, openings, self.texts, self.sampler, self.settings.seed, self.prompts)
+        return generate_texts(self.model, openings, self.texts, self.sampler, self.settings.seed, self.prompts)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A conversation as the model's prompt; from here on Dream's prompts have no BOS of their own."""
+        """A conversation as the model's prompt; later prompts have no BOS besides the template's."""
         if not self.texts.chat:
             self.texts = Texts.of(self.texts.tokenizer, family_of(self.model.config).text_edges, chat=True)
             self._advise(chat=True)
         return self.texts.render(chat_history, add_generation_prompt)
 
     def chat_template(self, chat_template: bool | str = False) -> str:
-        """The template lm-eval reports; only the tokenizer's own can be applied."""
+        """The template that lm-eval reports; only the tokenizer's own can be applied."""
         if isinstance(chat_template, str):
             raise UserError(
-                f"the chat template '{chat_template}' cannot be chosen: only the tokenizer's default is used"
+                f"the chat template '{chat_template}' cannot be chosen: give none, the tokenizer's default is used"
             )
         return (self.texts.tokenizer.chat_template or "") if chat_template else ""
 
     @property
     def tokenizer_name(self) -> str:
-        """Of lm-eval's cache of requests."""
+        """A name for lm-eval's cache of requests."""
         return self.texts.tokenizer.name_or_path.replace("/", "__")
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """One number of every process, (processes,)."""
-        found: list = [None] * self.world_size
-        if self.world_size > 1:
-            torch.distributed.all_gather_object(found, tensor.item())
-        return torch.tensor(found) if self.world_size > 1 else tensor
+        if self.world_size == 1:
+            return tensor
+        values: list = [None] * self.world_size
+        torch.distributed.all_gather_object(values, tensor.item())
+        return torch.tensor(values)
 
     def gather_object(self, obj: Any, dst: int = 0) -> list | None:
-        """What every process has, in process `dst`; None in others."""
+        """The objects of all processes, in process `dst`; None in others."""
         if self.world_size == 1:
             return [obj]
-        found = [None] * self.world_size if self.rank == dst else None
-        torch.distributed.gather_object(obj, found, dst)
-        return found
+        objects = [None] * self.world_size if self.rank == dst else None
+        torch.distributed.gather_object(obj, objects, dst)
+        return objects
 
     def barrier(self) -> None:
-        """Until all processes are here."""
+        """Wait until all processes call this."""
         Workers(self.rank, self.world_size).wait()
 
     def _advise(self, chat: bool) -> None:
@@ -172,24 +173,24 @@ class StructpruneLM(LM):
             LOG.warning("%s", warning.replace("--chat", "--apply_chat_template"))
 
 
-def split_options(config, options: Mapping[str, Any]) -> tuple[MonteCarlo, dict[str, Any]]:
-    """Keyword arguments as settings of likelihoods and options of the sampler of a model's family.
+def split_options(config: Any, options: Mapping[str, Any]) -> tuple[MonteCarlo, dict[str, Any]]:
+    """Keyword arguments as settings of likelihoods, and as options of the sampler of a model's family.
 
     Raises:
-        UserError: a name that is neither's.
+        UserError: a name that belongs to neither.
     """
     scoring = [field.name for field in fields(MonteCarlo)]
     sampler = sampler_options(config)
     for name in options:
         if name not in (*scoring, *sampler):
-            known = [*scoring, *(name for name in sampler if name not in scoring)]
+            known = [*LOADING, *scoring, *(name for name in sampler if name not in scoring)]
             raise UserError(f"unknown model argument '{name}'{nearest(name, known)}: {', '.join(known)}")
     settings = MonteCarlo(**{name: value for name, value in options.items() if name in scoring})
     return settings, {name: value for name, value in options.items() if name in sampler}
 
 
 def main() -> int:
-    """lm-eval's command line; what a user caused is one line and exit code 2."""
+    """lm-eval's command line; a user's error is one line and exit code 2."""
     from lm_eval.__main__ import cli_evaluate
 
     try:

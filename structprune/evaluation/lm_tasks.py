@@ -3,7 +3,6 @@
 Uses lm-eval 0.4.13's `TaskManager`, `Task.build_all_requests`, filters and `Task.process_results`.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from numbers import Real
@@ -11,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from structprune.errors import UserError, nearest
-from structprune.evaluation.documents import Choices, Document
-from structprune.evaluation.requests import Group, document_key, group_choices, spread, to_opening
+from structprune.evaluation.documents import Choices, Document, TaskOptions
+from structprune.evaluation.requests import Group, document_key, group_choices, in_request_order, to_opening
 from structprune.evaluation.texts import Texts
 from structprune.files import first_line
 
 REMEDY = "install lm-eval (pip install 'structprune[eval]'), or name a local file, such as piqa:FILE.jsonl"
-KINDS = {"multiple_choice": "loglikelihood", "generate_until": "generate_until"}  # what we run: output -> request type
+OUTPUT_TYPES = ("multiple_choice", "generate_until")  # of the tasks that can be evaluated
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class LmTask:
     """One task of lm-eval.
 
     Attributes:
-        preset: the name that was asked for: a group's, where this is one of its members.
+        preset: the name that was given: a group's, where this is one of its members.
         source: lm-eval's task object.
         requests: its requests by document key.
     """
@@ -36,17 +35,16 @@ class LmTask:
     source: Any = field(repr=False)
     requests: dict[str, list] = field(repr=False)
 
-    def grade(self, document: Document, outcome: Sequence[float] | str) -> dict[str, float]:
-        """lm-eval's metrics of one document; where it has several filters the name is `metric,filter`.
+    def grade(self, document: Document, outcome: Any) -> dict[str, float]:
+        """lm-eval's metrics of one document, called `metric,filter` where the task has several filters.
 
-        Those that are not one number per document (F1 over a corpus, Brier score) are left out. The flag of greedy
-        decoding, which no metric of multiple choice but exact_match reads, is given as false.
+        Metrics that are not one number per document (F1 over a corpus, Brier score) are left out. The flag of greedy
+        decoding, which of multiple choice only exact_match reads, is false.
         """
         requests = self.requests[document.key]
-        responses = [outcome]
+        responses: list[Any] = [outcome]
         if isinstance(document, Choices):
-            groups = group_choices(requests)
-            responses = [(value, False) for value in spread(groups, [outcome])]
+            responses = [(value, False) for value in in_request_order(group_choices(requests), [outcome])]
         for request, response in zip(requests, responses, strict=True):
             request.resps, request.filtered_resps = [response], {}
         for ensemble in self.source._filters:
@@ -55,51 +53,49 @@ class LmTask:
 
     def _metrics(self, requests: list) -> dict[str, float]:
         filters = list(requests[0].filtered_resps)
-        found = {}
+        metrics = {}
         for name in filters:
             values = self.source.process_results(requests[0].doc, [r.filtered_resps[name] for r in requests])
             for metric, value in values.items():
                 if isinstance(value, Real):
-                    found[metric if len(filters) == 1 else f"{metric},{name}"] = float(value)
-        return found
+                    metrics[metric if len(filters) == 1 else f"{metric},{name}"] = float(value)
+        return metrics
 
 
-def load_tasks(
-    name: str, shots: int | None, limit: int | None, seed: int, texts: Texts, include: str | Path | None = None
-) -> list[LmTask]:
-    """A task of lm-eval, or the members of a group or tag; arguments and errors as `tasks.open_tasks`."""
+def load_tasks(name: str, texts: Texts, options: TaskOptions) -> list[LmTask]:
+    """A task of lm-eval, or the members of a group or tag; errors as `tasks.open_tasks`."""
     try:
-        manager = _manager(include)
+        manager = _manager(options.include)
     except ModuleNotFoundError as error:
         raise UserError(f"the task '{name}' is lm-eval's, and {error.name} is not installed: {REMEDY}") from error
     if name not in manager.all_tasks and not Path(name).is_file():
         raise UserError(f"unknown task '{name}'{nearest(name, manager.all_tasks)}: lm-eval ls tasks lists them")
     try:
         members = manager.load([name])["tasks"]
-    except (OSError, ValueError, RuntimeError) as error:  # what `datasets` raises where data cannot be had
+    except (OSError, ValueError, RuntimeError) as error:  # `datasets` cannot get the data
         reason = f"the data of task '{name}' cannot be read ({first_line(error)})"
         raise UserError(f"{reason}: go online once, or use a file") from error
-    return [_build(member, name, shots, limit, seed, texts) for member in members.values()]
+    return [_build(member, name, texts, options) for member in members.values()]
 
 
 @lru_cache
 def _manager(include: str | Path | None):
-    """lm-eval's index of tasks, which takes seconds to make."""
+    """lm-eval's index of tasks, which takes seconds to build."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=include)
 
 
-def _build(source, asked: str, shots: int | None, limit: int | None, seed: int, texts: Texts) -> LmTask:
+def _build(source: Any, preset: str, texts: Texts, options: TaskOptions) -> LmTask:
     name = source.task_name
     _check(source, name)
-    own = source.get_config("num_fewshot")
+    own, shots = source.get_config("num_fewshot"), options.shots
     if own == 0 and shots:
         raise UserError(f"the task '{name}' is fixed at 0 examples by lm-eval: set evaluation.shots=0, not {shots}")
     source.set_config(key="num_fewshot", value=(own or 0) if shots is None else shots)
-    source.set_fewshot_seed(seed=seed)
+    source.set_fewshot_seed(seed=options.seed)
     source.build_all_requests(
-        limit=limit,
+        limit=options.limit,
         apply_chat_template=texts.chat,
         chat_template=texts.render if texts.chat else None,
     )
@@ -107,21 +103,21 @@ def _build(source, asked: str, shots: int | None, limit: int | None, seed: int, 
     for request in source.instances:
         requests.setdefault(document_key(request), []).append(request)
     documents = [_document(members, name) for members in requests.values()]
-    return LmTask(name, asked, tuple(documents), source, requests)
+    return LmTask(name, preset, tuple(documents), source, requests)
 
 
-def _check(source, name: str) -> None:
-    """Refuse what we cannot run."""
-    kind = source.OUTPUT_TYPE
-    if kind not in KINDS:
-        raise UserError(f"the task '{name}' is of kind {kind}: only {' and '.join(KINDS)} can be evaluated")
+def _check(source: Any, name: str) -> None:
+    """Refuse tasks that cannot be evaluated."""
+    output = source.OUTPUT_TYPE
+    if output not in OUTPUT_TYPES:
+        raise UserError(f"the task '{name}' is of type {output}: only {' and '.join(OUTPUT_TYPES)} can be evaluated")
     if getattr(source, "UNSAFE_CODE", False):
         remedy = "use python -m structprune.evaluation.harness with --confirm_run_unsafe_code"
         raise UserError(f"the task '{name}' runs generated code: {remedy}")
     if getattr(source, "MULTIMODAL", False):
-        raise UserError(f"the task '{name}' has images or sound, and the models read text only")
+        raise UserError(f"the task '{name}' has images or sound, and the models read text only: leave it out")
     if (repeats := source.get_config("repeats") or 1) != 1:
-        raise UserError(f"the task '{name}' asks for {repeats} answers to a question, and one is given")
+        raise UserError(f"the task '{name}' needs {repeats} answers to a question, and one is generated: leave it out")
 
 
 def _document(requests: list, name: str) -> Document:
@@ -131,6 +127,7 @@ def _document(requests: list, name: str) -> Document:
     groups: list[Group] = group_choices(requests)
     if len(groups) > 1:
         raise UserError(
-            f"the task '{name}' also scores answers without a question (acc_mutual_info), which is not done"
+            f"the task '{name}' also scores answers without a question (acc_mutual_info), which is not supported:"
+            " leave it out"
         )
     return groups[0].document

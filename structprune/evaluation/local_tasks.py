@@ -5,7 +5,7 @@ PIQA: arXiv 1911.11641. GSM8K: arXiv 2110.14168.
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from structprune.evaluation.documents import Choices, Opening
 from structprune.evaluation.texts import Texts
 
 SOLUTIONS = ("sol1", "sol2")
-INVALID = "[invalid]"  # what is compared where no answer is found
+INVALID = "[invalid]"  # stands for a missing answer in comparisons
 STRICT = re.compile(r"#### (-?[0-9.,]+)")
 FLEXIBLE = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
 GSM8K_STOPS = ("Question:", "</s>", "<|im_end|>")
@@ -43,14 +43,14 @@ class Gsm8k:
 
     def grade(self, document: Opening, outcome: str) -> dict[str, float]:
         """Exact match of the number after #### (strict-match), and of the last number (flexible-extract)."""
-        gold = normalise(document.gold)
-        found = {"strict-match": strict_answer(outcome), "flexible-extract": flexible_answer(outcome)}
-        return {f"exact_match,{name}": float(normalise(answer) == gold) for name, answer in found.items()}
+        gold = normalise(document.gold or "")
+        answers = {"strict-match": strict_answer(outcome), "flexible-extract": flexible_answer(outcome)}
+        return {f"exact_match,{name}": float(normalise(answer) == gold) for name, answer in answers.items()}
 
 
-def choice_metrics(log_likelihoods: Sequence[float], lengths: Sequence[int], gold: int) -> dict[str, float]:
-    """`acc` and `acc_norm` (per character) of one document; the first of equals is chosen."""
-    rates = [value / length for value, length in zip(log_likelihoods, lengths)]
+def choice_metrics(log_likelihoods: Sequence[float], lengths: Sequence[int], gold: int | None) -> dict[str, float]:
+    """`acc` and `acc_norm` (per character) of one document; of equal answers the first is chosen."""
+    rates = [value / length for value, length in zip(log_likelihoods, lengths, strict=True)]
     return {
         name: float(best.index(max(best)) == gold) for name, best in (("acc", [*log_likelihoods]), ("acc_norm", rates))
     }
@@ -58,18 +58,18 @@ def choice_metrics(log_likelihoods: Sequence[float], lengths: Sequence[int], gol
 
 def strict_answer(text: str) -> str:
     """The number after the first ####, or `INVALID`."""
-    found = STRICT.search(text)
-    return found.group(1).strip() if found else INVALID
+    match = STRICT.search(text)
+    return match.group(1).strip() if match else INVALID
 
 
 def flexible_answer(text: str) -> str:
     """The last number of a text, or `INVALID`."""
-    found = FLEXIBLE.findall(text)
-    return found[-1].strip() if found else INVALID
+    numbers = FLEXIBLE.findall(text)
+    return numbers[-1].strip() if numbers else INVALID
 
 
 def normalise(answer: str) -> str:
-    """Without what stands before ####, without commas, dollar signs and a last full stop, in lower case."""
+    """An answer without text before ####, commas, dollar signs and a final full stop, in lower case."""
     answer = re.sub(r"(?s).*#### ", "", re.sub(r"[,$]", "", answer))
     return re.sub(r"\.$", "", answer).lower()
 
@@ -78,15 +78,15 @@ def read_piqa(path: Path, train: Path | None, shots: int, limit: int | None, tex
     """PIQA's lines {goal, sol1, sol2}, with `label` in them or in a file of labels beside.
 
     Args:
-        path: NAME.jsonl; labels are read from NAME-labels.lst where it is there, one 0 or 1 a line.
-        train: a file of the same form, of which the first `shots` lines are shown solved before every question.
-        limit: documents that are taken.
+        path: NAME.jsonl; labels are read from NAME-labels.lst where it exists, one 0 or 1 a line.
+        train: a file of the same form, whose first `shots` lines are shown solved before every question.
+        limit: the most documents to read.
     Raises:
         UserError: a file is missing, empty or damaged, or has fewer lines than shots.
     """
     prefix = _shots(_piqa_rows(train), train, shots, lambda row: f"{_goal(row)} {row[SOLUTIONS[row['label']]]}")
     documents = []
-    for index, row in enumerate(_taken(_piqa_rows(path), path, limit)):
+    for index, row in enumerate(_first_rows(_piqa_rows(path), path, limit)):
         context = texts.question(prefix + _goal(row))
         solutions = [row[name] for name in SOLUTIONS]
         pairs = tuple((context, texts.delimiter() + solution) for solution in solutions)
@@ -99,7 +99,7 @@ def read_gsm8k(path: Path, train: Path | None, shots: int, limit: int | None, te
     prefix = _shots(_gsm8k_rows(train), train, shots, lambda row: f"{_question(row)} {row['answer']}")
     documents = [
         Opening(f"gsm8k/{index}", texts.question(prefix + _question(row)), GSM8K_STOPS, gold=row["answer"])
-        for index, row in enumerate(_taken(_gsm8k_rows(path), path, limit))
+        for index, row in enumerate(_first_rows(_gsm8k_rows(path), path, limit))
     ]
     return Gsm8k(f"gsm8k:{path.name}", tuple(documents))
 
@@ -115,35 +115,35 @@ def _question(row: dict) -> str:
     return f"Question: {row['question']}\nAnswer:"
 
 
-def _taken(rows: Iterator[dict], path: Path, limit: int | None) -> list[dict]:
-    rows = list(rows)  # all of them, so that a damaged line shows at once, whatever the limit
-    if not rows:
+def _first_rows(rows: Iterable[dict], path: Path, limit: int | None) -> list[dict]:
+    every = list(rows)  # so that a damaged line shows at once, whatever the limit
+    if not every:
         raise UserError(f"{path} is empty: give a file with one JSON object a line")
-    return rows[:limit]
+    return every[:limit]
 
 
-def _shots(rows: Iterator[dict], path: Path | None, count: int, show: Callable[[dict], str]) -> str:
+def _shots(rows: Iterable[dict], path: Path | None, count: int, show: Callable[[dict], str]) -> str:
     """The first rows of the train file, solved, each followed by an empty line."""
     if not count:
         return ""
     if path is None:
-        raise UserError(f"{count} shots need a file to take them from: write TASK:FILE:TRAIN, or evaluation.shots=0")
-    rows = _taken(rows, path, None)
-    if len(rows) < count:
-        raise UserError(f"{path} has {len(rows)} lines, too few for {count} shots: lower evaluation.shots")
-    return "".join(f"{show(row)}\n\n" for row in rows[:count])
+        raise UserError(f"{count} shots need a file of examples: write TASK:FILE:TRAIN, or set evaluation.shots=0")
+    examples = _first_rows(rows, path, None)
+    if len(examples) < count:
+        raise UserError(f"{path} has {len(examples)} lines, too few for {count} shots: lower evaluation.shots")
+    return "".join(f"{show(row)}\n\n" for row in examples[:count])
 
 
 def _piqa_rows(path: Path | None) -> Iterator[dict]:
     if path is None:
         return
     beside = path.with_name(f"{path.stem}-labels.lst")
-    fields = {"goal": str, "sol1": str, "sol2": str} | ({} if beside.is_file() else {"label": int})
-    rows = list(_rows(path, fields))
+    fields: dict[str, type] = {"goal": str, "sol1": str, "sol2": str}
+    rows = list(_rows(path, fields if beside.is_file() else fields | {"label": int}))
     labels = _labels(beside, path, len(rows)) if beside.is_file() else [row["label"] for row in rows]
-    for number, (row, label) in enumerate(zip(rows, labels), start=1):
+    for number, (row, label) in enumerate(zip(rows, labels, strict=True), start=1):
         if label not in (0, 1):
-            raise UserError(f"{path}, line {number}: label {label} is neither 0 nor 1")
+            raise UserError(f"{path}, line {number}: label {label} is neither 0 nor 1: give one of them")
         yield row | {"label": label}
 
 
@@ -151,7 +151,7 @@ def _labels(path: Path, texts: Path, count: int) -> list[int]:
     lines = _lines(path)
     for number, line in enumerate(lines, start=1):
         if line.strip() not in ("0", "1"):
-            raise UserError(f"{path}, line {number}: {line!r} is no label: give 0 or 1")
+            raise UserError(f"{path}, line {number}: {line!r} is not a label: give 0 or 1")
     if len(lines) != count:
         raise UserError(f"{path} has {len(lines)} labels for {count} lines of {texts.name}: give one a line")
     return [int(line) for line in lines]
@@ -162,21 +162,21 @@ def _gsm8k_rows(path: Path | None) -> Iterator[dict]:
         return
     for number, row in enumerate(_rows(path, {"question": str, "answer": str}), start=1):
         if strict_answer(row["answer"]) == INVALID:
-            raise UserError(f"{path}, line {number}: the field 'answer' does not end in '#### NUMBER'")
+            raise UserError(f"{path}, line {number}: the field 'answer' does not end in '#### NUMBER': end it so")
         yield row
 
 
-def _rows(path: Path, fields: dict[str, type]) -> Iterator[dict]:
-    """The objects of a .jsonl file; blank lines at its end are passed over.
+def _rows(path: Path, fields: Mapping[str, type]) -> Iterator[dict]:
+    """The objects of a .jsonl file; blank lines at its end are skipped.
 
     Raises:
-        UserError: a line is no JSON object, or lacks a field of that type.
+        UserError: a line is not a JSON object, or lacks a field of that type.
     """
     for number, line in enumerate(_lines(path), start=1):
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number} is not JSON ({error.msg}): one object a line is read") from error
+            raise UserError(f"{path}, line {number} is not JSON ({error.msg}): give one object a line") from error
         if not isinstance(row, dict):
             raise UserError(f"{path}, line {number} holds a {type(row).__name__}, not an object")
         for name, kind in fields.items():
@@ -185,7 +185,9 @@ def _rows(path: Path, fields: dict[str, type]) -> Iterator[dict]:
             if not isinstance(row[name], kind) or isinstance(row[name], bool) or row[name] == "":
                 raise UserError(f"{path}, line {number}: the field '{name}' is {row[name]!r}, not a {kind.__name__}")
             if kind is str and not row[name].isprintable() and row[name].encode(errors="ignore").decode() != row[name]:
-                raise UserError(f"{path}, line {number}: the field '{name}' holds half a character (a lone surrogate)")
+                raise UserError(
+                    f"{path}, line {number}: the field '{name}' holds half a character (a lone surrogate): remove it"
+                )
         yield row
 
 

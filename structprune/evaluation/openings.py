@@ -1,6 +1,6 @@
 """Documents of generation tasks to finished texts."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from structprune.errors import UserError
@@ -14,43 +14,41 @@ from structprune.models.families import family_of
 from structprune.models.modeling_structprune import DiffusionLM
 
 
-def complete(
+def generate_texts(
     model: DiffusionLM,
     openings: Sequence[Opening],
     texts: Texts,
-    given: Mapping[str, Any],
+    options: Mapping[str, Any],
     seed: int = 0,
     batch: int = 8,
-    track: Callable[[Iterable], Iterable] = lambda items: items,
 ) -> list[str]:
     """The text generated after every opening, cut at EOS or its stop strings.
 
-    Numbers of a document depend on the seed and its key, not on the other documents. Sampling at a temperature
+    A document's random numbers depend on the seed and its key, not on the other documents. Sampling at a temperature
     therefore runs one document at a time; greedy settings share batches.
 
     Args:
-        given: options of the family's sampler, which outrank those of the openings.
+        options: of the family's sampler, which outrank those of the openings.
         batch: prompts in a forward pass.
-        track: wraps the iteration over batches of equal settings (progress).
     Raises:
-        UserError: an option that the sampler has not, an empty prompt, or one too long for the model.
+        UserError: an option that the sampler does not have, an empty prompt, or one too long for the model.
     """
-    settings = [_settings(model.config, opening, given) for opening in openings]
+    settings = [_settings(model.config, opening, options) for opening in openings]
     answers: dict[int, str] = {}
-    for chosen in track(_portions(openings, settings)):
-        prompts = [texts.prompt(openings[index].context) for index in chosen]  # N x (P,)
-        stream = item_generator(seed, openings[chosen[0]].key)
-        found = generate(model, prompts, settings[chosen[0]], generator=stream, batch=batch)
-        for index, prompt, ids in zip(chosen, prompts, found):
+    for indices in _portions(settings):
+        prompts = [texts.prompt(openings[index].context) for index in indices]  # N x (P,)
+        stream = item_generator(seed, openings[indices[0]].key)
+        outputs = generate(model, prompts, settings[indices[0]], generator=stream, batch=batch)
+        for index, prompt, ids in zip(indices, prompts, outputs, strict=True):
             answers[index] = texts.answer(ids[len(prompt) :], openings[index].until)
     return [answers[index] for index in range(len(openings))]
 
 
-def check_openings(config, openings: Sequence[Opening], texts: Texts, given: Mapping[str, Any]) -> None:
-    """Raise UserError for what `complete` would, from the model's configuration alone: before any weight is read."""
+def check_openings(config: Any, openings: Sequence[Opening], texts: Texts, options: Mapping[str, Any]) -> None:
+    """Raise the errors of `generate_texts` that the model's configuration is enough for: before any weight is read."""
     longest = getattr(config, family_of(config).keys["positions"])
     for opening in openings:
-        settings, prompt = _settings(config, opening, given), texts.prompt(opening.context)
+        settings, prompt = _settings(config, opening, options), texts.prompt(opening.context)
         if len(prompt) + settings.gen_length > longest:
             raise UserError(
                 f"item {opening.key} has {len(prompt)} tokens, and gen_length = {settings.gen_length} more do not fit "
@@ -58,13 +56,13 @@ def check_openings(config, openings: Sequence[Opening], texts: Texts, given: Map
             )
 
 
-def _settings(config, opening: Opening, given: Mapping[str, Any]) -> Generation:
-    return generation_settings(config, sampler_values(sampler_options(config), opening.options, given))
+def _settings(config: Any, opening: Opening, options: Mapping[str, Any]) -> Generation:
+    return generation_settings(config, sampler_values(sampler_options(config), opening.options, options))
 
 
-def _portions(openings: Sequence[Opening], settings: Sequence[Generation]) -> list[list[int]]:
-    """Indices of openings that are generated together: of equal settings, alone where chance has a part."""
-    alike: dict[Any, list[int]] = {}
-    for index, setting in enumerate(settings):
-        alike.setdefault((setting, index if setting.draws else None), []).append(index)
-    return list(alike.values())
+def _portions(settings: Sequence[Generation]) -> list[list[int]]:
+    """Indices of openings that are generated together: of equal settings, and alone where sampling is random."""
+    portions: dict[Any, list[int]] = {}
+    for index, each in enumerate(settings):
+        portions.setdefault((each, index if each.draws else None), []).append(index)
+    return list(portions.values())

@@ -1,7 +1,7 @@
 """Monte Carlo perturbations of a target, in LLaDA's and Dream's forms, as pure functions (docs/methods.md section 6).
 
-All chance comes in as uniform numbers of one item, so that its answers, and every checkpoint, see the same noise and
-their differences are paired. Papers: LLaDA arXiv 2502.09992 (Appendix B.5), Dream arXiv 2508.15487. Shapes: K blocks of
+All randomness comes from uniform numbers of one item, so that its answers, and all checkpoints, share their noise and
+differences are paired. Papers: LLaDA arXiv 2502.09992 (Appendix B.5), Dream arXiv 2508.15487. Shapes: K blocks of
 b samples, N = K·b samples, L target tokens.
 """
 
@@ -26,7 +26,7 @@ class Perturbed:
 
     Attributes:
         masked: (N, L) bool, which target tokens are masked.
-        weight: (N,) float64, what the summed cross-entropy of a sample is multiplied with (1 / mask probability).
+        weight: (N,) float64, factor of a sample's summed cross-entropy (1 / mask probability).
     """
 
     masked: torch.Tensor
@@ -38,9 +38,10 @@ class Form:
     """How a likelihood is estimated: what differs between the families' published estimators.
 
     Attributes:
-        perturb: levels and positions in [0, 1) -> samples; levels are (K,) or, with `level_per_sample`, (N,).
+        perturb: levels and positions in [0, 1) -> samples.
+        level_per_sample: whether levels are (N,), one per sample, or (K,), one per block.
+        hidden_last: whether the last token of the sequence is never masked.
         guidance: w as a user gives it -> the scale s of u + (1 + s)(c - u).
-        hidden_last: the last token of the sequence is never masked.
     """
 
     perturb: Callable[[torch.Tensor, torch.Tensor], Perturbed]
@@ -58,9 +59,9 @@ def item_generator(seed: int, key: str) -> torch.Generator:
 def spread(count: int, period: int, generator: torch.Generator) -> torch.Tensor:
     """Low-discrepancy numbers (u + j a) mod 1 with one u ~ U(0, 1): (count,) float64.
 
-    Each is uniform by itself, so that every weighting of them is unbiased; together, in every prefix, they and
-    their multiples by `period` fill the unit interval evenly (a Kronecker sequence: period · a is the golden ratio
-    mod 1, and a the number next to the golden ratio for which it is).
+    Each number is uniform, so that any weighting of them is unbiased. Every prefix of them, and of every `period`-th
+    one, fills the unit interval evenly (a Kronecker sequence: period · a is the golden ratio mod 1, and a is the number
+    closest to the golden ratio with this property).
     """
     step = (GOLDEN + round(GOLDEN * (period - 1))) / period
     start = torch.rand(1, generator=generator, dtype=torch.float64)  # (1,)
@@ -85,28 +86,28 @@ def draw_uniform(
 
 
 def aligned_columns(targets: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], int]:
-    """Which uniform numbers each answer's tokens use: what answers have in common is masked together.
+    """Which uniform numbers each answer's tokens use, so that tokens that answers share are masked together.
 
-    Answers of a question often differ in a word or two. With the same number for the same token, wherever it stands,
-    the answers lose the same tokens in a sample, so that their difference varies less. Tokens are matched in order
-    to those of the first answer; those that replace each other share a number too, what is left has its own.
+    Answers of a question often differ in a word or two. When equal tokens use the same number at any position, the same
+    tokens of all answers are masked in a sample, and the difference varies less. Tokens are matched in order with those
+    of the first answer. Tokens that replace each other also share a number; the others have their own.
 
     Args:
         targets: (L,) int64 each.
     Returns:
         (L,) int64 columns of each target, all different, and the number of columns.
     """
-    first, found = targets[0].tolist(), [torch.arange(len(targets[0]))]  # (L,)
+    first, columns = targets[0].tolist(), [torch.arange(len(targets[0]))]  # (L,)
     width = len(first)
     for target in targets[1:]:
-        columns: list[int] = []
-        for _, start, stop, own, end in SequenceMatcher(None, first, target.tolist(), False).get_opcodes():
-            shared = min(stop - start, end - own)
-            extra = end - own - shared
-            columns += [*range(start, start + shared), *range(width, width + extra)]
+        own: list[int] = []
+        for _, start, stop, begin, end in SequenceMatcher(None, first, target.tolist(), False).get_opcodes():
+            shared = min(stop - start, end - begin)
+            extra = end - begin - shared
+            own += [*range(start, start + shared), *range(width, width + extra)]
             width += extra
-        found.append(torch.tensor(columns))  # (L,)
-    return found, width
+        columns.append(torch.tensor(own))  # (L,)
+    return columns, width
 
 
 def masked_counts(first: torch.Tensor, length: int, block: int) -> torch.Tensor:

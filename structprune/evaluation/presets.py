@@ -1,9 +1,10 @@
 """Published settings of the nine tasks, for LLaDA and for Dream (docs/methods.md section 6), as in configs/eval/*.yaml.
 
-The table is in code so that an installed package has it; a test holds the files equal to it. Sources: the evaluation
-scripts beside arXiv 2502.09992 (LLaDA) and arXiv 2508.15487 (Dream); what they leave open is said in the files.
+The table is in code so that an installed package has it; a test checks that the files agree. Sources: the evaluation
+scripts of arXiv 2502.09992 (LLaDA) and arXiv 2508.15487 (Dream); the files say what these leave open.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,12 @@ from structprune.models.families import FAMILIES, Family
 class Likelihood(Section):
     """How answers are scored."""
 
-    samples: int = Field(128, ge=1)
+    samples: int = Field(default=128, ge=1)
     """Monte Carlo samples per answer."""
-    block: int = Field(8, ge=1)
-    """Samples whose numbers of masks are drawn together (LLaDA), and whose mean counts as one for standard errors."""
-    cfg_scale: float = Field(0.0, ge=0)
-    """Of classifier-free guidance; 0 is off."""
+    block: int = Field(default=8, ge=1)
+    """Samples whose numbers of masks are drawn together (LLaDA), and whose mean is one value for standard errors."""
+    cfg_scale: float = Field(default=0.0, ge=0)
+    """Scale of classifier-free guidance; 0 is off."""
 
 
 class FamilyPreset(Section):
@@ -76,9 +77,12 @@ class Preset(Section):
 
 
 def _choice(task: str, shots: int, cfg_scale: float = 0.0, samples: int = 128) -> Preset:
-    llada = {"samples": samples, "block": min(samples, 8), "cfg_scale": cfg_scale}
-    dream = {"samples": 128}
-    return Preset(task=task, llada={"shots": shots, "likelihood": llada}, dream={"shots": shots, "likelihood": dream})
+    llada = Likelihood(samples=samples, block=min(samples, 8), cfg_scale=cfg_scale)
+    return Preset(
+        task=task,
+        llada=FamilyPreset(shots=shots, likelihood=llada),
+        dream=FamilyPreset(shots=shots, likelihood=Likelihood(samples=128)),
+    )
 
 
 GSM8K_LLADA = {"gen_length": 1024, "steps": 1024, "block_length": 1024, "cfg_scale": 0.0, "temperature": 0.0}
@@ -96,8 +100,8 @@ PRESETS: dict[str, Preset] = {
         _choice("race", 0),
         Preset(
             task="gsm8k",
-            llada={"shots": 5, "generation": GSM8K_LLADA},
-            dream={"shots": 8, "generation": GSM8K_DREAM},
+            llada=FamilyPreset(shots=5, generation=GSM8K_LLADA),
+            dream=FamilyPreset(shots=8, generation=GSM8K_DREAM),
         ),
     )
 }
@@ -109,7 +113,7 @@ def preset_for(task: str, family: Family) -> FamilyPreset | None:
 
 
 def is_preset(values: Any) -> bool:
-    """Whether what a YAML file holds is meant as a `Preset`: it names a family, as lm-eval's task files do not."""
+    """Whether the contents of a YAML file are a `Preset`: it names a family, which lm-eval's task files do not."""
     return isinstance(values, dict) and not values.keys().isdisjoint(Preset.sides())
 
 
@@ -130,13 +134,12 @@ def load_preset(path: str | Path) -> Preset:
     try:
         return Preset.model_validate(values)
     except ValidationError as error:
-        problems = sorted(
-            error.errors(), key=lambda problem: problem["type"] != "extra_forbidden"
-        )  # a slip explains most
-        raise UserError(f"{path}: {_explain(problems[0])}") from error
+        problems = error.errors()
+        misspelt = [problem for problem in problems if problem["type"] == "extra_forbidden"]  # often causes the others
+        raise UserError(f"{path}: {_explain((misspelt or problems)[0])}") from error
 
 
-def _explain(problem: dict) -> str:
+def _explain(problem: Mapping[str, Any]) -> str:
     name = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         parts = problem["loc"]

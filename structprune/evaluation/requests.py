@@ -1,4 +1,4 @@
-"""lm-eval's requests as documents and items, and outcomes back into their order; pure functions, without lm-eval.
+"""lm-eval's requests to documents and items, and outcomes back into the requests' order; lm-eval is not needed.
 
 A request (lm-eval's `Instance`) has `args`, (context, continuation) or (context, generation options), `task_name` and
 `doc_id`. The requests of one document become one item, so that its answers share noise and a choice can be decided
@@ -14,7 +14,7 @@ from structprune.evaluation.choices import Answer, Item
 from structprune.evaluation.documents import Choices, Opening
 from structprune.evaluation.texts import Texts
 
-PACE = ("steps", "block_length")  # sampler options that go with gen_length
+PACE = ("steps", "block_length")  # sampler options that default to gen_length
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class Group:
     """A document and the requests it answers.
 
     Attributes:
-        document: with every (context, continuation) once.
-        places: for every pair, the indices of the requests that ask for it.
+        document: with each (context, continuation) once.
+        places: for each pair, the indices of its requests.
     """
 
     document: Choices
@@ -31,7 +31,7 @@ class Group:
 
 
 def document_key(request) -> str:
-    """task/document of a request; of one that belongs to no task, a digest of its context."""
+    """task/document of a request; for a request without a task, a digest of its context."""
     if request.task_name is None or request.doc_id is None:
         return "request/" + hashlib.sha256(str(request.args[0]).encode()).hexdigest()[:16]
     return f"{request.task_name}/{request.doc_id}"
@@ -40,26 +40,25 @@ def document_key(request) -> str:
 def group_choices(requests: Sequence) -> list[Group]:
     """Requests of log-likelihoods by document, in the order they first appear.
 
-    A document's requests without a context beside others that have one (lm-eval's acc_mutual_info) are no answers to
-    choose from, and become a document of their own. Repeated requests are scored once.
+    Where only some of a document's requests have a context (lm-eval's acc_mutual_info), the others become a document
+    of their own. Repeated requests are scored once.
     """
-    found: dict[str, dict[tuple[str, str], list[int]]] = {}
+    documents: dict[str, dict[tuple[str, str], list[int]]] = {}
     for index, request in enumerate(requests):
         key, (context, continuation) = document_key(request), request.args[:2]
-        found.setdefault(key if context else f"{key}/unconditional", {}).setdefault((context, continuation), []).append(
-            index
-        )
+        pairs = documents.setdefault(key if context else f"{key}/unconditional", {})
+        pairs.setdefault((context, continuation), []).append(index)
     return [
         Group(
             Choices(key, tuple(pairs), tuple(len(continuation.removeprefix(" ")) for _, continuation in pairs)),
             tuple(tuple(places) for places in pairs.values()),
         )
-        for key, pairs in found.items()
+        for key, pairs in documents.items()
     ]
 
 
-def spread(groups: Sequence[Group], outcomes: Sequence[Sequence[float]]) -> list[float]:
-    """Log-likelihoods of groups in the order of the requests.
+def in_request_order(groups: Sequence[Group], outcomes: Sequence[Sequence[float]]) -> list[float]:
+    """Log-likelihoods of groups in the order of their requests.
 
     Args:
         outcomes: for every group, one number per pair.
@@ -72,7 +71,7 @@ def spread(groups: Sequence[Group], outcomes: Sequence[Sequence[float]]) -> list
 
 
 def to_item(document: Choices, texts: Texts) -> Item:
-    """A document as the tokens that are scored.
+    """A document as tokens to score.
 
     Raises:
         UserError: a continuation without a token.
@@ -84,7 +83,7 @@ def to_item(document: Choices, texts: Texts) -> Item:
 
 
 def to_opening(request) -> Opening:
-    """A request to generate as a document."""
+    """A generation request as a document."""
     context, options = request.args[:2]
     until = options.get("until") or ()
     until = (until,) if isinstance(until, str) else tuple(until)
@@ -92,32 +91,32 @@ def to_opening(request) -> Opening:
     return Opening(document_key(request), context, until, rest)
 
 
-def sampler_values(known: Sequence[str], options: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of a sampler from a task's wishes and the caller's, of which the caller's come first.
+def sampler_values(names: Sequence[str], of_task: Mapping[str, Any], of_caller: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a sampler from a task's and the caller's, of which the caller's take precedence.
 
-    lm-eval's words are translated: max_gen_toks (or max_new_tokens) is gen_length; do_sample false or absent makes the
-    temperature 0 and takes top_p and top_k away. Where they are not given, steps, and LLaDA's block length, equal
-    gen_length: one token a step in one block, as published.
+    lm-eval's names are translated: max_gen_toks (or max_new_tokens) is gen_length; without do_sample the temperature is
+    0 and top_p and top_k are dropped. By default steps, and LLaDA's block length, equal gen_length: one token a step in
+    one block, as published.
 
     Args:
-        known: the sampler's options.
-        options: `Opening.options`.
-        given: the caller's, in the sampler's words.
+        names: of the sampler's options.
+        of_task: `Opening.options`.
+        of_caller: under the sampler's names.
     """
-    wishes = dict(options)
+    options = dict(of_task)
     for name in ("max_new_tokens", "max_gen_toks"):
-        if name in wishes:
-            wishes["gen_length"] = wishes.pop(name)
-    if not wishes.pop("do_sample", False):
-        wishes = {name: value for name, value in wishes.items() if name not in ("temperature", "top_p", "top_k")}
-    values = overlay(wishes, given)
+        if name in options:
+            options["gen_length"] = options.pop(name)
+    if not options.pop("do_sample", False):
+        options = {name: value for name, value in options.items() if name not in ("temperature", "top_p", "top_k")}
+    values = overlay(options, of_caller)
     if "gen_length" in values:
-        values = {name: values["gen_length"] for name in PACE if name in known} | values
+        values = {name: values["gen_length"] for name in PACE if name in names} | values
     return values
 
 
-def overlay(base: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Sampler options with others on top; a new gen_length takes the steps and block length with it."""
-    if "gen_length" in given:
+def overlay(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Sampler options with changes; a changed gen_length drops the steps and block length of the base."""
+    if "gen_length" in changes:
         base = {name: value for name, value in base.items() if name not in PACE}
-    return {**base, **given}
+    return {**base, **changes}

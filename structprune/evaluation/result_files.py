@@ -1,9 +1,9 @@
-"""Results on disk: kept chunk by chunk while a run is under way, one file per checkpoint and task at its end.
+"""Results on disk: chunk by chunk while a run is under way, one file per checkpoint and task at its end.
 
 A run's directory holds
 
     settings.json                      what the results depend on
-    partial/rank-0.jsonl, ...          a line per finished chunk, from each process; gone at the end
+    partial/rank-0.jsonl, ...          a line per finished chunk, from each process; removed at the end
     items/<checkpoint>/<task>.jsonl    a line per item
     results.json                       settings, summary, and what is in items/; written last
 """
@@ -14,11 +14,14 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
+from typing import Any
 
 from structprune.errors import UserError
 from structprune.evaluation.labels import safe_names
 from structprune.evaluation.result_io import (
+    DAMAGED,
     json_line,
     json_text,
     parse_line,
@@ -26,13 +29,13 @@ from structprune.evaluation.result_io import (
     read_object,
     read_rows,
 )
-from structprune.evaluation.results import Row, from_json, to_json
+from structprune.evaluation.results import Row, RunRows, from_json, to_json
 from structprune.files import is_draft, write_whole
 
 RESULTS, SETTINGS, PARTIAL, ITEMS = "results.json", "settings.json", "partial", "items"
 Chunk = int | str
-CHUNK = {"checkpoint": str, "task": str, "chunk": (int, str), "rows": list}
-Rows = dict[str, dict[str, list[Row]]]  # checkpoint -> task -> rows
+CHUNK: dict[str, Any] = {"checkpoint": str, "task": str, "chunk": (int, str), "rows": list}
+Keys = Mapping[str, Mapping[str, Sequence[str]]]  # checkpoint -> task -> keys of its items, in order
 
 
 @dataclass(frozen=True)
@@ -42,18 +45,18 @@ class Results:
     directory: Path
     settings: dict
     summary: dict
-    rows: Rows
+    rows: dict[str, dict[str, list[Row]]]
 
 
 class ResultStore:
-    """The results of a run under way: whole chunks are kept as they come, and known when the run is started again.
+    """The results of a run under way: whole chunks are stored as they finish, and found when the run starts again.
 
     A chunk's name must stand for the same items whenever the settings are the same, on any number of processes.
 
     Args:
         directory: of the run, shared by all its processes.
         settings: plain values that the results depend on, such as checkpoints' fingerprints, tasks, samples, seed.
-        rank: of this process; each writes a file of its own.
+        rank: number of this process; each writes its own file.
     Raises:
         UserError: the directory cannot be written, holds something else or results of other settings, or another
             process is writing them.
@@ -61,28 +64,28 @@ class ResultStore:
 
     def __init__(self, directory: str | Path, settings: dict, rank: int = 0):
         self.directory = Path(directory)
-        self.settings = json.loads(json.dumps(settings))  # as it will be read again
+        self.settings = json.loads(json.dumps(settings))  # as they will be read again
         self._path = self.directory / PARTIAL / f"rank-{rank}.jsonl"
         self._done: dict[tuple[str, str], set[Chunk]] = {}
+        self._file: FileIO | None = None
         with plain_os_errors(self.directory):
             self._claim()
             self.finished = (self.directory / RESULTS).is_file()
             if self.finished:
-                self._file = None
                 return
             self._path.parent.mkdir(exist_ok=True)
-            self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 (open until `close`)
-            self._lock()
+            self._file = FileIO(self._path, "a")
+            self._lock(self._file)
             self._drop_torn_line()
             for record in _records(self.directory):
                 self._note(record)
 
     def done(self, checkpoint: str, task: str) -> set[Chunk]:
-        """Chunks that are complete, by whichever process."""
+        """Complete chunks, of any process."""
         return set(self._done.get((checkpoint, task), ()))
 
     def add(self, checkpoint: str, task: str, chunk: Chunk, rows: Sequence[Row]) -> None:
-        """Keep a chunk: on disk when this returns, and not at all if the process dies before.
+        """Store a chunk: it is on disk when this returns, and not at all if the process ends before.
 
         Raises:
             UserError: no space left.
@@ -93,26 +96,25 @@ class ResultStore:
         before = self._path.stat().st_size
         try:
             with plain_os_errors(self._path):
-                left = memoryview(json_line(record))
-                while left:  # once, but where the disk is nearly full
-                    left = left[self._file.write(left) :]
+                rest = memoryview(json_line(record))
+                while rest:  # once, unless the disk is nearly full
+                    rest = rest[self._file.write(rest) :]
                 os.fsync(self._file.fileno())
         except BaseException:
             os.truncate(self._path, before)
             raise
         self._note(record)
 
-    def finish(self, items: Mapping[str, Mapping[str, Sequence[str]]], summarise: Callable[[Rows], dict]) -> Results:
-        """Merge what all processes wrote, in the order of the items; call it in one process, once all are done.
+    def finish(self, keys: Keys, summarise: Callable[[RunRows], dict]) -> Results:
+        """Merge the chunks of all processes, in the order of the keys; call it in one process, once all are done.
 
         Args:
-            items: checkpoint -> task -> keys of its items, in order.
-            summarise: checkpoint -> task -> rows, to the summary that results.json keeps.
+            summarise: all rows -> the summary for results.json.
         Raises:
             UserError: items are missing, or there is no space left.
         """
         earlier = read_results(self.directory) if self.finished else None
-        rows = self._ordered(items) if earlier is None else _in_order(earlier.rows, items)
+        rows = self._merged(keys) if earlier is None else _in_order(earlier.rows, keys)
         summary = summarise(rows)
         if earlier is None or summary != earlier.summary or list(rows) != list(earlier.rows):
             with plain_os_errors(self.directory):
@@ -124,7 +126,7 @@ class ResultStore:
         return read_results(self.directory)
 
     def close(self) -> None:
-        """Let another process write this rank's results."""
+        """Release the file, so that another process can write this rank's results."""
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -132,8 +134,8 @@ class ResultStore:
     def _note(self, record: dict) -> None:
         self._done.setdefault((record["checkpoint"], record["task"]), set()).add(record["chunk"])
 
-    def _write_items(self, rows: Rows) -> dict[str, dict[str, dict]]:
-        """Checkpoint -> task -> its file and how many items it has."""
+    def _write_items(self, rows: RunRows) -> dict[str, dict[str, dict]]:
+        """Write every task's items; returns checkpoint -> task -> its file and its number of items."""
         files: dict[str, dict[str, dict]] = {}
         for checkpoint, tasks in rows.items():
             names = safe_names(list(tasks))
@@ -144,86 +146,85 @@ class ResultStore:
         return files
 
     def _claim(self) -> None:
-        """The directory is made, or is one of these settings."""
+        """Make the directory, or check that it has the same settings."""
         _refuse_foreign(self.directory)
         self.directory.mkdir(parents=True, exist_ok=True)
         path = self.directory / SETTINGS
         if not path.exists():  # processes that start together write the same
             write_whole(path, json_text({"settings": self.settings}))
-        found = read_object(path)
-        if changed := setting_differences(found["settings"], self.settings):
-            more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+        if changes := setting_differences(read_object(path)["settings"], self.settings):
+            more = f" (and {len(changes) - 1} more)" if len(changes) > 1 else ""
             raise UserError(
-                f"output '{self.directory}' holds results of other settings: {changed[0]}{more}:"
+                f"output '{self.directory}' holds results of other settings: {changes[0]}{more}:"
                 " add --overwrite, or choose another --out"
             )
 
-    def _lock(self) -> None:
-        """Held until the process ends, however it ends."""
+    def _lock(self, file: FileIO) -> None:
+        """Lock a file until the process ends, in whichever way."""
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(f"output '{self.directory}' is being written by another run: wait for it") from error
 
     def _drop_torn_line(self) -> None:
-        """What was written when the process before was killed ends in no newline."""
+        """Remove a line without a newline, which a killed process left."""
         text = self._path.read_bytes()
         os.truncate(self._path, text.rfind(b"\n") + 1)
 
-    def _ordered(self, items: Mapping[str, Mapping[str, Sequence[str]]]) -> Rows:
-        found: dict[tuple[str, str], dict[str, Row]] = {}
+    def _merged(self, keys: Keys) -> RunRows:
+        rows: dict[tuple[str, str], dict[str, Row]] = {}
         for record in _records(self.directory):
             self._note(record)
-            kept = found.setdefault((record["checkpoint"], record["task"]), {})
+            of_task = rows.setdefault((record["checkpoint"], record["task"]), {})
             for row in map(from_json, record["rows"]):
-                kept.setdefault(row.key, row)  # the first of equals
-        for checkpoint, tasks in items.items():
-            for task, keys in tasks.items():
-                missing = [key for key in keys if key not in found.get((checkpoint, task), {})]
+                of_task.setdefault(row.key, row)  # the first of equal ones
+        for checkpoint, tasks in keys.items():
+            for task, names in tasks.items():
+                missing = [name for name in names if name not in rows.get((checkpoint, task), {})]
                 if missing:
                     raise UserError(
-                        f"output '{self.directory}' lacks {len(missing)} of {len(keys)} items of task '{task}' of"
+                        f"output '{self.directory}' lacks {len(missing)} of {len(names)} items of task '{task}' of"
                         f" '{checkpoint}' (first '{missing[0]}'): run the same command again"
                     )
         return {
-            checkpoint: {task: [found[checkpoint, task][key] for key in keys] for task, keys in tasks.items()}
-            for checkpoint, tasks in items.items()
+            checkpoint: {task: [rows[checkpoint, task][name] for name in names] for task, names in tasks.items()}
+            for checkpoint, tasks in keys.items()
         }
 
 
 def _records(directory: Path) -> Iterator[dict]:
-    """Complete chunks of all processes; one may be there twice, where two runs had other numbers of them."""
+    """Complete chunks of all processes; one may occur twice, where two runs had different numbers of processes."""
     for path in sorted((directory / PARTIAL).glob("rank-*.jsonl")):
         text = path.read_bytes()
         for number, line in enumerate(text[: text.rfind(b"\n") + 1].splitlines(), 1):
             yield parse_line(line, path, number, CHUNK)
 
 
-def _in_order(rows: Rows, items: Mapping[str, Mapping[str, Sequence[str]]]) -> Rows:
-    """Finished rows in the order that is asked for now: the first checkpoint is what others are compared with."""
-    return {checkpoint: {task: rows[checkpoint][task] for task in tasks} for checkpoint, tasks in items.items()}
+def _in_order(rows: RunRows, keys: Keys) -> RunRows:
+    """Finished rows in the order of the keys: the others are compared with the first checkpoint."""
+    return {checkpoint: {task: rows[checkpoint][task] for task in tasks} for checkpoint, tasks in keys.items()}
 
 
 def read_results(directory: str | Path) -> Results:
-    """What a finished run left.
+    """The results of a finished run.
 
     Raises:
-        UserError: no results there, unfinished ones, or damaged ones.
+        UserError: there are no results, or unfinished or damaged ones.
     """
     directory = Path(directory)
     if not (directory / RESULTS).is_file():
         if (directory / SETTINGS).is_file():
             raise UserError(f"the results in '{directory}' are not finished: run the command that made them again")
-        raise UserError(f"'{directory}' holds no results of structprune eval")
-    found = read_object(directory / RESULTS)
-    rows: Rows = {}
+        raise UserError(f"'{directory}' holds no results of structprune eval: name its --out")
+    values = read_object(directory / RESULTS)
+    rows: dict[str, dict[str, list[Row]]] = {}
     try:
-        for checkpoint, tasks in found["files"].items():
+        for checkpoint, tasks in values["files"].items():
             for task, entry in tasks.items():
                 rows.setdefault(checkpoint, {})[task] = read_rows(directory / entry["file"], entry["items"])
-        return Results(directory, found["settings"], found["summary"], rows)
+        return Results(directory, values["settings"], values["summary"], rows)
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"'{directory / RESULTS}' is damaged: evaluate again with --overwrite") from error
+        raise UserError(f"'{directory / RESULTS}' is damaged: {DAMAGED}") from error
 
 
 def clear_results(directory: str | Path) -> None:
@@ -235,14 +236,14 @@ def clear_results(directory: str | Path) -> None:
     directory = Path(directory)
     with plain_os_errors(directory):
         _refuse_foreign(directory)
-        (directory / RESULTS).unlink(missing_ok=True)  # first: what is left is never taken for finished
+        (directory / RESULTS).unlink(missing_ok=True)  # first, so that the rest is never taken for finished results
         for name in (PARTIAL, ITEMS):
             shutil.rmtree(directory / name, ignore_errors=True)
         (directory / SETTINGS).unlink(missing_ok=True)
 
 
-def goes_on(directory: str | Path, settings: dict) -> bool:
-    """Whether a directory holds these very settings' results, unfinished and undamaged.
+def is_resumable(directory: str | Path, settings: dict) -> bool:
+    """Whether a directory holds unfinished, undamaged results of the same settings.
 
     Raises:
         UserError: there can be no such directory.
@@ -252,16 +253,16 @@ def goes_on(directory: str | Path, settings: dict) -> bool:
         if not (directory / SETTINGS).is_file() or (directory / RESULTS).is_file():
             return False
     try:
-        kept = read_object(directory / SETTINGS)["settings"]
+        stored = read_object(directory / SETTINGS)["settings"]
         for record in _records(directory):
             list(map(from_json, record["rows"]))
-    except (UserError, OSError):  # damaged, so nothing to go on with
+    except (UserError, OSError):  # damaged
         return False
-    return not setting_differences(kept, json.loads(json.dumps(settings)))
+    return not setting_differences(stored, json.loads(json.dumps(settings)))
 
 
 def setting_differences(old: dict, new: dict) -> list[str]:
-    """What differs, in words: `seed was 0 and is 1`; nested settings by their dotted names."""
+    """The differences in words, `seed was 0 and is 1`; nested settings under dotted names."""
     before, after = _flat(old), _flat(new)
     return [
         f"{name} was {_short(before.get(name, 'not set'))} and is {_short(after.get(name, 'not set'))}"
@@ -272,13 +273,13 @@ def setting_differences(old: dict, new: dict) -> list[str]:
 
 def _flat(values: dict, prefix: str = "") -> dict[str, str]:
     """Dotted name -> the value as JSON."""
-    found: dict[str, str] = {}
+    texts: dict[str, str] = {}
     for name, value in values.items():
         if isinstance(value, dict) and value:
-            found |= _flat(value, f"{prefix}{name}.")
+            texts |= _flat(value, f"{prefix}{name}.")
         else:
-            found[f"{prefix}{name}"] = json.dumps(value, ensure_ascii=False)
-    return found
+            texts[f"{prefix}{name}"] = json.dumps(value, ensure_ascii=False)
+    return texts
 
 
 def _short(text: str) -> str:
@@ -286,7 +287,7 @@ def _short(text: str) -> str:
 
 
 def _refuse_foreign(directory: Path) -> None:
-    """Nothing is written into, or removed from, a directory that holds something else."""
+    """Raise UserError for a directory that holds other files, which are never written over or removed."""
     if not directory.is_dir() or (directory / SETTINGS).is_file():
         return
     if any(not is_draft(path) for path in directory.iterdir()):

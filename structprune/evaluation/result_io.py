@@ -1,4 +1,4 @@
-"""The JSON of results, refused in one line where it is damaged."""
+"""The JSON of results; a damaged file is a UserError."""
 
 import errno
 import json
@@ -6,19 +6,22 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from structprune.errors import UserError
 from structprune.evaluation.results import Row, from_json
 
-FORMAT = 1  # of the files; raised when a reader of the old ones would be misled
+FORMAT = 1  # raised when older readers would misread the files
+DAMAGED = "evaluate again with --overwrite"
 
 
 def json_text(values: dict) -> bytes:
-    """A whole file, to be read by people too."""
+    """The contents of a whole file, indented for people."""
     return json.dumps({"format": FORMAT, **values}, indent=2, ensure_ascii=False).encode() + b"\n"
 
 
 def json_line(values: dict) -> bytes:
+    """A line of a .jsonl file."""
     return json.dumps(values, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode() + b"\n"
 
 
@@ -29,32 +32,32 @@ def read_object(path: Path) -> dict:
         UserError: it is damaged, or of another format.
     """
     try:
-        found = json.loads(path.read_bytes())
-        form, settings = found["format"], found["settings"]
+        values = json.loads(path.read_bytes())
+        version, settings = values["format"], values["settings"]
         if not isinstance(settings, dict):
             raise TypeError("settings")
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"'{path}' is damaged: evaluate again with --overwrite") from error
-    if form != FORMAT:
-        raise UserError(f"'{path}' is of format {form}, this version reads {FORMAT}: evaluate again with --overwrite")
-    return found
+        raise UserError(f"'{path}' is damaged: {DAMAGED}") from error
+    if version != FORMAT:
+        raise UserError(f"'{path}' has format {version}, and this version reads {FORMAT}: {DAMAGED}")
+    return values
 
 
-def parse_line(line: bytes, path: Path, number: int, needed: Mapping[str, type | tuple] = MappingProxyType({})) -> dict:
+def parse_line(line: bytes, path: Path, number: int, types: Mapping[str, Any] = MappingProxyType({})) -> dict:
     """Line `number` of a .jsonl file.
 
     Args:
-        needed: keys it must have, and of what type.
+        types: keys that it must have -> type or types of the value.
     Raises:
-        UserError: it is no JSON object with the needed keys.
+        UserError: it is not a JSON object with these keys.
     """
     try:
-        found = json.loads(line)
+        values = json.loads(line)
     except ValueError:
-        found = None
-    if not isinstance(found, dict) or not all(isinstance(found.get(name), kind) for name, kind in needed.items()):
-        raise UserError(f"line {number} of '{path}' is damaged: evaluate again with --overwrite")
-    return found
+        values = None
+    if not isinstance(values, dict) or not all(isinstance(values.get(name), each) for name, each in types.items()):
+        raise UserError(f"line {number} of '{path}' is damaged: {DAMAGED}")
+    return values
 
 
 def read_rows(path: Path, count: int) -> list[Row]:
@@ -64,16 +67,16 @@ def read_rows(path: Path, count: int) -> list[Row]:
         UserError: the file is missing, damaged or of another length.
     """
     if not path.is_file():
-        raise UserError(f"'{path}' is missing: evaluate again with --overwrite")
+        raise UserError(f"'{path}' is missing: {DAMAGED}")
     lines = path.read_bytes().splitlines()
     if len(lines) != count:
-        raise UserError(f"'{path}' has {len(lines)} items instead of {count}: evaluate again with --overwrite")
+        raise UserError(f"'{path}' has {len(lines)} items instead of {count}: {DAMAGED}")
     return [from_json(parse_line(line, path, number)) for number, line in enumerate(lines, 1)]
 
 
 @contextmanager
 def plain_os_errors(path: Path) -> Iterator[None]:
-    """Around writing: a full disk, or a place that may not be written, is a UserError."""
+    """While writing `path`: a full disk, or a path that cannot be written, is a UserError."""
     try:
         yield
     except OSError as error:

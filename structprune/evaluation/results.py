@@ -1,10 +1,10 @@
-"""What is kept of an evaluated item: one plain row for each, and the metrics that rows have."""
+"""The rows of results: one for each evaluated item, and the metrics that rows have."""
 
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from structprune.errors import UserError, nearest
 
@@ -14,8 +14,8 @@ class Metric:
     """A figure of a task: the sum of its items' numerators over the sum of their denominators.
 
     Attributes:
-        higher_is_better: the direction of a gain.
-        proportion: items are right or wrong (1 or 0 over 1), else real numbers.
+        higher_is_better: whether a gain is a higher value.
+        proportion: whether items are right or wrong (1 or 0 over 1) rather than real numbers.
     """
 
     name: str
@@ -39,7 +39,7 @@ def metric_of(name: str) -> Metric:
     """A metric by its name, `exact_match` or lm-eval's `exact_match,FILTER`.
 
     Raises:
-        UserError: there is none of that name.
+        UserError: no metric has that name.
     """
     base = name.partition(",")[0]
     if base not in METRICS:
@@ -54,11 +54,11 @@ class Choices:
     Attributes:
         key: unique in its task and stable; pairs the item between checkpoints.
         log_likelihoods: nats of each answer, summed over its tokens.
-        errors: Monte Carlo standard error of each, 0 where exact, None of a single block of samples.
-        sizes: length of each answer in characters, what acc_norm divides by.
-        gold: index of the right answer, None where the task keeps it to itself.
-        samples: Monte Carlo samples drawn for an answer; full_samples: as many as were allowed.
-        metrics: what the task made of it, such as acc and acc_norm.
+        errors: Monte Carlo standard error of each, 0 where exact, None with a single block of samples.
+        sizes: length of each answer in characters, by which acc_norm divides.
+        gold: index of the right answer, None where only the task's own code knows it.
+        samples: Monte Carlo samples run for an answer; full_samples: the number allowed.
+        metrics: the task's grades, such as acc and acc_norm.
     """
 
     kind: ClassVar[str] = "choices"
@@ -76,7 +76,7 @@ class Choices:
     def __post_init__(self) -> None:
         errors = [error for error in self.errors if error is not None]
         _check_finite(self, (*self.log_likelihoods, *errors, *self.metrics.values()))
-        _check_metrics(self)
+        _check_metrics(self, self.metrics)
         if not len(self.log_likelihoods) == len(self.errors) == len(self.sizes) > 0 or min(self.sizes) < 1:
             raise UserError(f"{_named(self)}: every answer needs a log-likelihood, an error and a size of at least 1")
         if self.gold is not None and not 0 <= self.gold < len(self.log_likelihoods):
@@ -90,7 +90,7 @@ class Choices:
     @property
     def choice_norm(self) -> int:
         """The answer likeliest per character, the first of equals."""
-        return _first_best([value / size for value, size in zip(self.log_likelihoods, self.sizes)])
+        return _first_best([value / size for value, size in zip(self.log_likelihoods, self.sizes, strict=True)])
 
     @property
     def parts(self) -> dict[str, tuple[float, float]]:
@@ -104,8 +104,8 @@ class Window:
 
     Attributes:
         nelbo: nats per maskable token.
-        masked_nats: cross-entropy summed over the masked tokens of all noisy copies; masked_tokens: how many.
-        samples: noisy copies seen; full_samples: as many as were allowed.
+        masked_nats: cross-entropy summed over the masked tokens of all noisy copies; masked_tokens: their number.
+        samples, full_samples: noisy copies.
     """
 
     kind: ClassVar[str] = "window"
@@ -132,9 +132,9 @@ class Generation:
     """A generated answer.
 
     Attributes:
-        text: what the model wrote.
-        gold: the right answer, None where the task keeps it to itself.
-        metrics: what the task made of it, such as exact_match.
+        text: what the model generated.
+        gold: the right answer, None where only the task's own code knows it.
+        metrics: the task's grades, such as exact_match.
         samples, full_samples: texts generated, 1.
     """
 
@@ -150,7 +150,7 @@ class Generation:
 
     def __post_init__(self) -> None:
         _check_finite(self, tuple(self.metrics.values()))
-        _check_metrics(self)
+        _check_metrics(self, self.metrics)
 
     @property
     def parts(self) -> dict[str, tuple[float, float]]:
@@ -159,11 +159,12 @@ class Generation:
 
 
 Row = Choices | Window | Generation
-_KINDS = {each.kind: each for each in (Choices, Window, Generation)}
+RunRows = Mapping[str, Mapping[str, Sequence[Row]]]  # checkpoint -> task -> rows
+_TYPES: dict[str, type[Any]] = {each.kind: each for each in (Choices, Window, Generation)}
 
 
 def to_json(row: Row) -> dict:
-    """A row as plain values, with what follows from them (choice, correct, ...) for whoever reads the file."""
+    """A row as plain values, and derived ones (choice, ...) for readers of the file."""
     values = {field.name: getattr(row, field.name) for field in dataclasses.fields(row)}
     values = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
     return {"kind": row.kind, **values, **{name: getattr(row, name) for name in row.derived}}
@@ -173,21 +174,21 @@ def from_json(values: dict) -> Row:
     """The row that `to_json` wrote.
 
     Raises:
-        UserError: no such row.
+        UserError: the values are not those of a row.
     """
     try:
-        kind = _KINDS[values["kind"]]
-        given = {name: value for name, value in values.items() if name != "kind" and name not in kind.derived}
-        row = kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+        row_type = _TYPES[values["kind"]]
+        fields = {name: value for name, value in values.items() if name != "kind" and name not in row_type.derived}
+        row = row_type(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
         if not all(isinstance(value, int) for value in (row.samples, row.full_samples)) or not isinstance(row.key, str):
             raise TypeError("samples are whole numbers, keys are text")
         return row
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError("no row of an evaluation: evaluate again") from error
+        raise UserError("these values are not a row of an evaluation: evaluate again") from error
 
 
 def metrics_of(rows: Sequence[Row]) -> list[str]:
-    """The metrics that every row has, the main one first; one without any denominator has no value and is left out."""
+    """The metrics that every row has, the main one first; those without any denominator are left out."""
     names = [name for name in rows[0].parts if all(name in row.parts for row in rows)] if rows else []
     return [name for name in names if sum(row.parts[name][1] for row in rows) > 0]
 
@@ -205,14 +206,14 @@ def _named(row: Row) -> str:
     return f"item '{row.key}' of task '{row.task}'"
 
 
-def _check_metrics(row: Row) -> None:
-    if not row.metrics:
+def _check_metrics(row: Row, metrics: Mapping[str, float]) -> None:
+    if not metrics:
         raise UserError(f"{_named(row)} has no metric that can be averaged: leave the task out")
-    for name in row.metrics:
+    for name in metrics:
         metric_of(name)
 
 
 def _check_finite(row: Row, values: Sequence[float]) -> None:
     wrong = [value for value in values if not math.isfinite(value)]
     if wrong:
-        raise UserError(f"{_named(row)}: the model gives {wrong[0]}: compute in float32 or bfloat16")
+        raise UserError(f"{_named(row)}: the model gives {wrong[0]}: set model.dtype to float32 or bfloat16")

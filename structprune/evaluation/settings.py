@@ -17,55 +17,55 @@ class EvaluationSettings(Section):
     subset: str | None = None
     """The Hub dataset's configuration name."""
     split: str | None = None
-    """Of a Hub dataset; default test (c4: validation)."""
+    """Split of a Hub dataset; default test (c4: validation)."""
     column: str | None = None
     """Text column; default `messages` where there is one, else `text`."""
-    windows: int = Field(128, ge=1)
-    """At most so many windows of the text."""
-    length: int | None = Field(None, ge=4)
+    windows: int = Field(default=128, ge=1)
+    """The most windows of the text."""
+    length: int | None = Field(default=None, ge=4)
     """Tokens in a window; default 512, or the checkpoints' positions where they have fewer."""
-    noise: int = Field(8, ge=1)
+    noise: int = Field(default=8, ge=1)
     """Noisy copies of a window."""
     tasks: tuple[str, ...] = ()
     """piqa:FILE, gsm8k:FILE[:TRAIN], tasks of lm-eval, or files such as configs/eval/piqa.yaml."""
-    limit: int | None = Field(None, ge=1)
-    """At most so many documents of a task (of a group: of each member)."""
-    shots: int | None = Field(None, ge=0)
+    limit: int | None = Field(default=None, ge=1)
+    """The most documents of a task (of a group: of each member)."""
+    shots: int | None = Field(default=None, ge=0)
     """Solved examples before every question; default the published number."""
     chat: bool = False
     """Prompts go through the tokenizer's chat template."""
-    samples: int | None = Field(None, ge=1)
+    samples: int | None = Field(default=None, ge=1)
     """Monte Carlo samples of an answer; default the published number (128; mmlu 1)."""
-    block: int | None = Field(None, ge=1)
+    block: int | None = Field(default=None, ge=1)
     """Samples that share a draw of LLaDA's k; default 8."""
-    cfg_scale: float | None = Field(None, ge=0)
-    """Of classifier-free guidance of answers (of generation: generation.cfg_scale); default the published scale."""
+    cfg_scale: float | None = Field(default=None, ge=0)
+    """Scale of classifier-free guidance of answers (of generation: generation.cfg_scale); default as published."""
     sampling: Sampling = "stratified"
     """stratified: noise levels spread evenly; published: drawn independently. The same mean, less variance."""
     adaptive: bool = False
     """Stop drawing samples of a question once its choice is decided."""
-    confidence: float = Field(0.99, gt=0, lt=1)
-    """For `adaptive`: that the choice is the one all samples would make."""
+    confidence: float = Field(default=0.99, gt=0, lt=1)
+    """For `adaptive`: the probability that all samples would make the same choice."""
     skip_empty: bool = False
     """Dream as in the sink-aware release: leave samples without a mask out of the mean, which biases it."""
     generation: dict[str, Any] = {}
     """Options of the family's sampler (gen_length, steps, ...), over the published ones."""
-    fewshot_seed: int = Field(1234, ge=0)
-    """Of lm-eval's choice of solved examples; its own default."""
+    fewshot_seed: int = Field(default=1234, ge=0)
+    """Seed of lm-eval's choice of solved examples; default its own."""
     include: str | None = None
     """A folder of further lm-eval tasks."""
-    seed: int = Field(0, ge=0, lt=2**62)
-    """Of windows, noise, samples and bootstrap."""
-    batch: int | None = Field(None, ge=1)
-    """Tokens in a forward pass to begin with; default what suits the device. Falls by half whenever memory runs out."""
-    prompts: int = Field(8, ge=1)
+    seed: int = Field(default=0, ge=0, lt=2**62)
+    """Seed of windows, noise, samples and bootstrap."""
+    batch: int | None = Field(default=None, ge=1)
+    """Tokens in a forward pass to begin with; default suits the device. Halved whenever memory runs out."""
+    prompts: int = Field(default=8, ge=1)
     """Prompts that are generated from together."""
 
     def monte_carlo(self, preset: Likelihood | None) -> MonteCarlo:
-        """How answers are scored: what is set here, else what was published, else defaults.
+        """How answers are scored: by the values set here, else the published ones, else defaults.
 
         Raises:
-            UserError: values that do not go together.
+            UserError: values that contradict each other.
         """
         published = preset or Likelihood()
         samples = published.samples if self.samples is None else self.samples

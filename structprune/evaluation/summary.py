@@ -3,26 +3,27 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from typing import Any
 
 from structprune.errors import UserError, nearest
 from structprune.evaluation.compare import RESAMPLES, Bootstrap, average, conclude, paired_bootstrap, student_t
-from structprune.evaluation.results import Row, item_parts, metric_of, metrics_of
+from structprune.evaluation.results import Row, RunRows, item_parts, metric_of, metrics_of
 
-Rows = Mapping[str, Mapping[str, Sequence[Row]]]  # checkpoint -> task -> rows
+Bootstraps = dict[str, dict[str, Bootstrap]]  # task -> metric -> bootstrap of the difference from the baseline
 
 
 def summarise(
-    rows: Rows,
+    rows: RunRows,
     main: Mapping[str, str] | None = None,
     baseline: str | None = None,
     seed: int = 0,
     resamples: int = RESAMPLES,
 ) -> dict:
-    """Every figure of an evaluation, as plain data (what results.json keeps and the table shows).
+    """Every figure of an evaluation, as plain data (for results.json and the table).
 
     Args:
-        main: task -> its main metric, where it is not the first one of its items.
-        baseline: the checkpoint that others are compared with, the first by default.
+        main: task -> its main metric; default the first one of its items.
+        baseline: the checkpoint that the others are compared with; default the first.
         seed: of the bootstrap.
     Returns:
         `metrics`: directions; `tasks`: task -> `main` metric and all `metrics`; `checkpoints`: checkpoint -> task ->
@@ -37,18 +38,18 @@ def summarise(
     if baseline not in rows:
         raise UserError(f"no checkpoint '{baseline}' to compare with{nearest(baseline, labels)}")
     tasks = _tasks(rows, main or {})
-    found = {label: {task: describe(each) for task, each in rows[label].items()} for label in labels}
+    figures = {label: {task: describe(each) for task, each in rows[label].items()} for label in labels}
     shared = [name for name, task in tasks.items() if metric_of(task["main"]).proportion]
     averaged = shared if len(shared) > 1 else []
     others = {label: _bootstraps(rows[label], rows[baseline], seed, resamples) for label in labels if label != baseline}
     return {
         "metrics": {name: asdict(metric_of(name)) for task in tasks.values() for name in task["metrics"]},
         "tasks": tasks,
-        "checkpoints": found,
+        "checkpoints": figures,
         "average_tasks": averaged,
         "average": {
             label: _mean([values[task]["metrics"][tasks[task]["main"]] for task in averaged])
-            for label, values in found.items()
+            for label, values in figures.items()
             if averaged and all(task in values for task in averaged)
         },
         "baseline": baseline,
@@ -58,7 +59,7 @@ def summarise(
 
 
 def describe(rows: Sequence[Row]) -> dict:
-    """Items, samples spent and allowed for each (means), and the estimate of every metric."""
+    """Number of items, mean samples run and allowed per item, and the estimate of every metric."""
     return {
         "items": len(rows),
         "samples": sum(row.samples for row in rows) / max(1, len(rows)),
@@ -68,10 +69,10 @@ def describe(rows: Sequence[Row]) -> dict:
 
 
 def estimate(rows: Sequence[Row], metric: str) -> dict[str, float | None]:
-    """A metric's `value`, its standard `error` over items and 95% interval `low` to `high`; None for a single item.
+    """A metric's `value`, its standard `error` over items and its 95% interval, `low` to `high`.
 
-    The error is that of a ratio of sums by linearisation, for a mean the sample deviation over the root of n; the
-    interval Wilson's for proportions, Student's for the rest.
+    The error is that of a ratio of sums by linearisation (for a mean, the sample deviation over the root of n). The
+    interval is Wilson's for proportions and Student's otherwise. With a single item there is neither (None).
     """
     parts = list(item_parts(rows, metric).values())
     count, above, below = len(parts), sum(part[0] for part in parts), sum(part[1] for part in parts)
@@ -80,8 +81,8 @@ def estimate(rows: Sequence[Row], metric: str) -> dict[str, float | None]:
         return {"value": value, "error": None, "low": None, "high": None}
     squares = sum((part[0] - value * part[1]) ** 2 for part in parts)
     error = math.sqrt(squares / (count * (count - 1))) / (below / count)
-    reach = student_t(count - 1) * error
-    low, high = wilson(value, count) if metric_of(metric).proportion else (value - reach, value + reach)
+    half = student_t(count - 1) * error
+    low, high = wilson(value, count) if metric_of(metric).proportion else (value - half, value + half)
     return {"value": value, "error": error, "low": low, "high": high}
 
 
@@ -89,21 +90,21 @@ def wilson(share: float, count: int) -> tuple[float, float]:
     """Wilson's 95% interval of a proportion."""
     z = 1.959964
     centre = (share + z**2 / (2 * count)) / (1 + z**2 / count)
-    reach = z / (1 + z**2 / count) * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
-    return max(0.0, centre - reach), min(1.0, centre + reach)
+    half = z / (1 + z**2 / count) * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def _tasks(rows: Rows, main: Mapping[str, str]) -> dict[str, dict]:
-    """Task -> main metric and all metrics that every checkpoint has a value of, in order of appearance."""
-    found: dict[str, dict] = {}
+def _tasks(rows: RunRows, main: Mapping[str, str]) -> dict[str, dict]:
+    """Task -> main metric and all metrics that every checkpoint has, in order of appearance."""
+    tasks: dict[str, dict] = {}
     for name in dict.fromkeys(task for values in rows.values() for task in values):
         known = [metrics_of(values[name]) for values in rows.values() if name in values]
         metrics = [metric for metric in known[0] if all(metric in each for each in known)]
         chosen = main.get(name, metrics[0] if metrics else "")
         if chosen not in metrics:
             raise UserError(f"task '{name}' has no metric '{chosen}': it has {', '.join(metrics) or 'none'}")
-        found[name] = {"main": chosen, "metrics": metrics}
-    return found
+        tasks[name] = {"main": chosen, "metrics": metrics}
+    return tasks
 
 
 def _mean(values: Sequence[dict]) -> dict[str, float | None]:
@@ -117,31 +118,35 @@ def _mean(values: Sequence[dict]) -> dict[str, float | None]:
 
 def _bootstraps(
     ours: Mapping[str, Sequence[Row]], theirs: Mapping[str, Sequence[Row]], seed: int, resamples: int
-) -> dict[str, dict[str, Bootstrap]]:
-    """Task -> metric -> bootstrap of the difference, where items are shared."""
-    found: dict[str, dict[str, Bootstrap]] = {}
+) -> Bootstraps:
+    """Bootstraps of the tasks and metrics that both have, over the items that both have."""
+    bootstraps: Bootstraps = {}
     for task in (task for task in ours if task in theirs):
         keys = {row.key for row in ours[task]} & {row.key for row in theirs[task]}
         both = [[row for row in rows if row.key in keys] for rows in (ours[task], theirs[task])]
         names = [name for name in metrics_of(both[0]) if name in metrics_of(both[1])]
-        found[task] = {
+        bootstraps[task] = {
             name: paired_bootstrap(item_parts(ours[task], name), item_parts(theirs[task], name), task, seed, resamples)
             for name in names
         }
-    return found
+    return bootstraps
 
 
-def _conclusions(bootstraps: dict[str, dict[str, Bootstrap]]) -> dict[str, dict[str, dict]]:
+def _conclusions(bootstraps: Bootstraps) -> dict[str, dict[str, dict]]:
     return {
         task: {name: asdict(conclude(each, metric_of(name).higher_is_better)) for name, each in metrics.items()}
         for task, metrics in bootstraps.items()
     }
 
 
-def _average_differences(others: dict, averaged: list[str], tasks: dict[str, dict]) -> dict[str, dict]:
-    found = {}
+def _average_differences(
+    others: Mapping[str, Bootstraps], averaged: list[str], tasks: Mapping[str, dict]
+) -> dict[str, dict[str, Any]]:
+    """Checkpoint -> comparison of the average, where it shares items of all tasks with the baseline."""
+    differences = {}
     for label, bootstraps in others.items():
         main = [bootstraps.get(task, {}).get(tasks[task]["main"]) for task in averaged]
-        if main and all(main):
-            found[label] = asdict(conclude(average(main), higher_is_better=True))
-    return found
+        shared = [bootstrap for bootstrap in main if bootstrap is not None]
+        if main and len(shared) == len(main):
+            differences[label] = asdict(conclude(average(shared), higher_is_better=True))
+    return differences

@@ -16,9 +16,7 @@ from structprune.errors import UserError
 from structprune.files import first_line
 from structprune.models.loading import load_tokenizer
 
-INSTRUCT = re.compile(
-    r"instruct|chat|mixcot|(?<![\d.])1\.5(?!\d)", re.IGNORECASE
-)  # names of tuned official checkpoints
+INSTRUCT = re.compile(r"instruct|chat|mixcot|(?<![\d.])1\.5(?!\d)", re.IGNORECASE)  # in names of tuned checkpoints
 BASE_MODEL = re.compile(r"^base_model:\s*(\S+)", re.MULTILINE)
 # special tokens around scored text: those before the prompt, which a chat template replaces, and those at the end
 EDGES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -55,7 +53,7 @@ class Texts:
         return cls.of(load_tokenizer(directory), edges, chat)
 
     @classmethod
-    def of(cls, tokenizer, edges: str, chat: bool = False) -> "Texts":
+    def of(cls, tokenizer: Any, edges: str, chat: bool = False) -> "Texts":
         """The texts of a loaded tokenizer; arguments and errors as `open`."""
         if chat and not getattr(tokenizer, "chat_template", None):
             place = getattr(tokenizer, "name_or_path", "") or "the checkpoint"
@@ -70,29 +68,29 @@ class Texts:
                     f"this family's text is scored between BOS and EOS, and the tokenizer names no {name}: add it to"
                     " tokenizer_config.json"
                 )
-        ids = [tuple(getattr(tokenizer, f"{name}_id") for name in names) for names in (start, end)]
-        return cls(tokenizer, *ids, chat)
+        before, after = (tuple(getattr(tokenizer, f"{name}_id") for name in names) for names in (start, end))
+        return cls(tokenizer, before, after, chat)
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of a text and no others; the names of special tokens in it become those."""
+        """The tokens of a text, without added ones; names of special tokens in it become these tokens."""
         return self.tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
 
     def prompt(self, context: str) -> torch.Tensor:
-        """What generation starts from, (P,) int64."""
+        """The tokens that generation continues, (P,) int64."""
         return torch.tensor([*self.start, *self.encode(context)], dtype=torch.long)  # (P,)
 
     def pair(self, context: str, continuation: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """A context and what is scored after it, (P,) and (L,) int64.
+        """The tokens of a context and of the continuation to score, (P,) and (L,) int64.
 
-        Both are encoded as one text, which is cut after as many tokens as the context alone has; spaces at the end of
-        the context go to the continuation first.
+        Spaces at the end of the context move to the continuation. Both are then encoded as one text, which is cut after
+        as many tokens as the context alone has.
 
         Raises:
-            UserError: no token is left for the continuation.
+            UserError: no token remains for the continuation.
         """
-        kept = context.rstrip()
-        continuation = context[len(kept) :] + continuation
-        whole, count = self.encode(kept + continuation), len(self.encode(kept))
+        stripped = context.rstrip()
+        continuation = context[len(stripped) :] + continuation
+        whole, count = self.encode(stripped + continuation), len(self.encode(stripped))
         if len(whole) <= count:
             raise UserError(f"the continuation {continuation!r} adds no token to its context: nothing can be scored")
         prompt = torch.tensor([*self.start, *whole[:count]], dtype=torch.long)  # (P,)
@@ -103,9 +101,9 @@ class Texts:
 
         Args:
             messages: {"role", "content"} each.
-            add_generation_prompt: false: the last message is the assistant's and is left open.
+            add_generation_prompt: false if the last message is the assistant's, which stays open.
         Raises:
-            UserError: the template refuses it.
+            UserError: the template raises an error.
         """
         try:
             return self.tokenizer.apply_chat_template(
@@ -114,21 +112,21 @@ class Texts:
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=not add_generation_prompt,
             )
-        except Exception as error:  # templates are programs: jinja raises what they raise
+        except Exception as error:  # templates are programs that may raise anything
             raise UserError(f"the chat template refuses a prompt of the task ({first_line(error)})") from error
 
     def question(self, text: str) -> str:
-        """A task's prompt as the model is given it: as it is, or as a user's turn with `chat`."""
+        """A task's prompt as the model's input: unchanged, or as a user's turn with `chat`."""
         return self.render([{"role": "user", "content": text}]) if self.chat else text
 
     def delimiter(self, usual: str = " ") -> str:
-        """What stands between a prompt and an answer: nothing where the template ends the prompt."""
+        """The text between a prompt and an answer: nothing where the template ends the prompt."""
         return "" if self.chat else usual
 
     def answer(self, ids: torch.Tensor, until: Sequence[str] = ()) -> str:
         """Generated tokens as text: up to EOS or the first of the stop strings, without special tokens.
 
-        A stop string may be a special token's name. Empty stop strings are passed over.
+        A stop string may be a special token's name. Empty stop strings are ignored.
 
         Args:
             ids: (G,) int64, without the prompt.
@@ -146,7 +144,7 @@ class Texts:
 
 
 def model_names(name: str, directory: Path | None = None) -> list[str]:
-    """A checkpoint's name, and the base model that its README.md names (a pruned checkpoint's has its source's)."""
+    """A checkpoint's name, and the base models that its README.md names (a pruned checkpoint's names its source)."""
     names, card = [name], None if directory is None else directory / "README.md"
     if card is not None and card.is_file():
         names += BASE_MODEL.findall(card.read_text(encoding="utf-8", errors="replace"))
@@ -154,21 +152,21 @@ def model_names(name: str, directory: Path | None = None) -> list[str]:
 
 
 def chat_warning(names: Sequence[str], has_template: bool, chat: bool) -> str | None:
-    """What to say about a chat template that does not fit the checkpoint, or None.
+    """A warning about a chat template that does not fit the checkpoint, or None.
 
-    Whether a checkpoint was tuned on conversations is guessed from its names (Instruct, chat, 1.5, MixCoT): a Base
-    checkpoint may carry a chat template too, so having one says nothing. A directory of another name passes for Base.
+    Whether a checkpoint was tuned on conversations is guessed from its names (Instruct, chat, 1.5, MixCoT), because
+    Base checkpoints may have a chat template too. A directory of another name is taken for Base.
 
     Args:
-        names: `model_names`.
-        has_template: of the tokenizer.
+        names: from `model_names`.
+        has_template: whether the tokenizer has a template.
         chat: whether it is applied.
     """
     tuned = [name for name in names if INSTRUCT.search(name)]
     if chat and not tuned:
-        return f"{names[0]} looks like a Base checkpoint by its name, and is given the chat template: is that meant?"
+        return f"{names[0]} looks like a Base checkpoint by its name, but its prompts go through the chat template"
     if tuned and has_template and not chat:
-        return f"{tuned[0]} looks like an Instruct checkpoint by its name: without --chat it sees prompts it never did"
+        return f"{tuned[0]} looks like an Instruct checkpoint by its name: without --chat it gets unfamiliar prompts"
     if tuned and not chat:
         return f"{tuned[0]} looks like an Instruct checkpoint by its name, but has no chat template to apply"
     return None

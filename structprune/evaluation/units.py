@@ -1,7 +1,7 @@
 """What is evaluated on a checkpoint, as units of one task each, cut into chunks that can be done in any order.
 
-A chunk is what is kept when a run is killed, and what processes share out. Which items it has depends on the unit
-alone, so that a run can be taken up again by another number of processes.
+A chunk is stored as a whole, and processes share the work by chunks. Its items depend on the unit alone, so that a run
+can be resumed by another number of processes.
 """
 
 import hashlib
@@ -15,17 +15,17 @@ import torch
 
 from structprune.errors import UserError
 from structprune.evaluation import results
-from structprune.evaluation.choices import Item, MonteCarlo, score_items
+from structprune.evaluation.choices import Item, MonteCarlo, Scored, score_items
 from structprune.evaluation.documents import Choices, Document, Opening, Task
 from structprune.evaluation.nelbo import masked_nelbo
-from structprune.evaluation.openings import complete
+from structprune.evaluation.openings import generate_texts
 from structprune.evaluation.perturb import item_generator
 from structprune.evaluation.texts import Texts
 from structprune.models.encode import Batches
 from structprune.models.modeling_structprune import DiffusionLM
 
 Noise = Callable[[torch.Tensor, torch.Generator], tuple[torch.Tensor, torch.Tensor]]
-WINDOWS, ITEMS, GENERATIONS = 16, 64, 8  # of a chunk
+WINDOWS, ITEMS, GENERATIONS = 16, 64, 8  # in a chunk
 
 
 class Unit(Protocol):
@@ -33,22 +33,27 @@ class Unit(Protocol):
 
     Attributes:
         task: its name in tables.
-        keys: of its items, in order; two units with a key in common have the same item.
+        keys: of its items, in order; two units that share a key share the item.
         settings: plain values that its numbers depend on.
     """
 
-    task: str
-    keys: tuple[str, ...]
-    settings: dict
+    @property
+    def task(self) -> str: ...
+
+    @property
+    def keys(self) -> tuple[str, ...]: ...
+
+    @property
+    def settings(self) -> dict: ...
 
     def chunks(self) -> list[tuple[int, ...]]:
         """Indices of items, chunk by chunk."""
 
-    def run(self, model: DiffusionLM, chosen: Sequence[int], batch: Batches) -> list[results.Row]:
+    def run(self, model: DiffusionLM, indices: Sequence[int], batch: Batches) -> list[results.Row]:
         """Rows of these items."""
 
     def token_ids(self) -> Iterator[torch.Tensor]:
-        """What the model sees of every item, (T,) each: to find out whether it was calibrated on it."""
+        """The model's input for every item, (T,) each: to find out whether it was calibrated on it."""
 
 
 def digest(*values: Any) -> str:
@@ -62,8 +67,8 @@ class TextUnit:
 
     Attributes:
         windows: (N, T) int64.
-        copies: S noisy ones of each.
-        noise: one window (1, T) and its own stream -> noisy ids (1, S, T) and mask probabilities (1, S).
+        copies: S noisy copies of each.
+        noise: one window (1, T) and its random stream -> noisy ids (1, S, T) and mask probabilities (1, S).
     """
 
     task: str
@@ -84,24 +89,28 @@ class TextUnit:
         count = len(self.windows)
         return [tuple(range(start, min(start + WINDOWS, count))) for start in range(0, count, WINDOWS)]
 
-    def run(self, model: DiffusionLM, chosen: Sequence[int], batch: Batches) -> list[results.Row]:
-        ids, keys = self.windows[list(chosen)], [self.keys[index] for index in chosen]  # (n, T)
-        noisy = [self.noise(window[None], item_generator(self.seed, key)) for window, key in zip(ids, keys)]
-        found = masked_nelbo(model, ids, *(torch.cat(parts) for parts in zip(*noisy)), batch=batch)
-        columns = (keys, found.nelbo.tolist(), found.masked_nats.tolist(), found.masked_tokens.int().tolist())
-        return [results.Window(self.task, *values, self.copies, self.copies) for values in zip(*columns)]
+    def run(self, model: DiffusionLM, indices: Sequence[int], batch: Batches) -> list[results.Row]:
+        ids, keys = self.windows[list(indices)], [self.keys[index] for index in indices]  # (n, T)
+        copies = [self.noise(ids[n : n + 1], item_generator(self.seed, key)) for n, key in enumerate(keys)]
+        noisy, probability = (torch.cat(parts) for parts in zip(*copies, strict=True))  # (n, S, T), (n, S)
+        estimate = masked_nelbo(model, ids, noisy, probability, batch)
+        columns = (estimate.nelbo.tolist(), estimate.masked_nats.tolist(), estimate.masked_tokens.int().tolist())
+        return [
+            results.Window(self.task, key, nelbo, nats, tokens, self.copies, self.copies)
+            for key, nelbo, nats, tokens in zip(keys, *columns, strict=True)
+        ]
 
     def token_ids(self) -> Iterator[torch.Tensor]:
         yield from self.windows
 
 
 @dataclass(frozen=True)
-class _OfTasks:
-    """What units of documents have in common.
+class TaskUnit:
+    """What units of documents share.
 
     Attributes:
         members: the task, or all members of a group.
-        documents: of all members, and for each its member.
+        documents: of all members, each with its member.
     """
 
     task: str
@@ -111,22 +120,22 @@ class _OfTasks:
     shots: int | None
 
     def check_metrics(self) -> None:
-        """Raise UserError where a task grades in no way that we can average, by a made-up outcome of its first item."""
+        """Raise UserError for a task without a metric that can be averaged, by a made-up outcome of its first item."""
         document = self.documents[0][1]
-        outcome = [0.0] * len(document.pairs) if isinstance(document, Choices) else ""
+        outcome: Any = [0.0] * len(document.pairs) if isinstance(document, Choices) else ""
         if not self._metrics(0, outcome):
             names = ", ".join(self.members[0].grade(document, outcome)) or "none for a single item"
             known = ", ".join(results.METRICS)
             raise UserError(f"the task '{self.task}' has no metric of {known} (it has {names}): leave it out")
 
-    def _metrics(self, index: int, outcome) -> dict[str, float]:
+    def _metrics(self, index: int, outcome: Any) -> dict[str, float]:
         member, document = self.documents[index]
-        found = member.grade(document, outcome)
-        return {name: value for name, value in found.items() if name.partition(",")[0] in results.METRICS}
+        grades = member.grade(document, outcome)
+        return {name: value for name, value in grades.items() if name.partition(",")[0] in results.METRICS}
 
 
 @dataclass(frozen=True)
-class ChoiceUnit(_OfTasks):
+class ChoiceUnit(TaskUnit):
     """Questions with answers to choose from."""
 
     items: tuple[Item, ...] = field(repr=False)
@@ -137,31 +146,29 @@ class ChoiceUnit(_OfTasks):
         return {"shots": self.shots, **asdict(self.monte_carlo), "items": digest(*self.keys)}
 
     def chunks(self) -> list[tuple[int, ...]]:
-        """Items of like length together, the longest first, so that forward passes fill and the time left is known."""
+        """Items of similar length together, so that forward passes are full, and the longest first."""
         longest = [max(len(a.prompt) + len(a.target) for a in item.answers) for item in self.items]
         order = sorted(range(len(self.items)), key=lambda index: -longest[index])
         return [tuple(order[start : start + ITEMS]) for start in range(0, len(order), ITEMS)]
 
-    def run(self, model: DiffusionLM, chosen: Sequence[int], batch: Batches) -> list[results.Row]:
-        scored = score_items(model, [self.items[index] for index in chosen], self.monte_carlo, batch)
-        rows = []
-        for index, found in zip(chosen, scored):
-            document = self.documents[index][1]
-            full = 1 if found.samples == 1 else self.monte_carlo.samples
-            rows.append(
-                results.Choices(
-                    self.task,
-                    self.keys[index],
-                    found.log_likelihoods,
-                    found.errors,
-                    document.lengths,
-                    document.gold,
-                    found.samples,
-                    full,
-                    self._metrics(index, found.log_likelihoods),
-                )  # fmt: skip
-            )
-        return rows
+    def run(self, model: DiffusionLM, indices: Sequence[int], batch: Batches) -> list[results.Row]:
+        scored = score_items(model, [self.items[index] for index in indices], self.monte_carlo, batch)
+        return [self._row(index, each) for index, each in zip(indices, scored, strict=True)]
+
+    def _row(self, index: int, scored: Scored) -> results.Choices:
+        document = self.documents[index][1]
+        assert isinstance(document, Choices)
+        return results.Choices(
+            task=self.task,
+            key=self.keys[index],
+            log_likelihoods=scored.log_likelihoods,
+            errors=scored.errors,
+            sizes=document.lengths,
+            gold=document.gold,
+            samples=scored.samples,
+            full_samples=1 if scored.samples == 1 else self.monte_carlo.samples,
+            metrics=self._metrics(index, scored.log_likelihoods),
+        )
 
     def token_ids(self) -> Iterator[torch.Tensor]:
         for item in self.items:
@@ -169,12 +176,12 @@ class ChoiceUnit(_OfTasks):
 
 
 @dataclass(frozen=True)
-class GenerationUnit(_OfTasks):
+class GenerationUnit(TaskUnit):
     """Questions that are answered by generation.
 
     Attributes:
         options: of the family's sampler, which outrank those of the documents.
-        prompts: of a chunk that are generated from together.
+        prompts: prompts in a forward pass.
     """
 
     texts: Texts = field(repr=False)
@@ -184,8 +191,9 @@ class GenerationUnit(_OfTasks):
 
     @property
     def openings(self) -> tuple[Opening, ...]:
-        """The documents, with keys that stand for their texts."""
-        return tuple(replace(document, key=key) for (_, document), key in zip(self.documents, self.keys))
+        """The documents, with keys that depend on their texts."""
+        openings = [document for _, document in self.documents if isinstance(document, Opening)]
+        return tuple(replace(opening, key=key) for opening, key in zip(openings, self.keys, strict=True))
 
     @property
     def settings(self) -> dict:
@@ -195,13 +203,13 @@ class GenerationUnit(_OfTasks):
         count = len(self.documents)
         return [tuple(range(start, min(start + GENERATIONS, count))) for start in range(0, count, GENERATIONS)]
 
-    def run(self, model: DiffusionLM, chosen: Sequence[int], batch: Batches) -> list[results.Row]:
+    def run(self, model: DiffusionLM, indices: Sequence[int], batch: Batches) -> list[results.Row]:
         every = self.openings
-        openings = [every[index] for index in chosen]
-        found = complete(model, openings, self.texts, self.options, self.seed, self.prompts)
+        openings = [every[index] for index in indices]
+        answers = generate_texts(model, openings, self.texts, self.options, self.seed, self.prompts)
         return [
             results.Generation(self.task, opening.key, text, opening.gold, self._metrics(index, text))
-            for index, opening, text in zip(chosen, openings, found)
+            for index, opening, text in zip(indices, openings, answers, strict=True)
         ]
 
     def token_ids(self) -> Iterator[torch.Tensor]:
@@ -210,13 +218,8 @@ class GenerationUnit(_OfTasks):
 
 
 def document_keys(documents: Sequence[Document]) -> tuple[str, ...]:
-    """Keys that two documents share only where their texts are the same."""
+    """Keys that are equal only for documents of equal texts."""
     return tuple(
         f"{each.key}@{digest(each.pairs if isinstance(each, Choices) else (each.context, each.gold))}"
         for each in documents
     )
-
-
-def is_generation(documents: Sequence[Document]) -> bool:
-    """Whether documents are answered by generation; those of a task are all of one kind."""
-    return isinstance(documents[0], Opening)

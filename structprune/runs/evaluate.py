@@ -1,4 +1,4 @@
-"""An evaluation run: checkpoints x tasks -> rows per item, kept chunk by chunk, summarised and compared."""
+"""An evaluation run: checkpoints x tasks -> rows per item, stored chunk by chunk, summarised and compared."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,15 +14,14 @@ from structprune.evaluation.result_files import (
     Results,
     ResultStore,
     clear_results,
-    goes_on,
+    is_resumable,
     read_results,
     setting_differences,
 )
 from structprune.evaluation.result_io import json_text, plain_os_errors
-from structprune.evaluation.results import Row
 from structprune.evaluation.settings import EvaluationConfig
 from structprune.evaluation.summary import summarise
-from structprune.evaluation.units import Unit
+from structprune.evaluation.units import TaskUnit, Unit
 from structprune.evaluation.workers import Workers
 from structprune.files import write_whole
 from structprune.models.checkpoint_files import locate
@@ -34,16 +33,33 @@ from structprune.progress import Track, untracked
 from structprune.runs.evaluation_request import Subject, prepare
 
 COMPARISON = "against.json"
-ALONE = Workers()
+
+
+@dataclass(frozen=True)
+class Session:
+    """The surroundings of a run.
+
+    Attributes:
+        track: wraps iterations that take long, `track(items, title)`.
+        workers: this process's place among several, which all make the same call.
+        say: is called with each warning, as soon as it is known.
+    """
+
+    track: Track = untracked
+    workers: Workers = Workers()
+    say: Callable[[str], None] = lambda line: None
+
+
+ALONE = Session()
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a run found.
+    """The outcome of a run.
 
     Attributes:
         results: of its own checkpoints, as they are on disk.
-        summary: of them, and of the earlier run it was compared with.
+        summary: of them, and of the earlier run they were compared with.
         warnings: a line each.
     """
 
@@ -58,45 +74,41 @@ def evaluate(
     out: str | Path,
     against: str | Path | None = None,
     overwrite: bool = False,
-    track: Track = untracked,
-    workers: Workers = ALONE,
-    say: Callable[[str], None] = lambda line: None,
+    session: Session = ALONE,
 ) -> Evaluation | None:
-    """Evaluate checkpoints one after the other, the first being what the others are compared with.
+    """Evaluate checkpoints one after the other, and compare the others with the first.
 
-    What is done is kept in `out`: the same call goes on where an earlier one ended, however it ended.
+    Finished chunks are stored in `out`: the same call continues where an earlier one ended, in whichever way.
 
     Args:
         checkpoints: directories or Hub ids.
-        against: the directory of an earlier run, whose first checkpoint all are compared with instead.
-        overwrite: forget what `out` holds, unless it is this very run, unfinished.
-        track: wraps iterations that take long, `track(items, title)`.
-        workers: this process's place among several; all make the same call.
-        say: is told warnings, as soon as they are known.
+        against: the directory of an earlier run, with whose first checkpoint all are compared instead.
+        overwrite: remove earlier results in `out`, unless they are unfinished ones of the same settings.
     Returns:
-        What was found; None in processes other than the first.
+        The outcome; None in processes other than the first.
     Raises:
-        UserError: anything the user can mend, before any weight is read where it can be known then.
+        UserError: anything the user can mend, before any weight is read where it is known then.
     """
+    workers = session.workers
     earlier = None if against is None else read_results(against)
     subjects = prepare(checkpoints, config)
     device = pick_device(config.model.device or workers.device)
     settings = _settings(subjects, config, device)
     warnings = _warnings(subjects, settings, earlier)
     for line in warnings:
-        say(line)
+        session.say(line)
     workers.agree(_clear(out, settings) if overwrite and workers.main else None)
     store = ResultStore(out, settings, workers.rank)
     try:
         if not store.finished:
             for subject in subjects:
                 with _memory_errors(subject):
-                    _run(subject, config, device, store, track, workers)
+                    _run(subject, config, device, store, session)
         workers.wait()
         if not workers.main:
             return None
-        items = {subject.label: {unit.task: unit.keys for unit in subject.units} for subject in subjects}
-        results = store.finish(items, lambda rows: summarise(rows, seed=config.evaluation.seed))
+        keys = {subject.label: {unit.task: unit.keys for unit in subject.units} for subject in subjects}
+        results = store.finish(keys, lambda rows: summarise(rows, seed=config.evaluation.seed))
     finally:
         store.close()
     summary = results.summary if earlier is None else _compare(results, earlier, config.evaluation.seed)
@@ -104,34 +116,34 @@ def evaluate(
 
 
 def _clear(out: str | Path, settings: dict) -> UserError | None:
-    """Remove earlier results, unless these settings' are unfinished; what is wrong, for all processes to hear."""
+    """Remove earlier results, unless they are unfinished ones of these settings; returns an error for all processes."""
     try:
-        if not goes_on(out, settings):
+        if not is_resumable(out, settings):
             clear_results(out)
     except UserError as error:
         return error
-    except OSError as error:  # a UserError too, for the others must not wait for a process that is gone
+    except OSError as error:  # returned as well, because the other processes must not wait for one that has ended
         return UserError(f"output '{out}' cannot be cleared ({error}): remove it, or choose another --out")
     return None
 
 
 def _settings(subjects: Sequence[Subject], config: EvaluationConfig, device: torch.device) -> dict:
-    """What the numbers depend on."""
+    """The settings that the numbers depend on."""
     allow_pickle = config.model.allow_pickle
     directories = [locate(subject.checkpoint, allow_pickle=allow_pickle) for subject in subjects]
     dtype = config.model.dtype or ("float32" if device.type == "cpu" else "stored")
     settings = {
         "checkpoints": {
             subject.label: {"content": fingerprint(directory, allow_pickle), "mask_id": subject.config.mask_token_id}
-            for subject, directory in zip(subjects, directories)
+            for subject, directory in zip(subjects, directories, strict=True)
         },
         "dtype": dtype,
         "seed": config.evaluation.seed,
         "chat": config.evaluation.chat,
         "tasks": {subject.label: {unit.task: unit.settings for unit in subject.units} for subject in subjects},
     }
-    members = [task for subject in subjects for unit in subject.units for task in getattr(unit, "members", ())]
-    if any(isinstance(task, LmTask) for task in members):
+    units = [unit for subject in subjects for unit in subject.units]
+    if any(isinstance(task, LmTask) for unit in units if isinstance(unit, TaskUnit) for task in unit.members):
         from lm_eval import __version__
 
         settings["lm_eval"] = __version__
@@ -139,10 +151,10 @@ def _settings(subjects: Sequence[Subject], config: EvaluationConfig, device: tor
 
 
 def _warnings(subjects: Sequence[Subject], settings: dict, earlier: Results | None) -> tuple[str, ...]:
-    """Of the checkpoints, and of an earlier run that was made otherwise."""
-    found = [line for subject in subjects for line in subject.warnings]
+    """Warnings of the checkpoints, and about an earlier run of other settings."""
+    lines = [line for subject in subjects for line in subject.warnings]
     if earlier is None:
-        return tuple(found)
+        return tuple(lines)
     own = next(iter(settings["tasks"].values()))
     theirs = next(iter(earlier.settings["tasks"].values()))
     shared = [task for task in own if task in theirs]
@@ -150,13 +162,14 @@ def _warnings(subjects: Sequence[Subject], settings: dict, earlier: Results | No
         raise UserError(f"the run in '{earlier.directory}' has none of these tasks: {', '.join(theirs)} were evaluated")
     for name in ("dtype", "seed", "chat", "lm_eval"):
         if (before := earlier.settings.get(name)) != (now := settings.get(name)):
-            found.append(f"'{earlier.directory}' was made otherwise: {name} was {before} and is {now}")
+            lines.append(f"'{earlier.directory}' was made with other settings: {name} was {before} and is {now}")
     for task in shared:
-        plain = [{**values[task], "items": None} for values in (theirs, own)]  # another --limit is no other estimate
-        found += [
-            f"{task} was evaluated otherwise in '{earlier.directory}': {line}" for line in setting_differences(*plain)
+        before, now = ({**values[task], "items": None} for values in (theirs, own))  # --limit changes no estimate
+        lines += [
+            f"{task} was evaluated with other settings in '{earlier.directory}': {line}"
+            for line in setting_differences(before, now)
         ]
-    return tuple(found)
+    return tuple(lines)
 
 
 def _run(
@@ -164,25 +177,23 @@ def _run(
     config: EvaluationConfig,
     device: torch.device,
     store: ResultStore,
-    track: Track,
-    workers: Workers,
+    session: Session,
 ) -> None:
-    """This process's chunks of one checkpoint; its weights are read only where some are left."""
-    left: list[tuple[Unit, list[tuple[int, tuple[int, ...]]]]] = []
+    """Run this process's chunks of one checkpoint; its weights are read only if any chunk is missing."""
+    work: list[tuple[Unit, list[tuple[int, tuple[int, ...]]]]] = []
     for offset, unit in enumerate(subject.units):
         done = store.done(subject.label, unit.task)
-        mine = [(n, chosen) for n, chosen in enumerate(unit.chunks()) if n not in done and workers.mine(n + offset)]
-        if mine:
-            left.append((unit, mine))
-    if not left:
+        chunks = [(n, chunk) for n, chunk in enumerate(unit.chunks()) if session.workers.mine(n + offset)]
+        if missing := [(n, chunk) for n, chunk in chunks if n not in done]:
+            work.append((unit, missing))
+    if not work:
         return
-    settings = config.model
+    settings, tokens = config.model, config.evaluation.batch
     model = load_model(subject.checkpoint, settings.dtype, device, settings.mask_id, settings.allow_pickle)
-    asked = config.evaluation.batch
-    batch = Batches.automatic(compute_device(model)) if asked is None else Batches(asked)
-    for unit, mine in left:
-        for number, chosen in track(mine, f"{subject.label}, {unit.task}"):
-            store.add(subject.label, unit.task, number, unit.run(model, chosen, batch))
+    batch = Batches.automatic(compute_device(model)) if tokens is None else Batches(tokens)
+    for unit, missing in work:
+        for number, chunk in session.track(missing, f"{subject.label}, {unit.task}"):
+            store.add(subject.label, unit.task, number, unit.run(model, chunk, batch))
     del model
     give_back_memory()
     if device.type == "cuda":
@@ -203,11 +214,9 @@ def _memory_errors(subject: Subject) -> Iterator[None]:
 
 def _compare(results: Results, earlier: Results, seed: int) -> dict:
     """A summary of both runs, the earlier one first; also written as against.json."""
-    rows: dict[str, dict[str, list[Row]]] = {}
     labels = [*(f"{earlier.directory.resolve().name}/{label}" for label in earlier.rows), *results.rows]
-    for label, tasks in zip(safe_names(labels).values(), [*earlier.rows.values(), *results.rows.values()]):
-        rows[label] = tasks
-    summary = summarise(rows, seed=seed)
+    runs = [*earlier.rows.values(), *results.rows.values()]
+    summary = summarise(dict(zip(safe_names(labels).values(), runs, strict=True)), seed=seed)
     with plain_os_errors(results.directory):
         values = {"settings": {"earlier": earlier.settings, "own": results.settings}, "summary": summary}
         write_whole(results.directory / COMPARISON, json_text(values))

@@ -1,6 +1,6 @@
-"""What an evaluation is asked to do, made ready before any weight is read: tokenizers, windows, items, warnings."""
+"""An evaluation's request, prepared before any weight is read: tokenizers, windows, items, warnings."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from structprune.calibration.windows import cut_windows, tokenize_corpus
 from structprune.config.effects import refuse_idle
 from structprune.errors import UserError
 from structprune.evaluation.choices import check_items
-from structprune.evaluation.documents import Task
+from structprune.evaluation.documents import Choices, Opening, Task, TaskOptions
 from structprune.evaluation.labels import checkpoint_labels
 from structprune.evaluation.lm_tasks import LmTask
 from structprune.evaluation.openings import check_openings
@@ -29,30 +29,30 @@ from structprune.evaluation.texts import Texts, chat_warning, model_names
 from structprune.evaluation.units import (
     ChoiceUnit,
     GenerationUnit,
+    TaskUnit,
     TextUnit,
     Unit,
     document_keys,
-    is_generation,
 )
 from structprune.models.checkpoint_files import TOKENIZER_FILES
 from structprune.models.families import Family
 from structprune.models.loading import load_config, load_tokenizer, source_name
 
-WINDOW = 512  # tokens of a window, where the model has so many positions
+WINDOW = 512  # tokens of a window, where models have as many positions
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A checkpoint that is to be evaluated.
+    """A checkpoint to evaluate.
 
     Attributes:
         label: its name in tables and files.
-        checkpoint: as it was given.
+        checkpoint: as the user gave it.
         config: our configuration of its model.
         tokenizer: of transformers.
-        texts: how tasks use it; None where only text is evaluated.
+        texts: how tasks use it; None without tasks.
         units: what is evaluated on it.
-        warnings: what its user should know, a line each.
+        warnings: for the user, a line each.
     """
 
     label: str
@@ -67,7 +67,7 @@ class Subject:
 
 
 def check_request(config: EvaluationConfig) -> None:
-    """Raise UserError for settings that say nothing to evaluate, or that would be ignored."""
+    """Raise UserError where there is nothing to evaluate, and for settings that would be ignored."""
     settings = config.evaluation
     if settings.source is None and not settings.tasks:
         raise UserError("nothing to evaluate: give --text FILE, --tasks LIST (such as piqa:FILE.jsonl), or both")
@@ -79,7 +79,7 @@ def check_request(config: EvaluationConfig) -> None:
         ("evaluation", of_tasks, not settings.tasks, "tasks (--tasks)"),
         ("evaluation", ("confidence",), not settings.adaptive, "evaluation.adaptive = true (--adaptive)"),
     )
-    refuse_idle(config, idle)
+    refuse_idle(config, idle)  # type: ignore[arg-type]  # any configuration of sections
 
 
 def prepare(checkpoints: Sequence[str], config: EvaluationConfig) -> list[Subject]:
@@ -89,23 +89,24 @@ def prepare(checkpoints: Sequence[str], config: EvaluationConfig) -> list[Subjec
         UserError: anything that cannot be evaluated, in one line.
     """
     check_request(config)
-    model = config.model
+    model, tasks = config.model, config.evaluation.tasks
     subjects = []
-    for label, checkpoint in zip(checkpoint_labels(checkpoints), checkpoints):
+    for label, checkpoint in zip(checkpoint_labels(checkpoints), checkpoints, strict=True):
         directory, family, own, _ = load_config(checkpoint, model.mask_id, allow_pickle=model.allow_pickle)
-        tokenizer, tasks = load_tokenizer(directory), config.evaluation.tasks
+        tokenizer = load_tokenizer(directory)
         texts = Texts.of(tokenizer, family.text_edges, config.evaluation.chat) if tasks else None
         subjects.append(Subject(label, checkpoint, directory, family, own, tokenizer, texts))
-    makers = _Makers(config.evaluation, subjects)
-    complete = [makers.complete(subject) for subject in subjects]
-    _check_used(config, [unit for subject in complete for unit in subject.units])
-    return [_with_warnings(subject, config.evaluation.chat) for subject in complete]
+    makers = _UnitMakers(config.evaluation, subjects)
+    subjects = [makers.with_units(subject) for subject in subjects]
+    _check_used(config, [unit for subject in subjects for unit in subject.units])
+    return [_with_warnings(subject, config.evaluation.chat) for subject in subjects]
 
 
 def _check_used(config: EvaluationConfig, units: Sequence[Unit]) -> None:
-    """Raise UserError for settings that none of the units looks at."""
+    """Raise UserError for settings that no unit uses."""
     choices, generation = (any(isinstance(unit, kind) for unit in units) for kind in (ChoiceUnit, GenerationUnit))
-    theirs = any(isinstance(task, LmTask) for unit in units for task in getattr(unit, "members", ()))
+    members = [task for unit in units if isinstance(unit, TaskUnit) for task in unit.members]
+    of_lm_eval = any(isinstance(task, LmTask) for task in members)
     scoring = ("samples", "block", "cfg_scale", "sampling", "adaptive", "skip_empty")
     of_passes = choices or config.evaluation.source is not None
     idle = (
@@ -116,108 +117,113 @@ def _check_used(config: EvaluationConfig, units: Sequence[Unit]) -> None:
             "a task with answers to choose from (guidance of generation: generation.cfg_scale)",
         ),
         ("evaluation", ("generation", "prompts"), not generation, "a task that is answered by generation"),
-        ("evaluation", ("include", "fewshot_seed"), not theirs, "a task of lm-eval"),
+        ("evaluation", ("include", "fewshot_seed"), not of_lm_eval, "a task of lm-eval"),
         ("evaluation", ("batch",), not of_passes, "a text or a task with answers to choose from"),
     )
-    refuse_idle(config, idle)
+    refuse_idle(config, idle)  # type: ignore[arg-type]  # any configuration of sections
 
 
-class _Makers:
-    """Units of subjects; what subjects with one tokenizer have in common is made once."""
+class _UnitMakers:
+    """Makes the units of subjects; units that subjects with one tokenizer share are made once."""
 
     def __init__(self, settings: EvaluationSettings, subjects: Sequence[Subject]):
-        self.settings, self.presets = settings, _presets(settings.tasks)
+        self._settings, self._presets = settings, _presets(settings.tasks)
         positions = [getattr(each.config, each.family.keys["positions"]) for each in subjects]
-        self.length = settings.length or min(WINDOW, *positions)
-        for subject, own in zip(subjects, positions):
-            if settings.source is not None and self.length > own:
+        self._length = settings.length or min(WINDOW, *positions)
+        for subject, longest in zip(subjects, positions, strict=True):
+            if settings.source is not None and self._length > longest:
                 raise UserError(
-                    f"evaluation.length = {self.length} exceeds the {own} positions of {subject.label}: lower it"
+                    f"evaluation.length = {self._length} exceeds the {longest} positions of {subject.label}: lower it"
                 )
-        self._made: dict[tuple, Any] = {}
+        self._shared: dict[tuple, Any] = {}
 
-    def complete(self, subject: Subject) -> Subject:
+    def with_units(self, subject: Subject) -> Subject:
         """The subject with its units, checked against its model."""
         units: list[Unit] = []
-        if self.settings.source is not None:
-            units.append(self._text(subject))
-        if self.settings.tasks:
-            units += self._once("tasks", subject, lambda: self._tasks(subject))
+        texts, source = subject.texts, self._settings.source
+        if source is not None:
+            units.append(self._text(subject, source))
+        if texts is not None:
+            units += self._once("tasks", subject, lambda: self._tasks(subject.family, texts))
         vocabulary = getattr(subject.config, subject.family.keys["vocabulary"])
         for unit in units:
             if isinstance(unit, ChoiceUnit):
                 check_items(subject.config, unit.items, unit.monte_carlo)
             if isinstance(unit, GenerationUnit):
-                check_openings(subject.config, unit.openings, subject.texts, unit.options)
-            if not isinstance(unit, TextUnit):
+                check_openings(subject.config, unit.openings, unit.texts, unit.options)
+            if isinstance(unit, TaskUnit):
                 unit.check_metrics()
             for ids in unit.token_ids():
                 check_vocabulary(ids, vocabulary, unit.task)
         return replace(subject, units=tuple(units))
 
-    def _once(self, kind: str, subject: Subject, make) -> Any:
-        paths = [subject.directory / name for name in TOKENIZER_FILES]
-        key = (kind, subject.family.name, *(path.read_bytes() if path.is_file() else None for path in paths))
-        if key not in self._made:
-            self._made[key] = make()
-        return self._made[key]
+    def _once(self, name: str, subject: Subject, make: Callable[[], Any]) -> Any:
+        """What `make` returns, once for all subjects of one family and tokenizer."""
+        paths = [subject.directory / file for file in TOKENIZER_FILES]
+        key = (name, subject.family.name, *(path.read_bytes() if path.is_file() else None for path in paths))
+        if key not in self._shared:
+            self._shared[key] = make()
+        return self._shared[key]
 
-    def _text(self, subject: Subject) -> TextUnit:
-        settings, edges = self.settings, subject.family.model_class.edges_visible
-        windows = self._once("text", subject, lambda: read_windows(settings, self.length, subject.tokenizer))
+    def _text(self, subject: Subject, source: str) -> TextUnit:
+        settings, edges = self._settings, subject.family.model_class.edges_visible
+        windows = self._once("text", subject, lambda: read_windows(settings, source, self._length, subject.tokenizer))
         mask_id = subject.config.mask_token_id
         if (windows == mask_id).any():
-            raise UserError(
-                f"the text '{settings.source}' holds the mask token {mask_id} of {subject.label}: remove it"
-            )
+            raise UserError(f"the text '{source}' holds the mask token {mask_id} of {subject.label}: remove it")
 
         def noise(ids: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
             return stratified_noise(ids, mask_id, generator, settings.noise, edges)
 
-        name = Path(settings.source).name
-        return TextUnit(name, windows, settings.noise, settings.seed, noise)
+        return TextUnit(Path(source).name, windows, settings.noise, settings.seed, noise)
 
-    def _tasks(self, subject: Subject) -> list[Unit]:
-        """Units of tasks; the members of a group are one."""
-        settings, units = self.settings, []
+    def _tasks(self, family: Family, texts: Texts) -> list[Unit]:
+        """Units of tasks; the members of a group are one unit."""
+        settings = self._settings
+        units: list[Unit] = []
         for name in settings.tasks:
-            preset = self.presets.get(name)
-            asked = name if preset is None else preset.task
-            published = _published(asked, preset, subject.family)
-            shots = published.shots if settings.shots is None and preset is not None else settings.shots
-            arguments = (shots, settings.limit, settings.fewshot_seed, settings.include)
-            members = open_tasks([asked], subject.family, subject.texts, *arguments)
-            task = members[0].name if len(members) == 1 else asked
+            preset = self._presets.get(name)
+            of_task = name if preset is None else preset.task
+            published = _published(of_task, preset, family)
+            shots = settings.shots
+            if shots is None and preset is not None and published is not None:
+                shots = published.shots
+            options = TaskOptions(shots, settings.limit, settings.fewshot_seed, settings.include)
+            members = open_tasks([of_task], family, texts, options)
+            task = members[0].name if len(members) == 1 else of_task
             if task in (unit.task for unit in units):
                 raise UserError(f"the task '{task}' is named twice: leave one out")
-            units.append(self._unit(task, members, published, shots, subject))
+            units.append(self._task(task, members, published, shots, texts))
         return units
 
-    def _unit(self, task: str, members: Sequence[Task], published: FamilyPreset | None, shots, subject: Subject):
+    def _task(
+        self, name: str, members: Sequence[Task], published: FamilyPreset | None, shots: int | None, texts: Texts
+    ) -> Unit:
+        settings = self._settings
         pairs = tuple((member, document) for member in members for document in member.documents)
-        if not pairs:
-            raise UserError(f"the task '{task}' has no document")
         documents = [document for _, document in pairs]
-        common = (task, tuple(members), pairs, document_keys(documents), shots)
-        settings, texts = self.settings, subject.texts
-        if is_generation(documents):
-            given = overlay(published.generation or {} if published else {}, settings.generation)
-            return GenerationUnit(*common, texts, given, settings.seed, settings.prompts)
-        items = tuple(replace(to_item(each, texts), key=key) for each, key in zip(documents, common[3]))
+        if not documents:
+            raise UserError(f"the task '{name}' has no document: leave it out")
+        keys = document_keys(documents)
+        common = (name, tuple(members), pairs, keys, shots)
+        if isinstance(documents[0], Opening):
+            base = published.generation if published is not None else None
+            options = overlay(base or {}, settings.generation)
+            return GenerationUnit(*common, texts, options, settings.seed, settings.prompts)
+        choices = [document for document in documents if isinstance(document, Choices)]
+        items = tuple(replace(to_item(each, texts), key=key) for each, key in zip(choices, keys, strict=True))
         return ChoiceUnit(*common, items, settings.monte_carlo(published.likelihood if published else None))
 
 
-def read_windows(settings: EvaluationSettings, length: int, tokenizer) -> torch.Tensor:
-    """Windows drawn at random, without overlap: (N, length) int64, N at most `settings.windows`.
+def read_windows(settings: EvaluationSettings, source: str, length: int, tokenizer: Any) -> torch.Tensor:
+    """Windows of a text drawn at random, without overlap: (N, length) int64, N at most `settings.windows`.
 
     Raises:
         UserError: text that cannot be read, or is shorter than one window.
     """
-    source = settings.source
     split = settings.split or ("train" if Path(source).suffix.lower() in LOCAL else _test_split(source))
     documents = read_texts(source, settings.subset, split, settings.column, "evaluation")
-    wanted = settings.windows * length
-    limit = wanted * SURPLUS if is_streamed(source) else LONGEST
+    limit = settings.windows * length * SURPLUS if is_streamed(source) else LONGEST
     ids = tokenize_corpus(join_texts(documents, source, tokenizer, "evaluation"), tokenizer, limit)  # (M,)
     if len(ids) < length:
         raise UserError(
@@ -233,8 +239,8 @@ def _test_split(source: str) -> str:
 
 
 def _presets(tasks: Sequence[str]) -> dict[str, Preset]:
-    """Settings of the tasks that are given as files of ours; lm-eval's task files are told apart by their keys."""
-    found = {}
+    """The presets among the tasks, by file name; lm-eval's task files have other keys."""
+    presets = {}
     for name in tasks:
         path = Path(name)
         if path.suffix.lower() in (".yaml", ".yml"):
@@ -245,19 +251,19 @@ def _presets(tasks: Sequence[str]) -> dict[str, Preset]:
             except (yaml.YAMLError, UnicodeDecodeError):
                 continue  # lm-eval's have tags of their own
             if is_preset(values):
-                found[name] = load_preset(path)
-    return found
+                presets[name] = load_preset(path)
+    return presets
 
 
 def _published(task: str, preset: Preset | None, family: Family) -> FamilyPreset | None:
-    """The settings of a task for a family: its file's, else the published ones, if any."""
+    """The settings of a task for a family: those of its file, else the published ones, if any."""
     local = parse_local(task)
     preset = preset or PRESETS.get(local.task if local else task)
     return None if preset is None else preset.settings_of(family)
 
 
 def _with_warnings(subject: Subject, chat: bool) -> Subject:
-    """Chat templates that do not fit, and text that the checkpoint was calibrated on."""
+    """The subject with warnings: chat templates that do not fit, and text that it was calibrated on."""
     warnings = []
     if subject.texts is not None:
         names = model_names(source_name(subject.checkpoint, subject.directory), subject.directory)

@@ -24,7 +24,7 @@ def make_items(seed: int = 0) -> list[Item]:
     lengths = [(4, 6), (5, 5, 3), (2,)]
     return [
         Item(f"task/{index}", tuple(Answer(prompt, ids(length), 3 * length) for length in of_item))
-        for index, (prompt, of_item) in enumerate(zip(prompts, lengths))
+        for index, (prompt, of_item) in enumerate(zip(prompts, lengths, strict=True))
     ]
 
 
@@ -44,14 +44,12 @@ def sample_nats(model, answer: Answer, masked: torch.Tensor, scale: float, of: t
 
 def block_means(model, item: Item, settings: MonteCarlo, family: str) -> list[torch.Tensor]:
     """Per answer (K,) the means of every block's samples of the item's stream, by hand."""
-    form, (columns, width) = (
-        FORMS[family_named(family).likelihood],
-        aligned_columns([answer.target for answer in item.answers]),
-    )
+    form = FORMS[family_named(family).likelihood]
+    columns, width = aligned_columns([answer.target for answer in item.answers])
     uniform = (settings.samples, settings.block, width, settings.sampling, item_generator(settings.seed, item.key))
     levels, positions = draw_uniform(form, *uniform)
     found = []
-    for answer, own in zip(item.answers, columns):
+    for answer, own in zip(item.answers, columns, strict=True):
         samples = form.perturb(levels, positions[:, own])
         scale = form.guidance(settings.cfg_scale)
         nats = torch.tensor([sample_nats(model, answer, mask, scale) for mask in samples.masked]).double()
@@ -67,7 +65,7 @@ def test_estimates_and_errors_by_hand(tiny_model, family, cfg, sampling):
     model, items = tiny_model(family), make_items()
     settings = MonteCarlo(16, 4, cfg_scale=GUIDED[family] if cfg else 0.0, seed=3, sampling=sampling)
     found = score_items(model, items[:2], settings, Batches(60))
-    for item, scored in zip(items, found):
+    for item, scored in zip(items[:2], found, strict=True):
         blocks = block_means(model, item, settings, family)
         assert scored.key == item.key and scored.samples == 16
         assert scored.log_likelihoods == pytest.approx([each.mean().item() for each in blocks], rel=1e-4)
@@ -81,7 +79,9 @@ def test_numbers_do_not_depend_on_batch_or_company(tiny_model, family):
     expected = score_items(model, items, settings, Batches(1000))
     assert {each.samples for each in expected} != {32}  # some stop early
     for order, tokens in (([0, 1, 2], 1), ([2, 0, 1], 45), ([1, 2, 0], 10_000)):
-        for index, scored in zip(order, score_items(model, [items[i] for i in order], settings, Batches(tokens))):
+        for index, scored in zip(
+            order, score_items(model, [items[i] for i in order], settings, Batches(tokens)), strict=True
+        ):
             assert scored.key == expected[index].key and scored.samples == expected[index].samples
             assert scored.log_likelihoods == pytest.approx(expected[index].log_likelihoods, rel=1e-5)
             assert scored.errors == pytest.approx(expected[index].errors, rel=1e-3)
@@ -115,7 +115,7 @@ def test_exact_and_sampled_answers_of_one_item(tiny_model):
     """Per size the two are equal but for one part in a thousand."""
     model, prompt = tiny_model(), torch.arange(5)
     make = lambda *sizes: Item(  # noqa: E731
-        "a", tuple(Answer(prompt, torch.arange(7, stop), size) for stop, size in zip((8, 14), sizes))
+        "a", tuple(Answer(prompt, torch.arange(7, stop), size) for stop, size in zip((8, 14), sizes, strict=True))
     )
     (full,) = score_items(model, [make(1, 1)], MonteCarlo(64), Batches(999))
     item = make(10_000, round(10_010 * full.log_likelihoods[1] / full.log_likelihoods[0]))
@@ -204,10 +204,12 @@ def test_what_stops_early_is_estimated_from_its_samples_and_forecasts(tiny_model
     assert seen < 64 and seen % 4 == 0
     columns, width = aligned_columns([answer.target for answer in item.answers])
     drawn = draw_uniform(form, 64, 4, width, "stratified", item_generator(0, item.key))
-    for answer, own, log_likelihood, error in zip(item.answers, columns, found.log_likelihoods, found.errors):
+    for answer, own, log_likelihood, error in zip(
+        item.answers, columns, found.log_likelihoods, found.errors, strict=True
+    ):
         samples = form.perturb(drawn[0], drawn[1][:, own])
         nats = torch.zeros(seen, len(answer.target)).double()
-        for row, mask in zip(nats, samples.masked):
+        for row, mask in zip(nats, samples.masked[:seen], strict=True):
             for token in mask.nonzero().flatten():
                 alone = torch.arange(len(mask)) == token
                 row[token] = sample_nats(model, answer, mask, 0, alone)

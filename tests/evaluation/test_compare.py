@@ -42,7 +42,7 @@ def test_unequal_numbers_cannot_be_paired():
 
 def parts(values, below=None):
     below = below or [1.0] * len(values)
-    return {str(index): pair for index, pair in enumerate(zip(map(float, values), map(float, below)))}
+    return {str(index): pair for index, pair in enumerate(zip(map(float, values), map(float, below), strict=True))}
 
 
 def test_equal_models_differ_by_exactly_nothing():
@@ -79,7 +79,9 @@ def test_resamples_draw_whole_items():
     found = paired_bootstrap(ours, theirs, resamples=4000).resampled
     values, counts = np.unique(found.round(12), return_counts=True)
     assert values == pytest.approx(sorted([4 / 1 - 9 / 2, 6 / 4 - 10 / 4, 2 / 3 - 1 / 2]))
-    assert dict(zip(values.round(3), counts / 4000)) == pytest.approx({-1: 0.5, -0.5: 0.25, 0.167: 0.25}, abs=0.03)
+    assert dict(zip(values.round(3), counts / 4000, strict=True)) == pytest.approx(
+        {-1: 0.5, -0.5: 0.25, 0.167: 0.25}, abs=0.03
+    )
 
 
 def test_draws_without_a_denominator_are_no_draws():

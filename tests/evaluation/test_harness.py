@@ -13,9 +13,10 @@ from structprune import load_model
 from structprune.errors import UserError
 from structprune.evaluation import harness, lm_tasks
 from structprune.evaluation.choices import MonteCarlo, score_items
+from structprune.evaluation.documents import TaskOptions
 from structprune.evaluation.harness import StructpruneLM, main, split_options
 from structprune.evaluation.lm_tasks import load_tasks
-from structprune.evaluation.openings import complete
+from structprune.evaluation.openings import generate_texts
 from structprune.evaluation.requests import to_item
 from structprune.evaluation.tasks import open_tasks
 from structprune.evaluation.texts import Texts
@@ -116,7 +117,7 @@ def test_lm_evals_evaluator_and_ours_agree_on_choices(checkpoint, folder, family
 
     model = load_model(directory)
     texts = Texts.open(directory, family_named(family).text_edges)
-    [task] = load_tasks("tiny_choice", None, 4, 1234, texts, folder)
+    [task] = load_tasks("tiny_choice", texts, TaskOptions(limit=4, include=folder))
     settings = MonteCarlo(samples=16, seed=3, cfg_scale=0.5 if family == "llada" else 0.0)
     scored = score_items(model, [to_item(document, texts) for document in task.documents], settings, Batches(256))
     graded = []
@@ -151,7 +152,7 @@ def test_a_few_items_are_scored_at_a_time(checkpoint, folder, monkeypatch):
 
 
 def test_choices_are_graded_by_lm_eval(checkpoint, folder):
-    [task] = load_tasks("tiny_choice", None, None, 1234, Texts.open(checkpoint(), "none"), folder)
+    [task] = load_tasks("tiny_choice", Texts.open(checkpoint(), "none"), TaskOptions(include=folder))
     assert len(task.documents) == 5 and task.documents[0].key == "tiny_choice/0"
     assert task.documents[0].pairs[0] == ("Question: Dry a shoe.\nAnswer:", " Use paper.")
     assert task.documents[0].lengths == (10, 25)
@@ -166,54 +167,55 @@ def test_lm_evals_evaluator_and_ours_agree_on_generation(checkpoint, folder, fam
     results = evaluate("structprune", folder, "tiny_generation", model_args=f"pretrained={directory},steps=4")
     samples = [s for s in results["samples"]["tiny_generation"] if s["filter"] == "whole"]
     model, texts = load_model(directory), Texts.open(directory, family_named(family).text_edges)
-    [task] = load_tasks("tiny_generation", None, None, 1234, texts, folder)
-    found = complete(model, task.documents, texts, {"steps": 4}, batch=2)
+    [task] = load_tasks("tiny_generation", texts, TaskOptions(include=folder))
+    found = generate_texts(model, task.documents, texts, {"steps": 4}, batch=2)
     assert [sample["resps"][0][0] for sample in samples] == found
     assert all(text and "<|mdm_mask|>" not in text for text in found)
-    for sample, document, text in zip(samples, task.documents, found):
+    for sample, document, text in zip(samples, task.documents, found, strict=True):
         grades = task.grade(document, text)
         assert grades["exact_match,whole"] == sample["exact_match"]
         assert set(grades) == {"exact_match,whole", "exact_match,letters"}
 
 
 def test_generations_are_graded_by_lm_eval(checkpoint, folder):
-    [task] = load_tasks("tiny_generation", None, 1, 1234, Texts.open(checkpoint(), "none"), folder)
+    [task] = load_tasks("tiny_generation", Texts.open(checkpoint(), "none"), TaskOptions(limit=1, include=folder))
     assert task.grade(task.documents[0], "Use paper.") == {"exact_match,whole": 1.0, "exact_match,letters": 0.0}
 
 
 def test_a_generation_is_what_the_sampler_gives(checkpoint, folder):
     directory = checkpoint()
     model, texts = load_model(directory), Texts.open(directory, "none")
-    [task] = load_tasks("tiny_generation", None, 1, 1234, texts, folder)
+    [task] = load_tasks("tiny_generation", texts, TaskOptions(limit=1, include=folder))
     prompt = texts.prompt("Dry a shoe.")
     [ids] = generate(model, [prompt], LLaDAGeneration(8, 8, 8))  # max_gen_toks: 8
-    assert complete(model, task.documents, texts, {}) == [texts.answer(ids[len(prompt) :], ("Question:",))]
+    assert generate_texts(model, task.documents, texts, {}) == [texts.answer(ids[len(prompt) :], ("Question:",))]
 
 
 def test_drawn_tokens_depend_on_the_document_alone(checkpoint, folder):
     directory = checkpoint()
     model, texts = load_model(directory), Texts.open(directory, "none")
-    [task] = load_tasks("tiny_generation", None, 3, 1234, texts, folder)
-    together = complete(model, task.documents, texts, {"temperature": 1.0}, seed=5)
-    assert complete(model, task.documents[1:2], texts, {"temperature": 1.0}, seed=5) == together[1:2]
-    assert complete(model, task.documents, texts, {"temperature": 1.0}, seed=6) != together
+    [task] = load_tasks("tiny_generation", texts, TaskOptions(limit=3, include=folder))
+    together = generate_texts(model, task.documents, texts, {"temperature": 1.0}, seed=5)
+    assert generate_texts(model, task.documents[1:2], texts, {"temperature": 1.0}, seed=5) == together[1:2]
+    assert generate_texts(model, task.documents, texts, {"temperature": 1.0}, seed=6) != together
 
 
 def test_shots_seed_and_limit_are_lm_evals(checkpoint, folder):
     texts = Texts.open(checkpoint(), "none")
     contexts = [
-        load_tasks("tiny_choice", 2, 1, seed, texts, folder)[0].documents[0].pairs[0][0] for seed in (1, 1, 2, 3, 4)
+        load_tasks("tiny_choice", texts, TaskOptions(2, 1, seed, folder))[0].documents[0].pairs[0][0]
+        for seed in (1, 1, 2, 3, 4)
     ]
     assert all(context.count("Question:") == 3 for context in contexts)
     assert contexts[0] == contexts[1] and len(set(contexts)) > 1
     with pytest.raises(UserError, match="fixed at 0 examples by lm-eval: set evaluation.shots=0, not 2"):
-        load_tasks("tiny_generation", 2, 1, 1, texts, folder)
+        load_tasks("tiny_generation", texts, TaskOptions(shots=2, limit=1, seed=1, include=folder))
 
 
 def test_the_chat_template_is_applied_by_both(checkpoint, folder):
     directory = checkpoint(template=TEMPLATE, name="Tiny-Instruct")
     texts = Texts.open(directory, "none", chat=True)
-    [task] = load_tasks("tiny_choice", None, 2, 1234, texts, folder)
+    [task] = load_tasks("tiny_choice", texts, TaskOptions(limit=2, include=folder))
     expected = "[user]Question: Dry a shoe.\nAnswer:[assistant]"
     assert task.documents[0].pairs[0] == (expected, "Use paper.") and task.documents[0].lengths == (10, 25)
     arguments = f"pretrained={directory},samples=8"
@@ -224,22 +226,22 @@ def test_the_chat_template_is_applied_by_both(checkpoint, folder):
 def test_names_that_lm_eval_has_not(checkpoint, folder):
     texts = Texts.open(checkpoint(), "none")
     with pytest.raises(UserError, match=r"unknown task 'tiny_choise' \(did you mean 'tiny_choice'\?\)"):
-        open_tasks(["tiny_choise"], LLADA, texts, include=folder)
-    [task] = open_tasks([str(folder / "choice.yaml")], LLADA, texts, limit=1)
+        open_tasks(["tiny_choise"], LLADA, texts, TaskOptions(include=folder))
+    [task] = open_tasks([str(folder / "choice.yaml")], LLADA, texts, TaskOptions(limit=1))
     assert task.name == "tiny_choice"
 
 
 def test_data_that_cannot_be_had(checkpoint, folder, tmp_path):
     (tmp_path / "broken.yaml").write_text(CHOICE.replace("FILE", "absent.jsonl").replace("tiny_choice", "broken"))
     with pytest.raises(UserError, match="the data of task 'broken' cannot be read"):
-        load_tasks("broken", None, 1, 1, Texts.open(checkpoint(), "none"), tmp_path)
+        load_tasks("broken", Texts.open(checkpoint(), "none"), TaskOptions(limit=1, seed=1, include=tmp_path))
 
 
 @pytest.mark.parametrize(
     "line, message",
     [
-        ("output_type: loglikelihood_rolling", "is of kind loglikelihood_rolling"),
-        ("repeats: 3", "asks for 3 answers"),
+        ("output_type: loglikelihood_rolling", "is of type loglikelihood_rolling"),
+        ("repeats: 3", "needs 3 answers"),
         ("unsafe_code: true", "runs generated code"),
     ],
 )
@@ -252,7 +254,7 @@ def test_kinds_that_are_not_run(checkpoint, folder, tmp_path, line, message):
         text += line + "\n"
     (tmp_path / "odd.yaml").write_text(text)
     with pytest.raises(UserError, match=message):
-        load_tasks("odd", None, 1, 1, Texts.open(checkpoint(), "none"), tmp_path)
+        load_tasks("odd", Texts.open(checkpoint(), "none"), TaskOptions(limit=1, seed=1, include=tmp_path))
 
 
 def test_rolling_likelihoods_are_refused(checkpoint):

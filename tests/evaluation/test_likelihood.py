@@ -28,7 +28,7 @@ def rows():
 def by_hand(model, rows: MaskedRows, scale: float) -> torch.Tensor:
     """(N, T) one row, one branch and one position at a time."""
     found = torch.zeros(rows.clean.shape, dtype=torch.float64)
-    for row, clean, masked, prompt in zip(found, rows.clean, rows.masked, rows.prompt):
+    for row, clean, masked, prompt in zip(found, rows.clean, rows.masked, rows.prompt, strict=True):
         noisy = clean.masked_fill(masked, MASK)
         bare = torch.cat((torch.full((int(prompt),), MASK), noisy[prompt:]))
         with_prompt, without = (model(ids[None]).logits[0] for ids in (noisy, bare))  # 2 x (T, V)

@@ -92,7 +92,7 @@ def nats(length: int) -> dict[tuple[bool, ...], float]:
     generator = torch.Generator().manual_seed(5)
     patterns = list(itertools.product((False, True), repeat=length))
     values = (10 * torch.rand(len(patterns), generator=generator)).tolist()
-    return dict(zip(patterns, values)) | {(False,) * length: 0.0}
+    return dict(zip(patterns, values, strict=True)) | {(False,) * length: 0.0}
 
 
 def fixed_count_expectation(value: dict) -> float:

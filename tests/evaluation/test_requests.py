@@ -9,9 +9,9 @@ from structprune.evaluation.documents import Opening
 from structprune.evaluation.requests import (
     document_key,
     group_choices,
+    in_request_order,
     overlay,
     sampler_values,
-    spread,
     to_item,
     to_opening,
 )
@@ -37,13 +37,13 @@ def test_answers_of_a_document_are_one_item_wherever_they_stand():
     assert [group.document.key for group in groups] == ["piqa/0", "piqa/1", "other/0"]
     assert groups[0].document.pairs == (("Q0", " yes"), ("Q0", " never"))
     assert groups[0].document.lengths == (3, 5) and groups[1].document.lengths == (2, 4)
-    assert spread(groups, [(-1.0, -2.0), (-3.0, -4.0), (-5.0,)]) == [-1.0, -3.0, -2.0, -5.0, -4.0]
+    assert in_request_order(groups, [(-1.0, -2.0), (-3.0, -4.0), (-5.0,)]) == [-1.0, -3.0, -2.0, -5.0, -4.0]
 
 
 def test_repeated_requests_are_scored_once():
     [group] = group_choices([request("Q", " a"), request("Q", " b"), request("Q", " b")])
     assert group.document.pairs == (("Q", " a"), ("Q", " b")) and group.places == ((0,), (1, 2))
-    assert spread([group], [(-1.0, -2.0)]) == [-1.0, -2.0, -2.0]
+    assert in_request_order([group], [(-1.0, -2.0)]) == [-1.0, -2.0, -2.0]
 
 
 def test_unconditional_answers_are_no_choices():
@@ -56,7 +56,7 @@ def test_unconditional_answers_are_no_choices():
 def test_outcomes_must_fit_the_groups():
     groups = group_choices([request("Q", " a"), request("Q", " b")])
     with pytest.raises(ValueError):
-        spread(groups, [(-1.0,)])
+        in_request_order(groups, [(-1.0,)])
 
 
 def test_requests_of_no_task_are_told_apart_by_context():
@@ -69,7 +69,7 @@ def test_an_item_holds_the_tokens_of_every_answer():
     [group] = group_choices([request("The cat", " sat"), request("The cat", " flew away")])
     item = to_item(group.document, texts)
     assert item.key == "piqa/0" and [answer.size for answer in item.answers] == [3, 9]
-    for answer, text in zip(item.answers, (" sat", " flew away")):
+    for answer, text in zip(item.answers, (" sat", " flew away"), strict=True):
         assert texts.tokenizer.decode(answer.prompt) == "The cat"
         assert texts.tokenizer.decode(answer.target) == text
 

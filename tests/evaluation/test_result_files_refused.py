@@ -6,7 +6,13 @@ from pathlib import Path
 import pytest
 
 from structprune.errors import UserError
-from structprune.evaluation.result_files import ResultStore, clear_results, goes_on, read_results, setting_differences
+from structprune.evaluation.result_files import (
+    ResultStore,
+    clear_results,
+    is_resumable,
+    read_results,
+    setting_differences,
+)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +116,7 @@ def test_rows_that_are_none_are_not_gone_on_with(tmp_path, settings, fill, chang
     store.close()
     path = tmp_path / "partial" / "rank-0.jsonl"
     edit(path, lambda text: json.dumps(json.loads(text.splitlines()[0]) | change) + "\n")
-    assert not goes_on(tmp_path, settings)
+    assert not is_resumable(tmp_path, settings)
 
 
 @pytest.mark.parametrize("name", [None, "settings.json", "partial/rank-0.jsonl"])
@@ -121,7 +127,7 @@ def test_what_is_damaged_is_not_gone_on_with(tmp_path, settings, fill, name):
     store.close()
     if name is not None:
         edit(tmp_path / name, lambda text: text.replace('"', "'", 1))
-    assert goes_on(tmp_path, settings) == (name is None)
+    assert is_resumable(tmp_path, settings) == (name is None)
     clear_results(tmp_path)
     assert not ResultStore(tmp_path, settings).done("dense", "notes")
 

@@ -72,7 +72,7 @@ def test_no_masked_token_is_no_cross_entropy():
     "make, words",
     [
         (lambda: choices((math.nan, -1.0)), "item '1' of task 'piqa': the model gives nan"),
-        (lambda: choices((-math.inf, -1.0)), "the model gives -inf: compute in float32"),
+        (lambda: choices((-math.inf, -1.0)), "the model gives -inf: set model.dtype to float32"),
         (lambda: choices(errors=(0.0, math.inf)), "the model gives inf"),
         (lambda: Window("notes", "3", math.nan, 1.0, 1, 1, 1), "item '3' of task 'notes'"),
         (lambda: choices(sizes=(4, 0)), "a size of at least 1"),
@@ -85,10 +85,10 @@ def test_no_masked_token_is_no_cross_entropy():
         ),
         (lambda: Generation("g", "1", "", None, {}), "item '1' of task 'g' has no metric"),
         (lambda: Generation("g", "1", "", None, {"acc": math.nan}), "the model gives nan"),
-        (lambda: from_json({"kind": "poem"}), "no row of an evaluation"),
-        (lambda: from_json({"kind": "window", "task": "t"}), "no row of an evaluation"),
-        (lambda: from_json([]), "no row of an evaluation"),
-        (lambda: from_json(to_json(WINDOW) | {"samples": "8"}), "no row of an evaluation"),
+        (lambda: from_json({"kind": "poem"}), "not a row of an evaluation"),
+        (lambda: from_json({"kind": "window", "task": "t"}), "not a row of an evaluation"),
+        (lambda: from_json([]), "not a row of an evaluation"),
+        (lambda: from_json(to_json(WINDOW) | {"samples": "8"}), "not a row of an evaluation"),
     ],
 )
 def test_refused(make, words):

@@ -13,7 +13,7 @@ from structprune.evaluation.summary import describe, estimate, summarise, wilson
 def answered(task, right, norm=None, samples=16):
     """Items of two answers: the first is gold; right and norm say whether acc and acc_norm count them."""
     rows = []
-    for index, (good, good_norm) in enumerate(zip(right, norm or right)):
+    for index, (good, good_norm) in enumerate(zip(right, norm or right, strict=True)):
         metrics = {"acc": float(good), "acc_norm": float(good_norm)}
         rows.append(Choices(task, str(index), (-10.0, -11.0), (0.1, 0.1), (1, 1), 0, samples, 128, metrics))
     return rows
@@ -21,7 +21,7 @@ def answered(task, right, norm=None, samples=16):
 
 def windows(values, nats=None, tokens=None):
     count = len(values)
-    triples = zip(values, nats or values, tokens or [1] * count)
+    triples = zip(values, nats or values, tokens or [1] * count, strict=True)
     return [Window("notes", str(index), v, n, t, 4, 4) for index, (v, n, t) in enumerate(triples)]
 
 

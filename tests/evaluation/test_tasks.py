@@ -9,6 +9,7 @@ import pytest
 from structprune.assets import model_directory
 from structprune.errors import UserError
 from structprune.evaluation import lm_tasks
+from structprune.evaluation.documents import TaskOptions
 from structprune.evaluation.local_tasks import (
     INVALID,
     choice_metrics,
@@ -59,7 +60,7 @@ def gsm8k(tmp_path):
 
 
 def opened(texts, name, **options):
-    [task] = open_tasks([name], LLADA, texts, **options)
+    [task] = open_tasks([name], LLADA, texts, TaskOptions(**options))
     return task
 
 
@@ -74,7 +75,7 @@ def test_piqa_prompts_are_lm_evals(piqa, texts):
 
 
 def test_labels_in_the_lines_do_as_well(tmp_path, texts):
-    path = write(tmp_path / "piqa.jsonl", [row | {"label": label} for row, label in zip(PIQA, LABELS)])
+    path = write(tmp_path / "piqa.jsonl", [row | {"label": label} for row, label in zip(PIQA, LABELS, strict=True)])
     assert [document.gold for document in opened(texts, f"piqa:{path}").documents] == LABELS
 
 
@@ -83,7 +84,7 @@ def test_the_limit_takes_the_first(piqa, texts):
 
 
 def test_solved_examples_stand_before_the_question(tmp_path, piqa, texts):
-    train = write(tmp_path / "train.jsonl", [row | {"label": label} for row, label in zip(PIQA, LABELS)])
+    train = write(tmp_path / "train.jsonl", [row | {"label": label} for row, label in zip(PIQA, LABELS, strict=True)])
     document = opened(texts, f"piqa:{piqa}:{train}", shots=2).documents[4]
     assert document.pairs[0][0] == (
         "Question: Dry a wet shoe.\nAnswer: Stuff it with paper.\n\n"
@@ -192,11 +193,11 @@ def test_lists_that_cannot_be_run(tmp_path, piqa, texts):
     with pytest.raises(UserError, match="two of the tasks are called 'piqa:piqa-valid.jsonl'"):
         open_tasks([f"piqa:{piqa}", f"piqa:{same}"], LLADA, texts)
     with pytest.raises(UserError, match="limit of 0"):
-        open_tasks([f"piqa:{piqa}"], LLADA, texts, limit=0)
+        open_tasks([f"piqa:{piqa}"], LLADA, texts, TaskOptions(limit=0))
     with pytest.raises(UserError, match="2 shots need a file"):
-        open_tasks([f"piqa:{piqa}"], LLADA, texts, shots=2)
+        open_tasks([f"piqa:{piqa}"], LLADA, texts, TaskOptions(shots=2))
     with pytest.raises(UserError, match="has 5 lines, too few for 6 shots"):
-        open_tasks([f"piqa:{piqa}:{piqa}"], LLADA, texts, shots=6)
+        open_tasks([f"piqa:{piqa}:{piqa}"], LLADA, texts, TaskOptions(shots=6))
 
 
 @pytest.mark.parametrize(
@@ -228,7 +229,7 @@ def test_bad_labels_are_named(piqa, texts):
     with pytest.raises(UserError, match="has 4 labels for 5 lines of piqa-valid.jsonl"):
         opened(texts, f"piqa:{piqa}")
     labels.write_text("0\n1\ntwo\n1\n0\n")
-    with pytest.raises(UserError, match="line 3: 'two' is no label"):
+    with pytest.raises(UserError, match="line 3: 'two' is not a label"):
         opened(texts, f"piqa:{piqa}")
 
 

@@ -38,7 +38,7 @@ def substituted(model, old, new, wanted, span, mask=None):
 
     def put_back(_, args):
         sides = [side.clone() for side in args[1:3]]
-        for side, before in zip(sides, next(stored)):
+        for side, before in zip(sides, next(stored), strict=True):
             side[:, :, outside] = before[:, :, outside]
         return (args[0], *sides, *args[3:])
 

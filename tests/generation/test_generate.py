@@ -1,6 +1,7 @@
 """Generation: equal to the published samplers, and independent of how prompts are batched."""
 
 import json
+from itertools import pairwise
 
 import pytest
 import torch
@@ -58,7 +59,7 @@ def test_neither_batch_nor_order_nor_padding_changes_tokens(tiny_model, form):
     model = tiny_model(FAMILIES[type(settings)])
     alone = generate(model, PROMPTS, settings, generator=seeded(), batch=1)
     together = generate(model, PROMPTS, settings, generator=seeded(), batch=4)
-    for prompt, one, many in zip(PROMPTS, alone, together):
+    for prompt, one, many in zip(PROMPTS, alone, together, strict=True):
         assert torch.equal(one[: len(prompt)], prompt) and len(one) == len(prompt) + 12
         assert torch.equal(one, many) and MASK not in one
     assert len({tuple(tokens[-12:].tolist()) for tokens in alone}) == 4  # the prompts matter
@@ -114,14 +115,14 @@ def test_a_tensor_of_prompts_comes_back_padded_as_it_came(tiny_model):
 def revealed(steps) -> list[list[list[int]]]:
     """Per step and row, which generated positions it revealed (all but the last step)."""
     masks = [step.ids[:, -12:] == MASK for step in steps]  # (B, G) each
-    return [[row.nonzero().flatten().tolist() for row in before & ~after] for before, after in zip(masks, masks[1:])]
+    return [[row.nonzero().flatten().tolist() for row in before & ~after] for before, after in pairwise(masks)]
 
 
 def test_blocks_are_finished_from_left_to_right(tiny_model):
     steps, _ = steps_of(tiny_model(), PROMPTS[:2], LLaDAGeneration(12, 8, 6))
     assert [step.index for step in steps] == list(range(8))
     counts = [2, 2, 1, 1, 2, 2, 1]  # 6 masks in 4 steps, and again
-    for index, (rows, count) in enumerate(zip(revealed(steps), counts)):
+    for index, (rows, count) in enumerate(zip(revealed(steps), counts, strict=True)):
         block = range(0, 6) if index < 4 else range(6, 12)
         assert all(len(row) == count and set(row) <= set(block) for row in rows)
 
@@ -196,7 +197,7 @@ def test_small_portions_of_logits_change_nothing(tiny_model, monkeypatch):
         alone = generate(model, PROMPTS, settings, generator=seeded(), batch=1)
         together = generate(model, PROMPTS, settings, generator=seeded(), batch=4)
         handle.remove()
-        assert max(sizes) == 4 and all(torch.equal(one, many) for one, many in zip(alone, together))
+        assert max(sizes) == 4 and all(torch.equal(one, many) for one, many in zip(alone, together, strict=True))
 
 
 def test_stop_at_eos_ends_a_row_after_its_block(tiny_model):

@@ -94,7 +94,7 @@ def test_set_widths_round_trip(tiny_model, kind, kept):
     again = family.config_class(**family.config_class.from_dict(config.to_dict()).to_dict())
     for made in (config, again):
         assert [block_widths(made, family, index) for index in range(3)] == kept
-    for block, widths in zip(Adapter(family.model_class(again)).blocks, kept):
+    for block, widths in zip(Adapter(family.model_class(again)).blocks, kept, strict=True):
         assert block.widths == widths
         assert block["query"].out_features == widths.query_heads * 8
         assert block["key"].out_features == widths.kv_heads * 8

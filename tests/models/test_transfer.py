@@ -110,7 +110,7 @@ def test_rows_are_what_was_written_last(queue, seed):
         if draw.random() < 0.7:
             plain[which][rows] = plain[which][rows] + step
             staged[which].write(rows, plain[which][rows].clone())
-    for store, rows in zip(plain, staged):
+    for store, rows in zip(plain, staged, strict=True):
         assert torch.equal(torch.cat([rows.read(slice(row, row + 1)) for row in range(count)]), store)
 
 

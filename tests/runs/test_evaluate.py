@@ -12,7 +12,7 @@ from structprune.evaluation.nelbo import masked_nelbo
 from structprune.evaluation.perturb import item_generator
 from structprune.evaluation.result_files import read_results
 from structprune.models.loading import load_model
-from structprune.runs.evaluate import evaluate
+from structprune.runs.evaluate import Session, evaluate
 
 
 @pytest.mark.parametrize("family", ["llada", "dream"])
@@ -100,7 +100,7 @@ def test_an_earlier_run_is_compared_with(eval_checkpoint, text_path, piqa, tmp_p
     assert (shared["items"], shared["left_out"]) == (4, 2)
     assert found.summary["differences"]["small"]["text.txt"]["nelbo"]["items"] == 20
     assert found.warnings == (
-        f"piqa:piqa.jsonl was evaluated otherwise in '{tmp_path / 'first'}': samples was 8 and is 4",
+        f"piqa:piqa.jsonl was evaluated with other settings in '{tmp_path / 'first'}': samples was 8 and is 4",
     )
     kept = json.loads((tmp_path / "out" / "against.json").read_text())
     assert kept["summary"] == json.loads(json.dumps(found.summary))
@@ -121,7 +121,7 @@ def test_text_that_was_calibrated_on_is_named(eval_checkpoint, text_path, tmp_pa
     assert plain_run.warnings == ()
     tiny_calibration(load_model(one), windows=8).save(one / "calibration.safetensors")
     heard = []
-    found = evaluate([str(one)], eval_settings(text_path), tmp_path / "out", say=heard.append)
+    found = evaluate([str(one)], eval_settings(text_path), tmp_path / "out", session=Session(say=heard.append))
     assert len(found.warnings) == 1 and found.warnings[0].startswith("llada-tiny was calibrated on text that ")
     assert found.warnings[0].endswith("of the items of text.txt hold: its figures there flatter it")
     assert heard == list(found.warnings)
@@ -150,7 +150,7 @@ def test_batches_change_nothing(eval_checkpoint, text_path, piqa, tmp_path, eval
     large = evaluate([one], eval_settings(text_path, tasks), tmp_path / "large")
     small = evaluate([one], eval_settings(text_path, tasks, evaluation__batch=40), tmp_path / "small")
     for task in ("text.txt", "piqa:piqa.jsonl"):
-        pairs = zip(large.results.rows["llada-tiny"][task], small.results.rows["llada-tiny"][task])
+        pairs = zip(large.results.rows["llada-tiny"][task], small.results.rows["llada-tiny"][task], strict=True)
         for ours, theirs in pairs:
             values = (lambda row: row.log_likelihoods) if task.startswith("piqa") else (lambda row: (row.nelbo,))
             assert values(ours) == pytest.approx(values(theirs), rel=1e-5)

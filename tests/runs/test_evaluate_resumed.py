@@ -11,7 +11,7 @@ import pytest
 
 from structprune.errors import UserError
 from structprune.evaluation.result_files import read_results
-from structprune.runs.evaluate import evaluate
+from structprune.runs.evaluate import Session, evaluate
 
 
 class Killed(Exception):
@@ -40,11 +40,13 @@ def test_a_run_that_died_goes_on_and_ends_with_the_same_numbers(
     asked = eval_settings(text_path, [f"piqa:{piqa}"])
     whole = evaluate(names, asked, tmp_path / "whole")
     with pytest.raises(Killed):
-        evaluate(names, asked, tmp_path / "out", track=interrupted(after))
+        evaluate(names, asked, tmp_path / "out", session=Session(track=interrupted(after)))
     with pytest.raises(UserError, match="are not finished"):
         read_results(tmp_path / "out")
     seen = []
-    again = evaluate(names, asked, tmp_path / "out", track=lambda items, title: [seen.append(title), items][1])
+    again = evaluate(
+        names, asked, tmp_path / "out", session=Session(track=lambda items, title: [seen.append(title), items][1])
+    )
     assert plain_rows(again.results) == plain_rows(whole.results) and again.summary == whole.summary
     assert (
         seen
@@ -79,15 +81,23 @@ def test_overwriting_keeps_this_very_run_where_it_is_unfinished(
 ):
     names, asked = [str(eval_checkpoint())], eval_settings(text_path, [f"piqa:{piqa}"])
     with pytest.raises(Killed):
-        evaluate(names, asked, tmp_path / "out", overwrite=True, track=interrupted(1))
+        evaluate(names, asked, tmp_path / "out", overwrite=True, session=Session(track=interrupted(1)))
     chunks = []
     evaluate(
-        names, asked, tmp_path / "out", overwrite=True, track=lambda items, title: [chunks.extend(items), items][1]
+        names,
+        asked,
+        tmp_path / "out",
+        overwrite=True,
+        session=Session(track=lambda items, title: [chunks.extend(items), items][1]),
     )
     assert len(chunks) == 2  # of three
     chunks.clear()
     evaluate(
-        names, asked, tmp_path / "out", overwrite=True, track=lambda items, title: [chunks.extend(items), items][1]
+        names,
+        asked,
+        tmp_path / "out",
+        overwrite=True,
+        session=Session(track=lambda items, title: [chunks.extend(items), items][1]),
     )
     assert len(chunks) == 3  # finished: all anew
 
@@ -99,7 +109,10 @@ def test_another_number_of_prompts_takes_up_the_same_run(eval_checkpoint, gsm8k,
     names, tasks = [str(eval_checkpoint())], [f"gsm8k:{gsm8k}"]
     with pytest.raises(Killed):
         evaluate(
-            names, eval_settings(tasks=tasks, evaluation__prompts=2, **options), tmp_path / "out", track=interrupted(1)
+            names,
+            eval_settings(tasks=tasks, evaluation__prompts=2, **options),
+            tmp_path / "out",
+            session=Session(track=interrupted(1)),
         )
     found = evaluate(names, eval_settings(tasks=tasks, evaluation__prompts=5, **options), tmp_path / "out")
     assert len(found.results.rows["llada-tiny"]["gsm8k:gsm8k.jsonl"]) == 11
@@ -182,7 +195,9 @@ def test_a_killed_process_leaves_what_it_did(eval_checkpoint, text_path, piqa, t
     assert 1 <= kept < 4
     asked = eval_settings(text_path, [f"piqa:{piqa}"], evaluation__windows=40, evaluation__samples=128)
     whole, chunks = evaluate([str(one)], asked, tmp_path / "whole"), []
-    again = evaluate([str(one)], asked, out, track=lambda items, title: [chunks.extend(items), items][1])
+    again = evaluate(
+        [str(one)], asked, out, session=Session(track=lambda items, title: [chunks.extend(items), items][1])
+    )
     assert len(chunks) == 4 - kept and plain_rows(again.results) == plain_rows(whole.results)
 
 
@@ -194,6 +209,6 @@ def test_what_cannot_be_cleared_is_told_to_all_processes(
     def fail(*given):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr("structprune.runs.evaluate.goes_on", fail)
+    monkeypatch.setattr("structprune.runs.evaluate.is_resumable", fail)
     with pytest.raises(UserError, match="out' cannot be cleared .*Input/output error.*: remove it, or choose another"):
         evaluate([str(eval_checkpoint())], eval_settings(text_path), tmp_path / "out", overwrite=True)
