@@ -135,6 +135,25 @@ def test_only_the_command_line_prints():
         assert "print" not in names, path
 
 
+def parameters(node: ast.FunctionDef) -> list[str]:
+    """Names of a function's parameters, `self` and `cls` aside."""
+    names = [each.arg for each in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+    return [name for name in names if name not in ("self", "cls")]
+
+
+def test_context_travels_as_one_value():
+    """Functions with seven or more parameters, verbs and model configurations aside, are few."""
+    aside = {"cli", *SELF_CONTAINED}
+    many = [
+        f"{path.relative_to(ROOT)}:{node.name}"
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef) and len(parameters(node)) >= 7
+        if not aside & {path.name, path.relative_to(ROOT).parts[0]}
+    ]
+    assert len(many) <= 8, many
+
+
 def test_no_machine_paths():
     for path in FILES:
         text = path.read_text(encoding="utf-8")

@@ -153,7 +153,7 @@ def test_widths_are_measured(scripts, tmp_path, capsys):
     "more, message",
     [
         (["--gen-length", "9"], "gen_length = 9 is not a multiple of block_length = 4"),
-        (["--rounds", "0"], "--rounds 0 cannot be used"),
+        (["--rounds", "0"], "--rounds 0 is not a count: give whole numbers from 1"),
         (["--gen-length", "32"], "--length 32 leaves no room for a prompt"),
     ],
 )
