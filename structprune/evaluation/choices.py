@@ -4,7 +4,7 @@ Shapes: P prompt tokens, L target tokens, T = P + L, K blocks of b Monte Carlo s
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import compress
@@ -33,7 +33,7 @@ class _AnswerState:
         exact: whether one sample is the exact log-likelihood.
         by_mask: mask -> (L,) float64 nats of the masks that were run.
         nats: (n, L) of the samples that were run, in their order.
-        drawn: samples that were run, once they are closed.
+        count: samples that were run, once the answer is closed.
         estimate: log-likelihood and its standard error, once no more samples are run.
     """
 
@@ -42,7 +42,7 @@ class _AnswerState:
     exact: bool
     by_mask: dict[bytes, torch.Tensor] = field(default_factory=dict)
     nats: list[torch.Tensor] = field(default_factory=list)
-    drawn: int = 0
+    count: int = 0
     estimate: tuple[float, float | None] | None = None
 
     @property
@@ -72,7 +72,6 @@ def score_items(
     items: Sequence[Item],
     settings: MonteCarlo,
     batch: Batches,
-    track: Callable[[Iterable], Iterable] = lambda items: items,
 ) -> list[Scored]:
     """Conditional log-likelihoods of all answers, in the order of the items.
 
@@ -81,7 +80,6 @@ def score_items(
 
     Args:
         batch: tokens in a forward pass; keeps what it learns about the device's memory.
-        track: wraps the iteration over groups of answers (progress); called once per round of adaptive sampling.
     Raises:
         UserError: an answer that is empty, does not fit the model's positions or holds the mask token, settings that
             have no effect for the model's family, or a forward pass of one row that does not fit the device's memory.
@@ -93,7 +91,7 @@ def score_items(
     active, done = states, 0
     for count in looks:
         work = [answer for state in active for answer in state.answers if not (answer.exact and done)]
-        for group in track(scorer.groups(work, (count - done) * settings.rows)):
+        for group in scorer.groups(work, (count - done) * settings.rows):
             scorer.extend(group, (done, count))
             if count == settings.blocks:
                 scorer.close(group)  # at once, because the nats of tokens take memory
@@ -194,7 +192,7 @@ class _Scorer:
         """Estimate answers that get no further samples, and drop the nats of their tokens."""
         for answer in answers:
             answer.estimate = self._estimate(answer)
-            answer.drawn, answer.by_mask, answer.nats = answer.samples, {}, []
+            answer.count, answer.by_mask, answer.nats = answer.samples, {}, []
 
     def _estimate(self, answer: _AnswerState) -> tuple[float, float | None]:
         """Log-likelihood and its standard error over blocks, of a ratio where blocks count differently.
@@ -234,4 +232,4 @@ def _masked_rows(answer: Answer, masks: torch.Tensor) -> MaskedRows:
 
 def _scored(state: _ItemState) -> Scored:
     values, errors = zip(*(answer.estimate for answer in state.answers if answer.estimate is not None), strict=True)
-    return Scored(state.item.key, values, errors, max(answer.drawn for answer in state.answers))
+    return Scored(state.item.key, values, errors, max(answer.count for answer in state.answers))

@@ -68,15 +68,11 @@ class Task(Protocol):
 
     Attributes:
         name: in reports.
-        preset: the name of its published settings, which need not exist.
         documents: all of one type.
     """
 
     @property
     def name(self) -> str: ...
-
-    @property
-    def preset(self) -> str: ...
 
     @property
     def documents(self) -> Sequence[Document]: ...

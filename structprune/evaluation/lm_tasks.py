@@ -24,13 +24,11 @@ class LmTask:
     """One task of lm-eval.
 
     Attributes:
-        preset: the name that was given: a group's, where this is one of its members.
         source: lm-eval's task object.
         requests: its requests by document key.
     """
 
     name: str
-    preset: str
     documents: tuple[Document, ...]
     source: Any = field(repr=False)
     requests: dict[str, list] = field(repr=False)
@@ -75,7 +73,7 @@ def load_tasks(name: str, texts: Texts, options: TaskOptions) -> list[LmTask]:
     except (OSError, ValueError, RuntimeError) as error:  # `datasets` cannot get the data
         reason = f"the data of task '{name}' cannot be read ({first_line(error)})"
         raise UserError(f"{reason}: go online once, or use a file") from error
-    return [_build(member, name, texts, options) for member in members.values()]
+    return [_build(member, texts, options) for member in members.values()]
 
 
 @lru_cache
@@ -86,7 +84,7 @@ def _manager(include: str | Path | None):
     return TaskManager(include_path=include)
 
 
-def _build(source: Any, preset: str, texts: Texts, options: TaskOptions) -> LmTask:
+def _build(source: Any, texts: Texts, options: TaskOptions) -> LmTask:
     name = source.task_name
     _check(source, name)
     own, shots = source.get_config("num_fewshot"), options.shots
@@ -103,7 +101,7 @@ def _build(source: Any, preset: str, texts: Texts, options: TaskOptions) -> LmTa
     for request in source.instances:
         requests.setdefault(document_key(request), []).append(request)
     documents = [_document(members, name) for members in requests.values()]
-    return LmTask(name, preset, tuple(documents), source, requests)
+    return LmTask(name, tuple(documents), source, requests)
 
 
 def _check(source: Any, name: str) -> None:

@@ -26,7 +26,6 @@ class Piqa:
 
     name: str
     documents: tuple[Choices, ...]
-    preset: str = "piqa"
 
     def grade(self, document: Choices, outcome: Sequence[float]) -> dict[str, float]:
         """`acc`: the likeliest continuation is right; `acc_norm`: the likeliest per character."""
@@ -39,7 +38,6 @@ class Gsm8k:
 
     name: str
     documents: tuple[Opening, ...]
-    preset: str = "gsm8k"
 
     def grade(self, document: Opening, outcome: str) -> dict[str, float]:
         """Exact match of the number after #### (strict-match), and of the last number (flexible-extract)."""

@@ -5,25 +5,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from structprune.errors import UserError, nearest
+from structprune.errors import UserError
 from structprune.evaluation.compare import RESAMPLES, Bootstrap, average, conclude, paired_bootstrap, student_t
 from structprune.evaluation.results import Row, RunRows, item_parts, metric_of, metrics_of
 
 Bootstraps = dict[str, dict[str, Bootstrap]]  # task -> metric -> bootstrap of the difference from the baseline
 
 
-def summarise(
-    rows: RunRows,
-    main: Mapping[str, str] | None = None,
-    baseline: str | None = None,
-    seed: int = 0,
-    resamples: int = RESAMPLES,
-) -> dict:
+def summarise(rows: RunRows, seed: int = 0, resamples: int = RESAMPLES) -> dict:
     """Every figure of an evaluation, as plain data (for results.json and the table).
 
+    The other checkpoints are compared with the first. A task's main metric is the first one of its items.
+
     Args:
-        main: task -> its main metric; default the first one of its items.
-        baseline: the checkpoint that the others are compared with; default the first.
         seed: of the bootstrap.
     Returns:
         `metrics`: directions; `tasks`: task -> `main` metric and all `metrics`; `checkpoints`: checkpoint -> task ->
@@ -31,17 +25,15 @@ def summarise(
         where it is a proportion (empty with fewer than two); `baseline`; `differences`: checkpoint -> task -> metric ->
         Comparison (no entry where no item is shared); `average_differences`: checkpoint -> Comparison.
     Raises:
-        UserError: unknown baseline, or a main metric that the task does not have.
+        UserError: a task without a metric that all its checkpoints have.
     """
     labels = list(rows)
-    baseline = labels[0] if baseline is None else baseline
-    if baseline not in rows:
-        raise UserError(f"no checkpoint '{baseline}' to compare with{nearest(baseline, labels)}")
-    tasks = _tasks(rows, main or {})
+    baseline, *others = labels
+    tasks = _tasks(rows)
     figures = {label: {task: describe(each) for task, each in rows[label].items()} for label in labels}
     shared = [name for name, task in tasks.items() if metric_of(task["main"]).proportion]
     averaged = shared if len(shared) > 1 else []
-    others = {label: _bootstraps(rows[label], rows[baseline], seed, resamples) for label in labels if label != baseline}
+    bootstraps = {label: _bootstraps(rows[label], rows[baseline], seed, resamples) for label in others}
     return {
         "metrics": {name: asdict(metric_of(name)) for task in tasks.values() for name in task["metrics"]},
         "tasks": tasks,
@@ -53,8 +45,8 @@ def summarise(
             if averaged and all(task in values for task in averaged)
         },
         "baseline": baseline,
-        "differences": {label: _conclusions(bootstraps) for label, bootstraps in others.items()},
-        "average_differences": _average_differences(others, averaged, tasks),
+        "differences": {label: _conclusions(each) for label, each in bootstraps.items()},
+        "average_differences": _average_differences(bootstraps, averaged, tasks),
     }
 
 
@@ -94,16 +86,15 @@ def wilson(share: float, count: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def _tasks(rows: RunRows, main: Mapping[str, str]) -> dict[str, dict]:
+def _tasks(rows: RunRows) -> dict[str, dict]:
     """Task -> main metric and all metrics that every checkpoint has, in order of appearance."""
     tasks: dict[str, dict] = {}
     for name in dict.fromkeys(task for values in rows.values() for task in values):
         known = [metrics_of(values[name]) for values in rows.values() if name in values]
         metrics = [metric for metric in known[0] if all(metric in each for each in known)]
-        chosen = main.get(name, metrics[0] if metrics else "")
-        if chosen not in metrics:
-            raise UserError(f"task '{name}' has no metric '{chosen}': it has {', '.join(metrics) or 'none'}")
-        tasks[name] = {"main": chosen, "metrics": metrics}
+        if not metrics:
+            raise UserError(f"task '{name}' has no metric that all checkpoints have: evaluate them on the same items")
+        tasks[name] = {"main": metrics[0], "metrics": metrics}
     return tasks
 
 

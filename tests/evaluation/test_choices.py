@@ -269,13 +269,3 @@ def test_samples_without_a_mask_left_out_as_released(tiny_model):
 def test_one_block_has_no_error(tiny_model):
     (found,) = score_items(tiny_model(), make_items()[:1], MonteCarlo(4, 8), Batches(999))
     assert found.errors == (None, None) and found.samples == 4
-
-
-def test_progress_sees_every_round(tiny_model):
-    rounds = []
-    track = lambda groups: rounds.append(len(list(groups))) or groups  # noqa: E731
-    score_items(tiny_model(), make_items(), MonteCarlo(32), Batches(999), track)
-    assert len(rounds) == 1 and rounds[0] == 4  # answers of 8 (two lengths' sum), 10, 5 and 3 tokens
-    rounds.clear()
-    score_items(tiny_model(), make_items(), MonteCarlo(32, adaptive=True, confidence=0.999999), Batches(999), track)
-    assert len(rounds) == 3  # after 2, 3 and 4 blocks

@@ -66,7 +66,7 @@ def opened(texts, name, **options):
 
 def test_piqa_prompts_are_lm_evals(piqa, texts):
     task = opened(texts, f"piqa:{piqa}")
-    assert (task.name, task.preset, len(task.documents)) == ("piqa:piqa-valid.jsonl", "piqa", 5)
+    assert (task.name, len(task.documents)) == ("piqa:piqa-valid.jsonl", 5)
     document = task.documents[1]
     context = "Question: Open a tight jar.\nAnswer:"
     assert document.key == "piqa/1" and document.gold == 1 and document.lengths == (16, 29)
