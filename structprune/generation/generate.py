@@ -14,8 +14,6 @@ from structprune.generation.samplers import Generation, sampler_of
 from structprune.models.families import family_of
 from structprune.models.modeling_structprune import DiffusionLM
 
-__all__ = ["Step", "generate"]
-
 
 @torch.no_grad()
 def generate(

@@ -9,17 +9,6 @@ from structprune.generation.sampler import Generation
 from structprune.generation.timesteps import DreamGeneration
 from structprune.models.families import family_of
 
-__all__ = [
-    "SAMPLERS",
-    "DreamGeneration",
-    "Generation",
-    "LLaDAGeneration",
-    "generation_settings",
-    "low_confidence",
-    "sampler_of",
-    "sampler_options",
-]
-
 SAMPLERS: dict[str, type[Generation]] = {"blockwise": LLaDAGeneration, "timesteps": DreamGeneration}
 
 

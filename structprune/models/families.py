@@ -4,10 +4,9 @@ from typing import Any
 
 from structprune.errors import UserError, nearest
 from structprune.models.dream import DREAM
-from structprune.models.family import ROLES, Family
+from structprune.models.family import ROLES as ROLES  # re-exported
+from structprune.models.family import Family
 from structprune.models.llada import LLADA
-
-__all__ = ["DREAM", "FAMILIES", "LLADA", "ROLES", "Family", "family_named", "family_of", "register_family"]
 
 FAMILIES: list[Family] = [LLADA, DREAM]
 

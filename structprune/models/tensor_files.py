@@ -11,8 +11,6 @@ from safetensors.torch import save_file
 from structprune.errors import UserError
 from structprune.files import first_line, whole_file
 
-__all__ = ["first_line", "write_tensors"]
-
 
 def write_tensors(path: str | Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
     """Write tensors of any device and layout, and metadata.
