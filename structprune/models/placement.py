@@ -26,9 +26,11 @@ def give_back_memory() -> None:
         trim(0)
 
 
-def pick_device(name: str | None) -> torch.device:
+def pick_device(name: str | None, elsewhere: bool = False) -> torch.device:
     """The device of that name; by default CUDA where there is one, else the CPU.
 
+    Args:
+        elsewhere: it may be on another machine, for a dry run.
     Raises:
         UserError: not a device's name, or a device that this machine does not have.
     """
@@ -40,8 +42,9 @@ def pick_device(name: str | None) -> torch.device:
         raise UserError(f"unknown device '{name}': give cpu or cuda[:N]") from error
     if device.type not in ("cpu", "cuda"):  # others lack the fp64 that refits are solved in
         raise UserError(f"device '{name}' cannot be used: give cpu or cuda[:N]")
-    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise UserError(f"device '{name}' is not on this machine ({torch.cuda.device_count()} CUDA devices): use cpu")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= count and not elsewhere:
+        raise UserError(f"device '{name}' is not on this machine ({count} CUDA devices): use cpu")
     return device
 
 
@@ -134,20 +137,6 @@ class _Visit:
             setattr(module, name, weight)
         self._originals = {}
         self._weights.look_ahead()
-
-
-def stream_target(offload: bool, device: str | None) -> torch.device | None:
-    """The device to stream weights to; None where weights stay on their device.
-
-    Raises:
-        UserError: there is no accelerator to stream to.
-    """
-    if not offload:
-        return None
-    target = pick_device(device)
-    if target.type == "cpu":
-        raise UserError("memory.offload streams weights to an accelerator, and the device is cpu: leave it off")
-    return target
 
 
 @contextmanager

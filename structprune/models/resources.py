@@ -55,14 +55,8 @@ def resolve_resources(model: ModelSettings, memory: MemorySettings, dry_run: boo
     Raises:
         UserError: an unknown or absent device, or streaming without an accelerator.
     """
-    name = model.device or ""
-    device = torch.device(name) if dry_run and _is_cuda(name) else pick_device(model.device)
+    device = pick_device(model.device, elsewhere=dry_run)
     if memory.offload and device.type == "cpu":
         raise UserError("memory.offload streams weights to an accelerator, and the device is cpu: leave it off")
     dtype = as_dtype(model.dtype)
     return Resources(device, memory.offload, memory.overlap, dtype, int(memory.budget_gb * 1e9))
-
-
-def _is_cuda(device: str) -> bool:
-    name, _, index = device.partition(":")
-    return name == "cuda" and (not index or index.isdigit())

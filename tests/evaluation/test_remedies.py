@@ -22,7 +22,7 @@ KEYS = {*EvaluationConfig.known_keys(), "evaluation.generation"}
 SECTIONS = "model|memory|calibration|sink|structured|masking|reconstruct|export|evaluation"
 ELSEWHERE = {
     ("dream.py", "model.layers"),  # the name of a module
-    ("placement.py", "memory.offload"),  # stream_target: only pruning runs stream weights
+    ("resources.py", "memory.offload"),  # only pruning runs stream weights
     ("nelbo.py", "memory.offload"),  # of a pruning run's check: an evaluation hands over its own batches
     ("lm_tasks.py", "--confirm_run_unsafe_code"),  # of lm-eval's command line, which the message names
 }

@@ -174,3 +174,10 @@ def test_auto_is_the_stored_dtype(tiny_checkpoint):
     directory = tiny_checkpoint(torch_dtype="bfloat16")
     assert load_model(directory).dtype == torch.float32
     assert load_model(directory, dtype="auto").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["cuda:", "cuda:007", "cuda:99999999999", "tpu", "cuda 0"])
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_malformed_device_is_refused_in_a_dry_run_too(name, dry_run):
+    with pytest.raises(UserError, match=f"unknown device '{name}': give cpu or cuda"):
+        resolve_resources(ModelSettings(device=name), MemorySettings(), dry_run)
