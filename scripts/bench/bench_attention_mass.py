@@ -2,43 +2,52 @@
 
     python -m scripts.bench.bench_attention_mass [--lengths 256,512,1024,2048,4096] [--device cuda] [--out FILE]
 
-Peak memory is measured in a fresh process per case; times alternate between the two, and the ratio is the median over
-rounds. The last column is what the mass adds to the forward pass of one LLaDA block of the same width. Writes the
-figures as JSON with a description of the machine.
+Peak memory is measured in a fresh process per case. The two are timed in turns, and the ratio is the median over
+rounds. The last column is the time that the mass adds to the forward pass of one LLaDA block of the same width. Writes
+the figures as JSON with a description of the machine.
 """
 
 import argparse
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
-from scripts.tools.script_line import OneLineParser, one_line, result_file, write_result
-from structprune.bench.latency import Timing, interleaved, speedup
+from scripts.tools.script_line import (
+    OneLineParser,
+    check_counts,
+    one_line,
+    parse_numbers,
+    result_file,
+    run_json,
+    show_result,
+    write_result,
+)
+from structprune.bench.latency import Call, Timing, interleaved, speedup
 from structprune.bench.machine import describe_machine
 from structprune.bench.peak import peak_above
 from structprune.cli.console import progress_bars
 from structprune.errors import UserError
+from structprune.models.adapter import Adapter
 from structprune.models.configuration_structprune import StructpruneLLaDAConfig
-from structprune.models.modeling_structprune import StructpruneLLaDA
+from structprune.models.modeling_structprune import DiffusionLM, StructpruneLLaDA
 from structprune.models.placement import pick_device
 from structprune.statistics.capture import MassMeter
 from structprune.statistics.sinks import attention_mass
 
 OUT = Path(__file__).parents[1] / "results" / "attention_mass.json"
 LENGTHS = (256, 512, 1024, 2048, 4096)
-WARMUP = 64  # positions of the untimed pass that loads libraries and starts threads
+WARMUP = 64  # positions of the unmeasured pass that loads libraries and starts threads
 
 
 def naive_mass(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """The whole (H, T, T) attention of each sequence in fp32, then summed: two (B, H, T, D) -> (B, T)."""
+    """The full (H, T, T) attention of each sequence in fp32, summed over heads and queries: (B, H, T, D) -> (B, T)."""
     rows = []
-    for q, k in zip(query.float() / math.sqrt(query.shape[-1]), key.float()):  # (H, T, D)
+    for q, k in zip(query.float() / math.sqrt(query.shape[-1]), key.float(), strict=True):  # (H, T, D)
         rows.append(torch.softmax(q @ k.transpose(1, 2), dim=-1).sum(dim=(0, 1)))  # (H, T, T) -> (T,)
     return torch.stack(rows)
 
@@ -47,7 +56,7 @@ METHODS = {"naive": naive_mass, "tiled": attention_mass}
 
 
 def make_inputs(length: int, heads: int, size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Seeded queries and keys, (1, H, T, D), laid out as a model's are."""
+    """Seeded queries and keys (1, H, T, D) in the memory layout of a model."""
     generator = torch.Generator().manual_seed(0)
     pair = (torch.randn(1, length, heads, size, generator=generator) for _ in range(2))  # (1, T, H, D)
     query, key = (x.transpose(1, 2).to(device) for x in pair)
@@ -55,39 +64,40 @@ def make_inputs(length: int, heads: int, size: int, device: torch.device) -> tup
 
 
 def run_case(method: str, length: int, options: argparse.Namespace) -> int | None:
-    """Bytes that one method needs at its peak beyond its inputs, in this process; None where that cannot be known."""
+    """Peak bytes of one method above its inputs, in this process; None where they cannot be measured."""
     query, key = make_inputs(length, options.heads, options.size, options.device)  # (1, H, T, D)
     METHODS[method](query[:, :, :WARMUP], key[:, :, :WARMUP])
     return peak_above(lambda: METHODS[method](query, key), options.device)
 
 
-def memory_case(method: str, length: int, options: argparse.Namespace) -> int | None:
+def memory_case(method: str, length: int, options: argparse.Namespace) -> Any:
     """`run_case` of one method in a fresh process."""
     case = ["--case", method, "--lengths", str(length), "--heads", str(options.heads)]
     command = [sys.executable, "-m", "scripts.bench.bench_attention_mass", *case]
     command += ["--size", str(options.size), "--device", str(options.device), "--threads", str(torch.get_num_threads())]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=OUT.parents[2])
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise UserError(f"the {method} case failed at T = {length} ({last}): leave it out of --lengths")
-    return json.loads(done.stdout)
+    failure = f"the {method} case failed at T = {length}"
+    return run_json(command, failure, "leave it out of --lengths", cwd=OUT.parents[2])
 
 
-def block_runs(length: int, options: argparse.Namespace) -> dict:
-    """One LLaDA block's forward pass, alone and with the mass of its attention taken."""
+def block_runs(length: int, options: argparse.Namespace) -> dict[str, Call]:
+    """The forward pass of one LLaDA block, alone and with the mass of its attention."""
     width = options.heads * options.size
     sizes = {"d_model": width, "n_heads": options.heads, "n_layers": 1, "mlp_hidden_size": 3 * width}
     config = StructpruneLLaDAConfig(**sizes, vocab_size=8, mask_token_id=7)
     model = StructpruneLLaDA(config).to(options.device).eval()
-    block, rotary = model.blocks[0], model.rotary(length, options.device)
-    hidden = torch.randn(1, length, width, device=options.device)  # (1, T, C)
+    return block_calls(model, torch.randn(1, length, width, device=options.device))
 
-    def with_mass():
-        with MassMeter().on([block.part("core")]) as meter:
-            block(hidden, rotary)
+
+def block_calls(model: DiffusionLM, hidden: torch.Tensor) -> dict[str, Call]:
+    """The forward pass of a model's first block on (B, T, C), alone and with the mass of its attention."""
+    view, rotary = Adapter(model).blocks[0], model.rotary(hidden.shape[1], hidden.device)
+
+    def with_mass() -> None:
+        with MassMeter().on([view.core]) as meter:
+            view.module(hidden, rotary)
             meter.take()
 
-    return {"block": lambda: block(hidden, rotary), "block with mass": with_mass}
+    return {"block": lambda: view.module(hidden, rotary), "block with mass": with_mass}
 
 
 @torch.inference_mode()
@@ -135,18 +145,15 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=8, help="query and key heads H (default %(default)s)")
     parser.add_argument("--size", type=int, default=64, help="head dim D, even (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=9, help="timed passes of each (default %(default)s)")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda[:N] (default %(default)s)")
-    parser.add_argument("--threads", type=int, help="of torch on CPU (default: its own choice)")
+    parser.add_device("cpu")
+    parser.add_argument("--threads", type=int, help="torch's threads on CPU (default: its own choice)")
     parser.add_argument("--out", type=result_file, default=OUT, help="default %(default)s")
     parser.add_argument("--case", choices=METHODS, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    parts = options.lengths.split(",")
-    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
-        raise UserError(f"--lengths '{options.lengths}' is not a list of positive integers such as 256,1024")
-    options.lengths = [int(part) for part in parts]
-    for name in ("heads", "size", "rounds", "threads"):
-        if getattr(options, name) is not None and getattr(options, name) < 1:
-            raise UserError(f"--{name} = {getattr(options, name)}: give at least 1")
+    options.lengths = parse_numbers("--lengths", options.lengths)
+    if min(options.lengths) < 1:
+        raise UserError(f"--lengths has {min(options.lengths)}: give positive numbers, such as 256,1024")
+    check_counts(options, ("heads", "size", "rounds", "threads"))
     if options.size % 2:
         raise UserError(f"--size = {options.size}: rotary embeddings need an even head dim")
     options.device = pick_device(options.device)
@@ -165,9 +172,7 @@ def run(options: argparse.Namespace) -> None:
     settings = {"heads": options.heads, "head_dim": options.size, "batch": 1, "dtype": "float32"}
     settings |= {"rounds": options.rounds, "device": str(options.device)}
     write_result(options.out, {"machine": describe_machine(), "settings": settings, "rows": rows})
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    console.print(result_table(rows, options))
-    console.print(f"Wrote {options.out}", soft_wrap=True)
+    show_result(result_table(rows, options), out=options.out, width=160)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,13 +1,13 @@
-"""Sink-Wanda, SparseGPT and sink-SparseGPT against the paper authors' release: wall time, peak memory, same outputs.
+"""Sink-Wanda, SparseGPT and sink-SparseGPT against the paper authors' release: time, peak memory, equal outputs.
 
     python -m scripts.bench.bench_masking --published DIR --python ENVIRONMENT/bin/python [--quick] [--out FILE]
 
-DIR is a checkout of the release, ENVIRONMENT one that can import it (transformers 4.49). Both sides prune the same
-random checkpoint in LLaDA's layout, in fp32 on CPU, with the same windows and the same noise, each run in a fresh
-process, in turns; only the pruning call is timed. Ratios are medians over rounds. Then both are held against fp64.
-Beside them, what sink-Wanda cannot do without: one forward pass for every window and level, in the same process and
-batch, one after each of its own. Without --published ours is measured alone. Run it on a machine that does nothing
-else; --quick takes a minute and shows only that everything works.
+DIR is a checkout of the release, ENVIRONMENT a virtual environment that can import it (transformers 4.49). Both sides
+prune the same random checkpoint in LLaDA's layout, in fp32 on CPU, with the same windows and the same noise. Each run
+has a fresh process, and the sides take turns; only the pruning call is timed. Ratios are medians over rounds. Then both
+are compared with fp64. Also measured is the minimum that sink-Wanda needs: one forward pass for every window and level,
+in the same process and batch size, one after each of its own. Without --published only ours is measured. Run it on an
+idle machine; --quick takes a minute and only shows that everything works.
 """
 
 import argparse
@@ -22,13 +22,22 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
 
 from scripts.bench.masking_agreement import DIFFERENCES, ITSELF, agreements
 from scripts.bench.published_worker import CALLS, WANDA_WINDOWS
-from scripts.tools.script_line import OneLineParser, one_line, result_file, write_result
+from scripts.tools.random_checkpoint import LLADA, SHARP
+from scripts.tools.script_line import (
+    OneLineParser,
+    check_counts,
+    one_line,
+    result_file,
+    run_json,
+    show_result,
+    warn_if_busy,
+    write_result,
+)
 from structprune.bench.machine import describe_machine
 from structprune.calibration.noise import noise_windows
 from structprune.cli.console import progress_bars
@@ -38,30 +47,23 @@ from structprune.models.modeling_structprune import StructpruneLLaDA
 
 ROOT = Path(__file__).parents[2]
 OUT = ROOT / "scripts" / "results" / "masking_speed.json"
-FORWARDS = "encode"  # the worker's name for sink-Wanda among the passes that it cannot avoid
+FORWARDS = "encode"  # the worker's name for sink-Wanda with the forward passes that it needs at least
 INTERVAL = 5  # the released schedule: every fifth of 50 steps is a level
-WANTED = {"sink-wanda": 1.8, "sparsegpt": 1.7, "sink-sparsegpt": 1.5}  # times faster than the release
-WANTED_MEMORY, WANTED_FORWARDS = 0.8, 1.2  # at most so many times the release's peak; times the bare passes
+GOALS = {"sink-wanda": 1.8, "sparsegpt": 1.7, "sink-sparsegpt": 1.5}  # times faster than the release
+MEMORY_GOAL, FORWARDS_GOAL = 0.8, 1.2  # at most this times the release's peak; this times the bare passes
 QUICK = {"blocks": 2, "width": 128, "heads": 2, "vocabulary": 512, "length": 64, "windows": 4, "levels": 2, "rounds": 2}
-# Of queries and keys: sinks are then about as many as in a trained model (in the demo's, 5% of the rows weigh less).
-SHARP = 2.0
-CONFIG = {
-    "model_type": "llada", "architectures": ["LLaDAModelLM"], "activation_type": "silu", "block_type": "llama",
-    "layer_norm_type": "rms", "rope": True, "rope_full_precision": True, "rope_theta": 500000.0, "rms_norm_eps": 1e-5,
-    "include_bias": False, "include_qkv_bias": False, "weight_tying": False, "attention_dropout": 0.0,
-    "residual_dropout": 0.0, "embedding_dropout": 0.0, "alibi": False, "flash_attention": False, "use_cache": False,
-    "torch_dtype": "float32",
-}  # fmt: skip
+CONFIG = LLADA | dict.fromkeys(("attention_dropout", "residual_dropout", "embedding_dropout"), 0.0)
+CONFIG |= dict.fromkeys(("alibi", "flash_attention", "use_cache"), False) | {"torch_dtype": "float32"}
 
 
 def write_checkpoint(directory: Path, options: argparse.Namespace) -> None:
     """Random weights in LLaDA's layout, MLP three times the width; attention about as uneven as in a trained model."""
     sizes = {"d_model": options.width, "n_heads": options.heads, "n_kv_heads": options.heads}
     sizes |= {"n_layers": options.blocks, "mlp_hidden_size": 3 * options.width, "max_sequence_length": options.length}
-    sizes |= {key: options.vocabulary for key in ("vocab_size", "embedding_size")}
+    sizes |= dict.fromkeys(("vocab_size", "embedding_size"), options.vocabulary)
     sizes |= {"mask_token_id": options.vocabulary - 1} | dict.fromkeys(("eos_token_id", "pad_token_id"), 0)
-    named = ("rope_theta", "rms_norm_eps")
-    config = StructpruneLLaDAConfig(**sizes, **{key: CONFIG[key] for key in named})
+    constants = {key: CONFIG[key] for key in ("rope_theta", "rms_norm_eps")}
+    config = StructpruneLLaDAConfig(**sizes, **constants)
     torch.manual_seed(0)
     model = StructpruneLLaDA(config)
     for name, parameter in model.named_parameters():
@@ -74,7 +76,7 @@ def write_checkpoint(directory: Path, options: argparse.Namespace) -> None:
 
 
 def write_data(path: Path, options: argparse.Namespace) -> None:
-    """Random windows and their noisy copies, level after level."""
+    """Random windows and their noisy copies, level by level."""
     generator, mask_id = torch.Generator().manual_seed(0), options.vocabulary - 1
     ids = torch.randint(mask_id, (options.windows, options.length), generator=generator)  # (N, T)
     steps = INTERVAL * options.levels
@@ -83,30 +85,25 @@ def write_data(path: Path, options: argparse.Namespace) -> None:
 
 
 def run_worker(side: str, method: str, options: argparse.Namespace, folder: Path) -> dict:
-    """Figures of one pruning call in a fresh process; its linears are in `folder` afterwards."""
+    """Figures of one pruning call in a fresh process, which writes its linears into `folder`."""
     request = {
         "checkpoint": str(folder / "checkpoint"), "data": str(folder / "data.safetensors"), "method": method,
         "ratio": options.ratio, "steps": INTERVAL * options.levels, "interval": INTERVAL, "threads": options.threads,
         "out": str(folder / f"{method}-{side}.safetensors"),
     }  # fmt: skip
-    asked = folder / "request.json"
-    asked.write_text(json.dumps(request), encoding="utf-8")
+    path = folder / "request.json"
+    path.write_text(json.dumps(request), encoding="utf-8")
     if side in ("release", ITSELF):
-        command = [options.python, "-m", "scripts.bench.published_worker", options.published, asked]
+        command = [options.python, "-m", "scripts.bench.published_worker", options.published, path]
     else:
-        command = [sys.executable, "-m", "scripts.bench.masking_worker", asked, str(options.batch)]
+        command = [sys.executable, "-m", "scripts.bench.masking_worker", path, str(options.batch)]
     environment = os.environ | {"OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise UserError(
-            f"{method} of {side} failed ({last}): leave it out of --methods, or see to --published, --python"
-        )
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    remedy = "leave it out of --methods, or check --published and --python"
+    return run_json(command, f"{method} of {side} failed", remedy, env=environment, cwd=ROOT)
 
 
 def plan_rounds(options: argparse.Namespace) -> list[tuple[str, str]]:
-    """(method, side) of every run, the sides of a method in turns; SparseGPT is short and gets two rounds more."""
+    """(method, side) of every run, the sides of a method in turns; SparseGPT is fast and gets two more rounds."""
     runs = []
     for method in options.methods:
         sides = ["ours"] + ["release"] * bool(options.published) + [FORWARDS] * (method == "sink-wanda")
@@ -116,12 +113,12 @@ def plan_rounds(options: argparse.Namespace) -> list[tuple[str, str]]:
 
 
 def spread(values: list[float]) -> dict:
-    """Median of a few figures, and their range."""
+    """Median and range."""
     return {"median": median(values), "low": min(values), "high": max(values)}
 
 
 def summarise(method: str, figures: dict[str, list[dict]]) -> dict:
-    """Medians of every side of a method, and the ratios between them, round by round; no bytes where none are known."""
+    """Medians of every side of a method, and ratios round by round; sides with unknown bytes are left out of those."""
     passes = figures.get(FORWARDS, [])
     sides = {side: rounds for side, rounds in figures.items() if side != FORWARDS}
     seconds = {side: [each["seconds"] for each in rounds] for side, rounds in sides.items()}
@@ -136,7 +133,7 @@ def summarise(method: str, figures: dict[str, list[dict]]) -> dict:
     if passes:
         row["over_forwards"] = spread([each["seconds"] / each["forwards"] for each in passes])
     if "release" in seconds:
-        row["times_faster"] = spread([a / b for a, b in zip(seconds["release"], seconds["ours"])])
+        row["times_faster"] = spread([a / b for a, b in zip(seconds["release"], seconds["ours"], strict=True)])
     if {"ours", "release"} <= peaks.keys():
         row["memory_ratio"] = median(peaks["ours"]) / max(1, median(peaks["release"]))
     return row
@@ -145,9 +142,9 @@ def summarise(method: str, figures: dict[str, list[dict]]) -> dict:
 def result_table(rows: list[dict], options: argparse.Namespace) -> Table:
     size = f"{options.blocks} blocks of {options.width}, {options.windows} windows of {options.length}"
     table = Table(title=f"{size}, {options.levels} levels, {options.threads} threads")
-    for name in ("method", "ours s", "release s", "faster (range)", "wanted", "ours MB", "release MB", "memory"):
+    for name in ("method", "ours s", "release s", "faster (range)", "goal", "ours MB", "release MB", "memory"):
         table.add_column(name, justify="right")
-    for name in ("over the passes", "masks differ", "in block 0", "outputs differ", "misplaced: ours", "release"):
+    for name in ("over its passes", "masks differ", "in block 0", "outputs differ", "misplaced: ours", "release"):
         table.add_column(name, justify="right")
     for row in rows:
         faster, agreement, over = (row.get(key) for key in ("times_faster", "agreement", "over_forwards"))
@@ -155,18 +152,18 @@ def result_table(rows: list[dict], options: argparse.Namespace) -> Table:
             row["method"],
             *_by_side(row["seconds"], 1, ".2f"),
             _ranged(faster) if faster else "",
-            f"{WANTED[row['method']]} x" if row["method"] in WANTED else "",
+            f"{GOALS[row['method']]} x" if row["method"] in GOALS else "",
             *_by_side(row["peak_bytes"], 1e6, ".0f"),
             f"{row['memory_ratio']:.2f} x" if "memory_ratio" in row else "",
             _ranged(over) if over else "",
             *(f"{agreement[name]:.1e}" if agreement else "" for name in DIFFERENCES),
             *(f"{agreement['against_fp64'][s]['misplaced']:.1e}" if agreement else "" for s in ("ours", "release")),
         )
-    table.caption = f"memory wanted: at most {WANTED_MEMORY} x; sink-Wanda over the passes: at most {WANTED_FORWARDS} x"
-    itself = [row["agreement"]["release_itself"] for row in rows if "release_itself" in row.get("agreement", {})][:1]
-    for found in itself:
-        apart = ", ".join(f"{found[name]:.1e}" for name in DIFFERENCES)
-        table.caption += f"; the release's SparseGPT on another number of threads differs from itself by {apart}"
+    table.caption = f"goals: memory at most {MEMORY_GOAL} x; sink-Wanda at most {FORWARDS_GOAL} x its forward passes"
+    agreements = [row.get("agreement", {}) for row in rows]
+    if itself := [each["release_itself"] for each in agreements if "release_itself" in each]:
+        differences = ", ".join(f"{itself[0][name]:.1e}" for name in DIFFERENCES)
+        table.caption += f"; the release's SparseGPT on another number of threads differs from itself by {differences}"
     return table
 
 
@@ -181,15 +178,18 @@ def _ranged(value: dict) -> str:
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """Checked options, `methods` as a list."""
     parser = OneLineParser(__doc__)
-    parser.add_argument("--published", type=Path, help="checkout of the release (default: ours alone)")
-    parser.add_argument("--release-commit", help="to record (default: that of --published where it is a git checkout)")
-    parser.add_argument("--python", default=sys.executable, help="of the release's environment (default: this one)")
-    parser.add_argument("--methods", default=",".join(WANTED), help=f"of {', '.join(CALLS)} (default %(default)s)")
+    parser.add_argument("--published", type=Path, help="checkout of the release (default: measure only ours)")
+    parser.add_argument(
+        "--release-commit", help="recorded in the result (default: the commit of --published if it is a git checkout)"
+    )
+    parser.add_argument(
+        "--python", default=sys.executable, help="Python of the release's environment (default: this one)"
+    )
+    parser.add_argument("--methods", default=",".join(GOALS), help=f"from {', '.join(CALLS)} (default %(default)s)")
     sizes = {"blocks": 8, "width": 512, "heads": 8, "vocabulary": 4096, "length": 512, "windows": 8, "levels": 10}
-    for name, value in (sizes | {"rounds": 3, "threads": 2, "batch": 1}).items():
-        parser.add_argument(f"--{name}", type=int, default=value, help="default %(default)s")
+    parser.add_counts(sizes | {"rounds": 3, "threads": 2, "batch": 1})
     parser.add_argument("--ratio", type=float, default=0.5, help="of the weights of every linear (default %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes; nothing is written unless --out is given")
+    parser.add_quick()
     parser.add_argument("--out", type=result_file, help=f"default {OUT}")
     options = parser.parse_args(arguments)
     if options.quick:
@@ -198,25 +198,23 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     unknown = [name for name in options.methods if name not in CALLS]
     if unknown:
         raise UserError(f"--methods '{unknown[0]}' is none of {', '.join(CALLS)}")
-    for name in (*sizes, "rounds", "threads", "batch"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name} = {getattr(options, name)}: give at least 1")
+    check_counts(options, (*sizes, "rounds", "threads", "batch"))
     if options.width % (2 * options.heads):
         raise UserError(f"--width = {options.width}: each of {options.heads} heads needs an even share")
     if not 0 < options.ratio < 1:
         raise UserError(f"--ratio = {options.ratio}: give a number between 0 and 1")
     if "wanda" in options.methods and options.windows > WANDA_WINDOWS:
-        raise UserError(f"--windows = {options.windows}: the release's Wanda has room for {WANDA_WINDOWS}")
+        raise UserError(f"--windows = {options.windows}: the release's Wanda holds at most {WANDA_WINDOWS}")
     if options.published and not (options.published / "lib" / "prune_llada.py").is_file():
         raise UserError(
-            f"--published {options.published}: no lib/prune_llada.py there, so not a checkout of the release"
+            f"--published {options.published} has no lib/prune_llada.py, so it is not a checkout of the release"
         )
     options.out = options.out or (None if options.quick else OUT)
     return options
 
 
 def measure(options: argparse.Namespace, folder: Path) -> list[dict]:
-    """One row of figures for every method."""
+    """A row of figures for every method."""
     write_checkpoint(folder / "checkpoint", options)
     write_data(folder / "data.safetensors", options)
     figures: dict[str, dict[str, list[dict]]] = {method: {} for method in options.methods}
@@ -224,21 +222,19 @@ def measure(options: argparse.Namespace, folder: Path) -> list[dict]:
         for method, side in track(plan_rounds(options), "pruning"):
             name = FORWARDS if side == FORWARDS else method
             figures[method].setdefault(side, []).append(run_worker(side, name, options, folder))
-    rows = [summarise(method, found) for method, found in figures.items()]
+    rows = [summarise(method, sides) for method, sides in figures.items()]
     if not options.published:
         return rows
-    found = agreements(options, folder, run_worker)
-    return [row | {"agreement": found[row["method"]]} for row in rows]
+    by_method = agreements(options, folder, run_worker)
+    return [row | {"agreement": by_method[row["method"]]} for row in rows]
 
 
 def identify(options: argparse.Namespace) -> dict:
-    """Which release was measured: SHA-256 of its code, and its commit where that is given or known."""
-    commit, command = (
-        options.release_commit,
-        ["git", "-C", str(options.published), "rev-parse", "-q", "--verify", "HEAD"],
-    )
+    """Which release was measured: SHA-256 of its code, and its commit if that is known."""
+    commit = options.release_commit
+    command = ["git", "-C", str(options.published), "rev-parse", "-q", "--verify", "HEAD"]
     if commit is None and (options.published / ".git").exists():
-        with suppress(OSError):  # no git here
+        with suppress(OSError):  # git is not installed
             commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
     digest = hashlib.sha256((options.published / "lib" / "prune_llada.py").read_bytes()).hexdigest()
     return {"release_commit": commit, "release_sha256": digest}
@@ -246,26 +242,21 @@ def identify(options: argparse.Namespace) -> dict:
 
 def run(options: argparse.Namespace) -> int:
     torch.set_num_threads(options.threads)
-    load = os.getloadavg()[0]
-    if load > 0.5:
-        print(f"bench_masking: the machine is busy (load {load:.1f}), so the times mean little", file=sys.stderr)
-    kept = ("blocks", "width", "heads", "vocabulary", "length", "windows", "levels", "ratio", "rounds", "batch")
-    settings = {name: getattr(options, name) for name in kept} | {"dtype": "float32", "load_before": load}
+    load = warn_if_busy("bench_masking")
+    names = ("blocks", "width", "heads", "vocabulary", "length", "windows", "levels", "ratio", "rounds", "batch")
+    settings = {name: getattr(options, name) for name in names} | {"dtype": "float32", "load_before": load}
     settings |= identify(options) if options.published else {}
     with tempfile.TemporaryDirectory(prefix="bench-masking-") as folder:
         rows = measure(options, Path(folder))
     if not all("ours" in row["peak_bytes"] for row in rows):
-        print("bench_masking: the peak of memory cannot be reset here, so none is given", file=sys.stderr)
+        print("bench_masking: peak memory cannot be reset here, so none is given", file=sys.stderr)
     if options.out:
         write_result(options.out, {"machine": describe_machine(), "settings": settings, "rows": rows})
-    console = Console(width=None if sys.stdout.isatty() else 180)
-    console.print(result_table(rows, options))
-    if options.out:
-        console.print(f"Wrote {options.out}", soft_wrap=True)
-    apart = [row["method"] for row in rows if options.published and not row["agreement"]["agree"]]
-    if apart:
-        print(f"bench_masking: ours is farther from fp64 than rounding explains on {', '.join(apart)}", file=sys.stderr)
-    return 1 if apart else 0
+    show_result(result_table(rows, options), out=options.out, width=180)
+    wrong = [row["method"] for row in rows if options.published and not row["agreement"]["agree"]]
+    if wrong:
+        print(f"bench_masking: ours differs from fp64 by more than rounding for {', '.join(wrong)}", file=sys.stderr)
+    return 1 if wrong else 0
 
 
 def main(arguments: list[str] | None = None) -> int:

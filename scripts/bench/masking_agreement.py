@@ -1,12 +1,12 @@
-"""Whether two sides of bench_masking.py pruned alike: their outputs side by side, and each against the referee.
+"""Whether the two sides of bench_masking.py agree: their outputs compared, and each compared with the referee.
 
-Masks of two right implementations need not be equal: rounding decides near ties, and SparseGPT feeds every decision
-back. What is asked of ours is therefore not to be like the release, but to be as right as the release is: against fp64
-it may misplace no more than `TIMES` as many weights. Misplaced are the weights whose exact score is as near to the
-threshold as the side's own rounding, so their number is proportional to its size; fp32 sums of the same length in
-another order may differ in theirs by a factor of 2 or 3. A defect misplaces from ten times as many (one weight too few
-of each block of columns) to ten thousand times. The release in turn must be right but for near ties, so that an error
-of the referee shows.
+Masks of two correct implementations need not be equal: rounding decides near ties, and in SparseGPT every decision
+affects later ones. So ours need not equal the release, but must be as accurate: compared with fp64 it may misplace at
+most `TIMES` as many weights as the release. Misplaced weights are those whose exact score is as close to the threshold
+as the side's rounding error, so their number is proportional to that error; fp32 sums of the same length in another
+order may differ by a factor of 2 or 3. A defect misplaces between ten times as many weights (one weight too few in each
+block of columns) and ten thousand times. The release itself must be correct up to near ties, so that an error of the
+referee is noticed.
 """
 
 import argparse
@@ -21,8 +21,8 @@ from structprune.errors import UserError
 from structprune.models.loading import load_model
 
 TIMES = 3.0
-FLOOR = {"misplaced": 1e-6, "weights_differ": 1e-5}  # below it are so few near ties that chance decides their number
-NEAR = 1e-3  # the farthest from the threshold that fp32 may misplace a weight of the release; wrong formulas go to 1
+FLOOR = {"misplaced": 1e-6, "weights_differ": 1e-5}  # below these, near ties are so few that chance decides
+NEAR = 1e-3  # largest relative distance from the threshold at which fp32 may misplace a weight; wrong formulas reach 1
 ITSELF = "release-again"
 DIFFERENCES = ("masks_differ", "first_block_differs", "outputs_differ")
 
@@ -37,7 +37,7 @@ def outputs(model, weights: dict[str, torch.Tensor] | None, ids: torch.Tensor) -
 
 
 def compare(method: str, folder: Path, sides: tuple[str, str] = ("ours", "release")) -> dict:
-    """How far apart the pruned weights of two sides are, in all and in the first block, and what they do."""
+    """Differences between the pruned weights of two sides, in all and in the first block, and between their outputs."""
     one, other = (load_file(folder / f"{method}-{side}.safetensors") for side in sides)
     if one.keys() != other.keys():
         raise UserError(f"{method}: the sides pruned different linears, {sorted(one.keys() ^ other.keys())[:3]}")
@@ -54,19 +54,19 @@ def compare(method: str, folder: Path, sides: tuple[str, str] = ("ours", "releas
     }
 
 
-def judge(found: dict[str, dict]) -> dict:
-    """Whether ours agrees, from the `Referee`'s figures of `ours` and `release`, and the limits that it must keep."""
-    ours, release = found["ours"], found["release"]
+def judge(figures: dict[str, dict]) -> dict:
+    """Whether ours is accurate, from the `Referee`'s figures of `ours` and `release`, and the limits for it."""
+    ours, release = figures["ours"], figures["release"]
     limits = {name: max(floor, TIMES * release[name]) for name, floor in FLOOR.items()}
     right = release["widest_gap"] <= NEAR
-    return {"against_fp64": found, "limits": limits, "agree": right and all(ours[n] <= limits[n] for n in limits)}
+    return {"against_fp64": figures, "limits": limits, "agree": right and all(ours[n] <= limits[n] for n in limits)}
 
 
 def agreements(options: argparse.Namespace, folder: Path, run_worker: Callable) -> dict[str, dict]:
-    """Method -> `compare` and `judge`; for SparseGPT also how far the release is from itself on other threads.
+    """Method -> `compare` and `judge`; for SparseGPT also the release compared with itself on other threads.
 
     Args:
-        run_worker: `run_worker(side, method, options, folder)` prunes and leaves its linears in `folder`.
+        run_worker: `run_worker(side, method, options, folder)` prunes and writes its linears into `folder`.
     """
     itself = {}
     if set(options.methods) - {"wanda", "sink-wanda"}:
@@ -75,18 +75,18 @@ def agreements(options: argparse.Namespace, folder: Path, run_worker: Callable) 
         other = argparse.Namespace(**vars(options) | {"threads": 2 if options.threads == 1 else 1})
         run_worker(ITSELF, "sparsegpt", other, folder)
         itself = {"release_itself": compare("sparsegpt", folder, ("release", ITSELF))}
-    referee, found = Referee(folder, options.ratio), {}
+    referee, results = Referee(folder, options.ratio), {}
     for method in options.methods:
         sides = {side: load_file(folder / f"{method}-{side}.safetensors") for side in ("ours", "release")}
         figures = judge({side: referee.judge(method, weights) for side, weights in sides.items()})
-        found[method] = compare(method, folder) | figures | (itself if "sparsegpt" in method else {})
-    return found
+        results[method] = compare(method, folder) | figures | (itself if "sparsegpt" in method else {})
+    return results
 
 
 def masks_differ(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
     """Share of the weights that are zero on one side only."""
-    apart = sum(int(((value == 0) != (other[name] == 0)).sum()) for name, value in one.items())
-    return apart / sum(value.numel() for value in one.values())
+    count = sum(int(((value == 0) != (other[name] == 0)).sum()) for name, value in one.items())
+    return count / sum(value.numel() for value in one.values())
 
 
 def removed_share(weights: dict[str, torch.Tensor]) -> float:

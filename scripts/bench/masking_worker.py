@@ -2,19 +2,20 @@
 
     python masking_worker.py REQUEST.json [BATCH]
 
-As published_worker.py, in structprune's own environment. The method `encode` is sink-Wanda too, with a bare forward
-pass after each of its own: those it cannot do without, one for every window and level.
+As published_worker.py, in structprune's own environment. The method `encode` is also sink-Wanda, with a bare forward
+pass after each of its own: one for every window and level, the minimum that it needs.
 """
 
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
-from scripts.bench.published_worker import Request, finish, measured
+from scripts.bench.published_worker import Request, finish, measure
 from structprune.calibration.batches import Calibration
 from structprune.config import Config
 from structprune.models.adapter import Adapter
@@ -28,13 +29,13 @@ PRESETS = Path(__file__).parents[2] / "configs" / "published"
 
 
 def read_data(path: str) -> Calibration:
-    """The windows and noisy copies that the release gets as well, none held out."""
+    """The windows and noisy copies, the same as for the release; none are held out."""
     data = load_file(path)
     return Calibration(data["ids"], data["noisy"], None, {}, held_out=0)
 
 
 def call_ours(model: DiffusionLM, request: Request, calibration: Calibration, batch: int, track: Track = untracked):
-    """The pruning call of a request, with the published choices: ours are made so that the outputs can be compared."""
+    """The pruning call of a request, with the published settings, so that outputs can be compared."""
     changes = {"masking.ratio": request.ratio, "calibration.batch": batch}
     config = Config.load(PRESETS / f"llada-{request.method}.yaml", changes)
     return lambda: mask(model, config, calibration, track, in_place=True)
@@ -42,17 +43,17 @@ def call_ours(model: DiffusionLM, request: Request, calibration: Calibration, ba
 
 @torch.inference_mode()
 def bare_pass(adapter: Adapter, ids: torch.Tensor) -> None:
-    """Ids (b, T) up to the last linear's input: no statistic can be had for less."""
+    """A forward pass of ids (b, T) up to the last linear's input, the least that any statistic needs."""
     x, rotary = adapter.model.embedding(ids), adapter.model.rotary(ids.shape[1], adapter.device)  # (b, T, C)
-    for block in adapter.blocks[:-1]:
-        x = block.module(x, rotary)  # (b, T, C)
+    for view in adapter.blocks[:-1]:
+        x = view.module(x, rotary)  # (b, T, C)
     block_inputs(adapter.blocks[-1], x, rotary)
 
 
 class Interleaved:
-    """A `track` that runs a bare pass over each batch of noisy copies right after sink-Wanda has looked at it.
+    """A `track` that runs a bare pass over each batch of noisy copies directly after sink-Wanda's own pass.
 
-    Both meet the same machine, however busy it is, so that their ratio does not depend on what else runs when.
+    Both meet the same load of the machine, so that their ratio does not depend on it.
     """
 
     def __init__(self, model: DiffusionLM, calibration: Calibration, batch: int):
@@ -70,27 +71,27 @@ class Interleaved:
 
 
 def measure_passes(model: DiffusionLM, request: Request, calibration: Calibration, batch: int, warm_up) -> dict:
-    """Seconds of sink-Wanda, and of the bare passes between its own.
+    """Seconds of sink-Wanda, and of the bare passes between its own passes.
 
     Raises:
-        RuntimeError: not one bare pass for every copy.
+        RuntimeError: the number of bare passes is not the number of copies.
     """
     track = Interleaved(model, calibration, batch)
-    figures = measured(call_ours(model, request, calibration, batch, track), model, warm_up)
+    figures = measure(call_ours(model, request, calibration, batch, track), model, warm_up)
     if track.copies != calibration.noisy_ids.flatten(0, 1).shape[0]:
-        raise RuntimeError(f"{track.copies} bare passes: one_shot_norms tracks no 'norms' any more")
+        raise RuntimeError(f"{track.copies} bare passes: one_shot_norms no longer tracks 'norms'")
     return {"seconds": figures["seconds"] - track.seconds, "forwards": track.seconds}
 
 
 def main(request: Request, batch: int) -> None:
     torch.set_num_threads(request.threads)
     model, calibration = load_model(request.checkpoint, torch.float32), read_data(request.data)
-    warm_up = lambda: model(calibration.input_ids[:1])  # noqa: E731
+    warm_up = partial(model, calibration.input_ids[:1])
     if request.method == "encode":
         request = replace(request, method="sink-wanda", out=None)
         figures = measure_passes(model, request, calibration, batch, warm_up)
     else:
-        figures = measured(call_ours(model, request, calibration, batch), model, warm_up)
+        figures = measure(call_ours(model, request, calibration, batch), model, warm_up)
     finish(figures, model.blocks, request.out)
 
 

@@ -1,4 +1,4 @@
-"""Time and peak memory of `structprune inspect` on true 8B-size configurations, each in a process of its own.
+"""Time and peak memory of `structprune inspect` on real 8B-size configurations, each in its own process.
 
 python -m scripts.bench.measure_inspect --out scripts/results/inspect.json
 """
@@ -10,10 +10,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
-from scripts.tools.script_line import OneLineParser, one_line, result_file, write_result
+from scripts.tools.script_line import OneLineParser, one_line, result_file, show_result, write_result
 from structprune.bench.machine import describe_machine
 from structprune.errors import UserError
 
@@ -32,10 +31,10 @@ SHAPES = {
     },
 }  # fmt: skip
 
-PUBLISHED = ("calibration.windows=128", "calibration.length=4096")  # the volume, at 10 levels by default
-SCORES = ("obs", "taylor")  # the default, and the one that needs most
+PUBLISHED = ("calibration.windows=128", "calibration.length=4096")  # published volume, with the default of 10 levels
+SCORES = ("obs", "taylor")  # the default, and the one that needs the most memory
 
-# the command line, which then says its own peak
+# runs the command line, then prints its own peak memory
 PROGRAM = """
 import sys
 from structprune.bench.memory import peak_memory_bytes
@@ -47,26 +46,27 @@ sys.exit(code)
 
 
 def measure(values: dict, ratio: float) -> dict:
-    """Wall seconds, peak resident bytes, and what was found, of one `inspect` in a fresh process."""
+    """Seconds, peak resident bytes and results of one `inspect` in a fresh process."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(values), encoding="utf-8")
         start = time.perf_counter()
-        found, peak = inspected(folder, ratio)
+        result, peak = run_inspect(folder, ratio)
         seconds = time.perf_counter() - start
         volume = ("model.device=cuda", *PUBLISHED)
-        on_device = {score: inspected(folder, ratio, f"structured.score={score}", *volume)[0]["memory"]["peak device"]
-                     for score in SCORES}  # fmt: skip
-    kept = {key: found[key] for key in ("parameters", "block_parameters", "macs", "bytes", "tokens")}
-    kept |= {"memory": found["memory"], "predicted_device_peak_bytes": on_device}
-    return {"seconds": seconds, "peak_memory_bytes": peak, "ratio": ratio, **kept}
+        memory = {score: run_inspect(folder, ratio, f"structured.score={score}", *volume)[0]["memory"]
+                  for score in SCORES}  # fmt: skip
+    sizes = {key: result[key] for key in ("parameters", "block_parameters", "macs", "bytes", "tokens", "memory")}
+    device_peaks = {score: parts["peak device"] for score, parts in memory.items()}
+    row = {"seconds": seconds, "peak_memory_bytes": peak, "ratio": ratio, **sizes}
+    return row | {"predicted_device_peak_bytes": device_peaks}
 
 
-def inspected(folder: str, ratio: float, *keys: str) -> tuple[dict, int]:
-    """What one `inspect` found in a process of its own, and its peak resident bytes."""
+def run_inspect(folder: str, ratio: float, *keys: str) -> tuple[dict, int]:
+    """The results of one `inspect` in its own process, and its peak resident bytes."""
     command = [sys.executable, "-c", PROGRAM, "inspect", folder, "--ratio", str(ratio), "--json"]
     command += [f"--set={key}" for key in keys]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout), int(done.stderr.strip().splitlines()[-1])
+    process = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(process.stdout), int(process.stderr.strip().splitlines()[-1])
 
 
 def run(arguments: list[str] | None) -> None:
@@ -86,8 +86,7 @@ def run(arguments: list[str] | None) -> None:
         counts = [f"{row['parameters'][side] / 1e9:.3f} B" for side in ("before", "after")]
         predicted = [f"{peak / 1e9:.0f}" for peak in row["predicted_device_peak_bytes"].values()]
         table.add_row(name, f"{row['seconds']:.1f}", f"{row['peak_memory_bytes'] / 1e6:.0f}", *counts, *predicted)
-    Console().print(table)
-    print(f"Wrote {options.out}")
+    show_result(table, out=options.out)
 
 
 def main(arguments: list[str] | None = None) -> int:

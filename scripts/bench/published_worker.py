@@ -2,9 +2,10 @@
 
     python published_worker.py RELEASE REQUEST.json
 
-Runs in the environment of the release, so it needs torch, safetensors and what the release imports, never structprune.
-The release is called as it is, in fp32 on CPU; only its inputs are replaced: calibration windows and noisy copies are
-read from a file, so that both sides see the same ids. `Request` and `measured` serve masking_worker.py as well.
+Runs in the environment of the release, so it imports torch, safetensors and what the release imports, but never
+structprune. The release is called unchanged, in fp32 on CPU; only its inputs are replaced: calibration windows and
+noisy copies are read from a file, so that both sides see the same ids. masking_worker.py also uses `Request` and
+`measure`.
 """
 
 import contextlib
@@ -27,18 +28,18 @@ CALLS = {
     "sparsegpt": "prune_sparsegpt",
     "sink-sparsegpt": "prune_sink_sparsegpt",
 }
-WANDA_WINDOWS = 128  # its Wanda holds the hidden states of this many windows, however few it is given
+WANDA_WINDOWS = 128  # its Wanda allocates hidden states for this many windows, however few it gets
 
 
 @dataclass(frozen=True)
 class Request:
-    """What one worker is asked to do.
+    """The task of one worker.
 
     Attributes:
         checkpoint: directory in LLaDA's layout. data: safetensors with `ids` (N, T) and `noisy` (N, S, T).
         method: a key of `CALLS`. ratio: share of every linear's weights to remove.
         steps, interval: the noise schedule, S = steps / interval levels. threads: of torch.
-        out: where the pruned linears' weights go (None: nowhere).
+        out: file for the pruned linears' weights; None for no file.
     """
 
     checkpoint: str
@@ -56,14 +57,14 @@ class Request:
 
 
 def resident() -> tuple[int, int]:
-    """Bytes of this process resident now, and at their peak since it was last reset (Linux only)."""
+    """Resident bytes of this process now, and at their peak since the last reset (Linux only)."""
     text = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
-    now, peak = (1024 * int(re.search(rf"{key}:\s+(\d+) kB", text)[1]) for key in ("VmRSS", "VmHWM"))
+    now, peak = (1024 * int(re.findall(rf"{key}:\s+(\d+) kB", text)[0]) for key in ("VmRSS", "VmHWM"))
     return now, peak
 
 
 def reset_peak() -> bool:
-    """Let the peak start here; False where the system does not allow it, so that an older peak would be counted."""
+    """Reset the peak; False if the system does not allow it, so that an older peak would be counted."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -71,39 +72,41 @@ def reset_peak() -> bool:
     return True
 
 
-def measured(call, model, warm_up) -> dict:
-    """Wall seconds of `call()` and its peak resident bytes above the loaded model, after an untimed `warm_up()`.
+def measure(call, model, warm_up) -> dict:
+    """Seconds of `call()` and its peak resident bytes above the loaded model, after an untimed `warm_up()`.
 
-    The bytes are None where the peak cannot be reset.
+    The bytes are None if the peak cannot be reset.
     """
     with torch.no_grad():
-        for parameter in model.parameters():  # off the mapped file, whose pages stay when one weight is replaced
+        for parameter in model.parameters():  # off the mapped file, whose pages stay when a weight is replaced
             parameter.data = parameter.data.clone()
         for _ in range(2):
             warm_up()
     gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # glibc only: what the warm-up freed would hide the call's needs
+    with contextlib.suppress(
+        OSError, AttributeError
+    ):  # glibc only: memory freed by the warm-up would hide the call's needs
         ctypes.CDLL(None).malloc_trim(0)
-    known = reset_peak()
+    resettable = reset_peak()
     before, _ = resident()
     start = time.perf_counter()
     call()
     seconds = time.perf_counter() - start
-    return {"seconds": seconds, "peak_bytes": max(0, resident()[1] - before) if known else None}
+    return {"seconds": seconds, "peak_bytes": max(0, resident()[1] - before) if resettable else None}
 
 
 def linear_weights(blocks) -> dict[str, torch.Tensor]:
     """Weights of the linears of all blocks, `{block}.{name}` -> (O, C)."""
-    found = {}
+    weights = {}
     for index, block in enumerate(blocks):
         for name, module in block.named_modules():
             if isinstance(module, torch.nn.Linear):
-                found[f"{index}.{name}"] = module.weight.detach().contiguous()
-    return found
+                weights[f"{index}.{name}"] = module.weight.detach().contiguous()
+    return weights
 
 
 def finish(figures: dict, blocks, out: str | None) -> None:
-    """Save the linears where asked, and print the figures as the last line."""
+    """Save the linears if `out` is given, and print the figures as the last line."""
     if out:
         save_file(linear_weights(blocks), out)
     print(json.dumps(figures), flush=True)
@@ -119,10 +122,11 @@ def call_release(release: str, request: Request):
     data = load_file(request.data)
     ids, noisy = data["ids"], data["noisy"]  # (N, T), (N, S, T)
     model.seqlen, model.hf_device_map = ids.shape[1], {}
-    copies = (copy[None] for copy in noisy.flatten(0, 1))  # (1, T) in the order it asks: by window, then by level
+    copies = (copy[None] for copy in noisy.flatten(0, 1))  # (1, T) in the order of its calls: by window, then by level
     published.get_loaders = lambda *args, **kwargs: ([(row[None], row[None]) for row in ids], None)
     published._forward_diffusion = lambda *args: next(copies)
-    torch.cuda.synchronize = torch.cuda.empty_cache = lambda *args: None
+    for name in ("synchronize", "empty_cache"):
+        setattr(torch.cuda, name, lambda *args: None)
     args = Namespace(
         nsamples=len(ids), seed=0, sparsity_ratio=request.ratio, use_variant=False, batch_size=1, noise_eps=1e-3,
         diffusion_steps=request.steps, sample_interval=request.interval, sink_std=2.0, sink_alpha=5.0,
@@ -133,9 +137,9 @@ def call_release(release: str, request: Request):
 
 def main(release: str, request: Request) -> None:
     torch.set_num_threads(request.threads)
-    with contextlib.redirect_stdout(sys.stderr):  # it reports its progress there
+    with contextlib.redirect_stdout(sys.stderr):  # its progress would mix with ours on stdout
         model, ids, call = call_release(release, request)
-        figures = measured(call, model, lambda: model(ids[:1]))
+        figures = measure(call, model, lambda: model(ids[:1]))
     finish(figures, model.model.transformer.blocks, request.out)
 
 

@@ -1,1 +1,1 @@
-"""The report of a GPU, stage by stage."""
+"""Measurements on a GPU, stage by stage."""

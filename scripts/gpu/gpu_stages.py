@@ -1,12 +1,11 @@
-"""The stages of gpu_report that make the checkpoint and measure what is there: latency, generation, 2:4, widths."""
+"""The stages of gpu_report that make the checkpoint and measure latency, generation, 2:4 kernels and widths."""
 
 import argparse
 import json
 import time
-from pathlib import Path
 
 from scripts.bench.bench_widths import main as bench_widths
-from scripts.gpu.gpu_common import RATIOS, made, pruned_name, shape_values
+from scripts.gpu.gpu_common import RATIOS, checkpoint, pruned_name, shape_values
 from scripts.tools.random_checkpoint import write_random
 from structprune.bench.settings import BenchSettings
 from structprune.config import Config, ModelSettings
@@ -37,17 +36,17 @@ def forward(options: argparse.Namespace, track) -> dict:
 
 
 def generation(options: argparse.Namespace, track) -> dict:
-    """Whole generations with recomputation and both caches."""
+    """Whole generations with full recomputation and both caches."""
     sizes = (options.batches, options.generation_lengths, options.gen_length, options.steps)
     rounds = {"rounds": options.rounds, "generation_rounds": options.generation_rounds}
     return _bench(options, BenchSettings(*sizes, caches=("all",), compiled=options.compile, **rounds), track)
 
 
 def nm(options: argparse.Namespace, track) -> dict:
-    """A 2:4-masked checkpoint on torch's kernels: layer by layer, and whole passes."""
+    """A 2:4-masked checkpoint on torch's kernels: single layers, and whole passes."""
     masked = options.work / "2of4"
     if not masked.exists():
-        model = load_model(made(options, "dense"), options.dtype or "auto", pick_device(options.device))
+        model = load_model(checkpoint(options, "dense"), options.dtype or "auto", pick_device(options.device))
         mask(model, Config.load(overrides=MASKS), track=track, in_place=True).save(masked)
     sizes = (options.batches, (min(options.lengths),))
     settings = BenchSettings(*sizes, gen_length=0, semi_structured=True, rounds=options.rounds)
@@ -55,18 +54,18 @@ def nm(options: argparse.Namespace, track) -> dict:
 
 
 def widths(options: argparse.Namespace, track) -> dict:
-    found = options.work / "widths.json"
-    chosen = ["--quick"] if options.shape == "tiny" else ["--hidden", "4096", "--centres", "4096,6144,8192"]
-    chosen += ["--tokens", "2048", "--out", str(found)]
-    chosen += [] if options.device is None else ["--device", options.device]
-    if code := bench_widths(chosen):
+    path = options.work / "widths.json"
+    arguments = ["--quick"] if options.shape == "tiny" else ["--hidden", "4096", "--centres", "4096,6144,8192"]
+    arguments += ["--tokens", "2048", "--out", str(path)]
+    arguments += [] if options.device is None else ["--device", options.device]
+    if code := bench_widths(arguments):
         raise UserError(f"widths ended with code {code}")
-    return json.loads(found.read_text())
+    return json.loads(path.read_text())
 
 
 def _bench(options: argparse.Namespace, settings: BenchSettings, track, checkpoints: list[str] | None = None) -> dict:
-    names: tuple[str | Path, ...] = ("dense", *map(pruned_name, RATIOS))
-    checkpoints = checkpoints or [str(made(options, name)) for name in names]
+    names = ("dense", *map(pruned_name, RATIOS))
+    checkpoints = checkpoints or [str(checkpoint(options, name)) for name in names]
     place = ModelSettings(device=options.device, dtype=options.dtype)
     output = BenchOutput(options.work / "bench", plots=False, overwrite=True)
     return bench(checkpoints, settings, output, place, track).result

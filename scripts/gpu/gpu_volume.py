@@ -1,8 +1,8 @@
-"""How much calibration fits the time there is: a cut model is run three times, and the rest follows from its blocks.
+"""How much calibration fits the available time, estimated from three runs of the model's first blocks.
 
 A run over `blocks` blocks and `copies` noisy copies takes start + blocks (each + copies per_copy) seconds. Three short
-runs (one block, two blocks, two blocks and twice the windows) of the real model at the real window length give the
-three numbers. Nothing of how a run works inside is assumed beyond that.
+runs (one block, two blocks, two blocks with twice the windows) of the real model at the real window length determine
+the three numbers. Nothing else is assumed about a run.
 """
 
 import argparse
@@ -20,15 +20,15 @@ from structprune.models.adapter import Adapter, set_widths
 from structprune.models.modeling_structprune import DiffusionLM
 
 PUBLISHED = {"windows": 128, "window": 4096, "levels": 10}
-LEVELS = (10, 5, 2, 1)  # what fewer levels are tried where not one window at all of them fits
-PILOT_LEVELS, SHORT = 2, 64  # levels of the pilot's windows; tokens of the run before it
-HIDDEN_BYTES = 8e9  # of hidden states in host memory (`memory.budget_gb`); what is more lies in temporary files
+LEVELS = (10, 5, 2, 1)  # tried in turn if not even one window fits at more levels
+PILOT_LEVELS, SHORT = 2, 64  # levels of the pilot's windows; tokens of its warm-up run
+HIDDEN_BYTES = 8e9  # hidden states in host memory (`memory.budget_gb`); the rest is in temporary files
 Work = Callable[[DiffusionLM, dict], object]  # a whole run on a model, at windows, levels, window
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of a run: of the whole, of each block, and of each noisy copy in a block."""
+    """Seconds of a run: once, for each block, and for each noisy copy in a block."""
 
     start: float
     block: float
@@ -36,9 +36,9 @@ class Cost:
 
     @classmethod
     def of(cls, one: float, two: float, twice: float, copies: int, more: int) -> "Cost":
-        """From three runs: one block and two on `copies` noisy copies, and two blocks on `more` copies beyond those.
+        """From three runs: one block and two blocks on `copies` noisy copies, and two blocks on `more` additional ones.
 
-        Noise may turn a part negative; a copy is taken to cost at least a twentieth of its share of a block.
+        Noise may make a part negative; a copy counts at least a twentieth of its share of a block.
         """
         least = two / 40 / copies
         copy = max((twice - two) / (2 * more), least)
@@ -49,17 +49,17 @@ class Cost:
         return self.start + blocks * (self.block + copies * self.copy)
 
     def copies(self, blocks: int, seconds: float) -> int:
-        """Noisy copies that fit; 0 where none does."""
+        """Number of noisy copies that fit."""
         return max(0, int(((seconds - self.start) / blocks - self.block) / self.copy))
 
 
 def share_out(copies: int, levels: int, held_out: int, most: int) -> tuple[int, int]:
-    """Windows and levels that use at most `copies` noisy copies, held-out windows counted.
+    """Windows and levels that use at most `copies` noisy copies, including held-out windows.
 
-    Levels fall only where not one window at more of them fits; one window at one level is the least.
+    Levels are lowered only if not even one window fits at more; the minimum is one window at one level.
 
     Args:
-        most: windows at the levels asked for.
+        most: upper limit of windows.
     """
     for count in (levels, *(each for each in LEVELS if each < levels)):
         windows = copies // count - held_out
@@ -69,7 +69,7 @@ def share_out(copies: int, levels: int, held_out: int, most: int) -> tuple[int, 
 
 
 def first_blocks(model: DiffusionLM, count: int) -> DiffusionLM:
-    """The model's first blocks with its embedding, last norm and head, as a model; tensors are shared."""
+    """A model of the first blocks with embedding, last norm and head; tensors are shared."""
     adapter = Adapter(model)
     values = set_widths(model.config.to_dict(), adapter.family, [block.widths for block in adapter.blocks[:count]])
     values |= dict.fromkeys((adapter.family.keys["depth"], "num_hidden_layers"), count)
@@ -80,12 +80,12 @@ def first_blocks(model: DiffusionLM, count: int) -> DiffusionLM:
     names = small.state_dict().keys()
     tensors = {name: value for name, value in model.state_dict(keep_vars=True).items() if name in names}
     small.load_state_dict(tensors, assign=True)
-    small.source = getattr(model, "source", None)
+    vars(small)["source"] = getattr(model, "source", None)
     return small.eval()
 
 
 def pilot(work: Work, model: DiffusionLM, options: argparse.Namespace, held_out: int) -> Cost:
-    """What `work` costs on this model, from three runs on its first two blocks."""
+    """The cost of `work` on this model, from three runs on its first two blocks."""
     levels, device = min(PILOT_LEVELS, options.levels), model.device
     one, two = (first_blocks(model, count) for count in (1, 2))
 
@@ -98,7 +98,7 @@ def pilot(work: Work, model: DiffusionLM, options: argparse.Namespace, held_out:
 
 
 def room(model: DiffusionLM, options: argparse.Namespace) -> int:
-    """Windows whose hidden states have a place, in memory or, for the two streams of a run, on the temporary disk."""
+    """Windows whose hidden states fit in memory or, for both streams of a run, on the temporary disk."""
     each = options.levels * options.window * Adapter(model).hidden_size * model.dtype.itemsize
     return int(max(HIDDEN_BYTES, 0.4 * shutil.disk_usage(tempfile.gettempdir()).free) // each)
 
@@ -106,14 +106,14 @@ def room(model: DiffusionLM, options: argparse.Namespace) -> int:
 def choose_volume(
     work: Work, model: DiffusionLM, options: argparse.Namespace, seconds: float, held_out: int, blocks: int
 ) -> tuple[dict, dict]:
-    """The volume to run at, and how it came about: with a number of windows that, else as much as fits `seconds`.
+    """The calibration volume to run at: the number of windows in the options, else as many as fit `seconds`.
 
-    `work` has been run once by then, on one block and a short window, so that libraries are loaded.
+    `work` is first run on one block and a short window, so that libraries are loaded.
 
     Args:
-        blocks: so many of the model's will be run.
+        blocks: number of blocks of the run.
     Returns:
-        Windows, levels and window; and, where a pilot was run, what it took, its figures and the estimate.
+        Windows, levels and window; and how they were chosen, with the pilot's time, figures and estimate.
     """
     volume = {"windows": options.windows, "levels": options.levels, "window": options.window}
     start = time.perf_counter()
@@ -121,29 +121,30 @@ def choose_volume(
     if options.windows != "auto":
         return volume, {"chosen": "as given"}
     cost = pilot(work, model, options, held_out)
-    took = time.perf_counter() - start
+    pilot_seconds = time.perf_counter() - start
     most = max(1, min(PUBLISHED["windows"], room(model, options) - held_out))
-    fits = share_out(cost.copies(blocks, seconds), options.levels, held_out, most)
-    volume |= dict(zip(("windows", "levels"), fits))
-    estimate = cost.seconds(blocks, (fits[0] + held_out) * fits[1])
+    windows, levels = share_out(cost.copies(blocks, seconds), options.levels, held_out, most)
+    volume |= {"windows": windows, "levels": levels}
+    estimate = cost.seconds(blocks, (windows + held_out) * levels)
     return volume, {
-        "chosen": "by a pilot", "pilot_seconds": took, "budget_seconds": seconds, "estimate_seconds": estimate,
+        "chosen": "by a pilot", "pilot_seconds": pilot_seconds, "budget_seconds": seconds, "estimate_seconds": estimate,
         "cost": asdict(cost),
     }  # fmt: skip
 
 
-def describe_volume(volume: dict, held_out: int, how: dict, took: float, blocks: int) -> dict:
-    """The volume of a run as plain data: beside what was published, and with what all of that would take.
+def describe_volume(volume: dict, held_out: int, choice: dict, seconds: float, blocks: int) -> dict:
+    """The volume of a run as plain data, compared with the published one, whose time is extrapolated.
 
     Args:
-        took: seconds of the run; what is extrapolated adds the copies that were left out, at the pilot's price.
+        choice: from `choose_volume`.
+        seconds: of the run; the extrapolation adds the missing copies at the pilot's cost.
     """
     tokens, published = (each["windows"] * each["window"] * each["levels"] for each in (volume, PUBLISHED))
     full = None
-    if "cost" in how:
+    if "cost" in choice:
         missing = (published - tokens) / volume["window"]  # copies of this length
-        full = took + blocks * max(0.0, missing) * how["cost"]["copy"]
-    return volume | how | {
+        full = seconds + blocks * max(0.0, missing) * choice["cost"]["copy"]
+    return volume | choice | {
         "held_out": held_out, "tokens": tokens, "published": PUBLISHED, "share_of_published": tokens / published,
-        "took_seconds": took, "extrapolated_full_seconds": full, "noise_steps": STEPS,
+        "took_seconds": seconds, "extrapolated_full_seconds": full, "noise_steps": STEPS,
     }  # fmt: skip

@@ -1,1 +1,1 @@
-"""What other scripts share, the embedded model's training, and reload checks."""
+"""What other scripts share, training of the embedded model, and reload checks."""

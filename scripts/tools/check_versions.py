@@ -2,13 +2,13 @@
 
     python -m scripts.tools.check_versions [--versions 4.49.0,5.17.0,latest] [--work DIR] [--official-code DIR]
 
-Prunes tiny random checkpoints with the installed structprune, then loads them in one virtual environment per release,
-which holds torch (constraints.txt), transformers, numpy and safetensors only, through AutoModel and its relatives. With
-`--work` the environments are kept and used again. With `--official-code` the exports of class `official` are also
-loaded, under 4.49, by the family's own modeling code (modeling_llada.py or modeling_dream.py and what they import,
-from the model's Hub repository) instead of the files that structprune writes.
+Prunes tiny random checkpoints with the installed structprune, then loads them through AutoModel and its relatives, in
+one virtual environment per release that holds only torch (constraints.txt), transformers, numpy and safetensors. With
+`--work` the environments are kept and reused. With `--official-code` the exports of class `official` are also loaded,
+under 4.49, by the family's own modeling code (modeling_llada.py or modeling_dream.py and what they import, from the
+model's Hub repository) instead of the files that structprune writes.
 
-Exit code 1 where any logits differ: by anything for the same torch build, by more than 1e-5 in the family's own code.
+Exit code 1 if any logits differ: at all for the same torch build, by more than 1e-5 in the family's own code.
 """
 
 import argparse
@@ -33,10 +33,10 @@ from structprune.models.families import DREAM, LLADA
 from structprune.structured.plan import BlockPlan
 
 HERE = Path(__file__).parent
-OFFICIAL_CODE_RELEASE = "4.49.0"  # the family's modeling code runs on no transformers 5
+OFFICIAL_CODE_RELEASE = "4.49.0"  # the family's modeling code does not run on transformers 5
 OWN_CODE_TOLERANCE = 1e-5
 TEXT = "A model that fills in what is missing: it's 3.14 times <|mdm_mask|>\n\n  quicker, naïve or not."
-MASK_ID = 2047  # of the embedded tokenizer, which the tiny checkpoints carry
+MASK_ID = 2047  # of the embedded tokenizer, which the tiny checkpoints use
 COMMON = {
     "vocab_size": 2048, "mask_token_id": MASK_ID, "pad_token_id": 2046, "torch_dtype": "float32", "rope_theta": 10000.0,
 }  # fmt: skip
@@ -62,14 +62,14 @@ DREAM_VALUES = COMMON | {
 
 
 def block(queries, kv_heads, channels: int) -> BlockPlan:
-    """Keep these heads and every other one of the first 2 * `channels` MLP channels (or all of 96)."""
-    kept = tuple(range(96)) if channels == 96 else tuple(range(0, 96, 2))[:channels]
-    return BlockPlan(tuple(queries), tuple(kv_heads), kept)
+    """Keep these heads and every other one of the first 2 * `channels` MLP channels (or all 96)."""
+    indices = tuple(range(96)) if channels == 96 else tuple(range(0, 96, 2))[:channels]
+    return BlockPlan(tuple(queries), tuple(kv_heads), indices)
 
 
 ALL = (range(4), range(4))
 DREAM_ALL = (range(6), range(2))
-# name -> config.json, what each block keeps, biases on the consumers, export class
+# name -> config.json, plan of each block, biases on the consumers, export class
 CASES = {
     "llada-free": (
         LLADA_VALUES, [block((0, 2, 3), (0, 2, 3), 40), block(*ALL, 96), block((1,), (1,), 17)], True, "free",
@@ -99,7 +99,7 @@ def write_dense(directory: Path, values: dict) -> None:
     model = family.model_class(family.config_class(**own))
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2 and family.embedding != name:
-            parameter.data.normal_(std=parameter.shape[1] ** -0.5)  # (O, C): livelier than at initialisation
+            parameter.data.normal_(std=parameter.shape[1] ** -0.5)  # (O, C): larger than at initialisation
         elif name.endswith("bias"):
             parameter.data.normal_(std=0.1)  # (O,)
     directory.mkdir(parents=True)
@@ -125,8 +125,8 @@ def write_tokenizer(directory: Path, byte_pair: bool) -> None:
 
 
 def make_cases(work: Path) -> list[dict]:
-    """Pruned directories, and what their models and tokenizers give in memory."""
-    made = []
+    """Pruned directories, with the logits of their models and the ids of their tokenizers."""
+    cases = []
     for name, (values, blocks, biases, compat) in CASES.items():
         write_dense(work / "dense" / name, values)
         dense = load_model(work / "dense" / name)
@@ -145,12 +145,12 @@ def make_cases(work: Path) -> list[dict]:
         expected = work / f"{name}.expected.safetensors"
         save_file({"input_ids": ids, "logits": logits}, expected)
         case = {"name": name, "directory": str(directory), "expected": str(expected), "export": compat, "text": TEXT}
-        made.append(case | {"text_ids": load_tokenizer(work / "dense" / name)(TEXT)["input_ids"]})
-    return made
+        cases.append(case | {"text_ids": load_tokenizer(work / "dense" / name)(TEXT)["input_ids"]})
+    return cases
 
 
 def environment(envs: Path, release: str) -> Path:
-    """The Python of an environment with that release of transformers ("latest": the newest), made where missing."""
+    """The Python of an environment with that release of transformers ("latest": the newest), created if missing."""
     folder = envs / f"transformers-{release}"
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     ready = folder / "ready"
@@ -158,35 +158,38 @@ def environment(envs: Path, release: str) -> Path:
         return python
     if not python.exists():
         venv.create(folder, with_pip=True)
-    wanted = "transformers" if release == "latest" else f"transformers=={release}"
-    install = [python, "-m", "pip", "install", "-qq", "--upgrade", "-c", HERE.parents[1] / "constraints.txt"]
-    subprocess.run([*install, "torch", wanted, "numpy<3", "safetensors"], check=True)
+    package = "transformers" if release == "latest" else f"transformers=={release}"
+    constraints = HERE.parents[1] / "constraints.txt"
+    install = [str(python), "-m", "pip", "install", "-qq", "--upgrade", "-c", str(constraints)]
+    subprocess.run([*install, "torch", package, "numpy<3", "safetensors"], check=True)
     ready.touch()
     return python
 
 
 def run_check(python: Path, cases: list[dict], work: Path, code: Path | None = None) -> dict:
-    """What reload_check.py found there: {versions, cases: {name: {what: difference} or {"error": text}}}."""
+    """The result of reload_check.py: {versions, cases: {name: {check: difference} or {"error": text}}}."""
     listing = work / "cases.json"
     listing.write_text(json.dumps(cases))
-    command = [python, "-I", HERE / "reload_check.py", listing]
-    with tempfile.TemporaryDirectory(dir=work) as home:  # the modules that trust_remote_code copies: never stale ones
+    command = [str(python), "-I", str(HERE / "reload_check.py"), str(listing)]
+    with tempfile.TemporaryDirectory(
+        dir=work
+    ) as home:  # for modules copied by trust_remote_code, which may be stale elsewhere
         surroundings = {**os.environ, "HF_HOME": home, "HF_HUB_OFFLINE": "1"}
-        command += ["--official-code", code] if code else []
-        done = subprocess.run(command, env=surroundings, capture_output=True, text=True)
-    if done.returncode:
-        return {"versions": {}, "cases": {case["name"]: {"error": done.stderr.strip()[-400:]} for case in cases}}
-    return json.loads(done.stdout.splitlines()[-1])
+        command += ["--official-code", str(code)] if code else []
+        process = subprocess.run(command, env=surroundings, capture_output=True, text=True)
+    if process.returncode:
+        return {"versions": {}, "cases": {case["name"]: {"error": process.stderr.strip()[-400:]} for case in cases}}
+    return json.loads(process.stdout.splitlines()[-1])
 
 
-def show(title: str, found: dict, tolerance: float, console: Console) -> bool:
-    """Print one environment's table; true where every case is within `tolerance`."""
-    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+def show(title: str, results: dict, tolerance: float, console: Console) -> bool:
+    """Print one environment's table; returns whether all cases are within `tolerance`."""
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     table = Table(title=f"{title} ({versions or 'did not run'})")
     for name in ("checkpoint", "largest logit differences", ""):
         table.add_column(name)
     good = True
-    for name, result in found["cases"].items():
+    for name, result in results["cases"].items():
         fine = "error" not in result and all(value <= tolerance for value in result.values())
         cells = [f"{key} {value:.1e}" if isinstance(value, float) else escape(value) for key, value in result.items()]
         table.add_row(name, ", ".join(cells), "ok" if fine else "[red]FAILED[/red]")
@@ -199,7 +202,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = "4.49.0,5.17.0,latest"
     parser.add_argument("--versions", default=default, help="releases of transformers (default %(default)s)")
-    parser.add_argument("--work", type=Path, help="keep and reuse the environments here (default: a temporary place)")
+    parser.add_argument(
+        "--work", type=Path, help="directory to keep and reuse the environments in (default: a temporary one)"
+    )
     parser.add_argument("--official-code", type=Path, metavar="DIR", help="the family's own modeling files")
     return parser.parse_args()
 
@@ -212,15 +217,17 @@ def main() -> int:
         work = Path(temporary)
         cases, envs = make_cases(work), arguments.work or work / "envs"
         for release in arguments.versions.split(","):
-            found = run_check(environment(envs, release), cases, work)
-            same = found["versions"].get("torch", torch.__version__) == torch.__version__
-            good &= show(f"transformers {release}", found, 0.0 if same else OWN_CODE_TOLERANCE, console)
+            results = run_check(environment(envs, release), cases, work)
+            same = results["versions"].get("torch", torch.__version__) == torch.__version__
+            good &= show(f"transformers {release}", results, 0.0 if same else OWN_CODE_TOLERANCE, console)
         if arguments.official_code:
             types = {"modeling_llada.py": "llada", "modeling_dream.py": "dream"}
-            known = [types[path.name] for path in arguments.official_code.glob("modeling_*.py") if path.name in types]
-            chosen = [case for case in cases if case["export"] == "official" and case["name"].split("-")[0] in known]
-            found = run_check(environment(envs, OFFICIAL_CODE_RELEASE), chosen, work, arguments.official_code.resolve())
-            good &= bool(chosen) and show("the family's own code", found, OWN_CODE_TOLERANCE, console)
+            paths = arguments.official_code.glob("modeling_*.py")
+            names = [f"{types[path.name]}-official" for path in paths if path.name in types]
+            official = [case for case in cases if case["name"] in names]
+            python = environment(envs, OFFICIAL_CODE_RELEASE)
+            results = run_check(python, official, work, arguments.official_code.resolve())
+            good &= bool(official) and show("the family's own code", results, OWN_CODE_TOLERANCE, console)
     console.print("every reload agrees" if good else "[red]a reload differs[/red]")
     return 0 if good else 1
 

@@ -1,5 +1,6 @@
-"""Checkpoints of a published shape with random weights: speed and memory depend on shape alone."""
+"""Checkpoints of a published shape with random weights: speed and memory depend only on the shape."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,24 +14,35 @@ LLADA = {
     "layer_norm_type": "rms", "rope": True, "rope_full_precision": True, "rope_theta": 500000.0, "rms_norm_eps": 1e-5,
     "include_bias": False, "include_qkv_bias": False, "weight_tying": False, "eos_token_id": 0, "pad_token_id": 0,
 }  # fmt: skip
-SHARP = 2.0  # of queries and keys, so that attention is about as uneven as in a trained model
+SHARP = 2.0  # gain of query and key weights, which makes attention about as uneven as in a trained model
 
 
-def llada_values(
-    width: int, heads: int, blocks: int, channels: int, vocabulary: int, positions: int, dtype: str
-) -> dict:
-    """config.json of a LLaDA of that size; the last token is the mask."""
-    sizes = {"d_model": width, "n_heads": heads, "n_kv_heads": heads, "n_layers": blocks, "mlp_hidden_size": channels}
-    sizes |= {key: vocabulary for key in ("vocab_size", "embedding_size")} | {"mask_token_id": vocabulary - 1}
-    return LLADA | sizes | {"max_sequence_length": positions, "torch_dtype": dtype}
+@dataclass(frozen=True)
+class LLaDAShape:
+    """Sizes of a LLaDA."""
+
+    width: int
+    heads: int
+    blocks: int
+    channels: int
+    vocabulary: int
+    positions: int
+
+
+def llada_values(shape: LLaDAShape, dtype: str) -> dict:
+    """config.json of a LLaDA of that shape; the last token is the mask."""
+    sizes = {"d_model": shape.width, "n_heads": shape.heads, "n_kv_heads": shape.heads, "n_layers": shape.blocks}
+    sizes |= {"mlp_hidden_size": shape.channels, "max_sequence_length": shape.positions}
+    sizes |= dict.fromkeys(("vocab_size", "embedding_size"), shape.vocabulary)
+    return LLADA | sizes | {"mask_token_id": shape.vocabulary - 1, "torch_dtype": dtype}
 
 
 def write_random(directory: Path, values: dict, seed: int = 0, device: str = "cpu") -> Path:
-    """An official checkpoint without a tokenizer, tensor by tensor, whole or not at all.
+    """Write a checkpoint in the official layout, without a tokenizer, one tensor at a time, whole or not at all.
 
     Args:
         values: its config.json, with `torch_dtype`.
-        device: where the numbers are drawn.
+        device: where the random numbers are drawn.
     """
     family = next(each for each in FAMILIES if values["model_type"] in each.model_types)
     skipped = ("model_type", "architectures", "torch_dtype")
@@ -45,8 +57,8 @@ def write_random(directory: Path, values: dict, seed: int = 0, device: str = "cp
         if len(shape) == 1:  # norms are 1, biases 0
             return torch.full(shape, float(name.endswith("weight")), dtype=dtype)
         gain = 0.06 * shape[1] ** 0.5 if name == family.embedding else SHARP if _attends(name) else 1.0
-        drawn = torch.randn(shape, generator=generator, device=device, dtype=dtype)
-        return drawn.mul_(gain * shape[1] ** -0.5).cpu()
+        weight = torch.randn(shape, generator=generator, device=device, dtype=dtype)
+        return weight.mul_(gain * shape[1] ** -0.5).cpu()
 
     with whole_directory(directory) as draft:
         write_shards(draft, headers, draw)

@@ -1,6 +1,6 @@
 """Load pruned checkpoints through transformers' auto classes and compare logits; run by check_versions.py.
 
-Standalone on purpose: it runs where structprune is not installed, with whatever transformers is there.
+Standalone on purpose: it runs where structprune is not installed, with any version of transformers.
 
     python reload_check.py CASES.json [--official-code DIR]
 """
@@ -25,13 +25,13 @@ FAMILY_CODE = {  # configuration file, its class, modeling file, its class
 
 
 def load(auto, directory):
-    """A model in fp32, and what from_pretrained says about its keys."""
+    """Load a model in fp32, and check the keys that from_pretrained reports."""
     key = "dtype" if tuple(map(int, transformers.__version__.split(".")[:2])) >= (4, 56) else "torch_dtype"
     options = {"trust_remote_code": True, "output_loading_info": True, key: torch.float32}
     model, info = auto.from_pretrained(directory, **options)
-    wrong = [name for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in info[kind]]
-    if wrong:
-        raise AssertionError(f"keys of {directory} do not fit the model: {wrong[:3]}")
+    keys = [name for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in info[kind]]
+    if keys:
+        raise AssertionError(f"keys of {directory} do not match the model: {keys[:3]}")
     return model.eval()
 
 
@@ -42,7 +42,7 @@ def difference(model, expected) -> float:
 
 
 def trains(model, expected) -> None:
-    """The loss under `labels` is finite, and gradient checkpointing gives the same gradients.
+    """Check that the loss with `labels` has finite gradients, and the same ones with gradient checkpointing.
 
     Raises:
         AssertionError: it does not.
@@ -58,32 +58,32 @@ def trains(model, expected) -> None:
         model(ids, labels=ids).loss.backward()
         grads.append(model.get_input_embeddings().weight.grad.clone())  # (V, C)
     assert torch.isfinite(grads[0]).all() and grads[0].abs().max() > 0, "no gradient from the masked-diffusion loss"
-    assert torch.allclose(*grads, atol=1e-6), "gradient checkpointing changed the gradients"
+    assert torch.allclose(grads[0], grads[1], atol=1e-6), "gradient checkpointing changed the gradients"
     model.gradient_checkpointing_disable()
     model.eval()
 
 
 def saves_again(model, expected, folder: Path) -> float:
-    """Logits' difference after this transformers' own save_pretrained and a reload of what it wrote."""
+    """Difference of logits after this transformers' save_pretrained and a reload."""
     model.save_pretrained(folder)
     return difference(load(AutoModelForCausalLM, folder), expected)
 
 
 def check_case(case: dict, scratch: Path) -> dict:
-    """One pruned directory through every auto class."""
+    """Load one pruned directory through every auto class."""
     expected, directory = load_file(case["expected"]), case["directory"]
-    found = {auto.__name__: difference(load(auto, directory), expected) for auto in AUTO_CLASSES}
+    results = {auto.__name__: difference(load(auto, directory), expected) for auto in AUTO_CLASSES}
     model = load(AutoModelForCausalLM, directory)
-    found["save_pretrained"] = saves_again(model, expected, scratch / case["name"])
+    results["save_pretrained"] = saves_again(model, expected, scratch / case["name"])
     trains(model, expected)
-    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)  # a tokenizer needs no code of ours
+    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)  # a tokenizer needs none of our code
     assert tokenizer.mask_token_id == model.config.mask_token_id, "the tokenizer's mask token is not the model's"
     assert tokenizer(case["text"])["input_ids"] == case["text_ids"], "the tokenizer gives other ids"
-    return found
+    return results
 
 
 def check_official(case: dict, code: Path, scratch: Path) -> dict:
-    """An `official` export in the family's own modeling code, put beside the weights as its authors do."""
+    """Load an `official` export with the family's own modeling code, placed beside the weights as its authors do."""
     expected, directory = load_file(case["expected"]), scratch / ("official_" + case["name"].replace("-", "_"))
     shutil.copytree(case["directory"], directory)
     values = json.loads((directory / "config.json").read_text())
@@ -99,7 +99,7 @@ def check_official(case: dict, code: Path, scratch: Path) -> dict:
 
 
 def main() -> None:
-    assert importlib.util.find_spec("structprune") is None, "structprune is installed here: this would prove nothing"
+    assert importlib.util.find_spec("structprune") is None, "structprune is installed here, so this would prove nothing"
     torch.set_num_threads(1)
     cases = json.loads(Path(sys.argv[1]).read_text())
     code = Path(sys.argv[3]) if sys.argv[2:3] == ["--official-code"] else None

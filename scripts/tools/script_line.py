@@ -34,6 +34,11 @@ class OneLineParser(argparse.ArgumentParser):
         for name, value in counts.items():
             self.add_argument(flag(name), type=int, default=value, help="default %(default)s")
 
+    def add_quick(self) -> None:
+        self.add_argument(
+            "--quick", action="store_true", help="tiny default sizes; nothing is written unless --out is given"
+        )
+
     def add_device(self, default: str | None = None) -> None:
         shown = default or "cuda if available, else cpu"
         self.add_argument("--device", default=default, help=f"cpu or cuda[:N] (default: {shown})")

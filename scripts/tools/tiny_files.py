@@ -1,8 +1,8 @@
-"""What training a small LLaDA reads and writes: text, tokenizer, resumable state, and the finished checkpoint."""
+"""Files of training a small LLaDA: text, tokenizer, resumable state, and the finished checkpoint."""
 
 import hashlib
+import io
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +14,7 @@ from structprune.assets import model_directory
 from structprune.calibration.text import join_texts, read_texts
 from structprune.calibration.windows import pieces, tokenize_corpus
 from structprune.errors import UserError
+from structprune.files import write_whole
 from structprune.models.checkpoint_files import TOKENIZER_FILES, read_json
 from structprune.models.loading import load_tokenizer
 from structprune.models.modeling_structprune import StructpruneLLaDA
@@ -21,16 +22,16 @@ from structprune.models.official import find_mask_id
 
 END, MASK = "<|endoftext|>", "<|mdm_mask|>"
 SMALLEST_VOCABULARY = 258  # every byte and the two special tokens
-LONGEST = 1 << 28  # tokens of text used at most (1 GB as int32)
+LONGEST = 1 << 28  # at most so many tokens of text (1 GB as int32)
 
 
 def read_corpus(source: str, column: str | None) -> Iterator[str]:
-    """The text of a .txt, .jsonl or .parquet file (or Hub dataset) as parts to be put together."""
+    """The text of a .txt, .jsonl or .parquet file (or Hub dataset) in parts."""
     return join_texts(read_texts(source, column=column), source, None)
 
 
 def train_tokenizer(texts: Iterator[str], vocabulary: int, longest: int, directory: Path) -> None:
-    """Byte-level BPE of at most `vocabulary` tokens for `longest` positions; end of text and mask are the last ids."""
+    """Train byte-level BPE of at most `vocabulary` tokens for `longest` positions; end of text and mask come last."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -47,7 +48,7 @@ def train_tokenizer(texts: Iterator[str], vocabulary: int, longest: int, directo
 
 
 def copy_tokenizer(source: Path, directory: Path) -> None:
-    """Reuse the tokenizer of a checkpoint directory.
+    """Copy the tokenizer of a checkpoint directory.
 
     Raises:
         UserError: the directory has none.
@@ -60,7 +61,7 @@ def copy_tokenizer(source: Path, directory: Path) -> None:
 
 
 def open_tokenizer(directory: Path):
-    """(tokenizer, its vocabulary's size, mask id).
+    """(tokenizer, size of its vocabulary, mask id).
 
     Raises:
         UserError: it has no mask token.
@@ -82,7 +83,7 @@ def tokenize(source: str, column: str | None, tokenizer, shortest: int) -> torch
     tokens = tokenize_corpus(read_corpus(source, column), tokenizer, LONGEST)
     if len(tokens) < shortest:
         raise UserError(
-            f"'{source}' has {len(tokens):,} tokens, less than one window of {shortest}: give longer text"
+            f"'{source}' has {len(tokens):,} tokens, fewer than one window of {shortest}: give longer text"
             " or lower --length"
         )
     return tokens
@@ -93,7 +94,7 @@ def digest(tokens: torch.Tensor) -> str:
 
 
 def config_values(tokenizer, vocabulary: int, mask_id: int, sizes: dict) -> dict:
-    """config.json in LLaDA's official layout: the embedded model's, with other sizes and ids."""
+    """config.json in LLaDA's official layout: the embedded model's with other sizes and ids."""
     end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else mask_id
     ids = {"mask_token_id": mask_id, "eos_token_id": end, "pad_token_id": end}
     ids |= {"vocab_size": vocabulary, "embedding_size": vocabulary}
@@ -101,37 +102,34 @@ def config_values(tokenizer, vocabulary: int, mask_id: int, sizes: dict) -> dict
 
 
 def save_state(path: Path, state: dict) -> None:
-    """Replace the training state in one step, so that a kill at any time leaves a whole one."""
-    draft = path.with_name(f".{path.name}.tmp")
-    with draft.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)
+    """Replace the training state at once, so that an interruption at any time leaves a complete one."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_whole(path, buffer.getvalue())
 
 
 def load_state(path: Path, settings: dict) -> dict | None:
-    """The training state saved last under the same settings; None where there is none.
+    """The last training state saved with the same settings; None if there is none.
 
     Raises:
-        UserError: it cannot be read, or was made under other settings.
+        UserError: it cannot be read, or was saved with other settings.
     """
     if not path.exists():
         return None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises what unpickling raises
+    except Exception as error:  # unpickling raises errors of many types
         raise UserError(f"{path} cannot be read ({type(error).__name__}): start anew with --overwrite") from error
     for key, value in settings.items():
         before = state["settings"].get(key)
         if before != value:
-            remedy = "use that, or start anew with --overwrite"
+            remedy = "use the same value, or start anew with --overwrite"
             raise UserError(f"{path} was saved with {key} = {before}, not {value}: {remedy}")
     return state
 
 
 def write_checkpoint(model: StructpruneLLaDA, values: dict, training: Path, draft: Path) -> None:
-    """Weights in bf16, config.json and the tokenizer of the training directory, into the directory `draft`."""
+    """Write weights in bf16, config.json and the tokenizer of the training directory into `draft`."""
     state = {name: value.detach().to("cpu", torch.bfloat16).contiguous() for name, value in model.state_dict().items()}
     save_file(state, draft / "model.safetensors", metadata={"format": "pt"})
     write_json(draft / "config.json", values)

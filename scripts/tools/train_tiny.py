@@ -1,10 +1,10 @@
-"""Train a small LLaDA on any text with the masked-diffusion objective, on CPU or GPU, and save it as LLaDA's own files.
+"""Train a small LLaDA on any text with the masked-diffusion objective, on CPU or GPU, and save it in LLaDA's layout.
 
     python -m scripts.tools.train_tiny --text corpus.txt --valid-text heldout.txt --out tiny-llada --minutes 80 --resume
 
-The state is saved every --save-every steps beside the output, in OUT.training. Killed at any time, the same command
-with --resume goes on from there and, under --steps, ends with the weights of an uninterrupted run. OUT itself appears
-complete or not at all: config.json, model.safetensors (bf16), the tokenizer and train.log.
+The state is saved every --save-every steps in OUT.training. After an interruption, the same command with --resume
+continues from there and, with --steps, ends with the weights of an uninterrupted run. OUT itself appears complete or
+not at all: config.json, model.safetensors (bf16), the tokenizer and train.log.
 
 The defaults train a model like the one in the package: 4.8 M parameters, 7,400 steps of 3,072 tokens, about 80 minutes
 on 2 CPU cores.
@@ -24,6 +24,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from scripts.tools import tiny_files as files
 from scripts.tools import tiny_training as maths
+from scripts.tools.script_line import OneLineParser, flag, one_line
 from structprune import load_model
 from structprune.calibration.noise import stratified_noise
 from structprune.calibration.windows import cut_windows
@@ -37,20 +38,21 @@ from structprune.models.placement import pick_device
 
 STATE, LOG = "state.pt", "train.log"
 STEPS = 7400
-# option -> (default, help); all are positive integers
+# option -> (default, help); all are positive whole numbers
 NUMBERS = {
     "d_model": (256, "width C"), "heads": (8, "attention heads"), "blocks": (5, "transformer blocks"),
-    "mlp": (640, "MLP channels"), "vocabulary": (2048, "BPE tokens at most, end of text and mask among them"),
+    "mlp": (640, "MLP channels"), "vocabulary": (2048, "BPE tokens at most, including end of text and mask"),
     "length": (128, "tokens in a window; every fourth step has twice as long ones"), "batch": (24, "windows in a step"),
     "save_every": (200, "steps between saved states"), "log_every": (50, "steps between lines of train.log"),
     "valid_windows": (1024, "held-out windows at most"),
 }  # fmt: skip
-SIZES = ["d_model", "heads", "blocks", "mlp"]
-RESULT_DEPENDS_ON = [*SIZES, "length", "batch", "steps", "minutes", "seed", "muon_lr", "adam_lr"]
+RESULT_DEPENDS_ON = (
+    "d_model", "heads", "blocks", "mlp", "length", "batch", "steps", "minutes", "seed", "muon_lr", "adam_lr",
+)  # fmt: skip
 
 
 class Run:
-    """A training run between two steps: everything that a resumed one needs to go on exactly."""
+    """A training run between two steps: everything needed to resume it exactly."""
 
     def __init__(self, options: argparse.Namespace, tokens: torch.Tensor, values: dict, settings: dict):
         torch.manual_seed(options.seed)  # initial weights
@@ -66,9 +68,9 @@ class Run:
 
     @property
     def progress(self) -> float:
-        """Share of the run that is done."""
-        done = self.step / self.options.steps if self.options.steps else self.seconds / (60 * self.options.minutes)
-        return min(1.0, done)
+        """Finished share of the run."""
+        share = self.step / self.options.steps if self.options.steps else self.seconds / (60 * self.options.minutes)
+        return min(1.0, share)
 
     def advance(self) -> None:
         """One step."""
@@ -109,7 +111,7 @@ class Run:
 
     def restore(self, state: dict) -> None:
         self.model.load_state_dict(state["model"])
-        for optimizer, values in zip(self.optimizers, state["optimizers"]):
+        for optimizer, values in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(values)
         self.generator.set_state(state["generator"])
         self.step, self.seconds = state["step"], state["seconds"]
@@ -117,7 +119,7 @@ class Run:
 
 
 def sizes(options: argparse.Namespace) -> dict:
-    """The model's sizes under config.json's names."""
+    """The model's sizes with the names of config.json."""
     return {
         "d_model": options.d_model, "n_heads": options.heads, "n_kv_heads": options.heads, "n_layers": options.blocks,
         "mlp_hidden_size": options.mlp, "max_sequence_length": 2 * options.length,
@@ -130,7 +132,7 @@ def append(path: Path, line: str) -> None:
 
 
 def prepare(options: argparse.Namespace, training: Path) -> tuple[Run, dict, torch.Tensor | None]:
-    """The run (resumed where a state was saved), config.json's values, and held-out windows (N, T) or None."""
+    """The run (resumed if a state was saved), the contents of config.json, and held-out windows (N, T) or None."""
     if not (training / STATE).exists():
         if options.tokenizer:
             files.copy_tokenizer(options.tokenizer, training)
@@ -156,10 +158,11 @@ def prepare(options: argparse.Namespace, training: Path) -> tuple[Run, dict, tor
 
 
 def train(run: Run, training: Path, console: Console) -> None:
-    """Advance to the end, saving the state on the way."""
+    """Run all steps, and save the state regularly."""
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console, transient=True) as bar:
-        task = bar.add_task("training", total=1.0, completed=run.progress)
+        task = bar.add_task("training", total=1.0)
+        bar.update(task, completed=run.progress)
         while run.progress < 1:
             run.advance()
             last = run.log[-1] if len(run.log) > 1 else "training"
@@ -169,20 +172,20 @@ def train(run: Run, training: Path, console: Console) -> None:
 
 
 def validate(directory: Path, windows: torch.Tensor, device: torch.device) -> Nelbo:
-    """Held-out NELBO of the checkpoint as it was written."""
+    """Held-out NELBO of the written checkpoint."""
     model = load_model(directory, device=device)
     noise = stratified_noise(windows, model.config.mask_token_id, torch.Generator().manual_seed(2))
     return masked_nelbo(model, windows, *noise, batch=32)
 
 
 def finish(run: Run, values: dict, windows: torch.Tensor | None, training: Path) -> str:
-    """Write OUT whole, held-out NELBO in its log; the last line of the log."""
+    """Write OUT, with the held-out NELBO in its log; returns the last line of the log."""
     last = f"final steps {run.step}"
     with whole_directory(run.options.out) as draft:
         files.write_checkpoint(run.model, values, training, draft)
         if windows is not None:
-            found = validate(draft, windows, run.options.device)
-            score = f"{found.mean:.4f} se {found.standard_error:.4f} ce {found.cross_entropy:.4f}"
+            nelbo = validate(draft, windows, run.options.device)
+            score = f"{nelbo.mean:.4f} se {nelbo.standard_error:.4f} ce {nelbo.cross_entropy:.4f}"
             last += f" valid nelbo {score} windows {len(windows)}"
         append(run.options.log, last)
         (draft / LOG).write_text("\n".join([*run.log, last]) + "\n", encoding="utf-8")
@@ -191,10 +194,10 @@ def finish(run: Run, values: dict, windows: torch.Tensor | None, training: Path)
 
 
 def run_training(options: argparse.Namespace, console: Console) -> None:
-    """Everything, from checked options.
+    """Prepare, train and save.
 
     Raises:
-        UserError: whatever the user can mend.
+        UserError: anything the user can mend.
     """
     training = options.out.absolute().with_name(options.out.name + ".training")
     if options.resume and not options.overwrite and (options.out / "config.json").exists():
@@ -203,14 +206,16 @@ def run_training(options: argparse.Namespace, console: Console) -> None:
     options.out = check_output(options.out, None, options.overwrite, marks=(LOG,))
     if (training / STATE).exists() and not options.resume:
         if not options.overwrite:
-            raise UserError(f"{training} holds an unfinished run: go on with --resume, or start anew with --overwrite")
+            raise UserError(
+                f"{training} holds an unfinished run: continue with --resume, or start anew with --overwrite"
+            )
         shutil.rmtree(training)
     training.mkdir(parents=True, exist_ok=True)
     options.log = options.log or training / LOG
     try:
         run, values, windows = prepare(options, training)
         if run.step:
-            console.print(f"going on from step {run.step:,}")
+            console.print(f"continuing from step {run.step:,}")
         train(run, training, console)
         last = finish(run, values, windows, training)
     finally:
@@ -218,39 +223,32 @@ def run_training(options: argparse.Namespace, console: Console) -> None:
             shutil.rmtree(training)
     count, nbytes = run.model.num_parameters(), (options.out / "model.safetensors").stat().st_size
     console.print(f"Trained {count / 1e6:.1f} M parameters in {run.seconds / 60:.1f} minutes: {last}", soft_wrap=True)
-    made = f"config.json, model.safetensors {nbytes / 1e6:.1f} MB, tokenizer, {LOG}"
-    console.print(f"Wrote {options.out} ({made})", soft_wrap=True)
+    contents = f"config.json, model.safetensors {nbytes / 1e6:.1f} MB, tokenizer, {LOG}"
+    console.print(f"Wrote {options.out} ({contents})", soft_wrap=True)
     example = f"structprune prune {options.out} --out {options.out}-0.5 --ratio 0.5 --calibration {options.text}"
     console.print(f"Prune it: {example} --set calibration.length={options.length}", soft_wrap=True)
 
 
-class OneLineParser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(f"{message} (see --help)")
-
-
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """Checked options; `device` as a torch device."""
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(__doc__)
     parser.add_argument("--text", required=True, help="training text: .txt, .jsonl or .parquet")
     parser.add_argument("--valid-text", help="held-out text for the NELBO at the end")
     parser.add_argument("--column", help="of .jsonl and .parquet (default: text)")
     parser.add_argument("--out", type=Path, required=True, help="checkpoint directory to write")
     parser.add_argument("--steps", type=int, help=f"length of the run (default {STEPS:,})")
-    parser.add_argument("--minutes", type=float, help="length of the run by the clock, instead of --steps")
+    parser.add_argument("--minutes", type=float, help="length of the run in minutes, instead of --steps")
     for name, (default, text) in NUMBERS.items():
         parser.add_argument(flag(name), type=int, default=default, help=f"{text} (default {default})")
     parser.add_argument("--muon-lr", type=float, default=0.007, help="peak rate, block matrices (default %(default)s)")
     parser.add_argument("--adam-lr", type=float, default=3e-3, help="peak rate, everything else (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, windows and noise (default %(default)s)")
-    parser.add_argument("--device", help="cpu or cuda[:N] (default: cuda if there)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="random seed of weights, windows and noise (default %(default)s)"
+    )
+    parser.add_device()
     parser.add_argument("--tokenizer", type=Path, help="reuse this checkpoint's tokenizer instead of training one")
-    parser.add_argument("--log", type=Path, help="the log while it grows (default: OUT.training/train.log)")
-    parser.add_argument("--resume", action="store_true", help="go on with an unfinished run, if there is one")
+    parser.add_argument("--log", type=Path, help="log file during training (default: OUT.training/train.log)")
+    parser.add_argument("--resume", action="store_true", help="continue an unfinished run, if there is one")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT once the new one is complete")
     options = parser.parse_args(arguments)
     if options.steps is not None and options.minutes is not None:
@@ -264,7 +262,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     if options.d_model % (2 * options.heads):
         raise UserError(f"--d-model = {options.d_model} does not divide into {options.heads} heads of even width")
     if options.vocabulary < files.SMALLEST_VOCABULARY:
-        least = f"at least {files.SMALLEST_VOCABULARY} (every byte and two marks)"
+        least = f"at least {files.SMALLEST_VOCABULARY} (every byte and two special tokens)"
         raise UserError(f"--vocabulary = {options.vocabulary}: give {least}")
     options.device = pick_device(options.device)
     return options
@@ -272,14 +270,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     try:
-        run_training(parse_arguments(arguments), Console(stderr=True))
+        return one_line("train_tiny", lambda: run_training(parse_arguments(arguments), Console(stderr=True)))
     except KeyboardInterrupt:
-        print("train_tiny: interrupted; --resume goes on from the last saved step", file=sys.stderr)
+        print("train_tiny: interrupted; --resume continues from the last saved step", file=sys.stderr)
         return 130
-    except (UserError, OSError) as error:
-        print(f"train_tiny: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
 
 
 if __name__ == "__main__":

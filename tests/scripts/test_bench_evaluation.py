@@ -100,7 +100,7 @@ def test_a_small_run_writes_its_figures(bench, piqa, tmp_path, capsys):
         ("--items 9", "--items = 9: .* has 3 that fit the model"),
         ("--items 0", "--items = 0: give at least 1"),
         ("--items 3 --rounds 4", "too few for --rounds = 4"),
-        ("--items 3 --rounds 1 --samples 8", "standard errors need two blocks of 8"),
+        ("--items 3 --rounds 1 --samples 8", "standard errors need at least two blocks of 8"),
         ("--items 3 --rounds 1 --samples 20", "samples = 20 is not a multiple of block = 8"),
         ("--unknown", "unrecognized arguments: --unknown"),
     ],

@@ -62,7 +62,7 @@ def test_wrong_requests_are_one_line(bench, tmp_path, capsys):
         "--windows 0": "--windows = 0",
         "--ratio 1": "--ratio = 1.0",
         "--width 500": "--width = 500",
-        "--methods wanda --windows 129": "room for 128",
+        "--methods wanda --windows 129": "holds at most 128",
         f"--published {tmp_path}": "not a checkout",
         "--rounds two": "--rounds",
     }
@@ -79,9 +79,9 @@ def test_measured_counts_seconds_and_bytes_of_the_call_only(scripts):
         kept.append(torch.full((size,), value, dtype=torch.uint8))
         kept.clear()
 
-    figures = scripts("published_worker").measured(lambda: hold(1), torch.nn.Linear(2, 2), lambda: hold(2))
+    figures = scripts("published_worker").measure(lambda: hold(1), torch.nn.Linear(2, 2), lambda: hold(2))
     assert figures["peak_bytes"] == pytest.approx(size, rel=0.15) and 0 < figures["seconds"] < 5
-    figures = scripts("published_worker").measured(lambda: None, torch.nn.Linear(2, 2), lambda: hold(2))
+    figures = scripts("published_worker").measure(lambda: None, torch.nn.Linear(2, 2), lambda: hold(2))
     assert figures["peak_bytes"] < 2**22
 
 
@@ -95,7 +95,7 @@ def test_no_bytes_where_the_peak_cannot_be_reset(scripts, bench, mask_dir, monke
         return write(path, *arguments, **options)
 
     monkeypatch.setattr(Path, "write_text", refuse)
-    figures = scripts("published_worker").measured(lambda: None, torch.nn.Linear(2, 2), lambda: None)
+    figures = scripts("published_worker").measure(lambda: None, torch.nn.Linear(2, 2), lambda: None)
     assert figures["peak_bytes"] is None and figures["seconds"] > 0
     monkeypatch.setattr(bench, "run_worker", lambda *arguments: figures | {"forwards": 1.0})
     assert bench.main([*QUICK, "--methods", "sparsegpt"]) == 0

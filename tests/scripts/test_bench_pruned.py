@@ -12,7 +12,7 @@ from structprune.models.modeling_structprune import RMSNorm
 
 def test_a_random_checkpoint_is_an_official_one(scripts, tmp_path):
     module = scripts("random_checkpoint")
-    values = module.llada_values(32, 2, 2, 96, 64, 128, "bfloat16")
+    values = module.llada_values(module.LLaDAShape(32, 2, 2, 96, 64, 128), "bfloat16")
     first, again = (module.write_random(tmp_path / name, values) for name in ("a", "b"))
     model, other = load_model(first), load_model(again)
     assert model.source.dtype == torch.bfloat16 and model.config.mask_token_id == 63
@@ -80,11 +80,11 @@ def test_on_cuda_the_clock_never_waits_while_it_counts(scripts, monkeypatch):
     for _ in range(5):
         timed()
         state["queued"] += 1.0  # of other work, which is not counted
-    assert state["waits"] == 0 and len(clock._open) == 5
+    assert state["waits"] == 0 and len(clock._pending) == 5
     state["done"] = 5.0  # two layers have ended
     timed()
-    assert state["waits"] == 0 and len(clock._open) == 4
-    assert clock.seconds == 12.0 and not clock._open
+    assert state["waits"] == 0 and len(clock._pending) == 4
+    assert clock.seconds == 12.0 and not clock._pending
 
 
 def test_a_model_is_pruned_and_measured(scripts, tmp_path, capsys):
@@ -122,7 +122,7 @@ def test_the_readme_shows_what_widths_cost(scripts):
 def test_costs_by_hand(scripts):
     """Between 10 s at 128 and 20 s at 256, a width of 160 is worth 12.5 s."""
     module = scripts("bench_widths")
-    found = {128: Latency((10.0, 10.0)), 256: Latency((20.0, 20.0)), 160: Latency((15.0, 15.0))}
+    found = {"128": Latency((10.0, 10.0)), "256": Latency((20.0, 20.0)), "160": Latency((15.0, 15.0))}
     assert module.cost(found, 128, 160) == pytest.approx({"median": 0.2, "p25": 0.2, "p75": 0.2})
     assert module.cost(found, 128, 256)["median"] == module.cost(found, 128, 128)["median"] == 0
     assert [module.alignment(width) for width in (1, 12, 96, 192, 256, 1024)] == [1, 4, 32, 64, 128, 128]
@@ -167,13 +167,13 @@ def test_what_cannot_be_measured_is_said_before_anything_is_pruned(scripts, monk
 @pytest.mark.parametrize(
     "name, arguments, message",
     [
-        ("bench_pruned", ["--ratios", "0.3;0.5"], "--ratios '0.3;0.5' is no list of numbers"),
+        ("bench_pruned", ["--ratios", "0.3;0.5"], "--ratios '0.3;0.5' is not a list of numbers"),
         ("bench_pruned", ["--levels", "60"], "--levels 60: give 1 to 50"),
         ("bench_pruned", ["--quick", "--levels", "60"], "--levels 60: give 1 to 50"),
-        ("bench_widths", ["--quick", "--centres", "1000"], "--centres 1000 is no multiple of 128"),
+        ("bench_widths", ["--quick", "--centres", "1000"], "--centres 1000 is not a multiple of 128"),
         ("bench_pruned", ["--width", "100", "--heads", "8"], "each of 8 heads needs an even share"),
-        ("bench_widths", ["--centres", "1000"], "--centres 1000 is no multiple of 128"),
-        ("bench_widths", ["--rounds", "0"], "--rounds 0: give at least 1"),
+        ("bench_widths", ["--centres", "1000"], "--centres 1000 is not a multiple of 128"),
+        ("bench_widths", ["--rounds", "0"], "--rounds = 0: give at least 1"),
         ("bench_widths", ["--centers", "128"], "see --help"),
     ],
 )

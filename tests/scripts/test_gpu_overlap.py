@@ -47,7 +47,9 @@ class Queue:
 def stage(scripts, monkeypatch, tmp_path, cpu_accelerator):
     """`stage(queue)` -> what the stage found over a lane, with the CPU for an accelerator."""
     module, checkpoint = scripts("gpu_overlap"), scripts("random_checkpoint")
-    checkpoint.write_random(tmp_path / "dense", checkpoint.llada_values(64, 4, 3, 128, 256, 128, "float32"))
+    checkpoint.write_random(
+        tmp_path / "dense", checkpoint.llada_values(checkpoint.LLaDAShape(64, 4, 3, 128, 256, 128), "float32")
+    )
 
     def run(queue):
         lane = Lane(queue)

@@ -181,7 +181,7 @@ def test_the_first_blocks_are_the_models_own(scripts, tiny_model, family):
 def test_no_stage_starts_too_late(script, tmp_path, capsys):
     places = ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
     assert script.main([*TINY, *places, "--seconds", "0"]) == 0
-    assert "run --stages mass on its own" in capsys.readouterr().out and not list((tmp_path / "out").iterdir())
+    assert "run --stages mass separately" in capsys.readouterr().out and not list((tmp_path / "out").iterdir())
 
 
 @pytest.mark.parametrize("error", [RuntimeError("no memory"), UserError("no memory"), OSError("no memory")])
@@ -209,23 +209,23 @@ def test_readme_says_how_many_layers_ran_on_the_kernels(scripts):
 def test_a_package_to_carry_is_asked_for_before_any_stage(script, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(script.importlib.util, "find_spec", lambda name: None)
     assert script.main([*TINY, "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]) == 2
-    assert "package 'torch-pruning' is not here" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    assert "package 'torch-pruning' is missing" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
         (["--stages", "forwards"], "unknown stage 'forwards' (did you mean 'forward'?)"),
-        (["--stages", "forward"], "is not there: run --stages make,prune first"),
-        (["--stages", "make,sparsegpt,generation"], "pruned-0.3' is not there"),
-        (["--lengths", "512;64"], "--lengths '512;64' is no list of numbers"),
+        (["--stages", "forward"], "does not exist: run --stages make,prune first"),
+        (["--stages", "make,sparsegpt,generation"], "pruned-0.3' does not exist"),
+        (["--lengths", "512;64"], "--lengths '512;64' is not a list of numbers"),
         (["--lengths", "256"], "--lengths 256 is beyond the 128 positions of tiny"),
         (["--device", "tpu"], "unknown device 'tpu'"),
-        (["--windows", "few"], "--windows 'few' is no number from 1: give one, or auto"),
-        (["--windows", "0"], "--windows '0' is no number from 1"),
+        (["--windows", "few"], "--windows 'few' is not a number from 1: give one, or auto"),
+        (["--windows", "0"], "--windows '0' is not a number from 1"),
         (["--split", "even"], "structured.split = 'even'"),
         (["--levels", "51"], "--levels 51: give 1 to 50"),
-        (["--blocks", "-1"], "--blocks -1: give at least 0"),
+        (["--blocks", "-1"], "--blocks = -1: give at least 0"),
         (["--gen-length", "32"], "--generation-lengths 32 leaves no prompt before --gen-length 32"),
         (["--generation-lengths", "256"], "--generation-lengths 256 is beyond the 128 positions of tiny"),
         (["--dtype", "int8"], "unknown dtype 'int8'"),

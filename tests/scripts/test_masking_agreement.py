@@ -61,7 +61,7 @@ def test_the_referee_by_hand(scripts):
     referee.replay(dense, upper, ~removed, 0.25, tally)
     assert tally._misplaced == 4 and tally._weights == 8 and tally._gap == pytest.approx(13.5 / 2 - 1)
     tally.compare(right + 0.3, right, right + 3.0)
-    assert tally.found()["weights_differ"] == pytest.approx(0.1)
+    assert tally.figures()["weights_differ"] == pytest.approx(0.1)
 
 
 @pytest.fixture

@@ -62,7 +62,7 @@ def test_equal_to_the_packages_own(script, ratio):
 def test_a_whole_model(script, scripts, tmp_path):
     """Block after block on what was pruned before: masks equal to ours, and the weights of all projections."""
     checkpoint = scripts("random_checkpoint")
-    values = checkpoint.llada_values(64, 4, 2, 160, 32, 64, "float32")
+    values = checkpoint.llada_values(checkpoint.LLaDAShape(64, 4, 2, 160, 32, 64), "float32")
     model = load_model(checkpoint.write_random(tmp_path / "dense", values))
     ids = torch.randint(0, 31, (8, 2, 24), generator=torch.Generator().manual_seed(1))  # (N, S, T)
     calibration = Calibration(ids[:, 0], ids, None, {}, held_out=0)

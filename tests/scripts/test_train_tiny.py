@@ -171,7 +171,7 @@ def test_unfinished_run_is_neither_lost_nor_mixed_with_another(train, die_at):
         (("--vocabulary", "100"), "at least 258"),
         (("--tokenizer", "nowhere"), "nowhere"),
         (("--valid-text", "nowhere.txt"), "nowhere.txt"),
-        (("--length", "1000000"), "less than one window of 2000000"),
+        (("--length", "1000000"), "fewer than one window of 2000000"),
         (("--bogus",), "--bogus"),
     ],
 )
@@ -185,7 +185,7 @@ def test_errors_are_one_line_and_leave_nothing(train, tmp_path, options, words):
 def test_text_that_is_missing_or_too_short(train, tmp_path):
     (tmp_path / "short.txt").write_text("Too short.")
     code, _, err = train("never", text=tmp_path / "short.txt")
-    assert code == 2 and "less than one window of 32" in err and not (tmp_path / "never.training").exists()
+    assert code == 2 and "fewer than one window of 32" in err and not (tmp_path / "never.training").exists()
     code, _, err = train("never", text=tmp_path / "missing.txt")
     assert code == 2 and "missing.txt" in err
 
