@@ -5,12 +5,13 @@ from pathlib import Path
 import torch
 
 from structprune.calibration.batches import Calibration
-from structprune.calibration.noise import Schedule, level_times, noise_windows, stratified_noise
+from structprune.calibration.noise import level_times, noise_windows, stratified_noise
 from structprune.calibration.text import is_streamed, join_texts, read_texts
 from structprune.calibration.windows import cut_windows, tokenize_corpus
 from structprune.config import CalibrationSettings, Config
 from structprune.errors import UserError
 from structprune.models.adapter import Adapter
+from structprune.models.family import Schedule
 from structprune.models.loading import load_tokenizer
 from structprune.models.modeling_structprune import DiffusionLM
 

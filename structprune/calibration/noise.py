@@ -3,14 +3,11 @@
 Papers: LLaDA arXiv 2502.09992, Dream arXiv 2508.15487. Shapes: N windows, S noise levels, T tokens.
 """
 
-from typing import Literal
-
 import torch
 
 from structprune.errors import UserError
+from structprune.models.family import Schedule
 from structprune.models.noising import mask_rate
-
-Schedule = Literal["levels", "uniform"]
 
 
 def level_times(steps: int = 50, interval: int = 5) -> torch.Tensor:

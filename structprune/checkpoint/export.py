@@ -86,7 +86,7 @@ def auto_map(family: Family) -> dict[str, dict[str, str]]:
     """
     classes = (family.config_class, family.model_class)
     places = [each.__module__.rpartition(".")[2] for each in classes]
-    if not {Path(name).stem for name in (*CODE_FILES, *family.code)}.issuperset(places):
+    if not {path.stem for path in (*map(Path, CODE_FILES), *family.code)}.issuperset(places):
         return {}
     config, model = (f"{place}.{each.__name__}" for place, each in zip(places, classes))
     models = ("AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM")
@@ -103,7 +103,7 @@ def config_values(config, source_values: dict | None, compat: str, dtype: str) -
     family = family_of(config)
     if compat == "official":
         key = family.width_keys["channels"]
-        values = dict(source_values) | {key: block_widths(config, family, 0).channels}
+        values = dict(source_values or {}) | {key: block_widths(config, family, 0).channels}
         for stale in ("dtype",) if auto_map(family) else ("dtype", "auto_map"):
             values.pop(stale, None)
         own = {"mask_token_id": config.mask_token_id, "rope_theta": config.rope_theta}  # the source may lack them

@@ -4,11 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
+from typing import Literal
 
 from transformers import PretrainedConfig
 
 from structprune.models.modeling_structprune import DiffusionLM
 
+Schedule = Literal["levels", "uniform"]
 ROLES = ("query", "key", "value", "attention_output", "gate", "up", "down")
 UNSCALED: Mapping[str, tuple] = MappingProxyType({"rope_scaling": (None,)})
 
@@ -48,7 +50,7 @@ class Family:
     width_keys: Mapping[str, str]
     keys: Mapping[str, str]
     required: tuple[str, ...]
-    schedule: str
+    schedule: Schedule
     sampler: str
     likelihood: str
     text_edges: str = "none"

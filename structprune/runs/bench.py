@@ -245,5 +245,5 @@ def _semi_structured(models: Models, settings: BenchSettings, device: torch.devi
 
 
 def _plain_settings(settings: BenchSettings, generation: Generation | None, device: torch.device, family: str) -> dict:
-    sampler = None if generation is None else {"family": family, **asdict(generation)}
+    sampler = None if generation is None else {"family": family, **vars(generation)}
     return {**asdict(settings), "device": str(device), "sampler": sampler}

@@ -5,6 +5,7 @@ Shapes: R rows (noisy copies of windows), b rows of a pass, T tokens, M masked o
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -118,7 +119,7 @@ def _encode(model: DiffusionLM, ids: torch.Tensor, again: bool) -> torch.Tensor:
     return model.final_norm(x)
 
 
-def _head_slope(head: nn.Module, read: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def _head_slope(head: Any, read: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Gradient of Σ weight · CE with respect to what the LM head reads: (M, C), (M,), (M,) -> (M, C)."""
     slope = torch.empty_like(read)
     for part in logit_slices(len(read), head.weight.shape[0], kinds=3):  # logits, log-probabilities, their gradient
