@@ -122,6 +122,7 @@ def test_functions_are_short():
     assert [name for name, count in lengths if count >= 50] == []
 
 
+@pytest.mark.slow
 def test_only_the_command_line_prints():
     """Drivers take `track` and return what they made; report builds tables, and Group is a container of them."""
     for path in FILES:
@@ -208,6 +209,7 @@ def test_import_is_light():
     assert done.returncode == 0 and done.stdout.strip() == "[]", done.stderr
 
 
+@pytest.mark.slow
 def test_a_run_on_local_text_needs_no_extra(tmp_path):
     overrides = {
         "calibration.source": str(text_file("calibration.txt")), "calibration.windows": 4, "calibration.held_out": 2,

@@ -183,7 +183,7 @@ def module_problems(command: str) -> list[str]:
         elif name.startswith("scripts."):
             source = "".join(_sources(name))
             names = {
-                each: re.compile(f'"(?:--)?{each[2:]}"') for each in OPTION.findall(command)
+                each: re.compile(f'"(?:--)?{each[2:].replace("-", "[-_]")}"') for each in OPTION.findall(command)
             }  # some add the dashes
             wrong += [f"'{command}': no option '{each}'" for each, name in names.items() if not name.search(source)]
     return wrong

@@ -8,6 +8,8 @@ from structprune.bench.compiled import check_compile, compiled_blocks
 from structprune.bench.macs import counted_macs
 from structprune.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def eager_backend(monkeypatch):

@@ -9,6 +9,8 @@ import torch
 from structprune.bench import peak
 from structprune.bench.peak import RESET, peak_above
 
+pytestmark = pytest.mark.slow
+
 SIZE = 64 * 2**20
 CPU = torch.device("cpu")
 

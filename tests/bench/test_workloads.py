@@ -41,6 +41,7 @@ def test_forward_rows(pair):
     assert rows[1]["macs_removed"] == pytest.approx(1 - rows[1]["macs"] / rows[0]["macs"])
 
 
+@pytest.mark.slow
 def test_generation_rows(pair, monkeypatch):
     settings, asked = LLaDAGeneration(8, 8, 4), []
 

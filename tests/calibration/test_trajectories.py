@@ -81,6 +81,7 @@ def test_copies_are_states_of_one_generation(model, config):
     assert not torch.equal(fit.input_ids, forward.fit.input_ids)
 
 
+@pytest.mark.slow
 def test_copies_are_the_models_own(model, config):
     """A window's final text is what the sampler generates, and every reveal is the model's surest prediction."""
     fit = make(model, config(**REVERSE)).fit
@@ -123,6 +124,7 @@ def test_forward_is_what_it_was(model, config):
     assert made.metadata == before.metadata and trajectory_of(made) == "forward"
 
 
+@pytest.mark.slow
 def test_the_seed_alone_decides(model, config):
     titles = []
 
@@ -138,6 +140,7 @@ def test_the_seed_alone_decides(model, config):
     assert titles == [("reverse trajectories", 24)]  # 5 sequences fit a batch of one window with its copies
 
 
+@pytest.mark.slow
 def test_the_batch_counts_as_the_method_does(model, config):
     counts = []
     for method in ("structured", "unstructured"):

@@ -55,6 +55,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", BROKEN)
 def test_what_names_none_or_is_malformed(case):
     assert licence_of(BROKEN[case]) == {}
@@ -69,6 +70,7 @@ def test_files(tmp_path):
     assert source_licence(tmp_path) == {}
 
 
+@pytest.mark.slow
 def test_it_goes_from_card_to_card(tiny_checkpoint, text_path, tmp_path):
     """From the source's card to the output's, by either kind of run, and on from there."""
     checkpoint = tiny_checkpoint()

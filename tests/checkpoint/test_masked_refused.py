@@ -82,6 +82,7 @@ def test_a_restructured_model_is_refused(source, tmp_path):
     assert "is not what the model was loaded from" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value, name", [(float("nan"), UP[0]), (1e6, UP[2])])
 def test_values_that_the_stored_dtype_cannot_hold(source, tmp_path, value, name):
     model = load_model(source)

@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from structprune import Plan, apply_plan, load_model, save_pruned
 from structprune.structured.plan import BlockPlan
 
+pytestmark = pytest.mark.slow
+
 READER = """
 import json, sys
 class Blocker:

@@ -126,6 +126,7 @@ WRONG = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_input_is_one_line(name, tiny_checkpoint, text_path, piqa, tmp_path, capsys):
     rows = [{"goal": "g " * 90, "sol1": "a b", "sol2": "c", "label": 0}]

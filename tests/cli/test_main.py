@@ -38,6 +38,7 @@ def test_prune_writes_a_smaller_model_that_loads(family, tiny_checkpoint, text_p
     assert set(report) >= {"seconds", "peak_memory_bytes", "versions", "export_class", "held_out_nelbo", "calibration"}
 
 
+@pytest.mark.slow
 def test_the_saved_calibration_and_plan_replay_the_run(tiny_checkpoint, text_path, tmp_path, prune_command):
     checkpoint, first, second = tiny_checkpoint(), tmp_path / "first", tmp_path / "second"
     assert main(prune_command(checkpoint, first, text_path, "--ratio", "0.5")) == 0
@@ -49,6 +50,7 @@ def test_the_saved_calibration_and_plan_replay_the_run(tiny_checkpoint, text_pat
     assert "Made with: a plan that was given" in (second / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_an_edited_plan_is_applied(tiny_checkpoint, text_path, tmp_path, prune_command):
     checkpoint, out, plan_file = tiny_checkpoint(), tmp_path / "out", tmp_path / "plan.json"
     assert main(prune_command(checkpoint, tmp_path / "first", text_path, "--ratio", "0.5")) == 0
@@ -97,6 +99,7 @@ def test_help_shows_examples_and_keys(capsys):
     assert all(option in said for option in ("--out", "--plan", "--device", "--nm", "--mask-id", "cuda if available"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_writes_nothing(number, tiny_checkpoint, text_path, tmp_path, prune_command):
     out = tmp_path / "out"

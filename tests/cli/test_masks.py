@@ -23,6 +23,7 @@ def command(checkpoint, out, text, *more) -> list[str]:
     return ["prune", str(checkpoint), "--out", str(out), "--calibration", str(text), *sets(*SMALL), *map(str, more)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llada", "mmada", "dream"])
 @pytest.mark.parametrize("method", [["unstructured", "--ratio", "0.6"], ["nm", "--nm", "3:4"]], ids=lambda m: m[0])
 def test_what_is_written_and_said(family, method, tiny_checkpoint, text_path, tmp_path, capsys):

@@ -139,6 +139,7 @@ def test_token_ids_beyond_the_embedding(tiny_checkpoint, text_path, tmp_path, ca
     assert "but the model embeds 300 tokens" in refused(prune_command(checkpoint, out, text_path), capsys, out)
 
 
+@pytest.mark.slow
 def test_outputs_that_must_not_be_touched(tiny_checkpoint, text_path, tmp_path, capsys, prune_command):
     checkpoint, out = tiny_checkpoint(), tmp_path / "out"
     assert main(prune_command(checkpoint, out, text_path, "--ratio", "0.3")) == 0
@@ -158,6 +159,7 @@ def test_outputs_that_must_not_be_touched(tiny_checkpoint, text_path, tmp_path, 
     assert abs(json.loads((out / "report.json").read_text())["ratio"] - 0.5) < 0.03
 
 
+@pytest.mark.slow
 def test_a_failed_run_leaves_the_previous_output(tiny_checkpoint, text_path, tmp_path, capsys, prune_command):
     checkpoint, out = tiny_checkpoint(), tmp_path / "out"
     assert main(prune_command(checkpoint, out, text_path, "--ratio", "0.3")) == 0

@@ -23,6 +23,7 @@ def test_every_family_has_both_ratios():
     assert names == {f"{family}-{ratio}" for family in ("llada", "llada-1.5", "mmada", "dream") for ratio in (0.3, 0.5)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_a_config_prunes_a_tiny_checkpoint_of_its_family(file, tiny_checkpoint, text_path):
     family = {"llada-1.5": "llada"}.get(file.stem.rpartition("-")[0], file.stem.rpartition("-")[0])

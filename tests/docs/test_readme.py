@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 LONGEST = 150  # lines of a front page
@@ -14,6 +16,7 @@ def test_it_is_short():
     assert len(README.splitlines()) <= LONGEST
 
 
+@pytest.mark.slow
 def test_tables_come_from_the_results():
     command = [sys.executable, "-m", "scripts.readme.readme_tables", "--check"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)

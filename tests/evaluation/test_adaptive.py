@@ -8,6 +8,8 @@ import torch
 from structprune.evaluation.adaptive import decided, look_schedule, student_tail
 from structprune.evaluation.forecast import Completed, complete
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     "blocks, rows, looks",

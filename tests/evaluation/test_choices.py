@@ -232,6 +232,7 @@ def test_a_single_answer_gets_all_samples(tiny_model):
     assert found.samples == 64
 
 
+@pytest.mark.slow
 def test_adaptive_choices_are_those_of_the_full_count(tiny_model):
     """Raw and normalised, at the stated confidence, with fewer samples."""
     model, generator = tiny_model(), torch.Generator().manual_seed(2)

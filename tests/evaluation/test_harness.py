@@ -131,6 +131,7 @@ def test_lm_evals_evaluator_and_ours_agree_on_choices(checkpoint, folder, family
         assert results["results"]["tiny_choice"][f"{metric},none"] == mean
 
 
+@pytest.mark.slow
 def test_a_few_items_are_scored_at_a_time(checkpoint, folder, monkeypatch):
     """The longest first, two and two and one; the answers come back in the order of the requests."""
     directory, parts = checkpoint(), []
@@ -161,6 +162,7 @@ def test_choices_are_graded_by_lm_eval(checkpoint, folder):
     assert task.grade(task.documents[1], (-12.0, -10.0)) == {"acc": 1.0, "acc_norm": 1.0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llada", "dream"])
 def test_lm_evals_evaluator_and_ours_agree_on_generation(checkpoint, folder, family):
     directory = checkpoint(family)

@@ -15,6 +15,8 @@ from structprune.evaluation import lm_tasks
 from structprune.evaluation.settings import EvaluationConfig
 from structprune.runs.evaluate import evaluate
 
+pytestmark = pytest.mark.slow
+
 CHOICE = """
 task: NAME
 dataset_path: json

@@ -161,6 +161,7 @@ CASES = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch, budget", [(1, 2**30), (3, 0)], ids=["memory", "files"])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("name", MODELS)

@@ -58,6 +58,7 @@ def test_an_exception_brings_the_weights_home(tiny_model):
     assert {name: weight.data_ptr() for name, weight in model.named_parameters()} == home
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("score", ["obs", "wanda", "fluctuation"])
 def test_a_streamed_run_gives_the_same_model(score, tiny_checkpoint, text_path, cpu_accelerator):
     found = []

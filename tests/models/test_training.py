@@ -104,6 +104,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(tiny_model, family):
     assert max(grad.abs().max() for grad in grads[False].values()) > 1e-3
 
 
+@pytest.mark.slow
 def test_two_lora_steps_on_real_text_lower_the_loss_of_a_pruned_model():
     """PEFT on the embedded model cut to 6 of 8 heads and 320 of 640 channels, measured on fixed noise."""
     peft = pytest.importorskip("peft")

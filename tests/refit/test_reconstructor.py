@@ -113,6 +113,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llada", "dream"])
 @pytest.mark.parametrize("name", SETTINGS)
 @torch.no_grad()

@@ -162,6 +162,7 @@ def test_names_of_all_that_was_measured_cover_nothing(axes, draw):
     assert all(not one.overlaps(other) for one, other in zip(names, names[1:])) and inner.height > 0.7 * whole.height
 
 
+@pytest.mark.slow
 def test_pictures_grow_with_what_was_measured(tmp_path):
     image = pytest.importorskip("matplotlib.image")
     heights = []

@@ -72,6 +72,7 @@ def test_dream_has_no_blocks(tiny_checkpoint, tmp_path, capsys):
     assert [path.name for path in out.iterdir()] == ["bench.json"]
 
 
+@pytest.mark.slow
 def test_compiled_rows_follow_the_eager_ones(pair, tmp_path, monkeypatch):
     """Nothing is compiled within a timed call or one whose memory is watched, and MACs are those of eager ones."""
     from structprune.bench import latency, workloads

@@ -12,6 +12,8 @@ from structprune.models.loading import load_model
 from structprune.runs import demo
 from structprune.runs.prune import Pruner
 
+pytestmark = pytest.mark.slow
+
 SMALL = {
     "calibration.windows": 4, "calibration.held_out": 2, "calibration.interval": 25, "structured.split_windows": 2,
     "structured.split_candidates": 2,

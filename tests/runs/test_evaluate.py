@@ -14,6 +14,8 @@ from structprune.evaluation.result_files import read_results
 from structprune.models.loading import load_model
 from structprune.runs.evaluate import Session, evaluate
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("family", ["llada", "dream"])
 def test_every_kind_of_unit(family, eval_checkpoint, text_path, piqa, gsm8k, tmp_path, eval_settings):

@@ -13,6 +13,8 @@ from structprune.errors import UserError
 from structprune.evaluation.result_files import read_results
 from structprune.runs.evaluate import Session, evaluate
 
+pytestmark = pytest.mark.slow
+
 
 class Killed(Exception):
     pass

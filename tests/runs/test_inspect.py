@@ -95,6 +95,7 @@ def sparse_shard(path, shapes):
         file.truncate(8 + len(header) + end)
 
 
+@pytest.mark.slow
 def test_8b_with_shards_takes_under_a_gigabyte(published_config):
     """Headers of 16 GB are read, not the weights: peak memory of a fresh process."""
     directory = published_config("llada")

@@ -1,5 +1,6 @@
 """The dry run's prediction of memory, by hand at the true shape of LLaDA-8B."""
 
+import pytest
 import torch
 
 from structprune import Config
@@ -20,6 +21,7 @@ def test_8b_at_the_published_volume_needs_8_gb_above_its_weights(monkeypatch, pu
     assert 5e9 < found["peak device"] - found["dense weights"] - found["pruned weights"] <= 8e9
 
 
+@pytest.mark.slow
 def test_predicted_peak(published_config):
     directory = published_config("llada")
 
@@ -89,6 +91,7 @@ def test_predicted_peak_covers_what_a_block_may_keep(published_config):
     assert refit(**uniform) == 24 * 6144**2 + 48 * 6144 * 4096 + targets + one // 2
 
 
+@pytest.mark.slow
 def test_whole_windows_where_a_score_needs_them(published_config):
     """Windows of 4,096 tokens: two at a time, but for moments under sinks, which take all 10 levels."""
     directory = published_config("llada")

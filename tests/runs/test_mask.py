@@ -107,6 +107,7 @@ def test_the_chosen_combinations_cover_what_they_should():
         assert {c[1] for s, _, c in CELLS if s == score} == set(ARMS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("score, pattern, choice", CELLS, ids=str)
 def test_sparsity_is_exact(score, pattern, choice, family, loaded):
     dense, calibration = loaded(family)

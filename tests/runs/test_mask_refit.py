@@ -156,6 +156,7 @@ def test_targets_arms_and_rows_of_the_refit_matter(tiny_checkpoint, tiny_calibra
             assert not torch.equal(one.model.blocks[2].part("down").weight, other.model.blocks[2].part("down").weight)
 
 
+@pytest.mark.slow
 def test_a_refit_wins_back_quality_on_the_trained_model(tiny_calibration):
     """NELBO on held-out windows, same noise and same masks but for those of later blocks: lower, zeros still there."""
     dense = load_model(model_directory())

@@ -11,6 +11,8 @@ from structprune.models.transfer import BUFFERS, Lane
 from structprune.runs.prune import prune
 from structprune.statistics import hidden
 
+pytestmark = pytest.mark.slow
+
 
 class Queue:
     """Copies that run when somebody waits for them, or (`eager`) at once; events are positions."""

@@ -15,6 +15,8 @@ from structprune.runs.inspect import inspect_checkpoint
 from structprune.runs.inspect_masks import inspect_masking
 from structprune.statistics.capture import consumers
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 TEXT = {"calibration.windows": 3, "calibration.held_out": 2, "calibration.length": 16, "calibration.interval": 17}
 STRUCTURED = TEXT | {"structured.ratio": 0.4, "structured.split": 3}

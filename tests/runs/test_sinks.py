@@ -18,6 +18,8 @@ from structprune.runs.sinks import measure, plan_run
 from structprune.sinks.settings import SinkRun
 from structprune.sinks.subjects import describe_subject, open_subject
 
+pytestmark = pytest.mark.slow
+
 SMALL = ["--windows", "2", "--length", "32"]
 MADE = {"sinks.json", "heatmap.png", "drift.png", "heads.png", "survival.png", "drift.gif"}
 

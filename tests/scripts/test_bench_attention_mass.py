@@ -7,6 +7,8 @@ from argparse import Namespace
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def script(scripts):

@@ -10,6 +10,8 @@ import torch
 from structprune.evaluation.choices import Answer, Item, MonteCarlo, Scored, score_items
 from structprune.models.encode import Batches
 
+pytestmark = pytest.mark.slow
+
 ROWS = [
     {"goal": "Dry a shoe.", "sol1": "Use paper.", "sol2": "Use a long spoon of soup.", "label": 0},
     {"goal": "Open a jar.", "sol1": "Sing.", "sol2": "Warm the lid.", "label": 1},

@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 
 from structprune.models.loading import load_model
 
+pytestmark = pytest.mark.slow
+
 QUICK = ["--quick", "--threads", "1", "--rounds", "2"]
 
 

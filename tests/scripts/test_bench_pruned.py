@@ -87,6 +87,7 @@ def test_on_cuda_the_clock_never_waits_while_it_counts(scripts, monkeypatch):
     assert clock.seconds == 12.0 and not clock._pending
 
 
+@pytest.mark.slow
 def test_a_model_is_pruned_and_measured(scripts, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     module, out = scripts("bench_pruned"), tmp_path / "made.json"

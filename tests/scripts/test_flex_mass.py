@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from scripts.gpu.flex_mass import attend_with_flex_mass
 from structprune.statistics.sinks import attention_mass
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (6, 2), (3, 1)])
 @pytest.mark.parametrize("length", [16, 37])

@@ -9,6 +9,8 @@ from structprune.models import placement
 from structprune.models.transfer import BUFFERS, Lane
 from structprune.statistics import hidden
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = {"device": "cpu", "dtype": None, "levels": 2, "window": 16, "held_out": 1, "split": "equal"}
 
 

@@ -9,6 +9,8 @@ import torch
 
 from structprune.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 TINY = ["--shape", "tiny", "--device", "cpu"]
 SMALL = [*TINY, "--windows", "3", "--held-out", "2"]
 

@@ -12,6 +12,7 @@ def study(scripts):
     return scripts("mask_study")
 
 
+@pytest.mark.slow
 def test_every_variant_can_be_run_at_its_ratios(study):
     for name, keys in study.variants().items():
         for ratio in study.ratios_of(name):

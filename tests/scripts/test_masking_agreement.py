@@ -119,6 +119,7 @@ def without_update(weights, *rest, prune=sparsegpt.sparsegpt):
     return [(weight * kept, kept) for weight, (_, kept) in zip(weights, prune(weights, *rest))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(defects()))
 def test_a_defect_is_no_rounding(held_against, monkeypatch, name):
     method, changes = defects()[name]

@@ -7,6 +7,8 @@ import pytest
 from scripts.studies import reproduce
 from scripts.studies.reproduce import DENSE, TABLES, main
 
+pytestmark = pytest.mark.slow
+
 QUICK = {
     "structured": ["calibration.windows=4", "calibration.held_out=2", "calibration.length=32",
                    "calibration.interval=25", "structured.split=equal", "export.dtype=float32"],

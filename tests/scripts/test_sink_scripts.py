@@ -9,6 +9,8 @@ import torch
 from structprune.assets import model_directory
 from structprune.models.loading import load_tokenizer
 
+pytestmark = pytest.mark.slow
+
 RESULTS = Path(__file__).parents[2] / "scripts" / "results"
 
 

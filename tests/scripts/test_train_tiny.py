@@ -63,6 +63,7 @@ def die_at(script, monkeypatch):
     return arrange
 
 
+@pytest.mark.slow
 def test_training_writes_a_checkpoint_that_loads_and_prunes(train, text_path):
     code, out, err = train("tiny", "--steps", "40", "--valid-text", str(text_path), "--valid-windows", "16")
     assert code == 0 and "Wrote" in err and str(out) in err.replace("\n", "")
@@ -86,6 +87,7 @@ def test_training_writes_a_checkpoint_that_loads_and_prunes(train, text_path):
     assert pruned.model.num_parameters() < load_model(out).num_parameters()
 
 
+@pytest.mark.slow
 def test_killed_run_ends_with_the_weights_of_an_uninterrupted_one(train, die_at):
     command = ("--steps", "11", "--save-every", "3")
     assert train("whole", *command)[0] == 0

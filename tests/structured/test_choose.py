@@ -98,6 +98,7 @@ def test_a_slope_no_plan_meets_names_the_nearest_ratio(toy):
     assert candidates(toy, settings.model_copy(update={"ratio": nearest}))
 
 
+@pytest.mark.slow
 def test_a_number_of_heads_over_all_blocks_is_met_though_not_every_number_is_tried(toy, random_paths):
     sizes = [replace(size, index=index) for index in range(30) for size in toy[:1]]  # 90 steps, every second one tried
     paths = random_paths(sizes)

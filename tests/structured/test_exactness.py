@@ -58,6 +58,7 @@ def difference(small, model, plan: Plan) -> float:
 CASES = [(name, form) for name in MODELS for form in FORMS if form == "both" or not name.startswith("mha")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, form", CASES)
 def test_random_plans_cut_exactly(tiny_model, name, form):
     family, changes = MODELS[name]

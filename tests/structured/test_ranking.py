@@ -77,6 +77,7 @@ def test_wanda_and_fluctuation(tiny_model, calibration, family, form, arm):
         assert torch.allclose(path.rank, expected, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("relative", [True, False, None])
 @pytest.mark.parametrize("arm", ARMS)
 @pytest.mark.parametrize("family, form", FORMS)
