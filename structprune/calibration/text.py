@@ -46,7 +46,7 @@ def read_texts(
         subset: configuration of a Hub dataset; None for its only or usual one.
         split: of a Hub dataset.
         column: of a dataset, .jsonl or .parquet; None for `messages` where there is one, else `text`.
-        section: of the configuration that names the source, for messages.
+        section: of the configuration that names the source, for messages; `sinks`, which has no keys, names none.
     Raises:
         UserError: no such file or dataset, a kind of file that is not read, a library that is not installed, a
             missing column, or an entry that is neither text nor a conversation.
@@ -113,7 +113,7 @@ def render(document: Document, tokenizer, section: str = "calibration") -> str:
         return document
     if not getattr(tokenizer, "chat_template", None):
         raise UserError(
-            f"the {section} text is conversations, but the tokenizer has no chat template: set {section}.column"
+            f"the {section} text is conversations, but the tokenizer has no chat template: {_other_column(section)}"
         )
     try:
         return tokenizer.apply_chat_template(document, tokenize=False)
@@ -127,7 +127,7 @@ def _documents(rows: Iterable[dict], column: str | None, source: str, section: s
         if column is None:  # settled by the first row, so that a column cannot change within a file
             column = "messages" if "messages" in row else "text"
         if column not in row:
-            close = nearest(column, list(row)) or f": it has {', '.join(row)}; set {section}.column"
+            close = nearest(column, list(row)) or f": it has {', '.join(row)}; {_other_column(section)}"
             raise UserError(f"'{source}' has no column '{column}' in row {number}{close}")
         value = row[column]
         if isinstance(value, str):
@@ -140,8 +140,13 @@ def _conversation(value: Any, where: str, section: str) -> Conversation:
     turns = value if isinstance(value, list) else [None]
     if not all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in turns):
         kind = "a list without role and content in every turn" if isinstance(value, list) else type(value).__name__
-        raise UserError(f"{where} is neither text nor a conversation ({kind}): set {section}.column")
+        raise UserError(f"{where} is neither text nor a conversation ({kind}): {_other_column(section)}")
     return value
+
+
+def _other_column(section: str) -> str:
+    """How to read another column, where the caller has a key for it."""
+    return "call the text column 'text'" if section == "sinks" else f"set {section}.column"
 
 
 def _lines(path: Path) -> Iterator[str]:

@@ -18,6 +18,10 @@ from structprune.cli.sinks import SINKS_HELP, sinks
 from structprune.errors import Interrupted, UserError
 from structprune.files import first_line
 
+OUT_OF_MEMORY = {  # verb -> remedy
+    "prune": "lower calibration.batch or memory.budget_gb (structprune inspect predicts the peak)",
+    "sinks": "lower --length, --gen-length or --windows, or give a half-precision --dtype",
+}
 INTERRUPTED = 130  # the shell's code for it, which typer returns too
 
 app = typer.Typer(
@@ -76,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
             return _interrupted()
         if "--debug" in arguments:
             traceback.print_exc()
-        message, code = _explain(error)
+        message, code = _explain(error, arguments[0])
         print(f"structprune: error: {' '.join(message.split())}", file=sys.stderr)
         return code
 
@@ -86,14 +90,14 @@ def _interrupted(note: str = "nothing was written") -> int:
     return INTERRUPTED
 
 
-def _explain(error: Exception) -> tuple[str, int]:
-    """One line and an exit code for any exception."""
+def _explain(error: Exception, verb: str) -> tuple[str, int]:
+    """One line and an exit code for any exception that a verb raised."""
     if isinstance(error, UserError):
         return str(error), 2
     if hasattr(error, "format_message"):  # usage errors of typer, whichever click it carries
         return f"{error.format_message()} (see structprune --help)", 2
     if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
-        return "out of memory: lower calibration.batch or memory.budget_gb (structprune inspect predicts the peak)", 1
+        return f"out of memory: {OUT_OF_MEMORY.get(verb, 'use a machine with more')}", 1
     return f"{type(error).__name__}: {first_line(error)} (--debug shows where)", 1
 
 
