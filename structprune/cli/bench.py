@@ -31,28 +31,17 @@ structprune bench ./llada ./llada-2of4 --out speed --semi-structured --gen-lengt
 Results = Annotated[Path, typer.Option("--out", help="Output directory for bench.json and the plots.")]
 Batches = Annotated[str, typer.Option("--batch", metavar="LIST", help="Batch sizes, separated by commas.")]
 Lengths = Annotated[
-    str,
-    typer.Option(
-        "--length", metavar="LIST", help="Tokens per sequence, prompt and generated ones together; commas between."
-    ),
+    str, typer.Option("--length", metavar="LIST", help="Tokens per sequence, generated ones included; commas between.")
 ]
 Compile = Annotated[bool, typer.Option("--compile", help="Also measure with torch.compile (without caches).")]
-Cache = Annotated[
-    str,
-    typer.Option(
-        "--cache",
-        metavar="LIST",
-        help="Caches of generation: none (full recomputation), prefix, dual, or all. Caches are approximate.",
-    ),
-]
+CACHES = "Caches of generation: none (full recomputation), prefix, dual, or all. Caches are approximate."
+Cache = Annotated[str, typer.Option("--cache", metavar="LIST", help=CACHES)]
 GenLength = Annotated[int, typer.Option("--gen-length", help="Tokens to generate; 0 measures no generation.")]
 Steps = Annotated[int, typer.Option("--steps", help="Denoising steps of a generation.")]
 BlockLength = Annotated[
     int | None,
     typer.Option(
-        "--block-length",
-        help="Tokens in a block of LLaDA's sampler.",
-        show_default="32, or --gen-length if that is less",
+        "--block-length", help="Tokens in a block of LLaDA's sampler.", show_default="32, at most --gen-length"
     ),
 ]
 Rounds = Annotated[int, typer.Option("--rounds", help="Timed forward passes of each model.")]
@@ -117,10 +106,8 @@ def _measure(checkpoints: list[str], settings: "BenchSettings", output: "BenchOu
             benchmark = measure(checkpoints, settings, output, place, track)
     except torch.OutOfMemoryError as error:
         raise UserError(str(error)) from error
-    kernels = benchmark.result["semi_structured"]
-    refusal = kernels and kernels["refused"]
     show(*bench_tables(benchmark.result))
-    if refusal:
+    if refusal := (benchmark.result["semi_structured"] or {}).get("refused"):
         show(f"2:4 kernels were not measured: {escape(refusal)}")
     show("Wrote " + ", ".join(map(str, benchmark.paths)))
 

@@ -29,12 +29,9 @@ def inspect(
 
     options = {"model.mask_id": mask_id, "model.allow_pickle": allow_pickle or None, "method": method}
     settings = read_config(config, ratio, sets, nm, options)
-    if settings.method == "structured":
-        result = inspect_checkpoint(checkpoint, settings)
-        tables = inspect_tables
-    else:
-        result = inspect_masking(checkpoint, settings)
-        tables = mask_inspect_tables
+    structured = settings.method == "structured"
+    result = inspect_checkpoint(checkpoint, settings) if structured else inspect_masking(checkpoint, settings)
+    tables = inspect_tables if structured else mask_inspect_tables
     if json_out:
         print(json.dumps(result, indent=2))
     else:

@@ -43,12 +43,8 @@ Against = Annotated[str | None, typer.Option("--against", help="A second checkpo
 Windows = Annotated[
     int | None, typer.Option("--windows", help="Number of text windows; not with --prompt.", show_default="8")
 ]
-Length = Annotated[
-    int | None,
-    typer.Option(
-        "--length", help="Tokens in a window, generated ones included; not with --prompt.", show_default="128"
-    ),
-]
+LENGTH = "Tokens in a window, generated ones included; not with --prompt."
+Length = Annotated[int | None, typer.Option("--length", help=LENGTH, show_default="128")]
 GenLength = Annotated[
     int | None,
     typer.Option("--gen-length", help="Tokens to generate.", show_default="half the length; 64 after a prompt"),

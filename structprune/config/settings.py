@@ -83,7 +83,7 @@ class SinkSettings(Section):
 
 class StructuredSettings(Section):
     ratio: float = Field(0.5, allow_inf_nan=True)  # `check_ratio` says what is wrong with one
-    """Share of the parameters to remove, of the q, k, v, output, gate, up and down projections of unprotected blocks."""
+    """Share to remove of the parameters of q, k, v, output, gate, up and down projections, protected blocks aside."""
     score: StructuredScore = "obs"
     """How units are ranked; one file each in structprune/structured/scores."""
     arm: Arm | None = None

@@ -34,13 +34,17 @@ def _add_change(table: Table, title: str, sizes: dict, show: Callable[[float], s
     table.add_row(title, show(before), show(after), change(before, after))
 
 
+def _add_sizes(table: Table, result: dict, tokens: int) -> None:
+    _add_change(table, "parameters", result["parameters"], millions)
+    _add_change(table, "block projections", result["block_parameters"], millions)
+    _add_change(table, f"MACs, {tokens} tokens", result["macs"], millions)
+
+
 def run_table(report: dict, saved_bytes: tuple[int, int] | None = None) -> Table:
     """The closing table of a structured run: dense against pruned."""
     title = f"{report['source']}: {100 * report['ratio']:.1f} % of block projections removed"
     table = _table(title, "", "dense", "pruned", "change")
-    _add_change(table, "parameters", report["parameters"], millions)
-    _add_change(table, "block projections", report["block_parameters"], millions)
-    _add_change(table, f"MACs, {report['macs']['tokens']} tokens", report["macs"], millions)
+    _add_sizes(table, report, report["macs"]["tokens"])
     if saved_bytes:
         _add_change(table, "weights on disk", dict(zip(("before", "after"), saved_bytes, strict=True)), gigabytes)
     nelbo = report["held_out_nelbo"]
@@ -132,9 +136,7 @@ def inspect_tables(result: dict) -> list[Table]:
     """
     title = f"{result['source']} ({result['family']}) at ratio {result['ratio']}"
     totals = _table(title, "", "before", "after", "change")
-    _add_change(totals, "parameters", result["parameters"], millions)
-    _add_change(totals, "block projections", result["block_parameters"], millions)
-    _add_change(totals, f"MACs, {result['tokens']} tokens", result["macs"], millions)
+    _add_sizes(totals, result, result["tokens"])
     _add_change(totals, f"weights ({result['stored_dtype']})", result["bytes"], gigabytes)
     blocks = Table(title=f"units per block, {result['shown']}")
     for name in ("block", "query heads", "KV heads", "MLP channels", "parameters"):

@@ -95,8 +95,8 @@ def check_sources(sources: Sequence[str], run: SinkRun, out: Path, place: ModelS
             remedy = "leave --trajectory out, or give reverse"
             raise UserError(f"'{source}' is a causal language model, which has no noise levels: {remedy}")
     run.check_kinds(all(kinds))
-    for option, given in (("--mask-id", place.mask_id is not None), ("--allow-pickle", place.allow_pickle)):
-        if given and all(kinds):
+    for option, present in (("--mask-id", place.mask_id is not None), ("--allow-pickle", place.allow_pickle)):
+        if present and all(kinds):
             raise UserError(f"{option} applies to diffusion LMs, and no model given is one: leave it out")
     if run.text is not None:
         check_text(Path(run.text))
