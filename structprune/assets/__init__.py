@@ -1,4 +1,4 @@
-"""The small trained model and the texts that are part of the package."""
+"""The small trained model, the texts and the model cards' templates that are part of the package."""
 
 from pathlib import Path
 
@@ -13,3 +13,8 @@ def model_directory() -> Path:
 def text_file(name: str) -> Path:
     """`calibration.txt` or `heldout.txt` (README.txt names their origin)."""
     return Path(__file__).parent / "text" / name
+
+
+def card_template(name: str) -> str:
+    """The template `pruned` or `masked` of a README.md, for `str.format`."""
+    return (Path(__file__).parent / "cards" / f"{name}.md").read_text(encoding="utf-8")
