@@ -5,7 +5,9 @@ import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+from safetensors import SafetensorError, safe_open
 
 from structprune.errors import UserError
 from structprune.files import first_line
@@ -23,16 +25,12 @@ UNREAD_WEIGHTS = (
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """Shape and safetensors dtype name of one stored tensor, and its shard.
-
-    Attributes:
-        span: its first byte in the shard's file, and the one after the last; (0, 0) where the file is not local.
-    """
+    """Shape and safetensors dtype name of one stored tensor, and its place in the shard's file."""
 
     shape: tuple[int, ...]
     dtype: str
     shard: str
-    span: tuple[int, int] = (0, 0)
+    span: tuple[int, int] = (0, 0)  # first byte, and the one after the last; (0, 0) where the file is not local
 
 
 def locate(source: str | Path, weights: bool = True, allow_pickle: bool = False, code: bool = False) -> Path:
@@ -150,41 +148,32 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
     Raises:
         UserError: the file is cut short or not a safetensors file.
     """
-    size = path.stat().st_size
-    broken = UserError(f"{path} is cut short or not a safetensors file ({size:,} bytes): download it again")
+    try:
+        with safe_open(path, "pt"):  # checks the header, and the file's size against it
+            pass
+    except (SafetensorError, OSError) as error:
+        size = path.stat().st_size
+        reason = f"cut short or not a safetensors file ({size:,} bytes)"
+        raise UserError(f"{path} is {reason}: download it again") from error
     with path.open("rb") as file:
-        prefix = file.read(8)
-        if len(prefix) < 8:
-            raise broken
-        length = struct.unpack("<Q", prefix)[0]
-        if length > min(size - 8, 100_000_000):
-            raise broken
-        try:
-            entries = json.loads(file.read(length))
-            entries.pop("__metadata__", None)
-            end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-            headers = {
-                name: TensorHeader(tuple(e["shape"]), e["dtype"], path.name, _span(e, 8 + length))
-                for name, e in entries.items()
-            }
-        except (ValueError, AttributeError, KeyError, TypeError, IndexError) as error:  # not JSON or not a header
-            raise broken from error
-    if 8 + length + end != size:
-        raise broken
-    return headers
+        entries, start = raw_header(file)
+    entries.pop("__metadata__", None)
+    return {
+        name: TensorHeader(tuple(entry["shape"]), entry["dtype"], path.name, (start + begin, start + end))
+        for name, entry in entries.items()
+        for begin, end in [entry["data_offsets"]]
+    }
 
 
-def _span(entry: dict, start: int) -> tuple[int, int]:
-    begin, end = entry["data_offsets"]
-    return start + begin, start + end
+def raw_header(file: BinaryIO) -> tuple[dict, int]:
+    """The header of a valid safetensors file, and the byte at which its tensors start."""
+    (length,) = struct.unpack("<Q", file.read(8))
+    return json.loads(file.read(length)), 8 + length
 
 
 def read_headers(directory: Path, names: list[str]) -> dict[str, TensorHeader]:
     """Every tensor's header in the safetensors shards `names`."""
-    headers: dict[str, TensorHeader] = {}
-    for name in names:
-        headers |= read_header(directory / name)
-    return headers
+    return {key: header for name in names for key, header in read_header(directory / name).items()}
 
 
 def stored_headers(source: str | Path, directory: Path, allow_pickle: bool = False) -> dict[str, TensorHeader]:

@@ -1,7 +1,6 @@
 """Safetensors files of our own: whole or not at all, and byte for byte the same for the same content."""
 
 import json
-import struct
 from pathlib import Path
 
 import torch
@@ -10,6 +9,7 @@ from safetensors.torch import save_file
 
 from structprune.errors import UserError
 from structprune.files import first_line, whole_file
+from structprune.models.checkpoint_files import raw_header
 
 
 def write_tensors(path: str | Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
@@ -32,10 +32,9 @@ def write_tensors(path: str | Path, tensors: dict[str, torch.Tensor], metadata: 
 def _sort_metadata(path: Path) -> None:
     """Sort the metadata within a file's header, where safetensors puts them in another order every time."""
     with path.open("r+b") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
+        header, start = raw_header(file)
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
         # as safetensors writes it, so that it takes the same room
         text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
         file.seek(8)
-        file.write(text.ljust(length))
+        file.write(text.ljust(start - 8))
