@@ -48,8 +48,8 @@ def mask_card(report: dict) -> str:
     text = "no calibration text was looked at"
     if calibration:
         text = (
-            f"calibration on `{_text(calibration)}` ({calibration['windows']} windows of {calibration['length']} tokens,"
-            f" held-out ones included{_states(calibration)})"
+            f"calibration on `{_text(calibration)}` ({calibration['windows']} windows of {calibration['length']}"
+            f" tokens, held-out ones included{_states(calibration)})"
         )
     return card_template("masked").format(
         **_shared(report, report["license"], report["sparsity"]["total"]),

@@ -8,30 +8,27 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 import torch
 
-from structprune.checkpoint.atomic import whole_directory
-from structprune.checkpoint.output import Content, check_output, full_disk_refused, write_content, write_shards
-from structprune.checkpoint.source import source_of
+from structprune.checkpoint.output import Content, output_draft, write_shards
 from structprune.errors import UserError
-from structprune.models.checkpoint_files import is_weights, read_header, read_json, shard_names
-from structprune.models.loading import DTYPES, Source, read_pickle
+from structprune.models.checkpoint_files import (
+    TensorHeader,
+    is_weights,
+    read_header,
+    read_headers,
+    read_json,
+    shard_names,
+)
+from structprune.models.loading import DTYPES, Source, read_pickle, source_of
 from structprune.models.modeling_structprune import DiffusionLM
 
 INDEX = "model.safetensors.index.json"
 BY_PRODUCTS = ("calibration.safetensors", "masks.safetensors", "report.json", "plan.json", "demo.json")
 CHUNK = 1 << 24  # bytes copied at once
 Value = Callable[[str, torch.dtype], torch.Tensor]  # name, stored dtype -> the tensor to write, on the CPU
-
-
-class Stored(NamedTuple):
-    """A tensor of the source; `dtype` is None if it is not a floating-point dtype of models."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype | None
-    shard: str
 
 
 def save_masked(
@@ -60,25 +57,22 @@ def save_masked(
         UserError: see `check_output`; a model without source; a source that is missing, incomplete or not what was
             loaded; a name that is not stored; values that the stored dtype cannot hold; a full disk.
     """
-    source, changed = _intact_source(model), frozenset(changed)
-    names = shard_names(source.directory, allow_pickle=True)
-    stored, state = _read_stored(source.directory, names), model.state_dict()
-    _check(stored, state, changed, source.directory)
-    copied = list(_copied_files(source.directory))
-    needed = sum((source.directory / path).stat().st_size for path in (*map(Path, names), *copied))
-    directory = check_output(directory, source.directory, overwrite, needed)
+    source, changed, directory = _intact_source(model).directory, frozenset(changed), Path(directory).absolute()
+    names = shard_names(source, allow_pickle=True)
+    stored, state = _read_stored(source, names), model.state_dict()
+    _check(stored, state, changed, source)
+    copied = list(_copied_files(source))
+    needed = sum((source / path).stat().st_size for path in (*names, *copied))
     value = partial(_value, state)
-    with full_disk_refused(directory, needed), whole_directory(directory) as draft:
+    with output_draft(directory, source, overwrite, needed, files) as draft:
         if names[0].endswith(".bin"):
-            _convert(source.directory, draft, stored, changed, value)
+            _convert(source, draft, stored, changed, value)
         else:
             for name in names:
-                _rewrite(source.directory / name, draft / name, changed, value)
+                _rewrite(source / name, draft / name, changed, value)
         for path in copied:
             (draft / path).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source.directory / path, draft / path)
-        for name, content in (files or {}).items():
-            write_content(draft / name, content)
+            shutil.copyfile(source / path, draft / path)
     return directory
 
 
@@ -92,26 +86,27 @@ def _intact_source(model: DiffusionLM) -> Source:
     return source
 
 
-def _read_stored(directory: Path, names: list[str]) -> dict[str, Stored]:
-    """All tensors of the shards `names`, without reading values."""
-    stored: dict[str, Stored] = {}
-    for name in names:
-        if name.endswith(".bin"):
-            tensors = read_pickle(directory / name, mapped=True)
-            stored |= {key: Stored(tuple(tensor.shape), tensor.dtype, name) for key, tensor in tensors.items()}
-        else:
-            headers = read_header(directory / name)
-            stored |= {key: Stored(header.shape, DTYPES.get(header.dtype), name) for key, header in headers.items()}
-    return stored
+def _read_stored(directory: Path, names: list[str]) -> dict[str, TensorHeader]:
+    """All tensors of the shards `names`, without reading values; pickled ones of other dtypes have dtype ""."""
+    if not names[0].endswith(".bin"):
+        return read_headers(directory, names)
+    kinds = {dtype: kind for kind, dtype in DTYPES.items()}
+    return {
+        key: TensorHeader(tuple(tensor.shape), kinds.get(tensor.dtype, ""), name)
+        for name in names
+        for key, tensor in read_pickle(directory / name, mapped=True).items()
+    }
 
 
-def _check(stored: dict[str, Stored], state: dict[str, torch.Tensor], changed: frozenset[str], directory: Path) -> None:
+def _check(
+    stored: dict[str, TensorHeader], state: dict[str, torch.Tensor], changed: frozenset[str], directory: Path
+) -> None:
     """Raise UserError if the source no longer matches the model, or a changed weight cannot be stored."""
     for name in sorted(changed):
         if name not in stored or name not in state:
             owner = directory if name not in stored else "the model"
             raise UserError(f"{owner} has no weight '{name}': only stored weights can be changed")
-        if stored[name].dtype not in DTYPES.values():
+        if stored[name].dtype not in DTYPES:
             raise UserError(
                 f"{directory}: {name} is stored in a dtype that masks cannot be written in (only {[*DTYPES]})"
             )
@@ -154,7 +149,7 @@ def _copy_bytes(old: BinaryIO, new: BinaryIO, count: int) -> None:
         count -= len(chunk)
 
 
-def _convert(source: Path, draft: Path, stored: dict[str, Stored], changed: frozenset[str], value: Value) -> None:
+def _convert(source: Path, draft: Path, stored: dict[str, TensorHeader], changed: frozenset[str], value: Value) -> None:
     """Write pickled shards as safetensors; unchanged tensors keep their values and dtypes."""
 
     @lru_cache(maxsize=1)
@@ -167,7 +162,8 @@ def _convert(source: Path, draft: Path, stored: dict[str, Stored], changed: froz
             return value(name, tensor.dtype)
         return tensor.contiguous().clone()  # tied tensors share memory, which safetensors does not allow
 
-    write_shards(draft, {n: torch.empty(s.shape, dtype=s.dtype, device="meta") for n, s in stored.items()}, read)
+    headers = {key: torch.empty_like(shard(header.shard)[key], device="meta") for key, header in stored.items()}
+    write_shards(draft, headers, read)
 
 
 def _copied_files(source: Path) -> Iterator[Path]:

@@ -10,8 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
+from structprune.checkpoint.atomic import whole_directory
 from structprune.checkpoint.export import CODE_FILES
 from structprune.errors import UserError
 
@@ -33,8 +36,8 @@ def check_output(
         needed_bytes: size of what will be written.
         marks: a directory with none of these files is not an earlier output and is never replaced.
     Raises:
-        UserError: it exists (without `overwrite`), lies inside the input, cannot be created or written, or the disk is
-            too full.
+        UserError: it exists (without `overwrite`), lies inside the input or holds it, cannot be created or written, or
+            the disk is too full.
     """
     directory = Path(directory).absolute()
     if source is not None:
@@ -44,16 +47,16 @@ def check_output(
         if directory.resolve() in inside.parents and overwrite:
             raise UserError(f"output '{directory}' holds the input checkpoint '{source}': --overwrite would erase it")
     anchor = check_place(directory)
-    if directory.is_dir() and any(directory.iterdir()) and not overwrite:
-        raise UserError(f"output '{directory}' exists: choose another, or add --overwrite")
-    if directory.is_dir() and any(directory.iterdir()) and not any((directory / name).exists() for name in marks):
-        raise UserError(f"output '{directory}' holds something other than an earlier output: choose another")
     if directory.exists() and not directory.is_dir():
         raise UserError(f"output '{directory}' is a file: choose another")
-    free = shutil.disk_usage(anchor).free
-    if needed_bytes > free:
-        sizes = f"needs {needed_bytes / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free there"
-        raise UserError(f"output '{directory}' {sizes}")
+    if directory.exists() and any(directory.iterdir()):
+        if not overwrite:
+            raise UserError(f"output '{directory}' exists: choose another, or add --overwrite")
+        if not any((directory / name).exists() for name in marks):
+            raise UserError(f"output '{directory}' holds something other than an earlier output: choose another")
+    needed, free = needed_bytes / 1e9, shutil.disk_usage(anchor).free / 1e9
+    if needed > free:
+        raise UserError(f"output '{directory}' needs {needed:.2f} GB, but {free:.2f} GB are free there")
     return directory
 
 
@@ -77,17 +80,25 @@ def check_place(path: str | Path) -> Path:
 
 
 @contextmanager
-def full_disk_refused(directory: Path, needed_bytes: int) -> Iterator[None]:
-    """While `directory` is written, turn a full disk into a UserError; other errors pass."""
+def output_draft(
+    directory: Path, source: Path | None, overwrite: bool, needed_bytes: int, files: dict[str, Content] | None
+) -> Iterator[Path]:
+    """`whole_directory` for a checkpoint, after `check_output`; `files` are written last.
+
+    Raises:
+        UserError: see `check_output`; a full disk.
+    """
+    directory = check_output(directory, source, overwrite, needed_bytes)
     try:
-        yield
+        with whole_directory(directory) as draft:
+            yield draft
+            for name, content in (files or {}).items():
+                write_content(draft / name, content)
     except (OSError, SafetensorError) as error:
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
         if full or f"os error {errno.ENOSPC}" in str(error):  # safetensors gives it only as text
-            size = f"{needed_bytes / 1e9:.2f} GB of weights"
-            raise UserError(
-                f"no space left while writing '{directory}' ({size}): free some space, or choose another place"
-            ) from error
+            reason = f"no space left while writing '{directory}' ({needed_bytes / 1e9:.2f} GB of weights)"
+            raise UserError(f"{reason}: free some space, or choose another place") from error
         raise
 
 
@@ -101,9 +112,6 @@ def write_shards(
         read: name -> tensor to write, contiguous and on the CPU.
         max_shard_size: such as "5GB".
     """
-    from huggingface_hub import split_torch_state_dict_into_shards
-    from safetensors.torch import save_file
-
     pattern = "model{suffix}.safetensors"
     split = split_torch_state_dict_into_shards(headers, filename_pattern=pattern, max_shard_size=max_shard_size)
     for name, keys in split.filename_to_tensors.items():
@@ -115,12 +123,12 @@ def write_shards(
 
 def write_content(path: Path, content: Content) -> None:
     """Write a dict as JSON, text as it is; a callable gets the path."""
-    if isinstance(content, dict):
-        write_json(path, content)
-    elif isinstance(content, str):
-        path.write_text(content, encoding="utf-8")
-    else:
+    if callable(content):
         content(path)
+    elif isinstance(content, dict):
+        write_json(path, content)
+    else:
+        path.write_text(content, encoding="utf-8")
 
 
 def write_json(path: Path, values: dict) -> None:

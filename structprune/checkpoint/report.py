@@ -12,84 +12,29 @@ from structprune.bench.memory import peak_memory_bytes
 from structprune.calibration.batches import Calibration
 from structprune.checkpoint.export import export_class
 from structprune.checkpoint.licence import source_licence
-from structprune.checkpoint.source import source_of
 from structprune.config import Config
 from structprune.masking.masks import Masks
 from structprune.models.adapter import Adapter
+from structprune.models.loading import source_of
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.structured.scores.table import resolve_arm
 from structprune.structured.sizes import block_size, forward_macs
 
-ALL = slice(None)
 
-
-def build_report(
-    dense: DiffusionLM,
-    small: DiffusionLM,
-    config: Config,
-    calibration: Calibration,
-    seconds: dict[str, float],
-    device: torch.device,
-) -> dict:
-    """Sizes before and after, configuration, calibration, versions, timings, peak memory and export class.
-
-    Args:
-        seconds: phase -> seconds.
-        device: where forward passes ran.
-    """
-    before, after = Adapter(dense), Adapter(small)
-    length = calibration.length
-    return _run(dense, config, calibration, seconds, device) | {
-        "arm": resolve_arm(config.structured.score, config.structured.arm),
-        "ratio": removed_ratio(before, after, config),
-        "parameters": {"before": dense.num_parameters(), "after": small.num_parameters()},
-        "block_parameters": {"before": _projections(before), "after": _projections(after)},
-        "macs": {"before": forward_macs(before, length), "after": forward_macs(after, length), "tokens": length},
-        "widths": [asdict(block.widths) for block in after.blocks],
-        "export_class": export_class(small.config, source_of(dense).values),
-    }
-
-
-def mask_report(
+def run_report(
     model: DiffusionLM,
-    masks: Masks,
     config: Config,
     calibration: Calibration | None,
     seconds: dict[str, float],
     device: torch.device,
 ) -> dict:
-    """Zeros of every projection and in total (`masked`: those made by this run), configuration, calibration, versions,
-    timings and peak memory.
+    """What every run reports: source and its licence, configuration, calibration, timings, peak memory, versions.
 
     Args:
         calibration: None if the run read no text.
-        seconds, device: as in `build_report`.
+        seconds: phase -> seconds.
+        device: where forward passes ran.
     """
-    projections = sum(rows * columns for rows, columns in masks.shapes.values())
-    weights = model.state_dict()
-    zeros = {name: int((weights[name] == 0).sum()) for name in masks.shapes}
-    return _run(model, config, calibration, seconds, device) | {
-        "sparsity": {
-            "total": sum(zeros.values()) / projections,
-            "masked": masks.sparsity(),
-            "tensors": {name: count / math.prod(masks.shapes[name]) for name, count in zeros.items()},
-        },
-        "parameters": {
-            "all": model.num_parameters(),
-            "projections": projections,
-            "zero": sum(zeros.values()),
-        },
-    }
-
-
-def _run(
-    model: DiffusionLM,
-    config: Config,
-    calibration: Calibration | None,
-    seconds: dict[str, float],
-    device: torch.device,
-) -> dict:
-    """What both reports have: source and its licence, configuration, calibration, timings, memory, versions."""
     source = source_of(model)
     text = None
     if calibration is not None:
@@ -113,12 +58,45 @@ def _run(
     }
 
 
-def removed_ratio(before: Adapter, after: Adapter, config: Config) -> float:
-    """Removed share of the seven projections' parameters in unprotected blocks, counting biases that a refit added."""
-    blocks = slice(config.structured.protect_first, len(before.blocks) - config.structured.protect_last)
-    return 1 - _projections(after, blocks) / _projections(before, blocks)
+def structured_report(dense: DiffusionLM, small: DiffusionLM, config: Config, length: int) -> dict:
+    """Sizes before and after, arm, and export class.
+
+    `ratio` is the removed share of the seven projections' parameters in unprotected blocks, counting biases that a
+    refit added.
+
+    Args:
+        length: T, the tokens that MACs are counted for.
+    """
+    before, after = Adapter(dense), Adapter(small)
+    structured = config.structured
+    unprotected = slice(structured.protect_first, len(before.blocks) - structured.protect_last)
+    return {
+        "arm": resolve_arm(structured.score, structured.arm),
+        "ratio": 1 - _projections(after, unprotected) / _projections(before, unprotected),
+        "parameters": {"before": dense.num_parameters(), "after": small.num_parameters()},
+        "block_parameters": {"before": _projections(before), "after": _projections(after)},
+        "macs": {"before": forward_macs(before, length), "after": forward_macs(after, length), "tokens": length},
+        "widths": [asdict(block.widths) for block in after.blocks],
+        "export_class": export_class(small.config, source_of(dense).values),
+    }
 
 
-def _projections(adapter: Adapter, blocks: slice = ALL) -> int:
+def _projections(adapter: Adapter, blocks: slice = slice(None)) -> int:
     """Parameters of the seven projections of the blocks."""
     return sum(block_size(block, "query_heads").total for block in adapter.blocks[blocks])
+
+
+def mask_report(model: DiffusionLM, masks: Masks) -> dict:
+    """Zeros of every projection and in total; `masked` counts only those made by this run."""
+    projections = sum(rows * columns for rows, columns in masks.shapes.values())
+    weights = model.state_dict()
+    zeros = {name: int((weights[name] == 0).sum()) for name in masks.shapes}
+    total = sum(zeros.values())
+    return {
+        "sparsity": {
+            "total": total / projections,
+            "masked": masks.sparsity(),
+            "tensors": {name: count / math.prod(masks.shapes[name]) for name, count in zeros.items()},
+        },
+        "parameters": {"all": model.num_parameters(), "projections": projections, "zero": total},
+    }

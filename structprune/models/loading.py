@@ -35,6 +35,18 @@ class Source:
     name: str = ""
 
 
+def source_of(model: DiffusionLM) -> Source:
+    """Where a model was loaded from, and what was stored there.
+
+    Raises:
+        UserError: the model was not loaded from a checkpoint.
+    """
+    source = getattr(model, "source", None)
+    if source is None:
+        raise UserError("the model has no source checkpoint: load it with structprune.load_model")
+    return source
+
+
 def as_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
     """A torch dtype from its name ("bfloat16"); None and dtypes pass through.
 

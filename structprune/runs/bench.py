@@ -15,14 +15,13 @@ from structprune.bench.settings import BenchSettings, Size
 from structprune.bench.workloads import GenerationWork, Models, forward_rows, generation_rows
 from structprune.checkpoint.atomic import whole_directory
 from structprune.checkpoint.output import check_output, write_json
-from structprune.checkpoint.source import source_of
 from structprune.config import ModelSettings
 from structprune.errors import UserError
 from structprune.evaluation.labels import checkpoint_labels
 from structprune.generation.samplers import Generation
 from structprune.models.adapter import Adapter
 from structprune.models.families import Family, family_of
-from structprune.models.loading import load_config, load_model
+from structprune.models.loading import load_config, load_model, source_of
 from structprune.models.placement import pick_device
 from structprune.progress import Track, untracked
 from structprune.report.bench_plots import plot_bench

@@ -12,7 +12,7 @@ from structprune.calibration.batches import Calibration
 from structprune.checkpoint.card import mask_card
 from structprune.checkpoint.masked import save_masked
 from structprune.checkpoint.output import Content
-from structprune.checkpoint.report import mask_report
+from structprune.checkpoint.report import mask_report, run_report
 from structprune.config import Config
 from structprune.errors import UserError
 from structprune.evaluation.nelbo import Nelbo
@@ -125,7 +125,8 @@ class MaskRun(Run):
                 share_weights(new, old, tuple(new.names))
             model = self.model
         self.seconds["total"] = time.perf_counter() - start
-        report = mask_report(model, maker.masks, self.request.config, self._calibration, self.seconds, self.device) | {
+        report = run_report(model, self.request.config, self._calibration, self.seconds, self.device)
+        report |= mask_report(model, maker.masks) | {
             "score": self.request.name,
             "arm": self.request.arm,
             "ratio": self.request.ratio,

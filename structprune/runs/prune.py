@@ -9,7 +9,7 @@ import torch
 from structprune.calibration.batches import Calibration
 from structprune.checkpoint.card import model_card
 from structprune.checkpoint.output import Content
-from structprune.checkpoint.report import build_report
+from structprune.checkpoint.report import run_report, structured_report
 from structprune.checkpoint.save import save_pruned
 from structprune.config import Config
 from structprune.errors import UserError
@@ -177,7 +177,8 @@ class Pruner(Run):
         check_plan(self.request, self.model, plan, self.model.source.values)
         small, fits, check = self._refit_and_check(plan)
         self.seconds["total"] = time.perf_counter() - start
-        report = build_report(self.model, small, request.config, self.calibration, self.seconds, self.device)
+        report = run_report(self.model, request.config, self.calibration, self.seconds, self.device)
+        report |= structured_report(self.model, small, request.config, self.calibration.length)
         report |= {"held_out_nelbo": check, "refit": [fit.plain() for fit in fits], "choice": choice}
         report["sinks"] = self._sinks
         return Pruned(small, plan, self.calibration, report)

@@ -12,8 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from structprune import Plan, UserError, apply_plan, load_model, load_tokenizer, save_pruned
-from structprune.checkpoint import atomic, save
-from structprune.checkpoint.save import check_output
+from structprune.checkpoint import atomic, output, save
+from structprune.checkpoint.output import check_output
 from structprune.models.checkpoint_files import read_headers, shard_names
 from structprune.structured.plan import BlockPlan
 
@@ -136,7 +136,8 @@ def fail_on(name, monkeypatch, error):
     def fails(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(save if hasattr(save, name) else atomic, name, fails)
+    module = next(module for module in (save, output, atomic) if hasattr(module, name))
+    monkeypatch.setattr(module, name, fails)
 
 
 @pytest.mark.parametrize("step", ["_write_weights", "write_json", "_carry", "write_content", "_swap"])
