@@ -11,7 +11,7 @@ from torch import nn
 
 from structprune.errors import UserError
 from structprune.models.modeling_structprune import DiffusionLM
-from structprune.models.transfer import Fetch, Lane, lane_to
+from structprune.models.transfer import Lane, Pending, lane_to
 
 
 def give_back_memory() -> None:
@@ -19,18 +19,17 @@ def give_back_memory() -> None:
 
     Without this, many matrices of different sizes leave a heap that grows with every block.
     """
-    if sys.platform != "linux":
-        return
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
-def pick_device(name: str | None, elsewhere: bool = False) -> torch.device:
+def pick_device(name: str | None, absent: bool = False) -> torch.device:
     """The device of that name; by default CUDA where there is one, else the CPU.
 
     Args:
-        elsewhere: it may be on another machine, for a dry run.
+        absent: a CUDA device need not be on this machine.
     Raises:
         UserError: not a device's name, or a device that this machine does not have.
     """
@@ -43,7 +42,7 @@ def pick_device(name: str | None, elsewhere: bool = False) -> torch.device:
     if device.type not in ("cpu", "cuda"):  # others lack the fp64 that refits are solved in
         raise UserError(f"device '{name}' cannot be used: give cpu or cuda[:N]")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device.type == "cuda" and (device.index or 0) >= count and not elsewhere:
+    if device.type == "cuda" and (device.index or 0) >= count and not absent:
         raise UserError(f"device '{name}' is not on this machine ({count} CUDA devices): use cpu")
     return device
 
@@ -64,20 +63,36 @@ class _Copy(NamedTuple):
 
     weight: nn.Parameter
     state: tuple[int, int] | None
-    fetch: Fetch
+    pending: Pending
 
 
 class _Weights:
-    """Copies layers' weights to a device; over a lane the next layer's while the present one computes.
+    """Brings a layer's weights to a device while it computes; over a lane the next layer's are copied meanwhile.
 
     The next layer is taken to be the one that came next when the present one computed before.
     """
 
     def __init__(self, device: torch.device, lane: Lane | None):
         self._device, self._lane = device, lane
+        self._originals: dict[nn.Module, dict[str, nn.Parameter]] = {}
         self._next: dict[nn.Module, nn.Module] = {}
         self._last: nn.Module | None = None
         self._ahead: tuple[nn.Module, dict[str, _Copy]] | None = None
+
+    def go(self, module: nn.Module, args: tuple) -> None:
+        """Before a layer computes: replace its weights by copies on the device."""
+        copies = self.take(module)
+        self._originals[module] = dict(module.named_parameters(recurse=False))
+        for name, copy in copies.items():
+            setattr(module, name, nn.Parameter(copy, requires_grad=False))
+
+    def back(self, module: nn.Module, args: tuple, output: object) -> None:
+        """After a layer computed: put its weights back, and begin to copy the layer that is likely to come next."""
+        for name, weight in self._originals.pop(module, {}).items():
+            setattr(module, name, weight)
+        if self._lane is not None and self._last in self._next:
+            following = self._next[self._last]
+            self._ahead = (following, _begin_copies(following, self._lane))
 
     def take(self, module: nn.Module) -> dict[str, torch.Tensor]:
         """A layer's own weights on the device, by name."""
@@ -91,17 +106,10 @@ class _Weights:
             copies = ahead[1]
         else:
             copies = _begin_copies(module, self._lane)
-        return {name: self._lane.land(copy.fetch) for name, copy in copies.items()}
-
-    def look_ahead(self) -> None:
-        """Begin to copy the layer that is likely to come next."""
-        if self._lane is not None and self._last is not None and self._last in self._next:
-            following = self._next[self._last]
-            self._ahead = (following, _begin_copies(following, self._lane))
+        return {name: self._lane.land(copy.pending) for name, copy in copies.items()}
 
 
 def _begin_copies(module: nn.Module, lane: Lane) -> dict[str, _Copy]:
-    """Begin to copy a layer's weights, by name."""
     weights = module.named_parameters(recurse=False)
     return {name: _Copy(weight, _state(weight), lane.fetch(weight)) for name, weight in weights}
 
@@ -113,35 +121,15 @@ def _state(weight: torch.Tensor) -> tuple[int, int] | None:
 
 def _unchanged(weights: Mapping[str, nn.Parameter], copies: dict[str, _Copy]) -> bool:
     """Whether a layer's weights are those that were copied: a refit may have replaced or changed them."""
-    if weights.keys() != copies.keys():
-        return False
-    pairs = [(weights[name], copy) for name, copy in copies.items()]
-    return all(now is copy.weight and copy.state is not None and _state(now) == copy.state for now, copy in pairs)
-
-
-class _Visit:
-    """Moves one layer's weights to a device before it computes, and puts the originals back afterwards."""
-
-    def __init__(self, weights: _Weights):
-        self._weights = weights
-        self._originals: dict[str, nn.Parameter] = {}
-
-    def go(self, module: nn.Module, args: tuple) -> None:
-        copies = self._weights.take(module)
-        self._originals = dict(module.named_parameters(recurse=False))
-        for name, copy in copies.items():
-            setattr(module, name, nn.Parameter(copy, requires_grad=False))
-
-    def back(self, module: nn.Module, args: tuple, output: object) -> None:
-        for name, weight in self._originals.items():
-            setattr(module, name, weight)
-        self._originals = {}
-        self._weights.look_ahead()
+    return weights.keys() == copies.keys() and all(
+        weights[name] is copy.weight and copy.state is not None and _state(copy.weight) == copy.state
+        for name, copy in copies.items()
+    )
 
 
 @contextmanager
 def streamed(model: DiffusionLM, device: torch.device | None, overlap: bool = False) -> Iterator[DiffusionLM]:
-    """While open, `model` computes on `device`, and its weights stay where they are but for one layer's copy at a time.
+    """While open, `model` computes on `device`, with one layer's copy there at a time; its weights stay where they are.
 
     For forward passes only: a backward pass would need the copies after they are dropped.
 
@@ -155,9 +143,8 @@ def streamed(model: DiffusionLM, device: torch.device | None, overlap: bool = Fa
     handles, weights = [], _Weights(device, lane_to(device) if overlap else None)
     for module in model.modules():
         if any(True for _ in module.parameters(recurse=False)):
-            visit = _Visit(weights)
-            handles.append(module.register_forward_pre_hook(visit.go))
-            handles.append(module.register_forward_hook(visit.back, always_call=True))
+            handles.append(module.register_forward_pre_hook(weights.go))
+            handles.append(module.register_forward_hook(weights.back, always_call=True))
     model.streamed_to = device
     try:
         yield model

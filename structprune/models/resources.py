@@ -53,9 +53,9 @@ def resolve_resources(model: ModelSettings, memory: MemorySettings, dry_run: boo
     Args:
         dry_run: the device need not be on this machine.
     Raises:
-        UserError: an unknown or absent device, or streaming without an accelerator.
+        UserError: an unknown or absent device or dtype, or streaming without an accelerator.
     """
-    device = pick_device(model.device, elsewhere=dry_run)
+    device = pick_device(model.device, absent=dry_run)
     if memory.offload and device.type == "cpu":
         raise UserError("memory.offload streams weights to an accelerator, and the device is cpu: leave it off")
     dtype = as_dtype(model.dtype)

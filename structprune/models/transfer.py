@@ -5,9 +5,9 @@ file, so that pinned memory does not grow with the model.
 """
 
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Iterable
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,8 +17,7 @@ PINNED_BYTES = 2 * BUFFERS * CHUNK  # of a `Lane`
 
 
 def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy a small host tensor to a device without a device sync: from pageable memory CUDA would first finish all
-    queued work."""
+    """Copy a small host tensor to a device without a device sync, which copies from pageable memory cause."""
     if device.type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device)
     try:
@@ -70,20 +69,11 @@ class CudaQueue:
         event.synchronize()
 
 
-@dataclass(frozen=True)
-class Fetch:
-    """A copy to the device under way: `there` may not be read before `Lane.land`."""
+class Pending(NamedTuple):
+    """A device tensor that may not be used before `event`."""
 
-    there: torch.Tensor
-    done: Any
-
-
-@dataclass(frozen=True)
-class Deposit:
-    """A device tensor to be copied to the host: it may not be changed before `Lane.settle`."""
-
-    there: torch.Tensor
-    ready: Any
+    tensor: torch.Tensor
+    event: Any
 
 
 class Lane:
@@ -95,58 +85,53 @@ class Lane:
         self._down = deque((buffer, None) for buffer in queue.buffers[:half])  # to the device, oldest use first
         self._up = deque(queue.buffers[half:])
 
-    def fetch(self, host: torch.Tensor) -> Fetch:
-        """Begin to copy a host tensor to the device; it may change once this returns."""
-        there = self._queue.empty(host.shape, host.dtype)
-        source, target, done = _bytes(host), _bytes(there), None
-        for part in self._chunks(source):
+    def fetch(self, host: torch.Tensor) -> Pending:
+        """Begin to copy a host tensor, which may change once this returns, to the device; `land` ends it."""
+        copy, done = self._queue.empty(host.shape, host.dtype), None
+        for source, target in self._parts(host, copy):
             buffer, last_use = self._down.popleft()
             if last_use is not None:
                 self._queue.wait(last_use)  # before it is overwritten
-            chunk = buffer[: part.stop - part.start]
-            chunk.copy_(source[part])
-            done = self._queue.copy(target[part], chunk)
+            chunk = buffer[: len(source)]
+            chunk.copy_(source)
+            done = self._queue.copy(target, chunk)
             self._down.append((buffer, done))
-        return Fetch(there, done)
+        return Pending(copy, done)
 
-    def land(self, fetch: Fetch) -> torch.Tensor:
+    def land(self, fetch: Pending) -> torch.Tensor:
         """The fetched tensor, which later computation may use."""
-        if fetch.done is not None:  # None of an empty tensor
-            self._queue.compute_after(fetch.done, fetch.there)
-        return fetch.there
+        self._queue.compute_after(fetch.event, fetch.tensor)
+        return fetch.tensor
 
-    def deposit(self, there: torch.Tensor) -> Deposit:
-        """A device tensor, as the computation queued so far leaves it, for `settle` to copy to the host."""
-        there = there.contiguous()
-        return Deposit(there, self._queue.computed())
+    def deposit(self, tensor: torch.Tensor) -> Pending:
+        """A device tensor, as the computation queued so far leaves it; it may not be changed before `settle`."""
+        return Pending(tensor.contiguous(), self._queue.computed())
 
-    def settle(self, deposit: Deposit, host: torch.Tensor) -> None:
+    def settle(self, deposit: Pending, host: torch.Tensor) -> None:
         """Copy a deposit to a host tensor of its shape and dtype; returns when it is complete.
 
         The host waits for the computation that was queued when the deposit was made, not for later work.
         """
-        self._queue.copy_after(deposit.ready)
-        source, target = _bytes(deposit.there), _bytes(host)
-        copies: deque[tuple[slice, torch.Tensor, Any]] = deque()  # parts, their buffers, and the events of their ends
-        for part in self._chunks(source):
+        self._queue.copy_after(deposit.event)
+        copies: deque[tuple[torch.Tensor, torch.Tensor, Any]] = deque()  # host parts, their buffers, ends of the copies
+        for source, target in self._parts(deposit.tensor, host):
             if len(copies) == len(self._up):
-                self._empty(*copies.popleft(), target)
-            buffer = self._up.popleft()
-            self._up.append(buffer)
-            chunk = buffer[: part.stop - part.start]
-            copies.append((part, chunk, self._queue.copy(chunk, source[part])))
-        while copies:
-            self._empty(*copies.popleft(), target)
+                self._empty(*copies.popleft())
+            chunk = self._up[0][: len(source)]
+            self._up.rotate(-1)
+            copies.append((target, chunk, self._queue.copy(chunk, source)))
+        for copy in copies:
+            self._empty(*copy)
 
-    def _chunks(self, data: torch.Tensor) -> list[slice]:
-        """Cut (n,) bytes into parts that fit a buffer."""
+    def _parts(self, source: torch.Tensor, target: torch.Tensor) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+        """Views of the bytes of both, (n,) uint8 each, that fit a buffer; one empty pair of empty tensors."""
         size = len(self._up[0])
-        return [slice(start, min(start + size, len(data))) for start in range(0, len(data), size)]
+        return zip(_bytes(source).split(size), _bytes(target).split(size))
 
-    def _empty(self, part: slice, chunk: torch.Tensor, done: Any, target: torch.Tensor) -> None:
-        """Wait for a copy to a buffer, and empty the buffer into its part of the host tensor."""
+    def _empty(self, target: torch.Tensor, chunk: torch.Tensor, done: Any) -> None:
+        """Wait for a copy to a buffer, and empty the buffer into the host's part."""
         self._queue.wait(done)
-        target[part].copy_(chunk)
+        target.copy_(chunk)
 
 
 @lru_cache
@@ -187,8 +172,8 @@ class StagedRows:
 
     def __init__(self, store: torch.Tensor, lane: Lane, batch: int):
         self._store, self._lane, self._batch = store, lane, batch
-        self._ahead: tuple[slice, Fetch] | None = None
-        self._written: tuple[slice, Deposit] | None = None
+        self._ahead: tuple[slice, Pending] | None = None
+        self._written: tuple[slice, Pending] | None = None
 
     def read(self, rows: slice) -> torch.Tensor:
         """Some rows on the device, (b, ...); the rows behind them, or the first ones, are fetched in the meantime."""
@@ -197,12 +182,12 @@ class StagedRows:
             fetch, self._ahead = self._ahead[1], None
         else:
             fetch = self._fetch(rows)
-        there = self._lane.land(fetch)
+        states = self._lane.land(fetch)
         start = rows.stop % len(self._store)
         following = self._within(slice(start, start + self._batch))
         if not _overlap(following, rows) and (self._ahead is None or self._ahead[0] != following):
             self._ahead = (following, self._fetch(following))
-        return there
+        return states
 
     def write(self, rows: slice, states: torch.Tensor) -> None:
         """Replace some rows by (b, ...), which may not be changed afterwards."""
@@ -212,7 +197,7 @@ class StagedRows:
             self._ahead = None  # it holds the old values
         self._written = (rows, self._lane.deposit(states.to(self._store.dtype)))
 
-    def _fetch(self, rows: slice) -> Fetch:
+    def _fetch(self, rows: slice) -> Pending:
         if self._written is not None and _overlap(self._written[0], rows):
             self._settle()
         return self._lane.fetch(self._store[rows])
