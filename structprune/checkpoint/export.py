@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 
 from structprune.config import Config
 from structprune.errors import UserError
-from structprune.models.adapter import Widths, block_widths
+from structprune.models.adapter import block_widths
 from structprune.models.families import Family, family_of
 
 CODE_FILES = ("configuration_structprune.py", "modeling_structprune.py")
@@ -28,25 +28,18 @@ def obstacles(config, source_values: dict | None) -> dict[str, str]:
     family = family_of(config)
     depth = getattr(config, family.keys["depth"])
     widths = [block_widths(config, family, index) for index in range(depth)]
-    reasons: dict[str, str] = {}
     if len(set(widths)) > 1:
-        reasons["uniform"] = "its blocks differ in width (use allocation uniform, protect no block)"
-    elif config.attention_output_bias or config.mlp_output_bias:
-        reasons["uniform"] = "the refit added biases (set reconstruct.constant false and mode least-squares)"
-    if "uniform" in reasons:
-        reasons["official"] = reasons["uniform"]
-    elif not source_values or source_values.get("model_type") not in family.model_types:
-        reasons["official"] = "the dense checkpoint was not in its family's official layout"
-    elif widths and not _official_heads(family, widths[0], source_values):
-        reasons["official"] = "heads were removed (set structured.split to 0)"
-    return reasons
-
-
-def _official_heads(family: Family, widths: Widths, values: dict) -> bool:
-    """Whether the model has all heads of the dense checkpoint."""
-    heads = values[family.width_keys["query_heads"]]
-    shared = values.get(family.width_keys["kv_heads"]) or heads
-    return (widths.query_heads, widths.kv_heads) == (heads, shared)
+        return dict.fromkeys(CLASSES[:2], "its blocks differ in width (use allocation uniform, protect no block)")
+    if config.attention_output_bias or config.mlp_output_bias:
+        reason = "the refit added biases (set reconstruct.constant false and mode least-squares)"
+        return dict.fromkeys(CLASSES[:2], reason)
+    if not source_values or source_values.get("model_type") not in family.model_types:
+        return {"official": "the dense checkpoint was not in its family's official layout"}
+    heads = source_values[family.width_keys["query_heads"]]
+    kv_heads = source_values.get(family.width_keys["kv_heads"]) or heads
+    if widths and (widths[0].query_heads, widths[0].kv_heads) != (heads, kv_heads):
+        return {"official": "heads were removed (set structured.split to 0)"}
+    return {}
 
 
 def export_class(config, source_values: dict | None) -> str:
@@ -57,8 +50,7 @@ def export_class(config, source_values: dict | None) -> str:
 
 def check_export(config, source_values: dict | None, compat: str) -> None:
     """Raise UserError, with the reason, if a model is not in the class `compat`."""
-    reason = obstacles(config, source_values).get(compat)
-    if reason:
+    if reason := obstacles(config, source_values).get(compat):
         other = export_class(config, source_values)
         raise UserError(f"export.compat = {compat} is not possible: {reason}; or export as {other}")
 
@@ -84,9 +76,10 @@ def auto_map(family: Family) -> dict[str, dict[str, str]]:
 
     Empty where none of the files defines the family's classes (`Family.code`).
     """
+    files = {Path(name).stem for name in CODE_FILES} | {path.stem for path in family.code}
     classes = (family.config_class, family.model_class)
     places = [each.__module__.rpartition(".")[2] for each in classes]
-    if not {path.stem for path in (*map(Path, CODE_FILES), *family.code)}.issuperset(places):
+    if not files.issuperset(places):
         return {}
     config, model = (f"{place}.{each.__name__}" for place, each in zip(places, classes))
     models = ("AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM")
@@ -103,15 +96,14 @@ def config_values(config, source_values: dict | None, compat: str, dtype: str) -
     family = family_of(config)
     if compat == "official":
         key = family.width_keys["channels"]
-        values = dict(source_values or {}) | {key: block_widths(config, family, 0).channels}
-        for stale in ("dtype",) if auto_map(family) else ("dtype", "auto_map"):
-            values.pop(stale, None)
+        values = (source_values or {}) | {key: block_widths(config, family, 0).channels}
+        stale: tuple[str, ...] = ("dtype",) if auto_map(family) else ("dtype", "auto_map")
         own = {"mask_token_id": config.mask_token_id, "rope_theta": config.rope_theta}  # the source may lack them
-        return values | own | {"torch_dtype": dtype} | auto_map(family)
-    defaults = PretrainedConfig().to_dict()
-    values = {key: value for key, value in config.to_dict().items() if key not in defaults or defaults[key] != value}
-    for stale in ("dtype", "_name_or_path", "transformers_version"):
-        values.pop(stale, None)
-    own = {"architectures": [family.model_class.__name__], "model_type": family.config_class.model_type}
+    else:
+        defaults = PretrainedConfig().to_dict().items()
+        values = {key: value for key, value in config.to_dict().items() if (key, value) not in defaults}
+        stale = ("dtype", "_name_or_path", "transformers_version")
+        own = {"architectures": [family.model_class.__name__], "model_type": family.config_class.model_type}
+    values = {key: value for key, value in values.items() if key not in stale}
     # torch_dtype is the name that transformers 4 and 5 both read
     return values | own | {"torch_dtype": dtype} | auto_map(family)

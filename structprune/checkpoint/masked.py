@@ -62,7 +62,7 @@ def save_masked(
     stored, state = _read_stored(source, names), model.state_dict()
     _check(stored, state, changed, source)
     copied = list(_copied_files(source))
-    needed = sum((source / path).stat().st_size for path in (*names, *copied))
+    needed = sum((source / path).stat().st_size for path in (*map(Path, names), *copied))
     value = partial(_value, state)
     with output_draft(directory, source, overwrite, needed, files) as draft:
         if names[0].endswith(".bin"):

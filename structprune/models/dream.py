@@ -1,7 +1,5 @@
 """Dream, Dream-Coder and DiffuCoder (arXiv 2508.15487), whose layout is Qwen2's."""
 
-from types import MappingProxyType
-
 from structprune.models.configuration_structprune import StructpruneDreamConfig
 from structprune.models.family import Family
 from structprune.models.modeling_structprune import StructpruneDream
@@ -13,29 +11,27 @@ DREAM = Family(
     model_class=StructpruneDream,
     blocks="model.layers",
     embedding="model.embed_tokens.weight",
-    width_keys=MappingProxyType(
-        {"query_heads": "num_attention_heads", "kv_heads": "num_key_value_heads", "channels": "intermediate_size"}
-    ),
-    keys=MappingProxyType(
-        {
-            "hidden": "hidden_size",
-            "depth": "num_hidden_layers",
-            "vocabulary": "vocab_size",
-            "positions": "max_position_embeddings",
-        }
-    ),
+    width_keys={
+        "query_heads": "num_attention_heads",
+        "kv_heads": "num_key_value_heads",
+        "channels": "intermediate_size",
+    },
+    keys={
+        "hidden": "hidden_size",
+        "depth": "num_hidden_layers",
+        "vocabulary": "vocab_size",
+        "positions": "max_position_embeddings",
+    },
     required=("hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size", "vocab_size"),
     schedule="uniform",
     sampler="timesteps",
     likelihood="independent",
     text_edges="bos_eos",
     published="dream",
-    supported=MappingProxyType(
-        {
-            "rope_scaling": (None,),
-            "use_sliding_window": (False,),
-            "hidden_act": ("silu",),
-            "tie_word_embeddings": (False,),
-        }
-    ),
+    supported={
+        "rope_scaling": (None,),
+        "use_sliding_window": (False,),
+        "hidden_act": ("silu",),
+        "tie_word_embeddings": (False,),
+    },
 )

@@ -18,21 +18,16 @@ def register_family(family: Family) -> None:
         UserError: its name, a model type or its config class is taken.
     """
     for other in FAMILIES:
-        ours, theirs = (_identities(each) for each in (family, other))
-        for kind, value in ours:
-            if (kind, value) in theirs:
+        for kind, value in _identities(family):
+            if (kind, value) in _identities(other):
                 raise UserError(f"family '{family.name}': {kind} '{value}' belongs to family '{other.name}': rename it")
     FAMILIES.append(family)
 
 
 def _identities(family: Family) -> list[tuple[str, str]]:
     """What tells families apart; `family_of` compares config classes by name."""
-    types = (*family.model_types, family.config_class.model_type)
-    return [
-        ("name", family.name),
-        *(("model_type", value) for value in types),
-        ("config class", family.config_class.__name__),
-    ]
+    types = [("model_type", value) for value in (*family.model_types, family.config_class.model_type)]
+    return [("name", family.name), *types, ("config class", family.config_class.__name__)]
 
 
 def family_of(config: Any) -> Family:

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Literal
 
 from transformers import PretrainedConfig
@@ -12,7 +11,6 @@ from structprune.models.modeling_structprune import DiffusionLM
 
 Schedule = Literal["levels", "uniform"]
 ROLES = ("query", "key", "value", "attention_output", "gate", "up", "down")
-UNSCALED: Mapping[str, tuple] = MappingProxyType({"rope_scaling": (None,)})
 
 
 @dataclass(frozen=True)
@@ -55,5 +53,5 @@ class Family:
     likelihood: str
     text_edges: str = "none"
     published: str | None = None
-    supported: Mapping[str, tuple] = field(default_factory=lambda: UNSCALED)
+    supported: Mapping[str, tuple] = field(default_factory=lambda: {"rope_scaling": (None,)})
     code: tuple[Path, ...] = ()

@@ -1,5 +1,6 @@
 """Official config.json -> our configuration: what is supported is built, what is not is refused by name."""
 
+import re
 from pathlib import Path
 
 from transformers import PretrainedConfig
@@ -8,10 +9,10 @@ from structprune.errors import UserError, nearest
 from structprune.models.checkpoint_files import read_json
 from structprune.models.families import FAMILIES, Family
 
-REFUSED_TYPES = {
-    "llada_moe": "LLaDA-MoE is a mixture of experts: structprune cuts dense MLPs only",
-    "llada2_moe": "LLaDA2 is a mixture of experts with block diffusion: structprune cuts dense MLPs only",
+REFUSED_TYPES = {  # start of a model type or architecture, in lower case -> reason
+    "llada2.*moe": "LLaDA2 is a mixture of experts with block diffusion: structprune cuts dense MLPs only",
     "llada2": "LLaDA2 is a block-diffusion model: structprune cuts dense, bidirectional models only",
+    "llada_?moe": "LLaDA-MoE is a mixture of experts: structprune cuts dense MLPs only",
 }
 NOT_OURS = (
     "model_type", "architectures", "auto_map", "transformers_version", "torch_dtype", "dtype", "use_cache",
@@ -30,10 +31,10 @@ def detect_family(values: dict, where: Path | str) -> Family:
     for family in FAMILIES:
         if kind in family.model_types or kind == family.config_class.model_type:
             return family
-    for marker in (kind.lower(), architecture.lower().replace("modellm", "")):
-        if marker.startswith(("llada2", "llada_moe", "lladamoe")):
-            key = "llada_moe" if "2" not in marker else "llada2_moe" if "moe" in marker else "llada2"
-            raise UserError(f"{where}: {REFUSED_TYPES[key]}")
+    for marker in (kind.lower(), architecture.lower()):
+        for pattern, reason in REFUSED_TYPES.items():
+            if re.match(pattern, marker):
+                raise UserError(f"{where}: {reason}")
     known = [name for family in FAMILIES for name in family.model_types]
     raise UserError(f"{where}: unknown model_type '{kind}'{nearest(kind, known)}; supported: {', '.join(known)}")
 
@@ -79,17 +80,16 @@ def find_mask_id(values: dict, directory: Path, mask_id: int | None = None) -> i
     if isinstance(values.get("mask_token_id"), int):
         return values["mask_token_id"]
     settings = directory / "tokenizer_config.json"
-    if settings.exists():
-        content = read_json(settings)
-        token = content.get("mask_token")
-        token = token.get("content") if isinstance(token, dict) else token
+    content = read_json(settings) if settings.exists() else {}
+    token = content.get("mask_token")
+    token = token.get("content") if isinstance(token, dict) else token
+    if token is not None:
         for number, entry in content.get("added_tokens_decoder", {}).items():
-            if token is not None and entry.get("content") == token:
+            if entry.get("content") == token:
                 return int(number)
         vocabulary = directory / "tokenizer.json"
-        if token is not None and vocabulary.exists():
-            for entry in read_json(vocabulary).get("added_tokens", []):
-                if entry.get("content") == token:
-                    return int(entry["id"])
+        for entry in read_json(vocabulary).get("added_tokens", []) if vocabulary.exists() else []:
+            if entry.get("content") == token:
+                return int(entry["id"])
     remedy = "give it with --mask-id, in Python and lm-eval as mask_id (LLaDA 126336, Dream 151666)"
     raise UserError(f"{directory}: no mask id in config.json or the tokenizer: {remedy}")
