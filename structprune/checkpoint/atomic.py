@@ -39,17 +39,13 @@ def _open_up(draft: Path) -> None:
 
 
 def _swap(draft: Path, directory: Path) -> None:
-    if not directory.exists():
-        os.rename(draft, directory)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{directory.name}.old.", dir=directory.parent))
+    backup = draft.with_name(f"{draft.name}.old")  # the draft's name is unique
     try:
-        os.rename(directory, old / "was")
+        if directory.exists():
+            os.rename(directory, backup)
         os.rename(draft, directory)
     except BaseException:
-        if (old / "was").exists():
-            os.rename(old / "was", directory)
+        if backup.exists():
+            os.rename(backup, directory)
         raise
-    finally:
-        if directory.exists():  # else the earlier output is still in `old` and must not be lost
-            shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(backup, ignore_errors=True)

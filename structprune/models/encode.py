@@ -97,10 +97,6 @@ class Batches:
             else:
                 start += rows
                 continue
-            self._shrink(rows // 2 * length)  # outside `except`, whose traceback would keep the tensors alive
+            self.tokens = rows // 2 * length
+            torch.cuda.empty_cache()  # outside `except`, whose traceback would keep the tensors alive
         return torch.cat(results)
-
-    def _shrink(self, tokens: int) -> None:
-        self.tokens = tokens
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()

@@ -3,7 +3,7 @@
 import hashlib
 from pathlib import Path
 
-from structprune.models.checkpoint_files import TOKENIZER_FILES, read_headers, shard_names
+from structprune.models.checkpoint_files import TOKENIZER_FILES, read_header, shard_names
 
 WHOLE = ("config.json", *TOKENIZER_FILES)
 PROBES, PROBE = 64, 1 << 12  # places in a shard, bytes at each
@@ -21,19 +21,16 @@ def fingerprint(directory: Path, allow_pickle: bool = False) -> str:
     for name in WHOLE:
         if (directory / name).is_file():
             digest.update(f"{name}\n".encode() + hashlib.sha256((directory / name).read_bytes()).digest())
-    names = shard_names(directory, allow_pickle)
-    spans: dict[str, list[tuple[int, int]]] = {}
-    if not names[0].endswith(".bin"):
-        for header in read_headers(directory, names).values():
-            spans.setdefault(header.shard, []).append(header.span)
-    for name in names:
-        size = (directory / name).stat().st_size
+    for name in shard_names(directory, allow_pickle):
+        path = directory / name
+        size = path.stat().st_size
         digest.update(f"{name} {size}\n".encode())
-        with open(directory / name, "rb") as file:
-            places = [((size - PROBE) * probe // (PROBES - 1), PROBE) for probe in range(PROBES)]
-            for start, stop in spans.get(name, []):
-                ends = (start, (start + stop) // 2, stop - TENSOR_PROBE)
-                places += [(max(start, place), min(TENSOR_PROBE, stop - start)) for place in ends]
+        places = [((size - PROBE) * probe // (PROBES - 1), PROBE) for probe in range(PROBES)]
+        for header in read_header(path).values() if path.suffix == ".safetensors" else ():
+            start, stop = header.span
+            ends = (start, (start + stop) // 2, stop - TENSOR_PROBE)
+            places += [(max(start, place), min(TENSOR_PROBE, stop - start)) for place in ends]
+        with path.open("rb") as file:
             for place, count in sorted(places):
                 file.seek(max(0, place))
                 digest.update(file.read(count))

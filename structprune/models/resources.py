@@ -12,21 +12,13 @@ from structprune.models.placement import pick_device
 
 @dataclass(frozen=True)
 class Resources:
-    """What a run has to work with.
+    """What a run has to work with."""
 
-    Attributes:
-        device: where forward passes compute.
-        offload: weights stay in host memory and each layer's are streamed to the device while it computes.
-        overlap: copy hidden states and streamed weights while others are computed.
-        dtype: of the weights in memory; None: float32 on CPU, else the checkpoint's own.
-        budget: bytes that hidden states and held statistics may take before they go to files or are computed again.
-    """
-
-    device: torch.device
-    offload: bool = False
-    overlap: bool = False
-    dtype: torch.dtype | None = None
-    budget: int = 8 * 10**9
+    device: torch.device  # where forward passes compute
+    offload: bool = False  # weights stay in host memory, and each layer's are streamed to the device while it computes
+    overlap: bool = False  # copy hidden states and streamed weights while others are computed
+    dtype: torch.dtype | None = None  # of the weights in memory; None: float32 on CPU, else the checkpoint's own
+    budget: int = 8 * 10**9  # bytes of hidden states and statistics before they go to files or are computed again
 
     @property
     def accelerator(self) -> bool:

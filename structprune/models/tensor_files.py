@@ -24,17 +24,12 @@ def write_tensors(path: str | Path, tensors: dict[str, torch.Tensor], metadata: 
     try:
         with whole_file(path) as draft:
             save_file(copies, draft, metadata=metadata)
-            _sort_metadata(draft)
+            with draft.open("r+b") as file:  # safetensors writes metadata in another order every time
+                header, start = raw_header(file)
+                header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+                # as safetensors writes it, so that it takes the same room
+                text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+                file.seek(8)
+                file.write(text.ljust(start - 8))
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be written ({first_line(error)})") from error
-
-
-def _sort_metadata(path: Path) -> None:
-    """Sort the metadata within a file's header, where safetensors puts them in another order every time."""
-    with path.open("r+b") as file:
-        header, start = raw_header(file)
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        # as safetensors writes it, so that it takes the same room
-        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-        file.seek(8)
-        file.write(text.ljust(start - 8))

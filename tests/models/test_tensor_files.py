@@ -47,7 +47,7 @@ def test_views_and_shared_memory(tmp_path):
     assert torch.equal(found["turned"], whole.T) and found["part"].tolist() == [[4, 6], [8, 10]]
 
 
-@pytest.mark.parametrize("step", ["save_file", "_sort_metadata"])
+@pytest.mark.parametrize("step", ["save_file", "raw_header"])
 def test_a_failure_leaves_what_was_there(step, tmp_path, monkeypatch):
     path = tmp_path / "file"
     path.write_bytes(b"old")
