@@ -22,7 +22,7 @@ from structprune.models.checkpoint_files import (
     read_json,
     shard_names,
 )
-from structprune.models.loading import DTYPES, Source, read_pickle, source_of
+from structprune.models.loading import DTYPES, read_pickle, source_of
 from structprune.models.modeling_structprune import DiffusionLM
 
 INDEX = "model.safetensors.index.json"
@@ -57,7 +57,7 @@ def save_masked(
         UserError: see `check_output`; a model without source; a source that is missing, incomplete or not what was
             loaded; a name that is not stored; values that the stored dtype cannot hold; a full disk.
     """
-    source, changed, directory = _intact_source(model).directory, frozenset(changed), Path(directory).absolute()
+    source, changed, directory = _intact_source(model), frozenset(changed), Path(directory).absolute()
     names = shard_names(source, allow_pickle=True)
     stored, state = _read_stored(source, names), model.state_dict()
     _check(stored, state, changed, source)
@@ -76,14 +76,14 @@ def save_masked(
     return directory
 
 
-def _intact_source(model: DiffusionLM) -> Source:
-    """Where the model came from; it must still exist, with the same config."""
+def _intact_source(model: DiffusionLM) -> Path:
+    """The directory the model came from; it must still exist, with the same config."""
     source = source_of(model)
     if not source.directory.is_dir():
         raise UserError(f"the source checkpoint '{source.directory}' is gone: put it back, or load the model again")
     if read_json(source.directory / "config.json") != source.values:
         raise UserError(f"{source.directory / 'config.json'} changed since the model was loaded: load it again")
-    return source
+    return source.directory
 
 
 def _read_stored(directory: Path, names: list[str]) -> dict[str, TensorHeader]:
@@ -107,9 +107,8 @@ def _check(
             owner = directory if name not in stored else "the model"
             raise UserError(f"{owner} has no weight '{name}': only stored weights can be changed")
         if stored[name].dtype not in DTYPES:
-            raise UserError(
-                f"{directory}: {name} is stored in a dtype that masks cannot be written in (only {[*DTYPES]})"
-            )
+            dtypes = f"a dtype that masks cannot be written in (only {[*DTYPES]})"
+            raise UserError(f"{directory}: {name} is stored in {dtypes}")
     for name, tensor in state.items():
         shape = stored[name].shape if name in stored else "not there"
         if shape != tuple(tensor.shape):
@@ -158,9 +157,8 @@ def _convert(source: Path, draft: Path, stored: dict[str, TensorHeader], changed
 
     def read(name: str) -> torch.Tensor:
         tensor = shard(stored[name].shard)[name]
-        if name in changed:
-            return value(name, tensor.dtype)
-        return tensor.contiguous().clone()  # tied tensors share memory, which safetensors does not allow
+        # cloned, because safetensors refuses tensors that share memory
+        return value(name, tensor.dtype) if name in changed else tensor.contiguous().clone()
 
     headers = {key: torch.empty_like(shard(header.shard)[key], device="meta") for key, header in stored.items()}
     write_shards(draft, headers, read)

@@ -33,7 +33,7 @@ class Widths:
 
 @dataclass(frozen=True)
 class BlockView:
-    """One block: its module (`mix`, `activate`, forward), widths, and the seven linears by role (`view["down"]`)."""
+    """One block: its module, widths, and the seven linears by role (`view["down"]`)."""
 
     index: int
     name: str
@@ -61,13 +61,11 @@ class Adapter:
         self.model = model
         self.family: Family = family_of(model.config)
         self.head_dim: int = model.config.head_dim
-        self.blocks = [self._view(index, module) for index, module in enumerate(model.blocks)]
-
-    def _view(self, index: int, module: Block) -> BlockView:
-        prefix = f"{self.family.blocks}.{index}"
-        names = {role: f"{prefix}.{module.roles[role]}" for role in ROLES}
-        widths = block_widths(self.model.config, self.family, index)
-        return BlockView(index, prefix, module, widths, self.head_dim, names)
+        self.blocks: list[BlockView] = []
+        for index, module in enumerate(model.blocks):
+            prefix, widths = f"{self.family.blocks}.{index}", block_widths(model.config, self.family, index)
+            names = {role: f"{prefix}.{module.roles[role]}" for role in ROLES}
+            self.blocks.append(BlockView(index, prefix, module, widths, self.head_dim, names))
 
     @property
     def hidden_size(self) -> int:
@@ -94,12 +92,12 @@ def block_widths(config: Any, family: Family, index: int) -> Widths:
 def set_widths(values: dict, family: Family, widths: list[Widths]) -> dict:
     """A copy of the config dictionary `values` whose blocks have `widths`: global where all agree, else per layer."""
     values = {key: value for key, value in values.items() if key != "per_layer_config"}
-    overrides: dict[str, dict[str, int]] = {str(index): {} for index in range(len(widths))}
     for role, key in family.width_keys.items():
         sizes = [getattr(block, role) for block in widths]
         values[key] = max(set(sizes), key=sizes.count)  # the commonest width, so that overrides stay few
-        for index, size in enumerate(sizes):
-            if size != values[key]:
-                overrides[str(index)][key] = size
-    overrides = {index: override for index, override in overrides.items() if override}
+    overrides: dict[str, dict[str, int]] = {}
+    for index, block in enumerate(widths):
+        sizes_here = {key: getattr(block, role) for role, key in family.width_keys.items()}
+        if override := {key: size for key, size in sizes_here.items() if size != values[key]}:
+            overrides[str(index)] = override
     return values | {"per_layer_config": overrides} if overrides else values

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import huggingface_hub
 from safetensors import SafetensorError, safe_open
 
 from structprune.errors import UserError
@@ -37,10 +38,9 @@ def locate(source: str | Path, weights: bool = True, allow_pickle: bool = False,
     """The directory of a checkpoint given as a path or a Hub id (downloaded without any Python file).
 
     Args:
-        weights: also download the weights of a Hub id; config and tokenizer files are always downloaded.
-        allow_pickle: download `.bin` shards where the Hub id has no safetensors.
-        code: also download its `*.py` files, licence and all other files but weights, to copy them to an output; the
-            code is never run.
+        weights: also download weights; config and tokenizer files are always downloaded.
+        allow_pickle: download `.bin` shards where there are no safetensors.
+        code: also download Python files, which are never run, and all other files but weights, to copy to an output.
     Raises:
         UserError: no such directory, or the Hub cannot be reached or does not have it.
     """
@@ -58,14 +58,11 @@ def locate(source: str | Path, weights: bool = True, allow_pickle: bool = False,
 
 def _snapshot(hub_id: str, weights: list[str], code: bool) -> Path:
     """Download settings and the weights of some patterns; with `code` everything but weights of other patterns."""
-    from huggingface_hub import snapshot_download
-
     patterns: dict[str, Any] = {"allow_patterns": [*SETTINGS_PATTERNS, *weights]}
     if code:
-        others = [pattern for pattern in ("*.safetensors", "*.bin", *UNREAD_WEIGHTS) if pattern not in weights]
-        patterns = {"ignore_patterns": others}
+        patterns = {"ignore_patterns": sorted({"*.safetensors", "*.bin", *UNREAD_WEIGHTS}.difference(weights))}
     try:
-        return Path(snapshot_download(hub_id, **patterns))
+        return Path(huggingface_hub.snapshot_download(hub_id, **patterns))
     except Exception as error:  # the Hub client raises a dozen types, all meaning the same to the user
         message = f"'{hub_id}' is neither a directory nor a Hub checkpoint that can be reached ({first_line(error)})"
         raise UserError(message) from error
@@ -86,10 +83,8 @@ def is_weights(name: str) -> bool:
 def read_json(path: Path, remedy: str = "download it again") -> dict:
     """The object in a JSON file.
 
-    Args:
-        remedy: what the user can do about a damaged file.
     Raises:
-        UserError: the file is missing, or is not a JSON object.
+        UserError: the file is missing, or is not a JSON object; with a `remedy` for damaged files.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -112,15 +107,14 @@ def shard_names(directory: Path, allow_pickle: bool = False) -> list[str]:
         return names
     present = sorted(path.name for path in directory.iterdir() if WEIGHT_FILE.match(path.name))
     pickled = [name for name in present if name.endswith(".bin")]
-    if pickled and not allow_pickle:
+    if pickled and allow_pickle:
+        return _named_shards(directory, "pytorch_model.bin") or pickled
+    if pickled:
         remedy = "convert them to safetensors, or allow them with --allow-pickle (in Python and lm-eval: allow_pickle)"
         raise UserError(f"{directory} has only pickled weights ({pickled[0]}): {remedy}")
-    if pickled:
-        return _named_shards(directory, "pytorch_model.bin") or pickled
     if present:
-        raise UserError(
-            f"{directory} has {present[0]} but neither model.safetensors nor its index: finish the download"
-        )
+        missing = "neither model.safetensors nor its index"
+        raise UserError(f"{directory} has {present[0]} but {missing}: finish the download")
     raise UserError(f"{directory} has no weights (model.safetensors or an index with its shards): download them")
 
 
@@ -135,10 +129,8 @@ def _named_shards(directory: Path, whole: str) -> list[str]:
     names = sorted(set(places.values()))
     if outside := [name for name in names if Path(name).name != name]:
         raise UserError(f"{index} names {outside[0]}, which is not in its folder: download it again")
-    missing = [name for name in names if not (directory / name).exists()]
-    if missing:
-        absent = ", ".join(missing)
-        raise UserError(f"{directory} lacks {absent} ({len(names)} shards in the index): finish the download")
+    if missing := ", ".join(name for name in names if not (directory / name).exists()):
+        raise UserError(f"{directory} lacks {missing} ({len(names)} shards in the index): finish the download")
     return names
 
 
@@ -196,10 +188,8 @@ def stored_headers(source: str | Path, directory: Path, allow_pickle: bool = Fal
 
 def _hub_headers(hub_id: str) -> dict[str, TensorHeader]:
     """Headers by range requests of a few kilobytes per shard; none where the Hub does not return them."""
-    from huggingface_hub import get_safetensors_metadata
-
     try:
-        files = get_safetensors_metadata(hub_id).files_metadata
+        files = huggingface_hub.get_safetensors_metadata(hub_id).files_metadata
     except Exception:  # offline, no safetensors, or a header that cannot be parsed: config.json must do
         return {}
     return {

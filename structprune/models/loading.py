@@ -1,15 +1,25 @@
 """Official checkpoint directory or Hub id -> our model; no code from the checkpoint is executed."""
 
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from structprune.errors import UserError
 from structprune.files import first_line
-from structprune.models.checkpoint_files import is_byte_pair, locate, read_headers, read_json, shard_names
+from structprune.models.checkpoint_files import (
+    TensorHeader,
+    is_byte_pair,
+    locate,
+    read_headers,
+    read_json,
+    shard_names,
+)
 from structprune.models.families import Family
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.official import build_config, detect_family, find_mask_id
@@ -20,31 +30,23 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model came from.
-
-    Attributes:
-        directory: where its files are.
-        values: contents of its config.json.
-        dtype: the dtype its weights are stored in.
-        name: the Hub id, or the directory's own name.
-    """
+    """Where a model came from."""
 
     directory: Path
-    values: dict
-    dtype: torch.dtype
-    name: str = ""
+    values: dict  # contents of config.json
+    dtype: torch.dtype  # of the stored weights
+    name: str = ""  # the Hub id, or the directory's own name
 
 
 def source_of(model: DiffusionLM) -> Source:
-    """Where a model was loaded from, and what was stored there.
+    """Where a model was loaded from.
 
     Raises:
-        UserError: the model was not loaded from a checkpoint.
+        UserError: it was not loaded from a checkpoint.
     """
-    source = getattr(model, "source", None)
-    if source is None:
+    if getattr(model, "source", None) is None:
         raise UserError("the model has no source checkpoint: load it with structprune.load_model")
-    return source
+    return model.source
 
 
 def as_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
@@ -73,12 +75,10 @@ def load_config(
     allow_pickle: bool = False,
     code: bool = False,
 ) -> tuple[Path, Family, Any, dict]:
-    """Our configuration and family of a checkpoint; reads config.json (and the tokenizer's settings) only.
+    """Directory, family, configuration and contents of config.json; reads it and the tokenizer's settings only.
 
     Args:
         weights, allow_pickle, code: what to download of a Hub id (`locate`).
-    Returns:
-        (directory, family, config, contents of config.json)
     """
     directory = locate(source, weights, allow_pickle, code)
     values = read_json(directory / "config.json")
@@ -102,9 +102,9 @@ def load_model(
         dtype: of the weights in memory; default float32 on CPU (bf16 products are far slower there), the
             checkpoint's own on an accelerator; "auto": the checkpoint's own anywhere.
         device: default CPU.
-        mask_id: the mask token's id, where neither config nor tokenizer has it.
+        mask_id: where neither config nor tokenizer has the mask token's id.
         allow_pickle: also read `.bin` shards, with `torch.load(weights_only=True)`.
-        code: also download a Hub id's Python and other files (`locate`), for `save_masked`; no code is run.
+        code: also download a Hub id's Python and other files (`locate`), for `save_masked`.
     Returns:
         A `transformers.PreTrainedModel` in eval mode; `model.source` says where it came from.
     Raises:
@@ -116,10 +116,8 @@ def load_model(
         model = family.model_class(config)
     names = shard_names(directory, allow_pickle)
     if not names[0].endswith(".bin"):
-        check_shapes(model, {n: h.shape for n, h in read_headers(directory, names).items()}, directory)
-    chosen = as_dtype(None if dtype == "auto" else dtype)
-    if dtype is None and device.type == "cpu":
-        chosen = torch.float32
+        check_shapes(model, read_headers(directory, names), directory)
+    chosen = torch.float32 if dtype is None and device.type == "cpu" else as_dtype(None if dtype == "auto" else dtype)
     state: dict[str, torch.Tensor] = {}
     dtypes: list[torch.dtype] = []  # of the first shard's tensors as stored
     for name in names:  # cast shard by shard, so that no second copy of the whole model is in memory
@@ -127,42 +125,38 @@ def load_model(
         dtypes = dtypes or [tensor.dtype for tensor in shard.values()]
         stored = max(dtypes, key=dtypes.count)
         state |= {key: shard.pop(key).to(device, chosen or stored) for key in list(shard)}
-    check_shapes(model, {name: tuple(tensor.shape) for name, tensor in state.items()}, directory)
+    check_shapes(model, state, directory)
     model.load_state_dict({name: state.pop(name) for name in model.state_dict()}, assign=True)
     model.config.dtype = chosen or stored
     model.source = Source(directory, values, stored, source_name(source, directory))
     return model.eval()
 
 
-def check_shapes(model: DiffusionLM, shapes: dict[str, tuple[int, ...]], directory: Path) -> None:
+def check_shapes(
+    model: DiffusionLM, stored: Mapping[str, TensorHeader] | Mapping[str, torch.Tensor], directory: Path
+) -> None:
     """Compare the shapes of stored tensors with the model that the config describes.
 
     Raises:
         UserError: one is missing, unknown, or has another shape.
     """
-    described = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    for name, shape in described.items():
-        if name not in shapes:
+    state = model.state_dict()
+    for name, tensor in state.items():
+        if name not in stored:
             raise UserError(f"{directory}: the weights lack {name}, which config.json asks for")
-        if shapes[name] != shape:
-            raise UserError(f"{directory}: {name} is {shapes[name]}, but config.json asks for {shape}")
-    extra = [name for name in shapes if name not in described and not name.endswith("inv_freq")]
-    if extra:
+        shape, described = tuple(stored[name].shape), tuple(tensor.shape)
+        if shape != described:
+            raise UserError(f"{directory}: {name} is {shape}, but config.json asks for {described}")
+    if extra := [name for name in stored if name not in state and not name.endswith("inv_freq")]:
         count, first = len(extra), extra[0]
         raise UserError(f"{directory}: {count} weights are not in the model config.json describes (first: {first})")
 
 
 def _read_shard(path: Path) -> dict[str, torch.Tensor]:
-    if path.suffix == ".bin":
-        state = read_pickle(path)
-    else:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            state = load_file(path)
-        except SafetensorError as error:
-            raise UserError(f"{path} cannot be read ({error}): download it again") from error
+    try:
+        state = read_pickle(path) if path.suffix == ".bin" else load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path} cannot be read ({error}): download it again") from error
     for name, tensor in state.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise UserError(f"{path}: {name} holds NaN or Inf: the shard is damaged, download it again")
@@ -195,12 +189,13 @@ def load_tokenizer(directory: str | Path) -> Any:
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
-    directory = Path(directory)
+    directory, kind = Path(directory), cast(Any, AutoTokenizer)
     # the official files name classes that only their remote code has: a fast tokenizer is its tokenizer.json, and
     # DreamTokenizer, which comes as vocabulary and merges, is Qwen2's under another name
-    kind: Any = PreTrainedTokenizerFast
-    if not (directory / "tokenizer.json").exists():
-        kind = Qwen2Tokenizer if is_byte_pair(directory) else AutoTokenizer
+    if (directory / "tokenizer.json").exists():
+        kind = PreTrainedTokenizerFast
+    elif is_byte_pair(directory):
+        kind = Qwen2Tokenizer
     try:
         return kind.from_pretrained(directory)
     except Exception as error:

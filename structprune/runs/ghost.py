@@ -51,7 +51,7 @@ def read_ghost(source: str | Path, settings: ModelSettings) -> Ghost:
         model = family.model_class(config)
     headers = stored_headers(source, directory, settings.allow_pickle)
     if headers:
-        check_shapes(model, {name: header.shape for name, header in headers.items()}, directory)
+        check_shapes(model, headers, directory)
         dtypes = [DTYPES.get(header.dtype, torch.float32) for header in headers.values()]
         stored = max(dtypes, key=dtypes.count)
     else:
