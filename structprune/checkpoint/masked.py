@@ -48,9 +48,8 @@ def save_masked(
     Args:
         model: from `structprune.load_model`, in the shapes it was loaded in.
         changed: state-dict names whose values come from the model; all others come from the source.
-        files: additional files, which replace those of the source with the same name: a dict is written as JSON, text
-            as it is, a callable gets the path. Only an output with `masks.safetensors` can be overwritten later.
-        overwrite: replace an existing directory once the new one is complete.
+        files, overwrite: as in `save_pruned`; files replace those of the source. Only an output with
+            `masks.safetensors` can be overwritten later.
     Returns:
         The directory.
     Raises:
@@ -61,7 +60,7 @@ def save_masked(
     names = shard_names(source, allow_pickle=True)
     stored, state = _read_stored(source, names), model.state_dict()
     _check(stored, state, changed, source)
-    copied = list(_copied_files(source))
+    copied = list(_copied_files(source, source, tuple(source.resolve().parents)))
     needed = sum((source / path).stat().st_size for path in (*map(Path, names), *copied))
     value = partial(_value, state)
     with output_draft(directory, source, overwrite, needed, files) as draft:
@@ -164,31 +163,26 @@ def _convert(source: Path, draft: Path, stored: dict[str, TensorHeader], changed
     write_shards(draft, headers, read)
 
 
-def _copied_files(source: Path) -> Iterator[Path]:
-    """Files to copy, relative to `source`, with links followed: all except weights and by-products of earlier runs.
+def _copied_files(source: Path, folder: Path, ancestors: tuple[Path, ...]) -> Iterator[Path]:
+    """Files to copy, relative to `source`: all except hidden files, weights and by-products of earlier runs.
+
+    Links are followed, except those to one of their own ancestors.
 
     Raises:
         UserError: a file that cannot be read, such as a broken link.
     """
-    for path in _files_below(source, tuple(source.resolve().parents)):
-        relative = path.relative_to(source)
-        if str(relative) in BY_PRODUCTS or (is_weights(path.name) and str(relative) != INDEX):
-            continue
-        if not os.access(path, os.R_OK):
-            raise UserError(f"{path} cannot be read: finish the download, or change its permissions")
-        if path.is_file():  # not a pipe or the like
-            yield relative
-
-
-def _files_below(folder: Path, ancestors: tuple[Path, ...]) -> Iterator[Path]:
-    """All files except hidden ones; a link to one of its own ancestors is not followed."""
     resolved = folder.resolve()
     if resolved in ancestors:
         return
     for path in sorted(folder.iterdir()):
+        relative = path.relative_to(source)
         if path.name.startswith(".") or path.name == "__pycache__":
             continue
         if path.is_dir():
-            yield from _files_below(path, (*ancestors, resolved))
-        else:
-            yield path
+            yield from _copied_files(source, path, (*ancestors, resolved))
+        elif str(relative) in BY_PRODUCTS or (is_weights(path.name) and str(relative) != INDEX):
+            continue
+        elif not os.access(path, os.R_OK):
+            raise UserError(f"{path} cannot be read: finish the download, or change its permissions")
+        elif path.is_file():  # not a pipe or the like
+            yield relative

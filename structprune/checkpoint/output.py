@@ -61,7 +61,7 @@ def check_output(
 
 
 def check_place(path: str | Path) -> Path:
-    """Check that something can be written at `path`, by making and removing a directory in its nearest existing parent.
+    """Check that something can be written at `path`: make and remove a directory in its nearest existing parent.
 
     Permissions alone are not enough: the superuser has all of them, and some file systems are read-only.
 
@@ -110,7 +110,6 @@ def write_shards(
     Args:
         headers: name -> tensor on the meta device, with the shape and dtype to write.
         read: name -> tensor to write, contiguous and on the CPU.
-        max_shard_size: such as "5GB".
     """
     pattern = "model{suffix}.safetensors"
     split = split_torch_state_dict_into_shards(headers, filename_pattern=pattern, max_shard_size=max_shard_size)

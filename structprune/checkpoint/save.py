@@ -35,7 +35,7 @@ def save_pruned(
         compat: export class (`structprune.checkpoint.export`).
         dtype: of the written weights; default the dense checkpoint's own.
         max_shard_size: such as "5GB".
-        files: additional files: a dict is written as JSON, text as it is, a callable gets the path.
+        files: additional files; a dict is written as JSON, text as it is, and a callable gets the path.
         overwrite: replace an existing directory once the new one is complete.
     Returns:
         The directory.

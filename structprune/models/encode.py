@@ -22,16 +22,15 @@ def encode_at(
 ) -> torch.Tensor:
     """Hidden states that predict the tokens at the target positions, so that the LM head runs nowhere else.
 
-    These are the states at the positions themselves, or at the positions before where the model is shifted (Dream,
-    whose first token is predicted from its own position). The last block computes outputs at these positions only, and
-    keys and values at the others.
+    These are the states at the positions themselves, or one before where the model is shifted (Dream, whose first token
+    is predicted from its own position). The last block computes only keys and values at the other positions.
 
     Args:
         input_ids: (B, T) int64.
         targets: (B, T) bool.
         attention_mask: (B, T), true at real tokens; None when every token is real.
-        span: positions to run, from among which the targets are predicted; keys and values of the other positions must
-            come from a cache (`cached.KeyValueCache`). Default all.
+        span: positions to run, those of the targets among them; keys and values of the others must come from a cache
+            (`cached.KeyValueCache`). Default all.
     Returns:
         (M, C) after the final norm, row by row from left to right.
     """
@@ -70,7 +69,7 @@ class Batches:
 
     @classmethod
     def automatic(cls, device: torch.device) -> "Batches":
-        """A good number to begin with on a device; high on CUDA, where memory is the limit."""
+        """The number to begin with on a device; high on CUDA, where memory is the limit."""
         return cls(CPU_TOKENS if device.type == "cpu" else CUDA_TOKENS)
 
     def rows(self, length: int) -> int:
