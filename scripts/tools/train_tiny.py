@@ -29,7 +29,7 @@ from structprune import load_model
 from structprune.calibration.noise import stratified_noise
 from structprune.calibration.windows import cut_windows
 from structprune.checkpoint.atomic import whole_directory
-from structprune.checkpoint.save import check_output
+from structprune.checkpoint.output import check_output
 from structprune.errors import UserError
 from structprune.evaluation.nelbo import Nelbo, masked_nelbo
 from structprune.models.configuration_structprune import StructpruneLLaDAConfig
