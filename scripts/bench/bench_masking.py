@@ -39,7 +39,7 @@ from scripts.tools.script_line import (
     write_result,
 )
 from structprune.bench.machine import describe_machine
-from structprune.calibration.noise import noise_windows
+from structprune.calibration.noise import level_times, noise_windows
 from structprune.cli.console import progress_bars
 from structprune.errors import UserError
 from structprune.models.configuration_structprune import StructpruneLLaDAConfig
@@ -79,8 +79,8 @@ def write_data(path: Path, options: argparse.Namespace) -> None:
     """Random windows and their noisy copies, level by level."""
     generator, mask_id = torch.Generator().manual_seed(0), options.vocabulary - 1
     ids = torch.randint(mask_id, (options.windows, options.length), generator=generator)  # (N, T)
-    steps = INTERVAL * options.levels
-    noisy, _ = noise_windows(ids, mask_id, "levels", generator, steps, INTERVAL, False)  # (N, S, T)
+    times = level_times(INTERVAL * options.levels, INTERVAL)  # (S,)
+    noisy, _ = noise_windows(ids, mask_id, "levels", generator, times)  # (N, S, T)
     save_file({"ids": ids, "noisy": noisy.contiguous()}, path)
 
 

@@ -29,7 +29,7 @@ from scripts.tools.script_line import (
 )
 from structprune.bench.settings import BenchSettings
 from structprune.calibration.batches import Calibration
-from structprune.calibration.noise import noise_windows
+from structprune.calibration.noise import level_times, noise_windows
 from structprune.cli.console import progress_bars
 from structprune.config import Config, ModelSettings
 from structprune.errors import UserError
@@ -57,9 +57,9 @@ def random_calibration(model: DiffusionLM, options: argparse.Namespace) -> Calib
     adapter, generator = Adapter(model), torch.Generator().manual_seed(0)
     count = options.windows + options.held_out
     ids = torch.randint(adapter.mask_id, (count, options.window), generator=generator)  # (N, T)
-    noisy, probability = noise_windows(
-        ids, adapter.mask_id, adapter.family.schedule, generator, STEPS, STEPS // options.levels, model.edges_visible
-    )  # (N, S, T), (N, S)
+    times = level_times(STEPS, STEPS // options.levels)  # (S,)
+    schedule, edges = adapter.family.schedule, model.edges_visible
+    noisy, probability = noise_windows(ids, adapter.mask_id, schedule, generator, times, edges)  # (N, S, T), (N, S)
     return Calibration(ids, noisy, probability, {}, options.held_out)
 
 

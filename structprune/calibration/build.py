@@ -26,11 +26,11 @@ def calibrate(model: DiffusionLM, config: Config) -> Calibration:
     Raises:
         UserError: text or file that cannot be used.
     """
-    adapter, replayed = Adapter(model), config.calibration.replays
+    adapter = Adapter(model)
     check_length(model, config)
     return load_calibration(
         config.calibration,
-        None if replayed else load_tokenizer(model.source.directory),
+        None if config.calibration.replays else load_tokenizer(model.source.directory),
         mask_id=adapter.mask_id,
         schedule=adapter.family.schedule,
         edges_visible=model.edges_visible,
@@ -67,8 +67,6 @@ def load_calibration(
     vocabulary: int | None = None,
 ) -> Calibration:
     """The calibration set that `settings` describe; equal settings and text give equal ids and noise.
-
-    A .safetensors source is replayed (`replay`).
 
     Args:
         tokenizer: of the checkpoint; not needed for a replay.
@@ -120,12 +118,10 @@ def replay(settings: CalibrationSettings, mask_id: int | None = None) -> Calibra
 
 
 def check_source(settings: CalibrationSettings, directory: Path) -> Calibration | None:
-    """Raise UserError for a saved calibration or a tokenizer that cannot be used, before any weight is read.
+    """The saved calibration, or None for text, whose tokenizer is in the checkpoint's directory.
 
-    Args:
-        directory: of the checkpoint, whose tokenizer text is to go through.
-    Returns:
-        The saved calibration; None for text.
+    Raises:
+        UserError: a saved calibration or a tokenizer that cannot be used.
     """
     if settings.replays:
         return replay(settings)
@@ -151,7 +147,7 @@ def _from_text(
     noise = _generator(settings.seed, 1)
     # drawn separately, so that times are stratified over the fit windows and over the held-out ones
     parts = [
-        noise_windows(part, mask_id, schedule, noise, settings.steps, settings.interval, edges_visible)
+        noise_windows(part, mask_id, schedule, noise, times, edges_visible)
         for part in input_ids.split([settings.windows, settings.held_out])
     ]
     noisy_ids, mask_probability = (torch.cat(tensors) for tensors in zip(*parts))  # (N, S, T), (N, S)

@@ -53,29 +53,27 @@ def noise_windows(
     mask_id: int,
     schedule: Schedule,
     generator: torch.Generator,
-    steps: int = 50,
-    interval: int = 5,
+    times: torch.Tensor,
     edges_visible: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Noisy copies of every window, on CPU.
 
     Args:
         input_ids: (N, T) int64.
-        schedule: "levels" (LLaDA: every window at the same S ordered levels) or "uniform" (Dream: S independent
-            copies; in each, the times of the N windows are stratified over (0, 1) around one random shift).
+        schedule: "levels" (LLaDA: every window at the S ordered `times`) or "uniform" (Dream: S independent copies; in
+            each, the times of the N windows are stratified over (0, 1) around one random shift).
+        times: (S,) of `level_times`; for "uniform" only their number counts.
     Returns:
-        noisy ids (N, S, T) int64 and the mask probabilities (N, S) float32, S = steps // interval.
+        noisy ids (N, S, T) int64 and the mask probabilities (N, S) float32.
     Raises:
-        UserError: interval outside 1..steps.
         ValueError: unknown schedule.
     """
     if schedule not in ("levels", "uniform"):
         raise ValueError(f"schedule must be 'levels' or 'uniform', not '{schedule}'")
-    levels, windows = level_times(steps, interval), len(input_ids)  # (S,)
     if schedule == "levels":
-        t = levels.expand(windows, -1)  # (N, S)
+        t = times.expand(len(input_ids), -1)  # (N, S)
     else:
-        t = torch.stack([stratified_times(windows, generator) for _ in levels], dim=1)  # (N, S)
+        t = torch.stack([stratified_times(len(input_ids), generator) for _ in times], dim=1)  # (N, S)
     p = mask_rate(t)  # (N, S)
     return apply_mask(input_ids, p, mask_id, generator, edges_visible), p
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from structprune.calibration.noise import noise_windows
+from structprune.calibration.noise import level_times, noise_windows
 from structprune.generation.generate import Step, generate
 from structprune.generation.samplers import Generation
 from structprune.models.adapter import Adapter
@@ -22,9 +22,8 @@ def forward_trajectory(model: DiffusionLM, windows: torch.Tensor, levels: int, s
         levels: S, evenly spaced over the trajectory (LLaDA), or as many independent draws (Dream).
     """
     adapter, generator = Adapter(model), torch.Generator().manual_seed(seed)
-    noisy, p = noise_windows(
-        windows, adapter.mask_id, adapter.family.schedule, generator, levels, 1, model.edges_visible
-    )  # (N, S, T), (N, S)
+    times = level_times(levels, 1)  # (S,)
+    noisy, p = noise_windows(windows, adapter.mask_id, adapter.family.schedule, generator, times, model.edges_visible)
     p, order = p.sort(dim=1, descending=True)  # (N, S)
     noisy = noisy.gather(1, order[..., None].expand_as(noisy)).flatten(0, 1)  # (N * S, T)
     sequences = torch.arange(len(windows)).repeat_interleave(levels).tolist()  # of every row

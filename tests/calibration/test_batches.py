@@ -6,7 +6,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from structprune.calibration.batches import Calibration
-from structprune.calibration.noise import noise_windows
+from structprune.calibration.noise import level_times, noise_windows
 from structprune.errors import UserError
 
 MASK = 99
@@ -16,7 +16,7 @@ MASK = 99
 def calibration() -> Calibration:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 50, (5, 12), generator=generator)
-    noisy, p = noise_windows(ids, MASK, "uniform", generator, steps=3, interval=1)
+    noisy, p = noise_windows(ids, MASK, "uniform", generator, level_times(3, 1))
     metadata = {"mask_id": str(MASK), "source": "x.txt", "seed": "0", "noise_levels": "uniform x 3"}
     return Calibration(ids, noisy, p, metadata, held_out=2)
 

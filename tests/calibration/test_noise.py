@@ -22,7 +22,7 @@ def times_of(p: torch.Tensor) -> torch.Tensor:
 
 
 def test_levels_are_the_published_ones():
-    _, p = noise_windows(windows(3, 8), MASK, "levels", generator())
+    _, p = noise_windows(windows(3, 8), MASK, "levels", generator(), level_times())
     expected = torch.tensor([0.999 * t + 0.001 for t in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)])
     assert p.dtype == torch.float32 and p.shape == (3, 10)
     torch.testing.assert_close(p, expected.expand(3, 10), rtol=0, atol=1e-7)
@@ -32,7 +32,7 @@ def test_levels_are_the_published_ones():
 
 def test_mask_rate_follows_p_and_only_masked_positions_change():
     ids = windows(40, 500)
-    noisy, p = noise_windows(ids, MASK, "levels", generator(), steps=20, interval=4)
+    noisy, p = noise_windows(ids, MASK, "levels", generator(), level_times(20, 4))
     assert noisy.dtype == torch.int64 and noisy.shape == (40, 5, 500)
     masked = noisy == MASK
     rate, deviation = masked.float().mean((0, 2)), (p[0] * (1 - p[0]) / 20_000).sqrt()
@@ -42,7 +42,7 @@ def test_mask_rate_follows_p_and_only_masked_positions_change():
 
 
 def test_masks_are_independent_over_copies_and_positions():
-    noisy, p = noise_windows(windows(40, 500), MASK, "levels", generator(), steps=2, interval=1)
+    noisy, p = noise_windows(windows(40, 500), MASK, "levels", generator(), level_times(2, 1))
     first = (noisy[:, 0] == MASK).double() - p[0, 0]
     neighbours = (first[:, 1:] * first[:, :-1]).mean()
     rows = (first[1:] * first[:-1]).mean()
@@ -51,7 +51,7 @@ def test_masks_are_independent_over_copies_and_positions():
 
 def test_uniform_is_one_shift_per_copy():
     ids = windows(8, 16)
-    _, p = noise_windows(ids, MASK, "uniform", generator(3), steps=6, interval=2)
+    _, p = noise_windows(ids, MASK, "uniform", generator(3), level_times(6, 2))
     t = times_of(p)
     assert p.shape == (8, 3)
     for copy in t.T:
@@ -89,7 +89,7 @@ def test_edges_stay_visible_only_where_asked(draw):
         if draw == "evaluation":
             noisy, _ = stratified_noise(ids, MASK, generator(), samples=4, edges_visible=visible)
         else:
-            noisy, _ = noise_windows(ids, MASK, draw, generator(), edges_visible=visible)
+            noisy, _ = noise_windows(ids, MASK, draw, generator(), level_times(), edges_visible=visible)
         assert (noisy[..., 1:-1] == MASK).any()
         for edge in (0, -1):
             assert torch.equal(noisy[..., edge], ids[:, None, edge].expand(noisy.shape[:2])) == visible
@@ -98,7 +98,7 @@ def test_edges_stay_visible_only_where_asked(draw):
 @pytest.mark.parametrize("schedule", ["levels", "uniform"])
 def test_the_seed_decides(schedule):
     ids = windows(4, 50)
-    one, two, other = (noise_windows(ids, MASK, schedule, generator(seed))[0] for seed in (5, 5, 6))
+    one, two, other = (noise_windows(ids, MASK, schedule, generator(seed), level_times())[0] for seed in (5, 5, 6))
     assert torch.equal(one, two) and not torch.equal(one, other)
 
 
@@ -106,6 +106,6 @@ def test_bad_requests():
     with pytest.raises(
         UserError, match=r"^calibration.interval = 60 leaves no noise level: choose 1 to calibration.steps = 50$"
     ):
-        noise_windows(windows(1, 4), MASK, "levels", generator(), steps=50, interval=60)
+        level_times(50, 60)
     with pytest.raises(ValueError, match="not 'linear'"):
-        noise_windows(windows(1, 4), MASK, "linear", generator())
+        noise_windows(windows(1, 4), MASK, "linear", generator(), level_times())
