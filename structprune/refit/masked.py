@@ -6,6 +6,7 @@ Shapes: O outputs, C inputs, K kept ones.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -21,39 +22,25 @@ EVERY = 5  # steps between checks of the residuals, each a device sync
 def refit_rows(
     weight: torch.Tensor,
     keep: torch.Tensor,
-    target: torch.Tensor,
-    gram: torch.Tensor,
-    damping: float,
+    fit: Products,
+    dampings: Sequence[float],
     tolerance: float = TOLERANCE,
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """W_new = W + (W·C - W·G)_K (G_KK + λI)⁻¹ on every row's kept inputs K, the minimiser under the mask of
     ‖W_new X̂ᵀ - W_dense Xᵀ‖² + λ‖W_new - W‖².
 
+    Every step reads the Gram matrix once for all dampings, which dominates the cost for few rows. Up to rounding, each
+    result equals its own run.
+
     Args:
         weight: (O, C) fp64, zero where `keep` (O, C) bool is false.
-        target: (O, C) W_dense XᵀX̂. gram: (C, C) X̂ᵀX̂.
-        damping: λ relative to the mean diagonal of the row's G_KK; infinity returns `weight`.
+        dampings: λ relative to the mean diagonal of the row's G_KK, n finite values.
         tolerance: of the residual (W·C - W·G)_K, relative to its start.
     Returns:
-        (O, C) fp64.
+        (n, O, C) fp64.
     """
-    if damping == UNCHANGED:
-        return weight
-    return refit_each(weight, keep, target, gram, (damping,), tolerance, dtype)[0]
-
-
-def refit_each(
-    weight: torch.Tensor,
-    keep: torch.Tensor,
-    target: torch.Tensor,
-    gram: torch.Tensor,
-    dampings: Sequence[float],
-    tolerance: float = TOLERANCE,
-    dtype: torch.dtype = torch.float32,
-) -> torch.Tensor:
-    """`refit_rows` for several finite dampings at once, (n, O, C): every step reads the Gram matrix once for all of
-    them, which dominates the cost for few rows. Up to rounding, each result equals its own run."""
+    gram, target = fit.gram, fit.target  # (C, C), (O, C)
     unit = gram.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)  # (), so that fp32 has range to spare
     power = gram.diagonal() / unit  # (C,)
     mean = (power * keep).sum(1, keepdim=True) / keep.sum(1, keepdim=True).clamp(min=1)  # (O, 1)
@@ -130,11 +117,13 @@ def choose_refit(
     tried, best, gain = sorted(set(candidates) - {UNCHANGED}), UNCHANGED, 0.0
     if not tried:
         return weight, UNCHANGED, 0.0
-    moved = refit_each(weight[sample], keep[sample], fit.target[sample], fit.gram, tried)  # (n, s, C)
+    moved = refit_rows(weight[sample], keep[sample], replace(fit, target=fit.target[sample]), tried)  # (n, s, C)
     plain, *errors = output_errors(torch.cat((weight[sample][None], moved)), check.target[sample], check.gram)
     for damping, error in zip(tried, errors):
         if error - plain < gain:
             best, gain = damping, error - plain
-    moved = refit_rows(weight, keep, fit.target, fit.gram, best)  # (O, C)
+    if best == UNCHANGED:
+        return weight, UNCHANGED, 0.0
+    (moved,) = refit_rows(weight, keep, fit, (best,))  # (O, C)
     whole = output_error(moved, check.target, check.gram) - output_error(weight, check.target, check.gram)
     return (moved, best, whole) if whole < -NOISE * check.power else (weight, UNCHANGED, 0.0)

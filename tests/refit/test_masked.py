@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from structprune.refit import masked as refit
-from structprune.refit.masked import choose_refit, refit_each, refit_rows
+from structprune.refit.masked import choose_refit, refit_rows
 from structprune.refit.products import UNCHANGED, Products, output_error
 
 EXACT = {"tolerance": 1e-14, "dtype": torch.float64}
@@ -35,6 +35,11 @@ def products(x, hat, omega, weight) -> Products:
     return Products(hat.T @ weighted, weight @ x.T @ weighted, power)
 
 
+def refitted(weight, keep, sums, damping, **options):
+    """The refit at one damping, (O, C)."""
+    return refit_rows(weight, keep, sums, (damping,), **options)[0]
+
+
 def explicit(x, hat, omega, dense, start, keep, damping):
     """Row by row the minimiser over kept inputs of ‖ω(X̂w - Xw_dense)‖² + λ‖w - w_start‖², by `lstsq`.
 
@@ -57,10 +62,10 @@ def test_rows_are_the_explicit_minimisers(damping):
     start = weight * keep * 1.1  # as after an update of what is left
     sums = products(x, hat, omega, weight)
     before = start.clone()
-    moved = refit_rows(start, keep, sums.target, sums.gram, damping, **EXACT)
+    moved = refitted(start, keep, sums, damping, **EXACT)
     expected = explicit(x, hat, omega, weight, start, keep, damping)
     assert torch.allclose(moved, expected, rtol=1e-7, atol=1e-9)
-    usual = refit_rows(start, keep, sums.target, sums.gram, damping)  # in fp32
+    usual = refitted(start, keep, sums, damping)  # in fp32
     assert usual.dtype == torch.float64 and (usual - expected).norm() < 2e-3 * (expected - start).norm()
     assert usual[~keep].eq(0).all() and usual[0].eq(0).all()
     assert moved[~keep].eq(0).all() and moved[0].eq(0).all()
@@ -70,7 +75,7 @@ def test_rows_are_the_explicit_minimisers(damping):
 def test_the_gradient_vanishes_on_kept_inputs_of_wide_rows():
     x, hat, omega, weight, keep = case(outputs=40, columns=70, rows=90)
     sums = products(x, hat, omega, weight)
-    moved = refit_rows(weight * keep, keep, sums.target, sums.gram, 0.02, **EXACT)
+    moved = refitted(weight * keep, keep, sums, 0.02, **EXACT)
     mean = (sums.gram.diagonal() * keep).sum(1, keepdim=True) / keep.sum(1, keepdim=True).clamp(min=1)  # (O, 1)
     penalty = 0.02 * mean
     gradient = moved @ sums.gram - sums.target + penalty * (moved - weight * keep)
@@ -96,7 +101,7 @@ def test_too_few_steps_are_better_than_none(monkeypatch):
     errors = []
     for steps in (0, 1, 3, 9, 200):
         monkeypatch.setattr(refit, "STEPS", steps)
-        moved = refit_rows(start, keep, sums.target, sums.gram, 0.0)
+        moved = refitted(start, keep, sums, 0.0)
         errors.append(output_error(moved, sums.target, sums.gram))
     assert errors[0] == output_error(start, sums.target, sums.gram) and errors == sorted(errors, reverse=True)
     assert errors[3] - errors[4] < 0.05 * (errors[0] - errors[4])
@@ -106,17 +111,17 @@ def test_too_few_steps_are_better_than_none(monkeypatch):
 def test_the_size_of_inputs_does_not_matter(size):
     x, hat, omega, weight, keep = case()
     start, sums = weight * keep, products(x, hat, omega, weight)
-    usual = refit_rows(start, keep, sums.target, sums.gram, 0.1)
-    scaled = refit_rows(start, keep, sums.target * size, sums.gram * size, 0.1)
+    usual = refitted(start, keep, sums, 0.1)
+    scaled = refitted(start, keep, Products(sums.gram * size, sums.target * size, sums.power), 0.1)
     assert torch.allclose(scaled, usual, rtol=1e-4, atol=1e-6) and not torch.equal(usual, start)
 
 
 def test_infinite_damping_changes_nothing():
     x, hat, omega, weight, keep = case()
     sums = products(x, hat, omega, weight)
-    assert refit_rows(weight, keep, sums.target, sums.gram, UNCHANGED) is weight
+    assert choose_refit(weight, keep, sums, sums, (UNCHANGED,))[0] is weight
     start = weight * keep
-    gaps = [(refit_rows(start, keep, sums.target, sums.gram, value) - start).norm() for value in (0.01, 1.0, 1e9)]
+    gaps = [(refitted(start, keep, sums, value) - start).norm() for value in (0.01, 1.0, 1e9)]
     assert gaps[0] > gaps[1] > gaps[2] and gaps[2] < 1e-6
 
 
@@ -124,11 +129,11 @@ def test_too_few_tokens_for_the_inputs():
     x, hat, omega, weight, keep = case(rows=3)
     start, sums = weight * keep, products(x, hat, omega, weight)
     for damping in (0.0, 1e-3):
-        moved = refit_rows(start, keep, sums.target, sums.gram, damping)
+        moved = refitted(start, keep, sums, damping)
         gain = output_error(moved, sums.target, sums.gram) - output_error(start, sums.target, sums.gram)
         assert torch.isfinite(moved).all() and gain < 0
     shifted = sums.gram - 0.5 * sums.gram.diagonal().mean() * torch.eye(12)  # as no sum of squares is
-    assert torch.isfinite(refit_rows(start, keep, sums.target, shifted, 0.0)).all()
+    assert torch.isfinite(refitted(start, keep, Products(shifted, sums.target, sums.power), 0.0)).all()
 
 
 def test_the_best_candidate_on_held_out_rows_is_taken():
@@ -136,7 +141,7 @@ def test_the_best_candidate_on_held_out_rows_is_taken():
     fit = products(x[:26], hat[:26], omega[:26], weight)  # few tokens: little damping overfits, much does too little
     check = products(x[26:], hat[26:], omega[26:], weight)
     start = weight * keep
-    tried = {value: refit_rows(start, keep, fit.target, fit.gram, value) for value in CANDIDATES}
+    tried = {value: refitted(start, keep, fit, value) for value in CANDIDATES}
     errors = {value: output_error(moved, check.target, check.gram) for value, moved in tried.items()}
     best = min(errors, key=errors.get)
     assert CANDIDATES[0] < best < CANDIDATES[-1]
@@ -166,16 +171,16 @@ def test_rows_beyond_the_sample_are_refitted_too(monkeypatch):
     monkeypatch.setattr(refit, "SAMPLE", 3)
     x, hat, omega, weight, keep = case(outputs=20)
     start, sums = weight * keep, products(x, hat, omega, weight)
-    sizes, each = [], refit.refit_each
+    sizes = []
 
-    def count(weight, keep, target, gram, dampings, *more):
+    def count(weight, keep, sums, dampings):
         sizes.append((len(weight), len(dampings)))
-        return each(weight, keep, target, gram, dampings, *more)
+        return refit_rows(weight, keep, sums, dampings)
 
-    monkeypatch.setattr(refit, "refit_each", count)
+    monkeypatch.setattr(refit, "refit_rows", count)
     moved, damping, gain = choose_refit(start, keep, sums, sums, CANDIDATES)
     assert sizes == [(3, len(CANDIDATES)), (20, 1)]
-    assert torch.equal(moved, refit_rows(start, keep, sums.target, sums.gram, damping))
+    assert torch.equal(moved, refitted(start, keep, sums, damping))
     error = ((moved @ hat.T - weight @ x.T) * omega).pow(2).sum() - ((start @ hat.T - weight @ x.T) * omega).pow(
         2
     ).sum()
@@ -208,13 +213,13 @@ def test_several_dampings_at_once_are_what_each_is_alone(monkeypatch):
     """Also where one needs more steps: those that are there rest."""
     x, hat, omega, weight, keep = case(outputs=20, columns=40, rows=90)
     start, sums, dampings = weight * keep, products(x, hat, omega, weight), (10.0, 1.0, 0.001, 0.1)
-    together = refit_each(start, keep, sums.target, sums.gram, dampings, dtype=torch.float64)
+    together = refit_rows(start, keep, sums, dampings, dtype=torch.float64)
     assert together.shape == (len(dampings), 20, 40)
     for damping, moved in zip(dampings, together):
-        alone = refit_rows(start, keep, sums.target, sums.gram, damping, dtype=torch.float64)
+        alone = refitted(start, keep, sums, damping, dtype=torch.float64)
         assert torch.allclose(moved, alone, rtol=1e-9, atol=1e-12)
     monkeypatch.setattr(refit, "EVERY", refit.STEPS + 1)  # nobody rests before the last step
-    longer = refit_each(start, keep, sums.target, sums.gram, dampings, dtype=torch.float64)
+    longer = refit_rows(start, keep, sums, dampings, dtype=torch.float64)
     assert not torch.allclose(longer[1], together[1], rtol=1e-9, atol=1e-12)
 
 
@@ -223,13 +228,13 @@ def test_infinity_among_the_candidates_is_the_unchanged_weight():
     start, sums = weight * keep, products(x, hat, omega, weight)
     assert choose_refit(start, keep, sums, sums, (UNCHANGED,)) == (start, UNCHANGED, 0.0)
     moved = choose_refit(start, keep, sums, sums, (UNCHANGED, 0.1))
-    assert moved[1] == 0.1 and torch.equal(moved[0], refit_rows(start, keep, sums.target, sums.gram, 0.1))
+    assert moved[1] == 0.1 and torch.equal(moved[0], refitted(start, keep, sums, 0.1))
 
 
 def test_one_damping_that_cannot_be_solved_spoils_no_other():
     x, hat, omega, weight, keep = case()
     start, sums = weight * keep, products(x, hat, omega, weight)
     shifted = sums.gram - 0.5 * sums.gram.diagonal().mean() * torch.eye(12)  # not positive definite without damping
-    moved = refit_each(start, keep, sums.target, shifted, (0.0, 3.0), dtype=torch.float64)
-    alone = refit_rows(start, keep, sums.target, shifted, 3.0, dtype=torch.float64)
+    moved = refit_rows(start, keep, Products(shifted, sums.target, sums.power), (0.0, 3.0), dtype=torch.float64)
+    alone = refitted(start, keep, Products(shifted, sums.target, sums.power), 3.0, dtype=torch.float64)
     assert moved.isfinite().all() and torch.allclose(moved[1], alone, rtol=1e-9, atol=1e-12)
