@@ -1,4 +1,5 @@
 """The validated model of a run's choices, and which of them contradict each other."""
+# ruff: noqa: F401 (names for others to import)
 
 from structprune.config.names import register_name
 from structprune.config.sections import Section, Sections
@@ -17,22 +18,3 @@ from structprune.config.settings import (
     SinkSettings,
     StructuredSettings,
 )
-
-__all__ = [
-    "ARMS",
-    "DEFAULT_ARM",
-    "Arm",
-    "CalibrationSettings",
-    "Config",
-    "ExportSettings",
-    "MaskingSettings",
-    "MemorySettings",
-    "ModelSettings",
-    "ReconstructSettings",
-    "Section",
-    "Sections",
-    "SinkPolicy",
-    "SinkSettings",
-    "StructuredSettings",
-    "register_name",
-]

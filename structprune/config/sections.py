@@ -68,7 +68,16 @@ class Sections(Section):
         Raises:
             UserError: no "=", or a value that is not YAML.
         """
-        return dict(_parse(text) for text in overrides)
+        changes = {}
+        for text in overrides:
+            name, equals, value = text.partition("=")
+            if not equals:
+                raise UserError(f"'{text}' is not key=value")
+            try:
+                changes[name.strip()] = yaml.safe_load(value)
+            except yaml.YAMLError as error:
+                raise UserError(f"the value of '{text}' cannot be read as YAML: quote it") from error
+        return changes
 
     @classmethod
     def build(cls, values: dict) -> Self:
@@ -106,13 +115,3 @@ class Sections(Section):
             close = nearest(key, list(inside)) or nearest(name, cls.known_keys())
             return f"unknown config key '{name}'{close}"
         return f"config key {name} = {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
-
-
-def _parse(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise UserError(f"'{text}' is not key=value")
-    try:
-        return name.strip(), yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise UserError(f"the value of '{text}' cannot be read as YAML: quote it") from error
