@@ -9,8 +9,7 @@ from safetensors import SafetensorError, safe_open
 from structprune.errors import UserError
 from structprune.models.tensor_files import first_line, write_tensors
 
-DTYPES = {"input_ids": torch.int64, "noisy_ids": torch.int64, "mask_probability": torch.float32}
-DIMENSIONS = {"input_ids": "(N, T)", "noisy_ids": "(N, S, T)", "mask_probability": "(N, S)"}
+TENSORS = {"input_ids": ("int64", "N, T"), "noisy_ids": ("int64", "N, S, T"), "mask_probability": ("float32", "N, S")}
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +75,7 @@ class Calibration:
         Raises:
             UserError: the file cannot be written.
         """
-        tensors = {name: getattr(self, name) for name in DTYPES}
+        tensors = {name: getattr(self, name) for name in TENSORS}
         present = {name: value for name, value in tensors.items() if value is not None}
         write_tensors(path, present, self.metadata | {"held_out": str(self.held_out)})
 
@@ -107,13 +106,8 @@ class Calibration:
             raise UserError(
                 f"{path} has {windows} windows, of which {held_out} cannot be held out: lower calibration.held_out"
             )
-        return cls(
-            input_ids=tensors["input_ids"],
-            noisy_ids=tensors["noisy_ids"],
-            mask_probability=tensors.get("mask_probability"),
-            metadata=metadata,
-            held_out=held_out,
-        )
+        ids, noisy = tensors["input_ids"], tensors["noisy_ids"]  # (N, T), (N, S, T)
+        return cls(ids, noisy, tensors.get("mask_probability"), metadata, held_out)
 
 
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -123,7 +117,7 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
             present = set(file.keys())
-            tensors = {name: file.get_tensor(name) for name in DTYPES if name in present}
+            tensors = {name: file.get_tensor(name) for name in TENSORS if name in present}
             metadata = dict(file.metadata() or {})
     except (OSError, SafetensorError) as error:
         raise UserError(
@@ -131,27 +125,23 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         ) from error
     for name in ("input_ids", "noisy_ids"):
         if name not in tensors:
-            raise UserError(f"{path} has no tensor '{name}' {DIMENSIONS[name]}: it is not a calibration file")
+            raise UserError(f"{path} has no tensor '{name}' ({TENSORS[name][1]}): it is not a calibration file")
     return tensors, metadata
 
 
 def _check_shapes(tensors: dict[str, torch.Tensor], path: str | Path) -> None:
     """Raise UserError unless every tensor is non-empty and has the dtype and shape that the others imply."""
+    sizes: dict[str, int] = {}  # N, S and T, as the first tensor with that dimension has it
     for name, value in tensors.items():
-        if value.dtype != DTYPES[name]:
-            raise UserError(f"{path}: {name} is {_name(value.dtype)}, not {_name(DTYPES[name])}")
-        if value.dim() != len(DIMENSIONS[name].split(",")) or value.numel() == 0:
-            raise UserError(
-                f"{path}: {name} has shape {tuple(value.shape)}, not {DIMENSIONS[name]} with all of them positive"
-            )
-    windows, length = tensors["input_ids"].shape
-    levels = tensors["noisy_ids"].shape[1]
-    expected = {"noisy_ids": (windows, levels, length), "mask_probability": (windows, levels)}
-    for name, shape in expected.items():
-        if name in tensors and tuple(tensors[name].shape) != shape:
-            raise UserError(
-                f"{path}: {name} has shape {tuple(tensors[name].shape)}, not {shape} as the other tensors imply"
-            )
+        (dtype, dimensions), shape = TENSORS[name], tuple(value.shape)
+        if str(value.dtype) != f"torch.{dtype}":
+            raise UserError(f"{path}: {name} is {str(value.dtype).removeprefix('torch.')}, not {dtype}")
+        names = dimensions.split(", ")
+        if len(shape) != len(names) or 0 in shape:
+            raise UserError(f"{path}: {name} has shape {shape}, not ({dimensions}) with all of them positive")
+        expected = tuple(sizes.setdefault(key, size) for key, size in zip(names, shape))
+        if shape != expected:
+            raise UserError(f"{path}: {name} has shape {shape}, not {expected} as the other tensors imply")
 
 
 def _check_values(tensors: dict[str, torch.Tensor], mask_id: int | None, path: str | Path) -> None:
@@ -162,9 +152,9 @@ def _check_values(tensors: dict[str, torch.Tensor], mask_id: int | None, path: s
     clean, noisy, p = tensors["input_ids"], tensors["noisy_ids"], tensors.get("mask_probability")
     if clean.min() < 0:
         raise UserError(f"{path}: input_ids holds the negative token id {clean.min().item()}")
-    if p is not None and not bool(((p > 0) & (p <= 1)).all()):  # NaN fails every comparison
-        value = p[~((p > 0) & (p <= 1))][0].item()
-        raise UserError(f"{path}: mask_probability holds {value}, not a probability in (0, 1]")
+    wrong = [] if p is None else p[~((p > 0) & (p <= 1))].tolist()  # NaN fails every comparison
+    if wrong:
+        raise UserError(f"{path}: mask_probability holds {wrong[0]}, not a probability in (0, 1]")
     changed = noisy[noisy != clean[:, None]]  # (number of masked positions,)
     if mask_id is None and len(changed):
         mask_id = int(changed[0])
@@ -183,7 +173,3 @@ def _integer(metadata: dict[str, str], key: str, path: str | Path) -> int | None
         return int(metadata[key])
     except ValueError as error:
         raise UserError(f"{path}: metadata '{key}' is '{metadata[key]}', not an integer") from error
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -2,33 +2,25 @@
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from structprune.errors import UserError, nearest
+from structprune.files import first_line
 
 Conversation = list[dict[str, Any]]
 Document = str | Conversation
 LOCAL = (".txt", ".jsonl", ".parquet")
-
-
-@dataclass(frozen=True)
-class HubText:
-    """How to request a source from the Hub."""
-
-    name: str
-    subset: str | None = None
-    files: dict[str, str] | None = None  # split -> the one file to read of it
-    stream: bool = True
-
-
-ALIASES = {
-    "wikitext2": HubText("Salesforce/wikitext", subset="wikitext-2-raw-v1", stream=False),
-    "c4": HubText(
-        "allenai/c4",
-        files={"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"},
-    ),
+ALIASES: dict[str, dict[str, Any]] = {  # arguments of `datasets.load_dataset`; `data_files`: split -> its one file
+    "wikitext2": {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1", "streaming": False},
+    "c4": {
+        "path": "allenai/c4",
+        "streaming": True,
+        "data_files": {
+            "train": "en/c4-train.00000-of-01024.json.gz",
+            "validation": "en/c4-validation.00000-of-00008.json.gz",
+        },
+    },
 }
 
 
@@ -62,14 +54,9 @@ def read_texts(
         return
     if not path.is_file():
         raise UserError(f"no {section} text at '{source}'")
-    if subset is not None:
-        raise UserError(f"{section}.subset = '{subset}' means nothing for the local file '{source}': leave it out")
-    if split != "train":
-        raise UserError(f"{section}.split = '{split}' means nothing for the local file '{source}': leave it out")
-    if kind == ".txt" and column is not None:
-        raise UserError(
-            f"{section}.column = '{column}' means nothing for '{source}', which is plain text: leave it out"
-        )
+    for key, value in (("subset", subset), ("split", None if split == "train" else split), ("column", column)):
+        if value is not None and (key != "column" or kind == ".txt"):
+            raise UserError(f"{section}.{key} = '{value}' means nothing for the local file '{source}': leave it out")
     if kind == ".txt":
         yield from _lines(path)
     else:
@@ -86,7 +73,7 @@ def join_texts(documents: Iterable[Document], source: str, tokenizer, section: s
         UserError: a conversation, and no chat template that takes it; or no document at all.
     """
     separator = "" if Path(source).suffix.lower() == ".txt" else "\n"
-    if source in ("wikitext2", ALIASES["wikitext2"].name):
+    if source in ("wikitext2", ALIASES["wikitext2"]["path"]):
         separator = " "
     index = -1
     for index, document in enumerate(documents):
@@ -99,7 +86,7 @@ def join_texts(documents: Iterable[Document], source: str, tokenizer, section: s
 def is_streamed(source: str) -> bool:
     """Whether a source is a Hub dataset read over the network as it goes, of which only the start should be read."""
     if source in ALIASES:
-        return ALIASES[source].stream
+        return ALIASES[source]["streaming"]
     return Path(source).suffix.lower() not in LOCAL
 
 
@@ -118,7 +105,9 @@ def render(document: Document, tokenizer, section: str = "calibration") -> str:
     try:
         return tokenizer.apply_chat_template(document, tokenize=False)
     except Exception as error:  # templates are programs: jinja raises what they raise
-        raise UserError(f"the chat template refuses a conversation of the {section} text ({_reason(error)})") from error
+        raise UserError(
+            f"the chat template refuses a conversation of the {section} text ({first_line(error)})"
+        ) from error
 
 
 def _documents(rows: Iterable[dict], column: str | None, source: str, section: str) -> Iterator[Document]:
@@ -183,7 +172,7 @@ def _parquet_rows(path: Path) -> Iterator[dict]:
             for batch in file.iter_batches(batch_size=1024):
                 yield from batch.to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path} cannot be read as parquet ({_reason(error)})") from error
+        raise UserError(f"{path} cannot be read as parquet ({first_line(error)})") from error
 
 
 def _hub_rows(source: str, subset: str | None, split: str, section: str) -> Iterator[dict]:
@@ -193,42 +182,30 @@ def _hub_rows(source: str, subset: str | None, split: str, section: str) -> Iter
     except ImportError as error:
         remedy = "pip install datasets, or give a .txt, .jsonl or .parquet file"
         raise UserError(f"{section} text '{source}' is a Hub dataset, which needs datasets: {remedy}") from error
-    request = _request(source, ALIASES.get(source, HubText(source)), subset, split, section)
+    request, empty = _request(source, subset, split, section), True
     try:
-        rows = iter(load_dataset(**request))
-        first = next(rows, None)
+        for row in load_dataset(**request):
+            empty = False
+            yield row
     except Exception as error:  # the Hub client raises a dozen types, all meaning the same to the user
-        raise UserError(_unreachable(source, error, section)) from error
-    if first is None:
-        raise UserError(f"the Hub dataset '{source}' has no rows in split '{split}'")
-    while first is not None:
-        yield first
-        try:
-            first = next(rows, None)
-        except Exception as error:  # as above: the connection can also be lost on the way
-            raise UserError(_unreachable(source, error, section)) from error
-
-
-def _request(source: str, text: HubText, subset: str | None, split: str, section: str) -> dict[str, Any]:
-    """The arguments of `datasets.load_dataset`."""
-    request = {"path": text.name, "name": subset or text.subset, "split": split, "streaming": text.stream}
-    if text.files is None:
-        return request
-    if subset is not None:
         raise UserError(
-            f"{section}.subset = '{subset}': '{source}' is one part of {text.name}; name that dataset instead"
-        )
-    if split not in text.files:
-        raise UserError(f"{section}.split = '{split}': '{source}' has {', '.join(text.files)}")
-    return request | {"data_files": {split: text.files[split]}}
+            f"{section} text '{source}' is neither a local file nor a Hub dataset that can be read"
+            f" ({first_line(error)}): check {section}.source, subset and split, or give a local file"
+        ) from error
+    if empty:
+        raise UserError(f"the Hub dataset '{source}' has no rows in split '{split}'")
 
 
-def _unreachable(source: str, error: Exception, section: str) -> str:
-    return (
-        f"{section} text '{source}' is neither a local file nor a Hub dataset that can be read ({_reason(error)}):"
-        f" check {section}.source, subset and split, or give a local file"
-    )
-
-
-def _reason(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _request(source: str, subset: str | None, split: str, section: str) -> dict[str, Any]:
+    """The arguments of `datasets.load_dataset`."""
+    alias = ALIASES.get(source, {"path": source, "streaming": True})
+    request = alias | {"name": subset or alias.get("name"), "split": split}
+    if files := alias.get("data_files"):
+        if subset is not None:
+            raise UserError(
+                f"{section}.subset = '{subset}': '{source}' is one part of {alias['path']}; name that dataset instead"
+            )
+        if split not in files:
+            raise UserError(f"{section}.split = '{split}': '{source}' has {', '.join(files)}")
+        request["data_files"] = {split: files[split]}
+    return request

@@ -110,12 +110,10 @@ def reverse_calibration(
 
 
 def check_trajectory(config: Config, levels: int | None = None) -> None:
-    """Raise UserError for noise levels that a sink policy or a trajectory cannot use, before any forward pass.
+    """Raise UserError where a policy compares levels but there are too few, or windows are too short for the states.
 
     Args:
         levels: S of an existing calibration; default the configuration's.
-    Raises:
-        UserError: too few levels for the policy, or windows too short for as many states.
     """
     settings, exists = config.calibration, levels is not None
     levels = settings.steps // settings.interval if levels is None else levels
@@ -135,11 +133,8 @@ def check_trajectory(config: Config, levels: int | None = None) -> None:
 
 
 def check_calibration(calibration: Calibration, config: Config) -> None:
-    """Raise UserError where an existing calibration, replayed or passed in, does not fit the configuration.
-
-    Raises:
-        UserError: it has another trajectory than the configuration names, or too few levels for its sink policy.
-    """
+    """Raise UserError where an existing calibration, replayed or passed in, has another trajectory than the
+    configuration names, or too few levels for its sink policy."""
     actual, requested = trajectory_of(calibration), config.sink.trajectory
     if "trajectory" in config.sink.model_fields_set and requested != actual:
         raise UserError(
