@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from structprune.config.sections import Sections
 from structprune.config.settings import (
@@ -25,14 +26,14 @@ class Facts:
     Attributes:
         score: the score's name, without `sink-`.
         arm: the calibration arm it runs on; None for a score of weights alone.
-        users: option -> the scores that read it, for options that only some scores read.
+        scores: the table of scores; `options` of a row are those that only some scores read, and this one does.
         accelerator: whether the run computes on one.
         reads_text: whether any part of the run reads calibration text.
     """
 
     score: str
     arm: str | None
-    users: Mapping[str, Sequence[str]]
+    scores: Mapping[str, Any]
     accelerator: bool
     reads_text: bool = True
 
@@ -85,10 +86,14 @@ def check_masking(config: Config, facts: Facts) -> None:
 
 
 def _score_options(section: str, facts: Facts) -> list[Idle]:
-    """Options that the score does not read."""
+    """Options that only some scores read."""
+    users: dict[str, list[str]] = {}
+    for name, row in facts.scores.items():
+        for option in row.options:
+            users.setdefault(option, []).append(name)
     return [
-        (section, (option,), facts.score not in scores, f"{section}.score = {' or '.join(scores)}")
-        for option, scores in facts.users.items()
+        (section, (option,), facts.score not in names, f"{section}.score = {' or '.join(names)}")
+        for option, names in users.items()
     ]
 
 

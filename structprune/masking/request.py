@@ -17,19 +17,21 @@ class MaskRequest(Request):
         score: its row in the table.
         ratio: removed share of every projection, N / M for N:M.
         nm: (N, M), or None.
-        walks: whether the score's statistics come from a walk: Gram matrices always, norms unless they are measured on
-            the dense model.
     """
 
     name: str
     score: MaskScore
     ratio: float
     nm: tuple[int, int] | None
-    walks: bool
 
     @property
     def settings(self) -> MaskingSettings:
         return self.config.masking
+
+    @property
+    def walks(self) -> bool:
+        """Whether the score's statistics come from a walk: Gram matrices always, norms unless of the dense model."""
+        return self.score.needs == "grams" or (self.score.needs == "norms" and self.settings.order == "sequential")
 
     @property
     def measures_dense(self) -> bool:

@@ -23,7 +23,7 @@ from structprune.runs.mask import Masked, mask
 from structprune.runs.resolve import at_ratio, check_plan, resolve_structured
 from structprune.runs.run import Run
 from structprune.statistics.sink_log import SinkLog
-from structprune.structured.choose import choose_counts, describe_counts
+from structprune.structured.choose import choose_counts
 from structprune.structured.graph import Coupled, coupled_units
 from structprune.structured.paths import UnitKey
 from structprune.structured.plan import Plan, make_plan
@@ -34,14 +34,8 @@ from structprune.structured.surgery import apply_plan
 
 @dataclass(frozen=True)
 class Pruned:
-    """The result of a run.
-
-    Attributes:
-        model: the smaller model, in eval mode; shares its uncut tensors with the dense one.
-        plan: the units it keeps.
-        calibration: the windows and noise that the run read.
-        report: every figure of the run, as plain data.
-    """
+    """The result of a run: the smaller model, in eval mode, which shares its uncut tensors with the dense one; the plan
+    and calibration behind it; and every figure of the run as plain data."""
 
     model: DiffusionLM
     plan: Plan
@@ -155,8 +149,7 @@ class Pruner(Run):
             return self.nelbo(self._refit(plan_of(counts), settings.split_windows)[0]).mean
 
         choice = choose_counts(request.sizes, paths, settings, measure)
-        notes_of_choice = describe_counts(request.sizes, choice.counts)
-        return plan_of(choice.counts), {"split": choice.split, "measured": choice.measured, **notes_of_choice}
+        return plan_of(choice.counts), choice.plain(request.sizes)
 
     def prune(self, ratio: float | None = None, plan: Plan | None = None) -> Pruned:
         """Plan (unless one is given), cut, refit, and check against plain removal on the held-out windows.

@@ -15,7 +15,6 @@ from structprune.masking.allocate import block_ratios
 from structprune.masking.patterns import check_pattern, parse_nm
 from structprune.masking.request import MaskRequest
 from structprune.masking.scores.table import SCORES as MASK_SCORES
-from structprune.masking.scores.table import option_users as mask_option_users
 from structprune.masking.scores.table import resolve_score
 from structprune.models.adapter import Adapter
 from structprune.models.modeling_structprune import DiffusionLM
@@ -23,7 +22,7 @@ from structprune.models.resources import resolve_resources
 from structprune.structured.choose import check_choice, open_blocks
 from structprune.structured.plan import Plan
 from structprune.structured.request import StructuredRequest
-from structprune.structured.scores.table import SCORES, option_users, resolve_arm
+from structprune.structured.scores.table import SCORES, resolve_arm
 from structprune.structured.surgery import pruned_config
 
 
@@ -44,7 +43,7 @@ def resolve_structured(config: Config, model: DiffusionLM, dry_run: bool = False
         )
     sizes = open_blocks(Adapter(model), settings)
     check_choice(sizes, settings)
-    check_structured(config, Facts(settings.score, arm, option_users(), resources.accelerator))
+    check_structured(config, Facts(settings.score, arm, SCORES, resources.accelerator))
     if config.calibration.held_out < 1 and not config.calibration.replays:
         raise UserError("calibration.held_out = 0 leaves nothing to choose split and damping on: set it to 1 or more")
     check_levels(config)
@@ -88,11 +87,10 @@ def resolve_masking(config: Config, model: DiffusionLM, dry_run: bool = False) -
         raise UserError("method = structured makes no masks: set it to unstructured or nm")
     name, arm = resolve_score(masking.score, masking.arm)
     score = MASK_SCORES[name]
-    walks = score.needs == "grams" or (score.needs == "norms" and masking.order == "sequential")
     reads = arm is not None or masking.allocation == "owl" or config.reconstruct.enabled
-    reads = reads or config.calibration.held_out > 0
+    reads |= config.calibration.held_out > 0
     resources = resolve_resources(config.model, config.memory, dry_run)
-    check_masking(config, Facts(name, arm, mask_option_users(), resources.accelerator, reads))
+    check_masking(config, Facts(name, arm, MASK_SCORES, resources.accelerator, reads))
     ratio = removed_ratio(config)
     nm = parse_nm(masking.nm) if config.method == "nm" else None
     if nm is not None:
@@ -110,15 +108,7 @@ def resolve_masking(config: Config, model: DiffusionLM, dry_run: bool = False) -
     if reads:
         check_levels(config)
     return MaskRequest(
-        config=config,
-        arm=arm,
-        resources=resources,
-        reads_text=reads,
-        name=name,
-        score=score,
-        ratio=ratio,
-        nm=nm,
-        walks=walks,
+        config=config, arm=arm, resources=resources, reads_text=reads, name=name, score=score, ratio=ratio, nm=nm
     )
 
 
@@ -131,11 +121,7 @@ def check_levels(config: Config) -> None:
 
 
 def removed_ratio(config: Config) -> float:
-    """The removed share of every projection of a run for masks.
-
-    Raises:
-        UserError: N:M with another ratio than N / M.
-    """
+    """The removed share of every projection of a run for masks; UserError for N:M with another ratio than N / M."""
     ratio = config.masking.ratio
     if config.method != "nm":
         return 0.5 if ratio is None else ratio

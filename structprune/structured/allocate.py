@@ -47,13 +47,8 @@ def depth_ratios(count: int, ratio: float, slope: float) -> list[float]:
 def split_counts(sizes: list[BlockSize], ratios: list[float], heads: float, multiple: int) -> Counts | None:
     """Counts with `heads` attention steps per block on average and channels making up each block's ratio.
 
-    Rounding errors of heads and of parameters are carried to the next block.
-
-    Args:
-        ratios: one per block.
-        heads: mean attention steps; blocks get shares in proportion to their ratios.
-    Returns:
-        None where a block would lose more (or less) than it can.
+    Blocks get shares of the heads in proportion to their ratios. Rounding errors of heads and of parameters are carried
+    to the next block. None where a block would lose more (or less) than it can.
     """
     counts: Counts = {}
     mean = sum(ratios) / len(ratios)
@@ -206,11 +201,8 @@ def _nearest_ratio(sizes: list[BlockSize], ratios: list[float], multiple: int, g
 
 def most_ratio(sizes: list[BlockSize], multiple: int) -> float:
     """The ratio at which every block is down to its last attention step and `multiple` channels."""
-    counts: Counts = {}
-    for size in sizes:
-        counts[size.index, "attention"] = size.steps["attention"] - 1
-        counts[size.index, "channels"] = most_channels(size, multiple)
-    return ratio_of(sizes, counts)
+    counts = {(size.index, "attention"): size.steps["attention"] - 1 for size in sizes}
+    return ratio_of(sizes, counts | {(size.index, "channels"): most_channels(size, multiple) for size in sizes})
 
 
 def equal_heads(sizes: list[BlockSize], ratio: float, choices: dict[int, Counts]) -> int:
@@ -228,30 +220,14 @@ def path_cost(counts: Counts, paths: dict[UnitKey, RemovalPath]) -> float:
     return float(sum(paths[key].cost[:steps].sum() for key, steps in counts.items()))
 
 
-def cheapest_heads(choices: dict[int, Counts], paths: dict[UnitKey, RemovalPath]) -> int:
-    """The number of attention steps whose removals the score predicts to cost least."""
-    return min(choices, key=lambda heads: path_cost(choices[heads], paths))
-
-
 def most_heads(sizes: list[BlockSize]) -> int:
     """Attention steps that can be removed over all blocks, which keep one each."""
     return sum(size.steps["attention"] - 1 for size in sizes)
 
 
-def check_total_heads(steps: int, sizes: list[BlockSize]) -> None:
-    """Raise UserError unless so many attention steps can be removed over all blocks."""
-    most = most_heads(sizes)
-    if not 0 <= steps <= most:
-        raise UserError(f"structured.split = {steps} does not fit: over all blocks 0 to {most} attention steps can go")
-
-
 def chosen_heads(steps: int, choices: dict[int, Counts]) -> int:
-    """The number of attention steps that the user gave.
-
-    Raises:
-        UserError: no plan has it; the message names those that do.
-    """
-    if steps in choices:
-        return steps
-    known = ", ".join(map(str, choices))
-    raise UserError(f"structured.split = {steps} does not fit: at this ratio attention steps can be {known}")
+    """The number of attention steps that the user gave; UserError where no plan has it, naming those that do."""
+    if steps not in choices:
+        known = ", ".join(map(str, choices))
+        raise UserError(f"structured.split = {steps} does not fit: at this ratio attention steps can be {known}")
+    return steps

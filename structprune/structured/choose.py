@@ -1,6 +1,6 @@
 """From removal paths to a choice: the counts that an allocation and split allow, and the one to use."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from structprune.config import StructuredSettings
@@ -8,29 +8,27 @@ from structprune.errors import UserError
 from structprune.models.adapter import Adapter
 from structprune.structured.allocate import (
     Counts,
-    cheapest_heads,
     check_ratio,
-    check_total_heads,
     chosen_heads,
     depth_ratios,
     equal_heads,
     head_choices,
     joint_counts,
+    most_heads,
     most_ratio,
+    path_cost,
     ranked_choices,
     ratio_of,
 )
 from structprune.structured.paths import UNIT_KINDS, RemovalPath, UnitKey
 from structprune.structured.sizes import BlockSize, block_size, rounding
-from structprune.structured.split import search_heads
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The chosen counts, and the measurements behind them.
+    """The chosen counts of unprotected blocks, and the measurements behind them.
 
     Attributes:
-        counts: (block, kind) -> removal steps, of unprotected blocks.
         split: the rule that chose, as in the configuration.
         measured: attention steps per block -> held-out loss of that candidate (split `measured` only).
     """
@@ -38,6 +36,12 @@ class Choice:
     counts: Counts
     split: str
     measured: dict[int, float]
+
+    def plain(self, sizes: list[BlockSize]) -> dict:
+        """As plain data: the rule, the measurements, the ratio met, and the removed steps per kind and block."""
+        steps = {kind: [self.counts[size.index, kind] for size in sizes] for kind in UNIT_KINDS}
+        met = {"ratio": ratio_of(sizes, self.counts), "blocks": [size.index for size in sizes]}
+        return {"split": self.split, "measured": self.measured, **met, **steps}
 
 
 def open_blocks(adapter: Adapter, settings: StructuredSettings) -> list[BlockSize]:
@@ -96,11 +100,7 @@ def check_split(settings: StructuredSettings) -> None:
 
 
 def check_choice(sizes: list[BlockSize], settings: StructuredSettings) -> None:
-    """Raise what `choose_counts` would refuse, as far as sizes alone tell, before any score is known.
-
-    Raises:
-        UserError: a ratio, split or rounding that no plan can have.
-    """
+    """Raise UserError for a ratio, split or rounding that no plan can have, as far as sizes alone tell."""
     check_ratio(settings.ratio)
     check_split(settings)
     if settings.allocation != "global":
@@ -111,8 +111,11 @@ def check_choice(sizes: list[BlockSize], settings: StructuredSettings) -> None:
     most = most_ratio(sizes, channel_multiple(sizes, settings))
     if settings.ratio > most:
         raise UserError(f"no plan meets ratio {settings.ratio:.4f}: the most is {most:.4f}")
-    if isinstance(settings.split, int):
-        check_total_heads(settings.split, sizes)
+    total = most_heads(sizes)
+    if isinstance(settings.split, int) and not 0 <= settings.split <= total:
+        raise UserError(
+            f"structured.split = {settings.split} does not fit: over all blocks 0 to {total} attention steps can go"
+        )
 
 
 def choose_counts(
@@ -132,17 +135,47 @@ def choose_counts(
         check_ratio(settings.ratio)
         return Choice(joint_counts(sizes, paths, settings.ratio, channel_multiple(sizes, settings)), rule, {})
     choices = candidates(sizes, settings, paths)
+    losses: dict[int, float] = {}
     if isinstance(rule, int):
-        return Choice(choices[chosen_heads(rule, choices)], str(rule), {})
-    if rule == "equal":
-        return Choice(choices[equal_heads(sizes, settings.ratio, choices)], rule, {})
-    if rule == "by-cost" or settings.ratio == 0:
-        return Choice(choices[cheapest_heads(choices, paths)], rule, {})
-    losses = search_heads(choices, lambda heads: measure(choices[heads]), settings.split_candidates)
-    return Choice(choices[min(losses, key=losses.__getitem__)], rule, losses)
+        heads = chosen_heads(rule, choices)
+    elif rule == "equal":
+        heads = equal_heads(sizes, settings.ratio, choices)
+    elif rule == "by-cost" or settings.ratio == 0:
+        heads = min(choices, key=lambda heads: path_cost(choices[heads], paths))
+    else:
+        losses = search_heads(choices, lambda heads: measure(choices[heads]), settings.split_candidates)
+        heads = min(losses, key=losses.__getitem__)
+    return Choice(choices[heads], str(rule), losses)
 
 
-def describe_counts(sizes: list[BlockSize], counts: Counts) -> dict:
-    """Removed steps per kind and block, and the ratio met, as plain data."""
-    removed = {kind: [counts[size.index, kind] for size in sizes] for kind in UNIT_KINDS}
-    return {"ratio": ratio_of(sizes, counts), "blocks": [size.index for size in sizes], **removed}
+def search_heads(
+    feasible: Iterable[int], measure: Callable[[int], float], coarse: int = 8, halvings: int = 2
+) -> dict[int, float]:
+    """Losses of the candidates that a descent visits; the best is `min(losses, key=losses.get)`.
+
+    It starts at the fewest heads and goes up in about `coarse` even strides until two candidates in a row are
+    worse than the best. Then it tries both sides of the best, `halvings` times at half the stride.
+
+    Args:
+        feasible: numbers of attention steps that a plan can remove.
+        measure: attention steps -> held-out loss; called once per candidate.
+    """
+    choices = sorted(set(feasible))
+    stride = max(1, round(len(choices) / coarse))
+    losses: dict[int, float] = {}
+    worse = 0
+    for heads in choices[::stride]:
+        best = min(losses.values(), default=float("inf"))
+        losses[heads] = measure(heads)
+        worse = 0 if losses[heads] < best else worse + 1
+        if worse == 2:
+            break
+    for _ in range(halvings):
+        if stride == 1:
+            break
+        stride //= 2
+        place = choices.index(min(losses, key=losses.__getitem__))
+        for near in (place - stride, place + stride):
+            if 0 <= near < len(choices) and choices[near] not in losses:
+                losses[choices[near]] = measure(choices[near])
+    return losses

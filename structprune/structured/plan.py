@@ -1,11 +1,11 @@
 """A plan: the units that every block keeps, as a JSON file that can be saved, read, edited and applied."""
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from structprune.errors import UserError
+from structprune.files import whole_file
 from structprune.models.adapter import Adapter, Widths
 from structprune.models.checkpoint_files import read_json
 from structprune.structured.allocate import Counts
@@ -29,13 +29,7 @@ class BlockPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """Kept units of every block of a model of `family`.
-
-    Attributes:
-        family: the family's name.
-        blocks: one `BlockPlan` per block.
-        notes: the plan's origin (ratio, score, arm, ...); applying it does not use them.
-    """
+    """Kept units of every block of a model of `family`; `notes` tell its origin and are not used to apply it."""
 
     family: str
     blocks: tuple[BlockPlan, ...]
@@ -44,9 +38,8 @@ class Plan:
     def save(self, path: str | Path) -> Path:
         """Write the plan as JSON, whole or not at all."""
         path = Path(path)
-        temporary = path.with_name(path.name + ".part")
-        temporary.write_text(self.to_json(), encoding="utf-8")
-        os.replace(temporary, path)
+        with whole_file(path) as draft:
+            draft.write_text(self.to_json(), encoding="utf-8")
         return path
 
     def to_json(self) -> str:

@@ -1,6 +1,6 @@
 """The search over numbers of heads."""
 
-from structprune.structured.split import search_heads
+from structprune.structured.choose import search_heads
 
 
 def test_a_valley_is_found_with_few_measurements():

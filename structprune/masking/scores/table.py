@@ -56,12 +56,6 @@ def register_mask_score(name: str, score: MaskScore) -> None:
         register_name("masking.score", f"{SINK}{name}")
 
 
-def option_users() -> dict[str, list[str]]:
-    """Keys of `MaskingSettings` that only some scores read -> those scores."""
-    keys = [key for score in SCORES.values() for key in score.options]
-    return {key: [name for name, score in SCORES.items() if key in score.options] for key in keys}
-
-
 def resolve_score(name: str, arm: str | None) -> tuple[str, str | None]:
     """A score's name without its `sink-`, and the arm it runs on; None for one that takes none.
 

@@ -53,12 +53,6 @@ def register_score(name: str, score: Score) -> None:
     register_name("structured.score", name)
 
 
-def option_users() -> dict[str, list[str]]:
-    """Keys of `StructuredSettings` that only some scores read -> those scores."""
-    keys = [key for score in SCORES.values() for key in score.options]
-    return {key: [name for name, score in SCORES.items() if key in score.options] for key in keys}
-
-
 def resolve_arm(score: str, arm: str | None) -> str | None:
     """The arm a score runs on: the one asked for, else `DEFAULT_ARM`; None for a score that takes none.
 
