@@ -10,17 +10,11 @@ from structprune.statistics.half import half_product, split_terms
 
 @dataclass(frozen=True)
 class Moments:
-    """Moments of C features over rows weighted by ω².
+    """Moments of C features over rows weighted by ω², in fp64."""
 
-    Attributes:
-        weight: () fp64, Σ ω².
-        mean: (C,) fp64, Σ ω² x / Σ ω².
-        spread: (C,) fp64, Σ ω² (x - mean)².
-    """
-
-    weight: torch.Tensor
-    mean: torch.Tensor
-    spread: torch.Tensor
+    weight: torch.Tensor  # () Σ ω²
+    mean: torch.Tensor  # (C,) Σ ω² x / Σ ω²
+    spread: torch.Tensor  # (C,) Σ ω² (x - mean)²
 
     @property
     def variance(self) -> torch.Tensor:
@@ -75,10 +69,8 @@ def _half_terms(left: torch.Tensor, right: torch.Tensor, weight: torch.Tensor | 
     on the left, as a sum of two bf16 terms: the error (2⁻¹⁷) is below that of an fp32 sum over thousands of rows, where
     one term would lose 2⁻⁸. fp16 has too little range for ω² left, so with a weight its rows become fp32.
 
-    Args:
-        left: (R, A). right: (R, C). weight: (...) ω of R rows, or None for ones.
     Returns:
-        (terms of (R, A), right, product); product is None where rows must become fp32.
+        (terms of (R, A), right (R, C), product); product is None where rows must become fp32.
     """
     product = half_product(left.device, left.dtype) if left.dtype == right.dtype else None
     if product is None or (weight is not None and left.dtype != torch.bfloat16):
@@ -93,12 +85,9 @@ DEVICE_GRAM_TILE = 2048
 
 
 def add_gram(total: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
-    """total (C, C) += Σ ω² x xᵀ, in place and in fp32, on and above the diagonal only: half the work of the whole.
+    """total (C, C) += Σ ω² x xᵀ, in place and in fp32: rows x (..., C), ω (...) or None for ones.
 
-    Entries below the diagonal are undefined until `mirror` completes the matrix.
-
-    Args:
-        x: (..., C) rows. weight: (...) ω, or None for ones.
+    On and above the diagonal only, half the work of the whole; `mirror` completes the matrix.
     """
     rows = x.flatten(0, -2)  # (R, C)
     terms, right, product = _half_terms(rows, rows, weight)
@@ -136,15 +125,11 @@ def squared_norms(x: torch.Tensor, weight: torch.Tensor | None = None) -> torch.
 
 
 def relative_weight(states: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
-    """Row weights divided by the RMS of the residual stream that a row's output is added to.
+    """Row weights ω (..., T), None for ones, divided by the RMS of the residual stream (..., T, C) that a row's output
+    is added to: (..., T) fp32.
 
     The next norm divides a token by that RMS, so an output error matters in inverse proportion to it. Without this, a
     few tokens with huge residuals dominate.
-
-    Args:
-        states: (..., T, C) the residual stream. weight: (..., T) ω, or None for ones.
-    Returns:
-        (..., T) fp32.
     """
     scale = states.float().pow(2).mean(-1).rsqrt()  # (..., T)
     return scale if weight is None else weight * scale

@@ -1,7 +1,7 @@
 """Forward hooks as context managers: the inputs of linears and the mass of attention. Always removed."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
@@ -18,16 +18,11 @@ ConsumerKey = tuple[int, str]  # (block index, role of the consumer)
 @contextmanager
 def watch_inputs(modules: dict, visit: Callable) -> Iterator[None]:
     """While open, `visit(key, x)` sees the first input x of every module in `modules` (key -> module)."""
-
-    def hook(key):
-        return lambda module, args: visit(key, args[0])
-
-    handles = [module.register_forward_pre_hook(hook(key)) for key, module in modules.items()]
-    try:
+    with ExitStack() as stack:
+        for key, module in modules.items():
+            hook = module.register_forward_pre_hook(lambda module, args, key=key: visit(key, args[0]))
+            stack.callback(hook.remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class AttentionMeter:

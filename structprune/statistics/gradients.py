@@ -4,7 +4,7 @@ Shapes: R rows (noisy copies of windows), b rows of a pass, T tokens, M masked o
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -49,9 +49,6 @@ def gradient_sums(
 
     Args:
         rows: all noisy copies of the scan's windows, of an arm with a loss.
-        parameters: what to differentiate by.
-    Returns:
-        One sum per parameter, of its shape.
     """
     adapter, batch = scan.adapter, scan.sequences(rows.copies)
     tokens = min(batch, len(rows.ids)) * scan.calibration.length
@@ -65,22 +62,19 @@ def gradient_sums(
 @contextmanager
 def _summed(model: DiffusionLM, parameters: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
     """While open, every gradient of `parameters` is added to the yielded sums and freed; no others are computed."""
-    before = [(each, each.requires_grad, each.grad) for each in model.parameters()]
-    for each, _, _ in before:
-        each.requires_grad_(False).grad = None
-    sums, handles = [], []
-    try:
-        for parameter in parameters:
-            total = torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False)
+    with ExitStack() as stack:
+        for each in model.parameters():
+            stack.callback(_restore, each, each.requires_grad, each.grad)
+            each.requires_grad_(False).grad = None
+        sums = [torch.zeros_like(each, dtype=torch.float32, requires_grad=False) for each in parameters]
+        for parameter, total in zip(parameters, sums):
             parameter.requires_grad_(True)
-            handles.append(parameter.register_post_accumulate_grad_hook(_add_to(total)))
-            sums.append(total)
+            stack.callback(parameter.register_post_accumulate_grad_hook(_add_to(total)).remove)
         yield sums
-    finally:
-        for handle in handles:
-            handle.remove()
-        for each, required, gradient in before:
-            each.requires_grad_(required).grad = gradient
+
+
+def _restore(parameter: torch.Tensor, required: bool, gradient: torch.Tensor | None) -> None:
+    parameter.requires_grad_(required).grad = gradient
 
 
 def _add_to(total: torch.Tensor):

@@ -49,9 +49,9 @@ def _reserve(descriptor: int, size: int) -> None:
 
 
 class HiddenStates:
-    """The residual stream (R, T, C) of R sequences before some block.
+    """The residual stream (R, T, C) of R sequences before some block, at first the embeddings.
 
-    It starts as the embeddings; `write` replaces it. Beyond `budget` bytes it lives in a memory-mapped temporary file.
+    Beyond `budget` bytes it lives in a memory-mapped temporary file.
 
     Args:
         overlap: on an accelerator, copy rows while others are computed (`StagedRows`).

@@ -15,15 +15,10 @@ STREAM = {"mixed": "attention_norm", "activated": "mlp_norm"}
 
 @dataclass(frozen=True)
 class Inputs:
-    """One block's forward pass over some sequences, up to its last linear.
+    """One block's forward pass over some sequences, up to its last linear."""
 
-    Attributes:
-        read: input -> (b, T, C), by the keys of `READERS`.
-        stream: input -> the residual stream (b, T, C) that the output of its reader is added to.
-    """
-
-    read: dict[str, torch.Tensor]
-    stream: dict[str, torch.Tensor]
+    read: dict[str, torch.Tensor]  # input, a key of `READERS` -> (b, T, C)
+    stream: dict[str, torch.Tensor]  # input -> the residual stream (b, T, C) that the output of its reader is added to
 
     def weight(self, name: str, weight: torch.Tensor | None, relative: bool) -> torch.Tensor | None:
         """Row weights (b, T) of an input: ω, divided by the RMS of the stream that its reader adds to if `relative`."""
@@ -61,7 +56,7 @@ def _after_attention(block: BlockView, x: torch.Tensor, mixed: torch.Tensor, att
 
 
 class InputNorms:
-    """Norms of the features of every linear's input over weighted rows; `norms` returns them.
+    """Norms of the features of every linear's input over weighted rows.
 
     Args:
         summed: Σ over sequences of ‖X̃[:, c]‖ instead of ‖X̃[:, c]‖ over all rows (docs/methods.md section 4).

@@ -17,14 +17,11 @@ def held_input_bytes(adapter: Adapter, tokens: int, itemsize: int) -> int:
 
 @torch.inference_mode()
 def consumer_moments(scan: Scan, arm: str) -> dict[ConsumerKey, Moments]:
-    """Moments of the inputs of all consumers over the rows of `arm`.
+    """Moments of the inputs of every consumer, (block, role), over the rows of `arm`.
 
     The sink weights of the noisy arms are known only after the forward pass. Within the budget every consumer's input
     is held until then; beyond it the batch runs twice. Both give the same numbers. A batch holds whole windows, so that
     a policy sees all levels of a window.
-
-    Returns:
-        (block, role) -> `Moments` of that consumer's input features.
     """
     adapter, calibration, windows = scan.adapter, scan.calibration, scan.limits.windows
     totals: dict[ConsumerKey, Moments] = {}
@@ -34,7 +31,9 @@ def consumer_moments(scan: Scan, arm: str) -> dict[ConsumerKey, Moments]:
         totals[key] = merge_moments(totals[key], new) if key in totals else new
 
     def weigh(noisy: torch.Tensor) -> torch.Tensor:
-        mass = _mass(adapter, noisy)  # (b, S, T)
+        with (meter := MassMeter()).on([block.core for block in adapter.blocks]):
+            adapter.model.encode(send(noisy.flatten(0, 1), adapter.device))
+        mass = meter.take().view(noisy.shape)  # (b, S, T)
         scan.observe(mass)
         return arm_weights(mass, arm, scan.sink).flatten(0, 1)  # (b*R, T)
 
@@ -55,10 +54,3 @@ def consumer_moments(scan: Scan, arm: str) -> dict[ConsumerKey, Moments]:
         with watch_inputs(linears, lambda key, x, weights=weights: add(key, x, weights)):
             adapter.model.encode(send(part.flatten(0, 1), adapter.device))
     return totals
-
-
-def _mass(adapter: Adapter, noisy: torch.Tensor) -> torch.Tensor:
-    """One forward over (b, S, T) noisy copies -> their attention mass (b, S, T)."""
-    with (meter := MassMeter()).on([block.core for block in adapter.blocks]):
-        adapter.model.encode(send(noisy.flatten(0, 1), adapter.device))
-    return meter.take().view(noisy.shape)

@@ -67,18 +67,12 @@ def weighs_late(arm: str | None, sink: SinkSettings) -> bool:
 
 
 def late_input_bytes(adapter: Adapter, tokens: int, itemsize: int | None = None) -> int:
-    """Bytes held for the noisy sink arm until its row weights are known.
-
-    Args:
-        itemsize: bytes of a number in a hidden state; default the model's.
-    """
+    """Bytes held for the noisy sink arm until its row weights are known; `itemsize` of a hidden state's numbers."""
     hidden, size = adapter.hidden_size, itemsize or adapter.model.embedding.weight.element_size()
-    numbers = 0.0
+    numbers, share = 0.0, 1 / SINGLE + (1 - 1 / SINGLE) / GROUP  # groups per row
     for block in adapter.blocks[:-1]:
         grouped = sum(block[READERS[name][0]].in_features for name in READERS if name != "mixed")
-        numbers += size * (hidden + block["attention_output"].in_features) + 4 * grouped * (
-            1 / SINGLE + (1 - 1 / SINGLE) / GROUP
-        )
+        numbers += size * (hidden + block["attention_output"].in_features) + 4 * grouped * share
     return int(tokens * numbers)
 
 
@@ -117,16 +111,13 @@ def _add(adapter: Adapter, ids: torch.Tensor, norms: InputNorms, weight, relativ
 class _Held:
     """One block's inputs, held until the row weights are known.
 
-    Attributes:
-        x: (b, T, C) the block's input. mixed: (b, T, H*D) what its attention output reads.
-        order: (b, T) int64 rows: the first T // `SINGLE` are groups of their own, then `GROUP` neighbours each are one.
-        sums: input -> (b, G, C) sums of squares over groups.
+    In `order` the first T // `SINGLE` rows are groups of their own, then `GROUP` neighbours each are one.
     """
 
-    x: torch.Tensor
-    mixed: torch.Tensor
-    order: torch.Tensor
-    sums: dict[str, torch.Tensor]
+    x: torch.Tensor  # (b, T, C) the block's input
+    mixed: torch.Tensor  # (b, T, H*D) what its attention output reads
+    order: torch.Tensor  # (b, T) int64 rows
+    sums: dict[str, torch.Tensor]  # input -> (b, G, C) sums of squares over groups
 
     @classmethod
     def empty(cls, block: BlockView, shape: torch.Size) -> "_Held":
@@ -162,12 +153,7 @@ def _groups(length: int) -> tuple[int, int]:
 
 
 class _LatePass:
-    """Forward passes over noisy sequences whose row weights come from the pass itself.
-
-    Args:
-        norms: what rows are added to.
-        relative: divide row weights by the RMS of the residual stream that a linear adds to.
-    """
+    """Forward passes over noisy sequences whose row weights come from the pass itself; they add rows to `norms`."""
 
     def __init__(self, adapter: Adapter, norms: InputNorms, sink: SinkSettings, relative: bool):
         self._adapter, self._norms, self._sink, self._relative = adapter, norms, sink, relative

@@ -46,10 +46,10 @@ def policy_weights(phi: torch.Tensor, policy: SinkPolicy) -> torch.Tensor:
 
 
 def removed_weight(weights: torch.Tensor, masked: torch.Tensor) -> dict:
-    """How much weight was removed, and from which positions, as plain data: shares of a row's full weight of 1.
+    """How much weight ω (N, S, T) was removed, and from which positions, as shares of a row's full weight of 1.
 
     Args:
-        weights: (N, S, T) ω. masked: (N, S, T) bool, rows that are mask tokens.
+        masked: (N, S, T) bool, rows that are mask tokens.
     Returns:
         `share` over all rows; `by_level` (S); `by_decile` of the position in the window (10, or T where that is less);
         `by_kind`: of `mask` tokens and of `text`, None without any; `of_mask`: the part of all removed weight that was
@@ -74,10 +74,10 @@ def _mean(values: torch.Tensor) -> float | None:
 
 
 def policy_report(phi: torch.Tensor, masked: torch.Tensor, policy: SinkPolicy) -> dict:
-    """The effect of a policy on some windows beside that of `all` and `unstable`, as plain data.
+    """The effect of a policy on some windows beside that of `all` and `unstable`, as plain data; `masked` as above.
 
     Args:
-        phi: (N, S, T) sink mask, levels in display order. masked: (N, S, T) bool, mask tokens.
+        phi: (N, S, T) sink mask, levels in display order.
     Returns:
         `policy`; `sinks`: share of rows with φ > 1/2; `survival`: mean share of levels at which a position is a sink,
         of those that ever are, and `instability` their mean variance (None without any); `taken`: policy ->

@@ -1,5 +1,7 @@
 """A model run consumer by consumer over many sequences, so that a refit can change each before its output counts."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 
@@ -25,7 +27,7 @@ class ResidualRun:
         self._overlap = overlap
         self._states = HiddenStates(adapter, ids, batch, budget, overlap)
 
-    def slices(self):
+    def slices(self) -> Iterator[slice]:
         """The batches' row slices."""
         return self._states.slices()
 

@@ -15,19 +15,12 @@ from structprune.statistics.sinks import keep_weights
 
 @dataclass(frozen=True)
 class Rows:
-    """Sequences of one arm.
+    """Sequences of one arm; the copies of one window are neighbours."""
 
-    Attributes:
-        ids: (R, T) int64.
-        weight: (R, T) fp32 ω, or None where every row has weight 1.
-        masked: (R, T) bool, tokens that are masked in `ids`.
-        copies: sequences per window; the copies of one window are neighbours.
-    """
-
-    ids: torch.Tensor
-    weight: torch.Tensor | None
-    masked: torch.Tensor
-    copies: int
+    ids: torch.Tensor  # (R, T) int64
+    weight: torch.Tensor | None  # (R, T) fp32 ω, or None where every row has weight 1
+    masked: torch.Tensor  # (R, T) bool, tokens that are masked in `ids`
+    copies: int  # sequences per window
 
     def part(self, rows: slice, device: torch.device) -> torch.Tensor | None:
         """The weights of some sequences on a device, (b, T)."""
@@ -51,11 +44,7 @@ def arm_weights(mass: torch.Tensor, arm: str, sink: SinkSettings) -> torch.Tenso
 
 
 def arm_rows(calibration: Calibration, arm: str, sink: SinkSettings, mass: torch.Tensor | None, mask_id: int) -> Rows:
-    """The rows of an arm.
-
-    Args:
-        mass: (N, S, T) attention mass on the noisy copies; only the sink arms need it.
-    """
+    """The rows of an arm; the sink arms need the attention mass (N, S, T) on the noisy copies."""
     ids = arm_ids(calibration, arm)  # (N, R, T)
     weight = None
     if needs_sinks(arm, sink):

@@ -49,10 +49,6 @@ class Scan:
     """The context of every measurement of a model.
 
     Attributes:
-        adapter: of the model that is measured.
-        calibration: the windows and noisy copies it reads.
-        sink: how sink weights are computed from attention mass.
-        limits: how much is processed at once.
         track: wraps long iterations, `track(items, title)`.
         observe: receives the attention mass of every pass that sink weights come from, in the order of the sequences.
     """

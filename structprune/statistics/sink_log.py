@@ -30,9 +30,8 @@ class SinkLog:
         if not self._parts:
             return None
         noisy, p = calibration.noisy_ids, calibration.mask_probability  # (N, S, T), (N, S)
-        mass = torch.cat([part.cpu() for part in self._parts])[: noisy.shape[0] * noisy.shape[1]].view(
-            noisy.shape
-        )  # (N, S, T)
+        mass = torch.cat([part.cpu() for part in self._parts])  # (r, T)
+        mass = mass[: noisy.shape[0] * noisy.shape[1]].view(noisy.shape)  # (N, S, T)
         phi, masked = sink_phi(mass, sink), noisy == mask_id  # (N, S, T) each
         if p is not None:
             order = p.argsort(dim=1, stable=True)[..., None].expand(noisy.shape)  # (N, S, T)

@@ -20,15 +20,7 @@ DEVICE_TILE_BYTES = 64 * 2**20
 
 @torch.no_grad()
 def attention_mass(query: torch.Tensor, key: torch.Tensor, tile: int | None = None) -> torch.Tensor:
-    """Attention that each key position receives, summed over heads and queries, in fp32.
-
-    Args:
-        query: (B, H, T, D), after RoPE.
-        key: (B, K, T, D), after RoPE; K divides H.
-        tile: as in `head_mass`.
-    Returns:
-        (B, T) fp32; each row sums to H·T.
-    """
+    """`head_mass` summed over heads: (B, H, T, D), (B, K, T, D) -> (B, T) fp32; each row sums to H·T."""
     return head_mass(query, key, tile).sum(1)
 
 
@@ -92,13 +84,11 @@ def _group_mass(query: torch.Tensor, key: torch.Tensor, tile: int, buffers: torc
 
 
 def _hide(mask: torch.Tensor | None, causal: bool, place: tuple, offset: int, scores: torch.Tensor, start: int) -> None:
-    """Mask, in place, the scores (b, h, q, T) of keys that a block's queries do not see.
+    """Mask, in place, the scores (b, h, q, T) of keys that a block's queries do not see, as `head_mass` says.
 
     Args:
-        mask, causal: of `head_mass`.
-        place: the block's sequences and heads, slices of all.
+        place: the block's sequences and heads, slices of all. start: its first query.
         offset: position of the first query of all.
-        start: the block's first query.
     """
     if mask is not None:
         sides = (*place, slice(start, start + scores.shape[2]))
