@@ -24,8 +24,7 @@ def inspect(
     """Dry run: units, parameters, bytes and MACs before and after, and predicted peak memory. Reads no weights."""
     from structprune.cli.console import show
     from structprune.report.tables import inspect_tables, mask_inspect_tables
-    from structprune.runs.inspect import inspect_checkpoint
-    from structprune.runs.inspect_masks import inspect_masking
+    from structprune.runs.inspect import inspect_checkpoint, inspect_masking
 
     options = {"model.mask_id": mask_id, "model.allow_pickle": allow_pickle or None, "method": method}
     settings = read_config(config, ratio, sets, nm, options)

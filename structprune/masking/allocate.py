@@ -36,10 +36,9 @@ def owl_ratios(outliers: list[float], ratio: float, spread: float) -> list[float
 def block_ratios(
     settings: MaskingSettings, ratio: float, sizes: list[int], outliers: list[float] | None
 ) -> list[float]:
-    """The removed ratio of every block; over all weights together it is `ratio`.
+    """The removed ratio of every block; over all weights, `sizes` of them in each, it is `ratio`.
 
     Args:
-        sizes: weights in every block.
         outliers: share of them in every block, for `owl`.
     Raises:
         UserError: a block's ratio would leave [0, 1).

@@ -1,9 +1,11 @@
 """Which weights are kept, one bit each, in memory and as masks.safetensors."""
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
@@ -13,7 +15,6 @@ from structprune.errors import UserError, nearest
 from structprune.models.tensor_files import first_line, write_tensors
 
 FORMAT = "structprune-masks-1"
-ONES = torch.tensor([byte.bit_count() for byte in range(256)])  # (256,) set bits of every byte
 WRAPPED = re.compile(r"^(?:(?:module|_orig_mod)\.)*(?:base_model\.model\.)?(?:_orig_mod\.)?")  # DDP, compile, PEFT
 INSIDE = re.compile(
     r"\.(?:base_layer|original_module|modules_to_save\.[^.]+|_orig_mod|_checkpoint_wrapped_module)(?=\.)"
@@ -23,10 +24,7 @@ INSIDE = re.compile(
 def pack_bits(keep: torch.Tensor) -> torch.Tensor:
     """One bit per weight, the first of eight columns in the lowest bit, unused bits zero.
 
-    Args:
-        keep: (O, C) bool.
-    Returns:
-        (O, ceil(C / 8)) uint8 on the same device.
+    (O, C) bool -> (O, ceil(C / 8)) uint8 on the same device.
     """
     bits = F.pad(keep.to(torch.uint8), (0, -keep.shape[1] % 8))  # (O, 8 * ceil(C / 8))
     packed = bits[:, 0::8].clone()  # (O, ceil(C / 8))
@@ -61,13 +59,12 @@ class Masks:
     shapes: dict[str, tuple[int, int]]
 
     def __post_init__(self) -> None:
-        for name in [*self.packed, *self.shapes]:
-            if name not in self.packed or name not in self.shapes:
-                raise UserError(f"'{name}' has a mask or a shape, but not both: make the masks anew")
-            bits, (rows, columns) = self.packed[name], self.shapes[name]
-            expected = (rows, -(-columns // 8))
+        for name in sorted(self.packed.keys() ^ self.shapes.keys()):
+            raise UserError(f"'{name}' has a mask or a shape, but not both: make the masks anew")
+        for name, (rows, columns) in self.shapes.items():
+            bits, expected = self.packed[name], (rows, -(-columns // 8))
             if bits.dtype != torch.uint8 or tuple(bits.shape) != expected:
-                got = f"{tuple(bits.shape)} {_name(bits.dtype)}"
+                got = f"{tuple(bits.shape)} {str(bits.dtype).removeprefix('torch.')}"
                 raise UserError(
                     f"the mask of '{name}' is {got}, not {expected} uint8 as {rows} x {columns} weights need"
                 )
@@ -111,8 +108,8 @@ class Masks:
         if name is not None:
             self._check_name(name)
         chosen = list(self.packed) if name is None else [name]
-        total = sum(self.shapes[key][0] * self.shapes[key][1] for key in chosen)
-        ones = sum(_ones(self.packed[key]) for key in chosen)
+        total = sum(math.prod(self.shapes[key]) for key in chosen)
+        ones = sum(int(np.unpackbits(self.packed[key].cpu().numpy()).sum()) for key in chosen)
         return (total - ones) / total if total else 0.0
 
     def save(self, path: str | Path) -> None:
@@ -143,7 +140,12 @@ class Masks:
             raise UserError(f"{path} cannot be read as safetensors ({first_line(error)})") from error
         if names is None:
             raise UserError(f"{path} is not a mask file of format '{FORMAT}': give the masks.safetensors of a run")
-        shapes = {name: _shape(text, name, path) for name, text in metadata.items()}
+        shapes = {}
+        for name, text in metadata.items():
+            match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+            if not match:
+                raise UserError(f"{path}: metadata '{name}' is '{text}', not a shape such as 4096x12288")
+            shapes[name] = (int(match[1]), int(match[2]))
         try:
             return cls(packed, shapes)
         except UserError as error:
@@ -207,20 +209,3 @@ def _check_whole(name: str, weight: torch.Tensor) -> None:
     if weight.is_meta or hasattr(weight, "device_mesh"):
         how = "is offloaded (meta)" if weight.is_meta else "is sharded (DTensor)"
         raise UserError(f"'{name}' {how}: masks need whole weights in memory")
-
-
-def _ones(packed: torch.Tensor) -> int:
-    """Set bits of a uint8 tensor."""
-    counts = torch.bincount(packed.flatten(), minlength=256).cpu()  # (256,)
-    return int((counts * ONES).sum())
-
-
-def _shape(text: str, name: str, path: Path) -> tuple[int, int]:
-    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
-    if not match:
-        raise UserError(f"{path}: metadata '{name}' is '{text}', not a shape such as 4096x12288")
-    return int(match[1]), int(match[2])
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

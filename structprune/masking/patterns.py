@@ -19,20 +19,15 @@ def parse_nm(text: str) -> tuple[int, int]:
 
 
 def check_pattern(blocks: list[BlockView], nm: str) -> None:
-    """Raise UserError where M does not divide the inputs of every projection, naming the first.
-
-    Args:
-        blocks: of an adapter.
-        nm: such as "2:4".
-    """
+    """Raise UserError where M of `nm`, such as "2:4", does not divide the inputs of a projection."""
     _, group = parse_nm(nm)
     for block in blocks:
-        for role in block.names:
+        for role, name in block.names.items():
             width = block[role].in_features
             if width % group:
-                name = f"{block.names[role]} has {width} inputs"
                 raise UserError(
-                    f"masking.nm = {nm} needs inputs in groups of {group}, but {name}: choose an M that divides it"
+                    f"masking.nm = {nm} needs inputs in groups of {group}, but {name} has {width} inputs: choose an M"
+                    " that divides it"
                 )
 
 
@@ -58,10 +53,7 @@ def pooled_mask(score: torch.Tensor, ratio: float) -> torch.Tensor:
 def group_mask(score: torch.Tensor, removed: int, group: int) -> torch.Tensor:
     """Removes the `removed` lowest of every `group` neighbouring columns, of equal scores the first.
 
-    Args:
-        score: (O, C), C a multiple of `group`.
-    Returns:
-        (O, C) bool.
+    (O, C) -> (O, C) bool, C a multiple of `group`.
     """
     split = score.unflatten(1, (-1, group))  # (O, C / M, M)
     if group <= 16:  # counting who is lower is faster than sorting so few

@@ -21,13 +21,13 @@ def plan_walk(scan: Scan, request: MaskRequest) -> WalkPlan | None:
     masking, refit = request.settings, request.reconstruct
     scored = request.arm if request.walks else None
     fitted = refit.arm if refit.enabled else None
-    if scored is None and fitted is None:
+    arms = [arm for arm in (scored, fitted) if arm is not None]
+    if not arms:
         return None
-    fit_windows, mask_id = scan.calibration.fit, scan.adapter.mask_id
-    mass = None
-    if any(needs_sinks(arm, request.sink) for arm in (scored, fitted)):
+    fit_windows, mask_id, mass = scan.calibration.fit, scan.adapter.mask_id, None
+    if any(needs_sinks(arm, request.sink) for arm in arms):
         mass = measure_mass(replace(scan, calibration=fit_windows))  # (N, S, T)
-    rows = {arm: arm_rows(fit_windows, arm, request.sink, mass, mask_id) for arm in (scored, fitted) if arm is not None}
+    rows = {arm: arm_rows(fit_windows, arm, request.sink, mass, mask_id) for arm in arms}
     ids: list[torch.Tensor] = []
     score = _use(ids, rows[scored]) if scored is not None else None
     fit = check = None

@@ -37,10 +37,9 @@ class Use:
 
 @dataclass(frozen=True)
 class WalkPlan:
-    """What a walk measures.
+    """What a walk measures, on (R, T) ids of all sequences.
 
     Attributes:
-        ids: (R, T) int64 all sequences.
         score: rows of the score; None where nothing is scored.
         norms: "joint" or "summed" norms for the score; None for Gram matrices.
         score_relative, fit_relative: divide row weights by the RMS of the stream an output is added to.
@@ -81,12 +80,12 @@ class Walk:
         self._original, self._adapter, self._plan = dense, adapter, plan
         self._batch = batch = limits.sequences(1, plan.ids.shape[1])
         scored = [plan.score] if plan.score is not None else []
-        uses = scored + plan.purposes
-        self._edges = sorted({edge for use in uses for edge in (use.rows.start, use.rows.stop)})
+        self._edges = sorted({edge for use in scored + plan.purposes for edge in (use.rows.start, use.rows.stop)})
         prefix = plan.purposes + ([] if plan.on_dense else scored)
         target = (plan.purposes if plan.target_dense else []) + (scored if plan.on_dense else [])
-        self._prefix = _Stream.of(adapter, plan.ids, prefix, batch, limits.budget, limits.overlap)
-        self._dense = _Stream.of(dense, plan.ids, target, batch, limits.budget, limits.overlap)
+        store = (batch, limits.budget, limits.overlap)
+        self._prefix = _Stream(adapter, plan.ids, prefix, *store) if prefix else None
+        self._dense = _Stream(dense, plan.ids, target, *store) if target else None
 
     def _slices(self, use: Use | None = None):
         """Batches of rows: all, or those of one use; no batch belongs to a use in part only."""
@@ -163,20 +162,16 @@ class Walk:
 
 
 class _Stream:
-    """Hidden states of some neighbouring sequences, before a block or within it; `limits` as in `HiddenStates`."""
+    """Hidden states of the sequences from the first that a use reads to the last, before a block or within it.
 
-    def __init__(self, adapter: Adapter, ids: torch.Tensor, rows: slice, *limits):
-        self.rows = rows
-        self._states = HiddenStates(adapter, ids[rows], *limits)
+    Args:
+        limits: as in `HiddenStates`.
+    """
+
+    def __init__(self, adapter: Adapter, ids: torch.Tensor, uses: list[Use], *limits):
+        self.rows = slice(min(use.rows.start for use in uses), max(use.rows.stop for use in uses))
+        self._states = HiddenStates(adapter, ids[self.rows], *limits)
         self.rotary = self._states.rotary
-
-    @classmethod
-    def of(cls, adapter: Adapter, ids: torch.Tensor, uses: list[Use], *limits) -> "_Stream | None":
-        """A stream from the first sequence that a use reads to the last; None without a use."""
-        if not uses:
-            return None
-        rows = slice(min(use.rows.start for use in uses), max(use.rows.stop for use in uses))
-        return cls(adapter, ids, rows, *limits)
 
     def _own(self, rows: slice) -> slice:
         return slice(rows.start - self.rows.start, rows.stop - self.rows.start)

@@ -11,8 +11,7 @@ from structprune import Config, UserError, load_model, prune
 from structprune.cli.main import main
 from structprune.models.adapter import Adapter
 from structprune.report.tables import mask_table, run_table
-from structprune.runs.inspect import inspect_checkpoint
-from structprune.runs.inspect_masks import inspect_masking
+from structprune.runs.inspect import inspect_checkpoint, inspect_masking
 from structprune.statistics.capture import consumers
 
 pytestmark = pytest.mark.slow

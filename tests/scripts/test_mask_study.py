@@ -4,7 +4,7 @@ import pytest
 
 from structprune.assets import model_directory
 from structprune.config import Config
-from structprune.runs.inspect_masks import inspect_masking
+from structprune.runs.inspect import inspect_masking
 
 
 @pytest.fixture

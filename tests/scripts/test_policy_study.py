@@ -4,8 +4,7 @@ import pytest
 
 from structprune.assets import model_directory
 from structprune.config import Config
-from structprune.runs.inspect import inspect_checkpoint
-from structprune.runs.inspect_masks import inspect_masking
+from structprune.runs.inspect import inspect_checkpoint, inspect_masking
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """What a mask score gets and returns: the linears that read one input, and their masks."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,17 +22,11 @@ class Removal:
 
 @dataclass
 class Linears:
-    """Linears of a block that read the same input.
+    """Linears of a block that read the same input."""
 
-    Attributes:
-        weights: (O_i, C) fp32 each.
-        removal: how much of each is removed.
-        statistic: the norms (C,) or Gram matrix (C, C) of the input, as the score needs; None for weights alone.
-    """
-
-    weights: list[torch.Tensor]
+    weights: list[torch.Tensor]  # (O_i, C) fp32 each
     removal: Removal
-    statistic: torch.Tensor | None = None
+    statistic: torch.Tensor | None = None  # norms (C,) or Gram matrix (C, C) of the input; None for weights alone
 
     def take_statistic(self) -> torch.Tensor:
         """The statistic, no longer referenced here, so that its memory can be freed as soon as it is used."""
@@ -43,16 +37,11 @@ class Linears:
 
 @dataclass(frozen=True)
 class Outcome:
-    """New weights and masks, in the order of the linears; for SparseGPT, how the Gram matrix was factored.
-
-    Attributes:
-        damping: the damping used, more than configured where the factorisation needed it; None without one.
-        dead: inputs that were always 0.
-    """
+    """New weights and masks, in the order of the linears; for SparseGPT, how the Gram matrix was factored."""
 
     masked: list[Masked]
-    damping: float | None = None
-    dead: int = 0
+    damping: float | None = None  # more than configured where the factorisation needed it
+    dead: int = 0  # inputs that were always 0
 
 
 MaskFunction = Callable[[Linears, MaskingSettings], Outcome]
@@ -68,7 +57,7 @@ class ByScores:
     """
 
     scores: Callable[[torch.Tensor, Any], torch.Tensor]
-    mask: Callable[[torch.Tensor, float], torch.Tensor] = field(default=row_mask)
+    mask: Callable[[torch.Tensor, float], torch.Tensor] = row_mask
 
     def __call__(self, linears: Linears, settings: MaskingSettings) -> Outcome:
         masked, removal = [], linears.removal

@@ -14,7 +14,5 @@ def ria_scores(weight: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
     """
     size = weight.float().abs()  # (O, C)
     tiny = torch.finfo(torch.float32).tiny  # of rows and columns that are all zero
-    share = size / size.sum(1, keepdim=True).clamp(min=tiny) + size / size.sum(0, keepdim=True).clamp(
-        min=tiny
-    )  # (O, C)
-    return share * norm.float().sqrt()
+    rows, columns = (size.sum(side, keepdim=True).clamp(min=tiny) for side in (1, 0))  # (O, 1), (1, C)
+    return (size / rows + size / columns) * norm.float().sqrt()

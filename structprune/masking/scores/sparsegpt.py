@@ -16,17 +16,11 @@ INNER = 32  # columns whose updates reach the rest of their block as one product
 
 @dataclass(frozen=True)
 class Factor:
-    """A factored Gram matrix.
+    """A factored Gram matrix."""
 
-    Attributes:
-        upper: (C, C) fp32 U, upper triangular, with (G + λI)⁻¹ = UᵀU.
-        dead: (C,) bool, inputs that were always 0.
-        damping: λ used, relative to the mean diagonal; more than configured where the factorisation needed it.
-    """
-
-    upper: torch.Tensor
-    dead: torch.Tensor
-    damping: float
+    upper: torch.Tensor  # (C, C) fp32 U, upper triangular, with (G + λI)⁻¹ = UᵀU
+    dead: torch.Tensor  # (C,) bool, inputs that were always 0
+    damping: float  # λ relative to the mean diagonal; more than configured where the factorisation needed it
 
 
 def factorise(gram: torch.Tensor, damping: float = 0.01) -> Factor:
