@@ -10,8 +10,7 @@ from structprune.masking.request import MaskRequest
 from structprune.masking.scores.linears import Linears, Masked, Removal
 from structprune.models.adapter import READERS, BlockView
 from structprune.refit.masked import choose_refit
-from structprune.refit.products import InputProducts
-from structprune.refit.reconstruct import LayerFit, output_error
+from structprune.refit.products import InputProducts, LayerFit
 
 
 @dataclass(frozen=True)
@@ -43,9 +42,8 @@ def mask_readers(
         raise UserError(f"block {block.index}: its activations overflow in this dtype: use model.dtype = float32")
     linears = Linears(weights, removal, statistics.pop(name, None))
     outcome = request.score.mask(linears, request.settings)
-    factored = []
-    if outcome.damping is not None:
-        factored.append(Factored(block.index, name, outcome.damping, outcome.dead))
+    damping = outcome.damping
+    factored = [] if damping is None else [Factored(block.index, name, damping, outcome.dead)]
     return dict(zip(roles, outcome.masked)), factored
 
 
@@ -65,10 +63,9 @@ def refit_linears(
     refitted, fits = {}, []
     for role, (weight, keep) in masked.items():  # (O, C) each
         fit, check = (each.of(role, block[role].weight) for each in products)
-        moved, damping, gain = choose_refit(weight.double(), keep, fit, check, settings.damping)
-        plain = output_error(weight.double(), check.target, check.gram) + check.power
-        refitted[role] = (moved.float(), keep)
-        fits.append(LayerFit(block.index, role, damping, (plain + gain) / plain if plain > 0 else 1.0))
+        choice = choose_refit(weight.double(), keep, fit, check, settings.damping)
+        refitted[role] = (choice[0].float(), keep)
+        fits.append(LayerFit.of(block.index, role, weight.double(), check, choice))
     return refitted, fits
 
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from structprune.refit.products import UNCHANGED, Products, output_error, output_errors
+from structprune.refit.products import UNCHANGED, Choice, Products, output_error, output_errors
 
 SAMPLE = 32  # rows on which the damping is chosen
 NOISE = 1e-7  # smaller gains are below the accuracy of fp32 sums, relative to the power of the output
@@ -104,14 +104,12 @@ def conjugate_gradients(
 
 def choose_refit(
     weight: torch.Tensor, keep: torch.Tensor, fit: Products, check: Products, candidates: Sequence[float]
-) -> tuple[torch.Tensor, float, float]:
+) -> Choice:
     """The refit at the damping with the least held-out output error on a sample of rows; none without a gain.
 
     Args:
         weight: (O, C) fp64, masked. keep: (O, C) bool.
         fit, check: products over the fitted rows, and over held-out rows.
-    Returns:
-        (weight (O, C), damping, held-out output error minus the unchanged weight's)
     """
     sample = torch.linspace(0, len(weight) - 1, min(SAMPLE, len(weight)), device=weight.device).long()  # (s,)
     tried, best, gain = sorted(set(candidates) - {UNCHANGED}), UNCHANGED, 0.0

@@ -10,6 +10,9 @@ from structprune.statistics.activations import add_gram, add_products, mirror
 UNCHANGED = float("inf")  # the damping at which no weight changes
 
 
+Choice = tuple[torch.Tensor, float, float]  # weight, damping, held-out output error minus the unchanged weight's
+
+
 @dataclass(frozen=True)
 class Products:
     """Second moments of one linear: Gram matrix (K, K), target W XᵀX̂ (O, K), and power ‖W Xᵀ‖² of the target output.
@@ -24,18 +27,18 @@ class Products:
 
 @dataclass(frozen=True)
 class LayerFit:
-    """What the refit of one linear chose.
-
-    Attributes:
-        kind: the kind of unit it reads, or its role.
-        damping: infinity where nothing changed.
-        error: held-out output error, 1 without the refit.
-    """
+    """What the refit of one linear chose."""
 
     block: int
-    kind: str
-    damping: float
-    error: float
+    kind: str  # the kind of unit it reads, or its role
+    damping: float  # infinity where nothing changed
+    error: float  # held-out output error, 1 without the refit
+
+    @classmethod
+    def of(cls, block: int, kind: str, weight: torch.Tensor, check: Products, choice: Choice) -> "LayerFit":
+        """The fit of a linear whose unchanged weight (O, K) fp64 has the held-out products `check`."""
+        plain = output_error(weight, check.target, check.gram) + check.power
+        return cls(block, kind, choice[1], (plain + choice[2]) / plain if plain > 0 else 1.0)
 
     def plain(self) -> dict:
         """As plain data for JSON, where infinity is null."""
@@ -55,16 +58,11 @@ def output_errors(weights: torch.Tensor, target: torch.Tensor, gram: torch.Tenso
 
 @dataclass(frozen=True)
 class InputProducts:
-    """Sums over rows of the input that several linears share.
+    """Sums over rows of the input that several linears share."""
 
-    Attributes:
-        gram: (C, C) fp32 X̂ᵀX̂. cross: (C, C) fp32 XᵀX̂; the same tensor where X is X̂.
-        power: role -> ‖W Xᵀ‖² over held-out rows; empty for other rows.
-    """
-
-    gram: torch.Tensor
-    cross: torch.Tensor
-    power: dict[str, float]
+    gram: torch.Tensor  # (C, C) fp32 X̂ᵀX̂
+    cross: torch.Tensor  # (C, C) fp32 XᵀX̂; the same tensor where X is X̂
+    power: dict[str, float]  # role -> ‖W Xᵀ‖² over held-out rows; empty for other rows
 
     def of(self, role: str, weight: torch.Tensor) -> Products:
         """The products of one linear in fp64, whose dense weight (O, C) gives the target outputs."""
@@ -89,24 +87,16 @@ class RowSums:
         self._power = {role: torch.zeros((), dtype=torch.float64, device=device) for role in linears if power}
 
     def add(self, pruned: torch.Tensor, dense: torch.Tensor | None, omega: torch.Tensor | None) -> None:
-        """Add rows X̂ and X, (b, T, C) each, weighted by ω (b, T).
-
-        Args:
-            dense: X; None where it is X̂.
-            omega: None for ones.
-        """
+        """Add rows X̂ and X (None: X̂ itself), (b, T, C) each, weighted by ω (b, T), None for ones."""
         add_gram(self._gram, pruned, omega)
         source = pruned if dense is None else dense  # (b, T, C)
         if self._cross is not None:
             add_products(self._cross, source, pruned, omega)
         for role in self._power:
-            output = self._output(role, source)  # (b, T, O)
+            weight = self._linears[role].weight.to(source.device)  # (O, C)
+            output = nn.functional.linear(source, weight).float()  # (b, T, O), without the bias
             output = output if omega is None else output * omega[..., None]  # (b, T, O)
             self._power[role] += output.pow(2).sum()
-
-    def _output(self, role: str, x: torch.Tensor) -> torch.Tensor:
-        """W x in fp32 without its bias: (b, T, C) -> (b, T, O)."""
-        return nn.functional.linear(x, self._linears[role].weight.to(x.device)).float()
 
     def finish(self) -> InputProducts:
         gram = mirror(self._gram)

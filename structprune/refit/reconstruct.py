@@ -14,7 +14,7 @@ from structprune.config import ReconstructSettings
 from structprune.models.adapter import CONSUMER, UNIT_KINDS, Adapter
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.transfer import send
-from structprune.refit.products import UNCHANGED, LayerFit, Products, output_error
+from structprune.refit.products import UNCHANGED, Choice, LayerFit, Products, output_error
 from structprune.statistics.activations import add_gram, add_products, mirror, relative_weight
 from structprune.statistics.residual import ResidualRun, TargetRun, UnitKey
 from structprune.statistics.rows import arm_rows, scan_rows
@@ -44,21 +44,13 @@ def refit_weight(
 
 
 def target_gap(weight: torch.Tensor, target: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
-    """W·C - W_K·G: (O, K) fp64.
-
-    Args:
-        weight: (O, K) W_K. target: (O, K) W·C = W XᵀX̂_K. gram: (K, K) G.
-    """
+    """W·C - W_K·G (O, K) fp64: weight (O, K) W_K, target (O, K) W·C = W XᵀX̂_K, gram (K, K) G."""
     return (weight @ gram.double()).neg_().add_(target)  # (O, K)
 
 
 def refit_bias(weight: torch.Tensor, target: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
-    """Only the constant's weight changes, by the mean residual of the output (FLAP's compensation).
-
-    Args:
-        weight: (O, K), the constant as last feature.
-        target: (O, 1) W·C and gram: (K, 1) G, of which only the last column is read.
-    """
+    """Only the weight of the constant, the last feature, changes, by the mean residual of the output (FLAP's
+    compensation). Only the last columns of target (O, .) and gram (K, .) are read."""
     residual = target[:, -1] - weight @ gram[:, -1].double()  # (O,)
     moved = weight.clone()  # (O, K)
     moved[:, -1] += residual / gram[-1, -1]
@@ -67,12 +59,8 @@ def refit_bias(weight: torch.Tensor, target: torch.Tensor, gram: torch.Tensor) -
 
 def choose(
     settings: ReconstructSettings, weight: torch.Tensor, fit: Products, check: Products, features: int
-) -> tuple[torch.Tensor, float, float]:
-    """The candidate with the least held-out output error; plain removal is always among them.
-
-    Returns:
-        (weight, damping, its held-out error minus plain removal's)
-    """
+) -> Choice:
+    """The candidate with the least held-out output error; plain removal is always among them."""
     plain = output_error(weight, check.target, check.gram)
     best = (weight, UNCHANGED, 0.0)
     if settings.mode == "bias":
@@ -119,11 +107,7 @@ class Reconstructor:
 
     @torch.no_grad()
     def refit(self, small: DiffusionLM) -> list[LayerFit]:
-        """Refit every consumer of a cut model in place.
-
-        Args:
-            small: from `apply_plan`; its consumers need biases where a constant feature is used.
-        """
+        """Refit every consumer of a cut model in place; they need biases where a constant feature is used."""
         pruned = Adapter(small)
         self._run.restart()
         run = ResidualRun(pruned, self._ids, self._batch, self._limits.budget, self._limits.overlap)
@@ -140,12 +124,12 @@ class Reconstructor:
         linear = pruned.blocks[key[0]][CONSUMER[key[1]]]
         fit, check = self._products(run, key)
         weight = _augmented(linear, self._constant).to(fit.gram.device)  # (O, K) fp64
-        chosen, damping, gain = choose(self.settings, weight, fit, check, linear.in_features)
+        choice = choose(self.settings, weight, fit, check, linear.in_features)
+        chosen = choice[0]  # (O, K)
         linear.weight = _parameter(chosen[:, :-1] if self._constant else chosen, linear.weight)
         if self._constant:
             linear.bias = _parameter(chosen[:, -1], linear.bias)
-        plain = output_error(weight, check.target, check.gram) + check.power
-        return LayerFit(key[0], key[1], damping, (plain + gain) / plain if plain > 0 else 1.0)
+        return LayerFit.of(*key, weight, check, choice)
 
     @property
     def _constant(self) -> bool:

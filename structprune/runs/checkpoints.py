@@ -8,26 +8,20 @@ from structprune.calibration.trajectories import check_calibration
 from structprune.checkpoint.output import check_output
 from structprune.config import Config
 from structprune.masking.request import MaskRequest
-from structprune.models.adapter import Adapter
 from structprune.models.loading import load_model
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.progress import Track, untracked
 from structprune.runs.ghost import Ghost, read_ghost
 from structprune.runs.mask import Masked, mask
 from structprune.runs.prune import Pruned, Pruner
-from structprune.runs.resolve import at_ratio, check_plan, resolve_masking, resolve_structured
+from structprune.runs.resolve import at_ratio, block_weights, check_plan, resolve_masking, resolve_structured
 from structprune.structured.plan import Plan
 from structprune.structured.request import StructuredRequest
 
 
 @dataclass(frozen=True)
 class Written:
-    """An output directory.
-
-    Attributes:
-        result: what was saved there.
-        source_bytes: of the source's weights, in their stored dtype.
-    """
+    """An output directory: what was saved there, and the bytes of the source's weights in their stored dtype."""
 
     result: Pruned | Masked
     source_bytes: int
@@ -75,8 +69,7 @@ def mask_checkpoint(
     """
     ghost = read_ghost(source, config.model)
     request = resolve_masking(config, ghost.model)
-    adapter = Adapter(ghost.model)
-    mask_bytes = sum(block[role].weight.numel() for block in adapter.blocks for role in block.names) // 8
+    mask_bytes = sum(block_weights(ghost.adapter)) // 8
     check_output(out, ghost.directory, overwrite, ghost.stored_bytes + mask_bytes)
     if request.reads_text:
         _check_text(config, ghost)

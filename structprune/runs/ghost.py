@@ -14,21 +14,13 @@ from structprune.models.modeling_structprune import DiffusionLM
 
 @dataclass(frozen=True, eq=False)
 class Ghost:
-    """A checkpoint whose weights were not read.
+    """A checkpoint whose weights were not read; its model is on the meta device."""
 
-    Attributes:
-        name: the Hub id, or the directory's own name.
-        directory: of its files.
-        model: on the meta device.
-        values: contents of its config.json.
-        stored: dtype of its weights.
-    """
-
-    name: str
+    name: str  # the Hub id, or the directory's own name
     directory: Path
     model: DiffusionLM
-    values: dict
-    stored: torch.dtype
+    values: dict  # contents of config.json
+    stored: torch.dtype  # of the weights
 
     @property
     def adapter(self) -> Adapter:

@@ -42,18 +42,11 @@ OUTLIER_ARM = "masked"  # read by `owl` where the score reads no activations
 
 @dataclass(frozen=True)
 class Masked:
-    """The result of a run.
-
-    Attributes:
-        model: the masked model, in eval mode.
-        masks: which weights are kept.
-        calibration: the windows and noise that the run read; None where it needs no text.
-        report: every figure of the run, as plain data.
-    """
+    """The result of a run: the masked model, in eval mode, and every figure of the run as plain data."""
 
     model: DiffusionLM
     masks: Masks
-    calibration: Calibration | None
+    calibration: Calibration | None  # None where the run needs no text
     report: dict
 
     def save(self, directory: str | Path, overwrite: bool = False) -> Path:
@@ -134,15 +127,11 @@ class MaskRun(Run):
             "held_out_nelbo": check,
             "factored": [asdict(each) for each in maker.factored],
             "refit": [fit.plain() for fit in maker.fits],
-            "sinks": self._sink_report(),
+            "sinks": self.log.report(self.calibration.fit, self.sink, self.adapter.mask_id)
+            if self._calibration
+            else None,
         }
         return Masked(model, maker.masks, self._calibration, report)
-
-    def _sink_report(self) -> dict | None:
-        """The sink policy's effect."""
-        if self._calibration is None:
-            return None
-        return self.log.report(self._calibration.fit, self.sink, self.adapter.mask_id)
 
     def _held_out_nelbo(self, model: DiffusionLM) -> Nelbo | None:
         """None where no window is held out."""
@@ -197,13 +186,7 @@ class MaskRun(Run):
 
 
 class _Blocks:
-    """Masks the blocks of `adapter`'s model one after the other, and collects what that gives.
-
-    Attributes:
-        masks: of all projections so far.
-        factored: how Gram matrices were factored.
-        fits: what refits chose.
-    """
+    """Masks the blocks of `adapter`'s model in order; collects masks, and what factorisations and refits chose."""
 
     def __init__(self, run: MaskRun, adapter: Adapter, plain: PlainWeights | None, in_place: bool):
         self._run, self._adapter, self._plain, self._in_place = run, adapter, plain, in_place

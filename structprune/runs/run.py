@@ -115,12 +115,7 @@ class Run:
         return self.track(items, "held-out check")
 
     def held_out(self, dense: Nelbo, pruned: Nelbo, kept: str, **means: float | None) -> dict:
-        """What pruning costs on the held-out windows, as plain data for the report.
-
-        Args:
-            kept: which of the candidates `pruned` is.
-            means: NELBO of the candidates, by name.
-        """
+        """What pruning costs on the held-out windows, as plain data; `kept` names a candidate, `means` all."""
         return {
             "kept": kept,
             "dense": dense.mean,
