@@ -21,21 +21,13 @@ Idle = tuple[str, tuple[str, ...], bool, str]  # section, keys, whether they hav
 
 @dataclass(frozen=True)
 class Facts:
-    """What the rules depend on beside the configuration itself.
+    """What the rules depend on beside the configuration itself."""
 
-    Attributes:
-        score: the score's name, without `sink-`.
-        arm: the calibration arm it runs on; None for a score of weights alone.
-        scores: the table of scores; `options` of a row are those that only some scores read, and this one does.
-        accelerator: whether the run computes on one.
-        reads_text: whether any part of the run reads calibration text.
-    """
-
-    score: str
-    arm: str | None
-    scores: Mapping[str, Any]
-    accelerator: bool
-    reads_text: bool = True
+    score: str  # its name, without `sink-`
+    arm: str | None  # the calibration arm it runs on; None for a score of weights alone
+    scores: Mapping[str, Any]  # the table; `options` of a row are those that only some scores read, and this one does
+    accelerator: bool  # whether the run computes on one
+    reads_text: bool = True  # whether any part of the run reads calibration text
 
 
 def refuse_idle(config: Sections, idle: Sequence[Idle]) -> None:

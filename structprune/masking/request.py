@@ -10,19 +10,12 @@ from structprune.statistics.scan import Limits
 
 @dataclass(frozen=True, kw_only=True)
 class MaskRequest(Request):
-    """An unstructured or N:M run.
+    """An unstructured or N:M run."""
 
-    Attributes:
-        name: the score's name, without `sink-`.
-        score: its row in the table.
-        ratio: removed share of every projection, N / M for N:M.
-        nm: (N, M), or None.
-    """
-
-    name: str
-    score: MaskScore
-    ratio: float
-    nm: tuple[int, int] | None
+    name: str  # of the score, without `sink-`
+    score: MaskScore  # its row in the table
+    ratio: float  # removed share of every projection, N / M for N:M
+    nm: tuple[int, int] | None  # (N, M)
 
     @property
     def settings(self) -> MaskingSettings:

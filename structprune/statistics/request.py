@@ -8,19 +8,12 @@ from structprune.models.resources import Resources
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """A run, resolved for one model's shapes and free of contradictions.
-
-    Attributes:
-        config: the configuration, for the report.
-        arm: the calibration arm the score runs on; None for a score of weights alone.
-        resources: device, dtype and memory.
-        reads_text: whether score, allocation, refit or held-out check reads calibration text.
-    """
+    """A run, resolved for one model's shapes and free of contradictions."""
 
     config: Config
-    arm: str | None
-    resources: Resources
-    reads_text: bool = True
+    arm: str | None  # the calibration arm the score runs on; None for a score of weights alone
+    resources: Resources  # device, dtype and memory
+    reads_text: bool = True  # by score, allocation, refit or held-out check
 
     @property
     def reconstruct(self) -> ReconstructSettings:

@@ -4,7 +4,8 @@ import heapq
 import math
 
 from structprune.errors import UserError
-from structprune.structured.paths import UNIT_KINDS, RemovalPath, UnitKey
+from structprune.models.adapter import UNIT_KINDS
+from structprune.structured.paths import RemovalPath, UnitKey
 from structprune.structured.sizes import BlockSize
 
 Counts = dict[tuple[int, str], int]  # (block, kind) -> removal steps

@@ -8,30 +8,21 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from structprune.models.adapter import CONSUMER, Adapter, set_widths
+from structprune.models.adapter import CONSUMER, UNIT_KINDS, Adapter, set_widths
 from structprune.models.modeling_structprune import DiffusionLM, RMSNorm
-from structprune.structured.paths import UNIT_KINDS, UnitKey
+from structprune.structured.paths import UnitKey
 
 
 @dataclass(frozen=True)
 class Coupled:
-    """The modules that are cut with one kind of unit in one block.
+    """Names of the modules that are cut with one kind of unit in one block."""
 
-    Attributes:
-        outputs: names of modules that lose output rows.
-        inputs: names of modules that lose input columns.
-    """
-
-    outputs: frozenset[str]
-    inputs: frozenset[str]
+    outputs: frozenset[str]  # they lose output rows
+    inputs: frozenset[str]  # they lose input columns
 
 
 def coupled_units(model: DiffusionLM) -> dict[UnitKey, Coupled]:
-    """(block, kind of unit) -> the modules that the dependency graph couples to the block's consumer input.
-
-    Args:
-        model: any structprune model, on any device; a meta copy of it is traced.
-    """
+    """(block, kind of unit) -> the modules that the dependency graph couples to the block's consumer input."""
     import torch_pruning as tp
 
     with torch.device("meta"), torch.inference_mode(False), torch.enable_grad():

@@ -9,26 +9,19 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from structprune.models.adapter import UNIT_KINDS
-
 UnitKey = tuple[int, str]  # (block index, kind of unit)
-__all__ = ["UNIT_KINDS", "RemovalPath", "UnitKey", "per_unit", "static_path", "step_groups"]
 
 
 @dataclass(frozen=True)
 class RemovalPath:
     """The order in which the units of one block and kind are removed.
 
-    Attributes:
-        steps: unit indices of each step, first removed first.
-        cost: (len(steps),) fp64, the loss each step adds, in the score's own unit.
-        rank: (len(steps),) fp64 to compare directly over blocks and kinds under `global` allocation; None: compare cost
-            per removed parameter.
+    Under `global` allocation ranks are compared directly over blocks and kinds; without them, cost per parameter.
     """
 
-    steps: tuple[tuple[int, ...], ...]
-    cost: torch.Tensor
-    rank: torch.Tensor | None = None
+    steps: tuple[tuple[int, ...], ...]  # unit indices of each step, first removed first
+    cost: torch.Tensor  # (len(steps),) fp64, the loss each step adds, in the score's own unit
+    rank: torch.Tensor | None = None  # (len(steps),) fp64
 
     def removed(self, count: int) -> list[int]:
         """Sorted units removed by the first `count` steps."""

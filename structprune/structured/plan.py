@@ -1,7 +1,7 @@
 """A plan: the units that every block keeps, as a JSON file that can be saved, read, edited and applied."""
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 
 from structprune.errors import UserError
@@ -82,8 +82,8 @@ class Plan:
         if len(self.blocks) != len(adapter.blocks):
             raise UserError(f"the plan has {len(self.blocks)} blocks, the model {len(adapter.blocks)}")
         for kept, block in zip(self.blocks, adapter.blocks):
-            for key in BlockPlan.__dataclass_fields__:
-                _check_indices(getattr(kept, key), getattr(block.widths, key), f"the plan's block {block.index}: {key}")
+            for key, units in asdict(kept).items():
+                _check_indices(units, getattr(block.widths, key), f"the plan's block {block.index}: {key}")
             _check_heads(kept, block.widths, block.index)
 
 
@@ -98,7 +98,7 @@ def _check_indices(units: tuple[int, ...], width: int, where: str) -> None:
 
 
 def _check_heads(kept: BlockPlan, widths: Widths, index: int) -> None:
-    """Every kept KV head must keep equally many of its query heads, and no query head may lose its KV head."""
+    """Raise UserError where a query head loses its KV head, or KV heads keep unequal numbers of query heads."""
     per = widths.query_heads // widths.kv_heads
     counts = {head: 0 for head in kept.kv_heads}
     for head in kept.query_heads:
@@ -111,11 +111,8 @@ def _check_heads(kept: BlockPlan, widths: Widths, index: int) -> None:
 
 def identity_plan(adapter: Adapter) -> Plan:
     """The plan that keeps everything."""
-    blocks = [
-        BlockPlan(*(tuple(range(getattr(block.widths, key))) for key in BlockPlan.__dataclass_fields__))
-        for block in adapter.blocks
-    ]
-    return Plan(adapter.family.name, tuple(blocks))
+    widths = [astuple(block.widths) for block in adapter.blocks]
+    return Plan(adapter.family.name, tuple(BlockPlan(*(tuple(range(size)) for size in sizes)) for sizes in widths))
 
 
 def make_plan(

@@ -11,15 +11,10 @@ from structprune.structured.sizes import BlockSize
 
 @dataclass(frozen=True, kw_only=True)
 class StructuredRequest(Request):
-    """A structured run.
+    """A structured run."""
 
-    Attributes:
-        score: the score's row in the table.
-        sizes: of the blocks that may lose units.
-    """
-
-    score: Score
-    sizes: list[BlockSize]
+    score: Score  # its row in the table
+    sizes: list[BlockSize]  # of the blocks that may lose units
 
     @property
     def settings(self) -> StructuredSettings:

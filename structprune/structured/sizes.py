@@ -11,18 +11,12 @@ ROUNDINGS = (128, 64, 32, 16, 8)
 
 @dataclass(frozen=True)
 class BlockSize:
-    """One block's prunable parameters.
-
-    Attributes:
-        total: weights and biases of the seven linears.
-        step: kind -> parameters that one removal step takes.
-        steps: kind -> number of steps (all of them would empty the block).
-    """
+    """One block's prunable parameters."""
 
     index: int
-    total: int
-    step: dict[str, int]
-    steps: dict[str, int]
+    total: int  # weights and biases of the seven linears
+    step: dict[str, int]  # kind -> parameters that one removal step takes
+    steps: dict[str, int]  # kind -> number of steps (all of them would empty the block)
 
 
 def block_size(block: BlockView, form: str) -> BlockSize:
@@ -49,12 +43,7 @@ def rounding(width: int, multiple: str | int) -> int:
 
 def forward_macs(adapter: Adapter, length: int) -> int:
     """Multiply-accumulates of one forward pass over one sequence of `length` tokens, head and attention included."""
-    linears = sum(
-        value.numel()
-        for block in adapter.blocks
-        for (_, name), value in block_tensors(block).items()
-        if name == "weight"
-    )
+    linears = sum(block[role].weight.numel() for block in adapter.blocks for role in block.names)
     head = adapter.vocabulary * adapter.hidden_size
     scores = sum(2 * block.widths.query_heads * adapter.head_dim * length for block in adapter.blocks)
     return length * (linears + head + scores)

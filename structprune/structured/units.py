@@ -12,19 +12,12 @@ Tensors = dict[tuple[str, str], torch.Tensor]  # (role, "weight" or "bias") -> a
 
 @dataclass(frozen=True, eq=False)
 class Units:
-    """The units of one kind in one block.
-
-    Attributes:
-        block: the block they are in.
-        kind: "attention" or "channels".
-        groups: unit indices; a removal step takes one unit of every group (`paths.step_groups`).
-        form: the attention unit, `query_heads` or `kv_groups`.
-    """
+    """The units of one kind in one block."""
 
     block: BlockView
-    kind: str
-    groups: list[list[int]]
-    form: str
+    kind: str  # "attention" or "channels"
+    groups: list[list[int]]  # unit indices; a removal step takes one unit of every group (`paths.step_groups`)
+    form: str  # the attention unit, `query_heads` or `kv_groups`
 
     @classmethod
     def of(cls, block: BlockView, kind: str, form: str) -> "Units":
@@ -84,5 +77,4 @@ def coupled_slices(units: Units, tensors: Tensors) -> list[torch.Tensor]:
 
 def block_tensors(block: BlockView) -> Tensors:
     """(role, name) -> parameter of the seven linears of a block."""
-    roles = ("query", "key", "value", "attention_output", "gate", "up", "down")
-    return {(role, name): value for role in roles for name, value in block[role].named_parameters()}
+    return {(role, name): value for role in block.names for name, value in block[role].named_parameters()}

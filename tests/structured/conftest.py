@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from structprune.structured.paths import UNIT_KINDS, RemovalPath
+from structprune.models.adapter import UNIT_KINDS
+from structprune.structured.paths import RemovalPath
 from structprune.structured.sizes import BlockSize
 
 

@@ -7,6 +7,7 @@ import torch
 
 from structprune.config import StructuredSettings
 from structprune.errors import UserError
+from structprune.models.adapter import UNIT_KINDS
 from structprune.structured.allocate import (
     check_ratio,
     depth_ratios,
@@ -17,7 +18,6 @@ from structprune.structured.allocate import (
     ratio_of,
 )
 from structprune.structured.choose import candidates, choose_counts
-from structprune.structured.paths import UNIT_KINDS
 
 
 @pytest.mark.parametrize("ratio", [-0.1, 1, 1.5, float("nan"), float("inf")])

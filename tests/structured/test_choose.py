@@ -7,10 +7,9 @@ import pytest
 
 from structprune.config import StructuredSettings
 from structprune.errors import UserError
-from structprune.models.adapter import Adapter
+from structprune.models.adapter import UNIT_KINDS, Adapter
 from structprune.structured.allocate import most_ratio, ranked_choices, ratio_of
 from structprune.structured.choose import candidates, check_choice, choose_counts, open_blocks
-from structprune.structured.paths import UNIT_KINDS
 from structprune.structured.sizes import BlockSize, rounding
 
 MODELS = {
