@@ -1,4 +1,4 @@
-"""The small trained model, the texts and the model cards' templates that are part of the package."""
+"""The small trained model, texts, model-card templates and published task settings that are part of the package."""
 
 from pathlib import Path
 
@@ -8,6 +8,11 @@ NAME = "llada-docs"  # of the model; its folder is just called "model"
 def model_directory() -> Path:
     """A checkpoint in LLaDA's official layout, 4.8 M parameters, with its README.md and train.log."""
     return Path(__file__).parent / "model"
+
+
+def preset_directory() -> Path:
+    """Published settings of evaluation tasks, one YAML file each (`configs/eval` links to it)."""
+    return Path(__file__).parent / "eval"
 
 
 def text_file(name: str) -> Path:

@@ -1,7 +1,7 @@
-"""Published settings of the nine tasks, for LLaDA and for Dream (docs/methods.md section 6), as in configs/eval/*.yaml.
+"""Published settings of the nine tasks, for LLaDA and for Dream (docs/methods.md section 6), from configs/eval/*.yaml.
 
-The table is in code so that an installed package has it; a test checks that the files agree. Sources: the evaluation
-scripts of arXiv 2502.09992 (LLaDA) and arXiv 2508.15487 (Dream); the files say what these leave open.
+Sources: the evaluation scripts of arXiv 2502.09992 (LLaDA) and arXiv 2508.15487 (Dream); the files say what these
+leave open.
 """
 
 from collections.abc import Mapping
@@ -12,6 +12,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
+from structprune.assets import preset_directory
 from structprune.config import Section
 from structprune.errors import UserError, nearest
 from structprune.files import first_line
@@ -76,37 +77,6 @@ class Preset(Section):
         return self
 
 
-def _choice(task: str, shots: int, cfg_scale: float = 0.0, samples: int = 128) -> Preset:
-    llada = Likelihood(samples=samples, block=min(samples, 8), cfg_scale=cfg_scale)
-    return Preset(
-        task=task,
-        llada=FamilyPreset(shots=shots, likelihood=llada),
-        dream=FamilyPreset(shots=shots, likelihood=Likelihood(samples=128)),
-    )
-
-
-GSM8K_LLADA = {"gen_length": 1024, "steps": 1024, "block_length": 1024, "cfg_scale": 0.0, "temperature": 0.0}
-GSM8K_DREAM = {"gen_length": 256, "steps": 256, "alg": "entropy", "temperature": 0.0, "top_p": 0.95}
-PRESETS: dict[str, Preset] = {
-    preset.task: preset
-    for preset in (
-        _choice("mmlu", 5, samples=1),
-        _choice("arc_challenge", 0, 0.5),
-        _choice("arc_easy", 0),
-        _choice("piqa", 0, 0.5),
-        _choice("winogrande", 5),
-        _choice("hellaswag", 0, 0.5),
-        _choice("gpqa_main_n_shot", 5, 0.5),
-        _choice("race", 0),
-        Preset(
-            task="gsm8k",
-            llada=FamilyPreset(shots=5, generation=GSM8K_LLADA),
-            dream=FamilyPreset(shots=8, generation=GSM8K_DREAM),
-        ),
-    )
-}
-
-
 def preset_for(task: str, family: Family) -> FamilyPreset | None:
     """A task's published settings for a family; None where there are none."""
     return PRESETS[task].settings_of(family) if task in PRESETS else None
@@ -149,3 +119,6 @@ def _explain(problem: Mapping[str, Any]) -> str:
     if problem["type"] == "missing":
         return f"the key '{name}' is missing"
     return f"{name + ': ' if name else ''}{problem['msg'][0].lower()}{problem['msg'][1:]}"
+
+
+PRESETS = {preset.task: preset for preset in map(load_preset, sorted(preset_directory().glob("*.yaml")))}

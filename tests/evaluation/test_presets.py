@@ -1,4 +1,4 @@
-"""Published settings: the files say what the built-in table says, and what docs/methods.md says."""
+"""Published settings: the files are part of the package, and say what docs/methods.md says."""
 
 from pathlib import Path
 
