@@ -12,11 +12,13 @@ import fcntl
 import json
 import os
 import shutil
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Any
+
+from pydantic import TypeAdapter
 
 from structprune.errors import UserError
 from structprune.evaluation.labels import safe_names
@@ -29,13 +31,24 @@ from structprune.evaluation.result_io import (
     read_object,
     read_rows,
 )
-from structprune.evaluation.results import Row, RunRows, from_json, to_json
+from structprune.evaluation.results import Row, RunRows, to_json
 from structprune.files import is_draft, write_whole
 
 RESULTS, SETTINGS, PARTIAL, ITEMS = "results.json", "settings.json", "partial", "items"
-Chunk = int | str
-CHUNK: dict[str, Any] = {"checkpoint": str, "task": str, "chunk": (int, str), "rows": list}
 Keys = Mapping[str, Mapping[str, Sequence[str]]]  # checkpoint -> task -> keys of its items, in order
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A line of a file of `partial/`; `chunk` is its name."""
+
+    checkpoint: str
+    task: str
+    chunk: int | str
+    rows: Sequence[Row]
+
+
+CHUNK = TypeAdapter(Chunk)
 
 
 @dataclass(frozen=True)
@@ -64,9 +77,9 @@ class ResultStore:
 
     def __init__(self, directory: str | Path, settings: dict, rank: int = 0):
         self.directory = Path(directory)
-        self.settings = json.loads(json.dumps(settings))  # as they will be read again
+        self.settings = settings
         self._path = self.directory / PARTIAL / f"rank-{rank}.jsonl"
-        self._done: dict[tuple[str, str], set[Chunk]] = {}
+        self._done: defaultdict[tuple[str, str], set[int | str]] = defaultdict(set)
         self._file: FileIO | None = None
         with plain_os_errors(self.directory):
             self._claim()
@@ -75,16 +88,19 @@ class ResultStore:
                 return
             self._path.parent.mkdir(exist_ok=True)
             self._file = FileIO(self._path, "a")
-            self._lock(self._file)
-            self._drop_torn_line()
-            for record in _records(self.directory):
-                self._note(record)
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the process ends, in whichever way
+            except BlockingIOError as error:
+                raise UserError(f"output '{self.directory}' is being written by another run: wait for it") from error
+            os.truncate(self._path, self._path.read_bytes().rfind(b"\n") + 1)  # a line that a killed process left
+            for each in _chunks(self.directory):
+                self._done[each.checkpoint, each.task].add(each.chunk)
 
-    def done(self, checkpoint: str, task: str) -> set[Chunk]:
+    def done(self, checkpoint: str, task: str) -> set[int | str]:
         """Complete chunks, of any process."""
-        return set(self._done.get((checkpoint, task), ()))
+        return set(self._done[checkpoint, task])
 
-    def add(self, checkpoint: str, task: str, chunk: Chunk, rows: Sequence[Row]) -> None:
+    def add(self, checkpoint: str, task: str, chunk: int | str, rows: Sequence[Row]) -> None:
         """Store a chunk: it is on disk when this returns, and not at all if the process ends before.
 
         Raises:
@@ -103,7 +119,7 @@ class ResultStore:
         except BaseException:
             os.truncate(self._path, before)
             raise
-        self._note(record)
+        self._done[checkpoint, task].add(chunk)
 
     def finish(self, keys: Keys, summarise: Callable[[RunRows], dict]) -> Results:
         """Merge the chunks of all processes, in the order of the keys; call it in one process, once all are done.
@@ -114,7 +130,10 @@ class ResultStore:
             UserError: items are missing, or there is no space left.
         """
         earlier = read_results(self.directory) if self.finished else None
-        rows = self._merged(keys) if earlier is None else _in_order(earlier.rows, keys)
+        if earlier is None:
+            rows = self._merged(keys)
+        else:  # in the order of the keys, because the others are compared with the first checkpoint
+            rows = {name: {task: earlier.rows[name][task] for task in tasks} for name, tasks in keys.items()}
         summary = summarise(rows)
         if earlier is None or summary != earlier.summary or list(rows) != list(earlier.rows):
             with plain_os_errors(self.directory):
@@ -130,9 +149,6 @@ class ResultStore:
         if self._file is not None:
             self._file.close()
             self._file = None
-
-    def _note(self, record: dict) -> None:
-        self._done.setdefault((record["checkpoint"], record["task"]), set()).add(record["chunk"])
 
     def _write_items(self, rows: RunRows) -> dict[str, dict[str, dict]]:
         """Write every task's items; returns checkpoint -> task -> its file and its number of items."""
@@ -159,50 +175,31 @@ class ResultStore:
                 " add --overwrite, or choose another --out"
             )
 
-    def _lock(self, file: FileIO) -> None:
-        """Lock a file until the process ends, in whichever way."""
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"output '{self.directory}' is being written by another run: wait for it") from error
-
-    def _drop_torn_line(self) -> None:
-        """Remove a line without a newline, which a killed process left."""
-        text = self._path.read_bytes()
-        os.truncate(self._path, text.rfind(b"\n") + 1)
-
     def _merged(self, keys: Keys) -> RunRows:
-        rows: dict[tuple[str, str], dict[str, Row]] = {}
-        for record in _records(self.directory):
-            self._note(record)
-            of_task = rows.setdefault((record["checkpoint"], record["task"]), {})
-            for row in map(from_json, record["rows"]):
-                of_task.setdefault(row.key, row)  # the first of equal ones
+        """The rows of all chunks, the first of equal keys, in the order of the keys."""
+        rows: dict[tuple[str, str, str], Row] = {}
+        for each in _chunks(self.directory):
+            for row in each.rows:
+                rows.setdefault((each.checkpoint, each.task, row.key), row)
         for checkpoint, tasks in keys.items():
             for task, names in tasks.items():
-                missing = [name for name in names if name not in rows.get((checkpoint, task), {})]
-                if missing:
+                if missing := [name for name in names if (checkpoint, task, name) not in rows]:
                     raise UserError(
                         f"output '{self.directory}' lacks {len(missing)} of {len(names)} items of task '{task}' of"
                         f" '{checkpoint}' (first '{missing[0]}'): run the same command again"
                     )
         return {
-            checkpoint: {task: [rows[checkpoint, task][name] for name in names] for task, names in tasks.items()}
+            checkpoint: {task: [rows[checkpoint, task, name] for name in names] for task, names in tasks.items()}
             for checkpoint, tasks in keys.items()
         }
 
 
-def _records(directory: Path) -> Iterator[dict]:
+def _chunks(directory: Path) -> Iterator[Chunk]:
     """Complete chunks of all processes; one may occur twice, where two runs had different numbers of processes."""
     for path in sorted((directory / PARTIAL).glob("rank-*.jsonl")):
         text = path.read_bytes()
         for number, line in enumerate(text[: text.rfind(b"\n") + 1].splitlines(), 1):
-            yield parse_line(line, path, number, CHUNK)
-
-
-def _in_order(rows: RunRows, keys: Keys) -> RunRows:
-    """Finished rows in the order of the keys: the others are compared with the first checkpoint."""
-    return {checkpoint: {task: rows[checkpoint][task] for task in tasks} for checkpoint, tasks in keys.items()}
+            yield parse_line(line, CHUNK, path, number)
 
 
 def read_results(directory: str | Path) -> Results:
@@ -254,11 +251,10 @@ def is_resumable(directory: str | Path, settings: dict) -> bool:
             return False
     try:
         stored = read_object(directory / SETTINGS)["settings"]
-        for record in _records(directory):
-            list(map(from_json, record["rows"]))
+        list(_chunks(directory))
     except (UserError, OSError):  # damaged
         return False
-    return not setting_differences(stored, json.loads(json.dumps(settings)))
+    return not setting_differences(stored, settings)
 
 
 def setting_differences(old: dict, new: dict) -> list[str]:

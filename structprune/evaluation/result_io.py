@@ -2,17 +2,19 @@
 
 import errno
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from structprune.errors import UserError
-from structprune.evaluation.results import Row, from_json
+from structprune.evaluation.results import Row
 
 FORMAT = 1  # raised when older readers would misread the files
 DAMAGED = "evaluate again with --overwrite"
+ROW: TypeAdapter[Row] = TypeAdapter(Row)
 
 
 def json_text(values: dict) -> bytes:
@@ -43,21 +45,16 @@ def read_object(path: Path) -> dict:
     return values
 
 
-def parse_line(line: bytes, path: Path, number: int, types: Mapping[str, Any] = MappingProxyType({})) -> dict:
-    """Line `number` of a .jsonl file.
+def parse_line(line: bytes, kind: TypeAdapter, path: Path, number: int) -> Any:
+    """Line `number` of a .jsonl file as an object of a kind.
 
-    Args:
-        types: keys that it must have -> type or types of the value.
     Raises:
-        UserError: it is not a JSON object with these keys.
+        UserError: it is none.
     """
     try:
-        values = json.loads(line)
-    except ValueError:
-        values = None
-    if not isinstance(values, dict) or not all(isinstance(values.get(name), each) for name, each in types.items()):
-        raise UserError(f"line {number} of '{path}' is damaged: {DAMAGED}")
-    return values
+        return kind.validate_json(line, strict=True)
+    except ValidationError as error:
+        raise UserError(f"line {number} of '{path}' is damaged: {DAMAGED}") from error
 
 
 def read_rows(path: Path, count: int) -> list[Row]:
@@ -71,7 +68,7 @@ def read_rows(path: Path, count: int) -> list[Row]:
     lines = path.read_bytes().splitlines()
     if len(lines) != count:
         raise UserError(f"'{path}' has {len(lines)} items instead of {count}: {DAMAGED}")
-    return [from_json(parse_line(line, path, number)) for number, line in enumerate(lines, 1)]
+    return [parse_line(line, ROW, path, number) for number, line in enumerate(lines, 1)]
 
 
 @contextmanager

@@ -1,10 +1,12 @@
 """The rows of results: one for each evaluated item, and the metrics that rows have."""
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import asdict, dataclass, field, replace
+from typing import Annotated, Literal
+
+import numpy as np
+from pydantic import Field
 
 from structprune.errors import UserError, nearest
 
@@ -44,11 +46,22 @@ def metric_of(name: str) -> Metric:
     base = name.partition(",")[0]
     if base not in METRICS:
         raise UserError(f"unknown metric '{name}'{nearest(base, list(METRICS))}: {', '.join(METRICS)}")
-    return dataclasses.replace(METRICS[base], name=name)
+    return replace(METRICS[base], name=name)
+
+
+class _Graded:
+    """A row whose metrics are its task's grades."""
+
+    metrics: Mapping[str, float]
+
+    @property
+    def parts(self) -> dict[str, tuple[float, float]]:
+        """Metric -> (numerator, denominator)."""
+        return {name: (value, 1.0) for name, value in self.metrics.items()}
 
 
 @dataclass(frozen=True)
-class Choices:
+class Choices(_Graded):
     """A multiple-choice item.
 
     Attributes:
@@ -58,11 +71,9 @@ class Choices:
         sizes: length of each answer in characters, by which acc_norm divides.
         gold: index of the right answer, None where only the task's own code knows it.
         samples: Monte Carlo samples run for an answer; full_samples: the number allowed.
-        metrics: the task's grades, such as acc and acc_norm.
     """
 
-    kind: ClassVar[str] = "choices"
-    derived: ClassVar[tuple[str, ...]] = ("choice", "choice_norm")
+    kind: Literal["choices"] = field(default="choices", kw_only=True)
     task: str
     key: str
     log_likelihoods: tuple[float, ...]
@@ -85,17 +96,12 @@ class Choices:
     @property
     def choice(self) -> int:
         """The likeliest answer, the first of equals."""
-        return _first_best(self.log_likelihoods)
+        return int(np.argmax(self.log_likelihoods))
 
     @property
     def choice_norm(self) -> int:
         """The answer likeliest per character, the first of equals."""
-        return _first_best([value / size for value, size in zip(self.log_likelihoods, self.sizes, strict=True)])
-
-    @property
-    def parts(self) -> dict[str, tuple[float, float]]:
-        """Metric -> (numerator, denominator)."""
-        return {name: (value, 1.0) for name, value in self.metrics.items()}
+        return int(np.argmax(np.divide(self.log_likelihoods, self.sizes)))
 
 
 @dataclass(frozen=True)
@@ -104,12 +110,11 @@ class Window:
 
     Attributes:
         nelbo: nats per maskable token.
-        masked_nats: cross-entropy summed over the masked tokens of all noisy copies; masked_tokens: their number.
+        masked_nats: cross-entropy summed over the masked tokens of all noisy copies.
         samples, full_samples: noisy copies.
     """
 
-    kind: ClassVar[str] = "window"
-    derived: ClassVar[tuple[str, ...]] = ()
+    kind: Literal["window"] = field(default="window", kw_only=True)
     task: str
     key: str
     nelbo: float
@@ -128,18 +133,10 @@ class Window:
 
 
 @dataclass(frozen=True)
-class Generation:
-    """A generated answer.
+class Generation(_Graded):
+    """A generated answer, `text`; `gold` is None where only the task's own code knows it."""
 
-    Attributes:
-        text: what the model generated.
-        gold: the right answer, None where only the task's own code knows it.
-        metrics: the task's grades, such as exact_match.
-        samples, full_samples: texts generated, 1.
-    """
-
-    kind: ClassVar[str] = "generation"
-    derived: ClassVar[tuple[str, ...]] = ()
+    kind: Literal["generation"] = field(default="generation", kw_only=True)
     task: str
     key: str
     text: str
@@ -152,39 +149,14 @@ class Generation:
         _check_finite(self, tuple(self.metrics.values()))
         _check_metrics(self, self.metrics)
 
-    @property
-    def parts(self) -> dict[str, tuple[float, float]]:
-        """Metric -> (numerator, denominator)."""
-        return {name: (value, 1.0) for name, value in self.metrics.items()}
 
-
-Row = Choices | Window | Generation
+Row = Annotated[Choices | Window | Generation, Field(discriminator="kind")]
 RunRows = Mapping[str, Mapping[str, Sequence[Row]]]  # checkpoint -> task -> rows
-_TYPES: dict[str, type[Any]] = {each.kind: each for each in (Choices, Window, Generation)}
 
 
 def to_json(row: Row) -> dict:
-    """A row as plain values, and derived ones (choice, ...) for readers of the file."""
-    values = {field.name: getattr(row, field.name) for field in dataclasses.fields(row)}
-    values = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-    return {"kind": row.kind, **values, **{name: getattr(row, name) for name in row.derived}}
-
-
-def from_json(values: dict) -> Row:
-    """The row that `to_json` wrote.
-
-    Raises:
-        UserError: the values are not those of a row.
-    """
-    try:
-        row_type = _TYPES[values["kind"]]
-        fields = {name: value for name, value in values.items() if name != "kind" and name not in row_type.derived}
-        row = row_type(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
-        if not all(isinstance(value, int) for value in (row.samples, row.full_samples)) or not isinstance(row.key, str):
-            raise TypeError("samples are whole numbers, keys are text")
-        return row
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError("these values are not a row of an evaluation: evaluate again") from error
+    """A row as plain values, and for readers of the file what follows from them (choice, choice_norm)."""
+    return asdict(row) | {name: getattr(row, name) for name in ("choice", "choice_norm") if hasattr(row, name)}
 
 
 def metrics_of(rows: Sequence[Row]) -> list[str]:
@@ -196,10 +168,6 @@ def metrics_of(rows: Sequence[Row]) -> list[str]:
 def item_parts(rows: Sequence[Row], metric: str) -> dict[str, tuple[float, float]]:
     """Item key -> (numerator, denominator) of a metric."""
     return {row.key: row.parts[metric] for row in rows}
-
-
-def _first_best(values: Sequence[float]) -> int:
-    return max(range(len(values)), key=values.__getitem__)
 
 
 def _named(row: Row) -> str:

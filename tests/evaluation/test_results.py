@@ -2,21 +2,27 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 
 from structprune.errors import UserError
+from structprune.evaluation.result_io import ROW, parse_line
 from structprune.evaluation.results import (
     METRICS,
     Choices,
     Generation,
     Window,
-    from_json,
     item_parts,
     metric_of,
     metrics_of,
     to_json,
 )
+
+
+def from_json(values):
+    """The row of a line of a file."""
+    return parse_line(json.dumps(values).encode(), ROW, Path("items.jsonl"), 1)
 
 
 def choices(values=(-10.0, -12.0), sizes=(4, 6), gold=0, key="1", errors=None):
@@ -42,8 +48,7 @@ def test_the_first_of_equals_is_chosen():
 
 @pytest.mark.parametrize("row", [choices(), choices(gold=None, errors=(None, 0.0)), WINDOW, TEXT])
 def test_json_and_back(row):
-    text = json.dumps(to_json(row))
-    assert from_json(json.loads(text)) == row
+    assert from_json(to_json(row)) == row
 
 
 def test_what_follows_is_written_and_not_trusted():
@@ -85,10 +90,10 @@ def test_no_masked_token_is_no_cross_entropy():
         ),
         (lambda: Generation("g", "1", "", None, {}), "item '1' of task 'g' has no metric"),
         (lambda: Generation("g", "1", "", None, {"acc": math.nan}), "the model gives nan"),
-        (lambda: from_json({"kind": "poem"}), "not a row of an evaluation"),
-        (lambda: from_json({"kind": "window", "task": "t"}), "not a row of an evaluation"),
-        (lambda: from_json([]), "not a row of an evaluation"),
-        (lambda: from_json(to_json(WINDOW) | {"samples": "8"}), "not a row of an evaluation"),
+        (lambda: from_json({"kind": "poem"}), "line 1 of 'items.jsonl' is damaged: evaluate again"),
+        (lambda: from_json({"kind": "window", "task": "t"}), "line 1 of 'items.jsonl' is damaged: evaluate again"),
+        (lambda: from_json([]), "line 1 of 'items.jsonl' is damaged: evaluate again"),
+        (lambda: from_json(to_json(WINDOW) | {"samples": "8"}), "line 1 of 'items.jsonl' is damaged: evaluate again"),
     ],
 )
 def test_refused(make, words):
