@@ -10,7 +10,7 @@ from structprune.bench.latency import Latency, Timing, ideal_share, interleaved,
 from structprune.bench.macs import counted_macs
 from structprune.bench.peak import peak_above
 from structprune.bench.settings import Size
-from structprune.generation.generate import generate
+from structprune.generation.generate import Options, generate
 from structprune.generation.samplers import Generation
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.placement import compute_device
@@ -103,4 +103,4 @@ def _generate(
     model: DiffusionLM, prompts: torch.Tensor, sampler: Generation, batch: int, cache: str = "none"
 ) -> torch.Tensor:
     """Prompts (B, P) and what the model generates after them: (B, P + G)."""
-    return cast(torch.Tensor, generate(model, prompts, sampler, batch=batch, cache=cache))
+    return cast(torch.Tensor, generate(model, prompts, sampler, options=Options(batch=batch, cache=cache)))

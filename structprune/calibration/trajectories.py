@@ -15,7 +15,7 @@ import torch
 from structprune.calibration.batches import Calibration
 from structprune.config import CalibrationSettings, Config
 from structprune.errors import UserError
-from structprune.generation.generate import Step, generate
+from structprune.generation.generate import Options, Step, generate
 from structprune.generation.samplers import Generation, low_confidence
 from structprune.models.modeling_structprune import DiffusionLM
 
@@ -70,7 +70,7 @@ def reverse_states(
                 states[step.prompts[new], slot] = step.ids.cpu()[new]
                 filled[step.prompts[new], slot] = True
 
-    final = generate(model, prompts, settings, batch=batch, track=track, record=record)  # (N, T)
+    final = generate(model, prompts, settings, options=Options(batch=batch, track=track, record=record))  # (N, T)
     assert isinstance(final, torch.Tensor)  # prompts of one length
     return final, states
 

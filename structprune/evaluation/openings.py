@@ -8,7 +8,7 @@ from structprune.evaluation.documents import Opening
 from structprune.evaluation.perturb import item_generator
 from structprune.evaluation.requests import sampler_values
 from structprune.evaluation.texts import Texts
-from structprune.generation.generate import generate
+from structprune.generation.generate import Options, generate
 from structprune.generation.samplers import Generation, generation_settings, sampler_options
 from structprune.models.families import family_of
 from structprune.models.modeling_structprune import DiffusionLM
@@ -38,7 +38,7 @@ def generate_texts(
     for indices in _portions(settings):
         prompts = [texts.prompt(openings[index].context) for index in indices]  # N x (P,)
         stream = item_generator(seed, openings[indices[0]].key)
-        outputs = generate(model, prompts, settings[indices[0]], generator=stream, batch=batch)
+        outputs = generate(model, prompts, settings[indices[0]], options=Options(generator=stream, batch=batch))
         for index, prompt, ids in zip(indices, prompts, outputs, strict=True):
             answers[index] = texts.answer(ids[len(prompt) :], openings[index].until)
     return [answers[index] for index in range(len(openings))]

@@ -4,13 +4,14 @@ Shapes: B rows of a batch, b of them running at a step, P prompt columns (left p
 T = P + G, M predicted positions, C features, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from structprune.generation.cached import KeyValueCache
-from structprune.generation.sampler import Generation, present
+from structprune.generation.samplers import Generation
 from structprune.generation.sampling import guided, gumbel_choice
 from structprune.models.encode import encode_at
 from structprune.models.logits import LOGIT_BYTES
@@ -36,6 +37,30 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Options:
+    """How a generation runs, beside its sampler.
+
+    Attributes:
+        generator: seeds the noise; default torch's global one. Greedy settings draw nothing.
+        batch: prompts in a forward pass (guidance doubles its rows).
+        eos_id: for `stop_at_eos`, one id or several, of which the first fills; default the config's eos_token_id.
+        track: wraps the iteration over steps (progress).
+        record: called before every forward pass.
+        cache: `none`; `prefix` or `dual` cache keys and values while a block is denoised (`cached`): faster, and
+            approximate.
+        refresh: steps after which the cache is rebuilt within a block; default never.
+    """
+
+    generator: torch.Generator | None = None
+    batch: int = 8
+    eos_id: int | Sequence[int] | None = None
+    track: Callable[[Iterable], Iterable] = lambda items: items
+    record: Callable[[Step], None] | None = None
+    cache: str = "none"
+    refresh: int | None = None
+
+
+@dataclass(frozen=True)
 class Request:
     """What all batches of a generation share.
 
@@ -43,8 +68,6 @@ class Request:
         prompts: N x (P,) int64 on CPU, without padding.
         seeds: one per prompt; empty where nothing is random.
         stop: EOS ids that end a row, the first of which fills it; empty where rows are never ended.
-        record: called before every forward pass.
-        cache, refresh: as `generate`.
     """
 
     model: DiffusionLM
@@ -52,9 +75,7 @@ class Request:
     prompts: Sequence[torch.Tensor]
     seeds: Sequence[int]
     stop: tuple[int, ...]
-    record: Callable[[Step], None] | None
-    cache: str
-    refresh: int | None
+    options: Options
 
 
 class _Noise:
@@ -107,18 +128,16 @@ class Denoiser:
         self._device, self._mask_id = compute_device(self._model), self._model.config.mask_token_id
         self._rows = torch.tensor(rows)  # (B,)
         prompts, length = [request.prompts[row] for row in rows], self._settings.gen_length
-        self._width = max(map(len, prompts))
-        padded = torch.full((len(rows), self._width), int(self._mask_id == 0))  # (B, P) any token but the mask
-        real = torch.ones(len(rows), self._width + length, dtype=torch.bool)  # (B, T)
-        for row, prompt in enumerate(prompts):
-            padding = self._width - len(prompt)
-            padded[row, padding:] = prompt
-            real[row, :padding] = False
-        self._prompt, self._real = padded.to(self._device), None if real.all() else real.to(self._device)
+        padding = int(self._mask_id == 0)  # any token but the mask
+        self._prompt = pad_sequence(prompts, True, padding, "left").to(self._device)  # (B, P)
+        self._width = self._prompt.shape[1]
+        ones = [torch.ones(len(prompt) + length, dtype=torch.bool) for prompt in prompts]
+        real = pad_sequence(ones, True, False, "left")  # (B, T)
+        self._real = None if real.all() else real.to(self._device)
         self._noise = _Noise([request.seeds[row] for row in rows] if request.seeds else [], self._device)
         self._cache = None
-        if request.cache != "none":
-            self._cache = KeyValueCache(self._model, request.cache, request.refresh)
+        if request.options.cache != "none":
+            self._cache = KeyValueCache(self._model, request.options.cache, request.options.refresh)
         self.generated = torch.full((len(rows), length), self._mask_id, device=self._device)  # (B, G)
 
     def advance(self, step: int) -> None:
@@ -154,7 +173,7 @@ class Denoiser:
         tokens, confidence = self._predict(step, eligible)  # 2 x (M,)
         chosen = eligible
         if not settings.blind:
-            confidence = present(confidence)
+            assert confidence is not None
             scores = torch.zeros(eligible.shape, device=self._device, dtype=confidence.dtype)  # (B, G)
             scores[eligible] = confidence
             chosen = settings.reveal(step, settings.scores(scores, uniform), eligible, counts)  # (B, G)
@@ -187,8 +206,8 @@ class Denoiser:
         prompt, generated = self._prompt[running], self.generated[running]  # (b, P), (b, G)
         ids = torch.cat((prompt, generated), dim=1)  # (b, T)
         real = None if self._real is None else self._real[running]  # (b, T)
-        if self._request.record is not None:
-            self._request.record(Step(step, self._rows[running.cpu()], ids.clone(), real))
+        if (record := self._request.options.record) is not None:
+            record(Step(step, self._rows[running.cpu()], ids.clone(), real))
         branches = 2 if self._settings.cfg_scale else 1
         if branches == 2:
             bare = torch.cat((torch.full_like(prompt, self._mask_id), generated), dim=1)  # (b, T)

@@ -3,16 +3,19 @@
 Papers: LLaDA arXiv 2502.09992, Dream arXiv 2508.15487. Shapes: N prompts, P prompt tokens, G generated positions.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from structprune.errors import UserError
 from structprune.generation.cached import check_cache
-from structprune.generation.denoise import Denoiser, Request, Step
+from structprune.generation.denoise import Denoiser, Options, Request, Step
 from structprune.generation.samplers import Generation, sampler_of
 from structprune.models.families import family_of
 from structprune.models.modeling_structprune import DiffusionLM
+
+__all__ = ["Options", "Step", "generate"]
+DEFAULTS = Options()
 
 
 @torch.no_grad()
@@ -21,33 +24,19 @@ def generate(
     prompts: Sequence[torch.Tensor] | torch.Tensor,
     settings: Generation,
     attention_mask: torch.Tensor | None = None,
-    generator: torch.Generator | None = None,
-    batch: int = 8,
-    eos_id: int | Sequence[int] | None = None,
-    track: Callable[[Iterable], Iterable] = lambda items: items,
-    record: Callable[[Step], None] | None = None,
-    cache: str = "none",
-    refresh: int | None = None,
+    options: Options = DEFAULTS,
 ) -> list[torch.Tensor] | torch.Tensor:
     """Generate `settings.gen_length` tokens after every prompt.
 
     Prompts of similar length share a batch, left-padded under an attention mask. The LM head runs only at positions
-    that may be revealed. Every prompt has its own stream of noise, seeded from `generator`, so that the tokens drawn
-    depend neither on the batch size nor on the other prompts (up to the rounding of logits); they differ between CPU
-    and CUDA. Positions of equal score are revealed from left to right. A model that predicts the mask token leaves
+    that may be revealed. Every prompt has its own stream of noise, so that the tokens drawn depend
+    neither on the batch size nor on the other prompts (up to the rounding of logits); they differ between CPU and
+    CUDA. Positions of equal score are revealed from left to right. A model that predicts the mask token leaves
     masks in the output, as in the published samplers.
 
     Args:
         prompts: N tensors (P,) int64; or (N, P) left-padded, with `attention_mask`.
         attention_mask: (N, P), 1 at real tokens; for a tensor of prompts only, and not needed without padding.
-        generator: seeds the noise; default torch's global one. Greedy settings draw nothing.
-        batch: prompts in a forward pass (guidance doubles its rows).
-        eos_id: for `stop_at_eos`, one id or several, of which the first fills; default the config's eos_token_id.
-        track: wraps the iteration over steps (progress).
-        record: called before every forward pass.
-        cache: `none`; `prefix` or `dual` cache keys and values while a block is denoised (`cached`): faster, and
-            approximate.
-        refresh: steps after which the cache is rebuilt within a block; default never.
     Returns:
         int64 on CPU, prompt and generated tokens: N tensors (P + G,), or (N, P + G) where the prompts are a tensor.
     Raises:
@@ -55,35 +44,30 @@ def generate(
             or an unknown cache.
     """
     unpadded = _unpadded(prompts, attention_mask)
-    _check(model, unpadded, settings, cache, refresh)
-    stop = _stop_ids(model, settings, eos_id)
-    seeds = _seeds(len(unpadded), generator) if settings.draws else []
-    request = Request(model, settings, unpadded, seeds, stop, record, cache, refresh)
-    tails = _tails(request, batch, track)  # (N, G)
+    _check(model, unpadded, settings, options)
+    stop, seeds = _stop_ids(model, settings, options.eos_id), []
+    if settings.draws:
+        device = torch.device("cpu") if options.generator is None else options.generator.device
+        seeds = torch.randint(2**62, (len(unpadded),), generator=options.generator, device=device).tolist()
+    tails = _tails(Request(model, settings, unpadded, seeds, stop, options))  # (N, G)
     if isinstance(prompts, torch.Tensor):
         return torch.cat((prompts.cpu(), tails), dim=1)
     return [torch.cat(pair) for pair in zip(unpadded, tails, strict=True)]
 
 
-def _tails(request: Request, batch: int, track: Callable[[Iterable], Iterable]) -> torch.Tensor:
+def _tails(request: Request) -> torch.Tensor:
     """The generated tokens of every prompt, (N, G) on CPU."""
-    prompts, settings = request.prompts, request.settings
+    prompts, settings, batch = request.prompts, request.settings, request.options.batch
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))  # longest first: memory runs out early
     batches = [order[start : start + batch] for start in range(0, len(order), batch)]
     tails = torch.empty(len(prompts), settings.gen_length, dtype=torch.long)  # (N, G)
-    for rows, step in track([(rows, step) for rows in batches for step in range(settings.steps)]):
+    for rows, step in request.options.track([(rows, step) for rows in batches for step in range(settings.steps)]):
         if step == 0:
             denoiser = Denoiser(request, rows)
         denoiser.advance(step)
         if step == settings.steps - 1:
             tails[rows] = denoiser.generated.cpu()
     return tails
-
-
-def _seeds(count: int, generator: torch.Generator | None) -> list[int]:
-    """One seed per prompt, in the order of the prompts."""
-    device = torch.device("cpu") if generator is None else generator.device
-    return torch.randint(2**62, (count,), generator=generator, device=device).tolist()
 
 
 def _unpadded(
@@ -106,9 +90,8 @@ def _unpadded(
     return [prompt[row] for prompt, row in zip(prompts.cpu(), real, strict=True)]
 
 
-def _check(
-    model: DiffusionLM, prompts: list[torch.Tensor], settings: Generation, cache: str, refresh: int | None
-) -> None:
+def _check(model: DiffusionLM, prompts: list[torch.Tensor], settings: Generation, options: Options) -> None:
+    cache, refresh = options.cache, options.refresh
     check_cache(cache, settings)
     if refresh is not None and (cache == "none" or refresh < 1):
         raise ValueError(f"refresh = {refresh} with cache '{cache}': give a number from 1, and a cache")

@@ -1,13 +1,245 @@
-"""The table of samplers, and the settings of the one that a model's family uses."""
+"""The samplers: their settings, and their parts in a denoising step of `generate` (docs/methods.md section 6).
 
+LLaDA's (arXiv 2502.09992) finishes blocks from left to right and remasks within a block. Dream's (arXiv 2508.15487)
+reveals shares of the masks between times from 1 to eps. Shapes as in `sampling`: B rows, G generated positions, M
+predicted positions, V vocabulary.
+"""
+
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
 
 from structprune.errors import UserError, nearest
-from structprune.generation.blockwise import LLaDAGeneration
-from structprune.generation.sampler import Generation
-from structprune.generation.timesteps import DreamGeneration
+from structprune.generation import sampling
 from structprune.models.families import family_of
+
+Remasking = Literal["low_confidence", "random"]
+Algorithm = Literal["origin", "maskgit_plus", "topk_margin", "entropy"]
+
+
+@dataclass(frozen=True)
+class Generation(ABC):
+    """A sampler's settings, and its part in a denoising step; by default one block without guidance.
+
+    Attributes:
+        single_block: why there is only one block, where there is.
+        by_confidence: options under which the most confident predictions are revealed first.
+    Raises:
+        UserError: a value that cannot be used, or an option that would change nothing.
+    """
+
+    gen_length: int = 128
+    """Tokens generated after the prompt (Dream's max_new_tokens)."""
+    steps: int = 128
+    """Denoising steps in all; blocks share them equally."""
+
+    single_block: ClassVar[str]
+    by_confidence: ClassVar[Mapping[str, Any]]
+
+    def __post_init__(self):
+        check_whole(gen_length=self.gen_length, steps=self.steps)
+
+    @property
+    def blocks(self) -> int:
+        """Parts of the generated text that are finished one after the other."""
+        return 1
+
+    @property
+    def cfg_scale(self) -> float:
+        """Scale of classifier-free guidance; 0 is off."""
+        return 0.0
+
+    @property
+    def stop_at_eos(self) -> bool:
+        """Whether a row ends at an EOS."""
+        return False
+
+    @property
+    @abstractmethod
+    def draw_temperature(self) -> float:
+        """Temperature of the choice among the logits that `shape_logits` returns."""
+
+    @property
+    @abstractmethod
+    def blind(self) -> bool:
+        """Whether positions are chosen at random, without the predictions: only the chosen positions are predicted."""
+
+    @property
+    def draws_positions(self) -> bool:
+        """Whether the revealed positions are random."""
+        return self.blind
+
+    @property
+    def draws(self) -> bool:
+        """Whether anything is random."""
+        return self.draws_positions or self.draw_temperature > 0
+
+    @abstractmethod
+    def counts(self, step: int, began: torch.Tensor, remaining: torch.Tensor) -> torch.Tensor:
+        """Masks to reveal at a step, (B,), from the block's masks when it `began` and those `remaining`, (B,) each."""
+
+    def shape_logits(self, logits: torch.Tensor) -> torch.Tensor:
+        """The logits that tokens are chosen from and confidence is computed on: (M, V) -> (M, V)."""
+        return logits
+
+    def confidence(self, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """How sure the prediction of `tokens` is, higher is surer: (M, V), (M,) -> (M,)."""
+        return sampling.token_probability(logits, tokens)
+
+    def scores(self, confidence: torch.Tensor | None, uniform: torch.Tensor | None) -> torch.Tensor:
+        """What positions are ranked by, (B, G).
+
+        Args:
+            confidence: (B, G), None where `blind`. uniform: (B, G) noise, None unless `draws_positions`.
+        """
+        scores = uniform if self.blind else confidence
+        assert scores is not None
+        return scores
+
+    def reveal(self, step: int, scores: torch.Tensor, eligible: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        """Positions to reveal at a step: (B, G) bool."""
+        return sampling.top_positions(scores, eligible, counts)
+
+
+@dataclass(frozen=True)
+class LLaDAGeneration(Generation):
+    """LLaDA's block-wise (semi-autoregressive) sampler with remasking; defaults as published, one token a step."""
+
+    block_length: int = 128
+    """Tokens of a block; blocks are finished from left to right."""
+    temperature: float = 0.0
+    """Temperature of the Gumbel-max choice of tokens; 0 takes the likeliest."""
+    cfg_scale: float = 0.0
+    """w of classifier-free guidance, u + (1 + w)(c - u); the prompt is masked in u. Doubles the cost; 0 is off."""
+    remasking: Remasking = "low_confidence"
+    """Which predictions are kept: the likeliest ones after guidance, or those at random positions."""
+    stop_at_eos: bool = False
+    """Generate no further block of a row once a finished one holds an EOS: the rest becomes EOS. Published: off."""
+
+    single_block = "block_length leaves only one block"
+    by_confidence = {"remasking": "low_confidence"}
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_whole(block_length=self.block_length)
+        check_not_negative(temperature=self.temperature, cfg_scale=self.cfg_scale)
+        check_one_of("remasking", self.remasking, get_args(Remasking))
+        if self.gen_length % self.block_length:
+            raise UserError(
+                f"gen_length = {self.gen_length} is not a multiple of block_length = {self.block_length}: change either"
+            )
+        if self.steps % self.blocks:
+            remedy = f"give {self.blocks} or a multiple of it"
+            raise UserError(f"steps = {self.steps} cannot be shared by {self.blocks} blocks: {remedy}")
+        if self.stop_at_eos and self.blocks == 1:
+            raise UserError(
+                f"stop_at_eos stops between blocks, but block_length = {self.block_length} leaves only one: lower it"
+            )
+
+    @property
+    def blocks(self) -> int:
+        return self.gen_length // self.block_length
+
+    @property
+    def draw_temperature(self) -> float:
+        return self.temperature
+
+    @property
+    def blind(self) -> bool:
+        return self.remasking == "random"
+
+    def counts(self, step: int, began: torch.Tensor, remaining: torch.Tensor) -> torch.Tensor:
+        steps = self.steps // self.blocks
+        return sampling.reveal_counts(began, steps, step % steps)
+
+
+@dataclass(frozen=True)
+class DreamGeneration(Generation):
+    """Dream's sampler: times from 1 to eps, no blocks, no guidance."""
+
+    alg: Algorithm = "entropy"
+    """Which masks are revealed first: the surest by top probability (maskgit_plus), by first minus second (topk_margin)
+    or by negative entropy; origin: each independently with probability 1 - s/t."""
+    temperature: float = 0.0
+    """Divides the logits before tokens are drawn; 0 takes the likeliest."""
+    top_p: float | None = None
+    """Keep only the likeliest tokens that make up this probability, for the choice and for confidence."""
+    top_k: int | None = None
+    """Keep only so many likeliest tokens, after top_p."""
+    alg_temp: float | None = None
+    """Positions are drawn from softmax(confidence / alg_temp) without replacement; None or 0 takes the surest."""
+    eps: float = 1e-3
+    """The last time."""
+
+    single_block = "Dream's sampler has no blocks"
+    by_confidence = {"alg": "maskgit_plus"}
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_not_negative(temperature=self.temperature, alg_temp=self.alg_temp or 0, eps=self.eps)
+        check_one_of("alg", self.alg, get_args(Algorithm))
+        if not self.eps < 1:
+            raise UserError(f"eps = {self.eps} is not below 1, where time starts: give a number such as 0.001")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UserError(f"top_p = {self.top_p} is not a probability: give a number above 0, up to 1, or drop it")
+        if self.top_k is not None:
+            check_whole(top_k=self.top_k)
+        if self.alg == "origin" and self.alg_temp:
+            raise UserError(
+                f"alg_temp = {self.alg_temp} has no effect with alg = origin, which has no confidence: drop it"
+            )
+        if self.alg == "origin" and not self.temperature and (self.top_p or self.top_k):
+            raise UserError("top_p and top_k have no effect with alg = origin at temperature 0: drop them")
+
+    @property
+    def draw_temperature(self) -> float:
+        """1, because `shape_logits` divides by the temperature."""
+        return 1.0 if self.temperature else 0.0
+
+    @property
+    def blind(self) -> bool:
+        return self.alg == "origin"
+
+    @property
+    def draws_positions(self) -> bool:
+        return self.blind or bool(self.alg_temp)
+
+    def counts(self, step: int, began: torch.Tensor, remaining: torch.Tensor) -> torch.Tensor:
+        return remaining if self.blind else sampling.shared_counts(remaining, self._share(step))
+
+    def shape_logits(self, logits: torch.Tensor) -> torch.Tensor:
+        """Temperature, then top-p, then top-k: (M, V) -> (M, V)."""
+        if self.temperature:
+            logits = logits / self.temperature  # (M, V)
+        if self.top_p is not None and self.top_p < 1:
+            logits = sampling.top_p_filter(logits, self.top_p)  # (M, V)
+        return logits if self.top_k is None else sampling.top_k_filter(logits, self.top_k)
+
+    def confidence(self, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        if self.alg == "entropy":
+            return sampling.negative_entropy(logits)
+        return sampling.top_margin(logits) if self.alg == "topk_margin" else super().confidence(logits, tokens)
+
+    def scores(self, confidence: torch.Tensor | None, uniform: torch.Tensor | None) -> torch.Tensor:
+        """With alg_temp the highest k are k draws from softmax(confidence / alg_temp) without replacement."""
+        scores = super().scores(confidence, uniform)  # (B, G)
+        if not self.alg_temp:
+            return scores
+        assert uniform is not None
+        return scores.double() / self.alg_temp + sampling.gumbel(uniform)  # (B, G)
+
+    def reveal(self, step: int, scores: torch.Tensor, eligible: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        if self.blind:
+            return eligible & (scores < self._share(step).to(scores.device))
+        return super().reveal(step, scores, eligible, counts)
+
+    def _share(self, step: int) -> torch.Tensor:
+        return sampling.reveal_shares(self.steps, self.eps)[step]
+
 
 SAMPLERS: dict[str, type[Generation]] = {"blockwise": LLaDAGeneration, "timesteps": DreamGeneration}
 
@@ -19,7 +251,7 @@ def sampler_of(config) -> type[Generation]:
 
 def sampler_options(config) -> tuple[str, ...]:
     """Names of the options of that sampler."""
-    return tuple(field.name for field in fields(sampler_of(config)))  # type: ignore[arg-type]  # each is a dataclass
+    return tuple(field.name for field in fields(sampler_of(config)))
 
 
 def generation_settings(config, values: Mapping[str, object]) -> Generation:
@@ -33,15 +265,14 @@ def generation_settings(config, values: Mapping[str, object]) -> Generation:
         if name not in known:
             family = family_of(config).name
             raise UserError(f"{family}'s sampler has no option '{name}'{nearest(name, known)}: {', '.join(known)}")
-    return sampler_of(config)(**values)
+    return sampler_of(config)(**values)  # type: ignore[arg-type]  # checked on construction
 
 
 def low_confidence(config, generated: int, steps: int, block_length: int | None = None) -> Generation:
     """Greedy low-confidence remasking in the terms of a family's sampler: how a model's own trajectory is made.
 
     Args:
-        config: of a model of the family.
-        generated: tokens. steps: denoising steps. block_length: default all at once.
+        generated: tokens. block_length: default all at once.
     Raises:
         UserError: as `generation_settings`, also a block length where the sampler has no blocks.
     """
@@ -49,3 +280,20 @@ def low_confidence(config, generated: int, steps: int, block_length: int | None 
     if block_length is not None or "block_length" in sampler_options(config):
         values["block_length"] = block_length or generated
     return generation_settings(config, values)
+
+
+def check_whole(**values: object) -> None:
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise UserError(f"{name} = {value!r} cannot be used: give a whole number from 1")
+
+
+def check_not_negative(**values: object) -> None:
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+            raise UserError(f"{name} = {value!r} cannot be used: give 0 (off) or more")
+
+
+def check_one_of(name: str, value: object, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise UserError(f"unknown {name} '{value}'{nearest(str(value), list(known))}: choose one of {', '.join(known)}")

@@ -2,8 +2,8 @@
 
 import torch
 
-from structprune.calibration.noise import level_times, noise_windows
-from structprune.generation.generate import Step, generate
+from structprune.calibration.noise import noise_windows
+from structprune.generation.generate import Options, Step, generate
 from structprune.generation.samplers import Generation
 from structprune.models.adapter import Adapter
 from structprune.models.encode import Batches
@@ -80,10 +80,9 @@ def reverse_trajectory(
             model,
             prompts,
             settings,
-            generator=generator,
-            batch=batch,
-            track=lambda items: track(items, "generation"),
-            record=observer,
+            options=Options(
+                generator=generator, batch=batch, track=lambda items: track(items, "generation"), record=observer
+            ),
         )
         observer.flush()
     progress = torch.arange(settings.steps).expand(len(prompts), -1) / settings.steps  # (N, S)

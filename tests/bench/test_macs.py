@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from structprune.bench.macs import counted_macs
-from structprune.generation.generate import generate
+from structprune.generation.generate import Options, generate
 from structprune.generation.samplers import LLaDAGeneration
 from structprune.models.adapter import Adapter
 from structprune.structured.sizes import forward_macs
@@ -46,7 +46,7 @@ def test_a_generation_counts_the_head_where_it_runs_and_a_cache_what_it_leaves(t
     model, prompt, settings = tiny_model(), torch.arange(6)[None], LLaDAGeneration(4, 4, 2)
     for cache, positions in (("none", [10, 10, 10, 10]), ("prefix", [10, 4, 10, 2]), ("dual", [10, 2, 10, 2])):
         with counted_macs(model) as count:
-            generate(model, prompt, settings, cache=cache)
+            generate(model, prompt, settings, options=Options(cache=cache))
         wanted = [2, 1, 2, 1]
         linear = sum(blocks_at(n, m) for n, m in zip(positions, wanted)) + HEAD * sum(wanted)
         assert count.linear == linear, cache

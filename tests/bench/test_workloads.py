@@ -7,7 +7,7 @@ from structprune.bench import workloads as module
 from structprune.bench.latency import Latency, Timing
 from structprune.bench.settings import Size
 from structprune.bench.workloads import GenerationWork, forward_rows, generation_rows, rows_of
-from structprune.generation.generate import generate
+from structprune.generation.generate import Options, generate
 from structprune.generation.samplers import LLaDAGeneration
 from structprune.models.adapter import Adapter
 from structprune.structured.sizes import forward_macs
@@ -45,9 +45,9 @@ def test_forward_rows(pair):
 def test_generation_rows(pair, monkeypatch):
     settings, asked = LLaDAGeneration(8, 8, 4), []
 
-    def noted(model, prompts, given, batch, cache="none"):
-        asked.append((prompts.shape, batch, cache))
-        return generate(model, prompts, given, batch=batch, cache=cache)
+    def noted(model, prompts, given, options):
+        asked.append((prompts.shape, options.batch, options.cache))
+        return generate(model, prompts, given, options=options)
 
     monkeypatch.setattr(module, "generate", noted)
     full = {}
@@ -63,16 +63,18 @@ def test_generation_rows(pair, monkeypatch):
     for row, full, model in zip(rows, plain, pair.values()):
         assert row["cache"] == "dual" and row["macs"] < full["macs"]
         prompts = module.random_ids(pair["dense"], 2, 12)
-        kept, whole = (generate(model, prompts, settings, cache=name)[:, -8:] for name in ("dual", "none"))
+        kept, whole = (
+            generate(model, prompts, settings, options=Options(cache=name))[:, -8:] for name in ("dual", "none")
+        )
         assert row["agreement"] == (kept == whole).double().mean().item()
         assert row["tokens_per_second"] == pytest.approx(16e3 / row["ms"]["median"])
 
 
 def test_agreement_is_of_generated_tokens_only(pair, monkeypatch):
-    def fake(model, prompts, settings, batch, cache="none"):
+    def fake(model, prompts, settings, options):
         model(prompts)  # so that there are MACs to count
         tail = torch.arange(8)[None].repeat(2, 1)
-        tail[0, :4] += 100 * (cache != "none")  # 4 of 16 differ
+        tail[0, :4] += 100 * (options.cache != "none")  # 4 of 16 differ
         return torch.cat((prompts, tail), dim=1)
 
     monkeypatch.setattr(module, "generate", fake)

@@ -5,7 +5,7 @@ import torch
 
 from structprune.errors import UserError
 from structprune.generation.cached import KeyValueCache, check_cache
-from structprune.generation.generate import generate
+from structprune.generation.generate import Options, generate
 from structprune.generation.samplers import DreamGeneration, LLaDAGeneration
 from structprune.models.encode import encode_at
 
@@ -97,7 +97,7 @@ def spans_run(model, settings, prompts, **options) -> list[tuple[int, int]]:
     """(rows, positions) that the first block runs at every step."""
     seen = []
     handle = model.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape[:2])))
-    generate(model, prompts, settings, **options)
+    generate(model, prompts, settings, options=Options(**options))
     handle.remove()
     return seen
 
@@ -129,10 +129,10 @@ def test_refreshing_within_a_block(tiny_model):
 def test_a_cache_made_anew_at_every_step_changes_nothing(tiny_model, family, form, settings):
     model = tiny_model(family)
     full = generate(model, PROMPTS, settings)
-    assert all(map(torch.equal, full, generate(model, PROMPTS, settings, cache=form, refresh=1)))
-    kept = generate(model, PROMPTS, settings, cache=form)
+    assert all(map(torch.equal, full, generate(model, PROMPTS, settings, options=Options(cache=form, refresh=1))))
+    kept = generate(model, PROMPTS, settings, options=Options(cache=form))
     assert not all(map(torch.equal, full, kept))  # so it was not by chance
-    alone = generate(model, PROMPTS, settings, cache=form, batch=1)
+    alone = generate(model, PROMPTS, settings, options=Options(cache=form, batch=1))
     assert all(map(torch.equal, kept, alone))  # padding and batch are as inert as without
 
 
@@ -140,7 +140,7 @@ def test_a_cache_made_anew_at_every_step_changes_nothing(tiny_model, family, for
 def test_one_step_per_block_needs_no_cache(tiny_model, form):
     model, settings = tiny_model(), LLaDAGeneration(12, 3, 4)
     full = generate(model, PROMPTS, settings)
-    assert all(map(torch.equal, full, generate(model, PROMPTS, settings, cache=form)))
+    assert all(map(torch.equal, full, generate(model, PROMPTS, settings, options=Options(cache=form))))
 
 
 def test_guidance_keeps_both_branches(tiny_model):
@@ -148,38 +148,38 @@ def test_guidance_keeps_both_branches(tiny_model):
     seen = spans_run(model, settings, PROMPTS, cache="dual")
     assert seen == [(6, 21), (6, 4), (6, 4), (6, 4)] * 3
     full = generate(model, PROMPTS, settings)
-    assert all(map(torch.equal, full, generate(model, PROMPTS, settings, cache="dual", refresh=1)))
+    assert all(map(torch.equal, full, generate(model, PROMPTS, settings, options=Options(cache="dual", refresh=1))))
 
 
 def test_rows_that_end_leave_the_cache(tiny_model):
     settings = LLaDAGeneration(12, 12, 4, stop_at_eos=True, temperature=0.9)
     free = generate(
-        tiny_model(), PROMPTS[:2], LLaDAGeneration(12, 12, 4, temperature=0.9), cache="dual",
-        generator=torch.Generator().manual_seed(0),
+        tiny_model(), PROMPTS[:2], LLaDAGeneration(12, 12, 4, temperature=0.9), options=Options(cache="dual",
+        generator=torch.Generator().manual_seed(0)),
     )  # fmt: skip
     eos = next(token for token in free[0][-12:-8].tolist() if token not in free[1][-12:])
     options = {"cache": "dual", "eos_id": eos, "generator": torch.Generator().manual_seed(0)}
     seen = spans_run(tiny_model(), settings, PROMPTS[:2], **options)
     assert [rows for rows, _ in seen] == [2] * 4 + [1] * 8
     options["generator"] = torch.Generator().manual_seed(0)
-    found = generate(tiny_model(), PROMPTS[:2], settings, **options)
+    found = generate(tiny_model(), PROMPTS[:2], settings, options=Options(**options))
     assert torch.equal(found[1], free[1]) and found[0][-8:].tolist() == [eos] * 8
 
 
 def test_hooks_are_gone_afterwards(tiny_model):
     model = tiny_model()
-    generate(model, PROMPTS, LLADA, cache="dual")
+    generate(model, PROMPTS, LLADA, options=Options(cache="dual"))
     assert not any(block.part("core")._forward_pre_hooks for block in model.blocks)
 
 
 def test_caches_that_cannot_be(tiny_model):
     with pytest.raises(UserError, match=r"unknown cache 'prefx' \(did you mean 'prefix'\?\): choose one of none, pre"):
-        generate(tiny_model(), PROMPTS, LLADA, cache="prefx")
+        generate(tiny_model(), PROMPTS, LLADA, options=Options(cache="prefx"))
     with pytest.raises(UserError, match="Dream's sampler has no blocks: use prefix"):
-        generate(tiny_model("dream"), PROMPTS, DREAM, cache="dual")
+        generate(tiny_model("dream"), PROMPTS, DREAM, options=Options(cache="dual"))
     with pytest.raises(UserError, match="block_length leaves only one block: use prefix"):
         check_cache("dual", LLaDAGeneration(12, 12, 12))
     check_cache("dual", LLaDAGeneration(12, 12, 6))
     for cache, refresh in (("none", 1), ("dual", 0)):
         with pytest.raises(ValueError, match="give a number from 1, and a cache"):
-            generate(tiny_model(), PROMPTS, LLADA, cache=cache, refresh=refresh)
+            generate(tiny_model(), PROMPTS, LLADA, options=Options(cache=cache, refresh=refresh))

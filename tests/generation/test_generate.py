@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from structprune import load_model
 from structprune.errors import UserError
 from structprune.generation import denoise
-from structprune.generation.generate import generate
+from structprune.generation.generate import Options, generate
 from structprune.generation.samplers import DreamGeneration, LLaDAGeneration, generation_settings, low_confidence
 
 MASK = 2047
@@ -36,7 +36,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 def steps_of(model, prompts, settings, **options):
     """The recorded steps of a generation, and its output."""
     steps = []
-    found = generate(model, prompts, settings, record=steps.append, **options)
+    found = generate(model, prompts, settings, options=Options(record=steps.append, **options))
     return steps, found
 
 
@@ -49,7 +49,9 @@ def test_tokens_equal_the_published_samplers(parity):
         if "max_new_tokens" in case:
             case["gen_length"] = case.pop("max_new_tokens")
         mask = expected.get(f"{name}/attention_mask")
-        found = generate(model, expected[f"{name}/prompt"], generation_settings(model.config, case), mask, batch=2)
+        found = generate(
+            model, expected[f"{name}/prompt"], generation_settings(model.config, case), mask, options=Options(batch=2)
+        )
         assert torch.equal(found, expected[f"{name}/output"]), name
 
 
@@ -57,8 +59,8 @@ def test_tokens_equal_the_published_samplers(parity):
 def test_neither_batch_nor_order_nor_padding_changes_tokens(tiny_model, form):
     settings = FORMS[form]
     model = tiny_model(FAMILIES[type(settings)])
-    alone = generate(model, PROMPTS, settings, generator=seeded(), batch=1)
-    together = generate(model, PROMPTS, settings, generator=seeded(), batch=4)
+    alone = generate(model, PROMPTS, settings, options=Options(generator=seeded(), batch=1))
+    together = generate(model, PROMPTS, settings, options=Options(generator=seeded(), batch=4))
     for prompt, one, many in zip(PROMPTS, alone, together, strict=True):
         assert torch.equal(one[: len(prompt)], prompt) and len(one) == len(prompt) + 12
         assert torch.equal(one, many) and MASK not in one
@@ -70,12 +72,13 @@ def test_the_seed_decides_where_chance_has_a_part(tiny_model, form):
     settings = FORMS[form]
     model, state = tiny_model(FAMILIES[type(settings)]), torch.get_rng_state()
     first, again, other = (
-        torch.cat(generate(model, PROMPTS, settings, generator=seeded(seed), batch=2)) for seed in (0, 0, 1)
+        torch.cat(generate(model, PROMPTS, settings, options=Options(generator=seeded(seed), batch=2)))
+        for seed in (0, 0, 1)
     )
     assert torch.equal(first, again) and torch.equal(first, other) != settings.draws
     assert torch.equal(torch.get_rng_state(), state)
     if not settings.draws:
-        assert torch.equal(torch.cat(generate(model, PROMPTS, settings, batch=2)), first)
+        assert torch.equal(torch.cat(generate(model, PROMPTS, settings, options=Options(batch=2))), first)
         assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -163,7 +166,7 @@ def test_steps_that_reveal_nothing_cost_nothing(tiny_model):
 def test_the_head_runs_where_it_is_needed(tiny_model, settings, rows):
     model, seen = tiny_model(FAMILIES[type(settings)]), []
     handle = model.output_head.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[0]))
-    generate(model, PROMPTS[:3], settings, generator=seeded())
+    generate(model, PROMPTS[:3], settings, options=Options(generator=seeded()))
     handle.remove()
     assert sum(seen) == 3 * rows
 
@@ -194,8 +197,8 @@ def test_small_portions_of_logits_change_nothing(tiny_model, monkeypatch):
         handle = model.output_head.register_forward_pre_hook(
             lambda _, args, sizes=sizes: sizes.append(args[0].shape[0])
         )
-        alone = generate(model, PROMPTS, settings, generator=seeded(), batch=1)
-        together = generate(model, PROMPTS, settings, generator=seeded(), batch=4)
+        alone = generate(model, PROMPTS, settings, options=Options(generator=seeded(), batch=1))
+        together = generate(model, PROMPTS, settings, options=Options(generator=seeded(), batch=4))
         handle.remove()
         assert max(sizes) == 4 and all(torch.equal(one, many) for one, many in zip(alone, together, strict=True))
 
@@ -212,12 +215,12 @@ def test_stop_at_eos_ends_a_row_after_its_block(tiny_model):
     assert [step.prompts.tolist() for step in steps] == [[0, 1]] * 2 + [[1]] * 4
     assert (steps[1].ids[0, -8:] == MASK).all()  # the block is finished first
     model.config.eos_token_id = eos
-    assert torch.equal(generate(model, prompts, settings, generator=seeded())[0], found[0])
+    assert torch.equal(generate(model, prompts, settings, options=Options(generator=seeded()))[0], found[0])
     model.config.eos_token_id = None
     with pytest.raises(UserError, match="eos_token_id"):
         generate(model, prompts, settings)
     with pytest.raises(ValueError, match="stop_at_eos"):
-        generate(model, prompts, LLaDAGeneration(12, 6, 4), eos_id=5)
+        generate(model, prompts, LLaDAGeneration(12, 6, 4), options=Options(eos_id=5))
 
 
 def test_a_model_that_predicts_masks_leaves_them(tiny_model):
@@ -233,7 +236,12 @@ def test_a_model_that_predicts_masks_leaves_them(tiny_model):
 
 def test_progress_counts_steps_of_batches(tiny_model):
     seen = []
-    generate(tiny_model(), PROMPTS, LLaDAGeneration(12, 6, 6), batch=3, track=lambda x: seen.append(len(x)) or x)
+    generate(
+        tiny_model(),
+        PROMPTS,
+        LLaDAGeneration(12, 6, 6),
+        options=Options(batch=3, track=lambda x: seen.append(len(x)) or x),
+    )
     assert seen == [12]
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from structprune.generation.generate import generate
+from structprune.generation.generate import Options, generate
 from structprune.generation.samplers import generation_settings
 from structprune.models.adapter import Adapter
 from structprune.models.modeling_structprune import rotate
@@ -55,7 +55,7 @@ def test_generation_is_the_samplers_own(model):
     settings = generation_settings(model.config, asked)
     found = reverse_trajectory(model, prompts, settings, 0, PLAIN)
     given = []
-    generate(model, prompts, settings, record=lambda step: given.append(step.ids))
+    generate(model, prompts, settings, options=Options(record=lambda step: given.append(step.ids)))
     assert torch.equal(found.ids, torch.stack(given, dim=1))  # (N, S, T)
     assert torch.equal(found.ids[:, :, :7], prompts[:, None].expand(3, 3, 7)) and found.prompt == 7
     left = (found.ids == model.config.mask_token_id).sum(2)  # (N, S)
