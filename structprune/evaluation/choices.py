@@ -14,14 +14,14 @@ import torch
 from structprune.errors import UserError
 from structprune.evaluation.adaptive import decided, look_schedule
 from structprune.evaluation.forecast import Completed, complete
-from structprune.evaluation.items import Answer, Item, MonteCarlo, Scored, check_items
+from structprune.evaluation.items import Answer, Item, MonteCarlo, Scored, check_items, longest_first
 from structprune.evaluation.likelihood import MaskedRows, token_nats
 from structprune.evaluation.perturb import FORMS, Perturbed, aligned_columns, draw_uniform, item_generator
 from structprune.models.encode import Batches
 from structprune.models.families import family_of
 from structprune.models.modeling_structprune import DiffusionLM
 
-__all__ = ["Answer", "Item", "MonteCarlo", "Scored", "check_items", "score_items"]
+__all__ = ["Answer", "Item", "MonteCarlo", "Scored", "check_items", "longest_first", "score_items"]
 GROUP = 8  # forward passes of equal length that are prepared at once
 
 

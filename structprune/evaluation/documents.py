@@ -64,12 +64,7 @@ class TaskOptions:
 
 
 class Task(Protocol):
-    """A task of any source.
-
-    Attributes:
-        name: in reports.
-        documents: all of one type.
-    """
+    """A task of any source; its documents are all of one type."""
 
     @property
     def name(self) -> str: ...
@@ -77,7 +72,7 @@ class Task(Protocol):
     @property
     def documents(self) -> Sequence[Document]: ...
 
-    def grade(self, document: Any, outcome: Any) -> dict[str, float]:
+    def grade(self, document: Any, outcome: Any, /) -> dict[str, float]:
         """Metrics of one document.
 
         Args:

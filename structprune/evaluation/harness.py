@@ -23,7 +23,7 @@ from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 
 from structprune.errors import UserError, nearest
-from structprune.evaluation.choices import Item, MonteCarlo, Scored, check_items, score_items
+from structprune.evaluation.choices import Item, MonteCarlo, Scored, check_items, longest_first, score_items
 from structprune.evaluation.documents import Opening
 from structprune.evaluation.openings import generate_texts
 from structprune.evaluation.requests import group_choices, in_request_order, to_item, to_opening
@@ -102,10 +102,9 @@ class StructpruneLM(LM):
         return [(value, False) for value in in_request_order(groups, outcomes)]
 
     def _score(self, items: Sequence[Item]) -> list[Scored]:
-        """PART items at a time, items of similar length together and the longest first."""
+        """PART items at a time."""
         check_items(self.model.config, items, self.settings)  # all of them, before any is scored
-        longest = [max(len(each.prompt) + len(each.target) for each in item.answers) for item in items]
-        order = sorted(range(len(items)), key=lambda index: -longest[index])
+        order = longest_first(items)
         parts = [[items[index] for index in order[start : start + PART]] for start in range(0, len(order), PART)]
         return [each for part in parts for each in score_items(self.model, part, self.settings, self.batch)]
 

@@ -3,15 +3,15 @@
 Shapes: P prompt tokens, L target tokens.
 """
 
-import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
 import torch
 
-from structprune.errors import UserError, nearest
+from structprune.errors import UserError
 from structprune.evaluation.perturb import FORMS, Form, Sampling
+from structprune.generation.samplers import check_not_negative, check_one_of, check_whole
 from structprune.models.families import family_of
 
 
@@ -43,6 +43,12 @@ class Item:
     answers: tuple[Answer, ...]
 
 
+def longest_first(items: Sequence[Item]) -> list[int]:
+    """Indices of items, those of similar length together so that forward passes are full, and the longest first."""
+    longest = [max(len(each.prompt) + len(each.target) for each in item.answers) for item in items]
+    return sorted(range(len(items)), key=lambda index: -longest[index])
+
+
 @dataclass(frozen=True)
 class MonteCarlo:
     """How log-likelihoods are estimated.
@@ -69,20 +75,13 @@ class MonteCarlo:
     """Dream as in the sink-aware release: leave samples without a mask out of the mean, which biases it."""
 
     def __post_init__(self):
-        for name in ("samples", "block"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise UserError(f"{name} = {value!r} cannot be used: give a whole number from 1")
+        check_whole(samples=self.samples, block=self.block)
         if self.samples % self.rows:
             raise UserError(f"samples = {self.samples} is not a multiple of block = {self.block}: change either")
-        if not 0 <= self.cfg_scale < math.inf:
-            raise UserError(f"cfg_scale = {self.cfg_scale} cannot be used: give 0 (off) or more")
+        check_not_negative(cfg_scale=self.cfg_scale)
         if not 0 < self.confidence < 1:
             raise UserError(f"confidence = {self.confidence} is not between 0 and 1: give a number such as 0.99")
-        known = get_args(Sampling)
-        if self.sampling not in known:
-            hint = nearest(str(self.sampling), list(known))
-            raise UserError(f"unknown sampling '{self.sampling}'{hint}: choose one of {', '.join(known)}")
+        check_one_of("sampling", self.sampling, get_args(Sampling))
         if self.skip_empty and self.adaptive:
             raise UserError("skip_empty reproduces published numbers, which adaptive sampling does not: drop either")
 

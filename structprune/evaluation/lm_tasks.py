@@ -61,7 +61,7 @@ class LmTask:
 
 
 def load_tasks(name: str, texts: Texts, options: TaskOptions) -> list[LmTask]:
-    """A task of lm-eval, or the members of a group or tag; errors as `tasks.open_tasks`."""
+    """A task of lm-eval, or the members of a group or tag; errors as `tasks.open_task`."""
     try:
         manager = _manager(options.include)
     except ModuleNotFoundError as error:

@@ -6,11 +6,12 @@ PIQA: arXiv 1911.11641. GSM8K: arXiv 2110.14168.
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from structprune.errors import UserError
-from structprune.evaluation.documents import Choices, Opening
+from structprune.evaluation.documents import Choices, Document, Opening
 from structprune.evaluation.texts import Texts
 
 SOLUTIONS = ("sol1", "sol2")
@@ -18,32 +19,28 @@ INVALID = "[invalid]"  # stands for a missing answer in comparisons
 STRICT = re.compile(r"#### (-?[0-9.,]+)")
 FLEXIBLE = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
 GSM8K_STOPS = ("Question:", "</s>", "<|im_end|>")
+Reader = Callable[[Path], Iterable[dict]]
 
 
 @dataclass(frozen=True)
-class Piqa:
-    """Two solutions of an everyday task; scored by sum and by characters."""
+class LocalTask:
+    """A task from a file; grades as `Task.grade`."""
 
     name: str
-    documents: tuple[Choices, ...]
-
-    def grade(self, document: Choices, outcome: Sequence[float]) -> dict[str, float]:
-        """`acc`: the likeliest continuation is right; `acc_norm`: the likeliest per character."""
-        return choice_metrics(outcome, document.lengths, document.gold)
+    documents: tuple[Document, ...]
+    grade: Callable[[Any, Any], dict[str, float]] = field(repr=False)
 
 
-@dataclass(frozen=True)
-class Gsm8k:
-    """Word problems with a number for an answer."""
+def grade_gsm8k(document: Opening, outcome: str) -> dict[str, float]:
+    """Exact match of the number after #### (strict-match), and of the last number (flexible-extract)."""
+    gold = normalise(document.gold or "")
+    answers = {"strict-match": strict_answer(outcome), "flexible-extract": flexible_answer(outcome)}
+    return {f"exact_match,{name}": float(normalise(answer) == gold) for name, answer in answers.items()}
 
-    name: str
-    documents: tuple[Opening, ...]
 
-    def grade(self, document: Opening, outcome: str) -> dict[str, float]:
-        """Exact match of the number after #### (strict-match), and of the last number (flexible-extract)."""
-        gold = normalise(document.gold or "")
-        answers = {"strict-match": strict_answer(outcome), "flexible-extract": flexible_answer(outcome)}
-        return {f"exact_match,{name}": float(normalise(answer) == gold) for name, answer in answers.items()}
+def grade_piqa(document: Choices, outcome: Sequence[float]) -> dict[str, float]:
+    """As `choice_metrics`."""
+    return choice_metrics(outcome, document.lengths, document.gold)
 
 
 def choice_metrics(log_likelihoods: Sequence[float], lengths: Sequence[int], gold: int | None) -> dict[str, float]:
@@ -72,7 +69,7 @@ def normalise(answer: str) -> str:
     return re.sub(r"\.$", "", answer).lower()
 
 
-def read_piqa(path: Path, train: Path | None, shots: int, limit: int | None, texts: Texts) -> Piqa:
+def read_piqa(path: Path, train: Path | None, shots: int, limit: int | None, texts: Texts) -> LocalTask:
     """PIQA's lines {goal, sol1, sol2}, with `label` in them or in a file of labels beside.
 
     Args:
@@ -82,24 +79,24 @@ def read_piqa(path: Path, train: Path | None, shots: int, limit: int | None, tex
     Raises:
         UserError: a file is missing, empty or damaged, or has fewer lines than shots.
     """
-    prefix = _shots(_piqa_rows(train), train, shots, lambda row: f"{_goal(row)} {row[SOLUTIONS[row['label']]]}")
+    prefix = _shots(_piqa_rows, train, shots, lambda row: f"{_goal(row)} {row[SOLUTIONS[row['label']]]}")
     documents = []
-    for index, row in enumerate(_first_rows(_piqa_rows(path), path, limit)):
+    for index, row in enumerate(_first_rows(_piqa_rows, path, limit)):
         context = texts.question(prefix + _goal(row))
         solutions = [row[name] for name in SOLUTIONS]
         pairs = tuple((context, texts.delimiter() + solution) for solution in solutions)
         documents.append(Choices(f"piqa/{index}", pairs, tuple(map(len, solutions)), row["label"]))
-    return Piqa(f"piqa:{path.name}", tuple(documents))
+    return LocalTask(f"piqa:{path.name}", tuple(documents), grade_piqa)
 
 
-def read_gsm8k(path: Path, train: Path | None, shots: int, limit: int | None, texts: Texts) -> Gsm8k:
+def read_gsm8k(path: Path, train: Path | None, shots: int, limit: int | None, texts: Texts) -> LocalTask:
     """GSM8K's lines {question, answer}, the answer ending in "#### 42"; arguments and errors as `read_piqa`."""
-    prefix = _shots(_gsm8k_rows(train), train, shots, lambda row: f"{_question(row)} {row['answer']}")
-    documents = [
+    prefix = _shots(_gsm8k_rows, train, shots, lambda row: f"{_question(row)} {row['answer']}")
+    documents = tuple(
         Opening(f"gsm8k/{index}", texts.question(prefix + _question(row)), GSM8K_STOPS, gold=row["answer"])
-        for index, row in enumerate(_first_rows(_gsm8k_rows(path), path, limit))
-    ]
-    return Gsm8k(f"gsm8k:{path.name}", tuple(documents))
+        for index, row in enumerate(_first_rows(_gsm8k_rows, path, limit))
+    )
+    return LocalTask(f"gsm8k:{path.name}", documents, grade_gsm8k)
 
 
 LOCAL_TASKS: dict[str, Callable] = {"piqa": read_piqa, "gsm8k": read_gsm8k}
@@ -113,28 +110,26 @@ def _question(row: dict) -> str:
     return f"Question: {row['question']}\nAnswer:"
 
 
-def _first_rows(rows: Iterable[dict], path: Path, limit: int | None) -> list[dict]:
-    every = list(rows)  # so that a damaged line shows at once, whatever the limit
+def _first_rows(read: Reader, path: Path, limit: int | None) -> list[dict]:
+    every = list(read(path))  # so that a damaged line shows at once, whatever the limit
     if not every:
         raise UserError(f"{path} is empty: give a file with one JSON object a line")
     return every[:limit]
 
 
-def _shots(rows: Iterable[dict], path: Path | None, count: int, show: Callable[[dict], str]) -> str:
+def _shots(read: Reader, path: Path | None, count: int, show: Callable[[dict], str]) -> str:
     """The first rows of the train file, solved, each followed by an empty line."""
     if not count:
         return ""
     if path is None:
         raise UserError(f"{count} shots need a file of examples: write TASK:FILE:TRAIN, or set evaluation.shots=0")
-    examples = _first_rows(rows, path, None)
+    examples = _first_rows(read, path, None)
     if len(examples) < count:
         raise UserError(f"{path} has {len(examples)} lines, too few for {count} shots: lower evaluation.shots")
     return "".join(f"{show(row)}\n\n" for row in examples[:count])
 
 
-def _piqa_rows(path: Path | None) -> Iterator[dict]:
-    if path is None:
-        return
+def _piqa_rows(path: Path) -> Iterator[dict]:
     beside = path.with_name(f"{path.stem}-labels.lst")
     fields: dict[str, type] = {"goal": str, "sol1": str, "sol2": str}
     rows = list(_rows(path, fields if beside.is_file() else fields | {"label": int}))
@@ -155,9 +150,7 @@ def _labels(path: Path, texts: Path, count: int) -> list[int]:
     return [int(line) for line in lines]
 
 
-def _gsm8k_rows(path: Path | None) -> Iterator[dict]:
-    if path is None:
-        return
+def _gsm8k_rows(path: Path) -> Iterator[dict]:
     for number, row in enumerate(_rows(path, {"question": str, "answer": str}), start=1):
         if strict_answer(row["answer"]) == INVALID:
             raise UserError(f"{path}, line {number}: the field 'answer' does not end in '#### NUMBER': end it so")

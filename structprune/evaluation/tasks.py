@@ -45,43 +45,26 @@ def parse_local(name: str) -> LocalSpec | None:
     return LocalSpec(task, *map(Path, files))
 
 
-def open_tasks(names: Sequence[str], family: Family, texts: Texts, options: TaskOptions = DEFAULTS) -> list[Task]:
-    """The tasks of a run with their documents, in the order of their names.
+def open_task(name: str, family: Family, texts: Texts, options: TaskOptions = DEFAULTS) -> Sequence[Task]:
+    """A task with its documents, or the members of a group.
 
     Args:
-        names: `piqa:FILE`, `gsm8k:FILE[:TRAIN]`, or a task, group, tag or YAML file of lm-eval.
+        name: `piqa:FILE`, `gsm8k:FILE[:TRAIN]`, or a task, group, tag or YAML file of lm-eval.
         family: its published settings give the number of shots, where the options do not.
     Raises:
-        UserError: an unknown task (with the nearest name), a task named twice, a file or data set that cannot be read,
-            or a task that needs a package that is not installed.
+        UserError: an unknown task (with the nearest name), a file or data set that cannot be read, or a task that needs
+            a package that is not installed.
     """
-    specs = {name: parse_local(name) for name in names}
-    if len(specs) < len(names):
-        twice = next(name for name in names if list(names).count(name) > 1)
-        raise UserError(f"'{twice}' is named twice in the list of tasks: name it once")
-    if options.limit is not None and options.limit < 1:
-        raise UserError(f"a limit of {options.limit} documents leaves none: give 1 or more")
-    tasks: list[Task] = []
-    for name, spec in specs.items():
-        if spec is None:
-            from structprune.evaluation.lm_tasks import load_tasks  # lm-eval is an extra
+    spec = parse_local(name)
+    if spec is None:
+        from structprune.evaluation.lm_tasks import load_tasks  # lm-eval is an extra
 
-            tasks += load_tasks(name, texts, replace(options, shots=_shots(name, family, options)))
-        else:
-            with_shots = options.shots is not None or spec.train is not None
-            shots = (_shots(spec.task, family, options) or 0) if with_shots else 0
-            tasks.append(LOCAL_TASKS[spec.task](spec.path, spec.train, shots, options.limit, texts))
-    _check_names(tasks)
-    return tasks
+        return load_tasks(name, texts, replace(options, shots=_shots(name, family, options)))
+    with_shots = options.shots is not None or spec.train is not None
+    shots = (_shots(spec.task, family, options) or 0) if with_shots else 0
+    return [LOCAL_TASKS[spec.task](spec.path, spec.train, shots, options.limit, texts)]
 
 
 def _shots(task: str, family: Family, options: TaskOptions) -> int | None:
     preset = preset_for(task, family)
     return options.shots if options.shots is not None or preset is None else preset.shots
-
-
-def _check_names(tasks: list[Task]) -> None:
-    names = [task.name for task in tasks]
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"two of the tasks are called '{name}': leave one out, or rename its file")

@@ -6,16 +6,16 @@ can be resumed by another number of processes.
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import torch
 
 from structprune.errors import UserError
 from structprune.evaluation import results
-from structprune.evaluation.choices import Item, MonteCarlo, Scored, score_items
+from structprune.evaluation.choices import Item, MonteCarlo, Scored, longest_first, score_items
 from structprune.evaluation.documents import Choices, Document, Opening, Task
 from structprune.evaluation.nelbo import masked_nelbo
 from structprune.evaluation.openings import generate_texts
@@ -25,35 +25,6 @@ from structprune.models.encode import Batches
 from structprune.models.modeling_structprune import DiffusionLM
 
 Noise = Callable[[torch.Tensor, torch.Generator], tuple[torch.Tensor, torch.Tensor]]
-WINDOWS, ITEMS, GENERATIONS = 16, 64, 8  # in a chunk
-
-
-class Unit(Protocol):
-    """One task of one checkpoint.
-
-    Attributes:
-        task: its name in tables.
-        keys: of its items, in order; two units that share a key share the item.
-        settings: plain values that its numbers depend on.
-    """
-
-    @property
-    def task(self) -> str: ...
-
-    @property
-    def keys(self) -> tuple[str, ...]: ...
-
-    @property
-    def settings(self) -> dict: ...
-
-    def chunks(self) -> list[tuple[int, ...]]:
-        """Indices of items, chunk by chunk."""
-
-    def run(self, model: DiffusionLM, indices: Sequence[int], batch: Batches) -> list[results.Row]:
-        """Rows of these items."""
-
-    def token_ids(self) -> Iterator[torch.Tensor]:
-        """The model's input for every item, (T,) each: to find out whether it was calibrated on it."""
 
 
 def digest(*values: Any) -> str:
@@ -62,7 +33,46 @@ def digest(*values: Any) -> str:
 
 
 @dataclass(frozen=True)
-class TextUnit:
+class Unit(ABC):
+    """One task of one checkpoint.
+
+    Attributes:
+        task: its name in tables.
+        keys: of its items, in order; two units that share a key share the item.
+        size: items in a chunk.
+    """
+
+    task: str
+    keys: tuple[str, ...] = field(repr=False)
+
+    size: ClassVar[int]
+
+    @property
+    @abstractmethod
+    def settings(self) -> dict:
+        """Plain values that its numbers depend on."""
+
+    @property
+    def order(self) -> Sequence[int]:
+        """Indices of items, as they are cut into chunks."""
+        return range(len(self.keys))
+
+    def chunks(self) -> list[tuple[int, ...]]:
+        """Indices of items, chunk by chunk."""
+        order = self.order
+        return [tuple(order[start : start + self.size]) for start in range(0, len(order), self.size)]
+
+    @abstractmethod
+    def run(self, model: DiffusionLM, indices: Sequence[int], batch: Batches) -> list[results.Row]:
+        """Rows of these items."""
+
+    @abstractmethod
+    def token_ids(self) -> Iterator[torch.Tensor]:
+        """The model's input for every item, (T,) each: to find out whether it was calibrated on it."""
+
+
+@dataclass(frozen=True)
+class TextUnit(Unit):
     """Windows of text under noise.
 
     Attributes:
@@ -71,23 +81,16 @@ class TextUnit:
         noise: one window (1, T) and its random stream -> noisy ids (1, S, T) and mask probabilities (1, S).
     """
 
-    task: str
-    windows: torch.Tensor
+    windows: torch.Tensor = field(repr=False)
     copies: int
     seed: int
     noise: Noise = field(repr=False)
 
-    @cached_property
-    def keys(self) -> tuple[str, ...]:
-        return tuple(f"{index}@{digest(window)}" for index, window in enumerate(self.windows.tolist()))
+    size = 16
 
     @property
     def settings(self) -> dict:
         return {"noise": self.copies, "length": self.windows.shape[1], "items": digest(*self.keys)}
-
-    def chunks(self) -> list[tuple[int, ...]]:
-        count = len(self.windows)
-        return [tuple(range(start, min(start + WINDOWS, count))) for start in range(0, count, WINDOWS)]
 
     def run(self, model: DiffusionLM, indices: Sequence[int], batch: Batches) -> list[results.Row]:
         ids, keys = self.windows[list(indices)], [self.keys[index] for index in indices]  # (n, T)
@@ -105,7 +108,7 @@ class TextUnit:
 
 
 @dataclass(frozen=True)
-class TaskUnit:
+class TaskUnit(Unit):
     """What units of documents share.
 
     Attributes:
@@ -113,10 +116,8 @@ class TaskUnit:
         documents: of all members, each with its member.
     """
 
-    task: str
     members: tuple[Task, ...] = field(repr=False)
     documents: tuple[tuple[Task, Document], ...] = field(repr=False)
-    keys: tuple[str, ...] = field(repr=False)
     shots: int | None
 
     def check_metrics(self) -> None:
@@ -141,15 +142,15 @@ class ChoiceUnit(TaskUnit):
     items: tuple[Item, ...] = field(repr=False)
     monte_carlo: MonteCarlo
 
+    size = 64
+
     @property
     def settings(self) -> dict:
         return {"shots": self.shots, **asdict(self.monte_carlo), "items": digest(*self.keys)}
 
-    def chunks(self) -> list[tuple[int, ...]]:
-        """Items of similar length together, so that forward passes are full, and the longest first."""
-        longest = [max(len(a.prompt) + len(a.target) for a in item.answers) for item in self.items]
-        order = sorted(range(len(self.items)), key=lambda index: -longest[index])
-        return [tuple(order[start : start + ITEMS]) for start in range(0, len(order), ITEMS)]
+    @property
+    def order(self) -> list[int]:
+        return longest_first(self.items)
 
     def run(self, model: DiffusionLM, indices: Sequence[int], batch: Batches) -> list[results.Row]:
         scored = score_items(model, [self.items[index] for index in indices], self.monte_carlo, batch)
@@ -189,6 +190,8 @@ class GenerationUnit(TaskUnit):
     seed: int
     prompts: int
 
+    size = 8
+
     @property
     def openings(self) -> tuple[Opening, ...]:
         """The documents, with keys that depend on their texts."""
@@ -198,10 +201,6 @@ class GenerationUnit(TaskUnit):
     @property
     def settings(self) -> dict:
         return {"shots": self.shots, "generation": dict(self.options), "items": digest(*self.keys)}
-
-    def chunks(self) -> list[tuple[int, ...]]:
-        count = len(self.documents)
-        return [tuple(range(start, min(start + GENERATIONS, count))) for start in range(0, count, GENERATIONS)]
 
     def run(self, model: DiffusionLM, indices: Sequence[int], batch: Batches) -> list[results.Row]:
         every = self.openings
@@ -215,6 +214,11 @@ class GenerationUnit(TaskUnit):
     def token_ids(self) -> Iterator[torch.Tensor]:
         for document in self.openings:
             yield self.texts.prompt(document.context)
+
+
+def window_keys(windows: torch.Tensor) -> tuple[str, ...]:
+    """Keys of windows (N, T) that are equal only for equal ones."""
+    return tuple(f"{index}@{digest(window)}" for index, window in enumerate(windows.tolist()))
 
 
 def document_keys(documents: Sequence[Document]) -> tuple[str, ...]:

@@ -29,10 +29,10 @@ def generate(
     """Generate `settings.gen_length` tokens after every prompt.
 
     Prompts of similar length share a batch, left-padded under an attention mask. The LM head runs only at positions
-    that may be revealed. Every prompt has its own stream of noise, so that the tokens drawn depend
-    neither on the batch size nor on the other prompts (up to the rounding of logits); they differ between CPU and
-    CUDA. Positions of equal score are revealed from left to right. A model that predicts the mask token leaves
-    masks in the output, as in the published samplers.
+    that may be revealed. Every prompt has its own stream of noise, so that the tokens drawn depend neither on the batch
+    size nor on the other prompts (up to the rounding of logits); they differ between CPU and CUDA. Positions of equal
+    score are revealed from left to right. A model that predicts the mask token leaves masks in the output, as in the
+    published samplers.
 
     Args:
         prompts: N tensors (P,) int64; or (N, P) left-padded, with `attention_mask`.

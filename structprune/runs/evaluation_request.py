@@ -24,7 +24,7 @@ from structprune.evaluation.overlap import CalibratedOn
 from structprune.evaluation.presets import PRESETS, FamilyPreset, Preset, is_preset, load_preset
 from structprune.evaluation.requests import overlay, to_item
 from structprune.evaluation.settings import EvaluationConfig, EvaluationSettings
-from structprune.evaluation.tasks import open_tasks, parse_local
+from structprune.evaluation.tasks import open_task, parse_local
 from structprune.evaluation.texts import Texts, chat_warning, model_names
 from structprune.evaluation.units import (
     ChoiceUnit,
@@ -33,6 +33,7 @@ from structprune.evaluation.units import (
     TextUnit,
     Unit,
     document_keys,
+    window_keys,
 )
 from structprune.models.checkpoint_files import TOKENIZER_FILES
 from structprune.models.families import Family
@@ -175,7 +176,7 @@ class _UnitMakers:
         def noise(ids: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
             return stratified_noise(ids, mask_id, generator, settings.noise, edges)
 
-        return TextUnit(Path(source).name, windows, settings.noise, settings.seed, noise)
+        return TextUnit(Path(source).name, window_keys(windows), windows, settings.noise, settings.seed, noise)
 
     def _tasks(self, family: Family, texts: Texts) -> list[Unit]:
         """Units of tasks; the members of a group are one unit."""
@@ -189,10 +190,10 @@ class _UnitMakers:
             if shots is None and preset is not None and published is not None:
                 shots = published.shots
             options = TaskOptions(shots, settings.limit, settings.fewshot_seed, settings.include)
-            members = open_tasks([of_task], family, texts, options)
+            members = open_task(of_task, family, texts, options)
             task = members[0].name if len(members) == 1 else of_task
             if task in (unit.task for unit in units):
-                raise UserError(f"the task '{task}' is named twice: leave one out")
+                raise UserError(f"the task '{task}' is named twice: leave one out, or rename its file")
             units.append(self._task(task, members, published, shots, texts))
         return units
 
@@ -205,7 +206,7 @@ class _UnitMakers:
         if not documents:
             raise UserError(f"the task '{name}' has no document: leave it out")
         keys = document_keys(documents)
-        common = (name, tuple(members), pairs, keys, shots)
+        common = (name, keys, tuple(members), pairs, shots)
         if isinstance(documents[0], Opening):
             base = published.generation if published is not None else None
             options = overlay(base or {}, settings.generation)

@@ -18,7 +18,7 @@ from structprune.evaluation.harness import StructpruneLM, main, split_options
 from structprune.evaluation.lm_tasks import load_tasks
 from structprune.evaluation.openings import generate_texts
 from structprune.evaluation.requests import to_item
-from structprune.evaluation.tasks import open_tasks
+from structprune.evaluation.tasks import open_task
 from structprune.evaluation.texts import Texts
 from structprune.generation.generate import generate
 from structprune.generation.samplers import LLaDAGeneration
@@ -228,8 +228,8 @@ def test_the_chat_template_is_applied_by_both(checkpoint, folder):
 def test_names_that_lm_eval_has_not(checkpoint, folder):
     texts = Texts.open(checkpoint(), "none")
     with pytest.raises(UserError, match=r"unknown task 'tiny_choise' \(did you mean 'tiny_choice'\?\)"):
-        open_tasks(["tiny_choise"], LLADA, texts, TaskOptions(include=folder))
-    [task] = open_tasks([str(folder / "choice.yaml")], LLADA, texts, TaskOptions(limit=1))
+        open_task("tiny_choise", LLADA, texts, TaskOptions(include=folder))
+    [task] = open_task(str(folder / "choice.yaml"), LLADA, texts, TaskOptions(limit=1))
     assert task.name == "tiny_choice"
 
 

@@ -17,7 +17,7 @@ from structprune.evaluation.local_tasks import (
     normalise,
     strict_answer,
 )
-from structprune.evaluation.tasks import LocalSpec, open_tasks, parse_local
+from structprune.evaluation.tasks import LocalSpec, open_task, parse_local
 from structprune.evaluation.texts import Texts
 from structprune.models.families import DREAM, LLADA
 
@@ -60,7 +60,7 @@ def gsm8k(tmp_path):
 
 
 def opened(texts, name, **options):
-    [task] = open_tasks([name], LLADA, texts, TaskOptions(**options))
+    [task] = open_task(name, LLADA, texts, TaskOptions(**options))
     return task
 
 
@@ -101,7 +101,7 @@ def test_gsm8k_takes_the_published_shots_where_it_can(tmp_path, gsm8k, texts):
     assert shown.documents[0].context.startswith(
         f"{alone.documents[0].context} 3 + 4 = <<3+4=7>>7\n#### 7\n\nQuestion:"
     )
-    [dream] = open_tasks([f"gsm8k:{gsm8k}:{train}"], DREAM, texts)
+    [dream] = open_task(f"gsm8k:{gsm8k}:{train}", DREAM, texts)
     assert dream.documents[0].context.count("Question:") == 9
     assert alone.documents[0].until == ("Question:", "</s>", "<|im_end|>")
 
@@ -182,22 +182,14 @@ def test_names_are_taken_apart():
 )
 def test_bad_names(texts, name, message):
     with pytest.raises(UserError, match=message):
-        open_tasks([name], LLADA, texts)
+        open_task(name, LLADA, texts)
 
 
-def test_lists_that_cannot_be_run(tmp_path, piqa, texts):
-    with pytest.raises(UserError, match="named twice"):
-        open_tasks([f"piqa:{piqa}"] * 2, LLADA, texts)
-    (tmp_path / "other").mkdir()
-    same = write(tmp_path / "other" / "piqa-valid.jsonl", [PIQA[0] | {"label": 0}])
-    with pytest.raises(UserError, match="two of the tasks are called 'piqa:piqa-valid.jsonl'"):
-        open_tasks([f"piqa:{piqa}", f"piqa:{same}"], LLADA, texts)
-    with pytest.raises(UserError, match="limit of 0"):
-        open_tasks([f"piqa:{piqa}"], LLADA, texts, TaskOptions(limit=0))
+def test_shots_that_cannot_be_shown(piqa, texts):
     with pytest.raises(UserError, match="2 shots need a file"):
-        open_tasks([f"piqa:{piqa}"], LLADA, texts, TaskOptions(shots=2))
+        open_task(f"piqa:{piqa}", LLADA, texts, TaskOptions(shots=2))
     with pytest.raises(UserError, match="has 5 lines, too few for 6 shots"):
-        open_tasks([f"piqa:{piqa}:{piqa}"], LLADA, texts, TaskOptions(shots=6))
+        open_task(f"piqa:{piqa}:{piqa}", LLADA, texts, TaskOptions(shots=6))
 
 
 @pytest.mark.parametrize(
@@ -219,7 +211,7 @@ def test_bad_lines_are_named(tmp_path, texts, lines, message):
     path = tmp_path / "bad.jsonl"
     path.write_text(lines)
     with pytest.raises(UserError, match=message) as error:
-        open_tasks([f"piqa:{path}"], LLADA, texts)
+        open_task(f"piqa:{path}", LLADA, texts)
     assert str(path) in str(error.value)
 
 
@@ -247,4 +239,4 @@ def test_without_lm_eval_its_tasks_are_refused(monkeypatch, texts):
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     lm_tasks._manager.cache_clear()  # another test may have made the index
     with pytest.raises(UserError, match=r"'piqa' is lm-eval's, and .* is not installed: install lm-eval"):
-        open_tasks(["piqa"], LLADA, texts)
+        open_task("piqa", LLADA, texts)

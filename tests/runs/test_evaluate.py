@@ -158,6 +158,18 @@ def test_batches_change_nothing(eval_checkpoint, text_path, piqa, tmp_path, eval
             assert values(ours) == pytest.approx(values(theirs), rel=1e-5)
 
 
+def test_tasks_of_one_name_are_refused(eval_checkpoint, piqa, tmp_path, eval_settings):
+    (tmp_path / "other").mkdir()
+    other = tmp_path / "other" / piqa.name
+    row = {"goal": "Dry a wet shoe.", "sol1": "Stuff it with paper.", "sol2": "Stuff it with soup.", "label": 0}
+    other.write_text(json.dumps(row) + "\n")
+    for second in (piqa, other):
+        with pytest.raises(UserError, match="'piqa:.*' is named twice: leave one out, or rename its file"):
+            evaluate([eval_checkpoint()], eval_settings(tasks=[f"piqa:{piqa}", f"piqa:{second}"]), tmp_path / "out")
+    with pytest.raises(UserError, match="evaluation.limit = 0"):
+        eval_settings(tasks=[f"piqa:{piqa}"], evaluation__limit=0)
+
+
 def test_memory_that_runs_out_for_good_is_one_line(eval_checkpoint, text_path, tmp_path, monkeypatch, eval_settings):
     def full(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
