@@ -66,6 +66,11 @@ class _ItemState:
         """What `aligned_columns` returns for its targets."""
         return aligned_columns([answer.target for answer in self.item.answers])
 
+    def scored(self) -> Scored:
+        estimates = [answer.estimate for answer in self.answers if answer.estimate is not None]
+        values, errors = zip(*estimates, strict=True)
+        return Scored(self.item.key, values, errors, max(answer.drawn for answer in self.answers))
+
 
 def score_items(
     model: DiffusionLM,
@@ -101,7 +106,7 @@ def score_items(
             scorer.close([answer for state in compress(active, finished) for answer in state.answers])
             active = [state for state, ends in zip(active, finished, strict=True) if not ends]
     scorer.close([answer for state in states for answer in state.answers if answer.estimate is None])
-    return [_scored(state) for state in states]
+    return [state.scored() for state in states]
 
 
 class _Scorer:
@@ -228,8 +233,3 @@ def _masked_rows(answer: Answer, masks: torch.Tensor) -> MaskedRows:
     clean = torch.cat((answer.prompt, answer.target)).expand(count, -1)  # (n, T)
     masked = torch.cat((masks.new_zeros(count, prompt), masks), dim=1)  # (n, T)
     return MaskedRows(clean, masked, torch.full((count,), prompt))
-
-
-def _scored(state: _ItemState) -> Scored:
-    values, errors = zip(*(answer.estimate for answer in state.answers if answer.estimate is not None), strict=True)
-    return Scored(state.item.key, values, errors, max(answer.count for answer in state.answers))

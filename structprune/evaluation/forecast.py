@@ -141,7 +141,9 @@ def complete(masked: torch.Tensor, weight: torch.Tensor, nats: torch.Tensor, run
     totals = torch.where(known, measured, (model.predicted * masked).sum(1))  # (N,)
     values = totals * weight + torch.where(known, 0.0, mean)  # (N,)
     repeats = torch.where(known, 0, times[pattern])  # (N,)
-    influence = _influence(model, masked, weight, known, fresh) + _shares(residuals - mean, known, fresh)  # (S,)
+    forecasts, runs = int((~known).sum()), int(fresh.sum())
+    correction = (residuals - mean) * forecasts / max(runs - 1, 1)  # (S,) what each adds through the mean
+    influence = _influence(model, masked, weight, known, fresh) + correction  # (S,)
     return Completed(values, repeats, residuals, influence, fresh)
 
 
@@ -157,8 +159,3 @@ def _influence(
     far = torch.einsum("nlf,nl->lf", model.x, masked * (weight * ~known)[:, None])  # (L, F)
     near = torch.einsum("nlf,nl->lf", model.x, model.used * weight[:, None])  # (L, F)
     return model.gained(far - missing / count * near)[: len(fresh)]
-
-
-def _shares(deviations: torch.Tensor, known: torch.Tensor, fresh: torch.Tensor) -> torch.Tensor:
-    """How much every run sample adds to the sum of all forecasts through the mean correction: (S,) -> (S,)."""
-    return deviations * (~known).sum().item() / max(fresh.sum().item() - 1, 1)

@@ -21,12 +21,7 @@ OUTPUT_TYPES = ("multiple_choice", "generate_until")  # of the tasks that can be
 
 @dataclass(frozen=True)
 class LmTask:
-    """One task of lm-eval.
-
-    Attributes:
-        source: lm-eval's task object.
-        requests: its requests by document key.
-    """
+    """One task of lm-eval: its task object `source`, and its requests by document key."""
 
     name: str
     documents: tuple[Document, ...]
@@ -47,9 +42,6 @@ class LmTask:
             request.resps, request.filtered_resps = [response], {}
         for ensemble in self.source._filters:
             ensemble.apply(requests)
-        return self._metrics(requests)
-
-    def _metrics(self, requests: list) -> dict[str, float]:
         filters = list(requests[0].filtered_resps)
         metrics = {}
         for name in filters:

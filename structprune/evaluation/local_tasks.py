@@ -79,10 +79,10 @@ def read_piqa(path: Path, train: Path | None, shots: int, limit: int | None, tex
     Raises:
         UserError: a file is missing, empty or damaged, or has fewer lines than shots.
     """
-    prefix = _shots(_piqa_rows, train, shots, lambda row: f"{_goal(row)} {row[SOLUTIONS[row['label']]]}")
+    prefix = _shots(_piqa_rows, train, shots, lambda row: f"{_question(row['goal'])} {row[SOLUTIONS[row['label']]]}")
     documents = []
     for index, row in enumerate(_first_rows(_piqa_rows, path, limit)):
-        context = texts.question(prefix + _goal(row))
+        context = texts.question(prefix + _question(row["goal"]))
         solutions = [row[name] for name in SOLUTIONS]
         pairs = tuple((context, texts.delimiter() + solution) for solution in solutions)
         documents.append(Choices(f"piqa/{index}", pairs, tuple(map(len, solutions)), row["label"]))
@@ -91,9 +91,9 @@ def read_piqa(path: Path, train: Path | None, shots: int, limit: int | None, tex
 
 def read_gsm8k(path: Path, train: Path | None, shots: int, limit: int | None, texts: Texts) -> LocalTask:
     """GSM8K's lines {question, answer}, the answer ending in "#### 42"; arguments and errors as `read_piqa`."""
-    prefix = _shots(_gsm8k_rows, train, shots, lambda row: f"{_question(row)} {row['answer']}")
+    prefix = _shots(_gsm8k_rows, train, shots, lambda row: f"{_question(row['question'])} {row['answer']}")
     documents = tuple(
-        Opening(f"gsm8k/{index}", texts.question(prefix + _question(row)), GSM8K_STOPS, gold=row["answer"])
+        Opening(f"gsm8k/{index}", texts.question(prefix + _question(row["question"])), GSM8K_STOPS, gold=row["answer"])
         for index, row in enumerate(_first_rows(_gsm8k_rows, path, limit))
     )
     return LocalTask(f"gsm8k:{path.name}", documents, grade_gsm8k)
@@ -102,12 +102,8 @@ def read_gsm8k(path: Path, train: Path | None, shots: int, limit: int | None, te
 LOCAL_TASKS: dict[str, Callable] = {"piqa": read_piqa, "gsm8k": read_gsm8k}
 
 
-def _goal(row: dict) -> str:
-    return f"Question: {row['goal']}\nAnswer:"
-
-
-def _question(row: dict) -> str:
-    return f"Question: {row['question']}\nAnswer:"
+def _question(text: str) -> str:
+    return f"Question: {text}\nAnswer:"
 
 
 def _first_rows(read: Reader, path: Path, limit: int | None) -> list[dict]:

@@ -1,5 +1,6 @@
 """Every choice of an evaluation."""
 
+from dataclasses import fields
 from typing import Any
 
 from pydantic import Field
@@ -67,18 +68,9 @@ class EvaluationSettings(Section):
         Raises:
             UserError: values that contradict each other.
         """
-        published = preset or Likelihood()
-        samples = published.samples if self.samples is None else self.samples
-        return MonteCarlo(
-            samples=samples,
-            block=min(published.block if self.block is None else self.block, samples),
-            cfg_scale=published.cfg_scale if self.cfg_scale is None else self.cfg_scale,
-            seed=self.seed,
-            sampling=self.sampling,
-            adaptive=self.adaptive,
-            confidence=self.confidence,
-            skip_empty=self.skip_empty,
-        )
+        values = {field.name: getattr(self, field.name) for field in fields(MonteCarlo)}
+        values |= {name: value for name, value in (preset or Likelihood()) if values[name] is None}
+        return MonteCarlo(**values | {"block": min(values["block"], values["samples"])})
 
 
 class EvaluationConfig(Sections):

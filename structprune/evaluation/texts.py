@@ -27,13 +27,11 @@ EDGES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 @dataclass(frozen=True)
 class Texts:
-    """How one checkpoint's texts become tokens.
+    """How one checkpoint's texts become tokens; with `chat`, prompts go through the tokenizer's chat template.
 
     Attributes:
-        tokenizer: of transformers.
         start: ids before every prompt; none with a chat template, which has its own marks.
         end: ids after every scored continuation.
-        chat: whether prompts go through the tokenizer's chat template.
     """
 
     tokenizer: Any
@@ -134,13 +132,10 @@ class Texts:
         text = self.tokenizer.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
         stops = [stop for stop in (*until, self.tokenizer.eos_token) if stop]
         text = text[: min((place for place in map(text.find, stops) if place >= 0), default=len(text))]
-        for name in self._special_names():
+        added = (token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special)
+        for name in {*self.tokenizer.all_special_tokens, *added}:
             text = text.replace(name, "")
         return text
-
-    def _special_names(self) -> set[str]:
-        added = self.tokenizer.added_tokens_decoder.values()
-        return {*self.tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
 
 
 def model_names(name: str, directory: Path | None = None) -> list[str]:
@@ -159,8 +154,7 @@ def chat_warning(names: Sequence[str], has_template: bool, chat: bool) -> str | 
 
     Args:
         names: from `model_names`.
-        has_template: whether the tokenizer has a template.
-        chat: whether it is applied.
+        has_template: whether the tokenizer has a template; chat: whether it is applied.
     """
     tuned = [name for name in names if INSTRUCT.search(name)]
     if chat and not tuned:

@@ -15,10 +15,10 @@ import torch
 
 from structprune.errors import UserError
 from structprune.evaluation import results
-from structprune.evaluation.choices import Item, MonteCarlo, Scored, longest_first, score_items
+from structprune.evaluation.choices import Item, MonteCarlo, Scored, check_items, longest_first, score_items
 from structprune.evaluation.documents import Choices, Document, Opening, Task
 from structprune.evaluation.nelbo import masked_nelbo
-from structprune.evaluation.openings import generate_texts
+from structprune.evaluation.openings import check_openings, generate_texts
 from structprune.evaluation.perturb import item_generator
 from structprune.evaluation.texts import Texts
 from structprune.models.encode import Batches
@@ -63,6 +63,10 @@ class Unit(ABC):
         return [tuple(order[start : start + self.size]) for start in range(0, len(order), self.size)]
 
     @abstractmethod
+    def check(self, config: Any) -> None:
+        """Raise UserError for what a model of this configuration cannot evaluate."""
+
+    @abstractmethod
     def run(self, model: DiffusionLM, indices: Sequence[int], batch: Batches) -> list[results.Row]:
         """Rows of these items."""
 
@@ -87,6 +91,10 @@ class TextUnit(Unit):
     noise: Noise = field(repr=False)
 
     size = 16
+
+    def check(self, config: Any) -> None:
+        if (self.windows == config.mask_token_id).any():
+            raise UserError(f"the text '{self.task}' holds the mask token {config.mask_token_id}: remove it")
 
     @property
     def settings(self) -> dict:
@@ -120,7 +128,7 @@ class TaskUnit(Unit):
     documents: tuple[tuple[Task, Document], ...] = field(repr=False)
     shots: int | None
 
-    def check_metrics(self) -> None:
+    def check(self, config: Any) -> None:
         """Raise UserError for a task without a metric that can be averaged, by a made-up outcome of its first item."""
         document = self.documents[0][1]
         outcome: Any = [0.0] * len(document.pairs) if isinstance(document, Choices) else ""
@@ -151,6 +159,10 @@ class ChoiceUnit(TaskUnit):
     @property
     def order(self) -> list[int]:
         return longest_first(self.items)
+
+    def check(self, config: Any) -> None:
+        check_items(config, self.items, self.monte_carlo)
+        super().check(config)
 
     def run(self, model: DiffusionLM, indices: Sequence[int], batch: Batches) -> list[results.Row]:
         scored = score_items(model, [self.items[index] for index in indices], self.monte_carlo, batch)
@@ -197,6 +209,10 @@ class GenerationUnit(TaskUnit):
         """The documents, with keys that depend on their texts."""
         openings = [document for _, document in self.documents if isinstance(document, Opening)]
         return tuple(replace(opening, key=key) for opening, key in zip(openings, self.keys, strict=True))
+
+    def check(self, config: Any) -> None:
+        check_openings(config, self.openings, self.texts, self.options)
+        super().check(config)
 
     @property
     def settings(self) -> dict:

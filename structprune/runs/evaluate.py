@@ -9,7 +9,6 @@ import torch
 
 from structprune.errors import UserError
 from structprune.evaluation.labels import safe_names
-from structprune.evaluation.lm_tasks import LmTask
 from structprune.evaluation.result_files import (
     Results,
     ResultStore,
@@ -21,7 +20,7 @@ from structprune.evaluation.result_files import (
 from structprune.evaluation.result_io import json_text, plain_os_errors
 from structprune.evaluation.settings import EvaluationConfig
 from structprune.evaluation.summary import summarise
-from structprune.evaluation.units import TaskUnit, Unit
+from structprune.evaluation.units import Unit
 from structprune.evaluation.workers import Workers
 from structprune.files import write_whole
 from structprune.models.checkpoint_files import locate
@@ -30,20 +29,14 @@ from structprune.models.fingerprint import fingerprint
 from structprune.models.loading import load_model
 from structprune.models.placement import compute_device, give_back_memory, pick_device
 from structprune.progress import Track, untracked
-from structprune.runs.evaluation_request import Subject, prepare
+from structprune.runs.evaluation_request import Subject, prepare, uses_lm_eval
 
 COMPARISON = "against.json"
 
 
 @dataclass(frozen=True)
 class Session:
-    """The surroundings of a run.
-
-    Attributes:
-        track: wraps iterations that take long, `track(items, title)`.
-        workers: this process's place among several, which all make the same call.
-        say: is called with each warning, as soon as it is known.
-    """
+    """The surroundings of a run: progress, this process's place among several, and `say`, called with each warning."""
 
     track: Track = untracked
     workers: Workers = Workers()
@@ -55,13 +48,7 @@ ALONE = Session()
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The outcome of a run.
-
-    Attributes:
-        results: of its own checkpoints, as they are on disk.
-        summary: of them, and of the earlier run they were compared with.
-        warnings: a line each.
-    """
+    """The results of a run as they are on disk, and the summary of them and of the run they were compared with."""
 
     results: Results
     summary: dict
@@ -131,19 +118,17 @@ def _settings(subjects: Sequence[Subject], config: EvaluationConfig, device: tor
     """The settings that the numbers depend on."""
     allow_pickle = config.model.allow_pickle
     directories = [locate(subject.checkpoint, allow_pickle=allow_pickle) for subject in subjects]
-    dtype = config.model.dtype or ("float32" if device.type == "cpu" else "stored")
     settings = {
         "checkpoints": {
             subject.label: {"content": fingerprint(directory, allow_pickle), "mask_id": subject.config.mask_token_id}
             for subject, directory in zip(subjects, directories, strict=True)
         },
-        "dtype": dtype,
+        "dtype": config.model.dtype or ("float32" if device.type == "cpu" else "stored"),
         "seed": config.evaluation.seed,
         "chat": config.evaluation.chat,
         "tasks": {subject.label: {unit.task: unit.settings for unit in subject.units} for subject in subjects},
     }
-    units = [unit for subject in subjects for unit in subject.units]
-    if any(isinstance(task, LmTask) for unit in units if isinstance(unit, TaskUnit) for task in unit.members):
+    if uses_lm_eval(unit for subject in subjects for unit in subject.units):
         from lm_eval import __version__
 
         settings["lm_eval"] = __version__
@@ -173,11 +158,7 @@ def _warnings(subjects: Sequence[Subject], settings: dict, earlier: Results | No
 
 
 def _run(
-    subject: Subject,
-    config: EvaluationConfig,
-    device: torch.device,
-    store: ResultStore,
-    session: Session,
+    subject: Subject, config: EvaluationConfig, device: torch.device, store: ResultStore, session: Session
 ) -> None:
     """Run this process's chunks of one checkpoint; its weights are read only if any chunk is missing."""
     work: list[tuple[Unit, list[tuple[int, tuple[int, ...]]]]] = []

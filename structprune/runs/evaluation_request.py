@@ -1,6 +1,6 @@
 """An evaluation's request, prepared before any weight is read: tokenizers, windows, items, warnings."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,9 @@ from structprune.calibration.text import ALIASES, LOCAL, is_streamed, join_texts
 from structprune.calibration.windows import cut_windows, tokenize_corpus
 from structprune.config.effects import refuse_idle
 from structprune.errors import UserError
-from structprune.evaluation.choices import check_items
 from structprune.evaluation.documents import Choices, Opening, Task, TaskOptions
 from structprune.evaluation.labels import checkpoint_labels
 from structprune.evaluation.lm_tasks import LmTask
-from structprune.evaluation.openings import check_openings
 from structprune.evaluation.overlap import CalibratedOn
 from structprune.evaluation.presets import PRESETS, FamilyPreset, Preset, is_preset, load_preset
 from structprune.evaluation.requests import overlay, to_item
@@ -40,18 +38,15 @@ from structprune.models.families import Family
 from structprune.models.loading import load_config, load_tokenizer, source_name
 
 WINDOW = 512  # tokens of a window, where models have as many positions
+SCORING = ("samples", "block", "cfg_scale", "sampling", "adaptive", "skip_empty")
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A checkpoint to evaluate.
+    """A checkpoint to evaluate, named `checkpoint` by the user and `label` in tables and files.
 
     Attributes:
-        label: its name in tables and files.
-        checkpoint: as the user gave it.
-        config: our configuration of its model.
-        tokenizer: of transformers.
-        texts: how tasks use it; None without tasks.
+        texts: how tasks use the tokenizer; None without tasks.
         units: what is evaluated on it.
         warnings: for the user, a line each.
     """
@@ -73,14 +68,13 @@ def check_request(config: EvaluationConfig) -> None:
     if settings.source is None and not settings.tasks:
         raise UserError("nothing to evaluate: give --text FILE, --tasks LIST (such as piqa:FILE.jsonl), or both")
     of_text = ("subset", "split", "column", "windows", "length", "noise")
-    of_tasks = ("limit", "shots", "chat", "samples", "block", "cfg_scale", "sampling", "adaptive", "skip_empty",
-                "generation", "fewshot_seed", "include", "prompts")  # fmt: skip
+    of_tasks = ("limit", "shots", "chat", *SCORING, "generation", "fewshot_seed", "include", "prompts")
     idle = (
         ("evaluation", of_text, settings.source is None, "a text (--text)"),
         ("evaluation", of_tasks, not settings.tasks, "tasks (--tasks)"),
         ("evaluation", ("confidence",), not settings.adaptive, "evaluation.adaptive = true (--adaptive)"),
     )
-    refuse_idle(config, idle)  # type: ignore[arg-type]  # any configuration of sections
+    refuse_idle(config, idle)
 
 
 def prepare(checkpoints: Sequence[str], config: EvaluationConfig) -> list[Subject]:
@@ -106,22 +100,20 @@ def prepare(checkpoints: Sequence[str], config: EvaluationConfig) -> list[Subjec
 def _check_used(config: EvaluationConfig, units: Sequence[Unit]) -> None:
     """Raise UserError for settings that no unit uses."""
     choices, generation = (any(isinstance(unit, kind) for unit in units) for kind in (ChoiceUnit, GenerationUnit))
-    members = [task for unit in units if isinstance(unit, TaskUnit) for task in unit.members]
-    of_lm_eval = any(isinstance(task, LmTask) for task in members)
-    scoring = ("samples", "block", "cfg_scale", "sampling", "adaptive", "skip_empty")
     of_passes = choices or config.evaluation.source is not None
+    answers = "a task with answers to choose from"
     idle = (
-        (
-            "evaluation",
-            scoring,
-            not choices,
-            "a task with answers to choose from (guidance of generation: generation.cfg_scale)",
-        ),
+        ("evaluation", SCORING, not choices, f"{answers} (guidance of generation: generation.cfg_scale)"),
         ("evaluation", ("generation", "prompts"), not generation, "a task that is answered by generation"),
-        ("evaluation", ("include", "fewshot_seed"), not of_lm_eval, "a task of lm-eval"),
-        ("evaluation", ("batch",), not of_passes, "a text or a task with answers to choose from"),
+        ("evaluation", ("include", "fewshot_seed"), not uses_lm_eval(units), "a task of lm-eval"),
+        ("evaluation", ("batch",), not of_passes, f"a text or {answers}"),
     )
-    refuse_idle(config, idle)  # type: ignore[arg-type]  # any configuration of sections
+    refuse_idle(config, idle)
+
+
+def uses_lm_eval(units: Iterable[Unit]) -> bool:
+    members = (task for unit in units if isinstance(unit, TaskUnit) for task in unit.members)
+    return any(isinstance(task, LmTask) for task in members)
 
 
 class _UnitMakers:
@@ -140,20 +132,13 @@ class _UnitMakers:
 
     def with_units(self, subject: Subject) -> Subject:
         """The subject with its units, checked against its model."""
-        units: list[Unit] = []
         texts, source = subject.texts, self._settings.source
-        if source is not None:
-            units.append(self._text(subject, source))
+        units: list[Unit] = [] if source is None else [self._text(subject, source)]
         if texts is not None:
             units += self._once("tasks", subject, lambda: self._tasks(subject.family, texts))
         vocabulary = getattr(subject.config, subject.family.keys["vocabulary"])
         for unit in units:
-            if isinstance(unit, ChoiceUnit):
-                check_items(subject.config, unit.items, unit.monte_carlo)
-            if isinstance(unit, GenerationUnit):
-                check_openings(subject.config, unit.openings, unit.texts, unit.options)
-            if isinstance(unit, TaskUnit):
-                unit.check_metrics()
+            unit.check(subject.config)
             for ids in unit.token_ids():
                 check_vocabulary(ids, vocabulary, unit.task)
         return replace(subject, units=tuple(units))
@@ -170,8 +155,6 @@ class _UnitMakers:
         settings, edges = self._settings, subject.family.model_class.edges_visible
         windows = self._once("text", subject, lambda: read_windows(settings, source, self._length, subject.tokenizer))
         mask_id = subject.config.mask_token_id
-        if (windows == mask_id).any():
-            raise UserError(f"the text '{source}' holds the mask token {mask_id} of {subject.label}: remove it")
 
         def noise(ids: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
             return stratified_noise(ids, mask_id, generator, settings.noise, edges)
@@ -202,14 +185,13 @@ class _UnitMakers:
     ) -> Unit:
         settings = self._settings
         pairs = tuple((member, document) for member in members for document in member.documents)
-        documents = [document for _, document in pairs]
-        if not documents:
+        if not pairs:
             raise UserError(f"the task '{name}' has no document: leave it out")
+        documents = [document for _, document in pairs]
         keys = document_keys(documents)
         common = (name, keys, tuple(members), pairs, shots)
         if isinstance(documents[0], Opening):
-            base = published.generation if published is not None else None
-            options = overlay(base or {}, settings.generation)
+            options = overlay((published and published.generation) or {}, settings.generation)
             return GenerationUnit(*common, texts, options, settings.seed, settings.prompts)
         choices = [document for document in documents if isinstance(document, Choices)]
         items = tuple(replace(to_item(each, texts), key=key) for each, key in zip(choices, keys, strict=True))
@@ -222,7 +204,11 @@ def read_windows(settings: EvaluationSettings, source: str, length: int, tokeniz
     Raises:
         UserError: text that cannot be read, or is shorter than one window.
     """
-    split = settings.split or ("train" if Path(source).suffix.lower() in LOCAL else _test_split(source))
+    split = settings.split
+    if split is None:
+        files = ALIASES[source].files if source in ALIASES else None
+        held_out = "test" if files is None else next(name for name in files if name != "train")
+        split = "train" if Path(source).suffix.lower() in LOCAL else held_out
     documents = read_texts(source, settings.subset, split, settings.column, "evaluation")
     limit = settings.windows * length * SURPLUS if is_streamed(source) else LONGEST
     ids = tokenize_corpus(join_texts(documents, source, tokenizer, "evaluation"), tokenizer, limit)  # (M,)
@@ -232,11 +218,6 @@ def read_windows(settings: EvaluationSettings, source: str, length: int, tokeniz
         )
     generator = torch.Generator().manual_seed(settings.seed)
     return cut_windows(ids, min(settings.windows, len(ids) // length), length, generator)  # (N, T)
-
-
-def _test_split(source: str) -> str:
-    files = ALIASES[source].files if source in ALIASES else None
-    return "test" if files is None else next(split for split in files if split != "train")
 
 
 def _presets(tasks: Sequence[str]) -> dict[str, Preset]:
