@@ -27,23 +27,15 @@ GROUP = 8  # forward passes of equal length that are prepared at once
 
 @dataclass
 class _AnswerState:
-    """The samples of one answer so far.
-
-    Attributes:
-        exact: whether one sample is the exact log-likelihood.
-        by_mask: mask -> (L,) float64 nats of the masks that were run.
-        nats: (n, L) of the samples that were run, in their order.
-        count: samples that were run, once the answer is closed.
-        estimate: log-likelihood and its standard error, once no more samples are run.
-    """
+    """The samples of one answer so far, run in the order of `nats`."""
 
     answer: Answer
     item: "_ItemState"
-    exact: bool
-    by_mask: dict[bytes, torch.Tensor] = field(default_factory=dict)
-    nats: list[torch.Tensor] = field(default_factory=list)
-    count: int = 0
-    estimate: tuple[float, float | None] | None = None
+    exact: bool  # whether one sample is the exact log-likelihood
+    by_mask: dict[bytes, torch.Tensor] = field(default_factory=dict)  # mask -> (L,) float64 nats of it
+    nats: list[torch.Tensor] = field(default_factory=list)  # (n, L) each
+    count: int = 0  # samples that were run, once it is closed
+    estimate: tuple[float, float | None] | None = None  # log-likelihood and standard error, once it is closed
 
     @property
     def samples(self) -> int:

@@ -36,11 +36,9 @@ def paired_difference(ours: torch.Tensor, theirs: torch.Tensor) -> dict[str, Any
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """A difference, ours - theirs, and its values over items resampled with replacement.
+    """A difference, ours - theirs, of the items themselves and of items resampled with replacement, (R,) float64.
 
     Attributes:
-        value: over the items themselves.
-        resampled: (R,) float64.
         items: shared by both; left_out: items of only one; differing: shared items on which they differ.
         smallest: items of the smallest task in it (of one task: `items`).
     """

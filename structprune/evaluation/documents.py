@@ -15,7 +15,7 @@ class Choices:
         key: unique among all documents of a run; seeds its noise.
         pairs: (context, continuation) of every answer, delimiters included.
         lengths: of the answers without delimiter, in characters, by which lm-eval's acc_norm divides.
-        gold: index of the right answer; None where only the task's own code knows it.
+        gold: (index of) the right answer; None where only the task's own code knows it.
     """
 
     key: str
@@ -29,11 +29,9 @@ class Opening:
     """A document that is continued by generation.
 
     Attributes:
-        key: as in `Choices`.
-        context: the text that generation continues.
+        key, gold: as in `Choices`.
         until: the text ends before the first of these.
         options: the task's generation options, under lm-eval's names (max_gen_toks, do_sample) or the sampler's.
-        gold: the right answer; None where only the task's own code knows it.
     """
 
     key: str
@@ -76,5 +74,5 @@ class Task(Protocol):
         """Metrics of one document.
 
         Args:
-            outcome: log-likelihoods in the order of `pairs` (nats), or the generated text after the prompt.
+            outcome: log-likelihoods in the order of `pairs` (nats), or the generated text.
         """

@@ -19,20 +19,14 @@ RIDGE = 0.2  # strength of both priors in observations: a token is like all toke
 class Completed:
     """All samples of one answer, run or forecast.
 
-    Attributes:
-        values: (N,) float64 weighted nats of every sample.
-        repeats: (N,) int64, for a forecast the number of forecasts with its mask, itself included; 0 where known.
-        residuals: (S,) float64, the value of every run sample minus its leave-one-out prediction.
-        influence: (S,) float64, how much every run sample adds to the sum of all forecasts.
-        fresh: (S,) bool, run samples whose mask was not run before and is not empty; only their residuals and
-            influences count. All false without forecasts.
+    Only residuals and influences of `fresh` samples count: their mask was not run before, and is not empty.
     """
 
-    values: torch.Tensor
-    repeats: torch.Tensor
-    residuals: torch.Tensor
-    influence: torch.Tensor
-    fresh: torch.Tensor
+    values: torch.Tensor  # (N,) float64 weighted nats of every sample
+    repeats: torch.Tensor  # (N,) int64, for a forecast the number of forecasts with its mask; 0 where known
+    residuals: torch.Tensor  # (S,) float64, the value of every run sample minus its leave-one-out prediction
+    influence: torch.Tensor  # (S,) float64, how much every run sample adds to the sum of all forecasts
+    fresh: torch.Tensor  # (S,) bool; all false without forecasts
 
     def error(self) -> float:
         """Standard error of the mean of `values` as an estimate of the mean over all samples, had they been run.
@@ -68,11 +62,9 @@ class TokenModel:
     """Ridge regression of tokens' nats: one linear function for all tokens, plus one of each token's own.
 
     Args:
-        masked: (N, L) bool.
+        masked: (N, L) bool. fitted: (N,) bool, the samples to fit to.
         nats: (N, L) float64; read only at masked tokens of `fitted` samples.
-        fitted: (N,) bool, the samples to fit to.
     Attributes:
-        predicted: (N, L).
         left_out: (N, L) leave-one-out predictions: without the sample itself where it was fitted to.
     """
 

@@ -24,7 +24,6 @@ from lm_eval.api.registry import register_model
 
 from structprune.errors import UserError, nearest
 from structprune.evaluation.choices import Item, MonteCarlo, Scored, check_items, longest_first, score_items
-from structprune.evaluation.documents import Opening
 from structprune.evaluation.openings import generate_texts
 from structprune.evaluation.requests import group_choices, in_request_order, to_item, to_opening
 from structprune.evaluation.texts import Texts, chat_warning, model_names
@@ -109,11 +108,7 @@ class StructpruneLM(LM):
         return [each for part in parts for each in score_items(self.model, part, self.settings, self.batch)]
 
     def loglikelihood_rolling(self, requests: Sequence) -> list[float]:
-        """Not supported.
-
-        Raises:
-            UserError: always.
-        """
+        """Raise UserError: it is not supported."""
         raise UserError(
             "loglikelihood_rolling needs a left-to-right model: a masked diffusion model only bounds a text's "
             "likelihood, which `structprune eval --text FILE` reports (NELBO)"
@@ -121,7 +116,7 @@ class StructpruneLM(LM):
 
     def generate_until(self, requests: Sequence) -> list[str]:
         """Texts after the prompts, up to EOS or a stop string, by LLaDA's block-wise or Dream's sampler."""
-        openings: list[Opening] = [to_opening(request) for request in requests]
+        openings = list(map(to_opening, requests))
         return generate_texts(self.model, openings, self.texts, self.sampler, self.settings.seed, self.prompts)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
@@ -165,10 +160,8 @@ class StructpruneLM(LM):
         Workers(self.rank, self.world_size).wait()
 
     def _advise(self, chat: bool) -> None:
-        source = self.model.source
-        has_template = bool(self.texts.tokenizer.chat_template)
-        warning = chat_warning(model_names(source.name, source.directory), has_template, chat)
-        if warning:
+        names = model_names(self.model.source.name, self.model.source.directory)
+        if warning := chat_warning(names, bool(self.texts.tokenizer.chat_template), chat):
             LOG.warning("%s", warning.replace("--chat", "--apply_chat_template"))
 
 

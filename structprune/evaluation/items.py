@@ -20,7 +20,7 @@ class Answer:
     """One continuation of a prompt.
 
     Attributes:
-        prompt: (P,) int64, the tokens before it; may be empty.
+        prompt: (P,) int64; may be empty.
         target: (L,) int64, the tokens to score. Dream never masks the last one: it should be an EOS.
         size: divisor of the log-likelihood for the normalised choice (acc_norm), usually its characters.
     """
@@ -32,12 +32,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Item:
-    """A question with its answers, or one text to score.
-
-    Attributes:
-        key: unique in its task and stable; seeds the item's noise.
-        answers: one or more.
-    """
+    """A question with its answers, or one text to score; `key` is unique in its task and seeds the noise."""
 
     key: str
     answers: tuple[Answer, ...]
@@ -97,20 +92,16 @@ class MonteCarlo:
 
 @dataclass(frozen=True)
 class Scored:
-    """The log-likelihoods of an item.
+    """The log-likelihoods of an item, in nats per answer, summed over its target.
 
-    Attributes:
-        key: the item's.
-        log_likelihoods: nats per answer, summed over its target.
-        errors: standard error of each over blocks, including that of forecasts where the item stopped early; 0 where
-            the value is exact, None with a single block.
-        samples: Monte Carlo samples run per answer.
+    Errors are standard errors over blocks, including that of forecasts where the item stopped early; 0 where the value
+    is exact, None with a single block.
     """
 
     key: str
     log_likelihoods: tuple[float, ...]
     errors: tuple[float | None, ...]
-    samples: int
+    samples: int  # run per answer
 
 
 def check_items(config, items: Iterable[Item], settings: MonteCarlo) -> None:

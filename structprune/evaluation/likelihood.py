@@ -18,17 +18,11 @@ from structprune.models.placement import compute_device
 
 @dataclass(frozen=True)
 class MaskedRows:
-    """Perturbed sequences of one length.
+    """Perturbed sequences of one length."""
 
-    Attributes:
-        clean: (N, T) int64, prompt and target.
-        masked: (N, T) bool, where the target is masked.
-        prompt: (N,) int64, tokens of the prompt, which guidance masks.
-    """
-
-    clean: torch.Tensor
-    masked: torch.Tensor
-    prompt: torch.Tensor
+    clean: torch.Tensor  # (N, T) int64, prompt and target
+    masked: torch.Tensor  # (N, T) bool, where the target is masked
+    prompt: torch.Tensor  # (N,) int64, tokens of the prompt, which guidance masks
 
     @classmethod
     def join(cls, parts: Sequence["MaskedRows"]) -> "MaskedRows":

@@ -3,6 +3,7 @@
 Uses lm-eval 0.4.13's `TaskManager`, `Task.build_all_requests`, filters and `Task.process_results`.
 """
 
+from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import lru_cache
 from numbers import Real
@@ -11,7 +12,7 @@ from typing import Any
 
 from structprune.errors import UserError, nearest
 from structprune.evaluation.documents import Choices, Document, TaskOptions
-from structprune.evaluation.requests import Group, document_key, group_choices, in_request_order, to_opening
+from structprune.evaluation.requests import document_key, group_choices, in_request_order, to_opening
 from structprune.evaluation.texts import Texts
 from structprune.files import first_line
 
@@ -89,9 +90,9 @@ def _build(source: Any, texts: Texts, options: TaskOptions) -> LmTask:
         apply_chat_template=texts.chat,
         chat_template=texts.render if texts.chat else None,
     )
-    requests: dict[str, list] = {}
+    requests: defaultdict[str, list] = defaultdict(list)
     for request in source.instances:
-        requests.setdefault(document_key(request), []).append(request)
+        requests[document_key(request)].append(request)
     documents = [_document(members, name) for members in requests.values()]
     return LmTask(name, tuple(documents), source, requests)
 
@@ -114,7 +115,7 @@ def _document(requests: list, name: str) -> Document:
     requests.sort(key=lambda request: request.idx)
     if requests[0].request_type == "generate_until":
         return to_opening(requests[0])
-    groups: list[Group] = group_choices(requests)
+    groups = group_choices(requests)
     if len(groups) > 1:
         raise UserError(
             f"the task '{name}' also scores answers without a question (acc_mutual_info), which is not supported:"

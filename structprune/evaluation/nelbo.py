@@ -17,17 +17,11 @@ OFFLOAD = "use a device with more memory, memory.offload=true, or shorter window
 
 @dataclass(frozen=True)
 class Nelbo:
-    """Estimates per window, paired between models that saw the same noise.
+    """Estimates per window, paired between models that saw the same noise."""
 
-    Attributes:
-        nelbo: (N,) nats per maskable token.
-        masked_nats: (N,) summed cross-entropy over masked tokens.
-        masked_tokens: (N,) number of masked tokens.
-    """
-
-    nelbo: torch.Tensor
-    masked_nats: torch.Tensor
-    masked_tokens: torch.Tensor
+    nelbo: torch.Tensor  # (N,) nats per maskable token
+    masked_nats: torch.Tensor  # (N,) cross-entropy summed over masked tokens
+    masked_tokens: torch.Tensor  # (N,)
 
     @property
     def mean(self) -> float:

@@ -22,32 +22,20 @@ GOLDEN = (math.sqrt(5) - 1) / 2
 
 @dataclass(frozen=True)
 class Perturbed:
-    """Samples of one target.
+    """Samples of one target: where it is masked, and factors of the summed cross-entropies (1 / mask probability)."""
 
-    Attributes:
-        masked: (N, L) bool, which target tokens are masked.
-        weight: (N,) float64, factor of a sample's summed cross-entropy (1 / mask probability).
-    """
-
-    masked: torch.Tensor
-    weight: torch.Tensor
+    masked: torch.Tensor  # (N, L) bool
+    weight: torch.Tensor  # (N,) float64
 
 
 @dataclass(frozen=True)
 class Form:
-    """How a likelihood is estimated: what differs between the families' published estimators.
+    """How a likelihood is estimated: what differs between the families' published estimators."""
 
-    Attributes:
-        perturb: levels and positions in [0, 1) -> samples.
-        level_per_sample: whether levels are (N,), one per sample, or (K,), one per block.
-        hidden_last: whether the last token of the sequence is never masked.
-        guidance: w as a user gives it -> the scale s of u + (1 + s)(c - u).
-    """
-
-    perturb: Callable[[torch.Tensor, torch.Tensor], Perturbed]
-    level_per_sample: bool
-    hidden_last: bool
-    guidance: Callable[[float], float]
+    perturb: Callable[[torch.Tensor, torch.Tensor], Perturbed]  # levels and positions in [0, 1) -> samples
+    level_per_sample: bool  # whether levels are (N,), one per sample, or (K,), one per block
+    hidden_last: bool  # whether the last token of the sequence is never masked
+    guidance: Callable[[float], float]  # w as a user gives it -> the scale s of u + (1 + s)(c - u)
 
 
 def item_generator(seed: int, key: str) -> torch.Generator:
@@ -92,10 +80,8 @@ def aligned_columns(targets: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor]
     tokens of all answers are masked in a sample, and the difference varies less. Tokens are matched in order with those
     of the first answer. Tokens that replace each other also share a number; the others have their own.
 
-    Args:
-        targets: (L,) int64 each.
     Returns:
-        (L,) int64 columns of each target, all different, and the number of columns.
+        (L,) int64 columns of each target (L,), all different, and the number of columns.
     """
     first, columns = targets[0].tolist(), [torch.arange(len(targets[0]))]  # (L,)
     width = len(first)
@@ -113,11 +99,7 @@ def aligned_columns(targets: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor]
 def masked_counts(first: torch.Tensor, length: int, block: int) -> torch.Tensor:
     """LLaDA: numbers of masked tokens of every block's samples, ((round(linspace(k, k + (b-1)·L/b)) - 1) mod L) + 1.
 
-    Args:
-        first: (K,) int64, k in 1..L of each block.
-        block: b.
-    Returns:
-        (K, b) int64 in 1..L; halves are rounded to even.
+    `first` holds k in 1..L of each block, (K,) int64. Returns (K, b) int64 in 1..L; halves are rounded to even.
     """
     counts = [torch.linspace(k, k + (block - 1) * (length / block), steps=block).round() for k in first.tolist()]
     return (torch.stack(counts).long() - 1) % length + 1  # (K, b)

@@ -32,13 +32,11 @@ class Likelihood(Section):
 
 
 class FamilyPreset(Section):
-    """A task's settings for one family: either `likelihood` or `generation`."""
+    """A task's settings for one family: either `likelihood` or options of its sampler, `generation`."""
 
     shots: int = Field(ge=0)
-    """Solved examples before every question."""
     likelihood: Likelihood | None = None
     generation: dict[str, Any] | None = None
-    """Options of the family's sampler."""
 
     @model_validator(mode="after")
     def _one_of_both(self):

@@ -19,12 +19,7 @@ PACE = ("steps", "block_length")  # sampler options that default to gen_length
 
 @dataclass(frozen=True)
 class Group:
-    """A document and the requests it answers.
-
-    Attributes:
-        document: with each (context, continuation) once.
-        places: for each pair, the indices of its requests.
-    """
+    """A document with each (context, continuation) once, and for each the indices of its requests."""
 
     document: Choices
     places: tuple[tuple[int, ...], ...]
@@ -58,11 +53,7 @@ def group_choices(requests: Sequence) -> list[Group]:
 
 
 def in_request_order(groups: Sequence[Group], outcomes: Sequence[Sequence[float]]) -> list[float]:
-    """Log-likelihoods of groups in the order of their requests.
-
-    Args:
-        outcomes: for every group, one number per pair.
-    """
+    """Log-likelihoods, for every group one per pair, in the order of the requests."""
     answers: dict[int, float] = {}
     for group, values in zip(groups, outcomes, strict=True):
         for places, value in zip(group.places, values, strict=True):
@@ -71,15 +62,9 @@ def in_request_order(groups: Sequence[Group], outcomes: Sequence[Sequence[float]
 
 
 def to_item(document: Choices, texts: Texts) -> Item:
-    """A document as tokens to score.
-
-    Raises:
-        UserError: a continuation without a token.
-    """
-    answers = []
-    for (context, continuation), length in zip(document.pairs, document.lengths, strict=True):
-        answers.append(Answer(*texts.pair(context, continuation), size=length))
-    return Item(document.key, tuple(answers))
+    """A document as tokens to score; raises UserError for a continuation without a token."""
+    pairs = zip(document.pairs, document.lengths, strict=True)
+    return Item(document.key, tuple(Answer(*texts.pair(*pair), size=length) for pair, length in pairs))
 
 
 def to_opening(request) -> Opening:

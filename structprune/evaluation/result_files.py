@@ -40,7 +40,7 @@ Keys = Mapping[str, Mapping[str, Sequence[str]]]  # checkpoint -> task -> keys o
 
 @dataclass(frozen=True)
 class Chunk:
-    """A line of a file of `partial/`; `chunk` is its name."""
+    """A line of a file in `partial/`."""
 
     checkpoint: str
     task: str
@@ -67,9 +67,8 @@ class ResultStore:
     A chunk's name must stand for the same items whenever the settings are the same, on any number of processes.
 
     Args:
-        directory: of the run, shared by all its processes.
-        settings: plain values that the results depend on, such as checkpoints' fingerprints, tasks, samples, seed.
-        rank: number of this process; each writes its own file.
+        directory: shared by all processes of the run; rank: number of this one, which writes its own file.
+        settings: plain values that the results depend on.
     Raises:
         UserError: the directory cannot be written, holds something else or results of other settings, or another
             process is writing them.
@@ -124,8 +123,6 @@ class ResultStore:
     def finish(self, keys: Keys, summarise: Callable[[RunRows], dict]) -> Results:
         """Merge the chunks of all processes, in the order of the keys; call it in one process, once all are done.
 
-        Args:
-            summarise: all rows -> the summary for results.json.
         Raises:
             UserError: items are missing, or there is no space left.
         """
@@ -152,13 +149,13 @@ class ResultStore:
 
     def _write_items(self, rows: RunRows) -> dict[str, dict[str, dict]]:
         """Write every task's items; returns checkpoint -> task -> its file and its number of items."""
-        files: dict[str, dict[str, dict]] = {}
+        files: defaultdict[str, dict[str, dict]] = defaultdict(dict)
         for checkpoint, tasks in rows.items():
             names = safe_names(list(tasks))
             for task, each in tasks.items():
                 path = f"{ITEMS}/{checkpoint}/{names[task]}.jsonl"
                 write_whole(self.directory / path, b"".join(json_line(to_json(row)) for row in each))
-                files.setdefault(checkpoint, {})[task] = {"file": path, "items": len(each)}
+                files[checkpoint][task] = {"file": path, "items": len(each)}
         return files
 
     def _claim(self) -> None:
@@ -214,11 +211,11 @@ def read_results(directory: str | Path) -> Results:
             raise UserError(f"the results in '{directory}' are not finished: run the command that made them again")
         raise UserError(f"'{directory}' holds no results of structprune eval: name its --out")
     values = read_object(directory / RESULTS)
-    rows: dict[str, dict[str, list[Row]]] = {}
     try:
-        for checkpoint, tasks in values["files"].items():
-            for task, entry in tasks.items():
-                rows.setdefault(checkpoint, {})[task] = read_rows(directory / entry["file"], entry["items"])
+        rows = {
+            checkpoint: {task: read_rows(directory / each["file"], each["items"]) for task, each in tasks.items()}
+            for checkpoint, tasks in values["files"].items()
+        }
         return Results(directory, values["settings"], values["summary"], rows)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"'{directory / RESULTS}' is damaged: {DAMAGED}") from error
@@ -260,11 +257,13 @@ def is_resumable(directory: str | Path, settings: dict) -> bool:
 def setting_differences(old: dict, new: dict) -> list[str]:
     """The differences in words, `seed was 0 and is 1`; nested settings under dotted names."""
     before, after = _flat(old), _flat(new)
-    return [
-        f"{name} was {_short(before.get(name, 'not set'))} and is {_short(after.get(name, 'not set'))}"
-        for name in {**before, **after}
-        if before.get(name) != after.get(name)
-    ]
+    differences = []
+    for name in {**before, **after}:
+        if before.get(name) != after.get(name):
+            texts = (values.get(name, "not set") for values in (before, after))
+            was, now = (text if len(text) <= 80 else f"{text[:77]}..." for text in texts)
+            differences.append(f"{name} was {was} and is {now}")
+    return differences
 
 
 def _flat(values: dict, prefix: str = "") -> dict[str, str]:
@@ -276,10 +275,6 @@ def _flat(values: dict, prefix: str = "") -> dict[str, str]:
         else:
             texts[f"{prefix}{name}"] = json.dumps(value, ensure_ascii=False)
     return texts
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _refuse_foreign(directory: Path) -> None:

@@ -13,16 +13,11 @@ from structprune.errors import UserError, nearest
 
 @dataclass(frozen=True)
 class Metric:
-    """A figure of a task: the sum of its items' numerators over the sum of their denominators.
-
-    Attributes:
-        higher_is_better: whether a gain is a higher value.
-        proportion: whether items are right or wrong (1 or 0 over 1) rather than real numbers.
-    """
+    """A figure of a task: the sum of its items' numerators over the sum of their denominators."""
 
     name: str
     higher_is_better: bool
-    proportion: bool
+    proportion: bool  # whether items are right or wrong (1 or 0 over 1) rather than real numbers
 
 
 METRICS = {
@@ -62,26 +57,17 @@ class _Graded:
 
 @dataclass(frozen=True)
 class Choices(_Graded):
-    """A multiple-choice item.
-
-    Attributes:
-        key: unique in its task and stable; pairs the item between checkpoints.
-        log_likelihoods: nats of each answer, summed over its tokens.
-        errors: Monte Carlo standard error of each, 0 where exact, None with a single block of samples.
-        sizes: length of each answer in characters, by which acc_norm divides.
-        gold: index of the right answer, None where only the task's own code knows it.
-        samples: Monte Carlo samples run for an answer; full_samples: the number allowed.
-    """
+    """A multiple-choice item; its key is unique in its task and pairs it between checkpoints."""
 
     kind: Literal["choices"] = field(default="choices", kw_only=True)
     task: str
     key: str
-    log_likelihoods: tuple[float, ...]
-    errors: tuple[float | None, ...]
-    sizes: tuple[int, ...]
-    gold: int | None
-    samples: int
-    full_samples: int
+    log_likelihoods: tuple[float, ...]  # nats of each answer, summed over its tokens
+    errors: tuple[float | None, ...]  # Monte Carlo standard errors, 0 where exact, None with a single block of samples
+    sizes: tuple[int, ...]  # characters of each answer, by which acc_norm divides
+    gold: int | None  # index of the right answer, None where only the task's own code knows it
+    samples: int  # Monte Carlo samples run for an answer
+    full_samples: int  # the number allowed
     metrics: Mapping[str, float]
 
     def __post_init__(self) -> None:
@@ -106,19 +92,13 @@ class Choices(_Graded):
 
 @dataclass(frozen=True)
 class Window:
-    """A window of text under noise.
-
-    Attributes:
-        nelbo: nats per maskable token.
-        masked_nats: cross-entropy summed over the masked tokens of all noisy copies.
-        samples, full_samples: noisy copies.
-    """
+    """A window of text under noise, of `samples` noisy copies."""
 
     kind: Literal["window"] = field(default="window", kw_only=True)
     task: str
     key: str
-    nelbo: float
-    masked_nats: float
+    nelbo: float  # nats per maskable token
+    masked_nats: float  # cross-entropy summed over the masked tokens of all copies
     masked_tokens: int
     samples: int
     full_samples: int

@@ -16,11 +16,7 @@ DEFAULTS = TaskOptions()
 
 @dataclass(frozen=True)
 class LocalSpec:
-    """The parts of `TASK:FILE` or `TASK:FILE:TRAIN`.
-
-    Attributes:
-        train: the file of solved examples.
-    """
+    """The parts of `TASK:FILE` or `TASK:FILE:TRAIN`, of which TRAIN holds solved examples."""
 
     task: str
     path: Path

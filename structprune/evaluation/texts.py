@@ -41,10 +41,8 @@ class Texts:
 
     @classmethod
     def open(cls, directory: str | Path, edges: str, chat: bool = False) -> "Texts":
-        """The texts of a checkpoint's directory.
+        """The texts of a checkpoint's directory; `edges` is a key of `EDGES`, as a family's `text_edges`.
 
-        Args:
-            edges: a key of `EDGES`, as a family's `text_edges`.
         Raises:
             UserError: no tokenizer; `chat` without a chat template; a tokenizer without one of the special tokens.
         """
@@ -98,7 +96,6 @@ class Texts:
         """A conversation as text by the chat template, opened for the assistant's turn.
 
         Args:
-            messages: {"role", "content"} each.
             add_generation_prompt: false if the last message is the assistant's, which stays open.
         Raises:
             UserError: the template raises an error.
@@ -124,10 +121,7 @@ class Texts:
     def answer(self, ids: torch.Tensor, until: Sequence[str] = ()) -> str:
         """Generated tokens as text: up to EOS or the first of the stop strings, without special tokens.
 
-        A stop string may be a special token's name. Empty stop strings are ignored.
-
-        Args:
-            ids: (G,) int64, without the prompt.
+        A stop string may be a special token's name. Empty ones are ignored. `ids` are (G,) without the prompt.
         """
         text = self.tokenizer.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
         stops = [stop for stop in (*until, self.tokenizer.eos_token) if stop]

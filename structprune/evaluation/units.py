@@ -24,6 +24,7 @@ from structprune.evaluation.texts import Texts
 from structprune.models.encode import Batches
 from structprune.models.modeling_structprune import DiffusionLM
 
+# one window (1, T) and its random stream -> noisy ids (1, S, T) and mask probabilities (1, S)
 Noise = Callable[[torch.Tensor, torch.Generator], tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -77,16 +78,10 @@ class Unit(ABC):
 
 @dataclass(frozen=True)
 class TextUnit(Unit):
-    """Windows of text under noise.
+    """Windows of text under noise."""
 
-    Attributes:
-        windows: (N, T) int64.
-        copies: S noisy copies of each.
-        noise: one window (1, T) and its random stream -> noisy ids (1, S, T) and mask probabilities (1, S).
-    """
-
-    windows: torch.Tensor = field(repr=False)
-    copies: int
+    windows: torch.Tensor = field(repr=False)  # (N, T) int64
+    copies: int  # S noisy ones of each
     seed: int
     noise: Noise = field(repr=False)
 
@@ -117,15 +112,10 @@ class TextUnit(Unit):
 
 @dataclass(frozen=True)
 class TaskUnit(Unit):
-    """What units of documents share.
+    """What units of documents share."""
 
-    Attributes:
-        members: the task, or all members of a group.
-        documents: of all members, each with its member.
-    """
-
-    members: tuple[Task, ...] = field(repr=False)
-    documents: tuple[tuple[Task, Document], ...] = field(repr=False)
+    members: tuple[Task, ...] = field(repr=False)  # the task, or all members of a group
+    documents: tuple[tuple[Task, Document], ...] = field(repr=False)  # of all members, each with its member
     shots: int | None
 
     def check(self, config: Any) -> None:
@@ -190,17 +180,12 @@ class ChoiceUnit(TaskUnit):
 
 @dataclass(frozen=True)
 class GenerationUnit(TaskUnit):
-    """Questions that are answered by generation.
-
-    Attributes:
-        options: of the family's sampler, which outrank those of the documents.
-        prompts: prompts in a forward pass.
-    """
+    """Questions that are answered by generation."""
 
     texts: Texts = field(repr=False)
-    options: Mapping[str, Any]
+    options: Mapping[str, Any]  # of the family's sampler, which outrank those of the documents
     seed: int
-    prompts: int
+    prompts: int  # in a forward pass
 
     size = 8
 

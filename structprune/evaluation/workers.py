@@ -17,17 +17,11 @@ PATIENCE = timedelta(days=30)  # one process may have much more work than anothe
 
 @dataclass(frozen=True)
 class Workers:
-    """The processes of a run.
-
-    Attributes:
-        rank: number of this process, from 0.
-        count: number of processes.
-        device: this process's accelerator, where there are any.
-    """
+    """The processes of a run, of which this is number `rank`."""
 
     rank: int = 0
     count: int = 1
-    device: str | None = None
+    device: str | None = None  # this process's accelerator, where there are any
 
     @property
     def main(self) -> bool:

@@ -15,8 +15,8 @@ from contextlib import contextmanager
 
 import torch
 
-from structprune.errors import UserError, nearest
-from structprune.generation.samplers import Generation
+from structprune.errors import UserError
+from structprune.generation.samplers import Generation, check_one_of
 from structprune.models.encode import encode_at
 from structprune.models.modeling_structprune import DiffusionLM
 
@@ -24,13 +24,8 @@ CACHES = ("none", "prefix", "dual")
 
 
 def check_cache(cache: str, settings: Generation) -> None:
-    """Refuse a cache that a generation cannot have.
-
-    Raises:
-        UserError: it is unknown, or would do the same as another.
-    """
-    if cache not in CACHES:
-        raise UserError(f"unknown cache '{cache}'{nearest(cache, list(CACHES))}: choose one of {', '.join(CACHES)}")
+    """Raise UserError for a cache that is unknown, or would do the same as another."""
+    check_one_of("cache", cache, CACHES)
     if cache == "dual" and settings.blocks == 1:
         reason = settings.single_block
         raise UserError(f"cache 'dual' keeps what follows a block, but {reason}: use prefix, which does the same")

@@ -21,60 +21,43 @@ from structprune.models.placement import compute_device
 
 @dataclass(frozen=True)
 class Step:
-    """The model's input in one denoising step, for recorders.
+    """The model's input in one denoising step, for recorders; steps and rows that reveal nothing are left out."""
 
-    Attributes:
-        index: 0..steps-1; steps that reveal nothing in any row are skipped.
-        prompts: (B,) int64 on CPU, indices of the rows' prompts; rows that reveal nothing are left out.
-        ids: (B, T) int64, prompt and generated part with the remaining masks.
-        attention_mask: (B, T) bool, false at padding; None where no row is padded.
-    """
-
-    index: int
-    prompts: torch.Tensor
-    ids: torch.Tensor
-    attention_mask: torch.Tensor | None
+    index: int  # 0..steps-1
+    prompts: torch.Tensor  # (B,) int64 on CPU, indices of the rows' prompts
+    ids: torch.Tensor  # (B, T) int64, prompt and generated part with the remaining masks
+    attention_mask: torch.Tensor | None  # (B, T) bool, false at padding; None where no row is padded
 
 
 @dataclass(frozen=True)
 class Options:
-    """How a generation runs, beside its sampler.
-
-    Attributes:
-        generator: seeds the noise; default torch's global one. Greedy settings draw nothing.
-        batch: prompts in a forward pass (guidance doubles its rows).
-        eos_id: for `stop_at_eos`, one id or several, of which the first fills; default the config's eos_token_id.
-        track: wraps the iteration over steps (progress).
-        record: called before every forward pass.
-        cache: `none`; `prefix` or `dual` cache keys and values while a block is denoised (`cached`): faster, and
-            approximate.
-        refresh: steps after which the cache is rebuilt within a block; default never.
-    """
+    """How a generation runs, beside its sampler."""
 
     generator: torch.Generator | None = None
+    """Seeds the noise; default torch's global one. Greedy settings draw nothing."""
     batch: int = 8
+    """Prompts in a forward pass (guidance doubles its rows)."""
     eos_id: int | Sequence[int] | None = None
+    """For `stop_at_eos`, one id or several, of which the first fills; default the config's eos_token_id."""
     track: Callable[[Iterable], Iterable] = lambda items: items
+    """Wraps the iteration over steps (progress)."""
     record: Callable[[Step], None] | None = None
+    """Called before every forward pass."""
     cache: str = "none"
+    """`none`; `prefix` or `dual` cache keys and values while a block is denoised: faster, and approximate."""
     refresh: int | None = None
+    """Steps after which the cache is rebuilt within a block; default never."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What all batches of a generation share.
-
-    Attributes:
-        prompts: N x (P,) int64 on CPU, without padding.
-        seeds: one per prompt; empty where nothing is random.
-        stop: EOS ids that end a row, the first of which fills it; empty where rows are never ended.
-    """
+    """What all batches of a generation share."""
 
     model: DiffusionLM
     settings: Generation
-    prompts: Sequence[torch.Tensor]
-    seeds: Sequence[int]
-    stop: tuple[int, ...]
+    prompts: Sequence[torch.Tensor]  # N x (P,) int64 on CPU, without padding
+    seeds: Sequence[int]  # one per prompt; empty where nothing is random
+    stop: tuple[int, ...]  # EOS ids that end a row, the first of which fills it; empty where rows are never ended
     options: Options
 
 
@@ -117,11 +100,7 @@ def portions(counts: list[int], limit: int) -> list[list[tuple[int, int]]]:
 
 
 class Denoiser:
-    """One batch; `generated` (B, G) is its state.
-
-    Args:
-        rows: B indices of its prompts.
-    """
+    """One batch, of the prompts `rows`; `generated` (B, G) is its state."""
 
     def __init__(self, request: Request, rows: list[int]):
         self._request, self._model, self._settings = request, request.model, request.settings

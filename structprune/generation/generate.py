@@ -78,16 +78,15 @@ def _unpadded(
     Raises:
         ValueError: a mask for a list, a mask of another shape, or padding that is not on the left.
     """
-    if not isinstance(prompts, torch.Tensor):
-        if attention_mask is not None:
-            raise ValueError("a list of prompts is not padded: give no attention_mask, or one tensor of prompts")
-        return [prompt.cpu() for prompt in prompts]
+    rows = [prompt.cpu() for prompt in prompts]  # N x (P,)
     if attention_mask is None:
-        return list(prompts.cpu())
+        return rows
+    if not isinstance(prompts, torch.Tensor):
+        raise ValueError("a list of prompts is not padded: give no attention_mask, or one tensor of prompts")
     real = attention_mask.cpu().bool()  # (N, P)
     if real.shape != prompts.shape or (real[:, :-1] & ~real[:, 1:]).any():
         raise ValueError(f"attention_mask {tuple(real.shape)} must mark left padding of {tuple(prompts.shape)} prompts")
-    return [prompt[row] for prompt, row in zip(prompts.cpu(), real, strict=True)]
+    return [prompt[row] for prompt, row in zip(rows, real, strict=True)]
 
 
 def _check(model: DiffusionLM, prompts: list[torch.Tensor], settings: Generation, options: Options) -> None:

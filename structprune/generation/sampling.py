@@ -12,9 +12,7 @@ def reveal_counts(masks: torch.Tensor, steps: int, step: int) -> torch.Tensor:
     """LLaDA: m // s of a block's m masks are revealed a step, one more in the first m mod s: (B,) -> (B,) at one step.
 
     Args:
-        masks: (B,) int64 masks when the block began.
-        steps: s, of the block.
-        step: 0..s-1 within the block.
+        masks: when the block began. steps: s, of the block. step: 0..s-1 within the block.
     """
     return masks // steps + (step < masks % steps)
 
@@ -97,8 +95,7 @@ def top_positions(scores: torch.Tensor, eligible: torch.Tensor, counts: torch.Te
     """The `counts` highest-scored eligible positions of each row, the earlier of equal ones: (B, G) bool.
 
     Args:
-        scores: (B, G); values at positions that are not eligible are ignored.
-        eligible: (B, G) bool.
+        scores: (B, G). eligible: (B, G) bool.
         counts: (B,) int64; of a row with fewer eligible positions all are chosen.
     """
     order = scores.masked_fill(~eligible, -torch.inf).argsort(dim=-1, descending=True, stable=True)  # (B, G)

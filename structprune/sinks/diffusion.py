@@ -2,7 +2,7 @@
 
 import torch
 
-from structprune.calibration.noise import noise_windows
+from structprune.calibration.noise import level_times, noise_windows
 from structprune.generation.generate import Options, Step, generate
 from structprune.generation.samplers import Generation
 from structprune.models.adapter import Adapter
