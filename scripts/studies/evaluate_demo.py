@@ -17,7 +17,7 @@ from structprune.assets import model_directory, text_file
 from structprune.bench.machine import describe_machine
 from structprune.cli.console import progress_bars
 from structprune.errors import UserError
-from structprune.evaluation.result_io import json_text
+from structprune.evaluation.results import json_text
 from structprune.evaluation.settings import EvaluationConfig
 from structprune.files import write_whole
 from structprune.report.eval_tables import eval_table

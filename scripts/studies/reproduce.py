@@ -29,7 +29,7 @@ from structprune.cli.console import progress_bars
 from structprune.cli.main import main as command_line
 from structprune.config import Config
 from structprune.errors import UserError
-from structprune.evaluation.result_io import json_text
+from structprune.evaluation.results import json_text
 from structprune.evaluation.settings import EvaluationConfig
 from structprune.evaluation.workers import workers
 from structprune.files import write_whole

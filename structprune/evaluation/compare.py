@@ -36,35 +36,26 @@ def paired_difference(ours: torch.Tensor, theirs: torch.Tensor) -> dict[str, Any
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """A difference, ours - theirs, of the items themselves and of items resampled with replacement, (R,) float64.
-
-    Attributes:
-        items: shared by both; left_out: items of only one; differing: shared items on which they differ.
-        smallest: items of the smallest task in it (of one task: `items`).
-    """
+    """A difference, ours - theirs, over the items that both have and over these resampled with replacement."""
 
     value: float
-    resampled: np.ndarray
+    resampled: np.ndarray  # (R,) float64
     items: int
-    left_out: int
-    smallest: int
-    differing: int
+    left_out: int  # items that only one has
+    smallest: int  # items of the smallest task in it
+    differing: int  # items on which both differ
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A difference with its 95% interval; both ends are None where too few items differ.
-
-    Attributes:
-        verdict: `better`, `worse`, or `no difference shown` without an interval or where it contains 0.
-    """
+    """A difference with its 95% interval; both ends are None where too few items differ."""
 
     difference: float
     low: float | None
     high: float | None
     items: int
     left_out: int
-    verdict: str
+    verdict: str  # `better`, `worse`, or `no difference shown` without an interval or where it contains 0
 
 
 def paired_bootstrap(

@@ -3,41 +3,27 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Protocol
 
 
 @dataclass(frozen=True)
 class Choices:
-    """A document whose continuations are scored.
+    """A document whose continuations are scored."""
 
-    Attributes:
-        key: unique among all documents of a run; seeds its noise.
-        pairs: (context, continuation) of every answer, delimiters included.
-        lengths: of the answers without delimiter, in characters, by which lm-eval's acc_norm divides.
-        gold: (index of) the right answer; None where only the task's own code knows it.
-    """
-
-    key: str
-    pairs: tuple[tuple[str, str], ...]
-    lengths: tuple[int, ...]
-    gold: int | None = None
+    key: str  # unique among all documents of a run; seeds its noise
+    pairs: tuple[tuple[str, str], ...]  # (context, continuation) of every answer, delimiters included
+    lengths: tuple[int, ...]  # characters of the answers without delimiter, by which lm-eval's acc_norm divides
+    gold: int | None = None  # index of the right answer; None where only the task's own code knows it
 
 
 @dataclass(frozen=True)
 class Opening:
-    """A document that is continued by generation.
-
-    Attributes:
-        key, gold: as in `Choices`.
-        until: the text ends before the first of these.
-        options: the task's generation options, under lm-eval's names (max_gen_toks, do_sample) or the sampler's.
-    """
+    """A document that is continued by generation; key and gold as in `Choices`."""
 
     key: str
     context: str
-    until: tuple[str, ...] = ()
-    options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    until: tuple[str, ...] = ()  # the text ends before the first of these
+    options: Mapping[str, Any] = field(default_factory=dict)  # under lm-eval's names (max_gen_toks) or the sampler's
     gold: str | None = None
 
 
@@ -46,19 +32,12 @@ Document = Choices | Opening
 
 @dataclass(frozen=True)
 class TaskOptions:
-    """Which documents of a task are read, and how they are shown.
+    """Which documents of a task are read, and how they are shown."""
 
-    Attributes:
-        shots: solved examples; None for the published number (0 for a local task without TRAIN), else the task's own.
-        limit: documents per task (of a group, per member).
-        seed: of lm-eval's choice of examples; default its own.
-        include: a folder of further lm-eval task files.
-    """
-
-    shots: int | None = None
-    limit: int | None = None
-    seed: int = 1234
-    include: str | Path | None = None
+    shots: int | None = None  # default the published number (0 for a local task without TRAIN), else the task's own
+    limit: int | None = None  # documents per task (of a group, per member)
+    seed: int = 1234  # of lm-eval's choice of examples; default its own
+    include: str | Path | None = None  # a folder of further lm-eval task files
 
 
 class Task(Protocol):

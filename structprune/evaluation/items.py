@@ -17,17 +17,11 @@ from structprune.models.families import family_of
 
 @dataclass(frozen=True)
 class Answer:
-    """One continuation of a prompt.
+    """One continuation of a prompt."""
 
-    Attributes:
-        prompt: (P,) int64; may be empty.
-        target: (L,) int64, the tokens to score. Dream never masks the last one: it should be an EOS.
-        size: divisor of the log-likelihood for the normalised choice (acc_norm), usually its characters.
-    """
-
-    prompt: torch.Tensor
-    target: torch.Tensor
-    size: int
+    prompt: torch.Tensor  # (P,) int64; may be empty
+    target: torch.Tensor  # (L,) int64, the tokens to score; Dream never masks the last one: it should be an EOS
+    size: int  # divisor of the log-likelihood for the normalised choice (acc_norm), usually its characters
 
 
 @dataclass(frozen=True)

@@ -52,19 +52,14 @@ class Preset(Section):
     llada: FamilyPreset
     dream: FamilyPreset
 
-    @classmethod
-    def sides(cls) -> dict[str, type[Section]]:
-        """The families' fields by name."""
-        return {name: FamilyPreset for name, field in cls.model_fields.items() if field.annotation is FamilyPreset}
-
     def settings_of(self, family: Family) -> FamilyPreset | None:
         """What is published for a family, if anything."""
-        return getattr(self, family.published) if family.published in self.sides() else None
+        return getattr(self, family.published) if family.published in SIDES else None
 
     @model_validator(mode="after")
     def _samplers_take_them(self):
         samplers = {family.published: SAMPLERS[family.sampler] for family in reversed(FAMILIES)}  # the first one counts
-        for name in self.sides():
+        for name in SIDES:
             if (values := getattr(self, name).generation) is not None:
                 try:
                     samplers[name](**values)
@@ -75,6 +70,9 @@ class Preset(Section):
         return self
 
 
+SIDES = [name for name, field in Preset.model_fields.items() if field.annotation is FamilyPreset]
+
+
 def preset_for(task: str, family: Family) -> FamilyPreset | None:
     """A task's published settings for a family; None where there are none."""
     return PRESETS[task].settings_of(family) if task in PRESETS else None
@@ -82,7 +80,7 @@ def preset_for(task: str, family: Family) -> FamilyPreset | None:
 
 def is_preset(values: Any) -> bool:
     """Whether the contents of a YAML file are a `Preset`: it names a family, which lm-eval's task files do not."""
-    return isinstance(values, dict) and not values.keys().isdisjoint(Preset.sides())
+    return isinstance(values, dict) and not values.keys().isdisjoint(SIDES)
 
 
 def load_preset(path: str | Path) -> Preset:
@@ -111,7 +109,7 @@ def _explain(problem: Mapping[str, Any]) -> str:
     name = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         parts = problem["loc"]
-        sections: dict[Any, type[Section]] = {**Preset.sides(), "likelihood": Likelihood}
+        sections: dict[Any, type[Section]] = dict.fromkeys(SIDES, FamilyPreset) | {"likelihood": Likelihood}
         section = sections[parts[-2]] if len(parts) > 1 else Preset
         return f"unknown key '{name}'{nearest(str(parts[-1]), list(section.model_fields))}"
     if problem["type"] == "missing":

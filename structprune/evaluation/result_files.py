@@ -22,16 +22,18 @@ from pydantic import TypeAdapter
 
 from structprune.errors import UserError
 from structprune.evaluation.labels import safe_names
-from structprune.evaluation.result_io import (
+from structprune.evaluation.results import (
     DAMAGED,
+    Row,
+    RunRows,
     json_line,
     json_text,
     parse_line,
     plain_os_errors,
     read_object,
     read_rows,
+    to_json,
 )
-from structprune.evaluation.results import Row, RunRows, to_json
 from structprune.files import is_draft, write_whole
 
 RESULTS, SETTINGS, PARTIAL, ITEMS = "results.json", "settings.json", "partial", "items"

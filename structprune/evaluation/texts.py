@@ -27,16 +27,11 @@ EDGES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 @dataclass(frozen=True)
 class Texts:
-    """How one checkpoint's texts become tokens; with `chat`, prompts go through the tokenizer's chat template.
-
-    Attributes:
-        start: ids before every prompt; none with a chat template, which has its own marks.
-        end: ids after every scored continuation.
-    """
+    """How one checkpoint's texts become tokens; with `chat`, prompts go through the tokenizer's chat template."""
 
     tokenizer: Any
-    start: tuple[int, ...] = ()
-    end: tuple[int, ...] = ()
+    start: tuple[int, ...] = ()  # ids before every prompt; none with a chat template, which has its own marks
+    end: tuple[int, ...] = ()  # ids after every scored continuation
     chat: bool = False
 
     @classmethod

@@ -17,7 +17,7 @@ from structprune.evaluation.result_files import (
     read_results,
     setting_differences,
 )
-from structprune.evaluation.result_io import json_text, plain_os_errors
+from structprune.evaluation.results import json_text, plain_os_errors
 from structprune.evaluation.settings import EvaluationConfig
 from structprune.evaluation.summary import summarise
 from structprune.evaluation.units import Unit

@@ -43,13 +43,7 @@ SCORING = ("samples", "block", "cfg_scale", "sampling", "adaptive", "skip_empty"
 
 @dataclass(frozen=True)
 class Subject:
-    """A checkpoint to evaluate, named `checkpoint` by the user and `label` in tables and files.
-
-    Attributes:
-        texts: how tasks use the tokenizer; None without tasks.
-        units: what is evaluated on it.
-        warnings: for the user, a line each.
-    """
+    """A checkpoint to evaluate, named `checkpoint` by the user and `label` in tables and files."""
 
     label: str
     checkpoint: str
@@ -57,9 +51,9 @@ class Subject:
     family: Family
     config: Any
     tokenizer: Any
-    texts: Texts | None
+    texts: Texts | None  # how tasks use the tokenizer; None without tasks
     units: tuple[Unit, ...] = ()
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()  # a line each
 
 
 def check_request(config: EvaluationConfig) -> None:

@@ -7,15 +7,16 @@ from pathlib import Path
 import pytest
 
 from structprune.errors import UserError
-from structprune.evaluation.result_io import ROW, parse_line
 from structprune.evaluation.results import (
     METRICS,
+    ROW,
     Choices,
     Generation,
     Window,
     item_parts,
     metric_of,
     metrics_of,
+    parse_line,
     to_json,
 )
 
