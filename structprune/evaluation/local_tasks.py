@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from structprune.errors import UserError
 from structprune.evaluation.documents import Choices, Document, Opening
 from structprune.evaluation.texts import Texts
@@ -45,22 +47,18 @@ def grade_piqa(document: Choices, outcome: Sequence[float]) -> dict[str, float]:
 
 def choice_metrics(log_likelihoods: Sequence[float], lengths: Sequence[int], gold: int | None) -> dict[str, float]:
     """`acc` and `acc_norm` (per character) of one document; of equal answers the first is chosen."""
-    rates = [value / length for value, length in zip(log_likelihoods, lengths, strict=True)]
-    return {
-        name: float(best.index(max(best)) == gold) for name, best in (("acc", [*log_likelihoods]), ("acc_norm", rates))
-    }
+    rates = np.divide(log_likelihoods, lengths)  # (A,)
+    return {"acc": float(np.argmax(log_likelihoods) == gold), "acc_norm": float(np.argmax(rates) == gold)}
 
 
 def strict_answer(text: str) -> str:
     """The number after the first ####, or `INVALID`."""
-    match = STRICT.search(text)
-    return match.group(1).strip() if match else INVALID
+    return next(iter(STRICT.findall(text)), INVALID)
 
 
 def flexible_answer(text: str) -> str:
     """The last number of a text, or `INVALID`."""
-    numbers = FLEXIBLE.findall(text)
-    return numbers[-1].strip() if numbers else INVALID
+    return next(reversed(FLEXIBLE.findall(text)), INVALID)
 
 
 def normalise(answer: str) -> str:

@@ -35,18 +35,12 @@ def digest(*values: Any) -> str:
 
 @dataclass(frozen=True)
 class Unit(ABC):
-    """One task of one checkpoint.
-
-    Attributes:
-        task: its name in tables.
-        keys: of its items, in order; two units that share a key share the item.
-        size: items in a chunk.
-    """
+    """One task of one checkpoint, named `task` in tables."""
 
     task: str
-    keys: tuple[str, ...] = field(repr=False)
+    keys: tuple[str, ...] = field(repr=False)  # of its items, in order; two units that share a key share the item
 
-    size: ClassVar[int]
+    size: ClassVar[int]  # items in a chunk
 
     @property
     @abstractmethod
@@ -159,19 +153,11 @@ class ChoiceUnit(TaskUnit):
         return [self._row(index, each) for index, each in zip(indices, scored, strict=True)]
 
     def _row(self, index: int, scored: Scored) -> results.Choices:
-        document = self.documents[index][1]
+        document, nats, samples = self.documents[index][1], scored.log_likelihoods, scored.samples
         assert isinstance(document, Choices)
-        return results.Choices(
-            task=self.task,
-            key=self.keys[index],
-            log_likelihoods=scored.log_likelihoods,
-            errors=scored.errors,
-            sizes=document.lengths,
-            gold=document.gold,
-            samples=scored.samples,
-            full_samples=1 if scored.samples == 1 else self.monte_carlo.samples,
-            metrics=self._metrics(index, scored.log_likelihoods),
-        )
+        allowed, metrics = 1 if samples == 1 else self.monte_carlo.samples, self._metrics(index, nats)
+        answers = (nats, scored.errors, document.lengths, document.gold)
+        return results.Choices(self.task, self.keys[index], *answers, samples, allowed, metrics)
 
     def token_ids(self) -> Iterator[torch.Tensor]:
         for item in self.items:

@@ -10,8 +10,8 @@ that predicts its first token.
 Shapes: R rows, B cached rows, T tokens, K key/value heads, D head dim, M target positions, C features.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 
 import torch
 
@@ -87,15 +87,9 @@ class KeyValueCache:
         value = torch.cat((halves[2], value, halves[3]), dim=2)  # (R, K, T, D)
         return (query, key, value, *rest)
 
-    @contextmanager
-    def _hooked(self, change: Callable[[int, tuple], tuple | None]) -> Iterator[None]:
+    def _hooked(self, change: Callable[[int, tuple], tuple | None]) -> ExitStack:
         """While open, `change(layer, args)` gets the arguments of every attention core, and may replace them."""
-        handles = [
-            core.register_forward_pre_hook(lambda _, args, layer=layer: change(layer, args))
-            for layer, core in enumerate(self._cores)
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        hooks = ExitStack()
+        for layer, core in enumerate(self._cores):
+            hooks.enter_context(core.register_forward_pre_hook(lambda _, args, layer=layer: change(layer, args)))
+        return hooks

@@ -25,9 +25,6 @@ Algorithm = Literal["origin", "maskgit_plus", "topk_margin", "entropy"]
 class Generation(ABC):
     """A sampler's settings, and its part in a denoising step; by default one block without guidance.
 
-    Attributes:
-        single_block: why there is only one block, where there is.
-        by_confidence: options under which the most confident predictions are revealed first.
     Raises:
         UserError: a value that cannot be used, or an option that would change nothing.
     """
@@ -37,8 +34,8 @@ class Generation(ABC):
     steps: int = 128
     """Denoising steps in all; blocks share them equally."""
 
-    single_block: ClassVar[str]
-    by_confidence: ClassVar[Mapping[str, Any]]
+    single_block: ClassVar[str]  # why there is only one block, where there is
+    by_confidence: ClassVar[Mapping[str, Any]]  # options by which the most confident predictions are revealed first
 
     def __post_init__(self):
         check_whole(gen_length=self.gen_length, steps=self.steps)

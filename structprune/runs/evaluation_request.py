@@ -1,6 +1,7 @@
 """An evaluation's request, prepared before any weight is read: tokenizers, windows, items, warnings."""
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,8 @@ def prepare(checkpoints: Sequence[str], config: EvaluationConfig) -> list[Subjec
 
 def _check_used(config: EvaluationConfig, units: Sequence[Unit]) -> None:
     """Raise UserError for settings that no unit uses."""
-    choices, generation = (any(isinstance(unit, kind) for unit in units) for kind in (ChoiceUnit, GenerationUnit))
+    kinds = set(map(type, units))
+    choices, generation = ChoiceUnit in kinds, GenerationUnit in kinds
     of_passes = choices or config.evaluation.source is not None
     answers = "a task with answers to choose from"
     idle = (
@@ -199,7 +201,7 @@ def read_windows(settings: EvaluationSettings, source: str, length: int, tokeniz
         UserError: text that cannot be read, or is shorter than one window.
     """
     split = settings.split
-    if split is None:
+    if not split:
         files = ALIASES[source].files if source in ALIASES else None
         held_out = "test" if files is None else next(name for name in files if name != "train")
         split = "train" if Path(source).suffix.lower() in LOCAL else held_out
@@ -219,14 +221,12 @@ def _presets(tasks: Sequence[str]) -> dict[str, Preset]:
     presets = {}
     for name in tasks:
         path = Path(name)
-        if path.suffix.lower() in (".yaml", ".yml"):
-            if not path.is_file():
-                raise UserError(f"no file of a task at '{name}': give one such as configs/eval/piqa.yaml")
-            try:
-                values = yaml.safe_load(path.read_text(encoding="utf-8"))
-            except (yaml.YAMLError, UnicodeDecodeError):
-                continue  # lm-eval's have tags of their own
-            if is_preset(values):
+        if path.suffix.lower() not in (".yaml", ".yml"):
+            continue
+        if not path.is_file():
+            raise UserError(f"no file of a task at '{name}': give one such as configs/eval/piqa.yaml")
+        with suppress(yaml.YAMLError, UnicodeDecodeError):  # lm-eval's have tags of their own
+            if is_preset(yaml.safe_load(path.read_text(encoding="utf-8"))):
                 presets[name] = load_preset(path)
     return presets
 
