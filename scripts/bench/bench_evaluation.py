@@ -95,7 +95,8 @@ def score_by_loop(model: DiffusionLM, items: list[Item], settings: MonteCarlo) -
 def take_items(options: argparse.Namespace, model: DiffusionLM) -> list[Item]:
     """Items evenly spaced over those of the file that fit the model."""
     texts = Texts.open(options.model, "none")
-    items = [to_item(document, texts) for document in read_piqa(options.piqa, None, 0, None, texts).documents]
+    documents = read_piqa(options.piqa, None, 0, None, texts).documents
+    items = [to_item(document, texts) for document in documents if isinstance(document, Choices)]
     longest = model.config.max_sequence_length
     items = [item for item in items if max(len(each.prompt) + len(each.target) for each in item.answers) <= longest]
     if len(items) < options.items:

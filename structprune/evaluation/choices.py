@@ -61,7 +61,7 @@ class _ItemState:
     def scored(self) -> Scored:
         estimates = [answer.estimate for answer in self.answers if answer.estimate is not None]
         values, errors = zip(*estimates, strict=True)
-        return Scored(self.item.key, values, errors, max(answer.drawn for answer in self.answers))
+        return Scored(self.item.key, values, errors, max(answer.count for answer in self.answers))
 
 
 def score_items(

@@ -202,8 +202,8 @@ def read_windows(settings: EvaluationSettings, source: str, length: int, tokeniz
     """
     split = settings.split
     if not split:
-        files = ALIASES[source].files if source in ALIASES else None
-        held_out = "test" if files is None else next(name for name in files if name != "train")
+        files = ALIASES.get(source, {}).get("data_files", ("test",))
+        held_out = next(name for name in files if name != "train")
         split = "train" if Path(source).suffix.lower() in LOCAL else held_out
     documents = read_texts(source, settings.subset, split, settings.column, "evaluation")
     limit = settings.windows * length * SURPLUS if is_streamed(source) else LONGEST
