@@ -116,8 +116,7 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         raise UserError(f"no calibration file at '{path}'")
     try:
         with safe_open(path, framework="pt") as file:
-            present = set(file.keys())
-            tensors = {name: file.get_tensor(name) for name in TENSORS if name in present}
+            tensors = {name: file.get_tensor(name) for name in TENSORS if name in file.keys()}  # noqa: SIM118
             metadata = dict(file.metadata() or {})
     except (OSError, SafetensorError) as error:
         raise UserError(

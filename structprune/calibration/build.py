@@ -91,8 +91,6 @@ def load_calibration(
 def replay(settings: CalibrationSettings, mask_id: int | None = None) -> Calibration:
     """The saved calibration set, unchanged; `settings.held_out` applies only where the file has none.
 
-    Args:
-        mask_id: the model's mask token, where it is known.
     Raises:
         UserError: a file that cannot be replayed, or a held-out count other than the configured one.
     """

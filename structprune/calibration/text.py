@@ -54,9 +54,13 @@ def read_texts(
         return
     if not path.is_file():
         raise UserError(f"no {section} text at '{source}'")
-    for key, value in (("subset", subset), ("split", None if split == "train" else split), ("column", column)):
-        if value is not None and (key != "column" or kind == ".txt"):
+    for key, value in (("subset", subset), ("split", None if split == "train" else split)):
+        if value is not None:
             raise UserError(f"{section}.{key} = '{value}' means nothing for the local file '{source}': leave it out")
+    if kind == ".txt" and column is not None:
+        raise UserError(
+            f"{section}.column = '{column}' means nothing for '{source}', which is plain text: leave it out"
+        )
     if kind == ".txt":
         yield from _lines(path)
     else:

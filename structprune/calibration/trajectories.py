@@ -31,10 +31,7 @@ def state_steps(steps: int, interval: int, generated: int) -> tuple[int, list[in
     """K denoising steps, at most one per token, and before which of them (0 .. K - 1) each state is recorded.
 
     States are in the order of the forward levels s = interval, 2 interval, ..., so the last is recorded first. All
-    differ.
-
-    Args:
-        steps: N. generated: G.
+    differ. N is `steps`, G `generated`.
     """
     count = min(steps, generated)
     return count, [count + (-level * count // steps) for level in range(interval, steps + 1, interval)]

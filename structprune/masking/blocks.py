@@ -57,7 +57,6 @@ def refit_linears(
 
     Args:
         block: still dense; its linears give the target outputs.
-        masked: of `mask_readers`.
         products: over the rows of the refit and over held-out rows.
     """
     refitted, fits = {}, []

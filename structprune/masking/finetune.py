@@ -146,8 +146,7 @@ def _lora_layers(model: nn.Module, masks: Masks) -> list[tuple[str, Any]]:
             layer_name, inside, _ = full.rpartition(".base_layer.")
             if inside:
                 layer = model.get_submodule(layer_name)
-                reason = _not_plain_lora(layer)
-                if reason:
+                if reason := _not_plain_lora(layer):
                     raise UserError(f"'{layer_name}' {reason}: its delta cannot be masked, use plain LoRA there")
                 layers.append((name, layer))
     return layers

@@ -37,26 +37,17 @@ class Use:
 
 @dataclass(frozen=True)
 class WalkPlan:
-    """What a walk measures, on (R, T) ids of all sequences.
+    """What a walk measures; "relative" row weights are divided by the RMS of the stream an output is added to."""
 
-    Attributes:
-        score: rows of the score; None where nothing is scored.
-        norms: "joint" or "summed" norms for the score; None for Gram matrices.
-        score_relative, fit_relative: divide row weights by the RMS of the stream an output is added to.
-        on_dense: the score reads the dense stream (one-shot).
-        fit, check: rows of the refit and its held-out rows, which do not overlap; None without a refit.
-        target_dense: the refit's targets are the dense model's outputs, not the layer's.
-    """
-
-    ids: torch.Tensor
-    score: Use | None = None
-    norms: str | None = None
+    ids: torch.Tensor  # (R, T) int64 all sequences
+    score: Use | None = None  # rows of the score; None where nothing is scored
+    norms: str | None = None  # "joint" or "summed" norms for the score; None for Gram matrices
     score_relative: bool = False
-    on_dense: bool = False
-    fit: Use | None = None
-    check: Use | None = None
+    on_dense: bool = False  # the score reads the dense stream (one-shot)
+    fit: Use | None = None  # rows of the refit
+    check: Use | None = None  # its held-out rows, none of them in `fit`
     fit_relative: bool = True
-    target_dense: bool = True
+    target_dense: bool = True  # the refit's targets are the dense model's outputs, not the layer's
 
     @property
     def purposes(self) -> list[Use]:

@@ -47,6 +47,8 @@ def inspect_checkpoint(source: str | Path, config: Config, plan: Plan | None = N
     choices = candidates(sizes, even)
     shown = _shown(settings, sizes, choices)
     after = Adapter(pruned_ghost(model, adapter, choices[shown], settings.gqa))
+    blocks = _block_rows(adapter, after)
+    before_total, after_total = (sum(row["parameters"][side] for row in blocks) for side in (0, 1))
     return {
         "source": ghost.name,
         "family": adapter.family.name,
@@ -54,12 +56,12 @@ def inspect_checkpoint(source: str | Path, config: Config, plan: Plan | None = N
         "tokens": length,
         "stored_dtype": str(stored).removeprefix("torch."),
         "parameters": {"before": model.num_parameters(), "after": after.model.num_parameters()},
-        "block_parameters": {"before": _projections(adapter), "after": _projections(after)},
+        "block_parameters": {"before": before_total, "after": after_total},
         "macs": {"before": forward_macs(adapter, length), "after": forward_macs(after, length)},
         "bytes": {"before": ghost.stored_bytes, "after": after.model.num_parameters() * stored.itemsize},
         "shown": f"shown for {shown} attention steps removed in each",
         "choices": [_choice_row(adapter, sizes, steps, counts, settings.gqa) for steps, counts in choices.items()],
-        "blocks": _block_rows(adapter, after),
+        "blocks": blocks,
         "rounding": channel_multiple(sizes, settings),
         "memory": predicted_peak(adapter, after, request, stored),
     }
@@ -92,10 +94,6 @@ def pruned_ghost(model: DiffusionLM, adapter: Adapter, counts: Counts, form: str
     widths = [widths_after(block.widths, counts, block.index, form) for block in adapter.blocks]
     with torch.device("meta"):
         return family.model_class(family.config_class(**set_widths(model.config.to_dict(), family, widths)))
-
-
-def _projections(adapter: Adapter) -> int:
-    return sum(block_size(block, "query_heads").total for block in adapter.blocks)
 
 
 def _choice_row(adapter: Adapter, sizes, steps: int, counts: Counts, form: str) -> dict:

@@ -104,7 +104,8 @@ class MaskRun(Run):
     def run(self, in_place: bool = False) -> Masked:
         """Mask the model, or a copy that shares everything but its projections."""
         start = time.perf_counter()
-        dense = self._held_out_nelbo(self.model)
+        holds_out = self._calibration is not None and self._calibration.held_out > 0
+        dense = self.nelbo(self.model) if holds_out else None
         model = unshared(self.model)  # in place, at most one block's dense weights are held beside the new ones
         refits = self.request.reconstruct.enabled
         plain = PlainWeights(Adapter(model), self.limits.budget) if refits else None
@@ -133,14 +134,8 @@ class MaskRun(Run):
         }
         return Masked(model, maker.masks, self._calibration, report)
 
-    def _held_out_nelbo(self, model: DiffusionLM) -> Nelbo | None:
-        """None where no window is held out."""
-        if self._calibration is None or self._calibration.held_out == 0:
-            return None
-        return self.nelbo(model)
-
     def _check(self, model: DiffusionLM, dense: Nelbo | None, plain: PlainWeights | None) -> dict | None:
-        """What masks cost on held-out windows; a refit without a gain there is undone."""
+        """What masks cost on held-out windows, if there are any; a refit without a gain there is undone."""
         if dense is None:
             return None
         after = before = self.nelbo(model)

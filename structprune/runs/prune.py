@@ -60,10 +60,9 @@ class Pruned:
 
 
 class Pruner(Run):
-    """Prunes one dense model on one calibration set, at as many ratios as you like; shared work is done once.
+    """Prunes one dense model, which is not changed, at as many ratios as you like; shared work is done once.
 
     Args:
-        model: from `structprune.load_model`; it is not changed.
         config: default `Config()`; or a request that was resolved for a model of these shapes.
         calibration: default what `config` describes.
         track: wraps long iterations, `track(items, title)`.
@@ -152,7 +151,7 @@ class Pruner(Run):
         return plan_of(choice.counts), choice.plain(request.sizes)
 
     def prune(self, ratio: float | None = None, plan: Plan | None = None) -> Pruned:
-        """Plan (unless one is given), cut, refit, and check against plain removal on the held-out windows.
+        """Plan, cut, refit, and check against plain removal on the held-out windows.
 
         Args:
             ratio: default the configuration's; not beside a plan.

@@ -65,11 +65,7 @@ def at_ratio(request: StructuredRequest, ratio: float | None) -> StructuredReque
 
 
 def check_plan(request: StructuredRequest, model: DiffusionLM, plan: Plan, source_values: dict) -> None:
-    """Raise UserError unless a plan fits the model and the export class.
-
-    Args:
-        source_values: contents of the dense checkpoint's config.json.
-    """
+    """Raise UserError unless a plan fits the model and the export class; `source_values` of the dense config.json."""
     plan.check(Adapter(model))
     check_export(pruned_config(model, plan, request.reconstruct.adds_bias), source_values, request.config.export.compat)
 

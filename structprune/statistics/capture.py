@@ -29,7 +29,6 @@ class AttentionMeter:
     """Replaces attention cores and receives the mass (B, H, T) of each; subclasses decide what to keep."""
 
     def _add(self, mass: torch.Tensor) -> None:
-        """Receive one layer's mass, (B, H, T)."""
         raise NotImplementedError
 
     def _attend(self, core: nn.Module, query, key, value, mask=None) -> torch.Tensor:

@@ -46,7 +46,7 @@ class ResidualRun:
 
     def read(self, key: UnitKey, rows: slice) -> torch.Tensor:
         """Input of consumer `key` for some sequences, (b, T, C)."""
-        return self._cached(key, rows, lambda: self.compute(key, self._states.read(rows)))
+        return self._cached(key, rows, lambda: self.compute(key, self.states(rows)))
 
     def output(self, key: UnitKey, rows: slice) -> torch.Tensor:
         """Output of consumer `key` for some sequences, with the weights it has now, (b, T, O)."""

@@ -20,19 +20,12 @@ def unobserved(mass: torch.Tensor) -> None:
 
 @dataclass(frozen=True)
 class Limits:
-    """How much is processed at once.
+    """How much is processed at once."""
 
-    Attributes:
-        windows: windows per forward pass, each with all its noise levels.
-        budget: bytes that statistics and hidden states may hold in memory.
-        overlap: on an accelerator, copy hidden states while other rows are computed.
-        batch: sequences in every forward pass; None derives them from `windows`.
-    """
-
-    windows: int = 1
-    budget: int = 2**33
-    overlap: bool = False
-    batch: int | None = None
+    windows: int = 1  # per forward pass, each with all its noise levels
+    budget: int = 2**33  # bytes that statistics and hidden states may hold in memory
+    overlap: bool = False  # on an accelerator, copy hidden states while other rows are computed
+    batch: int | None = None  # sequences in every forward pass; None derives them from `windows`
 
     def sequences(self, copies: int, length: int) -> int:
         """Sequences of `length` tokens per forward pass: all `copies` of `windows` windows, at most `PASS_TOKENS`.
@@ -46,19 +39,14 @@ class Limits:
 
 @dataclass(frozen=True, eq=False)
 class Scan:
-    """The context of every measurement of a model.
-
-    Attributes:
-        track: wraps long iterations, `track(items, title)`.
-        observe: receives the attention mass of every pass that sink weights come from, in the order of the sequences.
-    """
+    """The context of every measurement of a model."""
 
     adapter: Adapter
     calibration: Calibration
     sink: SinkSettings = SinkSettings()
     limits: Limits = Limits()
     track: Track = untracked
-    observe: Observe = unobserved
+    observe: Observe = unobserved  # called for every pass that sink weights come from, in the order of the sequences
 
     def sequences(self, copies: int | None = None) -> int:
         """Sequences per forward pass, with `copies` of each window (default: all noise levels)."""

@@ -124,11 +124,7 @@ def choose_counts(
     settings: StructuredSettings,
     measure: Callable[[Counts], float],
 ) -> Choice:
-    """Counts that meet the ratio by the allocation and split of `settings`.
-
-    Args:
-        measure: held-out loss of a candidate; called for the `measured` split only.
-    """
+    """Counts that meet the ratio by allocation and split; only `measured` calls `measure`, for a held-out loss."""
     rule = settings.split
     check_split(settings)
     if rule == "joint":

@@ -23,10 +23,8 @@ Paths = dict[UnitKey, RemovalPath]
 
 
 def rank_units(scan: Scan, settings: StructuredSettings, arm: str | None) -> Paths:
-    """Removal paths of every block and kind by the score in `settings`.
+    """Removal paths of every block and kind by the score in `settings`, on the arm of `scores.table.resolve_arm`.
 
-    Args:
-        arm: the calibration arm the score reads (`scores.table.resolve_arm`); None for a score of weights alone.
     Raises:
         UserError: a score of gradients, and a calibration without mask probabilities.
     """

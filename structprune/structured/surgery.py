@@ -85,6 +85,5 @@ def _cut(state: dict[str, torch.Tensor], name: str, index: torch.Tensor, reads: 
     if reads:
         state[f"{name}.weight"] = state[f"{name}.weight"][:, index].contiguous()  # (O, C) -> (O, kept)
         return
-    state[f"{name}.weight"] = state[f"{name}.weight"][index].contiguous()  # (O, C) -> (kept, C)
-    if f"{name}.bias" in state:
-        state[f"{name}.bias"] = state[f"{name}.bias"][index].contiguous()  # (O,) -> (kept,)
+    for key in {f"{name}.weight", f"{name}.bias"} & state.keys():
+        state[key] = state[key][index].contiguous()  # (O, C) -> (kept, C), (O,) -> (kept,)

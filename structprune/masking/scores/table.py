@@ -63,8 +63,7 @@ def resolve_score(name: str, arm: str | None) -> tuple[str, str | None]:
         UserError: the score cannot use the arm.
     """
     base = name.removeprefix(SINK)
-    score = SCORES[base]
-    sinks = base != name
+    score, sinks = SCORES[base], base != name
     if arm is None:
         return base, "masked+sink" if sinks else score.default
     if not score.arms:

@@ -21,13 +21,7 @@ def fluctuation_scores(weight: torch.Tensor, variance: torch.Tensor, width: int)
 
 
 def fluctuation_ranks(weight: torch.Tensor, variance: torch.Tensor, width: int) -> torch.Tensor:
-    """Mean over a unit's columns of their z-scores within the block and kind, which FLAP ranks globally.
-
-    Args:
-        As `fluctuation_scores`.
-    Returns:
-        (U,) fp64.
-    """
+    """As `fluctuation_scores`, of the columns' z-scores within the block and kind, which FLAP ranks globally."""
     columns = _columns(weight, variance)  # (C,)
     deviation = columns.std(correction=0)  # ()
     standardised = (columns - columns.mean()) / deviation.clamp(min=torch.finfo(columns.dtype).tiny)  # (C,)

@@ -141,11 +141,7 @@ def cheapest(single: torch.Tensor, member: torch.Tensor, groups: int, count: int
 
 
 def _shared_costs(rounds: list[Round]) -> tuple[list[tuple[int, ...]], list[float]]:
-    """Steps, and every round's joint cost divided among its steps in proportion to their single costs.
-
-    Args:
-        rounds: per round the units (n, groups), their single costs (n, groups) and the joint cost ().
-    """
+    """Steps, and every round's joint cost divided among its steps in proportion to their single costs."""
     if not rounds:
         return [], []
     units, singles, joints = zip(*rounds)
