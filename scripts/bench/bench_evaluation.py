@@ -38,6 +38,7 @@ from structprune.bench.machine import describe_machine
 from structprune.cli.console import progress_bars
 from structprune.errors import UserError
 from structprune.evaluation.choices import Answer, Item, MonteCarlo, Scored, score_items
+from structprune.evaluation.documents import Choices
 from structprune.evaluation.local_tasks import read_piqa
 from structprune.evaluation.perturb import item_generator
 from structprune.evaluation.requests import to_item
