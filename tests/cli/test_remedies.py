@@ -19,7 +19,7 @@ SECTIONS = "|".join(name for name in Config.model_fields if name != "method")
 PRUNING = ("config", "calibration", "statistics", "refit", "structured", "masking", "checkpoint")
 ROOMS = {  # verb -> what can raise while it runs, shared loading aside, which tests/evaluation holds to eval's options
     "prune": [*PRUNING, *(f"runs/{name}.py" for name in ("run", "resolve", "ghost", "checkpoints", "prune", "mask"))],
-    "inspect": ["runs/inspect.py", "runs/inspect_masks.py", "runs/ghost.py", "cli/inspect.py"],
+    "inspect": ["runs/inspect.py", "runs/ghost.py", "cli/inspect.py"],
     "sinks": ["sinks", "runs/sinks.py", "cli/sinks.py"],
     "bench": ["bench/settings.py", "bench/semi_structured.py", "bench/compiled.py", "runs/bench.py", "cli/bench.py"],
     "demo": ["runs/demo.py", "cli/demo.py"],

@@ -36,8 +36,8 @@ def seeded(seed: int = 0) -> torch.Generator:
 def steps_of(model, prompts, settings, **options):
     """The recorded steps of a generation, and its output."""
     steps = []
-    found = generate(model, prompts, settings, options=Options(record=steps.append, **options))
-    return steps, found
+    output = generate(model, prompts, settings, options=Options(record=steps.append, **options))
+    return steps, output
 
 
 def test_tokens_equal_the_published_samplers(parity):
@@ -49,10 +49,10 @@ def test_tokens_equal_the_published_samplers(parity):
         if "max_new_tokens" in case:
             case["gen_length"] = case.pop("max_new_tokens")
         mask = expected.get(f"{name}/attention_mask")
-        found = generate(
+        output = generate(
             model, expected[f"{name}/prompt"], generation_settings(model.config, case), mask, options=Options(batch=2)
         )
-        assert torch.equal(found, expected[f"{name}/output"]), name
+        assert torch.equal(output, expected[f"{name}/output"]), name
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -103,10 +103,10 @@ def test_a_tensor_of_prompts_comes_back_padded_as_it_came(tiny_model):
     model, settings = tiny_model(), LLaDAGeneration(8, 4, 8)
     prompts = torch.tensor([[0, 0, 5, 6], [9, 8, 7, 6]])
     mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
-    found = generate(model, prompts, settings, mask)
+    output = generate(model, prompts, settings, mask)
     listed = generate(model, [prompts[0, 2:], prompts[1]], settings)
-    assert found[0, :2].tolist() == [0, 0] and torch.equal(found[0, 2:], listed[0])
-    assert torch.equal(found[1], listed[1]) and found.shape == (2, 12)
+    assert output[0, :2].tolist() == [0, 0] and torch.equal(output[0, 2:], listed[0])
+    assert torch.equal(output[1], listed[1]) and output.shape == (2, 12)
     assert generate(model, [], settings) == [] and generate(model, prompts[:0], settings).shape == (0, 12)
     for wrong in (mask.flip(1), mask[:, :3]):
         with pytest.raises(ValueError, match="left padding"):
@@ -147,10 +147,10 @@ def test_the_most_confident_positions_go_first(tiny_model):
 
 
 def test_steps_that_reveal_nothing_cost_nothing(tiny_model):
-    steps, found = steps_of(tiny_model(), PROMPTS[:2], LLaDAGeneration(12, 40, 6))
-    assert [step.index for step in steps] == [*range(6), *range(20, 26)] and MASK not in torch.cat(found)
-    steps, found = steps_of(tiny_model("dream"), PROMPTS[:2], DreamGeneration(12, 12))
-    assert steps[0].index == 1 and MASK not in torch.cat(found)  # int(12 · 0.999 / 12) = 0 at the first
+    steps, output = steps_of(tiny_model(), PROMPTS[:2], LLaDAGeneration(12, 40, 6))
+    assert [step.index for step in steps] == [*range(6), *range(20, 26)] and MASK not in torch.cat(output)
+    steps, output = steps_of(tiny_model("dream"), PROMPTS[:2], DreamGeneration(12, 12))
+    assert steps[0].index == 1 and MASK not in torch.cat(output)  # int(12 · 0.999 / 12) = 0 at the first
 
 
 @pytest.mark.parametrize(
@@ -175,9 +175,9 @@ def test_guidance_masks_the_prompt_in_the_same_pass(tiny_model, monkeypatch):
     model, passes = tiny_model(), []
     encode_at = denoise.encode_at
 
-    def noted(model, ids, wanted, mask=None):
+    def noted(model, ids, positions, mask=None):
         passes.append((ids, mask))
-        return encode_at(model, ids, wanted, mask)
+        return encode_at(model, ids, positions, mask)
 
     monkeypatch.setattr(denoise, "encode_at", noted)
     generate(model, PROMPTS[:2], LLaDAGeneration(12, 2, 12, cfg_scale=0.5))
@@ -209,13 +209,13 @@ def test_stop_at_eos_ends_a_row_after_its_block(tiny_model):
     eos = next(token for token in steps[1].ids[0, -12:].tolist() if token != MASK)  # the first step reveals it
     assert eos not in free[0][-8:] and eos not in free[1]  # in the first row's first block only
     settings = LLaDAGeneration(12, 6, 4, stop_at_eos=True, **changes)
-    steps, found = steps_of(model, prompts, settings, eos_id=(eos, 1999), generator=seeded())
-    assert torch.equal(found[0][:-8], free[0][:-8]) and found[0][-8:].tolist() == [eos] * 8
-    assert torch.equal(found[1], free[1])
+    steps, output = steps_of(model, prompts, settings, eos_id=(eos, 1999), generator=seeded())
+    assert torch.equal(output[0][:-8], free[0][:-8]) and output[0][-8:].tolist() == [eos] * 8
+    assert torch.equal(output[1], free[1])
     assert [step.prompts.tolist() for step in steps] == [[0, 1]] * 2 + [[1]] * 4
     assert (steps[1].ids[0, -8:] == MASK).all()  # the block is finished first
     model.config.eos_token_id = eos
-    assert torch.equal(generate(model, prompts, settings, options=Options(generator=seeded()))[0], found[0])
+    assert torch.equal(generate(model, prompts, settings, options=Options(generator=seeded()))[0], output[0])
     model.config.eos_token_id = None
     with pytest.raises(UserError, match="eos_token_id"):
         generate(model, prompts, settings)
@@ -236,12 +236,8 @@ def test_a_model_that_predicts_masks_leaves_them(tiny_model):
 
 def test_progress_counts_steps_of_batches(tiny_model):
     seen = []
-    generate(
-        tiny_model(),
-        PROMPTS,
-        LLaDAGeneration(12, 6, 6),
-        options=Options(batch=3, track=lambda x: seen.append(len(x)) or x),
-    )
+    options = Options(batch=3, track=lambda x: seen.append(len(x)) or x)
+    generate(tiny_model(), PROMPTS, LLaDAGeneration(12, 6, 6), options=options)
     assert seen == [12]
 
 
@@ -271,9 +267,8 @@ def test_settings_that_cannot_be_meant(make, message):
 
 
 def test_settings_by_name(tiny_model):
-    assert generation_settings(
-        tiny_model().config, {"steps": 4, "gen_length": 8, "block_length": 4}
-    ) == LLaDAGeneration(8, 4, 4)
+    by_name = {"steps": 4, "gen_length": 8, "block_length": 4}
+    assert generation_settings(tiny_model().config, by_name) == LLaDAGeneration(8, 4, 4)
     assert generation_settings(tiny_model("dream").config, {"alg": "origin"}) == DreamGeneration(alg="origin")
     with pytest.raises(UserError, match="dream's sampler has no option 'cfg_scale'"):
         generation_settings(tiny_model("dream").config, {"cfg_scale": 1.5})
