@@ -1,4 +1,4 @@
-"""The small trained model, texts, model-card templates and published task settings that are part of the package."""
+"""The small trained model, texts, templates, settings and help that are part of the package."""
 
 from pathlib import Path
 
@@ -23,3 +23,13 @@ def text_file(name: str) -> Path:
 def card_template(name: str) -> str:
     """The template `pruned` or `masked` of a README.md, for `str.format`."""
     return (Path(__file__).parent / "cards" / f"{name}.md").read_text(encoding="utf-8")
+
+
+def help_text(verb: str) -> str:
+    """What `structprune VERB --help` says above the options, in rich's markup."""
+    return (Path(__file__).parent / "help" / f"{verb}.txt").read_text(encoding="utf-8")
+
+
+def demo_settings() -> Path:
+    """Settings of the demo: those of every method, and the methods that ours is compared with."""
+    return Path(__file__).parent / "demo.yaml"

@@ -15,18 +15,6 @@ if TYPE_CHECKING:
     from structprune.config import ModelSettings
     from structprune.runs.bench import BenchOutput
 
-BENCH_HELP = """Measure what pruning saves: latency, generation, memory, and the share of the ideal saving reached.
-
-All checkpoints are in memory at once and are measured in turns, so that drift affects all of them alike.
-
-[bold]Examples[/bold]
-
-structprune bench ./llada ./llada-0.3 ./llada-0.5 --out speed
-
-structprune bench ./llada ./llada-0.5 --out speed --batch 1,8 --length 512,2048 --compile --cache all
-
-structprune bench ./llada ./llada-2of4 --out speed --semi-structured --gen-length 0
-"""
 
 Results = Annotated[Path, typer.Option("--out", help="Output directory for bench.json and the plots.")]
 Batches = Annotated[str, typer.Option("--batch", metavar="LIST", help="Batch sizes, separated by commas.")]

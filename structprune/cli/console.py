@@ -1,12 +1,12 @@
 """What verbs share to talk to the user: progress bars on stderr, tables and lines on stdout."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-Track = Callable[[Iterable, str], Iterable]
+from structprune.progress import Track
 
 
 @contextmanager

@@ -1,45 +1,17 @@
 """`structprune eval`."""
 
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from structprune.cli.options import ConfigFile, Debug, Device, MaskId, Pickle, Sets
-from structprune.errors import UserError
+from structprune.errors import Interrupted, UserError
 
-EVAL_HELP = """Evaluate checkpoints on text and tasks, and say whether they differ from the first.
+if TYPE_CHECKING:
+    from structprune.evaluation.settings import EvaluationConfig
 
-Finished work is stored: the same command continues where an earlier one ended.
-
-Several GPUs: accelerate launch -m structprune eval ... (on CPU: torchrun --nproc-per-node N -m structprune eval ...)
-
-[bold]Examples[/bold]
-
-structprune eval ./llada ./llada-0.5 --text heldout.txt
-
-structprune eval ./llada ./llada-0.5 --tasks piqa:valid.jsonl --limit 200 --adaptive
-
-structprune eval GSAI-ML/LLaDA-8B-Base ./llada-0.5 --tasks piqa,arc_challenge,winogrande (needs structprune\\[eval])
-
-structprune eval ./llada-0.3 --text heldout.txt --out later --against structprune-eval
-
-[bold]Tasks[/bold]
-
-piqa:FILE and gsm8k:FILE\\[:TRAIN] are read from disk; others are lm-eval's. mmlu, arc_challenge, arc_easy, piqa,
-
-winogrande, gsm8k, hellaswag, gpqa_main_n_shot and race have their published settings.
-
-A copy of one of configs/eval/*.yaml, changed, can be named instead.
-
-[bold]Keys worth knowing[/bold] (all of them, with defaults: structprune/evaluation/settings.py)
-
-evaluation.windows, length, noise: of the text; evaluation.samples, cfg_scale, sampling: of answers
-
-evaluation.generation: options of the sampler, such as {gen_length: 256, steps: 128}
-
-model.dtype: float32, bfloat16, float16
-"""
 
 Checkpoints = Annotated[
     list[str], typer.Argument(help="Checkpoint directories or Hub ids; the first is compared with.")
@@ -85,7 +57,6 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Options with a name of their own override --set and --config."""
-    from structprune.cli.show import evaluate_and_show
     from structprune.evaluation.settings import EvaluationConfig
 
     named = {
@@ -99,7 +70,7 @@ def evaluate(
         "model.allow_pickle": allow_pickle or None,
     }
     overrides = EvaluationConfig.parse(sets or []) | {key: value for key, value in named.items() if value is not None}
-    evaluate_and_show(checkpoints, EvaluationConfig.load(config, overrides), out, against, overwrite)
+    _evaluate_and_show(checkpoints, EvaluationConfig.load(config, overrides), out, against, overwrite)
 
 
 def _split(tasks: str) -> list[str]:
@@ -112,3 +83,38 @@ def _split(tasks: str) -> list[str]:
     if not all(names):
         raise UserError(f"--tasks '{tasks}' has an empty name: write them with single commas between")
     return names
+
+
+def _evaluate_and_show(
+    checkpoints: list[str], config: "EvaluationConfig", out: Path, against: Path | None, overwrite: bool
+) -> None:
+    """Progress and warnings go to stderr, the table to stdout; of several processes, the first shows them."""
+    from rich.console import Console
+    from rich.markup import escape
+
+    from structprune.cli.console import progress_bars, show
+    from structprune.evaluation.workers import workers
+    from structprune.report.eval_tables import eval_table
+    from structprune.runs.evaluate import Session
+    from structprune.runs.evaluate import evaluate as run
+
+    with workers() as place, progress_bars(Console(stderr=True, quiet=not place.main)) as track:
+
+        def warn(line: str) -> None:
+            if place.main:
+                print(f"structprune: warning: {line}", file=sys.stderr)
+
+        try:
+            evaluation = run(checkpoints, config, out, against, overwrite, Session(track, place, warn))
+        except KeyboardInterrupt as error:
+            if not out.exists():
+                raise
+            raise Interrupted(f"what is done is kept in {out}: the same command goes on") from error
+    if evaluation is None:
+        return
+    extra = "" if against is None else ", against.json"
+    show(
+        eval_table(evaluation.summary, every_metric=True),
+        *(f"[bold]Warning:[/bold] {escape(line)}" for line in evaluation.warnings),
+        f"Wrote {out} (results.json, items/: a line per item{extra})",
+    )

@@ -9,12 +9,13 @@ from typing import Annotated
 import typer
 
 from structprune import __version__
-from structprune.cli.bench import BENCH_HELP, bench
+from structprune.assets import help_text
+from structprune.cli.bench import bench
 from structprune.cli.demo import demo
-from structprune.cli.evaluate import EVAL_HELP, evaluate
+from structprune.cli.evaluate import evaluate
 from structprune.cli.inspect import inspect
-from structprune.cli.prune import PRUNE_HELP, prune
-from structprune.cli.sinks import SINKS_HELP, sinks
+from structprune.cli.prune import prune
+from structprune.cli.sinks import sinks
 from structprune.errors import Interrupted, UserError
 from structprune.files import first_line
 
@@ -33,12 +34,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-app.command(help=PRUNE_HELP)(prune)
+app.command(help=help_text("prune"))(prune)
 app.command()(inspect)
-app.command(help=SINKS_HELP)(sinks)
+app.command(help=help_text("sinks"))(sinks)
 app.command()(demo)
-app.command("eval", help=EVAL_HELP)(evaluate)
-app.command(help=BENCH_HELP)(bench)
+app.command("eval", help=help_text("eval"))(evaluate)
+app.command(help=help_text("bench"))(bench)
 
 
 def _show_version(value: bool) -> None:

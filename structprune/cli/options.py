@@ -10,28 +10,25 @@ Checkpoints = Annotated[
     list[str], typer.Argument(help="Checkpoint directories or Hub ids; the others are compared with the first.")
 ]
 ConfigFile = Annotated[
-    Path | None, typer.Option("--config", help="YAML file of settings; see configs/.", show_default="built-in defaults")
+    Path | None, typer.Option(help="YAML file of settings; see configs/.", show_default="built-in defaults")
 ]
-Ratio = Annotated[
-    float | None, typer.Option("--ratio", help="Share of the blocks' projection weights to remove, in [0, 1).")
-]
+Ratio = Annotated[float | None, typer.Option(help="Share of the blocks' projection weights to remove, in [0, 1).")]
 Method = Annotated[
     str | None,
     typer.Option(
-        "--method",
         help="structured (a smaller dense model), unstructured or nm (zeros, shapes unchanged).",
         show_default="structured",
     ),
 ]
 Pattern = Annotated[
     str | None,
-    typer.Option("--nm", metavar="N:M", help="For --method nm: N zeros in every M inputs.", show_default="2:4"),
+    typer.Option(metavar="N:M", help="For --method nm: N zeros in every M inputs.", show_default="2:4"),
 ]
 Sets = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Set a configuration key: calibration.windows=64. Repeatable."),
 ]
-Out = Annotated[Path, typer.Option("--out", help="Directory to write. It appears complete or not at all.")]
+Out = Annotated[Path, typer.Option(help="Directory to write. It appears complete or not at all.")]
 CalibrationText = Annotated[
     str | None,
     typer.Option(
@@ -41,16 +38,12 @@ CalibrationText = Annotated[
     ),
 ]
 PlanFile = Annotated[Path | None, typer.Option("--plan", help="Apply this plan.json instead of computing scores.")]
-Device = Annotated[
-    str | None, typer.Option("--device", help="cpu or cuda[:N].", show_default="cuda if available, else cpu")
-]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda[:N].", show_default="cuda if available, else cpu")]
 Dtype = Annotated[
     str | None,
-    typer.Option(
-        "--dtype", help="float32, bfloat16 or float16.", show_default="float32 on CPU, else the checkpoint's own"
-    ),
+    typer.Option(help="float32, bfloat16 or float16.", show_default="float32 on CPU, else the checkpoint's own"),
 ]
-MaskId = Annotated[int | None, typer.Option("--mask-id", help="Mask token id, if the checkpoint does not name one.")]
+MaskId = Annotated[int | None, typer.Option(help="Mask token id, if the checkpoint does not name one.")]
 Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Also read .bin shards (weights only).")]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace an existing output once the new one is complete.")

@@ -26,42 +26,6 @@ if TYPE_CHECKING:
     from structprune.config import Config
 
 OF_TEXT = [f"calibration.{key}" for key in ("windows", "length", "steps", "interval", "subset", "split", "column")]
-PRUNE_HELP = """Prune a checkpoint: remove heads and MLP channels, refit the rest, write a smaller dense model.
-
-With --method unstructured or nm: set single weights to zero and keep the checkpoint's layout.
-
-[bold]Examples[/bold]
-
-structprune prune GSAI-ML/LLaDA-8B-Base --out llada-0.5 --config configs/llada-0.5.yaml
-
-structprune prune ./my-dream --out small --ratio 0.3 --calibration notes.txt --set calibration.length=512
-
-[bold]Keys for --set[/bold] (all keys and their defaults: structprune/config/settings.py)
-
-structured.score: obs, wanda, fluctuation, taylor, magnitude
-
-structured.arm (default masked+sink) and reconstruct.arm (default masked): masked, masked+sink, clean, clean+sink
-
-structured.allocation: global, uniform, depth
-
-structured.split: measured, equal, by-cost, joint, or a number of heads (in each block; in the whole \
-model with allocation global)
-
-structured.gqa: query_heads, kv_groups; structured.protect_first, structured.protect_last, structured.round_to
-
-sink.policy (for arms with +sink): all, unstable, none; sink.trajectory: forward, reverse; sink.scale_free, sink.mask
-
-reconstruct.enabled, reconstruct.target: dense, layer; export.compat: free, uniform, official; memory.budget_gb
-
-[bold]Masks[/bold] (--method unstructured or nm; presets of the published methods: configs/published)
-
-structprune prune GSAI-ML/LLaDA-8B-Base --out llada-2of4 --method nm --nm 2:4
-
-masking.score: sparsegpt, wanda, ria, magnitude, sink-wanda, sink-sparsegpt; masking.arm as above (default masked)
-
-masking.order: sequential, one-shot; masking.allocation: uniform, owl, depth; reconstruct.enabled: refit \
-the weights that stay
-"""
 
 
 def prune(

@@ -7,22 +7,6 @@ import typer
 from structprune.cli.configuration import read_model_settings
 from structprune.cli.options import Debug, Device, Dtype, MaskId, Out, Overwrite, Pickle
 
-SINKS_HELP = """Measure attention sinks, and how they move while a model denoises or generates token by token.
-
-Writes sinks.json with all figures, plots and an animation. Also measures causal LMs (Llama, Qwen, ..., GGUF files); \
---against puts a second model beside the first.
-
-[bold]Examples[/bold]
-
-structprune sinks GSAI-ML/LLaDA-8B-Base --out llada-sinks --prompt "Explain why the sky is blue."
-
-structprune sinks ./my-dream --out sinks --text notes.txt --against Qwen/Qwen2.5-7B
-
-[bold]What is compared[/bold]
-
-Positions that exist at every step. For a causal LM these are the positions of the prompt, and attention is counted \
-per query that can see them.
-"""
 Source = Annotated[
     str, typer.Argument(help="Checkpoint directory, Hub id or GGUF file of a diffusion LM or a causal LM.")
 ]

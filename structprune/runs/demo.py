@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import yaml
 
-from structprune.assets import NAME, model_directory, text_file
+from structprune.assets import NAME, demo_settings, model_directory, text_file
 from structprune.bench.latency import Latency, Timing, measure_latency, speedup
 from structprune.bench.machine import describe_machine
 from structprune.bench.memory import peak_memory_bytes
@@ -30,36 +31,11 @@ Saved = dict[tuple[str, float], Pruned]  # by method and ratio
 
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 SAVED = (0.3, 0.5)
-WINDOWS, LENGTH = 128, 128  # windows of held-out text, and tokens in each
+WINDOWS, LENGTH = 128, 128  # windows of held-out text, and tokens in each (as in calibration)
 OUTPUT_BYTES = 100_000_000  # of the saved models, at most
-BASE = {
-    "calibration.source": str(text_file("calibration.txt")),
-    "calibration.length": LENGTH,
-    "calibration.windows": 32,
-    "calibration.held_out": 8,
-    "calibration.interval": 10,
-    "calibration.batch": 4,
-    "structured.split_windows": 12,
-    "structured.split_candidates": 6,
-}
-METHODS = {
-    OURS: {},
-    "FLAP": {
-        "structured.score": "fluctuation",
-        "structured.arm": "masked",
-        "structured.split": "joint",
-        "reconstruct.mode": "bias",
-        "reconstruct.target": "layer",
-        "reconstruct.relative": False,
-    },
-    "magnitude": {
-        "structured.score": "magnitude",
-        "structured.allocation": "uniform",
-        "structured.split": "equal",
-        "structured.round_to": 8,  # one width for all blocks meets the ratio as closely as the others do
-        "reconstruct.enabled": False,
-    },
-}
+SETTINGS = yaml.safe_load(demo_settings().read_text(encoding="utf-8"))
+BASE = SETTINGS["base"] | {"calibration.source": str(text_file("calibration.txt"))}
+METHODS = {OURS: {}} | SETTINGS["methods"]
 
 
 @dataclass(frozen=True)
