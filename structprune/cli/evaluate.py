@@ -6,16 +6,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from structprune.cli.options import ConfigFile, Debug, Device, MaskId, Pickle, Sets
+from structprune.cli.options import Checkpoints, ConfigFile, Debug, Device, MaskId, Pickle, Sets
 from structprune.errors import Interrupted, UserError
 
 if TYPE_CHECKING:
     from structprune.evaluation.settings import EvaluationConfig
 
 
-Checkpoints = Annotated[
-    list[str], typer.Argument(help="Checkpoint directories or Hub ids; the first is compared with.")
-]
 Text = Annotated[
     str | None,
     typer.Option(
