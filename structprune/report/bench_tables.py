@@ -1,11 +1,10 @@
 """Tables of a benchmark: each model compared with the first."""
 
-from collections.abc import ItemsView
+from collections.abc import Callable
 
-from rich import box
 from rich.table import Table
 
-from structprune.report.tables import gigabytes, millions
+from structprune.report.tables import gigabytes, grid, millions
 
 Rows = list[dict]
 
@@ -24,18 +23,8 @@ def bench_tables(result: dict) -> list[Table]:
     return tables
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for name in columns:
-        if name in ("model", "layers"):  # a long name is folded; figures never are
-            table.add_column(name, justify="left", overflow="fold")
-        else:
-            table.add_column(name, justify="right", no_wrap=True)
-    return table
-
-
 def _models(rows: Rows) -> Table:
-    table = _table("models", "model", "removed", "parameters", "weights", "dtype")
+    table = grid("models", "model", "removed", "parameters", "weights", "dtype", gap=1)
     for row in rows:
         sizes = (millions(row["parameters"]), gigabytes(row["bytes"]), row["dtype"])
         table.add_row(row["model"], f"{100 * row['removed']:.1f} %", *sizes)
@@ -44,12 +33,8 @@ def _models(rows: Rows) -> Table:
 
 
 def _forward(rows: Rows) -> Table:
-    table = _table("forward pass", "model", "ms (quartiles)", "speed", "MACs", "of ideal", "peak above")
-    for title, group in _groups(rows):
-        table.add_section()
-        table.add_row(title, style="bold")
-        for row in group:
-            table.add_row(f"  {row['model']}", _quartiles(row["ms"]), *_gain(row), _bytes(row["peak_above_weights"]))
+    table = grid("forward pass", "model", "ms (quartiles)", "speed", "MACs", "of ideal", "peak above", gap=1)
+    _add_groups(table, rows, lambda row: (_quartiles(row["ms"]), *_gain(row), _bytes(row["peak_above_weights"])))
     table.caption = (
         "logits at all positions; of ideal: (1 - 1 / speed-up) / (share of MACs removed), including attention and LM"
         " head; peak above: memory beyond the weights and all else held before the pass"
@@ -60,14 +45,13 @@ def _forward(rows: Rows) -> Table:
 def _generation(rows: Rows, sampler: dict) -> Table:
     block = f", blocks of {sampler['block_length']}" if "block_length" in sampler else ""
     title = f"generation, {sampler['gen_length']} tokens in {sampler['steps']} steps{block}"
-    table = _table(title, "model", "tokens/s", "speed", "MACs", "of ideal", "equal", "peak")
-    for title, group in _groups(rows):
-        table.add_section()
-        table.add_row(title, style="bold")
-        for row in group:
-            equal = "" if row["agreement"] is None else f"{100 * row['agreement']:.0f} %"
-            cells = (_quartiles(_rates(row)), *_gain(row), equal, _bytes(row["peak_above_weights"]))
-            table.add_row(f"  {row['model']}", *cells)
+    table = grid(title, "model", "tokens/s", "speed", "MACs", "of ideal", "equal", "peak", gap=1)
+
+    def cells(row: dict) -> tuple[str, ...]:
+        equal = "" if row["agreement"] is None else f"{100 * row['agreement']:.0f} %"
+        return _quartiles(_rates(row)), *_gain(row), equal, _bytes(row["peak_above_weights"])
+
+    _add_groups(table, rows, cells)
     table.caption = "tokens/s: generated tokens, with quartiles; peak: memory beyond what was held before"
     if any(row["agreement"] is not None for row in rows):
         table.caption += (
@@ -78,10 +62,11 @@ def _generation(rows: Rows, sampler: dict) -> Table:
 
 
 def _kernels(label: str, rows: dict) -> Table:
-    table = _table(f"{label}: 2:4 kernels", "layers", "tokens", "out x in", "dense ms", "2:4 ms", "speed")
+    table = grid(f"{label}: 2:4 kernels", "layers", "tokens", "out x in", "dense ms", "2:4 ms", "speed", gap=1)
     for row in rows["shapes"]:
-        start = (_short(row["first"], row["layers"]), str(row["tokens"]), f"{row['outputs']}x{row['inputs']}")
-        table.add_row(*start, *(("refused", "", "") if "refused" in row else _pair(row)))
+        name = f"{row['layers']} as {row['first'].rpartition('.')[2]}"  # such as '32 as q_proj'
+        figures = ("refused", "", "") if "refused" in row else _pair(row)
+        table.add_row(name, str(row["tokens"]), f"{row['outputs']}x{row['inputs']}", *figures)
     table.add_section()
     for row in rows["forward"]:
         layers = "" if row["layers"] == row["of_layers"] else f"{row['layers']} of {row['of_layers']}"  # on kernels
@@ -94,26 +79,21 @@ def _kernels(label: str, rows: dict) -> Table:
     return table
 
 
-def _short(name: str, layers: int) -> str:
-    """Such as '32 as q_proj', from the full name of one of the layers."""
-    return f"{layers} as {name.rpartition('.')[2]}"
-
-
 def _pair(row: dict) -> tuple[str, str, str]:
     return _quartiles(row["dense_ms"]), _quartiles(row["2:4_ms"]), f"{row['speedup']['median']:.2f}x"
 
 
-def _groups(rows: Rows) -> ItemsView[str, Rows]:
-    """('1 x 512, prefix', its rows), in the order they first appear."""
+def _add_groups(table: Table, rows: Rows, cells: Callable[[dict], tuple[str, ...]]) -> None:
+    """A section for each size, cache and mode, such as '1 x 512, prefix', with a row of `cells` for each model."""
     groups: dict[str, Rows] = {}
     for row in rows:
-        parts = [f"{row['batch']} x {row['length']}"]
-        if row.get("cache", "none") != "none":
-            parts.append(row["cache"])
-        if row["mode"] != "eager":
-            parts.append(row["mode"])
-        groups.setdefault(", ".join(parts), []).append(row)
-    return groups.items()
+        parts = [f"{row['batch']} x {row['length']}", row.get("cache", "none"), row["mode"]]
+        groups.setdefault(", ".join(part for part in parts if part not in ("none", "eager")), []).append(row)
+    for title, group in groups.items():
+        table.add_section()
+        table.add_row(title, style="bold")
+        for row in group:
+            table.add_row(f"  {row['model']}", *cells(row))
 
 
 def _number(value: float) -> str:

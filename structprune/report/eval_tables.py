@@ -1,9 +1,10 @@
 """The tables of an evaluation: figures of every checkpoint, and whether they differ from the first one's."""
 
-from rich import box
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
+
+from structprune.report.tables import grid
 
 NO_DIFFERENCE = "no difference shown"
 SAMPLES = "samples: Monte Carlo samples per answer, or noisy copies of a window"
@@ -21,29 +22,19 @@ def eval_table(summary: dict, every_metric: bool = False) -> Table | Group:
     return _alone(summary, metrics) if len(summary["checkpoints"]) == 1 else _compared(summary, metrics)
 
 
-def _grid(title: str, *columns: str) -> Table:
-    """A table that fits 80 columns if names are short; long names are folded, figures and verdicts never."""
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
-    table.add_column("", overflow="fold")
-    for name in columns:
-        table.add_column(name, justify="right", no_wrap=True)
-    return table
-
-
 def _alone(summary: dict, metrics: dict[str, list[str]]) -> Table:
     """One checkpoint: a section per task, a row per metric."""
     ((label, tasks),) = summary["checkpoints"].items()
-    table = _grid(label, "value", "95 % interval")
+    table = grid(label, "", "value", "95 % interval")
     for task, names in metrics.items():
         table.add_section()
         table.add_row(task, *_counts([tasks[task]]), style="bold")
         for name in names:
             metric, value = summary["metrics"][name], tasks[task]["metrics"][name]
             table.add_row(f"  {_title(metric)}", _plus_minus(value, metric), _interval(value, metric))
-    if label in summary["average"]:
+    if value := summary["average"].get(label):
         table.add_section()
-        value = summary["average"][label]
-        table.add_row(f"{_average_title(summary)}, %", _plus_minus(value, PERCENT), _interval(value, PERCENT))
+        table.add_row(_average_title(summary), _plus_minus(value, PERCENT), _interval(value, PERCENT))
     table.caption = f"± standard error over items; {SAMPLES}"
     return table
 
@@ -62,7 +53,7 @@ def _compared(summary: dict, metrics: dict[str, list[str]]) -> Group:
             title = f"{task}: {_title(metric)} ({items}, {samples})"
             tables.append(_difference_table(title, values, gaps, baseline, metric))
     if summary["average"]:
-        title = f"{_average_title(summary)}, % ({', '.join(summary['average_tasks'])})"
+        title = f"{_average_title(summary)} ({', '.join(summary['average_tasks'])})"
         tables.append(_difference_table(title, summary["average"], summary["average_differences"], baseline, PERCENT))
     caption = (
         f"difference: against {baseline}, on the same items; ± standard error over items; interval: paired bootstrap;"
@@ -77,7 +68,7 @@ def _difference_table(title: str, values: dict, differences: dict, baseline: str
     Args:
         values, differences: label -> value with its error, and difference with its interval.
     """
-    table = _grid(title, "value", "difference [95 %]", "")
+    table = grid(title, "", "value", "difference [95 %]", "")
     table.title_justify = "left"
     table.columns[-1].justify, table.columns[-1].min_width = "left", len(NO_DIFFERENCE)
     for label, value in values.items():
@@ -88,7 +79,8 @@ def _difference_table(title: str, values: dict, differences: dict, baseline: str
 
 def _counts(results: list[dict]) -> tuple[str, str]:
     """Number of items, and of samples drawn."""
-    items, samples = _range([each["items"] for each in results]), _samples(results)
+    counts, samples = sorted({each["items"] for each in results}), _samples(results)
+    items = str(counts[0]) if len(counts) == 1 else f"{counts[0]}-{counts[-1]}"
     return f"{items} item{'' if items == '1' else 's'}", f"{samples} sample{'' if samples == '1' else 's'}"
 
 
@@ -99,7 +91,7 @@ def _title(metric: dict) -> str:
 
 
 def _average_title(summary: dict) -> str:
-    return f"mean of {len(summary['average_tasks'])} tasks"
+    return f"mean of {len(summary['average_tasks'])} tasks, %"
 
 
 def _number(value: float, metric: dict, sign: str = "") -> str:
@@ -124,11 +116,6 @@ def _difference(gap: dict | None, metric: dict) -> tuple[str, str]:
         return "", "no item in common"
     shared = f" ({gap['items']} shared)" if gap["left_out"] else ""
     return f"{_number(gap['difference'], metric, '+')} {_interval(gap, metric, '+')}", gap["verdict"] + shared
-
-
-def _range(counts: list[int]) -> str:
-    low, high = min(counts), max(counts)
-    return str(low) if low == high else f"{low}-{high}"
 
 
 def _samples(results: list[dict]) -> str:

@@ -2,6 +2,8 @@
 
 import importlib.util
 import io
+from collections.abc import Iterator
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,12 @@ def pyplot_for_files() -> Any:
     return pyplot
 
 
+def styles() -> Iterator[tuple[str, str]]:
+    """Endless pairs of colour and marker, all different until both repeat."""
+    shifted = (MARKERS[shift:] + MARKERS[:shift] for shift in range(len(MARKERS)))
+    return cycle(pair for markers in shifted for pair in zip(COLOURS, markers, strict=True))
+
+
 def hide_frame(axes) -> None:
     """Draw only the left and bottom axis."""
     for side in ("top", "right"):
@@ -71,13 +79,11 @@ def plot_nelbo(
     figure, axes = pyplot_for_files().subplots(figsize=SIZE, layout="constrained")
     axes.axhline(dense[0], color=GREY, linewidth=1, linestyle="--", zorder=1)
     axes.annotate("dense", (0.0, dense[0]), (3, -11), textcoords="offset points", color=GREY, fontsize=9)
-    for (name, points), colour, marker in zip(series.items(), COLOURS, MARKERS, strict=False):
+    for (name, points), (colour, marker) in zip(series.items(), styles(), strict=False):
         ratios, values, errors = zip(*points, strict=True)
         axes.errorbar(ratios, values, yerr=errors, color=colour, marker=marker, markersize=5, capsize=2, label=name)
-    axes.set_xlabel(REMOVED)
-    axes.set_ylabel("masked-diffusion NELBO, nats per token")
+    axes.set(xlabel=REMOVED, ylabel="masked-diffusion NELBO, nats per token", xlim=(0, None))
     axes.set_title(title, fontsize=11)
-    axes.set_xlim(left=0)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
     hide_frame(axes)

@@ -1,7 +1,9 @@
 """Tables of dry runs and of finished runs."""
 
 from collections.abc import Callable
+from itertools import groupby
 
+from rich import box
 from rich.table import Table
 
 
@@ -20,11 +22,24 @@ def change(before: float, after: float) -> str:
     return f"{100 * (after - before) / before:+.1f} %" if before else ""
 
 
-def _table(title: str, *columns: str) -> Table:
-    """The first column is for names, the others for figures."""
+def grid(title: str, *columns: str, gap: int = 0) -> Table:
+    """A table without frame for 80 columns: names, in the first column, are folded where they are long, figures never.
+
+    Args:
+        gap: additional spaces between columns.
+    """
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, gap, 0, 0), pad_edge=False)
+    table.add_column(columns[0], overflow="fold")
+    for name in columns[1:]:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def _table(title: str, *columns: str, named: bool = True) -> Table:
+    """A framed table of figures; with `named`, the first column is for names."""
     table = Table(title=title)
     for index, name in enumerate(columns):
-        table.add_column(name, justify="right" if index else "left")
+        table.add_column(name, justify="left" if named and index == 0 else "right")
     return table
 
 
@@ -49,12 +64,8 @@ def run_table(report: dict, saved_bytes: tuple[int, int] | None = None) -> Table
         _add_change(table, "weights on disk", dict(zip(("before", "after"), saved_bytes, strict=True)), gigabytes)
     nelbo = report["held_out_nelbo"]
     pruned = nelbo["refit"] if nelbo["kept"] == "refit" else nelbo["plain_removal"]
-    table.add_row(
-        f"NELBO, nats/token ({nelbo['windows']} held-out windows)",
-        f"{nelbo['dense']:.4f}",
-        f"{pruned:.4f}",
-        plus_minus(nelbo["loss"]),
-    )
+    title = f"NELBO, nats/token ({nelbo['windows']} held-out windows)"
+    table.add_row(title, f"{nelbo['dense']:.4f}", f"{pruned:.4f}", plus_minus(nelbo["loss"]))
     table.caption = (
         f"kept: {nelbo['kept']} (plain removal {nelbo['plain_removal']:.4f}); "
         f"export class {report['export_class']}; {report['seconds']['total']:.1f} s; "
@@ -138,12 +149,13 @@ def inspect_tables(result: dict) -> list[Table]:
     totals = _table(title, "", "before", "after", "change")
     _add_sizes(totals, result, result["tokens"])
     _add_change(totals, f"weights ({result['stored_dtype']})", result["bytes"], gigabytes)
-    blocks = Table(title=f"units per block, {result['shown']}")
-    for name in ("block", "query heads", "KV heads", "MLP channels", "parameters"):
-        blocks.add_column(name, justify="right")
-    for first, last, row in _runs(result["blocks"]):
+    columns = ("block", "query heads", "KV heads", "MLP channels", "parameters")
+    blocks = _table(f"units per block, {result['shown']}", *columns, named=False)
+    for _, group in groupby(result["blocks"], key=lambda row: (row["before"], row["after"])):
+        alike = list(group)  # neighbouring blocks with equal widths
+        row, last = alike[0], alike[-1]["index"]
+        name = str(last) if len(alike) == 1 else f"{row['index']}-{last}"
         cells = [f"{row['before'][key]} → {row['after'][key]}" for key in ("query_heads", "kv_heads", "channels")]
-        name = str(first) if first == last else f"{first}-{last}"
         blocks.add_row(name, *cells, " → ".join(map(millions, row["parameters"])))
     return [totals, _choices(result["choices"]), blocks, _memory_table(result["memory"])]
 
@@ -184,21 +196,9 @@ def _memory_table(parts: dict[str, int]) -> Table:
     return memory
 
 
-def _runs(rows: list[dict]) -> list[tuple[int, int, dict]]:
-    """Neighbouring blocks with equal widths as (first, last, their row)."""
-    runs: list[tuple[int, int, dict]] = []
-    for row in rows:
-        if runs and (runs[-1][2]["before"], runs[-1][2]["after"]) == (row["before"], row["after"]):
-            runs[-1] = (runs[-1][0], row["index"], runs[-1][2])
-        else:
-            runs.append((row["index"], row["index"], row))
-    return runs
-
-
 def _choices(rows: list[dict]) -> Table:
-    choices = Table(title="possible splits between heads and channels, if all blocks are alike")
-    for name in ("heads removed", "query heads left", "MLP channels left", "ratio"):
-        choices.add_column(name, justify="right")
+    title = "possible splits between heads and channels, if all blocks are alike"
+    choices = _table(title, "heads removed", "query heads left", "MLP channels left", "ratio", named=False)
     for row in rows[:: max(1, len(rows) // 8)]:
         choices.add_row(str(row["steps"]), str(row["query_heads"]), str(row["channels"]), f"{row['ratio']:.4f}")
     return choices
