@@ -6,13 +6,21 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from structprune.cli.options import Checkpoints, ConfigFile, Debug, Device, MaskId, Pickle, Sets
+from structprune.cli.options import Checkpoints, Debug, Device, MaskId, Pickle
 from structprune.errors import Interrupted, UserError
 
 if TYPE_CHECKING:
     from structprune.evaluation.settings import EvaluationConfig
 
 
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option("--config", help="YAML file with sections model and evaluation.", show_default="built-in defaults"),
+]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Set a configuration key: evaluation.samples=32. Repeatable."),
+]
 Text = Annotated[
     str | None,
     typer.Option(
