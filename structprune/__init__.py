@@ -1,4 +1,4 @@
-"""structprune: make masked diffusion language models smaller, and dense still."""
+"""structprune: prune masked diffusion language models into smaller dense ones."""
 
 from importlib import import_module
 

@@ -7,7 +7,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from structprune.errors import UserError
-from structprune.models.tensor_files import first_line, write_tensors
+from structprune.files import first_line
+from structprune.models.tensor_files import write_tensors
 
 TENSORS = {"input_ids": ("int64", "N, T"), "noisy_ids": ("int64", "N, S, T"), "mask_probability": ("float32", "N, S")}
 

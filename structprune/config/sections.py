@@ -9,6 +9,23 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from typing_extensions import Self
 
 from structprune.errors import UserError, nearest
+from structprune.files import first_line
+
+
+def read_yaml(path: str | Path, kind: str) -> Any:
+    """The contents of a YAML file.
+
+    Args:
+        kind: what the file is, for error messages.
+    Raises:
+        UserError: no such file, or not YAML.
+    """
+    try:
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"no {kind} at '{path}'") from error
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as YAML ({first_line(error)})") from error
 
 
 class Section(BaseModel):
@@ -39,14 +56,9 @@ class Sections(Section):
         """
         values: dict = {}
         if path is not None:
-            try:
-                values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-            except FileNotFoundError as error:
-                raise UserError(f"no config file at '{path}'") from error
-            except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-                raise UserError(f"{path} cannot be read as YAML ({str(error).splitlines()[0]})") from error
+            values = read_yaml(path, "config file") or {}
             if not isinstance(values, dict):
-                raise UserError(f"{path} is not a mapping of sections")
+                raise UserError(f"{path} is not a mapping of sections: give {', '.join(cls.model_fields)}")
         changes = overrides if isinstance(overrides, dict) else cls.parse(overrides or [])
         for name, value in changes.items():
             section, _, key = name.partition(".")
@@ -57,7 +69,7 @@ class Sections(Section):
                 raise UserError(f"'{name}' names no section: write section.key=value, such as structured.ratio=0.3")
             branch = values.setdefault(section, {})
             if not isinstance(branch, dict):
-                raise UserError(f"{path}: '{section}' is not a mapping")
+                raise UserError(f"{path}: '{section}' is not a mapping: write its keys indented below it")
             branch[key] = value
         return cls.build(values)
 
@@ -72,7 +84,7 @@ class Sections(Section):
         for text in overrides:
             name, equals, value = text.partition("=")
             if not equals:
-                raise UserError(f"'{text}' is not key=value")
+                raise UserError(f"'{text}' is not key=value: write section.key=value")
             try:
                 changes[name.strip()] = yaml.safe_load(value)
             except yaml.YAMLError as error:
@@ -109,7 +121,8 @@ class Sections(Section):
         name = ".".join(str(part) for part in problem["loc"][:2])
         if problem["type"] == "extra_forbidden":
             if "." not in name:
-                return f"unknown config section '{name}'{nearest(name, list(cls.model_fields))}"
+                names = list(cls.model_fields)
+                return f"unknown config section '{name}'{nearest(name, names)}: choose from {', '.join(names)}"
             section, _, key = name.partition(".")
             inside = cls._section(section).model_fields
             close = nearest(key, list(inside)) or nearest(name, cls.known_keys())

@@ -17,7 +17,7 @@ DEFAULT_ARM: Arm = "masked+sink"  # of scores; refits default to masked, because
 StructuredScore = Annotated[
     Literal["magnitude", "wanda", "fluctuation", "taylor", "obs"], or_registered("structured.score")
 ]
-MaskScore = Annotated[
+MaskScoreName = Annotated[
     Literal["magnitude", "wanda", "sink-wanda", "ria", "sparsegpt", "sink-sparsegpt"], or_registered("masking.score")
 ]
 
@@ -124,7 +124,7 @@ class MaskingSettings(Section):
     """Share of the weights to remove from every projection. Default: 0.5, with `nm` N / M."""
     nm: str = "2:4"
     """For method nm, N:M: of every M neighbouring inputs of an output, N weights become zero."""
-    score: MaskScore = "sparsegpt"
+    score: MaskScoreName = "sparsegpt"
     """How weights are ranked; one file each in structprune/masking/scores. sink-NAME: the same on an arm with +sink."""
     arm: Arm | None = None
     """Activations that the score reads. Default: masked, for sink-NAME masked+sink; magnitude reads none."""

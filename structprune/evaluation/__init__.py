@@ -1,1 +1,1 @@
-"""Evaluation: masked-diffusion NELBO and paired comparison."""
+"""Evaluation: likelihoods, tasks, stored results and paired comparison."""

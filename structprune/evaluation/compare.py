@@ -78,7 +78,7 @@ def paired_bootstrap(
     kinds, counts = np.unique(pairs, axis=0, return_counts=True)  # (U, 4), (U,)
     value = _difference(counts[None], kinds)[0]
     if not np.isfinite(value):
-        raise UserError(f"task '{task}': shared items without a denominator cannot be compared")
+        raise UserError(f"task '{task}': shared items without a denominator cannot be compared: evaluate more items")
     generator = np.random.default_rng([seed, zlib.crc32(task.encode())])
     step, parts = max(1, CELLS // len(kinds)), []
     for start in range(0, resamples, step):

@@ -20,7 +20,7 @@ class Answer:
     """One continuation of a prompt."""
 
     prompt: torch.Tensor  # (P,) int64; may be empty
-    target: torch.Tensor  # (L,) int64, the tokens to score; Dream never masks the last one: it should be an EOS
+    target: torch.Tensor  # (L,) int64, the tokens to score; should end with EOS where the last is never masked
     size: int  # divisor of the log-likelihood for the normalised choice (acc_norm), usually its characters
 
 
@@ -111,10 +111,10 @@ def _check_settings(settings: MonteCarlo, form: Form) -> None:
     if form.hidden_last and 0 < settings.cfg_scale < 1:
         remedy = "give 0 or 1 (off), or more than 1"
         raise UserError(
-            f"cfg_scale = {settings.cfg_scale} has no effect for Dream, whose guidance starts above 1: {remedy}"
+            f"cfg_scale = {settings.cfg_scale} has no effect where guidance starts above 1, as for Dream: {remedy}"
         )
     if settings.skip_empty and not form.hidden_last:
-        raise UserError("skip_empty is for Dream, and LLaDA's samples all have a mask: drop it")
+        raise UserError("skip_empty has no effect where every sample has a mask, as for LLaDA: drop it")
 
 
 def _check_item(item: Item, form: Form, mask_id: int, longest: int) -> None:
@@ -124,7 +124,7 @@ def _check_item(item: Item, form: Form, mask_id: int, longest: int) -> None:
         name = f"item {item.key}, answer {index}"
         length = len(answer.prompt) + len(answer.target)
         if len(answer.target) < 1 + form.hidden_last:
-            remedy = "Dream never masks the last token, so end it with EOS" if form.hidden_last else "give it a token"
+            remedy = "the last one is never masked, so end it with EOS" if form.hidden_last else "give it a token"
             raise UserError(f"{name} has {len(answer.target)} tokens to score: {remedy}")
         if length > longest:
             remedy = "shorten the prompt or leave the item out"

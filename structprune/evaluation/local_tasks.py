@@ -163,10 +163,10 @@ def _rows(path: Path, fields: Mapping[str, type]) -> Iterator[dict]:
         except json.JSONDecodeError as error:
             raise UserError(f"{path}, line {number} is not JSON ({error.msg}): give one object a line") from error
         if not isinstance(row, dict):
-            raise UserError(f"{path}, line {number} holds a {type(row).__name__}, not an object")
+            raise UserError(f"{path}, line {number} holds a {type(row).__name__}: give one object a line")
         for name, kind in fields.items():
             if name not in row:
-                raise UserError(f"{path}, line {number} lacks the field '{name}'")
+                raise UserError(f"{path}, line {number} lacks the field '{name}': add it")
             if not isinstance(row[name], kind) or isinstance(row[name], bool) or row[name] == "":
                 raise UserError(f"{path}, line {number}: the field '{name}' is {row[name]!r}, not a {kind.__name__}")
             if kind is str and not row[name].isprintable() and row[name].encode(errors="ignore").decode() != row[name]:

@@ -8,14 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from structprune.assets import preset_directory
 from structprune.config import Section
+from structprune.config.sections import read_yaml
 from structprune.errors import UserError, nearest
-from structprune.files import first_line
 from structprune.generation.samplers import SAMPLERS
 from structprune.models.families import FAMILIES, Family
 
@@ -89,14 +88,9 @@ def load_preset(path: str | Path) -> Preset:
     Raises:
         UserError: no such file, not YAML, an unknown key (with the nearest known one), or a value out of range.
     """
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"no file of evaluation settings at '{path}'") from error
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as YAML ({first_line(error)})") from error
+    values = read_yaml(path, "file of evaluation settings")
     if not isinstance(values, dict):
-        raise UserError(f"{path} is not a mapping: give task, llada and dream")
+        raise UserError(f"{path} is not a mapping: give {', '.join(Preset.model_fields)}")
     try:
         return Preset.model_validate(values)
     except ValidationError as error:

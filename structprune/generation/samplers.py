@@ -172,7 +172,7 @@ class DreamGeneration(Generation):
     eps: float = 1e-3
     """The last time."""
 
-    single_block = "Dream's sampler has no blocks"
+    single_block = "this sampler has no blocks"
     by_confidence = {"alg": "maskgit_plus"}
 
     def __post_init__(self):

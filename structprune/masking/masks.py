@@ -12,7 +12,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from structprune.errors import UserError, nearest
-from structprune.models.tensor_files import first_line, write_tensors
+from structprune.files import first_line
+from structprune.models.tensor_files import write_tensors
 
 FORMAT = "structprune-masks-1"
 WRAPPED = re.compile(r"^(?:(?:module|_orig_mod)\.)*(?:base_model\.model\.)?(?:_orig_mod\.)?")  # DDP, compile, PEFT
@@ -130,7 +131,7 @@ class Masks:
         """
         path = Path(path)
         if not path.is_file():
-            raise UserError(f"no mask file at '{path}'")
+            raise UserError(f"no mask file at '{path}': give the masks.safetensors of a masked checkpoint")
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = dict(file.metadata() or {})

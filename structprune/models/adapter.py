@@ -14,6 +14,7 @@ from structprune.models.placement import compute_device
 CONSUMER = {"attention": "attention_output", "channels": "down"}  # kind of unit -> role of the linear that reads it
 CONSUMERS = tuple(CONSUMER.values())
 UNIT_KINDS = tuple(CONSUMER)
+UnitKey = tuple[int, str]  # (block index, kind of unit)
 READERS = {  # a block's activation -> roles of the linears that read it, which share its statistics
     "attention_input": ("query", "key", "value"),
     "mixed": ("attention_output",),

@@ -47,16 +47,18 @@ def build_config(values: dict, family: Family, mask_id: int, where: Path | str) 
     """
     for key in family.required:
         if not isinstance(values.get(key), int) or values[key] < 1:
-            raise UserError(f"{where}: config.json has no positive integer '{key}', which {family.name} needs")
+            raise UserError(f"{where}: config.json has no positive integer '{key}', which {family.name} needs: add it")
     for key, allowed in family.supported.items():
         if key in values and values[key] not in allowed:
             raise UserError(f"{where}: {key} = {values[key]!r} is not supported ({family.name} needs {allowed[0]!r})")
     hidden, heads = values[family.keys["hidden"]], values[family.width_keys["query_heads"]]
     if values.get("head_dim") is None and hidden % heads:
-        raise UserError(f"{where}: hidden size {hidden} is not a multiple of {heads} heads and head_dim is not given")
+        raise UserError(
+            f"{where}: hidden size {hidden} is not a multiple of {heads} heads and head_dim is not given: add it"
+        )
     kv_heads = values.get(family.width_keys["kv_heads"]) or heads
     if heads % kv_heads:
-        raise UserError(f"{where}: {heads} heads are not a multiple of {kv_heads} key/value heads")
+        raise UserError(f"{where}: {heads} heads are not a multiple of {kv_heads} key/value heads: correct either")
     rope = values.get("rope_parameters") or {}  # where transformers 5 keeps what rope_theta and rope_scaling were
     if rope.get("rope_type", "default") != "default":
         raise UserError(f"{where}: rope_type = {rope['rope_type']!r} is not supported (needs 'default')")

@@ -11,12 +11,12 @@ from dataclasses import replace
 import torch
 
 from structprune.config import ReconstructSettings
-from structprune.models.adapter import CONSUMER, UNIT_KINDS, Adapter
+from structprune.models.adapter import CONSUMER, UNIT_KINDS, Adapter, UnitKey
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.transfer import send
 from structprune.refit.products import UNCHANGED, Choice, LayerFit, Products, output_error
 from structprune.statistics.activations import add_gram, add_products, mirror, relative_weight
-from structprune.statistics.residual import ResidualRun, TargetRun, UnitKey
+from structprune.statistics.residual import ResidualRun, TargetRun
 from structprune.statistics.rows import arm_rows, scan_rows
 from structprune.statistics.scan import Scan
 

@@ -3,7 +3,7 @@
 from rich import box
 from rich.table import Table
 
-KINDS = {"forward": "noise levels", "reverse": "generation"}
+TRAJECTORIES = {"forward": "noise levels", "reverse": "generation"}
 ROWS = (  # section, title, key of the summary
     ("spatial concentration", "variance of the mean mass", "spatial_variance"),
     ("", "  its std / mean mass", "spatial_variation"),
@@ -23,7 +23,7 @@ ROWS = (  # section, title, key of the summary
 
 def run_title(run: dict) -> str:
     """Such as 'llada-docs, noise levels'."""
-    return f"{run['model']}, {KINDS[run['kind']]}"
+    return f"{run['model']}, {TRAJECTORIES[run['kind']]}"
 
 
 def columns(runs: list[dict]) -> list[tuple[str, str, dict]]:
@@ -31,9 +31,9 @@ def columns(runs: list[dict]) -> list[tuple[str, str, dict]]:
     entries = []
     for run in runs:
         compared = ", prompt" if run["causal"] else ""
-        entries.append((run["model"], f"{KINDS[run['kind']]}{compared}", run["summary"]))
+        entries.append((run["model"], f"{TRAJECTORIES[run['kind']]}{compared}", run["summary"]))
         if "prompt_only" in run:
-            entries.append((run["model"], f"{KINDS[run['kind']]}, prompt", run["prompt_only"]))
+            entries.append((run["model"], f"{TRAJECTORIES[run['kind']]}, prompt", run["prompt_only"]))
     return entries
 
 

@@ -14,7 +14,7 @@ from structprune.checkpoint.save import save_pruned
 from structprune.config import Config
 from structprune.errors import UserError
 from structprune.evaluation.nelbo import Nelbo
-from structprune.models.adapter import CONSUMERS, Adapter
+from structprune.models.adapter import CONSUMERS, Adapter, UnitKey
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.progress import Track, untracked
 from structprune.refit.products import LayerFit
@@ -25,7 +25,6 @@ from structprune.runs.run import Run
 from structprune.statistics.sink_log import SinkLog
 from structprune.structured.choose import choose_counts
 from structprune.structured.graph import Coupled, coupled_units
-from structprune.structured.paths import UnitKey
 from structprune.structured.plan import Plan, make_plan
 from structprune.structured.ranking import Paths, rank_units
 from structprune.structured.request import StructuredRequest

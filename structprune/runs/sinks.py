@@ -20,7 +20,7 @@ from structprune.report.plots import check_matplotlib
 from structprune.report.sink_plots import draw_all
 from structprune.sinks.causal import check_window, generation_trajectory
 from structprune.sinks.diffusion import forward_trajectory, reverse_trajectory
-from structprune.sinks.figures import json_text, position_figures, trajectory_figures
+from structprune.sinks.figures import position_figures, pretty_json, trajectory_figures
 from structprune.sinks.settings import SinkRun
 from structprune.sinks.subjects import (
     Subject,
@@ -75,7 +75,7 @@ def measure_sinks(
         del loaded  # before the next one is loaded
     result = {"structprune": __version__, "settings": run.plain(), "runs": runs}
     with whole_directory(out) as draft:
-        (draft / RESULT).write_text(json_text(result), encoding="utf-8")
+        (draft / RESULT).write_text(pretty_json(result), encoding="utf-8")
         pictures = draw_all(runs, draft)
     return Sinks(result, [RESULT, *pictures])
 

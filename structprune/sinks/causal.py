@@ -204,7 +204,8 @@ def generation_trajectory(model, prompts: torch.Tensor, gen_length: int, track: 
 
             def observe(ids, scores, row=row, meter=meter):
                 if not meter.layers:
-                    raise UserError(f"{type(model).__name__} does not use transformers' attention interface")
+                    name = type(model).__name__
+                    raise UserError(f"{name} does not use transformers' attention interface: give another model")
                 recorder.add([ids.shape[1] - prompts.shape[1]], [row], ids, meter.layers)
                 return scores
 

@@ -142,7 +142,7 @@ def rounded(values: torch.Tensor) -> list:
     return [None if math.isnan(value) else float(f"{value:.4g}") for value in values.tolist()]
 
 
-def json_text(values: dict) -> str:
+def pretty_json(values: dict) -> str:
     """Indented JSON that has each list of numbers or words on one line."""
     return _pretty(values, "") + "\n"
 

@@ -5,10 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from structprune.models.adapter import CONSUMER, Adapter
+from structprune.models.adapter import CONSUMER, Adapter, UnitKey
 from structprune.statistics.hidden import HiddenStates
-
-UnitKey = tuple[int, str]  # (block index, kind of unit)
 
 
 class ResidualRun:

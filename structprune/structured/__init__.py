@@ -1,1 +1,1 @@
-"""Units, allocation, plan, surgery and reconstruction."""
+"""Structured pruning: units, scores, allocation, plan and surgery."""

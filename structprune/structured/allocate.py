@@ -4,8 +4,8 @@ import heapq
 import math
 
 from structprune.errors import UserError
-from structprune.models.adapter import UNIT_KINDS
-from structprune.structured.paths import RemovalPath, UnitKey
+from structprune.models.adapter import UNIT_KINDS, UnitKey
+from structprune.structured.paths import RemovalPath
 from structprune.structured.sizes import BlockSize
 
 Counts = dict[tuple[int, str], int]  # (block, kind) -> removal steps

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from structprune.config import StructuredSettings
 from structprune.errors import UserError
-from structprune.models.adapter import UNIT_KINDS, Adapter
+from structprune.models.adapter import UNIT_KINDS, Adapter, UnitKey
 from structprune.structured.allocate import (
     Counts,
     check_ratio,
@@ -20,7 +20,7 @@ from structprune.structured.allocate import (
     ranked_choices,
     ratio_of,
 )
-from structprune.structured.paths import RemovalPath, UnitKey
+from structprune.structured.paths import RemovalPath
 from structprune.structured.sizes import BlockSize, block_size, rounding
 
 

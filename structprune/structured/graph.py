@@ -8,9 +8,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from structprune.models.adapter import CONSUMER, UNIT_KINDS, Adapter, set_widths
+from structprune.models.adapter import CONSUMER, UNIT_KINDS, Adapter, UnitKey, set_widths
 from structprune.models.modeling_structprune import DiffusionLM, RMSNorm
-from structprune.structured.paths import UnitKey
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-UnitKey = tuple[int, str]  # (block index, kind of unit)
-
 
 @dataclass(frozen=True)
 class RemovalPath:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from structprune.errors import UserError
 from structprune.files import whole_file
-from structprune.models.adapter import Adapter, Widths
+from structprune.models.adapter import Adapter, UnitKey, Widths
 from structprune.models.checkpoint_files import read_json
 from structprune.structured.allocate import Counts
-from structprune.structured.paths import RemovalPath, UnitKey
+from structprune.structured.paths import RemovalPath
 
 FORMAT = 1
 
@@ -60,27 +60,32 @@ class Plan:
         """
         path = Path(path)
         if not path.is_file():
-            raise UserError(f"no plan file at '{path}'")
+            raise UserError(f"no plan file at '{path}': give the plan.json of a pruned model")
         values = read_json(path, "mend it, or write the plan anew")
         if values.get("format") != FORMAT or not isinstance(values.get("blocks"), list):
-            raise UserError(f"{path} is not a structprune plan of format {FORMAT}")
+            raise UserError(
+                f"{path} is not a structprune plan of format {FORMAT}: give the plan.json of a pruned model"
+            )
         blocks = []
         for index, entry in enumerate(values["blocks"]):
             lists = {}
             for key in BlockPlan.__dataclass_fields__:
                 units = entry.get(key) if isinstance(entry, dict) else None
                 if not isinstance(units, list) or not all(type(unit) is int for unit in units):
-                    raise UserError(f"{path}: block {index} has no list of integers '{key}'")
+                    raise UserError(f"{path}: block {index} has no list of integers '{key}': add it")
                 lists[key] = tuple(units)
             blocks.append(BlockPlan(**lists))
         return cls(str(values.get("family")), tuple(blocks), values.get("notes") or {})
 
     def check(self, adapter: Adapter) -> None:
         """Raises UserError unless the plan fits the model: family, depth, and every kept index."""
+        remedy = "give a plan of this model"
         if self.family != adapter.family.name:
-            raise UserError(f"the plan is for family '{self.family}', the model is of '{adapter.family.name}'")
+            raise UserError(
+                f"the plan is for family '{self.family}', the model is of '{adapter.family.name}': {remedy}"
+            )
         if len(self.blocks) != len(adapter.blocks):
-            raise UserError(f"the plan has {len(self.blocks)} blocks, the model {len(adapter.blocks)}")
+            raise UserError(f"the plan has {len(self.blocks)} blocks, the model {len(adapter.blocks)}: {remedy}")
         for kept, block in zip(self.blocks, adapter.blocks):
             for key, units in asdict(kept).items():
                 _check_indices(units, getattr(block.widths, key), f"the plan's block {block.index}: {key}")
@@ -91,10 +96,10 @@ def _check_indices(units: tuple[int, ...], width: int, where: str) -> None:
     if not units:
         raise UserError(f"{where} keeps nothing: a block must keep at least one unit of each kind")
     if list(units) != sorted(set(units)):
-        raise UserError(f"{where} is not sorted and free of repeats")
+        raise UserError(f"{where} is not sorted and free of repeats: sort it, each index once")
     if units[0] < 0 or units[-1] >= width:
         wrong = units[0] if units[0] < 0 else units[-1]
-        raise UserError(f"{where} names {wrong}, but the model has {width}")
+        raise UserError(f"{where} names {wrong}, but the model has {width}: give indices from 0 to {width - 1}")
 
 
 def _check_heads(kept: BlockPlan, widths: Widths, index: int) -> None:

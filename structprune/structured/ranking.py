@@ -7,14 +7,14 @@ import torch
 
 from structprune.config import StructuredSettings
 from structprune.errors import UserError
-from structprune.models.adapter import CONSUMER, UNIT_KINDS, BlockView
+from structprune.models.adapter import CONSUMER, UNIT_KINDS, BlockView, UnitKey
 from structprune.statistics.activations import add_gram, mirror, relative_weight
 from structprune.statistics.gradients import gradient_sums
 from structprune.statistics.hidden import HiddenStates
 from structprune.statistics.moments import consumer_moments
 from structprune.statistics.rows import Rows, scan_rows
 from structprune.statistics.scan import Scan
-from structprune.structured.paths import RemovalPath, UnitKey
+from structprune.structured.paths import RemovalPath
 from structprune.structured.scores.table import SCORES
 from structprune.structured.units import Tensors, Units, all_units, block_tensors, coupled_slices
 

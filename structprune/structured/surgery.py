@@ -3,10 +3,9 @@
 import torch
 from torch import nn
 
-from structprune.models.adapter import UNIT_KINDS, Adapter, BlockView, set_widths
+from structprune.models.adapter import UNIT_KINDS, Adapter, BlockView, UnitKey, set_widths
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.structured.graph import Coupled, coupled_units
-from structprune.structured.paths import UnitKey
 from structprune.structured.plan import BlockPlan, Plan
 
 

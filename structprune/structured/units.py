@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from structprune.models.adapter import CONSUMER, UNIT_KINDS, BlockView
-from structprune.structured.paths import UnitKey, step_groups
+from structprune.models.adapter import CONSUMER, UNIT_KINDS, BlockView, UnitKey
+from structprune.structured.paths import step_groups
 
 Tensors = dict[tuple[str, str], torch.Tensor]  # (role, "weight" or "bias") -> a tensor of that parameter's shape
 

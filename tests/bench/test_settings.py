@@ -46,7 +46,7 @@ def test_caches_of_a_sampler():
     assert everything.caches_of(blocks) == ("none", "prefix", "dual")
     assert everything.caches_of(one) == everything.caches_of(DreamGeneration(16, 4)) == ("none", "prefix")
     assert BenchSettings(caches=("dual", "none")).caches_of(blocks) == ("none", "dual")
-    with pytest.raises(UserError, match="Dream's sampler has no blocks"):
+    with pytest.raises(UserError, match="this sampler has no blocks"):
         BenchSettings(caches=("dual",)).caches_of(DreamGeneration(16, 4))
 
 

@@ -110,7 +110,7 @@ WRONG = {
     "idle include": ([TASK, "--set=evaluation.include=x"], "has no effect without a task of lm-eval"),
     "no preset": (["--tasks=configs/none.yaml"], "no file of a task at 'configs/none.yaml'"),
     "half a character": (["--tasks=piqa:{half}"], "the field 'goal' holds half a character"),
-    "skip_empty": ([TASK, "--set=evaluation.skip_empty=true"], "skip_empty is for Dream"),
+    "skip_empty": ([TASK, "--set=evaluation.skip_empty=true"], "skip_empty has no effect where every sample has a"),
     "chat": ([TASK, "--chat"], "has no chat template: add chat_template.jinja, or evaluate without"),
     "option": (
         ["--tasks=gsm8k:{gsm8k}", "--set=evaluation.generation={{gen_len: 8}}"],

@@ -16,10 +16,11 @@ ROOT = Path(structprune.__file__).parent
 VERBS = typer.main.get_command(app).commands
 KEYS = {*Config.known_keys(), *(f"{name}.*" for name in Config.model_fields)}
 SECTIONS = "|".join(name for name in Config.model_fields if name != "method")
-PRUNING = ("config", "calibration", "statistics", "refit", "structured", "masking", "checkpoint")
+SHARED = ("cli/configuration.py", "config", "calibration", "structured", "masking", "runs/resolve.py", "runs/ghost.py")
+PRUNING = [f"runs/{name}.py" for name in ("run", "checkpoints", "prune", "mask")]
 ROOMS = {  # verb -> what can raise while it runs, shared loading aside, which tests/evaluation holds to eval's options
-    "prune": [*PRUNING, *(f"runs/{name}.py" for name in ("run", "resolve", "ghost", "checkpoints", "prune", "mask"))],
-    "inspect": ["runs/inspect.py", "runs/ghost.py", "cli/inspect.py"],
+    "prune": [*SHARED, "statistics", "refit", "checkpoint", "cli/prune.py", *PRUNING],
+    "inspect": [*SHARED, "runs/inspect.py", "bench/memory.py", "bench/mask_memory.py", "cli/inspect.py"],
     "sinks": ["sinks", "runs/sinks.py", "cli/sinks.py"],
     "bench": ["bench/settings.py", "bench/semi_structured.py", "bench/compiled.py", "runs/bench.py", "cli/bench.py"],
     "demo": ["runs/demo.py", "cli/demo.py"],

@@ -66,8 +66,10 @@ def test_settings_that_cannot_be_used(values, message):
 
 def test_settings_that_a_family_has_no_use_for(tiny_model):
     items = [Item("q", (answer(),))]
-    with pytest.raises(UserError, match="cfg_scale = 0.5 has no effect for Dream.*give 0 or 1 .off., or more than 1"):
+    message = "cfg_scale = 0.5 has no effect where guidance starts above 1.*Dream: give 0 or 1 .off., or more than 1"
+    with pytest.raises(UserError, match=message):
         score_items(tiny_model("dream"), items, MonteCarlo(8, cfg_scale=0.5), Batches(99))
-    with pytest.raises(UserError, match="skip_empty is for Dream, and LLaDA's samples all have a mask: drop it"):
+    message = "skip_empty has no effect where every sample has a mask, as for LLaDA: drop it"
+    with pytest.raises(UserError, match=message):
         score_items(tiny_model(), items, MonteCarlo(8, skip_empty=True), Batches(99))
     score_items(tiny_model("dream"), items, MonteCarlo(8, cfg_scale=1.0), Batches(99))

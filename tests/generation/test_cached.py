@@ -175,7 +175,7 @@ def test_hooks_are_gone_afterwards(tiny_model):
 def test_caches_that_cannot_be(tiny_model):
     with pytest.raises(UserError, match=r"unknown cache 'prefx' \(did you mean 'prefix'\?\): choose one of none, pre"):
         generate(tiny_model(), PROMPTS, LLADA, options=Options(cache="prefx"))
-    with pytest.raises(UserError, match="Dream's sampler has no blocks: use prefix"):
+    with pytest.raises(UserError, match="this sampler has no blocks: use prefix"):
         generate(tiny_model("dream"), PROMPTS, DREAM, options=Options(cache="dual"))
     with pytest.raises(UserError, match="block_length leaves only one block: use prefix"):
         check_cache("dual", LLaDAGeneration(12, 12, 12))

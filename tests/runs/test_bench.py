@@ -60,7 +60,7 @@ def test_everything_is_measured_and_written(pair, tmp_path, capsys):
 
 def test_dream_has_no_blocks(tiny_checkpoint, tmp_path, capsys):
     checkpoint, out = str(tiny_checkpoint("dream")), tmp_path / "made"
-    assert "Dream's sampler has no blocks: use prefix" in refused(
+    assert "this sampler has no blocks: use prefix" in refused(
         ["bench", checkpoint, "--out", str(out), *QUICK, "--cache", "dual"], capsys, out
     )
     assert "dream's sampler has no option 'block_length'" in refused(

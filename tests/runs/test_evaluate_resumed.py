@@ -84,24 +84,11 @@ def test_overwriting_keeps_this_very_run_where_it_is_unfinished(
     names, asked = [str(eval_checkpoint())], eval_settings(text_path, [f"piqa:{piqa}"])
     with pytest.raises(Killed):
         evaluate(names, asked, tmp_path / "out", overwrite=True, session=Session(track=interrupted(1)))
-    chunks = []
-    evaluate(
-        names,
-        asked,
-        tmp_path / "out",
-        overwrite=True,
-        session=Session(track=lambda items, title: [chunks.extend(items), items][1]),
-    )
-    assert len(chunks) == 2  # of three
-    chunks.clear()
-    evaluate(
-        names,
-        asked,
-        tmp_path / "out",
-        overwrite=True,
-        session=Session(track=lambda items, title: [chunks.extend(items), items][1]),
-    )
-    assert len(chunks) == 3  # finished: all anew
+    for chunk_count in (2, 3):  # of three; then, since it is finished, all anew
+        chunks = []
+        session = Session(track=lambda items, title, chunks=chunks: [chunks.extend(items), items][1])
+        evaluate(names, asked, tmp_path / "out", overwrite=True, session=session)
+        assert len(chunks) == chunk_count
 
 
 def test_another_number_of_prompts_takes_up_the_same_run(eval_checkpoint, gsm8k, tmp_path, eval_settings):

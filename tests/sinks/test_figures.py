@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from structprune.config import SinkSettings
-from structprune.sinks.figures import json_text, position_figures, rounded, soft_mask, trajectory_figures
+from structprune.sinks.figures import position_figures, pretty_json, rounded, soft_mask, trajectory_figures
 from structprune.sinks.tokens import Vocabulary
 from structprune.sinks.trajectory import Trajectory
 
@@ -103,6 +103,6 @@ def test_means_and_standard_errors_are_over_sequences(vocabulary):
 
 def test_json_has_a_list_of_numbers_on_one_line():
     values = {"a": [1.5, None], "b": [[1], [2]], "c": {}, "d": [{"e": "ä"}], "f": []}
-    text = json_text(values)
+    text = pretty_json(values)
     assert json.loads(text) == values and '"a": [1.5, null]' in text and text.count("\n") > 6
     assert rounded(torch.tensor([[0.123456, torch.nan], [1e-7, 2.0]])) == [[0.1235, None], [1e-7, 2.0]]
