@@ -118,7 +118,9 @@ def test_bad_files_are_refused_in_one_line(case, tmp_path):
 
 
 def test_missing_and_unreadable_files(tmp_path):
-    with pytest.raises(UserError, match="^no mask file at '.*gone.safetensors'$"):
+    with pytest.raises(
+        UserError, match="^no mask file at '.*gone.safetensors': give the masks.safetensors of a masked checkpoint$"
+    ):
         Masks.load(tmp_path / "gone.safetensors")
     (tmp_path / "text").write_text("not safetensors at all")
     with pytest.raises(UserError, match="text cannot be read as safetensors"):
