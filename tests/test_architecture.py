@@ -34,16 +34,16 @@ EXTRAS = ("datasets", "lm_eval", "matplotlib", "peft", "accelerate", "pandas", "
 
 def imported(path: Path) -> set[str]:
     """Full names of every module that a file imports anywhere, relative imports resolved."""
-    package, found = ["structprune", *path.relative_to(ROOT).parent.parts], set()
+    package, result = ["structprune", *path.relative_to(ROOT).parent.parts], set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            result |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             name = ".".join([*base, *(node.module or "").split(".")]).strip(".")
-            found.add(name)
-            found |= {f"{name}.{alias.name}" for alias in node.names}
-    return found
+            result.add(name)
+            result |= {f"{name}.{alias.name}" for alias in node.names}
+    return result
 
 
 def parts(path: Path) -> set[str]:

@@ -63,13 +63,13 @@ def problems(path: Path) -> list[str]:
 def anchors(text: str) -> set[str]:
     """The anchors that GitHub gives the headings of a page."""
     seen: dict[str, int] = {}
-    found = set()
+    slugs = set()
     for heading in HEADING.findall(BLOCK.sub("", text)):
         plain = LINK.sub("", heading.replace("[", "")) if "](" in heading else heading
         slug = re.sub(r"[^\w\- ]", "", plain.lower()).replace(" ", "-")
         count = seen[slug] = seen.get(slug, -1) + 1
-        found.add(slug if count == 0 else f"{slug}-{count}")
-    return found
+        slugs.add(slug if count == 0 else f"{slug}-{count}")
+    return slugs
 
 
 def link_problems(text: str, path: Path) -> list[str]:

@@ -41,9 +41,9 @@ def test_every_call_gets_its_own_time_and_the_turns_go_there_and_back():
         call = clock.taking(seconds)
         return lambda: (order.append(name), call())
 
-    found = interleaved({"a": noted("a", 1.0), "b": noted("b", 3.0)}, CPU, Timing(rounds=3, warmup=2, clock=clock))
+    result = interleaved({"a": noted("a", 1.0), "b": noted("b", 3.0)}, CPU, Timing(rounds=3, warmup=2, clock=clock))
     assert order == ["a", "a", "b", "b"] + ["a", "b", "b", "a", "a", "b"]
-    assert found == {"a": Latency((1.0, 1.0, 1.0)), "b": Latency((3.0, 3.0, 3.0))}
+    assert result == {"a": Latency((1.0, 1.0, 1.0)), "b": Latency((3.0, 3.0, 3.0))}
 
 
 def test_progress_counts_rounds():
@@ -59,14 +59,14 @@ def test_quartiles_by_hand():
 
 
 def test_speedup_is_of_rounds_not_of_medians():
-    found = speedup(Latency((1.0, 4.0, 9.0)), Latency((1.0, 1.0, 3.0)))  # 1, 4, 3
-    assert found == {"median": 3.0, "p25": 2.0, "p75": 3.5}
+    result = speedup(Latency((1.0, 4.0, 9.0)), Latency((1.0, 1.0, 3.0)))  # 1, 4, 3
+    assert result == {"median": 3.0, "p25": 2.0, "p75": 3.5}
 
 
 def test_ideal_share_by_hand():
     """40 % of the MACs gone; 1.25 times as fast saves 20 %, half of that."""
-    found = ideal_share({"median": 1.25, "p25": 1.0, "p75": 5 / 3}, (100, 60))
-    assert found == pytest.approx({"median": 0.5, "p25": 0.0, "p75": 1.0})
+    result = ideal_share({"median": 1.25, "p25": 1.0, "p75": 5 / 3}, (100, 60))
+    assert result == pytest.approx({"median": 0.5, "p25": 0.0, "p75": 1.0})
     assert ideal_share({"median": 1.25}, (100, 100)) is None
 
 
@@ -119,7 +119,7 @@ def test_models_see_the_same_ids(tiny_model):
     models = {name: tiny_model(seed=seed) for seed, name in enumerate(("a", "b"))}
     for name, model in models.items():
         model.register_forward_pre_hook(lambda _, args, name=name: seen.setdefault(name, []).append(args[0]))
-    found = measure_latency(models, 7, 2, Timing(rounds=2, warmup=1))
-    assert all(len(latency.seconds) == 2 and min(latency.seconds) > 0 for latency in found.values())
+    result = measure_latency(models, 7, 2, Timing(rounds=2, warmup=1))
+    assert all(len(latency.seconds) == 2 and min(latency.seconds) > 0 for latency in result.values())
     assert all(len(ids) == 3 and ids[0].shape == (2, 7) for ids in seen.values())
     assert all(torch.equal(one, two) for one, two in zip(seen["a"], seen["b"]))

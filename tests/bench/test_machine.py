@@ -7,12 +7,12 @@ from structprune.bench import machine
 
 
 def test_description_is_what_this_machine_is():
-    found = machine.describe_machine()
-    assert list(found) == ["processor", "cores", "threads", "system", "python", "torch", "cuda_device"]
-    assert 1 <= found["cores"] <= os.cpu_count() and found["threads"] == torch.get_num_threads()
-    assert found["torch"] == torch.__version__ and found["python"] == platform.python_version()
-    assert (found["cuda_device"] is None) == (not torch.cuda.is_available())
-    assert found["processor"]
+    result = machine.describe_machine()
+    assert list(result) == ["processor", "cores", "threads", "system", "python", "torch", "cuda_device"]
+    assert 1 <= result["cores"] <= os.cpu_count() and result["threads"] == torch.get_num_threads()
+    assert result["torch"] == torch.__version__ and result["python"] == platform.python_version()
+    assert (result["cuda_device"] is None) == (not torch.cuda.is_available())
+    assert result["processor"]
 
 
 def test_processor_name_is_read_from_the_listing_or_else_from_the_platform(tmp_path):

@@ -36,9 +36,9 @@ def test_the_count_is_what_inspect_predicts(tiny_model, family):
     assert count.total == 2 * forward_macs(Adapter(model), 12)
 
 
-def blocks_at(positions: int, wanted: int) -> int:
-    """Linear MACs of `positions` in all blocks, the last of which ends at `wanted` ones."""
-    return positions * 3 * LLADA_BLOCK - (positions - wanted) * (32 * 32 + 3 * 32 * 48)
+def blocks_at(positions: int, last: int) -> int:
+    """Linear MACs of `positions` in all blocks, the last of which is computed at `last` of them."""
+    return positions * 3 * LLADA_BLOCK - (positions - last) * (32 * 32 + 3 * 32 * 48)
 
 
 def test_a_generation_counts_the_head_where_it_runs_and_a_cache_what_it_leaves(tiny_model):
@@ -47,8 +47,8 @@ def test_a_generation_counts_the_head_where_it_runs_and_a_cache_what_it_leaves(t
     for cache, positions in (("none", [10, 10, 10, 10]), ("prefix", [10, 4, 10, 2]), ("dual", [10, 2, 10, 2])):
         with counted_macs(model) as count:
             generate(model, prompt, settings, options=Options(cache=cache))
-        wanted = [2, 1, 2, 1]
-        linear = sum(blocks_at(n, m) for n, m in zip(positions, wanted)) + HEAD * sum(wanted)
+        lasts = [2, 1, 2, 1]
+        linear = sum(blocks_at(n, m) for n, m in zip(positions, lasts)) + HEAD * sum(lasts)
         assert count.linear == linear, cache
         assert count.attention == 3 * sum(2 * 32 * n * 10 for n in positions), cache
 

@@ -52,8 +52,8 @@ def test_without_kernels_it_says_so(monkeypatch):
     assert refusal(Cuda(), torch.bfloat16) == "cuSPARSELt not supported on your machine."
     monkeypatch.setattr(module, "convert", lambda weight: weight)
     assert refusal(Cuda(), torch.bfloat16) is None
-    found = refusal(Cuda(), torch.float32)  # torch's own words name no remedy
-    assert found == "torch has no 2:4 kernels for float32: use --dtype bfloat16 or float16"
+    result = refusal(Cuda(), torch.float32)  # torch's own words name no remedy
+    assert result == "torch has no 2:4 kernels for float32: use --dtype bfloat16 or float16"
 
 
 def test_torch_refuses_on_cpu():

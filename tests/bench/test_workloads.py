@@ -14,8 +14,8 @@ from structprune.structured.sizes import forward_macs
 
 
 def test_rows_by_hand():
-    found = {"dense": Latency((0.2, 0.2, 0.2)), "small": Latency((0.16, 0.16, 0.16))}
-    dense, small = rows_of(found, {"dense": 100, "small": 60}, tokens=50).values()
+    result = {"dense": Latency((0.2, 0.2, 0.2)), "small": Latency((0.16, 0.16, 0.16))}
+    dense, small = rows_of(result, {"dense": 100, "small": 60}, tokens=50).values()
     assert dense == {
         "model": "dense", "ms": {"median": 200, "p25": 200, "p75": 200}, "tokens_per_second": 250, "macs": 100,
         "macs_removed": 0,

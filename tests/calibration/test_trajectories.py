@@ -54,9 +54,9 @@ def test_states_stand_at_the_times_of_the_forward_levels():
     for steps in range(1, 13):
         for interval in range(1, steps + 1):
             for generated in range(steps // interval, 30):
-                count, found = state_steps(steps, interval, generated)
-                assert len(set(found)) == steps // interval and found == sorted(found, reverse=True)
-                assert found[-1] >= 0 and found[0] < count == min(steps, generated)
+                count, result = state_steps(steps, interval, generated)
+                assert len(set(result)) == steps // interval and result == sorted(result, reverse=True)
+                assert result[-1] >= 0 and result[0] < count == min(steps, generated)
 
 
 def test_a_quarter_is_prompt():

@@ -25,9 +25,9 @@ class Letters:
 
 def test_pieces_are_bounded_and_lose_nothing():
     texts = ["ab cd", "", "e" * 25, "f gh " * 9, "i"]
-    found = list(pieces(texts, size=10))
-    assert "".join(found) == "".join(texts)
-    assert max(len(piece) for piece in found) <= 20 and len(found) > 5
+    result = list(pieces(texts, size=10))
+    assert "".join(result) == "".join(texts)
+    assert max(len(piece) for piece in result) <= 20 and len(result) > 5
     assert list(pieces([], size=10)) == []
     assert list(pieces(["one two three four"], size=9)) == ["one two", " three", " four"]
 
@@ -50,11 +50,11 @@ def test_tokenising_stops_at_the_limit():
 def test_windows_are_runs_of_the_corpus_that_do_not_overlap():
     corpus = torch.arange(1003, dtype=torch.int32)
     for seed in range(20):
-        found = cut_windows(corpus, 30, 33, generator(seed))  # 30 of 30 possible
-        assert found.shape == (30, 33) and found.dtype == torch.int64
-        assert torch.equal(found, found[:, :1] + torch.arange(33))
-        assert len(found.unique()) == 30 * 33
-        assert found[:, 0].tolist() != sorted(found[:, 0].tolist())
+        result = cut_windows(corpus, 30, 33, generator(seed))  # 30 of 30 possible
+        assert result.shape == (30, 33) and result.dtype == torch.int64
+        assert torch.equal(result, result[:, :1] + torch.arange(33))
+        assert len(result.unique()) == 30 * 33
+        assert result[:, 0].tolist() != sorted(result[:, 0].tolist())
 
 
 def test_windows_come_from_everywhere_at_every_offset():

@@ -71,6 +71,6 @@ def test_nothing_is_lost_when_renames_fail(failures, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "rename", failing)
     with pytest.raises(OSError, match="no"), whole_directory(target) as draft:
         (draft / "two").write_text("2")
-    found = [path for path in tmp_path.rglob("one")]
-    assert len(found) == 1 and found[0].read_text() == "1"
-    assert (found[0] == target / "one") is (failures == 1)
+    result = [path for path in tmp_path.rglob("one")]
+    assert len(result) == 1 and result[0].read_text() == "1"
+    assert (result[0] == target / "one") is (failures == 1)

@@ -34,26 +34,27 @@ def pruned(tiny_checkpoint):
 
 
 @pytest.mark.parametrize("family", ["llada", "dream"])
-@pytest.mark.parametrize("fewer, channels, biases, found", [
+@pytest.mark.parametrize("fewer, channels, biases, result", [
     (False, (24, 24, 24), False, "official"), (True, (24, 24, 24), False, "uniform"),
     (False, (24, 24, 24), True, "free"), (True, (24, 24, 24), True, "free"), (False, (24, 20, 24), False, "free"),
 ])  # fmt: skip
-def test_strictest_class(pruned, family, fewer, channels, biases, found):
+def test_strictest_class(pruned, family, fewer, channels, biases, result):
     model = pruned(family, fewer, channels, biases)
-    assert export_class(model.config, model.source.values) == found
+    assert export_class(model.config, model.source.values) == result
     order = ("official", "uniform", "free")
-    for wanted in order:
-        if order.index(wanted) >= order.index(found):
-            check_export(model.config, model.source.values, wanted)
+    for compat in order:
+        if order.index(compat) >= order.index(result):
+            check_export(model.config, model.source.values, compat)
         else:
-            with pytest.raises(UserError, match=f"export.compat = {wanted} is not possible: .*; or export as {found}$"):
-                check_export(model.config, model.source.values, wanted)
+            message = f"export.compat = {compat} is not possible: .*; or export as {result}$"
+            with pytest.raises(UserError, match=message):
+                check_export(model.config, model.source.values, compat)
 
 
 def test_reasons_name_the_remedy(pruned):
     model = pruned("llada", fewer=True)
-    found = obstacles(model.config, model.source.values)
-    assert found == {"official": "heads were removed (set structured.split to 0)"}
+    result = obstacles(model.config, model.source.values)
+    assert result == {"official": "heads were removed (set structured.split to 0)"}
     model = pruned("llada", channels=(24, 16, 24))
     assert "blocks differ in width" in obstacles(model.config, model.source.values)["uniform"]
     model = pruned("llada", biases=True)

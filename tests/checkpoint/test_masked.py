@@ -90,8 +90,8 @@ def test_only_the_changed_bytes_differ(source, tmp_path):
             assert opened.metadata() == {"format": "pt", "note": name}
         for key, tensor in new.items():
             assert tensor.dtype == old[key].dtype
-            wanted = model.state_dict()[key].to(tensor.dtype) if key in CHANGED else old[key]
-            assert torch.equal(tensor.view(torch.uint8), wanted.view(torch.uint8)), key  # bit by bit
+            target = model.state_dict()[key].to(tensor.dtype) if key in CHANGED else old[key]
+            assert torch.equal(tensor.view(torch.uint8), target.view(torch.uint8)), key  # bit by bit
     assert folder_bytes(source) == before
     assert [path.name for path in out.parent.iterdir()] == ["out"]  # no draft beside it
 
@@ -204,8 +204,8 @@ def test_pickled_source(tiny_checkpoint, tmp_path, shards, legacy):
     stored = load_file(out / "model.safetensors")
     assert set(stored) == set(state)
     for name, tensor in stored.items():
-        wanted = model.state_dict()[name].to(state[name].dtype) if name in CHANGED else state[name]
-        assert tensor.dtype == wanted.dtype and torch.equal(tensor, wanted), name
+        target = model.state_dict()[name].to(state[name].dtype) if name in CHANGED else state[name]
+        assert tensor.dtype == target.dtype and torch.equal(tensor, target), name
     with torch.no_grad():
         assert torch.equal(load_model(out)(IDS).logits, model(IDS).logits)
 

@@ -66,15 +66,15 @@ def test_a_changed_preset_is_followed(tiny_checkpoint, piqa, tmp_path, capsys):
     )
     out = tmp_path / "out"
     said(capsys, tiny_checkpoint(), "--tasks", preset, "--out", out)
-    found = read_results(out).settings["tasks"]["llada-tiny"]["piqa:piqa.jsonl"]
-    assert (found["samples"], found["block"], found["cfg_scale"]) == (4, 2, 1.5)
+    result = read_results(out).settings["tasks"]["llada-tiny"]["piqa:piqa.jsonl"]
+    assert (result["samples"], result["block"], result["cfg_scale"]) == (4, 2, 1.5)
 
 
 def test_published_settings_are_the_defaults(tiny_checkpoint, piqa, tmp_path, capsys):
     out = tmp_path / "out"
     said(capsys, tiny_checkpoint(), "--tasks", f"piqa:{piqa}", "--limit", 1, "--out", out)
-    found = read_results(out).settings["tasks"]["llada-tiny"]["piqa:piqa.jsonl"]
-    assert (found["samples"], found["block"], found["cfg_scale"], found["adaptive"]) == (128, 8, 0.5, False)
+    result = read_results(out).settings["tasks"]["llada-tiny"]["piqa:piqa.jsonl"]
+    assert (result["samples"], result["block"], result["cfg_scale"], result["adaptive"]) == (128, 8, 0.5, False)
 
 
 TASK = "--tasks=piqa:{piqa}"
@@ -144,9 +144,9 @@ def test_wrong_input_is_one_line(name, tiny_checkpoint, text_path, piqa, tmp_pat
     }  # fmt: skip
     arguments, words = WRONG[name]
     out = tmp_path / "out"
-    found = said(capsys, tiny_checkpoint(), *(a.format(**places) for a in arguments), "--out", out, code=2)
-    assert words.format(**places) in found.err and found.err.count("\n") == 1 and "Traceback" not in found.err
-    assert not found.out and not out.exists()
+    result = said(capsys, tiny_checkpoint(), *(a.format(**places) for a in arguments), "--out", out, code=2)
+    assert words.format(**places) in result.err and result.err.count("\n") == 1 and "Traceback" not in result.err
+    assert not result.out and not out.exists()
 
 
 def test_wrong_checkpoints(tiny_checkpoint, text_path, tmp_path, capsys):
@@ -167,5 +167,5 @@ def test_an_interrupted_run_says_what_is_kept(tiny_checkpoint, text_path, tmp_pa
 
     monkeypatch.setattr("structprune.runs.evaluate.load_model", stop)
     out = tmp_path / "out"
-    found = said(capsys, tiny_checkpoint(), "--text", text_path, "--out", out, *QUICK, code=130)
-    assert f"interrupted; what is done is kept in {out}: the same command goes on" in found.err
+    result = said(capsys, tiny_checkpoint(), "--text", text_path, "--out", out, *QUICK, code=130)
+    assert f"interrupted; what is done is kept in {out}: the same command goes on" in result.err

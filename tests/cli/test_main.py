@@ -79,8 +79,8 @@ def test_inspect_prints_json_and_writes_nothing(tiny_checkpoint, tmp_path, capsy
     (checkpoint / "model.safetensors").unlink()
     before = sorted(checkpoint.iterdir())
     assert main(["inspect", str(checkpoint), "--ratio", "0.5", "--json", "--set", "calibration.length=64"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["block_parameters"]["before"] == 3 * (4 * 32 * 32 + 3 * 32 * 48)
+    result = json.loads(capsys.readouterr().out)
+    assert result["block_parameters"]["before"] == 3 * (4 * 32 * 32 + 3 * 32 * 48)
     assert sorted(checkpoint.iterdir()) == before
 
 

@@ -41,8 +41,8 @@ def test_what_is_written_and_said(family, method, tiny_checkpoint, text_path, tm
             assert torch.equal(masks.kept(name), written[name] != 0)
         else:
             assert torch.equal(written[name], value)
-    wanted = {"nm": 0.75, "unstructured": 0.6}[method[0]]
-    assert masks.sparsity() == pytest.approx(wanted, abs=0.002)
+    expected = {"nm": 0.75, "unstructured": 0.6}[method[0]]
+    assert masks.sparsity() == pytest.approx(expected, abs=0.002)
     state = load_model(out).state_dict()
     assert all(torch.equal(state[name], value) for name, value in written.items())
     assert f"Wrote {out} (the checkpoint in its own layout, masks.safetensors" in said

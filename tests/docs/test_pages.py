@@ -63,8 +63,8 @@ def page(tmp_path, text):
     ],
 )
 def test_a_page_that_is_wrong_is_told_so(tmp_path, text, problem):
-    found = page(tmp_path, text)
-    assert len(found) == (2 if "\nline" in text else 1) and problem in found[0]
+    result = page(tmp_path, text)
+    assert len(result) == (2 if "\nline" in text else 1) and problem in result[0]
 
 
 def test_a_page_that_is_right_is_not(tmp_path):

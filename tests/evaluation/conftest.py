@@ -35,7 +35,7 @@ def fill():
 def finish():
     """`finish(store, summarise=...)` -> its results, by default the number of items as their summary."""
 
-    def count(found) -> dict:
-        return {"items": len(found["dense"]["notes"])}
+    def count(result) -> dict:
+        return {"items": len(result["dense"]["notes"])}
 
     return lambda store, summarise=count: store.finish(ITEMS, summarise)

@@ -88,9 +88,9 @@ def test_an_answer_forecast_from_few_masks_has_few_degrees_of_freedom():
     """The other's eight samples do not make up for the two that the first is forecast from: by 1 degree t = 13.9 has a
     tail of 0.023, by 7 of 1e-6; a single one shows nothing."""
     long = answer([100] * 16, [1, -1] * 4, 8)
-    found = {count: answer([57.5] * 16, [0] * 8, 8, fresh=count) for count in (1, 2, 8)}
+    result = {count: answer([57.5] * 16, [0] * 8, 8, fresh=count) for count in (1, 2, 8)}
     verdicts = {count: [decided([short, long], ONE, confidence) for confidence in (0.9, 0.99)]
-                for count, short in found.items()}  # fmt: skip
+                for count, short in result.items()}  # fmt: skip
     assert verdicts == {1: [False, False], 2: [True, False], 8: [True, True]}
 
 

@@ -48,13 +48,13 @@ def block_means(model, item: Item, settings: MonteCarlo, family: str) -> list[to
     columns, width = aligned_columns([answer.target for answer in item.answers])
     uniform = (settings.samples, settings.block, width, settings.sampling, item_generator(settings.seed, item.key))
     levels, positions = draw_uniform(form, *uniform)
-    found = []
+    result = []
     for answer, own in zip(item.answers, columns, strict=True):
         samples = form.perturb(levels, positions[:, own])
         scale = form.guidance(settings.cfg_scale)
         nats = torch.tensor([sample_nats(model, answer, mask, scale) for mask in samples.masked]).double()
-        found.append(-(nats * samples.weight).view(-1, settings.block).mean(1))
-    return found
+        result.append(-(nats * samples.weight).view(-1, settings.block).mean(1))
+    return result
 
 
 @pytest.mark.parametrize("sampling", ["stratified", "published"])
@@ -64,8 +64,8 @@ def block_means(model, item: Item, settings: MonteCarlo, family: str) -> list[to
 def test_estimates_and_errors_by_hand(tiny_model, family, cfg, sampling):
     model, items = tiny_model(family), make_items()
     settings = MonteCarlo(16, 4, cfg_scale=GUIDED[family] if cfg else 0.0, seed=3, sampling=sampling)
-    found = score_items(model, items[:2], settings, Batches(60))
-    for item, scored in zip(items[:2], found, strict=True):
+    result = score_items(model, items[:2], settings, Batches(60))
+    for item, scored in zip(items[:2], result, strict=True):
         blocks = block_means(model, item, settings, family)
         assert scored.key == item.key and scored.samples == 16
         assert scored.log_likelihoods == pytest.approx([each.mean().item() for each in blocks], rel=1e-4)
@@ -96,19 +96,19 @@ def test_one_maskable_token_needs_one_sample(tiny_model, family, tokens):
     answers = tuple(Answer(prompt, torch.tensor(ids[:tokens]), 1) for ids in ([7, 9], [8, 9]))
     rows = []
     model.embedding.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
-    (found,) = score_items(model, [Item("a", answers)], MonteCarlo(), Batches(10_000))
+    (result,) = score_items(model, [Item("a", answers)], MonteCarlo(), Batches(10_000))
     assert sum(rows) == 1  # both answers masked are one sequence
-    assert found.samples == 1 and found.errors == (0, 0)
+    assert result.samples == 1 and result.errors == (0, 0)
     mask = torch.tensor([True, False][:tokens])
     with torch.no_grad():
         expected = [-sample_nats(model, answer, mask, 0) for answer in answers]
-    assert found.log_likelihoods == pytest.approx(expected, rel=1e-5)
+    assert result.log_likelihoods == pytest.approx(expected, rel=1e-5)
 
 
 def test_dreams_noise_as_published_is_kept_for_one_token(tiny_model):
     answers = (Answer(torch.arange(5), torch.tensor([7, 9]), 1),)
-    (found,) = score_items(tiny_model("dream"), [Item("a", answers)], MonteCarlo(sampling="published"), Batches(999))
-    assert found.samples == 128 and found.errors[0] > 0
+    (result,) = score_items(tiny_model("dream"), [Item("a", answers)], MonteCarlo(sampling="published"), Batches(999))
+    assert result.samples == 128 and result.errors[0] > 0
 
 
 def test_exact_and_sampled_answers_of_one_item(tiny_model):
@@ -122,10 +122,10 @@ def test_exact_and_sampled_answers_of_one_item(tiny_model):
     counts = []
     for confidence in (0.1, 0.999999999):
         settings = MonteCarlo(64, 8, adaptive=True, confidence=confidence)
-        (found,) = score_items(model, [item], settings, Batches(999))
-        assert found.errors[0] == 0 < found.errors[1]
-        assert found.log_likelihoods[0] == pytest.approx(full.log_likelihoods[0], rel=1e-6)
-        counts.append(found.samples)
+        (result,) = score_items(model, [item], settings, Batches(999))
+        assert result.errors[0] == 0 < result.errors[1]
+        assert result.log_likelihoods[0] == pytest.approx(full.log_likelihoods[0], rel=1e-6)
+        counts.append(result.samples)
     assert 16 <= counts[0] < counts[1]
 
 
@@ -199,13 +199,13 @@ def test_what_stops_early_is_estimated_from_its_samples_and_forecasts(tiny_model
     """The samples are the first of the full count's, forecasts fill the rest, and errors of both add in squares."""
     model, item, form = tiny_model(family), make_items()[0], FORMS[family_named(family).likelihood]
     settings = MonteCarlo(64, 4, adaptive=True, confidence=0.6)
-    (found,) = score_items(model, [item], settings, Batches(999))
-    seen = found.samples
+    (result,) = score_items(model, [item], settings, Batches(999))
+    seen = result.samples
     assert seen < 64 and seen % 4 == 0
     columns, width = aligned_columns([answer.target for answer in item.answers])
     drawn = draw_uniform(form, 64, 4, width, "stratified", item_generator(0, item.key))
     for answer, own, log_likelihood, error in zip(
-        item.answers, columns, found.log_likelihoods, found.errors, strict=True
+        item.answers, columns, result.log_likelihoods, result.errors, strict=True
     ):
         samples = form.perturb(drawn[0], drawn[1][:, own])
         nats = torch.zeros(seen, len(answer.target)).double()
@@ -221,15 +221,15 @@ def test_what_stops_early_is_estimated_from_its_samples_and_forecasts(tiny_model
 
 
 def test_small_blocks_wait_for_sixteen_samples(tiny_model):
-    (found,) = score_items(
+    (result,) = score_items(
         tiny_model(), make_items()[:1], MonteCarlo(64, 1, adaptive=True, confidence=0.01), Batches(999)
     )
-    assert found.samples == 16
+    assert result.samples == 16
 
 
 def test_a_single_answer_gets_all_samples(tiny_model):
-    (found,) = score_items(tiny_model(), make_items()[2:], MonteCarlo(64, adaptive=True), Batches(999))
-    assert found.samples == 64
+    (result,) = score_items(tiny_model(), make_items()[2:], MonteCarlo(64, adaptive=True), Batches(999))
+    assert result.samples == 64
 
 
 @pytest.mark.slow
@@ -268,5 +268,5 @@ def test_samples_without_a_mask_left_out_as_released(tiny_model):
 
 
 def test_one_block_has_no_error(tiny_model):
-    (found,) = score_items(tiny_model(), make_items()[:1], MonteCarlo(4, 8), Batches(999))
-    assert found.errors == (None, None) and found.samples == 4
+    (result,) = score_items(tiny_model(), make_items()[:1], MonteCarlo(4, 8), Batches(999))
+    assert result.errors == (None, None) and result.samples == 4

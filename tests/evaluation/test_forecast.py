@@ -13,14 +13,14 @@ def masks(*rows: str) -> torch.Tensor:
 
 def test_surroundings_by_hand():
     """Of M.M a share of 2/3 is masked and 1/3 revealed; the middle one is revealed."""
-    found = surroundings(masks("M.M", "MMM"))
-    assert found.shape == (2, 3, 4) and found.dtype == torch.float64
+    result = surroundings(masks("M.M", "MMM"))
+    assert result.shape == (2, 3, 4) and result.dtype == torch.float64
     third = 1 / 3
     expected = [
         [[1, 1 / 6, 0, 2 * third], [1, 1 / 6, -third, -third], [1, 1 / 6, 2 * third, 0]],
         [[1, 0.5, 0, 0], [1, 0.5, 0, 0], [1, 0.5, 0, 0]],
     ]
-    assert torch.allclose(found, torch.tensor(expected, dtype=torch.float64))
+    assert torch.allclose(result, torch.tensor(expected, dtype=torch.float64))
 
 
 def ridge(features: torch.Tensor, target: torch.Tensor, penalty: float) -> torch.Tensor:
@@ -60,24 +60,24 @@ def test_masks_that_were_run_are_known_and_learned_from_once():
     masked = masks("M..", ".M.", "MM.", "M..", "M..", ".M.", "..M")
     weight = torch.tensor([3, 3, 1.5, 3, 3, 3, 3]).double()
     nats = torch.tensor([[3, 0, 0], [0, 5, 0], [4, 9, 0], [3, 0, 0]]).double()
-    found = complete(masked, weight, nats, run=4)
-    assert found.repeats.tolist() == [0] * 6 + [1] and found.fresh.tolist() == [True, True, True, False]
-    assert found.values[:6].tolist() == [9, 15, 19.5, 9, 9, 15]
+    result = complete(masked, weight, nats, run=4)
+    assert result.repeats.tolist() == [0] * 6 + [1] and result.fresh.tolist() == [True, True, True, False]
+    assert result.values[:6].tolist() == [9, 15, 19.5, 9, 9, 15]
     once = [0, 1, 2, 4, 5, 6]  # without the repetition among those run
     other = complete(masked[once], weight[once], nats[:3], run=3)
-    assert found.residuals[:3].tolist() == pytest.approx(other.residuals.tolist())
-    assert found.residuals[3] == found.residuals[0] and abs(found.residuals[0]) > 0.1
+    assert result.residuals[:3].tolist() == pytest.approx(other.residuals.tolist())
+    assert result.residuals[3] == result.residuals[0] and abs(result.residuals[0]) > 0.1
     model = TokenModel(masked, torch.cat((nats, torch.zeros(3, 3))), torch.arange(7) < 3)
-    correction = found.residuals[:3].mean().item()
-    assert found.values[6].item() == pytest.approx(3 * model.predicted[6, 2].item() + correction)
-    assert found.residuals[2].item() == pytest.approx(1.5 * (13 - model.left_out[2, :2].sum().item()))
+    correction = result.residuals[:3].mean().item()
+    assert result.values[6].item() == pytest.approx(3 * model.predicted[6, 2].item() + correction)
+    assert result.residuals[2].item() == pytest.approx(1.5 * (13 - model.left_out[2, :2].sum().item()))
 
 
 def test_all_run_leaves_nothing_to_forecast():
     masked = masks("M.", ".M", "MM", "..")  # Dream may mask nothing
     nats = torch.tensor([[1, 0], [0, 2], [3, 4], [0, 0]]).double()
-    found = complete(masked, torch.ones(4).double(), nats, run=4)
-    assert not found.repeats.any() and found.values.tolist() == [1, 2, 7, 0] and found.error() == 0
+    result = complete(masked, torch.ones(4).double(), nats, run=4)
+    assert not result.repeats.any() and result.values.tolist() == [1, 2, 7, 0] and result.error() == 0
 
 
 def test_samples_without_a_mask_are_known_and_say_nothing():
@@ -85,12 +85,12 @@ def test_samples_without_a_mask_are_known_and_say_nothing():
     masked = masks("...", "M..", ".M.", "...", "MMM", "...")
     weight = torch.tensor([1000, 4, 2, 9, 1, 9]).double()
     nats = torch.tensor([[0, 0, 0], [3, 0, 0], [0, 5, 0]]).double()
-    found = complete(masked, weight, nats, run=3)
-    assert found.fresh.tolist() == [False, True, True] and found.repeats.tolist() == [0, 0, 0, 0, 1, 0]
-    assert found.values.tolist()[:4] == [0, 12, 10, 0] and found.values[5] == 0
+    result = complete(masked, weight, nats, run=3)
+    assert result.fresh.tolist() == [False, True, True] and result.repeats.tolist() == [0, 0, 0, 0, 1, 0]
+    assert result.values.tolist()[:4] == [0, 12, 10, 0] and result.values[5] == 0
     alone = complete(masked[[1, 2, 4]], weight[[1, 2, 4]], nats[1:], run=2)
-    assert found.values[4].item() == pytest.approx(alone.values[2].item())
-    assert found.error() * 6 == pytest.approx(alone.error() * 3)
+    assert result.values[4].item() == pytest.approx(alone.values[2].item())
+    assert result.error() * 6 == pytest.approx(alone.error() * 3)
     unseen = complete(masked[1:], weight[1:], nats[1:], run=2)  # an empty one is not forecast either
     assert unseen.values[2] == 0 and unseen.error() * 5 == pytest.approx(alone.error() * 3)
     nothing = complete(masked, weight, nats[:1], run=1)
@@ -98,14 +98,14 @@ def test_samples_without_a_mask_are_known_and_say_nothing():
 
 
 def test_an_answer_that_is_known_adds_nothing_to_a_gap():
-    found = complete(
+    result = complete(
         masks("M.", ".M", "MM", "M.", ".."),
         torch.ones(5).double(),
         torch.tensor([[1, 0], [0, 1], [2, 3]]).double(),
         run=3,
     )
-    assert found.values.tolist() == [1, 1, 5, 1, 0] and not found.fresh.any() and not found.repeats.any()
-    assert not found.residuals.any() and not found.influence.any() and len(found.residuals) == 3
+    assert result.values.tolist() == [1, 1, 5, 1, 0] and not result.fresh.any() and not result.repeats.any()
+    assert not result.residuals.any() and not result.influence.any() and len(result.residuals) == 3
 
 
 def test_error_by_hand():
@@ -123,22 +123,22 @@ def test_influence_by_hand():
     """Of three samples run: the sum of forecasts, less that of as many like those run, with each and without."""
     masked = masks("M..", ".M.", "MM.", "..M", ".MM")
     weight, nats = torch.tensor([3, 3, 1.5, 3, 1.5]).double(), torch.tensor([[3, 0, 0], [0, 5, 0], [4, 9, 0]]).double()
-    found = complete(masked, weight, nats, run=3)
+    result = complete(masked, weight, nats, run=3)
     features, known = surroundings(masked), torch.cat((nats, torch.zeros(2, 3)))
     used = masked & (torch.arange(5) < 3)[:, None]
     sums = torch.einsum("nlf,nl->nlf", features, masked * weight[:, None])  # (N, L, F)
     direction = sums[3:].sum(0) - 2 / 3 * sums[:3].sum(0)  # (L, F)
-    centred = found.residuals - found.residuals.mean()
+    centred = result.residuals - result.residuals.mean()
     for sample in range(3):
         without = lines_by_hand(features, known, used & (torch.arange(5) != sample)[:, None])
         gained = (direction * (lines_by_hand(features, known, used) - without)).sum()
-        assert found.influence[sample].item() == pytest.approx((gained + centred[sample] * 2 / 2).item())
+        assert result.influence[sample].item() == pytest.approx((gained + centred[sample] * 2 / 2).item())
 
 
 def test_repeated_forecasts_are_counted():
     masked = masks("M..", ".M.", "MM.", ".MM", ".MM", "M.M")
-    found = complete(masked, torch.ones(6).double(), torch.tensor([[3, 0, 0], [0, 5, 0]]).double(), run=2)
-    assert found.repeats.tolist() == [0, 0, 1, 2, 2, 1]
+    result = complete(masked, torch.ones(6).double(), torch.tensor([[3, 0, 0], [0, 5, 0]]).double(), run=2)
+    assert result.repeats.tolist() == [0, 0, 1, 2, 2, 1]
 
 
 @pytest.mark.parametrize("length", [4, 12, 30])
@@ -155,12 +155,12 @@ def test_a_linear_world_is_forecast_exactly_and_a_noisy_one_within_its_errors(le
         of_mask = torch.randn(64, length, generator=generator)[samples.masked.unique(dim=0, return_inverse=True)[1]]
         nats = (nats + noise * of_mask) * samples.masked  # (N, L)
         values = nats.sum(1) * samples.weight  # (N,)
-        found = complete(samples.masked, samples.weight, nats[:24], run=24)
-        miss = (found.values.mean() - values.mean()).item()
+        result = complete(samples.masked, samples.weight, nats[:24], run=24)
+        miss = (result.values.mean() - values.mean()).item()
         if not noise:
-            assert abs(miss) < 0.1 and found.error() < 0.1 < values.std() / 8  # the prior pulls a little
+            assert abs(miss) < 0.1 and result.error() < 0.1 < values.std() / 8  # the prior pulls a little
             continue
-        stated.append(found.error() ** 2)
+        stated.append(result.error() ** 2)
         made.append(miss**2)
         plain.append((values[:24].mean() - values.mean()).item() ** 2)
     assert 0.5 * sum(stated) < sum(made) < 1.2 * sum(stated)  # of few tokens they are stated too large

@@ -121,10 +121,10 @@ def test_lm_evals_evaluator_and_ours_agree_on_choices(checkpoint, folder, family
     settings = MonteCarlo(samples=16, seed=3, cfg_scale=0.5 if family == "llada" else 0.0)
     scored = score_items(model, [to_item(document, texts) for document in task.documents], settings, Batches(256))
     graded = []
-    for sample, document, found in zip(samples, task.documents, scored, strict=True):
+    for sample, document, result in zip(samples, task.documents, scored, strict=True):
         theirs = [float(response[0][0]) for response in sample["resps"]]
-        assert theirs == pytest.approx(list(found.log_likelihoods), abs=1e-4)
-        graded.append(task.grade(document, found.log_likelihoods))
+        assert theirs == pytest.approx(list(result.log_likelihoods), abs=1e-4)
+        graded.append(task.grade(document, result.log_likelihoods))
         assert graded[-1] == {"acc": sample["acc"], "acc_norm": sample["acc_norm"]}
     for metric in ("acc", "acc_norm"):
         mean = sum(grade[metric] for grade in graded) / 4
@@ -137,18 +137,18 @@ def test_a_few_items_are_scored_at_a_time(checkpoint, folder, monkeypatch):
     directory, parts = checkpoint(), []
     options = {"model_args": f"pretrained={directory},samples=16"}
 
-    def logged(found):
-        return [each["resps"] for each in sorted(found["samples"]["tiny_choice"], key=lambda s: s["doc_id"])]
+    def logged(result):
+        return [each["resps"] for each in sorted(result["samples"]["tiny_choice"], key=lambda s: s["doc_id"])]
 
     whole = logged(evaluate("structprune", folder, "tiny_choice", **options))
     count = lambda model, items, *rest: parts.append(list(items)) or score_items(model, items, *rest)  # noqa: E731
     monkeypatch.setattr(harness, "PART", 2)
     monkeypatch.setattr(harness, "score_items", count)
-    found = logged(evaluate("structprune", folder, "tiny_choice", **options))
+    result = logged(evaluate("structprune", folder, "tiny_choice", **options))
     assert [len(part) for part in parts] == [2, 2, 1]
     longest = [max(len(a.prompt) + len(a.target) for a in item.answers) for part in parts for item in part]
     assert longest == sorted(longest, reverse=True) and longest[0] > longest[-1]
-    for one, other in zip(whole, found, strict=True):
+    for one, other in zip(whole, result, strict=True):
         assert [float(r[0][0]) for r in one] == pytest.approx([float(r[0][0]) for r in other], rel=1e-4)
 
 
@@ -170,10 +170,10 @@ def test_lm_evals_evaluator_and_ours_agree_on_generation(checkpoint, folder, fam
     samples = [s for s in results["samples"]["tiny_generation"] if s["filter"] == "whole"]
     model, texts = load_model(directory), Texts.open(directory, family_named(family).text_edges)
     [task] = load_tasks("tiny_generation", texts, TaskOptions(include=folder))
-    found = generate_texts(model, task.documents, texts, {"steps": 4}, batch=2)
-    assert [sample["resps"][0][0] for sample in samples] == found
-    assert all(text and "<|mdm_mask|>" not in text for text in found)
-    for sample, document, text in zip(samples, task.documents, found, strict=True):
+    result = generate_texts(model, task.documents, texts, {"steps": 4}, batch=2)
+    assert [sample["resps"][0][0] for sample in samples] == result
+    assert all(text and "<|mdm_mask|>" not in text for text in result)
+    for sample, document, text in zip(samples, task.documents, result, strict=True):
         grades = task.grade(document, text)
         assert grades["exact_match,whole"] == sample["exact_match"]
         assert set(grades) == {"exact_match,whole", "exact_match,letters"}

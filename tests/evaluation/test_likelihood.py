@@ -27,8 +27,8 @@ def rows():
 
 def by_hand(model, rows: MaskedRows, scale: float) -> torch.Tensor:
     """(N, T) one row, one branch and one position at a time."""
-    found = torch.zeros(rows.clean.shape, dtype=torch.float64)
-    for row, clean, masked, prompt in zip(found, rows.clean, rows.masked, rows.prompt, strict=True):
+    result = torch.zeros(rows.clean.shape, dtype=torch.float64)
+    for row, clean, masked, prompt in zip(result, rows.clean, rows.masked, rows.prompt, strict=True):
         noisy = clean.masked_fill(masked, MASK)
         bare = torch.cat((torch.full((int(prompt),), MASK), noisy[prompt:]))
         with_prompt, without = (model(ids[None]).logits[0] for ids in (noisy, bare))  # 2 x (T, V)
@@ -36,7 +36,7 @@ def by_hand(model, rows: MaskedRows, scale: float) -> torch.Tensor:
         for position in masked.nonzero().flatten().tolist():
             source = max(position - 1, 0) if model.shifted else position
             row[position] = F.cross_entropy(logits[source], clean[position]).item()
-    return found
+    return result
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.5])
@@ -47,8 +47,8 @@ def test_nats_by_hand_for_any_batch_and_order(tiny_model, rows, family, scale, m
     expected = by_hand(model, rows, scale)
     assert torch.equal(expected > 0, rows.masked)
     for tokens in (1, 2 * LENGTH, 5 * LENGTH, 1000):
-        found = token_nats(model, rows, scale, Batches(tokens))
-        assert found.dtype == torch.float64 and torch.allclose(found, expected, rtol=1e-4)
+        result = token_nats(model, rows, scale, Batches(tokens))
+        assert result.dtype == torch.float64 and torch.allclose(result, expected, rtol=1e-4)
     order = torch.tensor([5, 2, 6, 0, 4, 3, 1])
     assert torch.allclose(token_nats(model, rows[order], scale, Batches(50)), expected[order], rtol=1e-4)
     monkeypatch.setattr(logits, "LOGIT_BYTES", 4 * 2048 * 3)  # three positions' logits at once
@@ -85,9 +85,9 @@ def test_sequences_in_common_are_run_once(tiny_model):
     token_nats(model, rows, 0.5, Batches(1000))
     assert counts == [4 + 3]  # and MMMMMM, MMM10MM, MMM30MM
     counts.clear()
-    found = token_nats(model, rows, 0.5, Batches(2 * 2 * 6))  # two rows with both branches a pass
+    result = token_nats(model, rows, 0.5, Batches(2 * 2 * 6))  # two rows with both branches a pass
     assert sorted(counts) == [2, 3, 4]  # rows without a prompt that are equal meet; in the given order 4, 4 and 4
-    assert torch.allclose(found, by_hand(model, rows, 0.5), rtol=1e-4)
+    assert torch.allclose(result, by_hand(model, rows, 0.5), rtol=1e-4)
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.5])

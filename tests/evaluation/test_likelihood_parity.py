@@ -22,8 +22,8 @@ def recorded(parity, request):
     assert [case["name"] for case in cases] == ["likelihood_0", "likelihood_1"]  # every recorded case is looked at
     case = next(case for case in cases if case["name"] == request.param)
     tensors = load_file(parity / "sampling.safetensors")
-    found = {name.partition("/")[2]: value for name, value in tensors.items() if name.startswith(request.param + "/")}
-    return parity.name, load_model(parity), case, found
+    result = {name.partition("/")[2]: value for name, value in tensors.items() if name.startswith(request.param + "/")}
+    return parity.name, load_model(parity), case, result
 
 
 def masks_and_rates(model, tensors: dict) -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,6 +66,6 @@ def test_scoring_from_the_recorded_noise_gives_the_published_value(recorded, mon
     monkeypatch.setattr(choices, "draw_uniform", lambda *args: (levels.double(), positions))
     settings = MonteCarlo(case["mc_num"], block, cfg_scale=case["cfg_scale"], skip_empty=family == "dream")
     item = Item("recorded", (Answer(tensors["prefix"], tensors["target"], 1),))
-    (found,) = score_items(model, [item], settings, Batches(500))
-    assert found.log_likelihoods[0] == pytest.approx(case["log_likelihood"], rel=0, abs=1e-4)
-    assert found.samples == case["mc_num"]
+    (result,) = score_items(model, [item], settings, Batches(500))
+    assert result.log_likelihoods[0] == pytest.approx(case["log_likelihood"], rel=0, abs=1e-4)
+    assert result.samples == case["mc_num"]

@@ -66,22 +66,22 @@ def settings(folder, *tasks, **changes):
 
 
 def test_a_group_is_one_task_and_its_mean_is_over_items(folder, tiny_checkpoint, tmp_path):
-    found = evaluate([str(tiny_checkpoint())], settings(folder, "tiny_group"), tmp_path / "out")
-    ((task, rows),) = next(iter(found.results.rows.values())).items()
+    result = evaluate([str(tiny_checkpoint())], settings(folder, "tiny_group"), tmp_path / "out")
+    ((task, rows),) = next(iter(result.results.rows.values())).items()
     assert task == "tiny_group" and len(rows) == 8
     assert [row.key.partition("@")[0] for row in rows] == [
         *(f"tiny_one/{n}" for n in range(3)), *(f"tiny_two/{n}" for n in range(5)),
     ]  # fmt: skip
     right = [row.metrics["acc"] for row in rows]
-    assert found.summary["checkpoints"]["llada-tiny"]["tiny_group"]["metrics"]["acc"]["value"] == sum(right) / 8
+    assert result.summary["checkpoints"]["llada-tiny"]["tiny_group"]["metrics"]["acc"]["value"] == sum(right) / 8
     for row in rows:
         assert row.metrics["acc"] == float(row.choice == int(row.key.partition("@")[0][-1]) % 2)
-    assert found.results.settings["lm_eval"] and list(row.metrics) == ["acc"]
+    assert result.results.settings["lm_eval"] and list(row.metrics) == ["acc"]
 
 
 def test_generation_is_graded_by_lm_eval(folder, tiny_checkpoint, tmp_path):
-    found = evaluate([str(tiny_checkpoint())], settings(folder, "tiny_generation", samples=None), tmp_path / "out")
-    (rows,) = next(iter(found.results.rows.values())).values()
+    result = evaluate([str(tiny_checkpoint())], settings(folder, "tiny_generation", samples=None), tmp_path / "out")
+    (rows,) = next(iter(result.results.rows.values())).values()
     assert len(rows) == 3 and rows[0].metrics == {"exact_match": 0.0} and rows[0].text
 
 
@@ -118,7 +118,7 @@ def test_two_processes_of_lm_evals_command_line_find_what_one_finds(folder, tiny
     ]  # fmt: skip
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path), "HF_HOME": str(folder)}
-    found = {}
+    result = {}
     for name, start in (("one", []), ("two", launcher)):
         command = [sys.executable, *start, *given, "--output_path", str(folder / name)]
         counts = folder / f"counts-{name}"
@@ -128,12 +128,12 @@ def test_two_processes_of_lm_evals_command_line_find_what_one_finds(folder, tiny
         assert done.returncode == 0, done.stderr[-3000:]
         (samples,) = (folder / name).rglob("samples_*.jsonl")
         rows = [json.loads(line) for line in samples.read_text().splitlines()]
-        found[name] = {row["doc_id"]: [float(value[0]) for value in row["filtered_resps"]] for row in rows}
+        result[name] = {row["doc_id"]: [float(value[0]) for value in row["filtered_resps"]] for row in rows}
         places[name] = {path.name: int(path.read_text()) for path in counts.iterdir()}
     assert places == {
         "one": {"rank 0 of 1": 5},
         "two": {"rank 0 of 2": 3, "rank 1 of 2": 2},
     }
-    assert len(found["one"]) == 5 and found["one"].keys() == found["two"].keys()
-    for document, values in found["one"].items():
-        assert values == pytest.approx(found["two"][document], rel=1e-5)
+    assert len(result["one"]) == 5 and result["one"].keys() == result["two"].keys()
+    for document, values in result["one"].items():
+        assert values == pytest.approx(result["two"][document], rel=1e-5)

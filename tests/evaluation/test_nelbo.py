@@ -45,12 +45,12 @@ def by_hand(model, ids, noisy, p):
 @torch.inference_mode()
 def test_nelbo_by_hand(tiny_model, text, family, batch):
     model = tiny_model(family)
-    found, (nelbo, nats, tokens) = masked_nelbo(model, *text, batch=batch), by_hand(model, *text)
-    assert torch.allclose(found.nelbo, nelbo, rtol=1e-4)
-    assert torch.allclose(found.masked_nats, nats, rtol=1e-4)
-    assert torch.equal(found.masked_tokens, tokens)
-    assert found.mean == pytest.approx(nelbo.mean().item(), rel=1e-4)
-    assert found.cross_entropy == pytest.approx((nats.sum() / tokens.sum()).item(), rel=1e-4)
+    result, (nelbo, nats, tokens) = masked_nelbo(model, *text, batch=batch), by_hand(model, *text)
+    assert torch.allclose(result.nelbo, nelbo, rtol=1e-4)
+    assert torch.allclose(result.masked_nats, nats, rtol=1e-4)
+    assert torch.equal(result.masked_tokens, tokens)
+    assert result.mean == pytest.approx(nelbo.mean().item(), rel=1e-4)
+    assert result.cross_entropy == pytest.approx((nats.sum() / tokens.sum()).item(), rel=1e-4)
 
 
 def test_a_uniform_model_costs_the_log_of_the_vocabulary(tiny_model, text):
@@ -60,9 +60,9 @@ def test_a_uniform_model_costs_the_log_of_the_vocabulary(tiny_model, text):
     ids, noisy, _ = text
     everything = torch.full_like(noisy, MASK)
     ids = ids.clamp(max=89)
-    found = masked_nelbo(model, ids, everything, torch.ones(3, 2))
+    result = masked_nelbo(model, ids, everything, torch.ones(3, 2))
     log = torch.tensor(2048.0).log().item()
-    assert found.nelbo.tolist() == pytest.approx([log] * 3, rel=1e-5) and found.cross_entropy == pytest.approx(
+    assert result.nelbo.tolist() == pytest.approx([log] * 3, rel=1e-5) and result.cross_entropy == pytest.approx(
         log, rel=1e-5
     )
     assert masked_nelbo(model, ids, everything, torch.full((3, 2), 0.5)).mean == pytest.approx(2 * log, rel=1e-5)
@@ -72,9 +72,9 @@ def test_a_uniform_model_costs_the_log_of_the_vocabulary(tiny_model, text):
 def test_the_head_runs_at_masked_positions_only(tiny_model, text, family):
     model, rows = tiny_model(family), []
     handle = model.output_head.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[0]))
-    found = masked_nelbo(model, *text, batch=2)
+    result = masked_nelbo(model, *text, batch=2)
     handle.remove()
-    assert sum(rows) == found.masked_tokens.sum() < 3 * 2 * LENGTH
+    assert sum(rows) == result.masked_tokens.sum() < 3 * 2 * LENGTH
 
 
 @pytest.mark.parametrize("family", ["llada", "dream"])
@@ -83,20 +83,20 @@ def test_few_logits_exist_at_once(tiny_model, text, family, monkeypatch):
     whole = masked_nelbo(model, *text, batch=4)
     monkeypatch.setattr(logits, "LOGIT_BYTES", 3 * 2 * 4 * 2048)  # of three positions, as they are and normalised
     handle = model.output_head.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[0]))
-    found = masked_nelbo(model, *text, batch=4)
+    result = masked_nelbo(model, *text, batch=4)
     handle.remove()
-    assert max(rows) == 3 and sum(rows) == found.masked_tokens.sum() and len(rows) > 4
-    assert torch.allclose(found.nelbo, whole.nelbo, rtol=1e-5)
+    assert max(rows) == 3 and sum(rows) == result.masked_tokens.sum() and len(rows) > 4
+    assert torch.allclose(result.nelbo, whole.nelbo, rtol=1e-5)
 
 
 def test_nothing_masked_costs_nothing(tiny_model, text):
     ids, noisy, p = text
-    found = masked_nelbo(tiny_model(), ids, ids[:, None].expand_as(noisy), p)
-    assert found.nelbo.tolist() == [0, 0, 0] and found.cross_entropy == 0
+    result = masked_nelbo(tiny_model(), ids, ids[:, None].expand_as(noisy), p)
+    assert result.nelbo.tolist() == [0, 0, 0] and result.cross_entropy == 0
 
 
 def test_mean_and_standard_error():
-    found = Nelbo(torch.tensor([1.0, 2.0, 6.0]), torch.tensor([2.0, 3.0, 5.0]), torch.tensor([1.0, 1.0, 2.0]))
-    assert found.mean == 3 and found.cross_entropy == 2.5
-    assert found.standard_error == pytest.approx((14 / 2) ** 0.5 / 3**0.5)  # sample deviation over root n
+    result = Nelbo(torch.tensor([1.0, 2.0, 6.0]), torch.tensor([2.0, 3.0, 5.0]), torch.tensor([1.0, 1.0, 2.0]))
+    assert result.mean == 3 and result.cross_entropy == 2.5
+    assert result.standard_error == pytest.approx((14 / 2) ** 0.5 / 3**0.5)  # sample deviation over root n
     assert Nelbo(torch.tensor([1.0]), torch.tensor([2.0]), torch.tensor([1.0])).standard_error == 0

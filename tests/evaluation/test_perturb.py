@@ -21,8 +21,8 @@ from structprune.evaluation.perturb import (
 def test_numbers_of_masked_tokens_of_a_block_by_hand():
     # from k on in steps of L / b = 0.75, halves to even, and round again after L = 6:
     # 3, 3.75, 4.5, 5.25, 6, 6.75, 7.5, 8.25 -> 3, 4, 4, 5, 6, 7, 8, 8; 1, 1.75, 2.5, 3.25, 4, 4.75, 5.5, 6.25
-    found = masked_counts(torch.tensor([3, 1]), length=6, block=8)
-    assert found.tolist() == [[3, 4, 4, 5, 6, 1, 2, 2], [1, 2, 2, 3, 4, 5, 6, 6]]
+    result = masked_counts(torch.tensor([3, 1]), length=6, block=8)
+    assert result.tolist() == [[3, 4, 4, 5, 6, 1, 2, 2], [1, 2, 2, 3, 4, 5, 6, 6]]
     assert masked_counts(torch.tensor([2]), length=5, block=1).tolist() == [[2]]
     assert masked_counts(torch.tensor([1]), length=1, block=8).tolist() == [[1] * 8]
     assert masked_counts(torch.tensor([10]), length=20, block=4).tolist() == [[10, 15, 20, 5]]
@@ -31,18 +31,18 @@ def test_numbers_of_masked_tokens_of_a_block_by_hand():
 def test_llada_masks_the_lowest_numbers_and_weighs_by_the_share():
     levels = torch.tensor([0.3, 0.999999], dtype=torch.float64)  # L = 4: k = 2, 4; a block of two goes on by 2
     positions = torch.tensor([[0.4, 0.1, 0.9, 0.2], [0.4, 0.1, 0.9, 0.2], [0.5, 0.6, 0.7, 0.1], [0.9, 0.3, 0.2, 0.8]])
-    found = fixed_count(levels, positions)
-    assert found.masked.long().tolist() == [[0, 1, 0, 1], [1, 1, 1, 1], [1, 1, 1, 1], [0, 1, 1, 0]]
-    assert found.weight.tolist() == [2, 1, 1, 2]
+    result = fixed_count(levels, positions)
+    assert result.masked.long().tolist() == [[0, 1, 0, 1], [1, 1, 1, 1], [1, 1, 1, 1], [0, 1, 1, 0]]
+    assert result.weight.tolist() == [2, 1, 1, 2]
     assert fixed_count(torch.tensor([1.0]), torch.rand(1, 3)).masked.all()  # a level rounded up to 1 is no L + 1
 
 
 def test_dream_masks_by_chance_but_never_the_last():
     levels = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)  # p = 0.001, 0.5005, 1
     positions = torch.tensor([[0.0009, 0.002, 0.0], [0.5, 0.501, 0.0], [0.999, 0.0, 0.0]], dtype=torch.float64)
-    found = independent(levels, positions)
-    assert found.masked.long().tolist() == [[1, 0, 0], [1, 0, 0], [1, 1, 0]]
-    assert found.weight.tolist() == pytest.approx([1000, 1 / 0.5005, 1])
+    result = independent(levels, positions)
+    assert result.masked.long().tolist() == [[1, 0, 0], [1, 0, 0], [1, 1, 0]]
+    assert result.weight.tolist() == pytest.approx([1000, 1 / 0.5005, 1])
 
 
 def test_guidance_of_the_families():
@@ -114,13 +114,13 @@ def independent_expectation(value: dict) -> float:
 
 def estimates(form: str, sampling: str, value: dict, seeds: range) -> torch.Tensor:
     """One Monte Carlo estimate per seed."""
-    found = []
+    result = []
     for seed in seeds:
         drawn = draw_uniform(FORMS[form], SAMPLES, BLOCK, LENGTH, sampling, item_generator(seed, "x"))
         samples = FORMS[form].perturb(*drawn)
         of_sample = torch.tensor([value[tuple(mask)] for mask in samples.masked.tolist()], dtype=torch.float64)
-        found.append((of_sample * samples.weight).mean())
-    return torch.stack(found)
+        result.append((of_sample * samples.weight).mean())
+    return torch.stack(result)
 
 
 @pytest.mark.parametrize("sampling", ["stratified", "published"])
@@ -129,10 +129,10 @@ def estimates(form: str, sampling: str, value: dict, seeds: range) -> torch.Tens
 )
 def test_estimates_are_unbiased(form, expectation, sampling):
     value = nats(LENGTH)
-    found, exact = estimates(form, sampling, value, range(1500)), expectation(value)
-    error = (found.std() / len(found) ** 0.5).item()
+    result, exact = estimates(form, sampling, value, range(1500)), expectation(value)
+    error = (result.std() / len(result) ** 0.5).item()
     assert error < 0.03 * exact  # so that a bias would show
-    assert abs(found.mean().item() - exact) < 3.5 * error
+    assert abs(result.mean().item() - exact) < 3.5 * error
 
 
 @pytest.mark.parametrize("form", ["fixed_count", "independent"])
@@ -144,8 +144,8 @@ def test_stratified_estimates_vary_less(form):
 
 
 def columns_of(*texts):
-    found, width = aligned_columns([torch.tensor([ord(letter) for letter in text]) for text in texts])
-    return [each.tolist() for each in found], width
+    result, width = aligned_columns([torch.tensor([ord(letter) for letter in text]) for text in texts])
+    return [each.tolist() for each in result], width
 
 
 def test_what_answers_have_in_common_shares_its_numbers():
@@ -153,8 +153,8 @@ def test_what_answers_have_in_common_shares_its_numbers():
     assert columns_of("abcd", "abXcd") == ([[0, 1, 2, 3], [0, 1, 4, 2, 3]], 5)  # inserted: a number of its own
     assert columns_of("abcd", "ad") == ([[0, 1, 2, 3], [0, 3]], 4)
     assert columns_of("abcd", "aXYZd") == ([[0, 1, 2, 3], [0, 1, 2, 4, 3]], 5)  # replaced: pairs, then its own
-    found, width = columns_of("abcd", "XabYcdZ", "dcba", "")
-    assert width == 4 + 3 + 3 and all(len(set(each)) == len(each) for each in found)
+    result, width = columns_of("abcd", "XabYcdZ", "dcba", "")
+    assert width == 4 + 3 + 3 and all(len(set(each)) == len(each) for each in result)
 
 
 def test_a_shared_token_is_masked_in_both_answers():

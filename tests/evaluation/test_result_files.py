@@ -19,15 +19,15 @@ def test_from_start_to_end(tmp_path, settings, fill, finish):
     store = ResultStore(out, settings)
     fill(store, (3, 0, 2, 1))  # as buckets come, not in order
     assert store.done("dense", "notes") == {0, 1, 2, 3} and store.done("pruned", "notes") == set()
-    found = finish(store)
-    assert [row.key for row in found.rows["dense"]["notes"]] == [str(index) for index in range(8)]
-    assert found.summary == {"items": 8} and found.settings == settings
+    result = finish(store)
+    assert [row.key for row in result.rows["dense"]["notes"]] == [str(index) for index in range(8)]
+    assert result.summary == {"items": 8} and result.settings == settings
     assert sorted(path.relative_to(out).as_posix() for path in out.rglob("*")) == [
         "items", "items/dense", "items/dense/notes.jsonl", "results.json", "settings.json",
     ]  # fmt: skip
     lines = (out / "items/dense/notes.jsonl").read_text().splitlines()
     assert [json.loads(line)["nelbo"] for line in lines] == [1, 2] * 4
-    assert read_results(out) == found
+    assert read_results(out) == result
 
 
 def test_the_same_command_again_finds_everything_done(tmp_path, settings, fill, finish):
@@ -116,7 +116,7 @@ def test_killed_before_the_summary_is_written(tmp_path, settings, fill, finish):
     store = ResultStore(tmp_path, settings)
     fill(store, range(4))
 
-    def die(found):
+    def die(result):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -32,9 +32,9 @@ def test_other_settings_are_refused_and_may_be_cleared(tmp_path, changed, words,
     if finished:
         finish(store)
     store.close()
-    with pytest.raises(UserError) as found:
+    with pytest.raises(UserError) as result:
         ResultStore(tmp_path, {**settings, **changed})
-    assert words in str(found.value) and "--overwrite" in str(found.value) and "another --out" in str(found.value)
+    assert words in str(result.value) and "--overwrite" in str(result.value) and "another --out" in str(result.value)
     clear_results(tmp_path)
     assert list(tmp_path.iterdir()) == []
     store = ResultStore(tmp_path, {**settings, **changed})
@@ -95,9 +95,9 @@ def edit(path, change):
 )
 def test_unusable_results(results, spoil, words):
     spoil(results)
-    with pytest.raises(UserError) as found:
+    with pytest.raises(UserError) as result:
         read_results(results)
-    assert words in str(found.value) and "\n" not in str(found.value)
+    assert words in str(result.value) and "\n" not in str(result.value)
 
 
 def test_a_damaged_line_before_the_last_is_told(tmp_path, settings, fill):
@@ -142,9 +142,9 @@ def test_a_damaged_chunk_is_one_line(tmp_path, change, settings, fill, finish):
     path = tmp_path / "partial" / "rank-0.jsonl"
     lines = path.read_text().splitlines()
     path.write_text("\n".join([json.dumps(json.loads(lines[0]) | change), *lines[1:]]) + "\n")
-    with pytest.raises(UserError) as found:
+    with pytest.raises(UserError) as result:
         finish(ResultStore(tmp_path, settings))
-    assert "\n" not in str(found.value)
+    assert "\n" not in str(result.value)
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", '{"format": 1, "settings": []}', '{"format": 1, "settings": {}}'])

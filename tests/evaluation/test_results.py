@@ -65,8 +65,8 @@ def test_metrics_of_kinds():
     assert metrics_of([TEXT, other]) == ["exact_match,flexible-extract"]
     assert item_parts([WINDOW], "masked_ce") == {"0": (420, 120)} and item_parts([WINDOW], "nelbo") == {"0": (3.5, 1)}
     assert metrics_of([]) == []
-    found = metric_of("exact_match,strict-match")
-    assert found.name == "exact_match,strict-match" and found.proportion and found.higher_is_better
+    result = metric_of("exact_match,strict-match")
+    assert result.name == "exact_match,strict-match" and result.proportion and result.higher_is_better
     assert all(METRICS[name].higher_is_better == (name not in ("nelbo", "masked_ce")) for name in METRICS)
 
 
@@ -98,6 +98,6 @@ def test_no_masked_token_is_no_cross_entropy():
     ],
 )
 def test_refused(make, words):
-    with pytest.raises(UserError) as found:
+    with pytest.raises(UserError) as result:
         make()
-    assert words in str(found.value) and "\n" not in str(found.value)
+    assert words in str(result.value) and "\n" not in str(result.value)

@@ -26,9 +26,9 @@ def windows(values, nats=None, tokens=None):
 
 
 def test_a_proportion():
-    found = estimate(answered("t", [True, True, True, False]), "acc")
-    assert found["value"] == 0.75 and found["error"] == pytest.approx(0.5 / 2)  # deviation of 1 1 1 0 is 0.5
-    assert (found["low"], found["high"]) == wilson(0.75, 4)
+    result = estimate(answered("t", [True, True, True, False]), "acc")
+    assert result["value"] == 0.75 and result["error"] == pytest.approx(0.5 / 2)  # deviation of 1 1 1 0 is 0.5
+    assert (result["low"], result["high"]) == wilson(0.75, 4)
 
 
 def test_wilson_as_published():
@@ -39,17 +39,17 @@ def test_wilson_as_published():
 
 
 def test_a_mean():
-    found = estimate(windows([1.0, 2.0, 6.0]), "nelbo")
+    result = estimate(windows([1.0, 2.0, 6.0]), "nelbo")
     error = math.sqrt(7 / 3)  # deviations -2, -1, 3
-    assert (found["value"], found["error"]) == (3, pytest.approx(error))
-    assert found["high"] - 3 == pytest.approx(3 - found["low"]) and found["high"] - 3 > 1.96 * error
+    assert (result["value"], result["error"]) == (3, pytest.approx(error))
+    assert result["high"] - 3 == pytest.approx(3 - result["low"]) and result["high"] - 3 > 1.96 * error
 
 
 def test_a_ratio_of_sums_and_its_error():
-    found = estimate(windows([0.0, 0.0], nats=[2.0, 10.0], tokens=[2, 2]), "masked_ce")
-    assert found["value"] == 3 and found["error"] == pytest.approx(2)  # residuals -4, 4: sqrt(32 / 2) / 2
-    found = estimate(windows([0.0, 0.0], nats=[2.0, 4.0], tokens=[1, 2]), "masked_ce")
-    assert (found["value"], found["error"]) == (2, 0)  # every token costs 2, windows of any size agree
+    result = estimate(windows([0.0, 0.0], nats=[2.0, 10.0], tokens=[2, 2]), "masked_ce")
+    assert result["value"] == 3 and result["error"] == pytest.approx(2)  # residuals -4, 4: sqrt(32 / 2) / 2
+    result = estimate(windows([0.0, 0.0], nats=[2.0, 4.0], tokens=[1, 2]), "masked_ce")
+    assert (result["value"], result["error"]) == (2, 0)  # every token costs 2, windows of any size agree
 
 
 def test_one_item_has_no_error():
@@ -57,8 +57,8 @@ def test_one_item_has_no_error():
 
 
 def test_samples_spent():
-    found = describe(answered("t", [True], samples=16) + answered("t", [True], samples=48))
-    assert (found["items"], found["samples"], found["full_samples"]) == (2, 32, 128)
+    result = describe(answered("t", [True], samples=16) + answered("t", [True], samples=48))
+    assert (result["items"], result["samples"], result["full_samples"]) == (2, 32, 128)
 
 
 def test_two_checkpoints_and_three_tasks():
@@ -72,44 +72,44 @@ def test_two_checkpoints_and_three_tasks():
         "b": answered("b", [False] * 20),
         "notes": windows([2.5] * 8),
     }
-    found = summarise({"dense": dense, "pruned": pruned}, resamples=2000)
-    assert json.loads(json.dumps(found)) == found
-    assert {task: each["main"] for task, each in found["tasks"].items()} == {
+    result = summarise({"dense": dense, "pruned": pruned}, resamples=2000)
+    assert json.loads(json.dumps(result)) == result
+    assert {task: each["main"] for task, each in result["tasks"].items()} == {
         "a": "acc",
         "b": "acc",
         "notes": "nelbo",
     }
-    assert found["average_tasks"] == ["a", "b"]  # nats are no proportion
-    assert found["average"]["dense"]["value"] == 0.5 and found["average"]["pruned"]["value"] == 0
+    assert result["average_tasks"] == ["a", "b"]  # nats are no proportion
+    assert result["average"]["dense"]["value"] == 0.5 and result["average"]["pruned"]["value"] == 0
     errors = [
-        found["checkpoints"]["dense"][task]["metrics"][name]["error"] for task, name in (("a", "acc"), ("b", "acc"))
+        result["checkpoints"]["dense"][task]["metrics"][name]["error"] for task, name in (("a", "acc"), ("b", "acc"))
     ]
-    assert found["average"]["dense"]["error"] == pytest.approx(math.hypot(*errors) / 2)
-    assert found["differences"].keys() == {"pruned"} and found["baseline"] == "dense"
-    differences = found["differences"]["pruned"]
+    assert result["average"]["dense"]["error"] == pytest.approx(math.hypot(*errors) / 2)
+    assert result["differences"].keys() == {"pruned"} and result["baseline"] == "dense"
+    differences = result["differences"]["pruned"]
     assert differences["a"]["acc_norm"] == {
         "difference": 0, "low": None, "high": None, "items": 10, "left_out": 0, "verdict": "no difference shown",
     }  # fmt: skip
     assert differences["b"]["acc"]["difference"] == -0.5 and differences["b"]["acc"]["verdict"] == "worse"
     assert differences["notes"]["nelbo"]["low"] == 0.5 and differences["notes"]["nelbo"]["verdict"] == "worse"
-    mean = found["average_differences"]["pruned"]
+    mean = result["average_differences"]["pruned"]
     assert mean["difference"] == -0.5 and mean["verdict"] == "worse" and mean["items"] == 30
     assert -0.5 - 0.5 / 2 < mean["low"] < -0.5 < mean["high"] < -0.5 + 0.5 / 2
 
 
 def test_the_first_is_the_baseline():
     rows = {name: {"notes": windows([value] * 6)} for name, value in (("y", 2.0), ("x", 1.0), ("z", 3.0))}
-    found = summarise(rows, resamples=20)
-    shown = {label: each["notes"]["nelbo"]["verdict"] for label, each in found["differences"].items()}
-    assert shown == {"x": "better", "z": "worse"} and found["average"] == {} and found["average_differences"] == {}
+    result = summarise(rows, resamples=20)
+    shown = {label: each["notes"]["nelbo"]["verdict"] for label, each in result["differences"].items()}
+    assert shown == {"x": "better", "z": "worse"} and result["average"] == {} and result["average_differences"] == {}
 
 
 def test_items_that_only_one_has_are_left_out():
     long, short = windows([1.0] * 10), windows([1.5] * 6)
-    found = summarise({"x": {"notes": long}, "y": {"notes": short}}, resamples=20)
-    difference = found["differences"]["y"]["notes"]["nelbo"]
+    result = summarise({"x": {"notes": long}, "y": {"notes": short}}, resamples=20)
+    difference = result["differences"]["y"]["notes"]["nelbo"]
     assert (difference["difference"], difference["items"], difference["left_out"]) == (0.5, 6, 4)
-    assert found["checkpoints"]["x"]["notes"]["items"] == 10
+    assert result["checkpoints"]["x"]["notes"]["items"] == 10
 
 
 def test_no_item_or_task_in_common_is_no_comparison():
@@ -119,8 +119,8 @@ def test_no_item_or_task_in_common_is_no_comparison():
 
 
 def test_one_checkpoint_has_nothing_to_be_compared_with():
-    found = summarise({"x": {"gsm8k": [Generation("gsm8k", "1", "4", "4", {"exact_match": 1.0})]}})
-    assert found["differences"] == {} and found["checkpoints"]["x"]["gsm8k"]["metrics"]["exact_match"]["value"] == 1
+    result = summarise({"x": {"gsm8k": [Generation("gsm8k", "1", "4", "4", {"exact_match": 1.0})]}})
+    assert result["differences"] == {} and result["checkpoints"]["x"]["gsm8k"]["metrics"]["exact_match"]["value"] == 1
 
 
 def test_checkpoints_without_a_common_metric():

@@ -133,8 +133,8 @@ def test_answers_end_at_eos_or_a_stop_string(tokenizer, generated, until, expect
     ],
 )
 def test_a_template_that_does_not_fit_is_told(name, has_template, chat, expected):
-    found = chat_warning([name], has_template, chat)
-    assert found is None if expected is None else expected in found
+    result = chat_warning([name], has_template, chat)
+    assert result is None if expected is None else expected in result
 
 
 def test_a_pruned_checkpoint_is_known_by_its_source(tmp_path):

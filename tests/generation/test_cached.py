@@ -19,20 +19,20 @@ def ids_of(model, seed: int = 0, rows: int = 2, length: int = 14) -> torch.Tenso
 
 
 def at(*positions: int, rows: int = 2, length: int = 14) -> torch.Tensor:
-    """The same wanted positions in every row, (R, T)."""
-    wanted = torch.zeros(rows, length, dtype=torch.bool)
-    wanted[:, list(positions)] = True
-    return wanted
+    """The same positions in every row, (R, T)."""
+    targets = torch.zeros(rows, length, dtype=torch.bool)
+    targets[:, list(positions)] = True
+    return targets
 
 
 @torch.no_grad()
-def substituted(model, old, new, wanted, span, mask=None):
+def substituted(model, old, new, targets, span, mask=None):
     """Full pass over `new` whose attention sees, outside `span`, the keys and values of a full pass over `old`."""
     outside = [place for place in range(old.shape[1]) if place not in span]
     kept, handles = [], []
     for block in model.blocks:
         handles.append(block.part("core").register_forward_pre_hook(lambda _, args: kept.append(args[1:3])))
-    encode_at(model, old, wanted, mask)
+    encode_at(model, old, targets, mask)
     [handle.remove() for handle in handles]
     stored = iter(kept)
 
@@ -43,9 +43,9 @@ def substituted(model, old, new, wanted, span, mask=None):
         return (args[0], *sides, *args[3:])
 
     handles = [block.part("core").register_forward_pre_hook(put_back) for block in model.blocks]
-    found = encode_at(model, new, wanted, mask)
+    result = encode_at(model, new, targets, mask)
     [handle.remove() for handle in handles]
-    return found
+    return result
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -60,7 +60,7 @@ def substituted(model, old, new, wanted, span, mask=None):
 )
 @torch.no_grad()
 def test_what_is_kept_is_what_the_block_began_with(tiny_model, family, form, span, padded):
-    model, wanted, block = tiny_model(family), at(6, 8), slice(6, 10)
+    model, targets, block = tiny_model(family), at(6, 8), slice(6, 10)
     mask = torch.ones(2, 14, dtype=torch.bool)
     mask[1, :3] = False
     mask = mask if padded else None
@@ -68,29 +68,29 @@ def test_what_is_kept_is_what_the_block_began_with(tiny_model, family, form, spa
     new = old.clone()
     new[:, [6, 7]] = 1234
     cache = KeyValueCache(model, form)
-    first = cache.encode(old, wanted, mask, [0, 1], block)
-    assert torch.equal(first, encode_at(model, old, wanted, mask))
-    assert (cache.encode(old, wanted, mask, [0, 1], block) - first).abs().max() < 1e-5  # nothing changed: exact
-    found = cache.encode(new, wanted, mask, [0, 1], block)
-    assert (found - substituted(model, old, new, wanted, span, mask)).abs().max() < 1e-5
-    full = encode_at(model, new, wanted, mask)
-    assert (found - full).abs().max() > 1e-3  # approximate
+    first = cache.encode(old, targets, mask, [0, 1], block)
+    assert torch.equal(first, encode_at(model, old, targets, mask))
+    assert (cache.encode(old, targets, mask, [0, 1], block) - first).abs().max() < 1e-5  # nothing changed: exact
+    result = cache.encode(new, targets, mask, [0, 1], block)
+    assert (result - substituted(model, old, new, targets, span, mask)).abs().max() < 1e-5
+    full = encode_at(model, new, targets, mask)
+    assert (result - full).abs().max() > 1e-3  # approximate
     again = cache.encode(new, at(11, 12), mask, [0, 1], slice(10, 14))  # another block
     assert (again - encode_at(model, new, at(11, 12), mask)).abs().max() < 1e-5
 
 
 @torch.no_grad()
 def test_rows_may_leave_and_a_new_one_starts_again(tiny_model):
-    model, wanted, block, old = tiny_model(), at(7, rows=3), slice(6, 10), ids_of(None, rows=3)
+    model, targets, block, old = tiny_model(), at(7, rows=3), slice(6, 10), ids_of(None, rows=3)
     new = old.clone()
     new[:, 6] = 55
     cache = KeyValueCache(model, "dual")
-    cache.encode(old, wanted, None, [4, 2, 9], block)
-    all_rows = cache.encode(new, wanted, None, [4, 2, 9], block)  # (3, C)
-    found = cache.encode(new[[0, 2]], wanted[[0, 2]], None, [4, 9], block)
-    assert (found - all_rows[[0, 2]]).abs().max() < 1e-5
-    fresh = cache.encode(new, wanted, None, [4, 2, 7], block)
-    assert torch.equal(fresh, encode_at(model, new, wanted))
+    cache.encode(old, targets, None, [4, 2, 9], block)
+    all_rows = cache.encode(new, targets, None, [4, 2, 9], block)  # (3, C)
+    result = cache.encode(new[[0, 2]], targets[[0, 2]], None, [4, 9], block)
+    assert (result - all_rows[[0, 2]]).abs().max() < 1e-5
+    fresh = cache.encode(new, targets, None, [4, 2, 7], block)
+    assert torch.equal(fresh, encode_at(model, new, targets))
 
 
 def spans_run(model, settings, prompts, **options) -> list[tuple[int, int]]:
@@ -121,8 +121,8 @@ def test_which_positions_run(tiny_model, family, settings, form, expected):
 
 def test_refreshing_within_a_block(tiny_model):
     settings = LLaDAGeneration(12, 6, 12)
-    found = spans_run(tiny_model(), settings, PROMPTS[:1], cache="prefix", refresh=2)
-    assert [count for _, count in found] == [21, 12] * 3
+    result = spans_run(tiny_model(), settings, PROMPTS[:1], cache="prefix", refresh=2)
+    assert [count for _, count in result] == [21, 12] * 3
 
 
 @pytest.mark.parametrize("family, form, settings", CASES)
@@ -162,8 +162,8 @@ def test_rows_that_end_leave_the_cache(tiny_model):
     seen = spans_run(tiny_model(), settings, PROMPTS[:2], **options)
     assert [rows for rows, _ in seen] == [2] * 4 + [1] * 8
     options["generator"] = torch.Generator().manual_seed(0)
-    found = generate(tiny_model(), PROMPTS[:2], settings, options=Options(**options))
-    assert torch.equal(found[1], free[1]) and found[0][-8:].tolist() == [eos] * 8
+    result = generate(tiny_model(), PROMPTS[:2], settings, options=Options(**options))
+    assert torch.equal(result[1], free[1]) and result[0][-8:].tolist() == [eos] * 8
 
 
 def test_hooks_are_gone_afterwards(tiny_model):

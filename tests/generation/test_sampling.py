@@ -30,8 +30,8 @@ def test_dreams_counts_are_truncated_per_row():
 
 
 def test_guidance():
-    found = sampling.guided(torch.tensor([[2.0, 0.0]]), torch.tensor([[1.0, 4.0]]), 0.5)
-    assert found.tolist() == [[2.5, -2.0]]  # 1 + 1.5 · 1, 4 + 1.5 · (-4)
+    result = sampling.guided(torch.tensor([[2.0, 0.0]]), torch.tensor([[1.0, 4.0]]), 0.5)
+    assert result.tolist() == [[2.5, -2.0]]  # 1 + 1.5 · 1, 4 + 1.5 · (-4)
 
 
 @pytest.mark.parametrize(
@@ -39,9 +39,9 @@ def test_guidance():
 )
 def test_top_p_keeps_the_token_that_passes_the_sum(top_p, kept):
     logits = logs(0.05, 0.5, 0.15, 0.3)
-    found = sampling.top_p_filter(logits, top_p)
-    assert found.isfinite()[0].nonzero().flatten().tolist() == kept
-    assert torch.equal(found[0, kept], logits[0, kept])
+    result = sampling.top_p_filter(logits, top_p)
+    assert result.isfinite()[0].nonzero().flatten().tolist() == kept
+    assert torch.equal(result[0, kept], logits[0, kept])
 
 
 def test_top_k_keeps_ties_with_the_last():
@@ -80,8 +80,8 @@ def test_tokens_have_the_tempered_distribution(settings):
     logits = logs(0.6, 0.3, 0.1)
     tempered = (logits / 2).softmax(-1)[0]  # (V,)
     shaped = settings.shape_logits(logits)  # (1, V)
-    found = sampling.gumbel_choice(shaped.expand(40_000, 3), settings.draw_temperature, uniform).bincount() / 40_000
-    assert found.tolist() == pytest.approx(tempered.tolist(), abs=0.01)
+    result = sampling.gumbel_choice(shaped.expand(40_000, 3), settings.draw_temperature, uniform).bincount() / 40_000
+    assert result.tolist() == pytest.approx(tempered.tolist(), abs=0.01)
     expected = 0.3 if type(settings) is LLaDAGeneration else -(tempered * -tempered.log()).sum().item()
     assert settings.confidence(shaped, torch.tensor([1])).item() == pytest.approx(expected)
 
@@ -118,9 +118,9 @@ def test_confidences():
 def test_top_positions():
     scores = torch.tensor([[0.5, 0.9, 0.5, 0.8], [0.1, 0.2, 0.3, 0.4], [0.7, 0.7, 0.7, 0.7], [0.3, 0.2, 0.1, 0.0]])
     eligible = torch.tensor([[1, 1, 1, 0], [1, 0, 1, 0], [0, 1, 1, 1], [1, 1, 1, 1]]).bool()
-    found = sampling.top_positions(scores, eligible, torch.tensor([2, 4, 2, 0]))
+    result = sampling.top_positions(scores, eligible, torch.tensor([2, 4, 2, 0]))
     # the best allowed and the earlier of two equal; all there are; the earlier ones; none
-    assert found.long().tolist() == [[1, 1, 0, 0], [1, 0, 1, 0], [0, 1, 1, 0], [0, 0, 0, 0]]
+    assert result.long().tolist() == [[1, 1, 0, 0], [1, 0, 1, 0], [0, 1, 1, 0], [0, 0, 0, 0]]
 
 
 def test_alg_temp_draws_positions_from_the_softmax_of_confidence():
@@ -142,5 +142,5 @@ def test_origin_reveals_each_mask_with_its_share():
     scores = torch.tensor([[0.19, 0.21, 0.26, 0.99]], dtype=torch.float64)
     eligible = torch.tensor([[True, True, True, True]])
     counts = settings.counts(0, torch.tensor([4]), torch.tensor([4]))
-    found = [settings.reveal(step, scores, eligible, counts).sum().item() for step in range(4)]
-    assert found == [1, 2, 3, 4]
+    result = [settings.reveal(step, scores, eligible, counts).sum().item() for step in range(4)]
+    assert result == [1, 2, 3, 4]

@@ -20,26 +20,26 @@ def full_logits(model, ids: torch.Tensor, attention_mask=None) -> torch.Tensor:
 def test_wanted_positions_equal_the_full_forward_pass(tiny_model, family, padded):
     model, generator = tiny_model(family), torch.Generator().manual_seed(0)
     ids = torch.randint(0, 2000, (3, 11), generator=generator)
-    wanted = torch.rand(3, 11, generator=generator) < 0.5
-    wanted[0, :2], wanted[2] = True, False  # the first position too; a row without any
+    targets = torch.rand(3, 11, generator=generator) < 0.5
+    targets[0, :2], targets[2] = True, False  # the first position too; a row without any
     mask = torch.ones_like(ids)
     mask[1, :4] = 0
-    wanted[1, :5] = False  # nothing is asked of padding, nor of what a shift would take from it
+    targets[1, :5] = False  # nothing is asked of padding, nor of what a shift would take from it
     mask = mask if padded else None
-    found = model.output_head(encode_at(model, ids, wanted, mask))  # (M, V)
-    assert found.shape == (wanted.sum(), 2048)
-    assert torch.allclose(found, full_logits(model, ids, mask)[wanted], atol=2e-5)
-    assert encode_at(model, ids, torch.zeros_like(wanted)).shape == (0, 32)
+    result = model.output_head(encode_at(model, ids, targets, mask))  # (M, V)
+    assert result.shape == (targets.sum(), 2048)
+    assert torch.allclose(result, full_logits(model, ids, mask)[targets], atol=2e-5)
+    assert encode_at(model, ids, torch.zeros_like(targets)).shape == (0, 32)
 
 
 @torch.inference_mode()
 def test_padding_is_not_attended_to(tiny_model):
     model = tiny_model()
-    ids, wanted = torch.arange(1, 9)[None], torch.tensor([[False] * 5 + [True] * 3])
+    ids, targets = torch.arange(1, 9)[None], torch.tensor([[False] * 5 + [True] * 3])
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1]])
-    padded = encode_at(model, ids, wanted, mask)
-    assert torch.allclose(padded, encode_at(model, ids[:, 2:], wanted[:, 2:]), atol=1e-5)
-    assert (padded - encode_at(model, ids, wanted)).abs().max() > 1e-2
+    padded = encode_at(model, ids, targets, mask)
+    assert torch.allclose(padded, encode_at(model, ids[:, 2:], targets[:, 2:]), atol=1e-5)
+    assert (padded - encode_at(model, ids, targets)).abs().max() > 1e-2
 
 
 @torch.inference_mode()
@@ -47,9 +47,9 @@ def test_the_last_block_ends_at_the_wanted_positions(tiny_model):
     model, shapes = tiny_model(), []
     for block in model.blocks:
         block.part("down").register_forward_hook(lambda module, inputs, output: shapes.append(tuple(output.shape)))
-    wanted = torch.zeros(2, 6, dtype=torch.bool)
-    wanted[0, 1] = wanted[1, 3] = wanted[1, 5] = True
-    encode_at(model, torch.zeros(2, 6, dtype=torch.long), wanted)
+    targets = torch.zeros(2, 6, dtype=torch.bool)
+    targets[0, 1] = targets[1, 3] = targets[1, 5] = True
+    encode_at(model, torch.zeros(2, 6, dtype=torch.long), targets)
     assert shapes == [(2, 6, 32), (2, 6, 32), (3, 32)]
 
 

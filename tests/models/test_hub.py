@@ -115,8 +115,8 @@ def test_model_is_named_by_its_hub_id(hub, remote):
 
 def test_inspect_downloads_no_weights_and_shows_the_hub_id(hub, remote):
     here, asked = hub(remote)
-    found = inspect_checkpoint(HUB_ID, Config.load(None, {"structured.ratio": 0.3, "calibration.length": 32}))
-    assert found["source"] == HUB_ID and found["stored_dtype"] == "float32"
+    result = inspect_checkpoint(HUB_ID, Config.load(None, {"structured.ratio": 0.3, "calibration.length": 32}))
+    assert result["source"] == HUB_ID and result["stored_dtype"] == "float32"
     assert "*.safetensors" not in sum(asked, []) and not list(here.glob("*.safetensors"))
 
 
@@ -135,8 +135,8 @@ def test_headers_of_a_hub_id_come_by_range_requests(hub, remote, monkeypatch):
     here, _ = hub(remote)
     monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", served(remote, dtype="BF16"))
     (remote / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00001.safetensors"}}')
-    found = inspect_checkpoint(HUB_ID, Config.load(None, {"structured.ratio": 0.3, "calibration.length": 32}))
-    assert found["stored_dtype"] == "bfloat16"  # the header's, where config.json says float32
+    result = inspect_checkpoint(HUB_ID, Config.load(None, {"structured.ratio": 0.3, "calibration.length": 32}))
+    assert result["stored_dtype"] == "bfloat16"  # the header's, where config.json says float32
     headers = stored_headers(HUB_ID, here)
     assert headers["model.transformer.wte.weight"].shape == (2048, 32)
     assert headers["model.transformer.wte.weight"].shard == "model-00001-of-00001.safetensors"

@@ -61,7 +61,7 @@ def test_an_exception_brings_the_weights_home(tiny_model):
 @pytest.mark.slow
 @pytest.mark.parametrize("score", ["obs", "wanda", "fluctuation"])
 def test_a_streamed_run_gives_the_same_model(score, tiny_checkpoint, text_path, cpu_accelerator):
-    found = []
+    result = []
     for offload in (False, True):
         config = Config.load(overrides={
             "structured.ratio": 0.4, "structured.score": score, "structured.arm": "masked+sink",
@@ -69,11 +69,11 @@ def test_a_streamed_run_gives_the_same_model(score, tiny_checkpoint, text_path, 
             "calibration.held_out": 2, "calibration.length": 16, "calibration.interval": 25,
             "structured.split_candidates": 2, "structured.split_windows": 2, "reconstruct.constant": score == "obs",
         })  # fmt: skip
-        found.append(prune(load_model(tiny_checkpoint(name=f"{score}-{offload}")), config))
-    assert found[0].plan == found[1].plan
-    ours, theirs = (pruned.model.state_dict() for pruned in found)
+        result.append(prune(load_model(tiny_checkpoint(name=f"{score}-{offload}")), config))
+    assert result[0].plan == result[1].plan
+    ours, theirs = (pruned.model.state_dict() for pruned in result)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert not any(module._forward_hooks for module in found[1].model.modules())
+    assert not any(module._forward_hooks for module in result[1].model.modules())
 
 
 MASKS = {
@@ -85,17 +85,17 @@ MASKS = {
 
 @pytest.mark.parametrize("case", MASKS)
 def test_streamed_masks_are_the_same(case, tiny_checkpoint, text_path, cpu_accelerator):
-    found = []
+    result = []
     for offload in (False, True):
         config = Config.load(overrides=MASKS[case] | {
             "method": "unstructured", "memory.offload": offload, "calibration.source": str(text_path),
             "calibration.windows": 3, "calibration.held_out": 2, "calibration.length": 16, "calibration.interval": 25,
         })  # fmt: skip
         made = prune(load_model(tiny_checkpoint(name=f"masks-{offload}")), config)
-        found.append(made.model.state_dict())
+        result.append(made.model.state_dict())
         assert not any(module._forward_hooks for module in made.model.modules())
-    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
-    assert sum(int((value == 0).sum()) for value in found[0].values()) > 1000
+    assert all(torch.equal(result[0][name], result[1][name]) for name in result[0])
+    assert sum(int((value == 0).sum()) for value in result[0].values()) > 1000
 
 
 def test_what_cannot_be_streamed_is_refused(tiny_checkpoint, tiny_model):
@@ -116,9 +116,9 @@ def test_resources_are_what_the_settings_say():
     """A dry run takes a device that is not on this machine, and a run refuses it; both refuse unknown names."""
     elsewhere = ModelSettings(device="cuda:99", dtype="float16")
     memory = MemorySettings(offload=True, overlap=True, budget_gb=1.5)
-    found = resolve_resources(elsewhere, memory, dry_run=True)
-    assert found == Resources(torch.device("cuda:99"), True, True, torch.float16, 1_500_000_000)
-    assert found.accelerator and found.stream_target == found.device and found.home == CPU
+    result = resolve_resources(elsewhere, memory, dry_run=True)
+    assert result == Resources(torch.device("cuda:99"), True, True, torch.float16, 1_500_000_000)
+    assert result.accelerator and result.stream_target == result.device and result.home == CPU
     stays = resolve_resources(elsewhere, MemorySettings(), dry_run=True)
     assert stays.accelerator and stays.stream_target is None and stays.home == stays.device
     with pytest.raises(UserError, match=r"device 'cuda:99' is not on this machine \(\d+ CUDA devices\): use cpu"):

@@ -138,9 +138,9 @@ def test_it_generates_with_the_sampler_of_its_row(checkpoint):
 
 def test_it_is_evaluated(checkpoint, text_path, piqa, eval_settings, tmp_path):
     settings = eval_settings(text_path, [f"piqa:{piqa}"])
-    found = evaluate([str(checkpoint)], settings, tmp_path / "results").summary["checkpoints"]["toy"]
-    assert 6 < found["text.txt"]["metrics"]["nelbo"]["value"] < 9  # log 2048 = 7.6
-    assert found[f"piqa:{piqa.name}"]["items"] == 6
+    result = evaluate([str(checkpoint)], settings, tmp_path / "results").summary["checkpoints"]["toy"]
+    assert 6 < result["text.txt"]["metrics"]["nelbo"]["value"] < 9  # log 2048 = 7.6
+    assert result[f"piqa:{piqa.name}"]["items"] == 6
 
 
 @pytest.mark.parametrize("changes, message", [

@@ -26,8 +26,8 @@ def test_equal_content_gives_equal_bytes(tmp_path):
     places = [header.index(f'"{key}"'.encode()) for key in sorted(METADATA)]
     assert places == sorted(places)
     assert metadata_of(tmp_path / "one") == METADATA
-    found = load_file(tmp_path / "one")
-    assert found.keys() == TENSORS.keys() and all(torch.equal(found[name], TENSORS[name]) for name in TENSORS)
+    result = load_file(tmp_path / "one")
+    assert result.keys() == TENSORS.keys() and all(torch.equal(result[name], TENSORS[name]) for name in TENSORS)
 
 
 def test_any_text_can_be_in_the_metadata(tmp_path):
@@ -43,8 +43,8 @@ def test_any_text_can_be_in_the_metadata(tmp_path):
 def test_views_and_shared_memory(tmp_path):
     whole = torch.arange(12).view(3, 4)
     write_tensors(tmp_path / "views", {"all": whole, "turned": whole.T, "part": whole[1:, ::2]}, {})
-    found = load_file(tmp_path / "views")
-    assert torch.equal(found["turned"], whole.T) and found["part"].tolist() == [[4, 6], [8, 10]]
+    result = load_file(tmp_path / "views")
+    assert torch.equal(result["turned"], whole.T) and result["part"].tolist() == [[4, 6], [8, 10]]
 
 
 @pytest.mark.parametrize("step", ["save_file", "raw_header"])

@@ -222,6 +222,6 @@ def test_a_weight_changed_after_its_fetch_is_fetched_again(how, tiny_model, monk
             query.weight.mul_(2)
         else:
             query.weight.data = query.weight * 2
-        found = query(torch.ones(1, 32))
+        result = query(torch.ones(1, 32))
     assert torch.equal(before[0], before[1])
-    assert torch.allclose(found, torch.ones(1, 32) @ query.weight.T)
+    assert torch.allclose(result, torch.ones(1, 32) @ query.weight.T)

@@ -17,13 +17,13 @@ def spread(middle: float) -> dict:
 
 
 def row(model: str, ms: float, macs: int, **more) -> dict:
-    found = {
+    actual = {
         "mode": "eager", "batch": 1, "length": 512, "model": model, "ms": spread(ms), "macs": macs,
         "tokens_per_second": 1e5 / ms, "macs_removed": 1 - macs / 10**10, "peak_above_weights": 30_000_000,
     }  # fmt: skip
     if model != "dense":
-        found |= {"speedup": spread(200 / ms), "ideal_share": spread((1 - ms / 200) / (1 - macs / 10**10))}
-    return found | more
+        actual |= {"speedup": spread(200 / ms), "ideal_share": spread((1 - ms / 200) / (1 - macs / 10**10))}
+    return actual | more
 
 
 RESULT = {
@@ -136,12 +136,12 @@ def test_latency_and_what_macs_alone_would_give(axes):
 def test_shares_of_the_ideal_in_percent(axes):
     """Three things measured, one pruned model: its share of each, from top to bottom."""
     draw_ideal(axes, RESULT["forward"] + RESULT["generation"])
-    (found,) = axes.containers
-    assert found.get_label() == "half" and [line.get_xdata()[0] for line in axes.get_lines()[:2]] == [100, 90]
-    assert list(found.lines[0].get_xdata()) == pytest.approx([90, 80, 100 * 0.945 / 0.95])
-    assert list(found.lines[0].get_ydata()) == [0, 1, 2]
+    (actual,) = axes.containers
+    assert actual.get_label() == "half" and [line.get_xdata()[0] for line in axes.get_lines()[:2]] == [100, 90]
+    assert list(actual.lines[0].get_xdata()) == pytest.approx([90, 80, 100 * 0.945 / 0.95])
+    assert list(actual.lines[0].get_ydata()) == [0, 1, 2]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["forward", "generation", "generation, dual cache"]
-    low, high = (segment[0] for segment in found.lines[2][0].get_segments()[0])
+    low, high = (segment[0] for segment in actual.lines[2][0].get_segments()[0])
     assert (low, high) == pytest.approx((81, 108)) and axes.get_ylim()[0] > axes.get_ylim()[1]
 
 

@@ -38,22 +38,22 @@ def test_everything_is_measured_and_written(pair, tmp_path, capsys):
     more = ["--batch", "1,2", "--block-length", "4", "--cache", "all"]
     assert main(["bench", *pair, "--out", str(out), *QUICK, *more]) == 0
     assert {path.name for path in out.iterdir()} == {"bench.json", "latency.png", "ideal.png", "memory.png"}
-    found = json.loads((out / "bench.json").read_text())
-    assert [(row["batch"], row["model"]) for row in found["forward"]] == [
+    actual = json.loads((out / "bench.json").read_text())
+    assert [(row["batch"], row["model"]) for row in actual["forward"]] == [
         (batch, name) for batch in (1, 2) for name in ("dense", "small")
     ]
-    assert [(row["batch"], row["cache"]) for row in found["generation"][::2]] == [
+    assert [(row["batch"], row["cache"]) for row in actual["generation"][::2]] == [
         (batch, cache) for batch in (1, 2) for cache in ("none", "prefix", "dual")
     ]
     models = [load_model(path) for path in pair]
-    for row, model in zip(found["models"], models):
+    for row, model in zip(actual["models"], models):
         assert row["parameters"] == model.num_parameters() and row["bytes"] == 4 * row["parameters"]
         assert row["widths"][0] == {"query_heads": 4, "kv_heads": 4, "channels": model.config.mlp_hidden_size}
     # of a block's 4 x 32 x 32 + 3 x 32 x 48
-    assert found["models"][1]["removed"] == pytest.approx(3 * 32 * 24 / (4 * 32 * 32 + 3 * 32 * 48))
-    assert found["forward"][3]["macs"] == 2 * forward_macs(Adapter(models[1]), 24)
-    assert found["settings"]["sampler"]["block_length"] == 4 and found["settings"]["device"] == "cpu"
-    assert found["machine"]["torch"] == torch.__version__ and found["semi_structured"] is None
+    assert actual["models"][1]["removed"] == pytest.approx(3 * 32 * 24 / (4 * 32 * 32 + 3 * 32 * 48))
+    assert actual["forward"][3]["macs"] == 2 * forward_macs(Adapter(models[1]), 24)
+    assert actual["settings"]["sampler"]["block_length"] == 4 and actual["settings"]["device"] == "cpu"
+    assert actual["machine"]["torch"] == torch.__version__ and actual["semi_structured"] is None
     said = capsys.readouterr().out
     assert "of ideal" in said and "1 x 24, dual" in said and "latency.png" in said
 
@@ -67,8 +67,8 @@ def test_dream_has_no_blocks(tiny_checkpoint, tmp_path, capsys):
         ["bench", checkpoint, "--out", str(out), *QUICK, "--block-length", "4"], capsys, out
     )
     assert main(["bench", checkpoint, "--out", str(out), *QUICK, "--cache", "all", "--no-plots"]) == 0
-    found = json.loads((out / "bench.json").read_text())
-    assert [row["cache"] for row in found["generation"]] == ["none", "prefix"]
+    actual = json.loads((out / "bench.json").read_text())
+    assert [row["cache"] for row in actual["generation"]] == ["none", "prefix"]
     assert [path.name for path in out.iterdir()] == ["bench.json"]
 
 
@@ -93,13 +93,13 @@ def test_compiled_rows_follow_the_eager_ones(pair, tmp_path, monkeypatch):
     monkeypatch.setattr(latency, "elapsed", watched)
     monkeypatch.setattr(workloads, "peak_above", watched)
     settings = BenchSettings((1,), (24,), 8, 4, 4, ("all",), compiled=True, rounds=1, generation_rounds=1)
-    found = bench(pair, settings, BenchOutput(tmp_path / "made", plots=False)).result
-    assert [row["mode"] for row in found["forward"]] == ["eager"] * 2 + ["compiled"] * 2
-    assert [(row["mode"], row["cache"]) for row in found["generation"][::2]] == [
+    actual = bench(pair, settings, BenchOutput(tmp_path / "made", plots=False)).result
+    assert [row["mode"] for row in actual["forward"]] == ["eager"] * 2 + ["compiled"] * 2
+    assert [(row["mode"], row["cache"]) for row in actual["generation"][::2]] == [
         ("eager", "none"), ("eager", "prefix"), ("eager", "dual"), ("compiled", "none")
     ]  # fmt: skip
     for part in ("forward", "generation"):
-        counts = {mode: [row["macs"] for row in found[part] if row["mode"] == mode] for mode in ("eager", "compiled")}
+        counts = {mode: [row["macs"] for row in actual[part] if row["mode"] == mode] for mode in ("eager", "compiled")}
         assert counts["compiled"] == counts["eager"][:2]
     assert graphs and set(made) == {0}
 
@@ -112,11 +112,11 @@ def test_two_of_four_without_kernels_says_so_and_goes_on(pair, tmp_path, capsys)
     assert main([*made, "--set", "reconstruct.enabled=false", "--set", "calibration.held_out=0"]) == 0
     capsys.readouterr()
     assert main(["bench", pair[0], str(masked), *nothing[2:], "--no-plots"]) == 0
-    found = json.loads((out / "bench.json").read_text())
-    assert found["semi_structured"] == {
+    actual = json.loads((out / "bench.json").read_text())
+    assert actual["semi_structured"] == {
         "refused": "torch has no 2:4 kernels for device cpu", "models": {"masked": {}}
     }  # fmt: skip
-    assert found["generation"] == [] and found["forward"][1]["ideal_share"] is None
+    assert actual["generation"] == [] and actual["forward"][1]["ideal_share"] is None
     assert "2:4 kernels were not measured: torch has no 2:4 kernels for device cpu" in capsys.readouterr().out
 
 
@@ -131,10 +131,10 @@ def test_two_of_four_with_kernels(pair, tmp_path, monkeypatch):
     monkeypatch.setattr(bench_run, "refusal", lambda device, dtype: None)
     monkeypatch.setattr(semi_structured, "convert", lambda weight: weight.clone())
     settings = BenchSettings((1, 2), (8, 16), 0, semi_structured=True, rounds=1, warmup=0)
-    found = bench([pair[0], str(checkpoint)], settings, BenchOutput(tmp_path / "made", plots=False)).result[
+    actual = bench([pair[0], str(checkpoint)], settings, BenchOutput(tmp_path / "made", plots=False)).result[
         "semi_structured"
     ]
-    (label, rows), *others = found["models"].items()
+    (label, rows), *others = actual["models"].items()
     assert (label, others) == ("masked", [])
     shapes = [(row["outputs"], row["inputs"], row["tokens"]) for row in rows["shapes"]]
     assert len(shapes) == len(set(shapes)) == 3 * 3  # three shapes at 8, 16 and 32 tokens
@@ -191,8 +191,8 @@ def test_a_compiled_cache_is_not_put_in_the_place_of_another(pair, tmp_path, mon
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda *a, **k: compile(*a, **(k | {"backend": "eager"})))
     settings = BenchSettings((1,), (24,), 8, 4, 4, ("dual",), compiled=True, rounds=1, generation_rounds=1)
-    found = bench(pair[:1], settings, BenchOutput(tmp_path / "made", plots=False)).result
-    assert [(row["mode"], row["cache"]) for row in found["generation"]] == [("eager", "dual")]
+    actual = bench(pair[:1], settings, BenchOutput(tmp_path / "made", plots=False)).result
+    assert [(row["mode"], row["cache"]) for row in actual["generation"]] == [("eager", "dual")]
 
 
 def test_another_mask_token_is_refused_where_text_is_generated(pair, tiny_checkpoint, tmp_path, capsys):

@@ -32,8 +32,8 @@ def test_the_demo_measures_saves_and_draws(small_demo, tmp_path, capsys):
     out = tmp_path / "made"
     assert main(["demo", "--out", str(out)]) == 0
     said = capsys.readouterr().out
-    found = json.loads((out / "demo.json").read_text())
-    assert [(row["method"], row["ratio"]) for row in found["rows"]] == [
+    result = json.loads((out / "demo.json").read_text())
+    assert [(row["method"], row["ratio"]) for row in result["rows"]] == [
         (name, ratio) for name in ("structprune", "FLAP", "magnitude") for ratio in (0.3, 0.5)
     ]
     assert {path.name for path in out.iterdir()} == {
@@ -41,7 +41,7 @@ def test_the_demo_measures_saves_and_draws(small_demo, tmp_path, capsys):
         "nelbo.png",
         *(f"{name}-{ratio}" for name in ("structprune", "flap", "magnitude") for ratio in (0.3, 0.5)),
     }
-    for row in found["rows"]:
+    for row in result["rows"]:
         weights = out / f"{row['method'].lower()}-{row['ratio']}" / "model.safetensors"
         assert row["bytes"] == weights.stat().st_size and row["latency_ms"] > 0
         # half a rounding step of one block, or of all five
@@ -50,7 +50,7 @@ def test_the_demo_measures_saves_and_draws(small_demo, tmp_path, capsys):
         assert saved.num_parameters() == row["parameters"]
     assert (out / "nelbo.png").read_bytes().startswith(b"\x89PNG")
     assert max(len(line) for line in said.splitlines() if "±" in line) <= 80
-    assert found["run"]["peak_memory_bytes"]["host"] > 0
+    assert result["run"]["peak_memory_bytes"]["host"] > 0
 
 
 def test_an_existing_output_is_kept(small_demo, tmp_path, capsys):

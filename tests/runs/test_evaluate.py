@@ -21,12 +21,12 @@ pytestmark = pytest.mark.slow
 def test_every_kind_of_unit(family, eval_checkpoint, text_path, piqa, gsm8k, tmp_path, eval_settings):
     tasks = [f"piqa:{piqa}", f"gsm8k:{gsm8k}"]
     options = {"gen_length": 8, "steps": 8} | ({"block_length": 8} if family == "llada" else {})
-    found = evaluate(
+    result = evaluate(
         [str(eval_checkpoint(family))],
         eval_settings(text_path, tasks, evaluation__generation=options),
         tmp_path / "out",
     )
-    (rows,) = found.results.rows.values()
+    (rows,) = result.results.rows.values()
     assert {task: len(each) for task, each in rows.items()} == {
         "text.txt": 20,
         "piqa:piqa.jsonl": 6,
@@ -36,14 +36,14 @@ def test_every_kind_of_unit(family, eval_checkpoint, text_path, piqa, gsm8k, tmp
     row = rows["piqa:piqa.jsonl"][2]
     assert row.metrics == {"acc": float(row.choice == 0), "acc_norm": float(row.choice_norm == 0)} and row.samples == 8
     assert rows["gsm8k:gsm8k.jsonl"][0].metrics.keys() == {"exact_match,strict-match", "exact_match,flexible-extract"}
-    assert found.summary["tasks"]["gsm8k:gsm8k.jsonl"]["main"] == "exact_match,strict-match"
+    assert result.summary["tasks"]["gsm8k:gsm8k.jsonl"]["main"] == "exact_match,strict-match"
     assert not (tmp_path / "out" / "partial").exists()
 
 
 def test_a_window_is_its_own_masked_nelbo(eval_checkpoint, text_path, tmp_path, eval_settings):
     one = eval_checkpoint()
-    found = evaluate([str(one)], eval_settings(text_path), tmp_path / "out")
-    ((rows,),) = [tasks.values() for tasks in found.results.rows.values()]
+    result = evaluate([str(one)], eval_settings(text_path), tmp_path / "out")
+    ((rows,),) = [tasks.values() for tasks in result.results.rows.values()]
     from structprune.runs.evaluation_request import prepare
 
     (subject,) = prepare([str(one)], eval_settings(text_path))
@@ -59,11 +59,11 @@ def test_a_window_is_its_own_masked_nelbo(eval_checkpoint, text_path, tmp_path, 
 def test_the_first_checkpoint_is_compared_with(eval_checkpoint, text_path, piqa, tmp_path, eval_settings):
     names = [str(eval_checkpoint(seed=seed, name=f"model-{seed}")) for seed in (0, 1)]
     names.append(shutil.copytree(names[0], tmp_path / "same").as_posix())
-    found = evaluate(names, eval_settings(text_path, [f"piqa:{piqa}"]), tmp_path / "out")
-    assert found.summary["baseline"] == "model-0"
-    same = found.summary["differences"]["same"]["text.txt"]["nelbo"]
+    result = evaluate(names, eval_settings(text_path, [f"piqa:{piqa}"]), tmp_path / "out")
+    assert result.summary["baseline"] == "model-0"
+    same = result.summary["differences"]["same"]["text.txt"]["nelbo"]
     assert same["difference"] == 0 and same["verdict"] == "no difference shown"  # common noise: exactly the same
-    other = found.summary["differences"]["model-1"]["text.txt"]["nelbo"]
+    other = result.summary["differences"]["model-1"]["text.txt"]["nelbo"]
     assert other["difference"] != 0 and other["items"] == 20 and other["low"] < other["difference"] < other["high"]
 
 
@@ -96,16 +96,16 @@ def test_an_earlier_run_is_compared_with(eval_checkpoint, text_path, piqa, tmp_p
     tasks = [f"piqa:{piqa}"]
     evaluate([str(eval_checkpoint(name="dense"))], eval_settings(text_path, tasks), tmp_path / "first")
     later = eval_settings(text_path, tasks, evaluation__limit=4, evaluation__samples=4)
-    found = evaluate([str(eval_checkpoint(seed=1, name="small"))], later, tmp_path / "out", against=tmp_path / "first")
-    assert found.summary["baseline"] == "first-dense"
-    shared = found.summary["differences"]["small"]["piqa:piqa.jsonl"]["acc"]
+    result = evaluate([str(eval_checkpoint(seed=1, name="small"))], later, tmp_path / "out", against=tmp_path / "first")
+    assert result.summary["baseline"] == "first-dense"
+    shared = result.summary["differences"]["small"]["piqa:piqa.jsonl"]["acc"]
     assert (shared["items"], shared["left_out"]) == (4, 2)
-    assert found.summary["differences"]["small"]["text.txt"]["nelbo"]["items"] == 20
-    assert found.warnings == (
+    assert result.summary["differences"]["small"]["text.txt"]["nelbo"]["items"] == 20
+    assert result.warnings == (
         f"piqa:piqa.jsonl was evaluated with other settings in '{tmp_path / 'first'}': samples was 8 and is 4",
     )
     kept = json.loads((tmp_path / "out" / "against.json").read_text())
-    assert kept["summary"] == json.loads(json.dumps(found.summary))
+    assert kept["summary"] == json.loads(json.dumps(result.summary))
     assert "first-dense" not in json.loads((tmp_path / "out" / "results.json").read_text())["summary"]["checkpoints"]
 
 
@@ -123,16 +123,16 @@ def test_text_that_was_calibrated_on_is_named(eval_checkpoint, text_path, tmp_pa
     assert plain_run.warnings == ()
     tiny_calibration(load_model(one), windows=8).save(one / "calibration.safetensors")
     heard = []
-    found = evaluate([str(one)], eval_settings(text_path), tmp_path / "out", session=Session(say=heard.append))
-    assert len(found.warnings) == 1 and found.warnings[0].startswith("llada-tiny was calibrated on text that ")
-    assert found.warnings[0].endswith("of the items of text.txt hold: its figures there flatter it")
-    assert heard == list(found.warnings)
+    result = evaluate([str(one)], eval_settings(text_path), tmp_path / "out", session=Session(say=heard.append))
+    assert len(result.warnings) == 1 and result.warnings[0].startswith("llada-tiny was calibrated on text that ")
+    assert result.warnings[0].endswith("of the items of text.txt hold: its figures there flatter it")
+    assert heard == list(result.warnings)
 
 
 def test_an_instruct_checkpoint_without_chat_is_warned_of(eval_checkpoint, text_path, piqa, tmp_path, eval_settings):
     one = eval_checkpoint(name="tiny-Instruct")
-    found = evaluate([str(one)], eval_settings(text_path, [f"piqa:{piqa}"]), tmp_path / "out")
-    assert "tiny-Instruct looks like an Instruct checkpoint" in found.warnings[0]
+    result = evaluate([str(one)], eval_settings(text_path, [f"piqa:{piqa}"]), tmp_path / "out")
+    assert "tiny-Instruct looks like an Instruct checkpoint" in result.warnings[0]
     assert evaluate([str(one)], eval_settings(text_path), tmp_path / "text").warnings == ()  # no prompt, no template
 
 
@@ -142,9 +142,9 @@ def test_one_text_through_two_tokenizers_shares_no_window(eval_checkpoint, text_
     values = json.loads(path.read_text())
     values["model"]["merges"] = values["model"]["merges"][:-300]
     path.write_text(json.dumps(values))
-    found = evaluate([str(one), str(two)], eval_settings(text_path), tmp_path / "out")
-    assert found.summary["differences"]["two"] == {"text.txt": {}}
-    assert [len(rows["text.txt"]) for rows in found.results.rows.values()] == [20, 20]
+    result = evaluate([str(one), str(two)], eval_settings(text_path), tmp_path / "out")
+    assert result.summary["differences"]["two"] == {"text.txt": {}}
+    assert [len(rows["text.txt"]) for rows in result.results.rows.values()] == [20, 20]
 
 
 def test_batches_change_nothing(eval_checkpoint, text_path, piqa, tmp_path, eval_settings):
@@ -193,7 +193,7 @@ def test_memory_that_runs_out_is_halved(eval_checkpoint, text_path, tmp_path, mo
     one = str(eval_checkpoint())
     whole = evaluate([one], eval_settings(text_path), tmp_path / "whole")
     monkeypatch.setattr(nelbo, "_masked_nats", tight)
-    found = evaluate([one], eval_settings(text_path), tmp_path / "out")
+    result = evaluate([one], eval_settings(text_path), tmp_path / "out")
     assert max(sizes) > 3 and sizes[-1] <= 3 and sum(size <= 3 for size in sizes) >= 40 / 3
-    values = [[row.nelbo for row in run.results.rows["llada-tiny"]["text.txt"]] for run in (whole, found)]
+    values = [[row.nelbo for row in run.results.rows["llada-tiny"]["text.txt"]] for run in (whole, result)]
     assert values[0] == pytest.approx(values[1], rel=1e-5)

@@ -103,8 +103,8 @@ def test_another_number_of_prompts_takes_up_the_same_run(eval_checkpoint, gsm8k,
             tmp_path / "out",
             session=Session(track=interrupted(1)),
         )
-    found = evaluate(names, eval_settings(tasks=tasks, evaluation__prompts=5, **options), tmp_path / "out")
-    assert len(found.results.rows["llada-tiny"]["gsm8k:gsm8k.jsonl"]) == 11
+    result = evaluate(names, eval_settings(tasks=tasks, evaluation__prompts=5, **options), tmp_path / "out")
+    assert len(result.results.rows["llada-tiny"]["gsm8k:gsm8k.jsonl"]) == 11
 
 
 def test_a_problem_of_the_first_process_is_everybodys(monkeypatch):

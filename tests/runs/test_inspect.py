@@ -29,55 +29,55 @@ def settings(**options) -> Config:
 
 def test_llada_8b(published_config):
     assert LLADA_TOTAL == 8_015_581_184
-    found = inspect_checkpoint(published_config("llada"), settings(ratio=0.5, split="equal"))
+    result = inspect_checkpoint(published_config("llada"), settings(ratio=0.5, split="equal"))
     half = LLADA_PROJECTIONS // 2  # 16 heads and 6144 channels fewer
-    assert found["parameters"] == {"before": LLADA_TOTAL, "after": LLADA_TOTAL - 32 * half}
-    assert found["parameters"]["after"] == 4_525_920_256
-    assert found["block_parameters"] == {"before": 32 * LLADA_PROJECTIONS, "after": 32 * half}
-    assert found["bytes"] == {key: 2 * count for key, count in found["parameters"].items()}
-    for row in found["blocks"]:
+    assert result["parameters"] == {"before": LLADA_TOTAL, "after": LLADA_TOTAL - 32 * half}
+    assert result["parameters"]["after"] == 4_525_920_256
+    assert result["block_parameters"] == {"before": 32 * LLADA_PROJECTIONS, "after": 32 * half}
+    assert result["bytes"] == {key: 2 * count for key, count in result["parameters"].items()}
+    for row in result["blocks"]:
         assert row["before"] == {"query_heads": 32, "kv_heads": 32, "channels": 12288}
         assert row["after"] == {"query_heads": 16, "kv_heads": 16, "channels": 6144}
         assert row["parameters"] == [LLADA_PROJECTIONS, half]
     length, head = 2048, 126464 * 4096
     before = length * (32 * LLADA_PROJECTIONS + head + 32 * 2 * 32 * 128 * length)
     after = length * (32 * half + head + 32 * 2 * 16 * 128 * length)
-    assert (found["tokens"], found["macs"]) == (length, {"before": before, "after": after})
-    assert (found["source"], found["family"], found["rounding"]) == ("LLaDA-8B", "llada", 128)
+    assert (result["tokens"], result["macs"]) == (length, {"before": before, "after": after})
+    assert (result["source"], result["family"], result["rounding"]) == ("LLaDA-8B", "llada", 128)
 
 
 def test_llada_8b_at_0_3_is_met_within_one_rounding_step(published_config):
     """10 of 32 heads (nearest to 0.3); channels make up for them in steps of 128, here 28 steps."""
-    found = inspect_checkpoint(published_config("llada"), settings(ratio=0.3, split="equal"))
+    result = inspect_checkpoint(published_config("llada"), settings(ratio=0.3, split="equal"))
     removed = 10 * 4 * 128 * 4096 + 28 * 128 * 3 * 4096
-    assert found["blocks"][31]["after"] == {"query_heads": 22, "kv_heads": 22, "channels": 12288 - 28 * 128}
-    assert found["parameters"]["after"] == LLADA_TOTAL - 32 * removed
+    assert result["blocks"][31]["after"] == {"query_heads": 22, "kv_heads": 22, "channels": 12288 - 28 * 128}
+    assert result["parameters"]["after"] == LLADA_TOTAL - 32 * removed
     step = 128 * 3 * 4096 / LLADA_PROJECTIONS
     assert abs(removed / LLADA_PROJECTIONS - 0.3) <= step / 2
-    for choice in found["choices"]:  # every number of heads on offer meets it
+    for choice in result["choices"]:  # every number of heads on offer meets it
         assert abs(choice["ratio"] - 0.3) <= step / 2 + 1e-9 and choice["query_heads"] == 32 - choice["steps"]
 
 
 def test_dream_7b(published_config):
     assert DREAM_TOTAL == 7_615_616_512
-    wanted = settings(ratio=0.5, split=3, allocation="uniform")
-    found = inspect_checkpoint(published_config("dream"), wanted)
+    config = settings(ratio=0.5, split=3, allocation="uniform")
+    result = inspect_checkpoint(published_config("dream"), config)
     heads = 3 * 4 * 128 * (2 * 3584 + 1)  # 3 query heads of each of 4 groups: rows and biases of q, columns of output
     removed = heads + 77 * 128 * 3 * 3584
     assert removed == 116_983_296
-    assert found["parameters"] == {"before": DREAM_TOTAL, "after": DREAM_TOTAL - 28 * removed}
-    assert found["block_parameters"]["before"] == 28 * DREAM_PROJECTIONS
-    assert found["blocks"][0]["after"] == {"query_heads": 16, "kv_heads": 4, "channels": 18944 - 77 * 128}
+    assert result["parameters"] == {"before": DREAM_TOTAL, "after": DREAM_TOTAL - 28 * removed}
+    assert result["block_parameters"]["before"] == 28 * DREAM_PROJECTIONS
+    assert result["blocks"][0]["after"] == {"query_heads": 16, "kv_heads": 4, "channels": 18944 - 77 * 128}
     assert abs(removed / DREAM_PROJECTIONS - 0.5) <= 128 * 3 * 3584 / DREAM_PROJECTIONS / 2
 
 
 def test_dream_7b_by_whole_groups(published_config):
-    wanted = settings(ratio=0.5, split=1, allocation="uniform", gqa="kv_groups")
-    found = inspect_checkpoint(published_config("dream"), wanted)
-    widths = found["blocks"][0]["after"]
+    config = settings(ratio=0.5, split=1, allocation="uniform", gqa="kv_groups")
+    result = inspect_checkpoint(published_config("dream"), config)
+    widths = result["blocks"][0]["after"]
     assert (widths["query_heads"], widths["kv_heads"]) == (21, 3)
     group = 7 * 128 * (2 * 3584 + 1) + 2 * 128 * (3584 + 1)
-    removed = (DREAM_TOTAL - found["parameters"]["after"]) / 28
+    removed = (DREAM_TOTAL - result["parameters"]["after"]) / 28
     assert (removed - group) % (128 * 3 * 3584) == 0
     assert abs(removed / DREAM_PROJECTIONS - 0.5) <= 128 * 3 * 3584 / DREAM_PROJECTIONS / 2
 
@@ -125,15 +125,15 @@ def test_the_numbers_are_those_of_a_real_run(tiny_checkpoint, text_path, family)
         "calibration.windows": 1, "calibration.held_out": 1, "calibration.length": 16, "calibration.steps": 2,
         "calibration.interval": 1,
     })  # fmt: skip
-    found = inspect_checkpoint(directory, config)
+    result = inspect_checkpoint(directory, config)
     pruned = prune(load_model(directory), config)
-    assert pruned.report["parameters"] == found["parameters"]
-    assert found["parameters"]["after"] == sum(p.numel() for p in pruned.model.parameters())
-    assert [row["after"] for row in found["blocks"]] == pruned.report["widths"]
-    assert {key: pruned.report["macs"][key] for key in ("before", "after")} == found["macs"]
-    assert found["blocks"][0]["before"] == found["blocks"][0]["after"] != found["blocks"][1]["after"]
-    removed = sum(row["parameters"][0] - row["parameters"][1] for row in found["blocks"])
-    total = sum(row["parameters"][0] for row in found["blocks"][1:])
+    assert pruned.report["parameters"] == result["parameters"]
+    assert result["parameters"]["after"] == sum(p.numel() for p in pruned.model.parameters())
+    assert [row["after"] for row in result["blocks"]] == pruned.report["widths"]
+    assert {key: pruned.report["macs"][key] for key in ("before", "after")} == result["macs"]
+    assert result["blocks"][0]["before"] == result["blocks"][0]["after"] != result["blocks"][1]["after"]
+    removed = sum(row["parameters"][0] - row["parameters"][1] for row in result["blocks"])
+    total = sum(row["parameters"][0] for row in result["blocks"][1:])
     assert pruned.report["ratio"] == pytest.approx(removed / total) == pytest.approx(0.4, abs=0.02)
 
 
@@ -219,8 +219,8 @@ def test_dtype_of_a_lone_config(key, name, itemsize, published_config):
     values = json.loads((directory / "config.json").read_text())
     values.pop("torch_dtype")
     (directory / "config.json").write_text(json.dumps(values | {key: name}))
-    found = inspect_checkpoint(directory, settings(ratio=0.3))
-    assert found["bytes"]["before"] == itemsize * DREAM_TOTAL
+    result = inspect_checkpoint(directory, settings(ratio=0.3))
+    assert result["bytes"]["before"] == itemsize * DREAM_TOTAL
 
 
 @pytest.mark.parametrize("ratio", [1.0, -0.1, float("nan"), 2])
@@ -250,9 +250,9 @@ def test_broken_shards_are_refused_here_too(tiny_checkpoint):
 
 
 def test_tables_show_it(published_config):
-    found = inspect_checkpoint(published_config("llada"), settings(ratio=0.5, split="equal"))
+    result = inspect_checkpoint(published_config("llada"), settings(ratio=0.5, split="equal"))
     console = Console(width=140, file=io.StringIO())
-    for table in inspect_tables(found):
+    for table in inspect_tables(result):
         console.print(table)
     text = console.file.getvalue()
     for shown in ("8.016 B", "4.526 B", "32 → 16", "12288 → 6144", "0-31"):

@@ -17,8 +17,8 @@ def moved_bytes(itemsize: int) -> int:
 def test_8b_at_the_published_volume_needs_8_gb_above_its_weights(monkeypatch, published_config):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     volume = {"calibration.windows": 128, "calibration.length": 4096, "structured.ratio": 0.5}
-    found = inspect_checkpoint(published_config("llada"), Config.load(None, volume))["memory"]
-    assert 5e9 < found["peak device"] - found["dense weights"] - found["pruned weights"] <= 8e9
+    result = inspect_checkpoint(published_config("llada"), Config.load(None, volume))["memory"]
+    assert 5e9 < result["peak device"] - result["dense weights"] - result["pruned weights"] <= 8e9
 
 
 @pytest.mark.slow

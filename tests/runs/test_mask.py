@@ -58,12 +58,12 @@ def same(one, other) -> bool:
 
 def differ(one, other, *names: str) -> set[int]:
     """Blocks in which the masks of the named projections (default all) differ."""
-    found = set()
+    result = set()
     for block, role in roles(one.model):
         name = f"{block.names[role]}.weight"
         if (not names or role in names) and not torch.equal(one.masks.kept(name), other.masks.kept(name)):
-            found.add(block.index)
-    return found
+            result.add(block.index)
+    return result
 
 
 def check_exact(made, dense, step: int = 128) -> None:
@@ -142,17 +142,17 @@ def test_orders_and_refits_go_together(score, order, refit, loaded):
 @torch.no_grad()
 def norms_by_hand(model, ids, omega) -> dict[str, torch.Tensor]:
     """Name -> ‖ω X[:, c]‖ over all rows of what every projection reads, from hooks on a plain forward pass, fp64."""
-    found, handles = {}, []
+    result, handles = {}, []
     for block, role in roles(model):
 
         def note(module, given, name=f"{block.names[role]}.weight"):
-            found[name] = (given[0].double() * omega[..., None]).pow(2).sum((0, 1)).sqrt()  # (C,)
+            result[name] = (given[0].double() * omega[..., None]).pow(2).sum((0, 1)).sqrt()  # (C,)
 
         handles.append(block[role].register_forward_pre_hook(note))
     model(ids)
     for handle in handles:
         handle.remove()
-    return found
+    return result
 
 
 def wanda_by_hand(model, ids, omega, sequential: bool, ratio: float) -> dict[str, torch.Tensor]:
@@ -193,8 +193,8 @@ def test_wanda_by_hand(order, arm, family, loaded):
     made = mask(dense, settings(**WANDA | keys), calibration)
     ids = calibration.fit.input_ids if arm.startswith("clean") else calibration.fit.noisy_ids.flatten(0, 1)
     omega = omega_by_hand(dense, calibration, arm, bool(hard))
-    wanted = wanda_by_hand(dense, ids, omega, order == "sequential", 0.4)
-    assert all(torch.equal(made.masks.kept(name), kept) for name, kept in wanted.items())
+    expected = wanda_by_hand(dense, ids, omega, order == "sequential", 0.4)
+    assert all(torch.equal(made.masks.kept(name), kept) for name, kept in expected.items())
 
 
 @pytest.mark.parametrize("score", SCORES)

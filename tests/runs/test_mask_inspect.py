@@ -27,13 +27,13 @@ def test_inspect_of_the_true_shapes(family, published_config, capsys):
     """Counts, and the parts of the predicted peak that can be computed by hand; on a CPU weights are fp32."""
     directory, (total, projections, inputs) = published_config(family), SHAPES[family]
     cpu = ["--set=model.device=cpu"]
-    found = inspected(capsys, directory, "--method", "nm", *cpu)
-    assert (found["family"], found["method"], found["pattern"], found["ratio"]) == (family, "nm", "2:4", 0.5)
-    assert (found["score"], found["arm"], found["stored_dtype"]) == ("sparsegpt", "masked", "bfloat16")
-    assert (found["parameters"], found["bytes"], found["mask_bytes"]) == (total, 2 * total, projections // 8)
-    assert sum(role["weights"] for role in found["projections"].values()) == projections
-    assert all(2 * role["zero"] == role["weights"] for role in found["projections"].values())
-    memory = found["memory"]
+    result = inspected(capsys, directory, "--method", "nm", *cpu)
+    assert (result["family"], result["method"], result["pattern"], result["ratio"]) == (family, "nm", "2:4", 0.5)
+    assert (result["score"], result["arm"], result["stored_dtype"]) == ("sparsegpt", "masked", "bfloat16")
+    assert (result["parameters"], result["bytes"], result["mask_bytes"]) == (total, 2 * total, projections // 8)
+    assert sum(role["weights"] for role in result["projections"].values()) == projections
+    assert all(2 * role["zero"] == role["weights"] for role in result["projections"].values())
+    memory = result["memory"]
     assert memory["weights"] == 4 * total and memory["hidden states"] == 16e9  # two stores at the budget of 8 GB
     assert memory["statistics (sparsegpt)"] == 4 * sum(width**2 for width in inputs)
     states = (128 + 16) * 10 * 2048 * 4 * inputs[0]  # windows x levels x tokens x fp32 features, in two streams

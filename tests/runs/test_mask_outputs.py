@@ -52,11 +52,11 @@ def same(one, other) -> bool:
 
 def zeros(model) -> list[float]:
     """Share of zeros of every block."""
-    found = []
+    result = []
     for block in Adapter(model).blocks:
         flat = torch.cat([block[role].weight.flatten() for role in ROLES])
-        found.append((flat == 0).double().mean().item())
-    return found
+        result.append((flat == 0).double().mean().item())
+    return result
 
 
 PLANTED = [  # score, kind of input, the role that reads it, how 2 of its 4 live features are kept
@@ -106,7 +106,7 @@ def test_owl_spreads_the_ratio_by_outliers_in_either_direction(given):
 
 def outliers_by_hand(model, ids, threshold: float) -> list[float]:
     """Share of a block's |W| ‖X‖ above `threshold` times their mean over its seven projections."""
-    found = []
+    result = []
     for block in Adapter(model).blocks:
         scores, handles = [], []
         for role in ROLES:
@@ -119,8 +119,8 @@ def outliers_by_hand(model, ids, threshold: float) -> list[float]:
         model(ids)
         [handle.remove() for handle in handles]
         flat = torch.cat(scores)
-        found.append((flat > threshold * flat.mean()).double().mean().item())
-    return found
+        result.append((flat > threshold * flat.mean()).double().mean().item())
+    return result
 
 
 @torch.no_grad()
@@ -136,11 +136,11 @@ def test_owl_removes_least_where_outliers_are_most(given):
     assert ratios == pytest.approx([0.5 + sum(kept) / 3 - value for value in kept], abs=1e-6)
 
 
-@pytest.mark.parametrize("slope, wanted", [(0.2, [0.6, 0.5, 0.4]), (-0.4, [0.3, 0.5, 0.7])])
-def test_depth_is_linear(slope, wanted, given):
+@pytest.mark.parametrize("slope, expected", [(0.2, [0.6, 0.5, 0.4]), (-0.4, [0.3, 0.5, 0.7])])
+def test_depth_is_linear(slope, expected, given):
     made = mask(given[0], config(SPARSEGPT, masking__allocation="depth", masking__depth_slope=slope), given[1])
-    assert made.report["block_ratios"] == pytest.approx(wanted)
-    assert zeros(made.model) == pytest.approx(wanted, abs=0.002)
+    assert made.report["block_ratios"] == pytest.approx(expected)
+    assert zeros(made.model) == pytest.approx(expected, abs=0.002)
 
 
 @pytest.mark.parametrize("keys", [

@@ -41,10 +41,10 @@ def test_a_preset_gives_the_released_weights(family, case, tmp_path, capsys):
     assert main([*given, *nm]) == 0, capsys.readouterr().err
     written, masks = load_file(out / "model.safetensors"), Masks.load(out / "masks.safetensors")
     prefix = f"{case['name']}/weight/"
-    wanted = {name.removeprefix(prefix): value for name, value in expected.items() if name.startswith(prefix)}
-    assert len(wanted) == case["pruned_tensors"] and wanted.keys() == masks.packed.keys()
+    target = {name.removeprefix(prefix): value for name, value in expected.items() if name.startswith(prefix)}
+    assert len(target) == case["pruned_tensors"] and target.keys() == masks.packed.keys()
     dense = load_file(checkpoint / "model.safetensors")
-    for name, theirs in wanted.items():  # no scores that a mask divides are closer than 9e-6: equal means equal
+    for name, theirs in target.items():  # no scores that a mask divides are closer than 9e-6: equal means equal
         ours = written[name]
         if "wanda" in method:
             assert torch.equal(ours, theirs), name
@@ -52,10 +52,10 @@ def test_a_preset_gives_the_released_weights(family, case, tmp_path, capsys):
             assert torch.equal(ours != 0, theirs != 0), name
             torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-6)  # 8e-7 is the most that was seen
         assert torch.equal(masks.kept(name), theirs != 0) and not torch.equal(ours, dense[name])
-    zero = sum(int((value == 0).sum()) for value in wanted.values()) / sum(value.numel() for value in wanted.values())
+    zero = sum(int((value == 0).sum()) for value in target.values()) / sum(value.numel() for value in target.values())
     assert zero == pytest.approx(case["zero_fraction"], abs=1e-12)
     assert json.loads((out / "report.json").read_text())["sparsity"]["total"] == pytest.approx(zero, abs=1e-12)
-    assert all(torch.equal(written[name], value) for name, value in dense.items() if name not in wanted)
+    assert all(torch.equal(written[name], value) for name, value in dense.items() if name not in target)
 
 
 def test_all_cases_are_run():

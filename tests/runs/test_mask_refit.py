@@ -21,10 +21,10 @@ KEYS = {"method": "unstructured", "masking.score": "wanda", "masking.arm": "mask
 @torch.no_grad()
 def reads(model, ids) -> dict:
     """What the linears of every block read on a plain forward pass: (block index, input) -> (R*T, C) fp64."""
-    found, handles = {}, []
+    result, handles = {}, []
 
     def note(key, module, given):
-        found[key] = given[0].double().flatten(0, 1)
+        result[key] = given[0].double().flatten(0, 1)
 
     for block in Adapter(model).blocks:
         for name, roles in READERS.items():
@@ -32,7 +32,7 @@ def reads(model, ids) -> dict:
     model(ids)
     for handle in handles:
         handle.remove()
-    return found
+    return result
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_kept_weights_solve_their_rows(family, target, arm, tiny_checkpoint, tin
     made = mask(dense, config, calibration)
     fit = calibration.fit.noisy_ids.flatten(0, 1)
     omega = sink_weights(dense, calibration, config.sink).double() if arm.endswith("sink") else torch.ones(fit.numel())
-    hats, wanted = reads(made.model, fit), reads(dense, fit)
+    hats, expected = reads(made.model, fit), reads(dense, fit)
     clean, noisy = calibration.check.input_ids, calibration.check.noisy_ids
     masked = ((noisy == dense.config.mask_token_id) & (clean[:, None] != noisy)).flatten()
     held_hats, held = (reads(model, noisy.flatten(0, 1)) for model in (made.model, dense))
@@ -73,7 +73,7 @@ def test_kept_weights_solve_their_rows(family, target, arm, tiny_checkpoint, tin
         chosen = next(f for f in made.report["refit"] if (f["block"], f["kind"]) == (key[0], role))
         plain = old * kept
         x_hat = hats[key] * omega[:, None]
-        x = x_hat if target == "layer" else wanted[key] * omega[:, None]
+        x = x_hat if target == "layer" else expected[key] * omega[:, None]
         goal = (held_hats if target == "layer" else held)[key]
         errors = [((held_hats[key] @ w.T - goal @ old.T)[masked] ** 2).sum().item() for w in (new, plain)]
         assert chosen["error"] == pytest.approx(errors[0] / errors[1], rel=1e-3, abs=1e-5) and chosen["error"] <= 1

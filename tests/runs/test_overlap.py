@@ -72,13 +72,13 @@ def test_a_run_over_lanes_gives_the_same_model(case, offload, tiny_checkpoint, t
         lane = Lane(queue)
         monkeypatch.setattr(hidden, "lane_to", lambda device, lane=lane: asked.append("states") or lane)
         monkeypatch.setattr(placement, "lane_to", lambda device, lane=lane: asked.append("weights") or lane)
-        found = run(checkpoint, text_path, case, **{"memory.offload": offload, "memory.overlap": True})
-        assert all(torch.equal(found[name], plain[name]) for name in plain)
+        result = run(checkpoint, text_path, case, **{"memory.offload": offload, "memory.overlap": True})
+        assert all(torch.equal(result[name], plain[name]) for name in plain)
         assert len(queue.copies) > 50
     assert set(asked) == ({"states", "weights"} if offload else {"states"})
     asked.clear()
-    found = run(checkpoint, text_path, case, **{"memory.offload": offload})  # off unless asked for
-    assert all(torch.equal(found[name], plain[name]) for name in plain) and asked == []
+    result = run(checkpoint, text_path, case, **{"memory.offload": offload})  # off unless asked for
+    assert all(torch.equal(result[name], plain[name]) for name in plain) and asked == []
 
 
 @pytest.mark.parametrize("method", ["structured", "unstructured"])

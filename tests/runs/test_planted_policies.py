@@ -135,8 +135,8 @@ def test_unstable_spares_the_sink_that_stays(planted):
     for policy, stays, moves in (("all", 0.0, 0.0), ("unstable", 1.0, 0.25), ("none", 1.0, 1.0)):
         weights = keep_weights(mass, SinkSettings(policy=policy))  # (N, S, T)
         for token, kept in ((STAYS, stays), (MOVES, moves), (TEXT, 1.0), (MASK, 1.0)):
-            found = weights[calibration.noisy_ids == token]
-            assert torch.allclose(found, torch.full_like(found, kept), atol=1e-5), (policy, token)
+            result = weights[calibration.noisy_ids == token]
+            assert torch.allclose(result, torch.full_like(result, kept), atol=1e-5), (policy, token)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -144,8 +144,8 @@ def test_unstable_spares_the_sink_that_stays(planted):
 def test_moments_of_the_structured_path_by_hand(planted, policy, windows, budget):
     adapter, calibration = planted
     scan = Scan(adapter, calibration, SinkSettings(policy=policy), Limits(windows, budget))
-    found = consumer_moments(scan, "masked+sink")
-    assert torch.allclose(found[0, "down"].squared_norm, squares(policy), rtol=1e-4, atol=1e-6)
+    result = consumer_moments(scan, "masked+sink")
+    assert torch.allclose(result[0, "down"].squared_norm, squares(policy), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -165,10 +165,10 @@ def test_the_structured_path_removes_what_the_policy_says(planted, policy, score
 @pytest.mark.parametrize("summed", [False, True])
 def test_norms_see_all_levels_of_a_window_whatever_the_batch(planted, policy, batch, summed):
     scan = Scan(*planted, SinkSettings(policy=policy), Limits(batch=batch))
-    found = one_shot_norms(scan, "masked+sink", summed)[0, "activated"]
+    result = one_shot_norms(scan, "masked+sink", summed)[0, "activated"]
     # all sequences are alike, so the sum of their 8 norms is 8 times that of an eighth of the squares
     expected = 8 * (squares(policy) / 8).sqrt() if summed else squares(policy).sqrt()
-    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-3)
+    assert torch.allclose(result, expected, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -197,27 +197,27 @@ def test_the_mask_path_removes_what_the_policy_says(planted, policy, score):
 
 def test_clean_rows_lose_the_mean_over_the_levels(planted):
     for policy, stays, moves in (("all", 0.0, 0.75), ("unstable", 1.0, 1 - 0.75 / 4)):
-        found = consumer_moments(Scan(*planted, SinkSettings(policy=policy)), "clean+sink")[0, "down"]
+        result = consumer_moments(Scan(*planted, SinkSettings(policy=policy)), "clean+sink")[0, "down"]
         # clean text shows all places of MOVES at once, each a sink at one level of four
         expected = torch.tensor([2 * stays**2 * fires(STAYS) ** 2, 8 * moves**2 * fires(MOVES) ** 2])
-        assert torch.allclose(found.squared_norm[:2], expected.double(), rtol=1e-4, atol=1e-6)
+        assert torch.allclose(result.squared_norm[:2], expected.double(), rtol=1e-4, atol=1e-6)
 
 
 def test_the_report_tells_what_went(planted):
     adapter, calibration = planted
     log = SinkLog()
     consumer_moments(Scan(*planted, SinkSettings(policy="unstable"), observe=log.observe), "masked+sink")
-    found = log.report(calibration, SinkSettings(policy="unstable"), MASK)
+    result = log.report(calibration, SinkSettings(policy="unstable"), MASK)
     whole = SinkLog()
     one_shot_norms(Scan(*planted, limits=Limits(batch=3), observe=whole.observe), "masked+sink")
-    assert whole.report(calibration, SinkSettings(), MASK)["taken"].keys() == found["taken"].keys()
-    assert found["taken"]["all"]["share"] == pytest.approx(2 / LENGTH, rel=1e-4)  # both sinks of every copy
-    assert found["taken"]["unstable"]["share"] == pytest.approx(0.75 / LENGTH, rel=1e-4)
-    assert found["taken"]["unstable"]["by_level"] == pytest.approx([0.75 / LENGTH] * LEVELS, rel=1e-4)
-    places = {place for place, _ in found["taken"]["unstable"]["top"][:8]}
+    assert whole.report(calibration, SinkSettings(), MASK)["taken"].keys() == result["taken"].keys()
+    assert result["taken"]["all"]["share"] == pytest.approx(2 / LENGTH, rel=1e-4)  # both sinks of every copy
+    assert result["taken"]["unstable"]["share"] == pytest.approx(0.75 / LENGTH, rel=1e-4)
+    assert result["taken"]["unstable"]["by_level"] == pytest.approx([0.75 / LENGTH] * LEVELS, rel=1e-4)
+    places = {place for place, _ in result["taken"]["unstable"]["top"][:8]}
     assert places == {place for _, moves in PLACES for place in moves}
-    assert found["taken"]["all"]["of_mask"] == pytest.approx(0, abs=1e-5)
-    assert found["survival"] == pytest.approx((1 + LEVELS / LEVELS) / (1 + LEVELS))  # of 1 + 4 places a window
+    assert result["taken"]["all"]["of_mask"] == pytest.approx(0, abs=1e-5)
+    assert result["survival"] == pytest.approx((1 + LEVELS / LEVELS) / (1 + LEVELS))  # of 1 + 4 places a window
     phi = sink_phi(measure_mass(Scan(*planted)), SinkSettings())
     again = policy_report(phi, calibration.noisy_ids == MASK, "unstable")
-    assert again["taken"]["unstable"]["share"] == pytest.approx(found["taken"]["unstable"]["share"])
+    assert again["taken"]["unstable"]["share"] == pytest.approx(result["taken"]["unstable"]["share"])

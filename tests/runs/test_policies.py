@@ -165,15 +165,15 @@ def printed(table) -> str:
 
 def test_the_closing_tables_tell_what_went(run):
     for path, table in (("structured wanda", run_table), ("wanda, one-shot", mask_table)):
-        for changes, wanted in (
+        for changes, expected in (
             ({"sink.policy": "unstable", "sink.trajectory": "reverse"}, "sinks (unstable, reverse): "),
             ({}, "sinks (all): "),
         ):
             report = run(path, "masked+sink", **SOFT, **changes).report
             shown = printed(table(report))
             share = report["sinks"]["taken"][report["sinks"]["policy"]]["share"]
-            assert f"{wanted}{100 * share:.2f} % of row weight removed" in shown
-            assert ("(policy all:" in shown) == ("unstable" in wanted)
+            assert f"{expected}{100 * share:.2f} % of row weight removed" in shown
+            assert ("(policy all:" in shown) == ("unstable" in expected)
         assert "sinks" not in printed(table(run(path, "masked").report))
 
 

@@ -43,12 +43,12 @@ def test_two_models_side_by_side(tiny_checkpoint, causal, tmp_path, capsys):
     assert main(["sinks", str(tiny_checkpoint()), "--out", str(out), *SMALL, *more]) == 0
     said = capsys.readouterr().out
     assert {path.name for path in out.iterdir()} == MADE
-    found = json.loads((out / "sinks.json").read_text(encoding="utf-8"))
-    runs = {(run["model"], run["kind"]): run for run in found["runs"]}
+    result = json.loads((out / "sinks.json").read_text(encoding="utf-8"))
+    runs = {(run["model"], run["kind"]): run for run in result["runs"]}
     assert list(runs) == [("llada-tiny", "forward"), ("llada-tiny", "reverse"), ("llama-tiny", "reverse")]
     assert [run["steps"] for run in runs.values()] == [3, 16, 16]
     assert [run["positions"] for run in runs.values()] == [32, 32, 31]  # the last token is never an input
-    assert found["settings"]["windows"] == 2 and found["settings"]["kappa"] == 1
+    assert result["settings"]["windows"] == 2 and result["settings"]["kappa"] == 1
     detail = runs["llada-tiny", "forward"]["detail"]
     assert len(detail["mass"]) == 2 and len(detail["mass"][0]) == 3 and len(detail["mass"][0][0]) == 32
     assert sum(detail["mass"][0][0]) == pytest.approx(3 * 4 * 32, rel=1e-3)  # layers x heads x queries
@@ -161,9 +161,9 @@ def test_steps_are_of_the_diffusion_model_of_a_comparison(tiny_checkpoint, causa
     out = tmp_path / "sinks"
     command = ["sinks", str(tiny_checkpoint()), "--against", str(causal), "--out", str(out), *SMALL]
     assert main([*command, "--steps", "4", "--block-length", "8", "--levels", "2", "--gen-length", "8"]) == 0
-    found = json.loads((out / "sinks.json").read_text(encoding="utf-8"))
-    assert [(run["steps"], run["prompt"]) for run in found["runs"]] == [(2, 0), (4, 24), (8, 24)]
-    assert (found["settings"]["length"], found["settings"]["seed"]) == (32, 0)
+    result = json.loads((out / "sinks.json").read_text(encoding="utf-8"))
+    assert [(run["steps"], run["prompt"]) for run in result["runs"]] == [(2, 0), (4, 24), (8, 24)]
+    assert (result["settings"]["length"], result["settings"]["seed"]) == (32, 0)
 
 
 def test_a_checkpoint_of_neither_kind(tmp_path, capsys):

@@ -50,10 +50,10 @@ def test_a_run_writes_figures_and_machine(script, tmp_path, capsys):
         torch.set_num_threads(threads)
     printed = capsys.readouterr().out
     assert "1,024" in printed and str(out) in printed.replace("\n", "")
-    found = json.loads(out.read_text())
-    assert found["settings"] | {"rounds": 2, "heads": 8, "head_dim": 4, "device": "cpu"} == found["settings"]
-    assert found["machine"]["torch"] == torch.__version__ and found["machine"]["threads"] == 1
-    (row,) = found["rows"]
+    result = json.loads(out.read_text())
+    assert result["settings"] | {"rounds": 2, "heads": 8, "head_dim": 4, "device": "cpu"} == result["settings"]
+    assert result["machine"]["torch"] == torch.__version__ and result["machine"]["threads"] == 1
+    (row,) = result["rows"]
     assert row["length"] == 1024
     assert row["peak_bytes"]["naive"] > 60e6 and row["peak_bytes"]["tiled"] < 15e6  # 2 x 8 x 1024² x 4, and 2 tiles
     assert row["max_relative_difference"] < 1e-5

@@ -58,11 +58,11 @@ def scored(*values, error: float = 1.0, samples: int = 16) -> Scored:
 
 
 def test_deviations_by_hand(bench):
-    found = bench.deviations([scored(-10, -20, error=3.0)], [scored(-5, -35, error=4.0)])
-    assert found["answers"] == 2
-    assert found["mean"] == pytest.approx((-1 + 3) / 2)  # errors 3 and 4 make 5
-    assert found["quantiles"][2] == pytest.approx(1)
-    assert [found[f"within_{limit}"] for limit in (1, 2, 3)] == [0.5, 0.5, 1]
+    result = bench.deviations([scored(-10, -20, error=3.0)], [scored(-5, -35, error=4.0)])
+    assert result["answers"] == 2
+    assert result["mean"] == pytest.approx((-1 + 3) / 2)  # errors 3 and 4 make 5
+    assert result["quantiles"][2] == pytest.approx(1)
+    assert [result[f"within_{limit}"] for limit in (1, 2, 3)] == [0.5, 0.5, 1]
     exact = bench.deviations([scored(-10, error=0.0), scored(-1, -2)], [scored(-10, error=0.0), scored(-1, -3)])
     assert exact["answers"] == 2 and exact["mean"] == pytest.approx(0.5 / 2**0.5)
 
@@ -77,8 +77,8 @@ def test_ratios_are_medians_over_rounds(bench):
     seconds = {bench.LOOP: [8.0, 9.0, 40.0], bench.FULL: [4.0, 3.0, 10.0], bench.ADAPTIVE: [1.0, 3.0, 2.0]}
     items = [Item("a", (Answer(torch.arange(1), torch.arange(1), 2),) * 2)]
     estimates = [scored(-10.0, -12.0)]
-    found = {side: estimates for side in (bench.LOOP, bench.FULL, bench.ADAPTIVE, bench.OTHER)}
-    faster = bench.summarise(items, seconds | {bench.OTHER: [1.0]}, found)["times_faster"]
+    result = {side: estimates for side in (bench.LOOP, bench.FULL, bench.ADAPTIVE, bench.OTHER)}
+    faster = bench.summarise(items, seconds | {bench.OTHER: [1.0]}, result)["times_faster"]
     assert faster[bench.FULL] == {"median": 3, "low": 2, "high": 4, "in_all": 57 / 17, "wanted": 1.8}
     assert faster[bench.ADAPTIVE]["median"] == 8
 
@@ -87,12 +87,12 @@ def test_a_small_run_writes_its_figures(bench, piqa, tmp_path, capsys):
     out = tmp_path / "speed.json"
     arguments = f"--piqa {piqa} --items 2 --rounds 2 --samples 16 --threads 1 --out {out}".split()
     assert bench.main(arguments) == 0
-    found = json.loads(out.read_text())
-    assert found["machine"]["threads"] == 1
-    assert found["settings"] | {"items": 2, "samples": 16, "cfg_scale": 0.5} == found["settings"]
-    assert [len(each) for each in found["seconds"].values()] == [2] * 4
-    assert set(found["times_faster"]) == {"full", "adaptive"}
-    assert found["agreement"]["adaptive with full"] == {"raw": 1, "normalised": 1}  # two blocks are all there are
+    result = json.loads(out.read_text())
+    assert result["machine"]["threads"] == 1
+    assert result["settings"] | {"items": 2, "samples": 16, "cfg_scale": 0.5} == result["settings"]
+    assert [len(each) for each in result["seconds"].values()] == [2] * 4
+    assert set(result["times_faster"]) == {"full", "adaptive"}
+    assert result["agreement"]["adaptive with full"] == {"raw": 1, "normalised": 1}  # two blocks are all there are
     assert "published loop" in capsys.readouterr().out
 
 

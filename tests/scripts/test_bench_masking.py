@@ -159,9 +159,9 @@ def test_our_worker_prunes_what_the_request_says(scripts, mask_dir, capsys, mask
     scripts("masking_worker").main(masking_request(out=str(out)), batch=2)
     assert torch.get_num_threads() == threads == 1
     assert json.loads(capsys.readouterr().out)["seconds"] > 0
-    found = load_file(out)
-    assert len(found) == 14 and found["1.ff_out"].shape == (128, 384)
-    for value in found.values():
+    result = load_file(out)
+    assert len(result) == 14 and result["1.ff_out"].shape == (128, 384)
+    for value in result.values():
         assert torch.equal((value == 0).sum(1), torch.full((len(value),), value.shape[1] // 4))
 
 
@@ -222,12 +222,12 @@ def test_a_run_of_ours_alone_writes_figures(bench, tmp_path, capsys, monkeypatch
     out = tmp_path / "made" / "speed.json"
     assert bench.main([*QUICK, "--methods", "sink-wanda", "--out", str(out)]) == 0
     assert "sink-wanda" in capsys.readouterr().out
-    found = json.loads(out.read_text())
-    (row,) = found["rows"]
-    assert found["settings"]["windows"] == 4 and found["machine"]["threads"] == 1
+    result = json.loads(out.read_text())
+    (row,) = result["rows"]
+    assert result["settings"]["windows"] == 4 and result["machine"]["threads"] == 1
     assert set(row["seconds"]) == {"ours", "encode"} and len(row["seconds"]["ours"]["rounds"]) == 1
     assert row["over_forwards"]["median"] > 0 and not {"times_faster", "agreement"} & row.keys()
-    assert "release_commit" not in found["settings"]
+    assert "release_commit" not in result["settings"]
     assert [path.name for path in out.parent.iterdir()] == ["speed.json"]
 
 

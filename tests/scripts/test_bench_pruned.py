@@ -92,19 +92,19 @@ def test_a_model_is_pruned_and_measured(scripts, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     module, out = scripts("bench_pruned"), tmp_path / "made.json"
     assert module.main(["--quick", "--out", str(out)]) == 0
-    found = json.loads(out.read_text())
-    assert [row["asked"] for row in found["pruning"]] == [0.3, 0.5]
-    for row, model in zip(found["pruning"], found["models"][1:]):
+    result = json.loads(out.read_text())
+    assert [row["asked"] for row in result["pruning"]] == [0.3, 0.5]
+    for row, model in zip(result["pruning"], result["models"][1:]):
         assert abs(row["ratio"] - row["asked"]) < 0.06 and row["ratio"] == pytest.approx(model["removed"])
         assert 0 < row["forward_share"] < 1 and row["forward_seconds"] < row["seconds"]
-    assert [row["cache"] for row in found["generation"][::3]] == ["none", "prefix", "dual"]
-    assert found["weights"] == "random" and found["shape"]["blocks"] == 2 and found["calibration"]["levels"] == 2
+    assert [row["cache"] for row in result["generation"][::3]] == ["none", "prefix", "dual"]
+    assert result["weights"] == "random" and result["shape"]["blocks"] == 2 and result["calibration"]["levels"] == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "made.json", "made_ideal.png", "made_latency.png", "made_memory.png"
     ]  # fmt: skip
     assert "pruning at 0.3" in capsys.readouterr().out
-    note = scripts("readme_bench").note(found)
-    equal = [row["agreement"] for row in found["generation"] if row["cache"] != "none"]
+    note = scripts("readme_bench").note(result)
+    equal = [row["agreement"] for row in result["generation"] if row["cache"] != "none"]
     command = "--split by-cost --windows 3 --rounds 2 --generation-rounds 1"
     assert note.startswith(f"`python -m scripts.bench.bench_pruned {command}`, ") and ", batch 1, 32 tokens, " in note
     assert "quartiles of 2 passes and 1 generations of 8 tokens in 4 steps, blocks of 4." in note
@@ -115,17 +115,17 @@ def test_the_readme_shows_what_widths_cost(scripts):
     module = scripts("readme_bench")
     machine = {"processor": "P", "cores": 2, "torch": "2.13", "threads": 3}
     size = {"tokens": 512, "hidden": 1024, "dtype": "float32"}
-    found = {"costs": {"128": 0.0, "8": 0.031}, "settings": size, "machine": machine}
-    assert module.widths(found).splitlines()[2:] == ["| 128 | +0.0% |", "| 8 | +3.1% |"]
-    assert "512 x 1024 inputs, float32 (P, 2 cores, torch 2.13, 3 threads)" in module.widths_note(found)
+    result = {"costs": {"128": 0.0, "8": 0.031}, "settings": size, "machine": machine}
+    assert module.widths(result).splitlines()[2:] == ["| 128 | +0.0% |", "| 8 | +3.1% |"]
+    assert "512 x 1024 inputs, float32 (P, 2 cores, torch 2.13, 3 threads)" in module.widths_note(result)
 
 
 def test_costs_by_hand(scripts):
     """Between 10 s at 128 and 20 s at 256, a width of 160 is worth 12.5 s."""
     module = scripts("bench_widths")
-    found = {"128": Latency((10.0, 10.0)), "256": Latency((20.0, 20.0)), "160": Latency((15.0, 15.0))}
-    assert module.cost(found, 128, 160) == pytest.approx({"median": 0.2, "p25": 0.2, "p75": 0.2})
-    assert module.cost(found, 128, 256)["median"] == module.cost(found, 128, 128)["median"] == 0
+    result = {"128": Latency((10.0, 10.0)), "256": Latency((20.0, 20.0)), "160": Latency((15.0, 15.0))}
+    assert module.cost(result, 128, 160) == pytest.approx({"median": 0.2, "p25": 0.2, "p75": 0.2})
+    assert module.cost(result, 128, 256)["median"] == module.cost(result, 128, 128)["median"] == 0
     assert [module.alignment(width) for width in (1, 12, 96, 192, 256, 1024)] == [1, 4, 32, 64, 128, 128]
 
 
@@ -142,10 +142,10 @@ def test_the_smallest_free_alignment_stops_at_the_first_dear_one(scripts):
 def test_widths_are_measured(scripts, tmp_path, capsys):
     module, out = scripts("bench_widths"), tmp_path / "widths.json"
     assert module.main(["--quick", "--out", str(out)]) == 0
-    found = json.loads(out.read_text())
-    assert [row["width"] for row in found["rows"]] == [128, 129, 132, 136, 144, 152, 160, 176, 192, 224, 256]
-    assert [row["alignment"] for row in found["rows"]] == [128, 1, 4, 8, 16, 8, 32, 16, 64, 32, 128]
-    assert set(found["costs"]) == {"1", "4", "8", "16", "32", "64", "128"} and found["settings"]["dtype"] == "float32"
+    result = json.loads(out.read_text())
+    assert [row["width"] for row in result["rows"]] == [128, 129, 132, 136, 144, 152, 160, 176, 192, 224, 256]
+    assert [row["alignment"] for row in result["rows"]] == [128, 1, 4, 8, 16, 8, 32, 16, 64, 32, 128]
+    assert set(result["costs"]) == {"1", "4", "8", "16", "32", "64", "128"} and result["settings"]["dtype"] == "float32"
     assert "round_to" in capsys.readouterr().out
     assert module.main(["--quick"]) == 0
 

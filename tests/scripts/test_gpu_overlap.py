@@ -65,28 +65,28 @@ def stage(scripts, monkeypatch, tmp_path, cpu_accelerator):
 
 def test_every_case_is_compared(stage, scripts):
     queue = Queue()
-    found = stage(queue)
-    assert found["refused"] is None and found["blocks"] == 2
-    assert found["volume"] == {"windows": 3, "levels": 2, "window": 16, "held_out": 1}
-    assert [(run["case"], run["equal"], run["largest_difference"]) for run in found["runs"]] == [
+    result = stage(queue)
+    assert result["refused"] is None and result["blocks"] == 2
+    assert result["volume"] == {"windows": 3, "levels": 2, "window": 16, "held_out": 1}
+    assert [(run["case"], run["equal"], run["largest_difference"]) for run in result["runs"]] == [
         ("structured", True, 0.0), ("structured, states in files, offload", True, 0.0), ("sparsegpt", True, 0.0),
     ]  # fmt: skip
-    assert all(min(run["seconds"].values()) > 0 for run in found["runs"]) and len(queue.copies) > 100
-    text = scripts("readme_gpu")._overlap(found)
+    assert all(min(run["seconds"].values()) > 0 for run in result["runs"]) and len(queue.copies) > 100
+    text = scripts("readme_gpu")._overlap(result)
     assert "| `memory.overlap`, 2 blocks | off | on | weights, bit by bit |" in text and "| sparsegpt |" in text
     assert text.count("| equal |") == 3 and "apart" not in text
-    assert all("weights bit-equal" in line for line in scripts("gpu_overlap").overlap_lines(found))
+    assert all("weights bit-equal" in line for line in scripts("gpu_overlap").overlap_lines(result))
 
 
 def test_a_copy_that_is_lost_shows(stage, scripts):
     queue = Queue()
     stage(queue)
     lost = Queue(spoilt=len(queue.copies) - 2)  # of the last run's states
-    found = stage(lost)
-    assert [run["equal"] for run in found["runs"]] == [True, True, False]
-    assert found["runs"][2]["largest_difference"] > 0
-    assert "| not equal, " in scripts("readme_gpu")._overlap(found)
-    assert "WEIGHTS DIFFER" in scripts("gpu_overlap").overlap_lines(found)[2]
+    result = stage(lost)
+    assert [run["equal"] for run in result["runs"]] == [True, True, False]
+    assert result["runs"][2]["largest_difference"] > 0
+    assert "| not equal, " in scripts("readme_gpu")._overlap(result)
+    assert "WEIGHTS DIFFER" in scripts("gpu_overlap").overlap_lines(result)[2]
 
 
 def test_comparison_by_hand(scripts):

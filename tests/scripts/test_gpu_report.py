@@ -36,23 +36,23 @@ def results(folder: Path) -> dict:
 
 
 def test_every_stage_writes_its_file(script, ran):
-    found = results(ran)
-    assert set(found) == set(script.STAGES)
-    assert all(each["weights"] == "random" and each["machine"]["transformers"] for each in found.values())
-    sizes = [(row["batch"], row["length"]) for row in found["forward"]["forward"][::3]]
-    assert sizes == [(1, 32), (1, 64), (2, 32), (2, 64)] and found["forward"]["generation"] == []
-    assert {(row["batch"], row["length"], row["cache"]) for row in found["generation"]["generation"]} == {
+    result = results(ran)
+    assert set(result) == set(script.STAGES)
+    assert all(each["weights"] == "random" and each["machine"]["transformers"] for each in result.values())
+    sizes = [(row["batch"], row["length"]) for row in result["forward"]["forward"][::3]]
+    assert sizes == [(1, 32), (1, 64), (2, 32), (2, 64)] and result["forward"]["generation"] == []
+    assert {(row["batch"], row["length"], row["cache"]) for row in result["generation"]["generation"]} == {
         (batch, length, cache) for batch in (1, 2) for length in (32, 48) for cache in ("none", "prefix")
     }  # one block of 8
-    assert found["nm"]["semi_structured"]["refused"] == "torch has no 2:4 kernels for device cpu"
-    assert "costs" in found["widths"] and found["make"]["bytes"] > 0
+    assert result["nm"]["semi_structured"]["refused"] == "torch has no 2:4 kernels for device cpu"
+    assert "costs" in result["widths"] and result["make"]["bytes"] > 0
     assert (
-        found["overlap"]["refused"] == "memory.overlap is for accelerators, not for cpu"
-        and found["overlap"]["runs"] == []
+        result["overlap"]["refused"] == "memory.overlap is for accelerators, not for cpu"
+        and result["overlap"]["runs"] == []
     )
-    check_pruning(found["prune"])
-    check_mass(found["mass"])
-    check_sparsegpt(found["sparsegpt"])
+    check_pruning(result["prune"])
+    check_mass(result["mass"])
+    check_sparsegpt(result["sparsegpt"])
 
 
 def test_compile_is_for_generations_too(script, monkeypatch, tmp_path):
@@ -64,24 +64,24 @@ def test_compile_is_for_generations_too(script, monkeypatch, tmp_path):
 
 
 def test_the_readmes_tables_come_from_them(scripts, ran, tmp_path):
-    module, found = scripts("readme_gpu"), results(ran)
+    module, result = scripts("readme_gpu"), results(ran)
     text = module.gpu(ran)
-    row = next(row for row in found["forward"]["forward"] if (row["batch"], row["length"]) == (2, 64))
+    row = next(row for row in result["forward"]["forward"] if (row["batch"], row["length"]) == (2, 64))
     assert f"| forward, 2 x 64 | dense | {row['ms']['median']:.1f} ms | {row['tokens_per_second']:.1f} |" in text
     assert "| generation, prefix cache, 1 x 32 | pruned-0.5 |" in text and "| dense | 0.000 B | 0.00 GB |" in text
-    for run in found["prune"]["runs"]:
+    for run in result["prune"]["runs"]:
         share = f"{run['forward_share']:.0%}"
         times = f"{run['whole_seconds']:.1f} s | {run['seconds']:.1f} s | {share} | - | 8.0 GB |"
         assert f"| {run['asked']} | {run['ratio']:.3f} | {times}" in text
     assert "Calibration: 3 windows of 16 tokens at 2 levels, 1.8e-05 of the published volume." in text
-    assert f"2 of 2 blocks, in one run: ours is {found['sparsegpt']['times_faster']:.2f}x faster" in text
-    added = found["mass"]["rows"][0]["on_top_of_a_block"]
+    assert f"2 of 2 blocks, in one run: ours is {result['sparsegpt']['times_faster']:.2f}x faster" in text
+    added = result["mass"]["rows"][0]["on_top_of_a_block"]
     assert f"{added['tiled']['median']:+.0%} | {added['flex']['median']:+.0%} |" in text
     assert "`memory.overlap`: not compared, it is for accelerators, not for cpu." in text
     assert "2:4: torch has no 2:4 kernels for device cpu." in text and "| 128 | +0.0% |" in text
     assert "Not measured yet" not in text and "owed" not in text and "transformers " in text
     assert module.gpu(tmp_path) == module.OWED
-    (tmp_path / "gpu_tiny_mass.json").write_text(json.dumps(found["mass"]))
+    (tmp_path / "gpu_tiny_mass.json").write_text(json.dumps(result["mass"]))
     part = module.gpu(tmp_path)
     assert (
         "Not measured yet: forward, generation, prune, sparsegpt, overlap, nm, widths." in part
@@ -89,9 +89,9 @@ def test_the_readmes_tables_come_from_them(scripts, ran, tmp_path):
     )
 
 
-def check_pruning(found: dict) -> None:
+def check_pruning(result: dict) -> None:
     """Both ratios from one scoring, at the volume given, with the bytes of the weights counted by hand."""
-    size, (first, second) = found["calibration"], found["runs"]
+    size, (first, second) = result["calibration"], result["runs"]
     assert (first["asked"], second["asked"]) == (0.3, 0.5)
     assert "scores" in first["phases"] and "scores" not in second["phases"]
     assert first["whole_seconds"] == first["seconds"]
@@ -108,10 +108,10 @@ def check_pruning(found: dict) -> None:
         assert 0 < row["forward_share"] < 1
 
 
-def check_mass(found: dict) -> None:
-    rows = found["rows"]
+def check_mass(result: dict) -> None:
+    rows = result["rows"]
     assert [(row["batch"], row["length"]) for row in rows] == [(1, 32), (1, 64), (2, 32), (2, 64)]
-    assert (found["heads"], found["kv_heads"], found["head_dim"], found["wanted_on_top"]) == (4, 4, 16, 0.1)
+    assert (result["heads"], result["kv_heads"], result["head_dim"], result["wanted_on_top"]) == (4, 4, 16, 0.1)
     for row in rows:
         times, added = row["median_ms"], row["on_top_of_a_block"]
         assert row["largest_difference"] < 1e-3 and min(times.values()) > 0
@@ -122,22 +122,22 @@ def check_mass(found: dict) -> None:
         assert low - half <= times["block with mass"] / times["block"] - 1 <= high + half
 
 
-def check_sparsegpt(found: dict) -> None:
-    assert (found["blocks"], found["of_blocks"], found["arm"], found["wanted"]) == (2, 2, "masked", 3.0)
-    seconds = found["seconds"]
-    assert found["times_faster"] == seconds["plain"] / seconds["ours"]
-    assert set(found["phases"]["plain"]) == {"statistics", "factorisation", "columns", "moving on"}
-    assert sum(found["phases"]["plain"].values()) <= seconds["plain"]
-    assert found["agreement"]["masks_of_first_block"] > 0.999 and found["agreement"]["weights_of_first_block"] < 1e-3
-    assert found["agreement"]["masks"] > 0.99 and found["calibration"]["held_out"] == 0
+def check_sparsegpt(result: dict) -> None:
+    assert (result["blocks"], result["of_blocks"], result["arm"], result["wanted"]) == (2, 2, "masked", 3.0)
+    seconds = result["seconds"]
+    assert result["times_faster"] == seconds["plain"] / seconds["ours"]
+    assert set(result["phases"]["plain"]) == {"statistics", "factorisation", "columns", "moving on"}
+    assert sum(result["phases"]["plain"].values()) <= seconds["plain"]
+    assert result["agreement"]["masks_of_first_block"] > 0.999 and result["agreement"]["weights_of_first_block"] < 1e-3
+    assert result["agreement"]["masks"] > 0.99 and result["calibration"]["held_out"] == 0
 
 
 def test_a_pilot_chooses_the_volume(script, tmp_path, capsys):
     places = ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
     assert script.main([*TINY, *places, "--stages", "make,prune,sparsegpt", "--blocks", "1"]) == 0
-    found = results(tmp_path / "out")
+    result = results(tmp_path / "out")
     for stage, blocks, held_out in (("prune", 2, 1), ("sparsegpt", 1, 0)):
-        size = found[stage]["calibration"]
+        size = result[stage]["calibration"]
         cost, copies = size["cost"], (size["windows"] + held_out) * size["levels"]
         assert size["chosen"] == "by a pilot" and 1 <= size["windows"] <= 128 and size["pilot_seconds"] > 0
         estimate = cost["start"] + blocks * (cost["block"] + copies * cost["copy"])
@@ -145,7 +145,7 @@ def test_a_pilot_chooses_the_volume(script, tmp_path, capsys):
         missing = 128 * 10 * 4096 / 16 - size["windows"] * size["levels"]
         full = size["took_seconds"] + blocks * missing * cost["copy"]
         assert size["extrapolated_full_seconds"] == pytest.approx(full)
-    assert found["sparsegpt"]["blocks"] == 1 and "1 of 2 blocks" in capsys.readouterr().out
+    assert result["sparsegpt"]["blocks"] == 1 and "1 of 2 blocks" in capsys.readouterr().out
 
 
 def test_costs_by_hand(scripts):

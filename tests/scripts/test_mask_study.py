@@ -17,8 +17,8 @@ def test_every_variant_can_be_run_at_its_ratios(study):
     for name, keys in study.variants().items():
         for ratio in study.ratios_of(name):
             config = Config.load(overrides=study.BASE | keys | study.RATIOS[ratio])
-            found = inspect_masking(model_directory(), config)
-            assert found["ratio"] == (0.5 if ratio == "2:4" else float(ratio)), (name, ratio)
+            actual = inspect_masking(model_directory(), config)
+            assert actual["ratio"] == (0.5 if ratio == "2:4" else float(ratio)), (name, ratio)
 
 
 def test_methods_and_arms_are_crossed_and_only_allocations_lack_two_of_four(study):
@@ -59,15 +59,15 @@ def test_the_summary_is_paired(study):
             loss = losses.get(name, ([0.0, 0.0], [0.0, 0.0]))[seed]
             ratios = {ratio: {"loss": loss, "sparsity": 0.5} for ratio in study.ratios_of(name)}
             done[name, seed] = {"variant": name, "seed": seed, "dense_nelbo": 4.0, "ratios": ratios}
-    found = study.summarise(done, seeds)
-    gap = next(row for row in found["contrasts"] if row["variant"] == "wanda, masked" and row["ratio"] == "0.5")
+    actual = study.summarise(done, seeds)
+    gap = next(row for row in actual["contrasts"] if row["variant"] == "wanda, masked" and row["ratio"] == "0.5")
     assert gap["against"] == "wanda, clean" and gap["mean"] == 1.5 and gap["by_seed"] == [1.0, 2.0]
     half = 12.706205 * 0.5  # t of one degree of freedom times 1 / root 2, the deviation of 1 and 2, over root 2
     assert (gap["low"], gap["high"]) == pytest.approx((1.5 - half, 1.5 + half)) and gap["shown"] is False
     assert gap["windows"]["standard_error"] == pytest.approx(0.5)  # gaps 1, 1, 1, 3: deviation 1, over the root of 4
-    row = next(row for row in found["losses"] if row["variant"] == "wanda, masked" and row["ratio"] == "2:4")
+    row = next(row for row in actual["losses"] if row["variant"] == "wanda, masked" and row["ratio"] == "2:4")
     assert row["mean"] == 2.5 and row["by_seed"] == [2.0, 3.0]
-    assert found["dense"] == [4.0, 4.0]
+    assert actual["dense"] == [4.0, 4.0]
 
 
 def test_tables_mark_what_is_shown(study):

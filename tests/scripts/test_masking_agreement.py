@@ -31,9 +31,9 @@ def test_agreement_counts_masks_and_outputs(scripts, mask_dir):
     assert same["masks_differ"] == same["outputs_differ"] == 0 and same["error_ratio"] == 1
     weights["1.ff_out"][:3, 1] = 0
     save_file(weights, mask_dir / "sink-wanda-ours.safetensors")
-    found = agreement.compare("sink-wanda", mask_dir)
-    assert found["masks_differ"] == 3 / total and found["first_block_differs"] == 0
-    assert found["removed"] == [0.5 + 3 / total, 0.5] and 0 < found["outputs_differ"] < 0.2
+    result = agreement.compare("sink-wanda", mask_dir)
+    assert result["masks_differ"] == 3 / total and result["first_block_differs"] == 0
+    assert result["removed"] == [0.5 + 3 / total, 0.5] and 0 < result["outputs_differ"] < 0.2
 
 
 def test_ours_may_be_three_times_as_far_from_right_as_the_release(scripts):
@@ -81,9 +81,9 @@ def held_against(scripts, mask_dir, masking_request):
 
 @pytest.mark.parametrize("method", ["wanda", "sink-wanda", "sparsegpt", "sink-sparsegpt"])
 def test_ours_is_right_to_rounding(held_against, method):
-    found = held_against(method)
-    assert found["agree"], found
-    assert found["against_fp64"]["ours"]["misplaced"] == 0
+    result = held_against(method)
+    assert result["agree"], result
+    assert result["against_fp64"]["ours"]["misplaced"] == 0
 
 
 def defects():

@@ -48,14 +48,14 @@ def test_the_summary_is_paired_and_tells_what_went(study):
             seen = None if name.endswith("none") else sinks
             loss = [1.0 + seed, 3.0] if name == "sparsegpt, forward, unstable" else [0.0, 1.0]
             done[name, seed] = {"dense_nelbo": 4.0, "ratios": {"0.5": {"loss": loss, "sinks": seen}}}
-    found = study.summarise(done, [0, 1])
-    gap = next(row for row in found["contrasts"] if row["against"] == "sparsegpt, forward, none")
+    result = study.summarise(done, [0, 1])
+    gap = next(row for row in result["contrasts"] if row["against"] == "sparsegpt, forward, none")
     assert gap["variant"] == "sparsegpt, forward, all" and gap["mean"] == 0
-    gap = next(row for row in found["contrasts"] if row["variant"] == "sparsegpt, forward, unstable")
+    gap = next(row for row in result["contrasts"] if row["variant"] == "sparsegpt, forward, unstable")
     assert gap["by_seed"] == [1.5, 2.0] and gap["mean"] == 1.75
-    rows = {row["variant"]: row for row in found["losses"]}
+    rows = {row["variant"]: row for row in result["losses"]}
     assert rows["sparsegpt, forward, none"]["taken"] is None
-    assert rows["structured, reverse, unstable"]["taken"] == [0.2, 0.2] and found["dense"] == [4.0, 4.0]
-    cells = dict(zip(study.loss_table(found).columns[0].cells, study.loss_table(found).columns[2].cells))
+    assert rows["structured, reverse, unstable"]["taken"] == [0.2, 0.2] and result["dense"] == [4.0, 4.0]
+    cells = dict(zip(study.loss_table(result).columns[0].cells, study.loss_table(result).columns[2].cells))
     assert cells["structured, reverse, unstable"] == "20.00 %" and cells["sparsegpt, forward, none"] == ""
-    assert len(study.contrast_table(found).columns[3]._cells) == 26
+    assert len(study.contrast_table(result).columns[3]._cells) == 26

@@ -76,14 +76,14 @@ def speed_results(published=True):
 
 
 def test_speed_prints_what_the_json_says_of_the_release(scripts):
-    found, speed = speed_results(), scripts("readme_costs").speed
-    text = speed(found)
+    result, speed = speed_results(), scripts("readme_costs").speed
+    text = speed(result)
     line = "4.0 s | 2.0 s | 2.00x (1.50 to 2.50) | 90 MB | 63 MB | 0.70x | 1.6e-02 | 3.5e-06 |"
     assert f"| sink-wanda | {line}" in text and f"| sparsegpt | {line}" in text
     assert "sink-wanda takes 1.25x (1.00 to 1.50) the forward passes" in text
     assert "differs from itself in 1.1e-02 of the masks (0.0e+00 in block 0)" in text
     assert "(SHA-256 ac5dc571271a)" in text and "commit" not in text and "Apart" not in text
-    changed = copy.deepcopy(found)
+    changed = copy.deepcopy(result)
     changed["settings"]["release_commit"] = "0123456789abcdef"
     changed["rows"][1]["agreement"] |= {"agree": False}
     del changed["rows"][1]["agreement"]["release_itself"], changed["rows"][0]["over_forwards"]
@@ -157,8 +157,8 @@ def test_every_key_is_on_a_page_with_a_meaning(scripts, model):
 
 
 def seeds_of(variant, ratio):
-    found = json.loads((SCRIPTS / "results" / "quality.json").read_text(encoding="utf-8"))
-    return next(row["by_seed"] for row in found["losses"] if (row["variant"], row["ratio"]) == (variant, ratio))
+    result = json.loads((SCRIPTS / "results" / "quality.json").read_text(encoding="utf-8"))
+    return next(row["by_seed"] for row in result["losses"] if (row["variant"], row["ratio"]) == (variant, ratio))
 
 
 def shown(worse, better, ratio):
@@ -182,14 +182,14 @@ def test_what_the_results_page_claims_of_the_choices_is_shown():
         or shown(f"{score}, masked, {refit}", f"{score}, masked+sink, {refit}", ratio)
         for score in ("wanda", "fluctuation", "obs") for refit in ("refit", "no refit") for ratio in (0.3, 0.5)
     }  # fmt: skip
-    assert {key for key, found in sinks.items() if found} == {
+    assert {key for key, result in sinks.items() if result} == {
         ("fluctuation", "refit", 0.3), ("fluctuation", "no refit", 0.5),
     }  # fmt: skip
 
 
 def test_kept_intervals_are_over_seeds():
-    found = json.loads((SCRIPTS / "results" / "quality.json").read_text(encoding="utf-8"))
-    for each in found["losses"] + found["contrasts"]:
+    result = json.loads((SCRIPTS / "results" / "quality.json").read_text(encoding="utf-8"))
+    for each in result["losses"] + result["contrasts"]:
         mean = sum(each["by_seed"]) / 3
         half = 4.302653 * (sum((value - mean) ** 2 for value in each["by_seed"]) / 2 / 3) ** 0.5
         assert (each["mean"], each["low"], each["high"]) == pytest.approx((mean, mean - half, mean + half), abs=1e-12)

@@ -40,10 +40,10 @@ def test_a_table_end_to_end(table, tiny_checkpoint, piqa, text_path, tmp_path, c
         and "45.9 and 74.8" in " ".join(shown.split())
         and f"Wrote {out / 'reproduction.json'}" in shown
     )
-    found = json.loads((out / "reproduction.json").read_text())
+    result = json.loads((out / "reproduction.json").read_text())
     variants = TABLES[table][1]
-    assert [row["title"] for row in found["rows"]] == ["dense", *(variant.title for variant in variants.values())]
-    for name, row in zip(variants, found["rows"][1:]):
+    assert [row["title"] for row in result["rows"]] == ["dense", *(variant.title for variant in variants.values())]
+    for name, row in zip(variants, result["rows"][1:]):
         cell = row["tasks"]["piqa:piqa.jsonl"]
         assert cell["published"] == variants[name].published["piqa"] and cell["items"] == 7
         lines = (out / "evaluation" / "items" / name / "piqa-piqa.jsonl.jsonl").read_text().splitlines()
@@ -60,7 +60,7 @@ def test_a_table_end_to_end(table, tiny_checkpoint, piqa, text_path, tmp_path, c
     monkeypatch.setattr(reproduce, "command_line", lambda command: pytest.fail("a model that is there is made again"))
     monkeypatch.setattr("structprune.runs.evaluate.load_model", lambda *a, **k: pytest.fail("evaluated again"))
     assert main(command) == 0
-    assert json.loads((out / "reproduction.json").read_text())["rows"] == found["rows"]
+    assert json.loads((out / "reproduction.json").read_text())["rows"] == result["rows"]
 
 
 def test_a_model_of_another_command_is_not_taken_for_ours(tiny_checkpoint, piqa, text_path, tmp_path, capsys):

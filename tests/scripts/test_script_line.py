@@ -13,9 +13,9 @@ def line(scripts):
 def run(line, *arguments):
     parser = line.OneLineParser("what it does")
     parser.add_argument("--out", type=line.result_file, default=Path("x.json"))
-    found = []
-    code = line.one_line("tool", lambda: found.append(parser.parse_args([*arguments]).out))
-    return code, found
+    result = []
+    code = line.one_line("tool", lambda: result.append(parser.parse_args([*arguments]).out))
+    return code, result
 
 
 def test_a_result_can_be_written_where_it_was_tried(line, tmp_path):

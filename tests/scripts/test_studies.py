@@ -185,16 +185,16 @@ def test_main_keeps_the_json_and_refuses_a_study_begun_otherwise(studies, instan
     study, out = study_of(studies, {"calibration.source": "/anywhere"}), tmp_path / "tiny.json"
     partial = tmp_path / "tiny.part.jsonl"
     assert studies.main(study, ["--out", str(out), "--seeds", "3", "--windows", "2", "--length", "8"]) == 0
-    found = json.loads(out.read_text())
+    actual = json.loads(out.read_text())
     base = {"calibration.source": "calibration.txt"}
-    assert found["settings"] == {"seeds": [0, 1, 2], "windows": 2, "length": 8, "base": base}
-    assert found["losses"][0]["mean"] == 2.0 and found["variants"] == {"a": {}} and not partial.exists()
+    assert actual["settings"] == {"seeds": [0, 1, 2], "windows": 2, "length": 8, "base": base}
+    assert actual["losses"][0]["mean"] == 2.0 and actual["variants"] == {"a": {}} and not partial.exists()
     studies.resume(partial, {"windows": 2, "length": 8})
     capsys.readouterr()
     assert studies.main(study, ["--out", str(out), "--windows", "9", "--length", "8"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "tiny.part.jsonl was begun with" in error and "windows = 2, not 9" in error
-    assert json.loads(out.read_text()) == found
+    assert json.loads(out.read_text()) == actual
 
 
 def test_main_decides_by_the_defaults_of_a_configuration_too(studies, instant, tmp_path, monkeypatch):

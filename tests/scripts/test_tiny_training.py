@@ -79,8 +79,8 @@ def test_newton_schulz_maps_singular_values_and_keeps_singular_vectors(maths, sh
     right = torch.linalg.qr(torch.randn(2, shape[1], short, generator=generator(1)).double())[0]  # (N, columns, short)
     values = torch.tensor([4.0, 3.0, 0.5, 0.1][:short]).double()
     expected = torch.tensor([quintic(v.item()) for v in values / values.norm()]).double()
-    found = maths.newton_schulz(left * values @ right.transpose(1, 2))
-    assert torch.allclose(found, left * expected @ right.transpose(1, 2), atol=1e-5)
+    result = maths.newton_schulz(left * values @ right.transpose(1, 2))
+    assert torch.allclose(result, left * expected @ right.transpose(1, 2), atol=1e-5)
     assert quintic(1.0) == pytest.approx(0.7, abs=0.2) and (expected - 1).abs().max() < 0.35
 
 

@@ -76,9 +76,9 @@ def test_training_writes_a_checkpoint_that_loads_and_prunes(train, text_path):
     tokenizer = load_tokenizer(out)
     assert tokenizer("<|endoftext|><|mdm_mask|>")["input_ids"] == [298, 299]
     assert tokenizer.decode(tokenizer("It's näive,\n  or not")["input_ids"]) == "It's näive,\n  or not"
-    found = losses(out)
-    assert len(found) == 20 and found[0] == pytest.approx(torch.tensor(300.0).log().item(), abs=0.1)
-    assert sum(found[-3:]) / 3 < found[0] - 0.5
+    result = losses(out)
+    assert len(result) == 20 and result[0] == pytest.approx(torch.tensor(300.0).log().item(), abs=0.1)
+    assert sum(result[-3:]) / 3 < result[0] - 0.5
     last = (out / "train.log").read_text().splitlines()[-1].split()
     assert last[:3] == ["final", "steps", "40"] and 3.0 < float(last[last.index("nelbo") + 1]) < 5.6
     settings = {"calibration.source": str(text_path), "calibration.length": 16, "calibration.windows": 6,

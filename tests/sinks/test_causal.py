@@ -21,19 +21,19 @@ def test_generation_against_eager_weights(kind, causal_checkpoint):
     folder = causal_checkpoint(kind)
     model = load_causal(folder, None, CPU)
     prompts = torch.randint(0, 2000, (2, 14), generator=torch.Generator().manual_seed(0))
-    found = causal.generation_trajectory(model, prompts, 3, PLAIN)
+    result = causal.generation_trajectory(model, prompts, 3, PLAIN)
     from transformers import AutoModelForCausalLM
 
     eager = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
     for step in range(3):
-        ids = found.ids[:, step, : 14 + step]
+        ids = result.ids[:, step, : 14 + step]
         output = eager(ids, output_attentions=True)
         mass = torch.stack(output.attentions).sum((0, 2, 3))  # (N, t) over layers, heads and queries
         seen = 14 + step - UNSEEN + 1
-        assert torch.allclose(found.mass[:, step, :seen], per_query(mass)[:, :seen], rtol=1e-3)
+        assert torch.allclose(result.mass[:, step, :seen], per_query(mass)[:, :seen], rtol=1e-3)
         if step < 2:
-            assert torch.equal(found.ids[:, step + 1, 14 + step], output.logits[:, -1].argmax(-1))  # greedy
-    assert found.common.sum() == 14 - UNSEEN + 1 and found.prompt == 14 and found.heads == 12
+            assert torch.equal(result.ids[:, step + 1, 14 + step], output.logits[:, -1].argmax(-1))  # greedy
+    assert result.common.sum() == 14 - UNSEEN + 1 and result.prompt == 14 and result.heads == 12
 
 
 def test_a_checkpoints_own_way_to_generate_is_left_aside(causal_checkpoint):
@@ -112,8 +112,8 @@ WINDOWS = {
 @pytest.mark.parametrize("kind", WINDOWS)
 def test_a_sliding_window_shorter_than_the_run_is_refused(kind, causal_checkpoint):
     model = load_causal(causal_checkpoint(kind, **WINDOWS[kind]), None, CPU)
-    found = causal.generation_trajectory(model, torch.arange(9)[None], 3, PLAIN)  # 12 tokens: nothing drops out
-    assert found.mass.shape == (1, 3, 11)
+    result = causal.generation_trajectory(model, torch.arange(9)[None], 3, PLAIN)  # 12 tokens: nothing drops out
+    assert result.mass.shape == (1, 3, 11)
     with pytest.raises(
         UserError, match=f"{kind}ForCausalLM attends within a sliding window of 12 .* the 13 of the run"
     ):

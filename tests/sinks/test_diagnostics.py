@@ -11,8 +11,8 @@ from structprune.statistics.policies import instability, survival
 NONE = torch.nan
 
 
-def close(found, expected):
-    return torch.allclose(found, torch.tensor(expected, dtype=found.dtype), atol=1e-6, equal_nan=True)
+def close(result, expected):
+    return torch.allclose(result, torch.tensor(expected, dtype=result.dtype), atol=1e-6, equal_nan=True)
 
 
 def test_spatial_variance_is_of_the_mean_over_steps():

@@ -35,33 +35,33 @@ def model(request, tiny_model):
 
 def test_noise_levels_go_from_noise_to_text(model):
     windows = torch.randint(0, 2000, (3, 20), generator=torch.Generator().manual_seed(0))
-    found = forward_trajectory(model, windows, 5, 0, PLAIN)
-    masked = found.ids == model.config.mask_token_id  # (N, S, T)
-    assert (found.ids[~masked] == windows[:, None].expand_as(found.ids)[~masked]).all()
-    assert (found.progress.diff(dim=1) > 0).all()
+    result = forward_trajectory(model, windows, 5, 0, PLAIN)
+    masked = result.ids == model.config.mask_token_id  # (N, S, T)
+    assert (result.ids[~masked] == windows[:, None].expand_as(result.ids)[~masked]).all()
+    assert (result.progress.diff(dim=1) > 0).all()
     if model.edges_visible:
         assert not masked[..., [0, -1]].any()
     else:
-        assert torch.allclose(found.progress[0], 0.999 * torch.tensor([0.0, 0.2, 0.4, 0.6, 0.8]))
+        assert torch.allclose(result.progress[0], 0.999 * torch.tensor([0.0, 0.2, 0.4, 0.6, 0.8]))
         assert masked[:, 0].all() and masked[:, -1].float().mean() < 0.5
-    assert torch.allclose(found.mass.flatten(0, 1), full_mass(model, found.ids.flatten(0, 1)), rtol=1e-4)
+    assert torch.allclose(result.mass.flatten(0, 1), full_mass(model, result.ids.flatten(0, 1)), rtol=1e-4)
     again = forward_trajectory(model, windows, 5, 0, PLAIN)
-    assert torch.equal(found.ids, again.ids)
+    assert torch.equal(result.ids, again.ids)
 
 
 def test_generation_is_the_samplers_own(model):
     prompts = torch.randint(0, 2000, (3, 7), generator=torch.Generator().manual_seed(1))
     asked = {"gen_length": 6, "steps": 3} | ({} if model.shifted else {"block_length": 6})
     settings = generation_settings(model.config, asked)
-    found = reverse_trajectory(model, prompts, settings, 0, PLAIN)
+    result = reverse_trajectory(model, prompts, settings, 0, PLAIN)
     given = []
     generate(model, prompts, settings, options=Options(record=lambda step: given.append(step.ids)))
-    assert torch.equal(found.ids, torch.stack(given, dim=1))  # (N, S, T)
-    assert torch.equal(found.ids[:, :, :7], prompts[:, None].expand(3, 3, 7)) and found.prompt == 7
-    left = (found.ids == model.config.mask_token_id).sum(2)  # (N, S)
+    assert torch.equal(result.ids, torch.stack(given, dim=1))  # (N, S, T)
+    assert torch.equal(result.ids[:, :, :7], prompts[:, None].expand(3, 3, 7)) and result.prompt == 7
+    left = (result.ids == model.config.mask_token_id).sum(2)  # (N, S)
     assert (left[:, 0] == 6).all() and (left.diff(dim=1) < 0).all()
-    assert torch.allclose(found.mass.flatten(0, 1), full_mass(model, found.ids.flatten(0, 1)), rtol=1e-4)
-    assert torch.allclose(found.progress[0], torch.tensor([0.0, 1 / 3, 2 / 3]))
+    assert torch.allclose(result.mass.flatten(0, 1), full_mass(model, result.ids.flatten(0, 1)), rtol=1e-4)
+    assert torch.allclose(result.progress[0], torch.tensor([0.0, 1 / 3, 2 / 3]))
     assert not any("forward" in vars(view.core) for view in Adapter(model).blocks)
 
 

@@ -20,21 +20,21 @@ def test_sums_votes_and_strength_by_hand():
     ids = torch.arange(12).view(2, 6)
     recorder.add([0, 0], [0, 1], ids, layers())
     recorder.add([1, 1], [1, 0], ids.flip(0), [layer.flip(0) for layer in layers()])  # rows may come in any order
-    found = recorder.finish("forward", 0, torch.tensor([[0.0, 0.5]] * 2))
-    assert torch.equal(found.ids, ids[:, None].expand(2, 2, 6))
-    assert torch.allclose(found.mass[0, 1], torch.tensor([1.4, 1.4, 11.0, 1.4, 1.4, 1.4]))
-    assert torch.allclose(found.votes[0, 0], torch.tensor([0, 0, 2 / 3, 0, 0, 0])) and not found.votes[1].any()
-    assert [layer.tolist() for layer in found.sinks] == [[0.5], [0.5, 0.0]]  # of two sequences one has it
-    assert torch.allclose(torch.cat(found.strength), torch.tensor([2.5 / 6, 2.5 / 6, 0.0]))
-    assert found.present.all() and found.common.all() and found.heads == 3
+    result = recorder.finish("forward", 0, torch.tensor([[0.0, 0.5]] * 2))
+    assert torch.equal(result.ids, ids[:, None].expand(2, 2, 6))
+    assert torch.allclose(result.mass[0, 1], torch.tensor([1.4, 1.4, 11.0, 1.4, 1.4, 1.4]))
+    assert torch.allclose(result.votes[0, 0], torch.tensor([0, 0, 2 / 3, 0, 0, 0])) and not result.votes[1].any()
+    assert [layer.tolist() for layer in result.sinks] == [[0.5], [0.5, 0.0]]  # of two sequences one has it
+    assert torch.allclose(torch.cat(result.strength), torch.tensor([2.5 / 6, 2.5 / 6, 0.0]))
+    assert result.present.all() and result.common.all() and result.heads == 3
 
 
 def test_steps_that_a_sequence_left_out_are_dropped():
     recorder = Recorder(2, causal=False)
     for step, rows in ((0, [0, 1]), (1, [1]), (3, [0, 1])):
         recorder.add([step] * len(rows), rows, torch.full((len(rows), 6), step), [layers()[0][rows]])
-    found = recorder.finish("reverse", 2, torch.tensor([[0.0, 0.25, 0.5, 0.75]] * 2))
-    assert found.ids[:, :, 0].tolist() == [[0, 3], [0, 3]] and found.progress.tolist() == [[0.0, 0.75]] * 2
+    result = recorder.finish("reverse", 2, torch.tensor([[0.0, 0.25, 0.5, 0.75]] * 2))
+    assert result.ids[:, :, 0].tolist() == [[0, 3], [0, 3]] and result.progress.tolist() == [[0.0, 0.75]] * 2
 
 
 def test_positions_of_a_causal_model_grow_and_its_last_ones_are_not_compared():
@@ -42,11 +42,11 @@ def test_positions_of_a_causal_model_grow_and_its_last_ones_are_not_compared():
     for step, length in enumerate((10, 11)):
         seen = torch.arange(length, 0, -1.0)  # (T,) queries: each gives 1 of its attention per position it sees
         recorder.add([step], [0], torch.zeros(1, length, dtype=torch.long), [seen.view(1, 1, -1)])
-    found = recorder.finish("reverse", 10, torch.tensor([[0.0, 0.5]]))
+    result = recorder.finish("reverse", 10, torch.tensor([[0.0, 0.5]]))
     count = 10 - UNSEEN + 1
-    assert found.present.sum(1).tolist() == [count, count + 1] and found.common.sum() == count
-    assert torch.allclose(found.mass[0, 0, :count], torch.tensor(5.5))  # the total, 55, over ten even positions
-    assert found.mass[0, 0, count:].isnan().all() and found.ids[0, 0].tolist() == [0] * 10 + [-1]
+    assert result.present.sum(1).tolist() == [count, count + 1] and result.common.sum() == count
+    assert torch.allclose(result.mass[0, 0, :count], torch.tensor(5.5))  # the total, 55, over ten even positions
+    assert result.mass[0, 0, count:].isnan().all() and result.ids[0, 0].tolist() == [0] * 10 + [-1]
 
 
 def test_epsilon_means_the_same_in_a_causal_head():
@@ -56,7 +56,7 @@ def test_epsilon_means_the_same_in_a_causal_head():
     mass = mass * (12 / mass.sum())  # 12 queries
     recorder = Recorder(1, causal=True)
     recorder.add([0], [0], torch.zeros(1, 12, dtype=torch.long), [mass.view(1, 1, -1)])
-    found = recorder.finish("reverse", 12, torch.zeros(1, 1))
+    result = recorder.finish("reverse", 12, torch.zeros(1, 1))
     # the mean of the first 5 is 0.76: (3 - 0.2) / 0.76 = 3.7 is above 3, which 3 - 0.2 is not
-    assert torch.allclose(found.mass[0, 0, :5], rate[:5]) and found.votes[0, 0, :5].tolist() == [1, 0, 0, 0, 0]
-    assert torch.allclose(found.strength[0], torch.tensor([3 / 3.8]))
+    assert torch.allclose(result.mass[0, 0, :5], rate[:5]) and result.votes[0, 0, :5].tolist() == [1, 0, 0, 0, 0]
+    assert torch.allclose(result.strength[0], torch.tensor([3 / 3.8]))
