@@ -45,7 +45,11 @@ def _swap(draft: Path, directory: Path) -> None:
             os.rename(directory, backup)
         os.rename(draft, directory)
     except BaseException:
-        if backup.exists():
+        if os.path.lexists(backup) and not directory.exists():
             os.rename(backup, directory)
         raise
-    shutil.rmtree(backup, ignore_errors=True)
+    finally:
+        if backup.is_symlink() and directory.exists():  # the output was a link; what it points to stays
+            backup.unlink()
+        elif directory.exists():  # else the backup is all there is
+            shutil.rmtree(backup, ignore_errors=True)

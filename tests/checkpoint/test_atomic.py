@@ -74,3 +74,31 @@ def test_nothing_is_lost_when_renames_fail(failures, tmp_path, monkeypatch):
     result = [path for path in tmp_path.rglob("one")]
     assert len(result) == 1 and result[0].read_text() == "1"
     assert (result[0] == target / "one") is (failures == 1)
+
+
+def test_a_link_is_replaced_and_its_directory_stays(tmp_path):
+    real, link = tmp_path / "real", tmp_path / "made"
+    real.mkdir()
+    (real / "one").write_text("1")
+    link.symlink_to(real)
+    with whole_directory(link) as draft:
+        (draft / "two").write_text("2")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["made", "real"] and not link.is_symlink()
+    assert [path.name for path in link.iterdir()] == ["two"] and (real / "one").read_text() == "1"
+
+
+def test_an_interrupt_after_the_swap_leaves_only_the_new_one(tmp_path, monkeypatch):
+    target = tmp_path / "made"
+    with whole_directory(target) as draft:
+        (draft / "one").write_text("1")
+    rename = os.rename
+
+    def interrupted(source, destination):
+        rename(source, destination)
+        if str(destination) == str(target):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt), whole_directory(target) as draft:
+        (draft / "two").write_text("2")
+    assert [path.name for path in tmp_path.rglob("*")] == ["made", "two"]
