@@ -46,7 +46,7 @@ def check_output(
             raise UserError(f"output '{directory}' lies inside the input checkpoint '{source}': choose another place")
         if directory.resolve() in inside.parents and overwrite:
             raise UserError(f"output '{directory}' holds the input checkpoint '{source}': --overwrite would erase it")
-    anchor = check_place(directory)
+    check_place(directory)
     if directory.exists() and not directory.is_dir():
         raise UserError(f"output '{directory}' is a file: choose another")
     if directory.exists() and any(directory.iterdir()):
@@ -54,29 +54,41 @@ def check_output(
             raise UserError(f"output '{directory}' exists: choose another, or add --overwrite")
         if not any((directory / name).exists() for name in marks):
             raise UserError(f"output '{directory}' holds something other than an earlier output: choose another")
-    needed, free = needed_bytes / 1e9, shutil.disk_usage(anchor).free / 1e9
-    if needed > free:
-        raise UserError(f"output '{directory}' needs {needed:.2f} GB, but {free:.2f} GB are free there")
+    check_space(directory, needed_bytes)
     return directory
 
 
-def check_place(path: str | Path) -> Path:
+def check_space(path: str | Path, needed_bytes: int) -> None:
+    """Check that the disk of an output has room for so many bytes.
+
+    Raises:
+        UserError: it has less.
+    """
+    path = Path(path).absolute()
+    needed, free = needed_bytes / 1e9, shutil.disk_usage(_anchor(path)).free / 1e9
+    if needed > free:
+        remedy = "free some space, or choose another place"
+        raise UserError(f"output '{path}' needs {needed:.2f} GB, but {free:.2f} GB are free there: {remedy}")
+
+
+def _anchor(path: Path) -> Path:
+    """The nearest parent that exists."""
+    return next((folder for folder in path.parents if folder.exists()), path)
+
+
+def check_place(path: str | Path) -> None:
     """Check that something can be written at `path`: make and remove a directory in its nearest existing parent.
 
     Permissions alone are not enough: the superuser has all of them, and some file systems are read-only.
 
-    Returns:
-        That parent.
     Raises:
         UserError: nothing can be written there, or the name is not allowed.
     """
     path = Path(path).absolute()
     try:
-        anchor = next((folder for folder in path.parents if folder.exists()), path)
-        os.rmdir(tempfile.mkdtemp(prefix=f".{path.name}.", dir=anchor))
+        os.rmdir(tempfile.mkdtemp(prefix=f".{path.name}.", dir=_anchor(path)))
     except OSError as error:
         raise UserError(f"output '{path}' cannot be written ({error.strerror}): choose another place") from error
-    return anchor
 
 
 @contextmanager

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from structprune.calibration.build import check_length, check_source
 from structprune.calibration.trajectories import check_calibration
-from structprune.checkpoint.output import check_output
+from structprune.checkpoint.output import check_output, check_space
 from structprune.config import Config
 from structprune.masking.request import MaskRequest
-from structprune.models.loading import load_model
+from structprune.models.loading import load_model, source_of
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.progress import Track, untracked
 from structprune.runs.ghost import Ghost, read_ghost
@@ -53,10 +53,11 @@ def prune_checkpoint(
         check_plan(request, ghost.model, plan, ghost.values)
     check_output(out, ghost.directory, overwrite, ghost.stored_bytes)
     _check_text(config, ghost)
-    model = _load(source, request)
+    model, source_bytes = _load(source, request)
+    check_space(out, source_bytes)  # again: a download may have filled the disk
     pruned = Pruner(model, request, track=track).prune(plan=plan)
     pruned.save(out, overwrite)
-    return Written(pruned, ghost.stored_bytes)
+    return Written(pruned, source_bytes)
 
 
 def mask_checkpoint(
@@ -73,10 +74,11 @@ def mask_checkpoint(
     check_output(out, ghost.directory, overwrite, ghost.stored_bytes + mask_bytes)
     if request.reads_text:
         _check_text(config, ghost)
-    model = _load(source, request)
+    model, source_bytes = _load(source, request)
+    check_space(out, source_bytes + mask_bytes)
     masked = mask(model, request, track=track, in_place=True)
     masked.save(out, overwrite)
-    return Written(masked, ghost.stored_bytes)
+    return Written(masked, source_bytes)
 
 
 def _check_text(config: Config, ghost: Ghost) -> None:
@@ -87,9 +89,13 @@ def _check_text(config: Config, ghost: Ghost) -> None:
         check_calibration(saved, config)
 
 
-def _load(source: str, request: StructuredRequest | MaskRequest) -> DiffusionLM:
-    """The model where the request says; masks also carry the checkpoint's own code over, which is not executed."""
+def _load(source: str, request: StructuredRequest | MaskRequest) -> tuple[DiffusionLM, int]:
+    """The model where the request says, and the bytes of its weights in their stored dtype.
+
+    Masks also carry the checkpoint's own code over, which is not executed.
+    """
     resources, settings = request.resources, request.config.model
     dtype = "auto" if resources.offload and resources.dtype is None else resources.dtype
     carries_code = isinstance(request, MaskRequest)
-    return load_model(source, dtype, resources.home, settings.mask_id, settings.allow_pickle, carries_code)
+    model = load_model(source, dtype, resources.home, settings.mask_id, settings.allow_pickle, carries_code)
+    return model, model.num_parameters() * source_of(model).dtype.itemsize

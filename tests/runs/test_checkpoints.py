@@ -69,6 +69,23 @@ def test_a_full_disk_is_known_before_weights_are_read(way, tiny_checkpoint, tmp_
     assert not (tmp_path / "out").exists()
 
 
+def test_a_disk_that_a_download_fills_is_known_before_the_long_work(way, tiny_checkpoint, tmp_path, monkeypatch):
+    name, function, config = way
+    real, load = shutil.disk_usage, checkpoints.load_model
+
+    def loaded(*arguments):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100_000))
+        return load(*arguments)
+
+    monkeypatch.setattr(checkpoints, "load_model", loaded)
+    for work in ("Pruner", "mask"):
+        monkeypatch.setattr(checkpoints, work, lambda *_, **__: pytest.fail("the long work began"))
+    assert real(tmp_path).free > 1e6
+    with pytest.raises(UserError, match="are free there: free some space, or choose another place"):
+        function(str(tiny_checkpoint()), tmp_path / "out", config())
+    assert not (tmp_path / "out").exists()
+
+
 def test_configuration_and_headers_come_before_the_output(way, tiny_checkpoint, tmp_path, no_weights):
     """A request that no place can meet is refused as such, whatever stands at the output."""
     _, function, config = way
