@@ -140,6 +140,7 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
     Raises:
         UserError: the file is cut short or not a safetensors file.
     """
+    path.open("rb").close()  # a file that cannot be opened is not called damaged
     try:
         with safe_open(path, "pt"):  # checks the header, and the file's size against it
             pass

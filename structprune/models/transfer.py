@@ -126,7 +126,7 @@ class Lane:
     def _parts(self, source: torch.Tensor, target: torch.Tensor) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
         """Views of the bytes of both, (n,) uint8 each, that fit a buffer; one empty pair of empty tensors."""
         size = len(self._up[0])
-        return zip(_bytes(source).split(size), _bytes(target).split(size))
+        return zip(_bytes(source).split(size), _bytes(target).split(size), strict=True)
 
     def _empty(self, target: torch.Tensor, chunk: torch.Tensor, done: Any) -> None:
         """Wait for a copy to a buffer, and empty the buffer into the host's part."""

@@ -207,3 +207,9 @@ def test_half_downloaded_pickles_name_the_shard(tiny_checkpoint):
     places = {"a": "pytorch_model-00001-of-00002.bin", "b": "pytorch_model-00002-of-00002.bin"}
     (directory / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": places}))
     assert "lacks pytorch_model-00002-of-00002.bin" in message(directory, allow_pickle=True)
+
+
+def test_a_shard_that_cannot_be_opened_is_not_called_damaged(tmp_path):
+    (tmp_path / "model.safetensors").mkdir()
+    with pytest.raises(IsADirectoryError):
+        read_header(tmp_path / "model.safetensors")
