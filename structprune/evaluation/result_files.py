@@ -141,6 +141,7 @@ class ResultStore:
         self.close()
         self.finished = True
         shutil.rmtree(self.directory / PARTIAL, ignore_errors=True)
+        _remove_drafts(self.directory)
         return read_results(self.directory)
 
     def close(self) -> None:
@@ -236,6 +237,7 @@ def clear_results(directory: str | Path) -> None:
         for name in (PARTIAL, ITEMS):
             shutil.rmtree(directory / name, ignore_errors=True)
         (directory / SETTINGS).unlink(missing_ok=True)
+        _remove_drafts(directory)
 
 
 def is_resumable(directory: str | Path, settings: dict) -> bool:
@@ -277,6 +279,13 @@ def _flat(values: dict, prefix: str = "") -> dict[str, str]:
         else:
             texts[f"{prefix}{name}"] = json.dumps(value, ensure_ascii=False)
     return texts
+
+
+def _remove_drafts(directory: Path) -> None:
+    """Remove what processes left that were killed while they wrote (`whole_file`)."""
+    for pattern in (".*.json.*.tmp", f"{ITEMS}/*/.*.jsonl.*.tmp"):
+        for path in directory.glob(pattern):
+            path.unlink(missing_ok=True)
 
 
 def _refuse_foreign(directory: Path) -> None:

@@ -20,7 +20,7 @@ from structprune.evaluation.result_files import (
 from structprune.evaluation.results import json_text, plain_os_errors
 from structprune.evaluation.settings import EvaluationConfig
 from structprune.evaluation.summary import summarise
-from structprune.evaluation.units import Unit
+from structprune.evaluation.units import GenerationUnit, Unit
 from structprune.evaluation.workers import Workers
 from structprune.files import write_whole
 from structprune.models.checkpoint_files import locate
@@ -89,7 +89,7 @@ def evaluate(
     try:
         if not store.finished:
             for subject in subjects:
-                with _memory_errors(subject):
+                with _memory_errors(subject, config.model.dtype):
                     _run(subject, config, device, store, session)
         workers.wait()
         if not workers.main:
@@ -182,15 +182,17 @@ def _run(
 
 
 @contextmanager
-def _memory_errors(subject: Subject) -> Iterator[None]:
+def _memory_errors(subject: Subject, dtype: str | None) -> Iterator[None]:
     """Running out of memory where no smaller batch helps is a UserError."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:
-        raise UserError(
-            f"'{subject.checkpoint}' does not fit the memory: lower evaluation.prompts (of generation), set"
-            " model.dtype=bfloat16, or use another --device"
-        ) from error
+        remedies = (
+            ["lower evaluation.prompts"] if any(isinstance(unit, GenerationUnit) for unit in subject.units) else []
+        )
+        remedies += ["set model.dtype=bfloat16"] if dtype in (None, "float32") else []
+        remedy = " or ".join([*remedies, "use another --device"])
+        raise UserError(f"'{subject.checkpoint}' does not fit the memory: {remedy}") from error
 
 
 def _compare(results: Results, earlier: Results, seed: int) -> dict:

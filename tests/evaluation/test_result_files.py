@@ -146,9 +146,16 @@ def test_missing_items_are_told(tmp_path, settings, fill, finish):
     assert len(finish(store).rows["dense"]["notes"]) == 8
 
 
-def test_a_draft_of_a_killed_start_is_no_obstacle(tmp_path, settings):
-    (tmp_path / ".settings.json.0.123.tmp").write_text("{")
-    assert not ResultStore(tmp_path, settings).finished
+def test_a_draft_of_a_killed_start_is_no_obstacle_and_goes(tmp_path, settings, fill, finish):
+    drafts = [tmp_path / ".settings.json.0.123.tmp", tmp_path / ".results.json.4f.tmp"]
+    other = tmp_path / ".notes.tmp"  # of somebody else
+    for path in (*drafts, other):
+        path.write_text("{")
+    store = ResultStore(tmp_path, settings)
+    assert not store.finished
+    fill(store, range(4))
+    finish(store)
+    assert other.exists() and not any(path.exists() for path in drafts)
 
 
 def test_a_full_disk(tmp_path, monkeypatch, settings, fill, finish):

@@ -170,13 +170,23 @@ def test_tasks_of_one_name_are_refused(eval_checkpoint, piqa, tmp_path, eval_set
         eval_settings(tasks=[f"piqa:{piqa}"], evaluation__limit=0)
 
 
-def test_memory_that_runs_out_for_good_is_one_line(eval_checkpoint, text_path, tmp_path, monkeypatch, eval_settings):
+def test_memory_that_runs_out_for_good_is_one_line(
+    eval_checkpoint, text_path, gsm8k, tmp_path, monkeypatch, eval_settings
+):
     def full(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
 
     monkeypatch.setattr("structprune.runs.evaluate.load_model", full)
-    with pytest.raises(UserError, match="does not fit the memory: lower evaluation.prompts .* model.dtype=bfloat16"):
-        evaluate([str(eval_checkpoint())], eval_settings(text_path), tmp_path / "out")
+    names, lower = [str(eval_checkpoint())], "lower evaluation.prompts or "
+    options = {"gen_length": 8, "steps": 8, "block_length": 8}
+    generating = eval_settings(text_path, [f"gsm8k:{gsm8k}"], evaluation__generation=options)
+    for asked, remedy in (
+        (eval_settings(text_path), "set model.dtype=bfloat16 or use"),
+        (generating, f"{lower}set model.dtype=bfloat16 or use"),
+        (eval_settings(text_path, model__dtype="bfloat16"), "use"),
+    ):
+        with pytest.raises(UserError, match=f"does not fit the memory: {remedy} another --device$"):
+            evaluate(names, asked, tmp_path / "out", overwrite=True)
 
 
 def test_memory_that_runs_out_is_halved(eval_checkpoint, text_path, tmp_path, monkeypatch, eval_settings):
