@@ -17,23 +17,21 @@ if TYPE_CHECKING:
 
 
 Results = Annotated[Path, typer.Option("--out", help="Output directory for bench.json and the plots.")]
-Batches = Annotated[str, typer.Option("--batch", metavar="LIST", help="Batch sizes, separated by commas.")]
+Batches = Annotated[str, typer.Option(metavar="LIST", help="Batch sizes, separated by commas.")]
 Lengths = Annotated[
-    str, typer.Option("--length", metavar="LIST", help="Tokens per sequence, generated ones included; commas between.")
+    str, typer.Option(metavar="LIST", help="Tokens per sequence, generated ones included; commas between.")
 ]
 Compile = Annotated[bool, typer.Option("--compile", help="Also measure with torch.compile (without caches).")]
 CACHES = "Caches of generation: none (full recomputation), prefix, dual, or all. Caches are approximate."
-Cache = Annotated[str, typer.Option("--cache", metavar="LIST", help=CACHES)]
-GenLength = Annotated[int, typer.Option("--gen-length", help="Tokens to generate; 0 measures no generation.")]
-Steps = Annotated[int, typer.Option("--steps", help="Denoising steps of a generation.")]
+Cache = Annotated[str, typer.Option(metavar="LIST", help=CACHES)]
+GenLength = Annotated[int, typer.Option(help="Tokens to generate; 0 measures no generation.")]
+Steps = Annotated[int, typer.Option(help="Denoising steps of a generation.")]
 BlockLength = Annotated[
     int | None,
-    typer.Option(
-        "--block-length", help="Tokens in a block of LLaDA's sampler.", show_default="32, at most --gen-length"
-    ),
+    typer.Option(help="Tokens in a block of LLaDA's sampler.", show_default="32, at most --gen-length"),
 ]
-Rounds = Annotated[int, typer.Option("--rounds", help="Timed forward passes of each model.")]
-GenerationRounds = Annotated[int, typer.Option("--generation-rounds", help="Timed generations of each model.")]
+Rounds = Annotated[int, typer.Option(help="Timed forward passes of each model.")]
+GenerationRounds = Annotated[int, typer.Option(help="Timed generations of each model.")]
 SemiStructured = Annotated[
     bool, typer.Option("--semi-structured", help="Also run 2:4-masked weights on torch's 2:4 kernels.")
 ]

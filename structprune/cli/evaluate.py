@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 ConfigFile = Annotated[
     Path | None,
-    typer.Option("--config", help="YAML file with sections model and evaluation.", show_default="built-in defaults"),
+    typer.Option(help="YAML file with sections model and evaluation.", show_default="built-in defaults"),
 ]
 Sets = Annotated[
     list[str] | None,
@@ -23,20 +23,16 @@ Sets = Annotated[
 ]
 Text = Annotated[
     str | None,
-    typer.Option(
-        "--text", help="Text to measure the NELBO of: .txt, .jsonl, .parquet, wikitext2, c4, or a Hub dataset."
-    ),
+    typer.Option(help="Text to measure the NELBO of: .txt, .jsonl, .parquet, wikitext2, c4, or a Hub dataset."),
 ]
 Tasks = Annotated[
     str | None,
-    typer.Option("--tasks", metavar="LIST", help="piqa:FILE, gsm8k:FILE, or tasks of lm-eval; commas between."),
+    typer.Option(metavar="LIST", help="piqa:FILE, gsm8k:FILE, or tasks of lm-eval; commas between."),
 ]
-Limit = Annotated[int | None, typer.Option("--limit", help="The most documents of a task.")]
+Limit = Annotated[int | None, typer.Option(help="The most documents of a task.")]
 Adaptive = Annotated[bool, typer.Option("--adaptive", help="Stop sampling a question once its choice is decided.")]
 Chat = Annotated[bool, typer.Option("--chat", help="Prompts go through the chat template (Instruct checkpoints).")]
-Against = Annotated[
-    Path | None, typer.Option("--against", metavar="DIR", help="Also compare with the results of an earlier run.")
-]
+Against = Annotated[Path | None, typer.Option(metavar="DIR", help="Also compare with the results of an earlier run.")]
 Forget = Annotated[
     bool,
     typer.Option("--overwrite", help="Remove earlier results in --out (those of the same run only if it is finished)."),

@@ -32,12 +32,11 @@ Out = Annotated[Path, typer.Option(help="Directory to write. It appears complete
 CalibrationText = Annotated[
     str | None,
     typer.Option(
-        "--calibration",
         help="Calibration text: wikitext2, c4, a Hub dataset, a .txt, .jsonl or .parquet file, or a saved"
         " calibration.safetensors.",
     ),
 ]
-PlanFile = Annotated[Path | None, typer.Option("--plan", help="Apply this plan.json instead of computing scores.")]
+PlanFile = Annotated[Path | None, typer.Option(help="Apply this plan.json instead of computing scores.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda[:N].", show_default="cuda if available, else cpu")]
 Dtype = Annotated[
     str | None,

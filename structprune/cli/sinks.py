@@ -11,43 +11,30 @@ Source = Annotated[
     str, typer.Argument(help="Checkpoint directory, Hub id or GGUF file of a diffusion LM or a causal LM.")
 ]
 Text = Annotated[
-    str | None,
-    typer.Option("--text", help="A .txt, .jsonl or .parquet file.", show_default="the package's held-out text"),
+    str | None, typer.Option(help="A .txt, .jsonl or .parquet file.", show_default="the package's held-out text")
 ]
-Prompt = Annotated[str | None, typer.Option("--prompt", help="Generate from this prompt instead of windows of text.")]
+Prompt = Annotated[str | None, typer.Option(help="Generate from this prompt instead of windows of text.")]
 Trajectory = Annotated[
     str | None,
     typer.Option(
-        "--trajectory",
         help="forward (noise levels), reverse (the model's own generation) or both.",
         show_default="both; reverse for a causal LM",
     ),
 ]
-Against = Annotated[str | None, typer.Option("--against", help="A second checkpoint to show beside the first.")]
-Windows = Annotated[
-    int | None, typer.Option("--windows", help="Number of text windows; not with --prompt.", show_default="8")
+Windows = Annotated[int | None, typer.Option(help="Number of text windows; not with --prompt.", show_default="8")]
+Length = Annotated[
+    int | None,
+    typer.Option(help="Tokens in a window, generated ones included; not with --prompt.", show_default="128"),
 ]
-LENGTH = "Tokens in a window, generated ones included; not with --prompt."
-Length = Annotated[int | None, typer.Option("--length", help=LENGTH, show_default="128")]
 GenLength = Annotated[
-    int | None,
-    typer.Option("--gen-length", help="Tokens to generate.", show_default="half the length; 64 after a prompt"),
+    int | None, typer.Option(help="Tokens to generate.", show_default="half the length; 64 after a prompt")
 ]
-Levels = Annotated[
-    int | None, typer.Option("--levels", help="Noise levels of the forward trajectory.", show_default="10")
-]
-Steps = Annotated[
-    int | None, typer.Option("--steps", help="Denoising steps of a diffusion LM.", show_default="one per token")
-]
+Levels = Annotated[int | None, typer.Option(help="Noise levels of the forward trajectory.", show_default="10")]
+Steps = Annotated[int | None, typer.Option(help="Denoising steps of a diffusion LM.", show_default="one per token")]
 BlockLength = Annotated[
-    int | None,
-    typer.Option("--block-length", help="Tokens in a block of LLaDA's sampler.", show_default="the whole generation"),
+    int | None, typer.Option(help="Tokens in a block of LLaDA's sampler.", show_default="the whole generation")
 ]
-Seed = Annotated[int | None, typer.Option("--seed", help="Random seed of windows and noise.", show_default="0")]
-Alpha = Annotated[float, typer.Option("--alpha", help="Steepness of the sink mask.")]
-Kappa = Annotated[
-    float, typer.Option("--kappa", help="A sink's attention exceeds the mean by this many standard deviations.")
-]
+Kappa = Annotated[float, typer.Option(help="A sink's attention exceeds the mean by this many standard deviations.")]
 ScaleFree = Annotated[bool, typer.Option("--scale-free", help="Divide attention by its mean first.")]
 
 
@@ -57,15 +44,15 @@ def sinks(
     text: Text = None,
     prompt: Prompt = None,
     trajectory: Trajectory = None,
-    against: Against = None,
+    against: Annotated[str | None, typer.Option(help="A second checkpoint to show beside the first.")] = None,
     windows: Windows = None,
     length: Length = None,
     gen_length: GenLength = None,
     levels: Levels = None,
     steps: Steps = None,
     block_length: BlockLength = None,
-    seed: Seed = None,
-    alpha: Alpha = 5.0,
+    seed: Annotated[int | None, typer.Option(help="Random seed of windows and noise.", show_default="0")] = None,
+    alpha: Annotated[float, typer.Option(help="Steepness of the sink mask.")] = 5.0,
     kappa: Kappa = 2.0,
     scale_free: ScaleFree = False,
     device: Device = None,
