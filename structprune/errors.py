@@ -9,9 +9,9 @@ class Interrupted(Exception):
     """A run that was ended from outside but leaves something: the message says what."""
 
 
-def nearest(word: str, known: list[str]) -> str:
-    """`" (did you mean 'x'?)"` for the known word closest to `word`, or an empty string."""
+def nearest(word: str, known: list[str], cutoff: float = 0.5) -> str:
+    """` (did you mean 'x'?)` for the known word closest to `word`, or "" if none is as close as `cutoff`."""
     import difflib
 
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=cutoff)
     return f" (did you mean '{close[0]}'?)" if close else ""

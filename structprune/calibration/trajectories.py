@@ -131,7 +131,7 @@ def check_trajectory(config: Config, levels: int | None = None) -> None:
 
 def check_calibration(calibration: Calibration, config: Config) -> None:
     """Raise UserError where an existing calibration, replayed or passed in, has another trajectory than the
-    configuration names, or too few levels for its sink policy."""
+    configuration names, too few levels for its sink policy, or no windows for one of a run's two uses."""
     actual, requested = trajectory_of(calibration), config.sink.trajectory
     if "trajectory" in config.sink.model_fields_set and requested != actual:
         raise UserError(
@@ -139,6 +139,13 @@ def check_calibration(calibration: Calibration, config: Config) -> None:
             f" {actual}; leave it out, or calibrate anew from text"
         )
     check_trajectory(config, calibration.levels)
+    if calibration.held_out >= calibration.windows:
+        raise UserError(f"all {calibration.windows} windows of the calibration are held out: leave some to fit on")
+    if calibration.held_out < 1 and (config.method == "structured" or config.reconstruct.enabled):
+        remedy = "" if config.method == "structured" else ", or set reconstruct.enabled = false"
+        raise UserError(
+            f"the calibration holds out no window to choose the refit's damping on: make one that does{remedy}"
+        )
 
 
 def trajectory_of(calibration: Calibration) -> str:

@@ -122,7 +122,7 @@ class Sections(Section):
         if problem["type"] == "extra_forbidden":
             if "." not in name:
                 names = list(cls.model_fields)
-                return f"unknown config section '{name}'{nearest(name, names)}: choose from {', '.join(names)}"
+                return f"unknown config section '{name}'{nearest(name, names, 0.8)}: choose from {', '.join(names)}"
             section, _, key = name.partition(".")
             inside = cls._section(section).model_fields
             close = nearest(key, list(inside)) or nearest(name, cls.known_keys())

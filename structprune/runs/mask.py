@@ -95,10 +95,6 @@ class MaskRun(Run):
     def __init__(self, model: DiffusionLM, request: MaskRequest, calibration: Calibration | None, track: Track):
         super().__init__(model, request, calibration, track)
         self.request, self.log = request, SinkLog()
-        if self._calibration is not None and self._calibration.held_out >= self._calibration.windows:
-            raise UserError("every window of the calibration is held out, which leaves none to look at: hold out fewer")
-        if request.reconstruct.enabled and self.calibration.held_out < 1:
-            raise UserError("no window is held out to choose the refit's damping on: set reconstruct.enabled = false")
         self._norms: dict[InputKey, torch.Tensor] = {}
 
     def run(self, in_place: bool = False) -> Masked:

@@ -192,3 +192,16 @@ def test_a_prompt_with_a_mask_token_is_refused(model):
     prompts = torch.full((1, 4), model.config.mask_token_id)
     with pytest.raises(UserError, match="prompt 0 holds the mask token"):
         reverse_states(model, prompts, low_confidence(model.config, 4, 2), [0])
+
+
+def test_windows_for_both_uses_are_asked_for():
+    ids = torch.arange(64).view(2, 32)
+    none, every = (Calibration(ids, ids[:, None].clone(), None, {}, held_out=count) for count in (0, 2))
+    with pytest.raises(UserError, match="^all 2 windows of the calibration are held out: leave some to fit on$"):
+        check_calibration(every, Config())
+    masks = {"method": "unstructured", "masking.score": "wanda"}
+    with pytest.raises(UserError, match="holds out no window .*: make one that does$"):
+        check_calibration(none, Config())
+    with pytest.raises(UserError, match="make one that does, or set reconstruct.enabled = false$"):
+        check_calibration(none, Config.load(overrides=masks))
+    check_calibration(none, Config.load(overrides=masks | {"reconstruct.enabled": False}))

@@ -267,7 +267,7 @@ def test_magnitude_alone_needs_no_text(given, monkeypatch, tmp_path):
 
 
 def test_a_refit_without_held_out_windows_is_refused(given, tiny_calibration):
-    with pytest.raises(UserError, match="no window is held out to choose the refit's damping on"):
+    with pytest.raises(UserError, match="holds out no window .* or set reconstruct.enabled = false"):
         mask(given[0], config(SPARSEGPT, REFIT), tiny_calibration(given[0], held_out=0))
 
 
