@@ -1,5 +1,11 @@
 """The exceptions a user can cause, each shown as a single line: UserError with exit code 2, Interrupted with 130."""
 
+import reprlib
+from typing import Any
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 2, 80, 80, 40
+
 
 class UserError(ValueError):
     """Input that cannot be used: the message names the offending value and the remedy, in one line."""
@@ -15,3 +21,15 @@ def nearest(word: str, known: list[str], cutoff: float = 0.5) -> str:
 
     close = difflib.get_close_matches(word, known, n=1, cutoff=cutoff)
     return f" (did you mean '{close[0]}'?)" if close else ""
+
+
+def shown(value: Any) -> str:
+    """A value for a message, as Python writes it but never long: nested and repeated parts become dots.
+
+    Numbers of thousands of digits, which Python refuses to write out, are named by their size.
+    """
+    try:
+        text = _SHORT.repr(value)
+    except ValueError:
+        text = f"a number of {value.bit_length():,} bits" if isinstance(value, int) else f"a {type(value).__name__}"
+    return text.encode("ascii", "backslashreplace").decode() if not text.isprintable() else text

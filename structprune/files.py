@@ -6,10 +6,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from structprune.errors import UserError
+
 
 def first_line(error: Exception) -> str:
     """The first line of an error's message, or its type where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def check_regular(path: Path) -> None:
+    """Raise UserError for a directory, FIFO or device in a file's place, which reading would wait for."""
+    if path.exists() and not path.is_file():
+        raise UserError(
+            f"{path} is a {'directory' if path.is_dir() else 'pipe or device'}, not a file: put the file there"
+        )
 
 
 @contextmanager

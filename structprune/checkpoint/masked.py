@@ -14,18 +14,12 @@ import torch
 
 from structprune.checkpoint.output import Content, output_draft, write_shards
 from structprune.errors import UserError
-from structprune.models.checkpoint_files import (
-    TensorHeader,
-    is_weights,
-    read_header,
-    read_headers,
-    read_json,
-    shard_names,
-)
+from structprune.models.checkpoint_files import is_weights, read_json, shard_names
+from structprune.models.headers import TensorHeader, read_header, read_headers
 from structprune.models.loading import DTYPES, read_pickle, source_of
 from structprune.models.modeling_structprune import DiffusionLM
 
-INDEX = "model.safetensors.index.json"
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 BY_PRODUCTS = ("calibration.safetensors", "masks.safetensors", "report.json", "plan.json", "demo.json")
 CHUNK = 1 << 24  # bytes copied at once
 Value = Callable[[str, torch.dtype], torch.Tensor]  # name, stored dtype -> the tensor to write, on the CPU
@@ -60,7 +54,11 @@ def save_masked(
     names = shard_names(source, allow_pickle=True)
     stored, state = _read_stored(source, names), model.state_dict()
     _check(stored, state, changed, source)
-    copied = list(_copied_files(source, source, tuple(source.resolve().parents)))
+    copied = [
+        path
+        for path in _copied_files(source, source, tuple(source.resolve().parents))
+        if str(path) != INDEX or len(names) > 1 or names[0] != WHOLE  # else the index is left over from other shards
+    ]
     needed = sum((source / path).stat().st_size for path in (*map(Path, names), *copied))
     value = partial(_value, state)
     with output_draft(directory, source, overwrite, needed, files) as draft:

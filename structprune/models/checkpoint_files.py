@@ -1,17 +1,14 @@
-"""The files of a checkpoint directory: config, shards and safetensors headers, checked before any weight is read."""
+"""The files of a checkpoint directory: where they are, which of them count, and config.json."""
 
 import json
 import re
-import struct
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import huggingface_hub
-from safetensors import SafetensorError, safe_open
 
-from structprune.errors import UserError
-from structprune.files import first_line
+from structprune.errors import UserError, shown
+from structprune.files import check_regular, first_line
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
@@ -22,16 +19,8 @@ WEIGHT_FILE = re.compile(r".*\.(safetensors|bin|pt|pth)$")
 UNREAD_WEIGHTS = (
     "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.ggml", "*.onnx", "*.onnx_data", "*.h5", "*.msgpack", "*.ot", "*.tflite",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class TensorHeader:
-    """Shape and safetensors dtype name of one stored tensor, and its place in the shard's file."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    shard: str
-    span: tuple[int, int] = (0, 0)  # first byte, and the one after the last; (0, 0) where the file is not local
+LARGEST_JSON = 1 << 28  # bytes; the largest tokenizer.json have about a tenth of it
+HALF_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def locate(source: str | Path, weights: bool = True, allow_pickle: bool = False, code: bool = False) -> Path:
@@ -84,17 +73,39 @@ def read_json(path: Path, remedy: str = "download it again") -> dict:
     """The object in a JSON file.
 
     Raises:
-        UserError: the file is missing, or is not a JSON object; with a `remedy` for damaged files.
+        UserError: the file is missing, or is not a JSON object of a sane size; with a `remedy` for damaged files.
     """
+    if not path.exists():
+        raise UserError(f"{path} is missing: the checkpoint is incomplete, {remedy}")
+    check_regular(path)
+    if (size := path.stat().st_size) > LARGEST_JSON:
+        raise UserError(f"{path} has {size / 1e9:.1f} GB, more than any such file: {remedy}")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is missing: the checkpoint is incomplete, {remedy}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}): {remedy}") from error
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text)
+        if HALF_SURROGATE.search(text):
+            json.dumps(value, ensure_ascii=False).encode()  # a half of a pair could not be written again
+    except RecursionError as error:
+        raise UserError(f"{path} is nested too deeply to be read: {remedy}") from error
+    except ValueError as error:  # also what is not UTF-8, and numbers of thousands of digits
+        raise UserError(f"{path} is not valid JSON ({first_line(error)}): {remedy}") from error
     if not isinstance(value, dict):
-        raise UserError(f"{path} holds a {type(value).__name__}, not an object")
+        raise UserError(f"{path} holds {shown(value)}, not an object: {remedy}")
     return value
+
+
+def read_config(directory: Path) -> dict:
+    """The contents of a checkpoint's config.json.
+
+    Raises:
+        UserError: it is missing or damaged, or the directory is a PEFT adapter.
+    """
+    if not (directory / "config.json").exists() and (directory / "adapter_config.json").is_file():
+        raise UserError(
+            f"{directory} is a PEFT adapter, not a model: merge it into its base model first (merge_and_unload, then"
+            " save_pretrained)"
+        )
+    return read_json(directory / "config.json")
 
 
 def shard_names(directory: Path, allow_pickle: bool = False) -> list[str]:
@@ -119,82 +130,22 @@ def shard_names(directory: Path, allow_pickle: bool = False) -> list[str]:
 
 
 def _named_shards(directory: Path, whole: str) -> list[str]:
-    """The shards that the index of the file `whole` names, else `whole` itself where it exists, else none."""
+    """`whole` itself where it exists, as transformers chooses, else the shards that its index names, else none.
+
+    An index beside the whole file is left over from an earlier, sharded save.
+    """
     index = directory / f"{whole}.index.json"
+    if (directory / whole).exists():
+        return [whole]
     if not index.exists():
-        return [whole] if (directory / whole).exists() else []
+        return []
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
         raise UserError(f"{index} names no shards: download it again")
     names = sorted(set(places.values()))
-    if outside := [name for name in names if Path(name).name != name]:
-        raise UserError(f"{index} names {outside[0]}, which is not in its folder: download it again")
+    ending = Path(whole).suffix
+    if outside := [name for name in names if Path(name).name != name or not name.endswith(ending)]:
+        raise UserError(f"{index} names {shown(outside[0])}, not a {ending} file in its folder: download it again")
     if missing := ", ".join(name for name in names if not (directory / name).exists()):
         raise UserError(f"{directory} lacks {missing} ({len(names)} shards in the index): finish the download")
     return names
-
-
-def read_header(path: Path) -> dict[str, TensorHeader]:
-    """Names, shapes and dtypes in a safetensors file, without reading any weight.
-
-    Raises:
-        UserError: the file is cut short or not a safetensors file.
-    """
-    path.open("rb").close()  # a file that cannot be opened is not called damaged
-    try:
-        with safe_open(path, "pt"):  # checks the header, and the file's size against it
-            pass
-    except (SafetensorError, OSError) as error:
-        size = path.stat().st_size
-        reason = f"cut short or not a safetensors file ({size:,} bytes)"
-        raise UserError(f"{path} is {reason}: download it again") from error
-    with path.open("rb") as file:
-        entries, start = raw_header(file)
-    entries.pop("__metadata__", None)
-    return {
-        name: TensorHeader(tuple(entry["shape"]), entry["dtype"], path.name, (start + begin, start + end))
-        for name, entry in entries.items()
-        for begin, end in [entry["data_offsets"]]
-    }
-
-
-def raw_header(file: BinaryIO) -> tuple[dict, int]:
-    """The header of a valid safetensors file, and the byte at which its tensors start."""
-    (length,) = struct.unpack("<Q", file.read(8))
-    return json.loads(file.read(length)), 8 + length
-
-
-def read_headers(directory: Path, names: list[str]) -> dict[str, TensorHeader]:
-    """Every tensor's header in the safetensors shards `names`."""
-    return {key: header for name in names for key, header in read_header(directory / name).items()}
-
-
-def stored_headers(source: str | Path, directory: Path, allow_pickle: bool = False) -> dict[str, TensorHeader]:
-    """Every tensor's header, without reading any weight; none of a config.json alone, or of pickled weights.
-
-    Args:
-        source: as the user gave it; the headers of a Hub id without local shards are fetched from the Hub.
-        directory: what `locate(source)` returns.
-    Raises:
-        UserError: shards that are broken or missing.
-    """
-    local = [path.name for path in directory.iterdir() if WEIGHT_FILE.match(path.name)]
-    if not local and not Path(source).is_dir():
-        return _hub_headers(str(source))
-    if not local and not list(directory.glob("*.index.json")):
-        return {}
-    names = shard_names(directory, allow_pickle)
-    return read_headers(directory, names) if names[0].endswith(".safetensors") else {}
-
-
-def _hub_headers(hub_id: str) -> dict[str, TensorHeader]:
-    """Headers by range requests of a few kilobytes per shard; none where the Hub does not return them."""
-    try:
-        files = huggingface_hub.get_safetensors_metadata(hub_id).files_metadata
-    except Exception:  # offline, no safetensors, or a header that cannot be parsed: config.json must do
-        return {}
-    return {
-        name: TensorHeader(tuple(tensor.shape), tensor.dtype, shard)
-        for shard, file in files.items()
-        for name, tensor in file.tensors.items()
-    }

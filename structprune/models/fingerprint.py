@@ -3,7 +3,8 @@
 import hashlib
 from pathlib import Path
 
-from structprune.models.checkpoint_files import TOKENIZER_FILES, read_header, shard_names
+from structprune.models.checkpoint_files import TOKENIZER_FILES, shard_names
+from structprune.models.headers import read_header
 
 WHOLE = ("config.json", *TOKENIZER_FILES)
 PROBES, PROBE = 64, 1 << 12  # places in a shard, bytes at each

@@ -10,22 +10,18 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from structprune.errors import UserError
+from structprune.errors import UserError, shown
 from structprune.files import first_line
-from structprune.models.checkpoint_files import (
-    TensorHeader,
-    is_byte_pair,
-    locate,
-    read_headers,
-    read_json,
-    shard_names,
-)
+from structprune.models.checkpoint_files import is_byte_pair, locate, read_config, shard_names
+from structprune.models.config_values import quantisation
 from structprune.models.families import Family
+from structprune.models.headers import TensorHeader, read_headers
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.official import build_config, detect_family, find_mask_id
 from structprune.models.placement import pick_device
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+UNUSED = "inv_freq"  # end of the names of rotary tables, which some checkpoints store and structprune computes
 
 
 @dataclass(frozen=True)
@@ -81,7 +77,7 @@ def load_config(
         weights, allow_pickle, code: what to download of a Hub id (`locate`).
     """
     directory = locate(source, weights, allow_pickle, code)
-    values = read_json(directory / "config.json")
+    values = read_config(directory)
     family = detect_family(values, directory)
     config = build_config(values, family, find_mask_id(values, directory, mask_id), directory)
     return directory, family, config, values
@@ -116,12 +112,14 @@ def load_model(
         model = family.model_class(config)
     names = shard_names(directory, allow_pickle)
     if not names[0].endswith(".bin"):
-        check_shapes(model, read_headers(directory, names), directory)
+        headers = read_headers(directory, names)
+        check_dtypes(headers, values, directory)
+        check_shapes(model, headers, directory)
     chosen = torch.float32 if dtype is None and device.type == "cpu" else as_dtype(None if dtype == "auto" else dtype)
     state: dict[str, torch.Tensor] = {}
     dtypes: list[torch.dtype] = []  # of the first shard's tensors as stored
     for name in names:  # cast shard by shard, so that no second copy of the whole model is in memory
-        shard = _read_shard(directory / name)
+        shard = _read_shard(directory / name, values)
         dtypes = dtypes or [tensor.dtype for tensor in shard.values()]
         stored = max(dtypes, key=dtypes.count)
         state |= {key: shard.pop(key).to(device, chosen or stored) for key in list(shard)}
@@ -147,16 +145,39 @@ def check_shapes(
         shape, described = tuple(stored[name].shape), tuple(tensor.shape)
         if shape != described:
             raise UserError(f"{directory}: {name} is {shape}, but config.json asks for {described}")
-    if extra := [name for name in stored if name not in state and not name.endswith("inv_freq")]:
+    if extra := [name for name in stored if name not in state and not name.endswith(UNUSED)]:
         count, first = len(extra), extra[0]
         raise UserError(f"{directory}: {count} weights are not in the model config.json describes (first: {first})")
 
 
-def _read_shard(path: Path) -> dict[str, torch.Tensor]:
+def check_dtypes(
+    stored: Mapping[str, TensorHeader] | Mapping[str, torch.Tensor], values: dict, directory: Path
+) -> None:
+    """Check that every stored tensor is of a floating-point dtype that structprune computes with.
+
+    Args:
+        values: contents of config.json, which name the method where weights are quantised.
+    Raises:
+        UserError: one has another dtype.
+    """
+    for name, tensor in stored.items():
+        dtype = tensor.dtype
+        if dtype in DTYPES or dtype in DTYPES.values() or name.endswith(UNUSED):
+            continue
+        method = quantisation(values)
+        kind = str(dtype).removeprefix("torch.") + (f", quantised with {method}" if method else "")
+        raise UserError(
+            f"{directory}: {shown(name)} is {kind}, but weights must be one of {', '.join(DTYPES)}: give the checkpoint"
+            " as it was before it was quantised or converted"
+        )
+
+
+def _read_shard(path: Path, values: dict) -> dict[str, torch.Tensor]:
     try:
         state = read_pickle(path) if path.suffix == ".bin" else load_file(path)
     except SafetensorError as error:
         raise UserError(f"{path} cannot be read ({error}): download it again") from error
+    check_dtypes(state, values, path)
     for name, tensor in state.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise UserError(f"{path}: {name} holds NaN or Inf: the shard is damaged, download it again")

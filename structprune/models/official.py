@@ -2,11 +2,14 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 from transformers import PretrainedConfig
 
-from structprune.errors import UserError, nearest
+from structprune.errors import UserError, nearest, shown
+from structprune.files import first_line
 from structprune.models.checkpoint_files import read_json
+from structprune.models.config_values import WHOLE, check_heads, check_values, check_whole
 from structprune.models.families import FAMILIES, Family
 
 REFUSED_TYPES = {  # start of a model type or architecture, in lower case -> reason
@@ -16,7 +19,7 @@ REFUSED_TYPES = {  # start of a model type or architecture, in lower case -> rea
 }
 NOT_OURS = (
     "model_type", "architectures", "auto_map", "transformers_version", "torch_dtype", "dtype", "use_cache",
-    "_name_or_path", "rope_scaling", "rope_parameters",
+    "_name_or_path", "rope_scaling", "rope_parameters", "quantization_config",
 )  # fmt: skip
 
 
@@ -26,8 +29,9 @@ def detect_family(values: dict, where: Path | str) -> Family:
     Raises:
         UserError: a model type that is not supported, with what is.
     """
-    kind = str(values.get("model_type", ""))
-    architecture = (values.get("architectures") or [""])[0]
+    kind = str(values.get("model_type", ""))[:80]
+    architectures = values.get("architectures")
+    architecture = str(architectures[0])[:80] if isinstance(architectures, list) and architectures else ""
     for family in FAMILIES:
         if kind in family.model_types or kind == family.config_class.model_type:
             return family
@@ -45,30 +49,25 @@ def build_config(values: dict, family: Family, mask_id: int, where: Path | str) 
     Raises:
         UserError: a required key is missing, or one has a value that this implementation does not compute.
     """
-    for key in family.required:
-        if not isinstance(values.get(key), int) or values[key] < 1:
-            raise UserError(f"{where}: config.json has no positive integer '{key}', which {family.name} needs: add it")
+    check_values(values, family, where)
     for key, allowed in family.supported.items():
         if key in values and values[key] not in allowed:
-            raise UserError(f"{where}: {key} = {values[key]!r} is not supported ({family.name} needs {allowed[0]!r})")
-    hidden, heads = values[family.keys["hidden"]], values[family.width_keys["query_heads"]]
-    if values.get("head_dim") is None and hidden % heads:
-        raise UserError(
-            f"{where}: hidden size {hidden} is not a multiple of {heads} heads and head_dim is not given: add it"
-        )
-    kv_heads = values.get(family.width_keys["kv_heads"]) or heads
-    if heads % kv_heads:
-        raise UserError(f"{where}: {heads} heads are not a multiple of {kv_heads} key/value heads: correct either")
+            value, needs = shown(values[key]), shown(allowed[0])
+            raise UserError(f"{where}: {key} = {value} is not supported ({family.name} needs {needs})")
+    check_heads(values, family, where)
     rope = values.get("rope_parameters") or {}  # where transformers 5 keeps what rope_theta and rope_scaling were
     if rope.get("rope_type", "default") != "default":
-        raise UserError(f"{where}: rope_type = {rope['rope_type']!r} is not supported (needs 'default')")
+        raise UserError(f"{where}: rope_type = {shown(rope['rope_type'])} is not supported (needs 'default')")
     arguments = {key: value for key, value in values.items() if key not in NOT_OURS}
     if rope.get("rope_theta") is not None:
         arguments["rope_theta"] = rope["rope_theta"]
     vocabulary = arguments.get(family.keys["vocabulary"]) or arguments["vocab_size"]
     if not 0 <= mask_id < vocabulary:
-        raise UserError(f"{where}: mask id {mask_id} lies outside the embedding of {vocabulary} tokens")
-    return family.config_class(**(arguments | {"mask_token_id": mask_id}))
+        raise UserError(f"{where}: mask id {shown(mask_id)} lies outside the embedding of {vocabulary} tokens")
+    try:
+        return family.config_class(**(arguments | {"mask_token_id": mask_id}))
+    except Exception as error:  # keys that only transformers reads, such as eos_token_id or id2label
+        raise UserError(f"{where}: config.json cannot be used ({first_line(error)}): correct it") from error
 
 
 def find_mask_id(values: dict, directory: Path, mask_id: int | None = None) -> int:
@@ -79,19 +78,32 @@ def find_mask_id(values: dict, directory: Path, mask_id: int | None = None) -> i
     """
     if mask_id is not None:
         return mask_id
-    if isinstance(values.get("mask_token_id"), int):
+    if values.get("mask_token_id") is not None:
+        check_whole("mask_token_id", values["mask_token_id"], *WHOLE["mask_token_id"], directory)
         return values["mask_token_id"]
-    settings = directory / "tokenizer_config.json"
+    number = _mask_in_tokenizer(directory)
+    if number is None:
+        remedy = "give it with --mask-id, in Python and lm-eval as mask_id (LLaDA 126336, Dream 151666)"
+        raise UserError(f"{directory}: no mask id in config.json or the tokenizer: {remedy}")
+    return number
+
+
+def _mask_in_tokenizer(directory: Path) -> int | None:
+    """The id of the tokenizer's `mask_token`, from its settings alone; None where they name none."""
+    settings, vocabulary = directory / "tokenizer_config.json", directory / "tokenizer.json"
     content = read_json(settings) if settings.exists() else {}
     token = content.get("mask_token")
     token = token.get("content") if isinstance(token, dict) else token
-    if token is not None:
-        for number, entry in content.get("added_tokens_decoder", {}).items():
-            if entry.get("content") == token:
-                return int(number)
-        vocabulary = directory / "tokenizer.json"
-        for entry in read_json(vocabulary).get("added_tokens", []) if vocabulary.exists() else []:
-            if entry.get("content") == token:
-                return int(entry["id"])
-    remedy = "give it with --mask-id, in Python and lm-eval as mask_id (LLaDA 126336, Dream 151666)"
-    raise UserError(f"{directory}: no mask id in config.json or the tokenizer: {remedy}")
+    if not isinstance(token, str):
+        return None
+    decoder = content.get("added_tokens_decoder")
+    entries: list[tuple[Any, Any]] = []
+    if isinstance(decoder, dict):
+        entries += decoder.items()
+    added = read_json(vocabulary).get("added_tokens") if vocabulary.exists() else None
+    if isinstance(added, list):
+        entries += [(entry.get("id"), entry) for entry in added if isinstance(entry, dict)]
+    for number, entry in entries:
+        if isinstance(entry, dict) and entry.get("content") == token and str(number).isdecimal():
+            return int(number)
+    return None

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from structprune.errors import UserError
 from structprune.files import first_line, whole_file
-from structprune.models.checkpoint_files import raw_header
+from structprune.models.headers import raw_header
 
 
 def write_tensors(path: str | Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:

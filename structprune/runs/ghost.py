@@ -7,8 +7,8 @@ import torch
 
 from structprune.config import ModelSettings
 from structprune.models.adapter import Adapter
-from structprune.models.checkpoint_files import stored_headers
-from structprune.models.loading import DTYPES, as_dtype, check_shapes, load_config, source_name
+from structprune.models.headers import stored_headers
+from structprune.models.loading import DTYPES, as_dtype, check_dtypes, check_shapes, load_config, source_name
 from structprune.models.modeling_structprune import DiffusionLM
 
 
@@ -43,8 +43,9 @@ def read_ghost(source: str | Path, settings: ModelSettings) -> Ghost:
         model = family.model_class(config)
     headers = stored_headers(source, directory, settings.allow_pickle)
     if headers:
+        check_dtypes(headers, values, directory)
         check_shapes(model, headers, directory)
-        dtypes = [DTYPES.get(header.dtype, torch.float32) for header in headers.values()]
+        dtypes = [DTYPES[header.dtype] for header in headers.values()]
         stored = max(dtypes, key=dtypes.count)
     else:
         name = str(values.get("torch_dtype") or values.get("dtype") or "bfloat16")

@@ -10,7 +10,7 @@ import torch
 
 from structprune.errors import UserError
 from structprune.files import first_line
-from structprune.models.checkpoint_files import read_json
+from structprune.models.checkpoint_files import read_config
 from structprune.models.loading import as_dtype
 from structprune.progress import Track
 from structprune.sinks.trajectory import Recorder, Trajectory
@@ -92,7 +92,7 @@ def is_causal(directory: Path) -> bool:
 
     if gguf_file(directory) is not None:
         return True
-    return read_json(directory / "config.json").get("model_type") in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return read_config(directory).get("model_type") in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
 def read_causal(source: Path) -> tuple[Any, Any]:

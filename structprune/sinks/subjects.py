@@ -11,7 +11,7 @@ from structprune.calibration.text import LOCAL, join_texts, read_texts
 from structprune.calibration.windows import cut_windows, tokenize_corpus
 from structprune.config import ModelSettings
 from structprune.errors import UserError
-from structprune.models.checkpoint_files import locate, read_json
+from structprune.models.checkpoint_files import locate, read_config
 from structprune.models.loading import load_config, load_model, load_tokenizer, source_name
 from structprune.models.official import detect_family
 from structprune.models.placement import pick_device
@@ -55,7 +55,7 @@ def find_kind(source: str) -> tuple[Path, bool]:
     if is_causal(directory):
         return directory, True
     try:
-        detect_family(read_json(directory / "config.json"), directory)
+        detect_family(read_config(directory), directory)
     except UserError as error:
         raise UserError(f"{error}; nor is it a causal language model of transformers") from error
     return directory, False

@@ -127,7 +127,7 @@ def test_what_is_left_behind(source, tmp_path):
     kept = set(folder_bytes(source))
     names = (
         ".git/HEAD", ".cache/huggingface/x", ".gitattributes", "code/.hidden", "code/__pycache__/x.pyc",
-        "consolidated.00.pth", "pytorch_model.bin", "pytorch_model.bin.index.json", "model.safetensors", "x.GGUF",
+        "consolidated.00.pth", "pytorch_model.bin", "pytorch_model.bin.index.json", "old.safetensors", "x.GGUF",
         "onnx/model.onnx", "tf_model.h5", "calibration.safetensors", "masks.safetensors", "report.json", "plan.json",
         "demo.json", "original/x.safetensors", "original/model.safetensors.index.json",
     )  # fmt: skip
@@ -274,7 +274,7 @@ def test_a_failure_leaves_everything_as_it_was(source, tmp_path, error):
 
 def test_no_space_left_is_known_before_writing(source, tmp_path, monkeypatch):
     needed = sum(map(len, folder_bytes(source).values()))
-    (source / "model.safetensors").write_bytes(bytes(100))  # not in the index: needs no space
+    (source / "old.safetensors").write_bytes(bytes(100))  # not in the index: needs no space
     model = load_model(source)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=needed - 1))
     with pytest.raises(UserError, match="are free there"):

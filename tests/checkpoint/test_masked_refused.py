@@ -95,5 +95,7 @@ def test_an_index_that_names_files_elsewhere(source, tmp_path):
     """Its names become names of files to write."""
     model = load_model(source)
     path = source / "model.safetensors.index.json"
-    path.write_text(json.dumps({"weight_map": {"a": "../llada-tiny/model.safetensors"}}))
-    assert "names ../llada-tiny/model.safetensors, which is not in its folder" in refused(model, tmp_path)
+    (source / "model.safetensors").rename(source / "weights.safetensors")
+    for name in ("../llada-tiny/weights.safetensors", "model.bin"):
+        path.write_text(json.dumps({"weight_map": {"a": name}}))
+        assert f"names '{name}', not a .safetensors file in its folder" in refused(model, tmp_path)

