@@ -45,7 +45,14 @@ def read_model_settings(
     from structprune.config import Config
 
     values = {"device": device, "dtype": dtype, "mask_id": mask_id, "allow_pickle": allow_pickle}
-    return Config.load(overrides={f"model.{name}": value for name, value in values.items()}).model
+    try:
+        return Config.load(overrides={f"model.{name}": value for name, value in values.items()}).model
+    except UserError as error:  # these verbs have options in place of keys
+        name = next((name for name in values if f"key model.{name} " in str(error)), None)
+        if name is None:
+            raise
+        option = "--" + name.replace("_", "-")
+        raise UserError(str(error).replace(f"config key model.{name}", option)) from error
 
 
 def set_keys(sets: list[str] | None) -> set[str]:

@@ -85,11 +85,15 @@ def draw_heatmap(runs: list[dict]):
 
 
 def _legend(figure, panels) -> None:
-    """One legend below all panels, each label once."""
-    pairs = (zip(*axes.get_legend_handles_labels(), strict=True) for axes in panels)
-    handles = {label: handle for panel in pairs for handle, label in panel}
+    """One legend below all panels; a label of several panels once, two lines of one panel that share a label both."""
+    handles: list = []
+    labels: list[str] = []
+    for axes in panels:
+        pairs = [pair for pair in zip(*axes.get_legend_handles_labels(), strict=True) if pair[1] not in labels]
+        handles += [handle for handle, _ in pairs]
+        labels += [label for _, label in pairs]
     if handles:
-        figure.legend(handles.values(), handles.keys(), ncols=len(handles), fontsize=9, **BELOW)
+        figure.legend(handles, labels, ncols=len(handles), fontsize=9, **BELOW)
 
 
 def draw_drift(runs: list[dict]):

@@ -36,7 +36,8 @@ from structprune.evaluation.units import (
 )
 from structprune.models.checkpoint_files import TOKENIZER_FILES
 from structprune.models.families import Family
-from structprune.models.loading import load_config, load_tokenizer, source_name
+from structprune.models.loading import load_config, source_name
+from structprune.models.tokenizer import load_tokenizer
 
 WINDOW = 512  # tokens of a window, where models have as many positions
 SCORING = ("samples", "block", "cfg_scale", "sampling", "adaptive", "skip_empty")
@@ -134,7 +135,10 @@ class _UnitMakers:
             units += self._once("tasks", subject, lambda: self._tasks(subject.family, texts))
         vocabulary = getattr(subject.config, subject.family.keys["vocabulary"])
         for unit in units:
-            unit.check(subject.config)
+            try:
+                unit.check(subject.config)
+            except UserError as error:  # which of several models cannot evaluate it
+                raise UserError(f"{subject.label}: {error}") from error
             for ids in unit.token_ids():
                 check_vocabulary(ids, vocabulary, unit.task)
         return replace(subject, units=tuple(units))

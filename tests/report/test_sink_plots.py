@@ -110,3 +110,8 @@ def test_everything_is_drawn_where_nothing_is_a_sink(tmp_path):
     run["detail"] = run["detail"] | {"phi": [[[0.0] * 3] * 2], "survival": [[0.0] * 3]}
     names = sink_plots.draw_all([run], tmp_path)
     assert sorted(names) == sorted(path.name for path in tmp_path.iterdir()) and len(names) == 5
+
+
+def test_two_curves_of_the_same_name_both_have_a_legend():
+    legend = sink_plots.draw_survival([make_run(), make_run()]).legends[0]
+    assert len(legend.get_texts()) == 2 and len({text.get_text() for text in legend.get_texts()}) == 1
