@@ -154,7 +154,7 @@ def tiny_calibration(tmp_path_factory):
     from structprune.calibration.build import load_calibration
     from structprune.config import CalibrationSettings
     from structprune.models.adapter import Adapter
-    from structprune.models.loading import load_tokenizer
+    from structprune.models.tokenizer import load_tokenizer
 
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text(text_file("calibration.txt").read_text(encoding="utf-8")[:60_000], encoding="utf-8")

@@ -22,7 +22,7 @@ from scripts.tools.script_line import write_result
 from structprune.assets import NAME, model_directory
 from structprune.bench.machine import describe_machine
 from structprune.cli.main import main
-from structprune.models.loading import load_tokenizer
+from structprune.models.tokenizer import load_tokenizer
 
 RESULTS = Path(__file__).parents[1] / "results"
 FILES = {True: "sinks_smollm2.json", False: "sinks_embedded.json"}  # by whether the model is causal

@@ -16,9 +16,9 @@ from structprune.calibration.windows import pieces, tokenize_corpus
 from structprune.errors import UserError
 from structprune.files import write_whole
 from structprune.models.checkpoint_files import TOKENIZER_FILES, read_json
-from structprune.models.loading import load_tokenizer
 from structprune.models.modeling_structprune import StructpruneLLaDA
 from structprune.models.official import find_mask_id
+from structprune.models.tokenizer import load_tokenizer
 
 END, MASK = "<|endoftext|>", "<|mdm_mask|>"
 SMALLEST_VOCABULARY = 258  # every byte and the two special tokens

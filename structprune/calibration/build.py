@@ -12,8 +12,8 @@ from structprune.config import CalibrationSettings, Config
 from structprune.errors import UserError
 from structprune.models.adapter import Adapter
 from structprune.models.family import Schedule
-from structprune.models.loading import load_tokenizer
 from structprune.models.modeling_structprune import DiffusionLM
+from structprune.models.tokenizer import load_tokenizer
 
 SURPLUS = 4  # times the needed tokens are read from a streamed source, so that windows are not just its first ones
 CHECK_SEED = 977  # seeds the noise of the held-out check, which differs from the calibration's

@@ -7,6 +7,7 @@ from typing import Any
 
 from structprune.errors import UserError, nearest
 from structprune.files import first_line
+from structprune.models.tokenizer import render_chat
 
 Conversation = list[dict[str, Any]]
 Document = str | Conversation
@@ -107,7 +108,7 @@ def render(document: Document, tokenizer, section: str = "calibration") -> str:
             f"the {section} text is conversations, but the tokenizer has no chat template: {_other_column(section)}"
         )
     try:
-        return tokenizer.apply_chat_template(document, tokenize=False)
+        return render_chat(tokenizer, document)
     except Exception as error:  # templates are programs: jinja raises what they raise
         raise UserError(
             f"the chat template refuses a conversation of the {section} text ({first_line(error)})"

@@ -67,15 +67,18 @@ def _write_weights(model: DiffusionLM, draft: Path, dtype: torch.dtype, max_shar
 
 
 def _carry(source: Path, draft: Path) -> None:
-    """Copy tokenizer and generation files; replace a tokenizer class that not every version of transformers has."""
+    """Copy tokenizer and generation files; name a tokenizer class that every version of transformers has.
+
+    Without a class transformers would look for one through config.json, and ask whether to run the code it names.
+    """
     for name in CARRIED:
         if (source / name).is_file():
             shutil.copyfile(source / name, draft / name)
-    settings = draft / "tokenizer_config.json"
-    if not settings.exists():
-        return
-    values = read_json(settings)
-    if "auto_map" in values or values.get("tokenizer_class") in NARROW_TOKENIZERS:
+    settings, byte_pair = draft / "tokenizer_config.json", is_byte_pair(draft)
+    values = read_json(settings) if settings.exists() else {}
+    complete = byte_pair or (draft / "tokenizer.json").exists()
+    nameless = complete and not isinstance(values.get("tokenizer_class"), str)
+    if nameless or "auto_map" in values or values.get("tokenizer_class") in NARROW_TOKENIZERS:
         values.pop("auto_map", None)
-        kind = "Qwen2Tokenizer" if is_byte_pair(draft) else "PreTrainedTokenizerFast"  # as `load_tokenizer` reads it
+        kind = "Qwen2Tokenizer" if byte_pair else "PreTrainedTokenizerFast"  # as `load_tokenizer` reads it
         write_json(settings, values | {"tokenizer_class": kind})

@@ -76,9 +76,11 @@ def main(arguments: list[str] | None = None) -> int:
         return _interrupted()
     except Interrupted as error:
         return _interrupted(str(error))
-    except Exception as error:
+    except BaseException as error:
         if type(error).__name__ == "Abort":
             return _interrupted()
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of the tokenizers library
+            raise
         if "--debug" in arguments:
             traceback.print_exc()
         message, code = _explain(error, arguments[0])
@@ -91,7 +93,7 @@ def _interrupted(note: str = "nothing was written") -> int:
     return INTERRUPTED
 
 
-def _explain(error: Exception, verb: str) -> tuple[str, int]:
+def _explain(error: BaseException, verb: str) -> tuple[str, int]:
     """One line and an exit code for any exception that a verb raised."""
     if isinstance(error, UserError):
         return str(error), 2
@@ -99,7 +101,8 @@ def _explain(error: Exception, verb: str) -> tuple[str, int]:
         return f"{error.format_message()} (see structprune --help)", 2
     if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
         return f"out of memory: {OUT_OF_MEMORY.get(verb, 'use a machine with more')}", 1
-    return f"{type(error).__name__}: {first_line(error)} (--debug shows where)", 1
+    name, line = type(error).__name__, first_line(error)
+    return f"{name if line == name else f'{name}: {line}'} (--debug shows where)", 1
 
 
 def run() -> None:

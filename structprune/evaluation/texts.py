@@ -14,7 +14,7 @@ import torch
 
 from structprune.errors import UserError
 from structprune.files import first_line
-from structprune.models.loading import load_tokenizer
+from structprune.models.tokenizer import load_tokenizer, render_chat
 
 INSTRUCT = re.compile(r"instruct|chat|mixcot|(?<![\d.])1\.5(?!\d)", re.IGNORECASE)  # in names of tuned checkpoints
 BASE_MODEL = re.compile(r"^base_model:\s*(\S+)", re.MULTILINE)
@@ -96,9 +96,9 @@ class Texts:
             UserError: the template raises an error.
         """
         try:
-            return self.tokenizer.apply_chat_template(
-                list(messages),
-                tokenize=False,
+            return render_chat(
+                self.tokenizer,
+                messages,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=not add_generation_prompt,
             )

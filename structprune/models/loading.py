@@ -4,21 +4,21 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from structprune.errors import UserError, shown
-from structprune.files import first_line
-from structprune.models.checkpoint_files import is_byte_pair, locate, read_config, shard_names
+from structprune.models.checkpoint_files import locate, read_config, shard_names
 from structprune.models.config_values import quantisation
 from structprune.models.families import Family
 from structprune.models.headers import TensorHeader, read_headers
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.official import build_config, detect_family, find_mask_id
 from structprune.models.placement import pick_device
+from structprune.models.tokenizer import check_tokenizer_files
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 UNUSED = "inv_freq"  # end of the names of rotary tables, which some checkpoints store and structprune computes
@@ -79,6 +79,7 @@ def load_config(
     directory = locate(source, weights, allow_pickle, code)
     values = read_config(directory)
     family = detect_family(values, directory)
+    check_tokenizer_files(directory)
     config = build_config(values, family, find_mask_id(values, directory, mask_id), directory)
     return directory, family, config, values
 
@@ -200,25 +201,3 @@ def read_pickle(path: Path, mapped: bool = False) -> dict[str, torch.Tensor]:
     if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
         raise UserError(f"{path} is not a state dict of tensors: not loaded, download it again as safetensors")
     return state
-
-
-def load_tokenizer(directory: str | Path) -> Any:
-    """The checkpoint's own tokenizer, by transformers' classes only (no remote code).
-
-    Raises:
-        UserError: the directory has no tokenizer, or none that can be read.
-    """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
-
-    directory, kind = Path(directory), cast(Any, AutoTokenizer)
-    # the official files name classes that only their remote code has: a fast tokenizer is its tokenizer.json, and
-    # DreamTokenizer, which comes as vocabulary and merges, is Qwen2's under another name
-    if (directory / "tokenizer.json").exists():
-        kind = PreTrainedTokenizerFast
-    elif is_byte_pair(directory):
-        kind = Qwen2Tokenizer
-    try:
-        return kind.from_pretrained(directory)
-    except Exception as error:
-        reason = f"no tokenizer that can be read without remote code ({first_line(error)})"
-        raise UserError(f"{directory}: {reason}: add tokenizer.json") from error

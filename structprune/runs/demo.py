@@ -20,8 +20,9 @@ from structprune.checkpoint.output import check_output
 from structprune.config import Config
 from structprune.evaluation.compare import paired_difference
 from structprune.evaluation.nelbo import Nelbo, masked_nelbo
-from structprune.models.loading import load_model, load_tokenizer
+from structprune.models.loading import load_model
 from structprune.models.modeling_structprune import DiffusionLM
+from structprune.models.tokenizer import load_tokenizer
 from structprune.progress import Track, untracked
 from structprune.report.demo_tables import OURS
 from structprune.report.plots import check_matplotlib, plot_nelbo

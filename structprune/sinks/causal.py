@@ -12,6 +12,7 @@ from structprune.errors import UserError
 from structprune.files import first_line
 from structprune.models.checkpoint_files import read_config
 from structprune.models.loading import as_dtype
+from structprune.models.quiet import quiet_transformers
 from structprune.progress import Track
 from structprune.sinks.trajectory import Recorder, Trajectory
 from structprune.statistics.sinks import head_mass
@@ -134,7 +135,11 @@ def load_causal(source: Path, dtype: str | None, device: torch.device) -> Any:
     load_dtype = as_dtype(dtype) or (torch.float32 if device.type == "cpu" else "auto")
     options: dict[str, Any] = {"dtype": load_dtype, "attn_implementation": ATTENTION}
     with _reading(source) as (place, more):
-        model: Any = AutoModelForCausalLM.from_pretrained(place, **options, **more)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(place, output_loading_info=True, **options, **more)
+        model, report = loaded
+        if absent := sorted(report["missing_keys"]):  # transformers fills them with random numbers
+            count, first = len(absent), absent[0]
+            raise UserError(f"{source} lacks {count} weights of its model (first: {first}): download it again")
     if any(hasattr(module, "layer_idx") and getattr(module, "is_causal", True) is False for module in model.modules()):
         raise _not_causal(source, type(model).__name__)
     return model.to(device).eval()
@@ -143,19 +148,17 @@ def load_causal(source: Path, dtype: str | None, device: torch.device) -> Any:
 @contextmanager
 def _reading(source: Path) -> Iterator[tuple[Path, dict]]:
     """The path and options for transformers' `from_pretrained`; its errors become one line."""
-    from transformers.utils import logging
-
     name = gguf_file(source)
-    logging.disable_progress_bar()  # ours is on the same terminal
+    options: dict[str, Any] = {"trust_remote_code": False} | ({} if name is None else {"gguf_file": name})
     try:
-        options: dict[str, Any] = {"trust_remote_code": False} | ({} if name is None else {"gguf_file": name})
-        yield source.parent if source.is_file() else source, options
+        with quiet_transformers():
+            yield source.parent if source.is_file() else source, options
+    except UserError:
+        raise
     except ImportError as error:
         raise UserError(f"reading {source} needs another package ({first_line(error)})") from error
     except Exception as error:  # its loaders raise errors of many types
         raise UserError(f"{source} cannot be read as a causal language model ({first_line(error)})") from error
-    finally:
-        logging.enable_progress_bar()
 
 
 def sliding_window(config) -> int | None:

@@ -12,9 +12,10 @@ from structprune.calibration.windows import cut_windows, tokenize_corpus
 from structprune.config import ModelSettings
 from structprune.errors import UserError
 from structprune.models.checkpoint_files import locate, read_config
-from structprune.models.loading import load_config, load_model, load_tokenizer, source_name
+from structprune.models.loading import load_config, load_model, source_name
 from structprune.models.official import detect_family
 from structprune.models.placement import pick_device
+from structprune.models.tokenizer import load_tokenizer
 from structprune.sinks.causal import gguf_file, is_causal, load_causal, read_causal
 
 LONGEST = 1 << 22  # at most so many tokens of a text are read

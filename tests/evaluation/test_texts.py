@@ -6,7 +6,7 @@ import torch
 from structprune.assets import model_directory
 from structprune.errors import UserError
 from structprune.evaluation.texts import Texts, chat_warning, model_names
-from structprune.models.loading import load_tokenizer
+from structprune.models.tokenizer import load_tokenizer
 
 TEMPLATE = (
     "{% for message in messages %}[{{ message['role'] }}]{{ message['content'] }}{% endfor %}"

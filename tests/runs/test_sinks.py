@@ -12,7 +12,7 @@ from structprune.assets import model_directory, text_file
 from structprune.cli.main import main
 from structprune.config import ModelSettings, SinkSettings
 from structprune.errors import UserError
-from structprune.models.loading import load_tokenizer
+from structprune.models.tokenizer import load_tokenizer
 from structprune.runs import sinks as sink_run
 from structprune.runs.sinks import measure, plan_run
 from structprune.sinks.settings import SinkRun

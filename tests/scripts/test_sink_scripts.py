@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from structprune.assets import model_directory
-from structprune.models.loading import load_tokenizer
+from structprune.models.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.slow
 

@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from structprune.assets import model_directory
-from structprune.models.loading import load_tokenizer
+from structprune.models.tokenizer import load_tokenizer
 
 SIZES = {
     "vocab_size": 2048, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,

@@ -5,7 +5,7 @@ import torch
 
 from structprune.assets import model_directory
 from structprune.errors import UserError
-from structprune.models.loading import load_tokenizer
+from structprune.models.tokenizer import load_tokenizer
 from structprune.sinks import causal
 from structprune.sinks.causal import CausalMeter, gguf_file, is_causal, load_causal, read_causal
 from structprune.sinks.diagnostics import per_query

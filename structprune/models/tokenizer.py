@@ -1,0 +1,117 @@
+"""The checkpoint's own tokenizer and chat template, by transformers' classes only: no code from a checkpoint runs."""
+
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+from structprune.errors import UserError
+from structprune.files import check_regular, first_line
+from structprune.models.checkpoint_files import TOKENIZER_FILES, is_byte_pair, read_json
+from structprune.models.quiet import quiet_transformers
+
+PROBE = "A few words,\nand 3.5."  # encoded once, because some damage shows only then
+TEMPLATE_SECONDS = 10.0  # that a chat template may take for one conversation; usual ones take milliseconds
+
+
+def check_tokenizer_files(directory: Path) -> None:
+    """Check that the tokenizer's files, where there are any, are files, and those of JSON are objects.
+
+    Raises:
+        UserError: one is not.
+    """
+    for name in TOKENIZER_FILES:
+        if (path := directory / name).exists():
+            check_regular(path)
+            if path.suffix == ".json":
+                read_json(path)
+
+
+def load_tokenizer(directory: str | Path) -> Any:
+    """The checkpoint's own tokenizer, by transformers' classes only (no remote code).
+
+    Raises:
+        UserError: the directory has no tokenizer, or none that can be read.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
+
+    directory, kind = Path(directory), cast(Any, AutoTokenizer)
+    check_tokenizer_files(directory)
+    # the official files name classes that only their remote code has: a fast tokenizer is its tokenizer.json, and
+    # DreamTokenizer, which comes as vocabulary and merges, is Qwen2's under another name
+    if complete := (directory / "tokenizer.json").exists():
+        kind = PreTrainedTokenizerFast
+    elif is_byte_pair(directory):
+        kind = Qwen2Tokenizer
+    try:
+        with quiet_transformers(), _hidden_panics():
+            # never asks whether to run the checkpoint's code, which it would on a terminal without the argument
+            tokenizer = kind.from_pretrained(directory, trust_remote_code=False)
+            tokenizer(PROBE, verbose=False)
+    except BaseException as error:
+        if not (isinstance(error, Exception) or _is_panic(error)):
+            raise
+        reason = f"no tokenizer that can be read without remote code ({first_line(error)})"
+        remedy = "download tokenizer.json and tokenizer_config.json again" if complete else "add tokenizer.json"
+        raise UserError(f"{directory}: {reason}: {remedy}") from error
+    return tokenizer
+
+
+def _is_panic(error: BaseException) -> bool:
+    """Whether the tokenizers library panicked: its exception is not an `Exception`."""
+    return type(error).__name__ == "PanicException"
+
+
+@contextmanager
+def _hidden_panics() -> Iterator[None]:
+    """Holds back what is written to file descriptor 2 meanwhile, and drops it if the tokenizers library panics.
+
+    A panic writes dozens of lines there, past `sys.stderr`.
+    """
+    try:
+        stderr = os.dup(2)
+    except OSError:  # closed
+        yield
+        return
+    with tempfile.TemporaryFile() as hidden:
+        os.dup2(hidden.fileno(), 2)
+        panicked = False
+        try:
+            yield
+        except BaseException as error:
+            panicked = _is_panic(error)
+            raise
+        finally:
+            os.dup2(stderr, 2)
+            if not panicked:
+                hidden.seek(0)
+                os.write(stderr, hidden.read())
+            os.close(stderr)
+
+
+def render_chat(tokenizer: Any, messages: Sequence[dict[str, Any]], **options: Any) -> str:
+    """A conversation as text, by the tokenizer's chat template, a program that came with the checkpoint.
+
+    transformers runs it in a sandbox, where it can do no harm but may never end: `TEMPLATE_SECONDS` is its time.
+
+    Args:
+        options: of `apply_chat_template`.
+    Raises:
+        Exception: whatever the template raises, or `TimeoutError`.
+    """
+    end, before = time.monotonic() + TEMPLATE_SECONDS, sys.gettrace()
+
+    def watch(frame, event, argument):  # called at every line of Python that runs
+        if time.monotonic() > end:
+            raise TimeoutError(f"it did not end within {TEMPLATE_SECONDS:g} seconds")
+        return watch
+
+    sys.settrace(watch)
+    try:
+        return tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
+    finally:
+        sys.settrace(before)
