@@ -14,7 +14,7 @@ from structprune.errors import UserError
 from structprune.models.adapter import block_widths
 from structprune.models.families import Family, family_of
 
-CODE_FILES = ("configuration_structprune.py", "modeling_structprune.py")
+CODE_FILES = ("configuration_structprune.py", "layers_structprune.py", "modeling_structprune.py")
 CLASSES = ("official", "uniform", "free")  # strictest first
 
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from structprune.models.adapter import Adapter
-from structprune.models.modeling_structprune import AttentionCore, rotary_tables, rotate
+from structprune.models.layers_structprune import AttentionCore, rotary_tables, rotate
 
 
 @pytest.mark.parametrize("family", ["llada", "dream"])
