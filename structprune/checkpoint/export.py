@@ -90,7 +90,8 @@ def config_values(config, source_values: dict | None, compat: str, dtype: str) -
     """Contents of the config.json to write.
 
     Args:
-        compat: the class asked for; `official` keeps the family's own file and changes the MLP width only.
+        compat: the class asked for; `official` keeps the family's own file and changes the MLP width only, and a
+            `tie_word_embeddings` that the model does not have.
         dtype: of the written weights.
     """
     family = family_of(config)
@@ -99,6 +100,8 @@ def config_values(config, source_values: dict | None, compat: str, dtype: str) -
         values = (source_values or {}) | {key: block_widths(config, family, 0).channels}
         stale: tuple[str, ...] = ("dtype",) if auto_map(family) else ("dtype", "auto_map")
         own = {"mask_token_id": config.mask_token_id, "rope_theta": config.rope_theta}  # the source may lack them
+        if "tie_word_embeddings" in values:  # LLaDA's own code reads weight_tying only, whatever this says
+            own["tie_word_embeddings"] = False
     else:
         defaults = PretrainedConfig().to_dict().items()
         values = {key: value for key, value in config.to_dict().items() if (key, value) not in defaults}
