@@ -17,7 +17,6 @@ import transformers
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
-AUTO_CLASSES = (AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM)
 FAMILY_CODE = {  # configuration file, its class, modeling file, its class
     "llada": ("configuration_llada", "LLaDAConfig", "modeling_llada", "LLaDAModelLM"),
     "Dream": ("configuration_dream", "DreamConfig", "modeling_dream", "DreamModel"),
@@ -63,6 +62,21 @@ def trains(model, expected) -> None:
     model.eval()
 
 
+def fills_masks(directory, expected) -> dict:
+    """Load as a fill-mask pipeline does, where the logits at a position predict its own token; else it is refused.
+
+    Raises:
+        AssertionError: it is not refused.
+    """
+    if not load(AutoModel, directory).shifted:
+        return {"AutoModelForMaskedLM": difference(load(AutoModelForMaskedLM, directory), expected)}
+    try:
+        load(AutoModelForMaskedLM, directory)
+    except ValueError:
+        return {}
+    raise AssertionError("AutoModelForMaskedLM took a model whose logits are shifted")
+
+
 def saves_again(model, expected, folder: Path) -> float:
     """Difference of logits after this transformers' save_pretrained and a reload."""
     model.save_pretrained(folder)
@@ -72,7 +86,8 @@ def saves_again(model, expected, folder: Path) -> float:
 def check_case(case: dict, scratch: Path) -> dict:
     """Load one pruned directory through every auto class."""
     expected, directory = load_file(case["expected"]), case["directory"]
-    results = {auto.__name__: difference(load(auto, directory), expected) for auto in AUTO_CLASSES}
+    results = {auto.__name__: difference(load(auto, directory), expected) for auto in (AutoModel, AutoModelForCausalLM)}
+    results |= fills_masks(directory, expected)
     model = load(AutoModelForCausalLM, directory)
     results["save_pretrained"] = saves_again(model, expected, scratch / case["name"])
     trains(model, expected)

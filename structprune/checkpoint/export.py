@@ -74,7 +74,8 @@ def check_export_request(config: Config) -> None:
 def auto_map(family: Family) -> dict[str, dict[str, str]]:
     """The entry `auto_map`, which leads transformers' auto classes to the files written beside the weights.
 
-    Empty where none of the files defines the family's classes (`Family.code`).
+    Empty where none of the files defines the family's classes (`Family.code`). Without `AutoModelForMaskedLM` where the
+    logits at position i predict token i + 1.
     """
     files = {Path(name).stem for name in CODE_FILES} | {path.stem for path in family.code}
     classes = (family.config_class, family.model_class)
@@ -82,7 +83,9 @@ def auto_map(family: Family) -> dict[str, dict[str, str]]:
     if not files.issuperset(places):
         return {}
     config, model = (f"{place}.{each.__name__}" for place, each in zip(places, classes))
-    models = ("AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM")
+    models = ["AutoModel", "AutoModelForCausalLM"]
+    if not family.model_class.shifted:  # a fill-mask pipeline reads the logits at the mask itself
+        models.append("AutoModelForMaskedLM")
     return {"auto_map": {"AutoConfig": config, **dict.fromkeys(models, model)}}
 
 
