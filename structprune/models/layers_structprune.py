@@ -25,6 +25,14 @@ class RMSNorm(nn.Module):
         return self.weight * wide.to(x.dtype)
 
 
+def check_positions(position_ids, shape) -> None:
+    """Raise ValueError if positions are not integers (B, T) or (1, T); `shape` is B and T."""
+    batch, length = shape
+    if tuple(position_ids.shape) not in ((batch, length), (1, length)) or position_ids.is_floating_point():
+        given = f"{tuple(position_ids.shape)} {position_ids.dtype}"
+        raise ValueError(f"position_ids must be ({batch}, {length}) or (1, {length}) integers, not {given}")
+
+
 def rotary_tables(positions, head_dim: int, theta: float):
     """Cosines and sines of RoPE in fp32: positions (B, T) -> two (B, 1, T, D)."""
     powers = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim  # (D/2,)
@@ -40,6 +48,35 @@ def rotate(x, cos, sin):
     half = wide.shape[-1] // 2
     turned = torch.cat((-wide[..., half:], wide[..., :half]), dim=-1)  # (B, H, T, D)
     return (wide * cos + turned * sin).to(x.dtype)
+
+
+def core_mask(attention_mask, shape, dtype):
+    """What the attention core gets for an attention mask.
+
+    Args:
+        attention_mask: (B, T), true or 1 at real tokens; (B, 1, T, T) or (B, 1, 1, T), bool with true where a query may
+            attend, or float that is added to the scores; B may be 1. None or "full", as in Dream's own code: no mask.
+        shape: B and T.
+        dtype: that a float mask is cast to.
+    Returns:
+        None, or bool or float (B, 1, 1 or T, T).
+    Raises:
+        ValueError: anything else.
+    """
+    if attention_mask is None or (isinstance(attention_mask, str) and attention_mask == "full"):
+        return None
+    batch, length = shape
+    sizes = tuple(attention_mask.shape) if isinstance(attention_mask, torch.Tensor) else repr(attention_mask)[:40]
+    if sizes in ((batch, length), (1, length)):
+        return attention_mask.bool()[:, None, None, :]  # (B, 1, 1, T)
+    if sizes not in ((rows, 1, queries, length) for rows in (batch, 1) for queries in (length, 1)):
+        shapes = f"({batch}, {length}), ({batch}, 1, {length}, {length}) or ({batch}, 1, 1, {length})"
+        raise ValueError(f"attention_mask must be {shapes}, not {sizes}")
+    if attention_mask.dtype == torch.bool:
+        return attention_mask
+    if not attention_mask.is_floating_point():
+        raise ValueError(f"4-D attention_mask must be bool (true: attend) or float (added), not {attention_mask.dtype}")
+    return attention_mask.to(dtype)
 
 
 class AttentionCore(nn.Module):

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
 from .configuration_structprune import StructpruneDreamConfig, StructpruneLLaDAConfig
-from .layers_structprune import DreamBlock, LLaDABlock, RMSNorm, rotary_tables
+from .layers_structprune import DreamBlock, LLaDABlock, RMSNorm, check_positions, core_mask, rotary_tables
 
 NOISE_EPSILON = 1e-3  # smallest mask probability: p = (1 - eps) t + eps
 
@@ -55,26 +55,32 @@ class DiffusionLM(PreTrainedModel):
     def get_output_embeddings(self):
         return self.output_head
 
-    def rotary(self, length: int, device, attention_mask=None):
-        """RoPE tables for positions 0.. (1, T), or counted from each row's first real token (B, T)."""
-        positions = torch.arange(length, device=device)[None]  # (1, T)
-        if attention_mask is not None:
+    def rotary(self, length: int, device, attention_mask=None, position_ids=None):
+        """RoPE tables for `position_ids` (B, T); else for positions 0.. (1, T), or of each row's real tokens (B, T)."""
+        if position_ids is not None:
+            positions = position_ids  # (B or 1, T)
+        elif attention_mask is not None:
             positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)  # (B, T)
+        else:
+            positions = torch.arange(length, device=device)[None]  # (1, T)
         return rotary_tables(positions, self.config.head_dim, self.config.rope_theta)
 
-    def encode(self, input_ids=None, attention_mask=None, inputs_embeds=None, keep=None):
+    def encode(self, input_ids=None, attention_mask=None, inputs_embeds=None, keep=None, position_ids=None):
         """Hidden states after the final norm, (B, T) -> (B, T, C); `keep` collects every block's input.
 
         Args:
-            attention_mask: (B, T), true or 1 at real tokens; None when every token is real.
+            attention_mask: see `core_mask`. A 2-D one says which tokens are real, and positions count those only.
+            position_ids: (B, T) or (1, T) integers, instead of positions 0.. or those by a 2-D mask.
         Raises:
-            ValueError: an attention mask that is not two-dimensional.
+            ValueError: another shape of either; positions that are not integers.
         """
         x = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, C)
-        if attention_mask is not None and attention_mask.dim() != 2:
-            raise ValueError(f"attention_mask must be (batch, length), not {tuple(attention_mask.shape)}")
-        mask = None if attention_mask is None else attention_mask.bool()[:, None, None, :]  # (B, 1, 1, T)
-        rotary = self.rotary(x.shape[1], x.device, attention_mask)
+        batch, length = x.shape[:2]
+        mask = core_mask(attention_mask, (batch, length), x.dtype)  # (B, 1, 1 or T, T)
+        if position_ids is not None:
+            check_positions(position_ids, (batch, length))
+        real = attention_mask if mask is not None and attention_mask.dim() == 2 else None  # (B, T)
+        rotary = self.rotary(length, x.device, real, position_ids)
         for block in self.blocks:
             if keep is not None:
                 keep.append(x)
@@ -85,17 +91,19 @@ class DiffusionLM(PreTrainedModel):
         return self.final_norm(x)
 
     def forward(
-        self, input_ids=None, attention_mask=None, inputs_embeds=None, labels=None, mask_probability=None,
-        output_hidden_states=None, output_attentions=None, use_cache=None, return_dict=None,
+        self, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None, labels=None,
+        mask_probability=None, output_hidden_states=None, output_attentions=None, use_cache=None, return_dict=None,
     ):  # fmt: skip
         """Logits (B, T, V) in checkpoint alignment (Dream's are not shifted back), and a loss when `labels` are given.
 
         Args:
+            attention_mask, position_ids: see `encode`.
             labels: (B, T) clean token ids, -100 at positions without loss, which are not masked either.
-            mask_probability: (B,) the probability `input_ids` were already masked with. Without it the model masks
-                `input_ids` itself: t stratified over the batch, p = (1 - eps) t + eps.
+            mask_probability: (B,) or (B, T) the probability `input_ids` were already masked with, by row or token.
+                Without it the model masks `input_ids` itself: t stratified over the batch, p = (1 - eps) t + eps.
         Raises:
-            ValueError: attention weights, a cache, or a loss of `inputs_embeds`, none of which is supported.
+            ValueError: attention weights, a cache, or a loss of `inputs_embeds`, none of which is supported; see also
+                `encode` and `noise`.
         """
         if output_attentions or use_cache:
             raise ValueError("output_attentions and use_cache are not available in a masked diffusion model")
@@ -104,16 +112,24 @@ class DiffusionLM(PreTrainedModel):
                 raise ValueError("the masked-diffusion loss needs input_ids, not inputs_embeds")
             input_ids, masked, mask_probability = self.noise(input_ids, labels, mask_probability)
         states = [] if output_hidden_states else None
-        hidden = self.encode(input_ids, attention_mask, inputs_embeds, keep=states)  # (B, T, C)
+        hidden = self.encode(input_ids, attention_mask, inputs_embeds, states, position_ids)  # (B, T, C)
         logits = self.output_head(hidden)  # (B, T, V)
         loss = None if labels is None else self.diffusion_loss(logits, labels, masked, mask_probability)
         output = MaskedLMOutput(loss=loss, logits=logits, hidden_states=states and (*states, hidden))
         return output if return_dict is None or return_dict else output.to_tuple()
 
     def noise(self, input_ids, labels, mask_probability=None):
-        """The noised ids (B, T), which positions carry loss (B, T), and the mask probabilities (B,)."""
+        """The noised ids (B, T), which positions carry loss (B, T), and the mask probabilities (B,) or (B, T).
+
+        Raises:
+            ValueError: mask probabilities of another shape.
+        """
         maskable = self.maskable(labels)  # (B, T)
         if mask_probability is not None:
+            rows, tokens = tuple(labels.shape[:1]), tuple(labels.shape)
+            mask_probability = torch.as_tensor(mask_probability, device=labels.device)  # (B,) or (B, T)
+            if (given := tuple(mask_probability.shape)) not in (rows, tokens):
+                raise ValueError(f"mask_probability must be of shape {rows} or {tokens}, not {given}")
             return input_ids, maskable & (input_ids == self.config.mask_token_id), mask_probability
         batch, device = input_ids.shape[0], input_ids.device
         t = torch.rand(1, device=device) + torch.arange(batch, device=device) / batch  # (B,)
@@ -133,7 +149,7 @@ class DiffusionLM(PreTrainedModel):
         if self.shifted:
             logits = torch.cat((logits[:, :1], logits[:, :-1]), dim=1)  # (B, T, V)
         nats = F.cross_entropy(logits[masked].float(), labels[masked], reduction="none")  # (M,)
-        weight = mask_probability[:, None].expand(masked.shape)[masked]  # (M,)
+        weight = mask_probability.reshape(len(masked), -1).expand(masked.shape)[masked]  # (M,)
         return (nats / weight).sum() / self.maskable(labels).sum().clamp(min=1)
 
     def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **kwargs):
