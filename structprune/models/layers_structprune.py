@@ -12,6 +12,8 @@ from torch import nn
 
 from .configuration_structprune import layer_width
 
+ATTENTIONS = ("sdpa", "eager")  # values of `attn_implementation`, the default first
+
 
 class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float):
@@ -50,6 +52,12 @@ def rotate(x, cos, sin):
     return (wide * cos + turned * sin).to(x.dtype)
 
 
+def check_attention(name) -> None:
+    """Raise ValueError if `attn_implementation` is not one of `ATTENTIONS`; None is the default."""
+    if name not in (None, *ATTENTIONS):
+        raise ValueError(f"attn_implementation = {name!r} is not available for this model: use 'sdpa' or 'eager'")
+
+
 def core_mask(attention_mask, shape, dtype):
     """What the attention core gets for an attention mask.
 
@@ -79,13 +87,34 @@ def core_mask(attention_mask, shape, dtype):
     return attention_mask.to(dtype)
 
 
+def plain_attention(query, key, value, mask=None):
+    """Softmax attention by matrix products, as SDPA gives it: 3 x (B, H, T, D) -> (B, H, T, D)."""
+    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)  # (B, H, T, T)
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    elif mask is not None:
+        scores = scores + mask
+    empty = scores.isneginf().all(-1, keepdim=True)  # (B, H, T, 1): queries that attend to nothing get zeros
+    weights = scores.float().softmax(-1).masked_fill(empty, 0.0)  # (B, H, T, T)
+    return weights.to(value.dtype) @ value
+
+
 class AttentionCore(nn.Module):
-    """Bidirectional softmax attention on post-RoPE queries and keys: the seam that statistics hook."""
+    """Bidirectional softmax attention on post-RoPE queries and keys: the seam that statistics hook.
+
+    `config` says which of `ATTENTIONS` computes it, also after `set_attn_implementation`; without it, SDPA does.
+    """
+
+    def __init__(self, config=None):
+        super().__init__()
+        self.config = config
 
     def forward(self, query, key, value, mask=None):  # (B, H, T, D), 2 x (B, K, T, D) -> (B, H, T, D)
         repeat = query.shape[1] // key.shape[1]
         if repeat > 1:
             key, value = (side.repeat_interleave(repeat, dim=1) for side in (key, value))  # 2 x (B, H, T, D)
+        if getattr(self.config, "_attn_implementation", None) == "eager":
+            return plain_attention(query, key, value, mask)
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
 
@@ -121,7 +150,7 @@ class Block(nn.Module):
         attention_bias, mlp_bias = config.attention_output_bias or bias, config.mlp_output_bias or bias
         self.place("attention_output", nn.Linear(heads * self.head_dim, size, bias=attention_bias))
         self.place("down", nn.Linear(channels, size, bias=mlp_bias))
-        self.place("core", AttentionCore())
+        self.place("core", AttentionCore(config))
 
     def mix(self, x, rotary, mask=None):
         """What attention hands to its output projection: (B, T, C) -> (B, T, H*D)."""

@@ -17,7 +17,15 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
 from .configuration_structprune import StructpruneDreamConfig, StructpruneLLaDAConfig
-from .layers_structprune import DreamBlock, LLaDABlock, RMSNorm, check_positions, core_mask, rotary_tables
+from .layers_structprune import (
+    DreamBlock,
+    LLaDABlock,
+    RMSNorm,
+    check_attention,
+    check_positions,
+    core_mask,
+    rotary_tables,
+)
 
 NOISE_EPSILON = 1e-3  # smallest mask probability: p = (1 - eps) t + eps
 
@@ -27,6 +35,7 @@ class DiffusionLM(PreTrainedModel):
 
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
+    _supports_sdpa = True
     accepts_loss_kwargs = False  # the loss is already a mean per window: the Trainer scales it as usual
     _auto_class: Any = "AutoModelForCausalLM"  # save_pretrained writes the code too, under transformers 4 as well
     shifted = False  # whether position i predicts token i + 1
@@ -38,6 +47,19 @@ class DiffusionLM(PreTrainedModel):
     output_head: Any
     source: Any  # the checkpoint it was loaded from
     streamed_to: Any  # the device that weights visit, where they are streamed
+
+    def __init__(self, config):
+        check_attention(getattr(config, "_attn_implementation", None))
+        super().__init__(config)
+
+    def set_attn_implementation(self, attn_implementation):
+        """Compute attention by "sdpa" or "eager" from now on.
+
+        Raises:
+            ValueError: another name.
+        """
+        check_attention(attn_implementation)
+        self.config._attn_implementation = attn_implementation
 
     def _init_weights(self, module):
         if isinstance(module, (nn.Linear, nn.Embedding)):
