@@ -105,6 +105,9 @@ def config_values(config, source_values: dict | None, compat: str, dtype: str) -
         own = {"mask_token_id": config.mask_token_id, "rope_theta": config.rope_theta}  # the source may lack them
         if "tie_word_embeddings" in values:  # LLaDA's own code reads weight_tying only, whatever this says
             own["tie_word_embeddings"] = False
+        rows = family.keys["vocabulary"]
+        if getattr(config, rows) != (values.get(rows) or values["vocab_size"]):  # resized after loading
+            own |= {rows: getattr(config, rows), "vocab_size": config.vocab_size}
     else:
         defaults = PretrainedConfig().to_dict().items()
         values = {key: value for key, value in config.to_dict().items() if (key, value) not in defaults}

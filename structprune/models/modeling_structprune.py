@@ -77,6 +77,18 @@ class DiffusionLM(PreTrainedModel):
     def get_output_embeddings(self):
         return self.output_head
 
+    def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True):
+        """As in transformers, for embedding, head and config; returns the embedding.
+
+        Raises:
+            ValueError: the mask token's row would be cut off.
+        """
+        step = pad_to_multiple_of or 1
+        mask, rows = self.config.mask_token_id, -(-(new_num_tokens or 0) // step) * step
+        if new_num_tokens is not None and rows <= mask:
+            raise ValueError(f"{rows} tokens would leave out the mask token, {mask}: resize to {mask + 1} or more")
+        return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+
     def rotary(self, length: int, device, attention_mask=None, position_ids=None):
         """RoPE tables for `position_ids` (B, T); else for positions 0.. (1, T), or of each row's real tokens (B, T)."""
         if position_ids is not None:
@@ -200,6 +212,13 @@ class StructpruneLLaDA(DiffusionLM):
     final_norm = property(lambda self: self.model.transformer["ln_f"])
     output_head = property(lambda self: self.model.transformer["ff_out"])
 
+    def set_input_embeddings(self, value):
+        self.model.transformer["wte"] = value
+        self.config.embedding_size = value.weight.shape[0]
+
+    def set_output_embeddings(self, new_embeddings):
+        self.model.transformer["ff_out"] = new_embeddings
+
 
 class StructpruneDream(DiffusionLM):
     """Dream, Dream-Coder and DiffuCoder, under the state-dict keys of `DreamModel`."""
@@ -222,3 +241,10 @@ class StructpruneDream(DiffusionLM):
     blocks = property(lambda self: self.model.layers)
     final_norm = property(lambda self: self.model.norm)
     output_head = property(lambda self: self.lm_head)
+
+    def set_input_embeddings(self, value):
+        self.model.embed_tokens = value
+        self.config.vocab_size = value.weight.shape[0]
+
+    def set_output_embeddings(self, new_embeddings):
+        self.lm_head = new_embeddings
