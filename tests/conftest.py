@@ -52,8 +52,9 @@ def tiny_values(family: str, **changes) -> dict:
 def build_model(values: dict, seed: int = 0, gain: float = 3.0):
     """A random model of those values; weights larger than at initialisation, so that attention is not uniform."""
     dream = values["model_type"] == "Dream"
+    other = ("model_type", "architectures", "torch_dtype", "rope_scaling", "tie_word_embeddings")
     config = (StructpruneDreamConfig if dream else StructpruneLLaDAConfig)(
-        **{k: v for k, v in values.items() if k not in ("model_type", "architectures", "torch_dtype", "rope_scaling")}
+        **{key: value for key, value in values.items() if key not in other}
     )
     torch.manual_seed(seed)
     model = (StructpruneDream if dream else StructpruneLLaDA)(config)

@@ -28,7 +28,7 @@ STAGES = (
     "checkpoint",
 )
 DRIVERS = ("runs", "cli", "__main__", "__init__")  # what knows several stages
-SELF_CONTAINED = ("modeling_structprune.py", "configuration_structprune.py")
+SELF_CONTAINED = ("modeling_structprune.py", "layers_structprune.py", "configuration_structprune.py")
 EXTRAS = ("datasets", "lm_eval", "matplotlib", "peft", "accelerate", "pandas", "pyarrow")
 
 
@@ -92,7 +92,8 @@ def test_exported_files_need_only_torch_and_transformers(name):
     roots = {module.split(".")[0] for module in imported(ROOT / "models" / name)}
     beside = {module for module in imported(ROOT / "models" / name) if module.startswith("structprune")}
     assert roots <= {"torch", "transformers", "typing", "structprune"}
-    assert all(module.startswith("structprune.models.configuration_structprune") for module in beside)
+    files = tuple(f"structprune.models.{file.removesuffix('.py')}" for file in SELF_CONTAINED)
+    assert all(module.startswith(files) for module in beside)
     text = (ROOT / "models" / name).read_text(encoding="utf-8")
     assert "import structprune" not in text and "from structprune" not in text  # relative, in its own folder
 

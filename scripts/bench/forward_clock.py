@@ -9,9 +9,9 @@ from unittest.mock import patch
 import torch
 from torch import nn
 
-from structprune.models import modeling_structprune as modeling
+from structprune.models import layers_structprune as layers
 
-LAYERS = (nn.Linear, nn.Embedding, modeling.RMSNorm, modeling.AttentionCore)
+LAYERS = (nn.Linear, nn.Embedding, layers.RMSNorm, layers.AttentionCore)
 
 
 class ForwardClock:
@@ -40,7 +40,7 @@ class ForwardClock:
         with ExitStack() as stack:
             for layer in LAYERS:
                 stack.enter_context(patch.object(layer, "forward", self._timed(layer.forward)))
-            stack.enter_context(patch.object(modeling, "rotate", self._timed(modeling.rotate)))
+            stack.enter_context(patch.object(layers, "rotate", self._timed(layers.rotate)))
             yield self
 
     def _collect(self) -> None:

@@ -52,6 +52,7 @@ LLADA_VALUES = COMMON | {
     "init_cutoff_factor": None, "alibi_bias_max": 8.0, "attention_layer_norm_with_affine": True, "precision": None,
     "eos_token_id": 2046,
 }  # fmt: skip
+UNREAD_TIE = {"tie_word_embeddings": True}  # LLaDA's code reads weight_tying instead: its head is separate
 DREAM_VALUES = COMMON | {
     "model_type": "Dream", "architectures": ["DreamModel"], "hidden_size": 72, "num_attention_heads": 6,
     "num_key_value_heads": 2, "num_hidden_layers": 3, "intermediate_size": 96, "max_position_embeddings": 64,
@@ -74,9 +75,9 @@ CASES = {
     "llada-free": (
         LLADA_VALUES, [block((0, 2, 3), (0, 2, 3), 40), block(*ALL, 96), block((1,), (1,), 17)], True, "free",
     ),
-    "llada-kept": (LLADA_VALUES, [block(*ALL, 96)] * 3, False, "free"),
+    "llada-kept": (LLADA_VALUES | UNREAD_TIE, [block(*ALL, 96)] * 3, False, "free"),
     "llada-uniform": (LLADA_VALUES, [block((0, 3), (0, 3), 48)] * 3, False, "uniform"),
-    "llada-official": (LLADA_VALUES, [block(*ALL, 32)] * 3, False, "official"),
+    "llada-official": (LLADA_VALUES | UNREAD_TIE, [block(*ALL, 32)] * 3, False, "official"),
     "mmada-free": (
         LLADA_VALUES | {"model_type": "mmada", "architectures": ["MMadaModelLM"]},
         [block((0, 2), (0, 2), 24), block((1,), (1,), 48), block(*ALL, 8)], False, "free",
@@ -93,7 +94,7 @@ CASES = {
 def write_dense(directory: Path, values: dict) -> None:
     """A tiny random checkpoint in the family's official layout, with the embedded tokenizer."""
     family = DREAM if values["model_type"] == "Dream" else LLADA
-    other = ("model_type", "architectures", "torch_dtype", "rope_scaling")
+    other = ("model_type", "architectures", "torch_dtype", "rope_scaling", "tie_word_embeddings")
     own = {key: value for key, value in values.items() if key not in other}
     torch.manual_seed(0)
     model = family.model_class(family.config_class(**own))

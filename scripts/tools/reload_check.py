@@ -17,17 +17,17 @@ import transformers
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
-AUTO_CLASSES = (AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM)
+TOLERANCE = 1e-5  # of attention by other kernels
 FAMILY_CODE = {  # configuration file, its class, modeling file, its class
     "llada": ("configuration_llada", "LLaDAConfig", "modeling_llada", "LLaDAModelLM"),
     "Dream": ("configuration_dream", "DreamConfig", "modeling_dream", "DreamModel"),
 }
 
 
-def load(auto, directory):
+def load(auto, directory, **options):
     """Load a model in fp32, and check the keys that from_pretrained reports."""
     key = "dtype" if tuple(map(int, transformers.__version__.split(".")[:2])) >= (4, 56) else "torch_dtype"
-    options = {"trust_remote_code": True, "output_loading_info": True, key: torch.float32}
+    options |= {"trust_remote_code": True, "output_loading_info": True, key: torch.float32}
     model, info = auto.from_pretrained(directory, **options)
     keys = [name for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in info[kind]]
     if keys:
@@ -35,10 +35,10 @@ def load(auto, directory):
     return model.eval()
 
 
-def difference(model, expected) -> float:
+def difference(model, expected, **inputs) -> float:
     """Largest absolute difference of logits; (B, T, V) each."""
     with torch.no_grad():
-        return (model(expected["input_ids"]).logits - expected["logits"]).abs().max().item()
+        return (model(expected["input_ids"], **inputs).logits - expected["logits"]).abs().max().item()
 
 
 def trains(model, expected) -> None:
@@ -63,18 +63,80 @@ def trains(model, expected) -> None:
     model.eval()
 
 
+def fills_masks(directory, expected) -> dict:
+    """Load as a fill-mask pipeline does, where the logits at a position predict its own token; else it is refused.
+
+    Raises:
+        AssertionError: it is not refused.
+    """
+    if not load(AutoModel, directory).shifted:
+        return {"AutoModelForMaskedLM": difference(load(AutoModelForMaskedLM, directory), expected)}
+    try:
+        load(AutoModelForMaskedLM, directory)
+    except ValueError:
+        return {}
+    raise AssertionError("AutoModelForMaskedLM took a model whose logits are shifted")
+
+
 def saves_again(model, expected, folder: Path) -> float:
     """Difference of logits after this transformers' save_pretrained and a reload."""
     model.save_pretrained(folder)
     return difference(load(AutoModelForCausalLM, folder), expected)
 
 
+def attends(directory, expected) -> dict:
+    """Differences with the attention implementations that there are, and with masks and positions that hide nothing.
+
+    Raises:
+        AssertionError: eager attention gives other logits, or one that there is not is taken.
+    """
+    model = load(AutoModel, directory, attn_implementation="sdpa")
+    length = expected["input_ids"].shape[1]  # T
+    results = {
+        "sdpa": difference(model, expected),
+        "position_ids": difference(model, expected, position_ids=torch.arange(length)[None]),
+    }
+    square = torch.ones(1, 1, length, length, dtype=torch.bool)
+    for mask in (square, torch.zeros(1, 1, 1, length)):
+        assert difference(model, expected, attention_mask=mask) < TOLERANCE, "a mask that hides nothing changed logits"
+    eager = difference(load(AutoModel, directory, attn_implementation="eager"), expected)
+    assert 0 < eager < TOLERANCE, f"eager attention is {eager} off, where rounding differs"
+    for name in ("flash_attention_2", "flex_attention"):
+        try:
+            load(AutoModel, directory, attn_implementation=name)
+        except (ValueError, ImportError) as error:
+            assert "\n" not in str(error), f"{name} is refused in several lines"
+        else:
+            raise AssertionError(f"{name} was taken")
+    return results
+
+
+def grows(directory, expected, folder: Path) -> float:
+    """Difference of logits after new tokens, a training step with them, save_pretrained and a reload."""
+    model, ids = load(AutoModelForCausalLM, directory), expected["input_ids"].clone()  # (B, T)
+    rows = model.get_input_embeddings().weight.shape[0]  # V
+    torch.manual_seed(0)
+    model.resize_token_embeddings(rows + 5, pad_to_multiple_of=16)
+    ids[:, 1:5] = torch.arange(rows, rows + 4)
+    model.train()
+    model(ids, labels=ids.flip(1), mask_probability=torch.full(ids.shape, 0.5)).loss.backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    model.eval()
+    with torch.no_grad():
+        grown = {"input_ids": ids, "logits": model(ids).logits}  # (B, T), (B, T, V + 16)
+    assert grown["logits"].shape[-1] == rows + 16, "the head did not grow with the embedding"
+    model.save_pretrained(folder)
+    return difference(load(AutoModelForCausalLM, folder), grown)
+
+
 def check_case(case: dict, scratch: Path) -> dict:
     """Load one pruned directory through every auto class."""
     expected, directory = load_file(case["expected"]), case["directory"]
-    results = {auto.__name__: difference(load(auto, directory), expected) for auto in AUTO_CLASSES}
+    results = {auto.__name__: difference(load(auto, directory), expected) for auto in (AutoModel, AutoModelForCausalLM)}
+    results |= fills_masks(directory, expected) | attends(directory, expected)
     model = load(AutoModelForCausalLM, directory)
     results["save_pretrained"] = saves_again(model, expected, scratch / case["name"])
+    results["resized"] = grows(directory, expected, scratch / f"{case['name']}-grown")
     trains(model, expected)
     tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)  # a tokenizer needs none of our code
     assert tokenizer.mask_token_id == model.config.mask_token_id, "the tokenizer's mask token is not the model's"

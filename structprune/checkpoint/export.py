@@ -14,7 +14,7 @@ from structprune.errors import UserError
 from structprune.models.adapter import block_widths
 from structprune.models.families import Family, family_of
 
-CODE_FILES = ("configuration_structprune.py", "modeling_structprune.py")
+CODE_FILES = ("configuration_structprune.py", "layers_structprune.py", "modeling_structprune.py")
 CLASSES = ("official", "uniform", "free")  # strictest first
 
 
@@ -74,7 +74,8 @@ def check_export_request(config: Config) -> None:
 def auto_map(family: Family) -> dict[str, dict[str, str]]:
     """The entry `auto_map`, which leads transformers' auto classes to the files written beside the weights.
 
-    Empty where none of the files defines the family's classes (`Family.code`).
+    Empty where none of the files defines the family's classes (`Family.code`). Without `AutoModelForMaskedLM` where the
+    logits at position i predict token i + 1.
     """
     files = {Path(name).stem for name in CODE_FILES} | {path.stem for path in family.code}
     classes = (family.config_class, family.model_class)
@@ -82,7 +83,9 @@ def auto_map(family: Family) -> dict[str, dict[str, str]]:
     if not files.issuperset(places):
         return {}
     config, model = (f"{place}.{each.__name__}" for place, each in zip(places, classes))
-    models = ("AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM")
+    models = ["AutoModel", "AutoModelForCausalLM"]
+    if not family.model_class.shifted:  # a fill-mask pipeline reads the logits at the mask itself
+        models.append("AutoModelForMaskedLM")
     return {"auto_map": {"AutoConfig": config, **dict.fromkeys(models, model)}}
 
 
@@ -90,7 +93,8 @@ def config_values(config, source_values: dict | None, compat: str, dtype: str) -
     """Contents of the config.json to write.
 
     Args:
-        compat: the class asked for; `official` keeps the family's own file and changes the MLP width only.
+        compat: the class asked for; `official` keeps the family's own file and changes the MLP width only, and a
+            `tie_word_embeddings` that the model does not have.
         dtype: of the written weights.
     """
     family = family_of(config)
@@ -99,6 +103,11 @@ def config_values(config, source_values: dict | None, compat: str, dtype: str) -
         values = (source_values or {}) | {key: block_widths(config, family, 0).channels}
         stale: tuple[str, ...] = ("dtype",) if auto_map(family) else ("dtype", "auto_map")
         own = {"mask_token_id": config.mask_token_id, "rope_theta": config.rope_theta}  # the source may lack them
+        if "tie_word_embeddings" in values:  # LLaDA's own code reads weight_tying only, whatever this says
+            own["tie_word_embeddings"] = False
+        rows = family.keys["vocabulary"]
+        if getattr(config, rows) != (values.get(rows) or values["vocab_size"]):  # resized after loading
+            own |= {rows: getattr(config, rows), "vocab_size": config.vocab_size}
     else:
         defaults = PretrainedConfig().to_dict().items()
         values = {key: value for key, value in config.to_dict().items() if (key, value) not in defaults}

@@ -18,7 +18,7 @@ from structprune.checkpoint.atomic import whole_directory
 from structprune.checkpoint.export import CODE_FILES
 from structprune.errors import UserError
 
-OURS = (CODE_FILES[1], "demo.json", "masks.safetensors")  # every output of ours has one of them
+OURS = (CODE_FILES[-1], "demo.json", "masks.safetensors")  # every output of ours has one of them
 Content = dict | str | Callable[[Path], None]
 
 

@@ -8,7 +8,8 @@ from torch import nn
 
 from structprune.models.configuration_structprune import layer_width
 from structprune.models.families import ROLES, Family, family_of
-from structprune.models.modeling_structprune import Block, DiffusionLM
+from structprune.models.layers_structprune import Block
+from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.placement import compute_device
 
 CONSUMER = {"attention": "attention_output", "channels": "down"}  # kind of unit -> role of the linear that reads it

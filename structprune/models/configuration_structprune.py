@@ -38,8 +38,7 @@ class StructpruneLLaDAConfig(PretrainedConfig):
         self.include_bias, self.include_qkv_bias = include_bias, include_qkv_bias
         self.attention_output_bias, self.mlp_output_bias = attention_output_bias, mlp_output_bias
         self.mask_token_id, self.initializer_range = mask_token_id, initializer_range
-        kwargs.setdefault("tie_word_embeddings", False)
-        super().__init__(**kwargs)
+        super().__init__(tie_word_embeddings=untied(kwargs), **kwargs)
 
     def to_dict(self):
         """With the depth under its common name too: transformers 5 asks for it before this class is known.
@@ -73,8 +72,18 @@ class StructpruneDreamConfig(PretrainedConfig):
         self.rms_norm_eps, self.initializer_range = rms_norm_eps, initializer_range
         self.attention_output_bias, self.mlp_output_bias = attention_output_bias, mlp_output_bias
         self.mask_token_id = mask_token_id
-        kwargs.setdefault("tie_word_embeddings", False)
-        super().__init__(**kwargs)
+        super().__init__(tie_word_embeddings=untied(kwargs), **kwargs)
+
+
+def untied(values: dict) -> bool:
+    """Take `tie_word_embeddings` out of `values`: False, because transformers 4 would drop the head's own weight.
+
+    Raises:
+        ValueError: it is true.
+    """
+    if values.pop("tie_word_embeddings", False):
+        raise ValueError("tie_word_embeddings=True is not possible: the output head has a weight of its own, use False")
+    return False
 
 
 def layer_width(config, index: int, key: str) -> int:

@@ -35,7 +35,7 @@ class Family:
         published: the key of its settings in the presets of evaluation tasks; None: there are none.
         supported: config key -> the values that the model class computes. Any other value is refused, because the
             checkpoint would load and be silently wrong.
-        code: further files that define the classes, copied next to the weights beside the two model files. Where
+        code: further files that define the classes, copied next to the weights beside `CODE_FILES`. Where
             they are not named, only `structprune.load_model` loads what is written, and `AutoModel` does not.
     """
 

@@ -1,10 +1,11 @@
 """LLaDA and Dream, masked diffusion language models whose blocks may differ in width.
 
-This file and `configuration_structprune.py` are copied next to every checkpoint written, so they import only torch and
-transformers (4.46 to 4.57 and 5). Attributes are named as in the published checkpoints, whose state dicts load as is.
+This file, `layers_structprune.py` and `configuration_structprune.py` are copied next to every checkpoint written, so
+they need only torch and transformers (4.46 to 4.57 and 5). Attributes are named as in the published checkpoints, whose
+state dicts load as is.
 
-Shapes: B batch, T sequence length, H query heads, K key/value heads, D head dim, C features.
-Papers: LLaDA arXiv 2502.09992, Dream arXiv 2508.15487, RoPE arXiv 2104.09864.
+Shapes: B batch, T sequence length, D head dim, C features, V vocabulary.
+Papers: LLaDA arXiv 2502.09992, Dream arXiv 2508.15487.
 """
 
 from typing import Any
@@ -15,125 +16,18 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
-from .configuration_structprune import StructpruneDreamConfig, StructpruneLLaDAConfig, layer_width
+from .configuration_structprune import StructpruneDreamConfig, StructpruneLLaDAConfig
+from .layers_structprune import (
+    DreamBlock,
+    LLaDABlock,
+    RMSNorm,
+    check_attention,
+    check_positions,
+    core_mask,
+    rotary_tables,
+)
 
 NOISE_EPSILON = 1e-3  # smallest mask probability: p = (1 - eps) t + eps
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x):  # (B, T, C) -> (B, T, C), normalised in fp32
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)  # (B, T, C)
-        return self.weight * wide.to(x.dtype)
-
-
-def rotary_tables(positions, head_dim: int, theta: float):
-    """Cosines and sines of RoPE in fp32: positions (B, T) -> two (B, 1, T, D)."""
-    powers = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim  # (D/2,)
-    # 1 / theta^p, not theta^-p: rounded as the checkpoints were trained, 3e-5 rad apart at position 512
-    angles = positions[:, None, :, None].float() * (1.0 / theta**powers)  # (B, 1, T, D/2)
-    angles = torch.cat((angles, angles), dim=-1)  # (B, 1, T, D)
-    return angles.cos(), angles.sin()
-
-
-def rotate(x, cos, sin):
-    """Rotate-half RoPE in fp32: (B, H, T, D) -> (B, H, T, D) in x's dtype."""
-    wide = x.float()
-    half = wide.shape[-1] // 2
-    turned = torch.cat((-wide[..., half:], wide[..., :half]), dim=-1)  # (B, H, T, D)
-    return (wide * cos + turned * sin).to(x.dtype)
-
-
-class AttentionCore(nn.Module):
-    """Bidirectional softmax attention on post-RoPE queries and keys: the seam that statistics hook."""
-
-    def forward(self, query, key, value, mask=None):  # (B, H, T, D), 2 x (B, K, T, D) -> (B, H, T, D)
-        repeat = query.shape[1] // key.shape[1]
-        if repeat > 1:
-            key, value = (side.repeat_interleave(repeat, dim=1) for side in (key, value))  # 2 x (B, H, T, D)
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-
-
-class Block(nn.Module):
-    """A pre-norm transformer block; `roles` places its parts under the family's names.
-
-    `mix` and `activate` end where the consumers (attention output, down projection) begin: a refit can stand between.
-    """
-
-    roles: dict[str, str] = {}
-
-    def part(self, role: str) -> nn.Module:
-        return self.get_submodule(self.roles[role])
-
-    def place(self, role: str, module: nn.Module) -> None:
-        *path, name = self.roles[role].split(".")
-        parent = self
-        for step in path:
-            if not hasattr(parent, step):
-                parent.add_module(step, nn.Module())
-            parent = getattr(parent, step)
-        parent.add_module(name, module)
-
-    def build(self, config, size, widths, qkv_bias=False, bias=False):
-        """Place all parts: `size` is C, `widths` are H, K and the MLP's channels."""
-        self.head_dim, (heads, kv_heads, channels) = config.head_dim, widths
-        for role in ("attention_norm", "mlp_norm"):
-            self.place(role, RMSNorm(size, config.rms_norm_eps))
-        for role, count in (("query", heads), ("key", kv_heads), ("value", kv_heads)):
-            self.place(role, nn.Linear(size, count * self.head_dim, bias=qkv_bias))
-        for role in ("gate", "up"):
-            self.place(role, nn.Linear(size, channels, bias=bias))
-        attention_bias, mlp_bias = config.attention_output_bias or bias, config.mlp_output_bias or bias
-        self.place("attention_output", nn.Linear(heads * self.head_dim, size, bias=attention_bias))
-        self.place("down", nn.Linear(channels, size, bias=mlp_bias))
-        self.place("core", AttentionCore())
-
-    def mix(self, x, rotary, mask=None):
-        """What attention hands to its output projection: (B, T, C) -> (B, T, H*D)."""
-        h = self.part("attention_norm")(x)  # (B, T, C)
-        projected = (self.part(role)(h) for role in ("query", "key", "value"))  # (B, T, H*D), 2 x (B, T, K*D)
-        query, key, value = (p.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in projected)  # (B, ., T, D)
-        mixed = self.part("core")(rotate(query, *rotary), rotate(key, *rotary), value, mask)  # (B, H, T, D)
-        return mixed.transpose(1, 2).flatten(2)
-
-    def activate(self, x):
-        """What the MLP hands to its down projection: (B, T, C) -> (B, T, M)."""
-        h = self.part("mlp_norm")(x)  # (B, T, C)
-        return F.silu(self.part("gate")(h)) * self.part("up")(h)
-
-    def forward(self, x, rotary, mask=None):  # (B, T, C) -> (B, T, C)
-        x = x + self.part("attention_output")(self.mix(x, rotary, mask))
-        return x + self.part("down")(self.activate(x))
-
-
-class LLaDABlock(Block):
-    roles = {
-        "attention_norm": "attn_norm", "query": "q_proj", "key": "k_proj", "value": "v_proj", "core": "core",
-        "attention_output": "attn_out", "mlp_norm": "ff_norm", "gate": "ff_proj", "up": "up_proj", "down": "ff_out",
-    }  # fmt: skip
-
-    def __init__(self, config, index: int):
-        super().__init__()
-        widths = [layer_width(config, index, key) for key in ("n_heads", "n_kv_heads", "mlp_hidden_size")]
-        self.build(config, config.d_model, widths, config.include_bias or config.include_qkv_bias, config.include_bias)
-
-
-class DreamBlock(Block):
-    roles = {
-        "attention_norm": "input_layernorm", "query": "self_attn.q_proj", "key": "self_attn.k_proj",
-        "value": "self_attn.v_proj", "core": "self_attn.core", "attention_output": "self_attn.o_proj",
-        "mlp_norm": "post_attention_layernorm", "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj",
-    }  # fmt: skip
-
-    def __init__(self, config, index: int):
-        super().__init__()
-        keys = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
-        self.build(config, config.hidden_size, [layer_width(config, index, key) for key in keys], qkv_bias=True)
 
 
 class DiffusionLM(PreTrainedModel):
@@ -141,6 +35,7 @@ class DiffusionLM(PreTrainedModel):
 
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
+    _supports_sdpa = True
     accepts_loss_kwargs = False  # the loss is already a mean per window: the Trainer scales it as usual
     _auto_class: Any = "AutoModelForCausalLM"  # save_pretrained writes the code too, under transformers 4 as well
     shifted = False  # whether position i predicts token i + 1
@@ -152,6 +47,19 @@ class DiffusionLM(PreTrainedModel):
     output_head: Any
     source: Any  # the checkpoint it was loaded from
     streamed_to: Any  # the device that weights visit, where they are streamed
+
+    def __init__(self, config):
+        check_attention(getattr(config, "_attn_implementation", None))
+        super().__init__(config)
+
+    def set_attn_implementation(self, attn_implementation):
+        """Compute attention by "sdpa" or "eager" from now on.
+
+        Raises:
+            ValueError: another name.
+        """
+        check_attention(attn_implementation)
+        self.config._attn_implementation = attn_implementation
 
     def _init_weights(self, module):
         if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -169,26 +77,44 @@ class DiffusionLM(PreTrainedModel):
     def get_output_embeddings(self):
         return self.output_head
 
-    def rotary(self, length: int, device, attention_mask=None):
-        """RoPE tables for positions 0.. (1, T), or counted from each row's first real token (B, T)."""
-        positions = torch.arange(length, device=device)[None]  # (1, T)
-        if attention_mask is not None:
+    def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True):
+        """As in transformers, for embedding, head and config; returns the embedding.
+
+        Raises:
+            ValueError: the mask token's row would be cut off.
+        """
+        step = pad_to_multiple_of or 1
+        mask, rows = self.config.mask_token_id, -(-(new_num_tokens or 0) // step) * step
+        if new_num_tokens is not None and rows <= mask:
+            raise ValueError(f"{rows} tokens would leave out the mask token, {mask}: resize to {mask + 1} or more")
+        return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+
+    def rotary(self, length: int, device, attention_mask=None, position_ids=None):
+        """RoPE tables for `position_ids` (B, T); else for positions 0.. (1, T), or of each row's real tokens (B, T)."""
+        if position_ids is not None:
+            positions = position_ids  # (B or 1, T)
+        elif attention_mask is not None:
             positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)  # (B, T)
+        else:
+            positions = torch.arange(length, device=device)[None]  # (1, T)
         return rotary_tables(positions, self.config.head_dim, self.config.rope_theta)
 
-    def encode(self, input_ids=None, attention_mask=None, inputs_embeds=None, keep=None):
+    def encode(self, input_ids=None, attention_mask=None, inputs_embeds=None, keep=None, position_ids=None):
         """Hidden states after the final norm, (B, T) -> (B, T, C); `keep` collects every block's input.
 
         Args:
-            attention_mask: (B, T), true or 1 at real tokens; None when every token is real.
+            attention_mask: see `core_mask`. A 2-D one says which tokens are real, and positions count those only.
+            position_ids: (B, T) or (1, T) integers, instead of positions 0.. or those by a 2-D mask.
         Raises:
-            ValueError: an attention mask that is not two-dimensional.
+            ValueError: another shape of either; positions that are not integers.
         """
         x = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, C)
-        if attention_mask is not None and attention_mask.dim() != 2:
-            raise ValueError(f"attention_mask must be (batch, length), not {tuple(attention_mask.shape)}")
-        mask = None if attention_mask is None else attention_mask.bool()[:, None, None, :]  # (B, 1, 1, T)
-        rotary = self.rotary(x.shape[1], x.device, attention_mask)
+        batch, length = x.shape[:2]
+        mask = core_mask(attention_mask, (batch, length), x.dtype)  # (B, 1, 1 or T, T)
+        if position_ids is not None:
+            check_positions(position_ids, (batch, length))
+        real = attention_mask if mask is not None and attention_mask.dim() == 2 else None  # (B, T)
+        rotary = self.rotary(length, x.device, real, position_ids)
         for block in self.blocks:
             if keep is not None:
                 keep.append(x)
@@ -199,17 +125,19 @@ class DiffusionLM(PreTrainedModel):
         return self.final_norm(x)
 
     def forward(
-        self, input_ids=None, attention_mask=None, inputs_embeds=None, labels=None, mask_probability=None,
-        output_hidden_states=None, output_attentions=None, use_cache=None, return_dict=None,
+        self, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None, labels=None,
+        mask_probability=None, output_hidden_states=None, output_attentions=None, use_cache=None, return_dict=None,
     ):  # fmt: skip
         """Logits (B, T, V) in checkpoint alignment (Dream's are not shifted back), and a loss when `labels` are given.
 
         Args:
+            attention_mask, position_ids: see `encode`.
             labels: (B, T) clean token ids, -100 at positions without loss, which are not masked either.
-            mask_probability: (B,) the probability `input_ids` were already masked with. Without it the model masks
-                `input_ids` itself: t stratified over the batch, p = (1 - eps) t + eps.
+            mask_probability: (B,) or (B, T) the probability `input_ids` were already masked with, by row or token.
+                Without it the model masks `input_ids` itself: t stratified over the batch, p = (1 - eps) t + eps.
         Raises:
-            ValueError: attention weights, a cache, or a loss of `inputs_embeds`, none of which is supported.
+            ValueError: attention weights, a cache, or a loss of `inputs_embeds`, none of which is supported; see also
+                `encode` and `noise`.
         """
         if output_attentions or use_cache:
             raise ValueError("output_attentions and use_cache are not available in a masked diffusion model")
@@ -218,16 +146,24 @@ class DiffusionLM(PreTrainedModel):
                 raise ValueError("the masked-diffusion loss needs input_ids, not inputs_embeds")
             input_ids, masked, mask_probability = self.noise(input_ids, labels, mask_probability)
         states = [] if output_hidden_states else None
-        hidden = self.encode(input_ids, attention_mask, inputs_embeds, keep=states)  # (B, T, C)
+        hidden = self.encode(input_ids, attention_mask, inputs_embeds, states, position_ids)  # (B, T, C)
         logits = self.output_head(hidden)  # (B, T, V)
         loss = None if labels is None else self.diffusion_loss(logits, labels, masked, mask_probability)
         output = MaskedLMOutput(loss=loss, logits=logits, hidden_states=states and (*states, hidden))
         return output if return_dict is None or return_dict else output.to_tuple()
 
     def noise(self, input_ids, labels, mask_probability=None):
-        """The noised ids (B, T), which positions carry loss (B, T), and the mask probabilities (B,)."""
+        """The noised ids (B, T), which positions carry loss (B, T), and the mask probabilities (B,) or (B, T).
+
+        Raises:
+            ValueError: mask probabilities of another shape.
+        """
         maskable = self.maskable(labels)  # (B, T)
         if mask_probability is not None:
+            rows, tokens = tuple(labels.shape[:1]), tuple(labels.shape)
+            mask_probability = torch.as_tensor(mask_probability, device=labels.device)  # (B,) or (B, T)
+            if (given := tuple(mask_probability.shape)) not in (rows, tokens):
+                raise ValueError(f"mask_probability must be of shape {rows} or {tokens}, not {given}")
             return input_ids, maskable & (input_ids == self.config.mask_token_id), mask_probability
         batch, device = input_ids.shape[0], input_ids.device
         t = torch.rand(1, device=device) + torch.arange(batch, device=device) / batch  # (B,)
@@ -247,7 +183,7 @@ class DiffusionLM(PreTrainedModel):
         if self.shifted:
             logits = torch.cat((logits[:, :1], logits[:, :-1]), dim=1)  # (B, T, V)
         nats = F.cross_entropy(logits[masked].float(), labels[masked], reduction="none")  # (M,)
-        weight = mask_probability[:, None].expand(masked.shape)[masked]  # (M,)
+        weight = mask_probability.reshape(len(masked), -1).expand(masked.shape)[masked]  # (M,)
         return (nats / weight).sum() / self.maskable(labels).sum().clamp(min=1)
 
     def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **kwargs):
@@ -276,6 +212,13 @@ class StructpruneLLaDA(DiffusionLM):
     final_norm = property(lambda self: self.model.transformer["ln_f"])
     output_head = property(lambda self: self.model.transformer["ff_out"])
 
+    def set_input_embeddings(self, value):
+        self.model.transformer["wte"] = value
+        self.config.embedding_size = value.weight.shape[0]
+
+    def set_output_embeddings(self, new_embeddings):
+        self.model.transformer["ff_out"] = new_embeddings
+
 
 class StructpruneDream(DiffusionLM):
     """Dream, Dream-Coder and DiffuCoder, under the state-dict keys of `DreamModel`."""
@@ -298,3 +241,10 @@ class StructpruneDream(DiffusionLM):
     blocks = property(lambda self: self.model.layers)
     final_norm = property(lambda self: self.model.norm)
     output_head = property(lambda self: self.lm_head)
+
+    def set_input_embeddings(self, value):
+        self.model.embed_tokens = value
+        self.config.vocab_size = value.weight.shape[0]
+
+    def set_output_embeddings(self, new_embeddings):
+        self.lm_head = new_embeddings

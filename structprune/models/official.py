@@ -17,9 +17,9 @@ REFUSED_TYPES = {  # start of a model type or architecture, in lower case -> rea
     "llada2": "LLaDA2 is a block-diffusion model: structprune cuts dense, bidirectional models only",
     "llada_?moe": "LLaDA-MoE is a mixture of experts: structprune cuts dense MLPs only",
 }
-NOT_OURS = (
+NOT_OURS = (  # of a LLaDA, tie_word_embeddings says nothing: its code ties the head by weight_tying
     "model_type", "architectures", "auto_map", "transformers_version", "torch_dtype", "dtype", "use_cache",
-    "_name_or_path", "rope_scaling", "rope_parameters", "quantization_config",
+    "_name_or_path", "rope_scaling", "rope_parameters", "tie_word_embeddings", "quantization_config",
 )  # fmt: skip
 
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from structprune.models.adapter import CONSUMER, UNIT_KINDS, Adapter, UnitKey, set_widths
-from structprune.models.modeling_structprune import DiffusionLM, RMSNorm
+from structprune.models.layers_structprune import RMSNorm
+from structprune.models.modeling_structprune import DiffusionLM
 
 
 @dataclass(frozen=True)

@@ -113,6 +113,23 @@ def test_official_config_has_the_mask_id_that_was_given(tiny_checkpoint):
     assert config_values(model.config, model.source.values, "official", "float32")["mask_token_id"] == 5
 
 
+@pytest.mark.parametrize("compat", ["free", "uniform", "official"])
+def test_a_tie_that_the_model_does_not_have_is_not_written(pruned, compat):
+    """The head is separate, and LLaDA's own code reads `weight_tying`; transformers 4 would tie it by this key."""
+    model = pruned("llada", tie_word_embeddings=True)
+    assert model.config.tie_word_embeddings is False
+    values = config_values(model.config, model.source.values, compat, "float32")
+    assert values["tie_word_embeddings"] is False
+    assert values.get("weight_tying") is False
+
+
+@pytest.mark.parametrize("family", [LLADA, DREAM])
+def test_a_tied_head_is_refused_by_the_configuration(family):
+    with pytest.raises(ValueError, match="^tie_word_embeddings=True is not possible: .*, use False$"):
+        family.config_class(tie_word_embeddings=True)
+    assert family.config_class(tie_word_embeddings=None).tie_word_embeddings is False
+
+
 @pytest.mark.parametrize("family", [LLADA, DREAM])
 def test_free_config_is_our_own_type(pruned, family):
     model = pruned(family.name, True, (24, 24, 8))
@@ -128,9 +145,8 @@ def test_free_config_is_our_own_type(pruned, family):
 @pytest.mark.parametrize("family", [LLADA, DREAM])
 def test_auto_map_leads_to_the_files_beside_the_weights(family):
     name = family.model_class.__name__
-    assert auto_map(family)["auto_map"] == {
-        "AutoConfig": f"configuration_structprune.{name}Config",
-        "AutoModel": f"modeling_structprune.{name}",
-        "AutoModelForCausalLM": f"modeling_structprune.{name}",
-        "AutoModelForMaskedLM": f"modeling_structprune.{name}",
-    }
+    entries = auto_map(family)["auto_map"]
+    assert entries.pop("AutoConfig") == f"configuration_structprune.{name}Config"
+    assert set(entries.values()) == {f"modeling_structprune.{name}"}
+    masked = {"AutoModelForMaskedLM"} if family is LLADA else set()  # whose logits Dream's are not: they are shifted
+    assert set(entries) == {"AutoModel", "AutoModelForCausalLM"} | masked

@@ -239,6 +239,15 @@ def test_source_that_structprune_wrote(tiny_checkpoint, tmp_path):
         assert torch.equal(load_model(out)(IDS).logits, model(IDS).logits)
 
 
+def test_a_tie_that_llada_does_not_read_stays(tiny_checkpoint, tmp_path):
+    """The config is the source's own, whose code ties by `weight_tying`; our loader reads a separate head too."""
+    source = tiny_checkpoint("llada", tie_word_embeddings=True)
+    out = save_masked(mask(load_model(source)), tmp_path / "out", changed=CHANGED)
+    assert (out / "config.json").read_bytes() == (source / "config.json").read_bytes()
+    head, stored = load_model(out).output_head.weight, load_file(source / "model.safetensors")  # (V, C)
+    assert torch.equal(head, stored["model.transformer.ff_out.weight"])
+
+
 def test_overwrite_knows_both_kinds_of_output(source, tmp_path):
     model, out = mask(load_model(source)), tmp_path / "out"
     files = {"masks.safetensors": "x", "mark": "old"}

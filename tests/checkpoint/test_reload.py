@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from structprune import Plan, apply_plan, load_model, save_pruned
+from structprune.checkpoint.export import CODE_FILES
 from structprune.structured.plan import BlockPlan
 
 pytestmark = pytest.mark.slow
@@ -120,8 +121,8 @@ def test_code_files_stand_alone():
 
     from structprune.models import modeling_structprune
 
-    for name in ("modeling_structprune.py", "configuration_structprune.py"):
+    for name in CODE_FILES:
         lines = Path(modeling_structprune.__file__).with_name(name).read_text().splitlines()
         imports = [line.split()[1] for line in lines if line.lstrip().startswith(("import ", "from "))]
-        allowed = ("torch", "transformers", "typing", ".configuration_structprune")
+        allowed = ("torch", "transformers", "typing", *(f".{file.removesuffix('.py')}" for file in CODE_FILES))
         assert imports and all(module.startswith(allowed) for module in imports), imports

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from structprune import Plan, UserError, apply_plan, load_model, load_tokenizer, save_pruned
 from structprune.checkpoint import atomic, output, save
+from structprune.checkpoint.export import CODE_FILES
 from structprune.checkpoint.output import check_output
 from structprune.models.checkpoint_files import shard_names
 from structprune.models.headers import read_headers
@@ -37,8 +38,8 @@ def test_what_is_written(small, tmp_path):
     files = {"report.json": {"ratio": 0.5}, "README.md": "card", "extra.bin": lambda path: path.write_bytes(b"12")}
     out = save_pruned(small, tmp_path / "deep" / "out", files=files)
     names = {
-        "config.json", "model.safetensors", "configuration_structprune.py", "modeling_structprune.py", "tokenizer.json",
-        "tokenizer_config.json", "generation_config.json", "report.json", "README.md", "extra.bin",
+        "config.json", "model.safetensors", *CODE_FILES, "tokenizer.json", "tokenizer_config.json",
+        "generation_config.json", "report.json", "README.md", "extra.bin",
     }  # fmt: skip
     assert set(contents(out)) == names
     assert json.loads((out / "report.json").read_text()) == {"ratio": 0.5}
@@ -81,7 +82,7 @@ def test_transformers_own_save_writes_the_code_too(small, tmp_path):
     values = json.loads((tmp_path / "trained" / "config.json").read_text())
     assert values["auto_map"]["AutoModelForCausalLM"] == "modeling_structprune.StructpruneLLaDA"
     assert values["auto_map"]["AutoConfig"] == "configuration_structprune.StructpruneLLaDAConfig"
-    assert {"configuration_structprune.py", "modeling_structprune.py"} <= set(contents(tmp_path / "trained"))
+    assert set(CODE_FILES) <= set(contents(tmp_path / "trained"))
     again = load_model(tmp_path / "trained")
     assert all(torch.equal(tensor, small.state_dict()[name]) for name, tensor in again.state_dict().items())
 

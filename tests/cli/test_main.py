@@ -20,7 +20,8 @@ from structprune.structured.plan import Plan
 
 MADE = {
     "README.md", "calibration.safetensors", "config.json", "configuration_structprune.py", "model.safetensors",
-    "modeling_structprune.py", "plan.json", "report.json", "tokenizer.json", "tokenizer_config.json",
+    "layers_structprune.py", "modeling_structprune.py", "plan.json", "report.json", "tokenizer.json",
+    "tokenizer_config.json",
 }  # fmt: skip
 
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from structprune.models.adapter import Adapter
-from structprune.models.modeling_structprune import AttentionCore, rotary_tables, rotate
+from structprune.models.layers_structprune import AttentionCore, rotary_tables, rotate
 
 
 @pytest.mark.parametrize("family", ["llada", "dream"])
@@ -32,9 +32,80 @@ def test_padding_is_inert(tiny_model, family, left):
     assert together.isfinite().all()
 
 
-def test_attention_mask_must_be_two_dimensional(tiny_model):
-    with pytest.raises(ValueError, match="attention_mask must be .batch, length."):
-        tiny_model("llada")(torch.zeros(1, 4, dtype=torch.long), attention_mask=torch.ones(1, 1, 4, 4))
+@pytest.mark.parametrize("family", ["llada", "dream"])
+def test_padding_as_dreams_own_sampler_gives_it(tiny_model, family):
+    """A 4-D mask and positions, in the order of Dream's `generation_utils`: the 2-D mask's logits at real tokens."""
+    model = tiny_model(family)
+    ids = torch.randint(0, 2047, (2, 12), generator=torch.Generator().manual_seed(2))  # (B, T)
+    real = torch.ones(2, 12, dtype=torch.bool)  # (B, T)
+    real[0, :5] = False
+    positions = (real.long().cumsum(-1) - 1).masked_fill(~real, 1)  # (B, T)
+    square = real[:, None, :, None] & real[:, None, None, :]  # (B, 1, T, T)
+    with torch.no_grad():
+        expected = model(ids, real).logits  # (B, T, V)
+        logits = model(ids, square, positions).logits  # (B, T, V)
+        row = model(ids, real[:, None, None, :], positions).logits  # (B, T, V)
+        blind = model(ids, square).logits  # (B, T, V): positions 0.., which only shifts a row
+    assert logits.isfinite().all()
+    for each in (logits, row, blind):
+        assert (each[real] - expected[real]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("family", ["llada", "dream"])
+def test_a_float_mask_is_added_to_the_scores(tiny_model, family):
+    model = tiny_model(family)
+    ids = torch.randint(0, 2047, (2, 9), generator=torch.Generator().manual_seed(2))  # (B, T)
+    causal = torch.ones(9, 9, dtype=torch.bool).tril()[None, None]  # (1, 1, T, T)
+    added = torch.zeros(1, 1, 9, 9).masked_fill(~causal, torch.finfo(torch.float32).min)
+    with torch.no_grad():
+        chosen, summed = model(ids, causal).logits, model(ids, added).logits  # 2 x (B, T, V)
+        start = model(ids[:, :4], causal[..., :4, :4]).logits  # (B, 4, V)
+        half = model.bfloat16()(ids, added).logits  # (B, T, V)
+    assert (chosen - summed).abs().max() < 1e-5
+    assert (chosen[:, :4] - start).abs().max() < 1e-5  # what follows is not seen
+    assert half.dtype == torch.bfloat16 and half.isfinite().all()
+
+
+@pytest.mark.parametrize("family", ["llada", "dream"])
+def test_position_ids(tiny_model, family):
+    """Those that are the default change no bit; distances are what counts; others give other logits."""
+    model, ids = tiny_model(family), torch.arange(20).view(2, 10)  # (B, T)
+    positions = torch.arange(10)[None]  # (1, T)
+    with torch.no_grad():
+        plain = model(ids).logits  # (B, T, V)
+        assert torch.equal(model(ids, position_ids=positions).logits, plain)
+        assert torch.equal(model(ids, position_ids=positions.expand(2, 10)).logits, plain)
+        assert torch.equal(model(ids, "full", positions).logits, plain)  # as in Dream's own sampler
+        assert (model(ids, position_ids=positions + 7).logits - plain).abs().max() < 1e-4
+        rows = torch.cat((positions, 2 * positions))  # (B, T)
+        logits = model(ids, position_ids=rows).logits  # (B, T, V)
+        order = torch.randperm(10, generator=torch.Generator().manual_seed(0))  # (T,)
+        shuffled = model(ids[:, order], position_ids=positions[:, order]).logits  # (B, T, V)
+    assert (logits[0] - plain[0]).abs().max() < 1e-5 and (logits[1] - plain[1]).abs().max() > 1e-2
+    assert (shuffled - plain[:, order]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("shape", [
+    (4,), (2, 5), (3, 4), (2, 4, 4), (2, 1, 4), (2, 4, 4, 4), (3, 1, 4, 4), (2, 1, 5, 4), (2, 1, 4, 5), (2, 1, 1, 4, 4),
+])  # fmt: skip
+def test_masks_of_other_shapes_are_refused(tiny_model, shape):
+    allowed = "(2, 4), (2, 1, 4, 4) or (2, 1, 1, 4)"
+    with pytest.raises(ValueError) as caught:
+        tiny_model("llada")(torch.zeros(2, 4, dtype=torch.long), torch.ones(shape, dtype=torch.bool))
+    assert str(caught.value) == f"attention_mask must be {allowed}, not {shape}"
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"attention_mask": torch.ones(1, 1, 4, 4, dtype=torch.long)}, "4-D attention_mask must be bool .*torch.int64"),
+    ({"attention_mask": "causal"}, r"attention_mask must be \(2, 4\).* not 'causal'"),
+    ({"position_ids": torch.arange(4)}, r"position_ids must be \(2, 4\) or \(1, 4\) integers, not \(4,\) torch.int64"),
+    ({"position_ids": torch.zeros(2, 5, dtype=torch.long)}, r"not \(2, 5\)"),
+    ({"position_ids": torch.zeros(2, 4)}, "integers, not .* torch.float32"),
+])  # fmt: skip
+def test_masks_and_positions_that_say_nothing_clear(tiny_model, options, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        tiny_model("llada")(torch.zeros(2, 4, dtype=torch.long), **options)
+    assert "\n" not in str(caught.value)
 
 
 def test_grouped_attention_by_hand():

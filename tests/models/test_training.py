@@ -42,6 +42,34 @@ def test_loss_is_the_nelbo_computed_by_hand(tiny_model, family):
         assert torch.equal(output.logits, model(ids).logits)
 
 
+@pytest.mark.parametrize("family", ["llada", "dream"])
+def test_loss_with_a_rate_per_token(tiny_model, family):
+    """CE / p of each masked token's own p; equal rates along a row are a rate per row."""
+    model = tiny_model(family)
+    labels = torch.randint(0, 2047, (2, 6), generator=torch.Generator().manual_seed(5))  # (B, T)
+    places = [(0, 1), (0, 4), (1, 2)]
+    ids, p = noisy(labels, places), torch.linspace(0.1, 0.9, 12).view(2, 6)  # 2 x (B, T)
+    with torch.no_grad():
+        output = model(ids, labels=labels, mask_probability=p)
+        same = (p[:, 0], p[:, :1].expand(2, 6), p[:, 0].tolist())
+        rows = [model(ids, labels=labels, mask_probability=each).loss for each in same]
+    nats = 0.0
+    for row, position in places:
+        seen = output.logits[row, position - 1 if family == "dream" else position]  # (V,)
+        nats += -F.log_softmax(seen, dim=-1)[labels[row, position]].item() / p[row, position].item()
+    assert output.loss.item() == pytest.approx(nats / (2 * 4 if family == "dream" else 2 * 6), rel=1e-5)
+    assert rows[0] == rows[1] == rows[2]
+
+
+@pytest.mark.parametrize("p", [0.5, torch.ones(1), torch.ones(3), torch.ones(6), torch.ones(2, 1), torch.ones(1, 6)])
+def test_rates_of_other_shapes_are_refused(tiny_model, p):
+    ids = torch.arange(12).view(2, 6)  # (B, T)
+    shape = tuple(torch.as_tensor(p).shape)
+    with pytest.raises(ValueError) as caught:
+        tiny_model("llada")(ids, labels=ids, mask_probability=p)
+    assert str(caught.value) == f"mask_probability must be of shape (2,) or (2, 6), not {shape}"
+
+
 def test_dreams_edges_carry_no_loss(tiny_model):
     model = tiny_model("dream")
     labels = torch.arange(6)[None]  # (1, T)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from structprune.bench.latency import Latency
+from structprune.models.layers_structprune import RMSNorm
 from structprune.models.loading import load_model
-from structprune.models.modeling_structprune import RMSNorm
 
 
 def test_a_random_checkpoint_is_an_official_one(scripts, tmp_path):

@@ -1,0 +1,195 @@
+"""The layers of LLaDA and Dream: norms, rotary position embeddings, attention, and blocks that may differ in width.
+
+Copied next to every checkpoint structprune writes: imports torch and the configuration file beside it only.
+
+Shapes: B batch, T sequence length, H query heads, K key/value heads, D head dim, C features.
+Paper: RoPE arXiv 2104.09864.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .configuration_structprune import layer_width
+
+ATTENTIONS = ("sdpa", "eager")  # values of `attn_implementation`, the default first
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x):  # (B, T, C) -> (B, T, C), normalised in fp32
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)  # (B, T, C)
+        return self.weight * wide.to(x.dtype)
+
+
+def check_positions(position_ids, shape) -> None:
+    """Raise ValueError if positions are not integers (B, T) or (1, T); `shape` is B and T."""
+    batch, length = shape
+    if tuple(position_ids.shape) not in ((batch, length), (1, length)) or position_ids.is_floating_point():
+        given = f"{tuple(position_ids.shape)} {position_ids.dtype}"
+        raise ValueError(f"position_ids must be ({batch}, {length}) or (1, {length}) integers, not {given}")
+
+
+def rotary_tables(positions, head_dim: int, theta: float):
+    """Cosines and sines of RoPE in fp32: positions (B, T) -> two (B, 1, T, D)."""
+    powers = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim  # (D/2,)
+    # 1 / theta^p, not theta^-p: rounded as the checkpoints were trained, 3e-5 rad apart at position 512
+    angles = positions[:, None, :, None].float() * (1.0 / theta**powers)  # (B, 1, T, D/2)
+    angles = torch.cat((angles, angles), dim=-1)  # (B, 1, T, D)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, cos, sin):
+    """Rotate-half RoPE in fp32: (B, H, T, D) -> (B, H, T, D) in x's dtype."""
+    wide = x.float()
+    half = wide.shape[-1] // 2
+    turned = torch.cat((-wide[..., half:], wide[..., :half]), dim=-1)  # (B, H, T, D)
+    return (wide * cos + turned * sin).to(x.dtype)
+
+
+def check_attention(name) -> None:
+    """Raise ValueError if `attn_implementation` is not one of `ATTENTIONS`; None is the default."""
+    if name not in (None, *ATTENTIONS):
+        raise ValueError(f"attn_implementation = {name!r} is not available for this model: use 'sdpa' or 'eager'")
+
+
+def core_mask(attention_mask, shape, dtype):
+    """What the attention core gets for an attention mask.
+
+    Args:
+        attention_mask: (B, T), true or 1 at real tokens; (B, 1, T, T) or (B, 1, 1, T), bool with true where a query may
+            attend, or float that is added to the scores; B may be 1. None or "full", as in Dream's own code: no mask.
+        shape: B and T.
+        dtype: that a float mask is cast to.
+    Returns:
+        None, or bool or float (B, 1, 1 or T, T).
+    Raises:
+        ValueError: anything else.
+    """
+    if attention_mask is None or (isinstance(attention_mask, str) and attention_mask == "full"):
+        return None
+    batch, length = shape
+    sizes = tuple(attention_mask.shape) if isinstance(attention_mask, torch.Tensor) else repr(attention_mask)[:40]
+    if sizes in ((batch, length), (1, length)):
+        return attention_mask.bool()[:, None, None, :]  # (B, 1, 1, T)
+    if sizes not in ((rows, 1, queries, length) for rows in (batch, 1) for queries in (length, 1)):
+        shapes = f"({batch}, {length}), ({batch}, 1, {length}, {length}) or ({batch}, 1, 1, {length})"
+        raise ValueError(f"attention_mask must be {shapes}, not {sizes}")
+    if attention_mask.dtype == torch.bool:
+        return attention_mask
+    if not attention_mask.is_floating_point():
+        raise ValueError(f"4-D attention_mask must be bool (true: attend) or float (added), not {attention_mask.dtype}")
+    return attention_mask.to(dtype)
+
+
+def plain_attention(query, key, value, mask=None):
+    """Softmax attention by matrix products, as SDPA gives it: 3 x (B, H, T, D) -> (B, H, T, D)."""
+    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)  # (B, H, T, T)
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    elif mask is not None:
+        scores = scores + mask
+    empty = scores.isneginf().all(-1, keepdim=True)  # (B, H, T, 1): queries that attend to nothing get zeros
+    weights = scores.float().softmax(-1).masked_fill(empty, 0.0)  # (B, H, T, T)
+    return weights.to(value.dtype) @ value
+
+
+class AttentionCore(nn.Module):
+    """Bidirectional softmax attention on post-RoPE queries and keys: the seam that statistics hook.
+
+    `config` says which of `ATTENTIONS` computes it, also after `set_attn_implementation`; without it, SDPA does.
+    """
+
+    def __init__(self, config=None):
+        super().__init__()
+        self.config = config
+
+    def forward(self, query, key, value, mask=None):  # (B, H, T, D), 2 x (B, K, T, D) -> (B, H, T, D)
+        repeat = query.shape[1] // key.shape[1]
+        if repeat > 1:
+            key, value = (side.repeat_interleave(repeat, dim=1) for side in (key, value))  # 2 x (B, H, T, D)
+        if getattr(self.config, "_attn_implementation", None) == "eager":
+            return plain_attention(query, key, value, mask)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block; `roles` places its parts under the family's names.
+
+    `mix` and `activate` end where the consumers (attention output, down projection) begin: a refit can stand between.
+    """
+
+    roles: dict[str, str] = {}
+
+    def part(self, role: str) -> nn.Module:
+        return self.get_submodule(self.roles[role])
+
+    def place(self, role: str, module: nn.Module) -> None:
+        *path, name = self.roles[role].split(".")
+        parent = self
+        for step in path:
+            if not hasattr(parent, step):
+                parent.add_module(step, nn.Module())
+            parent = getattr(parent, step)
+        parent.add_module(name, module)
+
+    def build(self, config, size, widths, qkv_bias=False, bias=False):
+        """Place all parts: `size` is C, `widths` are H, K and the MLP's channels."""
+        self.head_dim, (heads, kv_heads, channels) = config.head_dim, widths
+        for role in ("attention_norm", "mlp_norm"):
+            self.place(role, RMSNorm(size, config.rms_norm_eps))
+        for role, count in (("query", heads), ("key", kv_heads), ("value", kv_heads)):
+            self.place(role, nn.Linear(size, count * self.head_dim, bias=qkv_bias))
+        for role in ("gate", "up"):
+            self.place(role, nn.Linear(size, channels, bias=bias))
+        attention_bias, mlp_bias = config.attention_output_bias or bias, config.mlp_output_bias or bias
+        self.place("attention_output", nn.Linear(heads * self.head_dim, size, bias=attention_bias))
+        self.place("down", nn.Linear(channels, size, bias=mlp_bias))
+        self.place("core", AttentionCore(config))
+
+    def mix(self, x, rotary, mask=None):
+        """What attention hands to its output projection: (B, T, C) -> (B, T, H*D)."""
+        h = self.part("attention_norm")(x)  # (B, T, C)
+        projected = (self.part(role)(h) for role in ("query", "key", "value"))  # (B, T, H*D), 2 x (B, T, K*D)
+        query, key, value = (p.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in projected)  # (B, ., T, D)
+        mixed = self.part("core")(rotate(query, *rotary), rotate(key, *rotary), value, mask)  # (B, H, T, D)
+        return mixed.transpose(1, 2).flatten(2)
+
+    def activate(self, x):
+        """What the MLP hands to its down projection: (B, T, C) -> (B, T, M)."""
+        h = self.part("mlp_norm")(x)  # (B, T, C)
+        return F.silu(self.part("gate")(h)) * self.part("up")(h)
+
+    def forward(self, x, rotary, mask=None):  # (B, T, C) -> (B, T, C)
+        x = x + self.part("attention_output")(self.mix(x, rotary, mask))
+        return x + self.part("down")(self.activate(x))
+
+
+class LLaDABlock(Block):
+    roles = {
+        "attention_norm": "attn_norm", "query": "q_proj", "key": "k_proj", "value": "v_proj", "core": "core",
+        "attention_output": "attn_out", "mlp_norm": "ff_norm", "gate": "ff_proj", "up": "up_proj", "down": "ff_out",
+    }  # fmt: skip
+
+    def __init__(self, config, index: int):
+        super().__init__()
+        widths = [layer_width(config, index, key) for key in ("n_heads", "n_kv_heads", "mlp_hidden_size")]
+        self.build(config, config.d_model, widths, config.include_bias or config.include_qkv_bias, config.include_bias)
+
+
+class DreamBlock(Block):
+    roles = {
+        "attention_norm": "input_layernorm", "query": "self_attn.q_proj", "key": "self_attn.k_proj",
+        "value": "self_attn.v_proj", "core": "self_attn.core", "attention_output": "self_attn.o_proj",
+        "mlp_norm": "post_attention_layernorm", "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj",
+    }  # fmt: skip
+
+    def __init__(self, config, index: int):
+        super().__init__()
+        keys = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+        self.build(config, config.hidden_size, [layer_width(config, index, key) for key in keys], qkv_bias=True)
