@@ -32,4 +32,5 @@ def shown(value: Any) -> str:
         text = _SHORT.repr(value)
     except ValueError:
         text = f"a number of {value.bit_length():,} bits" if isinstance(value, int) else f"a {type(value).__name__}"
-    return text.encode("ascii", "backslashreplace").decode() if not text.isprintable() else text
+    text = text if text.isprintable() else text.encode("ascii", "backslashreplace").decode()
+    return text if len(text) <= 120 else f"{text[:80]} ... {text[-30:]}"

@@ -1,12 +1,13 @@
 """The calibration set of a run, in memory and as calibration.safetensors, which replays ids and noise exactly."""
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from structprune.errors import UserError
+from structprune.errors import UserError, shown
 from structprune.files import first_line
 from structprune.models.tensor_files import write_tensors
 
@@ -169,7 +170,9 @@ def _integer(metadata: dict[str, str], key: str, path: str | Path) -> int | None
     """The integer that the metadata hold under `key`, None where they have none."""
     if key not in metadata:
         return None
-    try:
-        return int(metadata[key])
-    except ValueError as error:
-        raise UserError(f"{path}: metadata '{key}' is '{metadata[key]}', not an integer") from error
+    text = metadata[key]
+    if not re.fullmatch(r"[+-]?\d{1,18}", text.strip(), re.ASCII):  # of 64 bits, which ids have
+        raise UserError(
+            f"{path}: metadata '{key}' is {shown(text)}, not an integer of 64 bits: calibrate anew from text"
+        )
+    return int(text)

@@ -38,11 +38,15 @@ def calibrate(model: DiffusionLM, config: Config) -> Calibration:
     )
 
 
-def check_length(model: DiffusionLM, config: Config) -> None:
-    """Raise UserError where the windows are longer than the model's positions."""
+def check_length(model: DiffusionLM, config: Config, saved: Calibration | None = None) -> None:
+    """Raise UserError where windows, to make or of a saved calibration, are longer than the model's positions."""
     longest = getattr(model.config, Adapter(model).family.keys["positions"])
     settings = config.calibration
-    if not settings.replays and settings.length > longest:
+    if saved is not None and saved.length > longest:
+        raise UserError(
+            f"the calibration's windows of {saved.length} tokens exceed the model's {longest} positions: calibrate anew"
+        )
+    if saved is None and not settings.replays and settings.length > longest:
         raise UserError(f"calibration.length = {settings.length} exceeds the model's {longest} positions: lower it")
 
 

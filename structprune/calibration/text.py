@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from structprune.errors import UserError, nearest
+from structprune.errors import UserError, nearest, shown
 from structprune.files import first_line
 from structprune.models.tokenizer import render_chat
 
@@ -123,11 +123,22 @@ def _documents(rows: Iterable[dict], column: str | None, source: str, section: s
         if column not in row:
             close = nearest(column, list(row)) or f": it has {', '.join(row)}; {_other_column(section)}"
             raise UserError(f"'{source}' has no column '{column}' in row {number}{close}")
-        value = row[column]
-        if isinstance(value, str):
-            yield value
-        elif value is not None:
-            yield _conversation(value, f"'{source}', row {number}, column '{column}'", section)
+        value, where = row[column], f"'{source}', row {number}, column '{column}'"
+        if value is None:
+            continue
+        document = value if isinstance(value, str) else _conversation(value, where, section)
+        _check_characters(document, where)
+        yield document
+
+
+def _check_characters(document: Document, where: str) -> None:
+    """Raise UserError for half a surrogate pair, which JSON can name and no tokenizer can read."""
+    text = document if isinstance(document, str) else json.dumps(document, ensure_ascii=False, default=str)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = text[error.start].encode("ascii", "backslashreplace").decode()
+        raise UserError(f"{where} holds {half}, which is no character: correct it, or leave it out") from error
 
 
 def _conversation(value: Any, where: str, section: str) -> Conversation:
@@ -159,10 +170,13 @@ def _jsonl_rows(path: Path) -> Iterator[dict]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number} is not valid JSON ({error.msg})") from error
+        except (ValueError, RecursionError) as error:
+            reason = "nested too deeply" if isinstance(error, RecursionError) else first_line(error)
+            raise UserError(
+                f"{path}, line {number} is not valid JSON ({reason}): correct it, or leave it out"
+            ) from error
         if not isinstance(row, dict):
-            raise UserError(f"{path}, line {number} holds a {type(row).__name__}, not an object with a text column")
+            raise UserError(f"{path}, line {number} holds {shown(row)}, not an object with a text column: correct it")
         yield row
 
 
@@ -176,8 +190,8 @@ def _parquet_rows(path: Path) -> Iterator[dict]:
         with pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=1024):
                 yield from batch.to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path} cannot be read as parquet ({first_line(error)})") from error
+    except (pyarrow.ArrowException, OSError, ValueError) as error:  # ValueError: text that is not UTF-8
+        raise UserError(f"{path} cannot be read as parquet ({first_line(error)}): write it anew") from error
 
 
 def _hub_rows(source: str, subset: str | None, split: str, section: str) -> Iterator[dict]:

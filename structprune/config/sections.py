@@ -3,29 +3,12 @@
 from pathlib import Path
 from typing import Any, ClassVar, get_args
 
-import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 from typing_extensions import Self
 
-from structprune.errors import UserError, nearest
-from structprune.files import first_line
-
-
-def read_yaml(path: str | Path, kind: str) -> Any:
-    """The contents of a YAML file.
-
-    Args:
-        kind: what the file is, for error messages.
-    Raises:
-        UserError: no such file, or not YAML.
-    """
-    try:
-        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"no {kind} at '{path}'") from error
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as YAML ({first_line(error)})") from error
+from structprune.config.yaml_files import parse_yaml, read_yaml
+from structprune.errors import UserError, nearest, shown
 
 
 class Section(BaseModel):
@@ -56,7 +39,8 @@ class Sections(Section):
         """
         values: dict = {}
         if path is not None:
-            values = read_yaml(path, "config file") or {}
+            content = read_yaml(path, "config file")
+            values = {} if content is None else content  # an empty file
             if not isinstance(values, dict):
                 raise UserError(f"{path} is not a mapping of sections: give {', '.join(cls.model_fields)}")
         changes = overrides if isinstance(overrides, dict) else cls.parse(overrides or [])
@@ -86,8 +70,8 @@ class Sections(Section):
             if not equals:
                 raise UserError(f"'{text}' is not key=value: write section.key=value")
             try:
-                changes[name.strip()] = yaml.safe_load(value)
-            except yaml.YAMLError as error:
+                changes[name.strip()] = parse_yaml(value)
+            except ValueError as error:
                 raise UserError(f"the value of '{text}' cannot be read as YAML: quote it") from error
         return changes
 
@@ -127,4 +111,4 @@ class Sections(Section):
             inside = cls._section(section).model_fields
             close = nearest(key, list(inside)) or nearest(name, cls.known_keys())
             return f"unknown config key '{name}'{close}"
-        return f"config key {name} = {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+        return f"config key {name} = {shown(problem['input'])}: {problem['msg'][0].lower()}{problem['msg'][1:]}"

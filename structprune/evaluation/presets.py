@@ -13,7 +13,7 @@ from pydantic_core import PydanticCustomError
 
 from structprune.assets import preset_directory
 from structprune.config import Section
-from structprune.config.sections import read_yaml
+from structprune.config.yaml_files import read_yaml
 from structprune.errors import UserError, nearest
 from structprune.generation.samplers import SAMPLERS
 from structprune.models.families import FAMILIES, Family

@@ -83,8 +83,8 @@ def mask_checkpoint(
 
 def _check_text(config: Config, ghost: Ghost) -> None:
     """Refuse windows, a saved calibration or a tokenizer that cannot be used, before weights are read."""
-    check_length(ghost.model, config)
     saved = check_source(config.calibration, ghost.directory)
+    check_length(ghost.model, config, saved)
     if saved is not None:
         check_calibration(saved, config)
 

@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 
 from structprune.calibration.batches import Calibration
-from structprune.calibration.build import CHECK_SEED, calibrate, held_out_noise
+from structprune.calibration.build import CHECK_SEED, calibrate, check_length, held_out_noise
 from structprune.calibration.trajectories import check_calibration, reverse_calibration
 from structprune.errors import UserError
 from structprune.evaluation.compare import paired_difference
@@ -58,6 +58,7 @@ class Run:
         if calibration is not None or request.calibration.replays:
             calibration = calibration or calibrate(self.model, config)
             check_calibration(calibration, config)
+            check_length(self.model, config, calibration)
             return calibration
         calibration = calibrate(self.model, config)
         if self.sink.trajectory == "forward":

@@ -1,5 +1,7 @@
 """calibration.safetensors: exact replay, and one line for every file that cannot be one."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors import safe_open
@@ -141,5 +143,14 @@ def test_unreadable_files(calibration, tmp_path):
     with pytest.raises(UserError, match="cannot be read as safetensors .*: calibrate anew from text$"):
         Calibration.load(path)
     save_file(stored(calibration), path, metadata={"held_out": "few"})
-    with pytest.raises(UserError, match="metadata 'held_out' is 'few', not an integer$"):
+    with pytest.raises(UserError, match="metadata 'held_out' is 'few', not an integer of 64 bits"):
         Calibration.load(path)
+
+
+@pytest.mark.parametrize("value", ["1e3", str(10**20), "9" * 5000, "\u0663", ""])
+def test_metadata_that_are_no_integers_of_64_bits(calibration, tmp_path, value):
+    path = tmp_path / "calibration.safetensors"
+    replace(calibration, metadata={"mask_id": value}).save(path)
+    with pytest.raises(UserError, match="metadata 'mask_id' is .*, not an integer of 64 bits") as caught:
+        Calibration.load(path)
+    assert len(str(caught.value)) < 300

@@ -1,6 +1,7 @@
 """Sources of text: local files of every kind, Hub datasets through a stand-in for the Hub, and their errors."""
 
 import json
+import re
 import sys
 
 import datasets
@@ -69,7 +70,7 @@ def test_jsonl_rows(tmp_path):
     with pytest.raises(UserError, match="a.jsonl, line 2 is not valid JSON"):
         list(read_texts(str(path)))
     path.write_text('["a"]\n')
-    with pytest.raises(UserError, match="a.jsonl, line 1 holds a list, not an object with a text column$"):
+    with pytest.raises(UserError, match=r"a.jsonl, line 1 holds \['a'\], not an object with a text column"):
         list(read_texts(str(path)))
     jsonl(path, [{"messages": [{"from": "human", "value": "Hi"}]}])
     with pytest.raises(
@@ -188,3 +189,26 @@ def test_hub_failures(hub, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(UserError, match=r"'org/none' is neither a local file nor a Hub dataset .*Couldn't reach"):
         list(read_texts("org/none"))
+
+
+UNREADABLE = {
+    "nesting": ('{"text": ' + "[" * 50_000 + "]" * 50_000 + "}", "line 2 is not valid JSON (nested too deeply)"),
+    "digits": ('{"text": ' + "9" * 5000 + "}", "line 2 is not valid JSON (Exceeds the limit"),
+    "half a pair": ('{"text": "a\\ud83d"}', "row 2, column 'text' holds \\ud83d, which is no character"),
+    "half a pair in a turn": ('{"text": [{"role": "a", "content": "\\udc00"}]}', "'text' holds \\udc00, which is no"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_lines_that_no_tokenizer_could_read(tmp_path, name):
+    line, said = UNREADABLE[name]
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n' + line + "\n")
+    with pytest.raises(UserError, match=re.escape(said)):
+        list(read_texts(str(tmp_path / "a.jsonl")))
+
+
+def test_parquet_whose_text_is_not_utf8(tmp_path):
+    raw = pyarrow.array([b"fine", b"\xff\xfe"], type=pyarrow.binary()).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"text": raw}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="a.parquet cannot be read as parquet .*: write it anew"):
+        list(read_texts(str(tmp_path / "a.parquet")))

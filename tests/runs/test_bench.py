@@ -153,7 +153,7 @@ def test_what_cannot_be_measured_together(pair, tiny_checkpoint, tmp_path, capsy
         (pair, ["--cache", "none,none"], "--cache none,none names a cache twice: give each once, or all alone"),
         (pair, ["--cache", "all,dual"], "--cache all,dual names a cache twice"),
         (pair, ["--batch", "1;2"], "--batch '1;2' is not a list of whole numbers: write --batch 1,8"),
-        (pair, ["--dtype", "float64"], "model.dtype"),
+        (pair, ["--dtype", "float64"], "--dtype = 'float64'"),
         (pair, ["--device", "tpu"], "unknown device 'tpu'"),
         ([pair[0], pair[0]], [], "is given twice"),
         ([str(tmp_path / "nowhere")], [], "nowhere"),
