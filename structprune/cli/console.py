@@ -20,7 +20,10 @@ def progress_bars(console: Console | None = None) -> Iterator[Track]:
     """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     console = console or Console(stderr=True)
-    progress = Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console, transient=True)
+    progress = Progress(
+        *columns, TextColumn("left"), TimeRemainingColumn(), console=console, transient=True,
+        disable=not console.is_interactive,  # in a log bars would leave empty lines, beside the one line of an error
+    )  # fmt: skip
 
     def track(items: Iterable, title: str) -> Iterable:
         items = items if isinstance(items, Collection) else list(items)

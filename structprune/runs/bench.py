@@ -21,11 +21,12 @@ from structprune.evaluation.labels import checkpoint_labels
 from structprune.generation.samplers import Generation
 from structprune.models.adapter import Adapter
 from structprune.models.families import Family, family_of
-from structprune.models.loading import load_config, load_model, source_of
+from structprune.models.loading import load_model, source_of
 from structprune.models.placement import pick_device
 from structprune.progress import Track, untracked
 from structprune.report.bench_plots import plot_bench
 from structprune.report.plots import check_matplotlib
+from structprune.runs.ghost import read_ghost
 from structprune.structured.sizes import block_size
 
 RESULT = "bench.json"
@@ -102,19 +103,21 @@ def bench(
 
 
 def check_checkpoints(checkpoints: Sequence[str], settings: BenchSettings, place: ModelSettings) -> Generation | None:
-    """Refuse checkpoints that cannot be measured together, from config.json alone.
+    """Refuse checkpoints that cannot be measured, or not together, from config.json and headers alone.
 
     Returns:
         The sampler's settings for all of them; None where no generation is measured.
     Raises:
         UserError: a family, vocabulary or (for generation) mask token other than the first one's, a length beyond a
-            model's positions, or a form of generation that the family does not have.
+            model's positions, a form of generation that the family does not have, or broken weights.
     """
     dense, *others = checkpoints
-    _, first_family, first_config, _ = load_config(dense, place.mask_id)
+    first_config = read_ghost(dense, place).model.config
+    first_family = family_of(first_config)
     _check_length(dense, first_family, first_config, settings)
     for checkpoint in others:
-        _, family, config, _ = load_config(checkpoint, place.mask_id)
+        config = read_ghost(checkpoint, place).model.config
+        family = family_of(config)
         if family is not first_family:
             names = f"'{checkpoint}' is of family {family.name}, '{dense}' of {first_family.name}"
             raise UserError(f"{names}: compare within one family")

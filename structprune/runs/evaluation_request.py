@@ -36,8 +36,9 @@ from structprune.evaluation.units import (
 )
 from structprune.models.checkpoint_files import TOKENIZER_FILES
 from structprune.models.families import Family
-from structprune.models.loading import load_config, source_name
+from structprune.models.loading import source_name
 from structprune.models.tokenizer import load_tokenizer
+from structprune.runs.ghost import read_ghost
 
 WINDOW = 512  # tokens of a window, where models have as many positions
 SCORING = ("samples", "block", "cfg_scale", "sampling", "adaptive", "skip_empty")
@@ -83,10 +84,10 @@ def prepare(checkpoints: Sequence[str], config: EvaluationConfig) -> list[Subjec
     model, tasks = config.model, config.evaluation.tasks
     subjects = []
     for label, checkpoint in zip(checkpoint_labels(checkpoints), checkpoints, strict=True):
-        directory, family, own, _ = load_config(checkpoint, model.mask_id, allow_pickle=model.allow_pickle)
-        tokenizer = load_tokenizer(directory)
+        ghost = read_ghost(checkpoint, model)  # so that broken weights are refused before anything is written
+        directory, family, tokenizer = ghost.directory, ghost.adapter.family, load_tokenizer(ghost.directory)
         texts = Texts.of(tokenizer, family.text_edges, config.evaluation.chat) if tasks else None
-        subjects.append(Subject(label, checkpoint, directory, family, own, tokenizer, texts))
+        subjects.append(Subject(label, checkpoint, directory, family, ghost.model.config, tokenizer, texts))
     makers = _UnitMakers(config.evaluation, subjects)
     subjects = [makers.with_units(subject) for subject in subjects]
     _check_used(config, [unit for subject in subjects for unit in subject.units])

@@ -93,7 +93,8 @@ def is_causal(directory: Path) -> bool:
 
     if gguf_file(directory) is not None:
         return True
-    return read_config(directory).get("model_type") in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    kind = read_config(directory).get("model_type")
+    return isinstance(kind, str) and kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
 def read_causal(source: Path) -> tuple[Any, Any]:
