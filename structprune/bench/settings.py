@@ -8,6 +8,7 @@ from structprune.generation.samplers import Generation, generation_settings, sam
 
 BLOCK_LENGTH = 32  # the default of block-wise generation, with which block-wise caches are published
 ALL = "all"
+MOST = 1 << 20  # of any count
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,8 @@ class BenchSettings:
             ("count", "--steps", (self.steps,)),
         ):
             for value in values:
-                if value < 1:
-                    raise UserError(f"{option} {value} is not a {name}: give whole numbers from 1")
+                if not 1 <= value <= MOST:
+                    raise UserError(f"{option} {value} is not a {name}: give whole numbers from 1 to {MOST}")
             if len(set(values)) < len(values) or not values:
                 raise UserError(f"{option} {','.join(map(str, values))}: give each number once, and at least one")
         if self.gen_length < 0:

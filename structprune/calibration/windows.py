@@ -66,8 +66,8 @@ def cut_windows(token_ids: torch.Tensor, count: int, length: int, generator: tor
         )
     if cells < count:
         raise UserError(
-            f"the calibration text has {cells} windows of {length} tokens, not the {count} wanted: give longer text,"
-            " or lower calibration.windows, calibration.held_out or calibration.length"
+            f"the calibration text has {cells} windows of {length} tokens, fewer than the {count} asked for:"
+            " give longer text, or lower calibration.windows, calibration.held_out or calibration.length"
         )
     offset = torch.randint(len(token_ids) - cells * length + 1, (1,), generator=generator).item()
     grid = token_ids[offset : offset + cells * length].view(cells, length)  # (cells, T)

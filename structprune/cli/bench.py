@@ -8,7 +8,7 @@ from rich.markup import escape
 
 from structprune.cli.configuration import read_model_settings
 from structprune.cli.options import Checkpoints, Debug, Device, Dtype, MaskId, Overwrite, Pickle
-from structprune.errors import UserError
+from structprune.errors import UserError, shown
 
 if TYPE_CHECKING:
     from structprune.bench.settings import BenchSettings
@@ -107,4 +107,4 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError as error:
-        raise UserError(f"{option} '{text}' is not a list of whole numbers: write {option} 1,8") from error
+        raise UserError(f"{option} {shown(text)} is not a list of whole numbers: write {option} 1,8") from error

@@ -68,11 +68,11 @@ class Sections(Section):
         for text in overrides:
             name, equals, value = text.partition("=")
             if not equals:
-                raise UserError(f"'{text}' is not key=value: write section.key=value")
+                raise UserError(f"{shown(text)} is not key=value: write section.key=value")
             try:
                 changes[name.strip()] = parse_yaml(value)
             except ValueError as error:
-                raise UserError(f"the value of '{text}' cannot be read as YAML: quote it") from error
+                raise UserError(f"the value of {shown(text)} cannot be read as YAML: quote it") from error
         return changes
 
     @classmethod

@@ -49,7 +49,7 @@ class CalibrationSettings(Section):
     refit need none (0: no check)."""
     length: int = Field(2048, ge=2)
     """Tokens in a window."""
-    steps: int = Field(50, ge=1)
+    steps: int = Field(50, ge=1, le=100_000)
     """N, denoising steps of the forward process. With `interval` it gives the noise levels."""
     interval: int = Field(5, ge=1)
     """Every interval-th step is a noise level: S = steps // interval. Dream draws S levels at random instead."""

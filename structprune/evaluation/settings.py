@@ -25,7 +25,7 @@ class EvaluationSettings(Section):
     """The most windows of the text."""
     length: int | None = Field(default=None, ge=4)
     """Tokens in a window; default 512, or the checkpoints' positions where they have fewer."""
-    noise: int = Field(default=8, ge=1)
+    noise: int = Field(default=8, ge=1, le=10_000)
     """Noisy copies of a window."""
     tasks: tuple[str, ...] = ()
     """piqa:FILE, gsm8k:FILE[:TRAIN], tasks of lm-eval, or files such as configs/eval/piqa.yaml."""
@@ -35,7 +35,7 @@ class EvaluationSettings(Section):
     """Solved examples before every question; default the published number."""
     chat: bool = False
     """Prompts go through the tokenizer's chat template."""
-    samples: int | None = Field(default=None, ge=1)
+    samples: int | None = Field(default=None, ge=1, le=1_000_000)
     """Monte Carlo samples of an answer; default the published number (128; mmlu 1)."""
     block: int | None = Field(default=None, ge=1)
     """Samples that share a draw of LLaDA's k; default 8."""
@@ -51,7 +51,7 @@ class EvaluationSettings(Section):
     """Dream as in the sink-aware release: leave samples without a mask out of the mean, which biases it."""
     generation: dict[str, Any] = {}
     """Options of the family's sampler (gen_length, steps, ...), over the published ones."""
-    fewshot_seed: int = Field(default=1234, ge=0)
+    fewshot_seed: int = Field(default=1234, ge=0, lt=2**62)
     """Seed of lm-eval's choice of solved examples; default its own."""
     include: str | None = None
     """A folder of further lm-eval tasks."""

@@ -13,10 +13,11 @@ from typing import Any, ClassVar, Literal, get_args
 
 import torch
 
-from structprune.errors import UserError, nearest
+from structprune.errors import UserError, nearest, shown
 from structprune.generation import sampling
 from structprune.models.families import family_of
 
+MOST = 1 << 20  # steps or tokens of a generation
 Remasking = Literal["low_confidence", "random"]
 Algorithm = Literal["origin", "maskgit_plus", "topk_margin", "entropy"]
 
@@ -281,16 +282,17 @@ def low_confidence(config, generated: int, steps: int, block_length: int | None 
 
 def check_whole(**values: object) -> None:
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise UserError(f"{name} = {value!r} cannot be used: give a whole number from 1")
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST:
+            raise UserError(f"{name} = {shown(value)} cannot be used: give a whole number from 1 to {MOST}")
 
 
 def check_not_negative(**values: object) -> None:
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-            raise UserError(f"{name} = {value!r} cannot be used: give 0 (off) or more")
+            raise UserError(f"{name} = {shown(value)} cannot be used: give 0 (off) or more")
 
 
 def check_one_of(name: str, value: object, known: tuple[str, ...]) -> None:
     if value not in known:
-        raise UserError(f"unknown {name} '{value}'{nearest(str(value), list(known))}: choose one of {', '.join(known)}")
+        close = nearest(str(value)[:80], list(known))
+        raise UserError(f"unknown {name} {shown(value)}{close}: choose one of {', '.join(known)}")

@@ -9,7 +9,10 @@ from structprune.config import SinkSettings
 from structprune.errors import UserError, nearest
 
 Trajectories = Literal["forward", "reverse", "both"]
-COUNTS = ("windows", "length", "gen_length", "levels", "steps", "block_length")
+MOST = 1 << 20  # of any count
+COUNTS = {  # option -> its largest value
+    "windows": MOST, "length": MOST, "gen_length": MOST, "levels": 10_000, "steps": MOST, "block_length": MOST,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -44,10 +47,13 @@ class SinkRun:
     """Seed of windows and noise; default 0."""
 
     def __post_init__(self):
-        for name in COUNTS:
+        for name, most in COUNTS.items():
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name.replace('_', '-')} = {value} is not a count: give a whole number from 1")
+            if value is not None and not 1 <= value <= most:
+                option = f"--{name.replace('_', '-')} = {value}"
+                raise UserError(f"{option} is not a count: give a whole number from 1 to {most}")
+        if self.seed is not None and not 0 <= self.seed < 2**62:
+            raise UserError(f"--seed = {self.seed} is not a seed: give a whole number from 0, below 2**62")
         choices = list(get_args(Trajectories))
         if self.trajectory is not None and self.trajectory not in choices:
             close = nearest(self.trajectory, choices)

@@ -77,7 +77,7 @@ def test_too_short_text_is_named():
     ):
         cut_windows(torch.arange(19), 1, 20, generator())
     message = (
-        "^the calibration text has 4 windows of 20 tokens, not the 5 wanted: give longer text, or lower "
+        "^the calibration text has 4 windows of 20 tokens, fewer than the 5 asked for: give longer text, or lower "
         "calibration.windows, calibration.held_out or calibration.length$"
     )
     with pytest.raises(UserError, match=message):

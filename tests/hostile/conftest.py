@@ -30,6 +30,21 @@ def place(sound, tmp_path) -> Path:
     return tmp_path / "here"
 
 
+@pytest.fixture
+def put(place):
+    """`put(name, content)` -> the path of a new file: text, bytes, or made by a function of the path."""
+
+    def write(name: str, content) -> str:
+        path = place / name
+        if callable(content):
+            content(path)
+        else:
+            path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return str(path)
+
+    return write
+
+
 def sets(*pairs: str) -> list[str]:
     return [part for pair in pairs for part in ("--set", pair)]
 
@@ -48,19 +63,19 @@ VERBS = {  # what follows the model's directory; TEXT and OUT are paths
 
 
 @pytest.fixture
-def refused(place, capfd):
-    """`refused(verb, *more)` -> the one line of a refusal.
+def run_refused(place, capfd):
+    """`run_refused(*arguments)` -> the one line of a refusal; MODEL, TEXT and OUT stand for paths.
 
     Checked: exit code 2, one line on stderr and nothing else there, no traceback, nothing written or changed, and the
     time and memory it took.
     """
 
-    def run(verb: str, *more: str) -> str:
+    def run(*arguments: str) -> str:
         names = {"MODEL": str(place / "model"), "TEXT": str(place / "text.txt"), "OUT": str(place / "out")}
         before, memory = _contents(place), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         signal.alarm(SECONDS)  # ends what does not end
         try:
-            code = main([names.get(word, word) for word in (*VERBS[verb], *more)])
+            code = main([names.get(word, word) for word in arguments])
         finally:
             signal.alarm(0)
             said = capfd.readouterr().err
@@ -72,6 +87,12 @@ def refused(place, capfd):
         return lines[0].removeprefix("structprune: error: ")
 
     return run
+
+
+@pytest.fixture
+def refused(run_refused):
+    """`refused(verb, *more)` -> as `run_refused`, for a verb of `VERBS`; of an option given twice the last counts."""
+    return lambda verb, *more: run_refused(*VERBS[verb], *more)
 
 
 def _contents(place: Path) -> dict[str, tuple]:
