@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 import torch
 
-from structprune.checkpoint.output import Content, output_draft, write_shards
+from structprune.checkpoint.output import Content, check_output, output_draft, write_shards
 from structprune.errors import UserError
 from structprune.models.checkpoint_files import (
     TensorHeader,
@@ -56,14 +56,15 @@ def save_masked(
         UserError: see `check_output`; a model without source; a source that is missing, incomplete or not what was
             loaded; a name that is not stored; values that the stored dtype cannot hold; a full disk.
     """
-    source, changed, directory = _intact_source(model), frozenset(changed), Path(directory).absolute()
+    source, changed = _intact_source(model), frozenset(changed)
     names = shard_names(source, allow_pickle=True)
     stored, state = _read_stored(source, names), model.state_dict()
     _check(stored, state, changed, source)
     copied = list(_copied_files(source, source, tuple(source.resolve().parents)))
     needed = sum((source / path).stat().st_size for path in (*map(Path, names), *copied))
     value = partial(_value, state)
-    with output_draft(directory, source, overwrite, needed, files) as draft:
+    directory = check_output(directory, source, overwrite, needed)
+    with output_draft(directory, overwrite, files, needed) as draft:
         if names[0].endswith(".bin"):
             _convert(source, draft, stored, changed, value)
         else:
