@@ -1,9 +1,10 @@
 """Files that appear whole or not at all, and how their errors are told."""
 
+import errno
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from structprune.errors import UserError
@@ -20,6 +21,40 @@ def check_regular(path: Path) -> None:
         raise UserError(
             f"{path} is a {'directory' if path.is_dir() else 'pipe or device'}, not a file: put the file there"
         )
+
+
+@contextmanager
+def full_disk_errors(path: Path, remedy: str = "free some space, or choose another place", size: str = "") -> Iterator:
+    """While writing `path`: a full disk is a UserError, whichever library met it; other errors pass.
+
+    Args:
+        size: what is written, in words.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not (_is_full(error) or (error.__cause__ is not None and _is_full(error.__cause__))):
+            raise
+        raise UserError(f"no space left while writing '{path}'{size}: {remedy}") from error
+
+
+def _is_full(error: BaseException) -> bool:
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    return full or f"os error {errno.ENOSPC}" in str(error)  # safetensors gives it only as text
+
+
+def make_folders(path: Path) -> list[Path]:
+    """Make a directory and its parents; returns those that were not there, the innermost first."""
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    return made
+
+
+def remove_folders(made: list[Path]) -> None:
+    """Undo `make_folders`, as far as its directories are empty."""
+    for folder in made:
+        with suppress(OSError):  # another process may use it by now
+            folder.rmdir()
 
 
 @contextmanager

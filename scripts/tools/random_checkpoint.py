@@ -40,6 +40,8 @@ def llada_values(shape: LLaDAShape, dtype: str) -> dict:
 def write_random(directory: Path, values: dict, seed: int = 0, device: str = "cpu") -> Path:
     """Write a checkpoint in the official layout, without a tokenizer, one tensor at a time, whole or not at all.
 
+    An earlier checkpoint there is replaced.
+
     Args:
         values: its config.json, with `torch_dtype`.
         device: where the random numbers are drawn.
@@ -60,7 +62,7 @@ def write_random(directory: Path, values: dict, seed: int = 0, device: str = "cp
         weight = torch.randn(shape, generator=generator, device=device, dtype=dtype)
         return weight.mul_(gain * shape[1] ** -0.5).cpu()
 
-    with whole_directory(directory) as draft:
+    with whole_directory(directory, replaces=("config.json",)) as draft:
         write_shards(draft, headers, draw)
         write_json(draft / "config.json", values)
     return directory

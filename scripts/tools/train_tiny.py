@@ -181,7 +181,7 @@ def validate(directory: Path, windows: torch.Tensor, device: torch.device) -> Ne
 def finish(run: Run, values: dict, windows: torch.Tensor | None, training: Path) -> str:
     """Write OUT, with the held-out NELBO in its log; returns the last line of the log."""
     last = f"final steps {run.step}"
-    with whole_directory(run.options.out) as draft:
+    with whole_directory(run.options.out, (LOG,) if run.options.overwrite else ()) as draft:
         files.write_checkpoint(run.model, values, training, draft)
         if windows is not None:
             nelbo = validate(draft, windows, run.options.device)

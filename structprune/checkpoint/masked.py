@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 import torch
 
-from structprune.checkpoint.output import Content, output_draft, write_shards
+from structprune.checkpoint.output import Content, check_output, output_draft, write_shards
 from structprune.errors import UserError
 from structprune.models.checkpoint_files import is_weights, read_json, shard_names
 from structprune.models.headers import TensorHeader, read_header, read_headers
@@ -50,7 +50,7 @@ def save_masked(
         UserError: see `check_output`; a model without source; a source that is missing, incomplete or not what was
             loaded; a name that is not stored; values that the stored dtype cannot hold; a full disk.
     """
-    source, changed, directory = _intact_source(model), frozenset(changed), Path(directory).absolute()
+    source, changed = _intact_source(model), frozenset(changed)
     names = shard_names(source, allow_pickle=True)
     stored, state = _read_stored(source, names), model.state_dict()
     _check(stored, state, changed, source)
@@ -61,7 +61,8 @@ def save_masked(
     ]
     needed = sum((source / path).stat().st_size for path in (*map(Path, names), *copied))
     value = partial(_value, state)
-    with output_draft(directory, source, overwrite, needed, files) as draft:
+    directory = check_output(directory, source, overwrite, needed)
+    with output_draft(directory, overwrite, files, needed) as draft:
         if names[0].endswith(".bin"):
             _convert(source, draft, stored, changed, value)
         else:

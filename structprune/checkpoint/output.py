@@ -1,25 +1,28 @@
 """Output directories: checks before long work, and writing files into them."""
 
-import errno
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from structprune.checkpoint.atomic import whole_directory
+from structprune.checkpoint.atomic import free_place, is_fixed, may_replace, output_place, whole_directory
+from structprune.checkpoint.drafts import clean_up, new_draft
 from structprune.checkpoint.export import CODE_FILES
 from structprune.errors import UserError
+from structprune.files import full_disk_errors
 
 OURS = (CODE_FILES[-1], "demo.json", "masks.safetensors")  # every output of ours has one of them
 Content = dict | str | Callable[[Path], None]
+
+
+class OutputTaken(UserError):
+    """There is something at the place of an output that must not be replaced."""
 
 
 def check_output(
@@ -31,31 +34,46 @@ def check_output(
 ) -> Path:
     """Check that an output directory can be written, before long work; returns its absolute path.
 
+    What killed runs left there is cleaned up first (`structprune.checkpoint.drafts`).
+
     Args:
         source: the input checkpoint, which must not contain the output.
         needed_bytes: size of what will be written.
         marks: a directory with none of these files is not an earlier output and is never replaced.
     Raises:
-        UserError: it exists (without `overwrite`), lies inside the input or holds it, cannot be created or written, or
-            the disk is too full.
+        UserError: it lies inside the input or holds it, cannot be created or written, or the disk is too full.
+        OutputTaken: it exists (without `overwrite`), is something else than an earlier output, or cannot be replaced.
     """
-    directory = Path(directory).absolute()
+    directory = output_place(directory)
     if source is not None:
-        inside = Path(source).resolve()
-        if directory.resolve() == inside or inside in directory.resolve().parents:
-            raise UserError(f"output '{directory}' lies inside the input checkpoint '{source}': choose another place")
-        if directory.resolve() in inside.parents and overwrite:
-            raise UserError(f"output '{directory}' holds the input checkpoint '{source}': --overwrite would erase it")
+        check_apart(directory, source, overwrite)
     check_place(directory)
-    if directory.exists() and not directory.is_dir():
-        raise UserError(f"output '{directory}' is a file: choose another")
+    if os.path.lexists(directory) and not directory.is_dir():
+        kind = "a file" if directory.exists() else "a broken link"
+        raise OutputTaken(f"output '{directory}' is {kind}: choose another")
     if directory.exists() and any(directory.iterdir()):
         if not overwrite:
-            raise UserError(f"output '{directory}' exists: choose another, or add --overwrite")
-        if not any((directory / name).exists() for name in marks):
-            raise UserError(f"output '{directory}' holds something other than an earlier output: choose another")
+            raise OutputTaken(f"output '{directory}' exists: choose another, or add --overwrite")
+        if not may_replace(directory, marks):
+            raise OutputTaken(f"output '{directory}' holds something other than an earlier output: choose another")
+        if is_fixed(directory):
+            place = "is a mount point or holds the current directory, so that it cannot be replaced"
+            raise OutputTaken(f"output '{directory}' {place}: empty it, or choose another")
     check_space(directory, needed_bytes)
     return directory
+
+
+def check_apart(directory: str | Path, source: str | Path, overwrite: bool = False) -> None:
+    """Check that an output and a checkpoint that is read do not contain each other.
+
+    Raises:
+        UserError: they do (the output may hold the checkpoint without `overwrite`).
+    """
+    place, inside = Path(directory).resolve(), Path(source).resolve()
+    if place == inside or inside in place.parents:
+        raise UserError(f"output '{directory}' lies inside the input checkpoint '{source}': choose another place")
+    if place in inside.parents and overwrite:
+        raise UserError(f"output '{directory}' holds the input checkpoint '{source}': --overwrite would erase it")
 
 
 def check_space(path: str | Path, needed_bytes: int) -> None:
@@ -77,41 +95,60 @@ def _anchor(path: Path) -> Path:
 
 
 def check_place(path: str | Path) -> None:
-    """Check that something can be written at `path`: make and remove a directory in its nearest existing parent.
+    """Check that something can be written at `path`: make and remove a draft in its nearest existing parent.
 
     Permissions alone are not enough: the superuser has all of them, and some file systems are read-only.
 
     Raises:
         UserError: nothing can be written there, or the name is not allowed.
     """
-    path = Path(path).absolute()
+    path = output_place(path)
     try:
-        os.rmdir(tempfile.mkdtemp(prefix=f".{path.name}.", dir=_anchor(path)))
+        home = path if is_fixed(path) else _anchor(path)
+        place = path if home == path else home / path.name
+        clean_up(place)
+        with new_draft(place, home):
+            pass
     except OSError as error:
         raise UserError(f"output '{path}' cannot be written ({error.strerror}): choose another place") from error
 
 
 @contextmanager
 def output_draft(
-    directory: Path, source: Path | None, overwrite: bool, needed_bytes: int, files: dict[str, Content] | None
+    directory: Path,
+    overwrite: bool,
+    files: dict[str, Content] | None = None,
+    needed_bytes: int = 0,
+    marks: tuple[str, ...] = OURS,
 ) -> Iterator[Path]:
-    """`whole_directory` for a checkpoint, after `check_output`; `files` are written last.
+    """`whole_directory` for an output that `check_output` has allowed; `files` are written last.
 
+    Args:
+        overwrite, needed_bytes, marks: as in `check_output`.
     Raises:
-        UserError: see `check_output`; a full disk.
+        UserError: see `whole_directory`; a full disk.
     """
-    directory = check_output(directory, source, overwrite, needed_bytes)
+    size = f" ({needed_bytes / 1e9:.2f} GB of weights)" if needed_bytes else ""
+    with full_disk_errors(directory, size=size), whole_directory(directory, marks if overwrite else ()) as draft:
+        yield draft
+        for name, content in (files or {}).items():
+            write_content(draft / name, content)
+
+
+def save_finished(save: Callable[[Path, bool], Path], directory: Path, overwrite: bool) -> Path:
+    """Save what a long run has made; where its place was taken meanwhile, beside it.
+
+    Args:
+        save: writes to a directory, with or without overwriting.
+    Raises:
+        UserError: see `check_output`; the place was taken: the message names the other one.
+    """
     try:
-        with whole_directory(directory) as draft:
-            yield draft
-            for name, content in (files or {}).items():
-                write_content(draft / name, content)
-    except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-        if full or f"os error {errno.ENOSPC}" in str(error):  # safetensors gives it only as text
-            reason = f"no space left while writing '{directory}' ({needed_bytes / 1e9:.2f} GB of weights)"
-            raise UserError(f"{reason}: free some space, or choose another place") from error
-        raise
+        return save(directory, overwrite)
+    except OutputTaken as error:
+        place = save(free_place(output_place(directory)), False)
+        reason = f"output '{directory}' came to hold something else meanwhile"
+        raise UserError(f"{reason}: the finished run is kept in '{place}', move it") from error
 
 
 def write_shards(

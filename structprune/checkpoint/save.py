@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from structprune.checkpoint.export import CODE_FILES, check_export, config_values
-from structprune.checkpoint.output import Content, output_draft, write_json, write_shards
+from structprune.checkpoint.output import Content, check_output, output_draft, write_json, write_shards
 from structprune.models import modeling_structprune
 from structprune.models.checkpoint_files import TOKENIZER_FILES, is_byte_pair, read_json
 from structprune.models.families import family_of
@@ -48,8 +48,8 @@ def save_pruned(
     dtype = as_dtype(dtype) or (source.dtype if source else model.dtype)
     carried = Path(tokenizer_source) if tokenizer_source else (source.directory if source else None)
     needed = sum(p.numel() for p in model.parameters()) * dtype.itemsize
-    directory = Path(directory).absolute()
-    with output_draft(directory, carried, overwrite, needed, files) as draft:
+    directory = check_output(directory, carried, overwrite, needed)
+    with output_draft(directory, overwrite, files, needed) as draft:
         _write_weights(model, draft, dtype, max_shard_size)
         write_json(draft / "config.json", config_values(model.config, values, compat, str(dtype).split(".")[1]))
         beside = [Path(modeling_structprune.__file__).with_name(name) for name in CODE_FILES]

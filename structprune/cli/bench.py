@@ -7,7 +7,7 @@ import typer
 from rich.markup import escape
 
 from structprune.cli.configuration import read_model_settings
-from structprune.cli.options import Checkpoints, Debug, Device, Dtype, MaskId, Overwrite, Pickle
+from structprune.cli.options import Checkpoints, Debug, Device, Dtype, MaskId, Overwrite, Pickle, without_dots
 from structprune.errors import UserError, shown
 
 if TYPE_CHECKING:
@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from structprune.runs.bench import BenchOutput
 
 
-Results = Annotated[Path, typer.Option("--out", help="Output directory for bench.json and the plots.")]
+Results = Annotated[
+    Path, typer.Option("--out", callback=without_dots, help="Output directory for bench.json and the plots.")
+]
 Batches = Annotated[str, typer.Option(metavar="LIST", help="Batch sizes, separated by commas.")]
 Lengths = Annotated[
     str, typer.Option(metavar="LIST", help="Tokens per sequence, generated ones included; commas between.")

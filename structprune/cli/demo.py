@@ -5,9 +5,11 @@ from typing import Annotated
 
 import typer
 
-from structprune.cli.options import Debug, Overwrite
+from structprune.cli.options import Debug, Overwrite, without_dots
 
-Results = Annotated[Path, typer.Option("--out", help="Output directory for the models, demo.json and nelbo.png.")]
+Results = Annotated[
+    Path, typer.Option("--out", callback=without_dots, help="Output directory for the models, demo.json and nelbo.png.")
+]
 
 
 def demo(out: Results = Path("structprune-demo"), overwrite: Overwrite = False, debug: Debug = False) -> None:

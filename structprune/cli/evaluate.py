@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from structprune.cli.options import Checkpoints, Debug, Device, MaskId, Pickle
+from structprune.cli.options import Checkpoints, Debug, Device, MaskId, Pickle, without_dots
 from structprune.errors import Interrupted, UserError
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ Forget = Annotated[
     bool,
     typer.Option("--overwrite", help="Remove earlier results in --out (those of the same run only if it is finished)."),
 ]
-Results = Annotated[Path, typer.Option("--out", help="Directory of the results.")]
+Results = Annotated[Path, typer.Option("--out", callback=without_dots, help="Directory of the results.")]
 
 
 def evaluate(

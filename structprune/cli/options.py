@@ -5,6 +5,14 @@ from typing import Annotated
 
 import typer
 
+
+def without_dots(path: Path) -> Path:
+    """A path to write without `..`, which leads nowhere where what is before it does not exist."""
+    from structprune.checkpoint.atomic import output_place
+
+    return output_place(path) if ".." in path.parts else path
+
+
 Checkpoint = Annotated[str, typer.Argument(help="Checkpoint directory, or Hub id such as GSAI-ML/LLaDA-8B-Base.")]
 Checkpoints = Annotated[
     list[str], typer.Argument(help="Checkpoint directories or Hub ids; the others are compared with the first.")
@@ -28,7 +36,9 @@ Sets = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Set a configuration key: calibration.windows=64. Repeatable."),
 ]
-Out = Annotated[Path, typer.Option(help="Directory to write. It appears complete or not at all.")]
+Out = Annotated[
+    Path, typer.Option(callback=without_dots, help="Directory to write. It appears complete or not at all.")
+]
 CalibrationText = Annotated[
     str | None,
     typer.Option(

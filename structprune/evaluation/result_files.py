@@ -6,51 +6,48 @@ A run's directory holds
     partial/rank-0.jsonl, ...          a line per finished chunk, from each process; removed at the end
     items/<checkpoint>/<task>.jsonl    a line per item
     results.json                       settings, summary, and what is in items/; written last
+
+Every process of the run has the directory locked together with the others, and its own file in partial/ alone.
 """
 
 import fcntl
-import json
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 
-from pydantic import TypeAdapter
-
 from structprune.errors import UserError
 from structprune.evaluation.labels import safe_names
+from structprune.evaluation.result_state import (
+    ITEMS,
+    PARTIAL,
+    RESULTS,
+    SETTINGS,
+    erase,
+    has_rows,
+    lock,
+    refuse_foreign,
+    remove_drafts,
+    stored_chunks,
+)
 from structprune.evaluation.results import (
     DAMAGED,
     Row,
     RunRows,
     json_line,
     json_text,
-    parse_line,
     plain_os_errors,
     read_object,
     read_rows,
+    setting_differences,
     to_json,
 )
-from structprune.files import is_draft, write_whole
+from structprune.files import make_folders, remove_folders, write_whole
 
-RESULTS, SETTINGS, PARTIAL, ITEMS = "results.json", "settings.json", "partial", "items"
 Keys = Mapping[str, Mapping[str, Sequence[str]]]  # checkpoint -> task -> keys of its items, in order
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """A line of a file in `partial/`."""
-
-    checkpoint: str
-    task: str
-    chunk: int | str
-    rows: Sequence[Row]
-
-
-CHUNK = TypeAdapter(Chunk)
 
 
 @dataclass(frozen=True)
@@ -82,20 +79,42 @@ class ResultStore:
         self._path = self.directory / PARTIAL / f"rank-{rank}.jsonl"
         self._done: defaultdict[tuple[str, str], set[int | str]] = defaultdict(set)
         self._file: FileIO | None = None
-        with plain_os_errors(self.directory):
-            self._claim()
-            self.finished = (self.directory / RESULTS).is_file()
-            if self.finished:
-                return
-            self._path.parent.mkdir(exist_ok=True)
-            self._file = FileIO(self._path, "a")
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the process ends, in whichever way
-            except BlockingIOError as error:
-                raise UserError(f"output '{self.directory}' is being written by another run: wait for it") from error
-            os.truncate(self._path, self._path.read_bytes().rfind(b"\n") + 1)  # a line that a killed process left
-            for each in _chunks(self.directory):
-                self._done[each.checkpoint, each.task].add(each.chunk)
+        self._handle: int | None = None  # of the directory
+        self._made: list[Path] = []
+        self.finished = False
+        try:
+            with plain_os_errors(self.directory):
+                self._open()
+        except BaseException:
+            self.discard()
+            self.close()
+            raise
+
+    def _open(self) -> None:
+        """Lock and claim the directory, and read what is stored."""
+        refuse_foreign(self.directory)
+        self._made = make_folders(self.directory)
+        self._handle = os.open(self.directory, os.O_RDONLY)
+        lock(self._handle, self.directory, alone=False)
+        self._claim()
+        self.finished = (self.directory / RESULTS).is_file()
+        if self.finished:
+            return
+        self._path.parent.mkdir(exist_ok=True)
+        self._file = FileIO(self._path, "a")
+        lock(self._file.fileno(), self.directory, alone=True)
+        os.truncate(self._path, self._path.read_bytes().rfind(b"\n") + 1)  # a line that a killed process left
+        for each in stored_chunks(self.directory):
+            self._done[each.checkpoint, each.task].add(each.chunk)
+
+    def __enter__(self) -> "ResultStore":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        """Release the results; after an error, also forget a run that has stored nothing."""
+        if error is not None:
+            self.discard()
+        self.close()
 
     def done(self, checkpoint: str, task: str) -> set[int | str]:
         """Complete chunks, of any process."""
@@ -141,14 +160,33 @@ class ResultStore:
         self.close()
         self.finished = True
         shutil.rmtree(self.directory / PARTIAL, ignore_errors=True)
-        _remove_drafts(self.directory)
+        remove_drafts(self.directory)
         return read_results(self.directory)
 
+    def discard(self) -> None:
+        """Remove what opening has written, if this run is refused before anything is stored.
+
+        Otherwise the next run, perhaps with what this one was refused for mended, would meet other settings.
+        """
+        if self._handle is None:  # the directory was not even opened
+            remove_folders(self._made)
+            return
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # another process is here: of this run, or of another
+            return
+        if not has_rows(self.directory):
+            erase(self.directory)
+            remove_folders(self._made)
+
     def close(self) -> None:
-        """Release the file, so that another process can write this rank's results."""
+        """Release the directory and the file, so that another process can write this rank's results."""
         if self._file is not None:
             self._file.close()
             self._file = None
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
 
     def _write_items(self, rows: RunRows) -> dict[str, dict[str, dict]]:
         """Write every task's items; returns checkpoint -> task -> its file and its number of items."""
@@ -162,9 +200,7 @@ class ResultStore:
         return files
 
     def _claim(self) -> None:
-        """Make the directory, or check that it has the same settings."""
-        _refuse_foreign(self.directory)
-        self.directory.mkdir(parents=True, exist_ok=True)
+        """Write the settings, or check that those which are there are the same."""
         path = self.directory / SETTINGS
         if not path.exists():  # processes that start together write the same
             write_whole(path, json_text({"settings": self.settings}))
@@ -178,7 +214,7 @@ class ResultStore:
     def _merged(self, keys: Keys) -> RunRows:
         """The rows of all chunks, the first of equal keys, in the order of the keys."""
         rows: dict[tuple[str, str, str], Row] = {}
-        for each in _chunks(self.directory):
+        for each in stored_chunks(self.directory):
             for row in each.rows:
                 rows.setdefault((each.checkpoint, each.task, row.key), row)
         for checkpoint, tasks in keys.items():
@@ -192,14 +228,6 @@ class ResultStore:
             checkpoint: {task: [rows[checkpoint, task, name] for name in names] for task, names in tasks.items()}
             for checkpoint, tasks in keys.items()
         }
-
-
-def _chunks(directory: Path) -> Iterator[Chunk]:
-    """Complete chunks of all processes; one may occur twice, where two runs had different numbers of processes."""
-    for path in sorted((directory / PARTIAL).glob("rank-*.jsonl")):
-        text = path.read_bytes()
-        for number, line in enumerate(text[: text.rfind(b"\n") + 1].splitlines(), 1):
-            yield parse_line(line, CHUNK, path, number)
 
 
 def read_results(directory: str | Path) -> Results:
@@ -222,75 +250,3 @@ def read_results(directory: str | Path) -> Results:
         return Results(directory, values["settings"], values["summary"], rows)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"'{directory / RESULTS}' is damaged: {DAMAGED}") from error
-
-
-def clear_results(directory: str | Path) -> None:
-    """Remove earlier results, finished or not; call it in one process, before any store is opened.
-
-    Raises:
-        UserError: the directory holds something else.
-    """
-    directory = Path(directory)
-    with plain_os_errors(directory):
-        _refuse_foreign(directory)
-        (directory / RESULTS).unlink(missing_ok=True)  # first, so that the rest is never taken for finished results
-        for name in (PARTIAL, ITEMS):
-            shutil.rmtree(directory / name, ignore_errors=True)
-        (directory / SETTINGS).unlink(missing_ok=True)
-        _remove_drafts(directory)
-
-
-def is_resumable(directory: str | Path, settings: dict) -> bool:
-    """Whether a directory holds unfinished, undamaged results of the same settings.
-
-    Raises:
-        UserError: there can be no such directory.
-    """
-    directory = Path(directory)
-    with plain_os_errors(directory):
-        if not (directory / SETTINGS).is_file() or (directory / RESULTS).is_file():
-            return False
-    try:
-        stored = read_object(directory / SETTINGS)["settings"]
-        list(_chunks(directory))
-    except (UserError, OSError):  # damaged
-        return False
-    return not setting_differences(stored, settings)
-
-
-def setting_differences(old: dict, new: dict) -> list[str]:
-    """The differences in words, `seed was 0 and is 1`; nested settings under dotted names."""
-    before, after = _flat(old), _flat(new)
-    differences = []
-    for name in {**before, **after}:
-        if before.get(name) != after.get(name):
-            texts = (values.get(name, "not set") for values in (before, after))
-            was, now = (text if len(text) <= 80 else f"{text[:77]}..." for text in texts)
-            differences.append(f"{name} was {was} and is {now}")
-    return differences
-
-
-def _flat(values: dict, prefix: str = "") -> dict[str, str]:
-    """Dotted name -> the value as JSON."""
-    texts: dict[str, str] = {}
-    for name, value in values.items():
-        if isinstance(value, dict) and value:
-            texts |= _flat(value, f"{prefix}{name}.")
-        else:
-            texts[f"{prefix}{name}"] = json.dumps(value, ensure_ascii=False)
-    return texts
-
-
-def _remove_drafts(directory: Path) -> None:
-    """Remove what processes left that were killed while they wrote (`whole_file`)."""
-    for pattern in (".*.json.*.tmp", f"{ITEMS}/*/.*.jsonl.*.tmp"):
-        for path in directory.glob(pattern):
-            path.unlink(missing_ok=True)
-
-
-def _refuse_foreign(directory: Path) -> None:
-    """Raise UserError for a directory that holds other files, which are never written over or removed."""
-    if not directory.is_dir() or (directory / SETTINGS).is_file():
-        return
-    if any(not is_draft(path) for path in directory.iterdir()):
-        raise UserError(f"output '{directory}' holds something else than results: choose another --out")

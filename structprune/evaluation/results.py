@@ -13,6 +13,7 @@ import numpy as np
 from pydantic import Field, TypeAdapter, ValidationError
 
 from structprune.errors import UserError, nearest
+from structprune.files import full_disk_errors
 
 FORMAT = 1  # raised when older readers would misread the files
 DAMAGED = "evaluate again with --overwrite"
@@ -203,6 +204,29 @@ def read_object(path: Path) -> dict:
     return values
 
 
+def setting_differences(old: dict, new: dict) -> list[str]:
+    """The differences in words, `seed was 0 and is 1`; nested settings under dotted names."""
+    before, after = _flat(old), _flat(new)
+    differences = []
+    for name in {**before, **after}:
+        if before.get(name) != after.get(name):
+            texts = (values.get(name, "not set") for values in (before, after))
+            was, now = (text if len(text) <= 80 else f"{text[:77]}..." for text in texts)
+            differences.append(f"{name} was {was} and is {now}")
+    return differences
+
+
+def _flat(values: dict, prefix: str = "") -> dict[str, str]:
+    """Dotted name -> the value as JSON."""
+    texts: dict[str, str] = {}
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            texts |= _flat(value, f"{prefix}{name}.")
+        else:
+            texts[f"{prefix}{name}"] = json.dumps(value, ensure_ascii=False)
+    return texts
+
+
 def parse_line(line: bytes, kind: TypeAdapter, path: Path, number: int) -> Any:
     """Line `number` of a .jsonl file as an object of a kind.
 
@@ -233,12 +257,9 @@ def read_rows(path: Path, count: int) -> list[Row]:
 def plain_os_errors(path: Path) -> Iterator[None]:
     """While writing `path`: a full disk, or a path that cannot be written, is a UserError."""
     try:
-        yield
+        with full_disk_errors(path, "make room and run the same command again"):
+            yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(
-                f"no space left while writing '{path}': make room and run the same command again"
-            ) from error
         unwritable = isinstance(error, (PermissionError, NotADirectoryError, FileExistsError, FileNotFoundError))
         if unwritable or error.errno in (errno.EROFS, errno.ENAMETOOLONG):
             raise UserError(f"output '{path}' cannot be written ({error.strerror}): choose another --out") from error

@@ -13,13 +13,13 @@ from structprune.bench.machine import describe_machine
 from structprune.bench.semi_structured import masked_linears, refusal, semi_structured_row, shape_rows
 from structprune.bench.settings import BenchSettings, Size
 from structprune.bench.workloads import GenerationWork, Models, forward_rows, generation_rows
-from structprune.checkpoint.atomic import whole_directory
-from structprune.checkpoint.output import check_output, write_json
+from structprune.checkpoint.output import check_apart, check_output, output_draft, write_json
 from structprune.config import ModelSettings
 from structprune.errors import UserError
 from structprune.evaluation.labels import checkpoint_labels
 from structprune.generation.samplers import Generation
 from structprune.models.adapter import Adapter
+from structprune.models.checkpoint_files import locate
 from structprune.models.families import Family, family_of
 from structprune.models.loading import load_model, source_of
 from structprune.models.placement import pick_device
@@ -77,6 +77,8 @@ def bench(
     check_output(output.directory, None, output.overwrite, marks=(RESULT,))
     labels = checkpoint_labels(checkpoints)
     generation = check_checkpoints(checkpoints, settings, place)
+    for checkpoint in checkpoints:
+        check_apart(output.directory, locate(checkpoint, weights=False), output.overwrite)
     device = pick_device(place.device)
     if settings.compiled:
         check_compile(device)
@@ -96,7 +98,7 @@ def bench(
         "settings": _plain_settings(settings, generation, device, rows[0]["family"]),
         "machine": describe_machine(),
     }
-    with whole_directory(output.directory) as draft:
+    with output_draft(output.directory, output.overwrite, marks=(RESULT,)) as draft:
         names = [RESULT, *(path.name for path in (plot_bench(result, draft) if output.plots else ()))]
         write_json(draft / RESULT, result)
     return Bench(result, [output.directory / name for name in names])

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from structprune.calibration.build import check_length, check_source
 from structprune.calibration.trajectories import check_calibration
-from structprune.checkpoint.output import check_output, check_space
+from structprune.checkpoint.output import check_output, check_space, save_finished
 from structprune.config import Config
 from structprune.masking.request import MaskRequest
 from structprune.models.loading import load_model, source_of
@@ -43,7 +43,7 @@ def prune_checkpoint(
         plan: apply this one instead of scoring.
         overwrite: replace an earlier output.
     Raises:
-        UserError: anything the user can mend.
+        UserError: anything the user can mend; or `out` was taken during the run, which is kept beside it then.
     """
     ghost = read_ghost(source, config.model)
     request = resolve_structured(config, ghost.model)
@@ -56,7 +56,7 @@ def prune_checkpoint(
     model, source_bytes = _load(source, request)
     check_space(out, source_bytes)  # again: a download may have filled the disk
     pruned = Pruner(model, request, track=track).prune(plan=plan)
-    pruned.save(out, overwrite)
+    save_finished(pruned.save, out, overwrite)
     return Written(pruned, source_bytes)
 
 
@@ -77,7 +77,7 @@ def mask_checkpoint(
     model, source_bytes = _load(source, request)
     check_space(out, source_bytes + mask_bytes)
     masked = mask(model, request, track=track, in_place=True)
-    masked.save(out, overwrite)
+    save_finished(masked.save, out, overwrite)
     return Written(masked, source_bytes)
 
 

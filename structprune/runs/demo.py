@@ -15,8 +15,7 @@ from structprune.bench.memory import peak_memory_bytes
 from structprune.calibration.build import calibrate
 from structprune.calibration.noise import stratified_noise
 from structprune.calibration.windows import cut_windows
-from structprune.checkpoint.atomic import whole_directory
-from structprune.checkpoint.output import check_output
+from structprune.checkpoint.output import check_output, output_draft
 from structprune.config import Config
 from structprune.evaluation.compare import paired_difference
 from structprune.evaluation.nelbo import Nelbo, masked_nelbo
@@ -98,7 +97,7 @@ def run_demo(out: Path, overwrite: bool = False, track: Track = untracked) -> De
         "windows": WINDOWS,
         "length": LENGTH,
     }
-    with whole_directory(out) as draft:
+    with output_draft(out, overwrite) as draft:
         _save_models(saved, rows, latency, draft)
         _plot(rows, held_out.dense, draft)
         run = {"seconds": time.perf_counter() - start, "peak_memory_bytes": peak_memory_bytes()}

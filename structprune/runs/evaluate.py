@@ -7,17 +7,12 @@ from pathlib import Path
 
 import torch
 
+from structprune.checkpoint.output import check_apart
 from structprune.errors import UserError
 from structprune.evaluation.labels import safe_names
-from structprune.evaluation.result_files import (
-    Results,
-    ResultStore,
-    clear_results,
-    is_resumable,
-    read_results,
-    setting_differences,
-)
-from structprune.evaluation.results import json_text, plain_os_errors
+from structprune.evaluation.result_files import Results, ResultStore, read_results
+from structprune.evaluation.result_state import COMPARISON, clear_results, has_rows, is_resumable
+from structprune.evaluation.results import json_text, plain_os_errors, setting_differences
 from structprune.evaluation.settings import EvaluationConfig
 from structprune.evaluation.summary import summarise
 from structprune.evaluation.units import GenerationUnit, Unit
@@ -30,8 +25,6 @@ from structprune.models.loading import load_model
 from structprune.models.placement import compute_device, give_back_memory, pick_device
 from structprune.progress import Track, untracked
 from structprune.runs.evaluation_request import Subject, prepare, uses_lm_eval
-
-COMPARISON = "against.json"
 
 
 @dataclass(frozen=True)
@@ -77,16 +70,17 @@ def evaluate(
         UserError: anything the user can mend, before any weight is read where it is known then.
     """
     workers = session.workers
-    earlier = None if against is None else read_results(against)
+    earlier = None if against is None else _read_earlier(against, out)
     subjects = prepare(checkpoints, config)
+    for subject in subjects:
+        check_apart(out, subject.directory)
     device = pick_device(config.model.device or workers.device)
     settings = _settings(subjects, config, device)
     warnings = _warnings(subjects, settings, earlier)
     for line in warnings:
         session.say(line)
-    workers.agree(_clear(out, settings) if overwrite and workers.main else None)
-    store = ResultStore(out, settings, workers.rank)
-    try:
+    workers.agree(_clear(out, settings, overwrite) if workers.main else None)
+    with ResultStore(out, settings, workers.rank) as store:
         if not store.finished:
             for subject in subjects:
                 with _memory_errors(subject, config.model.dtype):
@@ -96,16 +90,24 @@ def evaluate(
             return None
         keys = {subject.label: {unit.task: unit.keys for unit in subject.units} for subject in subjects}
         results = store.finish(keys, lambda rows: summarise(rows, seed=config.evaluation.seed))
-    finally:
-        store.close()
     summary = results.summary if earlier is None else _compare(results, earlier, config.evaluation.seed)
     return Evaluation(results, summary, warnings)
 
 
-def _clear(out: str | Path, settings: dict) -> UserError | None:
-    """Remove earlier results, unless they are unfinished ones of these settings; returns an error for all processes."""
+def _read_earlier(against: str | Path, out: str | Path) -> Results:
+    """The results to compare with, which must not be those that are written."""
+    if Path(against).resolve() == Path(out).resolve():
+        raise UserError(f"output '{out}' is the earlier run to compare with: choose another --out")
+    return read_results(against)
+
+
+def _clear(out: str | Path, settings: dict, overwrite: bool) -> UserError | None:
+    """Remove earlier results, unless they are unfinished ones of these settings; returns an error for all processes.
+
+    Without `overwrite` only what a run has left that ended before it stored anything.
+    """
     try:
-        if not is_resumable(out, settings):
+        if (overwrite or not has_rows(Path(out))) and not is_resumable(out, settings):
             clear_results(out)
     except UserError as error:
         return error

@@ -9,8 +9,7 @@ import torch
 
 from structprune import __version__
 from structprune.assets import text_file
-from structprune.checkpoint.atomic import whole_directory
-from structprune.checkpoint.output import check_output
+from structprune.checkpoint.output import check_output, output_draft
 from structprune.config import ModelSettings
 from structprune.errors import UserError
 from structprune.generation.samplers import Generation, low_confidence
@@ -74,7 +73,7 @@ def measure_sinks(
         runs += measure(loaded, plan, run, track)
         del loaded  # before the next one is loaded
     result = {"structprune": __version__, "settings": run.plain(), "runs": runs}
-    with whole_directory(out) as draft:
+    with output_draft(out, overwrite, marks=(RESULT,)) as draft:
         (draft / RESULT).write_text(pretty_json(result), encoding="utf-8")
         pictures = draw_all(runs, draft)
     return Sinks(result, [RESULT, *pictures])

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from structprune import Plan, UserError, apply_plan, load_model, load_tokenizer, save_pruned
-from structprune.checkpoint import atomic, output, save
+from structprune.checkpoint import atomic, output, save, swap
 from structprune.checkpoint.export import CODE_FILES
 from structprune.checkpoint.output import check_output
 from structprune.models.checkpoint_files import shard_names
@@ -142,7 +142,7 @@ def fail_on(name, monkeypatch, error):
     monkeypatch.setattr(module, name, fails)
 
 
-@pytest.mark.parametrize("step", ["_write_weights", "write_json", "_carry", "write_content", "_swap"])
+@pytest.mark.parametrize("step", ["_write_weights", "write_json", "_carry", "write_content", "_put_in_place"])
 @pytest.mark.parametrize("error", [RuntimeError("half way"), KeyboardInterrupt()])
 def test_a_failure_leaves_everything_as_it_was(small, tmp_path, monkeypatch, step, error):
     out = save_pruned(small, tmp_path / "out", files={"mark": "old"})
@@ -159,6 +159,7 @@ def test_a_failure_leaves_everything_as_it_was(small, tmp_path, monkeypatch, ste
 @pytest.mark.parametrize("which", [1, 2])
 def test_a_failing_swap_brings_the_old_directory_back(small, tmp_path, monkeypatch, which):
     """The first rename moves the old directory away, the second the draft into place."""
+    monkeypatch.setattr(swap, "_rename_at_once", lambda *arguments, **options: False)  # as an old file system
     out = save_pruned(small, tmp_path / "out", files={"mark": "old"})
     before, rename, calls = contents(out), os.rename, []
 
@@ -169,10 +170,10 @@ def test_a_failing_swap_brings_the_old_directory_back(small, tmp_path, monkeypat
         rename(source, target)
 
     monkeypatch.setattr(os, "rename", one_fails)
-    with pytest.raises(OSError, match="device gone"):
-        save_pruned(small, out, overwrite=True)
-    assert contents(out) == before
-    assert {path.name for path in tmp_path.iterdir()} == {"out", "llada-tiny"}
+    with pytest.raises(UserError, match=r"is refused \(device gone\): the finished run is kept in '.*/out.new'"):
+        save_pruned(small, out, overwrite=True, files={"mark": "new"})
+    assert contents(out) == before and contents(tmp_path / "out.new") == before | {"mark": b"new"}
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "out.new", "llada-tiny"}
 
 
 def test_no_space_left_is_known_before_writing(small, tmp_path, monkeypatch):
@@ -238,6 +239,10 @@ def test_output_that_cannot_be(tmp_path, monkeypatch):
         check_output(tmp_path / "file" / "out", None)
     with pytest.raises(UserError, match=r"cannot be written \(File name too long\)"):
         check_output(tmp_path / ("x" * 256), None)
+    (tmp_path / "link").symlink_to(tmp_path / "absent")
+    with pytest.raises(UserError, match="link' is a broken link: choose another"):
+        check_output(tmp_path / "link", None)
+    (tmp_path / "link").unlink()
     with pytest.raises(UserError, match="output '/' exists"):
         check_output("/", None)
     assert check_output(tmp_path / "new" / "out", None) and contents(tmp_path) == {"file": b"x"}

@@ -1,11 +1,12 @@
 """`structprune eval` as typed: what it says, and one line for everything that is wrong."""
 
 import json
+from unittest.mock import Mock
 
 import pytest
 
 from structprune.cli.main import main
-from structprune.evaluation.result_files import read_results
+from structprune.evaluation.result_files import ResultStore, read_results
 
 
 @pytest.fixture
@@ -161,11 +162,54 @@ def test_wrong_checkpoints(tiny_checkpoint, text_path, tmp_path, capsys):
     assert (tmp_path / "out" / "thesis.tex").exists()
 
 
-def test_an_interrupted_run_says_what_is_kept(tiny_checkpoint, text_path, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("stored", [True, False])
+def test_an_interrupted_run_says_what_is_kept(stored, tiny_checkpoint, text_path, tmp_path, capsys, monkeypatch):
+    add = ResultStore.add
+
     def stop(*arguments, **options):
+        if stored:
+            add(*arguments, **options)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("structprune.runs.evaluate.load_model", stop)
-    out = tmp_path / "out"
+    monkeypatch.setattr(ResultStore, "add", stop)
+    out = tmp_path / "deep" / "out"
     result = said(capsys, tiny_checkpoint(), "--text", text_path, "--out", out, *QUICK, code=130)
-    assert f"interrupted; what is done is kept in {out}: the same command goes on" in result.err
+    kept = f"what is done is kept in {out}: the same command goes on" if stored else "nothing was written"
+    assert f"interrupted; {kept}" in result.err and out.parent.exists() == stored
+
+
+def test_a_refused_run_leaves_nothing_that_would_refuse_the_mended_one(
+    tiny_checkpoint, text_path, tmp_path, capsys, monkeypatch
+):
+    """Weights are read once the results are open; what was mended has another content, which is another setting."""
+    one, out = tiny_checkpoint(), tmp_path / "out"
+    weights = one / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:100])
+    rest = ["--text", text_path, "--out", out, *QUICK]
+    said(capsys, one, *rest, code=2)
+    assert not out.exists()
+    weights.write_bytes(whole)
+    monkeypatch.setattr("structprune.evaluation.result_files.ResultStore.discard", lambda store: None)
+    with monkeypatch.context() as patch:  # killed before anything is stored, in another dtype
+        patch.setattr(ResultStore, "add", Mock(side_effect=KeyboardInterrupt))
+        said(capsys, one, *rest, "--set", "model.dtype=bfloat16", code=130)
+    assert (out / "settings.json").exists()
+    said(capsys, one, *rest)
+    assert (out / "results.json").exists() and not (out / "partial").exists()
+
+
+def test_results_in_a_checkpoint_or_over_those_compared_with_are_refused(tiny_checkpoint, text_path, tmp_path, capsys):
+    one, other, out = tiny_checkpoint(), tiny_checkpoint(seed=1, name="other"), tmp_path / "out"
+    before = sorted(tmp_path.rglob("*"))
+    for place in (one, one / "eval", other / "a" / "b"):
+        line = said(capsys, one, other, "--text", text_path, "--out", place, *QUICK, code=2).err
+        assert "lies inside the input checkpoint" in line and line.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+    said(capsys, one, "--text", text_path, "--out", out, *QUICK)
+    line = said(capsys, other, "--text", text_path, "--out", out, "--against", out, "--overwrite", *QUICK, code=2).err
+    assert "is the earlier run to compare with" in line and (out / "results.json").exists()
+    for _ in range(2):  # against.json is part of what --overwrite removes
+        compared = ["--text", text_path, "--out", tmp_path / "second", "--against", out, "--overwrite", *QUICK]
+        said(capsys, other, *compared)
+    assert (tmp_path / "second" / "against.json").exists()

@@ -11,7 +11,9 @@ import time
 import pytest
 
 from structprune.errors import UserError
+from structprune.evaluation import result_state
 from structprune.evaluation.result_files import ResultStore, read_results
+from structprune.evaluation.result_state import clear_results
 
 
 def test_from_start_to_end(tmp_path, settings, fill, finish):
@@ -71,6 +73,54 @@ def test_killed_in_the_middle(tmp_path, settings):
     done = store.done("dense", "notes")
     assert done in (set(kept), {*kept, len(kept)})  # the last one may have been killed before it was reported
     store.close()
+
+
+def test_the_results_of_a_living_run_are_not_cleared(tmp_path, settings, fill, finish):
+    """Before its first chunk, in the midst, and where directories have no locks."""
+    store, other = ResultStore(tmp_path, settings), ResultStore(tmp_path, settings, rank=1)
+    for end in (lambda: None, lambda: fill(store, range(2)), store.close):
+        end()
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        with pytest.raises(UserError, match="is being written by another run: wait for it"):
+            clear_results(tmp_path)
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    os.close(other._handle)
+    other._handle = None
+    with pytest.raises(UserError, match="is being written by another run: wait for it"):
+        clear_results(tmp_path)
+    other.close()
+    clear_results(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_cannot_begin_while_another_clears(tmp_path, settings, monkeypatch):
+    ResultStore(tmp_path, settings).close()
+    refused = []
+
+    def begin(directory):
+        with pytest.raises(UserError, match="is being written by another run: wait for it"):
+            ResultStore(directory, settings)
+        refused.append(directory)
+
+    monkeypatch.setattr(result_state, "erase", begin)
+    clear_results(tmp_path)
+    assert refused == [tmp_path] and (tmp_path / "settings.json").exists()
+
+
+@pytest.mark.parametrize("stored, other", [(False, False), (True, False), (False, True)])
+def test_an_error_before_anything_is_stored_leaves_nothing(tmp_path, stored, other, settings, fill):
+    """What another process needs stays."""
+    out = tmp_path / "deep" / "out"
+    beside = ResultStore(out, settings, rank=1) if other else None
+    with pytest.raises(UserError, match="damaged"), ResultStore(out, settings) as store:
+        fill(store, range(stored))
+        raise UserError("damaged")
+    assert list(tmp_path.iterdir()) == ([out.parent] if stored or other else [])
+    if beside:
+        fill(beside, [0])
+        beside.close()
+    if stored or other:
+        assert ResultStore(out, settings).done("dense", "notes") == {0}
 
 
 @pytest.mark.parametrize("left", [1, 40, -1])  # bytes of the last line

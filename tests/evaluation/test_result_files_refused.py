@@ -6,13 +6,9 @@ from pathlib import Path
 import pytest
 
 from structprune.errors import UserError
-from structprune.evaluation.result_files import (
-    ResultStore,
-    clear_results,
-    is_resumable,
-    read_results,
-    setting_differences,
-)
+from structprune.evaluation.result_files import ResultStore, read_results
+from structprune.evaluation.result_state import clear_results, is_resumable
+from structprune.evaluation.results import setting_differences
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,128 @@
+"""The state of a directory of results: whether a run is writing it, what it has stored, and its removal."""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import TypeAdapter
+
+from structprune.errors import UserError
+from structprune.evaluation.results import Row, parse_line, plain_os_errors, read_object, setting_differences
+from structprune.files import is_draft
+
+RESULTS, SETTINGS, PARTIAL, ITEMS = "results.json", "settings.json", "partial", "items"
+COMPARISON = "against.json"
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A line of a file in `partial/`."""
+
+    checkpoint: str
+    task: str
+    chunk: int | str
+    rows: Sequence[Row]
+
+
+CHUNK = TypeAdapter(Chunk)
+
+
+def _rank_files(directory: Path) -> list[Path]:
+    return sorted((directory / PARTIAL).glob("rank-*.jsonl"))
+
+
+def stored_chunks(directory: Path) -> Iterator[Chunk]:
+    """Complete chunks of all processes; one may occur twice, where two runs had different numbers of processes."""
+    for path in _rank_files(directory):
+        text = path.read_bytes()
+        for number, line in enumerate(text[: text.rfind(b"\n") + 1].splitlines(), 1):
+            yield parse_line(line, CHUNK, path, number)
+
+
+def has_rows(directory: Path) -> bool:
+    """Whether anything is stored: finished results, or a whole chunk, readable or not."""
+    with plain_os_errors(directory):
+        return (directory / RESULTS).is_file() or any(b"\n" in path.read_bytes() for path in _rank_files(directory))
+
+
+def lock(handle: int, directory: Path, alone: bool) -> None:
+    """Lock an open directory of results, or a file of it, alone or with others, until the handle is closed.
+
+    The system closes it when the process ends, in whichever way. File systems without locks are not protected.
+
+    Raises:
+        UserError: another run has it.
+    """
+    try:
+        fcntl.flock(handle, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(f"output '{directory}' is being written by another run: wait for it") from error
+    except OSError:
+        pass
+
+
+def clear_results(directory: str | Path) -> None:
+    """Remove earlier results, finished or not; call it in one process, before any store is opened.
+
+    Raises:
+        UserError: the directory holds something else, or a run is writing it.
+    """
+    directory = Path(directory)
+    with plain_os_errors(directory), ExitStack() as files:
+        refuse_foreign(directory)
+        try:
+            handle = os.open(directory, os.O_RDONLY)
+        except FileNotFoundError:
+            return
+        files.callback(os.close, handle)
+        lock(handle, directory, alone=True)
+        for path in _rank_files(directory):  # they too, for where directories cannot be locked
+            lock(files.enter_context(path.open("r+b")).fileno(), directory, alone=True)
+        erase(directory)
+
+
+def erase(directory: Path) -> None:
+    """Remove all that belongs to results; call it with the directory held alone."""
+    (directory / RESULTS).unlink(missing_ok=True)  # first, so that the rest is never taken for finished results
+    (directory / COMPARISON).unlink(missing_ok=True)
+    for name in (PARTIAL, ITEMS):
+        shutil.rmtree(directory / name, ignore_errors=True)
+    remove_drafts(directory)
+    (directory / SETTINGS).unlink(missing_ok=True)  # last, because without them the rest is of somebody else
+
+
+def is_resumable(directory: str | Path, settings: dict) -> bool:
+    """Whether a directory holds unfinished, undamaged results of the same settings.
+
+    Raises:
+        UserError: there can be no such directory.
+    """
+    directory = Path(directory)
+    with plain_os_errors(directory):
+        if not (directory / SETTINGS).is_file() or (directory / RESULTS).is_file():
+            return False
+    try:
+        stored = read_object(directory / SETTINGS)["settings"]
+        list(stored_chunks(directory))
+    except (UserError, OSError):  # damaged
+        return False
+    return not setting_differences(stored, settings)
+
+
+def remove_drafts(directory: Path) -> None:
+    """Remove what processes left that were killed while they wrote (`whole_file`)."""
+    for pattern in (".*.json.*.tmp", f"{ITEMS}/*/.*.jsonl.*.tmp"):
+        for path in directory.glob(pattern):
+            path.unlink(missing_ok=True)
+
+
+def refuse_foreign(directory: Path) -> None:
+    """Raise UserError for a directory that holds other files, which are never written over or removed."""
+    if not directory.is_dir() or (directory / SETTINGS).is_file():
+        return
+    if any(not is_draft(path) for path in directory.iterdir()):
+        raise UserError(f"output '{directory}' holds something else than results: choose another --out")
