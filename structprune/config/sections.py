@@ -104,11 +104,12 @@ class Sections(Section):
     def _explain(cls, problem: ErrorDetails) -> str:
         name = ".".join(str(part) for part in problem["loc"][:2])
         if problem["type"] == "extra_forbidden":
-            if "." not in name:
+            if len(problem["loc"]) < 2:  # also a name with a dot in it
                 names = list(cls.model_fields)
-                return f"unknown config section '{name}'{nearest(name, names, 0.8)}: choose from {', '.join(names)}"
-            section, _, key = name.partition(".")
+                close = nearest(name[:80], names, 0.8)
+                return f"unknown config section {shown(name)}{close}: choose from {', '.join(names)}"
+            section, key = map(str, problem["loc"][:2])
             inside = cls._section(section).model_fields
-            close = nearest(key, list(inside)) or nearest(name, cls.known_keys())
-            return f"unknown config key '{name}'{close}"
+            close = nearest(key[:80], list(inside)) or nearest(name[:80], cls.known_keys())
+            return f"unknown config key {shown(name)}{close}"
         return f"config key {name} = {shown(problem['input'])}: {problem['msg'][0].lower()}{problem['msg'][1:]}"

@@ -1,6 +1,5 @@
 """The values of a config.json: every key that is used has a type and bounds, checked once before anything is built."""
 
-import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -61,7 +60,7 @@ def check_whole(key: str, value: Any, low: int, high: int, where: Path | str) ->
 
 def _check_number(key: str, value: Any, bounds: tuple[float, float], where: Path | str) -> None:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not bounds[0] <= value <= bounds[1]:
+    if not number or not bounds[0] <= value <= bounds[1]:  # NaN is in no bounds
         low, high = bounds
         raise UserError(
             f"{where}: {key} = {shown(value)} is not a number from {low:g} to {high:g}: correct it in config.json"

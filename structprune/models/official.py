@@ -11,6 +11,7 @@ from structprune.files import first_line
 from structprune.models.checkpoint_files import read_json
 from structprune.models.config_values import WHOLE, check_heads, check_values, check_whole
 from structprune.models.families import FAMILIES, Family
+from structprune.models.quiet import quiet_transformers
 
 REFUSED_TYPES = {  # start of a model type or architecture, in lower case -> reason
     "llada2.*moe": "LLaDA2 is a mixture of experts with block diffusion: structprune cuts dense MLPs only",
@@ -20,6 +21,9 @@ REFUSED_TYPES = {  # start of a model type or architecture, in lower case -> rea
 NOT_OURS = (  # of a LLaDA, tie_word_embeddings says nothing: its code ties the head by weight_tying
     "model_type", "architectures", "auto_map", "transformers_version", "torch_dtype", "dtype", "use_cache",
     "_name_or_path", "rope_scaling", "rope_parameters", "tie_word_embeddings", "quantization_config",
+    "attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation",
+    "attribute_map",  # would rename attributes
+    "num_labels", "id2label", "label2id",  # of classifiers; transformers makes a table of as many as are named
 )  # fmt: skip
 
 
@@ -58,14 +62,17 @@ def build_config(values: dict, family: Family, mask_id: int, where: Path | str) 
     rope = values.get("rope_parameters") or {}  # where transformers 5 keeps what rope_theta and rope_scaling were
     if rope.get("rope_type", "default") != "default":
         raise UserError(f"{where}: rope_type = {shown(rope['rope_type'])} is not supported (needs 'default')")
-    arguments = {key: value for key, value in values.items() if key not in NOT_OURS}
+    roles = {*family.keys.values(), *family.width_keys.values()}
+    other_names = set(family.config_class.attribute_map) - roles  # of the same values, which could contradict them
+    arguments = {key: value for key, value in values.items() if key not in (*NOT_OURS, *other_names)}
     if rope.get("rope_theta") is not None:
         arguments["rope_theta"] = rope["rope_theta"]
     vocabulary = arguments.get(family.keys["vocabulary"]) or arguments["vocab_size"]
     if not 0 <= mask_id < vocabulary:
         raise UserError(f"{where}: mask id {shown(mask_id)} lies outside the embedding of {vocabulary} tokens")
     try:
-        return family.config_class(**(arguments | {"mask_token_id": mask_id}))
+        with quiet_transformers():
+            return family.config_class(**(arguments | {"mask_token_id": mask_id}))
     except Exception as error:  # keys that only transformers reads, such as eos_token_id or id2label
         raise UserError(f"{where}: config.json cannot be used ({first_line(error)}): correct it") from error
 

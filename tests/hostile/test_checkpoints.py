@@ -127,7 +127,7 @@ EVERYWHERE: dict[str, tuple[Break, str]] = {  # what is broken, and what is said
     "type missing": (config(model_type=None), "unknown model_type ''"),
     "type long": (config(model_type="x" * 10**6), "unknown model_type 'xxx"),
     "architectures an object": (config(model_type="x", architectures={"a": 1}), "unknown model_type 'x'"),
-    "labels as text": (config(id2label="x"), "config.json cannot be used ("),
+    "a key of transformers": (config(use_return_dict=1), "config.json cannot be used ("),
     "norm unknown": (config(layer_norm_type=["rms"] * 10_000), "layer_norm_type = ['rms', 'rms',"),
     "config cut": (text("config.json", '{"model_type": "llada"'), "config.json is not valid JSON"),
     "config a list": (text("config.json", "[1, 2]"), "config.json holds [1, 2], not an object"),

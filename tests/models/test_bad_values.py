@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from structprune import UserError, load_model
 from structprune.models.headers import read_header
+from structprune.models.loading import load_config
 
 WRONG_VALUES = [  # changes of config.json, and what is said of them
     ({"n_kv_heads": "4"}, "n_kv_heads = '4' is not a whole number from 1 to 65536"),
@@ -34,13 +35,19 @@ WRONG_VALUES = [  # changes of config.json, and what is said of them
     ({"per_layer_config": {"1": {"heads": 1}}}, "per_layer_config.1 has the unknown key 'heads': give n_heads,"),
     ({"per_layer_config": {"1": {"n_kv_heads": 3}}}, "4 heads are not a multiple of 3 key/value heads"),
     ({"mask_token_id": 10**20}, "mask_token_id = 100000000000000000000 is not a whole number"),
-    ({"id2label": "x"}, "config.json cannot be used ("),
+    ({"use_return_dict": 1}, "config.json cannot be used ("),
 ]
 
 
 @pytest.mark.parametrize("changes, said", WRONG_VALUES)
 def test_every_value_that_is_used_has_a_type_and_bounds(tiny_checkpoint, changes, said, message, change_config):
     assert said in message(change_config(tiny_checkpoint("llada"), **changes))
+
+
+def test_numbers_that_only_a_classifier_has_cost_nothing(tiny_checkpoint, change_config):
+    """transformers makes a table of as many labels: here of 23 GB, for one number in a file."""
+    directory = change_config(tiny_checkpoint("llada"), num_labels=10**9, label2id={"a": 0})
+    assert load_config(directory)[2].num_labels == 2
 
 
 @pytest.mark.parametrize(
