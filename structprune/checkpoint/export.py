@@ -101,7 +101,9 @@ def config_values(config, source_values: dict | None, compat: str, dtype: str) -
     if compat == "official":
         key = family.width_keys["channels"]
         values = (source_values or {}) | {key: block_widths(config, family, 0).channels}
-        stale: tuple[str, ...] = ("dtype",) if auto_map(family) else ("dtype", "auto_map")
+        # the weights that are written are not quantised, whatever the source's loader was to do with them
+        stale: tuple[str, ...] = ("dtype", "quantization_config")
+        stale += () if auto_map(family) else ("auto_map",)
         own = {"mask_token_id": config.mask_token_id, "rope_theta": config.rope_theta}  # the source may lack them
         if "tie_word_embeddings" in values:  # LLaDA's own code reads weight_tying only, whatever this says
             own["tie_word_embeddings"] = False

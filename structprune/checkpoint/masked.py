@@ -12,9 +12,10 @@ from typing import BinaryIO
 
 import torch
 
-from structprune.checkpoint.output import Content, check_output, output_draft, write_shards
+from structprune.checkpoint.output import Content, check_output, output_draft, write_json, write_shards
 from structprune.errors import UserError
 from structprune.models.checkpoint_files import is_weights, read_json, shard_names
+from structprune.models.config_values import quantisation
 from structprune.models.headers import TensorHeader, read_header, read_headers
 from structprune.models.loading import DTYPES, read_pickle, source_of
 from structprune.models.modeling_structprune import DiffusionLM
@@ -71,6 +72,9 @@ def save_masked(
         for path in copied:
             (draft / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / path, draft / path)
+        if quantisation(source_of(model).values):  # what is written is not, and would not load as if it were
+            values = {key: value for key, value in source_of(model).values.items() if key != "quantization_config"}
+            write_json(draft / "config.json", values)
     return directory
 
 

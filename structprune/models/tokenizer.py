@@ -48,12 +48,12 @@ def load_tokenizer(directory: str | Path) -> Any:
     elif is_byte_pair(directory):
         kind = Qwen2Tokenizer
     try:
-        with quiet_transformers(), _hidden_panics():
+        with quiet_transformers(), hidden_panics():
             # never asks whether to run the checkpoint's code, which it would on a terminal without the argument
             tokenizer = kind.from_pretrained(directory, trust_remote_code=False)
             tokenizer(PROBE, verbose=False)
     except BaseException as error:
-        if not (isinstance(error, Exception) or _is_panic(error)):
+        if not (isinstance(error, Exception) or is_panic(error)):
             raise
         reason = f"no tokenizer that can be read without remote code ({first_line(error)})"
         remedy = "download tokenizer.json and tokenizer_config.json again" if complete else "add tokenizer.json"
@@ -61,13 +61,13 @@ def load_tokenizer(directory: str | Path) -> Any:
     return tokenizer
 
 
-def _is_panic(error: BaseException) -> bool:
+def is_panic(error: BaseException) -> bool:
     """Whether the tokenizers library panicked: its exception is not an `Exception`."""
     return type(error).__name__ == "PanicException"
 
 
 @contextmanager
-def _hidden_panics() -> Iterator[None]:
+def hidden_panics() -> Iterator[None]:
     """Holds back what is written to file descriptor 2 meanwhile, and drops it if the tokenizers library panics.
 
     A panic writes dozens of lines there, past `sys.stderr`.
@@ -83,7 +83,7 @@ def _hidden_panics() -> Iterator[None]:
         try:
             yield
         except BaseException as error:
-            panicked = _is_panic(error)
+            panicked = is_panic(error)
             raise
         finally:
             os.dup2(stderr, 2)

@@ -13,6 +13,7 @@ from structprune.files import first_line
 from structprune.models.checkpoint_files import read_config
 from structprune.models.loading import as_dtype
 from structprune.models.quiet import quiet_transformers
+from structprune.models.tokenizer import hidden_panics, is_panic
 from structprune.progress import Track
 from structprune.sinks.trajectory import Recorder, Trajectory
 from structprune.statistics.sinks import head_mass
@@ -152,13 +153,15 @@ def _reading(source: Path) -> Iterator[tuple[Path, dict]]:
     name = gguf_file(source)
     options: dict[str, Any] = {"trust_remote_code": False} | ({} if name is None else {"gguf_file": name})
     try:
-        with quiet_transformers():
+        with quiet_transformers(), hidden_panics():
             yield source.parent if source.is_file() else source, options
     except UserError:
         raise
     except ImportError as error:
         raise UserError(f"reading {source} needs another package ({first_line(error)})") from error
-    except Exception as error:  # its loaders raise errors of many types
+    except BaseException as error:  # its loaders raise errors of many types
+        if not (isinstance(error, Exception) or is_panic(error)):
+            raise
         raise UserError(f"{source} cannot be read as a causal language model ({first_line(error)})") from error
 
 

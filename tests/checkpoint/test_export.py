@@ -150,3 +150,9 @@ def test_auto_map_leads_to_the_files_beside_the_weights(family):
     assert set(entries.values()) == {f"modeling_structprune.{name}"}
     masked = {"AutoModelForMaskedLM"} if family is LLADA else set()  # whose logits Dream's are not: they are shifted
     assert set(entries) == {"AutoModel", "AutoModelForCausalLM"} | masked
+
+
+@pytest.mark.parametrize("compat", ["official", "free"])
+def test_no_output_is_called_quantised(tiny_checkpoint, compat):
+    model = load_model(tiny_checkpoint("llada", quantization_config={"load_in_8bit": True}))
+    assert "quantization_config" not in config_values(model.config, model.source.values, compat, "float32")

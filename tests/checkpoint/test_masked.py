@@ -290,3 +290,11 @@ def test_no_space_left_is_known_before_writing(source, tmp_path, monkeypatch):
         save_masked(model, tmp_path / "out", changed=[])
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=needed))
     save_masked(model, tmp_path / "out", changed=[])
+
+
+def test_the_output_is_not_called_quantised(tiny_checkpoint, tmp_path):
+    """A config.json may ask its loader to quantise; what is written says what its weights are."""
+    source = tiny_checkpoint("llada", quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
+    out = save_masked(mask(load_model(source)), tmp_path / "out", changed=CHANGED)
+    values = [json.loads((folder / "config.json").read_text()) for folder in (source, out)]
+    assert values[0].pop("quantization_config") and values[0] == values[1]

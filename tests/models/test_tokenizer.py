@@ -55,7 +55,7 @@ def test_a_panic_of_the_library_is_one_line(damaged, capfd, name):
 
 
 def test_what_others_write_to_stderr_meanwhile_is_not_lost(capfd):
-    with tokenizers._hidden_panics():
+    with tokenizers.hidden_panics():
         os.write(2, b"a warning")
     assert capfd.readouterr().err == "a warning"
 
