@@ -9,8 +9,17 @@ PAGES = {str(path.relative_to(ROOT)): path for path in pages()}
 
 
 def test_the_pages_are_there():
-    names = ("README", "CONTRIBUTING", "CHANGELOG", "docs/README", "docs/pruning", "docs/masks", "docs/sinks")
-    names += ("docs/evaluation", "docs/benchmarks", "docs/results", "docs/methods", "docs/verification")
+    names = (
+        "README",
+        "CONTRIBUTING",
+        "CHANGELOG",
+        "SECURITY",
+        "docs/README",
+        "docs/pruning",
+        "docs/masks",
+        "docs/sinks",
+    )
+    names += ("docs/sinks", "docs/evaluation", "docs/benchmarks", "docs/results", "docs/methods", "docs/verification")
     assert {f"{name}.md" for name in (*names, "docs/extending")} <= set(PAGES)
 
 
