@@ -6,10 +6,19 @@ import signal
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from structprune.cli.main import main
 
+QUIET = {"deadline": None, "report_multiple_bugs": False, "suppress_health_check": list(HealthCheck)}
+settings.register_profile("usual", max_examples=300, derandomize=True, **QUIET)
+settings.register_profile("thorough", max_examples=5000, **QUIET)
 SECONDS, KILOBYTES = 10, 2_000_000  # that a refusal may take, and by which memory may grow
+
+
+def pytest_configure(config) -> None:
+    """`pytest -m thorough` draws more examples."""
+    settings.load_profile("thorough" if config.getoption("markexpr") == "thorough" else "usual")
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,9 @@
 """Made-up config.json, headers, plans, calibrations and YAML: read, or refused in one short line; nothing else.
 
-A few hundred examples each, the same in every run; `HYPOTHESIS_PROFILE=thorough pytest tests/hostile/test_fuzzed.py`
-tries 5,000 of each, drawn anew.
+300 examples of each, the same in every run; `pytest -m thorough` tries 5,000, drawn anew.
 """
 
 import json
-import os
 import struct
 import tempfile
 from pathlib import Path
@@ -13,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save
 
@@ -26,16 +24,7 @@ from structprune.models.headers import read_header
 from structprune.models.loading import load_config
 from structprune.structured.plan import Plan
 
-pytestmark = pytest.mark.slow
-QUIET = list(HealthCheck)
-settings.register_profile(
-    "ci", max_examples=300, deadline=None, report_multiple_bugs=False, derandomize=True, suppress_health_check=QUIET
-)
-settings.register_profile(
-    "thorough", max_examples=5000, deadline=None, report_multiple_bugs=False, suppress_health_check=QUIET
-)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
-
+pytestmark = [pytest.mark.slow, pytest.mark.thorough]
 LARGE = st.sampled_from([2**31, 2**63, 10**20, 10**400, -1])
 NUMBERS = st.one_of(st.integers(), st.integers(-2, 70), st.floats(), LARGE)
 LEAVES = st.one_of(st.none(), st.booleans(), NUMBERS, st.text(max_size=8), st.sampled_from(["4", "llama", "auto", ""]))
