@@ -99,3 +99,10 @@ def test_an_index_that_names_files_elsewhere(source, tmp_path):
     for name in ("../llada-tiny/weights.safetensors", "model.bin"):
         path.write_text(json.dumps({"weight_map": {"a": name}}))
         assert f"names '{name}', not a .safetensors file in its folder" in refused(model, tmp_path)
+
+
+def test_an_index_left_over_from_a_sharded_save_is_not_copied(source, tmp_path):
+    """It names other shards; transformers would read model.safetensors all the same, other tools the index."""
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "gone.safetensors"}}))
+    out = save_masked(load_model(source), tmp_path / "out", changed=[UP[0]])
+    assert (out / "model.safetensors").exists() and not (out / "model.safetensors.index.json").exists()
