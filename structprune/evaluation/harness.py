@@ -12,19 +12,19 @@ and takes all of lm_eval's options (--apply_chat_template, --limit, --include_pa
 """
 
 import logging
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-import torch
-import torch.distributed
-from lm_eval.api.model import LM
+from lm_eval.api.model import LM, CacheHook
 from lm_eval.api.registry import register_model
 
 from structprune.errors import UserError, nearest
 from structprune.evaluation.choices import Item, MonteCarlo, Scored, check_items, longest_first, score_items
-from structprune.evaluation.openings import generate_texts
+from structprune.evaluation.documents import Opening
+from structprune.evaluation.openings import check_openings, generate_texts
 from structprune.evaluation.requests import group_choices, in_request_order, to_item, to_opening
 from structprune.evaluation.texts import Texts, chat_warning, model_names
 from structprune.evaluation.workers import Workers, join, leave
@@ -45,7 +45,9 @@ LOADING = ("dtype", "mask_id", "allow_pickle")  # arguments of `load_model`
 class StructpruneLM(LM):
     """A LLaDA, MMaDA or Dream checkpoint, official or pruned, as a model of lm-eval.
 
-    Started by `accelerate launch` or torchrun, each process has its share of the documents and its own GPU.
+    Started by `accelerate launch` or torchrun, each process has its share of the documents and its own GPU. lm-eval is
+    told of one process: where it divides the documents itself, a process without a document ends the run, and random
+    examples are others than in one process. So every process has all documents, and this class divides them.
 
     Args:
         pretrained: a directory, a Hub id, or a model from `structprune.load_model`.
@@ -71,8 +73,8 @@ class StructpruneLM(LM):
         super().__init__()
         if max_batch_size is not None:
             raise UserError(f"max_batch_size = {max_batch_size} is not used: give batch_size, or auto")
-        worker = join()
-        self._rank, self._world_size = worker.rank, worker.count
+        self.workers = worker = join()
+        _leave_results_to_one(worker)
         loading = {name: options.pop(name) for name in LOADING if name in options}
         if isinstance(pretrained, str):
             name = worker.device if device in (None, DEFAULT_DEVICE) else device
@@ -96,15 +98,15 @@ class StructpruneLM(LM):
         """
         groups = group_choices(requests)
         items = [to_item(group.document, self.texts) for group in groups]
-        scored = {each.key: each for each in self._score(items)}
+        check_items(self.model.config, items, self.settings)  # all of them, before any is scored
+        order = [items[index] for index in longest_first(items)]
+        scored = {each.key: each for each in self.workers.share(self._score, order)}
         outcomes = [scored[item.key].log_likelihoods for item in items]
         return [(value, False) for value in in_request_order(groups, outcomes)]
 
     def _score(self, items: Sequence[Item]) -> list[Scored]:
         """PART items at a time."""
-        check_items(self.model.config, items, self.settings)  # all of them, before any is scored
-        order = longest_first(items)
-        parts = [[items[index] for index in order[start : start + PART]] for start in range(0, len(order), PART)]
+        parts = [items[start : start + PART] for start in range(0, len(items), PART)]
         return [each for part in parts for each in score_items(self.model, part, self.settings, self.batch)]
 
     def loglikelihood_rolling(self, requests: Sequence) -> list[float]:
@@ -117,6 +119,10 @@ class StructpruneLM(LM):
     def generate_until(self, requests: Sequence) -> list[str]:
         """Texts after the prompts, up to EOS or a stop string, by LLaDA's block-wise or Dream's sampler."""
         openings = list(map(to_opening, requests))
+        check_openings(self.model.config, openings, self.texts, self.sampler)  # all, before any is answered
+        return self.workers.share(self._generate, openings)
+
+    def _generate(self, openings: Sequence[Opening]) -> list[str]:
         return generate_texts(self.model, openings, self.texts, self.sampler, self.settings.seed, self.prompts)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
@@ -139,30 +145,29 @@ class StructpruneLM(LM):
         """A name for lm-eval's cache of requests."""
         return self.texts.tokenizer.name_or_path.replace("/", "__")
 
-    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        """One number of every process, (processes,)."""
-        if self.world_size == 1:
-            return tensor
-        values: list = [None] * self.world_size
-        torch.distributed.all_gather_object(values, tensor.item())
-        return torch.tensor(values)
+    def set_cache_hook(self, cache_hook: CacheHook) -> None:
+        """Take lm-eval's cache of answers (--use_cache), with what any process has cached.
 
-    def gather_object(self, obj: Any, dst: int = 0) -> list | None:
-        """The objects of all processes, in process `dst`; None in others."""
-        if self.world_size == 1:
-            return [obj]
-        objects = [None] * self.world_size if self.rank == dst else None
-        torch.distributed.gather_object(obj, objects, dst)
-        return objects
-
-    def barrier(self) -> None:
-        """Wait until all processes call this."""
-        Workers(self.rank, self.world_size).wait()
+        A process that finds all its answers there asks for none, and the others would wait for it.
+        """
+        super().set_cache_hook(cache_hook)
+        if self.workers.count > 1 and cache_hook.dbdict is not None:
+            for cached in self.workers.gather(dict(cache_hook.dbdict)):
+                cache_hook.dbdict.update(cached)
 
     def _advise(self, chat: bool) -> None:
         names = model_names(self.model.source.name, self.model.source.directory)
         if warning := chat_warning(names, bool(self.texts.tokenizer.chat_template), chat):
             LOG.warning("%s", warning.replace("--chat", "--apply_chat_template"))
+
+
+def _leave_results_to_one(worker: Workers) -> None:
+    """Where lm-eval is told of one process, the one of LOCAL_RANK 0 writes the results: one of all, not of a machine.
+
+    lm-eval names the caches of answers by it too.
+    """
+    if worker.count > 1:
+        os.environ["LOCAL_RANK"] = str(worker.rank)
 
 
 def split_options(config: Any, options: Mapping[str, Any]) -> tuple[MonteCarlo, dict[str, Any]]:

@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from structprune.errors import UserError
+from structprune.errors import UserError, shown
 from structprune.evaluation.documents import Choices, Document, Opening
 from structprune.evaluation.texts import Texts
+from structprune.files import check_regular
 
 SOLUTIONS = ("sol1", "sol2")
 INVALID = "[invalid]"  # stands for a missing answer in comparisons
@@ -130,7 +131,7 @@ def _piqa_rows(path: Path) -> Iterator[dict]:
     labels = _labels(beside, path, len(rows)) if beside.is_file() else [row["label"] for row in rows]
     for number, (row, label) in enumerate(zip(rows, labels, strict=True), start=1):
         if label not in (0, 1):
-            raise UserError(f"{path}, line {number}: label {label} is neither 0 nor 1: give one of them")
+            raise UserError(f"{path}, line {number}: label {shown(label)} is neither 0 nor 1: give one of them")
         yield row | {"label": label}
 
 
@@ -138,7 +139,7 @@ def _labels(path: Path, texts: Path, count: int) -> list[int]:
     lines = _lines(path)
     for number, line in enumerate(lines, start=1):
         if line.strip() not in ("0", "1"):
-            raise UserError(f"{path}, line {number}: {line!r} is not a label: give 0 or 1")
+            raise UserError(f"{path}, line {number}: {shown(line)} is not a label: give 0 or 1")
     if len(lines) != count:
         raise UserError(f"{path} has {len(lines)} labels for {count} lines of {texts.name}: give one a line")
     return [int(line) for line in lines]
@@ -155,34 +156,53 @@ def _rows(path: Path, fields: Mapping[str, type]) -> Iterator[dict]:
     """The objects of a .jsonl file; blank lines at its end are skipped.
 
     Raises:
-        UserError: a line is not a JSON object, or lacks a field of that type.
+        UserError: a line is not a JSON object, or lacks a field of that type, or a text is empty.
     """
     for number, line in enumerate(_lines(path), start=1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number} is not JSON ({error.msg}): give one object a line") from error
+        where = f"{path}, line {number}"
+        row = _parsed(line, where)
         if not isinstance(row, dict):
-            raise UserError(f"{path}, line {number} holds a {type(row).__name__}: give one object a line")
+            raise UserError(f"{where} holds a {type(row).__name__}: give one object a line")
         for name, kind in fields.items():
             if name not in row:
-                raise UserError(f"{path}, line {number} lacks the field '{name}': add it")
-            if not isinstance(row[name], kind) or isinstance(row[name], bool) or row[name] == "":
-                raise UserError(f"{path}, line {number}: the field '{name}' is {row[name]!r}, not a {kind.__name__}")
-            if kind is str and not row[name].isprintable() and row[name].encode(errors="ignore").decode() != row[name]:
-                raise UserError(
-                    f"{path}, line {number}: the field '{name}' holds half a character (a lone surrogate): remove it"
-                )
+                raise UserError(f"{where} lacks the field '{name}': add it")
+            _check_field(f"{where}: the field '{name}'", row[name], kind)
         yield row
 
 
+def _parsed(line: str, where: str) -> Any:
+    """The value that a line writes."""
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where} is not JSON ({error.msg}): give one object a line") from error
+    except RecursionError as error:
+        raise UserError(f"{where} has brackets nested too deep to be read: give one flat object a line") from error
+    except ValueError as error:  # Python reads no number of thousands of digits
+        raise UserError(f"{where} holds a number of too many digits to be read: leave it out") from error
+
+
+def _check_field(what: str, value: Any, kind: type) -> None:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        expected = "a text: give one in quotes" if kind is str else "a whole number: give 0 or 1"
+        raise UserError(f"{what} is {shown(value)}, not {expected}")
+    if not isinstance(value, str):
+        return
+    if not value.strip():
+        raise UserError(f"{what} is empty ({shown(value)}): write a text there, or remove the line")
+    if not value.isprintable() and value.encode(errors="ignore").decode() != value:
+        raise UserError(f"{what} holds half a character (a lone surrogate): remove it")
+
+
 def _lines(path: Path) -> list[str]:
+    check_regular(path)
     try:
         text = path.read_text(encoding="utf-8-sig").rstrip()
         return text.split("\n") if text else []
     except FileNotFoundError as error:
         raise UserError(f"no file at '{path}'") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): convert it") from error
+        number = len((error.object[: error.start] + b".").splitlines())
+        raise UserError(f"{path}, line {number} is not UTF-8 text ({error.reason}): convert the file") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from error

@@ -1,10 +1,11 @@
 """The processes that `accelerate launch` or `torchrun` start: each does its share of the chunks."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed
@@ -13,6 +14,8 @@ from structprune.errors import UserError
 
 LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # set by both launchers
 PATIENCE = timedelta(days=30)  # one process may have much more work than another
+Input = TypeVar("Input")
+Output = TypeVar("Output")
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,34 @@ class Workers:
             torch.distributed.broadcast_object_list(messages, src=0)
         if messages[0] is not None:
             raise problem or UserError(messages[0])
+
+    def share(self, work: Callable[[Sequence[Input]], Sequence[Output]], inputs: Sequence[Input]) -> list[Output]:
+        """`work` on all inputs, the same in every process: each works on its own, and all get the outputs, in order.
+
+        Raises:
+            UserError: what `work` raised in the first process where it did, in every process.
+        """
+        if self.count == 1:
+            return list(work(inputs))
+        own: Sequence[Output] | UserError
+        try:
+            own = work(inputs[self.rank :: self.count])
+        except UserError as error:
+            own = error
+        outputs: list[Any] = [None] * len(inputs)
+        parts = self.gather(own)
+        for rank, part in enumerate(parts):
+            if isinstance(part, UserError):
+                raise part
+            outputs[rank :: self.count] = part
+        return outputs
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all processes, in every process."""
+        values = [value] * self.count
+        if self.count > 1:
+            torch.distributed.all_gather_object(values, value)
+        return values
 
     def wait(self) -> None:
         """Wait until all processes call this."""

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 import torch
 
 from structprune.config import ReconstructSettings
-from structprune.errors import UserError
 from structprune.masking.request import MaskRequest
 from structprune.masking.scores.linears import Linears, Masked, Removal
 from structprune.models.adapter import READERS, BlockView
 from structprune.refit.masked import choose_refit
 from structprune.refit.products import InputProducts, LayerFit
+from structprune.statistics.overflow import overflow
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,18 @@ def mask_readers(
             that a Gram matrix is freed as soon as it is used.
         device: where to compute.
     Raises:
-        UserError: activations that are not finite.
+        UserError: activations that are not finite, or numbers too large for the score.
     """
     roles = READERS[name]
     weights = [block[role].weight.detach().to(device).float() for role in roles]  # (O, C) each
+    where = f"block {block.index}, input of {' and '.join(roles)}"
     if name in statistics and not torch.isfinite(statistics[name]).all():
-        raise UserError(f"block {block.index}: its activations overflow in this dtype: use model.dtype = float32")
+        raise overflow(where, "activations", block[roles[0]].weight.dtype)
     linears = Linears(weights, removal, statistics.pop(name, None))
-    outcome = request.score.mask(linears, request.settings)
+    try:
+        outcome = request.score.mask(linears, request.settings)
+    except (FloatingPointError, torch.linalg.LinAlgError) as error:
+        raise overflow(where, f"{request.settings.score} scores", torch.float32) from error
     damping = outcome.damping
     factored = [] if damping is None else [Factored(block.index, name, damping, outcome.dead)]
     return dict(zip(roles, outcome.masked)), factored

@@ -1,11 +1,14 @@
 """What refits are computed from: weighted second moments of inputs and target outputs, and the error they give."""
 
+import math
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import nn
 
+from structprune.errors import UserError
 from structprune.statistics.activations import add_gram, add_products, mirror
+from structprune.statistics.overflow import place
 
 UNCHANGED = float("inf")  # the damping at which no weight changes
 
@@ -36,8 +39,15 @@ class LayerFit:
 
     @classmethod
     def of(cls, block: int, kind: str, weight: torch.Tensor, check: Products, choice: Choice) -> "LayerFit":
-        """The fit of a linear whose unchanged weight (O, K) fp64 has the held-out products `check`."""
+        """The fit of a linear whose unchanged weight (O, K) fp64 has the held-out products `check`.
+
+        Raises:
+            UserError: products that are not finite.
+        """
         plain = output_error(weight, check.target, check.gram) + check.power
+        if not math.isfinite(plain + choice[2]):
+            remedy = "use model.dtype = float32 if it is not, or reconstruct.enabled = false"
+            raise UserError(f"{place(block, kind)}: the sums of its refit overflow: {remedy}")
         return cls(block, kind, choice[1], (plain + choice[2]) / plain if plain > 0 else 1.0)
 
     def plain(self) -> dict:

@@ -80,6 +80,7 @@ def _half_terms(left: torch.Tensor, right: torch.Tensor, weight: torch.Tensor | 
     return split_terms(left * weight.reshape(-1, 1).float() ** 2), right, product
 
 
+LEAST_POWER = 1e-10  # of the residual stream, far below the norms' epsilon: a stream of zeros gets a finite weight
 GRAM_TILE = {"cpu": 384}  # rows of a Gram matrix computed at a time; elsewhere `DEVICE_GRAM_TILE`
 DEVICE_GRAM_TILE = 2048
 
@@ -131,5 +132,5 @@ def relative_weight(states: torch.Tensor, weight: torch.Tensor | None) -> torch.
     The next norm divides a token by that RMS, so an output error matters in inverse proportion to it. Without this, a
     few tokens with huge residuals dominate.
     """
-    scale = states.float().pow(2).mean(-1).rsqrt()  # (..., T)
+    scale = states.float().pow(2).mean(-1).clamp(min=LEAST_POWER).rsqrt()  # (..., T)
     return scale if weight is None else weight * scale

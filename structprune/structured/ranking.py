@@ -8,10 +8,11 @@ import torch
 from structprune.config import StructuredSettings
 from structprune.errors import UserError
 from structprune.models.adapter import CONSUMER, UNIT_KINDS, BlockView, UnitKey
-from structprune.statistics.activations import add_gram, mirror, relative_weight
+from structprune.statistics.activations import Moments, add_gram, mirror, relative_weight
 from structprune.statistics.gradients import gradient_sums
 from structprune.statistics.hidden import HiddenStates
 from structprune.statistics.moments import consumer_moments
+from structprune.statistics.overflow import overflow, place
 from structprune.statistics.rows import Rows, scan_rows
 from structprune.statistics.scan import Scan
 from structprune.structured.paths import RemovalPath
@@ -20,23 +21,50 @@ from structprune.structured.units import Tensors, Units, all_units, block_tensor
 
 Rank = Callable[[Units, Any], RemovalPath]  # the units of one block and kind, and their statistic -> their path
 Paths = dict[UnitKey, RemovalPath]
+MEASURED = {"weights": "squared weights", "moments": "activations", "grams": "activations", "gradients": "gradients"}
 
 
 def rank_units(scan: Scan, settings: StructuredSettings, arm: str | None) -> Paths:
     """Removal paths of every block and kind by the score in `settings`, on the arm of `scores.table.resolve_arm`.
 
     Raises:
-        UserError: a score of gradients, and a calibration without mask probabilities.
+        UserError: a score of gradients, and a calibration without mask probabilities; a block whose numbers are not
+            finite or cannot be factored.
     """
     score = SCORES[settings.score]
 
     def rank(units: Units, statistic: Any) -> RemovalPath:
-        return score.path(units, statistic, settings)
+        try:
+            path = score.path(units, statistic, settings)
+        except torch.linalg.LinAlgError as error:
+            raise _failure(scan, settings, units, statistic) from error
+        # the last step may cost infinity, so that no allocation empties a block
+        if path.cost.isnan().any() or not path.cost[:-1].isfinite().all():
+            raise _failure(scan, settings, units, statistic)
+        if path.rank is not None and not path.rank.isfinite().all():
+            raise _failure(scan, settings, units, statistic)
+        return path
 
     if score.needs == "weights":
         return _rank_weights(scan, settings, rank)
     assert arm is not None, f"score {settings.score} reads activations"
     return COLLECTORS[score.needs](scan, settings, arm, rank)
+
+
+def _failure(scan: Scan, settings: StructuredSettings, units: Units, statistic: Any) -> UserError:
+    """Why the units of one block and kind cannot be ranked."""
+    score, where = SCORES[settings.score], place(*units.key)
+    parts = statistic if isinstance(statistic, list) else [statistic]
+    tensors = [part.squared_norm if isinstance(part, Moments) else part for part in parts]
+    if score.needs == "weights":
+        tensors = [tensor.float().square() for tensor in tensors]
+    if not all(tensor.isfinite().all() for tensor in tensors):
+        dtype = torch.float32 if score.needs == "weights" else units.weight.dtype
+        return overflow(where, MEASURED[score.needs], dtype, scan.adapter.model)
+    if "damping" in score.options:
+        damping = f"structured.damping = {settings.damping:g}"
+        return UserError(f"{where}: its Gram matrix cannot be factored with {damping}: raise it")
+    return UserError(f"{where}: score '{settings.score}' is not a finite number: choose another structured.score")
 
 
 def _rank_weights(scan: Scan, settings: StructuredSettings, rank: Rank) -> Paths:

@@ -45,16 +45,21 @@ generation_kwargs: {until: ["Question:"], max_gen_toks: 8, do_sample: false}
 BLEU = GENERATION.replace("tiny_generation", "tiny_bleu").replace("exact_match", "bleu")
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
+def write_tasks(folder):
+    """The files of all tasks and their documents: 3 of `tiny_one` and `tiny_generation`, 5 of `tiny_two`."""
     for name, count in (("one", 3), ("two", 5)):
         rows = [{"goal": f"{name} {n}?", "sol1": "Yes.", "sol2": "Not at all.", "label": n % 2} for n in range(count)]
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        text = CHOICE.replace("NAME", f"tiny_{name}").replace("FILE", str(tmp_path / f"{name}.jsonl"))
-        (tmp_path / f"{name}.yaml").write_text(text)
-    (tmp_path / "group.yaml").write_text(GROUP)
-    (tmp_path / "generation.yaml").write_text(GENERATION.replace("FILE", str(tmp_path / "one.jsonl")))
-    (tmp_path / "bleu.yaml").write_text(BLEU.replace("FILE", str(tmp_path / "one.jsonl")))
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        text = CHOICE.replace("NAME", f"tiny_{name}").replace("FILE", str(folder / f"{name}.jsonl"))
+        (folder / f"{name}.yaml").write_text(text)
+    (folder / "group.yaml").write_text(GROUP)
+    (folder / "generation.yaml").write_text(GENERATION.replace("FILE", str(folder / "one.jsonl")))
+    (folder / "bleu.yaml").write_text(BLEU.replace("FILE", str(folder / "one.jsonl")))
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    write_tasks(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(lm_tasks, "_manager", lambda include: TaskManager(include_path=include, include_defaults=False))
     return tmp_path
@@ -94,46 +99,93 @@ def test_a_task_without_a_metric_per_item_is_refused_before_weights_are_read(fol
 
 
 COUNTED = """
-import os, pathlib, sys
+import functools, os, pathlib, sys
+import lm_eval.tasks
 from structprune.evaluation import harness
 
-score = harness.StructpruneLM.loglikelihood
-def counted(self, requests):
-    count = len({request.doc_id for request in requests})
-    place = pathlib.Path(os.environ["COUNTS"]) / f"rank {self.rank} of {self.world_size}"  # lines of two would mix
-    place.write_text(str(count))
-    return score(self, requests)
-harness.StructpruneLM.loglikelihood = counted
+lm_eval.tasks.TaskManager = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
+def counted(name):
+    work = getattr(harness.StructpruneLM, name)
+    def count(self, inputs):
+        place = pathlib.Path(os.environ["COUNTS"]) / f"{name} {self.workers.rank}"  # lines of two would mix
+        place.write_text(str(len(inputs)))
+        return work(self, inputs)
+    return count
+for name in ("_score", "_generate"):
+    setattr(harness.StructpruneLM, name, counted(name))
 sys.exit(harness.main())
 """
 
 
-def test_two_processes_of_lm_evals_command_line_find_what_one_finds(folder, tiny_checkpoint):
-    """Documents are split unevenly: 5 between 2."""
-    wrapped, places = folder / "counted.py", {}
-    wrapped.write_text(COUNTED)
-    given = [
-        str(wrapped), "--model", "structprune", "--tasks", "tiny_two", "--include_path", str(folder),
-        "--model_args", f"pretrained={tiny_checkpoint()},samples=8", "--log_samples",
-    ]  # fmt: skip
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path), "HF_HOME": str(folder)}
-    result = {}
-    for name, start in (("one", []), ("two", launcher)):
-        command = [sys.executable, *start, *given, "--output_path", str(folder / name)]
-        counts = folder / f"counts-{name}"
-        counts.mkdir()
-        environment["COUNTS"] = str(counts)
+@pytest.fixture(scope="module")
+def lm_eval_run(tmp_path_factory, shared_checkpoint):
+    """`lm_eval_run(processes, *arguments)` -> answers by (task, document), and how many each process found."""
+    folder = tmp_path_factory.mktemp("runs")
+    write_tasks(folder)
+    (folder / "counted.py").write_text(COUNTED)
+    checkpoint = shared_checkpoint()
+
+    def run(processes, *arguments):
+        out, counts = tmp_path_factory.mktemp("out"), tmp_path_factory.mktemp("counts")
+        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
+        command = [
+            sys.executable, *(launcher if processes > 1 else ()), str(folder / "counted.py"), "--model", "structprune",
+            "--tasks", "tiny_two,tiny_generation", "--include_path", str(folder), "--log_samples",
+            "--model_args", f"pretrained={checkpoint},samples=8", "--output_path", str(out), *arguments,
+        ]  # fmt: skip
+        variables = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path), "HF_HOME": str(folder)}
+        environment = os.environ | variables | {"COUNTS": str(counts)}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
         assert done.returncode == 0, done.stderr[-3000:]
-        (samples,) = (folder / name).rglob("samples_*.jsonl")
-        rows = [json.loads(line) for line in samples.read_text().splitlines()]
-        result[name] = {row["doc_id"]: [float(value[0]) for value in row["filtered_resps"]] for row in rows}
-        places[name] = {path.name: int(path.read_text()) for path in counts.iterdir()}
-    assert places == {
-        "one": {"rank 0 of 1": 5},
-        "two": {"rank 0 of 2": 3, "rank 1 of 2": 2},
-    }
-    assert len(result["one"]) == 5 and result["one"].keys() == result["two"].keys()
-    for document, values in result["one"].items():
-        assert values == pytest.approx(result["two"][document], rel=1e-5)
+        assert len(list(out.rglob("results_*.json"))) == 1  # one process writes
+        answers = {}
+        for path in out.rglob("samples_*.jsonl"):
+            task = path.name.removeprefix("samples_").rpartition("_")[0]
+            for row in map(json.loads, path.read_text().splitlines()):
+                answers[task, row["doc_id"]] = row["filtered_resps"]
+        return answers, {path.name: int(path.read_text()) for path in counts.iterdir()}
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def alone(lm_eval_run):
+    """Answers of one process on all documents."""
+    answers, counts = lm_eval_run(1)
+    assert len(answers) == 8 and counts == {"_score 0": 5, "_generate 0": 3}
+    return answers
+
+
+def assert_same(answers, expected):
+    """Equal texts, and log-likelihoods equal up to rounding."""
+    for key, values in answers.items():
+        if key[0] == "tiny_generation":
+            assert values == expected[key] and values[0]
+        else:
+            assert [float(v[0]) for v in values] == pytest.approx([float(v[0]) for v in expected[key]], rel=1e-5)
+
+
+def test_two_processes_of_lm_evals_command_line_find_what_one_finds(lm_eval_run, alone):
+    """Documents are split unevenly: 5 between 2, and 3 between 2."""
+    answers, counts = lm_eval_run(2)
+    assert answers.keys() == alone.keys()
+    assert_same(answers, alone)
+    assert counts == {"_score 0": 3, "_score 1": 2, "_generate 0": 2, "_generate 1": 1}
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_without_a_document_wait_for_the_others(lm_eval_run, alone, processes):
+    answers, counts = lm_eval_run(processes, "--limit", "1")
+    assert answers.keys() == {("tiny_two", 0), ("tiny_generation", 0)}
+    assert_same(answers, alone)
+    expected = {f"{work} {rank}": int(rank == 0) for work in ("_score", "_generate") for rank in range(processes)}
+    assert counts == expected
+
+
+def test_a_cache_of_answers_that_one_process_filled_serves_all(lm_eval_run, alone, tmp_path):
+    """All are in the first process's cache and none in the second's, which would wait for the first's share."""
+    cache = ("--use_cache", str(tmp_path / "cache"))
+    assert lm_eval_run(1, *cache)[1] == {"_score 0": 5, "_generate 0": 3}
+    answers, counts = lm_eval_run(2, *cache)
+    assert answers.keys() == alone.keys() and counts == {}
+    assert_same(answers, alone)

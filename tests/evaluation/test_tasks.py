@@ -1,6 +1,7 @@
 """Local PIQA and GSM8K, and names of tasks: made-up lines of their forms."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -200,11 +201,18 @@ def test_shots_that_cannot_be_shown(piqa, texts):
         ('{"goal": "g", "sol1": "a", "sol2": "b", "label": 0}\n{"goal"', "line 2 is not JSON"),
         ('{"goal": "g", "sol1": "a", "label": 0}', "line 1 lacks the field 'sol2'"),
         ('{"goal": "g", "sol1": "a", "sol2": "b"}', "line 1 lacks the field 'label'"),
-        ('{"goal": "g", "sol1": "a", "sol2": 3, "label": 0}', "line 1: the field 'sol2' is 3, not a str"),
-        ('{"goal": "g", "sol1": "a", "sol2": "", "label": 0}', "the field 'sol2' is ''"),
+        ('{"goal": "g", "sol1": "a", "sol2": 3, "label": 0}', "line 1: the field 'sol2' is 3, not a text: give one in"),
+        ('{"goal": "g", "sol1": "a", "sol2": "", "label": 0}', "line 1: the field 'sol2' is empty .*: write a text"),
+        ('{"goal": "g", "sol1": " \\t", "sol2": "b", "label": 0}', "line 1: the field 'sol1' is empty"),
+        ('{"goal": "g", "sol1": "a", "sol2": "\\ud83d", "label": 0}', "line 1: the field 'sol2' holds half a char"),
         ('{"goal": "g", "sol1": "a", "sol2": "b", "label": 2}', "line 1: label 2 is neither"),
-        ('{"goal": "g", "sol1": "a", "sol2": "b", "label": true}', "the field 'label' is True"),
+        ('{"goal": "g", "sol1": "a", "sol2": "b", "label": true}', "line 1: the field 'label' is True, .* give 0 or 1"),
+        ('{"goal": "g", "sol1": "a", "sol2": "b", "label": 1.0}', "line 1: the field 'label' is 1.0, not a whole"),
+        ('{"goal": "g", "sol1": "a", "sol2": "b", "label": -%s}' % ("9" * 4000), r"line 1: label -9+\.+9+ is neither"),
+        ('{"goal": "g", "sol1": "a", "sol2": "b", "label": %s}' % ("9" * 5000), "line 1 holds a number of too many"),
         ("[1]", "line 1 holds a list"),
+        ('\n{"goal": %s' % ("[" * 100_000), "line 1 is not JSON"),
+        ('{"goal": %s' % ("[" * 100_000), "line 1 has brackets nested too deep"),
     ],
 )
 def test_bad_lines_are_named(tmp_path, texts, lines, message):
@@ -213,6 +221,7 @@ def test_bad_lines_are_named(tmp_path, texts, lines, message):
     with pytest.raises(UserError, match=message) as error:
         open_task(f"piqa:{path}", LLADA, texts)
     assert str(path) in str(error.value)
+    assert "\n" not in str(error.value) and len(str(error.value)) < len(str(path)) + 150
 
 
 def test_bad_labels_are_named(piqa, texts):
@@ -229,9 +238,19 @@ def test_bad_answers_of_gsm8k_are_named(tmp_path, texts):
     path = write(tmp_path / "bad.jsonl", [*GSM8K, {"question": "?", "answer": "42"}])
     with pytest.raises(UserError, match="line 6: the field 'answer' does not end in"):
         opened(texts, f"gsm8k:{path}", limit=1)
-    path.write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match="not UTF-8"):
+    for name, row in (("question", {"question": " ", "answer": "#### 1"}), ("answer", {"question": "?", "answer": ""})):
+        write(path, [*GSM8K, row])
+        with pytest.raises(UserError, match=f"line 6: the field '{name}' is empty .*: write a text there"):
+            opened(texts, f"gsm8k:{path}", limit=1)
+    path.write_bytes(json.dumps(GSM8K[0]).encode() + b"\r\n\r\n\xff\xfe")
+    with pytest.raises(UserError, match="bad.jsonl, line 3 is not UTF-8 text .*: convert the file"):
         opened(texts, f"gsm8k:{path}")
+
+
+def test_a_pipe_in_a_files_place_is_not_waited_for(tmp_path, texts):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(UserError, match="is a pipe or device, not a file"):
+        opened(texts, f"gsm8k:{tmp_path / 'pipe.jsonl'}")
 
 
 def test_without_lm_eval_its_tasks_are_refused(monkeypatch, texts):

@@ -2,6 +2,7 @@
 
 import pytest
 
+from structprune.errors import UserError
 from structprune.evaluation import workers as module
 from structprune.evaluation.workers import LAUNCHED, Workers, join, workers
 
@@ -11,6 +12,26 @@ def test_chunks_are_shared_out_without_gap_or_overlap():
     assert [[place.mine(number) for place in places].count(True) for number in range(7)] == [1] * 7
     assert [number for number in range(7) if places[1].mine(number)] == [1, 4]
     assert [place.main for place in places] == [True, False, False]
+
+
+@pytest.mark.parametrize("rank", range(3))
+def test_outputs_of_shared_work_are_in_the_order_of_the_inputs(monkeypatch, rank):
+    given = []
+    monkeypatch.setattr(Workers, "gather", lambda self, own: given.append(own) or [[0, 30], [10, 40], [20]])
+    assert Workers(rank, 3).share(lambda inputs: [10 * each for each in inputs], range(5)) == [0, 10, 20, 30, 40]
+    assert given == [[[0, 30], [10, 40], [20]][rank]]
+
+
+def test_a_problem_in_one_process_ends_them_all(monkeypatch):
+    def fail(inputs):
+        raise UserError(f"{inputs} is too much")
+
+    monkeypatch.setattr(Workers, "gather", lambda self, own: [[1], own])
+    with pytest.raises(UserError, match=r"\[2\] is too much"):
+        Workers(1, 2).share(fail, [1, 2])
+    monkeypatch.setattr(Workers, "gather", lambda self, own: [own, UserError("the other's")])
+    with pytest.raises(UserError, match="the other's"):
+        Workers(0, 2).share(lambda inputs: inputs, [1, 2])
 
 
 def test_a_single_process_has_all(monkeypatch):

@@ -135,8 +135,24 @@ def test_weights_in_place_are_not_touched(block, score):
 def test_activations_that_overflow_are_refused_in_one_line(block, score, value):
     measured = statistics(block, score)
     measured["mlp_input"].view(-1)[7] = value
-    with pytest.raises(UserError, match="^block 1: its activations overflow in this dtype: use model.dtype = float32$"):
+    message = "^block 1, input of gate and up: its activations overflow in float32: .*; use a sound checkpoint$"
+    with pytest.raises(UserError, match=message):
         mask_block(block, score, Removal(0.5), measured)
+    block.module.half()
+    message = "^block 1, input of gate and up: its activations overflow in float16: use model.dtype = float32$"
+    measured = statistics(block, score)
+    measured["mlp_input"].view(-1)[7] = value
+    with pytest.raises(UserError, match=message):
+        mask_block(block, score, Removal(0.5), measured)
+
+
+@pytest.mark.parametrize("nm", [None, (2, 4)])
+def test_weights_whose_scores_overflow_are_refused_in_one_line(block, nm):
+    measured = statistics(block, "sparsegpt")
+    with torch.no_grad():
+        block["down"].weight.mul_(1e30)
+    with pytest.raises(UserError, match="^block 1, input of down: its sparsegpt scores overflow in float32: "):
+        mask_block(block, "sparsegpt", Removal(0.5, nm), measured)
 
 
 def test_masks_by_scores_by_hand():

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from structprune.refit.products import RowSums
+from structprune.errors import UserError
+from structprune.refit.products import UNCHANGED, LayerFit, Products, RowSums
 
 
 def linears(device: str = "cpu") -> dict[str, nn.Linear]:
@@ -35,3 +36,18 @@ def test_the_host_reads_nothing_in_a_batch():
     sums = RowSums(linears("meta"), torch.device("meta"), cross=True, power=True)
     x = torch.empty(2, 4, 3, device="meta")  # (b, T, C)
     sums.add(x, x, torch.ones(2, 4, device="meta"))
+
+
+@pytest.mark.parametrize("power, value", [(float("inf"), 1.0), (1.0, float("nan"))])
+def test_products_that_overflow_are_named(power, value):
+    weight = torch.ones(1, 2, dtype=torch.float64)  # (O, K)
+    check = Products(torch.eye(2) * value, torch.ones(1, 2, dtype=torch.float64), power)
+    message = "^block 2, MLP channels: the sums of its refit overflow: .*model.dtype = float32 .*reconstruct.enabled"
+    with pytest.raises(UserError, match=message):
+        LayerFit.of(2, "channels", weight, check, (weight, UNCHANGED, 0.0))
+
+
+def test_a_layer_without_output_has_the_error_of_no_refit():
+    weight = torch.zeros(1, 2, dtype=torch.float64)  # (O, K)
+    fit = LayerFit.of(0, "down", weight, Products(torch.eye(2), weight, 0.0), (weight, UNCHANGED, 0.0))
+    assert (fit.error, fit.plain()["damping"]) == (1.0, None)

@@ -82,6 +82,11 @@ def test_relative_weight_divides_by_the_rms_of_the_stream():
     assert torch.allclose(relative_weight(states, torch.tensor([[0.5, 0.5]])), torch.tensor([[0.2, 0.5]]))
 
 
+def test_relative_weight_of_a_stream_of_zeros_is_finite():
+    states = torch.tensor([[0.0, 0.0], [1e-6, 1e-6], [1e-4, 1e-4]])
+    assert relative_weight(states, None).tolist() == pytest.approx([1e5, 1e5, 1e4])
+
+
 @pytest.mark.parametrize("size, tile", [(8, 3), (8, 8), (7, 384), (9, 1)])
 def test_gram_in_tiles_equals_all_products(monkeypatch, size, tile):
     monkeypatch.setitem(activations.GRAM_TILE, "cpu", tile)

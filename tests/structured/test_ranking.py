@@ -12,8 +12,10 @@ from structprune.models.adapter import Adapter
 from structprune.statistics import activations, rows
 from structprune.statistics.rows import scan_rows
 from structprune.statistics.scan import Limits, Scan
+from structprune.structured.paths import static_path
 from structprune.structured.ranking import rank_units
 from structprune.structured.scores.obs import obs_path
+from structprune.structured.scores.table import SCORES, Score
 from structprune.structured.units import Units, block_groups, block_tensors, coupled_slices
 
 MASK, LENGTH = 2047, 12
@@ -252,6 +254,28 @@ def test_taylor_without_mask_probabilities_is_refused(tiny_model, calibration):
     scan = Scan(Adapter(tiny_model()), replace(calibration, mask_probability=None), SINK)
     with pytest.raises(UserError, match="'taylor' needs mask probabilities"):
         rank_units(scan, StructuredSettings(score="taylor"), "masked")
+
+
+def test_a_gram_matrix_that_cannot_be_factored_is_named_with_the_setting(tiny_model, calibration):
+    """36 rows cannot span 48 channels, so that only damping makes the matrix positive definite."""
+    scan = Scan(Adapter(tiny_model()), calibration, SINK)
+    message = "^block 0, MLP channels: its Gram matrix cannot be factored with structured.damping = 1e-30: raise it$"
+    with pytest.raises(UserError, match=message):
+        rank_units(scan, StructuredSettings(damping=1e-30), "clean")
+    assert len(rank_units(scan, StructuredSettings(damping=1e-6), "clean")) == 6
+
+
+@pytest.mark.parametrize("needs, arm", [("weights", None), ("moments", "masked")])
+@pytest.mark.parametrize("rank", [False, True])
+def test_a_score_that_is_no_number_is_named(tiny_model, calibration, monkeypatch, needs, arm, rank):
+    def path(units, statistic, settings):
+        good, bad = torch.ones(units.count), torch.full((units.count,), float("nan"))
+        return static_path(*((good, units.groups, bad) if rank else (bad, units.groups)))
+
+    monkeypatch.setitem(SCORES, "magnitude", Score(needs, path))
+    message = "block 0, attention heads: score 'magnitude' is not a finite number: choose another structured.score"
+    with pytest.raises(UserError, match=message):
+        rank_units(Scan(Adapter(tiny_model()), calibration, SINK), StructuredSettings(score="magnitude"), arm)
 
 
 def test_slices_of_shared_kv_heads_stay_out_of_query_head_units(tiny_model):

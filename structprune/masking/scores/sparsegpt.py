@@ -11,6 +11,7 @@ from structprune.config import MaskingSettings
 from structprune.masking.patterns import group_mask, pooled_mask
 from structprune.masking.scores.linears import Linears, Outcome
 
+MOST_DAMPING = 1e6  # far above what any finite Gram matrix needs
 INNER = 32  # columns whose updates reach the rest of their block as one product
 
 
@@ -34,6 +35,7 @@ def factorise(gram: torch.Tensor, damping: float = 0.01) -> Factor:
         damping: λ relative to the mean diagonal.
     Raises:
         ValueError: the Gram matrix holds NaN or infinity.
+        torch.linalg.LinAlgError: its numbers are so large that damping overflows.
     """
     if not torch.isfinite(gram).all():  # one device sync per input, as for `failed` below
         raise ValueError("a Gram matrix holds NaN or infinity: the activations overflow in this dtype, use float32")
@@ -50,6 +52,8 @@ def factorise(gram: torch.Tensor, damping: float = 0.01) -> Factor:
         lower, failed = torch.linalg.cholesky_ex(turned)  # (C, C)
         if not failed:
             break
+        if damping > MOST_DAMPING:
+            raise torch.linalg.LinAlgError("the Gram matrix cannot be factored")
         damping = max(10 * damping, 1e-4)
     del turned
     inverse = torch.eye(len(lower), dtype=lower.dtype, device=lower.device).T  # (C, C), columns first: no copy inside
@@ -123,10 +127,18 @@ def _prune_block(current: torch.Tensor, keep: torch.Tensor, upper: torch.Tensor,
 
 
 def mask_linears(linears: Linears, settings: MaskingSettings) -> Outcome:
-    """SparseGPT on the linears of one input."""
+    """SparseGPT on the linears of one input.
+
+    Raises:
+        FloatingPointError: weights whose scores overflow.
+        torch.linalg.LinAlgError: as `factorise`.
+    """
     removal = linears.removal
     if removal.nm is None and removal.ratio == 0:
         return Outcome([(weight, torch.ones_like(weight, dtype=torch.bool)) for weight in linears.weights])
     factor = factorise(linears.take_statistic(), settings.damping)  # no other reference, so its memory is freed
+    largest = max(weight.abs().max() for weight in linears.weights) / factor.upper.diagonal().min()  # ()
+    if not largest.square().isfinite():  # one device sync per input
+        raise FloatingPointError("scores overflow")
     masked = sparsegpt(linears.weights, factor, removal.ratio, removal.nm, settings.column_block)
     return Outcome(masked, factor.damping, int(factor.dead.sum()))

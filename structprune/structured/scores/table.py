@@ -19,7 +19,8 @@ class Score:
         needs: the statistic, collected in `structured.ranking`. "weights": slices (U, n_i) of the coupled weights.
             "moments": `Moments` of the consumer's C input features. "grams": their Gram matrix (C, C). "gradients":
             slices (U, n_i) of gradient times weight.
-        path: `path(units, statistic, settings)` -> the order in which units go.
+        path: `path(units, statistic, settings)` -> the order in which units go; costs and ranks are finite, save for
+            the last step's cost.
         arms: calibration arms it can use; none for a score of weights alone.
         reason: why it cannot use the others.
         options: keys of `StructuredSettings` that only some scores read, and this one does.

@@ -233,3 +233,8 @@ def test_what_is_not_finite_is_refused(value):
     gram[1, 2] = value
     with pytest.raises(ValueError, match="holds NaN or infinity"):
         factorise(gram)
+
+
+def test_damping_that_overflows_ends():
+    with pytest.raises(torch.linalg.LinAlgError, match="cannot be factored"):
+        factorise(torch.eye(4) * torch.finfo(torch.float32).max)

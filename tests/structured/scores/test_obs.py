@@ -153,6 +153,18 @@ def test_cheapest_of_every_group_by_hand():
     assert cheapest(single, member, 2, 3).tolist() == [[5, 7], [6, 1], [2, 4]]  # of equal ones the first
 
 
+@pytest.mark.parametrize("width, groups", [(1, [list(range(8))]), (2, [[0, 1], [2, 3]])])
+def test_inputs_that_are_always_zero_cost_next_to_nothing(width, groups):
+    weight, _, _ = case(3, 8)
+    path = obs_path(weight, torch.zeros(8, 8), groups, DAMPING)
+    assert (path.cost[:-1] > 0).all() and path.cost[:-1].sum() < 1e-30 and path.cost[-1] == float("inf")
+    sizes = weight.double().pow(2).sum(0).view(-1, width).sum(1)  # (U,)
+    for number, group in enumerate(groups):  # with nothing else to go by, small weights go first
+        assert [step[number] for step in path.steps] == sorted(group, key=sizes.tolist().__getitem__)
+    still = obs_path(torch.zeros(3, 8), torch.zeros(8, 8), groups, DAMPING)
+    assert still.cost[:-1].tolist() == [0.0] * (len(groups[0]) - 1)
+
+
 @pytest.mark.parametrize("width", [1, 2])
 def test_what_is_not_positive_definite_is_an_error_as_before(width, monkeypatch):
     weight, gram, _ = case(3, 8)
