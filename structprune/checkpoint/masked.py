@@ -69,13 +69,18 @@ def save_masked(
         else:
             for name in names:
                 _rewrite(source / name, draft / name, changed, value)
-        for path in copied:
-            (draft / path).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / path, draft / path)
-        if quantisation(source_of(model).values):  # what is written is not, and would not load as if it were
-            values = {key: value for key, value in source_of(model).values.items() if key != "quantization_config"}
-            write_json(draft / "config.json", values)
+        _copy(copied, source, draft)
     return directory
+
+
+def _copy(paths: list[Path], source: Path, draft: Path) -> None:
+    """Copy files, relative to `source`; config.json without the quantisation that what is written does not have."""
+    for path in paths:
+        (draft / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / path, draft / path)
+    values = read_json(source / "config.json")
+    if quantisation(values):
+        write_json(draft / "config.json", {key: values[key] for key in values if key != "quantization_config"})
 
 
 def _intact_source(model: DiffusionLM) -> Path:

@@ -1,5 +1,6 @@
 """A whole structured run on one screen: calibration -> scores -> plan -> surgery -> refit -> check -> report."""
 
+import math
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -144,7 +145,8 @@ class Pruner(Run):
             return make_plan(self.adapter, paths, counts, settings.gqa, notes)
 
         def measure(counts) -> float:
-            return self.nelbo(self._refit(plan_of(counts), settings.split_windows)[0]).mean
+            loss = self.nelbo(self._refit(plan_of(counts), settings.split_windows)[0]).mean
+            return math.inf if math.isnan(loss) else loss  # the least of several is chosen
 
         choice = choose_counts(request.sizes, paths, settings, measure)
         return plan_of(choice.counts), choice.plain(request.sizes)

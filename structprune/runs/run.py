@@ -1,5 +1,6 @@
 """What every pruning run shares: calibration, streaming, timing, the held-out check and the sink log."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,6 +19,7 @@ from structprune.models.adapter import Adapter
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.placement import streamed, synchronise
 from structprune.progress import Track
+from structprune.statistics.overflow import largest_weight
 from structprune.statistics.scan import Scan
 from structprune.statistics.sink_log import SinkLog
 from structprune.structured.request import StructuredRequest
@@ -115,8 +117,25 @@ class Run:
     def _show_check(self, items):
         return self.track(items, "held-out check")
 
+    def _check_finite(self, name: str, loss: Nelbo) -> None:
+        """Raise UserError where a model's loss is not a finite number."""
+        if math.isfinite(loss.mean):
+            return
+        dtype = next(self.model.parameters()).dtype
+        remedy = "use model.dtype = float32"
+        if dtype != torch.float16:  # bfloat16 has the range of float32
+            remedy = f"{largest_weight(self.model)}; use a sound checkpoint"
+        kind = str(dtype).removeprefix("torch.")
+        raise UserError(f"the {name} model's loss on held-out windows is {loss.mean} in {kind}: {remedy}")
+
     def held_out(self, dense: Nelbo, pruned: Nelbo, kept: str, **means: float | None) -> dict:
-        """What pruning costs on the held-out windows, as plain data; `kept` names a candidate, `means` all."""
+        """What pruning costs on the held-out windows, as plain data; `kept` names a candidate, `means` all.
+
+        Raises:
+            UserError: a loss that is not finite.
+        """
+        self._check_finite("dense", dense)
+        self._check_finite("pruned", pruned)
         return {
             "kept": kept,
             "dense": dense.mean,

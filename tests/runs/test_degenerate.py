@@ -131,3 +131,11 @@ def test_the_command_line_ends_with_code_2_and_writes_nothing(
         "structprune: error: block 2, attention heads: its activations overflow in float32: the largest"
     )
     assert name in error and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("method", ["obs", "sparsegpt"])
+def test_a_loss_that_is_no_number_is_refused(changed_model, run, method):
+    """Where no score sees it: everything before the head is sound."""
+    model = changed_model("llada", lambda model: [model.final_norm.weight], float("nan"))
+    with pytest.raises(UserError, match="dense model's loss on held-out windows is nan in float32: the largest"):
+        run(model, METHODS[method])
