@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from structprune.errors import UserError
+from structprune.models.tokenizer import encode
 
 PIECE = 1 << 18  # characters tokenised at a time, so that memory does not grow with the corpus
 
@@ -36,7 +37,7 @@ def tokenize_corpus(texts: Iterable[str], tokenizer, limit: int) -> torch.Tensor
     parts: list[torch.Tensor] = []
     count = 0
     for piece in pieces(texts):
-        ids = tokenizer(piece, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        ids = encode(tokenizer, piece)
         parts.append(torch.tensor(ids, dtype=torch.int32))
         count += len(ids)
         if count >= limit:

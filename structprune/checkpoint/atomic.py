@@ -52,11 +52,21 @@ def whole_directory(directory: str | Path, replaces: tuple[str, ...] = ()) -> It
 
 
 def output_place(path: str | Path) -> Path:
-    """An absolute path whose last part is a name, where `path` may end in `..`; links stay."""
+    """An absolute path whose last part is a name, where `path` may end in `..`; of a link to a directory, its target.
+
+    Raises:
+        UserError: a loop of links.
+    """
     path = Path(path).absolute()
-    if path.name == "..":
-        return path.resolve()
-    return path.parent.resolve() / path.name if ".." in path.parts else path
+    try:
+        if path.name == ".." or (path.is_symlink() and path.is_dir()):
+            return path.resolve()
+        path.resolve()
+        return path.parent.resolve() / path.name if ".." in path.parts else path
+    except (RuntimeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.ELOOP:
+            return path
+        raise UserError(f"output '{path}' is a loop of links: choose another") from error
 
 
 def is_fixed(directory: Path) -> bool:

@@ -69,7 +69,7 @@ def check_apart(directory: str | Path, source: str | Path, overwrite: bool = Fal
     Raises:
         UserError: they do (the output may hold the checkpoint without `overwrite`).
     """
-    place, inside = Path(directory).resolve(), Path(source).resolve()
+    place, inside = output_place(directory).resolve(), Path(source).resolve()
     if place == inside or inside in place.parents:
         raise UserError(f"output '{directory}' lies inside the input checkpoint '{source}': choose another place")
     if place in inside.parents and overwrite:

@@ -84,13 +84,19 @@ def main(arguments: list[str] | None = None) -> int:
         if "--debug" in arguments:
             traceback.print_exc()
         message, code = _explain(error, arguments[0])
-        print(f"structprune: error: {' '.join(message.split())}", file=sys.stderr)
+        print(f"structprune: error: {_printable(message)}", file=sys.stderr)
         return code
 
 
 def _interrupted(note: str = "nothing was written") -> int:
     print(f"structprune: interrupted; {note}", file=sys.stderr)
     return INTERRUPTED
+
+
+def _printable(message: str) -> str:
+    """A message in one line; control characters, which a terminal would obey, as their codes."""
+    line = " ".join(message.split())
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in line)
 
 
 def _explain(error: BaseException, verb: str) -> tuple[str, int]:

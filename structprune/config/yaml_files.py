@@ -41,9 +41,13 @@ def parse_yaml(text: str) -> Any:
         ValueError: not YAML, nested too deeply, or aliases that expand to more than `NODES` values.
     """
     try:
-        value = yaml.safe_load(text)
-        if _size(value, {}) > NODES:
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _size(node, {}) > NODES:  # before merges (`<<`) copy what they name
             raise ValueError(f"its aliases expand to more than {NODES:,} values")
+        value = loader.construct_document(node)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
     except Exception as error:  # besides YAMLError: dates and numbers that do not exist, keys that cannot be keys
@@ -51,12 +55,12 @@ def parse_yaml(text: str) -> Any:
     return value
 
 
-def _size(value: Any, sizes: dict[int, int]) -> int:
-    """The number of values in `value`, those behind an alias counted each time; `sizes` holds those already known."""
-    if not isinstance(value, (dict, list)):
+def _size(node: yaml.Node, sizes: dict[int, int]) -> int:
+    """The number of values below a node, those behind an alias counted each time; `sizes` holds those already known."""
+    if isinstance(node, yaml.ScalarNode):
         return 1
-    if id(value) not in sizes:
-        sizes[id(value)] = NODES + 1  # for a value that holds itself
-        parts = [*value, *value.values()] if isinstance(value, dict) else value
-        sizes[id(value)] = 1 + sum(_size(part, sizes) for part in parts)
-    return sizes[id(value)]
+    if id(node) not in sizes:
+        sizes[id(node)] = NODES + 1  # for a value that holds itself
+        parts = node.value if isinstance(node, yaml.SequenceNode) else [part for pair in node.value for part in pair]
+        sizes[id(node)] = 1 + sum(_size(part, sizes) for part in parts)
+    return sizes[id(node)]

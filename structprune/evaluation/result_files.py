@@ -27,6 +27,7 @@ from structprune.evaluation.result_state import (
     RESULTS,
     SETTINGS,
     erase,
+    foreign_entries,
     has_rows,
     lock,
     refuse_foreign,
@@ -45,7 +46,7 @@ from structprune.evaluation.results import (
     setting_differences,
     to_json,
 )
-from structprune.files import make_folders, remove_folders, write_whole
+from structprune.files import check_regular, make_folders, remove_folders, write_whole
 
 Keys = Mapping[str, Mapping[str, Sequence[str]]]  # checkpoint -> task -> keys of its items, in order
 
@@ -94,13 +95,14 @@ class ResultStore:
         """Lock and claim the directory, and read what is stored."""
         refuse_foreign(self.directory)
         self._made = make_folders(self.directory)
-        self._handle = os.open(self.directory, os.O_RDONLY)
+        self._handle = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY)
         lock(self._handle, self.directory, alone=False)
         self._claim()
         self.finished = (self.directory / RESULTS).is_file()
         if self.finished:
             return
         self._path.parent.mkdir(exist_ok=True)
+        check_regular(self._path)  # a pipe would be waited for
         self._file = FileIO(self._path, "a")
         lock(self._file.fileno(), self.directory, alone=True)
         os.truncate(self._path, self._path.read_bytes().rfind(b"\n") + 1)  # a line that a killed process left
@@ -151,7 +153,10 @@ class ResultStore:
         if earlier is None:
             rows = self._merged(keys)
         else:  # in the order of the keys, because the others are compared with the first checkpoint
-            rows = {name: {task: earlier.rows[name][task] for task in tasks} for name, tasks in keys.items()}
+            try:
+                rows = {name: {task: earlier.rows[name][task] for task in tasks} for name, tasks in keys.items()}
+            except KeyError as error:
+                raise UserError(f"'{self.directory / RESULTS}' lacks {error}: {DAMAGED}") from error
         summary = summarise(rows)
         if earlier is None or summary != earlier.summary or list(rows) != list(earlier.rows):
             with plain_os_errors(self.directory):
@@ -175,7 +180,7 @@ class ResultStore:
             fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:  # another process is here: of this run, or of another
             return
-        if not has_rows(self.directory):
+        if not has_rows(self.directory) and not foreign_entries(self.directory):
             erase(self.directory)
             remove_folders(self._made)
 
@@ -230,6 +235,18 @@ class ResultStore:
         }
 
 
+def _inside(directory: Path, name: str) -> Path:
+    """A file of the results, which lies in their directory.
+
+    Raises:
+        ValueError: it does not, or is no file.
+    """
+    path, parts = directory / name, Path(name).parts
+    if ".." in parts or Path(name).is_absolute() or (path.exists() and not path.is_file()):
+        raise ValueError(name)
+    return path
+
+
 def read_results(directory: str | Path) -> Results:
     """The results of a finished run.
 
@@ -243,10 +260,16 @@ def read_results(directory: str | Path) -> Results:
         raise UserError(f"'{directory}' holds no results of structprune eval: name its --out")
     values = read_object(directory / RESULTS)
     try:
+        if not isinstance(values["summary"], dict):
+            raise TypeError("summary")
         rows = {
-            checkpoint: {task: read_rows(directory / each["file"], each["items"]) for task, each in tasks.items()}
+            checkpoint: {
+                task: read_rows(_inside(directory, each["file"]), each["items"]) for task, each in tasks.items()
+            }
             for checkpoint, tasks in values["files"].items()
         }
         return Results(directory, values["settings"], values["summary"], rows)
-    except (KeyError, TypeError, AttributeError) as error:
+    except UserError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError, OSError) as error:
         raise UserError(f"'{directory / RESULTS}' is damaged: {DAMAGED}") from error

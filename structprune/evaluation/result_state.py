@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 
 from structprune.errors import UserError
 from structprune.evaluation.results import Row, parse_line, plain_os_errors, read_object, setting_differences
-from structprune.files import is_draft
+from structprune.files import check_regular, is_draft
 
 RESULTS, SETTINGS, PARTIAL, ITEMS = "results.json", "settings.json", "partial", "items"
 COMPARISON = "against.json"
@@ -38,6 +38,7 @@ def _rank_files(directory: Path) -> list[Path]:
 def stored_chunks(directory: Path) -> Iterator[Chunk]:
     """Complete chunks of all processes; one may occur twice, where two runs had different numbers of processes."""
     for path in _rank_files(directory):
+        check_regular(path)
         text = path.read_bytes()
         for number, line in enumerate(text[: text.rfind(b"\n") + 1].splitlines(), 1):
             yield parse_line(line, CHUNK, path, number)
@@ -46,7 +47,9 @@ def stored_chunks(directory: Path) -> Iterator[Chunk]:
 def has_rows(directory: Path) -> bool:
     """Whether anything is stored: finished results, or a whole chunk, readable or not."""
     with plain_os_errors(directory):
-        return (directory / RESULTS).is_file() or any(b"\n" in path.read_bytes() for path in _rank_files(directory))
+        return (directory / RESULTS).is_file() or any(
+            not path.is_file() or b"\n" in path.read_bytes() for path in _rank_files(directory)
+        )
 
 
 def lock(handle: int, directory: Path, alone: bool) -> None:
@@ -74,8 +77,11 @@ def clear_results(directory: str | Path) -> None:
     directory = Path(directory)
     with plain_os_errors(directory), ExitStack() as files:
         refuse_foreign(directory)
+        if others := foreign_entries(directory):
+            name = others[0].relative_to(directory)
+            raise UserError(f"output '{directory}' also holds '{name}': move it away, or choose another --out")
         try:
-            handle = os.open(directory, os.O_RDONLY)
+            handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
         except FileNotFoundError:
             return
         files.callback(os.close, handle)
@@ -86,7 +92,7 @@ def clear_results(directory: str | Path) -> None:
 
 
 def erase(directory: Path) -> None:
-    """Remove all that belongs to results; call it with the directory held alone."""
+    """Remove all that belongs to results; call it with the directory held alone, and without `foreign_entries`."""
     (directory / RESULTS).unlink(missing_ok=True)  # first, so that the rest is never taken for finished results
     (directory / COMPARISON).unlink(missing_ok=True)
     for name in (PARTIAL, ITEMS):
@@ -120,8 +126,29 @@ def remove_drafts(directory: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+def foreign_entries(directory: Path) -> list[Path]:
+    """What is in a directory of results that no evaluation has written, and would be lost with them."""
+    if not directory.is_dir():
+        return []
+    paths = [path for path in directory.rglob("*") if not is_draft(path)]
+    return [path for path in sorted(paths) if not _is_ours(path, path.relative_to(directory).parts)]
+
+
+def _is_ours(path: Path, parts: tuple[str, ...]) -> bool:
+    """Whether a path, whose `parts` are below the directory of results, has the name and kind of one of them."""
+    if path.is_symlink():
+        return False
+    depth = {PARTIAL: 2, ITEMS: 3}.get(parts[0], 1)
+    if len(parts) < depth:
+        return path.is_dir()
+    known = parts[0] in (RESULTS, SETTINGS, COMPARISON) if depth == 1 else path.suffix == ".jsonl"
+    return known and len(parts) == depth and path.is_file()
+
+
 def refuse_foreign(directory: Path) -> None:
-    """Raise UserError for a directory that holds other files, which are never written over or removed."""
+    """Raise UserError for what is no directory of results; other files are never written over or removed."""
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"output '{directory}' is not a directory: choose another --out")
     if not directory.is_dir() or (directory / SETTINGS).is_file():
         return
     if any(not is_draft(path) for path in directory.iterdir()):

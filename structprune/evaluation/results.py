@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import Field, TypeAdapter, ValidationError
 
 from structprune.errors import UserError, nearest
-from structprune.files import full_disk_errors
+from structprune.files import check_regular, full_disk_errors
 
 FORMAT = 1  # raised when older readers would misread the files
 DAMAGED = "evaluate again with --overwrite"
@@ -192,12 +192,13 @@ def read_object(path: Path) -> dict:
     Raises:
         UserError: it is damaged, or of another format.
     """
+    check_regular(path)
     try:
         values = json.loads(path.read_bytes())
         version, settings = values["format"], values["settings"]
         if not isinstance(settings, dict):
             raise TypeError("settings")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"'{path}' is damaged: {DAMAGED}") from error
     if version != FORMAT:
         raise UserError(f"'{path}' has format {version}, and this version reads {FORMAT}: {DAMAGED}")

@@ -14,7 +14,7 @@ import torch
 
 from structprune.errors import UserError
 from structprune.files import first_line
-from structprune.models.tokenizer import load_tokenizer, render_chat
+from structprune.models.tokenizer import encode, load_tokenizer, render_chat
 
 INSTRUCT = re.compile(r"instruct|chat|mixcot|(?<![\d.])1\.5(?!\d)", re.IGNORECASE)  # in names of tuned checkpoints
 BASE_MODEL = re.compile(r"^base_model:\s*(\S+)", re.MULTILINE)
@@ -64,7 +64,7 @@ class Texts:
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text, without added ones; names of special tokens in it become these tokens."""
-        return self.tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        return encode(self.tokenizer, text)
 
     def prompt(self, context: str) -> torch.Tensor:
         """The tokens that generation continues, (P,) int64."""

@@ -19,7 +19,8 @@ WEIGHT_FILE = re.compile(r".*\.(safetensors|bin|pt|pth)$")
 UNREAD_WEIGHTS = (
     "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.ggml", "*.onnx", "*.onnx_data", "*.h5", "*.msgpack", "*.ot", "*.tflite",
 )  # fmt: skip
-LARGEST_JSON = 1 << 28  # bytes; the largest tokenizer.json have about a tenth of it
+LARGEST, LARGEST_LIST = 1 << 22, 1 << 26  # bytes of a settings file, and of one that lists a vocabulary or a model
+LISTS = re.compile(r"tokenizer\.(json|model)|vocab\.json|merges\.txt|.*\.index\.json|.*plan.*\.json")
 HALF_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -69,6 +70,14 @@ def is_weights(name: str) -> bool:
     return bool(WEIGHT_FILE.match(name)) or any(name.endswith(pattern.lstrip("*")) for pattern in UNREAD_WEIGHTS)
 
 
+def check_file(path: Path, remedy: str = "download it again") -> None:
+    """Raise UserError for a settings file that is none, or larger than any such file."""
+    check_regular(path)
+    size = path.stat().st_size
+    if size > (LARGEST_LIST if LISTS.fullmatch(path.name) else LARGEST):
+        raise UserError(f"{path} has {size:,} bytes, more than any such file: {remedy}")
+
+
 def read_json(path: Path, remedy: str = "download it again") -> dict:
     """The object in a JSON file.
 
@@ -77,9 +86,7 @@ def read_json(path: Path, remedy: str = "download it again") -> dict:
     """
     if not path.exists():
         raise UserError(f"{path} is missing: the checkpoint is incomplete, {remedy}")
-    check_regular(path)
-    if (size := path.stat().st_size) > LARGEST_JSON:
-        raise UserError(f"{path} has {size / 1e9:.1f} GB, more than any such file: {remedy}")
+    check_file(path, remedy)
     try:
         text = path.read_text(encoding="utf-8")
         value = json.loads(text)

@@ -19,6 +19,7 @@ LIMITS = {  # role of a key -> smallest and largest whole number
 WHOLE = {"vocab_size": (1, 1 << 24), "head_dim": (2, 1 << 16), "mask_token_id": (0, (1 << 24) - 1)}
 NUMBERS = {"rope_theta": (1.0, 1e12), "rms_norm_eps": (1e-20, 1.0), "initializer_range": (0.0, 10.0)}
 FLAGS = ("include_bias", "include_qkv_bias", "attention_output_bias", "mlp_output_bias", "tie_word_embeddings")
+USED = (*WHOLE, *NUMBERS, *FLAGS)
 
 
 def check_values(values: dict, family: Family, where: Path | str) -> None:

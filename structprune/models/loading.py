@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from structprune.errors import UserError, shown
+from structprune.files import check_regular
 from structprune.models.checkpoint_files import locate, read_config, shard_names
 from structprune.models.config_values import quantisation
 from structprune.models.families import Family
@@ -193,6 +194,7 @@ def read_pickle(path: Path, mapped: bool = False) -> dict[str, torch.Tensor]:
     Raises:
         UserError: the file is damaged, or holds more than tensors.
     """
+    check_regular(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and zipfile.is_zipfile(path))
     except Exception as error:  # a cut archive and a pickle that holds more than weights raise unrelated types

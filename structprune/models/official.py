@@ -7,9 +7,8 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from structprune.errors import UserError, nearest, shown
-from structprune.files import first_line
 from structprune.models.checkpoint_files import read_json
-from structprune.models.config_values import WHOLE, check_heads, check_values, check_whole
+from structprune.models.config_values import USED, WHOLE, check_heads, check_values, check_whole
 from structprune.models.families import FAMILIES, Family
 from structprune.models.quiet import quiet_transformers
 
@@ -22,7 +21,7 @@ NOT_OURS = (  # of a LLaDA, tie_word_embeddings says nothing: its code ties the 
     "model_type", "architectures", "auto_map", "transformers_version", "torch_dtype", "dtype", "use_cache",
     "_name_or_path", "rope_scaling", "rope_parameters", "tie_word_embeddings", "quantization_config",
     "attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation",
-    "attribute_map",  # would rename attributes
+    "attribute_map", "transformers_weights",  # would rename attributes, and weights
     "num_labels", "id2label", "label2id",  # of classifiers; transformers makes a table of as many as are named
 )  # fmt: skip
 
@@ -55,7 +54,8 @@ def build_config(values: dict, family: Family, mask_id: int, where: Path | str) 
     """
     check_values(values, family, where)
     for key, allowed in family.supported.items():
-        if key in values and values[key] not in allowed:
+        absent = values.get(key) is None and not all(allowed)  # null is the default, where that is false or null too
+        if key in values and not absent and values[key] not in allowed:
             value, needs = shown(values[key]), shown(allowed[0])
             raise UserError(f"{where}: {key} = {value} is not supported ({family.name} needs {needs})")
     check_heads(values, family, where)
@@ -64,7 +64,13 @@ def build_config(values: dict, family: Family, mask_id: int, where: Path | str) 
         raise UserError(f"{where}: rope_type = {shown(rope['rope_type'])} is not supported (needs 'default')")
     roles = {*family.keys.values(), *family.width_keys.values()}
     other_names = set(family.config_class.attribute_map) - roles  # of the same values, which could contradict them
-    arguments = {key: value for key, value in values.items() if key not in (*NOT_OURS, *other_names)}
+    arguments = {
+        key: value
+        for key, value in values.items()
+        # null is the default; and no key may take the place of a method
+        if key not in (*NOT_OURS, *other_names) and not (value is None and key in (*roles, *USED))
+        if not callable(getattr(family.config_class, key, None))
+    }
     if rope.get("rope_theta") is not None:
         arguments["rope_theta"] = rope["rope_theta"]
     vocabulary = arguments.get(family.keys["vocabulary"]) or arguments["vocab_size"]
@@ -74,7 +80,8 @@ def build_config(values: dict, family: Family, mask_id: int, where: Path | str) 
         with quiet_transformers():
             return family.config_class(**(arguments | {"mask_token_id": mask_id}))
     except Exception as error:  # keys that only transformers reads, such as eos_token_id or id2label
-        raise UserError(f"{where}: config.json cannot be used ({first_line(error)}): correct it") from error
+        reason = " ".join(str(error).split())[:200] or type(error).__name__  # its reason may come after its first line
+        raise UserError(f"{where}: config.json cannot be used ({reason}): correct it") from error
 
 
 def find_mask_id(values: dict, directory: Path, mask_id: int | None = None) -> int:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from structprune.errors import UserError
-from structprune.files import check_regular, first_line
-from structprune.models.checkpoint_files import TOKENIZER_FILES, is_byte_pair, read_json
+from structprune.files import first_line
+from structprune.models.checkpoint_files import TOKENIZER_FILES, check_file, is_byte_pair, read_json
 from structprune.models.quiet import quiet_transformers
 
 PROBE = "A few words,\nand 3.5."  # encoded once, because some damage shows only then
@@ -19,14 +19,14 @@ TEMPLATE_SECONDS = 10.0  # that a chat template may take for one conversation; u
 
 
 def check_tokenizer_files(directory: Path) -> None:
-    """Check that the tokenizer's files, where there are any, are files, and those of JSON are objects.
+    """Check that the tokenizer's files and others that are read or copied are files, and those of JSON are objects.
 
     Raises:
         UserError: one is not.
     """
-    for name in TOKENIZER_FILES:
+    for name in (*TOKENIZER_FILES, "generation_config.json", "README.md"):
         if (path := directory / name).exists():
-            check_regular(path)
+            check_file(path)
             if path.suffix == ".json":
                 read_json(path)
 
@@ -59,6 +59,25 @@ def load_tokenizer(directory: str | Path) -> Any:
         remedy = "download tokenizer.json and tokenizer_config.json again" if complete else "add tokenizer.json"
         raise UserError(f"{directory}: {reason}: {remedy}") from error
     return tokenizer
+
+
+def encode(tokenizer: Any, text: str, special: bool = False) -> list[int]:
+    """The tokens of a text.
+
+    Args:
+        special: with those that the tokenizer adds, such as a BOS.
+    Raises:
+        UserError: the tokenizers library panics.
+    """
+    try:
+        with hidden_panics():
+            return tokenizer(text, add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"]
+    except BaseException as error:
+        if not is_panic(error):
+            raise
+        raise UserError(
+            f"the tokenizer fails on the text ({first_line(error)}): download tokenizer.json again"
+        ) from error
 
 
 def is_panic(error: BaseException) -> bool:

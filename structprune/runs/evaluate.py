@@ -98,7 +98,13 @@ def _read_earlier(against: str | Path, out: str | Path) -> Results:
     """The results to compare with, which must not be those that are written."""
     if Path(against).resolve() == Path(out).resolve():
         raise UserError(f"output '{out}' is the earlier run to compare with: choose another --out")
-    return read_results(against)
+    earlier = read_results(against)
+    tasks = earlier.settings.get("tasks")
+    tables = list(tasks.values()) if isinstance(tasks, dict) else []
+    sound = all(isinstance(each, dict) and all(isinstance(task, dict) for task in each.values()) for each in tables)
+    if not tables or not sound or not earlier.rows:
+        raise UserError(f"'{against}' holds damaged results: run the command that made them again")
+    return earlier
 
 
 def _clear(out: str | Path, settings: dict, overwrite: bool) -> UserError | None:

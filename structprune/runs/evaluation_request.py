@@ -14,7 +14,7 @@ from structprune.calibration.noise import stratified_noise
 from structprune.calibration.text import ALIASES, LOCAL, is_streamed, join_texts, read_texts
 from structprune.calibration.windows import cut_windows, tokenize_corpus
 from structprune.config.effects import refuse_idle
-from structprune.config.yaml_files import parse_yaml
+from structprune.config.yaml_files import read_yaml
 from structprune.errors import UserError
 from structprune.evaluation.documents import Choices, Opening, Task, TaskOptions
 from structprune.evaluation.labels import checkpoint_labels
@@ -231,7 +231,7 @@ def _presets(tasks: Sequence[str]) -> dict[str, Preset]:
         if not path.is_file():
             raise UserError(f"no file of a task at '{name}': give one such as configs/eval/piqa.yaml")
         with suppress(ValueError):  # lm-eval's have tags of their own
-            if is_preset(parse_yaml(path.read_text(encoding="utf-8"))):
+            if is_preset(read_yaml(path, "file of a task")):
                 presets[name] = load_preset(path)
     return presets
 

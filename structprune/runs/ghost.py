@@ -45,7 +45,7 @@ def read_ghost(source: str | Path, settings: ModelSettings) -> Ghost:
     if headers:
         check_dtypes(headers, values, directory)
         check_shapes(model, headers, directory)
-        dtypes = [DTYPES[header.dtype] for header in headers.values()]
+        dtypes = [DTYPES[header.dtype] for header in headers.values() if header.dtype in DTYPES]
         stored = max(dtypes, key=dtypes.count)
     else:
         name = str(values.get("torch_dtype") or values.get("dtype") or "bfloat16")

@@ -17,6 +17,7 @@ from structprune.models.placement import pick_device
 from structprune.progress import Track, untracked
 from structprune.report.plots import check_matplotlib
 from structprune.report.sink_plots import draw_all
+from structprune.runs.ghost import read_ghost
 from structprune.sinks.causal import check_window, generation_trajectory
 from structprune.sinks.diffusion import forward_trajectory, reverse_trajectory
 from structprune.sinks.figures import position_figures, pretty_json, trajectory_figures
@@ -66,6 +67,9 @@ def measure_sinks(
     check_sources(sources, run, out, place, overwrite)
     pick_device(place.device)  # refuses an unknown one
     subjects = [describe_subject(source, place.mask_id) for source in sources]
+    for source, subject in zip(sources, subjects, strict=True):
+        if not subject.causal:
+            read_ghost(source, place)  # broken weights of a second model are refused before the first is measured
     plans = [plan_run(subject, run) for subject in subjects]
     runs: list[dict] = []
     for source, subject, plan in zip(sources, subjects, plans, strict=True):

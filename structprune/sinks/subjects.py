@@ -15,7 +15,7 @@ from structprune.models.checkpoint_files import locate, read_config
 from structprune.models.loading import load_config, load_model, source_name
 from structprune.models.official import detect_family
 from structprune.models.placement import pick_device
-from structprune.models.tokenizer import load_tokenizer
+from structprune.models.tokenizer import encode, load_tokenizer
 from structprune.sinks.causal import gguf_file, is_causal, load_causal, read_causal
 
 LONGEST = 1 << 22  # at most so many tokens of a text are read
@@ -132,7 +132,7 @@ def prompt_of(subject: Subject, prompt: str, gen_length: int) -> torch.Tensor:
     Raises:
         UserError: the prompt is empty, or too long for the model together with the generated tokens.
     """
-    tokens = subject.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
+    tokens = encode(subject.tokenizer, prompt)
     if not tokens:
         raise UserError("--prompt is empty: give it at least one word")
     tokens = [*_start(subject.tokenizer), *tokens]
@@ -142,7 +142,7 @@ def prompt_of(subject: Subject, prompt: str, gen_length: int) -> torch.Tensor:
 
 def _start(tokenizer) -> list[int]:
     """The BOS, if the tokenizer puts one before a text."""
-    first = tokenizer("a", verbose=False)["input_ids"][:1]
+    first = encode(tokenizer, "a", special=True)[:1]
     return first if tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id] else []
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from structprune.checkpoint import atomic, swap
-from structprune.checkpoint.atomic import whole_directory
+from structprune.checkpoint.atomic import output_place, whole_directory
 from structprune.checkpoint.drafts import Draft, clean_up, new_draft
 from structprune.errors import Interrupted, UserError
 
@@ -163,14 +163,21 @@ def test_nothing_is_lost_when_renames_fail(failures, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("holds", ["one", None])
-def test_a_link_is_replaced_and_its_directory_stays(way, holds, tmp_path):
+def test_a_link_stays_and_its_directory_is_written(way, holds, tmp_path):
+    """Such as one to another disk."""
     real, link = tmp_path / "real", tmp_path / "made"
     real.mkdir()
     if holds:
         (real / holds).write_text("1")
     link.symlink_to(real)
     write(link, "two", MARKS if holds else ())
-    assert not link.is_symlink() and tree(tmp_path) == ["made", "made/two", "real", *(["real/one"] if holds else [])]
+    assert link.is_symlink() and (link / "two").exists() and not (link / "one").exists() and (real / "two").exists()
+
+
+def test_a_loop_of_links_is_refused(tmp_path):
+    (tmp_path / "made").symlink_to(tmp_path / "made")
+    with pytest.raises(UserError, match="made' is a loop of links: choose another"):
+        output_place(tmp_path / "made")
 
 
 @pytest.mark.parametrize("before", [True, False])

@@ -12,6 +12,13 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
 )
 REFUSED = {
     "bomb": (BOMB, f"its aliases expand to more than {NODES:,} values"),
+    "merges": (
+        "b: &b {"
+        + ", ".join(f"k{i}: 1" for i in range(2000))
+        + "}\n"
+        + "".join(f"x{i}: {{<<: *b}}\n" for i in range(99)),
+        "its aliases expand to more than",
+    ),
     "itself": ("a: &a [*a]\n", "its aliases expand to more than"),
     "nesting": ("[" * 5000 + "]" * 5000, "nested too deeply"),
     "date": ("a: 2020-13-45\n", "month must be in 1..12"),

@@ -10,8 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from structprune import UserError, load_model
+from structprune.config import ModelSettings
 from structprune.models.headers import read_header
 from structprune.models.loading import load_config
+from structprune.runs.ghost import read_ghost
 
 WRONG_VALUES = [  # changes of config.json, and what is said of them
     ({"n_kv_heads": "4"}, "n_kv_heads = '4' is not a whole number from 1 to 65536"),
@@ -42,6 +44,46 @@ WRONG_VALUES = [  # changes of config.json, and what is said of them
 @pytest.mark.parametrize("changes, said", WRONG_VALUES)
 def test_every_value_that_is_used_has_a_type_and_bounds(tiny_checkpoint, changes, said, message, change_config):
     assert said in message(change_config(tiny_checkpoint("llada"), **changes))
+
+
+NULLS = {
+    "llada": ["n_kv_heads", "head_dim", "embedding_size", "max_sequence_length", "rope_theta", "rms_norm_eps",
+              "include_bias", "weight_tying", "rope_scaling", "initializer_range"],
+    "dream": ["num_key_value_heads", "max_position_embeddings", "rope_theta", "rms_norm_eps",
+              "tie_word_embeddings", "rope_scaling", "use_sliding_window"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", NULLS)
+def test_null_is_the_default(tiny_checkpoint, change_config, family):
+    """As in transformers' own configurations; `to_dict` must not take the place of a method."""
+    directory = tiny_checkpoint(family)
+    for key in NULLS[family]:
+        default = load_config(change_config(directory, **{key: None}))[2]
+        assert getattr(default, key, None) == getattr(type(default)(), key, None) or key in WIDTHS
+    config = load_config(change_config(directory, to_dict=1, transformers_weights="../x"))[2]
+    assert config.to_dict()["vocab_size"] == 2048 and "transformers_weights" not in config.to_dict()
+
+
+WIDTHS = ("n_kv_heads", "num_key_value_heads", "head_dim", "embedding_size")  # defaults that follow other keys
+
+
+def test_stored_rotary_tables_do_not_count(tiny_checkpoint, change_weights):
+    directory = tiny_checkpoint("llada")
+    change_weights(directory, lambda state: state.update({"model.inv_freq": torch.arange(4)}))
+    assert load_model(directory).dtype == torch.float32
+    assert read_ghost(directory, ModelSettings()).stored == torch.float32
+
+
+@pytest.mark.parametrize("name", ["README.md", "generation_config.json", "merges.txt"])
+def test_other_files_that_would_be_read_or_copied(tiny_checkpoint, message, name):
+    directory = tiny_checkpoint("llada")
+    os.mkfifo(directory / name)
+    assert f"{name} is a pipe or device, not a file" in message(directory)
+    (directory / name).unlink()
+    with (directory / name).open("wb") as file:
+        file.truncate(10**9)  # sparse
+    assert f"{name} has 1,000,000,000 bytes, more than any such file" in message(directory)
 
 
 def test_numbers_that_only_a_classifier_has_cost_nothing(tiny_checkpoint, change_config):
