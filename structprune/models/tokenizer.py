@@ -1,6 +1,7 @@
 """The checkpoint's own tokenizer and chat template, by transformers' classes only: no code from a checkpoint runs."""
 
 import os
+import re
 import sys
 import tempfile
 import time
@@ -9,12 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
-from structprune.errors import UserError
+from structprune.errors import UserError, shown
 from structprune.files import first_line
 from structprune.models.checkpoint_files import TOKENIZER_FILES, check_file, is_byte_pair, read_json
 from structprune.models.quiet import quiet_transformers
 
 PROBE = "A few words,\nand 3.5."  # encoded once, because some damage shows only then
+GENERATION = re.compile(r"{%[+-]?\s*(end)?generation\s*[+-]?%}")  # marks that only transformers' templates have
+LARGEST_FACTOR = 10_000  # in a product of a chat template
 TEMPLATE_SECONDS = 10.0  # that a chat template may take for one conversation; usual ones take milliseconds
 
 
@@ -112,6 +115,30 @@ def hidden_panics() -> Iterator[None]:
             os.close(stderr)
 
 
+def check_template(template: Any) -> None:
+    """Refuse a chat template with an operation that alone may take for ever: a power, or a product with a large number.
+
+    No template needs one; and between two steps of a template nothing can end it.
+
+    Raises:
+        ValueError: it has one.
+    """
+    import jinja2
+
+    for text in template.values() if isinstance(template, dict) else [template]:
+        try:
+            plain = GENERATION.sub("", str(text))
+            tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
+        except jinja2.TemplateError:  # transformers says why
+            continue
+        if next(tree.find_all(jinja2.nodes.Pow), None) is not None:
+            raise ValueError("it computes a power")
+        for product in tree.find_all(jinja2.nodes.Mul):
+            for factor in product.find_all(jinja2.nodes.Const):
+                if isinstance(factor.value, int) and factor.value > LARGEST_FACTOR:
+                    raise ValueError(f"it multiplies by {shown(factor.value)}")
+
+
 def render_chat(tokenizer: Any, messages: Sequence[dict[str, Any]], **options: Any) -> str:
     """A conversation as text, by the tokenizer's chat template, a program that came with the checkpoint.
 
@@ -120,8 +147,9 @@ def render_chat(tokenizer: Any, messages: Sequence[dict[str, Any]], **options: A
     Args:
         options: of `apply_chat_template`.
     Raises:
-        Exception: whatever the template raises, or `TimeoutError`.
+        Exception: whatever the template raises; `TimeoutError`; ValueError: see `check_template`.
     """
+    check_template(getattr(tokenizer, "chat_template", None) or "")
     end, before = time.monotonic() + TEMPLATE_SECONDS, sys.gettrace()
 
     def watch(frame, event, argument):  # called at every line of Python that runs

@@ -120,7 +120,13 @@ def test_a_broken_tokenizer(place, refused, name, verb):
     assert "no tokenizer that can be read without remote code (" in refused(verb)
 
 
-@pytest.mark.parametrize("template", [ENDLESS, "{{ raise_exception('no') }}", "{{", "{{ messages[7].x.y }}"])
+TEMPLATES = [
+    ENDLESS, "{{ 9**(9**9) }}", "{% generation %}{{ 9**(9**9) }}{% endgeneration %}", "{{ ('a-' * 30000000) | title }}",
+    "{{ raise_exception('no') }}", "{{", "{{ messages[7].x.y }}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("verb", READERS)
 def test_a_broken_template(place, put, refused, monkeypatch, verb, template):
     monkeypatch.setattr("structprune.models.tokenizer.TEMPLATE_SECONDS", 0.2)
