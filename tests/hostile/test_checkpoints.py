@@ -109,7 +109,7 @@ EVERYWHERE: dict[str, tuple[Break, str]] = {  # what is broken, and what is said
     "width without": (config(d_model=None), "no positive integer 'd_model'"),
     "width infinite": (config(d_model=float("inf")), "no positive integer 'd_model'"),
     "depth huge": (config(n_layers=10**9), "n_layers = 1000000000 is not"),
-    "depth beyond the weights": (config(n_layers=1000), "the weights lack model.transformer.blocks.3."),
+    "depth beyond the weights": (config(n_layers=40), "the weights lack model.transformer.blocks.3."),
     "depth below the weights": (config(n_layers=1), "weights are not in the model config.json describes"),
     "depth zero": (config(n_layers=0), "no positive integer 'n_layers'"),
     "vocabulary huge": (config(vocab_size=10**12, embedding_size=10**12), "embedding_size = 1000000000000 is not"),

@@ -16,7 +16,7 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
 YAML: dict[str, tuple[Content, str]] = {
     "bomb": (BOMB, "its aliases expand to more than"),
     "itself": ("structured: &a [*a]\n", "its aliases expand to more than"),
-    "nested": ("[" * 5000, "cannot be read as YAML"),
+    "nested": ("[" * 1500, "cannot be read as YAML"),
     "cut": ("structured: {ratio: 0.3", "cannot be read as YAML"),
     "date": ("structured: {ratio: 2020-99-99}\n", "cannot be read as YAML"),
     "tag": ("structured: !!python/object/apply:os.system [ls]\n", "cannot be read as YAML"),

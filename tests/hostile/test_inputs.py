@@ -140,7 +140,7 @@ OPTIONS: list[tuple[str, list[str], str]] = [
     ("prune", ["--ratio", "nan"], "ratio nan lies outside"),
     ("prune", ["--ratio", "x"], "Invalid value for '--ratio'"),
     ("prune", ["--set", "structured.ratio"], "is not key=value"),
-    ("prune", ["--set", "structured.ratio=[" + "x," * 10**5], "cannot be read as YAML"),
+    ("prune", ["--set", "structured.ratio=[" + "x," * 10**4], "cannot be read as YAML"),
     ("prune", ["--set", "calibration.seed=1e99"], "calibration.seed = '1e99'"),
     ("prune", ["--set", "calibration.windows=0"], "calibration.windows = 0"),
     ("prune", ["--set", f"calibration.windows={10**18}"], "1000000000000000002 asked for"),
