@@ -64,8 +64,8 @@ def lock(handle: int, directory: Path, alone: bool) -> None:
         fcntl.flock(handle, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise UserError(f"output '{directory}' is being written by another run: wait for it") from error
-    except OSError:
-        pass
+    except OSError:  # the file system has no locks
+        return
 
 
 def clear_results(directory: str | Path) -> None:

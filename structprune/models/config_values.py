@@ -1,6 +1,5 @@
 """The values of a config.json: every key that is used has a type and bounds, checked once before anything is built."""
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -83,12 +82,8 @@ def _check_layers(layers: dict, limits: dict[str, tuple[int, int]], depth: int, 
             raise UserError(f"{where}: {place} = {shown(widths)} is not an object: correct it in config.json")
         for key, value in widths.items():
             if key not in limits:
-                raise UserError(f"{where}: {place} has the unknown key {shown(key)}: give {_join(limits)}")
+                raise UserError(f"{where}: {place} has the unknown key {shown(key)}: give {', '.join(limits)}")
             check_whole(f"{place}.{key}", value, *limits[key], where)
-
-
-def _join(names: Iterable[str]) -> str:
-    return ", ".join(names)
 
 
 def check_heads(values: dict, family: Family, where: Path | str) -> None:

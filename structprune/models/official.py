@@ -79,7 +79,7 @@ def build_config(values: dict, family: Family, mask_id: int, where: Path | str) 
     try:
         with quiet_transformers():
             return family.config_class(**(arguments | {"mask_token_id": mask_id}))
-    except Exception as error:  # keys that only transformers reads, such as eos_token_id or id2label
+    except Exception as error:  # keys that only transformers reads, such as layer_types
         reason = " ".join(str(error).split())[:200] or type(error).__name__  # its reason may come after its first line
         raise UserError(f"{where}: config.json cannot be used ({reason}): correct it") from error
 

@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +16,16 @@ from structprune.files import first_line
 from structprune.models.checkpoint_files import TOKENIZER_FILES, check_file, is_byte_pair, read_json
 from structprune.models.quiet import quiet_transformers
 
+TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "mask_token", "sep_token", "cls_token")
+FIELDS: dict[str, dict[str, tuple[type, ...]]] = {  # file -> key -> types
+    "tokenizer_config.json": dict.fromkeys(TOKENS, (str, dict))
+    | {
+        "added_tokens_decoder": (dict,), "model_max_length": (int, float), "tokenizer_class": (str,),
+        "chat_template": (str, list, dict), "auto_map": (dict, list),
+    },
+    "tokenizer.json": {"added_tokens": (list,), "model": (dict,)},
+}  # fmt: skip
+TYPE_NAMES = {str: "text", dict: "an object", list: "a list", int: "a number", float: "a number"}
 PROBE = "A few words,\nand 3.5."  # encoded once, because some damage shows only then
 GENERATION = re.compile(r"{%[+-]?\s*(end)?generation\s*[+-]?%}")  # marks that only transformers' templates have
 LARGEST_FACTOR = 10_000  # in a product of a chat template
@@ -22,16 +33,39 @@ TEMPLATE_SECONDS = 10.0  # that a chat template may take for one conversation; u
 
 
 def check_tokenizer_files(directory: Path) -> None:
-    """Check that the tokenizer's files and others that are read or copied are files, and those of JSON are objects.
+    """Check the tokenizer's files and others that are read or copied, as far as there are any.
 
     Raises:
-        UserError: one is not.
+        UserError: one is no file, of JSON and no object, or has a field of another type than transformers expects.
     """
     for name in (*TOKENIZER_FILES, "generation_config.json", "README.md"):
         if (path := directory / name).exists():
             check_file(path)
-            if path.suffix == ".json":
-                read_json(path)
+            values = read_json(path) if path.suffix == ".json" else {}
+            for key, kinds in FIELDS.get(name, {}).items():
+                _check_field(path, key, values.get(key), kinds)
+            _check_added(path, values)
+
+
+def _check_field(path: Path, key: str, value: Any, kinds: tuple[type, ...]) -> None:
+    """Raise UserError unless a value is null or of one of some types; text in an object is its `content`."""
+    valid = value is None or isinstance(value, kinds)
+    if key in TOKENS and isinstance(value, dict):
+        valid = isinstance(value.get("content"), str)
+    if not valid:
+        names = " or ".join(dict.fromkeys(TYPE_NAMES[kind] for kind in kinds))
+        names += " with its text as 'content'" if key in TOKENS else ""
+        raise UserError(f"{path}: {key} = {shown(value)} is not {names}: correct it, or download the file again")
+
+
+def _check_added(path: Path, values: dict) -> None:
+    """Raise UserError for an added token that is none."""
+    added = values.get("added_tokens_decoder" if path.name == "tokenizer_config.json" else "added_tokens") or []
+    entries = added.items() if isinstance(added, dict) else enumerate(added)
+    for number, entry in entries if path.name in FIELDS else ():
+        if not isinstance(entry, dict) or not isinstance(entry.get("content"), str) or not str(number).isdecimal():
+            needs = "must be a number and an object with its text as 'content': download the file again"
+            raise UserError(f"{path}: the added token {shown(number)}: {shown(entry)} {needs}")
 
 
 def load_tokenizer(directory: str | Path) -> Any:
@@ -115,7 +149,8 @@ def hidden_panics() -> Iterator[None]:
             os.close(stderr)
 
 
-def check_template(template: Any) -> None:
+@lru_cache
+def check_template(template: str) -> None:
     """Refuse a chat template with an operation that alone may take for ever: a power, or a product with a large number.
 
     No template needs one; and between two steps of a template nothing can end it.
@@ -125,18 +160,16 @@ def check_template(template: Any) -> None:
     """
     import jinja2
 
-    for text in template.values() if isinstance(template, dict) else [template]:
-        try:
-            plain = GENERATION.sub("", str(text))
-            tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
-        except jinja2.TemplateError:  # transformers says why
-            continue
-        if next(tree.find_all(jinja2.nodes.Pow), None) is not None:
-            raise ValueError("it computes a power")
-        for product in tree.find_all(jinja2.nodes.Mul):
-            for factor in product.find_all(jinja2.nodes.Const):
-                if isinstance(factor.value, int) and factor.value > LARGEST_FACTOR:
-                    raise ValueError(f"it multiplies by {shown(factor.value)}")
+    try:
+        tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(GENERATION.sub("", template))
+    except jinja2.TemplateError:  # transformers says why
+        return
+    if next(tree.find_all(jinja2.nodes.Pow), None) is not None:
+        raise ValueError("it computes a power")
+    for product in tree.find_all(jinja2.nodes.Mul):
+        for factor in product.find_all(jinja2.nodes.Const):
+            if isinstance(factor.value, int) and factor.value > LARGEST_FACTOR:
+                raise ValueError(f"it multiplies by {shown(factor.value)}")
 
 
 def render_chat(tokenizer: Any, messages: Sequence[dict[str, Any]], **options: Any) -> str:
@@ -149,7 +182,9 @@ def render_chat(tokenizer: Any, messages: Sequence[dict[str, Any]], **options: A
     Raises:
         Exception: whatever the template raises; `TimeoutError`; ValueError: see `check_template`.
     """
-    check_template(getattr(tokenizer, "chat_template", None) or "")
+    templates = getattr(tokenizer, "chat_template", None)
+    for template in templates.values() if isinstance(templates, dict) else [templates]:
+        check_template(str(template))
     end, before = time.monotonic() + TEMPLATE_SECONDS, sys.gettrace()
 
     def watch(frame, event, argument):  # called at every line of Python that runs

@@ -57,26 +57,32 @@ BROKEN = {
 def test_results_to_compare_with(results, run_refused, name):
     BROKEN[name](results)
     line = run_refused(*EVAL, "--out", "OUT", "--against", str(results))
-    assert "old" in line and "Error" not in line.replace("UserError", "")
+    assert "old" in line and "Error" not in line
 
 
-FOREIGN = {
-    "a file": lambda old: (old / "notes.txt").write_text("x"),
-    "a file among the items": lambda old: (old / "items" / "notes.txt").write_text("x"),
-    "a directory": lambda old: (old / "mine").mkdir(),
-    "a link": lambda old: (old / "results2.json").symlink_to(old / "results.json"),
-    "a file for a directory": lambda old: [(old / "results.json").unlink(), (old / "partial").write_text("x")],
-    "a pipe": lambda old: [
-        (old / "results.json").unlink(), (old / "partial").mkdir(), os.mkfifo(old / "partial" / "rank-0.jsonl")
-    ],
+FOREIGN = {  # what is there beside them, and what is said of it
+    "a file": (lambda old: (old / "notes.txt").write_text("x"), "also holds 'notes.txt': move it away"),
+    "a file among the items": (lambda old: (old / "items" / "notes.txt").write_text("x"), "holds 'items/notes.txt'"),
+    "a directory": (lambda old: (old / "mine").mkdir(), "also holds 'mine'"),
+    "a link": (lambda old: (old / "link").symlink_to(old / "results.json"), "also holds 'link'"),
+    "a file for a directory": (
+        lambda old: [(old / "results.json").unlink(), (old / "partial").write_text("x")], "also holds 'partial'"
+    ),
+    "a pipe": (
+        lambda old: [
+            (old / "results.json").unlink(), (old / "partial").mkdir(), os.mkfifo(old / "partial" / "rank-0.jsonl")
+        ],
+        "also holds 'partial/rank-0.jsonl'",
+    ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FOREIGN)
 def test_results_to_replace_beside_something_else(results, run_refused, name):
     """Refused before anything of the earlier results is removed."""
-    FOREIGN[name](results)
-    run_refused(*EVAL, "--out", str(results), "--overwrite")
+    add, said = FOREIGN[name]
+    add(results)
+    assert said in run_refused(*EVAL, "--out", str(results), "--overwrite", "--set", "evaluation.noise=2")
 
 
 def test_a_pipe_for_a_directory(place, run_refused):

@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -72,12 +73,20 @@ def test_what_others_write_to_stderr_meanwhile_is_not_lost(capfd):
     assert capfd.readouterr().err == "a warning"
 
 
-SETTINGS = [{"added_tokens_decoder": [1]}, {"mask_token": {"content": 5}}, {"model_max_length": "x"}]
+SETTINGS = [  # of tokenizer_config.json, and what is said of them
+    ({"added_tokens_decoder": [1]}, "added_tokens_decoder = [1] is not an object: correct it"),
+    ({"added_tokens_decoder": {"7": "x"}}, "the added token '7': 'x' must be a number and an object with its text"),
+    ({"added_tokens_decoder": {"x": {"content": "a"}}}, "the added token 'x': {'content': 'a'} must be a number"),
+    ({"mask_token": {"content": 5}}, "mask_token = {'content': 5} is not text or an object with its text as 'content'"),
+    ({"model_max_length": "x"}, "model_max_length = 'x' is not a number"),
+    ({"tokenizer_class": ["x"]}, "tokenizer_class = ['x'] is not text"),
+    ({"chat_template": 5}, "chat_template = 5 is not text or a list or an object"),
+]
 
 
-@pytest.mark.parametrize("settings", SETTINGS)
-def test_settings_of_a_wrong_type(damaged, settings):
-    with pytest.raises(UserError, match="no tokenizer that can be read"):
+@pytest.mark.parametrize("settings, said", SETTINGS)
+def test_settings_of_a_wrong_type(damaged, settings, said):
+    with pytest.raises(UserError, match=re.escape(said)):
         load_tokenizer(damaged(settings=settings))
 
 
@@ -93,12 +102,12 @@ def test_files_are_checked_with_the_configuration(tiny_checkpoint):
         load_config(directory)
 
 
-@pytest.mark.parametrize("decoder", [[1, 2], {"2047": "x"}, {"x": {"content": "<|mdm_mask|>"}}])
-def test_the_mask_token_is_looked_for_in_damaged_settings(tiny_checkpoint, decoder):
+def test_the_mask_token_is_looked_for_in_both_files(tiny_checkpoint):
     directory = tiny_checkpoint("llada", mask_token_id=None)
-    path = directory / "tokenizer_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"added_tokens_decoder": decoder}))
-    assert load_config(directory)[2].mask_token_id == 2047  # tokenizer.json has it too
+    assert load_config(directory)[2].mask_token_id == 2047  # tokenizer.json has it
+    path, entry = directory / "tokenizer_config.json", {"content": "<|mdm_mask|>"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"added_tokens_decoder": {"2046": entry}}))
+    assert load_config(directory)[2].mask_token_id == 2046
 
 
 def test_an_endless_template_is_ended(monkeypatch):
