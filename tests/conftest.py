@@ -120,6 +120,23 @@ def tiny_model():
 
 
 @pytest.fixture
+def gaps():
+    """`gaps(family)` -> config changes: the first of four blocks has no MLP, the last no attention, the third neither.
+
+    Only the second has both.
+    """
+
+    def make(family: str = "llada") -> dict:
+        dream = family == "dream"
+        heads, kv_heads = ("num_attention_heads", "num_key_value_heads") if dream else ("n_heads", "n_kv_heads")
+        no_attention, no_mlp = {heads: 0, kv_heads: 0}, {"intermediate_size" if dream else "mlp_hidden_size": 0}
+        layers = {"0": no_mlp, "2": no_attention | no_mlp, "3": no_attention}
+        return {"num_hidden_layers" if dream else "n_layers": 4, "per_layer_config": layers}
+
+    return make
+
+
+@pytest.fixture
 def published_config(tmp_path):
     """`published_config(family)` -> a directory that holds only the config.json of LLaDA-8B or Dream-7B."""
 

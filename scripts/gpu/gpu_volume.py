@@ -72,7 +72,6 @@ def first_blocks(model: DiffusionLM, count: int) -> DiffusionLM:
     """A model of the first blocks with embedding, last norm and head; tensors are shared."""
     adapter = Adapter(model)
     values = set_widths(model.config.to_dict(), adapter.family, [block.widths for block in adapter.blocks[:count]])
-    values |= dict.fromkeys((adapter.family.keys["depth"], "num_hidden_layers"), count)
     config = adapter.family.config_class(**values)
     config.dtype = model.dtype
     with torch.device("meta"):

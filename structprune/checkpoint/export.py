@@ -1,10 +1,11 @@
 """Export classes: which code can load a pruned model, and the config.json of each class.
 
-`official`: the family's own modeling code (only MLP channels removed, one width, no added bias); `uniform`: engines
-that support an explicit head dimension (one width everywhere, no added bias); `free`: the modeling files written beside
-the weights.
+`official`: the family's own modeling code (only MLP channels or whole blocks removed, one width, no added bias);
+`uniform`: engines that support an explicit head dimension (one width everywhere, no added bias); `free`: the modeling
+files written beside the weights.
 """
 
+from dataclasses import astuple
 from pathlib import Path
 
 from transformers import PretrainedConfig
@@ -28,6 +29,10 @@ def obstacles(config, source_values: dict | None) -> dict[str, str]:
     family = family_of(config)
     depth = getattr(config, family.keys["depth"])
     widths = [block_widths(config, family, index) for index in range(depth)]
+    if any(0 in astuple(block) for block in widths):
+        return dict.fromkeys(
+            CLASSES[:2], "some blocks lack attention or MLP (remove both, so that the whole block goes)"
+        )
     if len(set(widths)) > 1:
         return dict.fromkeys(CLASSES[:2], "its blocks differ in width (use allocation uniform, protect no block)")
     if config.attention_output_bias or config.mlp_output_bias:
@@ -93,16 +98,17 @@ def config_values(config, source_values: dict | None, compat: str, dtype: str) -
     """Contents of the config.json to write.
 
     Args:
-        compat: the class asked for; `official` keeps the family's own file and changes the MLP width only, and a
-            `tie_word_embeddings` that the model does not have.
+        compat: the class asked for; `official` keeps the family's own file and changes depth and MLP width only, and
+            a `tie_word_embeddings` that the model does not have.
         dtype: of the written weights.
     """
     family = family_of(config)
     if compat == "official":
-        key = family.width_keys["channels"]
-        values = (source_values or {}) | {key: block_widths(config, family, 0).channels}
+        depth, channels = family.keys["depth"], family.width_keys["channels"]
+        values = (source_values or {}) | {channels: block_widths(config, family, 0).channels}
+        values |= {key: getattr(config, depth) for key in (depth, "num_hidden_layers") if key in values}
         # the weights that are written are not quantised, whatever the source's loader was to do with them
-        stale: tuple[str, ...] = ("dtype", "quantization_config")
+        stale: tuple[str, ...] = ("dtype", "quantization_config", "per_layer_config")
         stale += () if auto_map(family) else ("auto_map",)
         own = {"mask_token_id": config.mask_token_id, "rope_theta": config.rope_theta}  # the source may lack them
         if "tie_word_embeddings" in values:  # LLaDA's own code reads weight_tying only, whatever this says

@@ -2,6 +2,7 @@
 
 import math
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict
 
 import torch
@@ -14,7 +15,7 @@ from structprune.checkpoint.export import export_class
 from structprune.checkpoint.licence import source_licence
 from structprune.config import Config
 from structprune.masking.masks import Masks
-from structprune.models.adapter import Adapter
+from structprune.models.adapter import UNIT_KINDS, Adapter, BlockView
 from structprune.models.loading import source_of
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.structured.scores.table import resolve_arm
@@ -58,32 +59,47 @@ def run_report(
     }
 
 
-def structured_report(dense: DiffusionLM, small: DiffusionLM, config: Config, length: int) -> dict:
-    """Sizes before and after, arm, and export class.
+def structured_report(
+    dense: DiffusionLM, small: DiffusionLM, config: Config, length: int, remaining: Sequence[int]
+) -> dict:
+    """Sizes before and after, arm, export class, and which blocks, attentions and MLPs went as a whole.
 
     `ratio` is the removed share of the seven projections' parameters in unprotected blocks, counting biases that a
-    refit added.
+    refit added. Blocks have the dense model's indices, except in `widths`, which has a row for every remaining one.
 
     Args:
         length: T, the tokens that MACs are counted for.
+        remaining: the dense model's index of every block of `small` (`Plan.remaining`).
     """
     before, after = Adapter(dense), Adapter(small)
     structured = config.structured
-    unprotected = slice(structured.protect_first, len(before.blocks) - structured.protect_last)
+    unprotected = range(structured.protect_first, len(before.blocks) - structured.protect_last)
+    open_before = [before.blocks[index] for index in unprotected]
+    open_after = [block for index, block in zip(remaining, after.blocks, strict=True) if index in unprotected]
     return {
         "arm": resolve_arm(structured.score, structured.arm),
-        "ratio": 1 - _projections(after, unprotected) / _projections(before, unprotected),
+        "ratio": 1 - _projections(open_after) / _projections(open_before),
         "parameters": {"before": dense.num_parameters(), "after": small.num_parameters()},
-        "block_parameters": {"before": _projections(before), "after": _projections(after)},
+        "block_parameters": {"before": _projections(before.blocks), "after": _projections(after.blocks)},
         "macs": {"before": forward_macs(before, length), "after": forward_macs(after, length), "tokens": length},
         "widths": [asdict(block.widths) for block in after.blocks],
+        "removed": _removed(before, after, remaining),
         "export_class": export_class(small.config, source_of(dense).values),
     }
 
 
-def _projections(adapter: Adapter, blocks: slice = slice(None)) -> int:
-    """Parameters of the seven projections of the blocks."""
-    return sum(block_size(block, "query_heads").total for block in adapter.blocks[blocks])
+def _projections(blocks: list[BlockView]) -> int:
+    """Parameters of the projections of the blocks."""
+    return sum(block_size(block, "query_heads").total for block in blocks)
+
+
+def _removed(before: Adapter, after: Adapter, remaining: Sequence[int]) -> dict[str, list[int]]:
+    """Dense indices of the blocks that are gone, and of the others whose attention or MLP (`channels`) is."""
+    pairs = [(before.blocks[index], block) for index, block in zip(remaining, after.blocks)]
+    lost = {
+        kind: [old.index for old, new in pairs if kind in old.kinds and kind not in new.kinds] for kind in UNIT_KINDS
+    }
+    return {"blocks": [block.index for block in before.blocks if block.index not in remaining]} | lost
 
 
 def mask_report(model: DiffusionLM, masks: Masks) -> dict:

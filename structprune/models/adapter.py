@@ -26,7 +26,7 @@ READERS = {  # a block's activation -> roles of the linears that read it, which 
 
 @dataclass(frozen=True)
 class Widths:
-    """The prunable sizes of one block: query heads H, key/value heads K, MLP channels M."""
+    """The prunable sizes of one block: query heads H, key/value heads K, MLP channels M; 0 of what it lacks."""
 
     query_heads: int
     kv_heads: int
@@ -35,21 +35,44 @@ class Widths:
 
 @dataclass(frozen=True)
 class BlockView:
-    """One block: its module, widths, and the seven linears by role (`view["down"]`)."""
+    """One block: its module, widths, and its linears by role (`view["down"]`).
+
+    A block may lack attention, MLP or both: `kinds`, `names`, `consumers` and `readers` hold what it has.
+    """
 
     index: int
     name: str
     module: Block
     widths: Widths
     head_dim: int
-    names: dict[str, str]  # role -> full module name
+    names: dict[str, str]  # role -> full module name; at most the seven of `ROLES`
 
     def __getitem__(self, role: str) -> nn.Linear:
         return cast(nn.Linear, self.module.part(role))
 
     @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds of units, in the order of the forward pass."""
+        return tuple(kind for kind, role in CONSUMER.items() if role in self.names)
+
+    @property
+    def consumers(self) -> tuple[str, ...]:
+        """Roles of the consumers, in the order of the forward pass."""
+        return tuple(CONSUMER[kind] for kind in self.kinds)
+
+    @property
+    def readers(self) -> dict[str, tuple[str, ...]]:
+        """The block's inputs, in the order of the forward pass -> roles of the linears that read them."""
+        return {name: roles for name, roles in READERS.items() if roles[0] in self.names}
+
+    @property
     def core(self) -> nn.Module:
+        """The attention core, of a block with attention."""
         return self.module.part("core")
+
+    def consumed(self, kind: str, x: torch.Tensor, rotary) -> torch.Tensor:
+        """What the consumer of a kind reads, (b, T, units), on the stream before its half of the block (b, T, C)."""
+        return self.module.mix(x, rotary) if kind == "attention" else self.module.activate(x)
 
 
 class Adapter:
@@ -66,8 +89,13 @@ class Adapter:
         self.blocks: list[BlockView] = []
         for index, module in enumerate(model.blocks):
             prefix, widths = f"{self.family.blocks}.{index}", block_widths(model.config, self.family, index)
-            names = {role: f"{prefix}.{module.roles[role]}" for role in ROLES}
+            names = {role: f"{prefix}.{module.roles[role]}" for role in ROLES if role in module.roles}
             self.blocks.append(BlockView(index, prefix, module, widths, self.head_dim, names))
+
+    @property
+    def cores(self) -> list[nn.Module]:
+        """The attention cores of the blocks that have attention, in order."""
+        return [block.core for block in self.blocks if "attention" in block.kinds]
 
     @property
     def hidden_size(self) -> int:
@@ -92,10 +120,16 @@ def block_widths(config: Any, family: Family, index: int) -> Widths:
 
 
 def set_widths(values: dict, family: Family, widths: list[Widths]) -> dict:
-    """A copy of the config dictionary `values` whose blocks have `widths`: global where all agree, else per layer."""
-    values = {key: value for key, value in values.items() if key != "per_layer_config"}
+    """A copy of the config dictionary `values` for blocks of `widths`: global where all agree, else per layer.
+
+    A global width is never 0, which engines would divide by; blocks that lack something say so themselves.
+    """
+    roles = {*family.keys.values(), *family.width_keys.values()}
+    other_names = set(family.config_class.attribute_map) - roles  # of the same values, which would contradict them
+    values = {key: value for key, value in values.items() if key not in (*other_names, "per_layer_config")}
+    values[family.keys["depth"]] = len(widths)
     for role, key in family.width_keys.items():
-        sizes = [getattr(block, role) for block in widths]
+        sizes = [size for block in widths if (size := getattr(block, role))]
         values[key] = max(set(sizes), key=sizes.count)  # the commonest width, so that overrides stay few
     overrides: dict[str, dict[str, int]] = {}
     for index, block in enumerate(widths):

@@ -46,7 +46,7 @@ def check_values(values: dict, family: Family, where: Path | str) -> None:
     if rope_theta is not None:
         _check_number("rope_parameters.rope_theta", rope_theta, NUMBERS["rope_theta"], where)
     depth = values[family.keys["depth"]]
-    limits = {key: LIMITS[role] for role, key in family.width_keys.items()}
+    limits = {key: (0, LIMITS[role][1]) for role, key in family.width_keys.items()}  # 0: the block has none
     _check_layers(values.get("per_layer_config") or {}, limits, depth, where)
 
 
@@ -87,7 +87,7 @@ def _check_layers(layers: dict, limits: dict[str, tuple[int, int]], depth: int, 
 
 
 def check_heads(values: dict, family: Family, where: Path | str) -> None:
-    """Check the sizes of heads, of all blocks.
+    """Check the sizes of heads, of all blocks, and that not all blocks lack attention, or an MLP.
 
     Raises:
         UserError: the head size is unknown or odd, or query heads are not a multiple of key/value heads.
@@ -100,13 +100,22 @@ def check_heads(values: dict, family: Family, where: Path | str) -> None:
         )
     if (size := values.get("head_dim") or hidden // heads) % 2:
         raise UserError(f"{where}: the head size {size} is odd, which rotary positions rule out: correct config.json")
-    for widths in ({}, *(values.get("per_layer_config") or {}).values()):
-        own = values | widths
-        kv_heads = own.get(kv) or own[query]
-        if own[query] % kv_heads:
+    layers = values.get("per_layer_config") or {}
+    whole = values | {kv: heads if values.get(kv) is None else values[kv]}
+    for widths in ({}, *layers.values()):
+        own = whole | widths
+        if own[kv] == 0 or own[query] == 0:
+            if own[kv] != own[query]:
+                counts = f"{own[query]} heads and {own[kv]} key/value heads"
+                raise UserError(f"{where}: a block has {counts}: both must be 0 in a block without attention")
+        elif own[query] % own[kv]:
             raise UserError(
-                f"{where}: {own[query]} heads are not a multiple of {kv_heads} key/value heads: correct either"
+                f"{where}: {own[query]} heads are not a multiple of {own[kv]} key/value heads: correct either"
             )
+    blocks = {int(index): widths for index, widths in layers.items()}  # "1" and "01" are one block
+    for key, name in ((query, "attention"), (family.width_keys["channels"], "an MLP")):
+        if all(blocks.get(index, {}).get(key) == 0 for index in range(values[family.keys["depth"]])):
+            raise UserError(f"{where}: no block has {name}, by per_layer_config: give a model with it in one at least")
 
 
 def quantisation(values: dict) -> str | None:

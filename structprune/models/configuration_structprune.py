@@ -9,7 +9,8 @@ from transformers import PretrainedConfig
 class StructpruneLLaDAConfig(PretrainedConfig):
     """LLaDA's configuration under its own key names, with explicit `head_dim` and optional per-layer widths.
 
-    `per_layer_config` maps a block index to the `n_heads`, `n_kv_heads` and `mlp_hidden_size` that differ there.
+    `per_layer_config` maps a block index to the `n_heads`, `n_kv_heads` and `mlp_hidden_size` that differ there. A
+    block with 0 of both kinds of heads has no attention, one with an `mlp_hidden_size` of 0 no MLP.
     """
 
     model_type = "structprune_llada"
@@ -52,7 +53,8 @@ class StructpruneDreamConfig(PretrainedConfig):
     """Dream's (Qwen2's) configuration with explicit `head_dim` and optional per-layer widths.
 
     `per_layer_config` maps a layer index to the `num_attention_heads`, `num_key_value_heads` and
-    `intermediate_size` that differ there.
+    `intermediate_size` that differ there. A layer with 0 of both kinds of heads has no attention, one with an
+    `intermediate_size` of 0 no MLP.
     """
 
     model_type = "structprune_dream"

@@ -13,6 +13,8 @@ from torch import nn
 from .configuration_structprune import layer_width
 
 ATTENTIONS = ("sdpa", "eager")  # values of `attn_implementation`, the default first
+ATTENTION = ("attention_norm", "query", "key", "value", "core", "attention_output")  # roles of a block's parts
+MLP = ("mlp_norm", "gate", "up", "down")
 
 
 class RMSNorm(nn.Module):
@@ -121,10 +123,13 @@ class AttentionCore(nn.Module):
 class Block(nn.Module):
     """A pre-norm transformer block; `roles` places its parts under the family's names.
 
+    A block may lack attention, MLP or both. Then it has no parts for them, and in an instance `roles` names none; what
+    is absent adds nothing to the residual stream.
     `mix` and `activate` end where the consumers (attention output, down projection) begin: a refit can stand between.
     """
 
     roles: dict[str, str] = {}
+    has_attention = has_mlp = True
 
     def part(self, role: str) -> nn.Module:
         return self.get_submodule(self.roles[role])
@@ -139,18 +144,26 @@ class Block(nn.Module):
         parent.add_module(name, module)
 
     def build(self, config, size, widths, qkv_bias=False, bias=False):
-        """Place all parts: `size` is C, `widths` are H, K and the MLP's channels."""
+        """Place the parts: `size` is C, `widths` are H, K and the MLP's channels; 0 for no attention or no MLP."""
         self.head_dim, (heads, kv_heads, channels) = config.head_dim, widths
-        for role in ("attention_norm", "mlp_norm"):
-            self.place(role, RMSNorm(size, config.rms_norm_eps))
-        for role, count in (("query", heads), ("key", kv_heads), ("value", kv_heads)):
-            self.place(role, nn.Linear(size, count * self.head_dim, bias=qkv_bias))
-        for role in ("gate", "up"):
-            self.place(role, nn.Linear(size, channels, bias=bias))
+        self.has_attention, self.has_mlp = heads > 0, channels > 0
+        absent = (() if self.has_attention else ATTENTION) + (() if self.has_mlp else MLP)
+        self.roles = {role: path for role, path in self.roles.items() if role not in absent}
+        mixed, shared = heads * self.head_dim, kv_heads * self.head_dim
         attention_bias, mlp_bias = config.attention_output_bias or bias, config.mlp_output_bias or bias
-        self.place("attention_output", nn.Linear(heads * self.head_dim, size, bias=attention_bias))
-        self.place("down", nn.Linear(channels, size, bias=mlp_bias))
-        self.place("core", AttentionCore(config))
+        linears = {  # role -> inputs, outputs, bias
+            "query": (size, mixed, qkv_bias), "key": (size, shared, qkv_bias), "value": (size, shared, qkv_bias),
+            "gate": (size, channels, bias), "up": (size, channels, bias),
+            "attention_output": (mixed, size, attention_bias), "down": (channels, size, mlp_bias),
+        }  # fmt: skip
+        for role in ("attention_norm", "mlp_norm"):
+            if role in self.roles:
+                self.place(role, RMSNorm(size, config.rms_norm_eps))
+        for role, (inputs, outputs, has_bias) in linears.items():
+            if role in self.roles:
+                self.place(role, nn.Linear(inputs, outputs, bias=has_bias))
+        if self.has_attention:
+            self.place("core", AttentionCore(config))
 
     def mix(self, x, rotary, mask=None):
         """What attention hands to its output projection: (B, T, C) -> (B, T, H*D)."""
@@ -165,9 +178,16 @@ class Block(nn.Module):
         h = self.part("mlp_norm")(x)  # (B, T, C)
         return F.silu(self.part("gate")(h)) * self.part("up")(h)
 
+    def add_attention(self, x, rotary, mask=None):
+        """The residual stream with attention's output: (B, T, C) -> (B, T, C)."""
+        return x + self.part("attention_output")(self.mix(x, rotary, mask)) if self.has_attention else x
+
+    def add_mlp(self, x):
+        """The residual stream with the MLP's output: (..., C) -> (..., C)."""
+        return x + self.part("down")(self.activate(x)) if self.has_mlp else x
+
     def forward(self, x, rotary, mask=None):  # (B, T, C) -> (B, T, C)
-        x = x + self.part("attention_output")(self.mix(x, rotary, mask))
-        return x + self.part("down")(self.activate(x))
+        return self.add_mlp(self.add_attention(x, rotary, mask))
 
 
 class LLaDABlock(Block):

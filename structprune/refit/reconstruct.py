@@ -5,13 +5,13 @@ the MLP on the refitted attention's output, each on activations of the already p
 Shapes: O outputs, C all input channels, K remaining ones.
 """
 
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 from structprune.config import ReconstructSettings
-from structprune.models.adapter import CONSUMER, UNIT_KINDS, Adapter, UnitKey
+from structprune.models.adapter import CONSUMER, Adapter, BlockView
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.transfer import send
 from structprune.refit.products import UNCHANGED, Choice, LayerFit, Products, output_error
@@ -80,6 +80,15 @@ def choose(
     return best
 
 
+@dataclass(frozen=True)
+class Counterparts:
+    """The same consumer, the one of a kind of unit, in a block of the dense model and in what is left of it."""
+
+    dense: BlockView
+    small: BlockView
+    kind: str
+
+
 class Reconstructor:
     """Refits pruned copies of one dense model; the dense side is measured once where it fits the budget.
 
@@ -106,42 +115,55 @@ class Reconstructor:
         return self._run.holds_all
 
     @torch.no_grad()
-    def refit(self, small: DiffusionLM) -> list[LayerFit]:
-        """Refit every consumer of a cut model in place; they need biases where a constant feature is used."""
-        pruned = Adapter(small)
+    def refit(self, small: DiffusionLM, remaining: Sequence[int] | None = None) -> list[LayerFit]:
+        """Refit every consumer of a cut model in place; they need biases where a constant feature is used.
+
+        Args:
+            remaining: the dense model's index of every block of `small` (`Plan.remaining`); None where all are there.
+        Returns:
+            What was chosen, under the dense model's block indices.
+        Raises:
+            ValueError: not one index for every block.
+        """
+        pruned, dense = Adapter(small), self._dense.blocks
+        places = range(len(dense)) if remaining is None else remaining
+        blocks = dict(zip(places, pruned.blocks, strict=True))  # index in the dense model -> block
         self._run.restart()
         run = ResidualRun(pruned, self._ids, self._batch, self._limits.budget, self._limits.overlap)
         fits = []
-        for index in self._track(range(len(pruned.blocks)), "refit"):
-            for kind in UNIT_KINDS:
-                fits.append(self._refit_consumer(pruned, run, (index, kind)))
-                run.advance((index, kind))
-                if self.settings.target == "dense":
-                    self._run.advance((index, kind))
+        for block in self._track(dense, "refit"):
+            left = blocks.get(block.index)
+            for kind in block.kinds:
+                if left is not None and kind in left.kinds:
+                    fits.append(self._refit_consumer(run, Counterparts(block, left, kind)))
+                    run.advance((left.index, kind))
+                if self.settings.target == "dense":  # also past what the small model lacks
+                    self._run.advance((block.index, kind))
         return fits
 
-    def _refit_consumer(self, pruned: Adapter, run: ResidualRun, key: UnitKey) -> LayerFit:
-        linear = pruned.blocks[key[0]][CONSUMER[key[1]]]
-        fit, check = self._products(run, key)
+    def _refit_consumer(self, run: ResidualRun, pair: Counterparts) -> LayerFit:
+        linear = pair.small[CONSUMER[pair.kind]]
+        fit, check = self._products(run, pair)
         weight = _augmented(linear, self._constant).to(fit.gram.device)  # (O, K) fp64
         choice = choose(self.settings, weight, fit, check, linear.in_features)
         chosen = choice[0]  # (O, K)
         linear.weight = _parameter(chosen[:, :-1] if self._constant else chosen, linear.weight)
         if self._constant:
             linear.bias = _parameter(chosen[:, -1], linear.bias)
-        return LayerFit.of(*key, weight, check, choice)
+        return LayerFit.of(pair.dense.index, pair.kind, weight, check, choice)
 
     @property
     def _constant(self) -> bool:
         return self.settings.constant or self.settings.mode == "bias"
 
-    def _products(self, run: ResidualRun, key: UnitKey) -> tuple[Products, Products]:
+    def _products(self, run: ResidualRun, pair: Counterparts) -> tuple[Products, Products]:
         """Products over the fit rows (weighted by ω²) and over the held-out masked tokens, fp32."""
         sums: dict[bool, list] = {}
         for rows in run.slices():
             for part, fitted in self._parts(rows):
                 inner = slice(part.start - rows.start, part.stop - rows.start)
-                x, target = run.read(key, rows)[inner], self._target(run, key, rows)[inner]  # (b, T, K), (b, T, O)
+                x = run.read((pair.small.index, pair.kind), rows)[inner]  # (b, T, K)
+                target = self._target(run, pair, rows)[inner]  # (b, T, O)
                 if self._constant:
                     x = torch.cat((x, torch.ones_like(x[..., :1])), dim=-1)  # (b, T, K + 1)
                 weight = send(self._weight[part], x.device)  # (b, T)
@@ -166,16 +188,16 @@ class Reconstructor:
         )
         return fit, check
 
-    def _target(self, run: ResidualRun, key: UnitKey, rows: slice) -> torch.Tensor:
+    def _target(self, run: ResidualRun, pair: Counterparts, rows: slice) -> torch.Tensor:
         """The target output of the refit: the dense model's, or the dense layer's on this prefix, (b, T, O).
 
         Without a constant feature the consumer's bias does not change, so it is not part of the target.
         """
-        linear = self._dense.blocks[key[0]][CONSUMER[key[1]]]
+        linear = pair.dense[CONSUMER[pair.kind]]
         if self.settings.target == "dense":
-            target = self._run.output(key, rows)  # (b, T, O)
+            target = self._run.output((pair.dense.index, pair.kind), rows)  # (b, T, O)
         else:
-            target = linear(run.compute(key, run.states(rows), self._dense))  # (b, T, O)
+            target = linear(run.compute(pair.kind, run.states(rows), pair.dense))  # (b, T, O)
         return target if self._constant or linear.bias is None else target - linear.bias.to(target.device)
 
     def _parts(self, rows: slice) -> list[tuple[slice, bool]]:

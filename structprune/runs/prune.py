@@ -15,7 +15,7 @@ from structprune.checkpoint.save import save_pruned
 from structprune.config import Config
 from structprune.errors import UserError
 from structprune.evaluation.nelbo import Nelbo
-from structprune.models.adapter import CONSUMERS, Adapter, UnitKey
+from structprune.models.adapter import Adapter, UnitKey
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.progress import Track, untracked
 from structprune.refit.products import LayerFit
@@ -99,7 +99,7 @@ class Pruner(Run):
         calibration = self.calibration if windows is None else self.calibration.first(windows)
         refit = self._reconstructor(calibration)
         with self.streamed(self.model), self.streamed(small):
-            return small, self.timed("refit", lambda: refit.refit(small))
+            return small, self.timed("refit", lambda: refit.refit(small, plan.remaining))
 
     def _reconstructor(self, calibration: Calibration) -> Reconstructor:
         """The refit on some windows, made once for each number of windows."""
@@ -171,7 +171,7 @@ class Pruner(Run):
         small, fits, check = self._refit_and_check(plan)
         self.seconds["total"] = time.perf_counter() - start
         report = run_report(self.model, request.config, self.calibration, self.seconds, self.device)
-        report |= structured_report(self.model, small, request.config, self.calibration.length)
+        report |= structured_report(self.model, small, request.config, self.calibration.length, plan.remaining)
         report |= {"held_out_nelbo": check, "refit": [fit.plain() for fit in fits], "choice": choice}
         report["sinks"] = self._sinks
         return Pruned(small, plan, self.calibration, report)
@@ -207,7 +207,7 @@ def consumer_parameters(model: DiffusionLM) -> dict[tuple[int, str, str], torch.
     return {
         (block.index, role, name): value
         for block in Adapter(model).blocks
-        for role in CONSUMERS
+        for role in block.consumers
         for name, value in block[role].named_parameters()
     }
 

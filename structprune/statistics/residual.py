@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from structprune.models.adapter import CONSUMER, Adapter, UnitKey
+from structprune.models.adapter import CONSUMER, Adapter, BlockView, UnitKey
 from structprune.statistics.hidden import HiddenStates
 
 
@@ -19,7 +19,7 @@ class ResidualRun:
     def __init__(self, adapter: Adapter, ids: torch.Tensor, batch: int, budget: int, overlap: bool = False):
         self._adapter, self._ids, self._batch, self._budget = adapter, ids, batch, budget
         self._size = ids.numel() * adapter.model.embedding.weight.element_size()  # bytes of one feature of all tokens
-        widest = max(block[role].in_features for block in adapter.blocks for role in CONSUMER.values())
+        widest = max(block[role].in_features for block in adapter.blocks for role in block.consumers)
         self._hold = self._size * widest <= budget
         self._held: dict[UnitKey, dict[int, torch.Tensor]] = {}
         self._overlap = overlap
@@ -29,10 +29,12 @@ class ResidualRun:
         """The batches' row slices."""
         return self._states.slices()
 
-    def compute(self, key: UnitKey, states: torch.Tensor, channels: Adapter | None = None) -> torch.Tensor:
-        """The consumer's input on given hidden states (b, T, C), by this run's model or another's block."""
-        block = (channels or self._adapter).blocks[key[0]].module
-        return block.mix(states, self._states.rotary) if key[1] == "attention" else block.activate(states)
+    def compute(self, kind: str, states: torch.Tensor, block: BlockView) -> torch.Tensor:
+        """What a block's consumer reads on given hidden states (b, T, C); the block may be another model's."""
+        return block.consumed(kind, states, self._states.rotary)
+
+    def _compute(self, key: UnitKey, rows: slice) -> torch.Tensor:
+        return self.compute(key[1], self.states(rows), self._adapter.blocks[key[0]])
 
     def states(self, rows: slice) -> torch.Tensor:
         """The residual stream that the current consumer's block reads, (b, T, C)."""
@@ -44,7 +46,7 @@ class ResidualRun:
 
     def read(self, key: UnitKey, rows: slice) -> torch.Tensor:
         """Input of consumer `key` for some sequences, (b, T, C)."""
-        return self._cached(key, rows, lambda: self.compute(key, self.states(rows)))
+        return self._cached(key, rows, lambda: self._compute(key, rows))
 
     def output(self, key: UnitKey, rows: slice) -> torch.Tensor:
         """Output of consumer `key` for some sequences, with the weights it has now, (b, T, O)."""
@@ -74,7 +76,8 @@ class TargetRun(ResidualRun):
 
     def __init__(self, adapter: Adapter, ids: torch.Tensor, batch: int, budget: int, overlap: bool = False):
         super().__init__(adapter, ids, batch, budget, overlap)
-        self.holds_all = self._size * len(CONSUMER) * len(adapter.blocks) * adapter.hidden_size <= budget
+        count = sum(len(block.kinds) for block in adapter.blocks)
+        self.holds_all = self._size * count * adapter.hidden_size <= budget
         self._hold = self._size * adapter.hidden_size <= budget
         self._done: set[UnitKey] = set()
 
@@ -85,7 +88,7 @@ class TargetRun(ResidualRun):
             self._states = HiddenStates(self._adapter, self._ids, self._batch, self._budget, self._overlap)
 
     def read(self, key: UnitKey, rows: slice) -> torch.Tensor:
-        return self.compute(key, self._states.read(rows))
+        return self._compute(key, rows)
 
     def output(self, key: UnitKey, rows: slice) -> torch.Tensor:
         return self._cached(key, rows, lambda: self.consumer(key)(self.read(key, rows)))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from structprune.models.adapter import CONSUMER, UNIT_KINDS, Adapter, UnitKey, set_widths
+from structprune.models.adapter import CONSUMER, Adapter, UnitKey, set_widths
 from structprune.models.layers_structprune import RMSNorm
 from structprune.models.modeling_structprune import DiffusionLM
 
@@ -36,7 +36,7 @@ def coupled_units(model: DiffusionLM) -> dict[UnitKey, Coupled]:
     names = {module: name for name, module in ghost.named_modules()}
     coupled = {}
     for block in Adapter(ghost).blocks:
-        for kind in UNIT_KINDS:
+        for kind in block.kinds:
             group = graph.get_pruning_group(block[CONSUMER[kind]], tp.prune_linear_in_channels, idxs=[0])
             sides: dict[str, set[str]] = {"out": set(), "in": set()}
             for item in group:

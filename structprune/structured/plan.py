@@ -1,12 +1,12 @@
 """A plan: the units that every block keeps, as a JSON file that can be saved, read, edited and applied."""
 
 import json
-from dataclasses import asdict, astuple, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field, replace
 from pathlib import Path
 
 from structprune.errors import UserError
 from structprune.files import whole_file
-from structprune.models.adapter import Adapter, UnitKey, Widths
+from structprune.models.adapter import UNIT_KINDS, Adapter, UnitKey, Widths
 from structprune.models.checkpoint_files import read_json
 from structprune.structured.allocate import Counts
 from structprune.structured.paths import RemovalPath
@@ -16,7 +16,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """Kept indices of one block, sorted."""
+    """Kept indices of one block, sorted; without heads its attention goes, without channels its MLP."""
 
     query_heads: tuple[int, ...]
     kv_heads: tuple[int, ...]
@@ -26,14 +26,28 @@ class BlockPlan:
     def widths(self) -> Widths:
         return Widths(len(self.query_heads), len(self.kv_heads), len(self.channels))
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds of units that stay, in part or whole."""
+        units = {"attention": self.query_heads, "channels": self.channels}
+        return tuple(kind for kind in UNIT_KINDS if units[kind])
+
 
 @dataclass(frozen=True)
 class Plan:
-    """Kept units of every block of a model of `family`; `notes` tell its origin and are not used to apply it."""
+    """Kept units of every block of a model of `family`; `notes` tell its origin and are not used to apply it.
+
+    A block of which nothing is kept is deleted, and those behind it move up.
+    """
 
     family: str
     blocks: tuple[BlockPlan, ...]
     notes: dict = field(default_factory=dict)
+
+    @property
+    def remaining(self) -> tuple[int, ...]:
+        """The dense model's index of every block of the pruned one."""
+        return tuple(index for index, block in enumerate(self.blocks) if block.kinds)
 
     def save(self, path: str | Path) -> Path:
         """Write the plan as JSON, whole or not at all."""
@@ -78,7 +92,10 @@ class Plan:
         return cls(str(values.get("family")), tuple(blocks), values.get("notes") or {})
 
     def check(self, adapter: Adapter) -> None:
-        """Raises UserError unless the plan fits the model: family, depth, and every kept index."""
+        """Raises UserError unless the plan fits the model: family, depth, and every kept index.
+
+        Attention must stay in at least one block, and an MLP too.
+        """
         remedy = "give a plan of this model"
         if self.family != adapter.family.name:
             raise UserError(
@@ -90,11 +107,16 @@ class Plan:
             for key, units in asdict(kept).items():
                 _check_indices(units, getattr(block.widths, key), f"the plan's block {block.index}: {key}")
             _check_heads(kept, block.widths, block.index)
+        for kind, name in (("attention", "attention"), ("channels", "an MLP")):
+            if not any(kind in kept.kinds for kept in self.blocks):
+                raise UserError(f"the plan leaves no block with {name}: keep it in one block at least")
 
 
 def _check_indices(units: tuple[int, ...], width: int, where: str) -> None:
     if not units:
-        raise UserError(f"{where} keeps nothing: a block must keep at least one unit of each kind")
+        return
+    if not width:
+        raise UserError(f"{where} names {units[0]}, but that block of the model has none: give []")
     if list(units) != sorted(set(units)):
         raise UserError(f"{where} is not sorted and free of repeats: sort it, each index once")
     if units[0] < 0 or units[-1] >= width:
@@ -104,6 +126,11 @@ def _check_indices(units: tuple[int, ...], width: int, where: str) -> None:
 
 def _check_heads(kept: BlockPlan, widths: Widths, index: int) -> None:
     """Raise UserError where a query head loses its KV head, or KV heads keep unequal numbers of query heads."""
+    if not kept.query_heads and not kept.kv_heads:
+        return
+    if not kept.query_heads or not kept.kv_heads:
+        side, other = ("KV heads", "query heads") if kept.kv_heads else ("query heads", "KV heads")
+        raise UserError(f"the plan's block {index} keeps {side} but no {other}: empty both lists, or neither")
     per = widths.query_heads // widths.kv_heads
     counts = {head: 0 for head in kept.kv_heads}
     for head in kept.query_heads:
@@ -123,18 +150,27 @@ def identity_plan(adapter: Adapter) -> Plan:
 def make_plan(
     adapter: Adapter, paths: dict[UnitKey, RemovalPath], counts: Counts, form: str, notes: dict | None = None
 ) -> Plan:
-    """The plan that removes `counts` steps of every path; blocks without counts keep everything."""
+    """The plan that removes `counts` steps of every path; blocks and kinds without counts keep everything."""
     blocks = list(identity_plan(adapter).blocks)
-    for index in {index for index, _ in counts}:
+    for (index, kind), steps in counts.items():
         widths = adapter.blocks[index].widths
+        units = set(paths[index, kind].removed(steps))
+        if kind == "channels":
+            channels = tuple(channel for channel in range(widths.channels) if channel not in units)
+            blocks[index] = replace(blocks[index], channels=channels)
+            continue
         per = widths.query_heads // widths.kv_heads
-        units = set(paths[index, "attention"].removed(counts[index, "attention"]))
         groups = per == 1 or form == "kv_groups"  # units are KV heads with all their query heads
-        query_heads = (h for h in range(widths.query_heads) if (h // per if groups else h) not in units)
-        channels = set(paths[index, "channels"].removed(counts[index, "channels"]))
-        blocks[index] = BlockPlan(
-            tuple(query_heads),
-            tuple(head for head in range(widths.kv_heads) if not groups or head not in units),
-            tuple(channel for channel in range(widths.channels) if channel not in channels),
+        blocks[index] = replace(
+            blocks[index],
+            query_heads=tuple(h for h in range(widths.query_heads) if (h // per if groups else h) not in units),
+            kv_heads=_kept_kv_heads(widths, units, groups),
         )
     return Plan(adapter.family.name, tuple(blocks), notes or {})
+
+
+def _kept_kv_heads(widths: Widths, units: set[int], groups: bool) -> tuple[int, ...]:
+    """KV heads that stay: those not among the removed `units` if these are KV groups, else all with a query head."""
+    if groups:
+        return tuple(head for head in range(widths.kv_heads) if head not in units)
+    return tuple(range(widths.kv_heads)) if len(units) < widths.query_heads else ()

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from structprune.models.adapter import CONSUMER, UNIT_KINDS, Adapter, BlockView
+from structprune.models.adapter import CONSUMER, Adapter, BlockView
 from structprune.structured.units import block_groups, block_tensors
 
 WIDE_STEPS = 16  # rounding to n needs an MLP of at least this many times n
@@ -11,20 +11,20 @@ ROUNDINGS = (128, 64, 32, 16, 8)
 
 @dataclass(frozen=True)
 class BlockSize:
-    """One block's prunable parameters."""
+    """One block's prunable parameters. `step` and `steps` have only the kinds of units that the block has."""
 
     index: int
-    total: int  # weights and biases of the seven linears
+    total: int  # weights and biases of the linears
     step: dict[str, int]  # kind -> parameters that one removal step takes
     steps: dict[str, int]  # kind -> number of steps (all of them would empty the block)
 
 
 def block_size(block: BlockView, form: str) -> BlockSize:
     """Sizes of one block for the attention unit `form` (`query_heads` or `kv_groups`)."""
-    groups = {kind: block_groups(block, kind, form) for kind in UNIT_KINDS}
+    groups = {kind: block_groups(block, kind, form) for kind in block.kinds}
     steps = {kind: len(group[0]) for kind, group in groups.items()}
     step = {}
-    for kind in UNIT_KINDS:
+    for kind in block.kinds:
         rows: tuple[str, ...] = ("gate", "up") if kind == "channels" else ("query", "key", "value")
         if kind == "attention" and len(groups[kind]) > 1:
             rows = ("query",)  # k and v of a KV group stay while any of its query heads does

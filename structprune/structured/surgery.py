@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from structprune.models.adapter import UNIT_KINDS, Adapter, BlockView, UnitKey, set_widths
+from structprune.models.adapter import Adapter, BlockView, UnitKey, set_widths
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.structured.graph import Coupled, coupled_units
 from structprune.structured.plan import BlockPlan, Plan
@@ -15,9 +15,10 @@ def expand(units: tuple[int, ...], width: int) -> torch.Tensor:
 
 
 def pruned_config(model: DiffusionLM, plan: Plan, output_bias: bool = False):
-    """The model's configuration with the plan's widths, and biases on both consumers if `output_bias`."""
+    """The model's configuration with the plan's widths and depth, and biases on both consumers if `output_bias`."""
     adapter = Adapter(model)
-    values = set_widths(model.config.to_dict(), adapter.family, [block.widths for block in plan.blocks])
+    widths = [plan.blocks[index].widths for index in plan.remaining]
+    values = set_widths(model.config.to_dict(), adapter.family, widths)
     config = adapter.family.config_class(**values)
     config.dtype = model.dtype
     if output_bias:
@@ -30,6 +31,9 @@ def apply_plan(
     model: DiffusionLM, plan: Plan, output_bias: bool = False, coupled: dict[UnitKey, Coupled] | None = None
 ) -> DiffusionLM:
     """The model that keeps what `plan` keeps.
+
+    A block that keeps neither heads nor channels is deleted, and those behind it move up: `plan.remaining` maps blocks
+    to the dense ones. A block that keeps one of both has no parts of the other.
 
     Args:
         output_bias: give the attention output and down projections a bias (zero), for a refit with a constant feature.
@@ -49,7 +53,7 @@ def apply_plan(
     for block, kept in zip(adapter.blocks, plan.blocks, strict=True):
         if kept.widths == block.widths:
             continue
-        for kind in UNIT_KINDS:
+        for kind in kept.kinds:
             members = coupled[block.index, kind]
             for name in sorted(members.outputs | members.inputs):
                 module = model.get_submodule(name)
@@ -57,16 +61,27 @@ def apply_plan(
                 units = kept.channels if kind == "channels" else _heads(module, name in members.inputs, block, kept)
                 index = expand(units, 1 if kind == "channels" else block.head_dim).to(module.weight.device)
                 _cut(state, name, index, name in members.inputs)
+    kept_state = {}
     for name, tensor in small.state_dict().items():
-        if output_bias and name not in state:
-            state[name] = torch.zeros(tensor.shape, dtype=model.dtype, device=model.device)
-        if state[name].shape != tensor.shape:
+        source = _dense_name(name, adapter.family.blocks, plan.remaining)
+        if output_bias and source not in state:
+            state[source] = torch.zeros(tensor.shape, dtype=model.dtype, device=model.device)
+        if state[source].shape != tensor.shape:
             raise RuntimeError(
-                f"surgery left {name} at {tuple(state[name].shape)}, the plan needs {tuple(tensor.shape)}"
+                f"surgery left {source} at {tuple(state[source].shape)}, the plan needs {tuple(tensor.shape)}"
             )
-    small.load_state_dict(state, assign=True)
+        kept_state[name] = state[source]
+    small.load_state_dict(kept_state, assign=True)
     small.source = getattr(model, "source", None)
     return small.eval()
+
+
+def _dense_name(name: str, blocks: str, remaining: tuple[int, ...]) -> str:
+    """The dense model's name of a tensor of the pruned model, whose blocks are numbered anew."""
+    if not name.startswith(f"{blocks}."):
+        return name
+    index, _, rest = name.removeprefix(f"{blocks}.").partition(".")
+    return f"{blocks}.{remaining[int(index)]}.{rest}"
 
 
 def _heads(module: nn.Linear, reads: bool, block: BlockView, kept: BlockPlan) -> tuple[int, ...]:

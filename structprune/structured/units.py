@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from structprune.models.adapter import CONSUMER, UNIT_KINDS, BlockView, UnitKey
+from structprune.models.adapter import CONSUMER, BlockView, UnitKey
 from structprune.structured.paths import step_groups
 
 Tensors = dict[tuple[str, str], torch.Tensor]  # (role, "weight" or "bias") -> a tensor of that parameter's shape
@@ -45,7 +45,7 @@ class Units:
 
 def all_units(blocks: list[BlockView], form: str) -> list[Units]:
     """The units of every block and kind, in the order of the forward pass."""
-    return [Units.of(block, kind, form) for block in blocks for kind in UNIT_KINDS]
+    return [Units.of(block, kind, form) for block in blocks for kind in block.kinds]
 
 
 def block_groups(block: BlockView, kind: str, form: str) -> list[list[int]]:
@@ -76,5 +76,5 @@ def coupled_slices(units: Units, tensors: Tensors) -> list[torch.Tensor]:
 
 
 def block_tensors(block: BlockView) -> Tensors:
-    """(role, name) -> parameter of the seven linears of a block."""
+    """(role, name) -> parameter of the linears of a block."""
     return {(role, name): value for role in block.names for name, value in block[role].named_parameters()}

@@ -1,6 +1,7 @@
 """Export classes: which model is of which, why not, and the config.json each is written with."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -23,11 +24,18 @@ FEWER = {"llada": ((0, 3), (0, 3)), "dream": ((0, 2, 3, 5), (0, 1))}
 
 @pytest.fixture
 def pruned(tiny_checkpoint):
-    """`pruned(family, fewer_heads, channels per block, biases)` -> a pruned model of a tiny official checkpoint."""
+    """`pruned(family, fewer_heads, channels per block, biases)` -> a pruned model of a tiny official checkpoint.
+
+    A block with None channels is removed as a whole.
+    """
 
     def make(family, fewer=False, channels=(24, 24, 24), biases=False, **changes):
         queries, kv_heads = (FEWER if fewer else FULL)[family]
-        blocks = tuple(BlockPlan(tuple(queries), tuple(kv_heads), tuple(range(count))) for count in channels)
+        kept = BlockPlan(tuple(queries), tuple(kv_heads), ())
+        blocks = tuple(
+            BlockPlan((), (), ()) if count is None else replace(kept, channels=tuple(range(count)))
+            for count in channels
+        )
         return apply_plan(load_model(tiny_checkpoint(family, **changes)), Plan(family, blocks), biases)
 
     return make
@@ -49,6 +57,30 @@ def test_strictest_class(pruned, family, fewer, channels, biases, result):
             message = f"export.compat = {compat} is not possible: .*; or export as {result}$"
             with pytest.raises(UserError, match=message):
                 check_export(model.config, model.source.values, compat)
+
+
+@pytest.mark.parametrize("family", ["llada", "dream"])
+@pytest.mark.parametrize("fewer, channels, result", [
+    (False, (24, None, 24), "official"), (False, (None, 48, 48), "official"), (True, (None, 24, None), "uniform"),
+    (False, (24, None, 20), "free"), (False, (24, 0, 24), "free"), (False, (48, 48, 0), "free"),
+])  # fmt: skip
+def test_strictest_class_without_a_block_or_its_mlp(pruned, family, fewer, channels, result):
+    """A block that is deleted leaves fewer blocks, which may be equal; half a block is of no class but free."""
+    model = pruned(family, fewer, channels)
+    assert len(model.blocks) == 3 - channels.count(None)
+    assert export_class(model.config, model.source.values) == result
+    if 0 in channels:
+        reason = "some blocks lack attention or MLP (remove both, so that the whole block goes)"
+        assert obstacles(model.config, model.source.values) == {"official": reason, "uniform": reason}
+
+
+@pytest.mark.parametrize("family", ["llada", "dream"])
+def test_equal_blocks_without_attention_are_of_no_class_but_free(tiny_model, family):
+    heads = dict.fromkeys(
+        ("num_attention_heads", "num_key_value_heads") if family == "dream" else ("n_heads", "n_kv_heads"), 0
+    )
+    config = tiny_model(family, per_layer_config=dict.fromkeys("012", heads)).config
+    assert obstacles(config, {"model_type": "Dream" if family == "dream" else family}).keys() == {"official", "uniform"}
 
 
 def test_reasons_name_the_remedy(pruned):
@@ -102,6 +134,15 @@ def test_official_config_keeps_the_familys_own_keys(pruned, family, key, kind):
     assert (values["model_type"], values[key], values["torch_dtype"]) == (kind, 24, "bfloat16")
     assert "dtype" not in values and "per_layer_config" not in values
     assert set(values) - set(source) == {key, "torch_dtype", "auto_map"}
+
+
+@pytest.mark.parametrize("family, key", [("llada", "n_layers"), ("dream", "num_hidden_layers")])
+@pytest.mark.parametrize("compat", ["official", "uniform", "free"])
+def test_the_depth_is_that_of_the_remaining_blocks(pruned, family, key, compat):
+    """Under all names that the source has for it; a source may also carry widths that no remaining block has."""
+    model = pruned(family, channels=(24, None, 24), num_hidden_layers=3, per_layer_config={"1": {}})
+    values = config_values(model.config, model.source.values, compat, "float32")
+    assert values[key] == values["num_hidden_layers"] == 2 and "per_layer_config" not in values
 
 
 def test_official_config_has_the_mask_id_that_was_given(tiny_checkpoint):

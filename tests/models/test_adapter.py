@@ -1,5 +1,7 @@
 """The adapter's contract, the same for every family, and per-layer widths in the configuration."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -14,6 +16,7 @@ LINEARS = {
     "dream": "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj "
     "mlp.gate_proj mlp.up_proj mlp.down_proj",
 }
+INPUTS = ("attention_input", "mixed", "mlp_input", "activated")
 PREFIX = {"llada": "model.transformer.blocks.{}.", "dream": "model.layers.{}."}
 
 
@@ -85,6 +88,9 @@ def test_a_model_of_another_kind_is_refused():
 @pytest.mark.parametrize("kind, kept", [
     ("llada", [Widths(2, 2, 17), Widths(4, 4, 48), Widths(1, 1, 48)]),
     ("dream", [Widths(4, 2, 48), Widths(3, 1, 8), Widths(6, 2, 1)]),
+    ("llada", [Widths(0, 0, 17), Widths(4, 4, 48), Widths(1, 1, 48)]),
+    ("dream", [Widths(0, 0, 48), Widths(0, 0, 8), Widths(6, 2, 0)]),  # more blocks without attention than with
+    ("dream", [Widths(0, 0, 0), Widths(6, 2, 48)]),  # fewer blocks
 ])  # fmt: skip
 def test_set_widths_round_trip(tiny_model, kind, kept):
     """Widths written into a config come back, through JSON too, and the model built from it has them."""
@@ -93,12 +99,47 @@ def test_set_widths_round_trip(tiny_model, kind, kept):
     config = family.config_class(**set_widths(model.config.to_dict(), family, kept))
     again = family.config_class(**family.config_class.from_dict(config.to_dict()).to_dict())
     for made in (config, again):
-        assert [block_widths(made, family, index) for index in range(3)] == kept
+        assert [block_widths(made, family, index) for index in range(len(kept))] == kept
+        assert all(layer > 0 for layer in (made.to_dict()[key] for key in family.width_keys.values()))
     for block, widths in zip(Adapter(family.model_class(again)).blocks, kept, strict=True):
         assert block.widths == widths
-        assert block["query"].out_features == widths.query_heads * 8
-        assert block["key"].out_features == widths.kv_heads * 8
-        assert block["down"].in_features == widths.channels
+        if widths.query_heads:
+            assert block["query"].out_features == widths.query_heads * 8
+            assert block["key"].out_features == widths.kv_heads * 8
+        if widths.channels:
+            assert block["down"].in_features == widths.channels
+
+
+@pytest.mark.parametrize("kind", ["llada", "dream"])
+def test_a_block_says_what_it_has(tiny_model, gaps, kind):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # such as torch's, about the initialisation of empty tensors
+        adapter = Adapter(tiny_model(kind, **gaps(kind)))
+    blocks = adapter.blocks
+    assert [block.kinds for block in blocks] == [("attention",), ("attention", "channels"), (), ("channels",)]
+    assert [block.consumers for block in blocks] == [("attention_output",), CONSUMERS, (), ("down",)]
+    assert [tuple(block.readers) for block in blocks] == [INPUTS[:2], INPUTS, (), INPUTS[2:]]
+    assert [tuple(block.names) for block in blocks] == [ROLES[:4], ROLES, (), ROLES[4:]]
+    assert [len(list(block.module.parameters())) for block in blocks] == (
+        [5, 9, 0, 4] if kind == "llada" else [8, 12, 0, 4]
+    )
+    assert adapter.cores == [blocks[0].core, blocks[1].core]
+    with pytest.raises(KeyError, match="down"):
+        blocks[0]["down"]
+
+
+@pytest.mark.parametrize("kind", ["llada", "dream"])
+@torch.no_grad()
+def test_what_a_block_lacks_adds_nothing(tiny_model, gaps, kind):
+    model = tiny_model(kind, **gaps(kind))
+    rotary, x = model.rotary(6, "cpu"), torch.randn(2, 6, 32, generator=torch.Generator().manual_seed(0))  # (B, T, C)
+    first, second, third, fourth = model.blocks
+    after = x + first.part("attention_output")(first.mix(x, rotary))  # (B, T, C)
+    assert torch.equal(first(x, rotary), after) and first.add_mlp(x) is x
+    assert not torch.equal(second.add_mlp(x), x) and not torch.equal(second.add_attention(x, rotary), x)
+    assert third(x, rotary) is x
+    after = x + fourth.part("down")(fourth.activate(x))  # (B, T, C)
+    assert torch.equal(fourth(x, rotary), after) and fourth.add_attention(x, rotary) is x
 
 
 def test_equal_widths_become_the_global_value(tiny_model):

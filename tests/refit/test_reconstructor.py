@@ -42,6 +42,13 @@ def half_plan(adapter: Adapter) -> Plan:
     return Plan(adapter.family.name, blocks)
 
 
+def gap_plan(adapter: Adapter) -> Plan:
+    """`half_plan` without the first block's MLP, the second block, and the last one's attention."""
+    first, _, last = half_plan(adapter).blocks
+    without_heads = replace(last, query_heads=(), kv_heads=())
+    return Plan(adapter.family.name, (replace(first, channels=()), BlockPlan((), (), ()), without_heads))
+
+
 def read_all(block, kind, x, rotary):
     return block.module.mix(x, rotary) if kind == "attention" else block.module.activate(x)
 
@@ -52,7 +59,7 @@ def reconstructor(model, calibration, settings=None, **limits) -> Reconstructor:
 
 
 def plain_refit(model, plan, calibration, settings):
-    """Refit by lstsq, all rows at once: [(λ chosen or infinity, weight (O, K), bias (O,) or None)] in forward order."""
+    """Refit by lstsq, all rows at once: (dense block, kind) -> whether it changed, error, weight (O, K) and bias."""
     dense, constant = Adapter(model), settings.constant or settings.mode == "bias"
     small = Adapter(apply_plan(model, plan, constant))
     fit = scan_rows(Scan(dense, calibration.fit, SINK), settings.arm)
@@ -61,17 +68,22 @@ def plain_refit(model, plan, calibration, settings):
     sides = [(fit.ids, omega), (check.ids, check.masked.float())]
     wide = [dense.model.embedding(ids) for ids, _ in sides]  # the dense model's residual stream
     narrow = [x.clone() for x in wide]  # the pruned prefix's
-    rotary, fits = dense.model.rotary(LENGTH, "cpu"), []
+    rotary, fits = dense.model.rotary(LENGTH, "cpu"), {}
     for index in range(3):
         for kind, role in ROLE.items():
-            full, linear = dense.blocks[index][role], small.blocks[index][role]
+            full = dense.blocks[index][role]
             systems, targets = [], [full(read_all(dense.blocks[index], kind, x, rotary)) for x in wide]
+            if kind not in plan.blocks[index].kinds:  # only the dense stream goes on
+                wide = [x + target for x, target in zip(wide, targets)]
+                continue
+            block = small.blocks[plan.remaining.index(index)]
+            linear = block[role]
             for (_, weight), x, target in zip(sides, narrow, targets):
                 if settings.target == "layer":
                     target = full(read_all(dense.blocks[index], kind, x, rotary))
                 if settings.relative:
                     weight = weight / x.pow(2).mean(-1).sqrt()
-                inputs = read_all(small.blocks[index], kind, x, rotary)
+                inputs = read_all(block, kind, x, rotary)
                 inputs = torch.cat((inputs, torch.ones_like(inputs[..., :1])), -1) if constant else inputs
                 left, right = (
                     (inputs * weight[..., None]).flatten(0, 1).double(),
@@ -95,8 +107,9 @@ def plain_refit(model, plan, calibration, settings):
             linear.weight.copy_(chosen[:, : linear.in_features])
             if constant:
                 linear.bias.copy_(chosen[:, -1])
-            fits.append((chosen is new, (min(errors) / errors[0]).item(), linear.weight.clone(), linear.bias))
-            narrow = [x + linear(read_all(small.blocks[index], kind, x, rotary)) for x in narrow]
+            error = (min(errors) / errors[0]).item()
+            fits[index, kind] = (chosen is new, error, linear.weight.clone(), linear.bias)
+            narrow = [x + linear(read_all(block, kind, x, rotary)) for x in narrow]
             wide = [x + target for x, target in zip(wide, targets)]
     return fits
 
@@ -116,30 +129,35 @@ SETTINGS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["llada", "dream"])
 @pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("make_plan", [half_plan, gap_plan])
 @torch.no_grad()
-def test_the_driver_walks_both_models(tiny_model, calibration, family, name):
+def test_the_driver_walks_both_models(tiny_model, calibration, family, name, make_plan):
     model = tiny_model(family)
-    plan, settings = half_plan(Adapter(model)), ReconstructSettings(damping=(DAMPING,), **SETTINGS[name])
+    plan, settings = make_plan(Adapter(model)), ReconstructSettings(damping=(DAMPING,), **SETTINGS[name])
     small = apply_plan(model, plan, settings.constant or settings.mode == "bias")
-    fits = reconstructor(model, calibration, settings).refit(small)
+    fits = reconstructor(model, calibration, settings).refit(small, plan.remaining)
     expected = plain_refit(model, plan, calibration, settings)
-    assert [(fit.block, fit.kind) for fit in fits] == [(index, kind) for index in range(3) for kind in ROLE]
-    assert any(fit.damping != UNCHANGED for fit in fits)
-    for fit, (moved, error, weight, bias) in zip(fits, expected):
-        linear = Adapter(small).blocks[fit.block][ROLE[fit.kind]]
+    keys = [(index, kind) for index, block in enumerate(plan.blocks) for kind in block.kinds]
+    assert [(fit.block, fit.kind) for fit in fits] == keys == list(expected)
+    assert len(keys) == (6 if make_plan is half_plan else 2)
+    # on clean rows nothing is missing before the first attention, and the other linear gains nothing
+    assert any(fit.damping != UNCHANGED for fit in fits) or (make_plan is gap_plan and settings.arm == "clean")
+    for fit, (moved, error, weight, bias) in zip(fits, expected.values()):
+        linear = Adapter(small).blocks[plan.remaining.index(fit.block)][ROLE[fit.kind]]
         assert (fit.damping != UNCHANGED) == moved, (fit, error)
         assert fit.error == pytest.approx(error, rel=1e-3) and fit.error <= 1
         assert torch.allclose(linear.weight, weight, atol=2e-3)
         assert bias is None or torch.allclose(linear.bias, bias, atol=2e-3)
 
 
+@pytest.mark.parametrize("make_plan", [half_plan, gap_plan])
 @torch.no_grad()
-def test_small_budgets_and_other_batches_give_the_same(tiny_model, calibration):
+def test_small_budgets_and_other_batches_give_the_same(tiny_model, calibration, make_plan):
     model = tiny_model()
-    plan, logits = half_plan(Adapter(model)), []
+    plan, logits = make_plan(Adapter(model)), []
     for windows, budget in ((1, 2**30), (3, 0), (2, 20 * LENGTH * 32 * 4)):
         small = apply_plan(model, plan)
-        reconstructor(model, calibration, windows=windows, budget=budget).refit(small)
+        reconstructor(model, calibration, windows=windows, budget=budget).refit(small, plan.remaining)
         logits.append(small(calibration.noisy_ids[0]).logits)
     assert torch.allclose(logits[0], logits[1], atol=1e-3) and torch.allclose(logits[0], logits[2], atol=1e-3)
 
@@ -195,7 +213,7 @@ def test_a_run_is_never_worse_than_plain_removal(tiny_checkpoint, text_path, fam
 def test_a_spoilt_refit_is_discarded(tiny_checkpoint, text_path, monkeypatch):
     model = load_model(tiny_checkpoint())
 
-    def spoil(self, small):
+    def spoil(self, small, remaining):
         small.spoilt = True
         for block in Adapter(small).blocks:
             block["down"].weight.data.mul_(-3)
@@ -218,8 +236,8 @@ def test_a_spoilt_refit_is_discarded(tiny_checkpoint, text_path, monkeypatch):
 def test_a_kept_refit_is_what_was_refitted(tiny_checkpoint, text_path, monkeypatch, constant):
     model, refit, states, losses = load_model(tiny_checkpoint()), Reconstructor.refit, [], iter((7, 8, 9))
 
-    def watch(self, small):
-        fits = refit(self, small)
+    def watch(self, small, remaining):
+        fits = refit(self, small, remaining)
         states.append({name: value.clone() for name, value in small.state_dict().items()})
         return fits
 

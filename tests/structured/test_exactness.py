@@ -2,11 +2,12 @@
 
 import copy
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 
-from structprune.models.adapter import CONSUMER, Adapter
+from structprune.models.adapter import CONSUMER, CONSUMERS, Adapter
 from structprune.structured import surgery
 from structprune.structured.plan import BlockPlan, Plan, identity_plan
 from structprune.structured.surgery import apply_plan
@@ -18,6 +19,7 @@ MODELS = {
     "gqa of llada": ("llada", {"d_model": 48, "n_heads": 6, "n_kv_heads": 2, "include_qkv_bias": True}),
     "gqa of dream": ("dream", {}),
 }
+BOTH = ("attention", "channels")
 FORMS = ("query_heads", "kv_groups", "both")
 IDS = torch.randint(0, 2048, (2, 11), generator=torch.Generator().manual_seed(0))
 
@@ -72,6 +74,76 @@ def test_random_plans_cut_exactly(tiny_model, name, form):
         assert difference(small, model, plan) <= 1e-5, (seed, plan)
         with torch.inference_mode():
             assert (small(IDS).logits - dense).abs().max() > 1e-3  # the plan does remove something that counts
+
+
+# kinds of units that each block keeps
+KEPT = {
+    "no attention in one": [("channels",), BOTH, BOTH],
+    "no MLP in one": [BOTH, BOTH, ("attention",)],
+    "no block": [BOTH, (), BOTH],
+    "no first block": [(), BOTH, ("channels",)],
+    "all three": [("attention",), (), ("channels",)],
+}
+
+
+@pytest.mark.parametrize("output_bias", [False, True])
+@pytest.mark.parametrize("kept", KEPT)
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_what_goes_as_a_whole_is_cut_exactly(tiny_model, name, kept, output_bias):
+    """As the dense model with the consumer's weight and bias zeroed, whether the rest is cut too or not."""
+    family, changes = MODELS[name]
+    model = tiny_model(family, **changes)
+    for block in Adapter(model).blocks:
+        for role in CONSUMERS:
+            if block[role].bias is not None:
+                block[role].bias.normal_(generator=torch.Generator().manual_seed(1))
+    whole, narrower = identity_plan(Adapter(model)), random_plan(Adapter(model), "both", 4)
+    for plan, tolerance in ((whole, 1e-6), (narrower, 1e-5)):
+        plan = keeping(plan, KEPT[kept])
+        small, expected = apply_plan(model, plan, output_bias), with_zeroed_columns(model, plan)
+        assert [block.kinds for block in Adapter(small).blocks] == [kinds for kinds in KEPT[kept] if kinds]
+        for dense, kinds in zip(Adapter(expected).blocks, KEPT[kept]):
+            for kind in set(BOTH) - set(kinds):
+                if dense[CONSUMER[kind]].bias is not None:
+                    dense[CONSUMER[kind]].bias.zero_()
+        assert (small(IDS).logits - expected(IDS).logits).abs().max() <= tolerance
+        assert (small(IDS).logits - model(IDS).logits).abs().max() > 1e-3
+
+
+def keeping(plan: Plan, kinds: list[tuple[str, ...]]) -> Plan:
+    """The plan without what `kinds`, of every block, does not name."""
+    lists = {"attention": {"query_heads": (), "kv_heads": ()}, "channels": {"channels": ()}}
+    blocks = []
+    for block, here in zip(plan.blocks, kinds, strict=True):
+        for kind in set(BOTH) - set(here):
+            block = replace(block, **lists[kind])
+        blocks.append(block)
+    return replace(plan, blocks=tuple(blocks))
+
+
+@pytest.mark.parametrize("family", ["llada", "dream"])
+@torch.no_grad()
+def test_a_model_with_gaps_is_cut_exactly(tiny_model, gaps, family):
+    """Also a block that has neither attention nor MLP, which is deleted."""
+    model = tiny_model(family, **gaps(family))
+    same = apply_plan(model, identity_plan(Adapter(model)))
+    assert torch.equal(same(IDS).logits, model(IDS).logits) and len(same.blocks) == 3
+    whole = identity_plan(Adapter(model)).blocks
+    heads, kv_heads = ((0, 3), (0, 3)) if family == "llada" else ((0, 2, 3, 5), (0, 1))
+    cut = BlockPlan(heads, kv_heads, tuple(range(0, 48, 3)))
+    plan = Plan(family, (replace(cut, channels=()), cut, whole[2], replace(whole[3], channels=tuple(range(7)))))
+    small = apply_plan(model, plan)
+    expected = copy.deepcopy(model)
+    for block, kept in zip(Adapter(expected).blocks, plan.blocks):
+        if "attention" in block.kinds:
+            columns = block["attention_output"].weight.unflatten(1, (-1, block.head_dim))  # (C, H, D)
+            gone = [head for head in range(block.widths.query_heads) if head not in kept.query_heads]
+            columns[:, gone] = 0
+        if "channels" in block.kinds:
+            block["down"].weight[:, [channel for channel in range(48) if channel not in kept.channels]] = 0
+    assert (small(IDS).logits - expected(IDS).logits).abs().max() <= 1e-5
+    assert (small(IDS).logits - model(IDS).logits).abs().max() > 1e-3
 
 
 def cut_of(widths, kind: str, form: str) -> BlockPlan:

@@ -34,6 +34,16 @@ def test_units_are_exactly_those_of_the_definition(tiny_model, name):
         assert channels.inputs == {mlp.format(index) + down}
 
 
+@pytest.mark.parametrize("family", ["llada", "dream"])
+def test_blocks_that_lack_something_have_no_such_units(tiny_model, gaps, family):
+    units, whole = coupled_units(tiny_model(family, **gaps(family))), coupled_units(tiny_model(family))
+    assert set(units) == {(0, "attention"), (1, "attention"), (1, "channels"), (3, "channels")}
+    assert [units[key] for key in sorted(units)[:3]] == [whole[key] for key in sorted(units)[:3]]
+    assert {name.split(".")[-1] for name in units[3, "channels"].outputs} == (
+        {"gate_proj", "up_proj"} if family == "dream" else {"ff_proj", "up_proj"}
+    )
+
+
 def test_tracing_leaves_the_model_alone(tiny_model):
     model = tiny_model().train()
     before = {name: value.clone() for name, value in model.state_dict().items()}

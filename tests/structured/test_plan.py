@@ -20,6 +20,11 @@ def changed(plan: Plan, index: int = 1, **lists) -> Plan:
     return replace(plan, blocks=tuple(blocks))
 
 
+def everywhere(plan: Plan, **lists) -> Plan:
+    """The plan with some lists of all blocks replaced."""
+    return replace(plan, blocks=tuple(replace(block, **lists) for block in plan.blocks))
+
+
 @pytest.fixture
 def llada(tiny_model):
     return Adapter(tiny_model("llada"))  # three blocks of 4 heads and 48 channels
@@ -63,8 +68,17 @@ REFUSALS = {
         "block 1: channels is not sorted and free of repeats",
     ),
     "unsorted": (lambda plan: changed(plan, channels=[5, 2]), "block 1: channels is not sorted and free of repeats"),
-    "empty": (lambda plan: changed(plan, channels=[]), "block 1: channels keeps nothing"),
-    "no heads": (lambda plan: changed(plan, query_heads=[], kv_heads=[]), "block 1: query_heads keeps nothing"),
+    "no query heads": (lambda plan: changed(plan, query_heads=[]), "block 1 keeps KV heads but no query heads"),
+    "no KV heads": (lambda plan: changed(plan, kv_heads=[]), "block 1 keeps query heads but no KV heads: empty both"),
+    "no MLP": (lambda plan: everywhere(plan, channels=()), "the plan leaves no block with an MLP: keep it in one"),
+    "no attention": (
+        lambda plan: everywhere(plan, query_heads=(), kv_heads=()),
+        "the plan leaves no block with attention: keep it in one",
+    ),
+    "nothing": (
+        lambda plan: everywhere(plan, query_heads=(), kv_heads=(), channels=()),
+        "the plan leaves no block with attention",
+    ),
     "kv of another head": (
         lambda plan: changed(plan, query_heads=[0, 1], kv_heads=[0, 2]),
         "query head 1 stays but its KV",
@@ -83,6 +97,29 @@ def test_plans_that_do_not_fit_are_refused(llada, name):
     with pytest.raises(UserError, match=message) as caught:
         apply_plan(llada.model, plan)
     assert "\n" not in str(caught.value)
+
+
+def test_an_empty_list_removes_attention_mlp_or_block(llada, tmp_path):
+    plan = changed(identity_plan(llada), 0, channels=[])
+    plan = changed(changed(plan, 1, query_heads=[], kv_heads=[], channels=[]), 2, query_heads=[], kv_heads=[])
+    again = Plan.load(plan.save(tmp_path / "plan.json"))
+    assert again == plan and json.loads(plan.to_json())["format"] == 1
+    assert [block.kinds for block in again.blocks] == [("attention",), (), ("channels",)]
+    assert again.remaining == (0, 2) and identity_plan(llada).remaining == (0, 1, 2)
+    small = Adapter(apply_plan(llada.model, again))
+    assert [block.widths for block in small.blocks] == [Widths(4, 4, 0), Widths(0, 0, 48)]
+    assert small.model.config.n_layers == small.model.config.num_hidden_layers == 2
+
+
+def test_what_a_model_lacks_cannot_be_kept(tiny_model, gaps):
+    adapter = Adapter(tiny_model(**gaps()))
+    plan = identity_plan(adapter)
+    assert [block.kinds for block in plan.blocks] == [block.kinds for block in adapter.blocks]
+    plan.check(adapter)
+    with pytest.raises(UserError, match=r"block 0: channels names 3, but that block of the model has none: give \[\]$"):
+        changed(plan, 0, channels=[3]).check(adapter)
+    with pytest.raises(UserError, match="block 2: query_heads names 0, but that block of the model has none"):
+        changed(plan, 2, query_heads=[0], kv_heads=[0]).check(adapter)
 
 
 def test_grouped_heads_must_stay_equal(dream):
@@ -139,6 +176,16 @@ def test_counts_and_paths_make_a_plan_of_heads(llada):
     kept = tuple(channel for channel in range(48) if channel not in (3, 7))
     assert plan.blocks[1] == BlockPlan((0, 2), (0, 2), kept)
     assert plan.blocks[0] == identity_plan(llada).blocks[0] and plan.notes == {"ratio": 0.2}
+
+
+@pytest.mark.parametrize("form", ["query_heads", "kv_groups"])
+def test_counts_of_all_steps_remove_attention_or_mlp(dream, form):
+    groups, costs = ([[0, 1, 2], [3, 4, 5]], 6) if form == "query_heads" else ([[0, 1]], 2)
+    paths = {(0, "attention"): static_path(torch.arange(float(costs)), groups), (2, "channels"): channel_path([])}
+    plan = make_plan(dream, paths, {(0, "attention"): costs // len(groups), (2, "channels"): 48}, form)
+    plan.check(dream)
+    whole = identity_plan(dream).blocks
+    assert plan.blocks == (replace(whole[0], query_heads=(), kv_heads=()), whole[1], replace(whole[2], channels=()))
 
 
 @pytest.mark.parametrize("form, heads, kv", [("query_heads", (1, 2, 3, 5), (0, 1)), ("kv_groups", (3, 4, 5), (1,))])
