@@ -137,6 +137,31 @@ def gaps():
 
 
 @pytest.fixture
+def gap_pair(gaps):
+    """`gap_pair(family, **config changes)` -> a model with `gaps`, and a whole one that computes the same.
+
+    The whole one has the same weights, and zeros in the consumers of what the other lacks.
+    """
+
+    def make(family: str = "llada", **changes):
+        values = tiny_values(family, **changes)
+        gapped, whole = build_model(values | gaps(family), 5), build_model(values | fourth(family), 6)
+        state, consumers = gapped.state_dict(), ("attn_out", "ff_out", "o_proj", "down_proj")
+        with torch.no_grad():
+            for name, parameter in whole.named_parameters():
+                if name in state:
+                    parameter.copy_(state[name])
+                elif name.split(".")[-2] in consumers:
+                    parameter.zero_()
+        return gapped, whole
+
+    def fourth(family: str) -> dict:
+        return {key: value for key, value in gaps(family).items() if key != "per_layer_config"}
+
+    return make
+
+
+@pytest.fixture
 def published_config(tmp_path):
     """`published_config(family)` -> a directory that holds only the config.json of LLaDA-8B or Dream-7B."""
 
@@ -163,29 +188,6 @@ def text_path(tmp_path) -> Path:
     path = tmp_path / "text.txt"
     path.write_text(text_file("calibration.txt").read_text(encoding="utf-8")[:60_000], encoding="utf-8")
     return path
-
-
-@pytest.fixture(scope="session")
-def tiny_calibration(tmp_path_factory):
-    """`tiny_calibration(model, **settings)` -> 4 windows of 32 tokens and 2 held-out ones, at 2 noise levels."""
-    from structprune.assets import text_file
-    from structprune.calibration.build import load_calibration
-    from structprune.config import CalibrationSettings
-    from structprune.models.adapter import Adapter
-    from structprune.models.tokenizer import load_tokenizer
-
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(text_file("calibration.txt").read_text(encoding="utf-8")[:60_000], encoding="utf-8")
-
-    def make(model, **changes):
-        keys = {"source": str(path), "windows": 4, "held_out": 2, "length": 32, "interval": 25} | changes
-        adapter, tokenizer = Adapter(model), load_tokenizer(model.source.directory)
-        return load_calibration(
-            CalibrationSettings(**keys), tokenizer, mask_id=adapter.mask_id, schedule=adapter.family.schedule,
-            edges_visible=model.edges_visible, vocabulary=adapter.vocabulary,
-        )  # fmt: skip
-
-    return make
 
 
 @pytest.fixture
@@ -248,20 +250,6 @@ def gsm8k(tmp_path) -> Path:
 
 
 @pytest.fixture
-def eval_checkpoint(tiny_checkpoint):
-    """`eval_checkpoint(family, seed=0, name=None)` -> a tiny checkpoint of 128 positions, its tokenizer with a BOS."""
-
-    def make(family: str = "llada", seed: int = 0, name: str | None = None) -> Path:
-        positions = "max_position_embeddings" if family == "dream" else "max_sequence_length"
-        made = tiny_checkpoint(family, seed, name=name, **{positions: 128})
-        path = made / "tokenizer_config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"bos_token": "<|endoftext|>"}))
-        return made
-
-    return make
-
-
-@pytest.fixture
 def eval_settings():
     """`eval_settings(text=None, tasks=(), **changes)` -> quick ones; `evaluation__seed=1` changes evaluation.seed."""
     from structprune.evaluation.settings import EvaluationConfig
@@ -278,18 +266,5 @@ def eval_settings():
         return EvaluationConfig.load(
             overrides=values | {key.replace("__", "."): value for key, value in changes.items()}
         )
-
-    return make
-
-
-@pytest.fixture
-def plain_rows():
-    """`plain_rows(results)` -> checkpoint -> task -> key -> numbers, without the keys of other rows."""
-
-    def make(results) -> dict:
-        return {
-            label: {task: {row.key: tuple(sorted(row.parts.items())) for row in rows} for task, rows in tasks.items()}
-            for label, tasks in results.rows.items()
-        }
 
     return make

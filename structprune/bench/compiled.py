@@ -34,8 +34,8 @@ def compiled_blocks(models: Iterable[DiffusionLM]) -> Iterator[None]:
     """While open, every block of the models is compiled at its first call, for one shape at a time.
 
     Blocks are compiled one by one, because a whole model of 32 blocks compiles for minutes at every shape and gains
-    little more. In a generation the last block is not compiled: it computes only the predicted positions (`encode_at`),
-    not through its forward.
+    little more. In a generation the last block with attention is not compiled, nor what follows it: only the predicted
+    positions are computed there (`encode_at`), not through its forward.
     """
     blocks = [view.module for model in models for view in Adapter(model).blocks]
     for block in blocks:

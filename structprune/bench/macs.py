@@ -37,10 +37,9 @@ def counted_macs(model: DiffusionLM) -> Iterator[MacCount]:
         query, key = args[:2]  # (B, H, n, D), (B, K, T, D)
         count.attention += 2 * query.numel() * key.shape[2]
 
-    adapter = Adapter(model)
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
     handles = [module.register_forward_pre_hook(linear) for module in linears]
-    handles += [block.core.register_forward_hook(attention) for block in adapter.blocks]
+    handles += [core.register_forward_hook(attention) for core in Adapter(model).cores]
     try:
         with torch.compiler.set_stance("force_eager"):
             yield count

@@ -4,7 +4,7 @@ import torch
 
 from structprune.bench.memory import LARGEST_SHARD, RUNTIME_BYTES, live_features, transfers
 from structprune.masking.request import MaskRequest
-from structprune.models.adapter import READERS, Adapter
+from structprune.models.adapter import Adapter
 from structprune.statistics.norms import late_input_bytes, weighs_late
 
 
@@ -74,8 +74,10 @@ def _stored_sequences(request: MaskRequest) -> tuple[int, int]:
 
 
 def _widths(adapter: Adapter) -> list[list[int]]:
-    """Features of each input of every block."""
-    return [[block[roles[0]].in_features for roles in READERS.values()] for block in adapter.blocks]
+    """Features of each input of every block that has any."""
+    return [
+        [block[roles[0]].in_features for roles in block.readers.values()] for block in adapter.blocks if block.kinds
+    ]
 
 
 def _statistics_bytes(adapter: Adapter, request: MaskRequest, itemsize: int) -> int:
@@ -92,7 +94,7 @@ def _mask_bytes(adapter: Adapter, request: MaskRequest, itemsize: int) -> int:
     """A block's new weights, those and masks of its largest input in fp32, their scores or errors, and four factors."""
     block = max(adapter.blocks, key=lambda each: sum(each[role].weight.numel() for role in each.names))
     numbers = sum(block[role].weight.numel() for role in block.names)
-    largest = max(sum(block[role].weight.numel() for role in roles) for roles in READERS.values())
+    largest = max(sum(block[role].weight.numel() for role in roles) for roles in block.readers.values())
     factor = 16 * max(map(max, _widths(adapter))) ** 2 if request.score.needs == "grams" else 0
     return itemsize * numbers + 21 * largest + factor
 

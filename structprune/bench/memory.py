@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from structprune.models.adapter import CONSUMERS, Adapter
+from structprune.models.adapter import Adapter
 from structprune.models.logits import LOGIT_BYTES
 from structprune.models.resources import Resources
 from structprune.models.transfer import PINNED_BYTES
@@ -123,7 +123,8 @@ class Tokens:
 
 
 def _consumer_widths(adapter: Adapter) -> list[tuple[int, int]]:
-    return [(block["attention_output"].in_features, block["down"].in_features) for block in adapter.blocks]
+    """Columns of both consumers of every block, 0 where there is none."""
+    return [(block.widths.query_heads * block.head_dim, block.widths.channels) for block in adapter.blocks]
 
 
 def _scoring_bytes(dense: Adapter, request: StructuredRequest, size: Tokens, dtype: torch.dtype, at_once: int) -> int:
@@ -167,8 +168,8 @@ def _refit_bytes(dense: Adapter, pruned: Adapter, request: StructuredRequest, si
     windows = text.windows + text.held_out
     # under `global` a block may keep everything
     side = dense if settings.allocation == "global" else pruned
-    remaining, outputs = max(block["down"].in_features for block in side.blocks), dense.hidden_size
-    targets = size.all * 2 * len(dense.blocks) * dense.hidden_size
+    remaining, outputs = max(block.widths.channels for block in side.blocks), dense.hidden_size
+    targets = size.all * sum(len(block.kinds) for block in dense.blocks) * dense.hidden_size
     one = size.all * max(max(pair) for pair in _consumer_widths(side))
     split = 0  # the measured split holds targets of its own
     if settings.split == "measured":
@@ -184,7 +185,7 @@ def _check_bytes(pruned: Adapter, refits: bool, dtype: torch.dtype, tokens: int)
     """Logits of at most all `tokens`, as they are, in fp32, and normalised; and what a refit moved, kept beside the
     weights of plain removal."""
     rows = min(tokens, max(1, LOGIT_BYTES // (8 * pruned.vocabulary)))
-    moved = sum(block[role].weight.numel() for block in pruned.blocks for role in CONSUMERS)
+    moved = sum(block[role].weight.numel() for block in pruned.blocks for role in block.consumers)
     head = rows * pruned.vocabulary * (8 if dtype == torch.float32 else 8 + dtype.itemsize)
     return head + (moved * dtype.itemsize if refits else 0)
 

@@ -15,7 +15,6 @@ from structprune.bench.latency import Timing, interleaved, measure_latency, rand
 from structprune.bench.settings import Size
 from structprune.files import first_line
 from structprune.models.adapter import Adapter
-from structprune.models.families import ROLES
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.statistics.half import HALF
 
@@ -31,7 +30,7 @@ def has_pattern(weight: torch.Tensor) -> bool:
 
 def masked_linears(model: DiffusionLM) -> dict[str, nn.Linear]:
     """Name -> linear, for the block linears whose weights are 2:4."""
-    linears = {view.names[role]: view[role] for view in Adapter(model).blocks for role in ROLES}
+    linears = {view.names[role]: view[role] for view in Adapter(model).blocks for role in view.names}
     return {name: linear for name, linear in linears.items() if has_pattern(linear.weight)}
 
 

@@ -17,6 +17,7 @@ import torch
 
 from structprune.errors import UserError
 from structprune.generation.samplers import Generation, check_one_of
+from structprune.models.adapter import Adapter
 from structprune.models.encode import encode_at
 from structprune.models.modeling_structprune import DiffusionLM
 
@@ -42,7 +43,7 @@ class KeyValueCache:
 
     def __init__(self, model: DiffusionLM, form: str, refresh: int | None = None):
         self._model, self._form, self._refresh = model, form, refresh
-        self._cores = [block.part("core") for block in model.blocks]
+        self._cores = Adapter(model).cores
         self._layers: list[tuple[torch.Tensor, ...]] = []  # of each: keys before and after, values before and after
         self._block, self._steps = slice(0, 0), 0
         self._rows: list[int] = []  # B names

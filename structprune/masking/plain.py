@@ -17,8 +17,7 @@ class PlainWeights:
             for role in block.names:
                 start, end = end, end + block[role].weight.numel()
                 self._places[block.index, role] = slice(start, end)
-        dtype = adapter.blocks[0]["query"].weight.dtype
-        self._flat, self._file = empty_on_host((end,), dtype, budget)
+        self._flat, self._file = empty_on_host((end,), adapter.model.embedding.weight.dtype, budget)
 
     def put(self, index: int, masked: dict[str, Masked]) -> None:
         """Store a block's masked weights, role -> (O, C)."""

@@ -14,7 +14,7 @@ from structprune.models.transfer import send
 from structprune.refit.products import InputProducts, RowSums
 from structprune.statistics.activations import add_gram, mirror, relative_weight
 from structprune.statistics.hidden import HiddenStates
-from structprune.statistics.inputs import STREAM, InputNorms, Inputs, block_inputs, read_input
+from structprune.statistics.inputs import STREAM, InputNorms, Inputs, block_inputs, block_output, read_input
 from structprune.statistics.scan import Limits
 
 
@@ -58,8 +58,8 @@ class WalkPlan:
 class Walk:
     """The streams of one run.
 
-    Call for every block in order: `measure`; with a refit, for every input in the order of `READERS`, `products`, and
-    install the new weights of its readers; then `advance`.
+    Call for every block in order: `measure`; with a refit, for every input in the order of `BlockView.readers`,
+    `products`, and install the new weights of its readers; then `advance`.
 
     Args:
         dense: of the dense model, whose blocks must not change until `advance` has passed them.
@@ -149,7 +149,7 @@ class Walk:
             return
         block = self._adapter.blocks[index]
         for rows in self._slices():
-            self._prefix.pass_block(block, rows, self._refitted(rows))
+            self._prefix.pass_block(block, rows, "mlp_input" in block.readers and self._refitted(rows))
 
 
 class _Stream:
@@ -179,13 +179,12 @@ class _Stream:
         states = self.read(rows)  # (b, T, C)
         inputs = block_inputs(block, states.clone() if move else states, self.rotary)
         if move:
-            self._write(rows, inputs.stream["activated"] + block["down"](inputs.read["activated"]))
+            self._write(rows, block_output(block, inputs))
         return inputs
 
     def after_attention(self, block: BlockView, rows: slice) -> torch.Tensor:
         """The stream between a block's halves (b, T, C), which replaces the one before the block."""
-        x = self.read(rows)  # (b, T, C)
-        x = x + block["attention_output"](block.module.mix(x, self.rotary))  # (b, T, C)
+        x = block.module.add_attention(self.read(rows), self.rotary)  # (b, T, C)
         self._write(rows, x)
         return x
 
@@ -202,4 +201,4 @@ class _Stream:
         if not self.rows.start <= rows.start < self.rows.stop:
             return
         x = self.read(rows)  # (b, T, C)
-        self._write(rows, x + block["down"](block.module.activate(x)) if half else block.module(x, self.rotary))
+        self._write(rows, block.module.add_mlp(x) if half else block.module(x, self.rotary))

@@ -93,9 +93,14 @@ class Adapter:
             self.blocks.append(BlockView(index, prefix, module, widths, self.head_dim, names))
 
     @property
+    def attending(self) -> list[BlockView]:
+        """The blocks that have attention, at least one."""
+        return [block for block in self.blocks if "attention" in block.kinds]
+
+    @property
     def cores(self) -> list[nn.Module]:
-        """The attention cores of the blocks that have attention, in order."""
-        return [block.core for block in self.blocks if "attention" in block.kinds]
+        """The attention cores, in the order of the forward pass."""
+        return [block.core for block in self.attending]
 
     @property
     def hidden_size(self) -> int:

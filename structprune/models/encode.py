@@ -23,7 +23,8 @@ def encode_at(
     """Hidden states that predict the tokens at the target positions, so that the LM head runs nowhere else.
 
     These are the states at the positions themselves, or one before where the model is shifted (Dream, whose first token
-    is predicted from its own position). The last block computes only keys and values at the other positions.
+    is predicted from its own position). The last attention computes only keys and values at the other positions, and
+    what follows it nothing.
 
     Args:
         input_ids: (B, T) int64.
@@ -43,12 +44,13 @@ def encode_at(
     x = model.embedding(input_ids[:, span])  # (B, n, C)
     tables = model.rotary(input_ids.shape[1], input_ids.device, attention_mask)  # 2 x (1 or B, 1, T, D)
     rotary = tuple(table[:, :, span] for table in tables)  # 2 x (1 or B, 1, n, D)
-    *blocks, last = model.blocks
-    for block in blocks:
+    last = max(index for index, block in enumerate(model.blocks) if block.has_attention)
+    for block in model.blocks[:last]:
         x = block(x, rotary, mask)  # (B, n, C)
-    mixed = last.mix(x, rotary, mask)[row, position]  # (M, H*D)
-    x = x[row, position] + last.part("attention_output")(mixed)  # (M, C)
-    x = x + last.part("down")(last.activate(x))  # (M, C)
+    mixed = model.blocks[last].mix(x, rotary, mask)[row, position]  # (M, H*D)
+    x = x[row, position] + model.blocks[last].part("attention_output")(mixed)  # (M, C)
+    for block in model.blocks[last:]:
+        x = block.add_mlp(x)  # (M, C)
     return model.final_norm(x)
 
 

@@ -1,6 +1,6 @@
 """The dry runs: what a checkpoint would lose and what the run would need, without reading a weight."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -10,6 +10,7 @@ from structprune.bench.memory import predicted_peak
 from structprune.calibration.build import check_length
 from structprune.config import Config, StructuredSettings
 from structprune.models.adapter import UNIT_KINDS, Adapter, Widths, set_widths
+from structprune.models.families import ROLES
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.refit.masked import STEPS
 from structprune.runs.ghost import read_ghost
@@ -80,6 +81,8 @@ def _shown(settings: StructuredSettings, sizes: list[BlockSize], choices: dict[i
 def widths_after(widths: Widths, counts: Counts, index: int, form: str) -> Widths:
     """The widths of block `index` after its removal steps in `counts`; unchanged where it has none."""
     steps, channels = (counts.get((index, kind), 0) for kind in UNIT_KINDS)
+    if not steps:
+        return replace(widths, channels=widths.channels - channels)
     per = widths.query_heads // widths.kv_heads  # query heads per KV head
     if per == 1 or form == "kv_groups":
         query_heads, kv_heads = widths.query_heads - per * steps, widths.kv_heads - steps
@@ -97,7 +100,8 @@ def pruned_ghost(model: DiffusionLM, adapter: Adapter, counts: Counts, form: str
 
 
 def _choice_row(adapter: Adapter, sizes, steps: int, counts: Counts, form: str) -> dict:
-    widths = widths_after(adapter.blocks[sizes[0].index].widths, counts, sizes[0].index, form)
+    index = max(sizes, key=lambda size: len(size.step)).index  # the first block with both kinds, if there is one
+    widths = widths_after(adapter.blocks[index].widths, counts, index, form)
     return {"steps": steps, **asdict(widths), "ratio": ratio_of(sizes, counts)}
 
 
@@ -129,7 +133,7 @@ def inspect_masking(source: str | Path, config: Config) -> dict:
     if request.reads_text:
         check_length(model, config)
     settings = request.settings
-    kinds = {role: sum(block[role].weight.numel() for block in adapter.blocks) for role in adapter.blocks[0].names}
+    kinds = {role: sum(block[role].weight.numel() for block in adapter.blocks if role in block.names) for role in ROLES}
     zeros = {role: {"weights": count, "zero": round(count * request.ratio)} for role, count in kinds.items()}
     return {
         "source": ghost.name,

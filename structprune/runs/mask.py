@@ -25,7 +25,7 @@ from structprune.masking.scores.linears import Masked as MaskedWeight
 from structprune.masking.scores.linears import Removal
 from structprune.masking.scores.wanda import wanda_scores
 from structprune.masking.walk import Walk
-from structprune.models.adapter import READERS, Adapter, BlockView
+from structprune.models.adapter import Adapter, BlockView
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.placement import give_back_memory
 from structprune.progress import Track, untracked
@@ -160,17 +160,19 @@ class MaskRun(Run):
             self._norms = self.timed("statistics", lambda: one_shot_norms(scan, arm, summed, relative))
         outliers = None
         if settings.allocation == "owl":
-            scores = (self._outlier_scores(block) for block in self.adapter.blocks)
-            outliers = [outlier_share(each, settings.owl_threshold) for each in scores]
+            # a block without weights is given the least share, which then counts for nothing
+            blocks = {block.index: block for block in self.adapter.blocks if block.names}
+            shares = {i: outlier_share(self._outlier_scores(b), settings.owl_threshold) for i, b in blocks.items()}
+            outliers = [shares.get(block.index, min(shares.values())) for block in self.adapter.blocks]
         return block_ratios(settings, request.ratio, block_weights(self.adapter), outliers)
 
     def _outlier_scores(self, block: BlockView) -> list[torch.Tensor]:
-        norms = {role: self._norms[block.index, name] for name, roles in READERS.items() for role in roles}
+        norms = {role: self._norms[block.index, name] for name, roles in block.readers.items() for role in roles}
         return [wanda_scores(block[role].weight.to(norm.device), norm) for role, norm in norms.items()]
 
     def dense_norms(self, index: int) -> dict[str, torch.Tensor]:
         """Input -> norms (C,) of one block of the dense model; empty where they were not measured."""
-        return {name: self._norms[index, name] for name in READERS if self._norms}
+        return {name: self._norms[index, name] for name in self.adapter.blocks[index].readers if self._norms}
 
 
 class _Blocks:
@@ -194,11 +196,11 @@ class _Blocks:
         for block in run.track(self._adapter.blocks, title):
             statistics = self._statistics(block.index)
             dense = run.adapter.blocks[block.index]
-            for name in READERS:  # input by input, so that a refit sees the losses of earlier ones
+            for name, roles in block.readers.items():  # input by input: a refit sees the losses of earlier ones
                 give_back_memory()  # freed by the step before: an MLP's Gram matrix and its factors come next
                 self._mask_input(block, name, statistics, Removal(ratios[block.index], request.nm))
                 if self._in_place and self._plain is None:  # nothing reads the dense weights again
-                    share_weights(block, dense, READERS[name])
+                    share_weights(block, dense, roles)
             if self._walk:
                 run.timed("statistics", partial(self._walk.advance, block.index))
             if self._in_place:

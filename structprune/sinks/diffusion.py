@@ -30,13 +30,19 @@ def forward_trajectory(model: DiffusionLM, windows: torch.Tensor, levels: int, s
     steps = list(range(levels)) * len(windows)
     recorder = Recorder(len(windows), causal=False)
     rows = Batches.automatic(adapter.device).rows(windows.shape[1])
-    with HeadMeter().on([block.core for block in adapter.blocks]) as meter:
+    with HeadMeter().on(adapter.cores) as meter:
         for start in track(range(0, len(noisy), rows), "noise levels"):
             part = slice(start, start + rows)
             ids = noisy[part]  # (B, T)
             model.encode(ids.to(adapter.device))
-            recorder.add(steps[part], sequences[part], ids, meter.take())
+            recorder.add(steps[part], sequences[part], ids, block_masses(adapter, meter.take()))
     return recorder.finish("forward", 0, 1 - p)
+
+
+def block_masses(adapter: Adapter, masses: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The mass (B, H, T) of every block, from that of those with attention; H is 0 for the others."""
+    attending = iter(masses)
+    return [next(attending) if "attention" in block.kinds else masses[0][:, :0] for block in adapter.blocks]
 
 
 class _Observer:
@@ -45,8 +51,8 @@ class _Observer:
     `generate` announces a step before its forward pass, so the mass of a step is read when the next one is announced.
     """
 
-    def __init__(self, meter: HeadMeter, recorder: Recorder):
-        self.meter, self.recorder = meter, recorder
+    def __init__(self, adapter: Adapter, meter: HeadMeter, recorder: Recorder):
+        self.adapter, self.meter, self.recorder = adapter, meter, recorder
         self.pending: Step | None = None
 
     def __call__(self, step: Step) -> None:
@@ -57,7 +63,8 @@ class _Observer:
         """Read the mass of the pending step."""
         if self.pending is not None:
             rows = self.pending.prompts.tolist()
-            self.recorder.add([self.pending.index] * len(rows), rows, self.pending.ids, self.meter.take())
+            masses = block_masses(self.adapter, self.meter.take())  # (B, H, T) of every block
+            self.recorder.add([self.pending.index] * len(rows), rows, self.pending.ids, masses)
         self.pending = None
 
 
@@ -74,8 +81,8 @@ def reverse_trajectory(
     adapter, generator = Adapter(model), torch.Generator().manual_seed(seed)
     recorder = Recorder(len(prompts), causal=False)
     batch = Batches.automatic(adapter.device).rows(prompts.shape[1] + settings.gen_length)
-    with HeadMeter().on([block.core for block in adapter.blocks]) as meter:
-        observer = _Observer(meter, recorder)
+    with HeadMeter().on(adapter.cores) as meter:
+        observer = _Observer(adapter, meter, recorder)
         generate(
             model,
             prompts,

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from typing_extensions import Self
 
-from structprune.models.adapter import CONSUMERS, BlockView
+from structprune.models.adapter import BlockView
 from structprune.statistics.sinks import attend_with_mass, head_mass
 
 ONE_PASS = 1024  # tokens up to which computing attention and mass in one pass was measured to be faster on CPU
@@ -63,13 +63,13 @@ class MassMeter(AttentionMeter):
         self._mass = mass if self._mass is None else self._mass + mass
 
     @property
-    def so_far(self) -> torch.Tensor:
-        """(B, T) mass of the layers that have attended since the last `take`."""
-        assert self._mass is not None, "no layer has attended yet"
+    def so_far(self) -> torch.Tensor | None:
+        """(B, T) mass of the layers that have attended since the last `take`; None before the first."""
         return self._mass
 
     def take(self) -> torch.Tensor:
-        mass, self._mass = self.so_far, None
+        mass, self._mass = self._mass, None
+        assert mass is not None, "no layer has attended yet"
         return mass
 
 
@@ -89,4 +89,4 @@ class HeadMeter(AttentionMeter):
 
 def consumers(blocks: list[BlockView]) -> dict[ConsumerKey, nn.Linear]:
     """(block index, role) -> the linear that reads attention units or MLP channels."""
-    return {(block.index, role): block[role] for block in blocks for role in CONSUMERS}
+    return {(block.index, role): block[role] for block in blocks for role in block.consumers}

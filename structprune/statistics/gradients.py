@@ -28,9 +28,11 @@ def saved_bytes(block: BlockView, dtype: torch.dtype) -> int:
     every head, its output and the log-sum-exp. The MLP saves the gate before and after the activation, up, and their
     product.
     """
-    widths, size = block.widths, block["attention_output"].out_features
-    features = 2 * size + 4 * block["attention_output"].in_features + 4 * widths.channels
-    return features * dtype.itemsize + 2 * 4 * (size + 1) + 4 * widths.query_heads
+    total = 4 * block.widths.query_heads
+    for role in block.consumers:
+        size, units = block[role].out_features, block[role].in_features
+        total += (size + 4 * units) * dtype.itemsize + 4 * (size + 1)
+    return total
 
 
 def recomputes(blocks: Sequence[BlockView], tokens: int, dtype: torch.dtype, budget: int) -> bool:

@@ -15,10 +15,11 @@ STREAM = {"mixed": "attention_norm", "activated": "mlp_norm"}
 
 @dataclass(frozen=True)
 class Inputs:
-    """One block's forward pass over some sequences, up to its last linear."""
+    """One block's forward pass over some sequences, up to its down projection."""
 
-    read: dict[str, torch.Tensor]  # input, a key of `READERS` -> (b, T, C)
+    read: dict[str, torch.Tensor]  # each input that the block has, a key of `READERS` -> (b, T, C)
     stream: dict[str, torch.Tensor]  # input -> the residual stream (b, T, C) that the output of its reader is added to
+    middle: torch.Tensor  # (b, T, C) the residual stream before the MLP; without one, after the block
 
     def weight(self, name: str, weight: torch.Tensor | None, relative: bool) -> torch.Tensor | None:
         """Row weights (b, T) of an input: ω, divided by the RMS of the stream that its reader adds to if `relative`."""
@@ -27,10 +28,18 @@ class Inputs:
 
 def block_inputs(block: BlockView, x: torch.Tensor, rotary) -> Inputs:
     """Run a block on (b, T, C), except for its down projection."""
-    inputs: dict[str, torch.Tensor] = {}
-    with watch_inputs({"attention_input": block["query"]}, inputs.__setitem__):
-        mixed = block.module.mix(x, rotary)  # (b, T, H*D)
-    return _after_attention(block, x, mixed, inputs["attention_input"])
+    read: dict[str, torch.Tensor] = {}
+    if "mixed" in block.readers:
+        with watch_inputs({"attention_input": block["query"]}, read.__setitem__):
+            read["mixed"] = block.module.mix(x, rotary)  # (b, T, H*D)
+    return _after_attention(block, x, read)
+
+
+def block_output(block: BlockView, inputs: Inputs) -> torch.Tensor:
+    """The residual stream after a block that has read `inputs`, (b, T, C)."""
+    if "activated" not in inputs.read:
+        return inputs.middle
+    return inputs.middle + block["down"](inputs.read["activated"])  # (b, T, C)
 
 
 def read_input(block: BlockView, name: str, x: torch.Tensor, rotary) -> torch.Tensor:
@@ -43,16 +52,27 @@ def read_input(block: BlockView, name: str, x: torch.Tensor, rotary) -> torch.Te
 
 
 def inputs_of_rows(block: BlockView, x: torch.Tensor, mixed: torch.Tensor) -> Inputs:
-    """`block_inputs` of some rows (b, r, C), from their attention output (b, r, H*D): the rest works row by row."""
-    return _after_attention(block, x, mixed, block.module.part("attention_norm")(x))
+    """`block_inputs` of some rows (b, r, C), from their attention output: the rest works row by row.
+
+    Args:
+        mixed: (b, r, H*D); without a column where the block has no attention.
+    """
+    read = {}
+    if "mixed" in block.readers:
+        read = {"attention_input": block.module.part("attention_norm")(x), "mixed": mixed}
+    return _after_attention(block, x, read)
 
 
-def _after_attention(block: BlockView, x: torch.Tensor, mixed: torch.Tensor, attention_input: torch.Tensor) -> Inputs:
-    read = {"attention_input": attention_input, "mixed": mixed}
-    middle = x + block["attention_output"](mixed)  # (b, T, C)
-    with watch_inputs({"mlp_input": block["gate"]}, read.__setitem__):
-        read["activated"] = block.module.activate(middle)  # (b, T, M)
-    return Inputs(read, {"mixed": x, "activated": middle})
+def _after_attention(block: BlockView, x: torch.Tensor, read: dict[str, torch.Tensor]) -> Inputs:
+    """`read` holds the inputs of the attention's linears, if there are any."""
+    stream, middle = {}, x
+    if "mixed" in read:
+        stream["mixed"], middle = x, x + block["attention_output"](read["mixed"])  # (b, T, C) each
+    if "activated" in block.readers:
+        with watch_inputs({"mlp_input": block["gate"]}, read.__setitem__):
+            read["activated"] = block.module.activate(middle)  # (b, T, M)
+        stream["activated"] = middle
+    return Inputs(read, stream, middle)
 
 
 class InputNorms:

@@ -31,7 +31,7 @@ def consumer_moments(scan: Scan, arm: str) -> dict[ConsumerKey, Moments]:
         totals[key] = merge_moments(totals[key], new) if key in totals else new
 
     def weigh(noisy: torch.Tensor) -> torch.Tensor:
-        with (meter := MassMeter()).on([block.core for block in adapter.blocks]):
+        with (meter := MassMeter()).on(adapter.cores):
             adapter.model.encode(send(noisy.flatten(0, 1), adapter.device))
         mass = meter.take().view(noisy.shape)  # (b, S, T)
         scan.observe(mass)

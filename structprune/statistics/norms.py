@@ -12,11 +12,19 @@ from dataclasses import dataclass
 import torch
 
 from structprune.config import SinkSettings
-from structprune.models.adapter import READERS, Adapter, BlockView
+from structprune.models.adapter import Adapter, BlockView
 from structprune.models.transfer import send
 from structprune.statistics.activations import relative_weight, squared_norms
 from structprune.statistics.capture import MassMeter, watch_inputs
-from structprune.statistics.inputs import STREAM, InputKey, InputNorms, Inputs, block_inputs, inputs_of_rows
+from structprune.statistics.inputs import (
+    STREAM,
+    InputKey,
+    InputNorms,
+    Inputs,
+    block_inputs,
+    block_output,
+    inputs_of_rows,
+)
 from structprune.statistics.rows import arm_ids, arm_weights, mass_of, measure_mass, needs_sinks
 from structprune.statistics.scan import Scan
 
@@ -71,8 +79,9 @@ def late_input_bytes(adapter: Adapter, tokens: int, itemsize: int | None = None)
     hidden, size = adapter.hidden_size, itemsize or adapter.model.embedding.weight.element_size()
     numbers, share = 0.0, 1 / SINGLE + (1 - 1 / SINGLE) / GROUP  # groups per row
     for block in adapter.blocks[:-1]:
-        grouped = sum(block[READERS[name][0]].in_features for name in READERS if name != "mixed")
-        numbers += size * (hidden + block["attention_output"].in_features) + 4 * grouped * share
+        widths = {name: block[roles[0]].in_features for name, roles in block.readers.items()}
+        mixed = widths.pop("mixed", 0)
+        numbers += size * (hidden + mixed) + 4 * sum(widths.values()) * share
     return int(tokens * numbers)
 
 
@@ -83,13 +92,14 @@ def _late_weight(mass: torch.Tensor, sink: SinkSettings) -> torch.Tensor:
 
 def _linears(adapter: Adapter) -> dict:
     """(block, input) -> the first linear that reads it."""
-    return {(block.index, name): block[roles[0]] for block in adapter.blocks for name, roles in READERS.items()}
+    return {(block.index, name): block[roles[0]] for block in adapter.blocks for name, roles in block.readers.items()}
 
 
 def _norms(adapter: Adapter, relative: bool) -> dict:
     """(block, input) -> the norm whose input is the stream that the input's reader writes to."""
     blocks = adapter.blocks if relative else []
-    return {(block.index, name): block.module.part(role) for block in blocks for name, role in STREAM.items()}
+    streams = [(block, name, role) for block in blocks for name, role in STREAM.items() if name in block.readers]
+    return {(block.index, name): block.module.part(role) for block, name, role in streams}
 
 
 def _add(adapter: Adapter, ids: torch.Tensor, norms: InputNorms, weight, relative: bool) -> None:
@@ -115,17 +125,20 @@ class _Held:
     """
 
     x: torch.Tensor  # (b, T, C) the block's input
-    mixed: torch.Tensor  # (b, T, H*D) what its attention output reads
+    mixed: torch.Tensor  # (b, T, H*D) what its attention output reads; H is 0 without attention
     order: torch.Tensor  # (b, T) int64 rows
     sums: dict[str, torch.Tensor]  # input -> (b, G, C) sums of squares over groups
 
     @classmethod
-    def empty(cls, block: BlockView, shape: torch.Size) -> "_Held":
-        """Buffers for ids of a (b, T) shape, reused by all batches: fresh ones would fragment the heap."""
-        like = block["query"].weight
-        widths = {name: block[roles[0]].in_features for name, roles in READERS.items()}
-        x = like.new_empty(*shape, widths["attention_input"])  # (b, T, C)
-        mixed = like.new_empty(*shape, widths.pop("mixed"))  # (b, T, H*D)
+    def empty(cls, block: BlockView, shape: torch.Size, like: torch.Tensor) -> "_Held":
+        """Buffers for ids of a (b, T) shape, reused by all batches: fresh ones would fragment the heap.
+
+        Args:
+            like: the embedding (V, C).
+        """
+        widths = {name: block[roles[0]].in_features for name, roles in block.readers.items()}
+        x = like.new_empty(*shape, like.shape[1])  # (b, T, C)
+        mixed = like.new_empty(*shape, widths.pop("mixed", 0))  # (b, T, H*D)
         order = torch.empty(shape, dtype=torch.int64, device=like.device)  # (b, T)
         single, groups = _groups(shape[1])
         sums = {n: torch.empty(shape[0], single + groups, c, device=like.device) for n, c in widths.items()}
@@ -136,12 +149,14 @@ class _Held:
         sums = {name: value[:count] for name, value in self.sums.items()}
         return _Held(self.x[:count], self.mixed[:count], self.order[:count], sums)
 
-    def fill(self, inputs: Inputs, x: torch.Tensor, mass: torch.Tensor, relative: bool) -> None:
-        """Hold a block's inputs, with the attention mass (b, T) so far."""
+    def fill(self, inputs: Inputs, x: torch.Tensor, mass: torch.Tensor | None, relative: bool) -> None:
+        """Hold a block's inputs, with the attention mass (b, T) so far; None before the first attention."""
         self.x.copy_(x)
-        self.mixed.copy_(inputs.read["mixed"])
+        if "mixed" in inputs.read:
+            self.mixed.copy_(inputs.read["mixed"])
         # sorted by mass, so that rows that may weigh less than 1 share groups
-        self.order.copy_(mass.argsort(dim=1, descending=True))
+        ranks = torch.arange(x.shape[1], device=x.device) if mass is None else mass.argsort(dim=1, descending=True)
+        self.order.copy_(ranks)  # (T,) or (b, T)
         for name, sums in self.sums.items():
             _grouped_squares(inputs.read[name], self.order, inputs.weight(name, None, relative), sums)
 
@@ -162,9 +177,10 @@ class _LatePass:
     def add(self, ids: torch.Tensor) -> torch.Tensor:
         """Add the rows of (b, T) ids; their attention mass (b, T)."""
         adapter, last = self._adapter, self._adapter.blocks[-1]
-        self._buffers = self._buffers or [_Held.empty(block, ids.shape) for block in adapter.blocks[:-1]]
+        like = adapter.model.embedding.weight  # (V, C)
+        self._buffers = self._buffers or [_Held.empty(block, ids.shape, like) for block in adapter.blocks[:-1]]
         held = [buffers.first(len(ids)) for buffers in self._buffers]
-        with MassMeter().on([block.core for block in adapter.blocks]) as meter:
+        with MassMeter().on(adapter.cores) as meter:
             inputs = self._run(ids, held, meter)
             mass = meter.take()  # (b, T)
         weight = _late_weight(mass, self._sink)  # (b, T)
@@ -185,7 +201,7 @@ class _LatePass:
         for block, buffers in zip(self._adapter.blocks, held):
             inputs = block_inputs(block, x, rotary)
             buffers.fill(inputs, x, meter.so_far, self._relative)
-            x = inputs.stream["activated"] + block["down"](inputs.read["activated"])  # (b, T, C)
+            x = block_output(block, inputs)  # (b, T, C)
             del inputs  # or they would be in memory beside the next block's
         return block_inputs(self._adapter.blocks[-1], x, rotary)
 
@@ -198,7 +214,8 @@ class _LatePass:
             weight: (b, T). squared: (b, G) mean ω² and mixed: (b, G) bool on the host, of `_by_group`.
         """
         scale = relative_weight(held.x, weight) if self._relative else weight  # (b, T)
-        self._norms.add((block.index, "mixed"), held.mixed, scale)
+        if "mixed" in block.readers:
+            self._norms.add((block.index, "mixed"), held.mixed, scale)
         whole = squared * send(~mixed, squared.device)  # (b, G)
         squares = {name: torch.bmm(whole[:, None], sums)[:, 0] for name, sums in held.sums.items()}  # (b, C)
         single, _ = _groups(held.order.shape[1])

@@ -64,14 +64,15 @@ def scan_rows(scan: Scan, arm: str) -> Rows:
 def mass_of(adapter: Adapter, ids: torch.Tensor) -> torch.Tensor:
     """Attention mass of some sequences over all layers and heads, (b, T) -> (b, T) fp32 on the model's device.
 
-    The pass stops after the last block's attention.
+    The pass stops after the last attention.
     """
+    last = adapter.attending[-1]
     x = adapter.model.embedding(send(ids, adapter.device))  # (b, T, C)
     rotary = adapter.model.rotary(ids.shape[1], adapter.device)
-    with MassMeter().on([block.core for block in adapter.blocks]) as meter:
-        for block in adapter.blocks[:-1]:
+    with MassMeter().on(adapter.cores) as meter:
+        for block in adapter.blocks[: last.index]:
             x = block.module(x, rotary)  # (b, T, C)
-        adapter.blocks[-1].module.mix(x, rotary)
+        last.module.mix(x, rotary)
     return meter.take()
 
 

@@ -13,7 +13,7 @@ Counts = dict[tuple[int, str], int]  # (block, kind) -> removal steps
 
 def ratio_of(sizes: list[BlockSize], counts: Counts) -> float:
     """Removed share of the parameters of all blocks in `sizes`."""
-    removed = sum(counts[size.index, kind] * size.step[kind] for size in sizes for kind in UNIT_KINDS)
+    removed = sum(counts[size.index, kind] * size.step[kind] for size in sizes for kind in size.step)
     return removed / sum(size.total for size in sizes)
 
 
@@ -26,6 +26,12 @@ def check_ratio(ratio: float) -> None:
 def most_channels(size: BlockSize, multiple: int) -> int:
     """Channels that may go from a block so that a positive multiple of `multiple` stays (at least one)."""
     return size.steps["channels"] - min(multiple, size.steps["channels"])
+
+
+def least_step(sizes: list[BlockSize], multiple: int) -> int:
+    """Parameters of the smallest removal: `multiple` channels, or an attention step where no block has an MLP."""
+    channels = [size.step["channels"] * multiple for size in sizes if "channels" in size.step]
+    return min(channels or [size.step["attention"] for size in sizes if size.step])
 
 
 def channel_steps(size: BlockSize, parameters: float, multiple: int) -> int:
@@ -49,22 +55,36 @@ def split_counts(sizes: list[BlockSize], ratios: list[float], heads: float, mult
     """Counts with `heads` attention steps per block on average and channels making up each block's ratio.
 
     Blocks get shares of the heads in proportion to their ratios. Rounding errors of heads and of parameters are carried
-    to the next block. None where a block would lose more (or less) than it can.
+    to the next block. What blocks without an MLP cannot lose is spread over the others. None where a block would lose
+    more (or less) than it can.
     """
     counts: Counts = {}
     mean = sum(ratios) / len(ratios)
     head_debt = parameter_debt = 0.0
-    for size, ratio in zip(sizes, ratios, strict=True):
-        exact = (heads * ratio / mean if mean > 0 else 0.0) + head_debt
-        steps = round(exact)
-        head_debt = exact - steps
-        parameters = ratio * size.total + parameter_debt - steps * size.step["attention"]
+    shares = {size.index: ratio * size.total for size, ratio in zip(sizes, ratios, strict=True)}  # parameters
+    budgets = dict(shares)  # what heads leave of them
+    for size, ratio in zip(sizes, ratios):
+        if "attention" in size.steps:
+            exact = (heads * ratio / mean if mean > 0 else 0.0) + head_debt
+            steps = round(exact)
+            head_debt = exact - steps
+            if not 0 <= steps < size.steps["attention"]:
+                return None
+            counts[size.index, "attention"] = steps
+            budgets[size.index] -= steps * size.step["attention"]
+    wide = [size for size in sizes if "channels" in size.steps]
+    owed = sum(budgets[size.index] for size in sizes if "channels" not in size.steps)
+    extra = owed / (sum(shares[size.index] for size in wide) or 1)  # per parameter of a share
+    if not wide and abs(owed) > least_step(sizes, multiple) / 2:
+        return None
+    for size in wide:
+        parameters = budgets[size.index] + extra * shares[size.index] + parameter_debt
         channels = channel_steps(size, parameters, multiple)
-        if channels < 0 or channels > most_channels(size, multiple) or not 0 <= steps < size.steps["attention"]:
+        if not 0 <= channels <= most_channels(size, multiple):
             return None
-        uniform = all(value == ratio for value in ratios)
+        uniform = all(value == ratios[0] for value in ratios)
         parameter_debt = 0.0 if uniform else parameters - channels * size.step["channels"]
-        counts[size.index, "attention"], counts[size.index, "channels"] = steps, channels
+        counts[size.index, "channels"] = channels
     return counts
 
 
@@ -73,7 +93,7 @@ class _Greedy:
 
     def __init__(self, sizes: list[BlockSize], paths: dict[UnitKey, RemovalPath], multiple: int):
         self.sizes, self.paths, self.multiple = {size.index: size for size in sizes}, paths, multiple
-        self.counts: Counts = {(size.index, kind): 0 for size in sizes for kind in UNIT_KINDS}
+        self.counts: Counts = {(size.index, kind): 0 for size in sizes for kind in size.step}
 
     def run_length(self, key: tuple[int, str]) -> int:
         """Steps to remove at once: one of attention, or channels down to the next multiple; 0 where none may go."""
@@ -97,7 +117,7 @@ class _Greedy:
         """
         queue: list[tuple[float, tuple[int, str]]] = []
         late: list[tuple[int, str]] = []
-        half = self.multiple * min(size.step["channels"] for size in self.sizes.values()) / 2
+        half = least_step(list(self.sizes.values()), self.multiple) / 2
 
         def push(key: tuple[int, str]) -> None:
             if length := self.run_length(key):
@@ -130,7 +150,7 @@ def joint_counts(sizes: list[BlockSize], paths: dict[UnitKey, RemovalPath], rati
     """
     greedy = _Greedy(sizes, paths, multiple)
     unused = greedy.take(UNIT_KINDS, ratio * sum(size.total for size in sizes))
-    if unused > min(size.step["channels"] for size in sizes) * multiple:
+    if unused > least_step(sizes, multiple):
         raise UserError(f"no plan meets ratio {ratio}: the most is {ratio_of(sizes, greedy.counts):.4f}")
     return greedy.counts
 
@@ -153,12 +173,13 @@ def ranked_choices(
     """
     budget, choices = ratio * sum(size.total for size in sizes), {}
     total = most_heads(sizes)
-    slack = min(size.step["channels"] for size in sizes) * multiple
+    slack = least_step(sizes, multiple)
     tried = set(range(0, total + 1, max(1, -(-total // most))))
     for steps in sorted(tried if fixed is None else tried | {fixed}):
         greedy = _Greedy(sizes, paths, multiple)
         greedy.take(("attention",), float("inf"), most=steps)
-        removed = sum(size.step["attention"] * greedy.counts[size.index, "attention"] for size in sizes)
+        attending = [size for size in sizes if "attention" in size.step]
+        removed = sum(size.step["attention"] * greedy.counts[size.index, "attention"] for size in attending)
         if removed > budget + slack / 2:
             break
         if greedy.take(("channels",), budget - removed) <= slack:
@@ -186,7 +207,7 @@ def head_choices(sizes: list[BlockSize], ratios: list[float], multiple: int) -> 
 
 
 def _head_choices(sizes: list[BlockSize], ratios: list[float], multiple: int) -> dict[int, Counts]:
-    tried = range(min(size.steps["attention"] for size in sizes))
+    tried = range(min((size.steps["attention"] for size in sizes if "attention" in size.steps), default=1))
     choices = {heads: split_counts(sizes, ratios, heads, multiple) for heads in tried}
     return {heads: counts for heads, counts in choices.items() if counts is not None}
 
@@ -202,16 +223,18 @@ def _nearest_ratio(sizes: list[BlockSize], ratios: list[float], multiple: int, g
 
 def most_ratio(sizes: list[BlockSize], multiple: int) -> float:
     """The ratio at which every block is down to its last attention step and `multiple` channels."""
-    counts = {(size.index, "attention"): size.steps["attention"] - 1 for size in sizes}
-    return ratio_of(sizes, counts | {(size.index, "channels"): most_channels(size, multiple) for size in sizes})
+    counts = {(size.index, "attention"): size.steps["attention"] - 1 for size in sizes if "attention" in size.steps}
+    wide = [size for size in sizes if "channels" in size.steps]
+    return ratio_of(sizes, counts | {(size.index, "channels"): most_channels(size, multiple) for size in wide})
 
 
 def equal_heads(sizes: list[BlockSize], ratio: float, choices: dict[int, Counts]) -> int:
     """The choice whose share of removed attention steps is nearest to the ratio."""
-    total = sum(size.steps["attention"] for size in sizes)
+    total = sum(size.steps.get("attention", 0) for size in sizes)
 
     def gap(choice: int) -> float:
-        return abs(sum(choices[choice][size.index, "attention"] for size in sizes) / total - ratio)
+        removed = sum(steps for (_, kind), steps in choices[choice].items() if kind == "attention")
+        return abs(removed / max(1, total) - ratio)
 
     return min(choices, key=lambda choice: (gap(choice), choice))
 
@@ -223,7 +246,7 @@ def path_cost(counts: Counts, paths: dict[UnitKey, RemovalPath]) -> float:
 
 def most_heads(sizes: list[BlockSize]) -> int:
     """Attention steps that can be removed over all blocks, which keep one each."""
-    return sum(size.steps["attention"] - 1 for size in sizes)
+    return sum(size.steps["attention"] - 1 for size in sizes if "attention" in size.steps)
 
 
 def chosen_heads(steps: int, choices: dict[int, Counts]) -> int:

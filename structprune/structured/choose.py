@@ -39,7 +39,7 @@ class Choice:
 
     def plain(self, sizes: list[BlockSize]) -> dict:
         """As plain data: the rule, the measurements, the ratio met, and the removed steps per kind and block."""
-        steps = {kind: [self.counts[size.index, kind] for size in sizes] for kind in UNIT_KINDS}
+        steps = {kind: [self.counts.get((size.index, kind), 0) for size in sizes] for kind in UNIT_KINDS}
         met = {"ratio": ratio_of(sizes, self.counts), "blocks": [size.index for size in sizes]}
         return {"split": self.split, "measured": self.measured, **met, **steps}
 
@@ -58,12 +58,14 @@ def open_blocks(adapter: Adapter, settings: StructuredSettings) -> list[BlockSiz
 
 
 def channel_multiple(sizes: list[BlockSize], settings: StructuredSettings) -> int:
-    """The multiple that remaining MLP widths have.
+    """The multiple that remaining MLP widths have; 1 where no block has an MLP.
 
     Raises:
         UserError: it is below 1 or above the narrowest MLP.
     """
-    width = min(size.steps["channels"] for size in sizes)
+    width = min((size.steps["channels"] for size in sizes if "channels" in size.steps), default=0)
+    if not width:
+        return 1
     multiple = rounding(width, settings.round_to)
     if not 1 <= multiple <= width:
         raise UserError(f"structured.round_to = {settings.round_to}: MLPs are {width} wide, give 1 to {width}")

@@ -7,7 +7,7 @@ import torch
 
 from structprune.config import StructuredSettings
 from structprune.errors import UserError
-from structprune.models.adapter import CONSUMER, UNIT_KINDS, BlockView, UnitKey
+from structprune.models.adapter import CONSUMER, BlockView, UnitKey
 from structprune.statistics.activations import Moments, add_gram, mirror, relative_weight
 from structprune.statistics.gradients import gradient_sums
 from structprune.statistics.hidden import HiddenStates
@@ -101,13 +101,13 @@ def _advance_with_grams(
     block: BlockView, states: HiddenStates, rows: Rows, relative: bool, device: torch.device
 ) -> dict[str, torch.Tensor]:
     """Run one block over all rows; by kind, the mean of x̃ x̃ᵀ over rows of its consumer's input, (C, C)."""
-    sizes = {kind: block[CONSUMER[kind]].in_features for kind in UNIT_KINDS}
+    sizes = {kind: block[CONSUMER[kind]].in_features for kind in block.kinds}
     grams = {kind: torch.zeros(size, size, device=device) for kind, size in sizes.items()}  # (C, C)
-    totals = {kind: torch.zeros((), dtype=torch.float64, device=device) for kind in UNIT_KINDS}  # Σ ω², on the device
+    totals = {kind: torch.zeros((), dtype=torch.float64, device=device) for kind in block.kinds}  # Σ ω², on the device
     for part in states.slices():
         x, omega = states.read(part), rows.part(part, device)  # (b, T, C), (b, T)
-        for kind in UNIT_KINDS:
-            read = block.module.mix(x, states.rotary) if kind == "attention" else block.module.activate(x)  # (b, T, .)
+        for kind in block.kinds:
+            read = block.consumed(kind, x, states.rotary)  # (b, T, .)
             weight = relative_weight(x, omega) if relative else omega  # (b, T)
             add_gram(grams[kind], read, weight)
             totals[kind] += x.shape[0] * x.shape[1] if weight is None else weight.double().pow(2).sum()

@@ -36,6 +36,21 @@ def test_the_count_is_what_inspect_predicts(tiny_model, family):
     assert count.total == 2 * forward_macs(Adapter(model), 12)
 
 
+@pytest.mark.parametrize("family", ["llada", "dream"])
+@torch.no_grad()
+def test_what_a_block_lacks_does_not_count(tiny_model, gaps, family):
+    model, whole = tiny_model(family, **gaps(family)), tiny_model(family)
+    counts = []
+    for each in (model, whole):
+        with counted_macs(each) as count:
+            each(torch.arange(24).view(2, 12))
+        assert count.total == 2 * forward_macs(Adapter(each), 12)
+        counts.append(count)
+    gapped, full = counts
+    assert gapped.attention * 3 == full.attention * 2  # two blocks with attention, of three
+    assert gapped.linear - 24 * HEAD == (full.linear - 24 * HEAD) * 2 // 3
+
+
 def blocks_at(positions: int, last: int) -> int:
     """Linear MACs of `positions` in all blocks, the last of which is computed at `last` of them."""
     return positions * 3 * LLADA_BLOCK - (positions - last) * (32 * 32 + 3 * 32 * 48)

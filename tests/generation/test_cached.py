@@ -183,3 +183,19 @@ def test_caches_that_cannot_be(tiny_model):
     for cache, refresh in (("none", 1), ("dual", 0)):
         with pytest.raises(ValueError, match="give a number from 1, and a cache"):
             generate(tiny_model(), PROMPTS, LLADA, options=Options(cache=cache, refresh=refresh))
+
+
+@pytest.mark.parametrize("family, cache, settings", [*CASES, ("llada", "none", LLADA), ("dream", "none", DREAM)])
+def test_blocks_without_attention_have_nothing_to_cache(gap_pair, family, cache, settings):
+    """The tokens are those of a whole model that computes the same; only two blocks have keys and values."""
+    gapped, whole = gap_pair(family)
+    ours, theirs = (
+        generate(model, PROMPTS, settings, options=Options(cache=cache, generator=torch.Generator().manual_seed(0)))
+        for model in (gapped, whole)
+    )
+    assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+    if cache != "none":
+        store = KeyValueCache(gapped, cache)
+        with torch.no_grad():
+            store.encode(ids_of(gapped), at(6, 8), None, [0, 1], slice(6, 10))
+        assert len(store._layers) == 2

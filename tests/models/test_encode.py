@@ -5,6 +5,7 @@ import torch
 
 from structprune.errors import UserError
 from structprune.models import encode
+from structprune.models.adapter import Adapter
 from structprune.models.encode import Batches, encode_at
 
 
@@ -30,6 +31,24 @@ def test_wanted_positions_equal_the_full_forward_pass(tiny_model, family, padded
     assert result.shape == (targets.sum(), 2048)
     assert torch.allclose(result, full_logits(model, ids, mask)[targets], atol=2e-5)
     assert encode_at(model, ids, torch.zeros_like(targets)).shape == (0, 32)
+
+
+@pytest.mark.parametrize("family", ["llada", "dream"])
+@torch.inference_mode()
+def test_what_follows_the_last_attention_runs_at_the_wanted_positions(gap_pair, family):
+    """The last attention is in the second of four blocks."""
+    gapped, whole = gap_pair(family)
+    ids = torch.randint(0, 2000, (2, 9), generator=torch.Generator().manual_seed(0))
+    targets = torch.zeros(2, 9, dtype=torch.bool)
+    targets[0, 3] = targets[1, 4] = targets[1, 8] = True
+    shapes = []
+    for block in Adapter(gapped).blocks:
+        if "channels" in block.kinds:
+            block["down"].register_forward_hook(lambda module, inputs, output: shapes.append(tuple(output.shape)))
+    states = encode_at(gapped, ids, targets)
+    assert shapes == [(3, 32), (3, 32)]
+    assert torch.allclose(states, encode_at(whole, ids, targets), atol=1e-5)
+    assert torch.allclose(gapped.output_head(states), full_logits(gapped, ids)[targets], atol=2e-5)
 
 
 @torch.inference_mode()

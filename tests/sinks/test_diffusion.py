@@ -49,6 +49,21 @@ def test_noise_levels_go_from_noise_to_text(model):
     assert torch.equal(result.ids, again.ids)
 
 
+@pytest.mark.parametrize("family", ["llada", "dream"])
+def test_blocks_without_attention_have_no_heads(gap_pair, family):
+    """Every block has its place in the figures; mass comes from those with attention."""
+    gapped, whole = gap_pair(family)
+    windows = torch.randint(0, 2000, (2, 12), generator=torch.Generator().manual_seed(0))
+    ours, theirs = (forward_trajectory(model, windows, 2, 0, PLAIN) for model in (gapped, whole))
+    heads = Adapter(gapped).blocks[1].widths.query_heads
+    assert [len(layer) for layer in ours.strength] == [len(layer) for layer in ours.sinks] == [heads, heads, 0, 0]
+    assert all(torch.allclose(a, b, rtol=1e-4) for a, b in zip(ours.strength[:2], theirs.strength))
+    assert torch.allclose(ours.mass.sum(-1), torch.tensor(float(2 * heads * 12))) and ours.heads == 2 * heads
+    asked = {"gen_length": 6, "steps": 3} | ({} if gapped.shifted else {"block_length": 6})
+    made = reverse_trajectory(gapped, windows, generation_settings(gapped.config, asked), 0, PLAIN)
+    assert [len(layer) for layer in made.strength] == [heads, heads, 0, 0]
+
+
 def test_generation_is_the_samplers_own(model):
     prompts = torch.randint(0, 2000, (3, 7), generator=torch.Generator().manual_seed(1))
     asked = {"gen_length": 6, "steps": 3} | ({} if model.shifted else {"block_length": 6})
@@ -74,7 +89,7 @@ def test_no_tensor_grows_with_the_square_of_the_length(tiny_model, largest, monk
     ids = torch.zeros(1, 512, dtype=torch.long)
     with largest() as plain:
         model.encode(ids)
-    with HeadMeter().on([view.core for view in Adapter(model).blocks]) as meter, largest() as metered:
+    with HeadMeter().on(Adapter(model).cores) as meter, largest() as metered:
         model.encode(ids)
     assert metered.size <= max(plain.size, 2 * 2**15) < 512**2
     assert meter.take()[0].shape == (1, 4, 512)

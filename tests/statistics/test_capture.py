@@ -33,7 +33,7 @@ def test_watch_inputs_sees_every_consumer_once(tiny_model):
 def test_meter_sums_layers_and_starts_anew(tiny_model):
     adapter = Adapter(tiny_model())
     meter = MassMeter()
-    with meter.on([block.core for block in adapter.blocks]):
+    with meter.on(adapter.cores):
         adapter.model.encode(IDS)
         first = meter.take()
         adapter.model.encode(IDS)
@@ -54,7 +54,7 @@ def test_hooks_are_removed_on_exceptions(tiny_model):
         assert hooks_left(adapter.model) == 6
         adapter.model.encode(IDS)
     assert hooks_left(adapter.model) == 0
-    with pytest.raises(KeyboardInterrupt), MassMeter().on([block.core for block in adapter.blocks]):
+    with pytest.raises(KeyboardInterrupt), MassMeter().on(adapter.cores):
         assert all("forward" in vars(block.core) for block in adapter.blocks)
         raise KeyboardInterrupt
     assert not any("forward" in vars(block.core) for block in adapter.blocks)
@@ -67,7 +67,7 @@ def test_a_meter_changes_no_output(tiny_model, monkeypatch, one_pass):
     for family in ("llada", "dream"):
         adapter = Adapter(tiny_model(family))
         plain = adapter.model.encode(IDS)
-        with MassMeter().on([block.core for block in adapter.blocks]) as meter:
+        with MassMeter().on(adapter.cores) as meter:
             assert torch.allclose(adapter.model.encode(IDS), plain, atol=1e-5)
         heads = adapter.blocks[0].widths.query_heads
         assert torch.allclose(meter.take().sum(1), torch.full((2,), 3.0 * heads * 5))  # layers x heads x queries

@@ -80,7 +80,7 @@ def test_scale_free_mask_ignores_how_many_heads_and_layers_there_are():
 @torch.inference_mode()
 def test_mass_and_mask_equal_the_published_ones(parity, case):
     model, expected = load_model(parity), load_file(parity / "expected.safetensors")
-    with (meter := MassMeter()).on([block.core for block in Adapter(model).blocks]):
+    with (meter := MassMeter()).on(Adapter(model).cores):
         model.encode(expected[f"{case}/noisy_ids"])
     mass = meter.take()  # (N * S, T)
     assert torch.allclose(mass, expected[f"{case}/attention_mass"], rtol=1e-4, atol=0)

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from structprune.models.adapter import UNIT_KINDS
 from structprune.structured.paths import RemovalPath
 from structprune.structured.sizes import BlockSize
 
@@ -22,7 +21,7 @@ def random_paths():
     def make(sizes: list[BlockSize], seed: int = 0, rank: bool = False) -> dict:
         generator, paths = torch.Generator().manual_seed(seed), {}
         for size in sizes:
-            for kind in UNIT_KINDS:
+            for kind in size.step:
                 steps = size.steps[kind]
                 cost = torch.rand(steps, generator=generator, dtype=torch.float64).cumsum(0) * size.step[kind]
                 order = torch.randn(steps, generator=generator, dtype=torch.float64).sort().values if rank else None
