@@ -76,6 +76,10 @@ CASES = {
         LLADA_VALUES, [block((0, 2, 3), (0, 2, 3), 40), block(*ALL, 96), block((1,), (1,), 17)], True, "free",
     ),
     "llada-kept": (LLADA_VALUES | UNREAD_TIE, [block(*ALL, 96)] * 3, False, "free"),
+    "llada-gaps": (
+        LLADA_VALUES, [block((), (), 40), block(*ALL, 0), block((1, 2), (1, 2), 96)], True, "free",
+    ),
+    "llada-depth": (LLADA_VALUES | UNREAD_TIE, [block(*ALL, 32), block((), (), 0), block(*ALL, 32)], False, "official"),
     "llada-uniform": (LLADA_VALUES, [block((0, 3), (0, 3), 48)] * 3, False, "uniform"),
     "llada-official": (LLADA_VALUES | UNREAD_TIE, [block(*ALL, 32)] * 3, False, "official"),
     "mmada-free": (
@@ -86,6 +90,8 @@ CASES = {
         DREAM_VALUES, [block((0, 2, 3, 4), (0, 1), 24), block(range(3, 6), (1,), 40), block((1, 5), (0, 1), 96)],
         True, "free",
     ),
+    "dream-gaps": (DREAM_VALUES, [block(*DREAM_ALL, 0), block((), (), 0), block((), (), 96)], False, "free"),
+    "dream-depth": (DREAM_VALUES, [block((), (), 0), block(*DREAM_ALL, 40), block(*DREAM_ALL, 40)], False, "official"),
     "dream-uniform": (DREAM_VALUES, [block((0, 1, 4, 5), (0, 1), 48)] * 3, False, "uniform"),
     "dream-official": (DREAM_VALUES, [block(*DREAM_ALL, 40)] * 3, False, "official"),
 }  # fmt: skip

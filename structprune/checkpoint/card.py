@@ -7,7 +7,7 @@ import yaml
 
 from structprune.assets import card_template
 from structprune.models.families import family_named
-from structprune.report.tables import change, mask_choice, millions, plus_minus, shown_arm
+from structprune.report.tables import change, mask_choice, millions, plus_minus, shown_arm, whole_parts
 
 
 def model_card(report: dict) -> str:
@@ -20,6 +20,7 @@ def model_card(report: dict) -> str:
     return card_template("pruned").format(
         **_shared(report, licence, report["ratio"]),
         refitted=_refitted(nelbo),
+        whole=f"\nRemoved as a whole, by the numbers of its blocks: {whole}." if (whole := whole_parts(report)) else "",
         rows="\n".join(_rows(report)),
         windows=nelbo["windows"],
         length=calibration["length"],

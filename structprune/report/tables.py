@@ -73,7 +73,18 @@ def run_table(report: dict, saved_bytes: tuple[int, int] | None = None) -> Table
     )
     if report["sinks"]:
         table.caption += f"\n{sink_line(report)}"
+    if whole := whole_parts(report):
+        table.caption += f"\nremoved as a whole: {whole}"
     return table
+
+
+def whole_parts(report: dict) -> str:
+    """What went as a whole, by the dense model's indices, such as 'blocks 2, 5; MLP of block 1'; '' if nothing."""
+    parts = []
+    for key, name in (("blocks", ""), ("attention", "attention of "), ("channels", "MLP of ")):
+        if indices := report["removed"][key]:
+            parts.append(f"{name}{'block' if len(indices) == 1 else 'blocks'} {', '.join(map(str, indices))}")
+    return "; ".join(parts)
 
 
 def sink_line(report: dict) -> str:

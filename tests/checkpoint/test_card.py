@@ -27,6 +27,7 @@ def report():
             "loss": {"mean": 0.5, "standard_error": 0.0125},
         },
         "versions": {"structprune": "1.2.3"},
+        "removed": {"blocks": [], "attention": [], "channels": []},
         "choice": {"split": "measured", "ratio": 0.4996},
     }  # fmt: skip
 
@@ -46,6 +47,13 @@ def test_numbers(report):
     assert "`wikitext2` (128 windows of 2048 tokens, seed 3)" in flat  # 144 less the held-out 16
     assert "score `obs` on arm `masked`" in flat and "refit to dense targets" in flat and "Export class: `free`" in flat
     assert "position i predicts token i." in flat and "trust_remote_code=True" in flat
+
+
+def test_what_went_as_a_whole_is_named(report):
+    assert "as a whole" not in model_card(report)
+    report["removed"] = {"blocks": [3], "attention": [0, 2], "channels": [1]}
+    said = "Removed as a whole, by the numbers of its blocks: block 3; attention of blocks 0, 2; MLP of block 1.\n\n| |"
+    assert said in model_card(report)
 
 
 def test_front_matter_is_what_the_hub_reads(report):

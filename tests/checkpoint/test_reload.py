@@ -53,6 +53,10 @@ CASES = {
     "llada_free": ("llada", [((0, 2, 3), (0, 2, 3), 11), (L, L, 48), ((1,), (1,), 30)], True, "free", "float32"),
     "llada_uniform": ("llada", [((0, 3), (0, 3), 24)] * 3, False, "uniform", "float32"),
     "llada_official": ("llada", [(L, L, 16)] * 3, False, "official", "float32"),
+    "llada_gaps": ("llada", [((), (), 11), (L, L, 0), ((1,), (1,), 30)], True, "free", "float32"),
+    "llada_depth": ("llada", [(L, L, 16), ((), (), 0), (L, L, 16)], False, "official", "float32"),
+    "dream_gaps": ("dream", [(D, range(2), 0), ((), (), 0), ((), (), 48)], False, "free", "bfloat16"),
+    "dream_depth": ("dream", [((0, 3), (0, 1), 16), ((0, 3), (0, 1), 16), ((), (), 0)], False, "uniform", "float32"),
     "mmada_free": ("mmada", [((2,), (2,), 8), (L, L, 16), (L, L, 48)], False, "free", "float32"),
     "dream_free": (
         "dream", [((0, 2, 3, 5), (0, 1), 7), ((3, 4, 5), (1,), 48), ((2, 4), (0, 1), 20)], True, "free", "float32",
@@ -71,7 +75,7 @@ def reloaded(tmp_path_factory, shared_checkpoint):
     made, places = {}, {}
     for name, (family, kept, biases, compat, dtype) in CASES.items():
         dense = load_model(shared_checkpoint(family), dtype=dtype)
-        blocks = tuple(BlockPlan(tuple(q), tuple(kv), tuple(range(48))[-count:]) for q, kv, count in kept)
+        blocks = tuple(BlockPlan(tuple(q), tuple(kv), tuple(range(48 - count, 48))) for q, kv, count in kept)
         model = apply_plan(dense, Plan("dream" if family == "dream" else "llada", blocks), biases)
         if biases:
             for key, parameter in model.named_parameters():
