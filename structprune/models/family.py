@@ -23,7 +23,8 @@ class Family:
         model_types: `model_type` values of official checkpoints that load into this family.
         config_class: needs `head_dim`, `mask_token_id`, `rope_theta`, `attention_output_bias` and `mlp_output_bias`
             beside the keys below, and a `model_type` of its own, under which pruned checkpoints are written.
-        model_class: its blocks' `roles` name every part of a block (`ROLES` are the linears, "core" the attention).
+        model_class: its blocks are `layers_structprune.Block`s, whose `roles` name every part (`ROLES` are the linears,
+            "core" the attention).
         blocks: name of the module list of blocks; embedding: name of the embedding's weight.
         width_keys: `query_heads`, `kv_heads`, `channels` -> config key, which is also the `per_layer_config` key.
         keys: other roles (`hidden`, `depth`, `vocabulary`, `positions`) -> config key.
