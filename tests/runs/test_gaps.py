@@ -116,3 +116,12 @@ def test_whole_blocks_are_exported_as_fewer_equal_ones(tiny_checkpoint, config, 
     with pytest.raises(UserError, match=f"export.compat = {compat} is not possible: some blocks lack attention or MLP"):
         half = BlockPlan((), (), whole[1].channels)
         prune(dense, config(**{"export.compat": compat}), plan=Plan("llada", (whole[0], half, whole[2])))
+
+
+@pytest.mark.parametrize("name", ["joint", "2:4"])
+def test_streamed_weights_give_the_same(removed, config, tmp_path, name, cpu_accelerator):
+    directory = removed[1].save(tmp_path / "gaps")
+    changes = RUNS[name] | ({} if "method" in RUNS[name] else {"structured.ratio": 0.3})
+    results = [prune(load_model(directory), config(**changes, **{"memory.offload": each})) for each in (True, False)]
+    ours, theirs = (result.model.state_dict() for result in results)
+    assert ours.keys() == theirs.keys() and all(torch.equal(value, theirs[key]) for key, value in ours.items())
