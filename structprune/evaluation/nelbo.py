@@ -53,8 +53,12 @@ def masked_nelbo(
     """
     sums = masked_sums(model, (input_ids, noisy_ids), _cross_entropy, batch, track)  # (N, S, 2)
     tokens, nats = sums.unbind(2)  # 2 x (N, S)
-    maskable = input_ids.shape[1] - 2 if model.edges_visible else input_ids.shape[1]
-    return nelbo_of(nats, tokens, mask_probability, maskable)
+    return nelbo_of(nats, tokens, mask_probability, maskable_tokens(model, input_ids.shape[1]))
+
+
+def maskable_tokens(model: DiffusionLM, length: int) -> int:
+    """Tokens of a window that noise can mask."""
+    return length - 2 if model.edges_visible else length
 
 
 def nelbo_of(nats: torch.Tensor, tokens: torch.Tensor, mask_probability: torch.Tensor, maskable: int) -> Nelbo:

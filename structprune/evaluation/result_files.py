@@ -4,6 +4,7 @@ A run's directory holds
 
     settings.json                      what the results depend on
     partial/rank-0.jsonl, ...          a line per finished chunk, from each process; removed at the end
+    predictions/<window>.safetensors   with evaluation.fidelity: the first checkpoint's (`prediction_files`)
     items/<checkpoint>/<task>.jsonl    a line per item
     results.json                       settings, summary, and what is in items/; written last
 

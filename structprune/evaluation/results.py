@@ -26,16 +26,21 @@ class Metric:
     name: str
     higher_is_better: bool
     proportion: bool  # whether items are right or wrong (1 or 0 over 1) rather than real numbers
+    unit: str = "nats"
+    relative: bool = False  # to the reference, which has no value of its own
 
 
 METRICS = {
     metric.name: metric
     for metric in (
-        Metric("acc", higher_is_better=True, proportion=True),
-        Metric("acc_norm", higher_is_better=True, proportion=True),
-        Metric("exact_match", higher_is_better=True, proportion=True),
+        Metric("acc", higher_is_better=True, proportion=True, unit="%"),
+        Metric("acc_norm", higher_is_better=True, proportion=True, unit="%"),
+        Metric("exact_match", higher_is_better=True, proportion=True, unit="%"),
         Metric("nelbo", higher_is_better=False, proportion=False),
         Metric("masked_ce", higher_is_better=False, proportion=False),
+        Metric("masked_acc", higher_is_better=True, proportion=False, unit="%"),
+        Metric("kl", higher_is_better=False, proportion=False, relative=True),
+        Metric("agreement", higher_is_better=True, proportion=False, unit="%", relative=True),
     )
 }
 
@@ -110,14 +115,20 @@ class Window:
     masked_tokens: int
     samples: int
     full_samples: int
+    correct: int | None = None  # masked tokens that were the likeliest; None where only the NELBO was asked for
+    kl_nats: float | None = None  # KL(reference || model) summed like masked_nats; None of the reference itself
+    agreed: int | None = None  # masked tokens whose likeliest prediction is the reference's; None likewise
 
     def __post_init__(self) -> None:
-        _check_finite(self, (self.nelbo, self.masked_nats, self.masked_tokens))
+        _check_finite(self, (self.nelbo, self.masked_nats, self.masked_tokens, self.kl_nats or 0.0))
 
     @property
     def parts(self) -> dict[str, tuple[float, float]]:
         """Metric -> (numerator, denominator)."""
-        return {"nelbo": (self.nelbo, 1.0), "masked_ce": (self.masked_nats, float(self.masked_tokens))}
+        sums = (self.masked_nats, self.correct, self.kl_nats, self.agreed)
+        of_tokens = zip(("masked_ce", "masked_acc", "kl", "agreement"), sums, strict=True)
+        shares = {name: (float(value), float(self.masked_tokens)) for name, value in of_tokens if value is not None}
+        return {"nelbo": (self.nelbo, 1.0), **shares}
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,10 @@ class EvaluationSettings(Section):
     """Tokens in a window; default 512, or the checkpoints' positions where they have fewer."""
     noise: int = Field(default=8, ge=1, le=10_000)
     """Noisy copies of a window."""
+    fidelity: bool = False
+    """Compare predictions of the text with the first checkpoint's, or with those of the run in --against."""
+    fidelity_top: int = Field(default=256, ge=1, le=100_000)
+    """Likeliest tokens kept of a reference's prediction, 8 bytes each; all others count as one."""
     tasks: tuple[str, ...] = ()
     """piqa:FILE, gsm8k:FILE[:TRAIN], tasks of lm-eval, or files such as configs/eval/piqa.yaml."""
     limit: int | None = Field(default=None, ge=1)

@@ -61,6 +61,14 @@ class Unit(ABC):
     def check(self, config: Any) -> None:
         """Raise UserError for what a model of this configuration cannot evaluate."""
 
+    def bound(self, run: Any) -> "Unit":
+        """The unit as part of a run, a `fidelity_units.Run`, for units that read or keep what others have left."""
+        return self
+
+    def is_kept(self, indices: Sequence[int]) -> bool:
+        """Whether what other units need of these items, beside their rows, is on disk."""
+        return True
+
     @abstractmethod
     def run(self, model: DiffusionLM, indices: Sequence[int], batch: Batches) -> list[results.Row]:
         """Rows of these items."""
@@ -89,10 +97,14 @@ class TextUnit(Unit):
     def settings(self) -> dict:
         return {"noise": self.copies, "length": self.windows.shape[1], "items": digest(*self.keys)}
 
+    def noised(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Noisy copies (1, S, T) of a window, and their mask probabilities (1, S): of every checkpoint the same."""
+        return self.noise(self.windows[index : index + 1], item_generator(self.seed, self.keys[index]))
+
     def run(self, model: DiffusionLM, indices: Sequence[int], batch: Batches) -> list[results.Row]:
         ids, keys = self.windows[list(indices)], [self.keys[index] for index in indices]  # (n, T)
-        copies = [self.noise(ids[n : n + 1], item_generator(self.seed, key)) for n, key in enumerate(keys)]
-        noisy, probability = (torch.cat(parts) for parts in zip(*copies, strict=True))  # (n, S, T), (n, S)
+        copies = zip(*map(self.noised, indices), strict=True)
+        noisy, probability = (torch.cat(parts) for parts in copies)  # (n, S, T), (n, S)
         estimate = masked_nelbo(model, ids, noisy, probability, batch)
         columns = (estimate.nelbo.tolist(), estimate.masked_nats.tolist(), estimate.masked_tokens.int().tolist())
         return [

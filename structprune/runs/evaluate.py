@@ -25,6 +25,7 @@ from structprune.models.loading import load_model
 from structprune.models.placement import compute_device, give_back_memory, pick_device
 from structprune.progress import Track, untracked
 from structprune.runs.evaluation_request import Subject, prepare, uses_lm_eval
+from structprune.runs.fidelity import reference_content, with_reference
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,12 @@ def evaluate(
     subjects = prepare(checkpoints, config)
     for subject in subjects:
         check_apart(out, subject.directory)
+    if config.evaluation.fidelity:
+        subjects = with_reference(subjects, Path(out), earlier)
     device = pick_device(config.model.device or workers.device)
     settings = _settings(subjects, config, device)
+    if config.evaluation.fidelity:
+        settings["reference"] = reference_content(settings, earlier)
     warnings = _warnings(subjects, settings, earlier)
     for line in warnings:
         session.say(line)
@@ -173,7 +178,7 @@ def _run(
     for offset, unit in enumerate(subject.units):
         done = store.done(subject.label, unit.task)
         chunks = [(n, chunk) for n, chunk in enumerate(unit.chunks()) if session.workers.mine(n + offset)]
-        if missing := [(n, chunk) for n, chunk in chunks if n not in done]:
+        if missing := [(n, chunk) for n, chunk in chunks if n not in done or not unit.is_kept(chunk)]:
             work.append((unit, missing))
     if not work:
         return

@@ -17,6 +17,7 @@ from structprune.config.effects import refuse_idle
 from structprune.config.yaml_files import read_yaml
 from structprune.errors import UserError
 from structprune.evaluation.documents import Choices, Opening, Task, TaskOptions
+from structprune.evaluation.fidelity_units import FidelityUnit
 from structprune.evaluation.labels import checkpoint_labels
 from structprune.evaluation.lm_tasks import LmTask
 from structprune.evaluation.overlap import CalibratedOn
@@ -64,11 +65,12 @@ def check_request(config: EvaluationConfig) -> None:
     settings = config.evaluation
     if settings.source is None and not settings.tasks:
         raise UserError("nothing to evaluate: give --text FILE, --tasks LIST (such as piqa:FILE.jsonl), or both")
-    of_text = ("subset", "split", "column", "windows", "length", "noise")
+    of_text = ("subset", "split", "column", "windows", "length", "noise", "fidelity")
     of_tasks = ("limit", "shots", "chat", *SCORING, "generation", "fewshot_seed", "include", "prompts")
     idle = (
         ("evaluation", of_text, settings.source is None, "a text (--text)"),
         ("evaluation", of_tasks, not settings.tasks, "tasks (--tasks)"),
+        ("evaluation", ("fidelity_top",), not settings.fidelity, "evaluation.fidelity = true (--fidelity)"),
         ("evaluation", ("confidence",), not settings.adaptive, "evaluation.adaptive = true (--adaptive)"),
     )
     refuse_idle(config, idle)
@@ -160,7 +162,8 @@ class _UnitMakers:
         def noise(ids: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
             return stratified_noise(ids, mask_id, generator, settings.noise, edges)
 
-        return TextUnit(Path(source).name, window_keys(windows), windows, settings.noise, settings.seed, noise)
+        unit = TextUnit(Path(source).name, window_keys(windows), windows, settings.noise, settings.seed, noise)
+        return FidelityUnit(**vars(unit), top=settings.fidelity_top) if settings.fidelity else unit
 
     def _tasks(self, family: Family, texts: Texts) -> list[Unit]:
         """Units of tasks; the members of a group are one unit."""

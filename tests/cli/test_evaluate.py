@@ -96,6 +96,12 @@ WRONG = {
     "too long": (["--tasks=piqa:{long}"], "item piqa/0@"),
     "idle text": ([TASK, "--set=evaluation.windows=5"], "evaluation.windows = 5 has no effect without a text (--text)"),
     "idle task": (["--text={text}", "--limit=5"], "evaluation.limit = 5 has no effect without tasks (--tasks)"),
+    "idle fidelity": ([TASK, "--fidelity"], "evaluation.fidelity = True has no effect without a text (--text)"),
+    "idle top": (
+        ["--text={text}", "--set=evaluation.fidelity_top=9"],
+        "evaluation.fidelity_top = 9 has no effect without evaluation.fidelity = true (--fidelity)",
+    ),
+    "top": (["--text={text}", "--fidelity", "--set=evaluation.fidelity_top=0"], "config key evaluation.fidelity_top"),
     "idle adaptive": (["--text={text}", "--adaptive"], "evaluation.adaptive = True has no effect without tasks"),
     "idle confidence": ([TASK, "--set=evaluation.confidence=0.5"], "evaluation.adaptive = true (--adaptive)"),
     "samples": ([TASK, "--set=evaluation.samples=12"], "samples = 12 is not a multiple of block = 8"),

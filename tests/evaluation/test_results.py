@@ -67,7 +67,16 @@ def test_metrics_of_kinds():
     assert metrics_of([]) == []
     result = metric_of("exact_match,strict-match")
     assert result.name == "exact_match,strict-match" and result.proportion and result.higher_is_better
-    assert all(METRICS[name].higher_is_better == (name not in ("nelbo", "masked_ce")) for name in METRICS)
+    assert {name for name in METRICS if not METRICS[name].higher_is_better} == {"nelbo", "masked_ce", "kl"}
+    assert {name for name in METRICS if METRICS[name].relative} == {"kl", "agreement"}
+
+
+def test_metrics_of_fidelity():
+    reference, other = (Window("notes", "0", 3.5, 420.0, 120, 8, 8, 30, *apart) for apart in ((), (60.0, 90)))
+    assert metrics_of([reference]) == ["nelbo", "masked_ce", "masked_acc"]
+    assert metrics_of([other]) == ["nelbo", "masked_ce", "masked_acc", "kl", "agreement"]
+    assert other.parts["masked_acc"] == (30, 120) and other.parts["kl"] == (60, 120)
+    assert other.parts["agreement"] == (90, 120) and from_json(to_json(other)) == other
 
 
 def test_no_masked_token_is_no_cross_entropy():
@@ -81,6 +90,10 @@ def test_no_masked_token_is_no_cross_entropy():
         (lambda: choices((-math.inf, -1.0)), "the model gives -inf: set model.dtype to float32"),
         (lambda: choices(errors=(0.0, math.inf)), "the model gives inf"),
         (lambda: Window("notes", "3", math.nan, 1.0, 1, 1, 1), "item '3' of task 'notes'"),
+        (
+            lambda: Window("notes", "3", 1.0, 1.0, 1, 1, 1, 1, math.inf, 1),
+            "item '3' of task 'notes': the model",
+        ),
         (lambda: choices(sizes=(4, 0)), "a size of at least 1"),
         (lambda: choices(sizes=(4,)), "every answer needs"),
         (lambda: choices(gold=2), "gold answer 2, but there are 2"),
