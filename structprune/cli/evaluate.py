@@ -27,7 +27,7 @@ Text = Annotated[
 ]
 Fidelity = Annotated[
     bool,
-    typer.Option("--fidelity", help="Also measure what each keeps of the first one's predictions of the text."),
+    typer.Option("--fidelity", help="Also measure what each keeps of the first one's predictions and generation."),
 ]
 Tasks = Annotated[
     str | None,

@@ -3,7 +3,7 @@
 The reference comes first: its predictions lie in files, and no two models are in memory at once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from structprune.evaluation import results
@@ -21,6 +21,8 @@ class Run:
 
     files: PredictionFiles
     is_reference: bool  # whether the checkpoint is the one that the others are compared with
+    reference_rows: Callable[[str], Mapping[str, results.Row]]  # task -> the reference's rows so far, by key
+    own_rows: Callable[[str], Mapping[str, results.Row]]  # likewise the checkpoint's
 
 
 @dataclass(frozen=True)

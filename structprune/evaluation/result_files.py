@@ -144,6 +144,11 @@ class ResultStore:
             raise
         self._done[checkpoint, task].add(chunk)
 
+    def rows(self, checkpoint: str, task: str) -> dict[str, Row]:
+        """The rows stored so far, by any process, by their keys."""
+        chunks = (each for each in stored_chunks(self.directory) if (each.checkpoint, each.task) == (checkpoint, task))
+        return {row.key: row for each in chunks for row in each.rows}
+
     def finish(self, keys: Keys, summarise: Callable[[RunRows], dict]) -> Results:
         """Merge the chunks of all processes, in the order of the keys; call it in one process, once all are done.
 

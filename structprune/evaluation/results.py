@@ -5,56 +5,20 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field, TypeAdapter, ValidationError
 
-from structprune.errors import UserError, nearest
+from structprune.errors import UserError
+from structprune.evaluation.metrics import metric_of
 from structprune.files import check_regular, full_disk_errors
 
 FORMAT = 1  # raised when older readers would misread the files
 DAMAGED = "evaluate again with --overwrite"
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A figure of a task: the sum of its items' numerators over the sum of their denominators."""
-
-    name: str
-    higher_is_better: bool
-    proportion: bool  # whether items are right or wrong (1 or 0 over 1) rather than real numbers
-    unit: str = "nats"
-    relative: bool = False  # to the reference, which has no value of its own
-
-
-METRICS = {
-    metric.name: metric
-    for metric in (
-        Metric("acc", higher_is_better=True, proportion=True, unit="%"),
-        Metric("acc_norm", higher_is_better=True, proportion=True, unit="%"),
-        Metric("exact_match", higher_is_better=True, proportion=True, unit="%"),
-        Metric("nelbo", higher_is_better=False, proportion=False),
-        Metric("masked_ce", higher_is_better=False, proportion=False),
-        Metric("masked_acc", higher_is_better=True, proportion=False, unit="%"),
-        Metric("kl", higher_is_better=False, proportion=False, relative=True),
-        Metric("agreement", higher_is_better=True, proportion=False, unit="%", relative=True),
-    )
-}
-
-
-def metric_of(name: str) -> Metric:
-    """A metric by its name, `exact_match` or lm-eval's `exact_match,FILTER`.
-
-    Raises:
-        UserError: no metric has that name.
-    """
-    base = name.partition(",")[0]
-    if base not in METRICS:
-        raise UserError(f"unknown metric '{name}'{nearest(base, list(METRICS))}: {', '.join(METRICS)}")
-    return replace(METRICS[base], name=name)
 
 
 class _Graded:
@@ -149,7 +113,32 @@ class Generation(_Graded):
         _check_metrics(self, self.metrics)
 
 
-Row = Annotated[Choices | Window | Generation, Field(discriminator="kind")]
+@dataclass(frozen=True)
+class Continuation:
+    """An opening of the text that was continued greedily: for fidelity, not graded."""
+
+    kind: Literal["continuation"] = field(default="continuation", kw_only=True)
+    task: str
+    key: str
+    tokens: tuple[int, ...]  # generated
+    text: str
+    kept: int | None = None  # tokens that are the reference's at their place; None of the reference itself
+    samples: int = 1
+    full_samples: int = 1
+
+    def __post_init__(self) -> None:
+        if len(self.tokens) < 2:
+            raise UserError(f"{_named(self)} has {len(self.tokens)} generated tokens, and needs 2: {DAMAGED}")
+
+    @property
+    def parts(self) -> dict[str, tuple[float, float]]:
+        """Metric -> (numerator, denominator); `distinct` counts different pairs of neighbours."""
+        pairs = float(len(set(pairwise(self.tokens))))
+        kept = {} if self.kept is None else {"kept": (float(self.kept), float(len(self.tokens)))}
+        return {"distinct": (pairs, len(self.tokens) - 1.0), **kept}
+
+
+Row = Annotated[Choices | Window | Generation | Continuation, Field(discriminator="kind")]
 RunRows = Mapping[str, Mapping[str, Sequence[Row]]]  # checkpoint -> task -> rows
 ROW: TypeAdapter[Row] = TypeAdapter(Row)
 

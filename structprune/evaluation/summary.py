@@ -7,7 +7,8 @@ from typing import Any
 
 from structprune.errors import UserError
 from structprune.evaluation.compare import RESAMPLES, Bootstrap, average, conclude, paired_bootstrap, student_t
-from structprune.evaluation.results import Row, RunRows, item_parts, metric_of, metrics_of
+from structprune.evaluation.metrics import metric_of
+from structprune.evaluation.results import Row, RunRows, item_parts, metrics_of
 
 Bootstraps = dict[str, dict[str, Bootstrap]]  # task -> metric -> bootstrap of the difference from the baseline
 

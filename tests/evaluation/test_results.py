@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 from structprune.errors import UserError
+from structprune.evaluation.metrics import METRICS, metric_of
 from structprune.evaluation.results import (
-    METRICS,
     ROW,
     Choices,
+    Continuation,
     Generation,
     Window,
     item_parts,
-    metric_of,
     metrics_of,
     parse_line,
     to_json,
@@ -68,7 +68,7 @@ def test_metrics_of_kinds():
     result = metric_of("exact_match,strict-match")
     assert result.name == "exact_match,strict-match" and result.proportion and result.higher_is_better
     assert {name for name in METRICS if not METRICS[name].higher_is_better} == {"nelbo", "masked_ce", "kl"}
-    assert {name for name in METRICS if METRICS[name].relative} == {"kl", "agreement"}
+    assert {name for name in METRICS if METRICS[name].relative} == {"kl", "agreement", "kept"}
 
 
 def test_metrics_of_fidelity():
@@ -77,6 +77,13 @@ def test_metrics_of_fidelity():
     assert metrics_of([other]) == ["nelbo", "masked_ce", "masked_acc", "kl", "agreement"]
     assert other.parts["masked_acc"] == (30, 120) and other.parts["kl"] == (60, 120)
     assert other.parts["agreement"] == (90, 120) and from_json(to_json(other)) == other
+
+
+def test_metrics_of_a_continuation():
+    """Pairs 1 2, 2 1, 1 2, 2 3: three different ones of four."""
+    reference, other = (Continuation("notes", "0", (1, 2, 1, 2, 3), "a b a b c", *kept) for kept in ((), (4,)))
+    assert reference.parts == {"distinct": (3, 4)} and other.parts == {"distinct": (3, 4), "kept": (4, 5)}
+    assert from_json(to_json(other)) == other
 
 
 def test_no_masked_token_is_no_cross_entropy():
@@ -94,6 +101,7 @@ def test_no_masked_token_is_no_cross_entropy():
             lambda: Window("notes", "3", 1.0, 1.0, 1, 1, 1, 1, math.inf, 1),
             "item '3' of task 'notes': the model",
         ),
+        (lambda: Continuation("notes", "3", (1,), "a"), "item '3' of task 'notes' has 1 generated tokens, and needs 2"),
         (lambda: choices(sizes=(4, 0)), "a size of at least 1"),
         (lambda: choices(sizes=(4,)), "every answer needs"),
         (lambda: choices(gold=2), "gold answer 2, but there are 2"),

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from structprune.evaluation.results import METRICS as KNOWN
+from structprune.evaluation.metrics import METRICS as KNOWN
 from structprune.report.eval_tables import eval_table
 
 METRICS = {name: asdict(KNOWN[name]) for name in ("acc", "acc_norm", "nelbo")}

@@ -1,11 +1,15 @@
 """Fidelity in an evaluation: the figures of the pure functions, one model at a time, resumed, and against a run."""
 
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 
 from structprune.errors import UserError
 from structprune.evaluation.fidelity import masked_kl, reference_predictions
+from structprune.evaluation.result_files import read_results
 from structprune.evaluation.result_state import clear_results
 from structprune.models.loading import load_model
 from structprune.runs.evaluate import Session, evaluate
@@ -13,12 +17,15 @@ from structprune.runs.evaluation_request import prepare
 
 pytestmark = pytest.mark.slow
 TASK = "text.txt"
+CONTINUED, JUDGED = f"{TASK} continued", f"{TASK} continued, under the reference"
+FEW = {"evaluation__fidelity_prompts": 9, "evaluation__fidelity_opening": 6, "evaluation__fidelity_tokens": 5}
 
 
 @pytest.fixture
 def asked(eval_settings, text_path):
-    """`asked(**changes)` -> settings with fidelity."""
-    return lambda **changes: eval_settings(text_path, **{"evaluation__fidelity": True} | changes)
+    """`asked(**changes)` -> settings with fidelity, without continuations where none are asked for."""
+    values = {"evaluation__fidelity": True, "evaluation__fidelity_prompts": 0}
+    return lambda **changes: eval_settings(text_path, **values | changes)
 
 
 @pytest.fixture
@@ -68,6 +75,25 @@ def test_a_copy_is_the_same(models, asked, tmp_path):
     assert same["kl"]["value"] == pytest.approx(0, abs=1e-6) and same["agreement"]["value"] == 1
 
 
+@pytest.mark.parametrize("family", ["llada", "dream"])
+def test_continuations_of_every_checkpoint(family, models, asked, tmp_path):
+    names = models(2, family)
+    names.append(shutil.copytree(names[0], tmp_path / "same").as_posix())
+    result = evaluate(names, asked(**FEW), tmp_path / "out")
+    assert result.summary["tasks"][CONTINUED] == {"main": "distinct", "metrics": ["distinct", "kept"]}
+    assert result.summary["tasks"][JUDGED]["metrics"] == ["nelbo", "masked_ce"]
+    rows = result.results.rows
+    assert {label: len(each[JUDGED]) for label, each in rows.items()} == {"model-0": 9, "model-1": 9, "same": 9}
+    assert [row.kept for row in rows["same"][CONTINUED]] == [5] * 9
+    assert [row.nelbo for row in rows["same"][JUDGED]] == pytest.approx([row.nelbo for row in rows["model-0"][JUDGED]])
+    theirs = {row.key: row.tokens for row in rows["model-0"][CONTINUED]}
+    for row in rows["model-1"][CONTINUED]:
+        assert row.kept == sum(one == other for one, other in zip(row.tokens, theirs[row.key], strict=True)) < 5
+    gap = result.summary["differences"]["model-1"]
+    assert gap[JUDGED]["nelbo"]["difference"] > 0  # a model's own greedy text is likelier to it than another's
+    assert result.summary["differences"]["same"][CONTINUED]["kept"]["difference"] > 0.5
+
+
 class Killed(Exception):
     pass
 
@@ -109,6 +135,55 @@ def test_against_an_earlier_run_is_as_beside_it(models, asked, tmp_path, plain_r
     gap = later.summary["differences"]["model-2"][TASK]
     assert gap["kl"] == whole.summary["differences"]["model-2"][TASK]["kl"]
     assert "kl" not in later.summary["differences"]["model-1"][TASK] and later.summary["baseline"] == "first-model-0"
+
+
+@pytest.mark.parametrize("after", [3, 4, 7, 8, 9])
+def test_continuations_that_died_go_on(after, models, asked, tmp_path, plain_rows):
+    """Two chunks of windows and two of continuations of each checkpoint, then one of each under the reference."""
+    names, out, seen = models(2), tmp_path / "out", []
+
+    def track(items, title):
+        for item in items:
+            if len(seen) == after:
+                raise Killed
+            seen.append(title)
+            yield item
+
+    with pytest.raises(Killed):
+        evaluate(names, asked(**FEW), out, session=Session(track=track))
+    again = evaluate(names, asked(**FEW), out)
+    assert plain_rows(again.results) == plain_rows(evaluate(names, asked(**FEW), tmp_path / "whole").results)
+
+
+def test_continuations_against_an_earlier_run(models, asked, tmp_path, plain_rows):
+    names = models(2)
+    whole = evaluate(names, asked(**FEW), tmp_path / "whole")
+    evaluate(names[:1], asked(**FEW), tmp_path / "first")
+    later = evaluate(names[1:], asked(**FEW), tmp_path / "later", against=tmp_path / "first")
+    rows = plain_rows(whole.results)["model-1"]
+    assert plain_rows(later.results)["model-1"] == {task: rows[task] for task in (TASK, CONTINUED)}
+    assert len(later.warnings) == 1 and later.warnings[0].startswith("what continuations cost under the reference is")
+    fewer = asked(**FEW | {"evaluation__fidelity_prompts": 4})
+    kept = evaluate(names[1:], fewer, tmp_path / "fewer", against=tmp_path / "first").results.rows["model-1"][CONTINUED]
+    assert len(kept) == 4 and kept == later.results.rows["model-1"][CONTINUED][:4]
+    for changes in ({"evaluation__fidelity_tokens": 6}, {"evaluation__fidelity_prompts": 10}):
+        with pytest.raises(UserError, match=r"continued other openings \(opening 6, tokens 5, steps 5\): give its"):
+            evaluate(names[1:], asked(**FEW | changes), tmp_path / "out", against=tmp_path / "first")
+
+
+def test_two_processes_find_what_one_finds(models, asked, text_path, tmp_path, plain_rows):
+    names, out = models(2), tmp_path / "out"
+    alone = evaluate(names, asked(**FEW), tmp_path / "alone")
+    values = {"windows": 20, "length": 32, "noise": 2} | {name[12:]: value for name, value in FEW.items()}
+    sets = [f"--set=evaluation.{name}={value}" for name, value in values.items()]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    asking = ["eval", *names, "--text", str(text_path), "--fidelity", "--out", str(out), *sets]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [*launch, "-m", "structprune", *asking], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert plain_rows(read_results(out)) == plain_rows(alone.results)
 
 
 def test_another_reference_is_another_run(models, asked, tmp_path):
