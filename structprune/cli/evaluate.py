@@ -25,6 +25,10 @@ Text = Annotated[
     str | None,
     typer.Option(help="Text to measure the NELBO of: .txt, .jsonl, .parquet, wikitext2, c4, or a Hub dataset."),
 ]
+Fidelity = Annotated[
+    bool,
+    typer.Option("--fidelity", help="Also measure what each keeps of the first one's predictions and generation."),
+]
 Tasks = Annotated[
     str | None,
     typer.Option(metavar="LIST", help="piqa:FILE, gsm8k:FILE, or tasks of lm-eval; commas between."),
@@ -43,6 +47,7 @@ Results = Annotated[Path, typer.Option("--out", callback=without_dots, help="Dir
 def evaluate(
     checkpoints: Checkpoints,
     text: Text = None,
+    fidelity: Fidelity = False,
     tasks: Tasks = None,
     limit: Limit = None,
     adaptive: Adaptive = False,
@@ -62,6 +67,7 @@ def evaluate(
 
     named = {
         "evaluation.source": text,
+        "evaluation.fidelity": fidelity or None,
         "evaluation.tasks": None if tasks is None else _split(tasks),
         "evaluation.limit": limit,
         "evaluation.adaptive": adaptive or None,

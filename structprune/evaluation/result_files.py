@@ -4,6 +4,7 @@ A run's directory holds
 
     settings.json                      what the results depend on
     partial/rank-0.jsonl, ...          a line per finished chunk, from each process; removed at the end
+    predictions/<window>.safetensors   with evaluation.fidelity: the first checkpoint's (`prediction_files`)
     items/<checkpoint>/<task>.jsonl    a line per item
     results.json                       settings, summary, and what is in items/; written last
 
@@ -142,6 +143,11 @@ class ResultStore:
             os.truncate(self._path, before)
             raise
         self._done[checkpoint, task].add(chunk)
+
+    def rows(self, checkpoint: str, task: str) -> dict[str, Row]:
+        """The rows stored so far, by any process, by their keys."""
+        chunks = (each for each in stored_chunks(self.directory) if (each.checkpoint, each.task) == (checkpoint, task))
+        return {row.key: row for each in chunks for row in each.rows}
 
     def finish(self, keys: Keys, summarise: Callable[[RunRows], dict]) -> Results:
         """Merge the chunks of all processes, in the order of the keys; call it in one process, once all are done.

@@ -15,6 +15,7 @@ from structprune.evaluation.results import Row, parse_line, plain_os_errors, rea
 from structprune.files import check_regular, is_draft
 
 RESULTS, SETTINGS, PARTIAL, ITEMS = "results.json", "settings.json", "partial", "items"
+PREDICTIONS = "predictions"
 COMPARISON = "against.json"
 
 
@@ -95,7 +96,7 @@ def erase(directory: Path) -> None:
     """Remove all that belongs to results; call it with the directory held alone, and without `foreign_entries`."""
     (directory / RESULTS).unlink(missing_ok=True)  # first, so that the rest is never taken for finished results
     (directory / COMPARISON).unlink(missing_ok=True)
-    for name in (PARTIAL, ITEMS):
+    for name in (PARTIAL, ITEMS, PREDICTIONS):
         shutil.rmtree(directory / name, ignore_errors=True)
     remove_drafts(directory)
     (directory / SETTINGS).unlink(missing_ok=True)  # last, because without them the rest is of somebody else
@@ -121,7 +122,7 @@ def is_resumable(directory: str | Path, settings: dict) -> bool:
 
 def remove_drafts(directory: Path) -> None:
     """Remove what processes left that were killed while they wrote (`whole_file`)."""
-    for pattern in (".*.json.*.tmp", f"{ITEMS}/*/.*.jsonl.*.tmp"):
+    for pattern in (".*.json.*.tmp", f"{ITEMS}/*/.*.jsonl.*.tmp", f"{PREDICTIONS}/.*.safetensors.*.tmp"):
         for path in directory.glob(pattern):
             path.unlink(missing_ok=True)
 
@@ -138,10 +139,11 @@ def _is_ours(path: Path, parts: tuple[str, ...]) -> bool:
     """Whether a path, whose `parts` are below the directory of results, has the name and kind of one of them."""
     if path.is_symlink():
         return False
-    depth = {PARTIAL: 2, ITEMS: 3}.get(parts[0], 1)
+    depth = {PARTIAL: 2, ITEMS: 3, PREDICTIONS: 2}.get(parts[0], 1)
     if len(parts) < depth:
         return path.is_dir()
-    known = parts[0] in (RESULTS, SETTINGS, COMPARISON) if depth == 1 else path.suffix == ".jsonl"
+    suffix = ".safetensors" if parts[0] == PREDICTIONS else ".jsonl"
+    known = parts[0] in (RESULTS, SETTINGS, COMPARISON) if depth == 1 else path.suffix == suffix
     return known and len(parts) == depth and path.is_file()
 
 

@@ -5,51 +5,20 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field, TypeAdapter, ValidationError
 
-from structprune.errors import UserError, nearest
+from structprune.errors import UserError
+from structprune.evaluation.metrics import metric_of
 from structprune.files import check_regular, full_disk_errors
 
 FORMAT = 1  # raised when older readers would misread the files
 DAMAGED = "evaluate again with --overwrite"
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A figure of a task: the sum of its items' numerators over the sum of their denominators."""
-
-    name: str
-    higher_is_better: bool
-    proportion: bool  # whether items are right or wrong (1 or 0 over 1) rather than real numbers
-
-
-METRICS = {
-    metric.name: metric
-    for metric in (
-        Metric("acc", higher_is_better=True, proportion=True),
-        Metric("acc_norm", higher_is_better=True, proportion=True),
-        Metric("exact_match", higher_is_better=True, proportion=True),
-        Metric("nelbo", higher_is_better=False, proportion=False),
-        Metric("masked_ce", higher_is_better=False, proportion=False),
-    )
-}
-
-
-def metric_of(name: str) -> Metric:
-    """A metric by its name, `exact_match` or lm-eval's `exact_match,FILTER`.
-
-    Raises:
-        UserError: no metric has that name.
-    """
-    base = name.partition(",")[0]
-    if base not in METRICS:
-        raise UserError(f"unknown metric '{name}'{nearest(base, list(METRICS))}: {', '.join(METRICS)}")
-    return replace(METRICS[base], name=name)
 
 
 class _Graded:
@@ -110,14 +79,20 @@ class Window:
     masked_tokens: int
     samples: int
     full_samples: int
+    correct: int | None = None  # masked tokens that were the likeliest; None where only the NELBO was asked for
+    kl_nats: float | None = None  # KL(reference || model) summed like masked_nats; None of the reference itself
+    agreed: int | None = None  # masked tokens whose likeliest prediction is the reference's; None likewise
 
     def __post_init__(self) -> None:
-        _check_finite(self, (self.nelbo, self.masked_nats, self.masked_tokens))
+        _check_finite(self, (self.nelbo, self.masked_nats, self.masked_tokens, self.kl_nats or 0.0))
 
     @property
     def parts(self) -> dict[str, tuple[float, float]]:
         """Metric -> (numerator, denominator)."""
-        return {"nelbo": (self.nelbo, 1.0), "masked_ce": (self.masked_nats, float(self.masked_tokens))}
+        sums = (self.masked_nats, self.correct, self.kl_nats, self.agreed)
+        of_tokens = zip(("masked_ce", "masked_acc", "kl", "agreement"), sums, strict=True)
+        shares = {name: (float(value), float(self.masked_tokens)) for name, value in of_tokens if value is not None}
+        return {"nelbo": (self.nelbo, 1.0), **shares}
 
 
 @dataclass(frozen=True)
@@ -138,7 +113,32 @@ class Generation(_Graded):
         _check_metrics(self, self.metrics)
 
 
-Row = Annotated[Choices | Window | Generation, Field(discriminator="kind")]
+@dataclass(frozen=True)
+class Continuation:
+    """An opening of the text that was continued greedily: for fidelity, not graded."""
+
+    kind: Literal["continuation"] = field(default="continuation", kw_only=True)
+    task: str
+    key: str
+    tokens: tuple[int, ...]  # generated
+    text: str
+    kept: int | None = None  # tokens that are the reference's at their place; None of the reference itself
+    samples: int = 1
+    full_samples: int = 1
+
+    def __post_init__(self) -> None:
+        if len(self.tokens) < 2:
+            raise UserError(f"{_named(self)} has {len(self.tokens)} generated tokens, and needs 2: {DAMAGED}")
+
+    @property
+    def parts(self) -> dict[str, tuple[float, float]]:
+        """Metric -> (numerator, denominator); `distinct` counts different pairs of neighbours."""
+        pairs = float(len(set(pairwise(self.tokens))))
+        kept = {} if self.kept is None else {"kept": (float(self.kept), float(len(self.tokens)))}
+        return {"distinct": (pairs, len(self.tokens) - 1.0), **kept}
+
+
+Row = Annotated[Choices | Window | Generation | Continuation, Field(discriminator="kind")]
 RunRows = Mapping[str, Mapping[str, Sequence[Row]]]  # checkpoint -> task -> rows
 ROW: TypeAdapter[Row] = TypeAdapter(Row)
 

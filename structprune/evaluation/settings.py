@@ -27,6 +27,18 @@ class EvaluationSettings(Section):
     """Tokens in a window; default 512, or the checkpoints' positions where they have fewer."""
     noise: int = Field(default=8, ge=1, le=10_000)
     """Noisy copies of a window."""
+    fidelity: bool = False
+    """Compare predictions and generated text with the first checkpoint's, or with those of the run in --against."""
+    fidelity_top: int = Field(default=256, ge=1, le=100_000)
+    """Likeliest tokens kept of a reference's prediction, 8 bytes each; all others count as one."""
+    fidelity_prompts: int = Field(default=32, ge=0, le=100_000)
+    """Openings of windows that every checkpoint continues greedily; 0: none."""
+    fidelity_opening: int | None = Field(default=None, ge=1)
+    """Tokens of an opening; default 32, or half a window where that is less."""
+    fidelity_tokens: int | None = Field(default=None, ge=2)
+    """Tokens generated after an opening; default 64, or what the positions leave where that is less."""
+    fidelity_steps: int | None = Field(default=None, ge=1)
+    """Denoising steps of a continuation; default one for each token."""
     tasks: tuple[str, ...] = ()
     """piqa:FILE, gsm8k:FILE[:TRAIN], tasks of lm-eval, or files such as configs/eval/piqa.yaml."""
     limit: int | None = Field(default=None, ge=1)

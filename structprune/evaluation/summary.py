@@ -7,7 +7,8 @@ from typing import Any
 
 from structprune.errors import UserError
 from structprune.evaluation.compare import RESAMPLES, Bootstrap, average, conclude, paired_bootstrap, student_t
-from structprune.evaluation.results import Row, RunRows, item_parts, metric_of, metrics_of
+from structprune.evaluation.metrics import metric_of
+from structprune.evaluation.results import Row, RunRows, item_parts, metrics_of
 
 Bootstraps = dict[str, dict[str, Bootstrap]]  # task -> metric -> bootstrap of the difference from the baseline
 
@@ -15,7 +16,8 @@ Bootstraps = dict[str, dict[str, Bootstrap]]  # task -> metric -> bootstrap of t
 def summarise(rows: RunRows, seed: int = 0, resamples: int = RESAMPLES) -> dict:
     """Every figure of an evaluation, as plain data (for results.json and the table).
 
-    The other checkpoints are compared with the first. A task's main metric is the first one of its items.
+    The other checkpoints are compared with the first; in metrics relative to a reference, which has none itself, with
+    the first that has them. A task's main metric is the first one of its items.
 
     Args:
         seed: of the bootstrap.
@@ -33,7 +35,7 @@ def summarise(rows: RunRows, seed: int = 0, resamples: int = RESAMPLES) -> dict:
     figures = {label: {task: describe(each) for task, each in rows[label].items()} for label in labels}
     shared = [name for name, task in tasks.items() if metric_of(task["main"]).proportion]
     averaged = shared if len(shared) > 1 else []
-    bootstraps = {label: _bootstraps(rows[label], rows[baseline], seed, resamples) for label in others}
+    bootstraps = {label: _bootstraps(rows, label, seed, resamples) for label in others}
     return {
         "metrics": {name: asdict(metric_of(name)) for task in tasks.values() for name in task["metrics"]},
         "tasks": tasks,
@@ -87,11 +89,13 @@ def wilson(share: float, count: int) -> tuple[float, float]:
 
 
 def _tasks(rows: RunRows) -> dict[str, dict]:
-    """Task -> main metric and all metrics that every checkpoint has, in order of appearance."""
+    """Task -> main metric, and all that every checkpoint has or that are relative, in order of appearance."""
     tasks: dict[str, dict] = {}
     for name in dict.fromkeys(task for values in rows.values() for task in values):
         known = [metrics_of(values[name]) for values in rows.values() if name in values]
-        metrics = [metric for metric in known[0] if all(metric in each for each in known)]
+        relative = dict.fromkeys(metric for each in known for metric in each if metric_of(metric).relative)
+        common = [metric for metric in known[0] if all(metric in each for each in known)]
+        metrics = [*(metric for metric in common if metric not in relative), *relative]
         if not metrics:
             raise UserError(f"task '{name}' has no metric that all checkpoints have: evaluate them on the same items")
         tasks[name] = {"main": metrics[0], "metrics": metrics}
@@ -107,20 +111,42 @@ def _mean(values: Sequence[dict]) -> dict[str, float | None]:
     return {"value": value, "error": error, "low": value - 1.96 * error, "high": value + 1.96 * error}
 
 
-def _bootstraps(
-    ours: Mapping[str, Sequence[Row]], theirs: Mapping[str, Sequence[Row]], seed: int, resamples: int
-) -> Bootstraps:
-    """Bootstraps of the tasks and metrics that both have, over the items that both have."""
+def _bootstraps(rows: RunRows, label: str, seed: int, resamples: int) -> Bootstraps:
+    """Bootstraps of a checkpoint's tasks and metrics, over the items that it and what it is compared with have."""
     bootstraps: Bootstraps = {}
-    for task in (task for task in ours if task in theirs):
-        keys = {row.key for row in ours[task]} & {row.key for row in theirs[task]}
-        both = [[row for row in rows if row.key in keys] for rows in (ours[task], theirs[task])]
-        names = [name for name in metrics_of(both[0]) if name in metrics_of(both[1])]
-        bootstraps[task] = {
-            name: paired_bootstrap(item_parts(ours[task], name), item_parts(theirs[task], name), task, seed, resamples)
-            for name in names
-        }
+    for task, ours in rows[label].items():
+        for relative in (False, True):
+            rival = _rival(rows, task, relative)
+            if rival is not None and rival != label:
+                gaps = _task_bootstraps((ours, rows[rival][task]), relative, task, seed, resamples)
+                bootstraps[task] = bootstraps.get(task, {}) | gaps
     return bootstraps
+
+
+def _rival(rows: RunRows, task: str, relative: bool) -> str | None:
+    """What checkpoints are compared with: the first; in relative metrics, the first that has any."""
+    if not relative:
+        first = next(iter(rows))
+        return first if task in rows[first] else None
+    return next((label for label, tasks in rows.items() if _names(tasks.get(task, ()), relative=True)), None)
+
+
+def _names(rows: Sequence[Row], relative: bool) -> list[str]:
+    """The metrics of rows that are relative to a reference, or those that are not."""
+    return [name for name in metrics_of(rows) if metric_of(name).relative == relative]
+
+
+def _task_bootstraps(
+    pair: tuple[Sequence[Row], Sequence[Row]], relative: bool, task: str, seed: int, resamples: int
+) -> dict[str, Bootstrap]:
+    """Bootstraps of the metrics that both have, over the items that both have."""
+    keys = {row.key for row in pair[0]} & {row.key for row in pair[1]}
+    ours, theirs = ([row for row in rows if row.key in keys] for rows in pair)
+    names = [name for name in _names(ours, relative) if name in metrics_of(theirs)]
+    return {
+        name: paired_bootstrap(item_parts(pair[0], name), item_parts(pair[1], name), task, seed, resamples)
+        for name in names
+    }
 
 
 def _conclusions(bootstraps: Bootstraps) -> dict[str, dict[str, dict]]:

@@ -17,6 +17,7 @@ from structprune.errors import UserError
 from structprune.evaluation import results
 from structprune.evaluation.choices import Item, MonteCarlo, Scored, check_items, longest_first, score_items
 from structprune.evaluation.documents import Choices, Document, Opening, Task
+from structprune.evaluation.metrics import METRICS
 from structprune.evaluation.nelbo import masked_nelbo
 from structprune.evaluation.openings import check_openings, generate_texts
 from structprune.evaluation.perturb import item_generator
@@ -41,6 +42,7 @@ class Unit(ABC):
     keys: tuple[str, ...] = field(repr=False)  # of its items, in order; two units that share a key share the item
 
     size: ClassVar[int]  # items in a chunk
+    by_reference: ClassVar[bool] = False  # whether the reference's model runs it, once all checkpoints' others are done
 
     @property
     @abstractmethod
@@ -60,6 +62,14 @@ class Unit(ABC):
     @abstractmethod
     def check(self, config: Any) -> None:
         """Raise UserError for what a model of this configuration cannot evaluate."""
+
+    def bound(self, run: Any) -> "Unit":
+        """The unit as part of a run, a `fidelity_units.Run`, where it reads what others have left."""
+        return self
+
+    def is_kept(self, indices: Sequence[int]) -> bool:
+        """Whether what other units need of these items, beside their rows, is on disk."""
+        return True
 
     @abstractmethod
     def run(self, model: DiffusionLM, indices: Sequence[int], batch: Batches) -> list[results.Row]:
@@ -89,10 +99,14 @@ class TextUnit(Unit):
     def settings(self) -> dict:
         return {"noise": self.copies, "length": self.windows.shape[1], "items": digest(*self.keys)}
 
+    def noised(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Noisy copies (1, S, T) of a window, and their mask probabilities (1, S): of every checkpoint the same."""
+        return self.noise(self.windows[index : index + 1], item_generator(self.seed, self.keys[index]))
+
     def run(self, model: DiffusionLM, indices: Sequence[int], batch: Batches) -> list[results.Row]:
         ids, keys = self.windows[list(indices)], [self.keys[index] for index in indices]  # (n, T)
-        copies = [self.noise(ids[n : n + 1], item_generator(self.seed, key)) for n, key in enumerate(keys)]
-        noisy, probability = (torch.cat(parts) for parts in zip(*copies, strict=True))  # (n, S, T), (n, S)
+        copies = zip(*map(self.noised, indices), strict=True)
+        noisy, probability = (torch.cat(parts) for parts in copies)  # (n, S, T), (n, S)
         estimate = masked_nelbo(model, ids, noisy, probability, batch)
         columns = (estimate.nelbo.tolist(), estimate.masked_nats.tolist(), estimate.masked_tokens.int().tolist())
         return [
@@ -118,13 +132,13 @@ class TaskUnit(Unit):
         outcome: Any = [0.0] * len(document.pairs) if isinstance(document, Choices) else ""
         if not self._metrics(0, outcome):
             names = ", ".join(self.members[0].grade(document, outcome)) or "none for a single item"
-            known = ", ".join(results.METRICS)
+            known = ", ".join(METRICS)
             raise UserError(f"the task '{self.task}' has no metric of {known} (it has {names}): leave it out")
 
     def _metrics(self, index: int, outcome: Any) -> dict[str, float]:
         member, document = self.documents[index]
         grades = member.grade(document, outcome)
-        return {name: value for name, value in grades.items() if name.partition(",")[0] in results.METRICS}
+        return {name: value for name, value in grades.items() if name.partition(",")[0] in METRICS}
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from structprune.report.tables import grid
 
 NO_DIFFERENCE = "no difference shown"
 SAMPLES = "samples: Monte Carlo samples per answer, or noisy copies of a window"
-PERCENT = {"proportion": True}  # the metric of an average
+PERCENT = {"unit": "%"}  # the metric of an average
 
 
 def eval_table(summary: dict, every_metric: bool = False) -> Table | Group:
@@ -48,10 +48,11 @@ def _compared(summary: dict, metrics: dict[str, list[str]]) -> Group:
         items, samples = _counts(list(results.values()))
         for name in names:
             metric = summary["metrics"][name]
-            values = {label: result["metrics"][name] for label, result in results.items()}
-            gaps = {label: differences.get(label, {}).get(task, {}).get(name) for label in results}
-            title = f"{task}: {_title(metric)} ({items}, {samples})"
-            tables.append(_difference_table(title, values, gaps, baseline, metric))
+            values = {label: each["metrics"][name] for label, each in results.items() if name in each["metrics"]}
+            gaps = {label: differences.get(label, {}).get(task, {}).get(name) for label in values}
+            title = f"{task}: {_title(metric, baseline)} ({items}, {samples})"
+            rival = next(iter(values)) if metric["relative"] else baseline  # a reference has no value of its own
+            tables.append(_difference_table(title, values, gaps, rival, metric))
     if summary["average"]:
         title = f"{_average_title(summary)} ({', '.join(summary['average_tasks'])})"
         tables.append(_difference_table(title, summary["average"], summary["average_differences"], baseline, PERCENT))
@@ -59,11 +60,13 @@ def _compared(summary: dict, metrics: dict[str, list[str]]) -> Group:
         f"difference: against {baseline}, on the same items; ± standard error over items; interval: paired bootstrap;"
         f" {SAMPLES}; {NO_DIFFERENCE}: the interval contains 0, or too few items differ for one"
     )
+    if any(each["relative"] for each in summary["metrics"].values()):
+        caption += f"; where {baseline} is the reference: difference against the first checkpoint below it"
     return Group(*tables, Text(caption, style="italic dim"))
 
 
 def _difference_table(title: str, values: dict, differences: dict, baseline: str, metric: dict) -> Table:
-    """A row per checkpoint: its value, and its difference to the baseline.
+    """A row per checkpoint: its value, and its difference to the baseline's.
 
     Args:
         values, differences: label -> value with its error, and difference with its interval.
@@ -84,10 +87,10 @@ def _counts(results: list[dict]) -> tuple[str, str]:
     return f"{items} item{'' if items == '1' else 's'}", f"{samples} sample{'' if samples == '1' else 's'}"
 
 
-def _title(metric: dict) -> str:
-    """Name, unit and direction of improvement."""
-    unit = "%" if metric["proportion"] else "nats"
-    return f"{metric['name']}, {unit} {'↑' if metric['higher_is_better'] else '↓'}"
+def _title(metric: dict, baseline: str = "") -> str:
+    """Name, unit and direction of improvement, and the reference where it is relative to one."""
+    reference = f" (reference: {baseline})" if metric["relative"] and baseline else ""
+    return f"{metric['name']}{reference}, {metric['unit']} {'↑' if metric['higher_is_better'] else '↓'}"
 
 
 def _average_title(summary: dict) -> str:
@@ -95,8 +98,8 @@ def _average_title(summary: dict) -> str:
 
 
 def _number(value: float, metric: dict, sign: str = "") -> str:
-    """Proportions in percent, nats with four digits."""
-    return f"{100 * value:{sign}.2f}" if metric["proportion"] else f"{value:{sign}.4f}"
+    """Shares in percent, nats with four digits."""
+    return f"{100 * value:{sign}.2f}" if metric["unit"] == "%" else f"{value:{sign}.4f}"
 
 
 def _plus_minus(value: dict, metric: dict) -> str:

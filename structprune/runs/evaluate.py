@@ -9,6 +9,7 @@ import torch
 
 from structprune.checkpoint.output import check_apart
 from structprune.errors import UserError
+from structprune.evaluation.continuations import ContinuationUnit
 from structprune.evaluation.labels import safe_names
 from structprune.evaluation.result_files import Results, ResultStore, read_results
 from structprune.evaluation.result_state import COMPARISON, clear_results, has_rows, is_resumable
@@ -25,6 +26,7 @@ from structprune.models.loading import load_model
 from structprune.models.placement import compute_device, give_back_memory, pick_device
 from structprune.progress import Track, untracked
 from structprune.runs.evaluation_request import Subject, prepare, uses_lm_eval
+from structprune.runs.fidelity import bound, comparable, reference_content
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,11 @@ class Session:
 
 
 ALONE = Session()
+UNJUDGED = (
+    "what continuations cost under the reference is not measured, because its model is not at hand: name its"
+    " checkpoint first instead of --against"
+)
+GENERATING = (GenerationUnit, ContinuationUnit)
 
 
 @dataclass(frozen=True)
@@ -74,17 +81,19 @@ def evaluate(
     subjects = prepare(checkpoints, config)
     for subject in subjects:
         check_apart(out, subject.directory)
+    if config.evaluation.fidelity:
+        subjects = comparable(subjects, earlier)
     device = pick_device(config.model.device or workers.device)
     settings = _settings(subjects, config, device)
+    if config.evaluation.fidelity:
+        settings["reference"] = reference_content(settings, earlier)
     warnings = _warnings(subjects, settings, earlier)
     for line in warnings:
         session.say(line)
     workers.agree(_clear(out, settings, overwrite) if workers.main else None)
     with ResultStore(out, settings, workers.rank) as store:
         if not store.finished:
-            for subject in subjects:
-                with _memory_errors(subject, config.model.dtype):
-                    _run(subject, config, device, store, session)
+            _run_all(bound(subjects, store, earlier), config, device, store, session)
         workers.wait()
         if not workers.main:
             return None
@@ -148,6 +157,8 @@ def _warnings(subjects: Sequence[Subject], settings: dict, earlier: Results | No
     lines = [line for subject in subjects for line in subject.warnings]
     if earlier is None:
         return tuple(lines)
+    if any(isinstance(unit, ContinuationUnit) for subject in subjects for unit in subject.units):
+        lines.append(UNJUDGED)
     own = next(iter(settings["tasks"].values()))
     theirs = next(iter(earlier.settings["tasks"].values()))
     shared = [task for task in own if task in theirs]
@@ -165,24 +176,47 @@ def _warnings(subjects: Sequence[Subject], settings: dict, earlier: Results | No
     return tuple(lines)
 
 
-def _run(
-    subject: Subject, config: EvaluationConfig, device: torch.device, store: ResultStore, session: Session
+def _run_all(
+    subjects: Sequence[Subject], config: EvaluationConfig, device: torch.device, store: ResultStore, session: Session
 ) -> None:
-    """Run this process's chunks of one checkpoint; its weights are read only if any chunk is missing."""
-    work: list[tuple[Unit, list[tuple[int, tuple[int, ...]]]]] = []
-    for offset, unit in enumerate(subject.units):
-        done = store.done(subject.label, unit.task)
+    """Run this process's chunks: one checkpoint after the other, and at last what the first's model finds of all."""
+    units = [(subject, unit) for subject in subjects for unit in subject.units]
+    passes = [(each, [(each.label, unit) for unit in each.units if not unit.by_reference]) for each in subjects]
+    passes.append((subjects[0], [(subject.label, unit) for subject, unit in units if unit.by_reference]))
+    for index, (subject, labelled) in enumerate(passes):
+        if index == len(subjects) and labelled:
+            session.workers.wait()  # for the others' chunks, which the last pass reads
+        with _memory_errors(subject, config.model.dtype):
+            _run(subject, labelled, config, device, store, session)
+
+
+def _run(
+    subject: Subject,
+    units: Sequence[tuple[str, Unit]],
+    config: EvaluationConfig,
+    device: torch.device,
+    store: ResultStore,
+    session: Session,
+) -> None:
+    """Run this process's chunks by one model, whose weights are read only if any chunk is missing.
+
+    Args:
+        units: each with the label of the checkpoint that its rows are of.
+    """
+    work: list[tuple[str, Unit, list[tuple[int, tuple[int, ...]]]]] = []
+    for offset, (label, unit) in enumerate(units):
+        done = store.done(label, unit.task)
         chunks = [(n, chunk) for n, chunk in enumerate(unit.chunks()) if session.workers.mine(n + offset)]
-        if missing := [(n, chunk) for n, chunk in chunks if n not in done]:
-            work.append((unit, missing))
+        if missing := [(n, chunk) for n, chunk in chunks if n not in done or not unit.is_kept(chunk)]:
+            work.append((label, unit, missing))
     if not work:
         return
     settings, tokens = config.model, config.evaluation.batch
     model = load_model(subject.checkpoint, settings.dtype, device, settings.mask_id, settings.allow_pickle)
     batch = Batches.automatic(compute_device(model)) if tokens is None else Batches(tokens)
-    for unit, missing in work:
-        for number, chunk in session.track(missing, f"{subject.label}, {unit.task}"):
-            store.add(subject.label, unit.task, number, unit.run(model, chunk, batch))
+    for label, unit, missing in work:
+        for number, chunk in session.track(missing, f"{label}, {unit.task}"):
+            store.add(label, unit.task, number, unit.run(model, chunk, batch))
     del model
     give_back_memory()
     if device.type == "cuda":
@@ -195,9 +229,7 @@ def _memory_errors(subject: Subject, dtype: str | None) -> Iterator[None]:
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:
-        remedies = (
-            ["lower evaluation.prompts"] if any(isinstance(unit, GenerationUnit) for unit in subject.units) else []
-        )
+        remedies = ["lower evaluation.prompts"] if any(isinstance(unit, GENERATING) for unit in subject.units) else []
         remedies += ["set model.dtype=bfloat16"] if dtype in (None, "float32") else []
         remedy = " or ".join([*remedies, "use another --device"])
         raise UserError(f"'{subject.checkpoint}' does not fit the memory: {remedy}") from error

@@ -16,7 +16,9 @@ from structprune.calibration.windows import cut_windows, tokenize_corpus
 from structprune.config.effects import refuse_idle
 from structprune.config.yaml_files import read_yaml
 from structprune.errors import UserError
+from structprune.evaluation.continuations import continuation_units
 from structprune.evaluation.documents import Choices, Opening, Task, TaskOptions
+from structprune.evaluation.fidelity_units import FidelityUnit
 from structprune.evaluation.labels import checkpoint_labels
 from structprune.evaluation.lm_tasks import LmTask
 from structprune.evaluation.overlap import CalibratedOn
@@ -41,6 +43,7 @@ from structprune.models.tokenizer import load_tokenizer
 from structprune.runs.ghost import read_ghost
 
 WINDOW = 512  # tokens of a window, where models have as many positions
+FIDELITY = ("fidelity_top", "fidelity_prompts", "fidelity_opening", "fidelity_tokens", "fidelity_steps")
 SCORING = ("samples", "block", "cfg_scale", "sampling", "adaptive", "skip_empty")
 
 
@@ -64,11 +67,14 @@ def check_request(config: EvaluationConfig) -> None:
     settings = config.evaluation
     if settings.source is None and not settings.tasks:
         raise UserError("nothing to evaluate: give --text FILE, --tasks LIST (such as piqa:FILE.jsonl), or both")
-    of_text = ("subset", "split", "column", "windows", "length", "noise")
-    of_tasks = ("limit", "shots", "chat", *SCORING, "generation", "fewshot_seed", "include", "prompts")
+    of_text = ("subset", "split", "column", "windows", "length", "noise", "fidelity")
+    of_tasks = ("limit", "shots", "chat", *SCORING, "generation", "fewshot_seed", "include")
     idle = (
         ("evaluation", of_text, settings.source is None, "a text (--text)"),
         ("evaluation", of_tasks, not settings.tasks, "tasks (--tasks)"),
+        ("evaluation", ("prompts",), not (settings.tasks or _continues(settings)), "tasks (--tasks)"),
+        ("evaluation", FIDELITY, not settings.fidelity, "evaluation.fidelity = true (--fidelity)"),
+        ("evaluation", FIDELITY[2:], not settings.fidelity_prompts, "evaluation.fidelity_prompts above 0"),
         ("evaluation", ("confidence",), not settings.adaptive, "evaluation.adaptive = true (--adaptive)"),
     )
     refuse_idle(config, idle)
@@ -99,14 +105,21 @@ def _check_used(config: EvaluationConfig, units: Sequence[Unit]) -> None:
     kinds = set(map(type, units))
     choices, generation = ChoiceUnit in kinds, GenerationUnit in kinds
     of_passes = choices or config.evaluation.source is not None
+    continues = _continues(config.evaluation)
     answers = "a task with answers to choose from"
     idle = (
         ("evaluation", SCORING, not choices, f"{answers} (guidance of generation: generation.cfg_scale)"),
-        ("evaluation", ("generation", "prompts"), not generation, "a task that is answered by generation"),
+        ("evaluation", ("generation",), not generation, "a task that is answered by generation"),
+        ("evaluation", ("prompts",), not (generation or continues), "a task that is answered by generation"),
         ("evaluation", ("include", "fewshot_seed"), not uses_lm_eval(units), "a task of lm-eval"),
         ("evaluation", ("batch",), not of_passes, f"a text or {answers}"),
     )
     refuse_idle(config, idle)
+
+
+def _continues(settings: EvaluationSettings) -> bool:
+    """Whether openings of the text are continued."""
+    return settings.fidelity and settings.fidelity_prompts > 0
 
 
 def uses_lm_eval(units: Iterable[Unit]) -> bool:
@@ -120,7 +133,8 @@ class _UnitMakers:
     def __init__(self, settings: EvaluationSettings, subjects: Sequence[Subject]):
         self._settings, self._presets = settings, _presets(settings.tasks)
         positions = [getattr(each.config, each.family.keys["positions"]) for each in subjects]
-        self._length = settings.length or min(WINDOW, *positions)
+        self._shortest = min(positions)
+        self._length = settings.length or min(WINDOW, self._shortest)
         for subject, longest in zip(subjects, positions, strict=True):
             if settings.source is not None and self._length > longest:
                 raise UserError(
@@ -131,7 +145,7 @@ class _UnitMakers:
     def with_units(self, subject: Subject) -> Subject:
         """The subject with its units, checked against its model."""
         texts, source = subject.texts, self._settings.source
-        units: list[Unit] = [] if source is None else [self._text(subject, source)]
+        units: list[Unit] = [] if source is None else self._text(subject, source)
         if texts is not None:
             units += self._once("tasks", subject, lambda: self._tasks(subject.family, texts))
         vocabulary = getattr(subject.config, subject.family.keys["vocabulary"])
@@ -152,7 +166,8 @@ class _UnitMakers:
             self._shared[key] = make()
         return self._shared[key]
 
-    def _text(self, subject: Subject, source: str) -> TextUnit:
+    def _text(self, subject: Subject, source: str) -> list[Unit]:
+        """The windows of the text, and with fidelity the continuations of their openings."""
         settings, edges = self._settings, subject.family.model_class.edges_visible
         windows = self._once("text", subject, lambda: read_windows(settings, source, self._length, subject.tokenizer))
         mask_id = subject.config.mask_token_id
@@ -160,7 +175,11 @@ class _UnitMakers:
         def noise(ids: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
             return stratified_noise(ids, mask_id, generator, settings.noise, edges)
 
-        return TextUnit(Path(source).name, window_keys(windows), windows, settings.noise, settings.seed, noise)
+        unit = TextUnit(Path(source).name, window_keys(windows), windows, settings.noise, settings.seed, noise)
+        if not settings.fidelity:
+            return [unit]
+        more = continuation_units(unit, settings, subject.tokenizer, self._shortest) if _continues(settings) else []
+        return [FidelityUnit(**vars(unit), top=settings.fidelity_top), *more]
 
     def _tasks(self, family: Family, texts: Texts) -> list[Unit]:
         """Units of tasks; the members of a group are one unit."""

@@ -96,6 +96,32 @@ WRONG = {
     "too long": (["--tasks=piqa:{long}"], "item piqa/0@"),
     "idle text": ([TASK, "--set=evaluation.windows=5"], "evaluation.windows = 5 has no effect without a text (--text)"),
     "idle task": (["--text={text}", "--limit=5"], "evaluation.limit = 5 has no effect without tasks (--tasks)"),
+    "idle fidelity": ([TASK, "--fidelity"], "evaluation.fidelity = True has no effect without a text (--text)"),
+    "idle top": (
+        ["--text={text}", "--set=evaluation.fidelity_top=9"],
+        "evaluation.fidelity_top = 9 has no effect without evaluation.fidelity = true (--fidelity)",
+    ),
+    "idle opening": (
+        ["--text={text}", "--fidelity", "--set=evaluation.fidelity_prompts=0", "--set=evaluation.fidelity_opening=9"],
+        "evaluation.fidelity_opening = 9 has no effect without evaluation.fidelity_prompts above 0",
+    ),
+    "idle prompts": (
+        ["--text={text}", "--fidelity", "--set=evaluation.fidelity_prompts=0", "--set=evaluation.prompts=9"],
+        "evaluation.prompts = 9 has no effect without",
+    ),
+    "opening": (
+        ["--text={text}", "--fidelity", "--set=evaluation.length=32", "--set=evaluation.fidelity_opening=40"],
+        "evaluation.fidelity_opening = 40 exceeds the 32 tokens of a window: lower it",
+    ),
+    "tokens": (
+        ["--text={text}", "--fidelity", "--set=evaluation.fidelity_tokens=60"],
+        "fidelity_tokens = 60 after openings of 32 do not fit the model's 64 positions: lower it, or evaluation.fid",
+    ),
+    "steps": (
+        ["--text={text}", "--fidelity", "--set=evaluation.fidelity_steps=60"],
+        "evaluation.fidelity_steps = 60 exceeds the 32 tokens to generate: lower it",
+    ),
+    "top": (["--text={text}", "--fidelity", "--set=evaluation.fidelity_top=0"], "config key evaluation.fidelity_top"),
     "idle adaptive": (["--text={text}", "--adaptive"], "evaluation.adaptive = True has no effect without tasks"),
     "idle confidence": ([TASK, "--set=evaluation.confidence=0.5"], "evaluation.adaptive = true (--adaptive)"),
     "samples": ([TASK, "--set=evaluation.samples=12"], "samples = 12 is not a multiple of block = 8"),

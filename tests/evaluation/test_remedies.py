@@ -23,7 +23,7 @@ SECTIONS = "model|memory|calibration|sink|structured|masking|reconstruct|export|
 ELSEWHERE = {
     ("dream.py", "model.layers"),  # the name of a module
     ("resources.py", "memory.offload"),  # only pruning runs stream weights
-    ("nelbo.py", "memory.offload"),  # of a pruning run's check: an evaluation hands over its own batches
+    ("masked.py", "memory.offload"),  # of a pruning run's check: an evaluation hands over its own batches
     ("lm_tasks.py", "--confirm_run_unsafe_code"),  # of lm-eval's command line, which the message names
 }
 

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 from structprune.errors import UserError
+from structprune.evaluation.metrics import METRICS, metric_of
 from structprune.evaluation.results import (
-    METRICS,
     ROW,
     Choices,
+    Continuation,
     Generation,
     Window,
     item_parts,
-    metric_of,
     metrics_of,
     parse_line,
     to_json,
@@ -67,7 +67,23 @@ def test_metrics_of_kinds():
     assert metrics_of([]) == []
     result = metric_of("exact_match,strict-match")
     assert result.name == "exact_match,strict-match" and result.proportion and result.higher_is_better
-    assert all(METRICS[name].higher_is_better == (name not in ("nelbo", "masked_ce")) for name in METRICS)
+    assert {name for name in METRICS if not METRICS[name].higher_is_better} == {"nelbo", "masked_ce", "kl"}
+    assert {name for name in METRICS if METRICS[name].relative} == {"kl", "agreement", "kept"}
+
+
+def test_metrics_of_fidelity():
+    reference, other = (Window("notes", "0", 3.5, 420.0, 120, 8, 8, 30, *apart) for apart in ((), (60.0, 90)))
+    assert metrics_of([reference]) == ["nelbo", "masked_ce", "masked_acc"]
+    assert metrics_of([other]) == ["nelbo", "masked_ce", "masked_acc", "kl", "agreement"]
+    assert other.parts["masked_acc"] == (30, 120) and other.parts["kl"] == (60, 120)
+    assert other.parts["agreement"] == (90, 120) and from_json(to_json(other)) == other
+
+
+def test_metrics_of_a_continuation():
+    """Pairs 1 2, 2 1, 1 2, 2 3: three different ones of four."""
+    reference, other = (Continuation("notes", "0", (1, 2, 1, 2, 3), "a b a b c", *kept) for kept in ((), (4,)))
+    assert reference.parts == {"distinct": (3, 4)} and other.parts == {"distinct": (3, 4), "kept": (4, 5)}
+    assert from_json(to_json(other)) == other
 
 
 def test_no_masked_token_is_no_cross_entropy():
@@ -81,6 +97,11 @@ def test_no_masked_token_is_no_cross_entropy():
         (lambda: choices((-math.inf, -1.0)), "the model gives -inf: set model.dtype to float32"),
         (lambda: choices(errors=(0.0, math.inf)), "the model gives inf"),
         (lambda: Window("notes", "3", math.nan, 1.0, 1, 1, 1), "item '3' of task 'notes'"),
+        (
+            lambda: Window("notes", "3", 1.0, 1.0, 1, 1, 1, 1, math.inf, 1),
+            "item '3' of task 'notes': the model",
+        ),
+        (lambda: Continuation("notes", "3", (1,), "a"), "item '3' of task 'notes' has 1 generated tokens, and needs 2"),
         (lambda: choices(sizes=(4, 0)), "a size of at least 1"),
         (lambda: choices(sizes=(4,)), "every answer needs"),
         (lambda: choices(gold=2), "gold answer 2, but there are 2"),

@@ -104,6 +104,22 @@ def test_the_first_is_the_baseline():
     assert shown == {"x": "better", "z": "worse"} and result["average"] == {} and result["average_differences"] == {}
 
 
+def test_metrics_relative_to_the_first_are_compared_among_the_others():
+    """20 and 30 nats of 10 tokens a window: 2 and 3 nats a token."""
+    rows = {"dense": [Window("notes", str(index), 1.0, 9.0, 10, 4, 4, 5) for index in range(6)]}
+    for label, nats in (("x", 20.0), ("y", 30.0)):
+        rows[label] = [Window("notes", str(n), 1.5, 9.0, 10, 4, 4, 5, nats + n % 2, 9 - n % 3) for n in range(6)]
+    result = summarise({label: {"notes": each} for label, each in rows.items()}, resamples=20)
+    assert result["tasks"]["notes"]["metrics"] == ["nelbo", "masked_ce", "masked_acc", "kl", "agreement"]
+    assert "kl" not in result["checkpoints"]["dense"]["notes"]["metrics"]
+    assert result["checkpoints"]["x"]["notes"]["metrics"]["kl"]["value"] == pytest.approx(2.05)
+    assert result["checkpoints"]["y"]["notes"]["metrics"]["agreement"]["value"] == pytest.approx(0.8)
+    assert result["differences"]["x"]["notes"].keys() == {"nelbo", "masked_ce", "masked_acc"}
+    gap = result["differences"]["y"]["notes"]
+    assert gap["kl"]["difference"] == pytest.approx(1) and gap["kl"]["verdict"] == "worse"
+    assert gap["nelbo"]["difference"] == 0.5 and gap["agreement"]["difference"] == 0
+
+
 def test_items_that_only_one_has_are_left_out():
     long, short = windows([1.0] * 10), windows([1.5] * 6)
     result = summarise({"x": {"notes": long}, "y": {"notes": short}}, resamples=20)

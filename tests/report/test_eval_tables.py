@@ -1,18 +1,16 @@
 """The table of an evaluation, as it is printed."""
 
 import io
+from dataclasses import asdict
 
 import pytest
 from rich.console import Console
 from rich.table import Table
 
+from structprune.evaluation.metrics import METRICS as KNOWN
 from structprune.report.eval_tables import eval_table
 
-METRICS = {
-    "acc": {"name": "acc", "higher_is_better": True, "proportion": True},
-    "acc_norm": {"name": "acc_norm", "higher_is_better": True, "proportion": True},
-    "nelbo": {"name": "nelbo", "higher_is_better": False, "proportion": False},
-}
+METRICS = {name: asdict(KNOWN[name]) for name in ("acc", "acc_norm", "nelbo")}
 
 
 def value(number, error=0.01):
@@ -92,6 +90,21 @@ def test_checkpoints_against_the_first():
         ["60.00 ± 1.00", "-5.00 [-7.00, -3.00]", "worse"],
     ]
     assert "difference: against dense, on the same items" in text
+
+
+def test_what_is_relative_to_the_first_has_no_row_for_it():
+    summary = made(["dense", "x", "y"], proportions=0)
+    summary["metrics"] |= {"kl": asdict(KNOWN["kl"])}
+    summary["tasks"]["notes"]["metrics"].append("kl")
+    for label, number in (("x", 0.25), ("y", 0.5)):
+        summary["checkpoints"][label]["notes"]["metrics"]["kl"] = value(number)
+    summary["differences"]["y"]["notes"]["kl"] = difference(0.25, 0.125, 0.375, "worse")
+    shown = eval_table(summary, every_metric=True)
+    assert cells(shown, "x")[1] == ["0.2500 ± 0.0100"] and len(cells(shown, "dense")) == 1
+    assert cells(shown, "y")[1] == ["0.5000 ± 0.0100", "+0.2500 [+0.1250, +0.3750]", "worse"]
+    text = " ".join(printed(shown).split())
+    assert "kl (reference: dense), nats ↓" in text
+    assert "where dense is the reference: difference against the first checkpoint below it" in text
 
 
 def test_what_cannot_be_compared_says_so():

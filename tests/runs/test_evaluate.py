@@ -190,19 +190,19 @@ def test_memory_that_runs_out_for_good_is_one_line(
 
 
 def test_memory_that_runs_out_is_halved(eval_checkpoint, text_path, tmp_path, monkeypatch, eval_settings):
-    from structprune.evaluation import nelbo
+    from structprune.evaluation import masked
 
-    real, sizes = nelbo._masked_nats, []
+    real, sizes = masked._row_sums, []
 
-    def tight(model, ids, target, masked):
-        sizes.append(len(ids))
-        if len(ids) > 3:
+    def tight(model, rows, *others):
+        sizes.append(len(rows[0]))
+        if len(rows[0]) > 3:
             raise torch.OutOfMemoryError("full")
-        return real(model, ids, target, masked)
+        return real(model, rows, *others)
 
     one = str(eval_checkpoint())
     whole = evaluate([one], eval_settings(text_path), tmp_path / "whole")
-    monkeypatch.setattr(nelbo, "_masked_nats", tight)
+    monkeypatch.setattr(masked, "_row_sums", tight)
     result = evaluate([one], eval_settings(text_path), tmp_path / "out")
     assert max(sizes) > 3 and sizes[-1] <= 3 and sum(size <= 3 for size in sizes) >= 40 / 3
     values = [[row.nelbo for row in run.results.rows["llada-tiny"]["text.txt"]] for run in (whole, result)]
