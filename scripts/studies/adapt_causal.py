@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from scripts.studies import causal_layout as layout
@@ -30,14 +31,14 @@ from scripts.tools.script_line import one_line
 from structprune import load_model, load_tokenizer
 from structprune.calibration.noise import stratified_noise
 from structprune.calibration.windows import cut_windows
-from structprune.checkpoint.output import check_output, output_draft, write_json
+from structprune.checkpoint.output import check_output, check_space, output_draft, write_json
 from structprune.cli.console import progress_bars, show
 from structprune.errors import Interrupted, UserError
 from structprune.evaluation.nelbo import masked_nelbo
 from structprune.models.encode import Batches
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.tokenizer import encode
-from structprune.sinks.causal import load_causal, read_causal
+from structprune.sinks.causal import gguf_file, load_causal, read_causal
 
 STATE, REPORT = "state.pt", "adaptation.json"
 RESULT_DEPENDS_ON = ("steps", "batch", "length", "rank", "alpha", "lr", "warmup", "seed", *SHARES)
@@ -74,6 +75,8 @@ def prepare(options: argparse.Namespace, training: Path) -> tuple[Run, dict, tor
     if (options.source / "tokenizer.json").is_file():  # transformers' class for a model type may replace parts of it
         tokenizer = load_tokenizer(options.source)
     layout.check_source(config, options.source)
+    if name := gguf_file(options.source):
+        layout.check_gguf(options.source if options.source.is_file() else options.source / name)
     if options.length > config.max_position_embeddings:
         limit = config.max_position_embeddings
         raise UserError(f"--length = {options.length}: {options.source} has {limit} positions, give at most that")
@@ -91,8 +94,9 @@ def prepare(options: argparse.Namespace, training: Path) -> tuple[Run, dict, tor
     causal = load_causal(options.source, "float32", torch.device("cpu"))
     model = layout.build_dream(causal, values, options.source)
     del causal
-    row = mask.where(config.vocab_size)
-    show(f"Mask token {mask.text} ({row}); {len(tokens):,} tokens of text", console=options.console)
+    check_space(options.out, model.num_parameters() * getattr(torch, options.dtype).itemsize)
+    token = escape(f"{mask.text} ({mask.where(config.vocab_size)})")
+    show(f"Mask token {token}; {len(tokens):,} tokens of text", console=options.console)
     if state is None:
         before = measure(model.to(options.device), windows, options.device, "held out, before")
     run = Run(options, model, tokens, settings)

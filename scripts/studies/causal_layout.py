@@ -24,6 +24,10 @@ from structprune.sinks.causal import sliding_window
 
 CONVERTED = ("llama", "qwen2")  # model types whose blocks are Dream's
 SPARE = re.compile(r"reserved|unused|extra_|place.?holder", re.IGNORECASE)  # names of tokens that no text has
+UNREAD = {  # ends of keys of a GGUF file that transformers passes over -> what they describe
+    ".rope.scaling.type": "rope scaling", ".rope.scaling.factor": "rope scaling", ".rope.scale_linear": "rope scaling",
+    ".attention.sliding_window": "sliding windows",
+}  # fmt: skip
 NEW_MASK = "<|mask|>"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 BIASED, UNBIASED = ("q_proj", "k_proj", "v_proj"), ("o_proj", "gate_proj", "up_proj", "down_proj")
@@ -72,6 +76,26 @@ def check_source(config: Any, where: Path | str) -> None:
         raise UserError(f"{where} has hidden_act = {shown(config.hidden_act)}, but Dream's is silu: give another model")
     if (method := quantisation(config.to_dict())) is not None:
         raise UserError(f"{where} is quantised ({method}): give the checkpoint it was made from")
+
+
+def check_gguf(path: Path) -> None:
+    """Check a GGUF file for what transformers does not read of it, so that the loaded model would be another one.
+
+    Raises:
+        UserError: scaled rotary positions, or attention windows.
+    """
+    from gguf import GGUFReader
+
+    reader = GGUFReader(path)
+    for key, field in reader.fields.items():
+        if remedy := next((text for end, text in UNREAD.items() if key.endswith(end)), None):
+            part = field.parts[-1]  # (1,), or the bytes of a text
+            value = bytes(part).decode(errors="replace") if part.dtype == "uint8" else part.tolist()[0]
+            if value not in ("none", 1.0, 0):
+                raise UserError(f"{path} has {key} = {shown(value)}: give a model without {remedy}")
+    for tensor in reader.tensors:
+        if tensor.name == "rope_freqs.weight" and (tensor.data != 1).any():
+            raise UserError(f"{path} has scaled rotary positions (rope_freqs): give a model without rope scaling")
 
 
 def choose_mask(tokenizer: Any, rows: int, text: str | None = None) -> MaskToken:

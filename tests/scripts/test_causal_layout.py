@@ -111,6 +111,36 @@ def test_windows_of_no_layer_are_no_obstacle(layout):
     layout.check_source(AutoConfig.for_model("qwen2", **options), "SOURCE")
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("rope.scaling.type", "none", None),
+        ("rope.scaling.type", "yarn", "llama.rope.scaling.type = 'yarn'"),
+        ("rope.scaling.factor", 4.0, "llama.rope.scaling.factor = 4.0"),
+        ("attention.sliding_window", 512, "llama.attention.sliding_window = 512"),
+        ("rope_freqs", [1.0, 1.0], None),
+        ("rope_freqs", [1.0, 8.0], "scaled rotary positions (rope_freqs)"),
+    ],
+)
+def test_what_transformers_passes_over_in_a_gguf_file_is_refused(layout, tmp_path, key, value, words):
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    if isinstance(value, list):
+        writer.add_tensor("rope_freqs.weight", torch.tensor(value).numpy())
+    else:
+        add = {str: writer.add_string, float: writer.add_float32, int: writer.add_uint32}[type(value)]
+        add(f"llama.{key}", value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    if words is None:
+        return layout.check_gguf(tmp_path / "m.gguf")
+    with pytest.raises(UserError) as error:
+        layout.check_gguf(tmp_path / "m.gguf")
+    assert words in str(error.value) and str(tmp_path / "m.gguf") in str(error.value)
+
+
 def test_the_mask_token_is_the_tokenizers_else_a_reserved_one_else_new(layout, tokenizer):
     assert layout.choose_mask(tokenizer, ROWS) == layout.MaskToken("<|mdm_mask|>", ROWS - 1, ROWS)
     tokenizer.mask_token = None
