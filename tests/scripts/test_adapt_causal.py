@@ -86,6 +86,16 @@ def test_held_out_figures_are_those_of_the_written_checkpoint(script, adapt, cau
     assert measured["cross_entropy"] == pytest.approx(expected.cross_entropy)
 
 
+def test_held_out_windows_are_the_end_of_the_text_and_not_trained_on(script, scripts, text_path, tmp_path):
+    arguments = ["--text", str(text_path), "--out", str(tmp_path / "out"), "--length", "16", "--valid-windows", "5"]
+    tokenizer, mask = load_tokenizer(model_directory()), scripts("causal_layout").MaskToken("<|mdm_mask|>", 2047, 2048)
+    options = script.parse_arguments(None, [str(model_directory()), *arguments])
+    tokens, windows = script.prepare_text(options, tokenizer, mask)
+    whole = torch.tensor(tokenizer(text_path.read_text(), add_special_tokens=False)["input_ids"])
+    assert torch.equal(tokens, whole[:-80].int())
+    assert sorted(windows.tolist()) == sorted(whole[-80:].view(5, 16).tolist())
+
+
 def killed(action, place: str, scripts) -> None:
     """Run `action` in a fork that ends by SIGKILL: before step 5, while saving the state of step 6, or the output."""
     driver, layout = scripts("adapt_causal"), scripts("causal_layout")
