@@ -1,9 +1,14 @@
-"""Modules of scripts/, and the quick checkpoint and data of the masking benchmark."""
+"""Modules of scripts/, the quick checkpoint and data of the masking benchmark, and tiny causal checkpoints."""
 
 import importlib
 from pathlib import Path
 
 import pytest
+import torch
+
+from structprune.assets import model_directory
+from structprune.models.quiet import quiet_transformers
+from structprune.models.tokenizer import load_tokenizer
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
@@ -38,3 +43,26 @@ def masking_request(scripts, mask_dir):
         "method": "sink-wanda", "ratio": 0.25, "steps": 10, "interval": 5, "threads": 1,
     }  # fmt: skip
     return lambda **changes: scripts("published_worker").Request(**base | changes)
+
+
+@pytest.fixture
+def causal_source(tmp_path):
+    """`causal_source(kind, name=None, **config changes)` -> a tiny random "llama" or "qwen2" with a tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+    sizes = {"vocab_size": 2048, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "rope_theta": 500.0}
+
+    def make(kind: str, name: str | None = None, **changes) -> Path:
+        config, model = (LlamaConfig, LlamaForCausalLM) if kind == "llama" else (Qwen2Config, Qwen2ForCausalLM)
+        torch.manual_seed(0)
+        source = model(config(**sizes | changes))
+        for key, parameter in source.named_parameters():  # attention is uneven, and biases are not zero
+            parameter.data.normal_(std=0.3 if key.endswith("bias") or parameter.dim() == 2 else 0.1, mean=0.0)
+            parameter.data.add_(float("norm" in key))
+        with quiet_transformers():
+            source.save_pretrained(tmp_path / (name or kind))
+        load_tokenizer(model_directory()).save_pretrained(tmp_path / (name or kind))
+        return tmp_path / (name or kind)
+
+    return make
