@@ -55,15 +55,15 @@ def predicted_mask_peak(adapter: Adapter, request: MaskRequest, stored: torch.dt
 def _stored_sequences(request: MaskRequest) -> tuple[int, int]:
     """Sequences whose hidden states a walk keeps in each of its streams (`masking.walk`)."""
     settings, refit, arm = request.calibration, request.reconstruct, request.arm
-    levels = max(1, settings.steps // settings.interval)
+    noisy = max(1, settings.noisy_copies)
 
     def copies(each: str) -> int:
-        return 1 if each.startswith("clean") else levels
+        return 1 if each.startswith("clean") else noisy
 
     scored = settings.windows * copies(arm) if arm and request.walks else 0
     if not refit.enabled:
         return scored, 0
-    fitted = settings.windows * copies(refit.arm) + settings.held_out * levels
+    fitted = settings.windows * copies(refit.arm) + settings.held_out * noisy
     shared = arm is not None and scored and arm.split("+")[0] == refit.arm.split("+")[0]
     one_shot = request.settings.order == "one-shot"
     prefix = fitted + (0 if shared or one_shot else scored)

@@ -114,9 +114,9 @@ class Tokens:
     @classmethod
     def of(cls, request: StructuredRequest) -> "Tokens":
         settings = request.calibration
-        levels, length = max(1, settings.steps // settings.interval), settings.length
-        windows, once = settings.windows + settings.held_out, request.limits.sequences(levels, length)
-        return cls(windows * levels * length, settings.batch * levels * length, once * length)
+        copies, length = max(1, settings.noisy_copies), settings.length
+        windows, once = settings.windows + settings.held_out, request.limits.sequences(copies, length)
+        return cls(windows * copies * length, settings.batch * copies * length, once * length)
 
     def scaled(self, factor: int) -> "Tokens":
         return Tokens(self.all * factor, self.batch * factor, self.once * factor)

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from structprune.config.settings import MOST_STEPS
 from structprune.errors import UserError, shown
 from structprune.files import first_line
 from structprune.models.tensor_files import write_tensors
@@ -16,14 +17,14 @@ TENSORS = {"input_ids": ("int64", "N, T"), "noisy_ids": ("int64", "N, S, T"), "m
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """N windows of T tokens with S noisy copies each, on CPU.
+    """N windows of T tokens with S noisy copies each, on CPU; S is fewer than the noise levels where these were dealt.
 
     Attributes:
         input_ids: (N, T) int64.
         noisy_ids: (N, S, T) int64.
         mask_probability: (N, S) float32 each copy was masked with, or None where a replayed file has none.
-        metadata: strings; of our own files `schedule`, `noise_levels` (the times t), `steps`, `interval`, `mask_id`,
-            `edges_visible`, `source`, `subset`, `split`, `seed`, `corpus_tokens`, and once saved `held_out`.
+        metadata: strings; of our own files `schedule`, `noise_levels` (the times t), `copies` (S), `steps`, `interval`,
+            `mask_id`, `edges_visible`, `source`, `subset`, `split`, `seed`, `corpus_tokens`, and once saved `held_out`.
         held_out: the last so many windows choose damping and split and make the final check; none is scored on.
     """
 
@@ -39,7 +40,15 @@ class Calibration:
 
     @property
     def levels(self) -> int:
+        """S, the noisy copies of a window, each at another level."""
         return self.noisy_ids.shape[1]
+
+    @property
+    def check_samples(self) -> int:
+        """Noisy copies of a held-out window in a run's final check: as many as there were noise levels to deal."""
+        if "copies" not in self.metadata:
+            return self.levels
+        return int(self.metadata["steps"]) // int(self.metadata["interval"])
 
     @property
     def length(self) -> int:
@@ -101,6 +110,7 @@ class Calibration:
                 f"{path} was noised with mask id {stored}, but the model's is {mask_id}: calibrate anew from text"
             )
         _check_values(tensors, mask_id if stored is None else stored, path)
+        _check_dealt(tensors["noisy_ids"].shape[1], metadata, path)
         recorded = _integer(metadata, "held_out", path)
         held_out = (held_out or 0) if recorded is None else recorded
         windows = len(tensors["input_ids"])
@@ -163,6 +173,20 @@ def _check_values(tensors: dict[str, torch.Tensor], mask_id: int | None, path: s
     if len(others):
         raise UserError(
             f"{path}: noisy_ids differ from input_ids by id {others[0].item()}, where only mask id {mask_id} may"
+        )
+
+
+def _check_dealt(copies: int, metadata: dict[str, str], path: str | Path) -> None:
+    """Raise UserError where metadata that say what copies were dealt from contradict the S `copies` or our settings."""
+    recorded, steps, interval = (_integer(metadata, key, path) for key in ("copies", "steps", "interval"))
+    if recorded is None:
+        return
+    if steps is None or interval is None or not 1 <= interval <= steps <= MOST_STEPS:
+        raise UserError(f"{path}: metadata 'steps' and 'interval' give no noise levels: calibrate anew from text")
+    if recorded != copies or copies > steps // interval:
+        raise UserError(
+            f"{path} has {copies} noisy copies of a window, but its metadata say {recorded} of"
+            f" {steps // interval} noise levels: calibrate anew from text"
         )
 
 

@@ -5,7 +5,14 @@ from pathlib import Path
 import torch
 
 from structprune.calibration.batches import Calibration
-from structprune.calibration.noise import level_times, noise_windows, stratified_noise
+from structprune.calibration.noise import (
+    apply_mask,
+    check_copies,
+    level_times,
+    seeded,
+    stratified_noise,
+    window_times,
+)
 from structprune.calibration.text import is_streamed, join_texts, read_texts
 from structprune.calibration.windows import cut_windows, tokenize_corpus
 from structprune.config import CalibrationSettings, Config
@@ -13,6 +20,7 @@ from structprune.errors import UserError
 from structprune.models.adapter import Adapter
 from structprune.models.family import Schedule
 from structprune.models.modeling_structprune import DiffusionLM
+from structprune.models.noising import mask_rate
 from structprune.models.tokenizer import load_tokenizer
 
 SURPLUS = 4  # times the needed tokens are read from a streamed source, so that windows are not just its first ones
@@ -53,11 +61,14 @@ def check_length(model: DiffusionLM, config: Config, saved: Calibration | None =
 def held_out_noise(
     calibration: Calibration, model: DiffusionLM, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Inputs of a run's final check: held-out ids (n, T), noisy copies (n, S, T), mask probabilities (n, S)."""
+    """Inputs of a run's final check: held-out ids (n, T), noisy copies (n, S, T), mask probabilities (n, S).
+
+    S is `Calibration.check_samples`: windows that were dealt fewer copies are not judged on fewer.
+    """
     held_out = calibration.check.input_ids  # (n, T)
     generator = torch.Generator().manual_seed(CHECK_SEED + seed)
-    mask_id, levels = model.config.mask_token_id, calibration.levels
-    noisy, p = stratified_noise(held_out, mask_id, generator, levels, model.edges_visible)  # (n, S, T), (n, S)
+    mask_id, samples = model.config.mask_token_id, calibration.check_samples
+    noisy, p = stratified_noise(held_out, mask_id, generator, samples, model.edges_visible)  # (n, S, T), (n, S)
     return held_out, noisy, p
 
 
@@ -135,6 +146,7 @@ def _from_text(
     settings: CalibrationSettings, tokenizer, mask_id: int, schedule: Schedule, edges_visible: bool
 ) -> Calibration:
     times = level_times(settings.steps, settings.interval)  # (S,)
+    check_copies(settings.copies, len(times))
     if tokenizer is None:
         raise UserError(
             "the checkpoint has no tokenizer, which calibration text needs: add it, or replay a .safetensors file"
@@ -145,18 +157,19 @@ def _from_text(
         )
     tokens = _corpus(settings, tokenizer)  # (M,)
     count = settings.windows + settings.held_out
-    input_ids = cut_windows(tokens, count, settings.length, _generator(settings.seed, 0))  # (N, T)
-    noise = _generator(settings.seed, 1)
+    input_ids = cut_windows(tokens, count, settings.length, seeded(settings.seed, 0))  # (N, T)
+    noise = seeded(settings.seed, 1)
     # drawn separately, so that times are stratified over the fit windows and over the held-out ones
-    parts = [
-        noise_windows(part, mask_id, schedule, noise, times, edges_visible)
-        for part in input_ids.split([settings.windows, settings.held_out])
-    ]
-    noisy_ids, mask_probability = (torch.cat(tensors) for tensors in zip(*parts))  # (N, S, T), (N, S)
+    parts = []
+    for part in input_ids.split([settings.windows, settings.held_out]):
+        p = mask_rate(window_times(len(part), schedule, times, noise, settings.copies))  # (n, c)
+        parts.append((apply_mask(part, p, mask_id, noise, edges_visible), p))
+    noisy_ids, mask_probability = (torch.cat(tensors) for tensors in zip(*parts))  # (N, c, T), (N, c)
     ordered = ",".join(f"{t:g}" for t in times.tolist())
     metadata = {
         "schedule": schedule,
-        "noise_levels": ordered if schedule == "levels" else f"uniform x {len(times)}",
+        "noise_levels": ordered if schedule == "levels" else f"uniform x {settings.noisy_copies}",
+        "copies": str(settings.noisy_copies),
         "steps": str(settings.steps),
         "interval": str(settings.interval),
         "mask_id": str(mask_id),
@@ -177,11 +190,6 @@ def _corpus(settings: CalibrationSettings, tokenizer) -> torch.Tensor:
     needed = SURPLUS * (settings.windows + settings.held_out) * settings.length  # tokens
     limit = needed if is_streamed(source) else max(needed, LONGEST)
     return tokenize_corpus(join_texts(documents, source, tokenizer), tokenizer, limit)
-
-
-def _generator(seed: int, stream: int) -> torch.Generator:
-    """Independent generators of one seed: stream 0 draws windows, 1 noise; no two seeds share a stream."""
-    return torch.Generator().manual_seed((2 * seed + stream) % 2**63)
 
 
 def check_vocabulary(input_ids: torch.Tensor, vocabulary: int | None, source: str) -> None:

@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 
 from structprune.calibration.batches import Calibration
+from structprune.calibration.noise import deal_levels, seeded
 from structprune.config import CalibrationSettings, Config
 from structprune.errors import UserError
 from structprune.generation.generate import Options, Step, generate
@@ -42,7 +43,7 @@ def reverse_states(
     model: DiffusionLM,
     prompts: torch.Tensor,
     settings: Generation,
-    indices: list[int],
+    indices: torch.Tensor,
     batch: int = 1,
     track: Callable[[Iterable], Iterable] = lambda items: items,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -50,22 +51,22 @@ def reverse_states(
 
     Args:
         prompts: (N, P) int64 on CPU, without a mask token.
-        indices: S denoising steps before which a state is recorded; where a step reveals nothing, before the next one
-            that does, which is the same state.
+        indices: (N, S) int64 denoising steps before which a state is recorded; where a step reveals nothing, before the
+            next one that does, which is the same state.
         batch: sequences in a forward pass.
     Returns:
         final ids (N, T) and states (N, S, T) int64 on CPU. A state differs from the final ids by mask tokens only.
     """
     length = prompts.shape[1] + settings.gen_length
-    states = torch.zeros(len(prompts), len(indices), length, dtype=torch.long)  # (N, S, T)
-    filled = torch.zeros(states.shape[:2], dtype=torch.bool)  # (N, S)
+    states = torch.zeros(*indices.shape, length, dtype=torch.long)  # (N, S, T)
+    filled = torch.zeros(indices.shape, dtype=torch.bool)  # (N, S)
 
     def record(step: Step) -> None:
-        for slot, index in enumerate(indices):
-            new = ~filled[step.prompts, slot]  # (B,)
-            if step.index >= index and new.any():
-                states[step.prompts[new], slot] = step.ids.cpu()[new]
-                filled[step.prompts[new], slot] = True
+        new = ~filled[step.prompts] & (step.index >= indices[step.prompts])  # (B, S)
+        for slot in new.any(0).nonzero().flatten().tolist():
+            rows = step.prompts[new[:, slot]]  # (b,)
+            states[rows, slot] = step.ids.cpu()[new[:, slot]]
+            filled[rows, slot] = True
 
     final = generate(model, prompts, settings, options=Options(batch=batch, track=track, record=record))  # (N, T)
     assert isinstance(final, torch.Tensor)  # prompts of one length
@@ -76,6 +77,8 @@ def reverse_calibration(
     model: DiffusionLM, calibration: Calibration, settings: CalibrationSettings, batch: int, track
 ) -> Calibration:
     """A calibration whose fit windows are the model's own generations, with their states as noisy copies.
+
+    With `settings.copies`, the states of the forward levels are dealt to windows as those levels are.
 
     The mask probability of a copy is the masked share of its generated part, so that the weight 1 / p of a loss is that
     of a conditional generation, whose prompt is never masked. The label of a masked token, and the text of a clean arm,
@@ -91,7 +94,9 @@ def reverse_calibration(
     fit, check = calibration.fit, calibration.check
     assert check.mask_probability is not None, "windows with forward noise have mask probabilities"
     prompt, mask_id = prompt_length(calibration.length), model.config.mask_token_id
-    steps, indices = state_steps(settings.steps, settings.interval, calibration.length - prompt)
+    steps, stops = state_steps(settings.steps, settings.interval, calibration.length - prompt)
+    chosen = deal_levels(fit.windows, len(stops), settings.noisy_copies, seeded(settings.seed, 1))  # (n, S)
+    indices = torch.tensor(stops)[chosen]  # (n, S)
     sampler = low_confidence(model.config, calibration.length - prompt, steps)
     show = lambda items: track(items, "reverse trajectories")  # noqa: E731
     final, states = reverse_states(model, fit.input_ids[:, :prompt], sampler, indices, batch, show)  # (n, T), (n, S, T)
@@ -110,23 +115,28 @@ def check_trajectory(config: Config, levels: int | None = None) -> None:
     """Raise UserError where a policy compares levels but there are too few, or windows are too short for the states.
 
     Args:
-        levels: S of an existing calibration; default the configuration's.
+        levels: S, the copies of a window, of an existing calibration; default the configuration's.
     """
     settings, exists = config.calibration, levels is not None
-    levels = settings.steps // settings.interval if levels is None else levels
-    if config.sink.policy == "unstable" and levels < 2:
-        source = "the calibration has" if exists else f"calibration.interval = {settings.interval} leaves"
-        remedy = "one made with calibration.interval" if exists else "calibration.interval"
-        raise UserError(
-            f"sink.policy = unstable compares noise levels, of which {source} {levels}: use {remedy} at most half of"
-            " calibration.steps, or sink.policy = all"
-        )
+    if config.sink.policy == "unstable" and (settings.noisy_copies if levels is None else levels) < 2:
+        raise UserError(_one_level(settings, exists))
     generated = settings.length - prompt_length(settings.length)
-    if config.sink.trajectory == "reverse" and not exists and generated < levels:
+    if config.sink.trajectory == "reverse" and not exists and generated < settings.levels:
         raise UserError(
-            f"calibration.length = {settings.length} leaves {generated} tokens to generate, which have no {levels}"
-            " different states: raise it, or calibration.interval"
+            f"calibration.length = {settings.length} leaves {generated} tokens to generate, which have no"
+            f" {settings.levels} different states: raise it, or calibration.interval"
         )
+
+
+def _one_level(settings: CalibrationSettings, exists: bool) -> str:
+    """Why the policy `unstable` has nothing to compare, and what gives it that."""
+    refused = "sink.policy = unstable compares the noise levels of a window, of which"
+    if not exists and settings.copies is not None:
+        return f"{refused} calibration.copies = {settings.copies} leaves 1: raise it, or use sink.policy = all"
+    source = "the calibration has" if exists else f"calibration.interval = {settings.interval} leaves"
+    remedy = "one made with calibration.interval" if exists else "calibration.interval"
+    copies = " and calibration.copies 2 or more" if exists else ""
+    return f"{refused} {source} 1: use {remedy} at most half of calibration.steps{copies}, or sink.policy = all"
 
 
 def check_calibration(calibration: Calibration, config: Config) -> None:

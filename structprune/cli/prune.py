@@ -25,7 +25,9 @@ from structprune.errors import UserError
 if TYPE_CHECKING:
     from structprune.config import Config
 
-OF_TEXT = [f"calibration.{key}" for key in ("windows", "length", "steps", "interval", "subset", "split", "column")]
+OF_TEXT = [
+    f"calibration.{key}" for key in ("windows", "length", "steps", "interval", "copies", "subset", "split", "column")
+]
 
 
 def prune(

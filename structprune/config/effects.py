@@ -70,7 +70,7 @@ def check_masking(config: Config, facts: Facts) -> None:
         ("masking", ("owl_threshold", "owl_spread"), masking.allocation != "owl", "masking.allocation = owl"),
         ("masking", ("depth_slope",), masking.allocation != "depth", "masking.allocation = depth"),
         ("calibration", text, not facts.reads_text, "a score, refit or held-out check that looks at text"),
-        ("calibration", ("steps", "interval"), not noised and not calibration.replays,
+        ("calibration", ("steps", "interval", "copies"), not noised and not calibration.replays,
          "a noisy arm, a refit or a held-out check"),
         ("memory", ("offload", "overlap"), not facts.reads_text, "a forward pass"),
     )  # fmt: skip
@@ -108,6 +108,7 @@ def _common(config: Config, facts: Facts, measured: str | None) -> list[Idle]:
         ("sink", weights, not any("sink" in arm for arm in arms), "an arm with +sink"),
         ("sink", ("mask", "alpha", "kappa", "scale_free"), sink.policy == "none", "sink.policy = all or unstable"),
         ("sink", ("trajectory",), blind, "an arm that is masked or has +sink"),
+        ("calibration", ("copies",), config.calibration.replays, "text, not a saved set, as calibration.source"),
         ("sink", ("alpha", "scale_free"), sink.mask == "hard", "sink.mask = soft"),
         ("memory", ("overlap",), not facts.accelerator, "an accelerator"),
     ]

@@ -13,6 +13,7 @@ from structprune.config.sections import Section, Sections
 Arm = Literal["clean", "masked", "masked+sink", "clean+sink"]
 ARMS: tuple[Arm, ...] = get_args(Arm)
 SinkPolicy = Literal["all", "unstable", "none"]
+MOST_STEPS = 100_000
 DEFAULT_ARM: Arm = "masked+sink"  # of scores; refits default to masked, because sink weights showed no gain there
 StructuredScore = Annotated[
     Literal["magnitude", "wanda", "fluctuation", "taylor", "obs"], or_registered("structured.score")
@@ -49,14 +50,27 @@ class CalibrationSettings(Section):
     refit need none (0: no check)."""
     length: int = Field(2048, ge=2)
     """Tokens in a window."""
-    steps: int = Field(50, ge=1, le=100_000)
+    steps: int = Field(50, ge=1, le=MOST_STEPS)
     """N, denoising steps of the forward process. With `interval` it gives the noise levels."""
     interval: int = Field(5, ge=1)
     """Every interval-th step is a noise level: S = steps // interval. Dream draws S levels at random instead."""
+    copies: int | None = Field(None, ge=1)
+    """Noisy copies of a window, at most S, with levels dealt out evenly over windows. For the same passes, more windows
+    with fewer copies prune better. Default: S, every window at every level."""
     seed: int = Field(0, ge=0, lt=2**62)
     """Random seed of the windows, their noise and the noise of the held-out check."""
     batch: int = Field(1, ge=1)
-    """Windows per forward pass, each with all S noise levels. For methods unstructured and nm: sequences per pass."""
+    """Windows per forward pass, each with all its noisy copies. For methods unstructured and nm: sequences per pass."""
+
+    @property
+    def levels(self) -> int:
+        """S, the noise levels of `steps` and `interval`; 0 where these leave none."""
+        return self.steps // self.interval
+
+    @property
+    def noisy_copies(self) -> int:
+        """Noisy copies of a window."""
+        return self.levels if self.copies is None else self.copies
 
     @property
     def replays(self) -> bool:
@@ -67,7 +81,7 @@ class CalibrationSettings(Section):
 class SinkSettings(Section):
     policy: SinkPolicy = "all"
     """Which sinks lose weight on an arm with +sink. all: every sink. unstable: sinks that come and go over the levels
-    of a window (omega = 1 - phi min(1, 4 Var phi); needs 2 levels). none: no sink, as without +sink."""
+    of a window (omega = 1 - phi min(1, 4 Var phi); needs 2 copies). none: no sink, as without +sink."""
     trajectory: Literal["forward", "reverse"] = "forward"
     """Where noisy copies come from. forward: random noise at each level. reverse: states of the model's own generation
     after the first quarter of each window. Held-out windows always have random noise."""

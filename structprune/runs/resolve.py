@@ -5,7 +5,7 @@ The dry run and the run share it. The model may be on the meta device.
 
 from dataclasses import replace
 
-from structprune.calibration.noise import level_times
+from structprune.calibration.noise import check_copies, level_times
 from structprune.calibration.trajectories import check_trajectory
 from structprune.checkpoint.export import check_export, check_export_request
 from structprune.config import Config
@@ -113,6 +113,7 @@ def check_levels(config: Config) -> None:
     settings = config.calibration
     if not settings.replays:
         level_times(settings.steps, settings.interval)
+        check_copies(settings.copies, settings.levels)
         check_trajectory(config)
 
 

@@ -80,8 +80,8 @@ def policy_report(phi: torch.Tensor, masked: torch.Tensor, policy: SinkPolicy) -
         phi: (N, S, T) sink mask, levels in display order.
     Returns:
         `policy`; `sinks`: share of rows with φ > 1/2; `survival`: mean share of levels at which a position is a sink,
-        of those that ever are, and `instability` their mean variance (None without any); `taken`: policy ->
-        `removed_weight`.
+        of those that ever are, and `instability` their mean variance (None without any, or with one level); `taken`:
+        policy -> `removed_weight`.
     """
     lasting = survival(phi)  # (N, T)
     ever = lasting > 0  # (N, T)
@@ -91,6 +91,6 @@ def policy_report(phi: torch.Tensor, masked: torch.Tensor, policy: SinkPolicy) -
         "windows": phi.shape[0],
         "sinks": float((phi > SINK).double().mean()),
         "survival": _mean(lasting[ever]),
-        "instability": _mean(instability(phi)[ever]),
+        "instability": _mean(instability(phi)[ever]) if phi.shape[1] > 1 else None,
         "taken": {name: removed_weight(policy_weights(phi, name), masked) for name in policies},
     }

@@ -21,7 +21,8 @@ class SinkLog:
     def report(self, calibration: Calibration, sink: SinkSettings, mask_id: int) -> dict | None:
         """`policies.policy_report` of the observed windows, as plain data; None without any.
 
-        Levels are in the order of their mask probability, with the `mask_share` of each: its share of mask tokens.
+        Levels are the copies of each window in the order of their mask probability, with the `mask_share` of each: its
+        share of mask tokens. Where windows were dealt different noise levels, a mean over windows mixes neighbours.
         Windows that were observed twice (by an allocation and a score) count once.
 
         Args:

@@ -110,6 +110,30 @@ BAD = {
 }
 
 
+DEALT = {
+    "other copies": (
+        {"copies": "2", "steps": "50", "interval": "5"},
+        "has 3 noisy copies .* say 2 of 10 noise",
+    ),
+    "more than levels": ({"copies": "3", "steps": "50", "interval": "25"}, "has 3 noisy copies .* say 3 of 2 noise"),
+    "no levels": ({"copies": "3"}, "metadata 'steps' and 'interval' give no noise levels: calibrate anew from text$"),
+    "interval 0": ({"copies": "3", "steps": "50", "interval": "0"}, "'steps' and 'interval' give no noise levels"),
+    "too many": ({"copies": "3", "steps": "100001", "interval": "1"}, "'steps' and 'interval' give no noise levels"),
+    "words": ({"copies": "few", "steps": "50", "interval": "5"}, "metadata 'copies' is 'few', not an integer"),
+}
+
+
+@pytest.mark.parametrize("case", DEALT)
+def test_what_copies_were_dealt_from_must_fit(calibration, tmp_path, case):
+    metadata, message = DEALT[case]
+    path = tmp_path / "bad.safetensors"
+    replace(calibration, metadata=metadata).save(path)
+    with pytest.raises(UserError, match=message):
+        Calibration.load(path)
+    replace(calibration, metadata={"copies": "3", "steps": "50", "interval": "5"}).save(path)
+    assert Calibration.load(path).check_samples == 10 and calibration.check_samples == 3
+
+
 @pytest.mark.parametrize("metadata", [{"mask_id": str(MASK)}, None], ids=["our file", "no metadata"])
 @pytest.mark.parametrize("case", BAD)
 def test_bad_files_get_one_line(calibration, tmp_path, case, metadata):

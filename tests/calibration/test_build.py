@@ -12,9 +12,11 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from structprune.calibration.build import SURPLUS, check_source, load_calibration
+from structprune.calibration.batches import Calibration
+from structprune.calibration.build import SURPLUS, check_source, held_out_noise, load_calibration
 from structprune.config import CalibrationSettings
 from structprune.errors import UserError
+from structprune.models.loading import load_model
 
 MASK = 60
 WORDS = [f"w{number}" for number in range(50)]
@@ -67,7 +69,7 @@ def test_from_a_text_file(text_file, tokenizer):
     torch.testing.assert_close(made.mask_probability[0, 4].item(), 0.5005, rtol=0, atol=1e-6)
     expected = {
         "schedule": "levels", "noise_levels": "0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,1", "mask_id": "60", "seed": "0",
-        "source": str(text_file), "subset": "", "split": "train", "steps": "50", "interval": "5",
+        "source": str(text_file), "subset": "", "split": "train", "steps": "50", "interval": "5", "copies": "10",
         "edges_visible": "false", "corpus_tokens": "2000",
     }  # fmt: skip
     assert made.metadata == expected
@@ -92,6 +94,49 @@ def test_dream_noise_is_stratified_over_fit_and_held_out_windows(text_file, toke
     assert torch.equal(made.noisy_ids[..., 0], made.input_ids[:, None, 0].expand(-1, 10))
     assert torch.equal(made.noisy_ids[..., -1], made.input_ids[:, None, -1].expand(-1, 10))
     assert made.metadata["noise_levels"] == "uniform x 10" and made.metadata["edges_visible"] == "true"
+
+
+@pytest.mark.parametrize(("schedule", "noted"), [("levels", "0.2,0.4,0.6,0.8,1"), ("uniform", "uniform x 2")])
+def test_fewer_copies_are_dealt_over_fit_and_held_out_windows(text_file, tokenizer, tmp_path, schedule, noted):
+    chosen = settings(text_file, windows=10, held_out=5, interval=10, copies=2)
+    made = build(chosen, tokenizer, schedule)
+    assert made.noisy_ids.shape == (15, 2, 16) and made.mask_probability.shape == (15, 2) and made.levels == 2
+    for part, count in ((made.fit, 10), (made.check, 5)):
+        t = (part.mask_probability.double() - 1e-3) / 0.999  # (n, c)
+        cells = 5 if schedule == "levels" else 2 * count  # t = 0.2, ..., 1 are the levels
+        cell = (t * cells + (1e-4 - 1 if schedule == "levels" else 1e-6)).long()
+        assert sorted(cell.flatten().tolist()) == sorted([*range(cells)] * (2 * count // cells))
+    changed = made.noisy_ids != made.input_ids[:, None]
+    assert (made.noisy_ids[changed] == MASK).all()
+    assert (made.metadata["copies"], made.metadata["noise_levels"], made.check_samples) == ("2", noted, 5)
+    path = tmp_path / "calibration.safetensors"
+    made.save(path)
+    again = build(settings(path, held_out=5), None, schedule)
+    for name in ("input_ids", "noisy_ids", "mask_probability"):
+        assert torch.equal(getattr(again, name), getattr(made, name))
+    assert again.check_samples == 5 and again.metadata["copies"] == "2"
+    # the same text whatever the copies, and every level where all are asked for
+    assert torch.equal(build(settings(text_file, windows=10, held_out=5), tokenizer).input_ids, made.input_ids)
+
+
+def test_as_many_copies_as_levels(text_file, tokenizer):
+    every = build(settings(text_file, interval=25, copies=2, held_out=0), tokenizer)
+    assert torch.equal(every.mask_probability, build(settings(text_file, interval=25), tokenizer).fit.mask_probability)
+    with pytest.raises(UserError, match="^calibration.copies = 3 exceeds the number of noise levels, 2: lower it"):
+        build(settings(text_file, interval=25, copies=3), tokenizer)
+
+
+@pytest.mark.parametrize("copies", [None, 1])
+@pytest.mark.parametrize("kind", ["llada", "dream"])
+def test_the_final_check_has_a_copy_for_every_level(text_file, tokenizer, shared_checkpoint, kind, copies):
+    model = load_model(shared_checkpoint(kind))
+    changes = {"interval": 10} if copies is None else {"interval": 10, "copies": copies}
+    calibration = build(settings(text_file, **changes), tokenizer)
+    assert calibration.levels == (copies or 5)
+    ids, noisy, p = held_out_noise(calibration, model, seed=0)
+    assert torch.equal(ids, calibration.check.input_ids) and noisy.shape == (2, 5, 16) and p.shape == (2, 5)
+    plain = Calibration(calibration.input_ids, calibration.noisy_ids, None, {}, held_out=2)
+    assert held_out_noise(plain, model, seed=0)[1].shape == (2, copies or 5, 16)  # of a file that says nothing
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])

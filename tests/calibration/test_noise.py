@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from structprune.calibration.noise import level_times, mask_rate, noise_windows, stratified_noise, stratified_times
+from structprune.calibration.noise import (
+    check_copies,
+    deal_levels,
+    level_times,
+    mask_rate,
+    noise_windows,
+    stratified_noise,
+    stratified_times,
+    window_times,
+)
 from structprune.errors import UserError
 
 MASK = 999
@@ -82,6 +91,60 @@ def test_evaluation_noise_is_stratified_over_all_draws_in_random_order():
     assert ((rate - p).abs() <= 4.5 * (p * (1 - p) / 400).sqrt() + 1e-3).all()
 
 
+@pytest.mark.parametrize(
+    ("windows", "levels", "copies", "start", "expected"),
+    [
+        (5, 5, 1, 3, [[0], [1], [2], [3], [4]]),  # draws 0 .. 4 of 5: (5 i + start) // 5
+        (3, 4, 2, 0, [[0, 2], [0, 2], [1, 3]]),  # draws 0 .. 5 of 6: 0 0 1 | 2 2 3
+        (3, 4, 2, 3, [[0, 2], [1, 3], [1, 3]]),  # (4 i + 3) // 6: 0 1 1 | 2 3 3
+        (2, 5, 3, 4, [[0, 2, 4], [1, 3, 4]]),  # (5 i + 4) // 6: 0 1 | 2 3 | 4 4, and level 4 in two windows
+        (1, 10, 1, 7, [[7]]),
+        (1, 10, 2, 7, [[3, 8]]),  # (10 i + 7) // 2: one in each half
+        (2, 3, 3, 1, [[0, 1, 2], [0, 1, 2]]),
+    ],
+)
+def test_deals_by_hand(windows, levels, copies, start, expected):
+    seed = next(n for n in range(200) if torch.randint(levels, (1,), generator=generator(n)).item() == start)
+    dealt = deal_levels(windows, levels, copies, generator(seed)).tolist()
+    assert sorted(dealt) == expected
+
+
+def test_deals_are_even_and_spread_over_every_window():
+    for count in (1, 2, 3, 7, 12):
+        for levels in range(1, 11):
+            for copies in range(1, levels + 1):
+                dealt = deal_levels(count, levels, copies, generator(count))  # (N, c)
+                assert dealt.shape == (count, copies) and dealt.min() >= 0 and dealt.max() < levels
+                occurrences = dealt.flatten().bincount(minlength=levels)
+                assert occurrences.max() - occurrences.min() <= 1
+                gaps = dealt.diff(dim=1)
+                assert ((gaps >= levels // copies) & (gaps <= -(-levels // copies))).all()
+    # no level is dealt more often than others on average: 3000 single draws of 3 levels, 5 standard deviations
+    single = torch.cat([deal_levels(1, 3, 1, generator(seed)) for seed in range(3000)]).flatten()
+    assert (single.bincount(minlength=3) - 1000).abs().max() < 130
+
+
+def test_deals_are_shuffled_by_the_seed():
+    one, two, other = (deal_levels(60, 10, 2, generator(seed)) for seed in (5, 5, 6))
+    assert torch.equal(one, two) and not torch.equal(one, other)
+    assert not torch.equal(one[:, 0], one[:, 0].sort().values)
+
+
+def test_dealt_times_of_both_schedules():
+    times = level_times(50, 5)
+    levels = window_times(20, "levels", times, generator(1), copies=2)  # (N, c)
+    assert levels.dtype == torch.float64 and sorted(levels.flatten().tolist()) == sorted(times.tolist() * 4)
+    torch.testing.assert_close(levels[:, 1] - levels[:, 0], torch.full((20,), 0.5, dtype=torch.float64))
+    assert torch.equal(window_times(20, "levels", times, generator(1), copies=10), times.expand(20, -1))
+    uniform = window_times(20, "uniform", times, generator(1), copies=2)  # (N, c)
+    # one in each of all 40 strata, and a window's two half the circle apart
+    assert sorted((uniform * 40).long().flatten().tolist()) == list(range(40))
+    torch.testing.assert_close((uniform[:, 1] - uniform[:, 0]) % 1, torch.full((20,), 0.5, dtype=torch.float64))
+    assert not torch.equal(uniform, uniform.sort(0).values)
+    for schedule in ("levels", "uniform"):
+        assert window_times(0, schedule, times, generator(), copies=3).shape == (0, 3)
+
+
 @pytest.mark.parametrize("draw", ["levels", "uniform", "evaluation"])
 def test_edges_stay_visible_only_where_asked(draw):
     ids = windows(200, 6)
@@ -107,5 +170,12 @@ def test_bad_requests():
         UserError, match=r"^calibration.interval = 60 leaves no noise level: choose 1 to calibration.steps = 50$"
     ):
         level_times(50, 60)
+    with pytest.raises(
+        UserError,
+        match=r"^calibration.copies = 3 exceeds the number of noise levels, 2: lower it, or calibration.interval$",
+    ):
+        check_copies(3, 2)
+    check_copies(2, 2)
+    check_copies(None, 0)
     with pytest.raises(ValueError, match="not 'linear'"):
         noise_windows(windows(1, 4), MASK, "linear", generator(), level_times())

@@ -88,7 +88,7 @@ def test_copies_are_the_models_own(model, config):
     settings = low_confidence(model.config, T - P, 24)
     assert torch.equal(generate(model, fit.input_ids[:, :P], settings), fit.input_ids)
     mask, adapter = model.config.mask_token_id, Adapter(model)
-    indices = list(range(24))
+    indices = torch.arange(24).expand(3, -1)  # (N, 24)
     final, states = reverse_states(model, fit.input_ids[:, :P], settings, indices)  # (N, 24, T)
     assert torch.equal(final, fit.input_ids)
     for before, after in zip(states.unbind(1), [*states.unbind(1)[1:], final]):  # (N, T) each
@@ -103,6 +103,24 @@ def test_copies_are_the_models_own(model, config):
         for row in range(len(before)):
             if revealed[row].any() and (hidden & ~revealed)[row].any():
                 assert sure[row, revealed[row]].min() >= sure[row, (hidden & ~revealed)[row]].max() - 1e-6
+
+
+def test_dealt_copies_are_the_states_at_the_dealt_levels(model, config):
+    """Those that a run with all levels has for the same windows, each level in as many windows as any other."""
+    few = make(model, config(**REVERSE, **{"calibration.windows": 5, "calibration.copies": 2}))
+    every = make(model, config(**REVERSE, **{"calibration.windows": 5})).fit
+    assert few.fit.noisy_ids.shape == (5, 2, T) and few.metadata["copies"] == "2"
+    assert torch.equal(few.fit.input_ids, every.input_ids)
+    equal = (few.fit.noisy_ids[:, :, None] == every.noisy_ids[:, None]).all(-1)  # (N, 2, 5)
+    assert (equal.sum(-1) == 1).all()
+    levels = equal.long().argmax(-1)  # (N, 2)
+    assert levels.flatten().bincount().tolist() == [2, 2, 2, 2, 2] and (levels.diff(dim=1) >= 2).all()
+    assert torch.equal(few.fit.mask_probability, every.mask_probability.gather(1, levels))
+    forward = calibrate(model, config(**{"calibration.windows": 5, "calibration.copies": 2}))
+    assert torch.equal(few.check.noisy_ids, forward.check.noisy_ids) and few.check.levels == 2
+    if model.config.model_type == "llada":  # Dream's forward times are no levels
+        times = (forward.fit.mask_probability - 1e-3) / 0.999  # (N, 2)
+        assert torch.equal((times * 5).round().long() - 1, levels)
 
 
 def test_the_mask_probability_is_the_masked_share_of_what_is_generated(model, config):
@@ -166,9 +184,11 @@ def test_a_saved_one_is_replayed(model, config, tmp_path):
 
 UNSTABLE = {"sink.policy": "unstable"}
 REFUSED = {
-    "compares noise levels, of which calibration.interval = 50 leaves 1": UNSTABLE | {"calibration.interval": 50},
+    "compares the noise levels of a window, of which calibration.interval = 50 leaves 1:": UNSTABLE
+    | {"calibration.interval": 50},
     "calibration.interval = 26 leaves 1: use calibration.interval at most half of calibration.steps": UNSTABLE
     | {"calibration.interval": 26},
+    "calibration.copies = 1 leaves 1: raise it, or use sink.policy = all$": UNSTABLE | {"calibration.copies": 1},
     "calibration.length = 8 leaves 6 tokens to generate, which have no 10 different": REVERSE
     | {"calibration.length": 8},
 }
@@ -178,6 +198,10 @@ REFUSED = {
 def test_what_cannot_be_met_is_refused(message):
     with pytest.raises(UserError, match=message):
         check_trajectory(Config.load(overrides=REFUSED[message]))
+
+
+def test_two_copies_have_levels_to_compare():
+    check_trajectory(Config.load(overrides=UNSTABLE | {"calibration.copies": 2}))
 
 
 def test_one_level_of_a_calibration_that_is_there_is_refused():
@@ -191,7 +215,7 @@ def test_one_level_of_a_calibration_that_is_there_is_refused():
 def test_a_prompt_with_a_mask_token_is_refused(model):
     prompts = torch.full((1, 4), model.config.mask_token_id)
     with pytest.raises(UserError, match="prompt 0 holds the mask token"):
-        reverse_states(model, prompts, low_confidence(model.config, 4, 2), [0])
+        reverse_states(model, prompts, low_confidence(model.config, 4, 2), torch.tensor([[0]]))
 
 
 def test_windows_for_both_uses_are_asked_for():

@@ -86,6 +86,8 @@ def test_predicted_peak_covers_what_a_block_may_keep(published_config):
     tokens, equal = 8 * 10 * 64, {"structured.split": "equal"}
     targets, one = tokens * 4 * 2 * 32 * 4096, tokens * 4 * 12288
     assert refit(**equal) == 24 * 12288**2 + 48 * 12288 * 4096 + targets + one
+    fewer = 24 * 12288**2 + 48 * 12288 * 4096 + (targets + one) // 5
+    assert refit(**{"calibration.copies": 2} | equal) == fewer  # of 10 copies
     assert refit(**{"structured.split_windows": 1}) - refit(**equal) == targets * 5 // 8
     uniform = {"structured.allocation": "uniform"} | equal
     assert refit(**uniform) == 24 * 6144**2 + 48 * 6144 * 4096 + targets + one // 2

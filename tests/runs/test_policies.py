@@ -179,6 +179,11 @@ def test_the_closing_tables_tell_what_went(run):
 
 SETS = {
     "one level": (["sink.policy=unstable", "calibration.interval=50"], "calibration.interval = 50 leaves 1"),
+    "one copy": (["sink.policy=unstable", "calibration.copies=1"], "calibration.copies = 1 leaves 1: raise it"),
+    "more copies than levels": (["calibration.copies=11"], "copies = 11 exceeds the number of noise levels, 10: lower"),
+    "copies of a saved set": (
+        ["calibration.copies=1", "calibration.source=x.safetensors"], "copies = 1 has no effect without text",
+    ),
     "short": (["sink.trajectory=reverse", "calibration.length=8"], "calibration.length = 8 leaves 6 tokens"),
     "none beside a threshold": (["sink.policy=none", "sink.kappa=1"], "sink.kappa = 1.0 has no effect without sink"),
     "unknown": (["sink.policy=stable"], "config key sink.policy = 'stable'"),

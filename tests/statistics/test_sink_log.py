@@ -34,6 +34,17 @@ def test_levels_are_sorted_by_their_mask_probability(parts):
     assert plain["mask_share"] == [0.125, 0.25]
 
 
+def test_one_copy_each_has_no_instability():
+    """Windows at different levels: one row each, whose variance over levels is unknown, not 0."""
+    log = SinkLog()
+    log.observe(MASS[:, 0])
+    both = windows(torch.tensor([[0.9, 0.1], [0.1, 0.9]]))
+    one = Calibration(both.input_ids, both.noisy_ids[:, :1], both.mask_probability[:, :1], {}, held_out=0)
+    report = log.report(one, HARD, MASK)
+    assert report["instability"] is None and report["survival"] == 1.0 and list(report["taken"]) == ["all"]
+    assert report["taken"]["all"]["by_level"] == [0.125] and report["mask_share"] == [0.125]
+
+
 def test_what_is_seen_again_counts_once():
     log = SinkLog()
     log.observe(MASS)
