@@ -144,6 +144,25 @@ def test_a_reverse_run_is_replayed(run, path, tmp_path):
         assert same(again, reverse) and again.report["sinks"] == reverse.report["sinks"]
 
 
+@pytest.mark.parametrize("path", ["structured obs", "structured taylor", "wanda, one-shot", "sparsegpt"])
+@pytest.mark.parametrize("policy", ["all", "unstable"])
+def test_a_run_on_few_copies_is_replayed(run, path, policy, tmp_path):
+    """1 of 2 levels for a window, or 2 of 3 where the policy compares them, and a replay judges by all of them."""
+    copies = {"calibration.copies": 1} if policy == "all" else {"calibration.copies": 2, "calibration.interval": 16}
+    changes = SOFT | {"sink.policy": policy}
+    few, every = run(path, "masked+sink", **changes, **copies), run(path, "masked+sink", **changes)
+    count = copies["calibration.copies"]
+    assert few.calibration.noisy_ids.shape == (5, count, 16) and few.calibration.check_samples == count + 1
+    assert len(few.report["sinks"]["taken"]["all"]["by_level"]) == count and not same(few, every)
+    saved = few.save(tmp_path / "made") / "calibration.safetensors"
+    base, key, score = PATHS[path]
+    values = {name: value for name, value in (base | score | changes).items() if name not in TEXT}
+    config = Config.load(overrides=values | {key: "masked+sink", "calibration.source": str(saved)})
+    again = prune(load_model(few.model.source.directory), config)
+    assert same(again, few) and again.report["sinks"] == few.report["sinks"]
+    assert again.report["held_out_nelbo"] == few.report["held_out_nelbo"]
+
+
 @pytest.mark.parametrize("path", ["structured obs", "sparsegpt"])
 def test_a_reverse_run_without_sinks(run, path):
     """The trajectory decides what noisy copies are, so an arm without sinks takes it as well."""
