@@ -13,16 +13,14 @@ import sys
 import torch
 from rich.table import Table
 
-from scripts.studies.studies import Study, cell, contrast_row, held_out_text, loss_row, main
+from scripts.studies.studies import CALIBRATION, Study, cell, contrast_row, held_out_text, loss_row, main
 from structprune.assets import model_directory
 from structprune.calibration.build import calibrate
 from structprune.config import Config
 from structprune.models.loading import load_model
-from structprune.runs.demo import BASE as DEMO
 from structprune.runs.mask import mask
 
-BASE = {key: value for key, value in DEMO.items() if key.startswith("calibration.")}
-BASE |= {"method": "unstructured", "reconstruct.enabled": False}
+BASE = CALIBRATION | {"method": "unstructured", "reconstruct.enabled": False}
 RATIOS: dict[str, dict] = {
     "0.25": {"masking.ratio": 0.25},
     "0.5": {"masking.ratio": 0.5},

@@ -15,15 +15,13 @@ from functools import lru_cache
 import torch
 from rich.table import Table
 
-from scripts.studies.studies import Study, cell, contrast_row, held_out_text, loss_row, main
+from scripts.studies.studies import CALIBRATION, Study, cell, contrast_row, held_out_text, loss_row, main
 from structprune.assets import model_directory
 from structprune.calibration.batches import Calibration
 from structprune.config import Config
 from structprune.models.loading import load_model
-from structprune.runs.demo import BASE as DEMO
 from structprune.runs.prune import Pruner, prune
 
-BASE = {key: value for key, value in DEMO.items() if key.startswith("calibration.")}
 RATIO = "0.5"
 # a fixed number of heads (about that of the measured split, see quality.json), so that only scores differ
 STRUCTURED = {"structured.ratio": 0.5, "structured.arm": "masked+sink", "structured.split": 14}
@@ -72,14 +70,14 @@ def contrasts() -> list[tuple[str, str, str]]:
 def calibration_of(trajectory: str, seed: int) -> Calibration:
     """The calibration set that all variants of a trajectory and a seed share, made once per process."""
     model = load_model(model_directory(), device="cpu")
-    config = Config.load(overrides=BASE | {"calibration.seed": seed, "sink.trajectory": trajectory})
+    config = Config.load(overrides=CALIBRATION | {"calibration.seed": seed, "sink.trajectory": trajectory})
     return Pruner(model, config).calibration
 
 
 def measure(name: str, seed: int, windows: int, length: int, threads: int) -> dict:
     """One variant at one seed: the loss per held-out window, and what the policy removed."""
     torch.set_num_threads(threads)
-    config = Config.load(overrides=BASE | {"calibration.seed": seed} | variants()[name])
+    config = Config.load(overrides=CALIBRATION | {"calibration.seed": seed} | variants()[name])
     model = load_model(model_directory(), device="cpu")
     held_out = held_out_text(model, seed, windows, length)
     pruned = prune(model, config, calibration_of(config.sink.trajectory, seed))
@@ -144,7 +142,7 @@ def contrast_table(result: dict) -> Table:
 
 
 STUDY = Study(
-    "policy_study", __doc__.splitlines()[0], "scripts/results/policies.json", BASE, [RATIO], variants(), measure,
+    "policy_study", __doc__.splitlines()[0], "scripts/results/policies.json", CALIBRATION, [RATIO], variants(), measure,
     summarise, lambda result: [loss_table(result), contrast_table(result)],
 )  # fmt: skip
 

@@ -12,14 +12,16 @@ import sys
 import torch
 from rich.table import Table
 
-from scripts.studies.studies import Study, cell, contrast_row, held_out_text, loss_row, main
+from scripts.studies.studies import CALIBRATION, Study, cell, contrast_row, held_out_text, loss_row, main
 from structprune.assets import model_directory
 from structprune.config import Config
 from structprune.models.loading import load_model
-from structprune.runs.demo import BASE as DEMO
 from structprune.runs.prune import Pruner
 
-BASE = DEMO | {"calibration.windows": 40, "structured.arm": "masked"}
+BASE = CALIBRATION | {
+    "calibration.windows": 40, "structured.split_windows": 12, "structured.split_candidates": 6,
+    "structured.arm": "masked",
+}  # fmt: skip
 RATIOS = (0.3, 0.5)
 EQUAL = {"structured.split": "equal", "structured.allocation": "uniform"}
 LAYER = {"reconstruct.target": "layer"}
@@ -27,7 +29,7 @@ PLAIN = "obs, masked, refit"  # each ablation changes one thing of it
 
 
 def variants() -> dict[str, dict]:
-    """Name -> configuration keys that differ from the demo's."""
+    """Name -> configuration keys that differ from `BASE`."""
     grid: dict[str, dict] = {
         f"{score}, {arm}, {'refit' if refit else 'no refit'}": {
             "structured.score": score, "structured.arm": arm, "reconstruct.enabled": refit,

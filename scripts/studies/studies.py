@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from scripts.tools.script_line import OneLineParser, check_counts, one_line, result_file, show_result, write_result
+from structprune.assets import text_file
 from structprune.bench.machine import describe_machine
 from structprune.cli.console import progress_bars
 from structprune.config import Config
@@ -31,6 +32,15 @@ OPTIONS = {  # name -> (default, help)
     "windows": (192, "held-out windows per seed"),
     "length": (128, "tokens in each window"),
     "jobs": (os.cpu_count() or 1, "processes"),
+}
+# every window at all noise levels: policies compare these, and an arm without noise sees as many windows as the others
+CALIBRATION = {
+    "calibration.source": str(text_file("calibration.txt")),
+    "calibration.length": 128,
+    "calibration.windows": 32,
+    "calibration.held_out": 8,
+    "calibration.interval": 10,
+    "calibration.batch": 4,
 }
 
 

@@ -14,7 +14,7 @@ def study(scripts):
 
 def test_every_variant_can_be_run(study):
     for name, keys in study.variants().items():
-        config = Config.load(overrides=study.BASE | keys)
+        config = Config.load(overrides=study.CALIBRATION | keys)
         look = inspect_checkpoint if config.method == "structured" else inspect_masking
         assert look(model_directory(), config)["ratio"] == 0.5, name
 
