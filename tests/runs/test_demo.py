@@ -64,7 +64,7 @@ def test_an_existing_output_is_kept(small_demo, tmp_path, capsys):
 def test_the_default_recipe_finds_the_split_by_itself():
     """At 0.3 it must lose at most 0.045 nats per token, at 0.5 at most 0.45."""
     model = load_model(model_directory(), device="cpu")
-    config = Config.load(overrides=demo.BASE | {"calibration.windows": 32, "structured.split_windows": 12})
+    config = Config.load(overrides=demo.BASE)
     held_out = demo.HeldOut(model, 1, demo.WINDOWS, demo.LENGTH)
     held_out.ids, held_out.noise = held_out.ids[:64], [part[:64] for part in held_out.noise]
     dense = held_out.nelbo(model).mean
