@@ -47,6 +47,8 @@ def check_structured(config: Config, facts: Facts) -> None:
     idle = (
         ("masking", tuple(MaskingSettings.model_fields), True, "method = unstructured or nm"),
         *_score_options("structured", facts),
+        ("reconstruct", ("producers",), config.reconstruct.target == "layer", "reconstruct.target = dense or mixed"),
+        ("reconstruct", ("producers",), config.reconstruct.mode == "bias", "reconstruct.mode = least-squares"),
         ("structured", ("depth_slope",), structured.allocation != "depth", "structured.allocation = depth"),
     )
     refuse_idle(config, (*idle, *_common(config, facts, facts.arm)))
@@ -55,6 +57,8 @@ def check_structured(config: Config, facts: Facts) -> None:
 def check_masking(config: Config, facts: Facts) -> None:
     """Raise UserError for a value that an unstructured or N:M run would ignore."""
     masking, reconstruct, calibration = config.masking, config.reconstruct, config.calibration
+    if reconstruct.enabled and reconstruct.target == "mixed":
+        raise UserError("reconstruct.target = mixed has no effect on masks: use dense or layer")
     measured = facts.arm or ("masked" if masking.allocation == "owl" else None)  # `owl` reads activations by itself
     noised = measured not in (None, "clean") or reconstruct.enabled or calibration.held_out > 0
     official = "method = structured (masks leave the layout as it is)"
@@ -62,7 +66,7 @@ def check_masking(config: Config, facts: Facts) -> None:
     idle = (
         ("structured", tuple(StructuredSettings.model_fields), True, "method = structured"),
         ("export", tuple(ExportSettings.model_fields), True, official),
-        ("reconstruct", ("constant", "mode"), reconstruct.enabled, official),
+        ("reconstruct", ("constant", "mode", "producers"), reconstruct.enabled, official),
         ("masking", ("nm",), config.method != "nm", "method = nm"),
         ("masking", ("order", "relative"), facts.arm is None, "a score that looks at activations"),
         *_score_options("masking", facts),
@@ -104,6 +108,7 @@ def _common(config: Config, facts: Facts, measured: str | None) -> list[Idle]:
     blind = all(arm in ("", "clean") for arm in arms)
     return [
         ("reconstruct", tuple(ReconstructSettings.model_fields), not reconstruct.enabled, "reconstruct.enabled = true"),
+        ("reconstruct", ("dense_share",), reconstruct.target != "mixed", "reconstruct.target = mixed"),
         ("reconstruct", ("damping",), reconstruct.mode == "bias", "reconstruct.mode = least-squares"),
         ("sink", weights, not any("sink" in arm for arm in arms), "an arm with +sink"),
         ("sink", ("mask", "alpha", "kappa", "scale_free"), sink.policy == "none", "sink.policy = all or unstable"),

@@ -177,8 +177,13 @@ class MaskingSettings(Section):
 class ReconstructSettings(Section):
     enabled: bool = True
     """Refit the remaining weights. false: only remove."""
-    target: Literal["dense", "layer"] = "dense"
-    """Target outputs. dense: the dense model's. layer: the dense layer's on the pruned model's input to it."""
+    target: Literal["dense", "layer", "mixed"] = "dense"
+    """Target outputs. dense: the dense model's. layer: the dense layer's on the pruned model's input to it. mixed:
+    between them, at `dense_share`."""
+    dense_share: float = Field(0.5, gt=0, lt=1)
+    """For target `mixed`: the dense model's share of the target outputs."""
+    producers: bool = False
+    """Refit q, k, v, gate and up too, to what they give in the dense model."""
     arm: Arm = "masked"
     """Activations that the refit reads."""
     relative: bool = True
@@ -192,6 +197,11 @@ class ReconstructSettings(Section):
     )
     """Lambdas to choose from per layer, relative to the mean diagonal of the Gram matrix. Infinity, which changes
     nothing, is always among them."""
+
+    @property
+    def share(self) -> float:
+        """The dense model's share of the target outputs."""
+        return {"dense": 1.0, "layer": 0.0, "mixed": self.dense_share}[self.target]
 
     @property
     def adds_bias(self) -> bool:

@@ -22,6 +22,7 @@ READERS = {  # a block's activation -> roles of the linears that read it, which 
     "mlp_input": ("gate", "up"),
     "activated": ("down",),
 }
+STREAM_READERS = {"attention": "attention_input", "channels": "mlp_input"}  # kind of unit -> the normed residual stream
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,10 @@ class BlockView:
     def core(self) -> nn.Module:
         """The attention core, of a block with attention."""
         return self.module.part("core")
+
+    def normed(self, kind: str, x: torch.Tensor) -> torch.Tensor:
+        """What the linears that produce units of a kind read, on the stream before their half: (b, T, C)."""
+        return self.module.part("attention_norm" if kind == "attention" else "mlp_norm")(x)
 
     def consumed(self, kind: str, x: torch.Tensor, rotary) -> torch.Tensor:
         """What the consumer of a kind reads, (b, T, units), on the stream before its half of the block (b, T, C)."""

@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from structprune.config import ReconstructSettings
-from structprune.models.adapter import CONSUMER, Adapter, BlockView
+from structprune.models.adapter import CONSUMER, STREAM_READERS, Adapter, BlockView
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.transfer import send
-from structprune.refit.products import UNCHANGED, Choice, LayerFit, Products, output_error
+from structprune.refit.products import UNCHANGED, Choice, LayerFit, Products, RowSums, output_error
 from structprune.statistics.activations import add_gram, add_products, mirror, relative_weight
 from structprune.statistics.residual import ResidualRun, TargetRun
 from structprune.statistics.rows import arm_rows, scan_rows
@@ -135,9 +135,11 @@ class Reconstructor:
             left = blocks.get(block.index)
             for kind in block.kinds:
                 if left is not None and kind in left.kinds:
+                    if self.settings.producers and (block.index, kind) != (dense[0].index, dense[0].kinds[0]):
+                        fits += self._refit_producers(run, Counterparts(block, left, kind))
                     fits.append(self._refit_consumer(run, Counterparts(block, left, kind)))
                     run.advance((left.index, kind))
-                if self.settings.target == "dense":  # also past what the small model lacks
+                if self.settings.target != "layer":  # also past what the small model lacks
                     self._run.advance((block.index, kind))
         return fits
 
@@ -151,6 +153,27 @@ class Reconstructor:
         if self._constant:
             linear.bias = _parameter(chosen[:, -1], linear.bias)
         return LayerFit.of(pair.dense.index, pair.kind, weight, check, choice)
+
+    def _refit_producers(self, run: ResidualRun, pair: Counterparts) -> list[LayerFit]:
+        """Refit the linears that read the residual stream, so that they give what they gave on the dense model's."""
+        roles = pair.small.readers[STREAM_READERS[pair.kind]]
+        linears = {role: pair.small[role] for role in roles}
+        device = self._dense.device
+        sums = {fitted: RowSums(linears, device, cross=True, power=not fitted) for fitted in (True, False)}
+        for rows in run.slices():
+            for part, fitted in self._parts(rows):
+                pruned = pair.small.normed(pair.kind, run.states(part))  # (b, T, C)
+                dense = pair.dense.normed(pair.kind, self._run.states(part))  # (b, T, C)
+                sums[fitted].add(pruned, dense, send(self._weight[part], device))
+        fit, check = sums[True].finish(), sums[False].finish()
+        fits = []
+        for role, linear in linears.items():
+            weight = linear.weight.to(fit.gram.device).double()  # (O, C), rows of the dense weight
+            products = check.of(role, linear.weight)
+            choice = choose(self.settings, weight, fit.of(role, linear.weight), products, linear.in_features)
+            linear.weight = _parameter(choice[0], linear.weight)
+            fits.append(LayerFit.of(pair.dense.index, role, weight, products, choice))
+        return fits
 
     @property
     def _constant(self) -> bool:
@@ -189,15 +212,16 @@ class Reconstructor:
         return fit, check
 
     def _target(self, run: ResidualRun, pair: Counterparts, rows: slice) -> torch.Tensor:
-        """The target output of the refit: the dense model's, or the dense layer's on this prefix, (b, T, O).
+        """The target output: the dense model's, the dense layer's on this prefix, or between them, (b, T, O).
 
         Without a constant feature the consumer's bias does not change, so it is not part of the target.
         """
-        linear = pair.dense[CONSUMER[pair.kind]]
-        if self.settings.target == "dense":
-            target = self._run.output((pair.dense.index, pair.kind), rows)  # (b, T, O)
-        else:
-            target = linear(run.compute(pair.kind, run.states(rows), pair.dense))  # (b, T, O)
+        linear, share = pair.dense[CONSUMER[pair.kind]], self.settings.share
+        target = self._run.output((pair.dense.index, pair.kind), rows) if share > 0 else None  # (b, T, O)
+        if share < 1:
+            own = linear(run.compute(pair.kind, run.states(rows), pair.dense))  # (b, T, O)
+            target = own if target is None else own.lerp(target, share)  # (b, T, O)
+        assert target is not None
         return target if self._constant or linear.bias is None else target - linear.bias.to(target.device)
 
     def _parts(self, rows: slice) -> list[tuple[slice, bool]]:

@@ -184,7 +184,7 @@ class Pruner(Run):
         refitted = plain = self.nelbo(small)
         keeps_refit = False
         if fits:
-            moved = consumer_parameters(small)
+            moved = refitted_parameters(small, self.request.reconstruct.producers)
             del small  # two pruned models at once would be the peak of memory
             small = self._cut(plan)
             plain = self.nelbo(small)
@@ -202,12 +202,12 @@ class Pruner(Run):
         return small, fits, check
 
 
-def consumer_parameters(model: DiffusionLM) -> dict[tuple[int, str, str], torch.nn.Parameter]:
+def refitted_parameters(model: DiffusionLM, producers: bool) -> dict[tuple[int, str, str], torch.nn.Parameter]:
     """(block index, role, name) -> the parameters that a refit changes."""
     return {
         (block.index, role, name): value
         for block in Adapter(model).blocks
-        for role in block.consumers
+        for role in (block.names if producers else block.consumers)
         for name, value in block[role].named_parameters()
     }
 

@@ -71,7 +71,7 @@ class ResidualRun:
 class TargetRun(ResidualRun):
     """The outputs of the dense model's consumers, which do not change: held for the whole run where all fit the budget.
 
-    `restart` goes back to the first block, at no cost where everything is held.
+    `restart` goes back to the first block; where everything is held, another walk only adds the outputs up.
     """
 
     def __init__(self, adapter: Adapter, ids: torch.Tensor, batch: int, budget: int, overlap: bool = False):
@@ -79,12 +79,14 @@ class TargetRun(ResidualRun):
         count = sum(len(block.kinds) for block in adapter.blocks)
         self.holds_all = self._size * count * adapter.hidden_size <= budget
         self._hold = self._size * adapter.hidden_size <= budget
-        self._done: set[UnitKey] = set()
+        self._advanced = False
 
     def restart(self) -> None:
-        """Start again from the embeddings, unless everything is held or nothing was consumed yet."""
-        if not self.holds_all and self._done:
-            self._done, self._held = set(), {}
+        """Start again from the embeddings, unless nothing was consumed yet."""
+        if self._advanced:
+            self._advanced = False
+            if not self.holds_all:
+                self._held = {}
             self._states = HiddenStates(self._adapter, self._ids, self._batch, self._budget, self._overlap)
 
     def read(self, key: UnitKey, rows: slice) -> torch.Tensor:
@@ -94,10 +96,8 @@ class TargetRun(ResidualRun):
         return self._cached(key, rows, lambda: self.consumer(key)(self.read(key, rows)))
 
     def advance(self, key: UnitKey) -> None:
-        if key in self._done:
-            return
         held = self._held.get(key) if self.holds_all else None
         super().advance(key)
         if held is not None:
             self._held[key] = held
-        self._done.add(key)
+        self._advanced = True
