@@ -153,11 +153,17 @@ def test_a_directory_that_is_filled(save, tmp_path, monkeypatch):
 class Unit:
     """Six items in three chunks, whose rows cost nothing."""
 
-    task, settings = "notes", {"noise": 1}
+    task, settings, by_reference = "notes", {"noise": 1}, False
     keys = [str(item) for item in range(6)]
 
     def __init__(self):
         self.chunks_run = []
+
+    def bound(self, run):
+        return self
+
+    def is_kept(self, indices):
+        return True
 
     def chunks(self):
         return [(0, 1), (2, 3), (4, 5)]
