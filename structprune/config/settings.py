@@ -199,11 +199,6 @@ class ReconstructSettings(Section):
     nothing, is always among them."""
 
     @property
-    def share(self) -> float:
-        """The dense model's share of the target outputs."""
-        return {"dense": 1.0, "layer": 0.0, "mixed": self.dense_share}[self.target]
-
-    @property
     def adds_bias(self) -> bool:
         """Whether pruned layers get a bias."""
         return self.enabled and (self.constant or self.mode == "bias")

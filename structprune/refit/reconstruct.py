@@ -216,7 +216,7 @@ class Reconstructor:
 
         Without a constant feature the consumer's bias does not change, so it is not part of the target.
         """
-        linear, share = pair.dense[CONSUMER[pair.kind]], self.settings.share
+        linear, share = pair.dense[CONSUMER[pair.kind]], dense_share(self.settings)
         target = self._run.output((pair.dense.index, pair.kind), rows) if share > 0 else None  # (b, T, O)
         if share < 1:
             own = linear(run.compute(pair.kind, run.states(rows), pair.dense))  # (b, T, O)
@@ -229,6 +229,11 @@ class Reconstructor:
         edge, stop = self._fit_rows, min(rows.stop, len(self._ids))
         parts = [(slice(rows.start, min(stop, edge)), True), (slice(max(rows.start, edge), stop), False)]
         return [(part, fitted) for part, fitted in parts if part.start < part.stop]
+
+
+def dense_share(settings: ReconstructSettings) -> float:
+    """The dense model's share of the target outputs."""
+    return {"dense": 1.0, "layer": 0.0, "mixed": settings.dense_share}[settings.target]
 
 
 def _augmented(linear: torch.nn.Linear, constant: bool) -> torch.Tensor:
