@@ -63,7 +63,7 @@ def predicted_peak(dense: Adapter, pruned: Adapter, request: StructuredRequest, 
     phases = {
         f"scoring ({request.settings.score})": _scoring_bytes(dense, request, size, dtype, at_once),
         "refit": _refit_bytes(dense, pruned, request, size, at_once) if refits else 0,
-        "held-out check": at_once + _check_bytes(pruned, refits, dtype, size.once // dtype.itemsize),
+        "held-out check": at_once + _check_bytes(pruned, request, dtype, size.once // dtype.itemsize),
     }
     parts = {
         "dense weights": weights,
@@ -163,7 +163,8 @@ def _inversion_bytes(adapter: Adapter, width: int) -> int:
 
 
 def _refit_bytes(dense: Adapter, pruned: Adapter, request: StructuredRequest, size: Tokens, at_once: int) -> int:
-    """fp32 products of fit and held-out rows, a pass or a solve, held targets, and the consumer's input in turn."""
+    """The larger of what a consumer needs, fp32 products of fit and held-out rows, a pass or a solve, and its input;
+    and what producers need, where they are refitted. Beside either, held targets."""
     settings, text = request.settings, request.calibration
     windows = text.windows + text.held_out
     # under `global` a block may keep everything
@@ -174,20 +175,31 @@ def _refit_bytes(dense: Adapter, pruned: Adapter, request: StructuredRequest, si
     split = 0  # the measured split holds targets of its own
     if settings.split == "measured":
         split = targets * min(settings.split_windows + text.held_out, windows) // windows
-    held = sum(part for part in (targets, split, one) if part <= request.resources.budget)
+    targets, split, one = (part if part <= request.resources.budget else 0 for part in (targets, split, one))
     # fp64: a factor beside what it is made of or its copy; the weight, the best one, and the gap, twice, with what it
     # becomes. Measured on CPU at K = 2048
     solve = 16 * remaining * remaining + 40 * remaining * outputs
-    return 8 * remaining * (remaining + outputs) + max(at_once, solve) + held
+    consumer = 8 * remaining * (remaining + outputs) + max(at_once, solve) + one
+    producers = _producer_bytes(side, at_once) if request.reconstruct.producers else 0
+    return max(consumer, producers) + targets + split
 
 
-def _check_bytes(pruned: Adapter, refits: bool, dtype: torch.dtype, tokens: int) -> int:
+def _producer_bytes(side: Adapter, at_once: int) -> int:
+    """fp32 Gram and cross products, C x C, of fit and held-out rows, which linears share; and a pass, or a solve with
+    its fp64 products. Measured on CPU at C = 1536 and 2048, O from C / 3 to 3 C."""
+    inputs, outputs = side.hidden_size, max(max(pair) for pair in _consumer_widths(side))
+    return 16 * inputs * inputs + max(at_once, 32 * inputs * inputs + 64 * inputs * outputs)
+
+
+def _check_bytes(pruned: Adapter, request: StructuredRequest, dtype: torch.dtype, tokens: int) -> int:
     """Logits of at most all `tokens`, as they are, in fp32, and normalised; and what a refit moved, kept beside the
     weights of plain removal."""
-    rows = min(tokens, max(1, LOGIT_BYTES // (8 * pruned.vocabulary)))
-    moved = sum(block[role].weight.numel() for block in pruned.blocks for role in block.consumers)
+    rows, refit = min(tokens, max(1, LOGIT_BYTES // (8 * pruned.vocabulary))), request.reconstruct
     head = rows * pruned.vocabulary * (8 if dtype == torch.float32 else 8 + dtype.itemsize)
-    return head + (moved * dtype.itemsize if refits else 0)
+    if not refit.enabled:
+        return head
+    roles = [(block, role) for block in pruned.blocks for role in (block.names if refit.producers else block.consumers)]
+    return head + dtype.itemsize * sum(block[role].weight.numel() for block, role in roles)
 
 
 def _block_numbers(adapter: Adapter) -> list[int]:

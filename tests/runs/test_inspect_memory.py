@@ -93,6 +93,26 @@ def test_predicted_peak_covers_what_a_block_may_keep(published_config):
     assert refit(**uniform) == 24 * 6144**2 + 48 * 6144 * 4096 + targets + one // 2
 
 
+def test_predicted_peak_of_the_refit_of_producers(published_config):
+    """Where every block keeps 6,144 channels, their solve needs more than the consumer's and its input; the check keeps
+    every projection beside those of plain removal."""
+    directory = published_config("llada")
+
+    def memory(producers, **options):
+        keys = {"structured.ratio": 0.5, "model.device": "cpu", "memory.budget_gb": 100.0} | options
+        keys |= {"calibration.windows": 4, "calibration.held_out": 4, "calibration.length": 64}
+        keys |= {"structured.split": "equal", "reconstruct.producers": producers}
+        return inspect_checkpoint(directory, Config.load(None, keys))["memory"]
+
+    uniform, tokens = {"structured.allocation": "uniform"}, 8 * 10 * 64
+    targets = tokens * 4 * 2 * 32 * 4096
+    assert memory(True, **uniform)["refit"] == 48 * 4096**2 + 64 * 4096 * 6144 + targets
+    assert memory(True, **uniform)["refit"] > memory(False, **uniform)["refit"]
+    assert memory(True)["refit"] == memory(False)["refit"]  # a block may keep all channels: the consumer needs more
+    more = memory(True)["held-out check"] - memory(False)["held-out check"]
+    assert more == 4 * 32 * PROJECTIONS // 2 - moved_bytes(4)
+
+
 @pytest.mark.slow
 def test_whole_windows_where_a_score_needs_them(published_config):
     """Windows of 4,096 tokens: two at a time, but for moments under sinks, which take all 10 levels."""
