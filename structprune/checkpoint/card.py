@@ -26,7 +26,7 @@ def model_card(report: dict) -> str:
         length=calibration["length"],
         count=calibration["windows"] - nelbo["windows"],
         choice=_choice(report) if report["choice"] else "a plan that was given",
-        refit=f"to {config['reconstruct']['target']} targets" if config["reconstruct"]["enabled"] else "off",
+        refit=_refit(config["reconstruct"]),
         text=_text(calibration),
         states=_states(calibration),
         seed=calibration.get("seed", "unknown"),
@@ -71,6 +71,15 @@ def _shared(report: dict, licence: dict, share: float) -> dict[str, str]:
         "percent": f"{100 * share:.1f} %",
         "version": report["versions"]["structprune"],
     }
+
+
+def _refit(reconstruct: dict) -> str:
+    """What a structured run refitted to which targets."""
+    if not reconstruct["enabled"]:
+        return "off"
+    notes = [f"dense share {reconstruct['dense_share']:g}"] if reconstruct["target"] == "mixed" else []
+    notes += ["q, k, v, gate and up too, to dense ones"] if reconstruct["producers"] else []
+    return f"to {reconstruct['target']} targets" + (f" ({'; '.join(notes)})" if notes else "")
 
 
 def _mask_refit(reconstruct: dict, nelbo: dict | None) -> str:

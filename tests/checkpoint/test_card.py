@@ -91,6 +91,12 @@ def test_a_link_to_a_file_needs_the_file(report):
     assert "license_link" not in card and "license: other\n" in card
 
 
+def test_what_was_refitted_to_which_targets(report):
+    report["config"]["reconstruct"] |= {"target": "mixed", "dense_share": 0.25, "producers": True}
+    flat = " ".join(model_card(report).split())
+    assert "refit to mixed targets (dense share 0.25; q, k, v, gate and up too, to dense ones)" in flat
+
+
 def test_dream_and_refit_off(report):
     report["config"]["reconstruct"]["enabled"] = False
     report["held_out_nelbo"] |= {"kept": "plain removal", "refit": None}
