@@ -14,7 +14,6 @@ safetensors, the tokenizer, and adaptation.json with the losses and the held-out
 
 import argparse
 import math
-import shutil
 import sys
 from pathlib import Path
 
@@ -40,7 +39,7 @@ from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.tokenizer import encode
 from structprune.sinks.causal import gguf_file, load_causal, read_causal
 
-STATE, REPORT = "state.pt", "adaptation.json"
+REPORT = "adaptation.json"
 RESULT_DEPENDS_ON = ("steps", "batch", "length", "rank", "alpha", "lr", "warmup", "seed", *SHARES)
 
 
@@ -89,7 +88,7 @@ def prepare(options: argparse.Namespace, training: Path) -> tuple[Run, dict, tor
     tokens, windows = prepare_text(options, written, mask)
     settings = {key: getattr(options, key) for key in RESULT_DEPENDS_ON}
     settings |= {"mask_token": mask.text, "text": files.digest(tokens), "held out": files.digest(windows)}
-    state = files.load_state(training / STATE, settings)
+    state = files.load_state(training / files.STATE, settings)
     values = layout.dream_values(config, mask, written, getattr(torch, options.dtype))
     causal = load_causal(options.source, "float32", torch.device("cpu"))
     model = layout.build_dream(causal, values, options.source)
@@ -102,7 +101,7 @@ def prepare(options: argparse.Namespace, training: Path) -> tuple[Run, dict, tor
     run = Run(options, model, tokens, settings)
     if state is None:
         run.before = before
-        files.save_state(training / STATE, run.state())
+        files.save_state(training / files.STATE, run.state())
     else:
         run.restore(state)
         show(f"continuing from step {run.step:,}", console=options.console)
@@ -144,7 +143,7 @@ def train(run: Run, training: Path) -> None:
                 pace = run.seconds / run.step
                 show(f"step {run.step:,} of {options.steps:,}: loss {recent:.3f}, {pace:.1f} s a step", console=console)
             if run.step % options.save_every == 0 or run.step == options.steps:
-                files.save_state(training / STATE, run.state())
+                files.save_state(training / files.STATE, run.state())
 
 
 def finish(run: Run, values: dict, windows: torch.Tensor, training: Path) -> dict:
@@ -170,26 +169,14 @@ def run_training(options: argparse.Namespace) -> None:
     Raises:
         UserError: anything the user can mend.
     """
-    training = options.out.absolute().with_name(options.out.name + ".training")
     if options.resume and not options.overwrite and (options.out / REPORT).exists():
         show(f"{options.out} is complete: nothing to do", console=options.console)
         return
     options.out = check_output(options.out, options.source, options.overwrite, marks=(REPORT,))
-    if (training / STATE).exists() and not options.resume:
-        if not options.overwrite:
-            raise UserError(
-                f"{training} holds an unfinished run: continue with --resume, or start anew with --overwrite"
-            )
-        shutil.rmtree(training)
-    training.mkdir(parents=True, exist_ok=True)
-    try:
+    with files.training_folder(options) as training:
         run, values, windows = prepare(options, training)
         train(run, training)
         report = finish(run, values, windows, training)
-    finally:
-        if training.exists() and not (training / STATE).exists():
-            shutil.rmtree(training)
-    shutil.rmtree(training)
     show_report(report, values, options)
 
 

@@ -1,10 +1,12 @@
-"""Files of training a small LLaDA: text, tokenizer, resumable state, and the finished checkpoint."""
+"""Files of training runs: text, tokenizer, the folder of an unfinished run, its state, and the finished checkpoint."""
 
+import argparse
 import hashlib
 import io
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -20,6 +22,7 @@ from structprune.models.modeling_structprune import StructpruneLLaDA
 from structprune.models.official import find_mask_id
 from structprune.models.tokenizer import load_tokenizer
 
+STATE = "state.pt"  # of an unfinished run, in its training folder
 END, MASK = "<|endoftext|>", "<|mdm_mask|>"
 SMALLEST_VOCABULARY = 258  # every byte and the two special tokens
 LONGEST = 1 << 28  # at most so many tokens of text (1 GB as int32)
@@ -140,3 +143,25 @@ def write_checkpoint(model: StructpruneLLaDA, values: dict, training: Path, draf
 
 def write_json(path: Path, values: dict) -> None:
     path.write_text(json.dumps(values, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def training_folder(options: argparse.Namespace) -> Iterator[Path]:
+    """The folder beside `options.out` in which a run keeps its state; it stays only where there is a run to continue.
+
+    Raises:
+        UserError: it holds an unfinished run, and neither `options.resume` nor `options.overwrite` says what to do.
+    """
+    folder = options.out.absolute().with_name(options.out.name + ".training")
+    if (folder / STATE).exists() and not options.resume:
+        if not options.overwrite:
+            raise UserError(f"{folder} holds an unfinished run: continue with --resume, or start anew with --overwrite")
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield folder
+    except BaseException:
+        if not (folder / STATE).exists():
+            shutil.rmtree(folder)
+        raise
+    shutil.rmtree(folder)

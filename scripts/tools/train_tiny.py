@@ -13,7 +13,6 @@ on 2 CPU cores.
 import argparse
 import json
 import math
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -36,7 +35,7 @@ from structprune.models.configuration_structprune import StructpruneLLaDAConfig
 from structprune.models.modeling_structprune import StructpruneLLaDA
 from structprune.models.placement import pick_device
 
-STATE, LOG = "state.pt", "train.log"
+LOG = "train.log"
 STEPS = 7400
 # option -> (default, help); all are positive whole numbers
 NUMBERS = {
@@ -133,7 +132,7 @@ def append(path: Path, line: str) -> None:
 
 def prepare(options: argparse.Namespace, training: Path) -> tuple[Run, dict, torch.Tensor | None]:
     """The run (resumed if a state was saved), the contents of config.json, and held-out windows (N, T) or None."""
-    if not (training / STATE).exists():
+    if not (training / files.STATE).exists():
         if options.tokenizer:
             files.copy_tokenizer(options.tokenizer, training)
         else:
@@ -150,7 +149,7 @@ def prepare(options: argparse.Namespace, training: Path) -> tuple[Run, dict, tor
     settings |= {"vocabulary": vocabulary, "text": files.digest(tokens)}
     values = files.config_values(tokenizer, vocabulary, mask_id, sizes(options))
     run = Run(options, tokens, values, settings)
-    state = files.load_state(training / STATE, settings)
+    state = files.load_state(training / files.STATE, settings)
     if state:
         run.restore(state)
     options.log.write_text("\n".join(run.log) + "\n", encoding="utf-8")  # without lines later than the saved step
@@ -168,7 +167,7 @@ def train(run: Run, training: Path, console: Console) -> None:
             last = run.log[-1] if len(run.log) > 1 else "training"
             bar.update(task, completed=run.progress, description=" ".join(last.split()[:6]))
             if run.step % run.options.save_every == 0 or run.progress >= 1:
-                files.save_state(training / STATE, run.state())
+                files.save_state(training / files.STATE, run.state())
 
 
 def validate(directory: Path, windows: torch.Tensor, device: torch.device) -> Nelbo:
@@ -189,7 +188,6 @@ def finish(run: Run, values: dict, windows: torch.Tensor | None, training: Path)
             last += f" valid nelbo {score} windows {len(windows)}"
         append(run.options.log, last)
         (draft / LOG).write_text("\n".join([*run.log, last]) + "\n", encoding="utf-8")
-    shutil.rmtree(training)
     return last
 
 
@@ -199,28 +197,17 @@ def run_training(options: argparse.Namespace, console: Console) -> None:
     Raises:
         UserError: anything the user can mend.
     """
-    training = options.out.absolute().with_name(options.out.name + ".training")
     if options.resume and not options.overwrite and (options.out / "config.json").exists():
         console.print(f"{options.out} is complete: nothing to do", soft_wrap=True)
         return
     options.out = check_output(options.out, None, options.overwrite, marks=(LOG,))
-    if (training / STATE).exists() and not options.resume:
-        if not options.overwrite:
-            raise UserError(
-                f"{training} holds an unfinished run: continue with --resume, or start anew with --overwrite"
-            )
-        shutil.rmtree(training)
-    training.mkdir(parents=True, exist_ok=True)
-    options.log = options.log or training / LOG
-    try:
+    with files.training_folder(options) as training:
+        options.log = options.log or training / LOG
         run, values, windows = prepare(options, training)
         if run.step:
             console.print(f"continuing from step {run.step:,}")
         train(run, training, console)
         last = finish(run, values, windows, training)
-    finally:
-        if training.exists() and not (training / STATE).exists():
-            shutil.rmtree(training)
     count, nbytes = run.model.num_parameters(), (options.out / "model.safetensors").stat().st_size
     console.print(f"Trained {count / 1e6:.1f} M parameters in {run.seconds / 60:.1f} minutes: {last}", soft_wrap=True)
     contents = f"config.json, model.safetensors {nbytes / 1e6:.1f} MB, tokenizer, {LOG}"
