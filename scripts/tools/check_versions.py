@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 
 from structprune import Plan, apply_plan, load_model, load_tokenizer, save_pruned
 from structprune.assets import model_directory
+from structprune.config import ExportSettings
 from structprune.models.families import DREAM, LLADA
 from structprune.structured.plan import BlockPlan
 
@@ -144,7 +145,7 @@ def make_cases(work: Path) -> list[dict]:
                 if key.endswith(("attn_out.bias", "ff_out.bias", "o_proj.bias", "down_proj.bias")):
                     parameter.data.normal_(std=0.1)  # (C,)
         shards = "100KB" if name == "llada-free" else "5GB"
-        directory = save_pruned(model, work / "pruned" / name, compat=compat, max_shard_size=shards)
+        directory = save_pruned(model, work / "pruned" / name, ExportSettings(compat=compat, max_shard_size=shards))
         ids = torch.randint(0, MASK_ID, (2, 24), generator=torch.Generator().manual_seed(1))  # (B, T)
         ids[:, 5:15] = MASK_ID
         with torch.no_grad():

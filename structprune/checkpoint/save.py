@@ -7,6 +7,7 @@ import torch
 
 from structprune.checkpoint.export import CODE_FILES, check_export, config_values
 from structprune.checkpoint.output import Content, check_output, output_draft, write_json, write_shards
+from structprune.config import ExportSettings
 from structprune.models import modeling_structprune
 from structprune.models.checkpoint_files import TOKENIZER_FILES, is_byte_pair, read_json
 from structprune.models.families import family_of
@@ -20,21 +21,15 @@ NARROW_TOKENIZERS = ("DreamTokenizer", "TokenizersBackend")  # from remote code,
 def save_pruned(
     model: DiffusionLM,
     directory: str | Path,
+    export: ExportSettings | None = None,
     *,
-    tokenizer_source: str | Path | None = None,
-    compat: str = "free",
-    dtype: str | torch.dtype | None = None,
-    max_shard_size: str = "5GB",
     files: dict[str, Content] | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Write weights, config, tokenizer, generation settings and the modeling files.
 
     Args:
-        tokenizer_source: directory to copy tokenizer and generation settings from; default the dense checkpoint.
-        compat: export class (`structprune.checkpoint.export`).
-        dtype: of the written weights; default the dense checkpoint's own.
-        max_shard_size: such as "5GB".
+        export: export class, dtype and size of files; default `ExportSettings()`.
         files: additional files; a dict is written as JSON, text as it is, and a callable gets the path.
         overwrite: replace an existing directory once the new one is complete.
     Returns:
@@ -44,14 +39,15 @@ def save_pruned(
     """
     source = getattr(model, "source", None)
     values = source.values if source else None
-    check_export(model.config, values, compat)
-    dtype = as_dtype(dtype) or (source.dtype if source else model.dtype)
-    carried = Path(tokenizer_source) if tokenizer_source else (source.directory if source else None)
+    export = export or ExportSettings()
+    check_export(model.config, values, export.compat)
+    dtype = as_dtype(export.dtype) or (source.dtype if source else model.dtype)
+    carried = source.directory if source else None
     needed = sum(p.numel() for p in model.parameters()) * dtype.itemsize
     directory = check_output(directory, carried, overwrite, needed)
     with output_draft(directory, overwrite, files, needed) as draft:
-        _write_weights(model, draft, dtype, max_shard_size)
-        write_json(draft / "config.json", config_values(model.config, values, compat, str(dtype).split(".")[1]))
+        _write_weights(model, draft, dtype, export.max_shard_size)
+        write_json(draft / "config.json", config_values(model.config, values, export.compat, str(dtype).split(".")[1]))
         beside = [Path(modeling_structprune.__file__).with_name(name) for name in CODE_FILES]
         for path in (*beside, *family_of(model.config).code):
             shutil.copyfile(path, draft / path.name)

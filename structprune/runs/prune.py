@@ -12,7 +12,7 @@ from structprune.checkpoint.card import model_card
 from structprune.checkpoint.output import Content
 from structprune.checkpoint.report import run_report, structured_report
 from structprune.checkpoint.save import save_pruned
-from structprune.config import Config
+from structprune.config import Config, ExportSettings
 from structprune.errors import UserError
 from structprune.evaluation.nelbo import Nelbo
 from structprune.models.adapter import Adapter, UnitKey
@@ -48,15 +48,14 @@ class Pruned:
         Raises:
             UserError: as `structprune.checkpoint.save.save_pruned`.
         """
-        export = self.report["config"]["export"]
+        export = ExportSettings(**self.report["config"]["export"])
         files: dict[str, Content] = {
             "plan.json": self.plan.to_json(),
             "calibration.safetensors": self.calibration.save,
             "report.json": self.report,
             "README.md": model_card(self.report),
         }
-        choices = {key: export[key] for key in ("compat", "dtype", "max_shard_size")}
-        return save_pruned(self.model, directory, files=files, overwrite=overwrite, **choices)
+        return save_pruned(self.model, directory, export, files=files, overwrite=overwrite)
 
 
 class Pruner(Run):

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from structprune import Plan, apply_plan, load_model, save_pruned
 from structprune.checkpoint.export import CODE_FILES
+from structprune.config import ExportSettings
 from structprune.structured.plan import BlockPlan
 
 pytestmark = pytest.mark.slow
@@ -82,7 +83,7 @@ def reloaded(tmp_path_factory, shared_checkpoint):
                 if key.endswith(("attn_out.bias", "ff_out.bias", "o_proj.bias", "down_proj.bias")):
                     parameter.data.normal_(std=0.1, generator=torch.Generator().manual_seed(0))  # (C,)
         shards = "100KB" if name.endswith("free") else "5GB"
-        save_pruned(model, root / name, compat=compat, dtype=dtype, max_shard_size=shards)
+        save_pruned(model, root / name, ExportSettings(compat=compat, dtype=dtype, max_shard_size=shards))
         ids = torch.randint(0, 2048, (2, 14), generator=torch.Generator().manual_seed(4))  # (B, T)
         save_file({"ids": ids}, root / f"{name}.ids.safetensors")
         made[name], places[name] = (model, ids), str(root / name)

@@ -15,6 +15,7 @@ from structprune import Plan, UserError, apply_plan, load_model, load_tokenizer,
 from structprune.checkpoint import atomic, output, save, swap
 from structprune.checkpoint.export import CODE_FILES
 from structprune.checkpoint.output import check_output
+from structprune.config import ExportSettings
 from structprune.models.checkpoint_files import shard_names
 from structprune.models.headers import read_headers
 from structprune.structured.plan import BlockPlan
@@ -59,12 +60,12 @@ def test_weights_are_the_models_in_the_checkpoints_dtype(small, tmp_path):
     assert set(stored) == set(state)
     for name, tensor in stored.items():
         assert tensor.dtype == torch.bfloat16 and torch.equal(tensor, state[name].bfloat16()), name
-    wide = load_file(save_pruned(small, tmp_path / "wide", dtype="float32") / "model.safetensors")
+    wide = load_file(save_pruned(small, tmp_path / "wide", ExportSettings(dtype="float32")) / "model.safetensors")
     assert all(torch.equal(tensor, state[name]) for name, tensor in wide.items())
 
 
 def test_shards(small, tmp_path):
-    out = save_pruned(small, tmp_path / "out", max_shard_size="100KB", dtype="float32")
+    out = save_pruned(small, tmp_path / "out", ExportSettings(max_shard_size="100KB", dtype="float32"))
     names = shard_names(out)
     assert len(names) > 2 and not (out / "model.safetensors").exists()
     headers = read_headers(out, names)
@@ -88,7 +89,7 @@ def test_transformers_own_save_writes_the_code_too(small, tmp_path):
 
 
 def test_saved_model_can_be_loaded_and_pruned_again(small, tmp_path):
-    out = save_pruned(small, tmp_path / "out", dtype="float32")
+    out = save_pruned(small, tmp_path / "out", ExportSettings(dtype="float32"))
     again = load_model(out)
     assert again.config.mask_token_id == 2047 and again.config.attention_output_bias
     blocks = tuple(BlockPlan((0,), (0,), (0, 1)) for _ in range(3))
@@ -257,5 +258,5 @@ def test_output_that_cannot_be(tmp_path, monkeypatch):
 
 def test_class_that_the_model_does_not_allow(small, tmp_path):
     with pytest.raises(UserError, match="export.compat = official is not possible"):
-        save_pruned(small, tmp_path / "out", compat="official")
+        save_pruned(small, tmp_path / "out", ExportSettings(compat="official"))
     assert not (tmp_path / "out").exists()

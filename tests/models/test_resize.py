@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from structprune import load_model, save_pruned
+from structprune.config import ExportSettings
 
 IDS = torch.tensor([[3, 2047, 2050, 9, 2047, 5], [2051, 1, 2, 2047, 4, 2049]])  # (B, T), ids from 2048 are new
 
@@ -55,7 +56,7 @@ def test_new_tokens_are_trained_saved_and_loaded(model, tmp_path, options, rows)
 def test_pruned_output_of_a_resized_model(tiny_checkpoint, tmp_path, family, compat):
     model = load_model(tiny_checkpoint(family))
     model.resize_token_embeddings(2060)
-    out = save_pruned(model, tmp_path / "out", compat=compat)
+    out = save_pruned(model, tmp_path / "out", ExportSettings(compat=compat))
     values = json.loads((out / "config.json").read_text())
     assert values["vocab_size"] == 2060 and values.get("embedding_size", 2060) == 2060
     with torch.no_grad():
