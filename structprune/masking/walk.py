@@ -14,7 +14,7 @@ from structprune.models.transfer import send
 from structprune.refit.products import InputProducts, RowSums
 from structprune.statistics.activations import add_gram, mirror, relative_weight
 from structprune.statistics.hidden import HiddenStates
-from structprune.statistics.inputs import STREAM, InputNorms, Inputs, block_inputs, block_output, read_input
+from structprune.statistics.inputs import STREAM, InputNorms, Inputs, block_inputs, block_output
 from structprune.statistics.scan import Limits
 
 
@@ -135,7 +135,7 @@ class Walk:
                 x = prefix.after_attention(block, rows) if name == "mlp_input" else prefix.read(rows)
                 omega = use.part(rows, self._adapter.device)  # (b, T)
                 omega = relative_weight(x, omega) if plan.fit_relative and name in STREAM else omega  # (b, T)
-                pruned = read_input(block, name, x, prefix.rotary)  # (b, T, C)
+                pruned = block.read(name, x, prefix.rotary)  # (b, T, C)
                 source = self._dense.step(dense, name, rows) if self._dense and plan.target_dense else None  # (b, T, C)
                 sums.add(pruned, source, omega)
             products.append(sums.finish())
@@ -191,7 +191,7 @@ class _Stream:
     def step(self, block: BlockView, name: str, rows: slice) -> torch.Tensor:
         """One input of the block's linears (b, T, C); where its reader adds to the stream, it does."""
         x = self.read(rows)  # (b, T, C)
-        read = read_input(block, name, x, self.rotary)  # (b, T, C)
+        read = block.read(name, x, self.rotary)  # (b, T, C)
         if name in STREAM:
             self._write(rows, x + block[READERS[name][0]](read))
         return read

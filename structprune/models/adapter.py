@@ -71,13 +71,21 @@ class BlockView:
         """The attention core, of a block with attention."""
         return self.module.part("core")
 
-    def normed(self, kind: str, x: torch.Tensor) -> torch.Tensor:
-        """What the linears that produce units of a kind read, on the stream before their half: (b, T, C)."""
-        return self.module.part("attention_norm" if kind == "attention" else "mlp_norm")(x)
+    def read(self, name: str, x: torch.Tensor, rotary=None) -> torch.Tensor:
+        """One input of the block's linears, a key of `readers`: (b, T, .), from the stream before their half (b, T, C).
+
+        Args:
+            rotary: for `mixed` only.
+        """
+        if name == "mixed":
+            return self.module.mix(x, rotary)
+        if name == "activated":
+            return self.module.activate(x)
+        return self.module.part("attention_norm" if name == "attention_input" else "mlp_norm")(x)
 
     def consumed(self, kind: str, x: torch.Tensor, rotary) -> torch.Tensor:
         """What the consumer of a kind reads, (b, T, units), on the stream before its half of the block (b, T, C)."""
-        return self.module.mix(x, rotary) if kind == "attention" else self.module.activate(x)
+        return self.read("mixed" if kind == "attention" else "activated", x, rotary)
 
 
 class Adapter:

@@ -156,14 +156,14 @@ class Reconstructor:
 
     def _refit_producers(self, run: ResidualRun, pair: Counterparts) -> list[LayerFit]:
         """Refit the linears that read the residual stream, so that they give what they gave on the dense model's."""
-        roles = pair.small.readers[STREAM_READERS[pair.kind]]
-        linears = {role: pair.small[role] for role in roles}
+        name = STREAM_READERS[pair.kind]
+        linears = {role: pair.small[role] for role in pair.small.readers[name]}
         device = self._dense.device
         sums = {fitted: RowSums(linears, device, cross=True, power=not fitted) for fitted in (True, False)}
         for rows in run.slices():
             for part, fitted in self._parts(rows):
-                pruned = pair.small.normed(pair.kind, run.states(part))  # (b, T, C)
-                dense = pair.dense.normed(pair.kind, self._run.states(part))  # (b, T, C)
+                pruned = pair.small.read(name, run.states(part))  # (b, T, C)
+                dense = pair.dense.read(name, self._run.states(part))  # (b, T, C)
                 sums[fitted].add(pruned, dense, send(self._weight[part], device))
         fit, check = sums[True].finish(), sums[False].finish()
         fits = []

@@ -42,15 +42,6 @@ def block_output(block: BlockView, inputs: Inputs) -> torch.Tensor:
     return inputs.middle + block["down"](inputs.read["activated"])  # (b, T, C)
 
 
-def read_input(block: BlockView, name: str, x: torch.Tensor, rotary) -> torch.Tensor:
-    """One input of a block's linears, (b, T, .), from the stream before their half of the block (b, T, C)."""
-    if name == "mixed":
-        return block.module.mix(x, rotary)
-    if name == "activated":
-        return block.module.activate(x)
-    return block.module.part("attention_norm" if name == "attention_input" else "mlp_norm")(x)
-
-
 def inputs_of_rows(block: BlockView, x: torch.Tensor, mixed: torch.Tensor) -> Inputs:
     """`block_inputs` of some rows (b, r, C), from their attention output: the rest works row by row.
 
@@ -59,7 +50,7 @@ def inputs_of_rows(block: BlockView, x: torch.Tensor, mixed: torch.Tensor) -> In
     """
     read = {}
     if "mixed" in block.readers:
-        read = {"attention_input": block.module.part("attention_norm")(x), "mixed": mixed}
+        read = {"attention_input": block.read("attention_input", x), "mixed": mixed}
     return _after_attention(block, x, read)
 
 
