@@ -1,5 +1,7 @@
 """The tables of losses: the demo's, and those of the studies over seeds."""
 
+from statistics import median
+
 from scripts.readme.readme_common import machine, table
 
 SHOWN = (
@@ -123,13 +125,6 @@ def masks(results: dict) -> str:
         for name, losses in _by_variant(results["losses"]).items()
         if name not in changed
     ]
-    gaps: dict[tuple[str, str], dict] = {}
-    for row in results["contrasts"]:
-        gaps.setdefault((row["variant"], row["against"]), {})[row["ratio"]] = row
-    rows = [
-        [f"{name} - {base}", *(interval(each.get(ratio), True) for ratio in ratios)]
-        for (name, base), each in gaps.items()
-    ]
     dense = results["dense"]
     note = (
         "`python -m scripts.studies.mask_study`, from [`masks.json`](scripts/results/masks.json): loss of NELBO on the"
@@ -137,8 +132,41 @@ def masks(results: dict) -> str:
         f" share, {over_seeds(results['settings'])}. Clean is what Wanda and SparseGPT were published with;"
         " `sparsegpt, clean+sink` is the published sink-SparseGPT."
     )
-    paired = table(["first - second", *ratios], rows)
-    return f"{table(['method, arm', *ratios], lines)}\n\n{note}\n\nPaired differences. {SHOWN}\n\n{paired}"
+    return f"{table(['method, arm', *ratios], lines)}\n\n{note}\n\n{_paired(results['contrasts'], ratios)}"
+
+
+def factors(results: dict) -> str:
+    """Losses of every calibration and refit, then the paired differences of one factor each.
+
+    Args:
+        results: of scripts/studies/factor_study.py.
+    """
+    heads = results["heads"]
+    lines = []
+    for name, losses in _by_variant(results["losses"]).items():
+        seconds = [time for row in losses.values() for time in row["seconds"]]
+        lines.append([name, *(interval(losses[ratio]) for ratio in heads), f"{median(seconds):.0f} s"])
+    note = (
+        "`python -m scripts.studies.factor_study`, from [`factors.json`](scripts/results/factors.json): loss of NELBO"
+        f" on the embedded model against dense, nats per token, {over_seeds(results['settings'])}. A calibration is"
+        " windows x noisy copies of each, with 40 held-out sequences. Heads gone in every run, so that nothing else"
+        f" differs: {', '.join(f'{count} of 40 at {ratio}' for ratio, count in heads.items())}. Seconds of a run,"
+        f" median, on one thread beside other work ({machine(results['machine'])})."
+    )
+    header = ["calibration, refit", *(f"loss at {ratio}" for ratio in heads), "run"]
+    return f"{table(header, lines)}\n\n{note}\n\n{_paired(results['contrasts'], list(heads))}"
+
+
+def _paired(contrasts: list[dict], ratios: list[str]) -> str:
+    """The table of paired differences, a row per pair and a column per ratio."""
+    gaps: dict[tuple[str, str], dict] = {}
+    for row in contrasts:
+        gaps.setdefault((row["variant"], row["against"]), {})[row["ratio"]] = row
+    rows = [
+        [f"{name} - {base}", *(interval(each.get(ratio), True) for ratio in ratios)]
+        for (name, base), each in gaps.items()
+    ]
+    return f"Paired differences. {SHOWN}\n\n{table(['first - second', *ratios], rows)}"
 
 
 def _by_variant(losses: list[dict]) -> dict[str, dict]:

@@ -18,7 +18,7 @@ from scripts.readme.readme_evaluation import evaluation, evaluation_speed
 from scripts.readme.readme_gpu import gpu
 from scripts.readme.readme_keys import keys
 from scripts.readme.readme_sinks import sinks
-from scripts.readme.readme_studies import demo, masks, quality
+from scripts.readme.readme_studies import demo, factors, masks, quality
 from structprune.config import Config, Sections
 from structprune.evaluation.settings import EvaluationConfig
 
@@ -50,6 +50,7 @@ PAGES: dict[str, Makers] = {
     "README.md": {"demo": made_of(demo, "demo")},
     "docs/results.md": {
         "quality": made_of(quality, "quality"),
+        "factors": made_of(factors, "factors"),
         "masks": made_of(masks, "masks"),
         "speed": made_of(speed, "masking_speed"),
         "sinks": made_of(sinks, "sinks_embedded", "sinks_smollm2", "sinks_untrained", "sinks_cost"),

@@ -55,8 +55,8 @@ class CalibrationSettings(Section):
     interval: int = Field(5, ge=1)
     """Every interval-th step is a noise level: S = steps // interval. Dream draws S levels at random instead."""
     copies: int | None = Field(None, ge=1)
-    """Noisy copies of a window, at most S, with levels dealt out evenly over windows. For the same passes, more windows
-    with fewer copies prune better. Default: S, every window at every level."""
+    """Noisy copies of a window, at most S, with levels dealt out evenly over windows: fewer copies leave time for more
+    windows. Default: S, every window at every level."""
     seed: int = Field(0, ge=0, lt=2**62)
     """Random seed of the windows, their noise and the noise of the held-out check."""
     batch: int = Field(1, ge=1)

@@ -58,6 +58,24 @@ def test_a_single_seed_prints_means_alone(scripts):
     assert "±" not in text and "one seed, so without an interval" in text
 
 
+def test_factors_print_every_ratio_and_bold_differences_that_are_shown(scripts):
+    runs = [("32 x 5", "0.3", 0.25), ("32 x 5", "0.5", 0.5), ("160 x 1", "0.3", 0.125), ("160 x 1", "0.5", 0.25)]
+    losses = [
+        row(mean, 0.125, True, variant=name, ratio=ratio, seconds=[2.0, 4.0], kept=["refit"] * 2)
+        for name, ratio, mean in runs
+    ]
+    gaps = [
+        row(mean, 0.0625, shown, variant="160 x 1", against="32 x 5", ratio=ratio)
+        for ratio, mean, shown in (("0.3", -0.125, False), ("0.5", -0.25, True))
+    ]
+    settings = {"seeds": [0, 1], "windows": 192, "length": 128}
+    result = {"settings": settings, "machine": MACHINE, "heads": {"0.3": 2, "0.5": 14}}
+    text = scripts("readme_studies").factors(result | {"losses": losses, "contrasts": gaps})
+    assert "| 160 x 1 | +0.125 ± 0.125 | +0.250 ± 0.125 | 3 s |" in text
+    assert "| 160 x 1 - 32 x 5 | -0.1250 ± 0.0625 | **-0.2500 ± 0.0625** |" in text
+    assert "2 of 40 at 0.3, 14 of 40 at 0.5" in text
+
+
 def speed_results(published=True):
     settings = {"blocks": 8, "width": 512, "length": 512, "windows": 8, "levels": 10, "dtype": "float32"}
     rows = [
