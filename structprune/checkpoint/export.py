@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 
 from structprune.config import Config
 from structprune.errors import UserError
-from structprune.models.adapter import block_widths
+from structprune.models.adapter import block_widths, set_depth
 from structprune.models.families import Family, family_of
 
 CODE_FILES = ("configuration_structprune.py", "layers_structprune.py", "modeling_structprune.py")
@@ -104,9 +104,9 @@ def config_values(config, source_values: dict | None, compat: str, dtype: str) -
     """
     family = family_of(config)
     if compat == "official":
-        depth, channels = family.keys["depth"], family.width_keys["channels"]
+        depth, channels = getattr(config, family.keys["depth"]), family.width_keys["channels"]
         values = (source_values or {}) | {channels: block_widths(config, family, 0).channels}
-        values |= {key: getattr(config, depth) for key in (depth, "num_hidden_layers") if key in values}
+        values = set_depth(values, family, depth)
         # the weights that are written are not quantised, whatever the source's loader was to do with them
         stale: tuple[str, ...] = ("dtype", "quantization_config", "per_layer_config")
         stale += () if auto_map(family) else ("auto_map",)

@@ -137,6 +137,16 @@ def block_widths(config: Any, family: Family, index: int) -> Widths:
     return Widths(**{role: layer_width(config, index, key) for role, key in family.width_keys.items()})
 
 
+def set_depth(values: dict, family: Family, depth: int) -> dict:
+    """A copy of the config dictionary `values` for `depth` blocks, under every name that counts or lists them.
+
+    The blocks are alike, so a list of their types loses its last ones.
+    """
+    count, types = family.keys["depth"], values.get("layer_types")
+    values = values | {key: depth for key in (count, "num_hidden_layers") if key in values}
+    return values | {"layer_types": types[:depth]} if isinstance(types, list) else values
+
+
 def set_widths(values: dict, family: Family, widths: list[Widths]) -> dict:
     """A copy of the config dictionary `values` for blocks of `widths`: global where all agree, else per layer.
 
@@ -145,7 +155,7 @@ def set_widths(values: dict, family: Family, widths: list[Widths]) -> dict:
     roles = {*family.keys.values(), *family.width_keys.values()}
     other_names = set(family.config_class.attribute_map) - roles  # of the same values, which would contradict them
     values = {key: value for key, value in values.items() if key not in (*other_names, "per_layer_config")}
-    values[family.keys["depth"]] = len(widths)
+    values = set_depth(values, family, len(widths))
     for role, key in family.width_keys.items():
         sizes = [size for block in widths if (size := getattr(block, role))]
         values[key] = max(set(sizes), key=sizes.count)  # the commonest width, so that overrides stay few

@@ -14,7 +14,8 @@ from structprune.checkpoint.export import (
     export_class,
     obstacles,
 )
-from structprune.config import Config
+from structprune.checkpoint.save import save_pruned
+from structprune.config import Config, ExportSettings
 from structprune.models.families import DREAM, LLADA
 from structprune.structured.plan import BlockPlan
 
@@ -143,6 +144,16 @@ def test_the_depth_is_that_of_the_remaining_blocks(pruned, family, key, compat):
     model = pruned(family, channels=(24, None, 24), num_hidden_layers=3, per_layer_config={"1": {}})
     values = config_values(model.config, model.source.values, compat, "float32")
     assert values[key] == values["num_hidden_layers"] == 2 and "per_layer_config" not in values
+
+
+@pytest.mark.parametrize("compat", ["official", "uniform", "free"])
+def test_fewer_blocks_have_fewer_layer_types(pruned, tmp_path, compat):
+    """transformers refuses a list of another length than the depth."""
+    model = pruned("dream", channels=(24, None, 24), layer_types=["full_attention"] * 3)
+    out = save_pruned(model, tmp_path / "out", ExportSettings(compat=compat))
+    values = json.loads((out / "config.json").read_text())
+    assert values["num_hidden_layers"] == 2 and values["layer_types"] == ["full_attention"] * 2
+    assert len(load_model(out).blocks) == 2
 
 
 def test_official_config_has_the_mask_id_that_was_given(tiny_checkpoint):
