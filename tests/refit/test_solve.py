@@ -5,7 +5,7 @@ import torch
 
 from structprune.config import ReconstructSettings
 from structprune.refit.products import UNCHANGED, Products, output_error
-from structprune.refit.reconstruct import choose, refit_bias, refit_weight, target_gap
+from structprune.refit.solve import choose, refit_bias, refit_weight, target_gap
 
 KEPT, REMOVED = [0, 2, 3, 5], [1, 4]
 

@@ -1,0 +1,180 @@
+"""A dense model beside what is left of it, half block by half block, and the products that refits there need.
+
+Attention first, then the MLP on the refitted attention's output, each on activations of the already pruned prefix.
+Shapes: R sequences of T tokens, b of a batch, O outputs, C input channels, K remaining ones.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from structprune.config import ReconstructSettings
+from structprune.models.adapter import CONSUMER, STREAM_READERS, Adapter, BlockView
+from structprune.models.modeling_structprune import DiffusionLM
+from structprune.models.transfer import send
+from structprune.refit.products import InputProducts, Products, RowSums
+from structprune.statistics.activations import add_gram, add_products, mirror, relative_weight
+from structprune.statistics.residual import ResidualRun, TargetRun
+from structprune.statistics.rows import arm_rows, scan_rows
+from structprune.statistics.scan import Scan
+
+
+class Walk:
+    """The rows that refits of one dense model read; its side is measured once where that fits the budget.
+
+    Args:
+        scan: of the dense model; its calibration's held-out windows choose the dampings.
+    """
+
+    def __init__(self, scan: Scan, settings: ReconstructSettings):
+        self.settings, self._limits, self._track = settings, scan.limits, scan.track
+        self.dense, calibration = scan.adapter, scan.calibration
+        with torch.no_grad():
+            rows = scan_rows(replace(scan, calibration=calibration.fit), settings.arm)
+            held_out = arm_rows(calibration.check, "masked", scan.sink, None, self.dense.mask_id)
+            self._fit_rows = len(rows.ids)
+            self._ids = torch.cat((rows.ids, held_out.ids))  # (R, T)
+            fit_weight = torch.ones(rows.ids.shape) if rows.weight is None else rows.weight  # (R1, T)
+            self.weight = torch.cat((fit_weight, held_out.masked.float()))  # (R, T)
+            self._batch, limits = scan.sequences(), scan.limits
+            self.targets = TargetRun(self.dense, self._ids, self._batch, limits.budget, limits.overlap)
+
+    @property
+    def fit_tokens(self) -> int:
+        """Tokens that weights are fitted on; the others are held out."""
+        return self._fit_rows * self._ids.shape[1]
+
+    @property
+    def holds_targets(self) -> bool:
+        """Whether the dense targets of all layers stay in memory, so that another walk costs no dense pass."""
+        return self.targets.holds_all
+
+    def places(
+        self, small: DiffusionLM, remaining: Sequence[int] | None = None, title: str = "refit"
+    ) -> Iterator["Place"]:
+        """Every consumer of a cut model, in the order of the forward pass.
+
+        The weights that a place has when the next one is asked for are those its output is computed with.
+
+        Args:
+            remaining: the dense model's index of every block of `small` (`Plan.remaining`); None where all are there.
+            title: of the progress bar over blocks.
+        Raises:
+            ValueError: not one index for every block.
+        """
+        pruned, dense = Adapter(small), self.dense.blocks
+        indices = range(len(dense)) if remaining is None else remaining
+        blocks = dict(zip(indices, pruned.blocks, strict=True))  # index in the dense model -> block
+        self.targets.restart()
+        run = ResidualRun(pruned, self._ids, self._batch, self._limits.budget, self._limits.overlap)
+        first = True
+        for block in self._track(dense, title):
+            left = blocks.get(block.index)
+            for kind in block.kinds:
+                if left is not None and kind in left.kinds:
+                    yield Place(self, run, block, left, kind, first)
+                    run.advance((left.index, kind))
+                first = False
+                if self.settings.target != "layer":  # also past what the small model lacks
+                    self.targets.advance((block.index, kind))
+
+    def parts(self, rows: slice) -> list[tuple[slice, bool]]:
+        """A batch's rows split into fit and held-out parts: (rows, whether they are fitted)."""
+        edge, stop = self._fit_rows, min(rows.stop, len(self._ids))
+        parts = [(slice(rows.start, min(stop, edge)), True), (slice(max(rows.start, edge), stop), False)]
+        return [(part, fitted) for part, fitted in parts if part.start < part.stop]
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """The consumer of one kind of unit in a block of the dense model, and the same in what is left of the block."""
+
+    walk: Walk
+    run: ResidualRun  # of the small model
+    dense: BlockView
+    small: BlockView
+    kind: str
+    first: bool  # it reads the embeddings, which pruning leaves as they are
+
+    @property
+    def consumer(self) -> torch.nn.Linear:
+        """The small model's."""
+        return self.small[CONSUMER[self.kind]]
+
+    @property
+    def readers(self) -> dict[str, torch.nn.Linear]:
+        """Role -> linears of the small model that read the residual stream here."""
+        return {role: self.small[role] for role in self.small.readers[STREAM_READERS[self.kind]]}
+
+    def reader_products(self) -> tuple[InputProducts, InputProducts]:
+        """Products of `readers`, whose targets are what they give in the dense model; fitted and held-out rows."""
+        name, targets, device = STREAM_READERS[self.kind], self.walk.targets, self.walk.dense.device
+        sums = {fitted: RowSums(self.readers, device, cross=True, power=not fitted) for fitted in (True, False)}
+        for rows in self.run.slices():
+            for part, fitted in self.walk.parts(rows):
+                pruned = self.small.read(name, self.run.states(part))  # (b, T, C)
+                dense = self.dense.read(name, targets.states(part))  # (b, T, C)
+                sums[fitted].add(pruned, dense, send(self.walk.weight[part], device))
+        return sums[True].finish(), sums[False].finish()
+
+    def products(self) -> tuple[Products, Products]:
+        """Of the consumer: over the fit rows (weighted by ω²) and over the held-out masked tokens, fp32.
+
+        With a constant feature it is the last one; for a refit of the bias alone only its column is summed.
+        """
+        settings, walk, run = self.walk.settings, self.walk, self.run
+        sums: dict[bool, list] = {}
+        for rows in run.slices():
+            for part, fitted in walk.parts(rows):
+                inner = slice(part.start - rows.start, part.stop - rows.start)
+                x = run.read((self.small.index, self.kind), rows)[inner]  # (b, T, K)
+                target = self._target(rows)[inner]  # (b, T, O)
+                if has_constant(settings):
+                    x = torch.cat((x, torch.ones_like(x[..., :1])), dim=-1)  # (b, T, K + 1)
+                weight = send(walk.weight[part], x.device)  # (b, T)
+                if settings.relative:
+                    weight = relative_weight(run.states(part), weight)  # (b, T)
+                # a bias alone is fitted to the mean
+                right = x[..., -1:] if fitted and settings.mode == "bias" else x  # (b, T, K or 1)
+                if fitted not in sums:
+                    shapes = [(side.shape[-1], right.shape[-1]) for side in (x, target)]
+                    power = torch.zeros((), dtype=torch.float64, device=x.device)  # read only after the last batch
+                    sums[fitted] = [*(torch.zeros(shape, device=x.device) for shape in shapes), power]
+                if right is x:
+                    add_gram(sums[fitted][0], x, weight)
+                else:
+                    add_products(sums[fitted][0], x, right, weight)
+                add_products(sums[fitted][1], target, right, weight)
+                if not fitted:
+                    sums[fitted][2] += (target.float() * weight[..., None]).pow(2).sum()
+        fit, check = (
+            Products(mirror(gram) if len(gram) == gram.shape[1] else gram, target, float(power))
+            for gram, target, power in (sums[True], sums[False])
+        )
+        return fit, check
+
+    def _target(self, rows: slice) -> torch.Tensor:
+        """The target output: the dense model's, the dense layer's on this prefix, or between them, (b, T, O).
+
+        Without a constant feature the consumer's bias does not change, so it is not part of the target.
+        """
+        linear, share = self.dense[CONSUMER[self.kind]], dense_share(self.walk.settings)
+        key = (self.dense.index, self.kind)
+        target = self.walk.targets.output(key, rows) if share > 0 else None  # (b, T, O)
+        if share < 1:
+            own = linear(self.run.compute(self.kind, self.run.states(rows), self.dense))  # (b, T, O)
+            target = own if target is None else own.lerp(target, share)  # (b, T, O)
+        assert target is not None
+        without_bias = has_constant(self.walk.settings) or linear.bias is None
+        return target if without_bias else target - linear.bias.to(target.device)
+
+
+def has_constant(settings: ReconstructSettings) -> bool:
+    """Whether a constant feature is appended to the consumers' inputs."""
+    return settings.constant or settings.mode == "bias"
+
+
+def dense_share(settings: ReconstructSettings) -> float:
+    """The dense model's share of the target outputs."""
+    return {"dense": 1.0, "layer": 0.0, "mixed": settings.dense_share}[settings.target]
