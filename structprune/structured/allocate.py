@@ -13,7 +13,7 @@ Counts = dict[tuple[int, str], int]  # (block, kind) -> removal steps
 
 def ratio_of(sizes: list[BlockSize], counts: Counts) -> float:
     """Removed share of the parameters of all blocks in `sizes`."""
-    removed = sum(counts[size.index, kind] * size.step[kind] for size in sizes for kind in size.step)
+    removed = sum(size.removed(kind, counts[size.index, kind]) for size in sizes for kind in size.step)
     return removed / sum(size.total for size in sizes)
 
 

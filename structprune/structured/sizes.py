@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from structprune.models.adapter import CONSUMER, Adapter, BlockView
+from structprune.models.adapter import CONSUMER, READERS, STREAM_READERS, Adapter, BlockView
 from structprune.structured.units import block_groups, block_tensors
 
 WIDE_STEPS = 16  # rounding to n needs an MLP of at least this many times n
@@ -11,27 +11,33 @@ ROUNDINGS = (128, 64, 32, 16, 8)
 
 @dataclass(frozen=True)
 class BlockSize:
-    """One block's prunable parameters. `step` and `steps` have only the kinds of units that the block has."""
+    """One block's prunable parameters. The mappings have only the kinds of units that the block has."""
 
     index: int
     total: int  # weights and biases of the linears
     step: dict[str, int]  # kind -> parameters that one removal step takes
-    steps: dict[str, int]  # kind -> number of steps (all of them would empty the block)
+    steps: dict[str, int]  # kind -> number of steps; all of them take the whole attention or MLP
+    whole: dict[str, int]  # kind -> parameters of the whole attention or MLP, keys and values of shared heads included
+
+    def removed(self, kind: str, steps: int) -> int:
+        """Parameters that `steps` removal steps take."""
+        return self.whole[kind] if steps == self.steps[kind] else steps * self.step[kind]
 
 
 def block_size(block: BlockView, form: str) -> BlockSize:
     """Sizes of one block for the attention unit `form` (`query_heads` or `kv_groups`)."""
     groups = {kind: block_groups(block, kind, form) for kind in block.kinds}
     steps = {kind: len(group[0]) for kind, group in groups.items()}
-    step = {}
+    step, whole = {}, {}
+    tensors = block_tensors(block)
     for kind in block.kinds:
-        rows: tuple[str, ...] = ("gate", "up") if kind == "channels" else ("query", "key", "value")
-        if kind == "attention" and len(groups[kind]) > 1:
-            rows = ("query",)  # k and v of a KV group stay while any of its query heads does
-        cut = sum(value.numel() for (role, _), value in block_tensors(block).items() if role in rows)
+        readers = READERS[STREAM_READERS[kind]]
+        # k and v of a KV group stay while any of its query heads does
+        rows = ("query",) if kind == "attention" and len(groups[kind]) > 1 else readers
+        cut = sum(value.numel() for (role, _), value in tensors.items() if role in rows)
         step[kind] = (cut + block[CONSUMER[kind]].weight.numel()) // steps[kind]
-    total = sum(value.numel() for value in block_tensors(block).values())
-    return BlockSize(block.index, total, step, steps)
+        whole[kind] = sum(value.numel() for (role, _), value in tensors.items() if role in (*readers, CONSUMER[kind]))
+    return BlockSize(block.index, sum(whole.values()), step, steps, whole)
 
 
 def rounding(width: int, multiple: str | int) -> int:

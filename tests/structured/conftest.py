@@ -11,7 +11,8 @@ from structprune.structured.sizes import BlockSize
 def toy() -> list[BlockSize]:
     """Three blocks of 4 heads, 4 D C = 4 * 100 each, and 64 channels, 3 C = 30 each."""
     total, step, steps = 4 * 400 + 64 * 30, {"attention": 400, "channels": 30}, {"attention": 4, "channels": 64}
-    return [BlockSize(index, total, step, steps) for index in range(3)]
+    whole = {"attention": 1600, "channels": 64 * 30}
+    return [BlockSize(index, total, step, steps, whole) for index in range(3)]
 
 
 @pytest.fixture

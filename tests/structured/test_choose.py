@@ -67,7 +67,8 @@ def test_random_sizes_meet_random_ratios(allocation, random_paths):
         step = {"attention": 4 * dim * hidden, "channels": 3 * hidden}
         steps = {"attention": heads, "channels": channels}
         total = sum(steps[kind] * step[kind] for kind in UNIT_KINDS)
-        sizes = [BlockSize(index, total, step, steps) for index in range(draw.randint(1, 5))]
+        whole = {kind: steps[kind] * step[kind] for kind in UNIT_KINDS}
+        sizes = [BlockSize(index, total, step, steps, whole) for index in range(draw.randint(1, 5))]
         multiple, ratio = draw.choice([1, 8, 32]), draw.random() * 0.9
         if ratio > most_ratio(sizes, multiple):
             continue

@@ -24,12 +24,13 @@ from structprune.structured.sizes import BlockSize, block_size, forward_macs
 from structprune.structured.surgery import apply_plan
 
 KEYS = {(0, "attention"), (1, "attention"), (1, "channels"), (3, "channels")}
-WHOLE = BlockSize(1, 4 * 400 + 64 * 30, {"attention": 400, "channels": 30}, {"attention": 4, "channels": 64})
+STEP, STEPS = {"attention": 400, "channels": 30}, {"attention": 4, "channels": 64}
+WHOLE = BlockSize(1, 4 * 400 + 64 * 30, STEP, STEPS, {"attention": 1600, "channels": 1920})
 SIZES = [
-    BlockSize(0, 1600, {"attention": 400}, {"attention": 4}),
+    BlockSize(0, 1600, {"attention": 400}, {"attention": 4}, {"attention": 1600}),
     WHOLE,
-    BlockSize(2, 0, {}, {}),
-    BlockSize(3, 1920, {"channels": 30}, {"channels": 64}),
+    BlockSize(2, 0, {}, {}, {}),
+    BlockSize(3, 1920, {"channels": 30}, {"channels": 64}, {"channels": 1920}),
 ]
 
 
@@ -83,7 +84,7 @@ def test_uniform_by_hand():
 
 def test_blocks_without_any_mlp():
     """Where the others are protected: heads alone make up what they can."""
-    sizes = [SIZES[0], BlockSize(4, 1600, {"attention": 400}, {"attention": 4})]
+    sizes = [SIZES[0], BlockSize(4, 1600, {"attention": 400}, {"attention": 4}, {"attention": 1600})]
     assert head_choices(sizes, [0.5] * 2, 1) == {2: {(0, "attention"): 2, (4, "attention"): 2}}
     with pytest.raises(UserError, match="no plan meets ratio 0.9500: the most is 0.7500"):
         head_choices(sizes, [0.95] * 2, 1)

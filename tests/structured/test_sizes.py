@@ -8,7 +8,8 @@ from structprune.models.adapter import Adapter
 from structprune.structured.choose import candidates
 from structprune.structured.sizes import BlockSize, block_size, forward_macs, rounding
 
-SIZE = BlockSize(0, 3520, {"attention": 400, "channels": 30}, {"attention": 4, "channels": 64})
+STEP, STEPS = {"attention": 400, "channels": 30}, {"attention": 4, "channels": 64}
+SIZE = BlockSize(0, 3520, STEP, STEPS, {"attention": 1600, "channels": 1920})
 
 
 def test_rounding():
@@ -28,6 +29,10 @@ def test_sizes_of_grouped_heads(tiny_model, form, step):
     linears = 48 * 32 + 48 + 2 * (16 * 32 + 16) + 32 * 48 + 3 * 32 * 48  # q, k and v with biases, output, MLP
     assert size.total == linears and size.step == {"attention": step, "channels": 96}
     assert size.steps == {"attention": 3 if form == "query_heads" else 2, "channels": 48}
+    # the whole attention takes keys and values along, also where query heads are the units
+    attention = 2 * 48 * 32 + 48 + 2 * (16 * 32 + 16)
+    assert size.whole == {"attention": attention, "channels": 3 * 32 * 48}
+    assert size.removed("attention", 1) == step and size.removed("attention", size.steps["attention"]) == attention
 
 
 def test_sizes_with_biases(tiny_model):
