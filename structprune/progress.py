@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Iterable
 
-Track = Callable[[Iterable, str], Iterable]  # `track(items, title)` wraps an iteration
+Title = str | Callable[[], str]  # a function is asked again after every item
+Track = Callable[[Iterable, Title], Iterable]  # `track(items, title)` wraps an iteration
 
 
-def untracked(items: Iterable, title: str) -> Iterable:
+def untracked(items: Iterable, title: Title) -> Iterable:
     """The hook that shows nothing."""
     return items

@@ -60,7 +60,7 @@ class Interleaved:
         self._adapter, self._ids, self._batch = Adapter(model), calibration.noisy_ids.flatten(0, 1), batch  # (N*S, T)
         self.seconds, self.copies = 0.0, 0
 
-    def __call__(self, items, title: str):
+    def __call__(self, items, title):
         for item in items:
             yield item
             if title.startswith("norms"):

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from structprune.progress import Track
+from structprune.progress import Title, Track
 
 
 @contextmanager
@@ -25,14 +25,14 @@ def progress_bars(console: Console | None = None) -> Iterator[Track]:
         disable=not console.is_interactive,  # in a log bars would leave empty lines, beside the one line of an error
     )  # fmt: skip
 
-    def track(items: Iterable, title: str) -> Iterable:
+    def track(items: Iterable, title: Title) -> Iterable:
         items = items if isinstance(items, Collection) else list(items)
         progress.start()  # does nothing when it is running already
-        task = progress.add_task(title, total=len(items))
+        task = progress.add_task(_words(title), total=len(items))
         try:
             for item in items:
                 yield item
-                progress.advance(task)
+                progress.update(task, advance=1, description=_words(title))
         finally:
             progress.remove_task(task)
 
@@ -41,6 +41,10 @@ def progress_bars(console: Console | None = None) -> Iterator[Track]:
     finally:
         if progress.live.is_started:
             progress.stop()
+
+
+def _words(title: Title) -> str:
+    return title() if callable(title) else title
 
 
 def show(*parts: RenderableType, console: Console | None = None) -> None:
