@@ -234,7 +234,7 @@ def equal_heads(sizes: list[BlockSize], ratio: float, choices: dict[int, Counts]
 
     def gap(choice: int) -> float:
         removed = sum(steps for (_, kind), steps in choices[choice].items() if kind == "attention")
-        return abs(removed / max(1, total) - ratio)
+        return round(abs(removed / max(1, total) - ratio), 9)  # so that rounding errors decide no tie
 
     return min(choices, key=lambda choice: (gap(choice), choice))
 

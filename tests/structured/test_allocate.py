@@ -11,6 +11,7 @@ from structprune.models.adapter import UNIT_KINDS
 from structprune.structured.allocate import (
     check_ratio,
     depth_ratios,
+    equal_heads,
     head_choices,
     joint_counts,
     path_cost,
@@ -18,6 +19,7 @@ from structprune.structured.allocate import (
     ratio_of,
 )
 from structprune.structured.choose import candidates, choose_counts
+from structprune.structured.sizes import BlockSize
 
 
 @pytest.mark.parametrize("ratio", [-0.1, 1, 1.5, float("nan"), float("inf")])
@@ -121,3 +123,11 @@ def test_split_by_cost_takes_the_least_predicted_loss(toy, random_paths):
     assert min(choices, key=lambda heads: path_cost(choices[heads], paths)) == 1
     choice = choose_counts(toy, paths, StructuredSettings(ratio=0.5, allocation="uniform", split="by-cost"), None)
     assert choice.counts == choices[1] and choice.measured == {}
+
+
+def test_equal_heads_takes_fewer_where_two_are_as_near():
+    """Of three steps a block, one and two lie equally near to half, whatever floating point makes of it."""
+    step, steps = {"attention": 300, "channels": 30}, {"attention": 3, "channels": 64}
+    sizes = [BlockSize(index, 2820, step, steps, {"attention": 900, "channels": 1920}) for index in range(5)]
+    choices = {heads: {(index, "attention"): heads for index in range(5)} for heads in (0, 1, 2)}
+    assert equal_heads(sizes, 0.5, choices) == 1
