@@ -79,6 +79,8 @@ def _refit(reconstruct: dict) -> str:
         return "off"
     notes = [f"dense share {reconstruct['dense_share']:g}"] if reconstruct["target"] == "mixed" else []
     notes += ["q, k, v, gate and up too, to dense ones"] if reconstruct["producers"] else []
+    notes += ["LM head"] if reconstruct["head"] else []
+    notes += [f"visible tokens weigh {reconstruct['visible']:g}"] if reconstruct["visible"] != 1 else []
     return f"to {reconstruct['target']} targets" + (f" ({'; '.join(notes)})" if notes else "")
 
 

@@ -43,12 +43,13 @@ def refuse_idle(config: Sections, idle: Sequence[Idle]) -> None:
 
 def check_structured(config: Config, facts: Facts) -> None:
     """Raise UserError for a value that a structured run would ignore."""
-    structured = config.structured
+    structured, reconstruct = config.structured, config.reconstruct
     idle = (
         ("masking", tuple(MaskingSettings.model_fields), True, "method = unstructured or nm"),
         *_score_options("structured", facts),
-        ("reconstruct", ("producers",), config.reconstruct.target == "layer", "reconstruct.target = dense or mixed"),
-        ("reconstruct", ("producers",), config.reconstruct.mode == "bias", "reconstruct.mode = least-squares"),
+        ("reconstruct", ("producers", "head"), reconstruct.target == "layer", "reconstruct.target = dense or mixed"),
+        ("reconstruct", ("producers", "head"), reconstruct.mode == "bias", "reconstruct.mode = least-squares"),
+        ("reconstruct", ("visible",), reconstruct.arm.startswith("clean"), "a reconstruct.arm that is masked"),
         ("structured", ("depth_slope",), structured.allocation != "depth", "structured.allocation = depth"),
     )
     refuse_idle(config, (*idle, *_common(config, facts, facts.arm)))
@@ -66,7 +67,7 @@ def check_masking(config: Config, facts: Facts) -> None:
     idle = (
         ("structured", tuple(StructuredSettings.model_fields), True, "method = structured"),
         ("export", tuple(ExportSettings.model_fields), True, official),
-        ("reconstruct", ("constant", "mode", "producers"), reconstruct.enabled, official),
+        ("reconstruct", ("constant", "mode", "producers", "head", "visible"), reconstruct.enabled, official),
         ("masking", ("nm",), config.method != "nm", "method = nm"),
         ("masking", ("order", "relative"), facts.arm is None, "a score that looks at activations"),
         *_score_options("masking", facts),

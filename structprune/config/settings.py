@@ -184,8 +184,13 @@ class ReconstructSettings(Section):
     """For target `mixed`: the dense model's share of the target outputs."""
     producers: bool = False
     """Refit q, k, v, gate and up too, to what they give in the dense model."""
+    head: bool = False
+    """Refit the LM head too, so that it predicts from the pruned model's last hidden states what it does from the dense
+    model's."""
     arm: Arm = "masked"
     """Activations that the refit reads."""
+    visible: float = Field(1.0, gt=0, le=1)
+    """Weight of rows at visible tokens, where nothing is predicted; squared in the sums."""
     relative: bool = True
     """As `structured.relative`, for the rows of the refit."""
     constant: bool = False

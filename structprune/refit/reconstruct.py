@@ -8,10 +8,12 @@ from collections.abc import Sequence
 import torch
 
 from structprune.config import ReconstructSettings
+from structprune.models.adapter import Adapter
 from structprune.models.modeling_structprune import DiffusionLM
-from structprune.refit.products import LayerFit
+from structprune.refit.products import UNCHANGED, LayerFit
 from structprune.refit.solve import choose
 from structprune.refit.walk import Place, Walk, has_constant
+from structprune.statistics.residual import ResidualRun
 from structprune.statistics.scan import Scan
 
 
@@ -41,11 +43,14 @@ class Reconstructor:
         Raises:
             ValueError: not one index for every block.
         """
-        fits = []
+        fits, run = [], None
         for place in self.walk.places(small, remaining):
             if self.settings.producers and not place.first:
                 fits += refit_producers(place)
             fits.append(self._refit_consumer(place))
+            run = place.run
+        if self.settings.head and run is not None:
+            fits.append(refit_head(self.walk, run, small))
         return fits
 
     def _refit_consumer(self, place: Place) -> LayerFit:
@@ -68,6 +73,32 @@ def refit_producers(place: Place) -> list[LayerFit]:
         set_weight(linear, choice[0], constant=False)
         fits.append(LayerFit.of(place.dense.index, role, weight, products, choice))
     return fits
+
+
+def refit_head(walk: Walk, run: ResidualRun, small: DiffusionLM) -> LayerFit:
+    """Refit the LM head after all places, so that its logits are nearest to those of its dense inputs.
+
+    The best linear map A from pruned to dense inputs is found once; the head W becomes W·A, whatever the vocabulary.
+    """
+    fit, check = walk.final_products(run, small)
+    size, head = walk.dense.hidden_size, small.output_head
+    identity = torch.eye(size, dtype=torch.float64, device=fit.gram.device)  # (C, C)
+    choice = choose(walk.settings, identity, fit, check, size)
+    if choice[1] != UNCHANGED:
+        set_weight(head, head.weight @ choice[0].to(head.weight.device, head.weight.dtype), constant=False)  # (V, C)
+    return LayerFit.of(len(walk.dense.blocks), "head", identity, check, choice)
+
+
+def refitted_parameters(model: DiffusionLM, settings: ReconstructSettings) -> dict[str, torch.nn.Parameter]:
+    """Name -> the parameters that a refit changes."""
+    linears = [
+        block[role]
+        for block in Adapter(model).blocks
+        for role in (block.names if settings.producers else block.consumers)
+    ]
+    linears += [model.output_head] * settings.head
+    own = {id(value) for linear in linears for value in linear.parameters()}
+    return {name: value for name, value in model.named_parameters() if id(value) in own}
 
 
 def augmented(linear: torch.nn.Linear, constant: bool) -> torch.Tensor:

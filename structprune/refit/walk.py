@@ -4,6 +4,7 @@ Attention first, then the MLP on the refitted attention's output, each on activa
 Shapes: R sequences of T tokens, b of a batch, O outputs, C input channels, K remaining ones.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -16,7 +17,7 @@ from structprune.models.transfer import send
 from structprune.refit.products import InputProducts, Products, RowSums
 from structprune.statistics.activations import add_gram, add_products, mirror, relative_weight
 from structprune.statistics.residual import ResidualRun, TargetRun
-from structprune.statistics.rows import arm_rows, scan_rows
+from structprune.statistics.rows import Rows, arm_rows, scan_rows
 from structprune.statistics.scan import Scan
 
 
@@ -35,10 +36,31 @@ class Walk:
             held_out = arm_rows(calibration.check, "masked", scan.sink, None, self.dense.mask_id)
             self._fit_rows = len(rows.ids)
             self._ids = torch.cat((rows.ids, held_out.ids))  # (R, T)
-            fit_weight = torch.ones(rows.ids.shape) if rows.weight is None else rows.weight  # (R1, T)
-            self.weight = torch.cat((fit_weight, held_out.masked.float()))  # (R, T)
+            self._weights = self._row_weights(rows, held_out.masked)
             self._batch, limits = scan.sequences(), scan.limits
             self.targets = TargetRun(self.dense, self._ids, self._batch, limits.budget, limits.overlap)
+
+    def _row_weights(self, rows: Rows, held_out: torch.Tensor) -> dict[bool, torch.Tensor]:
+        """Whether only positions with a prediction are read -> weights ω of all rows, (R, T).
+
+        Rows of clean text are all alike.
+
+        Args:
+            held_out: (R2, T) bool, the masked tokens of the held-out rows.
+        """
+        weight = torch.ones(rows.ids.shape) if rows.weight is None else rows.weight  # (R1, T)
+        if not rows.masked.any():
+            return dict.fromkeys((False, True), torch.cat((weight, held_out.float())))
+        predicting, checked = (predicted_at(mask, self.dense.model.shifted) for mask in (rows.masked, held_out))
+        visible = torch.where(rows.masked | predicting, 1.0, self.settings.visible)  # (R1, T)
+        return {
+            False: torch.cat((weight * visible, held_out.float())),
+            True: torch.cat((weight * predicting, checked.float())),
+        }
+
+    def weight(self, rows: slice, predicting: bool, device: torch.device) -> torch.Tensor:
+        """Row weights ω (b, T); 0 outside the positions with a prediction where only those are read (`predicting`)."""
+        return send(self._weights[predicting][rows], device)
 
     @property
     def fit_tokens(self) -> int:
@@ -68,16 +90,34 @@ class Walk:
         blocks = dict(zip(indices, pruned.blocks, strict=True))  # index in the dense model -> block
         self.targets.restart()
         run = ResidualRun(pruned, self._ids, self._batch, self._limits.budget, self._limits.overlap)
-        first = True
+        first, last = True, indices[pruned.attending[-1].index]
         for block in self._track(dense, title):
             left = blocks.get(block.index)
             for kind in block.kinds:
                 if left is not None and kind in left.kinds:
-                    yield Place(self, run, block, left, kind, first)
+                    yield Place(self, run, block, left, kind, first, block.index >= last)
                     run.advance((left.index, kind))
                 first = False
                 if self.settings.target != "layer":  # also past what the small model lacks
                     self.targets.advance((block.index, kind))
+
+    def final_products(self, run: ResidualRun, small: DiffusionLM) -> tuple[Products, Products]:
+        """Of what the LM head reads, at positions with a prediction, after all places; the target is the dense
+        model's. Over fitted and over held-out rows: Gram matrix (C, C) and cross products (C, C), fp32."""
+        device, size = self.dense.device, self.dense.hidden_size
+        sums = {fitted: [torch.zeros(size, size, device=device) for _ in range(2)] for fitted in (True, False)}
+        power = torch.zeros((), dtype=torch.float64, device=device)
+        for rows in run.slices():
+            for part, fitted in self.parts(rows):
+                weight = self.weight(part, True, device)  # (b, T)
+                pruned = small.final_norm(run.states(part))  # (b, T, C)
+                dense = self.dense.model.final_norm(self.targets.states(part))  # (b, T, C)
+                add_gram(sums[fitted][0], pruned, weight)
+                add_products(sums[fitted][1], dense, pruned, weight)
+                if not fitted:
+                    power += (dense.float() * weight[..., None]).pow(2).sum()
+        (fit, cross), (check, check_cross) = sums[True], sums[False]
+        return Products(mirror(fit), cross, math.nan), Products(mirror(check), check_cross, float(power))
 
     def parts(self, rows: slice) -> list[tuple[slice, bool]]:
         """A batch's rows split into fit and held-out parts: (rows, whether they are fitted)."""
@@ -96,6 +136,7 @@ class Place:
     small: BlockView
     kind: str
     first: bool  # it reads the embeddings, which pruning leaves as they are
+    predicting: bool  # its output is read only at positions with a prediction: no attention follows
 
     @property
     def consumer(self) -> torch.nn.Linear:
@@ -111,11 +152,12 @@ class Place:
         """Products of `readers`, whose targets are what they give in the dense model; fitted and held-out rows."""
         name, targets, device = STREAM_READERS[self.kind], self.walk.targets, self.walk.dense.device
         sums = {fitted: RowSums(self.readers, device, cross=True, power=not fitted) for fitted in (True, False)}
+        predicting = self.predicting and self.kind != "attention"  # keys and values are read at all positions
         for rows in self.run.slices():
             for part, fitted in self.walk.parts(rows):
                 pruned = self.small.read(name, self.run.states(part))  # (b, T, C)
                 dense = self.dense.read(name, targets.states(part))  # (b, T, C)
-                sums[fitted].add(pruned, dense, send(self.walk.weight[part], device))
+                sums[fitted].add(pruned, dense, self.walk.weight(part, predicting, device))
         return sums[True].finish(), sums[False].finish()
 
     def products(self) -> tuple[Products, Products]:
@@ -132,7 +174,7 @@ class Place:
                 target = self._target(rows)[inner]  # (b, T, O)
                 if has_constant(settings):
                     x = torch.cat((x, torch.ones_like(x[..., :1])), dim=-1)  # (b, T, K + 1)
-                weight = send(walk.weight[part], x.device)  # (b, T)
+                weight = walk.weight(part, self.predicting, x.device)  # (b, T)
                 if settings.relative:
                     weight = relative_weight(run.states(part), weight)  # (b, T)
                 # a bias alone is fitted to the mean
@@ -168,6 +210,15 @@ class Place:
         assert target is not None
         without_bias = has_constant(self.walk.settings) or linear.bias is None
         return target if without_bias else target - linear.bias.to(target.device)
+
+
+def predicted_at(masked: torch.Tensor, shifted: bool) -> torch.Tensor:
+    """The positions that predict masked tokens, (R, T) bool: their own, or the ones before where a model is shifted."""
+    if not shifted:
+        return masked
+    positions = torch.cat((masked[:, 1:], torch.zeros_like(masked[:, :1])), dim=1)  # (R, T)
+    positions[:, 0] |= masked[:, 0]  # the first token is predicted from its own position
+    return positions
 
 
 def has_constant(settings: ReconstructSettings) -> bool:

@@ -5,8 +5,6 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from structprune.calibration.batches import Calibration
 from structprune.checkpoint.card import model_card
 from structprune.checkpoint.output import Content
@@ -15,11 +13,11 @@ from structprune.checkpoint.save import save_pruned
 from structprune.config import Config, ExportSettings
 from structprune.errors import UserError
 from structprune.evaluation.nelbo import Nelbo
-from structprune.models.adapter import Adapter, UnitKey
+from structprune.models.adapter import UnitKey
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.progress import Track, untracked
 from structprune.refit.products import LayerFit
-from structprune.refit.reconstruct import Reconstructor
+from structprune.refit.reconstruct import Reconstructor, refitted_parameters
 from structprune.runs.mask import Masked, mask
 from structprune.runs.resolve import at_ratio, check_plan, resolve_structured
 from structprune.runs.run import Run
@@ -183,14 +181,15 @@ class Pruner(Run):
         refitted = plain = self.nelbo(small)
         keeps_refit = False
         if fits:
-            moved = refitted_parameters(small, self.request.reconstruct.producers)
+            moved = refitted_parameters(small, self.request.reconstruct)
             del small  # two pruned models at once would be the peak of memory
             small = self._cut(plan)
             plain = self.nelbo(small)
             keeps_refit = refitted.mean < plain.mean
             if keeps_refit:
-                for (index, role, name), value in moved.items():
-                    setattr(Adapter(small).blocks[index][role], name, value)
+                for name, value in moved.items():
+                    module, _, leaf = name.rpartition(".")
+                    setattr(small.get_submodule(module), leaf, value)
         check = self.held_out(
             self._dense,
             refitted if keeps_refit else plain,
@@ -199,16 +198,6 @@ class Pruner(Run):
             refit=refitted.mean if fits else None,
         )
         return small, fits, check
-
-
-def refitted_parameters(model: DiffusionLM, producers: bool) -> dict[tuple[int, str, str], torch.nn.Parameter]:
-    """(block index, role, name) -> the parameters that a refit changes."""
-    return {
-        (block.index, role, name): value
-        for block in Adapter(model).blocks
-        for role in (block.names if producers else block.consumers)
-        for name, value in block[role].named_parameters()
-    }
 
 
 def prune(

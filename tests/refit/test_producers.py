@@ -9,8 +9,7 @@ from structprune.calibration.batches import Calibration
 from structprune.config import ReconstructSettings
 from structprune.models.adapter import Adapter
 from structprune.refit.products import UNCHANGED
-from structprune.refit.reconstruct import Reconstructor
-from structprune.runs.prune import refitted_parameters
+from structprune.refit.reconstruct import Reconstructor, refitted_parameters
 from structprune.statistics.scan import Limits, Scan
 from structprune.structured.plan import BlockPlan, Plan
 from structprune.structured.surgery import apply_plan
@@ -147,8 +146,28 @@ def test_mixed_targets_lie_between_the_two_at_the_given_share(tiny_model, calibr
 
 def test_what_a_refit_changes(tiny_model):
     model = tiny_model("dream")
-    consumers = {role for _, role, _ in refitted_parameters(model, producers=False)}
-    assert consumers == {"attention_output", "down"}
-    everything = refitted_parameters(model, producers=True)
-    assert {role for _, role, _ in everything} == set(Adapter(model).blocks[0].names)
-    assert everything[2, "gate", "weight"] is Adapter(model).blocks[2]["gate"].weight
+    consumers = {name.split(".")[-2] for name in refitted_parameters(model, ReconstructSettings())}
+    assert consumers == {"o_proj", "down_proj"}
+    everything = refitted_parameters(model, ReconstructSettings(producers=True, head=True))
+    roles = {name.split(".")[-2] for name in everything}
+    assert roles == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"}
+    assert everything["model.layers.2.mlp.gate_proj.weight"] is Adapter(model).blocks[2]["gate"].weight
+
+
+@pytest.mark.parametrize("family", ["llada", "dream"])
+@torch.no_grad()
+def test_the_head_reads_what_the_dense_head_read(tiny_model, calibration, family):
+    """W·A, with A the ridge from pruned to dense inputs at the positions that predict masked tokens."""
+    model = tiny_model(family)
+    plan = narrow_plan(Adapter(model))
+    plain, _ = refit(model, plan, calibration)
+    small, fits = refit(model, plan, calibration, head=True)
+    assert (fits[-1].block, fits[-1].kind, fits[-1].damping) == (3, "head", DAMPING) and fits[-1].error < 1
+    ids, clean = calibration.fit.noisy_ids.flatten(0, 1), calibration.fit.input_ids
+    rows, tokens = ((ids == MASK) & (clean != MASK)).nonzero(as_tuple=True)
+    places = sorted({(row, max(0, token - (family == "dream"))) for row, token in zip(rows.tolist(), tokens.tolist())})
+    at = tuple(torch.tensor(places).T)
+    inputs, targets = (each.final_norm(streams(each, 3, ids))[at].double() for each in (plain, model))
+    best = ridge(inputs, targets, torch.eye(32).double())
+    assert torch.allclose(small.output_head.weight.double(), model.output_head.weight.double() @ best, atol=1e-4)
+    assert torch.equal(plain.output_head.weight, model.output_head.weight)

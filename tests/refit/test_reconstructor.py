@@ -1,4 +1,4 @@
-"""The refit's driver against a plain walk through both models, and whole runs against plain removal."""
+"""The refit's driver against a plain walk through both models."""
 
 from dataclasses import replace
 
@@ -6,13 +6,10 @@ import pytest
 import torch
 
 from structprune.calibration.batches import Calibration
-from structprune.config import Config, ReconstructSettings, SinkSettings
-from structprune.evaluation.nelbo import masked_nelbo
+from structprune.config import ReconstructSettings, SinkSettings
 from structprune.models.adapter import Adapter
-from structprune.models.loading import load_model
-from structprune.refit.products import UNCHANGED, LayerFit
+from structprune.refit.products import UNCHANGED
 from structprune.refit.reconstruct import Reconstructor
-from structprune.runs.prune import Pruner, prune
 from structprune.statistics import activations
 from structprune.statistics.rows import arm_rows, scan_rows
 from structprune.statistics.scan import Limits, Scan
@@ -58,6 +55,23 @@ def reconstructor(model, calibration, settings=None, **limits) -> Reconstructor:
     return Reconstructor(scan, settings or ReconstructSettings())
 
 
+def row_weights(model, plan, index, sides, omega, settings):
+    """ω of fit and held-out rows: behind the last attention only where something is predicted."""
+    fit, check = sides
+    if settings.arm == "clean":
+        return omega, check.masked.float()
+    last = max(place for place, block in enumerate(plan.blocks) if "attention" in block.kinds)
+    predicting = []
+    for masked in (fit.masked, check.masked):
+        at = torch.zeros_like(masked)
+        for row, token in masked.nonzero().tolist():
+            at[row, max(token - 1, 0) if model.shifted else token] = True
+        predicting.append(at)
+    if index >= last:
+        return omega * predicting[0], predicting[1].float()
+    return omega * torch.where(fit.masked | predicting[0], 1.0, settings.visible), check.masked.float()
+
+
 def plain_refit(model, plan, calibration, settings):
     """Refit by lstsq, all rows at once: (dense block, kind) -> whether it changed, error, weight (O, K) and bias."""
     dense, constant = Adapter(model), settings.constant or settings.mode == "bias"
@@ -65,8 +79,7 @@ def plain_refit(model, plan, calibration, settings):
     fit = scan_rows(Scan(dense, calibration.fit, SINK), settings.arm)
     check = arm_rows(calibration.check, "masked", SINK, None, MASK)
     omega = torch.ones(fit.ids.shape) if fit.weight is None else fit.weight
-    sides = [(fit.ids, omega), (check.ids, check.masked.float())]
-    wide = [dense.model.embedding(ids) for ids, _ in sides]  # the dense model's residual stream
+    wide = [dense.model.embedding(rows.ids) for rows in (fit, check)]  # the dense model's residual stream
     narrow = [x.clone() for x in wide]  # the pruned prefix's
     rotary, fits = dense.model.rotary(LENGTH, "cpu"), {}
     for index in range(3):
@@ -78,7 +91,9 @@ def plain_refit(model, plan, calibration, settings):
                 continue
             block = small.blocks[plan.remaining.index(index)]
             linear = block[role]
-            for (_, weight), x, target in zip(sides, narrow, targets):
+            for weight, x, target in zip(
+                row_weights(model, plan, index, (fit, check), omega, settings), narrow, targets
+            ):
                 if settings.target == "layer":
                     target = full(read_all(dense.blocks[index], kind, x, rotary))
                 if settings.relative:
@@ -120,6 +135,7 @@ SETTINGS = {
     "not relative": {"relative": False},
     "constant": {"constant": True},
     "sink arm": {"arm": "masked+sink"},
+    "visible": {"visible": 0.5},
     "clean arm, layer": {"arm": "clean", "target": "layer"},
     "bias": {"mode": "bias", "target": "layer", "relative": False},
     "bias, dense": {"mode": "bias"},
@@ -187,105 +203,3 @@ def test_one_reconstructor_refits_many_plans(tiny_model, calibration):
         shared.refit(small)
         logits.append(small(calibration.noisy_ids[0]).logits)
     assert torch.equal(logits[0], logits[2]) and not torch.allclose(logits[0], logits[1], atol=1e-2)
-
-
-def run_config(text_path, **overrides) -> Config:
-    base = {
-        "calibration.source": str(text_path), "calibration.windows": 6, "calibration.held_out": 3,
-        "calibration.length": 24,
-        "calibration.steps": 3, "calibration.interval": 1, "calibration.batch": 3, "structured.ratio": 0.4,
-        "structured.split": "equal", "structured.allocation": "uniform",
-    }  # fmt: skip
-    return Config.load(overrides=base | overrides)
-
-
-@pytest.mark.parametrize("family, score", [("llada", "obs"), ("dream", "wanda")])
-def test_a_run_is_never_worse_than_plain_removal(tiny_checkpoint, text_path, family, score):
-    model = load_model(tiny_checkpoint(family))
-    report = prune(model, run_config(text_path, **{"structured.score": score})).report
-    check = report["held_out_nelbo"]
-    reached = check["dense"] + check["loss"]["mean"]
-    assert reached == pytest.approx(min(check["refit"], check["plain_removal"]), rel=1e-6)
-    assert check["kept"] == ("refit" if check["refit"] < check["plain_removal"] else "plain removal")
-    assert len(report["refit"]) == 6 and all(fit["error"] <= 1 for fit in report["refit"])
-
-
-def test_a_spoilt_refit_is_discarded(tiny_checkpoint, text_path, monkeypatch):
-    model = load_model(tiny_checkpoint())
-
-    def spoil(self, small, remaining):
-        small.spoilt = True
-        for block in Adapter(small).blocks:
-            block["down"].weight.data.mul_(-3)
-        return [LayerFit(0, "channels", 0.1, 0.5)]
-
-    def nelbo(model, *args, **kwargs):  # a random model may gain by anything, so the loss is told
-        value = masked_nelbo(model, *args, **kwargs)
-        return replace(value, nelbo=value.nelbo * 0 + (8 if hasattr(model, "spoilt") else 7))
-
-    monkeypatch.setattr("structprune.refit.reconstruct.Reconstructor.refit", spoil)
-    monkeypatch.setattr("structprune.runs.run.masked_nelbo", nelbo)
-    pruned = prune(model, run_config(text_path))
-    check = pruned.report["held_out_nelbo"]
-    assert check["kept"] == "plain removal" and check["refit"] > check["plain_removal"] == 7
-    plain = apply_plan(model, pruned.plan)
-    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in pruned.model.state_dict().items())
-
-
-@pytest.mark.parametrize("constant", [False, True])
-def test_a_kept_refit_is_what_was_refitted(tiny_checkpoint, text_path, monkeypatch, constant):
-    model, refit, states, losses = load_model(tiny_checkpoint()), Reconstructor.refit, [], iter((7, 8, 9))
-
-    def watch(self, small, remaining):
-        fits = refit(self, small, remaining)
-        states.append({name: value.clone() for name, value in small.state_dict().items()})
-        return fits
-
-    def nelbo(model, *args, **kwargs):
-        value = masked_nelbo(model, *args, **kwargs)
-        return replace(value, nelbo=value.nelbo * 0 + next(losses))  # dense, refit, plain removal
-
-    monkeypatch.setattr("structprune.refit.reconstruct.Reconstructor.refit", watch)
-    monkeypatch.setattr("structprune.runs.run.masked_nelbo", nelbo)
-    pruned = prune(model, run_config(text_path, **{"reconstruct.constant": constant}))
-    check, state = pruned.report["held_out_nelbo"], pruned.model.state_dict()
-    assert (check["kept"], check["refit"], check["plain_removal"]) == ("refit", 8, 9)
-    assert state.keys() == states[0].keys()
-    assert all(torch.equal(value, states[0][name]) for name, value in state.items())
-    plain = apply_plan(model, pruned.plan, constant).state_dict()
-    moved = {name.split(".")[-2] for name in state if not torch.equal(state[name], plain[name])}
-    assert moved == {"attn_out", "ff_out"}
-
-
-@pytest.mark.parametrize("sequences", [2, 9])
-def test_no_pass_of_a_run_has_more_tokens_than_it_may(tiny_checkpoint, text_path, monkeypatch, sequences):
-    """Scores, their mass, refit and held-out checks: calibration.batch asks for 3 windows at 3 levels."""
-    monkeypatch.setattr("structprune.statistics.scan.PASS_TOKENS", sequences * 24 + 23)
-    model, sizes = load_model(tiny_checkpoint()), set()
-
-    def see(module, args):
-        if args and args[0].dim() == 3:  # (b, T, C); a last block and the head read masked positions only
-            sizes.add(len(args[0]))
-
-    handle = torch.nn.modules.module.register_module_forward_pre_hook(see)
-    try:
-        prune(model, run_config(text_path))
-    finally:
-        handle.remove()
-    assert max(sizes) == sequences
-
-
-def test_the_refit_can_be_switched_off(tiny_checkpoint, text_path):
-    model = load_model(tiny_checkpoint())
-    pruned = prune(model, run_config(text_path, **{"reconstruct.enabled": False}))
-    assert pruned.report["refit"] == [] and pruned.report["held_out_nelbo"]["refit"] is None
-    plain = apply_plan(model, pruned.plan)
-    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in pruned.model.state_dict().items())
-
-
-def test_a_report_names_the_ratio_it_was_asked_for(tiny_checkpoint, text_path):
-    """One pruner serves many ratios; every report says its own."""
-    pruner = Pruner(load_model(tiny_checkpoint()), run_config(text_path))
-    reports = [pruner.prune(ratio).report for ratio in (0.3, None, 0.5)]
-    assert [report["config"]["structured"]["ratio"] for report in reports] == [0.3, 0.4, 0.5]
-    assert [report["ratio"] for report in reports] == pytest.approx([0.3, 0.4, 0.5], abs=0.03)
