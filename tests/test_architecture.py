@@ -22,6 +22,7 @@ STAGES = (
     "structured",
     "masking",
     "evaluation",
+    "levels",
     "sinks",
     "bench",
     "report",

@@ -157,6 +157,31 @@ def factors(results: dict) -> str:
     return f"{table(header, lines)}\n\n{note}\n\n{_paired(results['contrasts'], list(heads))}"
 
 
+def search(results: dict) -> str:
+    """Losses of every part of the refit and of every search, then the paired differences of one step each.
+
+    Args:
+        results: of scripts/studies/search_study.py.
+    """
+    heads = results["heads"]
+    lines = []
+    for name, losses in _by_variant(results["losses"]).items():
+        gone = [" / ".join(map(str, losses[ratio]["heads"])) for ratio in heads]
+        cells = [text for ratio, steps in zip(heads, gone) for text in (interval(losses[ratio]), steps)]
+        seconds = [time for row in losses.values() for time in row["seconds"]]
+        lines.append([name, *cells, f"{median(seconds):.0f} s"])
+    start = ", ".join(f"{count} of 40 at {ratio}" for ratio, count in heads.items())
+    note = (
+        "`python -m scripts.studies.search_study`, from [`search.json`](scripts/results/search.json): loss of NELBO on"
+        f" the embedded model against dense, nats per token, {over_seeds(results['settings'])}. 160 calibration windows"
+        " with one noisy copy each where not said otherwise, and 40 held-out ones, which a search reads. Whole refit:"
+        f" producers, head, visible 0.5. Heads gone before a search: {start}; the columns have them after it, per"
+        f" seed. Seconds of a run, median, on one thread beside other work ({machine(results['machine'])})."
+    )
+    header = ["variant", *(text for ratio in heads for text in (f"loss at {ratio}", "heads gone")), "run"]
+    return f"{table(header, lines)}\n\n{note}\n\n{_paired(results['contrasts'], list(heads))}"
+
+
 def _paired(contrasts: list[dict], ratios: list[str]) -> str:
     """The table of paired differences, a row per pair and a column per ratio."""
     gaps: dict[tuple[str, str], dict] = {}

@@ -18,7 +18,7 @@ from scripts.readme.readme_evaluation import evaluation, evaluation_speed
 from scripts.readme.readme_gpu import gpu
 from scripts.readme.readme_keys import keys
 from scripts.readme.readme_sinks import sinks
-from scripts.readme.readme_studies import demo, factors, masks, quality
+from scripts.readme.readme_studies import demo, factors, masks, quality, search
 from structprune.config import Config, Sections
 from structprune.evaluation.settings import EvaluationConfig
 
@@ -51,6 +51,7 @@ PAGES: dict[str, Makers] = {
     "docs/results.md": {
         "quality": made_of(quality, "quality"),
         "factors": made_of(factors, "factors"),
+        "search": made_of(search, "search"),
         "masks": made_of(masks, "masks"),
         "speed": made_of(speed, "masking_speed"),
         "sinks": made_of(sinks, "sinks_embedded", "sinks_smollm2", "sinks_untrained", "sinks_cost"),
@@ -62,7 +63,7 @@ PAGES: dict[str, Makers] = {
         "cost": made_of(cost, "inspect", "attention_mass"),
     },
     "docs/pruning.md": key_sections(
-        Config(), "model", "calibration", "structured", "sink", "reconstruct", "export", "memory"
+        Config(), "model", "calibration", "structured", "sink", "reconstruct", "search", "export", "memory"
     ),
     "docs/masks.md": key_sections(Config(), "masking"),
     "docs/evaluation.md": key_sections(EvaluationConfig(), "evaluation"),

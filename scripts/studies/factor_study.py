@@ -82,11 +82,16 @@ def summarise(runs: dict, seeds: list[int]) -> dict:
 
 def tables(result: dict) -> list[Table]:
     """Losses, and paired differences: a row per variant, a column per ratio."""
+    return heads_tables(result, list(HEADS))
+
+
+def heads_tables(result: dict, ratios: list[str]) -> list[Table]:
+    """The tables of a study whose variants begin with the same number of heads gone."""
     results = []
     for key, title in (("losses", "loss of NELBO against dense, nats per token"), ("contrasts", "paired difference")):
         table = Table(title=f"{title} [95% interval over seeds]; * excludes 0, all seeds agree")
         table.add_column("variant")
-        for ratio in HEADS:
+        for ratio in ratios:
             table.add_column(ratio, justify="right")
         by_name: dict[str, list[str]] = {}
         for row in result[key]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from structprune.levels.cost import search_cost
 from structprune.models.adapter import Adapter
 from structprune.models.logits import LOGIT_BYTES
 from structprune.models.resources import Resources
@@ -65,6 +66,9 @@ def predicted_peak(dense: Adapter, pruned: Adapter, request: StructuredRequest, 
         "refit": _refit_bytes(dense, pruned, request, size, at_once) if refits else 0,
         "held-out check": at_once + _check_bytes(pruned, request, dtype, size.once // dtype.itemsize),
     }
+    if request.config.search.enabled:  # beside the ranking's model; at the end there are two pruned ones
+        uncut = search_cost(dense, request, dtype.itemsize).memory
+        phases["search"] = max(uncut + phases["refit"], copy + max(phases["refit"], phases["held-out check"]))
     parts = {
         "dense weights": weights,
         "pruned weights": copy,

@@ -47,6 +47,15 @@ CalibrationText = Annotated[
     ),
 ]
 PlanFile = Annotated[Path | None, typer.Option(help="Apply this plan.json instead of computing scores.")]
+Levels = Annotated[
+    Path | None,
+    typer.Option(
+        callback=lambda path: None if path is None else without_dots(path),
+        help="Directory for the levels of a search (--set search.enabled=true). They stay there, and a run that was"
+        " killed goes on from them.",
+        show_default="a temporary one",
+    ),
+]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda[:N].", show_default="cuda if available, else cpu")]
 Dtype = Annotated[
     str | None,

@@ -10,6 +10,7 @@ from structprune.cli.options import (
     ConfigFile,
     Debug,
     Device,
+    Levels,
     MaskId,
     Method,
     Out,
@@ -40,6 +41,7 @@ def prune(
     sets: Sets = None,
     calibration: CalibrationText = None,
     plan: PlanFile = None,
+    levels: Levels = None,
     device: Device = None,
     mask_id: MaskId = None,
     allow_pickle: Pickle = False,
@@ -59,24 +61,33 @@ def prune(
         raise UserError(f"--plan removes heads and channels: leave it out, or --method {settings.method}")
     if plan is not None and (ratio is not None or any(text.startswith("structured.") for text in sets or [])):
         raise UserError("--plan already says what is removed: leave out --ratio and --set structured.*")
+    if levels is not None and not settings.search.enabled:
+        raise UserError(f"--levels {levels} is for a search: add --set search.enabled=true, or leave it out")
     if idle := [key for key in OF_TEXT if key in set_keys(sets) and settings.calibration.replays]:
         raise UserError(f"{idle[0]} has no effect on a saved calibration, which is replayed as it is: leave it out")
     if settings.method == "structured":
-        _prune_structured(checkpoint, out, settings, plan, overwrite)
+        _prune_structured(checkpoint, out, settings, (plan, levels), overwrite)
     else:
         _make_masks(checkpoint, out, settings, overwrite)
 
 
-def _prune_structured(checkpoint: str, out: Path, config: "Config", plan_file: Path | None, overwrite: bool) -> None:
-    """Prune, and show the result."""
+def _prune_structured(
+    checkpoint: str, out: Path, config: "Config", files: tuple[Path | None, Path | None], overwrite: bool
+) -> None:
+    """Prune, and show the result.
+
+    Args:
+        files: a plan to apply, and the directory of levels.
+    """
     from structprune.cli.console import progress_bars, show
     from structprune.report.tables import run_table
     from structprune.runs.checkpoints import prune_checkpoint
     from structprune.structured.plan import Plan
 
+    plan_file, levels = files
     plan = None if plan_file is None else Plan.load(plan_file)
     with progress_bars() as track:
-        written = prune_checkpoint(checkpoint, out, config, plan, overwrite, track)
+        written = prune_checkpoint(checkpoint, out, config, plan, overwrite, track, levels=levels)
     after = sum(path.stat().st_size for path in out.glob("*.safetensors") if path.name != "calibration.safetensors")
     show(
         run_table(written.result.report, (written.source_bytes, after)),

@@ -14,6 +14,7 @@ from structprune.config.settings import (
     MemorySettings,
     ModelSettings,
     ReconstructSettings,
+    SearchSettings,
     SinkPolicy,
     SinkSettings,
     StructuredSettings,

@@ -11,6 +11,7 @@ from structprune.config.settings import (
     ExportSettings,
     MaskingSettings,
     ReconstructSettings,
+    SearchSettings,
     SinkSettings,
     StructuredSettings,
 )
@@ -51,13 +52,41 @@ def check_structured(config: Config, facts: Facts) -> None:
         ("reconstruct", ("producers", "head"), reconstruct.mode == "bias", "reconstruct.mode = least-squares"),
         ("reconstruct", ("visible",), reconstruct.arm.startswith("clean"), "a reconstruct.arm that is masked"),
         ("structured", ("depth_slope",), structured.allocation != "depth", "structured.allocation = depth"),
+        *_search_options(config),
     )
     refuse_idle(config, (*idle, *_common(config, facts, facts.arm)))
+
+
+def _search_options(config: Config) -> list[Idle]:
+    """What a search ignores, and what ignores it."""
+    search = config.search
+    evolves = "search.method = both or evolution"
+    return [
+        ("search", tuple(SearchSettings.model_fields), not search.enabled, "search.enabled = true"),
+        ("search", ("generations", "offspring"), search.method == "knapsack", evolves),
+    ]
+
+
+def check_search(config: Config) -> None:
+    """Raise UserError for a search that a structured run cannot make."""
+    if not config.search.enabled:
+        return
+    needs = {
+        "reconstruct.enabled": ("true", config.reconstruct.enabled),
+        "reconstruct.mode": ("least-squares", config.reconstruct.mode == "least-squares"),
+        "structured.allocation": ("global", config.structured.allocation == "global"),
+        "export.compat": ("free", config.export.compat == "free"),
+    }
+    for key, (value, holds) in needs.items():
+        if not holds:
+            raise UserError(f"search.enabled = true needs {key} = {value}: set that, or leave the search out")
 
 
 def check_masking(config: Config, facts: Facts) -> None:
     """Raise UserError for a value that an unstructured or N:M run would ignore."""
     masking, reconstruct, calibration = config.masking, config.reconstruct, config.calibration
+    if config.search.enabled:
+        raise UserError("search.enabled = true has no effect on masks: leave it out, or use method = structured")
     if reconstruct.enabled and reconstruct.target == "mixed":
         raise UserError("reconstruct.target = mixed has no effect on masks: use dense or layer")
     measured = facts.arm or ("masked" if masking.allocation == "owl" else None)  # `owl` reads activations by itself
@@ -66,6 +95,7 @@ def check_masking(config: Config, facts: Facts) -> None:
     text = tuple(key for key in CalibrationSettings.model_fields if key != "held_out")
     idle = (
         ("structured", tuple(StructuredSettings.model_fields), True, "method = structured"),
+        ("search", tuple(SearchSettings.model_fields), True, "method = structured"),
         ("export", tuple(ExportSettings.model_fields), True, official),
         ("reconstruct", ("constant", "mode", "producers", "head", "visible"), reconstruct.enabled, official),
         ("masking", ("nm",), config.method != "nm", "method = nm"),

@@ -209,6 +209,33 @@ class ReconstructSettings(Section):
         return self.enabled and (self.constant or self.mode == "bias")
 
 
+class SearchSettings(Section):
+    """Widths of every block chosen by what they do to the model's predictions, for method structured."""
+
+    enabled: bool = False
+    """Search for better widths, from the plan that `structured` gives, at its size. The better of both is saved."""
+    method: Literal["both", "knapsack", "evolution"] = "both"
+    """knapsack: measure the loss of replacing one level at a time, and combine levels so that the sum is least.
+    evolution: measure random shifts of width between blocks and kinds. both: evolution starts from the knapsack's."""
+    budget: Literal["parameters", "macs"] = "parameters"
+    """What stays as the plan of `structured` leaves it: parameters, or MACs of a forward pass over `calibration.length`
+    tokens, of which a head takes more the longer the text."""
+    rounds: int = Field(2, ge=1)
+    """Libraries of refitted levels, each around the best plan so far, with levels half as far apart."""
+    levels: int = Field(2, ge=1)
+    """Levels of each block's heads and channels on both sides of the plan's."""
+    spread: float = Field(0.25, gt=0, le=1)
+    """Share of a block's units between its width in the plan and its farthest level, in the first round."""
+    whole: bool = True
+    """The whole attention or MLP of a block may go too."""
+    sequences: int = Field(32, ge=1)
+    """Noisy sequences, of the held-out windows, on which plans are compared."""
+    generations: int = Field(8, ge=1)
+    """Generations of evolution in a round."""
+    offspring: int = Field(16, ge=1)
+    """Plans that a generation compares, on a quarter of the sequences; a quarter of them is compared on all."""
+
+
 class ExportSettings(Section):
     compat: Literal["official", "uniform", "free"] = "free"
     """Who can load the result. official: the family's own code. uniform: engines that need one width everywhere. free:
@@ -243,5 +270,6 @@ class Config(Sections):
     structured: StructuredSettings = StructuredSettings()
     masking: MaskingSettings = MaskingSettings()
     reconstruct: ReconstructSettings = ReconstructSettings()
+    search: SearchSettings = SearchSettings()
     export: ExportSettings = ExportSettings()
     memory: MemorySettings = MemorySettings()

@@ -94,6 +94,18 @@ def kl_divergence(reference: ReferencePredictions, logits: torch.Tensor) -> torc
     return terms.sum(-1).clamp(min=0)  # rounding may go below
 
 
+def process_divergence(fidelity: Fidelity, mask_probability: torch.Tensor, length: int) -> float:
+    """The divergence of two denoising processes in nats per token: the mean over noisy copies of Σ KL / p / T.
+
+    It weighs masked tokens as NELBO does, so that copies with few of them count as much as those with many. Where the
+    text is the reference's own, it is the expected difference of the two NELBOs.
+
+    Args:
+        mask_probability: (N, S) p of every noisy copy. length: T.
+    """
+    return (fidelity.kl.double() / mask_probability.double()).mean().item() / length
+
+
 def reference_predictions(
     model: DiffusionLM,
     input_ids: torch.Tensor,

@@ -44,12 +44,38 @@ def encode_at(
     x = model.embedding(input_ids[:, span])  # (B, n, C)
     tables = model.rotary(input_ids.shape[1], input_ids.device, attention_mask)  # 2 x (1 or B, 1, T, D)
     rotary = tuple(table[:, :, span] for table in tables)  # 2 x (1 or B, 1, n, D)
+    return _finish(model, x, (row, position), (rotary, mask))
+
+
+def encode_from(model: DiffusionLM, states: torch.Tensor, start: int, targets: torch.Tensor) -> torch.Tensor:
+    """As `encode_at`, from the residual stream before block `start` on.
+
+    Args:
+        states: (B, T, C). targets: (B, T) bool.
+    Returns:
+        (M, C) after the final norm, row by row from left to right.
+    """
+    row, position = targets.nonzero(as_tuple=True)  # 2 x (M,)
+    if model.shifted:
+        position = (position - 1).clamp(min=0)  # (M,)
+    return _finish(model, states, (row, position), (model.rotary(states.shape[1], states.device), None), start)
+
+
+def _finish(model: DiffusionLM, x: torch.Tensor, places: tuple, context: tuple, start: int = 0) -> torch.Tensor:
+    """Run blocks `start` and on over (B, n, C), from the last attention on at some places only: (M, C), normed.
+
+    Args:
+        places: rows and positions, (M,) each. context: RoPE tables and attention mask.
+    """
     last = max(index for index, block in enumerate(model.blocks) if block.has_attention)
-    for block in model.blocks[:last]:
-        x = block(x, rotary, mask)  # (B, n, C)
-    mixed = model.blocks[last].mix(x, rotary, mask)[row, position]  # (M, H*D)
-    x = x[row, position] + model.blocks[last].part("attention_output")(mixed)  # (M, C)
-    for block in model.blocks[last:]:
+    for block in model.blocks[start:last]:
+        x = block(x, *context)  # (B, n, C)
+    if start <= last:
+        mixed = model.blocks[last].mix(x, *context)[places]  # (M, H*D)
+        x = x[places] + model.blocks[last].part("attention_output")(mixed)  # (M, C)
+    else:
+        x = x[places]  # (M, C)
+    for block in model.blocks[max(start, last) :]:
         x = block.add_mlp(x)  # (M, C)
     return model.final_norm(x)
 

@@ -73,6 +73,9 @@ def run_table(report: dict, saved_bytes: tuple[int, int] | None = None) -> Table
     )
     if report["sinks"]:
         table.caption += f"\n{sink_line(report)}"
+    if search := report["search"]:
+        gaps = " → ".join(f"{search['divergence'][name]:.4f}" for name in ("ranked", "searched"))
+        table.caption += f"\nsearch: divergence {gaps} nats/token; kept: the {search['kept']} plan"
     if whole := whole_parts(report):
         table.caption += f"\nremoved as a whole: {whole}"
     return table
@@ -168,7 +171,17 @@ def inspect_tables(result: dict) -> list[Table]:
         name = str(last) if len(alike) == 1 else f"{row['index']}-{last}"
         cells = [f"{row['before'][key]} → {row['after'][key]}" for key in ("query_heads", "kv_heads", "channels")]
         blocks.add_row(name, *cells, " → ".join(map(millions, row["parameters"])))
-    return [totals, _choices(result["choices"]), blocks, _memory_table(result["memory"])]
+    tables = [totals, _choices(result["choices"]), blocks, _memory_table(result["memory"])]
+    return tables if result["search"] is None else [*tables, _search_table(result["search"])]
+
+
+def _search_table(cost: dict) -> Table:
+    """Operations and time of a search by part, and what it keeps."""
+    table = _table("predicted search", "", "operations", f"at {cost['rate']:.0e}/s")
+    for name, operations in cost["operations"].items():
+        table.add_row(name, f"{operations:.1e}", f"{cost['seconds'][name]:,.0f} s")
+    table.caption = f"levels on disk {gigabytes(cost['disk'])},\nmore memory {gigabytes(cost['memory'])}"
+    return table
 
 
 def plus_minus(difference: dict) -> str:

@@ -14,7 +14,8 @@ from structprune.progress import Track, untracked
 from structprune.runs.ghost import Ghost, read_ghost
 from structprune.runs.mask import Masked, mask
 from structprune.runs.prune import Pruned, Pruner
-from structprune.runs.resolve import at_ratio, block_weights, check_plan, resolve_masking, resolve_structured
+from structprune.runs.resolve import at_ratio, block_weights, check_given_plan, resolve_masking, resolve_structured
+from structprune.runs.search import check_levels_directory
 from structprune.structured.plan import Plan
 from structprune.structured.request import StructuredRequest
 
@@ -34,6 +35,8 @@ def prune_checkpoint(
     plan: Plan | None = None,
     overwrite: bool = False,
     track: Track = untracked,
+    *,
+    levels: Path | None = None,
 ) -> Written:
     """Load, prune and save. Everything that can be refused is, before weights are read.
 
@@ -42,6 +45,7 @@ def prune_checkpoint(
         out: directory to write; it appears complete or not at all.
         plan: apply this one instead of scoring.
         overwrite: replace an earlier output.
+        levels: directory for the levels of a search, which stay there for later or interrupted runs.
     Raises:
         UserError: anything the user can mend; or `out` was taken during the run, which is kept beside it then.
     """
@@ -50,12 +54,14 @@ def prune_checkpoint(
     if plan is None:
         at_ratio(request, None)
     else:
-        check_plan(request, ghost.model, plan, ghost.values)
+        check_given_plan(request, ghost.model, plan, ghost.values)
     check_output(out, ghost.directory, overwrite, ghost.stored_bytes)
+    if levels is not None:
+        check_levels_directory(levels)
     _check_text(config, ghost)
     model, source_bytes = _load(source, request)
     check_space(out, source_bytes)  # again: a download may have filled the disk
-    pruned = Pruner(model, request, track=track).prune(plan=plan)
+    pruned = Pruner(model, request, track=track, levels=levels).prune(plan=plan)
     save_finished(pruned.save, out, overwrite)
     return Written(pruned, source_bytes)
 

@@ -9,15 +9,17 @@ from structprune.bench.mask_memory import predicted_mask_peak
 from structprune.bench.memory import predicted_peak
 from structprune.calibration.build import check_length
 from structprune.config import Config, StructuredSettings
+from structprune.levels.cost import search_cost
 from structprune.models.adapter import UNIT_KINDS, Adapter, Widths, set_widths
 from structprune.models.families import ROLES
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.refit.masked import STEPS
 from structprune.runs.ghost import read_ghost
-from structprune.runs.resolve import at_ratio, check_plan, resolve_masking, resolve_structured
+from structprune.runs.resolve import at_ratio, check_given_plan, resolve_masking, resolve_structured
 from structprune.structured.allocate import Counts, chosen_heads, equal_heads, ratio_of
 from structprune.structured.choose import candidates, channel_multiple
 from structprune.structured.plan import Plan
+from structprune.structured.request import StructuredRequest
 from structprune.structured.sizes import BlockSize, block_size, forward_macs
 
 
@@ -42,7 +44,7 @@ def inspect_checkpoint(source: str | Path, config: Config, plan: Plan | None = N
     if plan is None:
         request = at_ratio(request, None)
     else:
-        check_plan(request, model, plan, ghost.values)
+        check_given_plan(request, model, plan, ghost.values)
     settings, sizes, length = request.settings, request.sizes, request.calibration.length
     even = settings.model_copy(update={"allocation": "uniform"}) if settings.allocation == "global" else settings
     choices = candidates(sizes, even)
@@ -65,7 +67,15 @@ def inspect_checkpoint(source: str | Path, config: Config, plan: Plan | None = N
         "blocks": blocks,
         "rounding": channel_multiple(sizes, settings),
         "memory": predicted_peak(adapter, after, request, stored),
+        "search": _search(adapter, request, stored),
     }
+
+
+def _search(adapter: Adapter, request: StructuredRequest, stored: torch.dtype) -> dict | None:
+    """What a search would take, None without one."""
+    if not request.config.search.enabled or request.settings.ratio == 0:
+        return None
+    return search_cost(adapter, request, request.resources.weight_dtype(stored).itemsize).plain()
 
 
 def _shown(settings: StructuredSettings, sizes: list[BlockSize], choices: dict[int, Counts]) -> int:

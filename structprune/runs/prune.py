@@ -3,6 +3,7 @@
 import math
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from structprune.calibration.batches import Calibration
@@ -19,12 +20,14 @@ from structprune.progress import Track, untracked
 from structprune.refit.products import LayerFit
 from structprune.refit.reconstruct import Reconstructor, refitted_parameters
 from structprune.runs.mask import Masked, mask
-from structprune.runs.resolve import at_ratio, check_plan, resolve_structured
+from structprune.runs.resolve import at_ratio, check_given_plan, check_plan, resolve_structured
 from structprune.runs.run import Run
+from structprune.runs.search import Ground, SearchResult, held_out_divergences, search_widths
 from structprune.statistics.sink_log import SinkLog
-from structprune.structured.choose import choose_counts
+from structprune.structured.allocate import Counts
+from structprune.structured.choose import Choice, choose_counts
 from structprune.structured.graph import Coupled, coupled_units
-from structprune.structured.plan import Plan, make_plan
+from structprune.structured.plan import Plan, identity_plan, make_plan
 from structprune.structured.ranking import Paths, rank_units
 from structprune.structured.request import StructuredRequest
 from structprune.structured.surgery import apply_plan
@@ -56,6 +59,21 @@ class Pruned:
         return save_pruned(self.model, directory, export, files=files, overwrite=overwrite)
 
 
+@dataclass(frozen=True)
+class Candidate:
+    """A plan, the model that it gives, and how that compares with the dense one on the held-out windows."""
+
+    plan: Plan
+    model: DiffusionLM
+    fits: list[LayerFit]
+    check: dict
+
+    @property
+    def loss(self) -> float:
+        """Of NELBO against the dense model, in nats per token."""
+        return self.check["loss"]["mean"]
+
+
 class Pruner(Run):
     """Prunes one dense model, which is not changed, at as many ratios as you like; shared work is done once.
 
@@ -63,6 +81,7 @@ class Pruner(Run):
         config: default `Config()`; or a request that was resolved for a model of these shapes.
         calibration: default what `config` describes.
         track: wraps long iterations, `track(items, title)`.
+        levels: directory for the levels of a search, which stay there; None: a temporary one.
     Raises:
         UserError: a request that cannot be met, before any forward pass.
     """
@@ -73,11 +92,13 @@ class Pruner(Run):
         config: Config | StructuredRequest | None = None,
         calibration: Calibration | None = None,
         track: Track = untracked,
+        levels: Path | None = None,
     ):
         if not isinstance(config, StructuredRequest):
             config = resolve_structured(config or Config(), model)
         self.request = config
         super().__init__(model, self.request, calibration, track)
+        self._levels = levels
         self._paths: Paths | None = None
         self._dense: Nelbo | None = None
         self._coupled: dict[UnitKey, Coupled] | None = None
@@ -126,27 +147,49 @@ class Pruner(Run):
             UserError: a ratio or export class that cannot be met.
         """
         request = at_ratio(self.request, ratio)
-        settings = request.settings
+        choice = self._choose(request)
+        return self._plan_of(request, choice.counts), choice.plain(request.sizes)
+
+    def _choose(self, request: StructuredRequest) -> Choice:
+        paths = self._ranked(request)
+
+        def measure(counts: Counts) -> float:
+            plan = self._plan_of(request, counts)
+            loss = self.nelbo(self._refit(plan, request.settings.split_windows)[0]).mean
+            return math.inf if math.isnan(loss) else loss  # the least of several is chosen
+
+        return choose_counts(request.sizes, paths, request.settings, measure)
+
+    def _ranked(self, request: StructuredRequest) -> Paths:
+        """The order in which units go, by the configured score; measured once."""
         if self._paths is None:
             log = SinkLog()
             scan = self.fit_scan(log)
             with self.streamed(self.model):
-                self._paths = self.timed("scores", lambda: rank_units(scan, settings, request.arm))
+                work = partial(rank_units, scan, request.settings, request.arm)
+                self._paths = self.timed("scores", work)
             self._note_sinks(log, self.calibration)
-        paths = self._paths
+        return self._paths
+
+    def _plan_of(self, request: StructuredRequest, counts: Counts, paths: Paths | None = None) -> Plan:
+        """The plan that removes `counts` steps of `paths`, by default those of the score."""
+        settings = request.settings
         notes = {
             "score": settings.score, "arm": request.arm, "allocation": settings.allocation, "ratio": settings.ratio,
         }  # fmt: skip
+        paths = self._ranked(request) if paths is None else paths
+        return make_plan(self.adapter, paths, counts, settings.gqa, notes)
 
-        def plan_of(counts) -> Plan:
-            return make_plan(self.adapter, paths, counts, settings.gqa, notes)
+    def _search(self, request: StructuredRequest, choice: Choice) -> SearchResult:
+        """Other widths at the size of a choice, by what they do to the predictions."""
+        with self.streamed(self.model):
+            return self.timed("search", lambda: search_widths(self._ground(request), choice.counts, self._levels))
 
-        def measure(counts) -> float:
-            loss = self.nelbo(self._refit(plan_of(counts), settings.split_windows)[0]).mean
-            return math.inf if math.isnan(loss) else loss  # the least of several is chosen
-
-        choice = choose_counts(request.sizes, paths, settings, measure)
-        return plan_of(choice.counts), choice.plain(request.sizes)
+    def _ground(self, request: StructuredRequest) -> Ground:
+        return Ground(
+            self.model, request, self.calibration, self._reconstructor(self.calibration),
+            lambda: self._cut(identity_plan(self.adapter)), self._ranked(request), self.streamed, self.track,
+        )  # fmt: skip
 
     def prune(self, ratio: float | None = None, plan: Plan | None = None) -> Pruned:
         """Plan, cut, refit, and check against plain removal on the held-out windows.
@@ -157,23 +200,53 @@ class Pruner(Run):
         Raises:
             UserError: a ratio or export class that cannot be met, or a plan that does not fit the model.
         """
-        if plan is not None and ratio is not None:
-            raise UserError(f"a plan says what goes already: leave out ratio {ratio}")
+        if plan is not None:
+            if ratio is not None:
+                raise UserError(f"a plan says what goes already: leave out ratio {ratio}")
+            check_given_plan(self.request, self.model, plan, self.model.source.values)
         start, self.seconds = time.perf_counter(), {}
-        request, choice = self.request, None
+        request, choice, search = self.request, None, None
         if plan is None:
             request = at_ratio(self.request, ratio)
-            plan, choice = self.plan(ratio)
-        check_plan(self.request, self.model, plan, self.model.source.values)
-        small, fits, check = self._refit_and_check(plan)
+            choice = self._choose(request)
+            plan = self._plan_of(request, choice.counts)
+            check_plan(self.request, self.model, plan, self.model.source.values)
+        result = self._refit_and_check(plan)
+        if choice is not None and request.config.search.enabled and request.settings.ratio > 0:
+            result, choice, search = self._searched(request, choice, result)
         self.seconds["total"] = time.perf_counter() - start
         report = run_report(self.model, request.config, self.calibration, self.seconds, self.device)
-        report |= structured_report(self.model, small, request.config, self.calibration.length, plan.remaining)
-        report |= {"held_out_nelbo": check, "refit": [fit.plain() for fit in fits], "choice": choice}
-        report["sinks"] = self._sinks
-        return Pruned(small, plan, self.calibration, report)
+        report |= structured_report(
+            self.model, result.model, request.config, self.calibration.length, result.plan.remaining
+        )
+        report |= {"held_out_nelbo": result.check, "refit": [fit.plain() for fit in result.fits]}
+        report |= {"choice": choice and choice.plain(request.sizes), "search": search, "sinks": self._sinks}
+        return Pruned(result.model, result.plan, self.calibration, report)
 
-    def _refit_and_check(self, plan: Plan) -> tuple[DiffusionLM, list[LayerFit], dict]:
+    def _searched(
+        self, request: StructuredRequest, choice: Choice, ranked: Candidate
+    ) -> tuple[Candidate, Choice, dict]:
+        """The better of the ranked plan and of one that is searched for, and the search as plain data.
+
+        Their divergence from the dense model decides, on the held-out windows under the noise of the check, which the
+        search did not see: it varies less over windows than the difference of their NELBOs.
+        """
+        search = self._search(request, choice)
+        plan = self._plan_of(request, search.counts, search.paths)
+        check_plan(self.request, self.model, plan, self.model.source.values)
+        searched = self._refit_and_check(plan)
+        pair = {"ranked": ranked, "searched": searched}
+        models = [each.model for each in pair.values()]
+        work = partial(held_out_divergences, self.model, models, self._ground(request))
+        with self.streamed(self.model), self.streamed(ranked.model), self.streamed(searched.model):
+            divergence = dict(zip(pair, self.timed("check", work)))
+        kept = min(pair, key=divergence.__getitem__)
+        loss = {name: each.loss for name, each in pair.items()}
+        notes = {"rounds": search.rounds, "kept": kept, "divergence": divergence, "loss": loss}
+        counts = search.counts if kept == "searched" else choice.counts
+        return pair[kept], replace(choice, counts=counts), notes
+
+    def _refit_and_check(self, plan: Plan) -> Candidate:
         """The better of refit and plain removal on the held-out windows, and how they compare."""
         small, fits = self._refit(plan)
         if self._dense is None:
@@ -197,7 +270,7 @@ class Pruner(Run):
             plain_removal=plain.mean,
             refit=refitted.mean if fits else None,
         )
-        return small, fits, check
+        return Candidate(plan, small, fits, check)
 
 
 def prune(
@@ -224,6 +297,4 @@ def prune(
             raise UserError(f"a plan removes heads and channels: leave it out, or method = {config.method}")
         return mask(model, config, calibration, track)
     request = resolve_structured(config, model)
-    if plan is not None:
-        check_plan(request, model, plan, model.source.values)
     return Pruner(model, request, calibration, track).prune(plan=plan)

@@ -9,7 +9,7 @@ from structprune.calibration.noise import check_copies, level_times
 from structprune.calibration.trajectories import check_trajectory
 from structprune.checkpoint.export import check_export, check_export_request
 from structprune.config import Config
-from structprune.config.effects import Facts, check_masking, check_structured
+from structprune.config.effects import Facts, check_masking, check_search, check_structured
 from structprune.errors import UserError
 from structprune.masking.allocate import block_ratios
 from structprune.masking.patterns import check_pattern, parse_nm
@@ -43,6 +43,7 @@ def resolve_structured(config: Config, model: DiffusionLM, dry_run: bool = False
         )
     sizes = open_blocks(Adapter(model), settings)
     check_choice(sizes, settings)
+    check_search(config)
     check_structured(config, Facts(settings.score, arm, SCORES, resources.accelerator))
     if config.calibration.held_out < 1 and not config.calibration.replays:
         raise UserError("calibration.held_out = 0 leaves nothing to choose split and damping on: set it to 1 or more")
@@ -62,6 +63,13 @@ def at_ratio(request: StructuredRequest, ratio: float | None) -> StructuredReque
         check_choice(request.sizes, settings)
     check_export_request(request.config)
     return request
+
+
+def check_given_plan(request: StructuredRequest, model: DiffusionLM, plan: Plan, source_values: dict) -> None:
+    """As `check_plan`, for a plan of the user's, beside which nothing is searched for."""
+    if request.config.search.enabled:
+        raise UserError("search.enabled = true has no effect on a given plan: leave one of them out")
+    check_plan(request, model, plan, source_values)
 
 
 def check_plan(request: StructuredRequest, model: DiffusionLM, plan: Plan, source_values: dict) -> None:

@@ -1,0 +1,178 @@
+"""Making a library of levels: one walk along the model, on the prefix of the plan that the search starts from.
+
+Every level of a block is refitted on the prefix that the current plan leaves before it, with its own refits. So the
+library is exact for that plan: stitched from its levels, it is the model that a refit of the plan gives. For another
+plan it is the better the nearer that is. Expected mixtures of levels (Týr-the-Pruner, arXiv 2503.09657) gave plans that
+lost more on the embedded model.
+Shapes: O outputs, C input channels of the dense consumer, K remaining ones.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from structprune.config import ReconstructSettings, StructuredSettings
+from structprune.errors import UserError
+from structprune.levels.grid import Grids
+from structprune.levels.library import KindLevels, Level, Library
+from structprune.models.adapter import CONSUMER
+from structprune.models.modeling_structprune import DiffusionLM
+from structprune.refit.products import UNCHANGED, Products, output_error
+from structprune.refit.reconstruct import augmented, refit_head, refit_producers, set_weight
+from structprune.refit.solve import choose
+from structprune.refit.walk import Place, Walk, has_constant
+from structprune.statistics import overflow
+from structprune.structured.allocate import Counts
+from structprune.structured.paths import RemovalPath
+from structprune.structured.ranking import Paths
+from structprune.structured.scores import obs
+from structprune.structured.surgery import expand
+from structprune.structured.units import Units
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the levels of a library are made with.
+
+    Attributes:
+        paths: the order in which units go; None: optimal brain surgeon, on the pruned prefix and the refitted weight.
+    """
+
+    structured: StructuredSettings
+    reconstruct: ReconstructSettings
+    paths: Paths | None = None
+
+
+@torch.no_grad()
+def build_library(
+    walk: Walk, small: DiffusionLM, library: Library, grids: Grids, counts: Counts, recipe: Recipe
+) -> None:
+    """Refit every block at every level of its grid, and leave `small` with the levels of `counts`.
+
+    The LM head is refitted for that plan too, where asked. Blocks that the library has are taken from it, so that an
+    interrupted walk goes on at the block it was at.
+
+    Args:
+        small: the dense model with consumers (and readers) of its own: an uncut copy, which is changed.
+        grids: levels; a block or kind without any keeps all units.
+        counts: the current plan, whose steps are levels.
+    """
+    parts: dict[str, KindLevels] = {}
+    constant = has_constant(recipe.reconstruct)
+    run = None
+    for place in walk.places(small, title="levels"):
+        run = place.run
+        index, kind = key = place.dense.index, place.kind
+        steps = counts.get(key, 0)
+        if library.has(index):
+            for role, weight in library.readers(key).items():
+                set_weight(place.readers[role], weight, constant=False)
+            set_level(place.consumer, library.weight(key, steps), place.dense[CONSUMER[kind]].bias, constant)
+            continue
+        parts[kind] = kind_levels(place, grids.get(key, (0,)), steps, recipe)
+        set_level(place.consumer, parts[kind].levels[steps].weight, place.dense[CONSUMER[kind]].bias, constant)
+        if kind == place.dense.kinds[-1]:
+            library.write(index, parts)
+            parts = {}
+    if recipe.reconstruct.head and run is not None:
+        refit_head(walk, run, small)
+
+
+def set_level(linear: nn.Linear, weight: torch.Tensor, bias: torch.Tensor | None, constant: bool) -> None:
+    """Give a consumer the weights of a level, (O, C [+ 1]); one that removes all units also takes its bias away.
+
+    Args:
+        bias: (O,) the dense consumer's. constant: whether the last column is the bias instead.
+    """
+    set_weight(linear, weight, constant)
+    if not constant and bias is not None:
+        linear.bias = nn.Parameter(bias if weight.any() else torch.zeros_like(bias), requires_grad=False)
+
+
+def kind_levels(place: Place, steps: tuple[int, ...], current: int, recipe: Recipe) -> KindLevels:
+    """The levels of one block and kind; its readers in the small model are refitted on the way, where asked.
+
+    Args:
+        current: the steps of the current plan, at which all dampings are tried; other levels try those next to its.
+    """
+    settings, linear = recipe.reconstruct, place.consumer
+    readers = {}
+    if settings.producers and not place.first:
+        refit_producers(place)
+        readers = {role: reader.weight for role, reader in place.readers.items()}
+    fit, check = place.products()
+    dense = augmented(linear, has_constant(settings)).to(fit.gram.device)  # (O, C [+ 1]) fp64
+    path = removal_path(place, dense, (fit, check), recipe)
+    levels = {current: level(place, path, dense, (fit, check), current, settings)}
+    near = replace_dampings(settings, levels[current].damping)
+    for count in steps:
+        if count != current:
+            levels[count] = level(place, path, dense, (fit, check), count, near)
+    return KindLevels(path, dict(sorted(levels.items())), readers)
+
+
+def removal_path(place: Place, dense: torch.Tensor, products: tuple[Products, Products], recipe: Recipe) -> RemovalPath:
+    """The order in which units go: that of the recipe, or by optimal brain surgeon from the refit at full width.
+
+    Args:
+        dense: (O, C [+ 1]) fp64 weight of the consumer.
+    """
+    if recipe.paths is not None:
+        return recipe.paths[place.dense.index, place.kind]
+    units = Units.of(place.dense, place.kind, recipe.structured.gqa)
+    fit, check = products
+    features = place.consumer.in_features
+    weight = choose(recipe.reconstruct, dense, fit, check, features)[0][:, :features]  # (O, C)
+    gram = fit.gram[:features, :features] / place.walk.fit_tokens  # (C, C)
+    rounds = recipe.structured.rounds if place.kind == "channels" else None
+    try:
+        return obs.obs_path(weight, gram, units.groups, recipe.structured.damping, rounds)
+    except torch.linalg.LinAlgError as error:
+        where = overflow.place(place.dense.index, place.kind)
+        raise UserError(f"{where}: its Gram matrix cannot be factored: raise structured.damping") from error
+
+
+def level(
+    place: Place,
+    path: RemovalPath,
+    dense: torch.Tensor,
+    products: tuple[Products, Products],
+    steps: int,
+    settings: ReconstructSettings,
+) -> Level:
+    """The consumer refitted after some removal steps, from the products at full width.
+
+    Args:
+        dense: (O, C [+ 1]) fp64 weight of the consumer.
+    """
+    fit, check = products
+    features, like = place.consumer.in_features, place.consumer.weight
+    removed = set(path.removed(steps))
+    count = sum(len(step) for step in path.steps)
+    remaining = tuple(unit for unit in range(count) if unit not in removed)
+    if not remaining:
+        return Level(torch.zeros_like(dense, dtype=like.dtype, device=like.device), UNCHANGED, 1.0)
+    columns = expand(remaining, features // count)  # (K,)
+    columns = torch.cat((columns, torch.arange(features, dense.shape[1]))).to(fit.gram.device)  # (K [+ 1],)
+    weight, power = dense[:, columns], check.power  # (O, K [+ 1])
+    fit, check = at_columns(fit, columns), at_columns(check, columns)
+    weight, damping, _ = choose(settings, weight, fit, check, len(remaining) * features // count)
+    error = (output_error(weight, check.target, check.gram) + power) / power if power > 0 else 1.0
+    whole = dense.new_zeros(dense.shape).index_copy_(1, columns, weight)  # (O, C [+ 1])
+    return Level(whole.to(like.device, like.dtype), damping, error)
+
+
+def at_columns(products: Products, columns: torch.Tensor) -> Products:
+    """The products of some input columns only."""
+    gram = products.gram[columns][:, columns]  # (K, K)
+    return replace(products, gram=gram, target=products.target[:, columns])  # (O, K)
+
+
+def replace_dampings(settings: ReconstructSettings, chosen: float) -> ReconstructSettings:
+    """The settings with the damping chosen and its neighbours only; all where none was."""
+    dampings = sorted(settings.damping)
+    if chosen not in dampings:
+        return settings
+    place = dampings.index(chosen)
+    return settings.model_copy(update={"damping": tuple(dampings[max(0, place - 1) : place + 2])})

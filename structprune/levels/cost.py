@@ -1,0 +1,88 @@
+"""What a search takes, predicted from shapes alone: operations of its parts, and bytes on disk and in memory.
+
+Leading terms only: products of matrices, factorisations, forward passes. Shapes as in `build`; R rows are tokens here.
+"""
+
+from dataclasses import dataclass
+
+from structprune.levels.evolve import FEW, SURVIVORS
+from structprune.models.adapter import CONSUMER, Adapter, BlockView
+from structprune.structured.request import StructuredRequest
+
+RATE = 1e14  # operations a second that times are stated for: about what bf16 passes reach on an A100
+
+
+@dataclass(frozen=True)
+class SearchCost:
+    """Floating-point operations by part (an addition and a multiplication are two), and bytes."""
+
+    levels: float
+    search: float
+    refit: float
+    disk: int  # of all libraries
+    memory: int  # the uncut copy of the model, and the residual stream kept for measurements
+
+    def plain(self) -> dict:
+        """As plain data, with seconds at `RATE`."""
+        parts = {"levels": self.levels, "search": self.search, "refit": self.refit}
+        seconds = {name: operations / RATE for name, operations in parts.items()}
+        return {"operations": parts, "seconds": seconds, "rate": RATE, "disk": self.disk, "memory": self.memory}
+
+
+def search_cost(adapter: Adapter, request: StructuredRequest, itemsize: int) -> SearchCost:
+    """The cost of a search.
+
+    Args:
+        adapter: of the dense model; meta tensors suffice.
+        itemsize: bytes of a weight in memory.
+    """
+    search, refit, text = request.config.search, request.reconstruct, request.calibration
+    rows = (text.windows + text.held_out) * text.noisy_copies * text.length
+    per_side, kinds = 2 * search.levels + search.whole, sum(len(block.kinds) for block in adapter.blocks)
+    keep = 1 - request.settings.ratio
+    levels = walk = 0.0
+    for block in adapter.blocks:
+        forward = 2.0 * rows * sum(block[role].weight.numel() for role in block.names)
+        collect = sum(_collect(block, kind, rows, refit.producers) for kind in block.kinds)
+        dampings = min(3, len(refit.damping))
+        solve = sum(_solve(block, kind, keep, dampings) for kind in block.kinds)
+        full = sum(_solve(block, kind, 1.0, len(refit.damping)) + _eliminate(block, kind) for kind in block.kinds)
+        levels += 2 * forward + collect + per_side * solve + full
+        walk += 2 * forward + collect + sum(_solve(block, kind, keep, len(refit.damping)) for kind in block.kinds)
+    evolves = search.generations * search.offspring * (FEW + 1 / SURVIVORS) * (search.method != "knapsack")
+    tries = kinds * per_side * (search.method != "evolution") + evolves
+    tokens = search.sequences * text.length
+    blocks = sum(block[role].weight.numel() for block in adapter.blocks for role in block.names)
+    head = adapter.vocabulary * adapter.hidden_size
+    # a measurement starts at the block that changed, half-way on average, and predicts half of the tokens
+    measured = tries * tokens * (blocks + head)
+    consumers = sum(block[CONSUMER[kind]].weight.numel() for block in adapter.blocks for kind in block.kinds)
+    readers = (blocks - consumers) * refit.producers
+    stream = len(adapter.blocks) * tokens * adapter.hidden_size * itemsize
+    return SearchCost(
+        levels=search.rounds * levels,
+        search=search.rounds * measured,
+        refit=2 * walk,  # of both plans
+        disk=round(search.rounds * itemsize * (readers + consumers * keep * (per_side + 1 - search.whole))),
+        memory=itemsize * (blocks + head * refit.head) + min(stream, request.limits.budget),
+    )
+
+
+def _collect(block: BlockView, kind: str, rows: int, producers: bool) -> float:
+    """Operations of one consumer's products at full width, and of its readers': half a Gram matrix, and a product."""
+    outputs, inputs = block[CONSUMER[kind]].weight.shape
+    total = rows * (1.0 * inputs * inputs + 2.0 * inputs * outputs)
+    return total + producers * 3.0 * rows * outputs * outputs
+
+
+def _solve(block: BlockView, kind: str, keep: float, dampings: int) -> float:
+    """Operations of a ridge at each damping: a factorisation, two triangular solves and the error."""
+    outputs, inputs = block[CONSUMER[kind]].weight.shape
+    width = keep * inputs
+    return dampings * (width**3 / 3 + 4 * width * width * outputs)
+
+
+def _eliminate(block: BlockView, kind: str) -> float:
+    """Operations of ordering the units: an inverse, and its updates and the weight's until nothing is left."""
+    outputs, inputs = block[CONSUMER[kind]].weight.shape
+    return 1.0 * inputs**3 + 2 / 3 * inputs**3 + 1.0 * inputs * inputs * outputs

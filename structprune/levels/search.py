@@ -1,0 +1,207 @@
+"""The search for widths: rounds of a library of levels around the current plan, and of changes that lower its loss.
+
+A round measures what replacing one level at a time does to the predictions, combines the levels by a knapsack, and
+improves the plan by evolution. The next round's library is built around the best plan, with levels half as far apart.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+from structprune.config import SearchSettings
+from structprune.errors import UserError
+from structprune.files import first_line, write_whole
+from structprune.levels.evolve import Best, Measure, Space, evolve
+from structprune.levels.grid import Grids, level_grids
+from structprune.levels.knapsack import Table, knapsack, total_price
+from structprune.levels.library import Library, counts_of, plain_counts, plain_grids
+from structprune.levels.prices import Price, price_table
+from structprune.levels.stitch import StitchedModel
+from structprune.models.adapter import UNIT_KINDS
+from structprune.progress import Track
+from structprune.structured.allocate import Counts
+from structprune.structured.sizes import BlockSize
+
+# builds what the library lacks; the model is placed for its passes while the context is open
+Stitch = Callable[[Library, Grids, Counts], AbstractContextManager[StitchedModel]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What to search for, and with what.
+
+    Attributes:
+        sizes: of the blocks that may lose units. multiple: of remaining MLP widths.
+        price: of what is left of a block's attention or MLP. budget: the most that all may cost.
+        identity: plain data that decides the levels, beside grids and current plan.
+    """
+
+    settings: SearchSettings
+    sizes: list[BlockSize]
+    multiple: int
+    price: Price
+    budget: float
+    seed: int
+    identity: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round: its library, the best plan, and the losses on the way there (mean KL in nats per masked token)."""
+
+    library: Library
+    counts: Counts
+    losses: dict[str, float]
+
+
+def search_rounds(task: Task, start: Counts, stitch: Stitch, directory: Path, track: Track) -> Iterator[Round]:
+    """Every round's best plan.
+
+    Args:
+        start: a plan within the budget.
+        directory: of the libraries; what an earlier, interrupted search left there is used again.
+    """
+    counts = start
+    for number in range(task.settings.rounds):
+        result = _round(task, number, counts, stitch, (directory / f"round-{number + 1}", track))
+        counts = result.counts
+        yield result
+
+
+def _round(task: Task, number: int, counts: Counts, stitch: Stitch, place: tuple[Path, Track]) -> Round:
+    settings, (directory, track) = task.settings, place
+    spread = settings.spread / 2**number
+    grids = level_grids(task.sizes, [counts], task.multiple, settings.levels, spread, settings.whole)
+    identity = task.identity | {"grids": plain_grids(grids), "plan": plain_counts(counts)}
+    library = Library(directory, identity)
+    notes = Notes(directory / "search.json")
+    space = Space(grids, price_table(task.price, grids), task.budget)
+    with stitch(library, grids, counts) as stitched:
+        measure = finite_losses(stitched.loss, task.sizes)
+        first = notes.value("start", lambda: measure(counts, 1.0))
+        if math.isinf(first):
+            raise UserError("the plan's divergence from the dense model is no number: use model.dtype = float32")
+        losses = {"start": first}
+        best = Best(-1, counts, first)
+        if settings.method != "evolution":
+            table = replacement_losses(grids, counts, first, measure, notes, track)
+            best, losses["knapsack"] = best_combination(space, best, table, measure, notes)
+        if settings.method != "knapsack":
+            best = _evolve(space, best, measure, (settings, task.seed + number), notes, track)
+            losses["evolution"] = best.loss
+    return Round(library, best.counts, losses)
+
+
+def finite_losses(measure: Measure, sizes: list[BlockSize]) -> Measure:
+    """A measure that is infinite for plans without any attention or any MLP, which no model may be, and for NaN."""
+
+    def loss(counts: Counts, share: float) -> float:
+        for kind in UNIT_KINDS:
+            left = [size.steps[kind] - counts[size.index, kind] for size in sizes if kind in size.steps]
+            if left and not any(left):
+                return math.inf
+        value = measure(counts, share)
+        return math.inf if math.isnan(value) else value
+
+    return loss
+
+
+def replacement_losses(
+    grids: Grids, counts: Counts, loss: float, measure: Measure, notes: "Notes", track: Track
+) -> Table:
+    """What every level does to the loss where it replaces the current one: measured loss minus the current, in nats.
+
+    Args:
+        loss: the current plan's.
+        measure: is asked once per level that differs, unless `notes` has it.
+    """
+    table: Table = {key: {counts[key]: 0.0} for key in grids}
+    changes = [(key, steps) for key, levels in grids.items() for steps in levels if steps != counts[key]]
+    for key, steps in track(changes, "replacement losses"):
+        name = f"{key[0]} {key[1]} {steps}"
+        table[key][steps] = notes.value(name, partial(measure, counts | {key: steps}, 1.0)) - loss
+    return table
+
+
+def best_combination(space: Space, best: Best, losses: Table, measure: Measure, notes: "Notes") -> tuple[Best, float]:
+    """The plan of least predicted loss, or a more cautious one, if measuring it shows a gain; and its measured loss.
+
+    Losses of single replacements add up only for small changes. So where the knapsack over all levels is worse than
+    the current plan, it is solved again over the levels next to the current ones.
+    """
+    results = []
+    for reach in (None, 1):
+        plan = knapsack(near_levels(losses, best.counts, reach), space.prices, space.budget)
+        assert plan is not None, "the current plan is within the budget"
+        loss = notes.value(f"knapsack {reach}", partial(measure, plan, 1.0))
+        results.append((loss, plan))
+        if loss < best.loss:
+            break
+    loss, plan = min(results, key=lambda result: result[0])
+    return (replace(best, counts=plan, loss=loss) if loss < best.loss else best), loss
+
+
+def near_levels(losses: Table, counts: Counts, reach: int | None) -> Table:
+    """The losses of levels at most `reach` places from the current one (None: all)."""
+    if reach is None:
+        return losses
+    near: Table = {}
+    for key, levels in losses.items():
+        order = sorted(levels)
+        place = order.index(counts[key])
+        near[key] = {steps: levels[steps] for steps in order[max(0, place - reach) : place + reach + 1]}
+    return near
+
+
+def _evolve(
+    space: Space, best: Best, measure: Measure, settings: tuple[SearchSettings, int], notes: "Notes", track: Track
+) -> Best:
+    """The best plan after all generations; those that `notes` has are not run again."""
+    (search, seed), done = settings, notes.generations
+    if done:
+        best = Best(len(done) - 1, counts_of(done[-1]["plan"]), done[-1]["loss"])
+    generations = track(range(len(done), search.generations), lambda: f"evolution (KL {best.loss:.4f})")
+    for result in evolve(space, best, measure, generations, search.offspring, seed):
+        notes.add_generation({"plan": plain_counts(result.counts), "loss": result.loss})
+        best = result
+    assert total_price(space.prices, best.counts) <= space.budget * (1 + 1e-9)
+    return best
+
+
+class Notes:
+    """Losses that were measured in a round, kept in a file so that an interrupted search measures none twice.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+
+    def __init__(self, path: Path):
+        self._path, content = path, {}
+        if path.exists():
+            try:
+                content = json.loads(path.read_text(encoding="utf-8"))
+                self._losses, self.generations = dict(content["losses"]), list(content["generations"])
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{path} cannot be read ({first_line(error)}): delete it to search anew") from error
+        else:
+            self._losses, self.generations = {}, []
+
+    def value(self, name: str, measure: Callable[[], float]) -> float:
+        """The loss of that name, measured now if it was not."""
+        if name not in self._losses:
+            self._losses[name] = measure()
+            self._write()
+        return self._losses[name]
+
+    def add_generation(self, result: dict) -> None:
+        """Keep the best plan after a generation, and its loss."""
+        self.generations.append(result)
+        self._write()
+
+    def _write(self) -> None:
+        content = {"losses": self._losses, "generations": self.generations}
+        write_whole(self._path, json.dumps(content).encode())

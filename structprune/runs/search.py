@@ -1,0 +1,193 @@
+"""The search for widths on one model: libraries of levels on disk, judged on the run's held-out windows."""
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from structprune import __version__
+from structprune.calibration.batches import Calibration
+from structprune.calibration.build import held_out_noise
+from structprune.calibration.noise import stratified_noise
+from structprune.errors import UserError
+from structprune.evaluation.fidelity import masked_kl, process_divergence, reference_predictions
+from structprune.levels.build import Recipe, build_library
+from structprune.levels.grid import Grids
+from structprune.levels.library import Library, plain_counts
+from structprune.levels.prices import fill_budget, mac_price, parameter_price
+from structprune.levels.search import Stitch, Task, search_rounds
+from structprune.levels.stitch import Judge, StitchedModel, consumer_biases
+from structprune.models.adapter import Adapter
+from structprune.models.modeling_structprune import DiffusionLM
+from structprune.progress import Track
+from structprune.refit.reconstruct import Reconstructor
+from structprune.refit.walk import has_constant
+from structprune.structured.allocate import Counts
+from structprune.structured.choose import channel_multiple
+from structprune.structured.ranking import Paths
+from structprune.structured.request import StructuredRequest
+
+SEARCH_SEED = 2000  # plus the run's seed: the noise that plans are compared under
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What a search stands on: the dense model, its request and calibration, and how to refit and copy it.
+
+    Attributes:
+        uncut: gives a copy of the model with linears of its own, as a plan that removes nothing.
+        streamed: a context in which a model computes on the run's device.
+        paths: of the dense model; used where the score is not obs, which ranks anew on the pruned prefix.
+    """
+
+    model: DiffusionLM
+    request: StructuredRequest
+    calibration: Calibration
+    reconstructor: Reconstructor
+    uncut: Callable[[], DiffusionLM]
+    paths: Paths
+    streamed: Callable[[DiffusionLM], AbstractContextManager]
+    track: Track
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """The widths of a search: counts, the order in which units go, and the rounds as plain data."""
+
+    counts: Counts
+    paths: Paths
+    rounds: list[dict]
+
+
+def search_widths(ground: Ground, start: Counts, directory: Path | None) -> SearchResult:
+    """Search for the counts that lose least at the size of `start`.
+
+    Args:
+        directory: for the libraries, which stay there; what is there already is used. None: a temporary one.
+    Raises:
+        UserError: the directory holds the levels of something else.
+    """
+    request = ground.request
+    sizes = request.sizes
+    multiple, price = channel_multiple(sizes, request.settings), parameter_price(sizes)
+    if request.config.search.budget == "macs":
+        price = mac_price(sizes, Adapter(ground.model), request.calibration.length)
+    budget = sum(price(key, steps) for key, steps in start.items())
+    settings = request.config.search
+    task = Task(settings, sizes, multiple, price, budget, request.calibration.seed, identity(ground))
+    judge, rounds, last = _judge(ground), [], None
+    with _directory(directory, request.settings.ratio) as place:
+        for last in search_rounds(task, start, _stitcher(ground, judge), place, ground.track):
+            rounds.append({"plan": plain_counts(last.counts), "kl": last.losses})
+        assert last is not None, "at least one round"
+        paths = {key: last.library.path(key) for key in last.counts}
+    return SearchResult(fill_budget(last.counts, paths, price, budget, multiple), paths, rounds)
+
+
+def _stitcher(ground: Ground, judge: Judge) -> Stitch:
+    reconstruct = ground.request.reconstruct
+    paths = None if ground.request.settings.score == "obs" else ground.paths
+    recipe = Recipe(ground.request.settings, reconstruct, paths)
+    biases = consumer_biases(Adapter(ground.model))
+
+    @contextmanager
+    def stitch(library: Library, grids: Grids, counts: Counts) -> Iterator[StitchedModel]:
+        small = ground.uncut()
+        with ground.streamed(small):
+            build_library(ground.reconstructor.walk, small, library, grids, counts, recipe)
+            yield StitchedModel(small, library, counts, biases, judge, has_constant(reconstruct))
+
+    return stitch
+
+
+def _judge(ground: Ground) -> Judge:
+    """Held-out windows under noise of their own, and the dense model's predictions there."""
+    request, model = ground.request, ground.model
+    count = request.config.search.sequences
+    windows = ground.calibration.check.input_ids[:count]  # (n, T)
+    generator = torch.Generator().manual_seed(SEARCH_SEED + request.calibration.seed)
+    samples = max(1, count // len(windows))
+    noisy, p = stratified_noise(windows, model.config.mask_token_id, generator, samples, model.edges_visible)
+    batch = request.limits.sequences(samples, windows.shape[1])
+    reference, _ = reference_predictions(model, windows, noisy, batch=batch)
+    return Judge(windows, noisy, p, reference, request.limits)
+
+
+def held_out_divergences(dense: DiffusionLM, models: Sequence[DiffusionLM], ground: Ground) -> list[float]:
+    """How far models are from the dense one on the held-out windows, in nats per token (`process_divergence`)."""
+    ids, noisy, p = held_out_noise(ground.calibration, dense, ground.request.calibration.seed)
+    batch = ground.request.limits.sequences(noisy.shape[1], ids.shape[1])
+    reference, _ = reference_predictions(dense, ids, noisy, batch=batch)
+    return [process_divergence(masked_kl(model, ids, noisy, reference, batch), p, ids.shape[1]) for model in models]
+
+
+@contextmanager
+def _directory(directory: Path | None, ratio: float) -> Iterator[Path]:
+    """The ratio's own directory in the one given, or a temporary one that is removed."""
+    if directory is not None:
+        yield directory / f"ratio-{ratio:g}"
+        return
+    with tempfile.TemporaryDirectory(prefix="structprune-levels-", ignore_cleanup_errors=True) as name:
+        yield Path(name)
+
+
+def check_levels_directory(directory: Path) -> None:
+    """Raise UserError for a place that cannot be a directory of levels: a file, or a directory of something else."""
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"--levels {directory} is a file: give a directory")
+    parent = next(folder for folder in (directory, *directory.absolute().parents) if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"--levels {directory} cannot be written below '{parent}': give another directory")
+    names = [path.name for path in directory.iterdir()] if directory.exists() else []
+    if others := [name for name in names if not name.startswith("ratio-")]:
+        raise UserError(f"--levels {directory} holds '{others[0]}', which is no level: give another directory")
+
+
+def identity(ground: Ground) -> dict:
+    """Plain data that decides the levels of a library and losses in it, beside its grids and plan.
+
+    Rounds and methods are not among it, so that a search can be continued with more.
+    """
+    config = ground.request.config
+    settings = {
+        f"{name}.{key}": value
+        for name in ("structured", "reconstruct")
+        for key, value in getattr(config, name).model_dump(mode="json").items()
+        if f"{name}.{key}" != "structured.ratio"
+    }
+    return {
+        "version": __version__,
+        "model": weights_digest(ground.model),
+        "calibration": calibration_digest(ground.calibration),
+        "arm": ground.request.arm,
+        "search.sequences": config.search.sequences,
+        "search.budget": config.search.budget,
+        **settings,
+    }
+
+
+def calibration_digest(calibration: Calibration) -> str:
+    """SHA-256 (first 16 hex digits) of the clean and noisy ids and of the number of held-out windows."""
+    digest = hashlib.sha256(str(calibration.held_out).encode())
+    for ids in (calibration.input_ids, calibration.noisy_ids):
+        digest.update(ids.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def weights_digest(model: DiffusionLM, probe: int = 64) -> str:
+    """SHA-256 (first 16 hex digits) of every parameter's name, shape, and values at start, middle and end.
+
+    A change of single values between those places goes unnoticed.
+    """
+    digest = hashlib.sha256()
+    for name, value in model.named_parameters():
+        flat = value.detach().flatten()  # (n,)
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        for start in (0, len(flat) // 2, max(0, len(flat) - probe)):
+            digest.update(flat[start : start + probe].double().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
