@@ -1,4 +1,4 @@
-"""What studies on the embedded model share: common noise, resumed runs, intervals over seeds, the command line.
+"""What studies over seeds share: common noise, resumed runs, intervals, the command line.
 
 Intervals need scipy, which is in the extra `test`.
 """
@@ -27,11 +27,17 @@ from structprune.evaluation.compare import paired_difference
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.runs.demo import HeldOut
 
+
+def usable_cores() -> int:
+    """Cores that this process may run on; `taskset` makes them fewer."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 OPTIONS = {  # name -> (default, help)
     "seeds": (3, "at least two for intervals"),
     "windows": (192, "held-out windows per seed"),
     "length": (128, "tokens in each window"),
-    "jobs": (os.cpu_count() or 1, "processes"),
+    "jobs": (usable_cores(), "processes"),
 }
 # every window at all noise levels: policies compare these, and an arm without noise sees as many windows as the others
 CALIBRATION = {
@@ -60,7 +66,7 @@ class Study:
     variants: dict[str, dict]
     """Name -> configuration keys of this variant."""
     measure: Callable[..., dict]
-    """`measure(variant, seed, windows, length, threads)`: a row with `variant`, `seed` and `ratios`."""
+    """`measure(variant, seed, *given, threads)`: a row with `variant`, `seed` and `ratios`; see `run_study`."""
     summarise: Callable[[dict, list[int]], dict]
     tables: Callable[[dict], list[Table]]
     width: int = 150
@@ -93,7 +99,7 @@ def run_all(
     """
     rows = {(row["variant"], row["seed"]): row for row in resume(partial, settings)}
     missing = [task for task in tasks if task[:2] not in rows]
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    threads = max(1, usable_cores() // jobs)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context) as pool, progress_bars(console) as track:
         futures = [pool.submit(measure, *task, threads) for task in missing]
@@ -211,36 +217,73 @@ def cell(row: dict | None, paired: bool = False) -> str:
     return text + " *" * (paired and row["shown"])
 
 
-def parse_options(study: Study, arguments: list[str] | None) -> argparse.Namespace:
-    """The options of every study, checked."""
+def study_parser(study: Study) -> OneLineParser:
+    """The parser of the options that every study has."""
     parser = OneLineParser(study.about)
     parser.add_argument("--out", type=result_file, default=Path(study.out), help="default %(default)s")
     for name, (value, text) in OPTIONS.items():
         parser.add_argument(f"--{name}", type=int, default=value, help=f"{text} (default %(default)s)")
+    text = "run nothing: write what the seeds show that all variants have finished; the study can go on afterwards"
+    parser.add_argument("--summary", action="store_true", help=text)
+    return parser
+
+
+def parse_options(parser: OneLineParser, arguments: list[str] | None) -> argparse.Namespace:
+    """The options of a study, with the counts of every study checked."""
     options = parser.parse_args(arguments)
     check_counts(options, OPTIONS)
     return options
 
 
-def run_study(study: Study, options: argparse.Namespace) -> None:
-    """Run or resume every variant at every seed, write the JSON, print the tables."""
+def run_study(study: Study, options: argparse.Namespace, given: tuple = (), facts: dict | None = None) -> None:
+    """Run or resume every variant at every seed, write the JSON, print the tables.
+
+    Args:
+        given: arguments of `measure` after the seed; default the windows and their length.
+        facts: further settings that decide the results, plain data.
+    Raises:
+        UserError: partial results of other settings, or with --summary no seed that all variants have finished.
+    """
     seeds = list(range(options.seeds))
     options.out.parent.mkdir(parents=True, exist_ok=True)  # for the partial results
     partial = options.out.with_suffix(".part.jsonl")
-    tasks = [(name, seed, options.windows, options.length) for seed in seeds for name in study.variants]
     settings = {
         "windows": options.windows,
         "length": options.length,
         "base": study.base | {"calibration.source": "calibration.txt"},
-    }
+    } | (facts or {})
     decisive = settings | {"ratios": study.ratios, "variants": study.variants, "defaults": Config().model_dump()}
-    rows = run_all(study.measure, tasks, decisive, partial, options.jobs)
+    if options.summary:
+        rows, seeds = finished(partial, decisive, list(study.variants), seeds)
+    else:
+        given = given or (options.windows, options.length)
+        tasks = [(name, seed, *given) for seed in seeds for name in study.variants]
+        rows = run_all(study.measure, tasks, decisive, partial, options.jobs)
     result = {"settings": {"seeds": seeds} | settings, "machine": describe_machine(), "variants": study.variants}
     result |= study.summarise(rows, seeds)
     write_result(options.out, result)
-    partial.unlink(missing_ok=True)
+    if not options.summary:
+        partial.unlink(missing_ok=True)
     show_result(*study.tables(result), out=options.out, width=study.width)
 
 
+def finished(
+    partial: Path, settings: dict, variants: list[str], seeds: list[int]
+) -> tuple[dict[tuple[str, int], dict], list[int]]:
+    """The rows of an interrupted run, (variant, seed) -> row, and those of `seeds` that all variants have finished.
+
+    Raises:
+        UserError: there are none, or the run was begun with other settings.
+    """
+    if not partial.exists():
+        raise UserError(f"no interrupted study at '{partial}': leave out --summary to run it")
+    rows = {(row["variant"], row["seed"]): row for row in resume(partial, settings)}
+    whole = [seed for seed in seeds if all((name, seed) in rows for name in variants)]
+    if not whole:
+        missing = next(name for name in variants if (name, seeds[0]) not in rows)
+        raise UserError(f"{partial} has no seed of all variants yet ('{missing}' is missing): go on without --summary")
+    return rows, whole
+
+
 def main(study: Study, arguments: list[str] | None = None) -> int:
-    return one_line(study.name, lambda: run_study(study, parse_options(study, arguments)))
+    return one_line(study.name, lambda: run_study(study, parse_options(study_parser(study), arguments)))

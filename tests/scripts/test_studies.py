@@ -5,6 +5,8 @@ import importlib
 import json
 import math
 import sys
+from concurrent.futures import Future
+from dataclasses import replace
 
 import pytest
 import torch
@@ -213,6 +215,69 @@ def test_main_decides_by_the_defaults_of_a_configuration_too(studies, instant, t
     kept["defaults"]["masking"]["score"] = "wanda"
     (tmp_path / "tiny.part.jsonl").write_text(json.dumps({"settings": kept}) + "\n")
     assert studies.main(study, ["--out", str(out)]) == 2
+
+
+def test_a_summary_takes_whole_seeds_and_the_study_goes_on(studies, instant, tmp_path, monkeypatch, capsys):
+    """Of two variants and three seeds, the second lacks its last: two seeds are summarised, nothing is run or lost."""
+    study, out = replace(study_of(studies, {}), variants={"a": {}, "b": {}}), tmp_path / "tiny.json"
+    arguments, partial = ["--out", str(out), "--windows", "2", "--length", "8"], tmp_path / "tiny.part.jsonl"
+    assert studies.main(study, [*arguments, "--summary"]) == 2
+    assert "no interrupted study at" in capsys.readouterr().err and not partial.exists()
+
+    def cut_off(measure, tasks, settings, partial, jobs):
+        studies.resume(partial, settings)
+        raise UserError("cut off")
+
+    monkeypatch.setattr(studies, "run_all", cut_off)
+    assert studies.main(study, arguments) == 2
+    for rows in ([("a", 0), ("a", 1), ("b", 1)], [("b", 0), ("a", 2)]):
+        with partial.open("a", encoding="utf-8") as file:
+            for name, seed in rows:
+                loss = {"loss": [seed + 1.0, seed + 2.0]}
+                file.write(json.dumps({"variant": name, "seed": seed, "ratios": {"0.5": loss}}) + "\n")
+        before = partial.read_bytes()
+        assert studies.main(study, [*arguments, "--summary"]) == 0 and partial.read_bytes() == before
+    result = json.loads(out.read_text(encoding="utf-8"))
+    assert result["settings"]["seeds"] == [0, 1] and result["losses"][0]["by_seed"] == [1.5, 2.5]
+    assert studies.main(study, [*arguments, "--windows", "9", "--summary"]) == 2  # of another study
+
+
+def test_a_summary_of_no_whole_seed_names_what_is_missing(studies, tmp_path):
+    partial = tmp_path / "tiny.part.jsonl"
+    studies.resume(partial, SETTINGS)
+    with partial.open("a", encoding="utf-8") as file:
+        file.write('{"variant": "a", "seed": 0}\n{"variant": "b", "seed": 1}\n')
+    with pytest.raises(UserError, match=r"no seed of all variants yet \('b' is missing\): go on without --summary"):
+        studies.finished(partial, SETTINGS, ["a", "b"], [0, 1])
+    assert studies.finished(partial, SETTINGS, ["a"], [0, 1])[1] == [0]
+
+
+def test_processes_share_the_cores_they_may_use(studies, measure, tmp_path, monkeypatch):
+    monkeypatch.setattr(studies.os, "sched_getaffinity", lambda _: {0, 3, 5, 6, 7}, raising=False)
+    threads = []
+    monkeypatch.setattr(studies, "ProcessPoolExecutor", lambda jobs, mp_context: Inline(threads))
+    tasks = [("a", 0, str(tmp_path / "log"))]
+    studies.run_all(measure, tasks, SETTINGS, tmp_path / "x.part.jsonl", 2, Console(quiet=True))
+    assert threads == [2] and studies.usable_cores() == 5
+
+
+class Inline:
+    """A pool that works at once, and notes the last argument of every call."""
+
+    def __init__(self, last):
+        self.last = last
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return None
+
+    def submit(self, work, *arguments):
+        self.last.append(arguments[-1])
+        future = Future()
+        future.set_result(work(*arguments))
+        return future
 
 
 def test_a_count_below_one_is_refused(studies, tmp_path, capsys):
