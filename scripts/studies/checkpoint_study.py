@@ -1,0 +1,255 @@
+"""The recipe's choices and other methods on a checkpoint of your own: loss, KL and agreement on several texts.
+
+One factor at a time with every head kept, so that heads against channels decide nothing, and one variant with a joint
+ranking of both; beside them FLAP, Wanda-sp and LLM-Pruner's Taylor score on the same calibration rows. All variants of
+a seed share calibration text, evaluation windows and noise, so that differences are paired; variants that score alike
+share the scores. Intervals are over seeds (see studies.py). An interrupted study continues where it stopped, and
+--summary writes what its whole seeds show.
+
+    python -m scripts.studies.checkpoint_study --checkpoint DIR --text FILE --eval NAME=FILE --eval NAME=FILE
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from functools import lru_cache, partial
+from pathlib import Path
+
+import torch
+from rich.table import Table
+
+from scripts.studies import factor_study
+from scripts.studies.checkpoint_texts import HeldOutText, Subject, facts, subject_of
+from scripts.studies.studies import (
+    CALIBRATION,
+    Study,
+    cell,
+    contrast_row,
+    loss_row,
+    parse_options,
+    run_study,
+    study_parser,
+)
+from scripts.tools.script_line import one_line
+from structprune.bench.peak import peak_above
+from structprune.calibration.batches import Calibration
+from structprune.calibration.build import calibrate
+from structprune.config import Config
+from structprune.models.adapter import Adapter
+from structprune.models.loading import load_model
+from structprune.models.modeling_structprune import DiffusionLM
+from structprune.runs.demo import METHODS
+from structprune.runs.prune import Pruned, Pruner
+from structprune.structured.plan import Plan
+
+RATIOS = ("0.5", "0.3")  # in the order of their runs
+HELD_OUT = {"calibration.held_out": 16}
+NO_HEADS, JOINT = {"structured.split": 0}, {"structured.split": "joint"}
+BOTH = "160 x 1, producers, mixed targets"
+JOINTLY = f"{BOTH}, joint split"
+BASE = {key: value for key, value in CALIBRATION.items() if key != "calibration.source"} | {"structured.arm": "masked"}
+
+
+def factor(name: str) -> dict:
+    """Keys of a variant of the factor study."""
+    return factor_study.VARIANTS[name] | HELD_OUT
+
+
+def equal(score: str) -> dict:
+    """Keys of a published score as it was published: every block loses the same share, and nothing is refitted."""
+    return factor_study.MANY | HELD_OUT | METHODS["magnitude"] | {"structured.score": score}
+
+
+# the most telling first: an interrupted study has these
+VARIANTS = {
+    "160 x 1": factor("160 x 1") | NO_HEADS,
+    BOTH: factor(BOTH) | NO_HEADS,
+    "160 x 1, producers": factor("160 x 1, producers") | NO_HEADS,
+    "32 windows x 5 copies": factor("32 windows x 5 copies") | NO_HEADS,
+    "FLAP": factor_study.MANY | HELD_OUT | METHODS["FLAP"],
+    "Wanda-sp": equal("wanda"),
+    "LLM-Pruner (Taylor)": equal("taylor"),
+    JOINTLY: factor(BOTH) | JOINT,
+    "160 x 1, mixed targets": factor("160 x 1, mixed targets") | NO_HEADS,
+    "160 x 1, layer targets": factor("160 x 1, layer targets") | NO_HEADS,
+}
+BASELINES = ("FLAP", "Wanda-sp", "LLM-Pruner (Taylor)")
+CONTRASTS = [
+    ("160 x 1", "32 windows x 5 copies"),
+    *((name, "160 x 1") for name in VARIANTS if name.startswith("160 x 1,") and name != JOINTLY),
+    (BOTH, "160 x 1, producers"),
+    (JOINTLY, BOTH),
+    *((name, BOTH) for name in BASELINES),
+    ("FLAP", JOINTLY),
+]
+Keys = tuple[tuple[str, object], ...]  # configuration keys that can be a key of a cache
+
+
+@lru_cache(maxsize=1)
+def dense_model(checkpoint: Path) -> DiffusionLM:
+    """The model that every variant prunes and none changes."""
+    return load_model(checkpoint, device="cpu")
+
+
+@lru_cache(maxsize=2)
+def calibration_of(subject: Subject, keys: Keys) -> Calibration:
+    """The calibration of a seed and size, which its variants share."""
+    return calibrate(dense_model(subject.checkpoint), Config.load(overrides=dict(keys)))
+
+
+@lru_cache(maxsize=1)
+def held_out_texts(subject: Subject, seed: int) -> dict[str, HeldOutText]:
+    """The evaluation texts of a seed, with the dense model's predictions."""
+    model = dense_model(subject.checkpoint)
+    windows = {name: subject.cut(path, model, seed) for name, path in subject.texts}  # all, before any is predicted
+    return {name: HeldOutText(model, *each) for name, each in windows.items()}
+
+
+@lru_cache(maxsize=2)
+def plans_of(subject: Subject, keys: Keys) -> tuple[dict[str, Plan], float, int]:
+    """The plan of every ratio, from scores that variants with these keys share; seconds and peak bytes."""
+    model = dense_model(subject.checkpoint)
+    pruner = Pruner(model, Config.load(overrides=dict(keys)), calibration_of(subject, _of(dict(keys), "calibration.")))
+    return clocked(lambda: {ratio: pruner.plan(float(ratio))[0] for ratio in RATIOS})
+
+
+def clocked(work: Callable) -> tuple:
+    """What `work` returns, its seconds, and the bytes that it needs above those in use before."""
+    results: list = []
+    start = time.perf_counter()
+    peak = peak_above(lambda: results.append(work()), torch.device("cpu"))
+    return results[0], time.perf_counter() - start, peak
+
+
+def _of(keys: dict, *sections: str) -> Keys:
+    """The keys of some sections, in order."""
+    return tuple(sorted((key, value) for key, value in keys.items() if key.startswith(sections)))
+
+
+def measure(name: str, seed: int, subject: Subject, threads: int) -> dict:
+    """One variant at one seed: for each ratio and text loss and fidelity, and what the run took."""
+    torch.set_num_threads(threads)
+    keys = BASE | subject.keys | {"calibration.seed": seed} | VARIANTS[name]
+    model, calibration = dense_model(subject.checkpoint), calibration_of(subject, _of(keys, "calibration."))
+    texts = held_out_texts(subject, seed)
+    plans, *scoring = plans_of(subject, _of(keys, "calibration.", "structured."))
+    pruner, results = Pruner(model, Config.load(overrides=keys), calibration), {}
+    for ratio in RATIOS:
+        pruned, *rest = clocked(partial(pruner.prune, plan=plans[ratio]))
+        measured = {text: held_out.compare(pruned.model) for text, held_out in texts.items()}
+        results[ratio] = {"texts": measured, **_account(pruned, model), **_costs(scoring, rest)}
+    dense = {text: held_out.dense for text, held_out in texts.items()}
+    return {"variant": name, "seed": seed, "dense": dense, "ratios": results}
+
+
+def _account(pruned: Pruned, model: DiffusionLM) -> dict:
+    """What went, and whether the refit was kept."""
+    heads = sum(block.widths.query_heads for block in Adapter(model).blocks)
+    return {
+        "heads_removed": heads - sum(len(block.query_heads) for block in pruned.plan.blocks),
+        "ratio_met": pruned.report["ratio"],
+        "kept": pruned.report["held_out_nelbo"]["kept"],
+    }
+
+
+def _costs(scoring: list, rest: list) -> dict:
+    """Seconds of scores, which ratios and variants share, and of what came after; peak bytes above the dense model."""
+    (score_seconds, score_peak), (seconds, peak) = scoring, rest
+    peaks = [each for each in (score_peak, peak) if each is not None]
+    return {"seconds": {"scores": score_seconds, "rest": seconds}, "peak_bytes": max(peaks, default=None)}
+
+
+def of_text(runs: dict, text: str) -> dict:
+    """The runs as `loss_row` and `contrast_row` read them, with the losses on one text."""
+    return {
+        key: {"ratios": {ratio: each["texts"][text] for ratio, each in run["ratios"].items()}}
+        for key, run in runs.items()
+    }
+
+
+def summarise(runs: dict, seeds: list[int]) -> dict:
+    """Mean losses and paired contrasts with 95% intervals over seeds, per text and ratio, as plain data."""
+    first = runs[next(iter(VARIANTS)), seeds[0]]
+    rows, gaps, ratios = [], [], sorted(RATIOS)
+    for text in first["dense"]:
+        views = of_text(runs, text)
+        for ratio in ratios:
+            for name in VARIANTS:
+                results = [runs[name, seed]["ratios"][ratio] for seed in seeds]
+                lists = {key: [each[key] for each in results] for key in results[0] if key != "texts"}
+                lists |= {key: [each["texts"][text][key] for each in results] for key in ("kl", "agreement")}
+                place = {"variant": name, "text": text, "ratio": ratio}
+                rows.append(place | loss_row(views, name, seeds, ratio) | lists)
+            for name, base in CONTRASTS:
+                gap = contrast_row(views, (name, ratio), (base, ratio), seeds)
+                gaps.append({"variant": name, "against": base, "text": text, "ratio": ratio, **gap})
+    dense = {text: [runs[first["variant"], seed]["dense"][text] for seed in seeds] for text in first["dense"]}
+    return {"losses": rows, "contrasts": gaps, "dense": dense}
+
+
+def tables(result: dict) -> list[Table]:
+    """For every text: loss, KL and agreement of every variant, and the paired differences."""
+    return [
+        table for text in result["dense"] for table in (_loss_table(result, text), _contrast_table(result, text))
+    ]  # fmt: skip
+
+
+def _loss_table(result: dict, text: str) -> Table:
+    table = Table(title=f"{text}: loss of NELBO against dense, nats per token [95% interval over seeds]")
+    table.add_column("variant")
+    for ratio in sorted(RATIOS):
+        for title in (f"loss at {ratio}", "KL", "agreement", "heads gone"):
+            table.add_column(title, justify="right")
+    for name in VARIANTS:
+        cells = []
+        for row in (row for row in result["losses"] if (row["variant"], row["text"]) == (name, text)):
+            kl, agreement = (sum(row[key]) / len(row[key]) for key in ("kl", "agreement"))
+            heads = ", ".join(map(str, row["heads_removed"]))
+            cells += [cell(row), f"{kl:.3f}", f"{100 * agreement:.1f} %", heads]
+        table.add_row(name, *cells)
+    return table
+
+
+def _contrast_table(result: dict, text: str) -> Table:
+    table = Table(title=f"{text}: paired difference of losses; * excludes 0, all seeds agree")
+    for title in ("variant", "against", *sorted(RATIOS)):
+        table.add_column(title, justify="right" if title in RATIOS else "left")
+    for name, base in CONTRASTS:
+        pair = (name, base, text)
+        rows = [row for row in result["contrasts"] if (row["variant"], row["against"], row["text"]) == pair]
+        table.add_row(name, base, *(cell(row, paired=True) for row in rows))
+    return table
+
+
+STUDY = Study(
+    "checkpoint_study", __doc__.splitlines()[0], "scripts/results/checkpoint.json", BASE, list(RATIOS), VARIANTS,
+    measure, summarise, tables, 190,
+)  # fmt: skip
+
+
+def arguments_of(arguments: list[str] | None) -> argparse.Namespace:
+    """The options of this study, checked."""
+    parser = study_parser(STUDY)
+    parser.add_argument("--checkpoint", type=Path, required=True, help="directory of the dense model")
+    parser.add_argument("--name", help="of the model in tables (default: of its directory)")
+    parser.add_argument("--text", type=Path, required=True, help="calibration text")
+    text = "evaluation text and its name in tables; may be repeated"
+    parser.add_argument("--eval", action="append", required=True, metavar="NAME=FILE", help=text)
+    parser.set_defaults(windows=64, jobs=1)
+    return parse_options(parser, arguments)
+
+
+def run(arguments: list[str] | None) -> None:
+    """Run, resume or summarise the study that the arguments describe."""
+    options = arguments_of(arguments)
+    subject = subject_of(options)
+    run_study(STUDY, options, (subject,), facts(subject, options.name, BASE))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return one_line(STUDY.name, lambda: run(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
