@@ -120,14 +120,26 @@ def resume(partial: Path, settings: dict) -> list[dict]:
     """Rows of an interrupted run, without an incomplete last line; a new file is begun with `settings`.
 
     Raises:
-        UserError: it was begun with other settings, or a line in the middle is broken.
+        UserError: as `checked_rows`.
     """
-    settings = json.loads(json.dumps(settings))  # as JSON reads it: tuples are lists
     content = partial.read_bytes() if partial.exists() else b""
     whole = content[: content.rfind(b"\n") + 1]
     if not whole:
         partial.write_text(json.dumps({"settings": settings}) + "\n", encoding="utf-8")
         return []
+    rows = checked_rows(partial, whole, settings)
+    if len(whole) < len(content):
+        os.truncate(partial, len(whole))  # only now, so that a refused file stays as it was
+    return rows
+
+
+def checked_rows(partial: Path, whole: bytes, settings: dict) -> list[dict]:
+    """The rows in the whole lines of partial results.
+
+    Raises:
+        UserError: they were begun with other settings, or a line in the middle is broken.
+    """
+    settings = json.loads(json.dumps(settings))  # as JSON reads it: tuples are lists
     try:
         first, *rows = [json.loads(line) for line in whole.splitlines()]
     except ValueError as error:
@@ -140,8 +152,6 @@ def resume(partial: Path, settings: dict) -> list[dict]:
         raise UserError(
             f"{partial} was begun with {difference}: run with the same settings, or delete it to start anew"
         )
-    if len(whole) < len(content):
-        os.truncate(partial, len(whole))  # only now, so that a refused file stays as it was
     return rows
 
 
@@ -267,22 +277,22 @@ def run_study(study: Study, options: argparse.Namespace, given: tuple = (), fact
     show_result(*study.tables(result), out=options.out, width=study.width)
 
 
-def finished(
-    partial: Path, settings: dict, variants: list[str], seeds: list[int]
-) -> tuple[dict[tuple[str, int], dict], list[int]]:
-    """The rows of an interrupted run, (variant, seed) -> row, and those of `seeds` that all variants have finished.
+def finished(partial: Path, settings: dict, variants: list[str], seeds: list[int]) -> tuple[dict, list[int]]:
+    """Rows of an interrupted or running study, (variant, seed) -> row, and those of `seeds` that all variants have.
 
     Raises:
-        UserError: there are none, or the run was begun with other settings.
+        UserError: there are none, or the study was begun with other settings.
     """
-    if not partial.exists():
-        raise UserError(f"no interrupted study at '{partial}': leave out --summary to run it")
-    rows = {(row["variant"], row["seed"]): row for row in resume(partial, settings)}
-    whole = [seed for seed in seeds if all((name, seed) in rows for name in variants)]
+    content = partial.read_bytes() if partial.exists() else b""
+    whole = content[: content.rfind(b"\n") + 1]  # a line that is being written stays
     if not whole:
+        raise UserError(f"no interrupted study at '{partial}': leave out --summary to run it")
+    rows = {(row["variant"], row["seed"]): row for row in checked_rows(partial, whole, settings)}
+    complete = [seed for seed in seeds if all((name, seed) in rows for name in variants)]
+    if not complete:
         missing = next(name for name in variants if (name, seeds[0]) not in rows)
         raise UserError(f"{partial} has no seed of all variants yet ('{missing}' is missing): go on without --summary")
-    return rows, whole
+    return rows, complete
 
 
 def main(study: Study, arguments: list[str] | None = None) -> int:
