@@ -124,6 +124,15 @@ def test_variants_that_score_alike_share_scores_and_texts(study, subject, few_ro
     assert rows[0]["ratios"]["0.3"]["seconds"]["scores"] == rows[1]["ratios"]["0.3"]["seconds"]["scores"] > 0
 
 
+@pytest.mark.slow
+def test_of_two_equal_splits_the_one_with_fewer_heads_is_taken(study, subject, tiny_checkpoint):
+    """Three query heads of either KV head: 0.5 is as near to one of them as to two."""
+    tiny = replace(subject, checkpoint=tiny_checkpoint("dream"))
+    keys = study.BASE | tiny.keys | {"calibration.seed": 0} | study.VARIANTS["Wanda-sp"]
+    plans, *_ = study.plans_of(tiny, study._of(keys, "calibration.", "structured."))
+    assert [len(block.query_heads) for block in plans["0.5"].blocks] == [4, 4, 4]
+
+
 def made_up(study, seeds):
     """Runs of every variant in which one loses more on one text."""
     runs = {}
