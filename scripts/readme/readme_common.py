@@ -9,7 +9,8 @@ def table(header: list[str], rows: list[list[str]], others: str = "---:") -> str
 
 def machine(described: dict) -> str:
     """A machine in a few words: processor, cores, torch."""
-    return f"{described['processor']}, {described['cores']} cores, torch {described['torch']}"
+    cores = f"{described['cores']} core{'s' if described['cores'] != 1 else ''}"
+    return f"{described['processor']}, {cores}, torch {described['torch']}"
 
 
 def ranged(value: dict) -> str:

@@ -132,7 +132,7 @@ def masks(results: dict) -> str:
         f" share, {over_seeds(results['settings'])}. Clean is what Wanda and SparseGPT were published with;"
         " `sparsegpt, clean+sink` is the published sink-SparseGPT."
     )
-    return f"{table(['method, arm', *ratios], lines)}\n\n{note}\n\n{_paired(results['contrasts'], ratios)}"
+    return f"{table(['method, arm', *ratios], lines)}\n\n{note}\n\n{paired(results['contrasts'], ratios)}"
 
 
 def factors(results: dict) -> str:
@@ -154,7 +154,7 @@ def factors(results: dict) -> str:
         f" median, on one thread beside other work ({machine(results['machine'])})."
     )
     header = ["calibration, refit", *(f"loss at {ratio}" for ratio in heads), "run"]
-    return f"{table(header, lines)}\n\n{note}\n\n{_paired(results['contrasts'], list(heads))}"
+    return f"{table(header, lines)}\n\n{note}\n\n{paired(results['contrasts'], list(heads))}"
 
 
 def search(results: dict) -> str:
@@ -179,10 +179,10 @@ def search(results: dict) -> str:
         f" seed. Seconds of a run, median, on one thread beside other work ({machine(results['machine'])})."
     )
     header = ["variant", *(text for ratio in heads for text in (f"loss at {ratio}", "heads gone")), "run"]
-    return f"{table(header, lines)}\n\n{note}\n\n{_paired(results['contrasts'], list(heads))}"
+    return f"{table(header, lines)}\n\n{note}\n\n{paired(results['contrasts'], list(heads))}"
 
 
-def _paired(contrasts: list[dict], ratios: list[str]) -> str:
+def paired(contrasts: list[dict], ratios: list[str]) -> str:
     """The table of paired differences, a row per pair and a column per ratio."""
     gaps: dict[tuple[str, str], dict] = {}
     for row in contrasts:

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from scripts.readme.readme_bench import bench, note, widths, widths_note
+from scripts.readme.readme_checkpoint import checkpoint
 from scripts.readme.readme_costs import cost, speed
 from scripts.readme.readme_evaluation import evaluation, evaluation_speed
 from scripts.readme.readme_gpu import gpu
@@ -52,6 +53,7 @@ PAGES: dict[str, Makers] = {
         "quality": made_of(quality, "quality"),
         "factors": made_of(factors, "factors"),
         "search": made_of(search, "search"),
+        "checkpoint": made_of(checkpoint, "checkpoint"),
         "masks": made_of(masks, "masks"),
         "speed": made_of(speed, "masking_speed"),
         "sinks": made_of(sinks, "sinks_embedded", "sinks_smollm2", "sinks_untrained", "sinks_cost"),

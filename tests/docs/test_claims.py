@@ -104,3 +104,27 @@ def test_what_is_said_of_evaluation_and_memory():
     peaks = results("inspect")["shapes"]["LLaDA-8B"]["predicted_device_peak_bytes"]
     said = f"is {peaks['obs'] / 1e9:.0f} GB with the default score and {peaks['taylor'] / 1e9:.0f} GB with `taylor`"
     assert said in prose("docs/pruning.md")
+
+
+def test_what_is_said_of_a_pretrained_checkpoint():
+    """Of every text and ratio, on the seeds that the page counts."""
+    figures, text = results("checkpoint"), prose("docs/results.md")
+    places: dict[tuple[str, str], dict[str, float]] = {}  # (text, ratio) -> variant -> loss
+    for row in figures["losses"]:
+        places.setdefault((row["text"], row["ratio"]), {})[row["variant"]] = row["mean"]
+    plain, both = "160 x 1", "160 x 1, producers, mixed targets"
+    gains = [both, "160 x 1, mixed targets", "160 x 1, producers", "160 x 1, layer targets"]
+    joint, methods = f"{both}, joint split", ("FLAP", "Wanda-sp", "LLM-Pruner (Taylor)")
+    assert len(places) == 4 and len(figures["settings"]["seeds"]) == 1 and "So far this is one seed" in text
+    assert not [row for row in figures["contrasts"] if row["shown"]]
+    at_half = places["docs-valid", "0.5"]
+    assert f"at 0.5 {at_half[both]:.2f} instead of {at_half[plain]:.2f} nats on `docs-valid`" in text
+    shares = []
+    for (_, ratio), loss in places.items():
+        assert max(loss[name] for name in gains) < loss[plain]
+        best = min(loss[name] for name in methods)
+        assert max(loss[name] for name in loss if name not in methods) < best
+        assert (loss[joint] < loss[both]) is (ratio == "0.5")
+        assert (loss[plain] < loss["32 windows x 5 copies"]) is (ratio == "0.3")
+        shares.append(100 * loss[both] / best)
+    assert f"loses {min(shares):.0f}% to {max(shares):.0f}% of what the best of the three does" in text

@@ -1,0 +1,86 @@
+"""The tables of the study of a checkpoint: losses and fidelity per text, what runs took, and paired differences."""
+
+from statistics import fmean, median
+
+from scripts.readme.readme_common import machine, table
+from scripts.readme.readme_studies import interval, over_seeds, paired
+
+Row = dict
+
+
+def checkpoint(results: dict) -> str:
+    """A table per evaluation text, one of costs, and the paired differences.
+
+    Args:
+        results: of scripts/studies/checkpoint_study.py.
+    """
+    settings, texts = results["settings"], list(results["dense"])
+    rows = {(row["variant"], row["text"], row["ratio"]): row for row in results["losses"]}
+    variants, _, ratios = (list(dict.fromkeys(each)) for each in zip(*rows, strict=True))
+    parts = [part for text in texts for part in (_heading(results, text), _losses(rows, variants, text, ratios))]
+    parts += [_note(results), _costs(rows, variants, texts[0], ratios, results["first"]), _cost_note(results)]
+    columns = [f"{text}, {ratio}" for text in texts for ratio in ratios]
+    contrasts = [row | {"ratio": f"{row['text']}, {row['ratio']}"} for row in results["contrasts"]]
+    if len(settings["seeds"]) == 1:
+        parts.append("With one seed there is no interval, and no difference below is shown.")
+    return "\n\n".join([*parts, paired(contrasts, columns)])
+
+
+def _heading(results: dict, text: str) -> str:
+    dense = results["dense"][text]
+    nelbo, accuracy = (fmean(each[key] for each in dense) for key in ("nelbo", "accuracy"))
+    return f"`{text}`, where the dense model has {nelbo:.2f} nats and {100 * accuracy:.1f}% of masked tokens right:"
+
+
+def _losses(rows: dict[tuple, Row], variants: list[str], text: str, ratios: list[str]) -> str:
+    header = ["variant"] + [each for ratio in ratios for each in (f"loss at {ratio}", "KL", "agreement")]
+    lines = []
+    for name in variants:
+        cells = []
+        for row in (rows[name, text, ratio] for ratio in ratios):
+            cells += [interval(row), f"{fmean(row['kl']):.3f}", f"{100 * fmean(row['agreement']):.1f}%"]
+        lines.append([name, *cells])
+    return table(header, lines)
+
+
+def _note(results: dict) -> str:
+    settings = results["settings"]
+    names = " ".join(f"--eval {name}={file}" for name, file in settings["texts"].items())
+    name, text = settings["checkpoint"]["name"], settings["base"]["calibration.source"]
+    return (
+        f"`python -m scripts.studies.checkpoint_study --checkpoint DIR --name {name} --text {text} {names}"
+        f" --seeds {len(settings['seeds'])}`, from"
+        f" [`checkpoint.json`](scripts/results/checkpoint.json): loss of NELBO on {name} against dense, nats per"
+        f" token, {over_seeds(settings)}. KL to the dense model, nats, and agreement: of predictions at the masked"
+        " positions, the likeliest tokens of both compared. Wanda-sp and LLM-Pruner's Taylor score: the same share"
+        " everywhere, no refit; LLM-Pruner's fine-tuning is left out."
+    )
+
+
+def _costs(rows: dict[tuple, Row], variants: list[str], text: str, ratios: list[str], first: str) -> str:
+    """Heads gone at every ratio; seconds and memory at the ratio that ran first, as the second shares work with it."""
+    header = ["variant", *(f"heads gone at {ratio}" for ratio in ratios), f"run at {first}", "its peak memory"]
+    lines = []
+    for name in variants:
+        heads = [" / ".join(map(str, rows[name, text, ratio]["heads_removed"])) for ratio in ratios]
+        row = rows[name, text, first]
+        seconds = median(each["scores"] + each["rest"] for each in row["seconds"])
+        peaks = [peak for peak in row["peak_bytes"] if peak is not None]
+        peak = f"{max(peaks) / 1e9:.1f} GB" if peaks else "?"
+        lines.append([name, *heads, f"{seconds:.0f} s", peak])
+    return table(header, lines)
+
+
+def _cost_note(results: dict) -> str:
+    refits = {name for name, keys in results["variants"].items() if keys.get("reconstruct.enabled", True)}
+    undone = [
+        f"{row['variant']} at {row['ratio']} ({row['kept'].count('plain removal')} of {len(row['kept'])} seeds)"
+        for row in results["losses"]
+        if row["text"] == next(iter(results["dense"])) and row["variant"] in refits and "plain removal" in row["kept"]
+    ]
+    text = (
+        "Heads gone: per seed. Run: scores, refit and check, median over seeds, beside other work"
+        f" ({machine(results['machine'])}). Peak memory: above what the process held before,"
+        " the dense model and what earlier runs left."
+    )
+    return text + (f" The refit was undone, as no gain on held-out text: {', '.join(undone)}." if undone else "")
