@@ -108,10 +108,10 @@ def held_out_texts(subject: Subject, seed: int) -> dict[str, HeldOutText]:
 
 
 @lru_cache(maxsize=len(VARIANTS))
-def plans_of(subject: Subject, keys: Keys) -> tuple[dict[str, Plan], float, int]:
+def plans_of(subject: Subject, keys: Keys) -> tuple[dict[str, Plan], float, int | None]:
     """The plan of every ratio, from scores that variants with these keys share; seconds and peak bytes."""
-    model = dense_model(subject.checkpoint)
-    pruner = Pruner(model, Config.load(overrides=dict(keys)), calibration_of(subject, _of(dict(keys), "calibration.")))
+    calibration = calibration_of(subject, section_keys(dict(keys), "calibration."))
+    pruner = Pruner(dense_model(subject.checkpoint), Config.load(overrides=dict(keys)), calibration)
     # half of three steps lies between one and two: rounding alone would decide, for two, which lose far more
     less = TIE if dict(keys)["structured.split"] == "equal" else 0
     return clocked(lambda: {ratio: pruner.plan(float(ratio) - less)[0] for ratio in RATIOS})
@@ -125,7 +125,7 @@ def clocked(work: Callable) -> tuple:
     return results[0], time.perf_counter() - start, peak
 
 
-def _of(keys: dict, *sections: str) -> Keys:
+def section_keys(keys: dict, *sections: str) -> Keys:
     """The keys of some sections, in order."""
     return tuple(sorted((key, value) for key, value in keys.items() if key.startswith(sections)))
 
@@ -134,9 +134,9 @@ def measure(name: str, seed: int, subject: Subject, threads: int) -> dict:
     """One variant at one seed: for each ratio and text loss and fidelity, and what the run took."""
     torch.set_num_threads(threads)
     keys = BASE | subject.keys | {"calibration.seed": seed} | VARIANTS[name]
-    model, calibration = dense_model(subject.checkpoint), calibration_of(subject, _of(keys, "calibration."))
+    model, calibration = dense_model(subject.checkpoint), calibration_of(subject, section_keys(keys, "calibration."))
     texts = held_out_texts(subject, seed)
-    plans, *scoring = plans_of(subject, _of(keys, "calibration.", "structured."))
+    plans, *scoring = plans_of(subject, section_keys(keys, "calibration.", "structured."))
     pruner, results = Pruner(model, Config.load(overrides=keys), calibration), {}
     for ratio in RATIOS:
         pruned, *rest = clocked(partial(pruner.prune, plan=plans[ratio]))

@@ -129,7 +129,7 @@ def test_of_two_equal_splits_the_one_with_fewer_heads_is_taken(study, subject, t
     """Three query heads of either KV head: 0.5 is as near to one of them as to two."""
     tiny = replace(subject, checkpoint=tiny_checkpoint("dream"))
     keys = study.BASE | tiny.keys | {"calibration.seed": 0} | study.VARIANTS["Wanda-sp"]
-    plans, *_ = study.plans_of(tiny, study._of(keys, "calibration.", "structured."))
+    plans, *_ = study.plans_of(tiny, study.section_keys(keys, "calibration.", "structured."))
     assert [len(block.query_heads) for block in plans["0.5"].blocks] == [4, 4, 4]
 
 
