@@ -83,7 +83,6 @@ CONTRASTS = [
     *((name, BOTH) for name in BASELINES),
     ("FLAP", JOINTLY),
 ]
-TIE = 1e-6  # taken off a ratio, so that of two numbers of heads as near to it the smaller one goes
 Keys = tuple[tuple[str, object], ...]  # configuration keys that can be a key of a cache
 
 
@@ -112,9 +111,7 @@ def plans_of(subject: Subject, keys: Keys) -> tuple[dict[str, Plan], float, int 
     """The plan of every ratio, from scores that variants with these keys share; seconds and peak bytes."""
     calibration = calibration_of(subject, section_keys(dict(keys), "calibration."))
     pruner = Pruner(dense_model(subject.checkpoint), Config.load(overrides=dict(keys)), calibration)
-    # half of three steps lies between one and two: rounding alone would decide, for two, which lose far more
-    less = TIE if dict(keys)["structured.split"] == "equal" else 0
-    return clocked(lambda: {ratio: pruner.plan(float(ratio) - less)[0] for ratio in RATIOS})
+    return clocked(lambda: {ratio: pruner.plan(float(ratio))[0] for ratio in RATIOS})
 
 
 def clocked(work: Callable) -> tuple:
