@@ -137,13 +137,12 @@ class Library:
 
 
 def check_identity(header: Path, identity: dict) -> None:
-    """Raise UserError unless a file of plain data holds `identity`, naming the first key that differs."""
+    """Raise UserError unless a file of plain data has all of `identity`, naming the first key that differs."""
     try:
         before = json.loads(header.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{header} cannot be read ({first_line(error)}): delete '{header.parent}'") from error
-    if before != identity:
-        keys = sorted(key for key in {*before, *identity} if before.get(key) != identity.get(key))
+    if keys := sorted(key for key in identity if before.get(key) != identity[key]):
         raise UserError(
             f"the levels in '{header.parent}' were made with another {keys[0]}: give another directory, or delete it"
         )

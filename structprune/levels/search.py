@@ -67,9 +67,14 @@ def search_rounds(task: Task, start: Counts, stitch: Stitch, directory: Path, tr
     """
     counts = start
     for number in range(task.settings.rounds):
-        result = _round(task, number, counts, stitch, (directory / f"round-{number + 1}", track))
+        result = _round(task, number, counts, stitch, (directory / round_name(number), track))
         counts = result.counts
         yield result
+
+
+def round_name(number: int) -> str:
+    """The directory of a round, counted from 0."""
+    return f"round-{number + 1}"
 
 
 def _round(task: Task, number: int, counts: Counts, stitch: Stitch, place: tuple[Path, Track]) -> Round:

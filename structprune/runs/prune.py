@@ -22,7 +22,7 @@ from structprune.refit.reconstruct import Reconstructor, refitted_parameters
 from structprune.runs.mask import Masked, mask
 from structprune.runs.resolve import at_ratio, check_given_plan, check_plan, resolve_structured
 from structprune.runs.run import Run
-from structprune.runs.search import Ground, SearchResult, held_out_divergences, search_widths
+from structprune.runs.search import Ground, SearchResult, check_levels, held_out_divergences, search_widths
 from structprune.statistics.sink_log import SinkLog
 from structprune.structured.allocate import Counts
 from structprune.structured.choose import Choice, choose_counts
@@ -99,6 +99,8 @@ class Pruner(Run):
         self.request = config
         super().__init__(model, self.request, calibration, track)
         self._levels = levels
+        if levels is not None:
+            check_levels(levels, model, self.calibration, self.request)
         self._paths: Paths | None = None
         self._dense: Nelbo | None = None
         self._coupled: dict[UnitKey, Coupled] | None = None
@@ -177,8 +179,7 @@ class Pruner(Run):
         notes = {
             "score": settings.score, "arm": request.arm, "allocation": settings.allocation, "ratio": settings.ratio,
         }  # fmt: skip
-        paths = self._ranked(request) if paths is None else paths
-        return make_plan(self.adapter, paths, counts, settings.gqa, notes)
+        return make_plan(self.adapter, paths or self._ranked(request), counts, settings.gqa, notes)
 
     def _search(self, request: StructuredRequest, choice: Choice) -> SearchResult:
         """Other widths at the size of a choice, by what they do to the predictions."""
@@ -296,5 +297,4 @@ def prune(
         if plan is not None:
             raise UserError(f"a plan removes heads and channels: leave it out, or method = {config.method}")
         return mask(model, config, calibration, track)
-    request = resolve_structured(config, model)
-    return Pruner(model, request, calibration, track).prune(plan=plan)
+    return Pruner(model, config, calibration, track).prune(plan=plan)

@@ -18,9 +18,9 @@ from structprune.errors import UserError
 from structprune.evaluation.fidelity import masked_kl, process_divergence, reference_predictions
 from structprune.levels.build import Recipe, build_library
 from structprune.levels.grid import Grids
-from structprune.levels.library import Library, plain_counts
+from structprune.levels.library import HEADER, Library, check_identity, plain_counts
 from structprune.levels.prices import fill_budget, mac_price, parameter_price
-from structprune.levels.search import Stitch, Task, search_rounds
+from structprune.levels.search import Stitch, Task, round_name, search_rounds
 from structprune.levels.stitch import Judge, StitchedModel, consumer_biases
 from structprune.models.adapter import Adapter
 from structprune.models.modeling_structprune import DiffusionLM
@@ -79,7 +79,8 @@ def search_widths(ground: Ground, start: Counts, directory: Path | None) -> Sear
         price = mac_price(sizes, Adapter(ground.model), request.calibration.length)
     budget = sum(price(key, steps) for key, steps in start.items())
     settings = request.config.search
-    task = Task(settings, sizes, multiple, price, budget, request.calibration.seed, identity(ground))
+    known = identity(ground.model, ground.calibration, request)
+    task = Task(settings, sizes, multiple, price, budget, request.calibration.seed, known)
     judge, rounds, last = _judge(ground), [], None
     with _directory(directory, request.settings.ratio) as place:
         for last in search_rounds(task, start, _stitcher(ground, judge), place, ground.track):
@@ -130,10 +131,14 @@ def held_out_divergences(dense: DiffusionLM, models: Sequence[DiffusionLM], grou
 def _directory(directory: Path | None, ratio: float) -> Iterator[Path]:
     """The ratio's own directory in the one given, or a temporary one that is removed."""
     if directory is not None:
-        yield directory / f"ratio-{ratio:g}"
+        yield _ratio_directory(directory, ratio)
         return
     with tempfile.TemporaryDirectory(prefix="structprune-levels-", ignore_cleanup_errors=True) as name:
         yield Path(name)
+
+
+def _ratio_directory(directory: Path, ratio: float) -> Path:
+    return directory / f"ratio-{ratio:g}"
 
 
 def check_levels_directory(directory: Path) -> None:
@@ -148,12 +153,21 @@ def check_levels_directory(directory: Path) -> None:
         raise UserError(f"--levels {directory} holds '{others[0]}', which is no level: give another directory")
 
 
-def identity(ground: Ground) -> dict:
+def check_levels(directory: Path, model: DiffusionLM, calibration: Calibration, request: StructuredRequest) -> None:
+    """Raise UserError, before anything is computed, without a search, or for levels made of something else."""
+    if not request.config.search.enabled:
+        raise UserError(f"levels in '{directory}' are for a search: set search.enabled = true, or leave them out")
+    header = _ratio_directory(directory, request.settings.ratio) / round_name(0) / HEADER
+    if header.exists():
+        check_identity(header, identity(model, calibration, request))
+
+
+def identity(model: DiffusionLM, calibration: Calibration, request: StructuredRequest) -> dict:
     """Plain data that decides the levels of a library and losses in it, beside its grids and plan.
 
     Rounds and methods are not among it, so that a search can be continued with more.
     """
-    config = ground.request.config
+    config = request.config
     settings = {
         f"{name}.{key}": value
         for name in ("structured", "reconstruct")
@@ -162,9 +176,9 @@ def identity(ground: Ground) -> dict:
     }
     return {
         "version": __version__,
-        "model": weights_digest(ground.model),
-        "calibration": calibration_digest(ground.calibration),
-        "arm": ground.request.arm,
+        "model": weights_digest(model),
+        "calibration": calibration_digest(calibration),
+        "arm": request.arm,
         "search.sequences": config.search.sequences,
         "search.budget": config.search.budget,
         **settings,

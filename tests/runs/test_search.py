@@ -152,7 +152,10 @@ def test_levels_of_another_run_are_refused(tiny_checkpoint, text_path, tmp_path)
     Pruner(model, run_config(text_path, **{"search.rounds": 1}), levels=tmp_path / "levels").prune()
     other = run_config(text_path, **{"search.rounds": 1, "calibration.seed": 1})
     with pytest.raises(UserError, match="were made with another calibration"):
-        Pruner(model, other, levels=tmp_path / "levels").prune()
+        Pruner(model, other, levels=tmp_path / "levels")  # before anything is scored
+    without = Config.load(overrides={"calibration.source": str(text_path), "calibration.length": 24})
+    with pytest.raises(UserError, match="are for a search: set search.enabled = true, or leave them out"):
+        Pruner(model, without, levels=tmp_path / "levels")
 
 
 @pytest.mark.parametrize(
