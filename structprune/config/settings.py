@@ -229,7 +229,7 @@ class SearchSettings(Section):
     whole: bool = True
     """The whole attention or MLP of a block may go too."""
     sequences: int = Field(32, ge=1)
-    """Noisy sequences, of the held-out windows, on which plans are compared."""
+    """At most so many noisy sequences, equally many of each held-out window, on which plans are compared."""
     generations: int = Field(8, ge=1)
     """Generations of evolution in a round."""
     offspring: int = Field(16, ge=1)

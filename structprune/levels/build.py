@@ -16,7 +16,7 @@ from structprune.config import ReconstructSettings, StructuredSettings
 from structprune.errors import UserError
 from structprune.levels.grid import Grids
 from structprune.levels.library import KindLevels, Level, Library
-from structprune.models.adapter import CONSUMER
+from structprune.models.adapter import CONSUMER, BlockView
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.refit.products import UNCHANGED, Products, output_error
 from structprune.refit.reconstruct import augmented, refit_head, refit_producers, set_weight
@@ -24,9 +24,10 @@ from structprune.refit.solve import choose
 from structprune.refit.walk import Place, Walk, has_constant
 from structprune.statistics import overflow
 from structprune.structured.allocate import Counts
-from structprune.structured.paths import RemovalPath
+from structprune.structured.paths import RemovalPath, static_path
 from structprune.structured.ranking import Paths
 from structprune.structured.scores import obs
+from structprune.structured.sizes import block_size
 from structprune.structured.surgery import expand
 from structprune.structured.units import Units
 
@@ -61,7 +62,7 @@ def build_library(
     parts: dict[str, KindLevels] = {}
     constant = has_constant(recipe.reconstruct)
     run = None
-    for place in walk.places(small, title="levels"):
+    for place in walk.places(small, title="levels", last=last_attending(walk.dense.attending, counts, recipe)):
         run = place.run
         index, kind = key = place.dense.index, place.kind
         steps = counts.get(key, 0)
@@ -77,6 +78,12 @@ def build_library(
             parts = {}
     if recipe.reconstruct.head and run is not None:
         refit_head(walk, run, small)
+
+
+def last_attending(blocks: list[BlockView], counts: Counts, recipe: Recipe) -> int:
+    """The index of the last block whose attention the current plan leaves."""
+    whole = {block.index: block_size(block, recipe.structured.gqa).steps["attention"] for block in blocks}
+    return max(index for index, steps in whole.items() if counts.get((index, "attention"), 0) < steps)
 
 
 def set_level(linear: nn.Linear, weight: torch.Tensor, bias: torch.Tensor | None, constant: bool) -> None:
@@ -103,7 +110,7 @@ def kind_levels(place: Place, steps: tuple[int, ...], current: int, recipe: Reci
         readers = {role: reader.weight for role, reader in place.readers.items()}
     fit, check = place.products()
     dense = augmented(linear, has_constant(settings)).to(fit.gram.device)  # (O, C [+ 1]) fp64
-    path = removal_path(place, dense, (fit, check), recipe)
+    path = removal_path(place, dense, (fit, check), recipe, ordered=steps != (0,))
     levels = {current: level(place, path, dense, (fit, check), current, settings)}
     near = replace_dampings(settings, levels[current].damping)
     for count in steps:
@@ -112,15 +119,20 @@ def kind_levels(place: Place, steps: tuple[int, ...], current: int, recipe: Reci
     return KindLevels(path, dict(sorted(levels.items())), readers)
 
 
-def removal_path(place: Place, dense: torch.Tensor, products: tuple[Products, Products], recipe: Recipe) -> RemovalPath:
+def removal_path(
+    place: Place, dense: torch.Tensor, products: tuple[Products, Products], recipe: Recipe, ordered: bool = True
+) -> RemovalPath:
     """The order in which units go: that of the recipe, or by optimal brain surgeon from the refit at full width.
 
     Args:
         dense: (O, C [+ 1]) fp64 weight of the consumer.
+        ordered: false where no unit goes, so that any order will do.
     """
     if recipe.paths is not None:
         return recipe.paths[place.dense.index, place.kind]
     units = Units.of(place.dense, place.kind, recipe.structured.gqa)
+    if not ordered:
+        return static_path(torch.zeros(units.count), units.groups)
     fit, check = products
     features = place.consumer.in_features
     weight = choose(recipe.reconstruct, dense, fit, check, features)[0][:, :features]  # (O, C)

@@ -49,9 +49,9 @@ class Walk:
             held_out: (R2, T) bool, the masked tokens of the held-out rows.
         """
         weight = torch.ones(rows.ids.shape) if rows.weight is None else rows.weight  # (R1, T)
-        if not rows.masked.any():
-            return dict.fromkeys((False, True), torch.cat((weight, held_out.float())))
         predicting, checked = (predicted_at(mask, self.dense.model.shifted) for mask in (rows.masked, held_out))
+        if not rows.masked.any():
+            return {False: torch.cat((weight, held_out.float())), True: torch.cat((weight, checked.float()))}
         visible = torch.where(rows.masked | predicting, 1.0, self.settings.visible)  # (R1, T)
         return {
             False: torch.cat((weight * visible, held_out.float())),
@@ -73,7 +73,11 @@ class Walk:
         return self.targets.holds_all
 
     def places(
-        self, small: DiffusionLM, remaining: Sequence[int] | None = None, title: str = "refit"
+        self,
+        small: DiffusionLM,
+        remaining: Sequence[int] | None = None,
+        title: str = "refit",
+        last: int | None = None,
     ) -> Iterator["Place"]:
         """Every consumer of a cut model, in the order of the forward pass.
 
@@ -82,6 +86,7 @@ class Walk:
         Args:
             remaining: the dense model's index of every block of `small` (`Plan.remaining`); None where all are there.
             title: of the progress bar over blocks.
+            last: the dense model's index of the last block whose attention counts; None: of the last that has one.
         Raises:
             ValueError: not one index for every block.
         """
@@ -90,7 +95,7 @@ class Walk:
         blocks = dict(zip(indices, pruned.blocks, strict=True))  # index in the dense model -> block
         self.targets.restart()
         run = ResidualRun(pruned, self._ids, self._batch, self._limits.budget, self._limits.overlap)
-        first, last = True, indices[pruned.attending[-1].index]
+        first, last = True, indices[pruned.attending[-1].index] if last is None else last
         for block in self._track(dense, title):
             left = blocks.get(block.index)
             for kind in block.kinds:

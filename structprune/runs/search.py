@@ -145,6 +145,8 @@ def check_levels_directory(directory: Path) -> None:
     """Raise UserError for a place that cannot be a directory of levels: a file, or a directory of something else."""
     if directory.exists() and not directory.is_dir():
         raise UserError(f"--levels {directory} is a file: give a directory")
+    if directory.exists() and not os.access(directory, os.R_OK | os.X_OK):
+        raise UserError(f"--levels {directory} cannot be read: give another directory")
     parent = next(folder for folder in (directory, *directory.absolute().parents) if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise UserError(f"--levels {directory} cannot be written below '{parent}': give another directory")
@@ -165,22 +167,21 @@ def check_levels(directory: Path, model: DiffusionLM, calibration: Calibration, 
 def identity(model: DiffusionLM, calibration: Calibration, request: StructuredRequest) -> dict:
     """Plain data that decides the levels of a library and losses in it, beside its grids and plan.
 
-    Rounds and methods are not among it, so that a search can be continued with more.
+    The number of rounds is not among it, so that a search can be continued with more.
     """
     config = request.config
     settings = {
         f"{name}.{key}": value
-        for name in ("structured", "reconstruct")
+        for name in ("structured", "reconstruct", "sink", "search")
         for key, value in getattr(config, name).model_dump(mode="json").items()
-        if f"{name}.{key}" != "structured.ratio"
+        if f"{name}.{key}" not in ("structured.ratio", "search.rounds")
     }
     return {
         "version": __version__,
         "model": weights_digest(model),
         "calibration": calibration_digest(calibration),
         "arm": request.arm,
-        "search.sequences": config.search.sequences,
-        "search.budget": config.search.budget,
+        "seed": request.calibration.seed,
         **settings,
     }
 

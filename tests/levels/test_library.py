@@ -43,7 +43,7 @@ def calibration() -> Calibration:
 class Bench:
     """One model with a library around a plan in which every block loses something."""
 
-    def __init__(self, model, calibration, directory, budget=2**30, **settings):
+    def __init__(self, model, calibration, directory, gone=(), **settings):
         self.model, self.calibration, self.adapter = model, calibration, Adapter(model)
         heads = range(4 if self.adapter.family.name == "llada" else 3)  # one more step would take the attention
         self.grids = {
@@ -52,9 +52,10 @@ class Bench:
             for kind in ("attention", "channels")
         }
         self.counts = {key: grid[1 + (key[0] == 1)] if key[1] == "channels" else 1 for key, grid in self.grids.items()}
+        self.counts |= {key: self.grids[key][-1] for key in gone}  # the whole part
         self.reconstruct = ReconstructSettings(damping=(0.05,), **settings)
         self.recipe = Recipe(StructuredSettings(), self.reconstruct)
-        scan = Scan(self.adapter, calibration, limits=Limits(windows=5, budget=budget))
+        scan = Scan(self.adapter, calibration, limits=Limits(windows=5))
         self.walk, self.scan = Walk(scan, self.reconstruct), scan
         self.library = Library(directory, {"case": 1})
         self.small = self.build()
@@ -97,6 +98,27 @@ def test_the_current_plan_is_what_its_refit_gives(tiny_model, calibration, tmp_p
     assert bench.divergence(bench.small) == pytest.approx(expected, rel=2e-3)
     assert bench.stitched().loss(bench.counts) == pytest.approx(expected, rel=2e-3)
     assert expected > 1e-3  # something was lost
+
+
+@pytest.mark.parametrize("gone", [[(2, "attention")], [(0, "channels"), (1, "attention"), (1, "channels")]])
+def test_a_current_plan_without_whole_parts(tiny_model, calibration, tmp_path, gone):
+    """Behind the last attention that is left, both fit to the positions with a prediction alone."""
+    bench = Bench(tiny_model("dream"), calibration, tmp_path / "levels", gone=gone)
+    plan = bench.plan(bench.counts)
+    cut = apply_plan(bench.model, plan)
+    Reconstructor(bench.scan, bench.reconstruct).refit(cut, plan.remaining)
+    assert bench.stitched().loss(bench.counts) == pytest.approx(bench.divergence(cut), rel=2e-3)
+
+
+def test_what_keeps_all_units_is_not_ordered(tiny_model, calibration, tmp_path, monkeypatch):
+    """Protected blocks have no grid."""
+    bench, original, ordered = Bench(tiny_model(), calibration, tmp_path / "levels"), build.obs.obs_path, []
+    monkeypatch.setattr(build.obs, "obs_path", lambda *args: ordered.append(1) or original(*args))
+    bench.library = Library(tmp_path / "other", {})
+    bench.grids = {key: grid for key, grid in bench.grids.items() if key[0] == 1}
+    bench.counts = {key: bench.counts[key] for key in bench.grids}
+    bench.build()
+    assert len(ordered) == 2 and bench.library.path((0, "channels")).removed(2) == [0, 1]
 
 
 @pytest.mark.parametrize("family", ["llada", "dream"])

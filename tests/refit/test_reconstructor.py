@@ -58,8 +58,6 @@ def reconstructor(model, calibration, settings=None, **limits) -> Reconstructor:
 def row_weights(model, plan, index, sides, omega, settings):
     """ω of fit and held-out rows: behind the last attention only where something is predicted."""
     fit, check = sides
-    if settings.arm == "clean":
-        return omega, check.masked.float()
     last = max(place for place, block in enumerate(plan.blocks) if "attention" in block.kinds)
     predicting = []
     for masked in (fit.masked, check.masked):
@@ -67,9 +65,12 @@ def row_weights(model, plan, index, sides, omega, settings):
         for row, token in masked.nonzero().tolist():
             at[row, max(token - 1, 0) if model.shifted else token] = True
         predicting.append(at)
+    held_out = predicting[1] if index >= last else check.masked
+    if settings.arm == "clean":
+        return omega, held_out.float()
     if index >= last:
-        return omega * predicting[0], predicting[1].float()
-    return omega * torch.where(fit.masked | predicting[0], 1.0, settings.visible), check.masked.float()
+        return omega * predicting[0], held_out.float()
+    return omega * torch.where(fit.masked | predicting[0], 1.0, settings.visible), held_out.float()
 
 
 def plain_refit(model, plan, calibration, settings):

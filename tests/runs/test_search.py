@@ -150,9 +150,14 @@ def test_plans_without_any_mlp_are_never_chosen():
 def test_levels_of_another_run_are_refused(tiny_checkpoint, text_path, tmp_path):
     model = load_model(tiny_checkpoint())
     Pruner(model, run_config(text_path, **{"search.rounds": 1}), levels=tmp_path / "levels").prune()
-    other = run_config(text_path, **{"search.rounds": 1, "calibration.seed": 1})
-    with pytest.raises(UserError, match="were made with another calibration"):
-        Pruner(model, other, levels=tmp_path / "levels")  # before anything is scored
+    for key, value, name in (
+        ("calibration.seed", 1, "calibration"), ("search.spread", 0.5, "search.spread"),
+        ("sink.kappa", 1.0, "sink.kappa"),
+    ):  # fmt: skip
+        other = run_config(text_path, **{"search.rounds": 1, "structured.arm": "masked+sink", key: value})
+        with pytest.raises(UserError, match=f"were made with another {name}"):
+            Pruner(model, other, levels=tmp_path / "levels")  # before anything is scored
+    Pruner(model, run_config(text_path, **{"search.rounds": 2}), levels=tmp_path / "levels")
     without = Config.load(overrides={"calibration.source": str(text_path), "calibration.length": 24})
     with pytest.raises(UserError, match="are for a search: set search.enabled = true, or leave them out"):
         Pruner(model, without, levels=tmp_path / "levels")
