@@ -51,7 +51,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Round:
-    """One round: its library, the best plan, and the losses on the way there (mean KL in nats per masked token)."""
+    """One round: its library, the best plan, and the losses on the way there, divergence in nats per token."""
 
     library: Library
     counts: Counts
@@ -169,7 +169,7 @@ def _evolve(
     (search, seed), done = settings, notes.generations
     if done:
         best = Best(len(done) - 1, counts_of(done[-1]["plan"]), done[-1]["loss"])
-    generations = track(range(len(done), search.generations), lambda: f"evolution (KL {best.loss:.4f})")
+    generations = track(range(len(done), search.generations), lambda: f"evolution ({best.loss:.4f} nats)")
     for result in evolve(space, best, measure, generations, search.offspring, seed):
         notes.add_generation({"plan": plain_counts(result.counts), "loss": result.loss})
         best = result

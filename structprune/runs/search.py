@@ -84,7 +84,7 @@ def search_widths(ground: Ground, start: Counts, directory: Path | None) -> Sear
     judge, rounds, last = _judge(ground), [], None
     with _directory(directory, request.settings.ratio) as place:
         for last in search_rounds(task, start, _stitcher(ground, judge), place, ground.track):
-            rounds.append({"plan": plain_counts(last.counts), "kl": last.losses})
+            rounds.append({"plan": plain_counts(last.counts), "divergence": last.losses})
         assert last is not None, "at least one round"
         paths = {key: last.library.path(key) for key in last.counts}
     return SearchResult(fill_budget(last.counts, paths, price, budget, multiple), paths, rounds)

@@ -46,9 +46,9 @@ def test_a_search_meets_the_ratio_and_keeps_the_better(tiny_checkpoint, text_pat
     assert note["kept"] == min(note["divergence"], key=note["divergence"].get)
     assert report["held_out_nelbo"]["loss"]["mean"] == note["loss"][note["kept"]]
     steps = {"both": ["start", "knapsack", "evolution"]}.get(method, ["start", method])
-    assert [list(each["kl"]) for each in note["rounds"]] == [steps] * 2
+    assert [list(each["divergence"]) for each in note["rounds"]] == [steps] * 2
     for each in note["rounds"]:
-        assert each["kl"][steps[-1]] <= each["kl"]["start"] or method == "knapsack"
+        assert each["divergence"][steps[-1]] <= each["divergence"]["start"] or method == "knapsack"
     json.dumps(report)
 
 
