@@ -159,8 +159,8 @@ def test_a_file_without_settings_or_with_a_broken_line_is_refused(studies, tmp_p
 
 def test_a_failure_ends_the_study_at_once(studies, measure, tmp_path):
     with pytest.raises(ValueError, match="no such variant"):
-        run(studies, measure, tmp_path, names=("broken", *(f"v{index}" for index in range(20))))
-    assert len((tmp_path / "log").read_text().split()) < 20
+        run(studies, measure, tmp_path, names=("broken", *(f"v{index}" for index in range(400))))
+    assert len((tmp_path / "log").read_text().split()) < 400  # of 802; on a busy machine some dozens are run
 
 
 def study_of(studies, base):
