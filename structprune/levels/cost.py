@@ -38,7 +38,7 @@ def search_cost(adapter: Adapter, request: StructuredRequest, itemsize: int) -> 
     """
     search, refit, text = request.config.search, request.reconstruct, request.calibration
     rows = (text.windows + text.held_out) * text.noisy_copies * text.length
-    per_side, kinds = 2 * search.levels + search.whole, sum(len(block.kinds) for block in adapter.blocks)
+    others, kinds = 2 * search.levels + search.whole, sum(len(block.kinds) for block in adapter.blocks)
     keep = 1 - request.settings.ratio
     levels = walk = 0.0
     for block in adapter.blocks:
@@ -47,10 +47,10 @@ def search_cost(adapter: Adapter, request: StructuredRequest, itemsize: int) -> 
         dampings = min(3, len(refit.damping))
         solve = sum(_solve(block, kind, keep, dampings) for kind in block.kinds)
         full = sum(_solve(block, kind, 1.0, len(refit.damping)) + _eliminate(block, kind) for kind in block.kinds)
-        levels += 2 * forward + collect + per_side * solve + full
+        levels += 2 * forward + collect + others * solve + full
         walk += 2 * forward + collect + sum(_solve(block, kind, keep, len(refit.damping)) for kind in block.kinds)
     evolves = search.generations * search.offspring * (FEW + 1 / SURVIVORS) * (search.method != "knapsack")
-    tries = kinds * per_side * (search.method != "evolution") + evolves
+    tries = kinds * others * (search.method != "evolution") + evolves
     tokens = search.sequences * text.length
     blocks = sum(block[role].weight.numel() for block in adapter.blocks for role in block.names)
     head = adapter.vocabulary * adapter.hidden_size
@@ -63,7 +63,7 @@ def search_cost(adapter: Adapter, request: StructuredRequest, itemsize: int) -> 
         levels=search.rounds * levels,
         search=search.rounds * measured,
         refit=2 * walk,  # of both plans
-        disk=round(search.rounds * itemsize * (readers + consumers * keep * (per_side + 1 - search.whole))),
+        disk=round(search.rounds * itemsize * (readers + consumers * keep * (others + 1 - search.whole))),
         memory=itemsize * (blocks + head * refit.head) + min(stream, request.limits.budget),
     )
 

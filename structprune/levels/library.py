@@ -115,12 +115,6 @@ class Library:
         self._file(key[0])
         return {int(steps): error for steps, (_, error) in self._notes[key[0]][key[1]]["levels"].items()}
 
-    def damping(self, key: UnitKey, steps: int) -> float:
-        """What the refit of a level chose; infinity where nothing changed."""
-        self._file(key[0])
-        value = self._notes[key[0]][key[1]]["levels"][str(steps)][0]
-        return UNCHANGED if value is None else value
-
     def _path(self, index: int) -> Path:
         return self.directory / f"block-{index:03d}.safetensors"
 

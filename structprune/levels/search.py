@@ -83,20 +83,20 @@ def _round(task: Task, number: int, counts: Counts, stitch: Stitch, place: tuple
     grids = level_grids(task.sizes, [counts], task.multiple, settings.levels, spread, settings.whole)
     identity = task.identity | {"grids": plain_grids(grids), "plan": plain_counts(counts)}
     library = Library(directory, identity)
-    notes = Notes(directory / "search.json")
+    record = LossFile(directory / "search.json")
     space = Space(grids, price_table(task.price, grids), task.budget)
     with stitch(library, grids, counts) as stitched:
         measure = finite_losses(stitched.loss, task.sizes)
-        first = notes.value("start", lambda: measure(counts, 1.0))
+        first = record.value("start", lambda: measure(counts, 1.0))
         if math.isinf(first):
             raise UserError("the plan's divergence from the dense model is no number: use model.dtype = float32")
         losses = {"start": first}
         best = Best(-1, counts, first)
         if settings.method != "evolution":
-            table = replacement_losses(grids, counts, first, measure, notes, track)
-            best, losses["knapsack"] = best_combination(space, best, table, measure, notes)
+            table = replacement_losses(grids, counts, first, measure, record, track)
+            best, losses["knapsack"] = best_combination(space, best, table, measure, record)
         if settings.method != "knapsack":
-            best = _evolve(space, best, measure, (settings, task.seed + number), notes, track)
+            best = _evolve(space, best, measure, (settings, task.seed + number), record, track)
             losses["evolution"] = best.loss
     return Round(library, best.counts, losses)
 
@@ -116,23 +116,25 @@ def finite_losses(measure: Measure, sizes: list[BlockSize]) -> Measure:
 
 
 def replacement_losses(
-    grids: Grids, counts: Counts, loss: float, measure: Measure, notes: "Notes", track: Track
+    grids: Grids, counts: Counts, loss: float, measure: Measure, record: "LossFile", track: Track
 ) -> Table:
     """What every level does to the loss where it replaces the current one: measured loss minus the current, in nats.
 
     Args:
         loss: the current plan's.
-        measure: is asked once per level that differs, unless `notes` has it.
+        measure: is asked once per level that differs, unless `record` has it.
     """
     table: Table = {key: {counts[key]: 0.0} for key in grids}
     changes = [(key, steps) for key, levels in grids.items() for steps in levels if steps != counts[key]]
     for key, steps in track(changes, "replacement losses"):
         name = f"{key[0]} {key[1]} {steps}"
-        table[key][steps] = notes.value(name, partial(measure, counts | {key: steps}, 1.0)) - loss
+        table[key][steps] = record.value(name, partial(measure, counts | {key: steps}, 1.0)) - loss
     return table
 
 
-def best_combination(space: Space, best: Best, losses: Table, measure: Measure, notes: "Notes") -> tuple[Best, float]:
+def best_combination(
+    space: Space, best: Best, losses: Table, measure: Measure, record: "LossFile"
+) -> tuple[Best, float]:
     """The plan of least predicted loss, or a more cautious one, if measuring it shows a gain; and its measured loss.
 
     Losses of single replacements add up only for small changes. So where the knapsack over all levels is worse than
@@ -142,7 +144,7 @@ def best_combination(space: Space, best: Best, losses: Table, measure: Measure, 
     for reach in (None, 1):
         plan = knapsack(near_levels(losses, best.counts, reach), space.prices, space.budget)
         assert plan is not None, "the current plan is within the budget"
-        loss = notes.value(f"knapsack {reach}", partial(measure, plan, 1.0))
+        loss = record.value(f"knapsack {reach}", partial(measure, plan, 1.0))
         results.append((loss, plan))
         if loss < best.loss:
             break
@@ -163,21 +165,21 @@ def near_levels(losses: Table, counts: Counts, reach: int | None) -> Table:
 
 
 def _evolve(
-    space: Space, best: Best, measure: Measure, settings: tuple[SearchSettings, int], notes: "Notes", track: Track
+    space: Space, best: Best, measure: Measure, settings: tuple[SearchSettings, int], record: "LossFile", track: Track
 ) -> Best:
-    """The best plan after all generations; those that `notes` has are not run again."""
-    (search, seed), done = settings, notes.generations
+    """The best plan after all generations; those that `record` has are not run again."""
+    (search, seed), done = settings, record.generations
     if done:
         best = Best(len(done) - 1, counts_of(done[-1]["plan"]), done[-1]["loss"])
     generations = track(range(len(done), search.generations), lambda: f"evolution ({best.loss:.4f} nats)")
     for result in evolve(space, best, measure, generations, search.offspring, seed):
-        notes.add_generation({"plan": plain_counts(result.counts), "loss": result.loss})
+        record.add_generation({"plan": plain_counts(result.counts), "loss": result.loss})
         best = result
     assert total_price(space.prices, best.counts) <= space.budget * (1 + 1e-9)
     return best
 
 
-class Notes:
+class LossFile:
     """Losses that were measured in a round, kept in a file so that an interrupted search measures none twice.
 
     Raises:

@@ -5,6 +5,7 @@ plan's residual stream. Removed units stay in place with consumers that do not r
 Shapes: N windows of T tokens, S noisy copies, b rows of a batch, C features, M masked positions.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +27,7 @@ KINDS = 3  # tensors of the logits' size that a divergence needs at once
 
 
 @dataclass(frozen=True, eq=False)
-class Judge:
+class ReferenceWindows:
     """Noisy windows, and the dense model's predictions at their masked positions."""
 
     input_ids: torch.Tensor  # (N, T) int64
@@ -49,19 +50,24 @@ class StitchedModel:
     """
 
     def __init__(
-        self, model: DiffusionLM, library: Library, counts: Counts, biases: dict[UnitKey, torch.Tensor], judge: Judge,
+        self,
+        model: DiffusionLM,
+        library: Library,
+        counts: Counts,
+        biases: dict[UnitKey, torch.Tensor],
+        windows: ReferenceWindows,
         constant: bool = False,
-    ):  # fmt: skip
+    ):
         self.counts = dict(counts)
         self._model, self._adapter, self._library = model, Adapter(model), library
-        self._biases, self._judge, self._constant = biases, judge, constant
-        length = judge.noisy_ids.shape[2]
-        self._noisy = judge.noisy_ids.reshape(-1, length)  # (N * S, T)
-        masked = masked_positions(judge.input_ids, judge.noisy_ids, self._adapter.mask_id)  # (N, S, T)
+        self._biases, self._windows, self._constant = biases, windows, constant
+        length = windows.noisy_ids.shape[2]
+        self._noisy = windows.noisy_ids.reshape(-1, length)  # (N * S, T)
+        masked = masked_positions(windows.input_ids, windows.noisy_ids, self._adapter.mask_id)  # (N, S, T)
         self._masked = masked.reshape(-1, length)  # (N * S, T)
-        self._row_weights = 1 / judge.mask_probability.flatten()  # (N * S,)
+        self._row_weights = 1 / windows.mask_probability.flatten()  # (N * S,)
         self._firsts = [0, *self._masked.sum(1).cumsum(0).tolist()]  # masked positions before each row
-        self._batch = judge.limits.sequences(judge.noisy_ids.shape[1], length)
+        self._batch = windows.limits.sequences(windows.noisy_ids.shape[1], length)
         self._keep_states()
 
     @torch.inference_mode()
@@ -70,9 +76,11 @@ class StitchedModel:
         blocks, rows = len(self._adapter.blocks), len(self._noisy)
         dtype = self._model.embedding.weight.dtype
         shape = (rows, self._noisy.shape[1], self._adapter.hidden_size)
-        room = max(1, self._judge.limits.budget // (torch.empty(0, dtype=dtype).element_size() * _count(shape)))
+        room = max(1, self._windows.limits.budget // (dtype.itemsize * math.prod(shape)))
         self._stride = -(-blocks // room)
-        self._states, self._file = empty_on_host((-(-blocks // self._stride), *shape), dtype, self._judge.limits.budget)
+        self._states, self._file = empty_on_host(
+            (-(-blocks // self._stride), *shape), dtype, self._windows.limits.budget
+        )
         rotary = self._model.rotary(shape[1], compute_device(self._model))
         for start in range(0, rows, self._batch):
             part = slice(start, start + self._batch)
@@ -116,13 +124,9 @@ class StitchedModel:
             for piece in logit_slices(len(hidden), self._model.output_head.weight.shape[0], KINDS):
                 logits = self._model.output_head(hidden[piece]).float()  # (m, V)
                 first = self._firsts[start]
-                theirs = self._judge.reference.at(slice(first + piece.start, first + piece.stop), device)
+                theirs = self._windows.reference.at(slice(first + piece.start, first + piece.stop), device)
                 total += float((kl_divergence(theirs, logits) * weights[piece]).double().sum())
         return total / (rows * self._noisy.shape[1])
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    return torch.Size(shape).numel()
 
 
 def consumer_biases(adapter: Adapter) -> dict[UnitKey, torch.Tensor]:

@@ -22,7 +22,7 @@ from structprune.refit.reconstruct import Reconstructor, refitted_parameters
 from structprune.runs.mask import Masked, mask
 from structprune.runs.resolve import at_ratio, check_given_plan, check_plan, resolve_structured
 from structprune.runs.run import Run
-from structprune.runs.search import Ground, SearchResult, check_levels, held_out_divergences, search_widths
+from structprune.runs.search import SearchContext, check_levels, held_out_divergences, search_widths
 from structprune.statistics.sink_log import SinkLog
 from structprune.structured.allocate import Counts
 from structprune.structured.choose import Choice, choose_counts
@@ -141,7 +141,7 @@ class Pruner(Run):
             self._sinks = report
 
     def plan(self, ratio: float | None = None) -> tuple[Plan, dict]:
-        """Score the units (once) and choose which ones to remove at `ratio` (default: the configuration's).
+        """Score the units (once) and choose which go at `ratio` (default: the configuration's), before any search.
 
         Returns:
             The plan, and how it was chosen as plain data.
@@ -181,13 +181,8 @@ class Pruner(Run):
         }  # fmt: skip
         return make_plan(self.adapter, paths or self._ranked(request), counts, settings.gqa, notes)
 
-    def _search(self, request: StructuredRequest, choice: Choice) -> SearchResult:
-        """Other widths at the size of a choice, by what they do to the predictions."""
-        with self.streamed(self.model):
-            return self.timed("search", lambda: search_widths(self._ground(request), choice.counts, self._levels))
-
-    def _ground(self, request: StructuredRequest) -> Ground:
-        return Ground(
+    def _search_context(self, request: StructuredRequest) -> SearchContext:
+        return SearchContext(
             self.model, request, self.calibration, self._reconstructor(self.calibration),
             lambda: self._cut(identity_plan(self.adapter)), self._ranked(request), self.streamed, self.track,
         )  # fmt: skip
@@ -232,13 +227,15 @@ class Pruner(Run):
         Their divergence from the dense model decides, on the held-out windows under the noise of the check, which the
         search did not see: it varies less over windows than the difference of their NELBOs.
         """
-        search = self._search(request, choice)
+        context = self._search_context(request)
+        with self.streamed(self.model):
+            search = self.timed("search", lambda: search_widths(context, choice.counts, self._levels))
         plan = self._plan_of(request, search.counts, search.paths)
         check_plan(self.request, self.model, plan, self.model.source.values)
         searched = self._refit_and_check(plan)
         pair = {"ranked": ranked, "searched": searched}
         models = [each.model for each in pair.values()]
-        work = partial(held_out_divergences, self.model, models, self._ground(request))
+        work = partial(held_out_divergences, self.model, models, context)
         with self.streamed(self.model), self.streamed(ranked.model), self.streamed(searched.model):
             divergence = dict(zip(pair, self.timed("check", work)))
         kept = min(pair, key=divergence.__getitem__)
@@ -297,4 +294,7 @@ def prune(
         if plan is not None:
             raise UserError(f"a plan removes heads and channels: leave it out, or method = {config.method}")
         return mask(model, config, calibration, track)
-    return Pruner(model, config, calibration, track).prune(plan=plan)
+    request = resolve_structured(config, model)
+    if plan is not None:
+        check_given_plan(request, model, plan, model.source.values)
+    return Pruner(model, request, calibration, track).prune(plan=plan)

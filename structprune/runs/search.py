@@ -21,7 +21,7 @@ from structprune.levels.grid import Grids
 from structprune.levels.library import HEADER, Library, check_identity, plain_counts
 from structprune.levels.prices import fill_budget, mac_price, parameter_price
 from structprune.levels.search import Stitch, Task, round_name, search_rounds
-from structprune.levels.stitch import Judge, StitchedModel, consumer_biases
+from structprune.levels.stitch import ReferenceWindows, StitchedModel, consumer_biases
 from structprune.models.adapter import Adapter
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.progress import Track
@@ -36,7 +36,7 @@ SEARCH_SEED = 2000  # plus the run's seed: the noise that plans are compared und
 
 
 @dataclass(frozen=True)
-class Ground:
+class SearchContext:
     """What a search stands on: the dense model, its request and calibration, and how to refit and copy it.
 
     Attributes:
@@ -64,7 +64,7 @@ class SearchResult:
     rounds: list[dict]
 
 
-def search_widths(ground: Ground, start: Counts, directory: Path | None) -> SearchResult:
+def search_widths(context: SearchContext, start: Counts, directory: Path | None) -> SearchResult:
     """Search for the counts that lose least at the size of `start`.
 
     Args:
@@ -72,57 +72,57 @@ def search_widths(ground: Ground, start: Counts, directory: Path | None) -> Sear
     Raises:
         UserError: the directory holds the levels of something else.
     """
-    request = ground.request
+    request = context.request
     sizes = request.sizes
     multiple, price = channel_multiple(sizes, request.settings), parameter_price(sizes)
     if request.config.search.budget == "macs":
-        price = mac_price(sizes, Adapter(ground.model), request.calibration.length)
+        price = mac_price(sizes, Adapter(context.model), request.calibration.length)
     budget = sum(price(key, steps) for key, steps in start.items())
     settings = request.config.search
-    known = identity(ground.model, ground.calibration, request)
-    task = Task(settings, sizes, multiple, price, budget, request.calibration.seed, known)
-    judge, rounds, last = _judge(ground), [], None
+    made_from = identity(context.model, context.calibration, request)
+    task = Task(settings, sizes, multiple, price, budget, request.calibration.seed, made_from)
+    windows, rounds, last = _reference_windows(context), [], None
     with _directory(directory, request.settings.ratio) as place:
-        for last in search_rounds(task, start, _stitcher(ground, judge), place, ground.track):
+        for last in search_rounds(task, start, _stitcher(context, windows), place, context.track):
             rounds.append({"plan": plain_counts(last.counts), "divergence": last.losses})
         assert last is not None, "at least one round"
         paths = {key: last.library.path(key) for key in last.counts}
     return SearchResult(fill_budget(last.counts, paths, price, budget, multiple), paths, rounds)
 
 
-def _stitcher(ground: Ground, judge: Judge) -> Stitch:
-    reconstruct = ground.request.reconstruct
-    paths = None if ground.request.settings.score == "obs" else ground.paths
-    recipe = Recipe(ground.request.settings, reconstruct, paths)
-    biases = consumer_biases(Adapter(ground.model))
+def _stitcher(context: SearchContext, windows: ReferenceWindows) -> Stitch:
+    reconstruct = context.request.reconstruct
+    paths = None if context.request.settings.score == "obs" else context.paths
+    recipe = Recipe(context.request.settings, reconstruct, paths)
+    biases = consumer_biases(Adapter(context.model))
 
     @contextmanager
     def stitch(library: Library, grids: Grids, counts: Counts) -> Iterator[StitchedModel]:
-        small = ground.uncut()
-        with ground.streamed(small):
-            build_library(ground.reconstructor.walk, small, library, grids, counts, recipe)
-            yield StitchedModel(small, library, counts, biases, judge, has_constant(reconstruct))
+        small = context.uncut()
+        with context.streamed(small):
+            build_library(context.reconstructor.walk, small, library, grids, counts, recipe)
+            yield StitchedModel(small, library, counts, biases, windows, has_constant(reconstruct))
 
     return stitch
 
 
-def _judge(ground: Ground) -> Judge:
+def _reference_windows(context: SearchContext) -> ReferenceWindows:
     """Held-out windows under noise of their own, and the dense model's predictions there."""
-    request, model = ground.request, ground.model
+    request, model = context.request, context.model
     count = request.config.search.sequences
-    windows = ground.calibration.check.input_ids[:count]  # (n, T)
+    windows = context.calibration.check.input_ids[:count]  # (n, T)
     generator = torch.Generator().manual_seed(SEARCH_SEED + request.calibration.seed)
     samples = max(1, count // len(windows))
     noisy, p = stratified_noise(windows, model.config.mask_token_id, generator, samples, model.edges_visible)
     batch = request.limits.sequences(samples, windows.shape[1])
     reference, _ = reference_predictions(model, windows, noisy, batch=batch)
-    return Judge(windows, noisy, p, reference, request.limits)
+    return ReferenceWindows(windows, noisy, p, reference, request.limits)
 
 
-def held_out_divergences(dense: DiffusionLM, models: Sequence[DiffusionLM], ground: Ground) -> list[float]:
+def held_out_divergences(dense: DiffusionLM, models: Sequence[DiffusionLM], context: SearchContext) -> list[float]:
     """How far models are from the dense one on the held-out windows, in nats per token (`process_divergence`)."""
-    ids, noisy, p = held_out_noise(ground.calibration, dense, ground.request.calibration.seed)
-    batch = ground.request.limits.sequences(noisy.shape[1], ids.shape[1])
+    ids, noisy, p = held_out_noise(context.calibration, dense, context.request.calibration.seed)
+    batch = context.request.limits.sequences(noisy.shape[1], ids.shape[1])
     reference, _ = reference_predictions(dense, ids, noisy, batch=batch)
     return [process_divergence(masked_kl(model, ids, noisy, reference, batch), p, ids.shape[1]) for model in models]
 

@@ -12,7 +12,7 @@ from structprune.evaluation.fidelity import masked_kl, process_divergence, refer
 from structprune.levels import build
 from structprune.levels.build import Recipe, build_library
 from structprune.levels.library import Library, counts_of, plain_counts
-from structprune.levels.stitch import Judge, StitchedModel, consumer_biases
+from structprune.levels.stitch import ReferenceWindows, StitchedModel, consumer_biases
 from structprune.models.adapter import Adapter
 from structprune.refit.reconstruct import Reconstructor
 from structprune.refit.walk import Walk
@@ -73,7 +73,7 @@ class Bench:
         check = self.calibration.check
         reference, _ = reference_predictions(self.model, check.input_ids, check.noisy_ids, top=2048)
         limits = Limits(windows=3, budget=budget)
-        return Judge(check.input_ids, check.noisy_ids, check.mask_probability, reference, limits)
+        return ReferenceWindows(check.input_ids, check.noisy_ids, check.mask_probability, reference, limits)
 
     def stitched(self, budget=2**30):
         constant = self.reconstruct.constant

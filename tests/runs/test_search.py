@@ -8,15 +8,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-from structprune.config import Config
+from structprune.cli.main import main
+from structprune.config import Config, SearchSettings
 from structprune.errors import UserError
 from structprune.levels import search
 from structprune.levels.library import counts_of
 from structprune.levels.prices import mac_price
 from structprune.models.adapter import Adapter
 from structprune.models.loading import load_model
+from structprune.report.tables import inspect_tables, run_table
 from structprune.runs import prune as prune_run
 from structprune.runs.checkpoints import prune_checkpoint
+from structprune.runs.inspect import inspect_checkpoint
 from structprune.runs.prune import Pruner, prune
 from structprune.runs.search import calibration_digest, weights_digest
 from structprune.structured.plan import Plan
@@ -215,3 +218,34 @@ def test_digests_tell_models_and_calibrations_apart(tiny_model, calibration):
 
     assert calibration_digest(calibration) != calibration_digest(replace(calibration, noisy_ids=changed))
     assert calibration_digest(calibration) != calibration_digest(replace(calibration, held_out=1))
+
+
+def test_a_dry_run_predicts_the_search(tiny_checkpoint, text_path):
+    """The table has its parts; its peak is an uncut copy and a refit, or two pruned models and a check."""
+    source = tiny_checkpoint()
+    with_search = inspect_checkpoint(source, run_config(text_path))
+    keys = ("rounds", "generations", "offspring", "sequences")
+    plain = {f"search.{key}": SearchSettings.model_fields[key].default for key in keys} | {"search.enabled": False}
+    without = inspect_checkpoint(source, run_config(text_path, **plain))
+    assert without["search"] is None and "search" not in without["memory"]
+    memory, uncut = with_search["memory"], with_search["search"]["memory"]
+    beside = memory["pruned weights"] + max(memory["refit"], memory["held-out check"])
+    assert memory["search"] == max(uncut + memory["refit"], beside)
+    assert memory["peak host"] >= without["memory"]["peak host"]
+    tables = inspect_tables(with_search)
+    assert len(tables) == len(inspect_tables(without)) + 1
+    assert list(tables[-1].columns[0].cells) == ["levels", "search", "refit"]
+
+
+def test_the_closing_table_says_which_plan_is_kept(tiny_checkpoint, text_path, monkeypatch):
+    monkeypatch.setattr(prune_run, "held_out_divergences", lambda *args: [0.5, 0.25])
+    report = prune(load_model(tiny_checkpoint()), run_config(text_path, **{"search.rounds": 1})).report
+    assert "search: divergence 0.5000 → 0.2500 nats/token; kept: the searched plan" in run_table(report).caption
+
+
+def test_levels_on_the_command_line_need_a_search(tiny_checkpoint, tmp_path, capsys):
+    levels = str(tmp_path / "levels")
+    command = ["prune", str(tiny_checkpoint()), "--out", str(tmp_path / "out"), "--levels", levels]
+    assert main(command) == 2
+    message = f"--levels {levels} is for a search: add --set search.enabled=true, or leave it out"
+    assert message in capsys.readouterr().err and not (tmp_path / "levels").exists()
