@@ -13,7 +13,8 @@ from structprune.models.modeling_structprune import DiffusionLM
 from structprune.progress import Track, untracked
 from structprune.runs.ghost import Ghost, read_ghost
 from structprune.runs.mask import Masked, mask
-from structprune.runs.prune import Pruned, Pruner
+from structprune.runs.prune import Pruner
+from structprune.runs.pruned import Pruned
 from structprune.runs.resolve import at_ratio, block_weights, check_given_plan, resolve_masking, resolve_structured
 from structprune.runs.search import check_levels_directory
 from structprune.structured.plan import Plan

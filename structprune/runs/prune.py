@@ -2,16 +2,13 @@
 
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from structprune.calibration.batches import Calibration
-from structprune.checkpoint.card import model_card
-from structprune.checkpoint.output import Content
 from structprune.checkpoint.report import run_report, structured_report
-from structprune.checkpoint.save import save_pruned
-from structprune.config import Config, ExportSettings
+from structprune.config import Config
 from structprune.errors import UserError
 from structprune.evaluation.nelbo import Nelbo
 from structprune.models.adapter import UnitKey
@@ -20,6 +17,7 @@ from structprune.progress import Track, untracked
 from structprune.refit.products import LayerFit
 from structprune.refit.reconstruct import Reconstructor, refitted_parameters
 from structprune.runs.mask import Masked, mask
+from structprune.runs.pruned import Candidate, Pruned
 from structprune.runs.resolve import at_ratio, check_given_plan, check_plan, resolve_structured
 from structprune.runs.run import Run
 from structprune.runs.search import SearchContext, check_levels, held_out_divergences, search_widths
@@ -31,47 +29,6 @@ from structprune.structured.plan import Plan, identity_plan, make_plan
 from structprune.structured.ranking import Paths, rank_units
 from structprune.structured.request import StructuredRequest
 from structprune.structured.surgery import apply_plan
-
-
-@dataclass(frozen=True)
-class Pruned:
-    """The result of a run: the smaller model, in eval mode, which shares its uncut tensors with the dense one; the plan
-    and calibration behind it; and every figure of the run as plain data."""
-
-    model: DiffusionLM
-    plan: Plan
-    calibration: Calibration
-    report: dict
-
-    def save(self, directory: str | Path, overwrite: bool = False) -> Path:
-        """Write model, tokenizer, plan.json, calibration.safetensors, report.json and model card, whole or not at all.
-
-        Raises:
-            UserError: as `structprune.checkpoint.save.save_pruned`.
-        """
-        export = ExportSettings(**self.report["config"]["export"])
-        files: dict[str, Content] = {
-            "plan.json": self.plan.to_json(),
-            "calibration.safetensors": self.calibration.save,
-            "report.json": self.report,
-            "README.md": model_card(self.report),
-        }
-        return save_pruned(self.model, directory, export, files=files, overwrite=overwrite)
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A plan, the model that it gives, and how that compares with the dense one on the held-out windows."""
-
-    plan: Plan
-    model: DiffusionLM
-    fits: list[LayerFit]
-    check: dict
-
-    @property
-    def loss(self) -> float:
-        """Of NELBO against the dense model, in nats per token."""
-        return self.check["loss"]["mean"]
 
 
 class Pruner(Run):
