@@ -38,6 +38,30 @@ def read_config(
     return config
 
 
+def read_ratios(text: str | None) -> list[float]:
+    """The ratios of --ratio, in rising order; none where it was not given.
+
+    Raises:
+        UserError: a ratio that is there twice.
+    """
+    ratios = [] if text is None else [float(part) for part in text.split(",")]
+    if len(set(ratios)) < len(ratios):
+        raise UserError(f"--ratio {text} has a ratio twice: give each once")
+    return sorted(ratios)
+
+
+def read_ratio(text: str | None) -> float | None:
+    """The ratio of a verb that takes one.
+
+    Raises:
+        UserError: several.
+    """
+    ratios = read_ratios(text)
+    if len(ratios) > 1:
+        raise UserError(f"--ratio {text} has several ratios: give one at a time")
+    return ratios[0] if ratios else None
+
+
 def read_model_settings(
     device: str | None, dtype: str | None, mask_id: int | None, allow_pickle: bool
 ) -> "ModelSettings":

@@ -20,7 +20,33 @@ Checkpoints = Annotated[
 ConfigFile = Annotated[
     Path | None, typer.Option(help="YAML file of settings; see configs/.", show_default="built-in defaults")
 ]
-Ratio = Annotated[float | None, typer.Option(help="Share of the blocks' projection weights to remove, in [0, 1).")]
+
+
+def numbers(text: str | None) -> str | None:
+    """Numbers with commas between them, such as 0.3,0.5, unchanged."""
+    for part in text.split(",") if text is not None else ():
+        try:
+            float(part)
+        except ValueError as error:
+            raise typer.BadParameter(f"'{part}' is no number: give 0.5, or several as 0.3,0.5") from error
+    return text
+
+
+Ratio = Annotated[
+    str | None,
+    typer.Option(
+        callback=numbers, metavar="FLOAT", help="Share of the blocks' projection weights to remove, in [0, 1)."
+    ),
+]
+Ratios = Annotated[
+    str | None,
+    typer.Option(
+        callback=numbers,
+        metavar="FLOAT[,FLOAT...]",
+        help="Share of the blocks' projection weights to remove, in [0, 1). Of several, such as 0.3,0.5, each gets a"
+        " directory in --out, and they share the work.",
+    ),
+]
 Method = Annotated[
     str | None,
     typer.Option(

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from structprune.cli.configuration import read_config, set_keys
+from structprune.cli.configuration import read_config, read_ratios, set_keys
 from structprune.cli.options import (
     CalibrationText,
     Checkpoint,
@@ -18,13 +18,14 @@ from structprune.cli.options import (
     Pattern,
     Pickle,
     PlanFile,
-    Ratio,
+    Ratios,
     Sets,
 )
 from structprune.errors import UserError
 
 if TYPE_CHECKING:
     from structprune.config import Config
+    from structprune.runs.checkpoints import Written
 
 OF_TEXT = [
     f"calibration.{key}" for key in ("windows", "length", "steps", "interval", "copies", "subset", "split", "column")
@@ -36,7 +37,7 @@ def prune(
     out: Out,
     method: Method = None,
     config: ConfigFile = None,
-    ratio: Ratio = None,
+    ratio: Ratios = None,
     nm: Pattern = None,
     sets: Sets = None,
     calibration: CalibrationText = None,
@@ -56,7 +57,8 @@ def prune(
         "method": method,
         "model.allow_pickle": allow_pickle or None,
     }
-    settings = read_config(config, ratio, sets, nm, options)
+    ratios = read_ratios(ratio)
+    settings = read_config(config, ratios[0] if ratios else None, sets, nm, options)
     if plan is not None and settings.method != "structured":
         raise UserError(f"--plan removes heads and channels: leave it out, or --method {settings.method}")
     if plan is not None and (ratio is not None or any(text.startswith("structured.") for text in sets or [])):
@@ -65,35 +67,58 @@ def prune(
         raise UserError(f"--levels {levels} is for a search: add --set search.enabled=true, or leave it out")
     if idle := [key for key in OF_TEXT if key in set_keys(sets) and settings.calibration.replays]:
         raise UserError(f"{idle[0]} has no effect on a saved calibration, which is replayed as it is: leave it out")
-    if settings.method == "structured":
-        _prune_structured(checkpoint, out, settings, (plan, levels), overwrite)
+    if len(ratios) > 1 and settings.method != "structured":
+        raise UserError(f"--ratio {ratio} has several ratios: with --method {settings.method} give one at a time")
+    if plan is not None:
+        _apply_plan(checkpoint, out, settings, plan, overwrite)
+    elif settings.method == "structured":
+        ratios = ratios or [settings.structured.ratio]
+        outputs = {each: out / f"ratio-{each}" if len(ratios) > 1 else out for each in ratios}
+        _prune_structured(checkpoint, outputs, settings, levels, overwrite)
     else:
         _make_masks(checkpoint, out, settings, overwrite)
 
 
 def _prune_structured(
-    checkpoint: str, out: Path, config: "Config", files: tuple[Path | None, Path | None], overwrite: bool
+    checkpoint: str, outputs: dict[float, Path], config: "Config", levels: Path | None, overwrite: bool
 ) -> None:
-    """Prune, and show the result.
-
-    Args:
-        files: a plan to apply, and the directory of levels.
-    """
+    """Prune at one or several ratios, and show every result when it is written."""
     from structprune.cli.console import progress_bars, show
-    from structprune.report.tables import run_table
+    from structprune.runs.checkpoints import prune_at_ratios
+
+    parts: list = []
+    try:
+        with progress_bars() as track:
+            for written in prune_at_ratios(checkpoint, outputs, config, overwrite, track, levels=levels):
+                parts += _closing(written)
+                del written  # its model
+    finally:
+        show(*parts)
+
+
+def _apply_plan(checkpoint: str, out: Path, config: "Config", plan_file: Path, overwrite: bool) -> None:
+    """Prune by a plan, and show the result."""
+    from structprune.cli.console import progress_bars, show
     from structprune.runs.checkpoints import prune_checkpoint
     from structprune.structured.plan import Plan
 
-    plan_file, levels = files
-    plan = None if plan_file is None else Plan.load(plan_file)
+    plan = Plan.load(plan_file)
     with progress_bars() as track:
-        written = prune_checkpoint(checkpoint, out, config, plan, overwrite, track, levels=levels)
+        written = prune_checkpoint(checkpoint, out, config, plan, overwrite, track)
+    show(*_closing(written))
+
+
+def _closing(written: "Written") -> list:
+    """The table and the last lines of a structured run."""
+    from structprune.report.tables import run_table
+
+    out = written.directory
     after = sum(path.stat().st_size for path in out.glob("*.safetensors") if path.name != "calibration.safetensors")
-    show(
+    return [
         run_table(written.result.report, (written.source_bytes, after)),
         f"Wrote {out} (model, plan.json, calibration.safetensors, report.json, README.md)",
         f"Load it anywhere: AutoModelForCausalLM.from_pretrained('{out}', trust_remote_code=True)",
-    )
+    ]
 
 
 def _make_masks(checkpoint: str, out: Path, config: "Config", overwrite: bool) -> None:

@@ -14,7 +14,6 @@ from torch import nn
 
 from structprune.config import ReconstructSettings, StructuredSettings
 from structprune.errors import UserError
-from structprune.levels.grid import Grids
 from structprune.levels.library import KindLevels, Level, Library
 from structprune.models.adapter import CONSUMER, BlockView
 from structprune.models.modeling_structprune import DiffusionLM
@@ -47,18 +46,18 @@ class Recipe:
 
 @torch.no_grad()
 def build_library(
-    walk: Walk, small: DiffusionLM, library: Library, grids: Grids, counts: Counts, recipe: Recipe
+    walk: Walk, small: DiffusionLM, library: Library, recipe: Recipe, counts: Counts | None = None
 ) -> None:
-    """Refit every block at every level of its grid, and leave `small` with the levels of `counts`.
+    """Refit every block at every level of its grid, and leave `small` with the levels of a plan.
 
     The LM head is refitted for that plan too, where asked. Blocks that the library has are taken from it, so that an
-    interrupted walk goes on at the block it was at.
+    interrupted walk goes on at the block it was at. A block or kind without a grid keeps all units.
 
     Args:
         small: the dense model with consumers (and readers) of its own: an uncut copy, which is changed.
-        grids: levels; a block or kind without any keeps all units.
-        counts: the current plan, whose steps are levels.
+        counts: a plan of levels of a library that has all blocks. None: the plan that the library is made around.
     """
+    grids, counts = library.grids, library.plan if counts is None else counts
     parts: dict[str, KindLevels] = {}
     constant = has_constant(recipe.reconstruct)
     run = None

@@ -45,26 +45,32 @@ class Library:
 
     Args:
         directory: made where it is not there.
-        identity: plain data that decides what is in it.
+        identity: plain data that decides what is in it, beside grids and plan.
+        grids, plan: the levels to make, and the plan to make them around, where nothing is there yet. Else those of
+            what is there count, which need not be the same.
     Raises:
         UserError: the directory holds a library of another identity, is no library, or cannot be written.
     """
 
-    def __init__(self, directory: Path, identity: dict):
+    def __init__(self, directory: Path, identity: dict, grids: Grids, plan: Counts):
         self.directory = directory
         self._files: dict[int, safe_open] = {}
         self._notes: dict[int, dict] = {}
         header = directory / HEADER
         identity = json.loads(json.dumps(identity))
+        content = {"grids": plain_grids(grids), "plan": plain_counts(plan)} | identity
         if header.exists():
-            check_identity(header, identity)
+            content = check_identity(header, identity)
         elif directory.exists() and any(directory.iterdir()):
             raise UserError(f"'{directory}' is not empty and holds no library of levels: give another directory")
         else:
             try:
-                write_whole(header, (json.dumps(identity, indent=1) + "\n").encode())
+                write_whole(header, (json.dumps(content, indent=1) + "\n").encode())
             except OSError as error:
                 raise UserError(f"'{directory}' cannot be written ({first_line(error)}): give another one") from error
+
+        self.plan = counts_of(content["plan"])
+        self.grids = grids_of(content["grids"])
 
     def has(self, index: int) -> bool:
         """Whether the levels of a block are there."""
@@ -130,21 +136,31 @@ class Library:
         return self._files[index]
 
 
-def check_identity(header: Path, identity: dict) -> None:
-    """Raise UserError unless a file of plain data has all of `identity`, naming the first key that differs."""
+def check_identity(header: Path, identity: dict) -> dict:
+    """The header of a library; UserError unless it has all of `identity`, naming the first key that differs."""
     try:
         before = json.loads(header.read_text(encoding="utf-8"))
+        if not isinstance(before, dict):
+            raise ValueError("no JSON object")
     except (OSError, ValueError) as error:
         raise UserError(f"{header} cannot be read ({first_line(error)}): delete '{header.parent}'") from error
     if keys := sorted(key for key in identity if before.get(key) != identity[key]):
         raise UserError(
             f"the levels in '{header.parent}' were made with another {keys[0]}: give another directory, or delete it"
         )
+    if not all(isinstance(before.get(name), dict) for name in ("grids", "plan")):
+        raise UserError(f"{header} lacks its grids or its plan: delete '{header.parent}'")
+    return before
 
 
 def plain_grids(grids: Grids) -> dict[str, list[int]]:
     """As plain data, for an identity."""
     return {f"{index} {kind}": list(steps) for (index, kind), steps in grids.items()}
+
+
+def grids_of(plain: dict[str, list[int]]) -> Grids:
+    """The grids of `plain_grids`."""
+    return {(int(name.split()[0]), name.split()[1]): tuple(steps) for name, steps in plain.items()}
 
 
 def plain_counts(counts: Counts) -> dict[str, int]:

@@ -26,8 +26,12 @@ from structprune.progress import Track
 from structprune.structured.allocate import Counts
 from structprune.structured.sizes import BlockSize
 
-# builds what the library lacks; the model is placed for its passes while the context is open
-Stitch = Callable[[Library, Grids, Counts], AbstractContextManager[StitchedModel]]
+LOSSES = "search.json"
+CONTENT = {"identity": dict, "losses": dict, "generations": list}  # of that file
+
+# builds what the library lacks, around its plan, and stitches the plan given from it; the model is placed for its
+# passes while the context is open
+Stitch = Callable[[Library, Counts], AbstractContextManager[StitchedModel]]
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,8 @@ class Task:
         sizes: of the blocks that may lose units. multiple: of remaining MLP widths.
         price: of what is left of a block's attention or MLP. budget: the most that all may cost.
         identity: plain data that decides the levels, beside grids and current plan.
+        losses: plain data that decides the losses, beside those.
+        plans: that share the first library; the middle one is its prefix. Empty: only the plan that a search starts at.
     """
 
     settings: SearchSettings
@@ -47,6 +53,16 @@ class Task:
     budget: float
     seed: int
     identity: dict = field(default_factory=dict)
+    losses: dict = field(default_factory=dict)
+    plans: tuple[Counts, ...] = ()
+
+
+@dataclass(frozen=True)
+class Places:
+    """Directories of the first library, which tasks share, and of the rest: later libraries, and all losses."""
+
+    first: Path
+    own: Path
 
 
 @dataclass(frozen=True)
@@ -58,16 +74,22 @@ class Round:
     losses: dict[str, float]
 
 
-def search_rounds(task: Task, start: Counts, stitch: Stitch, directory: Path, track: Track) -> Iterator[Round]:
+def search_rounds(task: Task, start: Counts, stitch: Stitch, places: Places, track: Track) -> Iterator[Round]:
     """Every round's best plan.
 
     Args:
-        start: a plan within the budget.
-        directory: of the libraries; what an earlier, interrupted search left there is used again.
+        start: a plan within the budget. Where the first library has no such levels, the nearest plan takes its place.
+        places: what an earlier, interrupted search left there is used again.
+    Raises:
+        UserError: the first library is there already, and all of its plans are beyond the budget.
     """
     counts = start
     for number in range(task.settings.rounds):
-        result = _round(task, number, counts, stitch, (directory / round_name(number), track))
+        library, grids = _first_library(task, counts, places) if number == 0 else _library(task, number, counts, places)
+        space = Space(grids, price_table(task.price, grids), task.budget)
+        if number == 0:
+            counts = nearest_plan(space, task.price, counts, library.directory)
+        result = _round(task, number, (library, counts, space), stitch, (places.own / round_name(number), track))
         counts = result.counts
         yield result
 
@@ -77,15 +99,58 @@ def round_name(number: int) -> str:
     return f"round-{number + 1}"
 
 
-def _round(task: Task, number: int, counts: Counts, stitch: Stitch, place: tuple[Path, Track]) -> Round:
-    settings, (directory, track) = task.settings, place
+def _first_library(task: Task, start: Counts, places: Places) -> tuple[Library, Grids]:
+    """The first round's library, and those of its levels that are nearest to levels around the start.
+
+    It may be of other plans: what is there is used as it is.
+    """
+    settings, plans = task.settings, task.plans or (start,)
+    rule = (task.multiple, settings.levels, settings.spread, settings.whole)
+    grids = level_grids(task.sizes, plans, *rule)
+    library = Library(places.first, task.identity, grids, plans[len(plans) // 2])
+    return library, nearest_levels(library.grids, level_grids(task.sizes, [start], *rule))
+
+
+def _library(task: Task, number: int, counts: Counts, places: Places) -> tuple[Library, Grids]:
+    """A later round's library, around the best plan, with levels half as far apart as the round's before."""
+    settings = task.settings
     spread = settings.spread / 2**number
     grids = level_grids(task.sizes, [counts], task.multiple, settings.levels, spread, settings.whole)
     identity = task.identity | {"grids": plain_grids(grids), "plan": plain_counts(counts)}
-    library = Library(directory, identity)
-    record = LossFile(directory / "search.json")
-    space = Space(grids, price_table(task.price, grids), task.budget)
-    with stitch(library, grids, counts) as stitched:
+    return Library(places.own / round_name(number), identity, grids, counts), grids
+
+
+def nearest_levels(grids: Grids, aims: Grids) -> Grids:
+    """The levels of `grids` that are nearest to those of `aims`."""
+    return {
+        key: tuple(sorted({min(levels, key=lambda steps: (abs(steps - aim), steps)) for aim in aims[key]}))
+        for key, levels in grids.items()
+    }
+
+
+def nearest_plan(space: Space, price: Price, counts: Counts, directory: Path) -> Counts:
+    """The plan of levels within the budget that is nearest to `counts`, by squares of differences in price.
+
+    Raises:
+        UserError: none is within the budget.
+    """
+    gaps = {
+        key: {steps: (price(key, steps) - price(key, counts[key])) ** 2 for steps in levels}
+        for key, levels in space.grids.items()
+    }
+    plan = knapsack(gaps, space.prices, space.budget)
+    if plan is None:
+        raise UserError(f"the levels in '{directory}' are all too wide for this ratio: give another directory")
+    return plan
+
+
+def _round(
+    task: Task, number: int, state: tuple[Library, Counts, Space], stitch: Stitch, place: tuple[Path, Track]
+) -> Round:
+    settings, (directory, track), (library, counts, space) = task.settings, place, state
+    identity = task.losses | {"grids": plain_grids(space.grids), "plan": plain_counts(counts)}
+    record = LossFile(directory / LOSSES, identity)
+    with stitch(library, counts) as stitched:
         measure = finite_losses(stitched.loss, task.sizes)
         first = record.value("start", lambda: measure(counts, 1.0))
         if math.isinf(first):
@@ -93,7 +158,7 @@ def _round(task: Task, number: int, counts: Counts, stitch: Stitch, place: tuple
         losses = {"start": first}
         best = Best(-1, counts, first)
         if settings.method != "evolution":
-            table = replacement_losses(grids, counts, first, measure, record, track)
+            table = replacement_losses(space.grids, counts, first, measure, record, track)
             best, losses["knapsack"] = best_combination(space, best, table, measure, record)
         if settings.method != "knapsack":
             best = _evolve(space, best, measure, (settings, task.seed + number), record, track)
@@ -182,20 +247,20 @@ def _evolve(
 class LossFile:
     """Losses that were measured in a round, kept in a file so that an interrupted search measures none twice.
 
+    Args:
+        identity: plain data that decides them.
     Raises:
-        UserError: the file cannot be read.
+        UserError: the file cannot be read, or holds losses of another identity.
     """
 
-    def __init__(self, path: Path):
-        self._path, content = path, {}
+    def __init__(self, path: Path, identity: dict):
+        self._path, self._identity = path, json.loads(json.dumps(identity))
+        self._losses: dict[str, float] = {}
+        self.generations: list[dict] = []
         if path.exists():
-            try:
-                content = json.loads(path.read_text(encoding="utf-8"))
-                self._losses, self.generations = dict(content["losses"]), list(content["generations"])
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise UserError(f"{path} cannot be read ({first_line(error)}): delete it to search anew") from error
-        else:
-            self._losses, self.generations = {}, []
+            check_losses(path, self._identity)
+            content = _read_losses(path)
+            self._losses, self.generations = dict(content["losses"]), list(content["generations"])
 
     def value(self, name: str, measure: Callable[[], float]) -> float:
         """The loss of that name, measured now if it was not."""
@@ -210,5 +275,23 @@ class LossFile:
         self._write()
 
     def _write(self) -> None:
-        content = {"losses": self._losses, "generations": self.generations}
+        content = {"identity": self._identity, "losses": self._losses, "generations": self.generations}
+        self._path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(self._path, json.dumps(content).encode())
+
+
+def check_losses(path: Path, identity: dict) -> None:
+    """Raise UserError unless a file of losses has all of `identity`, naming the first key that differs."""
+    before = _read_losses(path)["identity"]
+    if keys := sorted(key for key, value in json.loads(json.dumps(identity)).items() if before.get(key) != value):
+        raise UserError(
+            f"the losses in '{path}' were measured with another {keys[0]}: delete the file, or give another directory"
+        )
+
+
+def _read_losses(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return {name: kind(content[name]) for name, kind in CONTENT.items()}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({first_line(error)}): delete it to search anew") from error

@@ -1,5 +1,6 @@
 """From a checkpoint directory or Hub id to an output directory: `structprune prune`, without a console."""
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,7 @@ class Written:
     """An output directory: what was saved there, and the bytes of the source's weights in their stored dtype."""
 
     result: Pruned | Masked
+    directory: Path
     source_bytes: int
 
 
@@ -50,21 +52,57 @@ def prune_checkpoint(
     Raises:
         UserError: anything the user can mend; or `out` was taken during the run, which is kept beside it then.
     """
+    if plan is None:
+        ratios = {config.structured.ratio: out}
+        [written] = prune_at_ratios(source, ratios, config, overwrite, track, levels=levels)
+        return written
     ghost = read_ghost(source, config.model)
     request = resolve_structured(config, ghost.model)
-    if plan is None:
-        at_ratio(request, None)
-    else:
-        check_given_plan(request, ghost.model, plan, ghost.values)
+    check_given_plan(request, ghost.model, plan, ghost.values)
     check_output(out, ghost.directory, overwrite, ghost.stored_bytes)
-    if levels is not None:
-        check_levels_directory(levels)
     _check_text(config, ghost)
     model, source_bytes = _load(source, request)
     check_space(out, source_bytes)  # again: a download may have filled the disk
     pruned = Pruner(model, request, track=track, levels=levels).prune(plan=plan)
     save_finished(pruned.save, out, overwrite)
-    return Written(pruned, source_bytes)
+    return Written(pruned, out, source_bytes)
+
+
+def prune_at_ratios(
+    source: str,
+    outputs: Mapping[float, Path],
+    config: Config,
+    overwrite: bool = False,
+    track: Track = untracked,
+    *,
+    levels: Path | None = None,
+) -> Iterator[Written]:
+    """Load once, and prune and save at one ratio after another, in rising order; arguments as `prune_checkpoint`.
+
+    Args:
+        outputs: ratio -> directory to write; each appears complete or not at all.
+    Raises:
+        UserError: anything the user can mend at any of the ratios, before weights are read.
+    """
+    ghost = read_ghost(source, config.model)
+    request = resolve_structured(config, ghost.model)
+    outputs = dict(sorted(outputs.items()))
+    for count, (ratio, out) in enumerate(outputs.items(), start=1):
+        at_ratio(request, ratio)
+        check_output(out, ghost.directory, overwrite, count * ghost.stored_bytes)
+    if levels is not None:
+        check_levels_directory(levels)
+    _check_text(config, ghost)
+    model, source_bytes = _load(source, request)
+    for out in outputs.values():
+        check_space(out, len(outputs) * source_bytes)  # again: a download may have filled the disk
+    pruner = Pruner(model, request, track=track, levels=levels)
+    places = iter(outputs.values())
+    for pruned in pruner.prune_each(list(outputs)):
+        out = next(places)
+        save_finished(pruned.save, out, overwrite)
+        yield Written(pruned, out, source_bytes)
+        del pruned  # two pruned models at once would be the peak of memory
 
 
 def mask_checkpoint(
@@ -85,7 +123,7 @@ def mask_checkpoint(
     check_space(out, source_bytes + mask_bytes)
     masked = mask(model, request, track=track, in_place=True)
     save_finished(masked.save, out, overwrite)
-    return Written(masked, source_bytes)
+    return Written(masked, out, source_bytes)
 
 
 def _check_text(config: Config, ghost: Ghost) -> None:

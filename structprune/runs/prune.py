@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from structprune.runs.mask import Masked, mask
 from structprune.runs.pruned import Candidate, Pruned
 from structprune.runs.resolve import at_ratio, check_given_plan, check_plan, resolve_structured
 from structprune.runs.run import Run
-from structprune.runs.search import SearchContext, check_levels, held_out_divergences, search_widths
+from structprune.runs.search import SearchContext, check_levels, held_out_divergences, levels_directory, search_widths
 from structprune.statistics.sink_log import SinkLog
 from structprune.structured.allocate import Counts
 from structprune.structured.choose import Choice, choose_counts
@@ -157,16 +158,42 @@ class Pruner(Run):
             if ratio is not None:
                 raise UserError(f"a plan says what goes already: leave out ratio {ratio}")
             check_given_plan(self.request, self.model, plan, self.model.source.values)
+            start, self.seconds = time.perf_counter(), {}
+            return self._pruned(self.request, self._refit_and_check(plan), start)
+        [pruned] = self.prune_each([ratio])
+        return pruned
+
+    def prune_each(self, ratios: Sequence[float | None]) -> Iterator[Pruned]:
+        """As `prune`, at one ratio after another. Scores, refits' dense side and a search's first levels are shared.
+
+        Raises:
+            UserError: a ratio or export class that cannot be met, before any forward pass.
+        """
+        requests = [at_ratio(self.request, ratio) for ratio in sorted(ratios, key=lambda ratio: ratio or 0)]
         start, self.seconds = time.perf_counter(), {}
-        request, choice, search = self.request, None, None
-        if plan is None:
-            request = at_ratio(self.request, ratio)
-            choice = self._choose(request)
-            plan = self._plan_of(request, choice.counts)
+        choices = [self._choose(request) for request in requests]
+        plans = [self._plan_of(request, choice.counts) for request, choice in zip(requests, choices)]
+        for plan in plans:
             check_plan(self.request, self.model, plan, self.model.source.values)
-        result = self._refit_and_check(plan)
-        if choice is not None and request.config.search.enabled and request.settings.ratio > 0:
-            result, choice, search = self._searched(request, choice, result)
+        with levels_directory(self._levels) as levels:
+            shared = (levels, [choice.counts for choice in choices])
+            for request, choice, plan in zip(requests, choices, plans):
+                result, search = self._refit_and_check(plan), None
+                if request.config.search.enabled and request.settings.ratio > 0:
+                    result, choice, search = self._searched(request, choice, result, shared)
+                yield self._pruned(request, result, start, choice, search)
+                del result  # two pruned models at once would be the peak of memory
+                start, self.seconds = time.perf_counter(), {}
+
+    def _pruned(
+        self,
+        request: StructuredRequest,
+        result: Candidate,
+        start: float,
+        choice: Choice | None = None,
+        search: dict | None = None,
+    ) -> Pruned:
+        """The result of a run that began at `start`, in seconds of the clock."""
         self.seconds["total"] = time.perf_counter() - start
         report = run_report(self.model, request.config, self.calibration, self.seconds, self.device)
         report |= structured_report(
@@ -177,16 +204,19 @@ class Pruner(Run):
         return Pruned(result.model, result.plan, self.calibration, report)
 
     def _searched(
-        self, request: StructuredRequest, choice: Choice, ranked: Candidate
+        self, request: StructuredRequest, choice: Choice, ranked: Candidate, shared: tuple[Path, list[Counts]]
     ) -> tuple[Candidate, Choice, dict]:
         """The better of the ranked plan and of one that is searched for, and the search as plain data.
 
         Their divergence from the dense model decides, on the held-out windows under the noise of the check, which the
         search did not see: it varies less over windows than the difference of their NELBOs.
+
+        Args:
+            shared: the directory of levels, and the counts of all ratios.
         """
         context = self._search_context(request)
         with self.streamed(self.model):
-            search = self.timed("search", lambda: search_widths(context, choice.counts, self._levels))
+            search = self.timed("search", lambda: search_widths(context, choice.counts, *shared))
         plan = self._plan_of(request, search.counts, search.paths)
         check_plan(self.request, self.model, plan, self.model.source.values)
         searched = self._refit_and_check(plan)

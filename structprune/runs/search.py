@@ -17,10 +17,9 @@ from structprune.calibration.noise import stratified_noise
 from structprune.errors import UserError
 from structprune.evaluation.fidelity import masked_kl, process_divergence, reference_predictions
 from structprune.levels.build import Recipe, build_library
-from structprune.levels.grid import Grids
 from structprune.levels.library import HEADER, Library, check_identity, plain_counts
 from structprune.levels.prices import fill_budget, mac_price, parameter_price
-from structprune.levels.search import Stitch, Task, round_name, search_rounds
+from structprune.levels.search import LOSSES, Places, Stitch, Task, check_losses, round_name, search_rounds
 from structprune.levels.stitch import ReferenceWindows, StitchedModel, consumer_biases
 from structprune.models.adapter import Adapter
 from structprune.models.modeling_structprune import DiffusionLM
@@ -32,6 +31,8 @@ from structprune.structured.choose import channel_multiple
 from structprune.structured.ranking import Paths
 from structprune.structured.request import StructuredRequest
 
+FIRST = "first"  # the directory of the library that all ratios share
+OF_LEVELS = ("levels", "spread", "whole")  # settings of a search that decide its levels
 SEARCH_SEED = 2000  # plus the run's seed: the noise that plans are compared under
 
 
@@ -64,11 +65,12 @@ class SearchResult:
     rounds: list[dict]
 
 
-def search_widths(context: SearchContext, start: Counts, directory: Path | None) -> SearchResult:
+def search_widths(context: SearchContext, start: Counts, directory: Path, plans: Sequence[Counts] = ()) -> SearchResult:
     """Search for the counts that lose least at the size of `start`.
 
     Args:
-        directory: for the libraries, which stay there; what is there already is used. None: a temporary one.
+        directory: for the libraries; what is there already is used.
+        plans: at which other searches start that share the first library, in the order of their size, with `start`.
     Raises:
         UserError: the directory holds the levels of something else.
     """
@@ -78,15 +80,17 @@ def search_widths(context: SearchContext, start: Counts, directory: Path | None)
     if request.config.search.budget == "macs":
         price = mac_price(sizes, Adapter(context.model), request.calibration.length)
     budget = sum(price(key, steps) for key, steps in start.items())
-    settings = request.config.search
     made_from = identity(context.model, context.calibration, request)
-    task = Task(settings, sizes, multiple, price, budget, request.calibration.seed, made_from)
+    task = Task(
+        request.config.search, sizes, multiple, price, budget, request.calibration.seed, made_from,
+        loss_settings(request), tuple(plans),
+    )  # fmt: skip
     windows, rounds, last = _reference_windows(context), [], None
-    with _directory(directory, request.settings.ratio) as place:
-        for last in search_rounds(task, start, _stitcher(context, windows), place, context.track):
-            rounds.append({"plan": plain_counts(last.counts), "divergence": last.losses})
-        assert last is not None, "at least one round"
-        paths = {key: last.library.path(key) for key in last.counts}
+    stitch, places = _stitcher(context, windows), places_of(directory, request)
+    for last in search_rounds(task, start, stitch, places, context.track):
+        rounds.append({"plan": plain_counts(last.counts), "divergence": last.losses})
+    assert last is not None, "at least one round"
+    paths = {key: last.library.path(key) for key in last.counts}
     return SearchResult(fill_budget(last.counts, paths, price, budget, multiple), paths, rounds)
 
 
@@ -97,10 +101,12 @@ def _stitcher(context: SearchContext, windows: ReferenceWindows) -> Stitch:
     biases = consumer_biases(Adapter(context.model))
 
     @contextmanager
-    def stitch(library: Library, grids: Grids, counts: Counts) -> Iterator[StitchedModel]:
-        small = context.uncut()
+    def stitch(library: Library, counts: Counts) -> Iterator[StitchedModel]:
+        walk, small = context.reconstructor.walk, context.uncut()
         with context.streamed(small):
-            build_library(context.reconstructor.walk, small, library, grids, counts, recipe)
+            build_library(walk, small, library, recipe)
+            if counts != library.plan:
+                build_library(walk, small, library, recipe, counts)
             yield StitchedModel(small, library, counts, biases, windows, has_constant(reconstruct))
 
     return stitch
@@ -128,17 +134,20 @@ def held_out_divergences(dense: DiffusionLM, models: Sequence[DiffusionLM], cont
 
 
 @contextmanager
-def _directory(directory: Path | None, ratio: float) -> Iterator[Path]:
-    """The ratio's own directory in the one given, or a temporary one that is removed."""
+def levels_directory(directory: Path | None) -> Iterator[Path]:
+    """The directory given, or a temporary one that is removed."""
     if directory is not None:
-        yield _ratio_directory(directory, ratio)
+        yield directory
         return
     with tempfile.TemporaryDirectory(prefix="structprune-levels-", ignore_cleanup_errors=True) as name:
         yield Path(name)
 
 
-def _ratio_directory(directory: Path, ratio: float) -> Path:
-    return directory / f"ratio-{ratio:g}"
+def places_of(directory: Path, request: StructuredRequest) -> Places:
+    """The first library, which all ratios and budgets share, and the directory of the request's own ones."""
+    budget = request.config.search.budget
+    name = f"ratio-{request.settings.ratio}" + ("" if budget == "parameters" else f"-{budget}")
+    return Places(directory / FIRST, directory / name)
 
 
 def check_levels_directory(directory: Path) -> None:
@@ -151,7 +160,7 @@ def check_levels_directory(directory: Path) -> None:
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise UserError(f"--levels {directory} cannot be written below '{parent}': give another directory")
     names = [path.name for path in directory.iterdir()] if directory.exists() else []
-    if others := [name for name in names if not name.startswith("ratio-")]:
+    if others := [name for name in names if name != FIRST and not name.startswith("ratio-")]:
         raise UserError(f"--levels {directory} holds '{others[0]}', which is no level: give another directory")
 
 
@@ -159,22 +168,21 @@ def check_levels(directory: Path, model: DiffusionLM, calibration: Calibration, 
     """Raise UserError, before anything is computed, without a search, or for levels made of something else."""
     if not request.config.search.enabled:
         raise UserError(f"levels in '{directory}' are for a search: set search.enabled = true, or leave them out")
-    header = _ratio_directory(directory, request.settings.ratio) / round_name(0) / HEADER
-    if header.exists():
-        check_identity(header, identity(model, calibration, request))
+    places = places_of(directory, request)
+    if (places.first / HEADER).exists():
+        check_identity(places.first / HEADER, identity(model, calibration, request))
+    if (losses := places.own / round_name(0) / LOSSES).exists():
+        check_losses(losses, loss_settings(request))
 
 
 def identity(model: DiffusionLM, calibration: Calibration, request: StructuredRequest) -> dict:
-    """Plain data that decides the levels of a library and losses in it, beside its grids and plan.
-
-    The number of rounds is not among it, so that a search can be continued with more.
-    """
+    """Plain data that decides the levels of a library, beside its grids and plan. All ratios and budgets share it."""
     config = request.config
     settings = {
         f"{name}.{key}": value
         for name in ("structured", "reconstruct", "sink", "search")
         for key, value in getattr(config, name).model_dump(mode="json").items()
-        if f"{name}.{key}" not in ("structured.ratio", "search.rounds")
+        if f"{name}.{key}" != "structured.ratio" and (name != "search" or key in OF_LEVELS)
     }
     return {
         "version": __version__,
@@ -184,6 +192,12 @@ def identity(model: DiffusionLM, calibration: Calibration, request: StructuredRe
         "seed": request.calibration.seed,
         **settings,
     }
+
+
+def loss_settings(request: StructuredRequest) -> dict:
+    """The settings that decide losses, beside levels. Not the number of rounds: a search can go on with more."""
+    settings = request.config.search.model_dump(mode="json")
+    return {f"search.{key}": value for key, value in settings.items() if key not in ("rounds", *OF_LEVELS)}
 
 
 def calibration_digest(calibration: Calibration) -> str:

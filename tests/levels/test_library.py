@@ -57,12 +57,12 @@ class Bench:
         self.recipe = Recipe(StructuredSettings(), self.reconstruct)
         scan = Scan(self.adapter, calibration, limits=Limits(windows=5))
         self.walk, self.scan = Walk(scan, self.reconstruct), scan
-        self.library = Library(directory, {"case": 1})
+        self.library = Library(directory, {"case": 1}, self.grids, self.counts)
         self.small = self.build()
 
     def build(self):
         small = apply_plan(self.model, identity_plan(self.adapter), self.reconstruct.adds_bias)
-        build_library(self.walk, small, self.library, self.grids, self.counts, self.recipe)
+        build_library(self.walk, small, self.library, self.recipe)
         return small
 
     def plan(self, counts):
@@ -114,9 +114,8 @@ def test_what_keeps_all_units_is_not_ordered(tiny_model, calibration, tmp_path, 
     """Protected blocks have no grid."""
     bench, original, ordered = Bench(tiny_model(), calibration, tmp_path / "levels"), build.obs.obs_path, []
     monkeypatch.setattr(build.obs, "obs_path", lambda *args: ordered.append(1) or original(*args))
-    bench.library = Library(tmp_path / "other", {})
-    bench.grids = {key: grid for key, grid in bench.grids.items() if key[0] == 1}
-    bench.counts = {key: bench.counts[key] for key in bench.grids}
+    grids = {key: grid for key, grid in bench.grids.items() if key[0] == 1}
+    bench.library = Library(tmp_path / "other", {}, grids, {key: bench.counts[key] for key in grids})
     bench.build()
     assert len(ordered) == 2 and bench.library.path((0, "channels")).removed(2) == [0, 1]
 
@@ -192,21 +191,27 @@ def test_an_interrupted_walk_goes_on_at_its_block(tiny_model, calibration, tmp_p
 
 
 def test_a_library_of_something_else_is_refused(tmp_path):
-    Library(tmp_path / "levels", {"model": "a", "grids": {"0 channels": [1]}})
-    Library(tmp_path / "levels", {"model": "a", "grids": {"0 channels": [1]}})
+    layout = ({(0, "channels"): (1, 2)}, {(0, "channels"): 1})
+    Library(tmp_path / "levels", {"model": "a"}, *layout)
+    again = Library(tmp_path / "levels", {"model": "a"}, {(0, "channels"): (2, 3)}, {(0, "channels"): 3})
+    assert (again.grids, again.plan) == layout  # what is there counts
     with pytest.raises(UserError, match="were made with another model: give another directory, or delete it"):
-        Library(tmp_path / "levels", {"model": "b", "grids": {"0 channels": [1]}})
+        Library(tmp_path / "levels", {"model": "b"}, *layout)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="is not empty and holds no library of levels"):
-        Library(tmp_path / "other", {})
-    (tmp_path / "levels" / "library.json").write_text("{")
-    with pytest.raises(UserError, match="library.json cannot be read"):
-        Library(tmp_path / "levels", {})
+        Library(tmp_path / "other", {}, {}, {})
+    for content, reason in (
+        ("{", "library.json cannot be read"), ("[]", "library.json cannot be read"),
+        ('{"plan": {}}', "library.json lacks its grids or its plan: delete"),
+    ):  # fmt: skip
+        (tmp_path / "levels" / "library.json").write_text(content)
+        with pytest.raises(UserError, match=reason):
+            Library(tmp_path / "levels", {}, *layout)
 
 
 def test_a_broken_block_is_named(tmp_path):
-    library = Library(tmp_path / "levels", {})
+    library = Library(tmp_path / "levels", {}, {}, {})
     (tmp_path / "levels" / "block-000.safetensors").write_bytes(b"broken")
     with pytest.raises(UserError, match=r"block-000.safetensors cannot be read \(.*\): delete it to make it anew"):
         library.path((0, "channels"))
