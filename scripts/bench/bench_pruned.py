@@ -39,8 +39,8 @@ from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.placement import pick_device, synchronise
 from structprune.report.bench_tables import bench_tables
 from structprune.runs.bench import BenchOutput, bench, check_checkpoints
-from structprune.runs.prune import Pruner
 from structprune.runs.pruned import Pruned
+from structprune.runs.pruner import Pruner
 
 OUT = Path(__file__).parents[1] / "results" / "bench_cpu.json"
 STEPS = 50  # of the forward process; calibration uses `levels` of them

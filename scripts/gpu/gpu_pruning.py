@@ -14,8 +14,8 @@ from structprune.models.loading import load_model
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.placement import pick_device, synchronise
 from structprune.progress import untracked
-from structprune.runs.prune import Pruner
 from structprune.runs.pruned import Pruned
+from structprune.runs.pruner import Pruner
 
 ABOVE_WEIGHTS_GOAL = 8e9  # at most so many bytes, at batch 1
 

@@ -40,8 +40,8 @@ from structprune.models.adapter import Adapter
 from structprune.models.loading import load_model
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.runs.demo import METHODS
-from structprune.runs.prune import Pruner
 from structprune.runs.pruned import Pruned
+from structprune.runs.pruner import Pruner
 from structprune.structured.plan import Plan
 
 RATIOS = ("0.5", "0.3")  # in the order of their runs

@@ -16,7 +16,7 @@ from scripts.studies.studies import CALIBRATION, Study, cell, contrast_row, held
 from structprune.assets import model_directory
 from structprune.config import Config
 from structprune.models.loading import load_model
-from structprune.runs.prune import Pruner
+from structprune.runs.pruner import Pruner
 
 # attention steps gone by ratio: about what the measured split takes (see quality.json)
 HEADS = {"0.3": 2, "0.5": 14, "0.7": 22}

@@ -20,7 +20,8 @@ from structprune.assets import model_directory
 from structprune.calibration.batches import Calibration
 from structprune.config import Config
 from structprune.models.loading import load_model
-from structprune.runs.prune import Pruner, prune
+from structprune.runs.prune import prune
+from structprune.runs.pruner import Pruner
 
 RATIO = "0.5"
 # a fixed number of heads (about that of the measured split, see quality.json), so that only scores differ

@@ -16,7 +16,7 @@ from scripts.studies.studies import CALIBRATION, Study, cell, contrast_row, held
 from structprune.assets import model_directory
 from structprune.config import Config
 from structprune.models.loading import load_model
-from structprune.runs.prune import Pruner
+from structprune.runs.pruner import Pruner
 
 BASE = CALIBRATION | {
     "calibration.windows": 40, "structured.split_windows": 12, "structured.split_candidates": 6,

@@ -16,7 +16,7 @@ from scripts.studies.studies import Study, contrast_row, held_out_text, loss_row
 from structprune.assets import model_directory
 from structprune.config import Config
 from structprune.models.loading import load_model
-from structprune.runs.prune import Pruner
+from structprune.runs.pruner import Pruner
 
 RATIOS = ["0.5", "0.7"]
 HEAD, VISIBLE = {"reconstruct.head": True}, {"reconstruct.visible": 0.5}

@@ -176,8 +176,8 @@ def _refit_bytes(dense: Adapter, pruned: Adapter, request: StructuredRequest, si
     remaining, outputs = max(block.widths.channels for block in side.blocks), dense.hidden_size
     targets = size.all * sum(len(block.kinds) for block in dense.blocks) * dense.hidden_size
     one = size.all * max(max(pair) for pair in _consumer_widths(side))
-    split = 0  # the measured split holds targets of its own
-    if settings.split == "measured":
+    split = 0  # the measured split holds targets of its own, as does a search for blocks to drop
+    if settings.split == "measured" or request.config.drops_blocks:
         split = targets * min(settings.split_windows + text.held_out, windows) // windows
     targets, split, one = (part if part <= request.resources.budget else 0 for part in (targets, split, one))
     # fp64: a factor beside what it is made of or its copy; the weight, the best one, and the gap, twice, with what it

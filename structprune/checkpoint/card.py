@@ -11,7 +11,7 @@ from structprune.report.tables import change, mask_choice, millions, plus_minus,
 
 
 def model_card(report: dict) -> str:
-    """README.md of a pruned checkpoint, from the report of `structprune.runs.prune.Pruner.prune`."""
+    """README.md of a pruned checkpoint, from the report of `structprune.runs.pruner.Pruner.prune`."""
     config, nelbo, calibration = report["config"], report["held_out_nelbo"], report["calibration"]
     shifted = family_named(report["family"]).model_class.shifted
     licence = report["license"]
@@ -116,6 +116,8 @@ def _choice(report: dict) -> str:
     structured = report["config"]["structured"]
     arm = f"on arm `{shown_arm(report)}`" if report["arm"] else "of the weights"
     parts = f"allocation `{structured['allocation']}`, split `{structured['split']}`"
+    if report["search"] and report["search"]["kept"] == "searched":
+        parts += ", then a search for whole blocks to drop" if "order" in report["search"] else ", then a search"
     return f"score `{structured['score']}` {arm}, {parts}"
 
 

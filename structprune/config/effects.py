@@ -60,9 +60,11 @@ def check_structured(config: Config, facts: Facts) -> None:
 def _search_options(config: Config) -> list[Idle]:
     """What a search ignores, and what ignores it."""
     search = config.search
+    of_widths = tuple(key for key in SearchSettings.model_fields if key not in ("enabled", "whole", "sequences"))
     evolves = "search.method = both or evolution"
     return [
         ("search", tuple(SearchSettings.model_fields), not search.enabled, "search.enabled = true"),
+        ("search", of_widths, config.drops_blocks, "export.compat = free"),
         ("search", ("generations", "offspring"), search.method == "knapsack", evolves),
     ]
 
@@ -71,15 +73,18 @@ def check_search(config: Config) -> None:
     """Raise UserError for a search that a structured run cannot make."""
     if not config.search.enabled:
         return
+    compat, drops = config.export.compat, config.drops_blocks
+    allocation = "uniform" if drops else "global"
     needs = {
         "reconstruct.enabled": ("true", config.reconstruct.enabled),
         "reconstruct.mode": ("least-squares", config.reconstruct.mode == "least-squares"),
-        "structured.allocation": ("global", config.structured.allocation == "global"),
-        "export.compat": ("free", config.export.compat == "free"),
+        "structured.allocation": (allocation, config.structured.allocation == allocation),
+        "search.whole": ("true", config.search.whole or not drops),
     }
     for key, (value, holds) in needs.items():
         if not holds:
-            raise UserError(f"search.enabled = true needs {key} = {value}: set that, or leave the search out")
+            search = "search.enabled = true" + f" with export.compat = {compat}" * drops
+            raise UserError(f"{search} needs {key} = {value}: set that, or leave the search out")
 
 
 def check_masking(config: Config, facts: Facts) -> None:

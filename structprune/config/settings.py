@@ -213,7 +213,8 @@ class SearchSettings(Section):
     """Widths of every block chosen by what they do to the model's predictions, for method structured."""
 
     enabled: bool = False
-    """Search for better widths, from the plan that `structured` gives, at its size. The better of both is saved."""
+    """Search for better widths, from the plan that `structured` gives, at its size. The better of both is saved. With
+    `export.compat` uniform or official: for whole blocks to drop, so that the others, alike, stay wider."""
     method: Literal["both", "knapsack", "evolution"] = "both"
     """knapsack: measure the loss of replacing one level at a time, and combine levels so that the sum is least.
     evolution: measure random shifts of width between blocks and kinds. both: evolution starts from the knapsack's."""
@@ -227,7 +228,7 @@ class SearchSettings(Section):
     spread: float = Field(0.25, gt=0, le=1)
     """Share of a block's units between its width in the plan and its farthest level, in the first round."""
     whole: bool = True
-    """The whole attention or MLP of a block may go too."""
+    """The whole attention or MLP of a block may go too. Needed where only whole blocks can be searched for."""
     sequences: int = Field(32, ge=1)
     """At most so many noisy sequences, equally many of each held-out window, on which plans are compared."""
     generations: int = Field(8, ge=1)
@@ -273,3 +274,8 @@ class Config(Sections):
     search: SearchSettings = SearchSettings()
     export: ExportSettings = ExportSettings()
     memory: MemorySettings = MemorySettings()
+
+    @property
+    def drops_blocks(self) -> bool:
+        """Whether a search drops whole blocks: where the export class wants equal ones."""
+        return self.search.enabled and self.export.compat != "free"

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 from structprune.levels.evolve import FEW, SURVIVORS
 from structprune.models.adapter import CONSUMER, Adapter, BlockView
+from structprune.structured.depth import most_dropped
 from structprune.structured.request import StructuredRequest
 
+HEADS_TRIED = 3  # numbers of heads that are compared for each number of dropped blocks
 RATE = 1e14  # operations a second that times are stated for: about what bf16 passes reach on an A100
 
 
@@ -25,6 +27,7 @@ class SearchCost:
     def plain(self) -> dict:
         """As plain data, with seconds at `RATE`."""
         parts = {"levels": self.levels, "search": self.search, "refit": self.refit}
+        parts = {name: operations for name, operations in parts.items() if operations}
         seconds = {name: operations / RATE for name, operations in parts.items()}
         return {"operations": parts, "seconds": seconds, "rate": RATE, "disk": self.disk, "memory": self.memory}
 
@@ -36,11 +39,13 @@ def search_cost(adapter: Adapter, request: StructuredRequest, itemsize: int) -> 
         adapter: of the dense model; meta tensors suffice.
         itemsize: bytes of a weight in memory.
     """
+    if request.config.drops_blocks:
+        return _drop_cost(adapter, request)
     search, refit, text = request.config.search, request.reconstruct, request.calibration
     rows = (text.windows + text.held_out) * text.noisy_copies * text.length
     others, kinds = 2 * search.levels + search.whole, sum(len(block.kinds) for block in adapter.blocks)
     keep = 1 - request.settings.ratio
-    levels = walk = 0.0
+    levels = 0.0
     for block in adapter.blocks:
         forward = 2.0 * rows * sum(block[role].weight.numel() for role in block.names)
         collect = sum(_collect(block, kind, rows, refit.producers) for kind in block.kinds)
@@ -48,7 +53,6 @@ def search_cost(adapter: Adapter, request: StructuredRequest, itemsize: int) -> 
         solve = sum(_solve(block, kind, keep, dampings) for kind in block.kinds)
         full = sum(_solve(block, kind, 1.0, len(refit.damping)) + _eliminate(block, kind) for kind in block.kinds)
         levels += 2 * forward + collect + others * solve + full
-        walk += 2 * forward + collect + sum(_solve(block, kind, keep, len(refit.damping)) for kind in block.kinds)
     evolves = search.generations * search.offspring * (FEW + 1 / SURVIVORS) * (search.method != "knapsack")
     tries = kinds * others * (search.method != "evolution") + evolves
     tokens = search.sequences * text.length
@@ -62,10 +66,44 @@ def search_cost(adapter: Adapter, request: StructuredRequest, itemsize: int) -> 
     return SearchCost(
         levels=search.rounds * levels,
         search=search.rounds * measured,
-        refit=2 * walk,  # of both plans
+        refit=2 * _walk(adapter, request, rows),  # of both plans
         disk=round(search.rounds * itemsize * (readers + consumers * keep * (others + 1 - search.whole))),
         memory=itemsize * (blocks + head * refit.head) + min(stream, request.limits.budget),
     )
+
+
+def _drop_cost(adapter: Adapter, request: StructuredRequest) -> SearchCost:
+    """The cost of a search for whole blocks to drop, if it tries all numbers of them.
+
+    With each number of them a block is chosen by a forward pass for each that is left, and about three plans are
+    refitted and measured: a number of heads, and both sides of it. A plan takes as much as one that drops no block.
+    """
+    settings, text, count = request.settings, request.calibration, len(adapter.blocks)
+    most = most_dropped(request.sizes, settings)
+    block = sum(adapter.blocks[0][role].weight.numel() for role in adapter.blocks[0].names)
+    tokens, head = request.config.search.sequences * text.length, adapter.vocabulary * adapter.hidden_size
+    passes = sum((count - gone + 1) * (2 * (count - gone) * block + head) for gone in range(1, most + 1))
+    plans = 1 + most * (HEADS_TRIED if settings.split == "measured" else 1)
+    measured = plans * (2 * (1 - settings.ratio) * count * block + head)
+    sequences = text.noisy_copies * text.length
+    few = (min(settings.split_windows, text.windows) + text.held_out) * sequences
+    return SearchCost(
+        levels=0.0,
+        search=tokens * (passes + measured) + plans * _walk(adapter, request, few),
+        refit=2 * _walk(adapter, request, (text.windows + text.held_out) * sequences),  # of both plans
+        disk=0,
+        memory=0,  # a dropped block shares its tensors, and a candidate is one more pruned model
+    )
+
+
+def _walk(adapter: Adapter, request: StructuredRequest, rows: int) -> float:
+    """Operations of a refit of one plan on R rows."""
+    refit, keep, total = request.reconstruct, 1 - request.settings.ratio, 0.0
+    for block in adapter.blocks:
+        total += 4.0 * rows * sum(block[role].weight.numel() for role in block.names)  # both models run
+        total += sum(_collect(block, kind, rows, refit.producers) for kind in block.kinds)
+        total += sum(_solve(block, kind, keep, len(refit.damping)) for kind in block.kinds)
+    return total
 
 
 def _collect(block: BlockView, kind: str, rows: int, producers: bool) -> float:

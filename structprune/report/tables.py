@@ -176,11 +176,12 @@ def inspect_tables(result: dict) -> list[Table]:
 
 
 def _search_table(cost: dict) -> Table:
-    """Operations and time of a search by part, and what it keeps."""
+    """Operations and time of a search by part, and what it keeps: levels, if it makes any."""
     table = _table("predicted search", "", "operations", f"at {cost['rate']:.0e}/s")
     for name, operations in cost["operations"].items():
         table.add_row(name, f"{operations:.1e}", f"{cost['seconds'][name]:,.0f} s")
-    table.caption = f"levels on disk {gigabytes(cost['disk'])},\nmore memory {gigabytes(cost['memory'])}"
+    if cost["disk"]:
+        table.caption = f"levels on disk {gigabytes(cost['disk'])},\nmore memory {gigabytes(cost['memory'])}"
     return table
 
 

@@ -12,10 +12,11 @@ from structprune.masking.request import MaskRequest
 from structprune.models.loading import load_model, source_of
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.progress import Track, untracked
+from structprune.runs.depth import check_levels_use
 from structprune.runs.ghost import Ghost, read_ghost
 from structprune.runs.mask import Masked, mask
-from structprune.runs.prune import Pruner
 from structprune.runs.pruned import Pruned
+from structprune.runs.pruner import Pruner
 from structprune.runs.resolve import at_ratio, block_weights, check_given_plan, resolve_masking, resolve_structured
 from structprune.runs.search import check_levels_directory
 from structprune.structured.plan import Plan
@@ -91,6 +92,7 @@ def prune_at_ratios(
         at_ratio(request, ratio)
         check_output(out, ghost.directory, overwrite, count * ghost.stored_bytes)
     if levels is not None:
+        check_levels_use(config, levels)
         check_levels_directory(levels)
     _check_text(config, ghost)
     model, source_bytes = _load(source, request)

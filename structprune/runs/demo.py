@@ -25,8 +25,8 @@ from structprune.models.tokenizer import load_tokenizer
 from structprune.progress import Track, untracked
 from structprune.report.demo_tables import OURS
 from structprune.report.plots import check_matplotlib, plot_nelbo
-from structprune.runs.prune import Pruner
 from structprune.runs.pruned import Pruned
+from structprune.runs.pruner import Pruner
 
 Saved = dict[tuple[str, float], Pruned]  # by method and ratio
 

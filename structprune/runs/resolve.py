@@ -20,6 +20,7 @@ from structprune.models.adapter import Adapter
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.resources import resolve_resources
 from structprune.structured.choose import check_choice, open_blocks
+from structprune.structured.depth import check_dropped
 from structprune.structured.plan import Plan
 from structprune.structured.request import StructuredRequest
 from structprune.structured.scores.table import SCORES, resolve_arm
@@ -55,13 +56,15 @@ def at_ratio(request: StructuredRequest, ratio: float | None) -> StructuredReque
     """The request at another removed ratio (None: its own), without a plan to apply.
 
     Raises:
-        UserError: no plan meets the ratio, or the export class rules it out.
+        UserError: no plan meets the ratio, the export class rules it out, or it leaves a search nothing to compare.
     """
     if ratio is not None:
         settings = request.settings.model_copy(update={"ratio": ratio})
         request = replace(request, config=request.config.model_copy(update={"structured": settings}))
         check_choice(request.sizes, settings)
     check_export_request(request.config)
+    if request.config.drops_blocks and request.settings.ratio > 0:
+        check_dropped(request.sizes, request.settings)
     return request
 
 

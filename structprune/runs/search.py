@@ -64,6 +64,10 @@ class SearchResult:
     paths: Paths
     rounds: list[dict]
 
+    def plain(self) -> dict:
+        """The rounds: each one's best plan, and the divergences on the way there."""
+        return {"rounds": self.rounds}
+
 
 def search_widths(context: SearchContext, start: Counts, directory: Path, plans: Sequence[Counts] = ()) -> SearchResult:
     """Search for the counts that lose least at the size of `start`.
@@ -85,7 +89,7 @@ def search_widths(context: SearchContext, start: Counts, directory: Path, plans:
         request.config.search, sizes, multiple, price, budget, request.calibration.seed, made_from,
         loss_settings(request), tuple(plans),
     )  # fmt: skip
-    windows, rounds, last = _reference_windows(context), [], None
+    windows, rounds, last = reference_windows(context), [], None
     stitch, places = _stitcher(context, windows), places_of(directory, request)
     for last in search_rounds(task, start, stitch, places, context.track):
         rounds.append({"plan": plain_counts(last.counts), "divergence": last.losses})
@@ -112,7 +116,7 @@ def _stitcher(context: SearchContext, windows: ReferenceWindows) -> Stitch:
     return stitch
 
 
-def _reference_windows(context: SearchContext) -> ReferenceWindows:
+def reference_windows(context: SearchContext) -> ReferenceWindows:
     """Held-out windows under noise of their own, and the dense model's predictions there."""
     request, model = context.request, context.model
     count = request.config.search.sequences

@@ -195,7 +195,7 @@ def head_choices(sizes: list[BlockSize], ratios: list[float], multiple: int) -> 
     Raises:
         UserError: no number of heads meets the ratio; names the nearest ratio that can be met.
     """
-    choices = _head_choices(sizes, ratios, multiple)
+    choices = feasible_heads(sizes, ratios, multiple)
     if not choices:
         ratio, most = sum(ratios) / len(ratios), most_ratio(sizes, multiple)
         if ratio > most and len(set(ratios)) == 1:
@@ -206,7 +206,8 @@ def head_choices(sizes: list[BlockSize], ratios: list[float], multiple: int) -> 
     return choices
 
 
-def _head_choices(sizes: list[BlockSize], ratios: list[float], multiple: int) -> dict[int, Counts]:
+def feasible_heads(sizes: list[BlockSize], ratios: list[float], multiple: int) -> dict[int, Counts]:
+    """As `head_choices`, empty where no number of heads meets the ratios."""
     tried = range(min((size.steps["attention"] for size in sizes if "attention" in size.steps), default=1))
     choices = {heads: split_counts(sizes, ratios, heads, multiple) for heads in tried}
     return {heads: counts for heads, counts in choices.items() if counts is not None}
@@ -216,7 +217,7 @@ def _nearest_ratio(sizes: list[BlockSize], ratios: list[float], multiple: int, g
     """The nearest mean ratio that block ratios shifted alike can meet, to within `grid`; 0 where there is none."""
     for shift in (sign * step * grid for step in range(1, round(1 / grid)) for sign in (-1, 1)):
         shifted = [ratio + shift for ratio in ratios]
-        if 0 <= min(shifted) <= max(shifted) < 1 and _head_choices(sizes, shifted, multiple):
+        if 0 <= min(shifted) <= max(shifted) < 1 and feasible_heads(sizes, shifted, multiple):
             return sum(shifted) / len(shifted)
     return 0.0
 

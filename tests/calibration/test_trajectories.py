@@ -19,7 +19,7 @@ from structprune.generation.samplers import low_confidence
 from structprune.models.adapter import Adapter
 from structprune.progress import untracked
 from structprune.runs.mask import MaskRun
-from structprune.runs.prune import Pruner
+from structprune.runs.pruner import Pruner
 from structprune.runs.resolve import resolve_masking
 
 T, P = 32, 8

@@ -29,6 +29,7 @@ def report():
         "versions": {"structprune": "1.2.3"},
         "removed": {"blocks": [], "attention": [], "channels": []},
         "choice": {"split": "measured", "ratio": 0.4996},
+        "search": None,
     }  # fmt: skip
 
 
@@ -54,6 +55,18 @@ def test_what_went_as_a_whole_is_named(report):
     report["removed"] = {"blocks": [3], "attention": [0, 2], "channels": [1]}
     said = "Removed as a whole, by the numbers of its blocks: block 3; attention of blocks 0, 2; MLP of block 1.\n\n| |"
     assert said in model_card(report)
+
+
+@pytest.mark.parametrize(
+    "search, said",
+    [
+        ({"kept": "searched", "rounds": []}, ", then a search, refit"),
+        ({"kept": "searched", "order": [], "candidates": []}, ", then a search for whole blocks to drop, refit"),
+        ({"kept": "ranked", "order": [], "candidates": []}, "split `measured`, refit"),
+    ],
+)
+def test_a_search_is_named_where_its_plan_is_kept(report, search, said):
+    assert said in " ".join(model_card(report | {"search": search}).split())
 
 
 def test_front_matter_is_what_the_hub_reads(report):

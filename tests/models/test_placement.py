@@ -11,7 +11,8 @@ from structprune.errors import UserError
 from structprune.models.loading import load_model
 from structprune.models.placement import compute_device, pick_device, streamed, synchronise
 from structprune.models.resources import Resources, resolve_resources
-from structprune.runs.prune import Pruner, prune
+from structprune.runs.prune import prune
+from structprune.runs.pruner import Pruner
 from structprune.runs.resolve import resolve_structured
 
 CPU = torch.device("cpu")

@@ -11,7 +11,8 @@ from structprune.models.adapter import Adapter
 from structprune.models.loading import load_model
 from structprune.refit.products import LayerFit
 from structprune.refit.reconstruct import Reconstructor
-from structprune.runs.prune import Pruner, prune
+from structprune.runs.prune import prune
+from structprune.runs.pruner import Pruner
 from structprune.structured.surgery import apply_plan
 
 

@@ -10,7 +10,7 @@ from structprune.cli.main import main
 from structprune.config import Config
 from structprune.models.loading import load_model
 from structprune.runs import demo
-from structprune.runs.prune import Pruner
+from structprune.runs.pruner import Pruner
 
 pytestmark = pytest.mark.slow
 

@@ -7,7 +7,7 @@ import torch
 
 from structprune import Config, load_model, prune
 from structprune.models.adapter import Adapter
-from structprune.runs.prune import Pruner
+from structprune.runs.pruner import Pruner
 
 KEYS = {
     "calibration.windows": 12, "calibration.held_out": 4, "calibration.length": 32, "calibration.interval": 25,

@@ -11,7 +11,7 @@ from structprune.levels.evolve import Space
 from structprune.levels.library import Library, counts_of
 from structprune.levels.search import nearest_levels, nearest_plan
 from structprune.models.loading import load_model
-from structprune.runs.prune import Pruner
+from structprune.runs.pruner import Pruner
 from structprune.structured.plan import Plan
 
 BASE = {

@@ -17,10 +17,11 @@ from structprune.levels.prices import mac_price
 from structprune.models.adapter import Adapter
 from structprune.models.loading import load_model
 from structprune.report.tables import inspect_tables, run_table
-from structprune.runs import prune as prune_run
+from structprune.runs import pruner as pruner_run
 from structprune.runs.checkpoints import prune_checkpoint
 from structprune.runs.inspect import inspect_checkpoint
-from structprune.runs.prune import Pruner, prune
+from structprune.runs.prune import prune
+from structprune.runs.pruner import Pruner
 from structprune.runs.search import calibration_digest, weights_digest
 from structprune.structured.plan import Plan
 from structprune.structured.sizes import BlockSize, forward_macs
@@ -58,7 +59,7 @@ def test_a_search_meets_the_ratio_and_keeps_the_better(tiny_checkpoint, text_pat
 def test_the_better_plan_is_kept(tiny_checkpoint, text_path, monkeypatch):
     model = load_model(tiny_checkpoint())
     for divergences, kept in (([0.5, 0.4], "searched"), ([0.4, 0.5], "ranked")):
-        monkeypatch.setattr(prune_run, "held_out_divergences", lambda *args, values=divergences: values)
+        monkeypatch.setattr(pruner_run, "held_out_divergences", lambda *args, values=divergences: values)
         pruned = prune(model, run_config(text_path, **{"search.rounds": 1}))
         assert pruned.report["search"]["kept"] == kept
         counts = pruned.report["choice"]
@@ -173,7 +174,7 @@ def test_levels_of_another_run_are_refused(tiny_checkpoint, text_path, tmp_path)
         ({"reconstruct.enabled": False}, "search.enabled = true needs reconstruct.enabled = true"),
         ({"reconstruct.mode": "bias"}, "needs reconstruct.mode = least-squares"),
         ({"structured.allocation": "uniform", "structured.split": 1}, "needs structured.allocation = global"),
-        ({"export.compat": "official"}, "needs export.compat = free"),
+        ({"export.compat": "official"}, "with export.compat = official needs structured.allocation = uniform"),
         ({"search.enabled": False}, "search.sequences = 8 has no effect without search.enabled = true"),
         (
             {"search.method": "knapsack"},
@@ -239,7 +240,7 @@ def test_a_dry_run_predicts_the_search(tiny_checkpoint, text_path):
 
 
 def test_the_closing_table_says_which_plan_is_kept(tiny_checkpoint, text_path, monkeypatch):
-    monkeypatch.setattr(prune_run, "held_out_divergences", lambda *args: [0.5, 0.25])
+    monkeypatch.setattr(pruner_run, "held_out_divergences", lambda *args: [0.5, 0.25])
     report = prune(load_model(tiny_checkpoint()), run_config(text_path, **{"search.rounds": 1})).report
     assert "search: divergence 0.5000 → 0.2500 nats/token; kept: the searched plan" in run_table(report).caption
 

@@ -1,0 +1,279 @@
+"""A whole structured run on one screen: calibration -> scores -> plan -> surgery -> refit -> check -> report."""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from structprune.calibration.batches import Calibration
+from structprune.checkpoint.report import run_report, structured_report
+from structprune.config import Config
+from structprune.errors import UserError
+from structprune.evaluation.nelbo import Nelbo
+from structprune.models.adapter import UnitKey
+from structprune.models.modeling_structprune import DiffusionLM
+from structprune.progress import Track, untracked
+from structprune.refit.products import LayerFit
+from structprune.refit.reconstruct import Reconstructor, refitted_parameters
+from structprune.runs.depth import DropResult, check_levels_use, search_drops
+from structprune.runs.pruned import Candidate, Pruned
+from structprune.runs.resolve import at_ratio, check_given_plan, check_plan, resolve_structured
+from structprune.runs.run import Run
+from structprune.runs.search import (
+    SearchContext,
+    SearchResult,
+    check_levels,
+    held_out_divergences,
+    levels_directory,
+    search_widths,
+)
+from structprune.statistics.sink_log import SinkLog
+from structprune.structured.allocate import Counts
+from structprune.structured.choose import Choice, choose_counts
+from structprune.structured.graph import Coupled, coupled_units
+from structprune.structured.plan import Plan, identity_plan, make_plan
+from structprune.structured.ranking import Paths, rank_units
+from structprune.structured.request import StructuredRequest
+from structprune.structured.surgery import apply_plan
+
+
+class Pruner(Run):
+    """Prunes one dense model, which is not changed, at as many ratios as you like; shared work is done once.
+
+    Args:
+        config: default `Config()`; or a request that was resolved for a model of these shapes.
+        calibration: default what `config` describes.
+        track: wraps long iterations, `track(items, title)`.
+        levels: directory for the levels of a search, which stay there; None: a temporary one.
+    Raises:
+        UserError: a request that cannot be met, before any forward pass.
+    """
+
+    def __init__(
+        self,
+        model: DiffusionLM,
+        config: Config | StructuredRequest | None = None,
+        calibration: Calibration | None = None,
+        track: Track = untracked,
+        levels: Path | None = None,
+    ):
+        if not isinstance(config, StructuredRequest):
+            config = resolve_structured(config or Config(), model)
+        self.request = config
+        super().__init__(model, self.request, calibration, track)
+        self._levels = levels
+        if levels is not None:
+            check_levels_use(self.request.config, levels)
+            check_levels(levels, model, self.calibration, self.request)
+        self._paths: Paths | None = None
+        self._dense: Nelbo | None = None
+        self._coupled: dict[UnitKey, Coupled] | None = None
+        self._refits: dict[int, Reconstructor] = {}  # by the number of windows
+        self._sinks: dict | None = None  # the sink policy's effect
+
+    def _cut(self, plan: Plan) -> DiffusionLM:
+        self._coupled = self._coupled or coupled_units(self.model)
+        return apply_plan(self.model, plan, self.request.reconstruct.adds_bias, self._coupled)
+
+    def _refit(self, plan: Plan, windows: int | None = None) -> tuple[DiffusionLM, list[LayerFit]]:
+        """A cut and, where enabled, refitted model; on at most `windows` calibration windows."""
+        small = self._cut(plan)
+        if not self.request.reconstruct.enabled:
+            return small, []
+        calibration = self.calibration if windows is None else self.calibration.first(windows)
+        refit = self._reconstructor(calibration)
+        with self.streamed(self.model), self.streamed(small):
+            return small, self.timed("refit", lambda: refit.refit(small, plan.remaining))
+
+    def _reconstructor(self, calibration: Calibration) -> Reconstructor:
+        """The refit on some windows, made once for each number of windows."""
+        if calibration.windows not in self._refits:
+            # one that cannot hold its dense targets takes memory and saves nothing
+            self._refits = {count: refit for count, refit in self._refits.items() if refit.holds_targets}
+            log = SinkLog()
+            scan = replace(self.scan(log), calibration=calibration)
+            with self.streamed(self.model):
+                refit = self.timed("refit", lambda: Reconstructor(scan, self.request.reconstruct))
+            self._refits[calibration.windows] = refit
+            self._note_sinks(log, calibration)
+        return self._refits[calibration.windows]
+
+    def _note_sinks(self, log: SinkLog, calibration: Calibration) -> None:
+        """Keep a log's report, unless an earlier one covers more windows."""
+        report = log.report(calibration.fit, self.sink, self.adapter.mask_id)
+        if report is not None and report["windows"] >= (self._sinks or report)["windows"]:
+            self._sinks = report
+
+    def plan(self, ratio: float | None = None) -> tuple[Plan, dict]:
+        """Score the units (once) and choose which go at `ratio` (default: the configuration's), before any search.
+
+        Returns:
+            The plan, and how it was chosen as plain data.
+        Raises:
+            UserError: a ratio or export class that cannot be met.
+        """
+        request = at_ratio(self.request, ratio)
+        choice = self._choose(request)
+        return self._plan_of(request, choice.counts), choice.plain(request.sizes)
+
+    def _choose(self, request: StructuredRequest) -> Choice:
+        paths = self._ranked(request)
+
+        def measure(counts: Counts) -> float:
+            loss = self.nelbo(self._tried(request, counts)).mean
+            return math.inf if math.isnan(loss) else loss  # the least of several is chosen
+
+        return choose_counts(request.sizes, paths, request.settings, measure)
+
+    def _tried(self, request: StructuredRequest, counts: Counts) -> DiffusionLM:
+        """What a candidate's counts leave, refitted on fewer windows."""
+        return self._refit(self._plan_of(request, counts), request.settings.split_windows)[0]
+
+    def _ranked(self, request: StructuredRequest) -> Paths:
+        """The order in which units go, by the configured score; measured once."""
+        if self._paths is None:
+            log = SinkLog()
+            scan = self.fit_scan(log)
+            with self.streamed(self.model):
+                work = partial(rank_units, scan, request.settings, request.arm)
+                self._paths = self.timed("scores", work)
+            self._note_sinks(log, self.calibration)
+        return self._paths
+
+    def _plan_of(self, request: StructuredRequest, counts: Counts, paths: Paths | None = None) -> Plan:
+        """The plan that removes `counts` steps of `paths`, by default those of the score."""
+        settings = request.settings
+        notes = {
+            "score": settings.score, "arm": request.arm, "allocation": settings.allocation, "ratio": settings.ratio,
+        }  # fmt: skip
+        return make_plan(self.adapter, paths or self._ranked(request), counts, settings.gqa, notes)
+
+    def _search_context(self, request: StructuredRequest) -> SearchContext:
+        return SearchContext(
+            self.model, request, self.calibration, self._reconstructor(self.calibration),
+            lambda: self._cut(identity_plan(self.adapter)), self._ranked(request), self.streamed, self.track,
+        )  # fmt: skip
+
+    def prune(self, ratio: float | None = None, plan: Plan | None = None) -> Pruned:
+        """Plan, cut, refit, and check against plain removal on the held-out windows.
+
+        Args:
+            ratio: default the configuration's; not beside a plan.
+            plan: apply this one instead of scoring.
+        Raises:
+            UserError: a ratio or export class that cannot be met, or a plan that does not fit the model.
+        """
+        if plan is not None:
+            if ratio is not None:
+                raise UserError(f"a plan says what goes already: leave out ratio {ratio}")
+            check_given_plan(self.request, self.model, plan, self.model.source.values)
+            start, self.seconds = time.perf_counter(), {}
+            return self._pruned(self.request, self._refit_and_check(plan), start)
+        [pruned] = self.prune_each([ratio])
+        return pruned
+
+    def prune_each(self, ratios: Sequence[float | None]) -> Iterator[Pruned]:
+        """As `prune`, at one ratio after another. Scores, refits' dense side and a search's first levels are shared.
+
+        Raises:
+            UserError: a ratio or export class that cannot be met, before any forward pass.
+        """
+        requests = [at_ratio(self.request, ratio) for ratio in sorted(ratios, key=lambda ratio: ratio or 0)]
+        start, self.seconds = time.perf_counter(), {}
+        choices = [self._choose(request) for request in requests]
+        plans = [self._plan_of(request, choice.counts) for request, choice in zip(requests, choices)]
+        for plan in plans:
+            check_plan(self.request, self.model, plan, self.model.source.values)
+        with levels_directory(self._levels) as levels:
+            shared = (levels, [choice.counts for choice in choices])
+            for request, choice, plan in zip(requests, choices, plans):
+                result, search = self._refit_and_check(plan), None
+                if request.config.search.enabled and request.settings.ratio > 0:
+                    result, choice, search = self._searched(request, choice, result, shared)
+                yield self._pruned(request, result, start, choice, search)
+                del result  # two pruned models at once would be the peak of memory
+                start, self.seconds = time.perf_counter(), {}
+
+    def _pruned(
+        self,
+        request: StructuredRequest,
+        result: Candidate,
+        start: float,
+        choice: Choice | None = None,
+        search: dict | None = None,
+    ) -> Pruned:
+        """The result of a run that began at `start`, in seconds of the clock."""
+        self.seconds["total"] = time.perf_counter() - start
+        report = run_report(self.model, request.config, self.calibration, self.seconds, self.device)
+        report |= structured_report(
+            self.model, result.model, request.config, self.calibration.length, result.plan.remaining
+        )
+        report |= {"held_out_nelbo": result.check, "refit": [fit.plain() for fit in result.fits]}
+        report |= {"choice": choice and choice.plain(request.sizes), "search": search, "sinks": self._sinks}
+        return Pruned(result.model, result.plan, self.calibration, report)
+
+    def _searched(
+        self, request: StructuredRequest, choice: Choice, ranked: Candidate, shared: tuple[Path, list[Counts]]
+    ) -> tuple[Candidate, Choice, dict]:
+        """The better of the ranked plan and of one that is searched for, and the search as plain data.
+
+        Their divergence from the dense model decides, on the held-out windows under the noise of the check, which the
+        search did not see: it varies less over windows than the difference of their NELBOs.
+
+        Args:
+            shared: the directory of levels, and the counts of all ratios.
+        """
+        context = self._search_context(request)
+        search = self.timed("search", lambda: self._search(context, choice, shared))
+        plan = self._plan_of(request, search.counts, search.paths)
+        check_plan(self.request, self.model, plan, self.model.source.values)
+        searched = self._refit_and_check(plan)
+        pair = {"ranked": ranked, "searched": searched}
+        models = [each.model for each in pair.values()]
+        work = partial(held_out_divergences, self.model, models, context)
+        with self.streamed(self.model), self.streamed(ranked.model), self.streamed(searched.model):
+            divergence = dict(zip(pair, self.timed("check", work)))
+        kept = min(pair, key=divergence.__getitem__)
+        loss = {name: each.loss for name, each in pair.items()}
+        notes = search.plain() | {"kept": kept, "divergence": divergence, "loss": loss}
+        counts = search.counts if kept == "searched" else choice.counts
+        return pair[kept], replace(choice, counts=counts), notes
+
+    def _search(
+        self, context: SearchContext, choice: Choice, shared: tuple[Path, list[Counts]]
+    ) -> SearchResult | DropResult:
+        """A search for widths, or under an export class of equal blocks one for whole blocks to drop."""
+        request = context.request
+        if request.config.drops_blocks:
+            cut, refit = (lambda counts: self._cut(self._plan_of(request, counts))), partial(self._tried, request)
+            return search_drops(context, choice, cut, refit)
+        with self.streamed(self.model):
+            return search_widths(context, choice.counts, *shared)
+
+    def _refit_and_check(self, plan: Plan) -> Candidate:
+        """The better of refit and plain removal on the held-out windows, and how they compare."""
+        small, fits = self._refit(plan)
+        if self._dense is None:
+            self._dense = self.nelbo(self.model)
+        refitted = plain = self.nelbo(small)
+        keeps_refit = False
+        if fits:
+            moved = refitted_parameters(small, self.request.reconstruct)
+            del small  # two pruned models at once would be the peak of memory
+            small = self._cut(plan)
+            plain = self.nelbo(small)
+            keeps_refit = refitted.mean < plain.mean
+            if keeps_refit:
+                for name, value in moved.items():
+                    module, _, leaf = name.rpartition(".")
+                    setattr(small.get_submodule(module), leaf, value)
+        check = self.held_out(
+            self._dense,
+            refitted if keeps_refit else plain,
+            kept="refit" if keeps_refit else "plain removal",
+            plain_removal=plain.mean,
+            refit=refitted.mean if fits else None,
+        )
+        return Candidate(plan, small, fits, check)
