@@ -19,7 +19,7 @@ from scripts.readme.readme_evaluation import evaluation, evaluation_speed
 from scripts.readme.readme_gpu import gpu
 from scripts.readme.readme_keys import keys
 from scripts.readme.readme_sinks import sinks
-from scripts.readme.readme_studies import demo, factors, masks, quality, search
+from scripts.readme.readme_studies import classes, demo, factors, masks, quality, search
 from structprune.config import Config, Sections
 from structprune.evaluation.settings import EvaluationConfig
 
@@ -53,6 +53,7 @@ PAGES: dict[str, Makers] = {
         "quality": made_of(quality, "quality"),
         "factors": made_of(factors, "factors"),
         "search": made_of(search, "search"),
+        "classes": made_of(classes, "class"),
         "checkpoint": made_of(checkpoint, "checkpoint"),
         "masks": made_of(masks, "masks"),
         "speed": made_of(speed, "masking_speed"),

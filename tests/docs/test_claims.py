@@ -128,3 +128,22 @@ def test_what_is_said_of_a_pretrained_checkpoint():
         assert (loss[plain] < loss["32 windows x 5 copies"]) is (ratio == "0.3")
         shares.append(100 * loss[both] / best)
     assert f"loses {min(shares):.0f}% to {max(shares):.0f}% of what the best of the three does" in text
+
+
+def test_what_is_said_of_equal_blocks():
+    figures = results("class")
+    rows = {row["variant"]: row for row in figures["losses"]}
+    text = prose("docs/results.md")
+    assert f"{rows['uniform']['mean']:.2f}" == f"{rows['official']['mean']:.2f}" == "0.41"
+    assert f"loses {rows['uniform']['mean']:.2f} nats where free widths lose {rows['free']['mean']:.2f}" in text
+    back = sorted(round(100 * row["mean"]) for row in figures["gap_closed"])
+    assert f"gets {back[0]}% to {back[1]}% of the gap back" in text
+    shown = {(row["variant"], row["against"]): row["shown"] for row in figures["contrasts"]}
+    for name in ("uniform", "official"):
+        searched = rows[f"{name}, search"]
+        assert shown[f"{name}, search", name] and searched["dropped"] == [[2]] * 3
+        assert {width["query_heads"] for widths in searched["widths"] for width in widths} == {8}
+    assert rows["uniform, search"]["by_seed"] == rows["official, search"]["by_seed"]  # one plan
+    removed = [share for name in ("uniform", "official") for share in rows[name]["removed"]]
+    assert f"removes {100 * searched['removed'][0]:.1f}%" in text
+    assert f"remove {100 * min(removed):.1f}% to {100 * max(removed):.1f}%" in text
