@@ -13,7 +13,9 @@ from structprune.calibration.text import LOCAL, join_texts, read_texts
 from structprune.calibration.windows import cut_windows, tokenize_corpus
 from structprune.errors import UserError
 from structprune.evaluation.fidelity import Fidelity, masked_kl, reference_predictions
-from structprune.evaluation.nelbo import maskable_tokens, nelbo_of
+from structprune.evaluation.nelbo import maskable_tokens, masked_nelbo, nelbo_of
+from structprune.generation.generate import Options, generate
+from structprune.generation.samplers import low_confidence
 from structprune.models.adapter import Adapter
 from structprune.models.fingerprint import fingerprint
 from structprune.models.loading import load_config
@@ -21,6 +23,7 @@ from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.tokenizer import load_tokenizer
 
 BATCH = 16  # windows in a forward pass
+OPENINGS, GENERATED = 24, 64  # openings that are continued, and tokens after each
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,48 @@ class HeldOutText:
     def _nelbo_of(self, own: Fidelity) -> torch.Tensor:
         """(N,) fp64 nats per maskable token: the estimate of `masked_nelbo`, without a pass of its own."""
         return nelbo_of(own.nats, own.masked_tokens, self.probability, self.maskable).nelbo.double()  # (N,)
+
+
+class Continued:
+    """Openings of windows that a dense model continues greedily, and what other models keep of it.
+
+    As `structprune eval --fidelity` measures it (docs/methods.md, "Fidelity to a reference").
+
+    Args:
+        model: the dense one.
+        ids: (N, T) windows; the first `OPENINGS` of them are opened.
+        seed: of the noise under which generated text is judged.
+    """
+
+    def __init__(self, model: DiffusionLM, ids: torch.Tensor, seed: int):
+        self._model, self._seed = model, seed
+        self._prompts = ids[:OPENINGS, : ids.shape[1] // 4]  # (n, P)
+        self._tokens = min(GENERATED, ids.shape[1] - self._prompts.shape[1])
+        self._theirs = self._continue(model)
+        self.dense_nelbo = self._judge(self._theirs)
+
+    def compare(self, model: DiffusionLM) -> dict:
+        """The share of the dense model's tokens that come out at the same place, and the NELBO of what is generated
+        under the dense model, nats per token."""
+        ours = self._continue(model)  # (n, P + G)
+        opening = self._prompts.shape[1]
+        equal = (ours == self._theirs)[:, opening:].double()  # (n, G)
+        return {"tokens_kept": equal.mean().item(), "generated_nelbo": self._judge(ours)}
+
+    def _continue(self, model: DiffusionLM) -> torch.Tensor:
+        """Openings with what follows, (n, P + G)."""
+        settings = low_confidence(model.config, self._tokens, self._tokens)
+        return torch.stack(list(generate(model, list(self._prompts), settings, options=Options(batch=BATCH))))
+
+    def _judge(self, ids: torch.Tensor) -> float:
+        """NELBO of (n, P + G) under the dense model, given the openings, in nats per generated token."""
+        model, opening = self._model, self._prompts.shape[1]
+        generator = torch.Generator().manual_seed(self._seed)
+        noisy, probability = stratified_noise(ids, model.config.mask_token_id, generator, 4, model.edges_visible)
+        noisy[..., :opening] = ids[:, None, :opening]  # (n, S, P + G)
+        estimate = masked_nelbo(model, ids, noisy, probability, BATCH)
+        share = maskable_tokens(model, ids.shape[1]) / (ids.shape[1] - opening - model.edges_visible)
+        return float(estimate.nelbo.mean()) * share
 
 
 def subject_of(options: argparse.Namespace) -> Subject:
