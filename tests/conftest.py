@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from structprune.assets import model_directory
 from structprune.calibration.batches import Calibration
 from structprune.models.configuration_structprune import StructpruneDreamConfig, StructpruneLLaDAConfig
-from structprune.models.modeling_structprune import StructpruneDream, StructpruneLLaDA
+from structprune.models.layers_structprune import Block
+from structprune.models.modeling_structprune import DiffusionLM, StructpruneDream, StructpruneLLaDA
 
 torch.set_num_threads(1)  # on tensors this small threads only wait for each other
 PARITY = Path(__file__).parent / "parity"
@@ -117,6 +118,28 @@ def calibration() -> Calibration:
 def tiny_model():
     """`tiny_model(family, seed=0, **config changes)` -> a random model in memory (no source directory)."""
     return lambda family="llada", seed=0, **changes: build_model(tiny_values(family, **changes), seed)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that models move while the test runs: 1 ms a query head, 0.05 ms an MLP channel, 2 ms a pass."""
+    now = [0.0]
+
+    def timed(owner, name, ms):
+        original = getattr(owner, name)
+
+        def call(self, *args):
+            now[0] += 1e-3 * ms(self)
+            return original(self, *args)
+
+        monkeypatch.setattr(owner, name, call)
+
+    timed(
+        Block, "add_attention", lambda block: block.has_attention and block.part("query").out_features / block.head_dim
+    )
+    timed(Block, "add_mlp", lambda block: block.has_mlp and 0.05 * block.part("gate").out_features)
+    timed(DiffusionLM, "rotary", lambda model: 2.0)
+    return lambda: now[0]
 
 
 @pytest.fixture

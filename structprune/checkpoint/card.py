@@ -7,7 +7,7 @@ import yaml
 
 from structprune.assets import card_template
 from structprune.models.families import family_named
-from structprune.report.tables import change, mask_choice, millions, plus_minus, shown_arm, whole_parts
+from structprune.report.tables import change, mask_choice, millions, plus_minus, shown_arm, whole_parts, workload
 
 
 def model_card(report: dict) -> str:
@@ -126,6 +126,10 @@ def _rows(report: dict) -> list[str]:
     for title, key in (("parameters", "parameters"), ("block projections", "block_parameters"), ("MACs", "macs")):
         before, after = report[key]["before"], report[key]["after"]
         rows.append(f"| {title} | {millions(before)} | {millions(after)} | {change(before, after)} |")
+    if latency := report["latency"]:
+        before, after = latency["measured"]["before"], latency["measured"]["after"]
+        title = f"ms per forward pass ({workload(latency)}, {latency['table']['identity']['device']})"
+        rows.append(f"| {title} | {before:.3f} | {after:.3f} | {change(before, after)} |")
     nelbo = report["held_out_nelbo"]
     dense, loss = nelbo["dense"], nelbo["loss"]
     return [*rows, f"| NELBO, nats/token | {dense:.4f} | {dense + loss['mean']:.4f} | {plus_minus(loss)} |"]

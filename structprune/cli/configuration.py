@@ -10,7 +10,12 @@ if TYPE_CHECKING:
 
 
 def read_config(
-    file: Path | None, ratio: float | None, sets: list[str] | None, nm: str | None, options: dict[str, Any]
+    file: Path | None,
+    ratio: float | None,
+    sets: list[str] | None,
+    nm: str | None,
+    options: dict[str, Any],
+    target_latency: float | None = None,
 ) -> "Config":
     """The run's configuration: the file, then --set, then the options, which count most.
 
@@ -26,6 +31,8 @@ def read_config(
     keys = set_keys(sets)
     if nm is not None and ratio is None and "masking.ratio" not in keys:
         overrides.append("masking.ratio=null")  # a preset's ratio belongs to its own pattern
+    if target_latency is not None:
+        overrides += _latency_overrides(Config.load(file, overrides), target_latency, ratio, keys)
     if ratio is not None:
         key = f"{'structured' if Config.load(file, overrides).method == 'structured' else 'masking'}.ratio"
         if key in keys:
@@ -60,6 +67,30 @@ def read_ratio(text: str | None) -> float | None:
     if len(ratios) > 1:
         raise UserError(f"--ratio {text} has several ratios: give one at a time")
     return ratios[0] if ratios else None
+
+
+def _latency_overrides(config: "Config", target: float, ratio: float | None, keys: set[str]) -> list[str]:
+    """What --target-latency sets.
+
+    Args:
+        config: the run's without it. keys: those that --set names.
+    Raises:
+        UserError: an option or key that contradicts it.
+    """
+    option = f"--target-latency {target:g}"
+    if ratio is not None:
+        raise UserError(f"{option} decides how much goes: leave out --ratio {ratio}")
+    if config.method != "structured":
+        raise UserError(f"{option} has no effect with method {config.method}: add --method structured, or leave it out")
+    if "enabled" in config.search.model_fields_set and not config.search.enabled:
+        raise UserError(f"{option} is met by a search: leave out search.enabled = false")
+    for key in ("search.budget", "search.target_ms", "structured.ratio"):
+        if key in keys:
+            raise UserError(f"{option} and --set {key} both say how much goes: leave one out")
+    default = type(config.structured).model_fields["ratio"].default  # a preset's ratio is not this run's
+    return [
+        "search.enabled=true", "search.budget=latency", f"search.target_ms={target}", f"structured.ratio={default}",
+    ]  # fmt: skip
 
 
 def read_model_settings(

@@ -6,7 +6,18 @@ from typing import Annotated
 import typer
 
 from structprune.cli.configuration import read_config, read_ratio
-from structprune.cli.options import Checkpoint, ConfigFile, Debug, MaskId, Method, Pattern, Pickle, Ratio, Sets
+from structprune.cli.options import (
+    Checkpoint,
+    ConfigFile,
+    Debug,
+    MaskId,
+    Method,
+    Pattern,
+    Pickle,
+    Ratio,
+    Sets,
+    TargetLatency,
+)
 
 
 def inspect(
@@ -14,6 +25,7 @@ def inspect(
     method: Method = None,
     config: ConfigFile = None,
     ratio: Ratio = None,
+    target_latency: TargetLatency = None,
     nm: Pattern = None,
     sets: Sets = None,
     mask_id: MaskId = None,
@@ -27,7 +39,7 @@ def inspect(
     from structprune.runs.inspect import inspect_checkpoint, inspect_masking
 
     options = {"model.mask_id": mask_id, "model.allow_pickle": allow_pickle or None, "method": method}
-    settings = read_config(config, read_ratio(ratio), sets, nm, options)
+    settings = read_config(config, read_ratio(ratio), sets, nm, options, target_latency)
     structured = settings.method == "structured"
     result = inspect_checkpoint(checkpoint, settings) if structured else inspect_masking(checkpoint, settings)
     tables = inspect_tables if structured else mask_inspect_tables

@@ -47,6 +47,13 @@ Ratios = Annotated[
         " directory in --out, and they share the work.",
     ),
 ]
+TargetLatency = Annotated[
+    float | None,
+    typer.Option(
+        metavar="MS",
+        help="Most milliseconds of a forward pass, in place of a ratio: a search by times measured on this device.",
+    ),
+]
 Method = Annotated[
     str | None,
     typer.Option(

@@ -20,6 +20,7 @@ from structprune.cli.options import (
     PlanFile,
     Ratios,
     Sets,
+    TargetLatency,
 )
 from structprune.errors import UserError
 
@@ -38,6 +39,7 @@ def prune(
     method: Method = None,
     config: ConfigFile = None,
     ratio: Ratios = None,
+    target_latency: TargetLatency = None,
     nm: Pattern = None,
     sets: Sets = None,
     calibration: CalibrationText = None,
@@ -58,9 +60,11 @@ def prune(
         "model.allow_pickle": allow_pickle or None,
     }
     ratios = read_ratios(ratio)
-    settings = read_config(config, ratios[0] if ratios else None, sets, nm, options)
+    settings = read_config(config, ratios[0] if ratios else None, sets, nm, options, target_latency)
     if plan is not None and settings.method != "structured":
         raise UserError(f"--plan removes heads and channels: leave it out, or --method {settings.method}")
+    if plan is not None and target_latency is not None:
+        raise UserError(f"--plan already says what is removed: leave out --target-latency {target_latency:g}")
     if plan is not None and (ratio is not None or any(text.startswith("structured.") for text in sets or [])):
         raise UserError("--plan already says what is removed: leave out --ratio and --set structured.*")
     if levels is not None and not settings.search.enabled:
@@ -72,15 +76,15 @@ def prune(
     if plan is not None:
         _apply_plan(checkpoint, out, settings, plan, overwrite)
     elif settings.method == "structured":
-        ratios = ratios or [settings.structured.ratio]
-        outputs = {each: out / f"ratio-{each}" if len(ratios) > 1 else out for each in ratios}
+        several = len(ratios) > 1
+        outputs: dict = {each: out / f"ratio-{each}" for each in ratios} if several else {None: out}
         _prune_structured(checkpoint, outputs, settings, levels, overwrite)
     else:
         _make_masks(checkpoint, out, settings, overwrite)
 
 
 def _prune_structured(
-    checkpoint: str, outputs: dict[float, Path], config: "Config", levels: Path | None, overwrite: bool
+    checkpoint: str, outputs: dict[float | None, Path], config: "Config", levels: Path | None, overwrite: bool
 ) -> None:
     """Prune at one or several ratios, and show every result when it is written."""
     from structprune.cli.console import progress_bars, show

@@ -61,11 +61,13 @@ def _search_options(config: Config) -> list[Idle]:
     """What a search ignores, and what ignores it."""
     search = config.search
     of_widths = tuple(key for key in SearchSettings.model_fields if key not in ("enabled", "whole", "sequences"))
-    evolves = "search.method = both or evolution"
+    evolves, by_latency = "search.method = both or evolution", search.budget == "latency"
     return [
         ("search", tuple(SearchSettings.model_fields), not search.enabled, "search.enabled = true"),
         ("search", of_widths, config.drops_blocks, "export.compat = free"),
         ("search", ("generations", "offspring"), search.method == "knapsack", evolves),
+        ("search", ("target_ms", "latency_batch", "latency_length"), not by_latency, "search.budget = latency"),
+        ("structured", ("ratio",), by_latency, "search.budget = parameters or macs"),
     ]
 
 
@@ -85,6 +87,14 @@ def check_search(config: Config) -> None:
         if not holds:
             search = "search.enabled = true" + f" with export.compat = {compat}" * drops
             raise UserError(f"{search} needs {key} = {value}: set that, or leave the search out")
+    if config.search.budget != "latency":
+        return
+    if config.search.target_ms is None:
+        raise UserError("search.budget = latency needs milliseconds: set search.target_ms, or another budget")
+    if config.memory.offload:
+        raise UserError(
+            "search.budget = latency would time copies of weights with memory.offload = true: turn one of them off"
+        )
 
 
 def check_masking(config: Config, facts: Facts) -> None:

@@ -218,9 +218,16 @@ class SearchSettings(Section):
     method: Literal["both", "knapsack", "evolution"] = "both"
     """knapsack: measure the loss of replacing one level at a time, and combine levels so that the sum is least.
     evolution: measure random shifts of width between blocks and kinds. both: evolution starts from the knapsack's."""
-    budget: Literal["parameters", "macs"] = "parameters"
+    budget: Literal["parameters", "macs", "latency"] = "parameters"
     """What stays as the plan of `structured` leaves it: parameters, or MACs of a forward pass over `calibration.length`
-    tokens, of which a head takes more the longer the text."""
+    tokens, of which a head takes more the longer the text. latency: at most `target_ms` by times that are measured on
+    the run's device, which decide `structured.ratio` too."""
+    target_ms: float | None = Field(None, gt=0)
+    """For budget `latency`: most milliseconds of a forward pass of the pruned model, as --target-latency sets it."""
+    latency_batch: int = Field(1, ge=1)
+    """For budget `latency`: sequences in that forward pass."""
+    latency_length: int | None = Field(None, ge=1)
+    """For budget `latency`: tokens in each of them. Default: the length of the calibration windows."""
     rounds: int = Field(2, ge=1)
     """Libraries of refitted levels, each around the best plan so far, with levels half as far apart."""
     levels: int = Field(2, ge=1)

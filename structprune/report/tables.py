@@ -62,6 +62,8 @@ def run_table(report: dict, saved_bytes: tuple[int, int] | None = None) -> Table
     _add_sizes(table, report, report["macs"]["tokens"])
     if saved_bytes:
         _add_change(table, "weights on disk", dict(zip(("before", "after"), saved_bytes, strict=True)), gigabytes)
+    if latency := report["latency"]:
+        _add_change(table, f"ms, {workload(latency)}", latency["measured"], "{:.3f}".format)
     nelbo = report["held_out_nelbo"]
     pruned = nelbo["refit"] if nelbo["kept"] == "refit" else nelbo["plain_removal"]
     title = f"NELBO, nats/token ({nelbo['windows']} held-out windows)"
@@ -76,9 +78,16 @@ def run_table(report: dict, saved_bytes: tuple[int, int] | None = None) -> Table
     if search := report["search"]:
         gaps = " → ".join(f"{search['divergence'][name]:.4f}" for name in ("ranked", "searched"))
         table.caption += f"\nsearch: divergence {gaps} nats/token; kept: the {search['kept']} plan"
+    if latency := report["latency"]:
+        table.caption += f"\nlatency: target {latency['target_ms']:g} ms, predicted {latency['predicted']['after']:.3f}"
     if whole := whole_parts(report):
         table.caption += f"\nremoved as a whole: {whole}"
     return table
+
+
+def workload(latency: dict) -> str:
+    """The forward pass that was timed, such as 'batch 1 x 128 tokens'."""
+    return f"batch {latency['batch']} x {latency['length']} tokens"
 
 
 def whole_parts(report: dict) -> str:
@@ -161,6 +170,11 @@ def inspect_tables(result: dict) -> list[Table]:
     """
     title = f"{result['source']} ({result['family']}) at ratio {result['ratio']}"
     totals = _table(title, "", "before", "after", "change")
+    if latency := result["latency"]:
+        totals.caption = (
+            f"how much goes depends on times that the run measures:\nat most {latency['target_ms']:g} ms, "
+            f"{workload(latency)}; shown is ratio {result['ratio']}"
+        )
     _add_sizes(totals, result, result["tokens"])
     _add_change(totals, f"weights ({result['stored_dtype']})", result["bytes"], gigabytes)
     columns = ("block", "query heads", "KV heads", "MLP channels", "parameters")

@@ -54,8 +54,7 @@ def prune_checkpoint(
         UserError: anything the user can mend; or `out` was taken during the run, which is kept beside it then.
     """
     if plan is None:
-        ratios = {config.structured.ratio: out}
-        [written] = prune_at_ratios(source, ratios, config, overwrite, track, levels=levels)
+        [written] = prune_at_ratios(source, {None: out}, config, overwrite, track, levels=levels)
         return written
     ghost = read_ghost(source, config.model)
     request = resolve_structured(config, ghost.model)
@@ -71,7 +70,7 @@ def prune_checkpoint(
 
 def prune_at_ratios(
     source: str,
-    outputs: Mapping[float, Path],
+    outputs: Mapping[float | None, Path],
     config: Config,
     overwrite: bool = False,
     track: Track = untracked,
@@ -81,13 +80,13 @@ def prune_at_ratios(
     """Load once, and prune and save at one ratio after another, in rising order; arguments as `prune_checkpoint`.
 
     Args:
-        outputs: ratio -> directory to write; each appears complete or not at all.
+        outputs: ratio (None: what the configuration says) -> directory to write; each appears complete or not at all.
     Raises:
         UserError: anything the user can mend at any of the ratios, before weights are read.
     """
     ghost = read_ghost(source, config.model)
     request = resolve_structured(config, ghost.model)
-    outputs = dict(sorted(outputs.items()))
+    outputs = dict(sorted(outputs.items(), key=lambda each: each[0] or 0))
     for count, (ratio, out) in enumerate(outputs.items(), start=1):
         at_ratio(request, ratio)
         check_output(out, ghost.directory, overwrite, count * ghost.stored_bytes)

@@ -1,6 +1,6 @@
 """The dry runs: what a checkpoint would lose and what the run would need, without reading a weight."""
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -10,7 +10,7 @@ from structprune.bench.memory import predicted_peak
 from structprune.calibration.build import check_length
 from structprune.config import Config, StructuredSettings
 from structprune.levels.cost import search_cost
-from structprune.models.adapter import UNIT_KINDS, Adapter, Widths, set_widths
+from structprune.models.adapter import Adapter, set_widths
 from structprune.models.families import ROLES
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.refit.masked import STEPS
@@ -20,7 +20,7 @@ from structprune.structured.allocate import Counts, chosen_heads, equal_heads, r
 from structprune.structured.choose import candidates, channel_multiple
 from structprune.structured.plan import Plan
 from structprune.structured.request import StructuredRequest
-from structprune.structured.sizes import BlockSize, block_size, forward_macs
+from structprune.structured.sizes import BlockSize, block_size, forward_macs, widths_after
 
 
 def inspect_checkpoint(source: str | Path, config: Config, plan: Plan | None = None) -> dict:
@@ -68,6 +68,7 @@ def inspect_checkpoint(source: str | Path, config: Config, plan: Plan | None = N
         "rounding": channel_multiple(sizes, settings),
         "memory": predicted_peak(adapter, after, request, stored),
         "search": _search(adapter, request, stored),
+        "latency": _latency(request),
     }
 
 
@@ -78,6 +79,15 @@ def _search(adapter: Adapter, request: StructuredRequest, stored: torch.dtype) -
     return search_cost(adapter, request, request.resources.weight_dtype(stored).itemsize).plain()
 
 
+def _latency(request: StructuredRequest) -> dict | None:
+    """The target that the run meets by times that it measures, which decide the ratio; None without one."""
+    search = request.config.search
+    if search.budget != "latency":
+        return None
+    length = search.latency_length or request.calibration.length
+    return {"target_ms": search.target_ms, "batch": search.latency_batch, "length": length}
+
+
 def _shown(settings: StructuredSettings, sizes: list[BlockSize], choices: dict[int, Counts]) -> int:
     """Attention steps per block to show: the configured number, its share per block under `global`, or equal shares."""
     split = settings.split
@@ -86,19 +96,6 @@ def _shown(settings: StructuredSettings, sizes: list[BlockSize], choices: dict[i
     if settings.allocation != "global":
         return chosen_heads(split, choices)
     return min(choices, key=lambda steps: abs(steps * len(sizes) - split))
-
-
-def widths_after(widths: Widths, counts: Counts, index: int, form: str) -> Widths:
-    """The widths of block `index` after its removal steps in `counts`; unchanged where it has none."""
-    steps, channels = (counts.get((index, kind), 0) for kind in UNIT_KINDS)
-    if not steps:
-        return replace(widths, channels=widths.channels - channels)
-    per = widths.query_heads // widths.kv_heads  # query heads per KV head
-    if per == 1 or form == "kv_groups":
-        query_heads, kv_heads = widths.query_heads - per * steps, widths.kv_heads - steps
-    else:
-        query_heads, kv_heads = widths.query_heads - widths.kv_heads * steps, widths.kv_heads
-    return Widths(query_heads, kv_heads, widths.channels - channels)
 
 
 def pruned_ghost(model: DiffusionLM, adapter: Adapter, counts: Counts, form: str) -> DiffusionLM:

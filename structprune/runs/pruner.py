@@ -12,12 +12,14 @@ from structprune.checkpoint.report import run_report, structured_report
 from structprune.config import Config
 from structprune.errors import UserError
 from structprune.evaluation.nelbo import Nelbo
+from structprune.levels.latency import LatencyTarget
 from structprune.models.adapter import UnitKey
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.progress import Track, untracked
 from structprune.refit.products import LayerFit
 from structprune.refit.reconstruct import Reconstructor, refitted_parameters
 from structprune.runs.depth import DropResult, check_levels_use, search_drops
+from structprune.runs.latency import choose_for_latency, latency_report, latency_target
 from structprune.runs.pruned import Candidate, Pruned
 from structprune.runs.resolve import at_ratio, check_given_plan, check_plan, resolve_structured
 from structprune.runs.run import Run
@@ -68,6 +70,7 @@ class Pruner(Run):
             check_levels_use(self.request.config, levels)
             check_levels(levels, model, self.calibration, self.request)
         self._paths: Paths | None = None
+        self._latency: LatencyTarget | None = None  # with a table, once that is measured
         self._dense: Nelbo | None = None
         self._coupled: dict[UnitKey, Coupled] | None = None
         self._refits: dict[int, Reconstructor] = {}  # by the number of windows
@@ -109,14 +112,25 @@ class Pruner(Run):
     def plan(self, ratio: float | None = None) -> tuple[Plan, dict]:
         """Score the units (once) and choose which go at `ratio` (default: the configuration's), before any search.
 
+        With search.budget = latency, times are measured first, and decide the ratio.
+
         Returns:
             The plan, and how it was chosen as plain data.
         Raises:
             UserError: a ratio or export class that cannot be met.
         """
-        request = at_ratio(self.request, ratio)
-        choice = self._choose(request)
+        request, choice = self._planned(ratio)
         return self._plan_of(request, choice.counts), choice.plain(request.sizes)
+
+    def _planned(self, ratio: float | None) -> tuple[StructuredRequest, Choice]:
+        """The request at a ratio, by default its own or what its latency takes, and the ranking's choice there."""
+        request = at_ratio(self.request, ratio)
+        if request.config.search.budget != "latency":
+            return request, self._choose(request)
+        if self._latency is None:
+            place = (self.model, request, self.calibration.length, self._levels, self.track)
+            self._latency = self.timed("latency", lambda: latency_target(*place))
+        return choose_for_latency(self._latency, request, self._ranked(request), self._choose)
 
     def _choose(self, request: StructuredRequest) -> Choice:
         paths = self._ranked(request)
@@ -154,13 +168,14 @@ class Pruner(Run):
         return SearchContext(
             self.model, request, self.calibration, self._reconstructor(self.calibration),
             lambda: self._cut(identity_plan(self.adapter)), self._ranked(request), self.streamed, self.track,
+            self._latency,
         )  # fmt: skip
 
     def prune(self, ratio: float | None = None, plan: Plan | None = None) -> Pruned:
         """Plan, cut, refit, and check against plain removal on the held-out windows.
 
         Args:
-            ratio: default the configuration's; not beside a plan.
+            ratio: default the configuration's; not beside a plan or a latency.
             plan: apply this one instead of scoring.
         Raises:
             UserError: a ratio or export class that cannot be met, or a plan that does not fit the model.
@@ -180,15 +195,16 @@ class Pruner(Run):
         Raises:
             UserError: a ratio or export class that cannot be met, before any forward pass.
         """
-        requests = [at_ratio(self.request, ratio) for ratio in sorted(ratios, key=lambda ratio: ratio or 0)]
+        for ratio in ratios:
+            at_ratio(self.request, ratio)
         start, self.seconds = time.perf_counter(), {}
-        choices = [self._choose(request) for request in requests]
-        plans = [self._plan_of(request, choice.counts) for request, choice in zip(requests, choices)]
+        planned = [self._planned(ratio) for ratio in sorted(ratios, key=lambda ratio: ratio or 0)]
+        plans = [self._plan_of(request, choice.counts) for request, choice in planned]
         for plan in plans:
             check_plan(self.request, self.model, plan, self.model.source.values)
         with levels_directory(self._levels) as levels:
-            shared = (levels, [choice.counts for choice in choices])
-            for request, choice, plan in zip(requests, choices, plans):
+            shared = (levels, [choice.counts for _, choice in planned])
+            for (request, choice), plan in zip(planned, plans):
                 result, search = self._refit_and_check(plan), None
                 if request.config.search.enabled and request.settings.ratio > 0:
                     result, choice, search = self._searched(request, choice, result, shared)
@@ -205,6 +221,9 @@ class Pruner(Run):
         search: dict | None = None,
     ) -> Pruned:
         """The result of a run that began at `start`, in seconds of the clock."""
+        latency = None
+        if choice is not None and (target := self._latency) is not None:
+            latency = self.timed("latency", lambda: latency_report(target, self.model, result.model, choice.counts))
         self.seconds["total"] = time.perf_counter() - start
         report = run_report(self.model, request.config, self.calibration, self.seconds, self.device)
         report |= structured_report(
@@ -212,6 +231,7 @@ class Pruner(Run):
         )
         report |= {"held_out_nelbo": result.check, "refit": [fit.plain() for fit in result.fits]}
         report |= {"choice": choice and choice.plain(request.sizes), "search": search, "sinks": self._sinks}
+        report |= {"latency": latency}
         return Pruned(result.model, result.plan, self.calibration, report)
 
     def _searched(

@@ -43,12 +43,14 @@ def resolve_structured(config: Config, model: DiffusionLM, dry_run: bool = False
             f"score '{settings.score}' needs a backward pass, which memory.offload does not do: turn one of them off"
         )
     sizes = open_blocks(Adapter(model), settings)
-    check_choice(sizes, settings)
+    by_latency = config.search.budget == "latency"  # the run finds the ratio
+    check_choice(sizes, settings.model_copy(update={"ratio": 0.0}) if by_latency else settings)
     check_search(config)
     check_structured(config, Facts(settings.score, arm, SCORES, resources.accelerator))
     if config.calibration.held_out < 1 and not config.calibration.replays:
         raise UserError("calibration.held_out = 0 leaves nothing to choose split and damping on: set it to 1 or more")
     check_levels(config)
+    check_latency_length(config, model)
     return StructuredRequest(config=config, arm=arm, resources=resources, score=SCORES[settings.score], sizes=sizes)
 
 
@@ -59,13 +61,20 @@ def at_ratio(request: StructuredRequest, ratio: float | None) -> StructuredReque
         UserError: no plan meets the ratio, the export class rules it out, or it leaves a search nothing to compare.
     """
     if ratio is not None:
-        settings = request.settings.model_copy(update={"ratio": ratio})
-        request = replace(request, config=request.config.model_copy(update={"structured": settings}))
-        check_choice(request.sizes, settings)
+        if request.config.search.budget == "latency":
+            raise UserError(f"search.budget = latency decides how much goes: leave out ratio {ratio}")
+        request = with_ratio(request, ratio)
+        check_choice(request.sizes, request.settings)
     check_export_request(request.config)
     if request.config.drops_blocks and request.settings.ratio > 0:
         check_dropped(request.sizes, request.settings)
     return request
+
+
+def with_ratio(request: StructuredRequest, ratio: float) -> StructuredRequest:
+    """The request with another removed ratio, unchecked."""
+    settings = request.settings.model_copy(update={"ratio": ratio})
+    return replace(request, config=request.config.model_copy(update={"structured": settings}))
 
 
 def check_given_plan(request: StructuredRequest, model: DiffusionLM, plan: Plan, source_values: dict) -> None:
@@ -126,6 +135,13 @@ def check_levels(config: Config) -> None:
         level_times(settings.steps, settings.interval)
         check_copies(settings.copies, settings.levels)
         check_trajectory(config)
+
+
+def check_latency_length(config: Config, model: DiffusionLM) -> None:
+    """Raise UserError for a forward pass to time that is longer than the model's positions."""
+    length, longest = config.search.latency_length, getattr(model.config, Adapter(model).family.keys["positions"])
+    if length is not None and length > longest:
+        raise UserError(f"search.latency_length = {length} exceeds the model's {longest} positions: lower it")
 
 
 def removed_ratio(config: Config) -> float:

@@ -17,8 +17,9 @@ from structprune.calibration.noise import stratified_noise
 from structprune.errors import UserError
 from structprune.evaluation.fidelity import masked_kl, process_divergence, reference_predictions
 from structprune.levels.build import Recipe, build_library
+from structprune.levels.latency import LatencyTarget
 from structprune.levels.library import HEADER, Library, check_identity, plain_counts
-from structprune.levels.prices import fill_budget, mac_price, parameter_price
+from structprune.levels.prices import Price, fill_budget, mac_price, parameter_price
 from structprune.levels.search import LOSSES, Places, Stitch, Task, check_losses, round_name, search_rounds
 from structprune.levels.stitch import ReferenceWindows, StitchedModel, consumer_biases
 from structprune.models.adapter import Adapter
@@ -32,6 +33,8 @@ from structprune.structured.ranking import Paths
 from structprune.structured.request import StructuredRequest
 
 FIRST = "first"  # the directory of the library that all ratios share
+OWN = ("ratio-", "latency-")  # how folders of one ratio, or of one target in milliseconds, begin
+LATENCY_FILE = "latency.json"  # in a directory of levels, the table that all targets share
 OF_LEVELS = ("levels", "spread", "whole")  # settings of a search that decide its levels
 SEARCH_SEED = 2000  # plus the run's seed: the noise that plans are compared under
 
@@ -44,6 +47,7 @@ class SearchContext:
         uncut: gives a copy of the model with linears of its own, as a plan that removes nothing.
         streamed: a context in which a model computes on the run's device.
         paths: of the dense model; used where the score is not obs, which ranks anew on the pruned prefix.
+        latency: where the budget is milliseconds.
     """
 
     model: DiffusionLM
@@ -54,6 +58,7 @@ class SearchContext:
     paths: Paths
     streamed: Callable[[DiffusionLM], AbstractContextManager]
     track: Track
+    latency: LatencyTarget | None = None
 
 
 @dataclass(frozen=True)
@@ -80,14 +85,14 @@ def search_widths(context: SearchContext, start: Counts, directory: Path, plans:
     """
     request = context.request
     sizes = request.sizes
-    multiple, price = channel_multiple(sizes, request.settings), parameter_price(sizes)
-    if request.config.search.budget == "macs":
-        price = mac_price(sizes, Adapter(context.model), request.calibration.length)
-    budget = sum(price(key, steps) for key, steps in start.items())
-    made_from = identity(context.model, context.calibration, request)
+    multiple = channel_multiple(sizes, request.settings)
+    price, budget = _price_and_budget(context, start)
+    made_from, losses = identity(context.model, context.calibration, request), loss_settings(request)
+    if context.latency is not None:
+        losses["latency table"] = context.latency.table.digest()
     task = Task(
-        request.config.search, sizes, multiple, price, budget, request.calibration.seed, made_from,
-        loss_settings(request), tuple(plans),
+        request.config.search, sizes, multiple, price, budget, request.calibration.seed, made_from, losses,
+        tuple(plans),
     )  # fmt: skip
     windows, rounds, last = reference_windows(context), [], None
     stitch, places = _stitcher(context, windows), places_of(directory, request)
@@ -96,6 +101,17 @@ def search_widths(context: SearchContext, start: Counts, directory: Path, plans:
     assert last is not None, "at least one round"
     paths = {key: last.library.path(key) for key in last.counts}
     return SearchResult(fill_budget(last.counts, paths, price, budget, multiple), paths, rounds)
+
+
+def _price_and_budget(context: SearchContext, start: Counts) -> tuple[Price, float]:
+    """What a width costs, and the most that all may: as much as `start`, or up to the target in milliseconds."""
+    if context.latency is not None:
+        return context.latency.table.price, context.latency.budget(start)
+    sizes = context.request.sizes
+    price = parameter_price(sizes)
+    if context.request.config.search.budget == "macs":
+        price = mac_price(sizes, Adapter(context.model), context.request.calibration.length)
+    return price, sum(price(key, steps) for key, steps in start.items())
 
 
 def _stitcher(context: SearchContext, windows: ReferenceWindows) -> Stitch:
@@ -149,8 +165,10 @@ def levels_directory(directory: Path | None) -> Iterator[Path]:
 
 def places_of(directory: Path, request: StructuredRequest) -> Places:
     """The first library, which all ratios and budgets share, and the directory of the request's own ones."""
-    budget = request.config.search.budget
-    name = f"ratio-{request.settings.ratio}" + ("" if budget == "parameters" else f"-{budget}")
+    search = request.config.search
+    name = f"ratio-{request.settings.ratio}" + ("" if search.budget == "parameters" else f"-{search.budget}")
+    if search.budget == "latency":  # which decides the ratio
+        name = f"latency-{search.target_ms}"
     return Places(directory / FIRST, directory / name)
 
 
@@ -164,7 +182,7 @@ def check_levels_directory(directory: Path) -> None:
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise UserError(f"--levels {directory} cannot be written below '{parent}': give another directory")
     names = [path.name for path in directory.iterdir()] if directory.exists() else []
-    if others := [name for name in names if name != FIRST and not name.startswith("ratio-")]:
+    if others := [name for name in names if not name.startswith(OWN) and name not in (FIRST, LATENCY_FILE)]:
         raise UserError(f"--levels {directory} holds '{others[0]}', which is no level: give another directory")
 
 
@@ -177,6 +195,8 @@ def check_levels(directory: Path, model: DiffusionLM, calibration: Calibration, 
         check_identity(places.first / HEADER, identity(model, calibration, request))
     if (losses := places.own / round_name(0) / LOSSES).exists():
         check_losses(losses, loss_settings(request))
+        if request.config.search.budget == "latency" and not (directory / LATENCY_FILE).exists():
+            raise UserError(f"'{losses}' lacks the times that it was measured with: delete '{places.own}'")
 
 
 def identity(model: DiffusionLM, calibration: Calibration, request: StructuredRequest) -> dict:

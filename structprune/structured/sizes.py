@@ -1,8 +1,17 @@
 """How many parameters, MACs and units there are, from module shapes alone (meta tensors suffice)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from structprune.models.adapter import CONSUMER, READERS, STREAM_READERS, Adapter, BlockView
+from structprune.models.adapter import (
+    CONSUMER,
+    READERS,
+    STREAM_READERS,
+    UNIT_KINDS,
+    Adapter,
+    BlockView,
+    UnitKey,
+    Widths,
+)
 from structprune.structured.units import block_groups, block_tensors
 
 WIDE_STEPS = 16  # rounding to n needs an MLP of at least this many times n
@@ -38,6 +47,19 @@ def block_size(block: BlockView, form: str) -> BlockSize:
         step[kind] = (cut + block[CONSUMER[kind]].weight.numel()) // steps[kind]
         whole[kind] = sum(value.numel() for (role, _), value in tensors.items() if role in (*readers, CONSUMER[kind]))
     return BlockSize(block.index, sum(whole.values()), step, steps, whole)
+
+
+def widths_after(widths: Widths, counts: dict[UnitKey, int], index: int, form: str) -> Widths:
+    """The widths of block `index` after its removal steps in `counts`; unchanged where it has none."""
+    steps, channels = (counts.get((index, kind), 0) for kind in UNIT_KINDS)
+    if not steps:
+        return replace(widths, channels=widths.channels - channels)
+    per = widths.query_heads // widths.kv_heads  # query heads per KV head
+    if per == 1 or form == "kv_groups":
+        query_heads, kv_heads = widths.query_heads - per * steps, widths.kv_heads - steps
+    else:
+        query_heads, kv_heads = widths.query_heads - widths.kv_heads * steps, widths.kv_heads
+    return Widths(query_heads, kv_heads, widths.channels - channels)
 
 
 def rounding(width: int, multiple: str | int) -> int:

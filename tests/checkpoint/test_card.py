@@ -30,6 +30,7 @@ def report():
         "removed": {"blocks": [], "attention": [], "channels": []},
         "choice": {"split": "measured", "ratio": 0.4996},
         "search": None,
+        "latency": None,
     }  # fmt: skip
 
 
@@ -48,6 +49,13 @@ def test_numbers(report):
     assert "`wikitext2` (128 windows of 2048 tokens, seed 3)" in flat  # 144 less the held-out 16
     assert "score `obs` on arm `masked`" in flat and "refit to dense targets" in flat and "Export class: `free`" in flat
     assert "position i predicts token i." in flat and "trust_remote_code=True" in flat
+
+
+def test_a_latency_has_a_row(report):
+    assert "ms per forward pass" not in model_card(report)
+    times = {"batch": 2, "length": 64, "measured": {"before": 20.0, "after": 12.5}}
+    card = model_card(report | {"latency": times | {"table": {"identity": {"device": "a processor"}}}})
+    assert "| ms per forward pass (batch 2 x 64 tokens, a processor) | 20.000 | 12.500 | -37.5 % |" in card
 
 
 def test_what_went_as_a_whole_is_named(report):

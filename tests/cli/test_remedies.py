@@ -17,7 +17,8 @@ VERBS = typer.main.get_command(app).commands
 KEYS = {*Config.known_keys(), *(f"{name}.*" for name in Config.model_fields)}
 SECTIONS = "|".join(name for name in Config.model_fields if name != "method")
 SHARED = ("cli/configuration.py", "config", "calibration", "structured", "masking", "runs/resolve.py", "runs/ghost.py")
-PRUNING = [f"runs/{name}.py" for name in ("run", "checkpoints", "prune", "mask")]
+PRUNING = [f"runs/{name}.py" for name in ("run", "checkpoints", "prune", "mask", "search", "latency")]
+PRUNING.append("bench/part_latency.py")
 ROOMS = {  # verb -> what can raise while it runs, shared loading aside, which tests/evaluation holds to eval's options
     "prune": [*SHARED, "statistics", "refit", "checkpoint", "cli/prune.py", *PRUNING],
     "inspect": [*SHARED, "runs/inspect.py", "bench/memory.py", "bench/mask_memory.py", "cli/inspect.py"],
