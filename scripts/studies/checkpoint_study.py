@@ -1,10 +1,10 @@
 """The recipe's choices and other methods on a checkpoint of your own: loss, KL and agreement on several texts.
 
-One factor at a time with every head kept, so that heads against channels decide nothing, and one variant with a joint
-ranking of both; beside them FLAP, Wanda-sp and LLM-Pruner's Taylor score on the same calibration rows. All variants of
-a seed share calibration text, evaluation windows and noise, so that differences are paired; variants that score alike
-share the scores. Intervals are over seeds (see studies.py). An interrupted study continues where it stopped, and
---summary writes what its whole seeds show.
+One factor at a time with every head kept, so that heads against channels decide nothing, one variant with a joint
+ranking of both, and that with a search for widths; beside them FLAP, Wanda-sp and LLM-Pruner's Taylor score on the same
+calibration rows. All variants of a seed share calibration text, evaluation windows and noise, so that differences are
+paired; variants that score alike share the scores. Intervals are over seeds (see studies.py). An interrupted study
+continues where it stopped, and --summary writes what its whole seeds show.
 
     python -m scripts.studies.checkpoint_study --checkpoint DIR --text FILE --eval NAME=FILE --eval NAME=FILE
 """
@@ -49,6 +49,9 @@ HELD_OUT = {"calibration.held_out": 16}
 NO_HEADS, JOINT = {"structured.split": 0}, {"structured.split": "joint"}
 BOTH = "160 x 1, producers, mixed targets"
 JOINTLY = f"{BOTH}, joint split"
+SEARCHED = f"{JOINTLY}, search"
+# one round on few sequences, which takes 30 blocks about as long as the rest of the run
+SEARCH = {"search.enabled": True, "search.method": "knapsack", "search.rounds": 1, "search.sequences": 12}
 BASE = {key: value for key, value in CALIBRATION.items() if key != "calibration.source"} | {"structured.arm": "masked"}
 
 
@@ -74,13 +77,15 @@ VARIANTS = {
     JOINTLY: factor(BOTH) | JOINT,
     "160 x 1, mixed targets": factor("160 x 1, mixed targets") | NO_HEADS,
     "160 x 1, layer targets": factor("160 x 1, layer targets") | NO_HEADS,
+    SEARCHED: factor(BOTH) | JOINT | SEARCH,
 }
 BASELINES = ("FLAP", "Wanda-sp", "LLM-Pruner (Taylor)")
 CONTRASTS = [
     ("160 x 1", "32 windows x 5 copies"),
-    *((name, "160 x 1") for name in VARIANTS if name.startswith("160 x 1,") and name != JOINTLY),
+    *((name, "160 x 1") for name in VARIANTS if name.startswith("160 x 1,") and not name.startswith(JOINTLY)),
     (BOTH, "160 x 1, producers"),
     (JOINTLY, BOTH),
+    (SEARCHED, JOINTLY),
     *((name, BOTH) for name in BASELINES),
     ("FLAP", JOINTLY),
 ]
@@ -134,10 +139,14 @@ def measure(name: str, seed: int, subject: Subject, threads: int) -> dict:
     keys = BASE | subject.keys | {"calibration.seed": seed} | VARIANTS[name]
     model, calibration = dense_model(subject.checkpoint), calibration_of(subject, section_keys(keys, "calibration."))
     texts = held_out_texts(subject, seed)
-    plans, *scoring = plans_of(subject, section_keys(keys, "calibration.", "structured."))
     pruner, results = Pruner(model, Config.load(overrides=keys), calibration), {}
+    plans, *scoring = (
+        # a search changes a plan; it scores for itself
+        ({}, 0.0, None) if name == SEARCHED else plans_of(subject, section_keys(keys, "calibration.", "structured."))
+    )
     for ratio in RATIOS:
-        pruned, *rest = clocked(partial(pruner.prune, plan=plans[ratio]))
+        plan = plans.get(ratio)
+        pruned, *rest = clocked(partial(pruner.prune, None if plan else float(ratio), plan))
         measured = {text: held_out.compare(pruned.model) for text, held_out in texts.items()}
         results[ratio] = {"texts": measured, **_account(pruned, model), **_costs(scoring, rest)}
     dense = {text: held_out.dense for text, held_out in texts.items()}
@@ -151,6 +160,7 @@ def _account(pruned: Pruned, model: DiffusionLM) -> dict:
         "heads_removed": heads - sum(len(block.query_heads) for block in pruned.plan.blocks),
         "ratio_met": pruned.report["ratio"],
         "kept": pruned.report["held_out_nelbo"]["kept"],
+        "searched": (pruned.report["search"] or {"kept": None})["kept"],
     }
 
 

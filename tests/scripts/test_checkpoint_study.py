@@ -54,16 +54,19 @@ def test_variants_have_passes_of_one_size_and_no_head_goes_but_by_rank(study):
         config = Config.load(overrides=study.BASE | keys)
         assert config.calibration.batch * config.calibration.copies == 20 and config.calibration.held_out == 16
         assert config.structured.arm == "masked", name
-        ranked = name in (*study.BASELINES, study.JOINTLY)
+        ranked = name in (*study.BASELINES, study.JOINTLY, study.SEARCHED)
         assert (config.structured.split == 0) is not ranked, name
 
 
 def test_every_comparison_of_factors_changes_one(study):
     sizes = {"calibration.windows", "calibration.copies", "calibration.batch"}
-    assert len(set(study.CONTRASTS)) == len(study.CONTRASTS) == 11
+    assert len(set(study.CONTRASTS)) == len(study.CONTRASTS) == 12
     for name, base in (pair for pair in study.CONTRASTS if pair[0] not in study.BASELINES):
         ours, theirs = study.VARIANTS[name], study.VARIANTS[base]
         apart = {key for key in ours | theirs if ours.get(key) != theirs.get(key)}
+        if name == study.SEARCHED:
+            assert apart == study.SEARCH.keys()
+            continue
         assert apart <= sizes or len(apart) == 1 + ((name, base) == (study.BOTH, "160 x 1")), (name, base)
         assert apart
 
@@ -144,7 +147,7 @@ def made_up(study, seeds):
                 for text in ("a", "b")
             }  # fmt: skip
             costs = {"seconds": {"scores": 1.0, "rest": 2.0 + seed}, "peak_bytes": 5, "ratio_met": 0.5}
-            result = {"texts": texts, "heads_removed": 2, "kept": "refit"} | costs
+            result = {"texts": texts, "heads_removed": 2, "kept": "refit", "searched": None} | costs
             dense = {text: {"nelbo": 4.0 + seed, "accuracy": 0.5} for text in texts}
             runs[name, seed] = {"variant": name, "dense": dense, "ratios": dict.fromkeys(study.RATIOS, result)}
     return runs
