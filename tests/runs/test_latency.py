@@ -11,6 +11,7 @@ from structprune.cli.main import main
 from structprune.config import Config
 from structprune.config.effects import check_search
 from structprune.errors import UserError
+from structprune.levels import search
 from structprune.levels.latency import LatencyTable, LatencyTarget, PartTimes
 from structprune.models.adapter import Adapter
 from structprune.models.loading import load_model
@@ -120,6 +121,41 @@ def test_a_kept_table_is_used_again(tiny_checkpoint, config, known_times, tmp_pa
     (levels / "latency.json").unlink()
     with pytest.raises(UserError, match="lacks the times that it was measured with: delete"):
         Pruner(model, config(**{"search.target_ms": 0.6 * dense}), levels=levels)
+
+
+def test_protected_blocks_take_their_time(tiny_checkpoint, config, known_times):
+    model = load_model(tiny_checkpoint())
+    table = by_parameters(model, "query_heads", 8, Size(1, 24))
+    first = sum(part.ms[0] for part in table.parts if part.blocks == (0,))
+    keys = {"structured.protect_first": 1, "search.target_ms": 0.7 * table.dense}
+    pruned = Pruner(model, config(**keys)).prune()
+    assert len(pruned.plan.blocks[0].query_heads) == 4 and len(pruned.plan.blocks[0].channels) == 48
+    assert 0.64 * table.dense < pruned.report["latency"]["predicted"]["after"] <= 0.7 * table.dense * (1 + 1e-9)
+    with pytest.raises(UserError, match="cannot be met: the narrowest plan takes"):
+        Pruner(model, config(**keys | {"search.target_ms": 1 + first})).prune()
+
+
+def test_a_run_that_was_killed_goes_on_with_its_table(tiny_checkpoint, config, known_times, tmp_path, monkeypatch):
+    source = tiny_checkpoint()
+    dense = by_parameters(load_model(source), "query_heads", 8, Size(1, 24)).dense
+    settings, count, original = config(**{"search.target_ms": 0.6 * dense}), [0], search.StitchedModel.loss
+    whole = Pruner(load_model(source), settings, levels=tmp_path / "whole").prune()
+
+    def killed(self, counts, share=1.0):
+        count[0] += 1
+        if count[0] == 8:
+            raise KeyboardInterrupt
+        return original(self, counts, share)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(search.StitchedModel, "loss", killed)
+        with pytest.raises(KeyboardInterrupt):
+            Pruner(load_model(source), settings, levels=tmp_path / "part").prune()
+    table = (tmp_path / "part" / "latency.json").read_bytes()
+    monkeypatch.setattr(latency_run, "measure_table", None)
+    resumed = Pruner(load_model(source), settings, levels=tmp_path / "part").prune()
+    assert resumed.plan == whole.plan and resumed.report["search"] == whole.report["search"]
+    assert (tmp_path / "part" / "latency.json").read_bytes() == table
 
 
 def test_targets_out_of_reach_are_refused_before_scores(tiny_checkpoint, config, known_times, tmp_path, monkeypatch):
