@@ -139,13 +139,16 @@ def measure(name: str, seed: int, subject: Subject, threads: int) -> dict:
     keys = BASE | subject.keys | {"calibration.seed": seed} | VARIANTS[name]
     model, calibration = dense_model(subject.checkpoint), calibration_of(subject, section_keys(keys, "calibration."))
     texts = held_out_texts(subject, seed)
-    pruner, results = Pruner(model, Config.load(overrides=keys), calibration), {}
+    config, results = Config.load(overrides=keys), {}
+    pruner = Pruner(model, config, calibration)
     plans, *scoring = (
         # a search changes a plan; it scores for itself
         ({}, 0.0, None) if name == SEARCHED else plans_of(subject, section_keys(keys, "calibration.", "structured."))
     )
     for ratio in RATIOS:
         plan = plans.get(ratio)
+        if subject.levels and name == SEARCHED:  # a directory each, as levels of another ratio would be shared
+            pruner = Pruner(model, config, calibration, levels=subject.levels / f"seed-{seed}" / ratio)
         pruned, *rest = clocked(partial(pruner.prune, None if plan else float(ratio), plan))
         measured = {text: held_out.compare(pruned.model) for text, held_out in texts.items()}
         results[ratio] = {"texts": measured, **_account(pruned, model), **_costs(scoring, rest)}
@@ -245,6 +248,8 @@ def arguments_of(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, required=True, help="directory of the dense model")
     parser.add_argument("--name", help="of the model in tables (default: of its directory)")
     parser.add_argument("--text", type=Path, required=True, help="calibration text")
+    text = "directory for the levels of searches, so that one that was killed goes on (default: nothing is kept)"
+    parser.add_argument("--levels", type=Path, help=text)
     text = "evaluation text and its name in tables; may be repeated"
     parser.add_argument("--eval", action="append", required=True, metavar="NAME=FILE", help=text)
     parser.set_defaults(windows=64, jobs=1)

@@ -35,6 +35,7 @@ class Subject:
     texts: tuple[tuple[str, Path], ...]  # (name in tables, file)
     windows: int  # of each evaluation text
     length: int  # tokens in a window, of calibration too
+    levels: Path | None = None  # where searches keep their levels, so that one that was killed goes on
 
     @property
     def keys(self) -> dict:
@@ -149,7 +150,8 @@ def subject_of(options: argparse.Namespace) -> Subject:
     for option, path in [("--text", options.text), *(("--eval", path) for path in texts.values())]:
         if not path.is_file() or path.suffix.lower() not in LOCAL:
             raise UserError(f"{option}: no text at '{path}': name a {', '.join(LOCAL)} file")
-    return Subject(options.checkpoint, options.text, tuple(texts.items()), options.windows, options.length)
+    kept = getattr(options, "levels", None)
+    return Subject(options.checkpoint, options.text, tuple(texts.items()), options.windows, options.length, kept)
 
 
 def facts(subject: Subject, name: str | None, base: dict) -> dict:
