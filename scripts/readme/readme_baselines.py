@@ -21,7 +21,7 @@ def baselines(results: dict) -> str:
         parts.append(table(header, lines))
     note = (
         "`python -m scripts.studies.baseline_study`, from [`baselines.json`](scripts/results/baselines.json): loss of"
-        f" NELBO on {results['settings']['checkpoint']['name']} against dense, nats per token,"
+        f" NELBO on `{results['settings']['checkpoint']['name']}` against dense, nats per token,"
         f" {over_seeds(results['settings'])}. KL to the dense model, nats, and agreement with it: at the masked"
         " positions. Tokens kept: of greedy continuations of 24 openings, those that the dense model's have at the same"
         f" place. NELBO of generated: of what is generated, under the dense model, whose own has {nelbo:.2f} nats per"

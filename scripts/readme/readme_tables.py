@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from scripts.readme.readme_baselines import baselines
 from scripts.readme.readme_bench import bench, note, widths, widths_note
 from scripts.readme.readme_checkpoint import checkpoint
 from scripts.readme.readme_costs import cost, speed
@@ -53,6 +54,7 @@ PAGES: dict[str, Makers] = {
         "quality": made_of(quality, "quality"),
         "factors": made_of(factors, "factors"),
         "search": made_of(search, "search"),
+        "baselines": made_of(baselines, "baselines"),
         "classes": made_of(classes, "class"),
         "checkpoint": made_of(checkpoint, "checkpoint"),
         "masks": made_of(masks, "masks"),

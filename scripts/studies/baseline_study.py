@@ -113,7 +113,7 @@ def run(arguments: list[str] | None) -> None:
     """Run, resume or summarise the study that the arguments describe."""
     parser = study_parser(STUDY)
     parser.add_argument("--checkpoint", type=Path, default=model_directory(), help="default: the embedded model")
-    parser.add_argument("--name", default="embedded", help="of the model in tables (default %(default)s)")
+    parser.add_argument("--name", default="embedded model", help="of the model in tables (default %(default)s)")
     parser.add_argument("--text", type=Path, default=text_file("calibration.txt"), help="calibration text")
     held_out = f"held-out={text_file('heldout.txt')}"
     parser.add_argument("--eval", nargs=1, default=[held_out], metavar="NAME=FILE", help="evaluation text")

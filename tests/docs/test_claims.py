@@ -147,3 +147,32 @@ def test_what_is_said_of_equal_blocks():
     removed = [share for name in ("uniform", "official") for share in rows[name]["removed"]]
     assert f"removes {100 * searched['removed'][0]:.1f}%" in text
     assert f"remove {100 * min(removed):.1f}% to {100 * max(removed):.1f}%" in text
+
+
+def test_what_is_said_of_published_methods():
+    figures = results("baselines")
+    rows = {(row["variant"], row["ratio"]): row for row in figures["losses"]}
+    gaps = {(row["variant"], row["ratio"]): row for row in figures["contrasts"]}
+    greedy, ours, searched = "greedy refit (as OSSCAR, SlimGPT)", "whole refit", "whole refit, search"
+    others = {(name, ratio) for name, ratio in rows if name not in (greedy, ours, searched)}
+    assert {key for key in others if not gaps[key]["shown"]} == {("LLM-Pruner (Taylor)", "0.3")}
+    assert all(min(gaps[key]["by_seed"]) > 0 for key in others)
+    assert gaps[greedy, "0.5"]["shown"] and gaps[greedy, "0.7"]["shown"] and not gaps[greedy, "0.3"]["shown"]
+    times = [rows[greedy, ratio]["mean"] / rows[ours, ratio]["mean"] for ratio in ("0.5", "0.7")]
+    text = prose("docs/results.md")
+    assert f"loses {times[0]:.1f} times as much at 0.5 and {times[1]:.1f} times at 0.7" in text
+    assert gaps[searched, "0.5"]["shown"] and gaps[searched, "0.5"]["mean"] < 0
+    assert max(gaps[searched, "0.7"]["by_seed"]) < 0 and not gaps[searched, "0.3"]["shown"]
+
+    def mean(key, row):
+        return sum(row[key]) / len(row[key])
+
+    generated = [mean("generated_nelbo", rows[name, "0.5"]) for name in (searched, "FLAP")]
+    dense = mean("generated_nelbo", {"generated_nelbo": [each["generated_nelbo"] for each in figures["dense"]]})
+    said = f"generates at 0.5 has {generated[0]:.2f} nats under the dense model, whose own text has {dense:.2f}, and"
+    assert f"{said} FLAP's {generated[1]:.2f}" in text
+    assert all(mean("tokens_kept", row) <= 0.16 for (_, ratio), row in rows.items() if ratio != "0.3")
+    names = [name for name, ratio in rows if ratio == "0.5"]
+    by_loss = sorted(names, key=lambda name: rows[name, "0.5"]["mean"])
+    assert by_loss == sorted(names, key=lambda name: mean("generated_nelbo", rows[name, "0.5"]))
+    assert mean("generated_nelbo", rows[greedy, "0.7"]) > mean("generated_nelbo", rows["FLAP", "0.7"])
