@@ -41,6 +41,8 @@ def read_config(
     config = Config.load(file, overrides)
     if nm is not None and config.method != "nm":
         raise UserError(f"--nm {nm} has no effect with method {config.method}: add --method nm, or leave it out")
+    if ratio is not None and config.search.enabled and config.search.budget == "latency":
+        raise UserError(f"search.budget = latency decides how much goes: leave out --ratio {ratio}")
     _check_method(config.method, keys)
     return config
 
@@ -82,6 +84,8 @@ def _latency_overrides(config: "Config", target: float, ratio: float | None, key
         raise UserError(f"{option} decides how much goes: leave out --ratio {ratio}")
     if config.method != "structured":
         raise UserError(f"{option} has no effect with method {config.method}: add --method structured, or leave it out")
+    if (compat := config.export.compat) != "free":
+        raise UserError(f"{option} takes widths that differ by block: set export.compat = free, not {compat}")
     if "enabled" in config.search.model_fields_set and not config.search.enabled:
         raise UserError(f"{option} is met by a search: leave out search.enabled = false")
     for key in ("search.budget", "search.target_ms", "structured.ratio"):

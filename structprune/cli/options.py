@@ -84,8 +84,8 @@ Levels = Annotated[
     Path | None,
     typer.Option(
         callback=lambda path: None if path is None else without_dots(path),
-        help="Directory for the levels of a search (--set search.enabled=true). They stay there, and a run that was"
-        " killed goes on from them.",
+        help="Directory for the levels of a search (--set search.enabled=true). They stay there: a run that was"
+        " killed goes on from them, and other ratios and budgets share them.",
         show_default="a temporary one",
     ),
 ]

@@ -61,12 +61,8 @@ def prune(
     }
     ratios = read_ratios(ratio)
     settings = read_config(config, ratios[0] if ratios else None, sets, nm, options, target_latency)
-    if plan is not None and settings.method != "structured":
-        raise UserError(f"--plan removes heads and channels: leave it out, or --method {settings.method}")
-    if plan is not None and target_latency is not None:
-        raise UserError(f"--plan already says what is removed: leave out --target-latency {target_latency:g}")
-    if plan is not None and (ratio is not None or any(text.startswith("structured.") for text in sets or [])):
-        raise UserError("--plan already says what is removed: leave out --ratio and --set structured.*")
+    if plan is not None:
+        _check_beside_plan(settings.method, ratio, sets, target_latency, levels)
     if levels is not None and not settings.search.enabled:
         raise UserError(f"--levels {levels} is for a search: add --set search.enabled=true, or leave it out")
     if idle := [key for key in OF_TEXT if key in set_keys(sets) and settings.calibration.replays]:
@@ -83,21 +79,35 @@ def prune(
         _make_masks(checkpoint, out, settings, overwrite)
 
 
+def _check_beside_plan(
+    method: str, ratio: str | None, sets: list[str] | None, target_latency: float | None, levels: Path | None
+) -> None:
+    """Raise UserError for options that --plan leaves nothing to do."""
+    if method != "structured":
+        raise UserError(f"--plan removes heads and channels: leave it out, or --method {method}")
+    if target_latency is not None:
+        raise UserError(f"--plan already says what is removed: leave out --target-latency {target_latency:g}")
+    if ratio is not None or any(text.startswith("structured.") for text in sets or []):
+        raise UserError("--plan already says what is removed: leave out --ratio and --set structured.*")
+    if levels is not None:
+        raise UserError(f"--plan already says what is removed: leave out --levels {levels}")
+
+
 def _prune_structured(
     checkpoint: str, outputs: dict[float | None, Path], config: "Config", levels: Path | None, overwrite: bool
 ) -> None:
-    """Prune at one or several ratios, and show every result when it is written."""
+    """Prune at one or several ratios, and show at the end what was written, also after a failure."""
     from structprune.cli.console import progress_bars, show
     from structprune.runs.checkpoints import prune_at_ratios
 
-    parts: list = []
+    lines: list = []
     try:
         with progress_bars() as track:
             for written in prune_at_ratios(checkpoint, outputs, config, overwrite, track, levels=levels):
-                parts += _closing(written)
+                lines += _closing(written)
                 del written  # its model
     finally:
-        show(*parts)
+        show(*lines)
 
 
 def _apply_plan(checkpoint: str, out: Path, config: "Config", plan_file: Path, overwrite: bool) -> None:

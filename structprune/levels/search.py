@@ -148,7 +148,8 @@ def _round(
     task: Task, number: int, state: tuple[Library, Counts, Space], stitch: Stitch, place: tuple[Path, Track]
 ) -> Round:
     settings, (directory, track), (library, counts, space) = task.settings, place, state
-    identity = task.losses | {"grids": plain_grids(space.grids), "plan": plain_counts(counts)}
+    layout = {"grids": plain_grids(space.grids), "plan": plain_counts(counts), "prefix": plain_counts(library.plan)}
+    identity = task.identity | task.losses | layout
     record = LossFile(directory / LOSSES, identity)
     with stitch(library, counts) as stitched:
         measure = finite_losses(stitched.loss, task.sizes)

@@ -81,11 +81,13 @@ def refit_head(walk: Walk, run: ResidualRun, small: DiffusionLM) -> LayerFit:
     The best linear map A from pruned to dense inputs is found once; the head W becomes W·A, whatever the vocabulary.
     """
     fit, check = walk.final_products(run, small)
-    size, head = walk.dense.hidden_size, small.output_head
+    size, head, dense = walk.dense.hidden_size, small.output_head, walk.dense.model.output_head.weight
     identity = torch.eye(size, dtype=torch.float64, device=fit.gram.device)  # (C, C)
     choice = choose(walk.settings, identity, fit, check, size)
     if choice[1] != UNCHANGED:
-        set_weight(head, head.weight @ choice[0].to(head.weight.device, head.weight.dtype), constant=False)  # (V, C)
+        set_weight(head, dense @ choice[0].to(dense.device, dense.dtype), constant=False)  # (V, C)
+    elif head.weight is not dense:  # an earlier plan's
+        set_weight(head, dense, constant=False)
     return LayerFit.of(len(walk.dense.blocks), "head", identity, check, choice)
 
 

@@ -8,6 +8,7 @@ from structprune.calibration.build import check_length, check_source
 from structprune.calibration.trajectories import check_calibration
 from structprune.checkpoint.output import check_output, check_space, save_finished
 from structprune.config import Config
+from structprune.errors import UserError
 from structprune.masking.request import MaskRequest
 from structprune.models.loading import load_model, source_of
 from structprune.models.modeling_structprune import DiffusionLM
@@ -53,6 +54,8 @@ def prune_checkpoint(
     Raises:
         UserError: anything the user can mend; or `out` was taken during the run, which is kept beside it then.
     """
+    if plan is not None and levels is not None:
+        raise UserError(f"levels in '{levels}' are for a search, and a plan says what goes already: leave one out")
     if plan is None:
         [written] = prune_at_ratios(source, {None: out}, config, overwrite, track, levels=levels)
         return written
@@ -63,7 +66,7 @@ def prune_checkpoint(
     _check_text(config, ghost)
     model, source_bytes = _load(source, request)
     check_space(out, source_bytes)  # again: a download may have filled the disk
-    pruned = Pruner(model, request, track=track, levels=levels).prune(plan=plan)
+    pruned = Pruner(model, request, track=track).prune(plan=plan)
     save_finished(pruned.save, out, overwrite)
     return Written(pruned, out, source_bytes)
 
@@ -90,9 +93,12 @@ def prune_at_ratios(
     for count, (ratio, out) in enumerate(outputs.items(), start=1):
         at_ratio(request, ratio)
         check_output(out, ghost.directory, overwrite, count * ghost.stored_bytes)
+        if len(outputs) > 1 and (out.parent / "config.json").exists():
+            raise UserError(f"'{out.parent}' is a checkpoint, which cannot hold others: give another directory")
     if levels is not None:
         check_levels_use(config, levels)
         check_levels_directory(levels)
+        _check_apart(levels, list(outputs.values()))
     _check_text(config, ghost)
     model, source_bytes = _load(source, request)
     for out in outputs.values():
@@ -125,6 +131,14 @@ def mask_checkpoint(
     masked = mask(model, request, track=track, in_place=True)
     save_finished(masked.save, out, overwrite)
     return Written(masked, out, source_bytes)
+
+
+def _check_apart(levels: Path, outputs: list[Path]) -> None:
+    """Raise UserError for levels and an output that would lie in each other."""
+    for out in outputs:
+        one, other = levels.resolve(), out.resolve()
+        if one == other or one in other.parents or other in one.parents:
+            raise UserError(f"--levels {levels} and output '{out}' lie in each other: give them places of their own")
 
 
 def _check_text(config: Config, ghost: Ghost) -> None:

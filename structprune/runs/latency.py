@@ -21,6 +21,7 @@ from structprune.structured.ranking import Paths
 from structprune.structured.request import StructuredRequest
 
 TIMING = Timing()  # of the table, and of both models at the end
+REMEDY = "delete it with the folders latency-* beside it"
 COARSE, HALVINGS = 16, 6  # ratios that are tried, evenly spread, and halvings of the distance between two of them
 Choose = Callable[[StructuredRequest], Choice]
 
@@ -45,11 +46,18 @@ def latency_target(
     else:
         timing = replace(TIMING, track=lambda items: track(items, "latency"))
         table = measure_table(model, request.settings.gqa, multiple, size, timing)
+        if file is not None:
+            _write(file, table)
     target = LatencyTarget(search.target_ms, table)
     _check_reach(target, narrowest(request.sizes, multiple), size)
-    if file is not None and not file.exists():
-        write_whole(file, (json.dumps(table.plain(), indent=1) + "\n").encode())
     return target
+
+
+def _write(file: Path, table: LatencyTable) -> None:
+    try:
+        write_whole(file, (json.dumps(table.plain(), indent=1) + "\n").encode())
+    except OSError as error:
+        raise UserError(f"{file} cannot be written ({first_line(error)}): give another directory of levels") from error
 
 
 def read_table(file: Path, identity: dict) -> LatencyTable:
@@ -61,13 +69,11 @@ def read_table(file: Path, identity: dict) -> LatencyTable:
     try:
         table = table_of(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is no table of latencies ({first_line(error)}): delete '{file.parent}'") from error
+        raise UserError(f"{file} is no table of latencies ({first_line(error)}): {REMEDY}") from error
     if keys := [key for key, value in identity.items() if table.identity.get(key) != value]:
         before, now = table.identity.get(keys[0]), identity[keys[0]]
         values = "" if keys[0] == "model" else f" ({before}, now {now})"
-        raise UserError(
-            f"{file} was measured for another {keys[0]}{values}: give another directory, or delete '{file.parent}'"
-        )
+        raise UserError(f"{file} was measured for another {keys[0]}{values}: give another directory, or {REMEDY}")
     return table
 
 

@@ -190,20 +190,22 @@ class Pruner(Run):
         return pruned
 
     def prune_each(self, ratios: Sequence[float | None]) -> Iterator[Pruned]:
-        """As `prune`, at one ratio after another. Scores, refits' dense side and a search's first levels are shared.
+        """As `prune`, at one ratio after another in rising order; None is the configuration's.
+
+        Scores, the refit's dense side and a search's first levels are shared, and their seconds are the first result's.
 
         Raises:
-            UserError: a ratio or export class that cannot be met, before any forward pass.
+            UserError: a ratio, export class or levels that will not do, when the first result is asked for.
         """
         for ratio in ratios:
-            at_ratio(self.request, ratio)
+            request = at_ratio(self.request, ratio)
+            if self._levels is not None:
+                check_levels(self._levels, self.model, self.calibration, request)
         start, self.seconds = time.perf_counter(), {}
-        planned = [self._planned(ratio) for ratio in sorted(ratios, key=lambda ratio: ratio or 0)]
-        plans = [self._plan_of(request, choice.counts) for request, choice in planned]
-        for plan in plans:
-            check_plan(self.request, self.model, plan, self.model.source.values)
+        planned = sorted(map(self._planned, ratios), key=lambda each: each[0].settings.ratio)
+        plans = [self._checked(self._plan_of(request, choice.counts)) for request, choice in planned]
         with levels_directory(self._levels) as levels:
-            shared = (levels, [choice.counts for _, choice in planned])
+            shared = (levels, [choice.counts for request, choice in planned if request.settings.ratio > 0])
             for (request, choice), plan in zip(planned, plans):
                 result, search = self._refit_and_check(plan), None
                 if request.config.search.enabled and request.settings.ratio > 0:
@@ -212,26 +214,26 @@ class Pruner(Run):
                 del result  # two pruned models at once would be the peak of memory
                 start, self.seconds = time.perf_counter(), {}
 
+    def _checked(self, plan: Plan) -> Plan:
+        check_plan(self.request, self.model, plan, self.model.source.values)
+        return plan
+
     def _pruned(
-        self,
-        request: StructuredRequest,
-        result: Candidate,
-        start: float,
-        choice: Choice | None = None,
-        search: dict | None = None,
+        self, request: StructuredRequest, result: Candidate, start: float, choice: Choice | None = None, search=None
     ) -> Pruned:
         """The result of a run that began at `start`, in seconds of the clock."""
         latency = None
         if choice is not None and (target := self._latency) is not None:
-            latency = self.timed("latency", lambda: latency_report(target, self.model, result.model, choice.counts))
+            place = (self.model, result.model, choice.counts)
+            latency = self.timed("latency", lambda: latency_report(target, *place)) | {"ratio": request.settings.ratio}
+            request = self.request  # whose configuration can be given again
         self.seconds["total"] = time.perf_counter() - start
         report = run_report(self.model, request.config, self.calibration, self.seconds, self.device)
         report |= structured_report(
             self.model, result.model, request.config, self.calibration.length, result.plan.remaining
         )
-        report |= {"held_out_nelbo": result.check, "refit": [fit.plain() for fit in result.fits]}
+        report |= {"held_out_nelbo": result.check, "refit": [fit.plain() for fit in result.fits], "latency": latency}
         report |= {"choice": choice and choice.plain(request.sizes), "search": search, "sinks": self._sinks}
-        report |= {"latency": latency}
         return Pruned(result.model, result.plan, self.calibration, report)
 
     def _searched(
@@ -247,9 +249,7 @@ class Pruner(Run):
         """
         context = self._search_context(request)
         search = self.timed("search", lambda: self._search(context, choice, shared))
-        plan = self._plan_of(request, search.counts, search.paths)
-        check_plan(self.request, self.model, plan, self.model.source.values)
-        searched = self._refit_and_check(plan)
+        searched = self._refit_and_check(self._checked(self._plan_of(request, search.counts, search.paths)))
         pair = {"ranked": ranked, "searched": searched}
         models = [each.model for each in pair.values()]
         work = partial(held_out_divergences, self.model, models, context)

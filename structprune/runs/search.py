@@ -20,7 +20,7 @@ from structprune.levels.build import Recipe, build_library
 from structprune.levels.latency import LatencyTarget
 from structprune.levels.library import HEADER, Library, check_identity, plain_counts
 from structprune.levels.prices import Price, fill_budget, mac_price, parameter_price
-from structprune.levels.search import LOSSES, Places, Stitch, Task, check_losses, round_name, search_rounds
+from structprune.levels.search import LOSSES, Places, Stitch, Task, check_losses, search_rounds
 from structprune.levels.stitch import ReferenceWindows, StitchedModel, consumer_biases
 from structprune.models.adapter import Adapter
 from structprune.models.modeling_structprune import DiffusionLM
@@ -87,7 +87,7 @@ def search_widths(context: SearchContext, start: Counts, directory: Path, plans:
     sizes = request.sizes
     multiple = channel_multiple(sizes, request.settings)
     price, budget = _price_and_budget(context, start)
-    made_from, losses = identity(context.model, context.calibration, request), loss_settings(request)
+    made_from, losses = levels_identity(context.model, context.calibration, request), losses_identity(request)
     if context.latency is not None:
         losses["latency table"] = context.latency.table.digest()
     task = Task(
@@ -182,6 +182,7 @@ def check_levels_directory(directory: Path) -> None:
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise UserError(f"--levels {directory} cannot be written below '{parent}': give another directory")
     names = [path.name for path in directory.iterdir()] if directory.exists() else []
+    names = [name for name in names if not name.startswith(".")]  # drafts of a run that was killed
     if others := [name for name in names if not name.startswith(OWN) and name not in (FIRST, LATENCY_FILE)]:
         raise UserError(f"--levels {directory} holds '{others[0]}', which is no level: give another directory")
 
@@ -190,16 +191,17 @@ def check_levels(directory: Path, model: DiffusionLM, calibration: Calibration, 
     """Raise UserError, before anything is computed, without a search, or for levels made of something else."""
     if not request.config.search.enabled:
         raise UserError(f"levels in '{directory}' are for a search: set search.enabled = true, or leave them out")
-    places = places_of(directory, request)
-    if (places.first / HEADER).exists():
-        check_identity(places.first / HEADER, identity(model, calibration, request))
-    if (losses := places.own / round_name(0) / LOSSES).exists():
-        check_losses(losses, loss_settings(request))
+    places, made_from = places_of(directory, request), levels_identity(model, calibration, request)
+    for header in (places.first / HEADER, *places.own.glob(f"*/{HEADER}")):
+        if header.exists():
+            check_identity(header, made_from)
+    for losses in places.own.glob(f"*/{LOSSES}"):
+        check_losses(losses, made_from | losses_identity(request))
         if request.config.search.budget == "latency" and not (directory / LATENCY_FILE).exists():
             raise UserError(f"'{losses}' lacks the times that it was measured with: delete '{places.own}'")
 
 
-def identity(model: DiffusionLM, calibration: Calibration, request: StructuredRequest) -> dict:
+def levels_identity(model: DiffusionLM, calibration: Calibration, request: StructuredRequest) -> dict:
     """Plain data that decides the levels of a library, beside its grids and plan. All ratios and budgets share it."""
     config = request.config
     settings = {
@@ -218,7 +220,7 @@ def identity(model: DiffusionLM, calibration: Calibration, request: StructuredRe
     }
 
 
-def loss_settings(request: StructuredRequest) -> dict:
+def losses_identity(request: StructuredRequest) -> dict:
     """The settings that decide losses, beside levels. Not the number of rounds: a search can go on with more."""
     settings = request.config.search.model_dump(mode="json")
     return {f"search.{key}": value for key, value in settings.items() if key not in ("rounds", *OF_LEVELS)}

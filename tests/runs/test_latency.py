@@ -19,6 +19,7 @@ from structprune.report.tables import inspect_tables, run_table
 from structprune.runs import latency as latency_run
 from structprune.runs.checkpoints import prune_checkpoint
 from structprune.runs.inspect import inspect_checkpoint
+from structprune.runs.latency import LATENCY_FILE as TABLE
 from structprune.runs.latency import choose_for_latency
 from structprune.runs.pruner import Pruner
 from structprune.runs.resolve import resolve_structured
@@ -69,7 +70,9 @@ def test_the_plan_meets_the_target(tiny_checkpoint, config, known_times):
     assert 0.94 * latency["target_ms"] < latency["predicted"]["after"] <= latency["target_ms"] * (1 + 1e-9)
     left = report["block_parameters"]["after"]
     assert latency["predicted"]["after"] == pytest.approx(1 + left / 1000)
-    assert report["config"]["structured"]["ratio"] == pytest.approx(report["ratio"], abs=0.05)
+    assert latency["ratio"] == pytest.approx(report["ratio"], abs=0.05)
+    Config.model_validate(report["config"])
+    assert report["config"]["structured"]["ratio"] == Config().structured.ratio  # so that it can be given again
     assert min(latency["measured"].values()) > 0 and latency["batch"] == 1 and latency["length"] == 24
     json.dumps(report)
     table = run_table(report)
@@ -167,7 +170,8 @@ def test_targets_out_of_reach_are_refused_before_scores(tiny_checkpoint, config,
     ):
         with pytest.raises(UserError, match=message):
             prune_checkpoint(source, tmp_path / "out", config(**{"search.target_ms": ms}), levels=tmp_path / "levels")
-    assert not (tmp_path / "out").exists() and not (tmp_path / "levels").exists()
+    # the table is kept, so that a target that is mended meets the same times
+    assert not (tmp_path / "out").exists() and [each.name for each in (tmp_path / "levels").iterdir()] == [TABLE]
 
 
 @pytest.mark.parametrize(
@@ -200,6 +204,7 @@ def test_a_ratio_beside_a_latency_is_refused(tiny_checkpoint, config):
     [
         (["--ratio", "0.3"], "--target-latency 5 decides how much goes: leave out --ratio 0.3"),
         (["--ratio", "0.3,0.5"], "--target-latency 5 decides how much goes: leave out --ratio 0.3"),
+        (["--set", "export.compat=uniform"], "set export.compat = free, not uniform"),
         (["--method", "unstructured"], "--target-latency 5 has no effect with method unstructured"),
         (["--set", "search.enabled=false"], "--target-latency 5 is met by a search: leave out search.enabled = false"),
         (["--set", "search.target_ms=4"], "--target-latency 5 and --set search.target_ms both say how much goes"),
@@ -211,6 +216,14 @@ def test_options_that_contradict_a_latency(tiny_checkpoint, tmp_path, capsys, op
     assert main([*command, *options]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_a_ratio_on_the_command_line_beside_a_latency_budget(tiny_checkpoint, tmp_path, capsys):
+    """Also one that equals the default."""
+    sets = ["--set", "search.enabled=true", "--set", "search.budget=latency", "--set", "search.target_ms=5"]
+    command = ["prune", str(tiny_checkpoint()), "--out", str(tmp_path / "out"), *sets, "--ratio", "0.5"]
+    assert main(command) == 2
+    assert "search.budget = latency decides how much goes: leave out --ratio 0.5" in capsys.readouterr().err
 
 
 def test_a_dry_run_says_that_times_decide(tiny_checkpoint, config):

@@ -1,5 +1,7 @@
 """Several ratios in one run, and later runs on the levels of an earlier one."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -96,6 +98,75 @@ def test_a_plan_stitched_from_levels_of_another_is_measured_with_its_own_head(ti
         build.refit_head = original
     # 0.3 is stitched beside the library's own plan, which is that of 0.5
     assert len(heads) == 3 and not torch.equal(heads[0], heads[1]) and torch.equal(heads[0], heads[2])
+
+
+def test_a_second_plan_has_the_head_of_a_model_of_its_own(tiny_checkpoint, config, tmp_path):
+    """It is refitted from the dense head, not from the one of the plan before."""
+    model = load_model(tiny_checkpoint())
+    settings = config(**{"reconstruct.head": True})
+    pruner = Pruner(model, settings, levels=tmp_path)
+    pruner.prune(0.5)
+    library = Library(tmp_path / "first", {}, {}, {})
+    context = pruner._search_context(pruner.request)
+    recipe = build.Recipe(pruner.request.settings, pruner.request.reconstruct)
+    counts = {key: levels[0] for key, levels in library.grids.items()}
+    twice, once = context.uncut(), context.uncut()
+    build.build_library(context.reconstructor.walk, twice, library, recipe)
+    first = twice.output_head.weight.clone()
+    build.build_library(context.reconstructor.walk, twice, library, recipe, counts)
+    build.build_library(context.reconstructor.walk, once, library, recipe, counts)
+    assert torch.equal(twice.output_head.weight, once.output_head.weight)
+    assert not torch.equal(first, model.output_head.weight)
+
+
+def test_losses_do_not_outlive_their_levels(tiny_checkpoint, config, tmp_path):
+    """Levels of another refit were made anew, as their own refusal advises: the losses of the old ones are refused."""
+    model = load_model(tiny_checkpoint())
+    Pruner(model, config(**{"structured.ratio": 0.4}), levels=tmp_path).prune()
+    other = config(**{"structured.ratio": 0.4, "reconstruct.damping": [1.0]})
+    with pytest.raises(UserError, match="were made with another reconstruct.damping"):
+        Pruner(model, other, levels=tmp_path)
+    shutil.rmtree(tmp_path / "first")
+    with pytest.raises(UserError, match="search.json' were measured with another reconstruct.damping"):
+        Pruner(model, other, levels=tmp_path)
+
+
+def test_levels_of_every_ratio_are_checked_first(tiny_checkpoint, config, refits, tmp_path):
+    model = load_model(tiny_checkpoint())
+    Pruner(model, config(**{"structured.ratio": 0.5}), levels=tmp_path).prune()
+    made = len(refits)
+    pruner = Pruner(model, config(**{"structured.ratio": 0.3, "search.sequences": 6}), levels=tmp_path)
+    with pytest.raises(UserError, match="ratio-0.5/round-1/search.json' were measured with another search.sequences"):
+        next(pruner.prune_each([0.3, 0.5]))
+    assert len(refits) == made
+
+
+def test_a_ratio_of_nothing_takes_no_part(tiny_checkpoint, config, tmp_path):
+    pruner = Pruner(load_model(tiny_checkpoint()), config(), levels=tmp_path)
+    whole, half = pruner.prune_each([0.5, 0.0])
+    assert whole.report["search"] is None and half.report["search"] is not None
+    library = Library(tmp_path / "first", {}, {}, {})
+    alone = Pruner(load_model(tiny_checkpoint()), config(), levels=tmp_path / "ratio-alone")
+    alone.prune(0.5)
+    assert library.grids == Library(tmp_path / "ratio-alone" / "first", {}, {}, {}).grids
+
+
+def test_levels_and_outputs_lie_apart(tiny_checkpoint, text_path, tmp_path, capsys):
+    sets = ["--set", "search.enabled=true", "--set", "calibration.length=24", "--calibration", str(text_path)]
+    out = tmp_path / "both"
+    command = ["prune", str(tiny_checkpoint()), "--out", str(out), *sets]
+    for levels in (out, out / "ratio-0.5" / "levels"):
+        assert main([*command, "--levels", str(levels), "--ratio", "0.3,0.5"]) == 2
+        assert "lie in each other: give them places of their own" in capsys.readouterr().err
+    assert not out.exists()
+    assert main([*command, "--levels", str(out / "levels")]) == 2
+    assert "lie in each other" in capsys.readouterr().err
+    out.mkdir()
+    (out / "config.json").write_text("{}")
+    assert main([*command, "--ratio", "0.3,0.5"]) == 2
+    assert f"'{out}' is a checkpoint, which cannot hold others" in capsys.readouterr().err
+    assert main([*command, "--plan", "plan.json", "--levels", "levels"]) == 2
+    assert "--plan already says what is removed: leave out --levels levels" in capsys.readouterr().err
 
 
 def test_levels_nearest_to_those_asked_for():
