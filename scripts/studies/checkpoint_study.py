@@ -50,7 +50,7 @@ NO_HEADS, JOINT = {"structured.split": 0}, {"structured.split": "joint"}
 BOTH = "160 x 1, producers, mixed targets"
 JOINTLY = f"{BOTH}, joint split"
 SEARCHED = f"{JOINTLY}, search"
-# one round on few sequences, which takes 30 blocks about as long as the rest of the run
+# one round on few sequences: with 30 blocks it measures some 200 levels, and takes longer than the rest of the run
 SEARCH = {"search.enabled": True, "search.method": "knapsack", "search.rounds": 1, "search.sequences": 12}
 BASE = {key: value for key, value in CALIBRATION.items() if key != "calibration.source"} | {"structured.arm": "masked"}
 

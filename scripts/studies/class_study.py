@@ -16,6 +16,7 @@ from statistics import median
 import torch
 
 from scripts.studies.factor_study import BASE, MANY, PRODUCERS, heads_tables
+from scripts.studies.search_study import loss_and_time
 from scripts.studies.studies import (
     Study,
     contrast_row,
@@ -77,10 +78,7 @@ def measure(name: str, seed: int, windows: int, length: int, threads: int) -> di
         keys = {"calibration.seed": seed, "structured.ratio": float(ratio)}
         pruned = Pruner(model, Config.load(overrides=BASE | keys | VARIANTS[name])).prune()
         report = pruned.report
-        results[ratio] = {
-            "loss": held_out.loss(pruned.model),
-            "seconds": report["seconds"]["total"],
-            "search_seconds": report["seconds"].get("search", 0.0),
+        results[ratio] = loss_and_time(held_out, pruned) | {
             "search": report["search"],
             "dropped": report["removed"]["blocks"],
             "widths": report["widths"],

@@ -16,6 +16,8 @@ from scripts.studies.studies import Study, contrast_row, held_out_text, loss_row
 from structprune.assets import model_directory
 from structprune.config import Config
 from structprune.models.loading import load_model
+from structprune.runs.demo import HeldOut
+from structprune.runs.pruned import Pruned
 from structprune.runs.pruner import Pruner
 
 RATIOS = ["0.5", "0.7"]
@@ -53,14 +55,21 @@ def measure(name: str, seed: int, windows: int, length: int, threads: int) -> di
         keys = {"calibration.seed": seed, "structured.ratio": float(ratio), "structured.split": HEADS[ratio]}
         pruned = Pruner(model, Config.load(overrides=BASE | keys | VARIANTS[name])).prune()
         report = pruned.report
-        results[ratio] = {
-            "loss": held_out.loss(pruned.model),
-            "seconds": report["seconds"]["total"],
-            "search_seconds": report["seconds"].get("search", 0.0),
+        results[ratio] = loss_and_time(held_out, pruned) | {
             "kept": (report["search"] or {"kept": None})["kept"],
             "heads": sum(report["choice"]["attention"]),
         }
     return {"variant": name, "seed": seed, "dense_nelbo": held_out.dense.mean, "ratios": results}
+
+
+def loss_and_time(held_out: HeldOut, pruned: Pruned) -> dict:
+    """The loss per held-out window, and the seconds of the run and of its search."""
+    seconds = pruned.report["seconds"]
+    return {
+        "loss": held_out.loss(pruned.model),
+        "seconds": seconds["total"],
+        "search_seconds": seconds.get("search", 0.0),
+    }
 
 
 def summarise(runs: dict, seeds: list[int]) -> dict:

@@ -219,8 +219,9 @@ class Pruner(Run):
         return plan
 
     def _pruned(
-        self, request: StructuredRequest, result: Candidate, start: float, choice: Choice | None = None, search=None
-    ) -> Pruned:
+        self, request: StructuredRequest, result: Candidate, start: float,
+        choice: Choice | None = None, search: dict | None = None,
+    ) -> Pruned:  # fmt: skip
         """The result of a run that began at `start`, in seconds of the clock."""
         latency = None
         if choice is not None and (target := self._latency) is not None:
