@@ -17,8 +17,8 @@ from rich.table import Table
 
 from scripts.studies.checkpoint_study import BASE, calibration_of, dense_model, equal, section_keys
 from scripts.studies.checkpoint_texts import Continued, HeldOutText, Subject, facts, subject_of
-from scripts.studies.factor_study import MANY, PRODUCERS
-from scripts.studies.search_study import HEAD, SEARCH, VISIBLE
+from scripts.studies.factor_study import HEAD, MANY, PRODUCERS, VISIBLE
+from scripts.studies.search_study import SEARCH
 from scripts.studies.studies import Study, cell, contrast_row, loss_row, parse_options, run_study, study_parser
 from scripts.tools.script_line import one_line
 from structprune.assets import model_directory, text_file

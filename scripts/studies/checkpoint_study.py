@@ -1,10 +1,10 @@
-"""The recipe's choices and other methods on a checkpoint of your own: loss, KL and agreement on several texts.
+"""The recipe's choices and other methods on a checkpoint of your own: loss, fidelity and generation.
 
-One factor at a time with every head kept, so that heads against channels decide nothing, one variant with a joint
-ranking of both, and that with a search for widths; beside them FLAP, Wanda-sp and LLM-Pruner's Taylor score on the same
-calibration rows. All variants of a seed share calibration text, evaluation windows and noise, so that differences are
-paired; variants that score alike share the scores. Intervals are over seeds (see studies.py). An interrupted study
-continues where it stopped, and --summary writes what its whole seeds show.
+One factor at a time with every head kept, so that heads against channels decide nothing; with a joint ranking of both a
+greedy refit, the whole refit, sink weights in its scores, and a search for widths; beside them FLAP, Wanda-sp and
+LLM-Pruner's Taylor score on the same calibration rows. All variants of a seed share calibration text, evaluation
+windows and noise, so that differences are paired; variants that score alike share the scores. Intervals are over seeds
+(see studies.py). An interrupted study continues where it stopped, and --summary writes what its whole seeds show.
 
     python -m scripts.studies.checkpoint_study --checkpoint DIR --text FILE --eval NAME=FILE --eval NAME=FILE
 """
@@ -17,14 +17,14 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
-from rich.table import Table
 
 from scripts.studies import factor_study
-from scripts.studies.checkpoint_texts import HeldOutText, Subject, facts, subject_of
+from scripts.studies.checkpoint_tables import GENERATION, tables
+from scripts.studies.checkpoint_texts import Continued, HeldOutText, Subject, facts, subject_of
+from scripts.studies.factor_study import HEAD, VISIBLE
 from scripts.studies.studies import (
     CALIBRATION,
     Study,
-    cell,
     contrast_row,
     loss_row,
     parse_options,
@@ -45,11 +45,15 @@ from structprune.runs.pruner import Pruner
 from structprune.structured.plan import Plan
 
 RATIOS = ("0.5", "0.3")  # in the order of their runs
+OPENINGS, GENERATED = 8, 32  # openings that are continued, and tokens after each
 HELD_OUT = {"calibration.held_out": 16}
 NO_HEADS, JOINT = {"structured.split": 0}, {"structured.split": "joint"}
+TODAY = "32 windows x 5 copies"
 BOTH = "160 x 1, producers, mixed targets"
-JOINTLY = f"{BOTH}, joint split"
-SEARCHED = f"{JOINTLY}, search"
+GREEDY = "greedy refit (as OSSCAR, SlimGPT)"
+WHOLE = "whole refit"
+SINKS = f"{WHOLE}, sink weights"
+SEARCHED = f"{WHOLE}, search"
 # one round on few sequences: with 30 blocks it measures some 200 levels, and takes longer than the rest of the run
 SEARCH = {"search.enabled": True, "search.method": "knapsack", "search.rounds": 1, "search.sequences": 12}
 BASE = {key: value for key, value in CALIBRATION.items() if key != "calibration.source"} | {"structured.arm": "masked"}
@@ -66,28 +70,29 @@ def equal(score: str) -> dict:
 
 
 # the most telling first: an interrupted study has these
+RECIPE = factor(BOTH) | JOINT | HEAD | VISIBLE
 VARIANTS = {
-    "160 x 1": factor("160 x 1") | NO_HEADS,
+    TODAY: factor(TODAY) | NO_HEADS,
     BOTH: factor(BOTH) | NO_HEADS,
-    "160 x 1, producers": factor("160 x 1, producers") | NO_HEADS,
-    "32 windows x 5 copies": factor("32 windows x 5 copies") | NO_HEADS,
+    WHOLE: RECIPE,
+    SEARCHED: RECIPE | SEARCH,
+    GREEDY: factor("160 x 1") | JOINT,
     "FLAP": factor_study.MANY | HELD_OUT | METHODS["FLAP"],
     "Wanda-sp": equal("wanda"),
     "LLM-Pruner (Taylor)": equal("taylor"),
-    JOINTLY: factor(BOTH) | JOINT,
-    "160 x 1, mixed targets": factor("160 x 1, mixed targets") | NO_HEADS,
+    SINKS: RECIPE | {"structured.arm": "masked+sink"},
+    "160 x 1": factor("160 x 1") | NO_HEADS,
     "160 x 1, layer targets": factor("160 x 1, layer targets") | NO_HEADS,
-    SEARCHED: factor(BOTH) | JOINT | SEARCH,
 }
-BASELINES = ("FLAP", "Wanda-sp", "LLM-Pruner (Taylor)")
+BASELINES = (GREEDY, "FLAP", "Wanda-sp", "LLM-Pruner (Taylor)")
+GENERATING = (WHOLE, SEARCHED, *BASELINES)  # whose generated text is measured, which takes as long as a refit
 CONTRASTS = [
-    ("160 x 1", "32 windows x 5 copies"),
-    *((name, "160 x 1") for name in VARIANTS if name.startswith("160 x 1,") and not name.startswith(JOINTLY)),
-    (BOTH, "160 x 1, producers"),
-    (JOINTLY, BOTH),
-    (SEARCHED, JOINTLY),
-    *((name, BOTH) for name in BASELINES),
-    ("FLAP", JOINTLY),
+    ("160 x 1", TODAY),
+    ("160 x 1, layer targets", "160 x 1"),
+    (BOTH, "160 x 1"),
+    *((name, TODAY) for name in (BOTH, SEARCHED)),
+    *((name, WHOLE) for name in (BOTH, SINKS, SEARCHED, *BASELINES)),
+    *((name, SEARCHED) for name in BASELINES),
 ]
 Keys = tuple[tuple[str, object], ...]  # configuration keys that can be a key of a cache
 
@@ -110,6 +115,13 @@ def held_out_texts(subject: Subject, seed: int) -> dict[str, HeldOutText]:
     model = dense_model(subject.checkpoint)
     windows = {name: subject.cut(path, model, seed) for name, path in subject.texts}  # all, before any is predicted
     return {name: HeldOutText(model, *each) for name, each in windows.items()}
+
+
+@lru_cache(maxsize=1)
+def continued(subject: Subject, seed: int) -> Continued:
+    """The dense model's continuations of openings of the first evaluation text."""
+    model = dense_model(subject.checkpoint)
+    return Continued(model, subject.cut(subject.texts[0][1], model, seed)[0], seed, OPENINGS, GENERATED)
 
 
 @lru_cache(maxsize=len(VARIANTS))
@@ -152,8 +164,11 @@ def measure(name: str, seed: int, subject: Subject, threads: int) -> dict:
         pruned, *rest = clocked(partial(pruner.prune, None if plan else float(ratio), plan))
         measured = {text: held_out.compare(pruned.model) for text, held_out in texts.items()}
         results[ratio] = {"texts": measured, **_account(pruned, model), **_costs(scoring, rest)}
+        if name in GENERATING:
+            results[ratio]["generation"] = continued(subject, seed).compare(pruned.model)
     dense = {text: held_out.dense for text, held_out in texts.items()}
-    return {"variant": name, "seed": seed, "dense": dense, "ratios": results}
+    row = {"variant": name, "seed": seed, "dense": dense, "ratios": results}
+    return row | ({"generated_nelbo": continued(subject, seed).dense_nelbo} if name in GENERATING else {})
 
 
 def _account(pruned: Pruned, model: DiffusionLM) -> dict:
@@ -199,41 +214,25 @@ def summarise(runs: dict, seeds: list[int]) -> dict:
                 gap = contrast_row(views, (name, ratio), (base, ratio), seeds)
                 gaps.append({"variant": name, "against": base, "text": text, "ratio": ratio, **gap})
     dense = {text: [runs[first["variant"], seed]["dense"][text] for seed in seeds] for text in first["dense"]}
-    return {"losses": rows, "contrasts": gaps, "dense": dense, "first": RATIOS[0]}
+    return {
+        "losses": rows,
+        "contrasts": gaps,
+        "dense": dense,
+        "first": RATIOS[0],
+        "generation": _generation(runs, seeds),
+    }
 
 
-def tables(result: dict) -> list[Table]:
-    """For every text: loss, KL and agreement of every variant, and the paired differences."""
-    return [
-        table for text in result["dense"] for table in (_loss_table(result, text), _contrast_table(result, text))
-    ]  # fmt: skip
-
-
-def _loss_table(result: dict, text: str) -> Table:
-    table = Table(title=f"{text}: loss of NELBO against dense, nats per token [95% interval over seeds]")
-    table.add_column("variant")
-    for ratio in sorted(RATIOS):
-        for title in (f"loss at {ratio}", "KL", "agreement", "heads gone"):
-            table.add_column(title, justify="right")
-    for name in VARIANTS:
-        cells = []
-        for row in (row for row in result["losses"] if (row["variant"], row["text"]) == (name, text)):
-            kl, agreement = (sum(row[key]) / len(row[key]) for key in ("kl", "agreement"))
-            heads = ", ".join(map(str, row["heads_removed"]))
-            cells += [cell(row), f"{kl:.3f}", f"{100 * agreement:.1f} %", heads]
-        table.add_row(name, *cells)
-    return table
-
-
-def _contrast_table(result: dict, text: str) -> Table:
-    table = Table(title=f"{text}: paired difference of losses; * excludes 0, all seeds agree")
-    for title in ("variant", "against", *sorted(RATIOS)):
-        table.add_column(title, justify="right" if title in RATIOS else "left")
-    for name, base in CONTRASTS:
-        pair = (name, base, text)
-        rows = [row for row in result["contrasts"] if (row["variant"], row["against"], row["text"]) == pair]
-        table.add_row(name, base, *(cell(row, paired=True) for row in rows))
-    return table
+def _generation(runs: dict, seeds: list[int]) -> dict:
+    """Of every variant that generates, `GENERATION` per ratio over seeds; the dense model's own NELBO; and sizes."""
+    rows = [
+        {"variant": name, "ratio": ratio}
+        | {key: [runs[name, seed]["ratios"][ratio]["generation"][key] for seed in seeds] for key in GENERATION}
+        for ratio in sorted(RATIOS)
+        for name in GENERATING
+    ]
+    dense = [runs[WHOLE, seed]["generated_nelbo"] for seed in seeds]
+    return {"rows": rows, "dense": dense, "openings": OPENINGS, "tokens": GENERATED}
 
 
 STUDY = Study(

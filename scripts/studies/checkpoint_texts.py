@@ -96,14 +96,18 @@ class Continued:
 
     Args:
         model: the dense one.
-        ids: (N, T) windows; the first `OPENINGS` of them are opened.
+        ids: (N, T) windows, of which the first are opened.
         seed: of the noise under which generated text is judged.
+        openings: n, windows that are opened.
+        tokens: G, generated after each, at most what a window has left.
     """
 
-    def __init__(self, model: DiffusionLM, ids: torch.Tensor, seed: int):
+    def __init__(
+        self, model: DiffusionLM, ids: torch.Tensor, seed: int, openings: int = OPENINGS, tokens: int = GENERATED
+    ):
         self._model, self._seed = model, seed
-        self._prompts = ids[:OPENINGS, : ids.shape[1] // 4]  # (n, P)
-        self._tokens = min(GENERATED, ids.shape[1] - self._prompts.shape[1])
+        self._prompts = ids[:openings, : ids.shape[1] // 4]  # (n, P)
+        self._tokens = min(tokens, ids.shape[1] - self._prompts.shape[1])
         self._theirs = self._continue(model)
         self.dense_nelbo = self._judge(self._theirs)
 

@@ -21,6 +21,7 @@ from structprune.runs.pruner import Pruner
 # attention steps gone by ratio: about what the measured split takes (see quality.json)
 HEADS = {"0.3": 2, "0.5": 14, "0.7": 22}
 PRODUCERS, MIXED = {"reconstruct.producers": True}, {"reconstruct.target": "mixed"}
+HEAD, VISIBLE = {"reconstruct.head": True}, {"reconstruct.visible": 0.5}
 
 
 def rows_of(windows: int, copies: int) -> dict:

@@ -11,7 +11,7 @@ import sys
 
 import torch
 
-from scripts.studies.factor_study import BASE, HEADS, MANY, PRODUCERS, heads_tables, rows_of
+from scripts.studies.factor_study import BASE, HEAD, HEADS, MANY, PRODUCERS, VISIBLE, heads_tables, rows_of
 from scripts.studies.studies import Study, contrast_row, held_out_text, loss_row, main
 from structprune.assets import model_directory
 from structprune.config import Config
@@ -21,7 +21,6 @@ from structprune.runs.pruned import Pruned
 from structprune.runs.pruner import Pruner
 
 RATIOS = ["0.5", "0.7"]
-HEAD, VISIBLE = {"reconstruct.head": True}, {"reconstruct.visible": 0.5}
 SEARCH = {"search.enabled": True, "search.sequences": 40}
 REFIT = MANY | PRODUCERS | HEAD | VISIBLE
 LONG = rows_of(480, 1) | PRODUCERS | HEAD | VISIBLE

@@ -53,22 +53,27 @@ def test_variants_have_passes_of_one_size_and_no_head_goes_but_by_rank(study):
     for name, keys in study.VARIANTS.items():
         config = Config.load(overrides=study.BASE | keys)
         assert config.calibration.batch * config.calibration.copies == 20 and config.calibration.held_out == 16
-        assert config.structured.arm == "masked", name
-        ranked = name in (*study.BASELINES, study.JOINTLY, study.SEARCHED)
+        assert config.structured.arm == ("masked+sink" if name == study.SINKS else "masked"), name
+        ranked = name in (*study.BASELINES, study.WHOLE, study.SINKS, study.SEARCHED)
         assert (config.structured.split == 0) is not ranked, name
 
 
-def test_every_comparison_of_factors_changes_one(study):
-    sizes = {"calibration.windows", "calibration.copies", "calibration.batch"}
-    assert len(set(study.CONTRASTS)) == len(study.CONTRASTS) == 12
-    for name, base in (pair for pair in study.CONTRASTS if pair[0] not in study.BASELINES):
+def test_comparisons_of_factors_differ_by_what_they_name(study):
+    assert len(set(study.CONTRASTS)) == len(study.CONTRASTS) == 16
+    both = {"reconstruct.producers", "reconstruct.target"}
+    expected = {
+        ("160 x 1", study.TODAY): {"calibration.windows", "calibration.copies", "calibration.batch"},
+        ("160 x 1, layer targets", "160 x 1"): {"reconstruct.target"},
+        (study.BOTH, "160 x 1"): both,
+        (study.BOTH, study.WHOLE): {"structured.split", "reconstruct.head", "reconstruct.visible"},
+        (study.SINKS, study.WHOLE): {"structured.arm"},
+        (study.SEARCHED, study.WHOLE): set(study.SEARCH),
+        (study.GREEDY, study.WHOLE): both | {"reconstruct.head", "reconstruct.visible"},
+    }
+    assert expected.keys() <= set(study.CONTRASTS)
+    for (name, base), keys in expected.items():
         ours, theirs = study.VARIANTS[name], study.VARIANTS[base]
-        apart = {key for key in ours | theirs if ours.get(key) != theirs.get(key)}
-        if name == study.SEARCHED:
-            assert apart == study.SEARCH.keys()
-            continue
-        assert apart <= sizes or len(apart) == 1 + ((name, base) == (study.BOTH, "160 x 1")), (name, base)
-        assert apart
+        assert {key for key in ours | theirs if ours.get(key) != theirs.get(key)} == keys, (name, base)
 
 
 def test_baselines_read_the_same_rows_by_their_published_settings(study):
@@ -86,7 +91,7 @@ def test_baselines_read_the_same_rows_by_their_published_settings(study):
 @pytest.mark.slow
 def test_a_measurement_is_that_of_a_run_and_a_comparison_by_hand(study, subject, few_rows):
     """Loss, KL and agreement on one text, computed anew from a run that scores for itself."""
-    name = "160 x 1, producers"
+    name = "160 x 1"
     row = study.measure(name, 3, subject, 1)
     sources = {"calibration.source": str(OTHER), "calibration.length": LENGTH, "calibration.seed": 3}
     keys = study.BASE | sources | study.VARIANTS[name] | {"structured.ratio": 0.5}
@@ -111,6 +116,17 @@ def test_a_measurement_is_that_of_a_run_and_a_comparison_by_hand(study, subject,
     assert (result["heads_removed"], result["kept"]) == (0, "refit")
     assert result["ratio_met"] == pruned.report["ratio"] == pytest.approx(0.5, abs=0.01)
     assert result["peak_bytes"] is None or result["peak_bytes"] > 0
+
+
+@pytest.mark.slow
+def test_generated_text_is_compared_with_the_dense_models(study, subject, few_rows):
+    """Eight openings of the first text, and as many tokens as a window has left."""
+    row = study.measure("Wanda-sp", 3, subject, 1)
+    continued = study.continued(subject, 3)
+    assert row["generated_nelbo"] == continued.dense_nelbo
+    assert continued._theirs.shape == (study.OPENINGS, LENGTH)
+    generation = row["ratios"]["0.5"]["generation"]
+    assert 0 <= generation["tokens_kept"] < 0.5 and generation["generated_nelbo"] > row["generated_nelbo"] + 1
 
 
 @pytest.mark.slow
@@ -149,14 +165,18 @@ def made_up(study, seeds):
             costs = {"seconds": {"scores": 1.0, "rest": 2.0 + seed}, "peak_bytes": 5, "ratio_met": 0.5}
             result = {"texts": texts, "heads_removed": 2, "kept": "refit", "searched": None} | costs
             dense = {text: {"nelbo": 4.0 + seed, "accuracy": 0.5} for text in texts}
-            runs[name, seed] = {"variant": name, "dense": dense, "ratios": dict.fromkeys(study.RATIOS, result)}
+            row = {"variant": name, "dense": dense, "ratios": dict.fromkeys(study.RATIOS, result)}
+            if name in study.GENERATING:
+                result["generation"] = {"tokens_kept": 0.25, "generated_nelbo": 3.0 + seed}
+                row["generated_nelbo"] = 2.0 + seed
+            runs[name, seed] = row
     return runs
 
 
 def test_the_summary_is_paired_on_every_text(study):
     result = study.summarise(made_up(study, (0, 1)), [0, 1])
     gaps = {(row["variant"], row["against"], row["text"], row["ratio"]): row for row in result["contrasts"]}
-    assert gaps["FLAP", study.BOTH, "b", "0.3"]["by_seed"] == [1.5, 2.0]
+    assert gaps["FLAP", study.WHOLE, "b", "0.3"]["by_seed"] == [1.5, 2.0]
     assert {row["mean"] for key, row in gaps.items() if (key[0], key[2]) != ("FLAP", "b")} == {0.0}
     row = next(row for row in result["losses"] if (row["variant"], row["text"]) == ("FLAP", "b"))
     assert row["by_seed"] == [2.0, 2.5] and row["kl"] == [0.25, 0.25] and row["heads_removed"] == [2, 2]
@@ -166,8 +186,13 @@ def test_the_summary_is_paired_on_every_text(study):
     ]
     assert [each["nelbo"] for each in result["dense"]["b"]] == [4.0, 5.0]
     tables = study.tables(result)
-    assert [len(table.columns) for table in tables] == [9, 4, 9, 4]
-    assert list(tables[2].columns[1]._cells)[4].startswith("+2.2500 [")
+    assert [len(table.columns) for table in tables] == [9, 4, 9, 4, 4]
+    assert list(tables[2].columns[1]._cells)[5].startswith("+2.2500 [")
+    assert {(row["variant"], row["ratio"]) for row in result["generation"]["rows"]} == {
+        (name, ratio) for name in study.GENERATING for ratio in study.RATIOS
+    }
+    assert all(row["generated_nelbo"] == [3.0, 4.0] for row in result["generation"]["rows"])
+    assert "own has 2.50 nats" in str(tables[4].title) and list(tables[4].columns[2]._cells)[0] == "25.0 %"
 
 
 def test_a_single_seed_has_no_interval(study):
