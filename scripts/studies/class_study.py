@@ -15,8 +15,8 @@ from statistics import median
 
 import torch
 
-from scripts.studies.factor_study import BASE, MANY, PRODUCERS, heads_tables
-from scripts.studies.search_study import loss_and_time
+from scripts.studies.factor_study import MANY, PRODUCERS
+from scripts.studies.fixed_heads import BASE, loss_and_time, tables
 from scripts.studies.studies import (
     Study,
     contrast_row,
@@ -152,11 +152,6 @@ def draw(result: dict, path: Path) -> Path:
     axes.legend(frameon=False, loc="center", bbox_to_anchor=(0.72, 0.5))
     hide_frame(axes)
     return save_figure(figure, path, 160)
-
-
-def tables(result: dict):
-    """Losses, and paired differences: a row per variant."""
-    return heads_tables(result, RATIOS)
 
 
 STUDY = Study(

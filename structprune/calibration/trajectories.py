@@ -141,7 +141,8 @@ def _one_level(settings: CalibrationSettings, exists: bool) -> str:
 
 def check_calibration(calibration: Calibration, config: Config) -> None:
     """Raise UserError where an existing calibration, replayed or passed in, has another trajectory than the
-    configuration names, too few levels for its sink policy, or no windows for one of a run's two uses."""
+    configuration names, too few levels for its sink policy, no mask probabilities for a weighting of rows by them, or
+    no windows for one of a run's two uses."""
     actual, requested = trajectory_of(calibration), config.sink.trajectory
     if "trajectory" in config.sink.model_fields_set and requested != actual:
         raise UserError(
@@ -149,6 +150,12 @@ def check_calibration(calibration: Calibration, config: Config) -> None:
             f" {actual}; leave it out, or calibrate anew from text"
         )
     check_trajectory(config, calibration.levels)
+    refit = config.reconstruct
+    if calibration.mask_probability is None and refit.enabled and refit.weighting in ("noise", "gradient"):
+        raise UserError(
+            f"reconstruct.weighting = {refit.weighting} needs mask probabilities, which the calibration file does not"
+            " have: use uniform or certainty, or calibrate anew from text"
+        )
     if calibration.held_out >= calibration.windows:
         raise UserError(f"all {calibration.windows} windows of the calibration are held out: leave some to fit on")
     if calibration.held_out < 1 and (config.method == "structured" or config.reconstruct.enabled):

@@ -81,6 +81,8 @@ def _refit(reconstruct: dict) -> str:
     notes += ["q, k, v, gate and up too, to dense ones"] if reconstruct["producers"] else []
     notes += ["LM head"] if reconstruct["head"] else []
     notes += [f"visible tokens weigh {reconstruct['visible']:g}"] if reconstruct["visible"] != 1 else []
+    weighting = reconstruct.get("weighting", "uniform")  # reports of earlier versions have none
+    notes += [f"rows weighted by {weighting}"] if weighting != "uniform" else []
     return f"to {reconstruct['target']} targets" + (f" ({'; '.join(notes)})" if notes else "")
 
 

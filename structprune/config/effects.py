@@ -50,7 +50,7 @@ def check_structured(config: Config, facts: Facts) -> None:
         *_score_options("structured", facts),
         ("reconstruct", ("producers", "head"), reconstruct.target == "layer", "reconstruct.target = dense or mixed"),
         ("reconstruct", ("producers", "head"), reconstruct.mode == "bias", "reconstruct.mode = least-squares"),
-        ("reconstruct", ("visible",), reconstruct.arm.startswith("clean"), "a reconstruct.arm that is masked"),
+        ("reconstruct", ("visible", "weighting"), reconstruct.arm.startswith("clean"), "a masked reconstruct.arm"),
         ("structured", ("depth_slope",), structured.allocation != "depth", "structured.allocation = depth"),
         *_search_options(config),
     )
@@ -107,12 +107,13 @@ def check_masking(config: Config, facts: Facts) -> None:
     measured = facts.arm or ("masked" if masking.allocation == "owl" else None)  # `owl` reads activations by itself
     noised = measured not in (None, "clean") or reconstruct.enabled or calibration.held_out > 0
     official = "method = structured (masks leave the layout as it is)"
+    of_structured = ("constant", "mode", "producers", "head", "visible", "weighting")
     text = tuple(key for key in CalibrationSettings.model_fields if key != "held_out")
     idle = (
         ("structured", tuple(StructuredSettings.model_fields), True, "method = structured"),
         ("search", tuple(SearchSettings.model_fields), True, "method = structured"),
         ("export", tuple(ExportSettings.model_fields), True, official),
-        ("reconstruct", ("constant", "mode", "producers", "head", "visible"), reconstruct.enabled, official),
+        ("reconstruct", of_structured, reconstruct.enabled, official),
         ("masking", ("nm",), config.method != "nm", "method = nm"),
         ("masking", ("order", "relative"), facts.arm is None, "a score that looks at activations"),
         *_score_options("masking", facts),

@@ -13,6 +13,7 @@ from structprune.config.sections import Section, Sections
 Arm = Literal["clean", "masked", "masked+sink", "clean+sink"]
 ARMS: tuple[Arm, ...] = get_args(Arm)
 SinkPolicy = Literal["all", "unstable", "none"]
+Weighting = Literal["uniform", "noise", "certainty", "gradient"]
 MOST_STEPS = 100_000
 DEFAULT_ARM: Arm = "masked+sink"  # of scores; refits default to masked, because sink weights showed no gain there
 StructuredScore = Annotated[
@@ -191,6 +192,9 @@ class ReconstructSettings(Section):
     """Activations that the refit reads."""
     visible: float = Field(1.0, gt=0, le=1)
     """Weight of rows at visible tokens, where nothing is predicted; squared in the sums."""
+    weighting: Weighting = "uniform"
+    """Importance of the fitted rows. noise: 1 / p where a masked token is predicted, as NELBO has it. certainty: the
+    dense model's probability of its likeliest token there. gradient: the squared gradient of the loss at every row."""
     relative: bool = True
     """As `structured.relative`, for the rows of the refit."""
     constant: bool = False

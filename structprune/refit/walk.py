@@ -6,18 +6,17 @@ Shapes: R sequences of T tokens, b of a batch, O outputs, C input channels, K re
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from structprune.config import ReconstructSettings
-from structprune.models.adapter import CONSUMER, STREAM_READERS, Adapter, BlockView
+from structprune.models.adapter import CONSUMER, STREAM_READERS, Adapter, BlockView, UnitKey
 from structprune.models.modeling_structprune import DiffusionLM
-from structprune.models.transfer import send
 from structprune.refit.products import InputProducts, Products, RowSums
+from structprune.refit.row_weights import WeightedRows
 from structprune.statistics.activations import add_gram, add_products, mirror, relative_weight
 from structprune.statistics.residual import ResidualRun, TargetRun
-from structprune.statistics.rows import Rows, arm_rows, scan_rows
 from structprune.statistics.scan import Scan
 
 
@@ -30,42 +29,16 @@ class Walk:
 
     def __init__(self, scan: Scan, settings: ReconstructSettings):
         self.settings, self._limits, self._track = settings, scan.limits, scan.track
-        self.dense, calibration = scan.adapter, scan.calibration
+        self.dense = scan.adapter
         with torch.no_grad():
-            rows = scan_rows(replace(scan, calibration=calibration.fit), settings.arm)
-            held_out = arm_rows(calibration.check, "masked", scan.sink, None, self.dense.mask_id)
-            self._fit_rows = len(rows.ids)
-            self._ids = torch.cat((rows.ids, held_out.ids))  # (R, T)
-            self._weights = self._row_weights(rows, held_out.masked)
+            self.rows = WeightedRows(scan, settings)
             self._batch, limits = scan.sequences(), scan.limits
-            self.targets = TargetRun(self.dense, self._ids, self._batch, limits.budget, limits.overlap)
-
-    def _row_weights(self, rows: Rows, held_out: torch.Tensor) -> dict[bool, torch.Tensor]:
-        """Whether only positions with a prediction are read -> weights ω of all rows, (R, T).
-
-        Rows of clean text are all alike.
-
-        Args:
-            held_out: (R2, T) bool, the masked tokens of the held-out rows.
-        """
-        weight = torch.ones(rows.ids.shape) if rows.weight is None else rows.weight  # (R1, T)
-        predicting, checked = (predicted_at(mask, self.dense.model.shifted) for mask in (rows.masked, held_out))
-        if not rows.masked.any():
-            return {False: torch.cat((weight, held_out.float())), True: torch.cat((weight, checked.float()))}
-        visible = torch.where(rows.masked | predicting, 1.0, self.settings.visible)  # (R1, T)
-        return {
-            False: torch.cat((weight * visible, held_out.float())),
-            True: torch.cat((weight * predicting, checked.float())),
-        }
-
-    def weight(self, rows: slice, predicting: bool, device: torch.device) -> torch.Tensor:
-        """Row weights ω (b, T); 0 outside the positions with a prediction where only those are read (`predicting`)."""
-        return send(self._weights[predicting][rows], device)
+            self.targets = TargetRun(self.dense, self.rows.ids, self._batch, limits.budget, limits.overlap)
 
     @property
     def fit_tokens(self) -> int:
         """Tokens that weights are fitted on; the others are held out."""
-        return self._fit_rows * self._ids.shape[1]
+        return self.rows.fitted * self.rows.ids.shape[1]
 
     @property
     def holds_targets(self) -> bool:
@@ -94,7 +67,7 @@ class Walk:
         indices = range(len(dense)) if remaining is None else remaining
         blocks = dict(zip(indices, pruned.blocks, strict=True))  # index in the dense model -> block
         self.targets.restart()
-        run = ResidualRun(pruned, self._ids, self._batch, self._limits.budget, self._limits.overlap)
+        run = ResidualRun(pruned, self.rows.ids, self._batch, self._limits.budget, self._limits.overlap)
         first, last = True, indices[pruned.attending[-1].index] if last is None else last
         for block in self._track(dense, title):
             left = blocks.get(block.index)
@@ -114,7 +87,7 @@ class Walk:
         power = torch.zeros((), dtype=torch.float64, device=device)
         for rows in run.slices():
             for part, fitted in self.parts(rows):
-                weight = self.weight(part, True, device)  # (b, T)
+                weight = self.rows.weight(part, True, device)  # (b, T)
                 pruned = small.final_norm(run.states(part))  # (b, T, C)
                 dense = self.dense.model.final_norm(self.targets.states(part))  # (b, T, C)
                 add_gram(sums[fitted][0], pruned, weight)
@@ -126,7 +99,7 @@ class Walk:
 
     def parts(self, rows: slice) -> list[tuple[slice, bool]]:
         """A batch's rows split into fit and held-out parts: (rows, whether they are fitted)."""
-        edge, stop = self._fit_rows, min(rows.stop, len(self._ids))
+        edge, stop = self.rows.fitted, min(rows.stop, len(self.rows.ids))
         parts = [(slice(rows.start, min(stop, edge)), True), (slice(max(rows.start, edge), stop), False)]
         return [(part, fitted) for part, fitted in parts if part.start < part.stop]
 
@@ -142,6 +115,11 @@ class Place:
     kind: str
     first: bool  # it reads the embeddings, which pruning leaves as they are
     predicting: bool  # its output is read only at positions with a prediction: no attention follows
+
+    @property
+    def key(self) -> UnitKey:
+        """Of the dense model's consumer."""
+        return self.dense.index, self.kind
 
     @property
     def consumer(self) -> torch.nn.Linear:
@@ -162,7 +140,8 @@ class Place:
             for part, fitted in self.walk.parts(rows):
                 pruned = self.small.read(name, self.run.states(part))  # (b, T, C)
                 dense = self.dense.read(name, targets.states(part))  # (b, T, C)
-                sums[fitted].add(pruned, dense, self.walk.weight(part, predicting, device))
+                weight = self.walk.rows.weight(part, predicting, device, self.key)  # (b, T)
+                sums[fitted].add(pruned, dense, weight)
         return sums[True].finish(), sums[False].finish()
 
     def products(self) -> tuple[Products, Products]:
@@ -179,7 +158,7 @@ class Place:
                 target = self._target(rows)[inner]  # (b, T, O)
                 if has_constant(settings):
                     x = torch.cat((x, torch.ones_like(x[..., :1])), dim=-1)  # (b, T, K + 1)
-                weight = walk.weight(part, self.predicting, x.device)  # (b, T)
+                weight = walk.rows.weight(part, self.predicting, x.device, self.key)  # (b, T)
                 if settings.relative:
                     weight = relative_weight(run.states(part), weight)  # (b, T)
                 # a bias alone is fitted to the mean
@@ -207,23 +186,13 @@ class Place:
         Without a constant feature the consumer's bias does not change, so it is not part of the target.
         """
         linear, share = self.dense[CONSUMER[self.kind]], dense_share(self.walk.settings)
-        key = (self.dense.index, self.kind)
-        target = self.walk.targets.output(key, rows) if share > 0 else None  # (b, T, O)
+        target = self.walk.targets.output(self.key, rows) if share > 0 else None  # (b, T, O)
         if share < 1:
             own = linear(self.run.compute(self.kind, self.run.states(rows), self.dense))  # (b, T, O)
             target = own if target is None else own.lerp(target, share)  # (b, T, O)
         assert target is not None
         without_bias = has_constant(self.walk.settings) or linear.bias is None
         return target if without_bias else target - linear.bias.to(target.device)
-
-
-def predicted_at(masked: torch.Tensor, shifted: bool) -> torch.Tensor:
-    """The positions that predict masked tokens, (R, T) bool: their own, or the ones before where a model is shifted."""
-    if not shifted:
-        return masked
-    positions = torch.cat((masked[:, 1:], torch.zeros_like(masked[:, :1])), dim=1)  # (R, T)
-    positions[:, 0] |= masked[:, 0]  # the first token is predicted from its own position
-    return positions
 
 
 def has_constant(settings: ReconstructSettings) -> bool:

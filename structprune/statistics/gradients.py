@@ -61,6 +61,38 @@ def gradient_sums(
     return sums
 
 
+def gradient_norms(
+    scan: Scan, rows: Rows, linears: Sequence[nn.Linear], title: str = "gradients"
+) -> list[torch.Tensor]:
+    """Squared norms of the gradient of the loss of `gradient_sums` with respect to each linear's output.
+
+    Args:
+        rows: as for `gradient_sums`.
+        linears: of the scan's model, whose outputs (b, T, O) a forward pass computes once each.
+    Returns:
+        (R, T) fp32 on CPU for every linear, relative to the mean loss of a token.
+    """
+    adapter, batch = scan.adapter, scan.sequences(rows.copies)
+    tokens = min(batch, len(rows.ids)) * scan.calibration.length
+    again = recomputes(adapter.blocks, tokens, adapter.model.dtype, scan.limits.budget)
+    norms = [torch.zeros(rows.ids.shape) for _ in linears]  # (R, T) each
+    part = slice(0)
+
+    def record(total: torch.Tensor):
+        def read(_module: nn.Module, _inputs: object, outputs: tuple) -> None:
+            total[part] = outputs[0].float().pow(2).sum(-1).cpu()  # (b, T)
+
+        return read
+
+    with torch.enable_grad(), _summed(adapter.model, []), ExitStack() as stack:
+        for linear, total in zip(linears, norms):
+            stack.callback(linear.register_full_backward_hook(record(total)).remove)
+        for start in scan.track(range(0, len(rows.ids), batch), title):
+            part = slice(start, start + batch)
+            _backward(adapter, scan.calibration, rows, part, again)
+    return norms
+
+
 @contextmanager
 def _summed(model: DiffusionLM, parameters: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
     """While open, every gradient of `parameters` is added to the yielded sums and freed; no others are computed."""
@@ -110,6 +142,8 @@ def _backward(adapter: Adapter, calibration: Calibration, rows: Rows, part: slic
 def _encode(model: DiffusionLM, ids: torch.Tensor, again: bool) -> torch.Tensor:
     """Hidden states after the final norm, (b, T) -> (b, T, C); `again` holds no more of a block than its input."""
     x, rotary = model.embedding(ids), model.rotary(ids.shape[1], ids.device)  # (b, T, C)
+    if not x.requires_grad:  # no parameter has a gradient, but activations do
+        x.requires_grad_()
     for block in model.blocks:
         x = checkpoint(block, x, rotary, use_reentrant=False) if again else block(x, rotary)  # (b, T, C)
     return model.final_norm(x)

@@ -16,7 +16,7 @@ def test_every_variant_can_be_run(study):
     for name, keys in study.VARIANTS.items():
         for ratio in study.RATIOS:
             split = {"structured.ratio": float(ratio), "structured.split": study.HEADS[ratio]}
-            config = Config.load(overrides=study.BASE | split | keys)
+            config = Config.load(overrides=study.STUDY.base | split | keys)
             assert inspect_checkpoint(model_directory(), config)["ratio"] == float(ratio)
             assert config.search.enabled == ("knapsack" in name or "evolution" in name or "both" in name)
 
@@ -47,11 +47,11 @@ def test_the_summary_is_paired(study):
             loss = [1.0 + seed, 3.0] if name == "whole refit" else [0.0, 1.0]
             row = {"loss": loss, "seconds": 2.0 + seed, "search_seconds": 1.0, "kept": None, "heads": 14}
             runs[name, seed] = {"dense_nelbo": 4.0, "ratios": dict.fromkeys(study.RATIOS, row)}
-    result = study.summarise(runs, [0, 1])
+    result = study.STUDY.summarise(runs, [0, 1])
     gap = next(row for row in result["contrasts"] if (row["variant"], row["against"]) == ("whole refit", "producers"))
     assert gap["by_seed"] == [1.5, 2.0] and gap["mean"] == 1.75
     row = next(row for row in result["losses"] if row["variant"] == "whole refit")
     assert row["by_seed"] == [2.0, 2.5] and row["seconds"] == [2.0, 3.0] and row["heads"] == [14, 14]
-    losses, gaps = study.tables(result)
+    losses, gaps = study.STUDY.tables(result)
     assert len(losses.columns) == len(gaps.columns) == 3
     assert len(losses.columns[0]._cells) == len(study.VARIANTS) and len(gaps.columns[0]._cells) == len(study.CONTRASTS)

@@ -1,0 +1,95 @@
+"""How much each position of the calibration rows matters to a refit (docs/methods.md section 5, "Row importance").
+
+Shapes: R sequences of T tokens, b of a pass, M masked tokens, C features, V vocabulary.
+"""
+
+import torch
+
+from structprune.config.settings import Weighting
+from structprune.models.adapter import CONSUMER, UnitKey
+from structprune.models.encode import encode_at
+from structprune.models.logits import logit_slices
+from structprune.models.transfer import send
+from structprune.statistics.gradients import gradient_norms
+from structprune.statistics.rows import Rows
+from structprune.statistics.scan import Scan
+
+Importance = dict[UnitKey | None, torch.Tensor]
+"""Importance (R, T) fp32 with mean 1 over the positions that it tells apart; by consumer, or under None for all."""
+
+
+def importance(scan: Scan, rows: Rows, weighting: Weighting) -> Importance:
+    """The importance of every position of the fitted rows; empty where all count alike.
+
+    Args:
+        scan: of the dense model, over the fitted windows.
+        rows: its rows on an arm with masked tokens.
+    """
+    if weighting == "uniform":
+        return {}
+    shifted, p = scan.adapter.model.shifted, scan.calibration.mask_probability
+    if weighting == "certainty":
+        return {None: at_predictions(certainties(scan, rows), rows.masked, shifted)}
+    assert p is not None, "a loss needs mask probabilities"
+    if weighting == "noise":
+        return {None: at_predictions(noise_importance(p.flatten(), rows.masked), rows.masked, shifted)}
+    consumers = {
+        (block.index, kind): block[CONSUMER[kind]] for block in scan.adapter.blocks for kind in block.kinds
+    }  # fmt: skip
+    norms = gradient_norms(scan, rows, list(consumers.values()))  # (R, T) each
+    return {key: norm / norm.mean().clamp(min=torch.finfo(norm.dtype).tiny) for key, norm in zip(consumers, norms)}
+
+
+def noise_importance(p: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
+    """1 / p at masked tokens, the weight of their cross-entropy in NELBO; p is at least one token of T.
+
+    Args:
+        p: (R,) mask probability of every sequence. masked: (R, T) bool.
+    Returns:
+        (R, T) fp32, 0 at visible tokens.
+    """
+    return masked / p.clamp(min=1 / masked.shape[1])[:, None]  # (R, T)
+
+
+@torch.inference_mode()
+def certainties(scan: Scan, rows: Rows) -> torch.Tensor:
+    """The dense model's probability of its likeliest token at every masked one: (R, T) fp32, 0 at visible tokens."""
+    model, batch = scan.adapter.model, scan.sequences(rows.copies)
+    values = torch.zeros(rows.ids.shape)  # (R, T)
+    for start in scan.track(range(0, len(rows.ids), batch), "certainties"):
+        part = slice(start, start + batch)
+        masked = rows.masked[part]  # (b, T)
+        ids, targets = (send(each, scan.adapter.device) for each in (rows.ids[part], masked))
+        hidden = encode_at(model, ids, targets)  # (M, C)
+        slices = logit_slices(len(hidden), model.output_head.weight.shape[0], kinds=2)
+        if slices:
+            likeliest = [model.output_head(hidden[each]).float().softmax(-1).amax(-1) for each in slices]  # (m,) each
+            values[part][masked] = torch.cat(likeliest).cpu()
+    return values
+
+
+def at_predictions(values: torch.Tensor, masked: torch.Tensor, shifted: bool) -> torch.Tensor:
+    """Values at masked tokens, moved to the positions that predict them and scaled to a mean of 1 there; 1 elsewhere.
+
+    Args:
+        values: (R, T) fp32, 0 at visible tokens. masked: (R, T) bool.
+        shifted: whether the position before a token predicts it (the first token is predicted from its own).
+    Returns:
+        (R, T) fp32.
+    """
+    places = predicted_at(masked, shifted)  # (R, T)
+    if shifted:
+        first = values[:, :1]  # (R, 1)
+        values = torch.cat((values[:, 1:], torch.zeros_like(first)), dim=1)  # (R, T)
+        values[:, :1] = torch.maximum(values[:, :1], first)
+    mean = values[places].mean().clamp(min=torch.finfo(values.dtype).tiny)  # (); NaN without masked tokens
+    return torch.where(places, values / mean, 1.0)  # (R, T)
+
+
+def predicted_at(masked: torch.Tensor, shifted: bool) -> torch.Tensor:
+    """The positions that predict masked tokens, (R, T) bool: their own, or the ones before where a model is shifted."""
+    if not shifted:
+        return masked
+    positions = torch.cat((masked[:, 1:], torch.zeros_like(masked[:, :1])), dim=1)  # (R, T)
+    positions[:, 0] |= masked[:, 0]  # the first token is predicted from its own position
+    return positions
