@@ -22,11 +22,18 @@ def runs_of(study, losses: dict[str, float]) -> dict:
                 "loss": [losses[name] + seed / 10, losses[name] + seed / 10], "seconds": 2.0, "widths": [{}] * 4,
                 "removed": 0.5, "latency": {"share": sides},
             }  # fmt: skip
-            runs[name, seed] = {"dense_nelbo": 4.0, "ratios": dict.fromkeys(study.RATIOS, row)}
+            runs[name, seed] = {"dense_nelbo": 4.0, "ratios": dict.fromkeys(study.ratios_of(name), row)}
     return runs
 
 
-LOSSES = {"free": 0.1, "uniform": 0.5, "uniform, search": 0.3, "official": 0.6, "official, search": 0.5}
+LOSSES = {
+    "free": 0.1,
+    "free, search": 0.05,
+    "uniform": 0.5,
+    "uniform, search": 0.3,
+    "official": 0.6,
+    "official, search": 0.5,
+}
 
 
 def test_every_variant_can_be_run(study):
@@ -34,11 +41,18 @@ def test_every_variant_can_be_run(study):
         config = Config.load(overrides=study.BASE | {"structured.ratio": 0.5} | keys)
         assert (inspect_checkpoint(model_directory(), config)["search"] is not None) == name.endswith(", search")
         assert config.export.compat == name.removesuffix(", search")
+        for ratio in study.ratios_of(name):
+            inspect_checkpoint(
+                model_directory(), Config.load(overrides=study.BASE | {"structured.ratio": ratio} | keys)
+            )
 
 
 def test_the_summary_is_paired(study):
     result = study.summarise(runs_of(study, LOSSES), [0, 1])
-    back = {row["variant"]: row["by_seed"] for row in result["gap_closed"]}
+    back = {row["variant"]: row["by_seed"] for row in result["gap_closed"] if row["ratio"] == "0.5"}
+    assert {(row["variant"], row["ratio"]) for row in result["losses"]} == {
+        (name, ratio) for name in LOSSES for ratio in ("0.3", "0.5", "0.7") if (name[:8], ratio) != ("official", "0.7")
+    }
     assert back["uniform, search"] == pytest.approx([0.5, 0.5])  # (0.5 - 0.3) / (0.5 - 0.1)
     assert back["official, search"] == pytest.approx([0.2, 0.2])
     gap = next(row for row in result["contrasts"] if row["variant"] == "uniform, search" and row["against"] == "free")
@@ -46,7 +60,7 @@ def test_the_summary_is_paired(study):
     share = result["losses"][0]["latency_share"]
     assert share == {"median": pytest.approx(0.65), "p25": 0.5, "p75": 0.8}
     losses, gaps = study.tables(result)
-    assert len(losses.columns[0]._cells) == 5 and len(gaps.columns[0]._cells) == len(study.CONTRASTS)
+    assert len(losses.columns[0]._cells) == 6 and len(gaps.columns[0]._cells) == len(study.CONTRASTS)
 
 
 def test_the_picture_is_drawn(study, tmp_path):
