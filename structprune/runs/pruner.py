@@ -168,7 +168,7 @@ class Pruner(Run):
         return SearchContext(
             self.model, request, self.calibration, self._reconstructor(self.calibration),
             lambda: self._cut(identity_plan(self.adapter)), self._ranked(request), self.streamed, self.track,
-            self._latency,
+            self.timed, self._latency,
         )  # fmt: skip
 
     def prune(self, ratio: float | None = None, plan: Plan | None = None) -> Pruned:

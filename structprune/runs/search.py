@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -47,6 +48,7 @@ class SearchContext:
         uncut: gives a copy of the model with linears of its own, as a plan that removes nothing.
         streamed: a context in which a model computes on the run's device.
         paths: of the dense model; used where the score is not obs, which ranks anew on the pruned prefix.
+        timed: adds what some work takes to a phase of the run; `levels` are a part of `search`.
         latency: where the budget is milliseconds.
     """
 
@@ -58,6 +60,7 @@ class SearchContext:
     paths: Paths
     streamed: Callable[[DiffusionLM], AbstractContextManager]
     track: Track
+    timed: Callable[[str, Callable[[], None]], None]
     latency: LatencyTarget | None = None
 
 
@@ -124,9 +127,9 @@ def _stitcher(context: SearchContext, windows: ReferenceWindows) -> Stitch:
     def stitch(library: Library, counts: Counts) -> Iterator[StitchedModel]:
         walk, small = context.reconstructor.walk, context.uncut()
         with context.streamed(small):
-            build_library(walk, small, library, recipe)
+            context.timed("levels", partial(build_library, walk, small, library, recipe))
             if counts != library.plan:
-                build_library(walk, small, library, recipe, counts)
+                context.timed("levels", partial(build_library, walk, small, library, recipe, counts))
             yield StitchedModel(small, library, counts, biases, windows, has_constant(reconstruct))
 
     return stitch
