@@ -81,7 +81,9 @@ def _refit(reconstruct: dict) -> str:
     notes += ["q, k, v, gate and up too, to dense ones"] if reconstruct["producers"] else []
     notes += ["LM head"] if reconstruct["head"] else []
     notes += [f"visible tokens weigh {reconstruct['visible']:g}"] if reconstruct["visible"] != 1 else []
-    weighting = reconstruct.get("weighting", "uniform")  # reports of earlier versions have none
+    stream = reconstruct.get("stream", 0)  # reports of earlier versions have none, and no weighting
+    notes += [f"{100 * stream:g} % of earlier errors made up for"] if stream else []
+    weighting = reconstruct.get("weighting", "uniform")
     notes += [f"rows weighted by {weighting}"] if weighting != "uniform" else []
     return f"to {reconstruct['target']} targets" + (f" ({'; '.join(notes)})" if notes else "")
 

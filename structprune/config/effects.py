@@ -48,7 +48,12 @@ def check_structured(config: Config, facts: Facts) -> None:
     idle = (
         ("masking", tuple(MaskingSettings.model_fields), True, "method = unstructured or nm"),
         *_score_options("structured", facts),
-        ("reconstruct", ("producers", "head"), reconstruct.target == "layer", "reconstruct.target = dense or mixed"),
+        (
+            "reconstruct",
+            ("producers", "head", "stream"),
+            reconstruct.target == "layer",
+            "reconstruct.target = dense or mixed",
+        ),
         ("reconstruct", ("producers", "head"), reconstruct.mode == "bias", "reconstruct.mode = least-squares"),
         ("reconstruct", ("visible", "weighting"), reconstruct.arm.startswith("clean"), "a masked reconstruct.arm"),
         ("structured", ("depth_slope",), structured.allocation != "depth", "structured.allocation = depth"),
@@ -107,7 +112,7 @@ def check_masking(config: Config, facts: Facts) -> None:
     measured = facts.arm or ("masked" if masking.allocation == "owl" else None)  # `owl` reads activations by itself
     noised = measured not in (None, "clean") or reconstruct.enabled or calibration.held_out > 0
     official = "method = structured (masks leave the layout as it is)"
-    of_structured = ("constant", "mode", "producers", "head", "visible", "weighting")
+    of_structured = ("constant", "mode", "producers", "stream", "head", "visible", "weighting")
     text = tuple(key for key in CalibrationSettings.model_fields if key != "held_out")
     idle = (
         ("structured", tuple(StructuredSettings.model_fields), True, "method = structured"),

@@ -183,6 +183,9 @@ class ReconstructSettings(Section):
     between them, at `dense_share`."""
     dense_share: float = Field(0.5, gt=0, lt=1)
     """For target `mixed`: the dense model's share of the target outputs."""
+    stream: float = Field(0.0, ge=0, le=1)
+    """Share of what the pruned model's residual stream lacks before a layer, against the dense model's, that its output
+    is to make up for."""
     producers: bool = False
     """Refit q, k, v, gate and up too, to what they give in the dense model."""
     head: bool = False

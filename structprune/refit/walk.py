@@ -183,6 +183,7 @@ class Place:
     def _target(self, rows: slice) -> torch.Tensor:
         """The target output: the dense model's, the dense layer's on this prefix, or between them, (b, T, O).
 
+        With `reconstruct.stream` that share of what the pruned residual stream lacks here is added to it.
         Without a constant feature the consumer's bias does not change, so it is not part of the target.
         """
         linear, share = self.dense[CONSUMER[self.kind]], dense_share(self.walk.settings)
@@ -191,6 +192,9 @@ class Place:
             own = linear(self.run.compute(self.kind, self.run.states(rows), self.dense))  # (b, T, O)
             target = own if target is None else own.lerp(target, share)  # (b, T, O)
         assert target is not None
+        if stream := self.walk.settings.stream:
+            lacking = self.walk.targets.states(rows) - self.run.states(rows)  # (b, T, O), as wide as the stream
+            target = target + stream * lacking  # (b, T, O)
         without_bias = has_constant(self.walk.settings) or linear.bias is None
         return target if without_bias else target - linear.bias.to(target.device)
 

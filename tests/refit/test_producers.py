@@ -7,7 +7,7 @@ import torch
 
 from structprune.calibration.batches import Calibration
 from structprune.config import ReconstructSettings
-from structprune.models.adapter import Adapter
+from structprune.models.adapter import CONSUMER, Adapter
 from structprune.refit.products import UNCHANGED
 from structprune.refit.reconstruct import Reconstructor, refitted_parameters
 from structprune.statistics.scan import Limits, Scan
@@ -142,6 +142,43 @@ def test_mixed_targets_lie_between_the_two_at_the_given_share(tiny_model, calibr
         downs[name] = Adapter(small).blocks[0]["down"].weight
     assert not torch.allclose(downs["dense"], downs["layer"], atol=1e-3)
     assert torch.allclose(downs["mixed"], 0.25 * downs["dense"] + 0.75 * downs["layer"], atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("share", [0.25, 1.0])
+def test_a_consumer_makes_up_for_a_share_of_what_the_stream_lacks(tiny_model, calibration, share):
+    """In the first MLP, behind an attention that lost heads, by plain algebra on both models' states."""
+    model = tiny_model()
+    plan = narrow_plan(Adapter(model))
+    cut = Adapter(apply_plan(model, plan)).blocks[0]["down"].weight.double()  # (O, K)
+    small, fits = refit(model, plan, calibration, stream=share, relative=False)
+    ids = calibration.fit.noisy_ids.flatten(0, 1)
+    sides = []
+    for each in (model, small):
+        block, x, rotary = Adapter(each).blocks[0], streams(each, 0, ids), each.rotary(LENGTH, "cpu")
+        x = x + block[CONSUMER["attention"]](block.consumed("attention", x, rotary))  # (R, T, C)
+        sides.append((x, block.consumed("channels", x, rotary)))
+    (dense, dense_inputs), (pruned, inputs) = sides
+    output = Adapter(model).blocks[0]["down"](dense_inputs)  # (R, T, C)
+    lacking = dense - pruned
+    assert lacking.abs().max() > 0.01 and fits[1].damping != UNCHANGED
+    target = (output + share * lacking).flatten(0, 1).double()
+    expected = ridge(inputs.flatten(0, 1).double(), target, cut)
+    assert torch.allclose(Adapter(small).blocks[0]["down"].weight, expected.float(), atol=1e-4)
+
+
+@torch.no_grad()
+def test_missing_halves_are_made_up_for_too(tiny_model, calibration):
+    """Where an attention is gone, all of its output is lacking."""
+    model = tiny_model()
+    plan = narrow_plan(Adapter(model))
+    gap = replace(plan, blocks=(replace(plan.blocks[0], query_heads=(), kv_heads=()), *plan.blocks[1:]))
+    ids = calibration.fit.noisy_ids.flatten(0, 1)
+    errors = []
+    for share in (0.0, 1.0):
+        small, _ = refit(model, gap, calibration, stream=share, relative=False)
+        errors.append((streams(small, 1, ids) - streams(model, 1, ids)).pow(2).sum().item())
+    assert errors[1] < 0.9 * errors[0]
 
 
 def test_what_a_refit_changes(tiny_model):
