@@ -18,14 +18,13 @@ from rich.table import Table
 
 from scripts.bench.measure_inspect import PROGRAM
 from scripts.studies.factor_study import MIXED
-from scripts.studies.search_study import REFIT, SEARCH
+from scripts.studies.search_study import KNAPSACK, STREAMED
 from scripts.tools.script_line import OneLineParser, one_line, result_file, show_result, write_result
 from structprune.assets import model_directory, text_file
 from structprune.bench.machine import describe_machine
 from structprune.errors import UserError
 
-KNAPSACK = {"search.method": "knapsack"}
-KEYS = REFIT | MIXED | SEARCH | KNAPSACK | {"structured.arm": "masked", "structured.split": "joint"}
+KEYS = STREAMED | MIXED | KNAPSACK | {"structured.arm": "masked", "structured.split": "joint"}
 SIZE = 1024  # of the square matrices that the rate is measured with
 
 

@@ -21,7 +21,7 @@ import torch
 from scripts.studies import factor_study
 from scripts.studies.checkpoint_tables import GENERATION, tables
 from scripts.studies.checkpoint_texts import Continued, HeldOutText, Subject, facts, subject_of
-from scripts.studies.factor_study import HEAD, VISIBLE
+from scripts.studies.factor_study import HEAD, STREAM, VISIBLE
 from scripts.studies.studies import (
     CALIBRATION,
     Study,
@@ -50,6 +50,7 @@ HELD_OUT = {"calibration.held_out": 16}
 NO_HEADS, JOINT = {"structured.split": 0}, {"structured.split": "joint"}
 TODAY = "32 windows x 5 copies"
 BOTH = "160 x 1, producers, mixed targets"
+STREAMED = f"{BOTH}, stream"
 GREEDY = "greedy refit (as OSSCAR, SlimGPT)"
 WHOLE = "whole refit"
 SINKS = f"{WHOLE}, sink weights"
@@ -70,10 +71,11 @@ def equal(score: str) -> dict:
 
 
 # the most telling first: an interrupted study has these
-RECIPE = factor(BOTH) | JOINT | HEAD | VISIBLE
+RECIPE = factor(BOTH) | JOINT | STREAM | HEAD | VISIBLE
 VARIANTS = {
     TODAY: factor(TODAY) | NO_HEADS,
     BOTH: factor(BOTH) | NO_HEADS,
+    STREAMED: factor(BOTH) | NO_HEADS | STREAM,
     WHOLE: RECIPE,
     SEARCHED: RECIPE | SEARCH,
     GREEDY: factor("160 x 1") | JOINT,
@@ -90,8 +92,9 @@ CONTRASTS = [
     ("160 x 1", TODAY),
     ("160 x 1, layer targets", "160 x 1"),
     (BOTH, "160 x 1"),
-    *((name, TODAY) for name in (BOTH, SEARCHED)),
-    *((name, WHOLE) for name in (BOTH, SINKS, SEARCHED, *BASELINES)),
+    (STREAMED, BOTH),
+    *((name, TODAY) for name in (STREAMED, SEARCHED)),
+    *((name, WHOLE) for name in (STREAMED, SINKS, SEARCHED, *BASELINES)),
     *((name, SEARCHED) for name in BASELINES),
 ]
 Keys = tuple[tuple[str, object], ...]  # configuration keys that can be a key of a cache

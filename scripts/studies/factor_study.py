@@ -14,6 +14,7 @@ from scripts.studies.studies import main
 
 PRODUCERS, MIXED = {"reconstruct.producers": True}, {"reconstruct.target": "mixed"}
 HEAD, VISIBLE = {"reconstruct.head": True}, {"reconstruct.visible": 0.5}
+STREAM = {"reconstruct.stream": 1.0}
 
 MANY = rows_of(160, 1)
 VARIANTS = {

@@ -9,32 +9,39 @@ where it stopped.
 
 import sys
 
-from scripts.studies.factor_study import HEAD, MANY, PRODUCERS, VISIBLE
+from scripts.studies.factor_study import HEAD, MANY, PRODUCERS, STREAM, VISIBLE
 from scripts.studies.fixed_heads import HEADS, heads_study, rows_of
 from scripts.studies.studies import main
 
 RATIOS = ["0.5", "0.7"]
 SEARCH = {"search.enabled": True, "search.sequences": 40}
+KNAPSACK = SEARCH | {"search.method": "knapsack"}
 REFIT = MANY | PRODUCERS | HEAD | VISIBLE
-LONG = rows_of(480, 1) | PRODUCERS | HEAD | VISIBLE
+STREAMED = REFIT | STREAM
 VARIANTS = {
     "today's recipe": MANY,
     "producers": MANY | PRODUCERS,
     "producers, head": MANY | PRODUCERS | HEAD,
-    "producers, visible 0.5": MANY | PRODUCERS | VISIBLE,
     "whole refit": REFIT,
-    "whole refit, knapsack": REFIT | SEARCH | {"search.method": "knapsack"},
-    "480 windows, whole refit, knapsack": LONG | SEARCH | {"search.method": "knapsack"},
+    "whole refit, stream": STREAMED,
+    "whole refit, stream, knapsack": STREAMED | KNAPSACK,
+    "480 windows, whole refit, stream, knapsack": STREAMED | rows_of(480, 1) | KNAPSACK,
+    "whole refit, stream, knapsack of parts": STREAMED | KNAPSACK | {"search.whole": False},
+    "whole refit, stream, knapsack and evolution": STREAMED | SEARCH,
 }
+SEARCHED, LONG = "whole refit, stream, knapsack", "480 windows, whole refit, stream, knapsack"
 CONTRASTS = [
     ("producers", "today's recipe"),
     ("producers, head", "producers"),
-    ("producers, visible 0.5", "producers"),
-    ("whole refit", "producers"),
-    ("whole refit", "today's recipe"),
-    ("whole refit, knapsack", "whole refit"),
-    ("480 windows, whole refit, knapsack", "whole refit, knapsack"),
-    ("480 windows, whole refit, knapsack", "today's recipe"),
+    ("whole refit", "producers, head"),
+    ("whole refit, stream", "whole refit"),
+    ("whole refit, stream", "today's recipe"),
+    (SEARCHED, "whole refit, stream"),
+    (SEARCHED, "today's recipe"),
+    (LONG, SEARCHED),
+    (LONG, "today's recipe"),
+    ("whole refit, stream, knapsack of parts", SEARCHED),
+    ("whole refit, stream, knapsack and evolution", SEARCHED),
 ]
 STUDY = heads_study(
     ("search_study", __doc__.splitlines()[0], "scripts/results/search.json"), VARIANTS, CONTRASTS,

@@ -59,16 +59,17 @@ def test_variants_have_passes_of_one_size_and_no_head_goes_but_by_rank(study):
 
 
 def test_comparisons_of_factors_differ_by_what_they_name(study):
-    assert len(set(study.CONTRASTS)) == len(study.CONTRASTS) == 16
+    assert len(set(study.CONTRASTS)) == len(study.CONTRASTS) == 17
     both = {"reconstruct.producers", "reconstruct.target"}
     expected = {
         ("160 x 1", study.TODAY): {"calibration.windows", "calibration.copies", "calibration.batch"},
         ("160 x 1, layer targets", "160 x 1"): {"reconstruct.target"},
         (study.BOTH, "160 x 1"): both,
-        (study.BOTH, study.WHOLE): {"structured.split", "reconstruct.head", "reconstruct.visible"},
+        (study.STREAMED, study.BOTH): {"reconstruct.stream"},
+        (study.STREAMED, study.WHOLE): {"structured.split", "reconstruct.head", "reconstruct.visible"},
         (study.SINKS, study.WHOLE): {"structured.arm"},
         (study.SEARCHED, study.WHOLE): set(study.SEARCH),
-        (study.GREEDY, study.WHOLE): both | {"reconstruct.head", "reconstruct.visible"},
+        (study.GREEDY, study.WHOLE): both | {f"reconstruct.{key}" for key in ("head", "visible", "stream")},
     }
     assert expected.keys() <= set(study.CONTRASTS)
     for (name, base), keys in expected.items():
@@ -187,7 +188,7 @@ def test_the_summary_is_paired_on_every_text(study):
     assert [each["nelbo"] for each in result["dense"]["b"]] == [4.0, 5.0]
     tables = study.tables(result)
     assert [len(table.columns) for table in tables] == [9, 4, 9, 4, 4]
-    assert list(tables[2].columns[1]._cells)[5].startswith("+2.2500 [")
+    assert list(tables[2].columns[1]._cells)[6].startswith("+2.2500 [")
     assert {(row["variant"], row["ratio"]) for row in result["generation"]["rows"]} == {
         (name, ratio) for name in study.GENERATING for ratio in study.RATIOS
     }

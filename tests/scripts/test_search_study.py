@@ -18,26 +18,31 @@ def test_every_variant_can_be_run(study):
             split = {"structured.ratio": float(ratio), "structured.split": study.HEADS[ratio]}
             config = Config.load(overrides=study.STUDY.base | split | keys)
             assert inspect_checkpoint(model_directory(), config)["ratio"] == float(ratio)
-            assert config.search.enabled == ("knapsack" in name or "evolution" in name or "both" in name)
+            assert config.search.enabled == ("knapsack" in name)
 
 
-def test_comparisons_change_one_step(study):
-    """Those with the recipe before the study change all of them."""
-    assert len(set(study.CONTRASTS)) == len(study.CONTRASTS)
-    for name, base in study.CONTRASTS:
+def test_comparisons_change_what_they_name(study):
+    assert len(set(study.CONTRASTS)) == len(study.CONTRASTS) == 11
+    windows, search = {"calibration.windows"}, {f"search.{key}" for key in ("enabled", "sequences", "method")}
+    refit = {f"reconstruct.{key}" for key in ("producers", "head", "visible", "stream")}
+    streamed, today = "whole refit, stream", "today's recipe"
+    expected = {
+        ("producers", today): {"reconstruct.producers"},
+        ("producers, head", "producers"): {"reconstruct.head"},
+        ("whole refit", "producers, head"): {"reconstruct.visible"},
+        (streamed, "whole refit"): {"reconstruct.stream"},
+        (streamed, today): refit,
+        (study.SEARCHED, streamed): search,
+        (study.SEARCHED, today): refit | search,
+        (study.LONG, study.SEARCHED): windows,
+        (study.LONG, today): refit | search | windows,
+        (f"{study.SEARCHED} of parts", study.SEARCHED): {"search.whole"},
+        (f"{study.SEARCHED} and evolution", study.SEARCHED): {"search.method"},
+    }
+    assert list(expected) == study.CONTRASTS
+    for (name, base), keys in expected.items():
         ours, theirs = study.VARIANTS[name], study.VARIANTS[base]
-        apart = {key for key in ours | theirs if ours.get(key) != theirs.get(key)}
-        searches = {key for key in apart if key.startswith("search.")}
-        others = apart - searches
-        assert apart, (name, base)
-        if base == "today's recipe":
-            assert others and all(key.split(".")[0] in ("reconstruct", "calibration") for key in others)
-        elif searches:
-            assert not others
-        elif name.startswith("480 windows"):
-            assert others == {f"calibration.{key}" for key in ("windows",)}
-        else:
-            assert len(others) == (2 if (name, base) == ("whole refit", "producers") else 1)
+        assert {key for key in ours | theirs if ours.get(key) != theirs.get(key)} == keys, (name, base)
 
 
 def test_the_summary_is_paired(study):
@@ -48,7 +53,9 @@ def test_the_summary_is_paired(study):
             row = {"loss": loss, "seconds": 2.0 + seed, "search_seconds": 1.0, "kept": None, "heads": 14}
             runs[name, seed] = {"dense_nelbo": 4.0, "ratios": dict.fromkeys(study.RATIOS, row)}
     result = study.STUDY.summarise(runs, [0, 1])
-    gap = next(row for row in result["contrasts"] if (row["variant"], row["against"]) == ("whole refit", "producers"))
+    gap = next(
+        row for row in result["contrasts"] if (row["variant"], row["against"]) == ("whole refit", "producers, head")
+    )
     assert gap["by_seed"] == [1.5, 2.0] and gap["mean"] == 1.75
     row = next(row for row in result["losses"] if row["variant"] == "whole refit")
     assert row["by_seed"] == [2.0, 2.5] and row["seconds"] == [2.0, 3.0] and row["heads"] == [14, 14]
