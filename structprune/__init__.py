@@ -10,6 +10,7 @@ _LAZY = {
     "Config": "structprune.config",
     "load_calibration": "structprune.calibration.build",
     "prune": "structprune.runs.prune",
+    "recover": "structprune.runs.recover",
     "apply_plan": "structprune.structured.surgery",
     "Plan": "structprune.structured.plan",
     "save_pruned": "structprune.checkpoint.save",

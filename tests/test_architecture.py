@@ -23,6 +23,7 @@ STAGES = (
     "masking",
     "evaluation",
     "levels",
+    "recovery",
     "sinks",
     "bench",
     "report",

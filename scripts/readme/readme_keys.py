@@ -73,6 +73,8 @@ def _kind(annotation: Any) -> str:
         return ", ".join(f"`{choice}`" for choice in arguments)
     if annotation in KINDS or origin in KINDS:
         return KINDS[annotation if annotation in KINDS else origin]
+    if origin in (tuple, list) and get_origin(arguments[0]) is Literal:
+        return f"list of {_kind(arguments[0])}"
     if origin in (tuple, list):
         return LISTS[getattr(arguments[0], "__origin__", arguments[0])]  # of Annotated[float, ...] too
     return " or ".join(_kind(part) for part in arguments if part is not NoneType)

@@ -182,6 +182,28 @@ def search(results: dict) -> str:
     return f"{table(header, lines)}\n\n{note}\n\n{paired(results['contrasts'], list(heads))}"
 
 
+def weightings(results: dict) -> str:
+    """Losses under every weight of rows, then the paired differences to the refit that each changes.
+
+    Args:
+        results: of scripts/studies/weighting_study.py.
+    """
+    heads = results["heads"]
+    lines = [
+        [name, *(interval(losses[ratio]) for ratio in heads)] for name, losses in _by_variant(results["losses"]).items()
+    ]
+    start = ", ".join(f"{count} of 40 at {ratio}" for ratio, count in heads.items())
+    note = (
+        "`python -m scripts.studies.weighting_study`, from [`weightings.json`](scripts/results/weightings.json): loss"
+        " of NELBO on the embedded model against dense, nats per token,"
+        f" {over_seeds(results['settings'])}. 160 calibration windows with one noisy copy each, and 40 held-out ones."
+        " Whole refit: producers, head, visible 0.5; every other row changes one thing of it, or two where it names"
+        f" two. Heads gone in every run: {start}."
+    )
+    header = ["rows", *(f"loss at {ratio}" for ratio in heads)]
+    return f"{table(header, lines)}\n\n{note}\n\n{paired(results['contrasts'], list(heads))}"
+
+
 def classes(results: dict) -> str:
     """Losses of every export class with and without a search, what is left, latency, and the paired differences.
 

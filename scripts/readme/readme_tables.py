@@ -20,9 +20,10 @@ from scripts.readme.readme_evaluation import evaluation, evaluation_speed
 from scripts.readme.readme_gpu import gpu
 from scripts.readme.readme_keys import keys
 from scripts.readme.readme_sinks import sinks
-from scripts.readme.readme_studies import classes, demo, factors, masks, quality, search
+from scripts.readme.readme_studies import classes, demo, factors, masks, quality, search, weightings
 from structprune.config import Config, Sections
 from structprune.evaluation.settings import EvaluationConfig
+from structprune.recovery.settings import RecoverConfig
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "scripts" / "results"
@@ -54,6 +55,7 @@ PAGES: dict[str, Makers] = {
         "quality": made_of(quality, "quality"),
         "factors": made_of(factors, "factors"),
         "search": made_of(search, "search"),
+        "weightings": made_of(weightings, "weightings"),
         "baselines": made_of(baselines, "baselines"),
         "classes": made_of(classes, "class"),
         "checkpoint": made_of(checkpoint, "checkpoint"),
@@ -71,6 +73,7 @@ PAGES: dict[str, Makers] = {
         Config(), "model", "calibration", "structured", "sink", "reconstruct", "search", "export", "memory"
     ),
     "docs/masks.md": key_sections(Config(), "masking"),
+    "docs/recovery.md": key_sections(RecoverConfig(), "data", "teacher", "loss", "train"),
     "docs/evaluation.md": key_sections(EvaluationConfig(), "evaluation"),
 }
 

@@ -50,9 +50,9 @@ HELD_OUT = {"calibration.held_out": 16}
 NO_HEADS, JOINT = {"structured.split": 0}, {"structured.split": "joint"}
 TODAY = "32 windows x 5 copies"
 BOTH = "160 x 1, producers, mixed targets"
-STREAMED = f"{BOTH}, stream"
+STREAMED = "160 x 1, producers, stream"
 GREEDY = "greedy refit (as OSSCAR, SlimGPT)"
-WHOLE = "whole refit"
+WHOLE = "whole refit, stream"
 SINKS = f"{WHOLE}, sink weights"
 SEARCHED = f"{WHOLE}, search"
 # one round on few sequences: with 30 blocks it measures some 200 levels, and takes longer than the rest of the run
@@ -71,11 +71,11 @@ def equal(score: str) -> dict:
 
 
 # the most telling first: an interrupted study has these
-RECIPE = factor(BOTH) | JOINT | STREAM | HEAD | VISIBLE
+RECIPE = factor("160 x 1, producers") | JOINT | STREAM | HEAD | VISIBLE
 VARIANTS = {
     TODAY: factor(TODAY) | NO_HEADS,
     BOTH: factor(BOTH) | NO_HEADS,
-    STREAMED: factor(BOTH) | NO_HEADS | STREAM,
+    STREAMED: factor("160 x 1, producers") | NO_HEADS | STREAM,
     WHOLE: RECIPE,
     SEARCHED: RECIPE | SEARCH,
     GREEDY: factor("160 x 1") | JOINT,

@@ -15,12 +15,14 @@ from structprune.cli.demo import demo
 from structprune.cli.evaluate import evaluate
 from structprune.cli.inspect import inspect
 from structprune.cli.prune import prune
+from structprune.cli.recover import recover
 from structprune.cli.sinks import sinks
 from structprune.errors import Interrupted, UserError
 from structprune.files import first_line
 
 OUT_OF_MEMORY = {  # verb -> remedy
     "prune": "lower calibration.batch or memory.budget_gb (structprune inspect predicts the peak)",
+    "recover": "lower train.pass_windows or data.length, or set train.checkpointing = true",
     "sinks": "lower --length, --gen-length or --windows, or give a half-precision --dtype",
 }
 INTERRUPTED = 130  # the shell's code for it, which typer returns too
@@ -35,6 +37,7 @@ app = typer.Typer(
 )
 
 app.command(help=help_text("prune"))(prune)
+app.command(help=help_text("recover"))(recover)
 app.command()(inspect)
 app.command(help=help_text("sinks"))(sinks)
 app.command()(demo)

@@ -130,6 +130,22 @@ def test_what_is_said_of_a_pretrained_checkpoint():
     assert f"loses {min(shares):.0f}% to {max(shares):.0f}% of what the best of the three does" in text
 
 
+def test_what_is_said_of_row_weights():
+    gaps = {(row["variant"], row["ratio"]): row for row in results("weightings")["contrasts"]}
+    text = prose("docs/results.md")
+    assert gaps["visible 1", "0.7"]["shown"] and gaps["visible 1", "0.7"]["mean"] > 0
+    assert not [ratio for ratio in ("0.5", "0.7") if gaps["visible 0.25", ratio]["shown"]]
+    assert max(abs(gaps["by noise level", ratio]["mean"]) for ratio in ("0.5", "0.7")) < 0.0015
+    assert gaps["by certainty", "0.7"]["shown"] and gaps["by gradient", "0.7"]["shown"]
+    assert f"{gaps['by gradient', '0.7']['mean']:.2f} nats at 0.7" in text
+    states = [gaps["sampler states", ratio] for ratio in ("0.5", "0.7")]
+    assert all(row["shown"] for row in states)
+    assert f"{states[0]['mean']:.2f} nats more at 0.5 and {states[1]['mean']:.2f} at 0.7" in text
+    refit = gaps["sinks in the refit", "0.7"]
+    assert refit["shown"] and f"lose {refit['mean']:.3f} nats more at 0.7, which is shown" in text
+    assert not [ratio for ratio in ("0.5", "0.7") if gaps["sinks in the scores", ratio]["shown"]]
+
+
 def test_what_is_said_of_equal_blocks():
     figures = results("class")
     rows = {row["variant"]: row for row in figures["losses"]}

@@ -16,6 +16,7 @@ def test_the_pages_are_there():
         "SECURITY",
         "docs/README",
         "docs/pruning",
+        "docs/recovery",
         "docs/masks",
         "docs/sinks",
     )

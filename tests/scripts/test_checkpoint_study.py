@@ -65,11 +65,11 @@ def test_comparisons_of_factors_differ_by_what_they_name(study):
         ("160 x 1", study.TODAY): {"calibration.windows", "calibration.copies", "calibration.batch"},
         ("160 x 1, layer targets", "160 x 1"): {"reconstruct.target"},
         (study.BOTH, "160 x 1"): both,
-        (study.STREAMED, study.BOTH): {"reconstruct.stream"},
+        (study.STREAMED, study.BOTH): {"reconstruct.stream", "reconstruct.target"},
         (study.STREAMED, study.WHOLE): {"structured.split", "reconstruct.head", "reconstruct.visible"},
         (study.SINKS, study.WHOLE): {"structured.arm"},
         (study.SEARCHED, study.WHOLE): set(study.SEARCH),
-        (study.GREEDY, study.WHOLE): both | {f"reconstruct.{key}" for key in ("head", "visible", "stream")},
+        (study.GREEDY, study.WHOLE): {f"reconstruct.{key}" for key in ("producers", "head", "visible", "stream")},
     }
     assert expected.keys() <= set(study.CONTRASTS)
     for (name, base), keys in expected.items():

@@ -76,6 +76,22 @@ def test_factors_print_every_ratio_and_bold_differences_that_are_shown(scripts):
     assert "2 of 40 at 0.3, 14 of 40 at 0.5" in text
 
 
+def test_row_weights_print_their_losses_and_what_they_change(scripts):
+    names = ("whole refit", "by certainty")
+    losses = [
+        row(0.25, 0.125, True, variant=name, ratio=ratio, seconds=[2.0, 4.0])
+        for name in names
+        for ratio in ("0.5", "0.7")
+    ]
+    gaps = [row(0.5, 0.0625, True, variant=names[1], against=names[0], ratio=ratio) for ratio in ("0.5", "0.7")]
+    settings = {"seeds": [0, 1, 2], "windows": 192, "length": 128}
+    result = {"settings": settings, "machine": MACHINE, "heads": {"0.5": 14, "0.7": 22}}
+    text = scripts("readme_studies").weightings(result | {"losses": losses, "contrasts": gaps})
+    assert "| by certainty | +0.250 ± 0.125 | +0.250 ± 0.125 |" in text
+    assert "| by certainty - whole refit | **+0.5000 ± 0.0625** | **+0.5000 ± 0.0625** |" in text
+    assert "mean over 3 seeds" in text and "14 of 40 at 0.5, 22 of 40 at 0.7" in text
+
+
 def speed_results(published=True):
     settings = {"blocks": 8, "width": 512, "length": 512, "windows": 8, "levels": 10, "dtype": "float32"}
     rows = [

@@ -1,0 +1,57 @@
+"""What a recovered checkpoint has beside its weights: report and card with their lineage, and files of its input."""
+
+import shutil
+from functools import partial
+from pathlib import Path
+
+from structprune.assets import card_template
+from structprune.checkpoint.output import Content
+from structprune.models.checkpoint_files import read_json
+
+KEPT = ("plan.json", "calibration.safetensors", "masks.safetensors")  # of the input, as they are
+LINEAGE = "recoveries"  # in report.json, one after another
+
+
+def recovered_files(source: Path, report: dict) -> dict[str, Content]:
+    """Files of a recovered checkpoint, name -> content.
+
+    Args:
+        source: directory of the input. report: of this recovery.
+    """
+    files: dict[str, Content] = {name: partial(_copy, source / name) for name in KEPT if (source / name).is_file()}
+    whole = read_json(source / "report.json") if (source / "report.json").is_file() else {}
+    files["report.json"] = whole | {LINEAGE: [*whole.get(LINEAGE, []), report]}
+    readme = source / "README.md"
+    before = readme.read_text(encoding="utf-8").rstrip() + "\n\n" if readme.is_file() else ""
+    files["README.md"] = before + recovered_card(report)
+    return files
+
+
+def recovered_card(report: dict) -> str:
+    """The section of a model card that says what was learnt and what it changed."""
+    train, loss = report["config"]["train"], report["config"]["loss"]
+    learnt = "all weights" if train["method"] == "full" else f"LoRA of rank {train['rank']}, merged"
+    goals = {"divergence from its predictions": loss["kl"], "cross-entropy of the text": loss["cross_entropy"]}
+    rows = [
+        f"| {name} | {report['teacher_figures'][key]:.4f} | {report['before'][key]:.4f} | {report['after'][key]:.4f} |"
+        for name, key in (("divergence, nats per token", "kl"), ("NELBO, nats per token", "nelbo"))
+    ]
+    rows += [
+        f"| {name} | {report['teacher_figures'][key]:.1%} | {report['before'][key]:.1%} | {report['after'][key]:.1%} |"
+        for name, key in (("predictions as the teacher's", "agreement"), ("masked tokens right", "accuracy"))
+    ]
+    return card_template("recovered").format(
+        student=report["student"],
+        teacher=report["teacher"],
+        learnt=learnt,
+        goals=" and ".join(name for name, weight in goals.items() if weight > 0),
+        tokens=f"{report['tokens']:,}",
+        text=report["text"],
+        windows=report["held_out_windows"],
+        rows="\n".join(rows),
+        kept="" if report["kept"] == "trained" else "\n**No gain: the weights are those of the input.**\n",
+    )
+
+
+def _copy(source: Path, target: Path) -> None:
+    shutil.copyfile(source, target)

@@ -1,0 +1,76 @@
+"""`structprune recover`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from structprune.cli.options import Checkpoint, Debug, Device, MaskId, Out, Overwrite, Pickle, without_dots
+
+Teacher = Annotated[str, typer.Option(metavar="CHECKPOINT", help="The dense checkpoint that it was pruned from.")]
+Data = Annotated[
+    str | None,
+    typer.Option(help="Text to learn: wikitext2, c4, a Hub dataset, or a .txt, .jsonl or .parquet file."),
+]
+Tokens = Annotated[int | None, typer.Option(help="Tokens to learn from, repeats counted.", show_default="1000000")]
+TeacherCache = Annotated[
+    Path | None,
+    typer.Option(
+        callback=lambda path: None if path is None else without_dots(path),
+        help="Directory for the teacher's predictions, written once: later runs on the same text need no dense passes.",
+        show_default="none; the teacher predicts on the way",
+    ),
+]
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option(help="YAML file of settings; see configs/recover/.", show_default="built-in defaults"),
+]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Set a configuration key: train.method=full. Repeatable."),
+]
+
+
+def recover(
+    checkpoint: Checkpoint,
+    teacher: Teacher,
+    out: Out,
+    data: Data = None,
+    tokens: Tokens = None,
+    teacher_cache: TeacherCache = None,
+    config: ConfigFile = None,
+    sets: Sets = None,
+    device: Device = None,
+    mask_id: MaskId = None,
+    allow_pickle: Pickle = False,
+    overwrite: Overwrite = False,
+    debug: Debug = False,
+) -> None:
+    """Options with a name of their own override --set and --config."""
+    from structprune.cli.console import progress_bars, show
+    from structprune.errors import Interrupted
+    from structprune.recovery.folder import training_folder
+    from structprune.recovery.settings import RecoverConfig
+    from structprune.report.recover_table import recover_table
+    from structprune.runs.recover import recover as run
+
+    named = {
+        "data.source": data,
+        "train.tokens": tokens,
+        "model.device": device,
+        "model.mask_id": mask_id,
+        "model.allow_pickle": allow_pickle or None,
+    }
+    overrides = RecoverConfig.parse(sets or []) | {key: value for key, value in named.items() if value is not None}
+    settings = RecoverConfig.load(config, overrides)
+    try:
+        with progress_bars() as track:
+            recovered = run(checkpoint, teacher, out, settings, overwrite, track, teacher_cache=teacher_cache)
+    except KeyboardInterrupt as error:
+        if not training_folder(out).exists():
+            raise
+        raise Interrupted(f"what is learnt is kept in {training_folder(out)}: the same command goes on") from error
+    show(recover_table(recovered.report))
+    if recovered.report["kept"] == "input":
+        show("No gain on the held-out text: the weights written are those of the input.")
+    show(f"Wrote {out} (model, report.json, README.md)")

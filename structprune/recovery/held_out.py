@@ -1,0 +1,81 @@
+"""How far a student is from its teacher on text that is not learnt, under one noise for all measurements.
+
+Shapes: n windows, S noisy copies, T tokens.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from structprune.calibration.noise import stratified_noise
+from structprune.evaluation.fidelity import Fidelity, ReferencePredictions, masked_kl, reference_predictions
+from structprune.models.encode import Batches
+from structprune.models.modeling_structprune import DiffusionLM
+from structprune.models.placement import compute_device
+from structprune.recovery.text import RecoveryText
+
+HELD_OUT_SEED = 4000  # plus the run's: noise that training does not draw
+
+
+@dataclass(frozen=True, eq=False)
+class Figures:
+    """Means over noisy copies for every window, and over all masked tokens.
+
+    Attributes:
+        kl: (n,) fp64 divergence from the teacher. nelbo: (n,) fp64. Both in nats per token that may be masked, with
+            masked tokens weighted by 1 / p.
+        agreement: share of masked tokens whose likeliest prediction is the teacher's. accuracy: of clean tokens.
+    """
+
+    kl: torch.Tensor
+    nelbo: torch.Tensor
+    agreement: float
+    accuracy: float
+
+    def means(self) -> dict[str, float]:
+        """The means over windows, as plain data."""
+        own = {"kl": self.kl.mean().item(), "nelbo": self.nelbo.mean().item()}
+        return own | {"agreement": self.agreement, "accuracy": self.accuracy}
+
+
+def per_token(sums: torch.Tensor, rate: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """Mean over copies of Σ / p, per token that may be masked: (n, S), (n, S), (n,) -> (n,) fp64."""
+    return (sums.double() / rate.double()).mean(1) / counts.clamp(min=1)
+
+
+class HeldOutStudy:
+    """The held-out windows of a recovery, and what the teacher predicts there.
+
+    Args:
+        teacher: measured once; it may be freed afterwards.
+        samples: S.
+    """
+
+    def __init__(self, teacher: DiffusionLM, text: RecoveryText, samples: int, seed: int):
+        self._ids = text.held_out  # (n, T)
+        mask_id, edges = teacher.config.mask_token_id, teacher.edges_visible
+        generator = torch.Generator().manual_seed(HELD_OUT_SEED + seed)
+        noisy, self._rate = stratified_noise(self._ids, mask_id, generator, samples, edges)  # (n, S, T), (n, S)
+        learnt = torch.ones_like(self._ids, dtype=torch.bool) if text.held_out_learnt is None else text.held_out_learnt
+        if edges:
+            learnt = learnt.clone()
+            learnt[:, 0] = learnt[:, -1] = False
+        self._noisy = torch.where(learnt[:, None], noisy, self._ids[:, None])  # (n, S, T)
+        self._counts = learnt.sum(1)  # (n,)
+        self._reference: ReferencePredictions
+        batches = Batches.automatic(compute_device(teacher))
+        self._reference, own = reference_predictions(teacher, self._ids, self._noisy, batch=batches)
+        self.teacher = self._figures(own)
+
+    def measure(self, model: DiffusionLM) -> Figures:
+        """The figures of a student; its training mode is left as it is."""
+        training = model.training
+        model.eval()
+        batches = Batches.automatic(compute_device(model))
+        own = masked_kl(model, self._ids, self._noisy, self._reference, batch=batches)
+        model.train(training)
+        return self._figures(own)
+
+    def _figures(self, own: Fidelity) -> Figures:
+        kl, nelbo = (per_token(sums, self._rate, self._counts) for sums in (own.kl, own.nats))  # (n,) each
+        return Figures(kl, nelbo, own.agreement, own.accuracy)

@@ -1,0 +1,90 @@
+"""Losses of a pruned model (student) that learns from the dense one (teacher) at masked positions (docs/methods.md
+section 7). Pure functions, in fp32.
+
+Shapes: m masked positions, V vocabulary, K outcomes of a prediction (V, or the likeliest tokens and all others as one).
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+
+Weighting = Literal["uniform", "nelbo"]
+HALF = 0.5  # mean mask probability, of times that are uniform over (0, 1)
+
+
+def log_predictions(logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """Log-probabilities of every token at a temperature: (m, V) of any dtype -> (m, V) fp32."""
+    return (logits.float() / temperature).log_softmax(-1)
+
+
+def forward_kl(log_p: torch.Tensor, log_q: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """KL(p || q) in nats, times the square of the temperature at which both were computed, so that gradients keep their
+    size (Hinton et al., arXiv 1503.02531).
+
+    Args:
+        log_p: (m, K) of the teacher, or a target made of it. log_q: (m, K) of the student.
+    Returns:
+        (m,); an outcome without probability under p adds nothing.
+    """
+    terms = torch.where(log_p > -torch.inf, log_p.exp() * (log_p - log_q), 0.0)  # (m, K)
+    return terms.sum(-1) * temperature**2
+
+
+def moving_target(log_p: torch.Tensor, log_q: torch.Tensor, share: float | torch.Tensor) -> torch.Tensor:
+    """Log of share · p + (1 - share) · q, a target between student and teacher through which no gradient flows.
+
+    Args:
+        log_p: (m, K) of the teacher. log_q: (m, K) of the student.
+        share: the teacher's, 0 to 1; a number, or (m,).
+    """
+    share = torch.as_tensor(share, dtype=log_p.dtype, device=log_p.device)[..., None]  # (1,) or (m, 1)
+    return torch.logaddexp(log_p + share.log(), log_q.detach() + (1 - share).log())
+
+
+def teacher_share(progress: float, p: torch.Tensor, start: float, noisy: float) -> torch.Tensor:
+    """The teacher's share of a moving target: it grows from `start` to 1 over training, and is smaller where much is
+    masked, as the teacher knows less there (after TIDAL, arXiv 2604.26951).
+
+    Args:
+        progress: share of training done, 0 to 1.
+        p: (m,) mask probabilities.
+        noisy: how much of the share is lost at p = 1, 0 to 1; less and less over training.
+    Returns:
+        (m,) in [0, 1].
+    """
+    grown = start + (1 - start) * progress
+    return grown * (1 - noisy * (1 - progress) * p)  # (m,)
+
+
+def token_weights(p: torch.Tensor, weighting: Weighting, least: float) -> torch.Tensor:
+    """Weight of every masked token, so that the sum over a row divided by its tokens is a loss per token.
+
+    Divisors are constants, not counts: sums over processes and accumulated passes are then those of one pass.
+
+    Args:
+        p: (m,) mask probabilities.
+        weighting: `uniform`: 2, as half of the tokens are masked on average; `nelbo`: 1 / p, as the bound has it.
+        least: p below it counts as this.
+    """
+    if weighting == "uniform":
+        return torch.full_like(p, 1 / HALF)
+    return 1 / p.clamp(min=least)  # (m,)
+
+
+def cross_entropy(log_q: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Nats of the clean tokens: (m, V), (m,) int64 -> (m,)."""
+    return F.nll_loss(log_q, labels, reduction="none")
+
+
+def output_error(student: torch.Tensor, teacher: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Squared error of a block's output relative to the teacher's mean square, weighted by position: a scalar.
+
+    The residual stream keeps its width under pruning, so both have the same shape.
+
+    Args:
+        student, teacher: (B, T, C). weight: (B, T), not all 0.
+    """
+    error = (student.float() - teacher.float()).pow(2).mean(-1)  # (B, T)
+    power = teacher.float().pow(2).mean(-1)  # (B, T)
+    return (error * weight).sum() / (power * weight).sum().clamp(min=torch.finfo(power.dtype).tiny)

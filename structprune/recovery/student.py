@@ -1,0 +1,83 @@
+"""The loss of a student as its forward pass, so that wrappers of a model (DDP, PEFT) see all of it.
+
+Shapes: B rows, T tokens, M masked positions, m of a slice, C features, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from structprune.models.logits import logit_slices
+from structprune.models.modeling_structprune import DiffusionLM
+from structprune.recovery.objectives import cross_entropy, forward_kl, moving_target, teacher_share, token_weights
+from structprune.recovery.settings import LossSettings
+from structprune.recovery.teacher import Predictions
+
+KINDS = 6  # tensors of the logits' size that exist at once: logits and log-probabilities of both, a target, a gradient
+
+
+@contextmanager
+def learning(student: DiffusionLM, settings: LossSettings) -> Iterator[None]:
+    """While open, the student's forward pass takes a noisy batch and a teacher's predictions, and returns the loss."""
+    student.forward = partial(loss_of, student, settings)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del student.forward
+
+
+def loss_of(
+    student: DiffusionLM,
+    settings: LossSettings,
+    input_ids: torch.Tensor,
+    noisy_ids: torch.Tensor,
+    rate: torch.Tensor,
+    predictions: Predictions | None,
+    progress: float,
+) -> dict[str, torch.Tensor]:
+    """The weighted sum of both losses in nats per token of the batch, masked or not.
+
+    The LM head runs on a slice of the masked positions at a time, and again in the backward pass: at a vocabulary of
+    126k the logits of a batch would be most of the memory.
+
+    Args:
+        input_ids, noisy_ids: (B, T). rate: (B,) mask probabilities.
+        predictions: of the teacher; None where only the text itself is learnt.
+        progress: share of training done.
+    """
+    masked = masked_tokens(student, input_ids, noisy_ids)  # (B, T)
+    hidden = student.encode(noisy_ids)  # (B, T, C)
+    row, position = masked.nonzero(as_tuple=True)  # 2 x (M,)
+    source = (position - 1).clamp(min=0) if student.shifted else position  # (M,) where a token is predicted
+    read, labels, p = hidden[row, source], input_ids[masked], rate[row]  # (M, C), (M,), (M,)
+    total = hidden.new_zeros((), dtype=torch.float32) + 0 * hidden[:1, :1].float().sum()  # also without a masked token
+    for part in logit_slices(len(read), student.output_head.weight.shape[0], KINDS):
+        given = (student, settings, predictions, part, progress)
+        total = total + checkpoint(partial(_slice_loss, *given), read[part], labels[part], p[part], use_reentrant=False)
+    return {"loss": total / noisy_ids.numel()}
+
+
+def masked_tokens(model: DiffusionLM, input_ids: torch.Tensor, noisy_ids: torch.Tensor) -> torch.Tensor:
+    """Where a token is to be predicted, (B, T) bool; a mask token of the text itself is not."""
+    return (noisy_ids == model.config.mask_token_id) & (input_ids != noisy_ids)
+
+
+def _slice_loss(
+    student: DiffusionLM, settings: LossSettings, predictions: Predictions | None, part: slice, progress: float,
+    read: torch.Tensor, labels: torch.Tensor, p: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
+    """Sum over m positions of both losses: (m, C), (m,), (m,) -> ()."""
+    logits = student.output_head(read).float()  # (m, V)
+    nats = torch.zeros_like(p)  # (m,)
+    if predictions is not None and settings.kl > 0:
+        log_p, log_q = predictions.outcomes(part, logits, settings.temperature)  # (m, K) each
+        if settings.teacher_share < 1 or settings.noisy_share > 0:
+            share = teacher_share(progress, p, settings.teacher_share, settings.noisy_share)  # (m,)
+            log_p = moving_target(log_p, log_q, share)  # (m, K)
+        nats = nats + settings.kl * forward_kl(log_p, log_q, settings.temperature)
+    if settings.cross_entropy > 0:
+        nats = nats + settings.cross_entropy * cross_entropy(logits.log_softmax(-1), labels)
+    return (nats * token_weights(p, settings.weighting, settings.least_rate)).sum()

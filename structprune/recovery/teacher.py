@@ -1,0 +1,80 @@
+"""What the dense model predicts for a batch: computed on the way, or read from what was written once.
+
+Shapes: B rows of a batch, T tokens, M masked positions of it, k tokens that are kept of a prediction, C features,
+V vocabulary.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from structprune.models.encode import encode_at
+from structprune.models.modeling_structprune import DiffusionLM
+from structprune.models.placement import compute_device
+
+
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """A teacher's predictions at the M masked positions of a batch, row by row from left to right.
+
+    Either `states`, from which `head` makes logits, or `tokens` and `log_p`.
+
+    Attributes:
+        states: (M, C) hidden states after the final norm. head: (m, C) -> (m, V) logits.
+        tokens: (M, k) int64, the likeliest. log_p: (M, k + 1) fp32, theirs and that of all others together.
+    """
+
+    states: torch.Tensor | None = None
+    head: Callable[[torch.Tensor], torch.Tensor] | None = None
+    tokens: torch.Tensor | None = None
+    log_p: torch.Tensor | None = None
+
+    def outcomes(self, part: slice, logits: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities of the teacher and of a student over the same outcomes.
+
+        Args:
+            part: of the M positions. logits: (m, V) the student's there.
+        Returns:
+            (m, K) fp32 each, K = V, or k + 1 where only the likeliest are known; the first without a gradient.
+        """
+        logits = logits.float() / temperature
+        if self.tokens is None:
+            assert self.states is not None and self.head is not None
+            with torch.no_grad():
+                own = self.head(self.states[part]).float().to(logits.device)  # (m, V)
+            return F.log_softmax(own / temperature, -1), logits.log_softmax(-1)
+        assert self.log_p is not None
+        return self.log_p[part], likeliest_and_rest(logits, self.tokens[part])
+
+
+def likeliest_and_rest(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities of some tokens, and of all others together: (m, V), (m, k) int64 -> (m, k + 1).
+
+    Where all tokens are named, the rest has the log-probability -inf, and no gradient.
+    """
+    total = logits.logsumexp(-1, keepdim=True)  # (m, 1)
+    named = logits.gather(-1, tokens)  # (m, k)
+    if tokens.shape[-1] == logits.shape[-1]:
+        return torch.cat((named - total, torch.full_like(total, -torch.inf)), dim=-1)
+    rest = logits.scatter(-1, tokens, -torch.inf).logsumexp(-1, keepdim=True)  # (m, 1); 1 - named would cancel
+    return torch.cat((named, rest), dim=-1) - total
+
+
+class LiveTeacher:
+    """A dense model that predicts every batch anew.
+
+    Args:
+        model: the dense one; it may compute on another device than the student.
+    """
+
+    def __init__(self, model: DiffusionLM):
+        self._model = model.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def predict(self, noisy_ids: torch.Tensor, masked: torch.Tensor, _items: torch.Tensor) -> Predictions:
+        """Predictions at the masked positions (B, T) of noisy ids (B, T)."""
+        device = compute_device(self._model)
+        states = encode_at(self._model, noisy_ids.to(device), masked.to(device))  # (M, C)
+        return Predictions(states, self._model.output_head)

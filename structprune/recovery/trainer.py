@@ -1,0 +1,132 @@
+"""transformers' Trainer over noisy windows: the teacher's predictions beside every batch, held-out text in between."""
+
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset, SequentialSampler
+
+from structprune.errors import UserError
+from structprune.recovery.settings import TrainSettings
+from structprune.recovery.student import masked_tokens
+
+
+def require_training() -> None:
+    """Raise UserError where a library that training needs is not installed."""
+    try:
+        import accelerate  # noqa: F401
+        import peft  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"training needs {error.name}: pip install 'structprune[train]'") from error
+
+
+def steps_of(settings: TrainSettings, length: int) -> int:
+    """Optimiser steps that the tokens are enough for, at least one."""
+    return max(1, settings.tokens // (settings.batch * length))
+
+
+def passes_of(settings: TrainSettings, processes: int) -> int:
+    """Forward passes of each process in a step.
+
+    Raises:
+        UserError: a step's windows cannot be dealt out evenly.
+    """
+    together = settings.pass_windows * processes
+    if settings.batch % together:
+        raise UserError(
+            f"train.batch = {settings.batch} windows cannot be dealt to {processes} processes in passes of"
+            f" train.pass_windows = {settings.pass_windows}: make it a multiple of {together}"
+        )
+    return settings.batch // together
+
+
+def make_trainer(
+    model: Any, windows: Dataset, teacher: Any, held_out: Callable[[], dict[str, float]], arguments: Any, watch: Any
+) -> Any:
+    """A Trainer of a student whose forward pass is its loss (`student.learning`).
+
+    Args:
+        model: the student, or PEFT's wrapper of it.
+        windows: `NoisyWindows`; learnt in their order.
+        teacher: `predict(noisy_ids, masked, items)` -> Predictions; None where only the text is learnt.
+        held_out: measures the student on held-out text.
+        arguments: TrainingArguments. watch: a TrainerCallback.
+    """
+    from transformers import PrinterCallback, Trainer
+
+    class RecoveryTrainer(Trainer):
+        def _get_train_sampler(self, *_: Any) -> SequentialSampler:  # the windows have an order of their own
+            return SequentialSampler(windows)  # type: ignore[arg-type]
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            items = inputs.pop("index")
+            predictions = None
+            if teacher is not None:
+                student = self.accelerator.unwrap_model(model)
+                masked = masked_tokens(student, inputs["input_ids"], inputs["noisy_ids"])  # (B, T)
+                predictions = teacher.predict(inputs["noisy_ids"], masked, items)
+            progress = self.state.global_step / max(1, self.state.max_steps)
+            outputs = model(**inputs, predictions=predictions, progress=progress)
+            return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+
+        def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
+            figures = {f"{metric_key_prefix}_{name}": value for name, value in held_out().items()}
+            self.log(figures)
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)
+            return figures
+
+    trainer = RecoveryTrainer(
+        model=model, args=arguments, train_dataset=windows, eval_dataset=windows, callbacks=[watch]
+    )
+    trainer.remove_callback(PrinterCallback)  # it prints every figure; the progress bar has the last ones
+    trainer.model_accepts_loss_kwargs = False  # each pass is a mean, which a step's passes divide among them
+    return trainer
+
+
+def training_arguments(settings: TrainSettings, folder: Path, steps: int, passes: int, facts: dict[str, Any]) -> Any:
+    """TrainingArguments of a recovery.
+
+    Args:
+        folder: of checkpoints; a killed run goes on from the last one there.
+        steps: optimiser steps. passes: forward passes of a step.
+        facts: `seed`, `cpu` (compute there), `bf16`, `goal` (the held-out figure that decides what is best).
+    """
+    from transformers import TrainingArguments
+
+    every = max(1, -(-steps // settings.evaluations))
+    values: dict[str, Any] = {
+        _checkpointing(TrainingArguments): settings.checkpointing,
+        "output_dir": str(folder),
+        "max_steps": steps,
+        "seed": facts["seed"],
+        "use_cpu": facts["cpu"],
+        "bf16": facts["bf16"],
+        "per_device_train_batch_size": settings.pass_windows,
+        "gradient_accumulation_steps": passes,
+        "learning_rate": settings.learning_rate,
+        "lr_scheduler_type": settings.schedule,
+        "warmup_steps": round(settings.warmup * steps),
+        "weight_decay": settings.weight_decay,
+        "max_grad_norm": settings.clip,
+        "eval_strategy": "steps",
+        "eval_steps": every,
+        "save_strategy": "steps",
+        "save_steps": every,
+        "save_total_limit": 1,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": facts["goal"],
+        "greater_is_better": False,
+        "logging_steps": every,
+        "report_to": list(settings.report_to) or "none",
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "ddp_find_unused_parameters": False,
+    }
+    return TrainingArguments(**values)
+
+
+def _checkpointing(arguments: Any) -> str:
+    """The name of the argument that computes activations again, which transformers is about to change."""
+    names = {field.name for field in fields(arguments)}
+    return next(name for name in ("activation_checkpointing", "gradient_checkpointing") if name in names)

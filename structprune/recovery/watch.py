@@ -1,0 +1,59 @@
+"""What a training shows while it runs, and remembers: progress with the time left, and the held-out figures."""
+
+from collections.abc import Iterator
+
+from transformers import TrainerCallback
+
+from structprune.progress import Track
+from structprune.recovery.held_out import Figures
+from structprune.recovery.settings import TrainSettings
+
+
+class Watch(TrainerCallback):
+    """A callback of the Trainer.
+
+    Args:
+        steps: of the whole training. length: tokens in a window.
+    """
+
+    def __init__(self, steps: int, settings: TrainSettings, length: int, track: Track):
+        self._shown: list[float] = []
+        self._steps, self._track, self._tokens = steps, track, settings.batch * length
+        self._bar: Iterator | None = None
+
+    def note(self, figures: Figures) -> dict[str, float]:
+        """Show held-out figures; returns them for the Trainer, which keeps the best checkpoint by one of them."""
+        means = figures.means()
+        self._shown.append(means["kl"])
+        return means
+
+    def history(self, log: list[dict]) -> list[dict]:
+        """The held-out figures of the Trainer's log, which a killed run keeps, by tokens learnt."""
+        return [
+            {"tokens": entry["step"] * self._tokens}
+            | {name.removeprefix("eval_"): value for name, value in entry.items() if name.startswith("eval_")}
+            for entry in log
+            if "eval_kl" in entry
+        ]
+
+    def on_train_begin(self, args, state, control, **_):
+        self._bar = iter(self._track(range(self._steps), self._title))
+        for _step in range(state.global_step + 1):  # those of an earlier run, and the first one, which begins
+            next(self._bar, None)
+        self._shown = [each["kl"] for each in self.history(state.log_history)]
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step >= self._steps:  # the Trainer saves then, but measures at its own steps only
+            control.should_evaluate = True
+        if self._bar is not None:
+            next(self._bar, None)
+
+    def on_train_end(self, args, state, control, **_):
+        if self._bar is not None:
+            next(self._bar, None)
+            self._bar = None
+
+    def _title(self) -> str:
+        if not self._shown:
+            return "learning"
+        return f"learning, divergence {self._shown[-1]:.3f}, best {min(self._shown):.3f}"

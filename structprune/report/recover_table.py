@@ -1,0 +1,30 @@
+"""The table of a recovery: what the held-out text says of teacher, input and result."""
+
+from rich.table import Table
+
+from structprune.report.tables import grid
+
+ROWS = (
+    ("divergence from the teacher, nats per token", "kl", "{:.4f}"),
+    ("NELBO, nats per token", "nelbo", "{:.4f}"),
+    ("predictions as the teacher's", "agreement", "{:.1%}"),
+    ("masked tokens right", "accuracy", "{:.1%}"),
+)
+
+
+def recover_table(report: dict) -> Table:
+    """Figures of the teacher, and of the student before and after; changes are paired, with standard errors.
+
+    Args:
+        report: of `structprune.runs.recover.Recovery`.
+    """
+    table = grid(f"{report['student']}, {report['tokens']:,} tokens", "", "teacher", "before", "after", "change")
+    for name, key, form in ROWS:
+        cells = [form.format(report[side][key]) for side in ("teacher_figures", "before", "after")]
+        change = report["change"].get(key)
+        table.add_row(name, *cells, f"{change['mean']:+.4f} ± {change['standard_error']:.4f}" if change else "")
+    speed = report["tokens"] / report["training_seconds"] if report["training_seconds"] else 0
+    table.caption = (
+        f"{report['held_out_windows']} held-out windows; {report['seconds']:.0f} s in all, {speed:.0f} tokens/s learnt"
+    )
+    return table

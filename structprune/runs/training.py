@@ -1,0 +1,205 @@
+"""One training of a pruned model against the dense one: all of `structprune recover` between its checks and the end."""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from structprune.checkpoint.masked import save_masked
+from structprune.checkpoint.recovered import recovered_files
+from structprune.errors import UserError
+from structprune.masking.finetune import keep_zeros, mask_adapters, merge_adapters
+from structprune.masking.masks import Masks
+from structprune.models.fingerprint import fingerprint
+from structprune.models.loading import as_dtype, load_model, source_of
+from structprune.models.modeling_structprune import DiffusionLM
+from structprune.models.placement import pick_device, streamed
+from structprune.models.quiet import quiet_transformers
+from structprune.models.tokenizer import load_tokenizer
+from structprune.progress import Track
+from structprune.recovery.cache import CachedTeacher, write_cache
+from structprune.recovery.folder import last_checkpoint
+from structprune.recovery.held_out import Figures, HeldOutStudy
+from structprune.recovery.lora import add_adapters, merge
+from structprune.recovery.settings import RecoverConfig
+from structprune.recovery.student import learning
+from structprune.recovery.teacher import LiveTeacher
+from structprune.recovery.text import RecoveryText, read_recovery_text
+from structprune.recovery.trainer import make_trainer, passes_of, steps_of, training_arguments
+from structprune.recovery.watch import Watch
+from structprune.recovery.windows import NoisyWindows
+from structprune.runs.ghost import Ghost
+
+REMEDY = "lower train.pass_windows or data.length, or set train.checkpointing = true or teacher.offload = true"
+
+
+class Recovery:
+    """One training: both models, the text, and what was measured.
+
+    Args:
+        ghosts: of student and teacher.
+    """
+
+    def __init__(self, ghosts: tuple[Ghost, Ghost], config: RecoverConfig, track: Track, cache: Path | None = None):
+        self.config, self._track, self._ghosts, self._cache = config, track, ghosts, cache
+        self.device = pick_device(config.model.device)
+        if config.teacher.offload and self.device.type == "cpu":
+            raise UserError("teacher.offload = true has no effect on a CPU: leave it out, or compute on an accelerator")
+        settings = config.train
+        self.steps = steps_of(settings, config.data.length)
+        tokenizer = load_tokenizer(ghosts[0].directory)
+        self.text: RecoveryText = read_recovery_text(config.data, tokenizer, settings.tokens)
+
+    @property
+    def identity(self) -> dict:
+        """What decides the training, as plain data without paths."""
+        student, teacher = (fingerprint(ghost.directory) for ghost in self._ghosts)
+        config = self.config.model_dump(mode="json", exclude={"model": {"device"}, "data": {"source"}})
+        return {"student": student, "teacher": teacher, "text": self.text.digest, "config": config}
+
+    @property
+    def goal(self) -> str:
+        """The held-out figure that decides what is best: what is learnt."""
+        return "kl" if self.config.loss.kl > 0 else "nelbo"
+
+    def run(self, folder: Path) -> dict:
+        """Train, going on from what the folder holds; returns the report of it."""
+        start, settings = time.perf_counter(), self.config.model
+        dtype = settings.dtype
+        student_ghost, teacher_ghost = self._ghosts
+        self.student = load_model(student_ghost.directory, as_dtype(dtype), self.device, settings.mask_id)
+        own = str(self.student.dtype).removeprefix("torch.")
+        teacher_dtype = as_dtype(self.config.teacher.dtype or own)
+        offload = self.config.teacher.offload
+        home = torch.device("cpu") if offload else self.device
+        try:
+            dense = load_model(teacher_ghost.directory, teacher_dtype, home, settings.mask_id)
+            with streamed(dense, self.device if offload else None):
+                study = HeldOutStudy(dense, self.text, self.config.data.noise, self.config.data.seed)
+                before = study.measure(self.student)
+                teacher = self._teacher(dense)
+                if not isinstance(teacher, LiveTeacher):
+                    del dense  # what it predicts is on disk
+                self._train(folder, teacher, study)
+        except torch.OutOfMemoryError as error:
+            raise UserError(f"the training does not fit the memory of {self.device}: {REMEDY}") from error
+        after = study.measure(self.student)
+        gains = getattr(after, self.goal).mean() < getattr(before, self.goal).mean()
+        self.kept = "trained" if gains else "input"
+        return self._report((study, before, after), time.perf_counter() - start)
+
+    def _windows(self) -> NoisyWindows:
+        """What is learnt, in its order."""
+        count, config = self.steps * self.config.train.batch, self.student.config
+        return NoisyWindows(
+            self.text.windows, self.text.learnt, count, config.mask_token_id, seed=self.config.data.seed,
+            edges_visible=self.student.edges_visible,
+        )  # fmt: skip
+
+    def _teacher(self, dense: DiffusionLM) -> LiveTeacher | CachedTeacher | None:
+        """What predicts beside the student; a cache is completed first."""
+        if self.config.loss.kl == 0:
+            return None
+        if self._cache is None:
+            return LiveTeacher(dense)
+        identity = {key: self.identity[key] for key in ("teacher", "text")}
+        identity |= {"seed": self.config.data.seed, "top": self.config.teacher.top, "dtype": str(dense.dtype)}
+        write_cache(self._cache, identity, dense, self._windows(), self.config.teacher.top, self._track)
+        return CachedTeacher(self._cache, self.device)
+
+    def _train(self, folder: Path, teacher: LiveTeacher | CachedTeacher | None, study: HeldOutStudy) -> None:
+        """Train the student in place; at the end it has its best weights, merged."""
+        config, settings, seed = self.config, self.config.train, self.config.data.seed
+        student = self.student
+        torch.manual_seed(seed)
+        lora = settings.method == "lora"
+        student.requires_grad_(not lora)
+        model = add_adapters(student, settings, seed) if lora else student
+        facts = {"seed": seed % 2**32, "cpu": self.device.type == "cpu", "bf16": self._bf16(), "goal": self.goal}
+        arguments = training_arguments(settings, folder, self.steps, passes_of(settings, 1), facts)
+        watch = Watch(self.steps, settings, config.data.length, self._track)
+        with quiet_transformers(), self._masked(model, lora), learning(student, config.loss):
+            trainer = make_trainer(
+                model, self._windows(), teacher, lambda: watch.note(study.measure(student)), arguments, watch
+            )
+            checkpoint, start = last_checkpoint(folder), time.perf_counter()
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            self.training_seconds = time.perf_counter() - start
+            self.history = watch.history(trainer.state.log_history)
+        if lora:
+            self._merge(model)
+        student.requires_grad_(False)
+        student.eval()
+
+    def _bf16(self) -> bool:
+        """Whether passes compute in bfloat16."""
+        precision = self.config.train.precision
+        if precision is not None:
+            return precision == "bfloat16"
+        return self.device.type == "cuda" and torch.cuda.is_bf16_supported()
+
+    @property
+    def _masks(self) -> Masks | None:
+        """The masks of a checkpoint whose zeros must stay."""
+        path = self._ghosts[0].directory / "masks.safetensors"
+        return Masks.load(path) if path.exists() else None
+
+    @contextmanager
+    def _masked(self, model: Any, lora: bool) -> Iterator[None]:
+        """While open, removed weights stay zero."""
+        with ExitStack() as stack:
+            if (masks := self._masks) is not None:
+                stack.enter_context(mask_adapters(model, masks) if lora else keep_zeros(model, masks))
+            yield
+
+    def _merge(self, model: Any) -> None:
+        if (masks := self._masks) is not None:
+            with quiet_transformers():
+                merge_adapters(model, masks)
+        else:
+            merge(model, self.student)
+
+    def _report(self, measured: tuple[HeldOutStudy, Figures, Figures], seconds: float) -> dict:
+        study, before, after = measured
+        student, teacher = self._ghosts
+        source = self.config.data.source
+        return {
+            "student": student.name,
+            "teacher": teacher.name,
+            "text": Path(source).name if Path(source).suffix else source,
+            "windows": len(self.text.windows),
+            "tokens": self.steps * self.config.train.batch * self.config.data.length,
+            "held_out_windows": len(self.text.held_out),
+            "config": self.config.model_dump(mode="json", exclude={"data": {"source"}}),
+            "teacher_figures": study.teacher.means(),
+            "before": before.means(),
+            "after": after.means(),
+            "change": paired(before, after),
+            "kept": self.kept,
+            "history": self.history,
+            "seconds": seconds,
+            "training_seconds": self.training_seconds,
+        }
+
+    def save(self, directory: Path, report: dict, overwrite: bool) -> Path:
+        """Write the student in the layout of its input, with the report of this and of earlier runs."""
+        source = source_of(self.student).directory
+        changed = list(dict(self.student.named_parameters())) if self.kept == "trained" else []
+        files = recovered_files(source, report)
+        return save_masked(self.student, directory, changed=changed, files=files, overwrite=overwrite)
+
+
+def paired(before: Figures, after: Figures) -> dict[str, dict[str, float]]:
+    """Mean and standard error over windows of what changed, negative where it got better."""
+    result = {}
+    for name in ("kl", "nelbo"):
+        change = getattr(after, name) - getattr(before, name)  # (n,)
+        result[name] = {
+            "mean": change.mean().item(),
+            "standard_error": (change.std() / math.sqrt(len(change))).item(),
+        }
+    return result
