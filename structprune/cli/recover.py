@@ -47,8 +47,11 @@ def recover(
     debug: Debug = False,
 ) -> None:
     """Options with a name of their own override --set and --config."""
+    from rich.console import Console
+
     from structprune.cli.console import progress_bars, show
     from structprune.errors import Interrupted
+    from structprune.evaluation.workers import workers
     from structprune.recovery.folder import training_folder
     from structprune.recovery.settings import RecoverConfig
     from structprune.report.recover_table import recover_table
@@ -64,12 +67,16 @@ def recover(
     overrides = RecoverConfig.parse(sets or []) | {key: value for key, value in named.items() if value is not None}
     settings = RecoverConfig.load(config, overrides)
     try:
-        with progress_bars() as track:
-            recovered = run(checkpoint, teacher, out, settings, overwrite, track, teacher_cache=teacher_cache)
+        with workers(trains=True) as place, progress_bars(Console(stderr=True, quiet=not place.main)) as track:
+            recovered = run(
+                checkpoint, teacher, out, settings, overwrite, track, teacher_cache=teacher_cache, place=place
+            )
     except KeyboardInterrupt as error:
         if not training_folder(out).exists():
             raise
         raise Interrupted(f"what is learnt is kept in {training_folder(out)}: the same command goes on") from error
+    if not place.main:
+        return
     show(recover_table(recovered.report))
     if recovered.report["kept"] == "input":
         show("No gain on the held-out text: the weights written are those of the input.")

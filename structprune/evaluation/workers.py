@@ -77,13 +77,18 @@ class Workers:
             torch.distributed.barrier()
 
 
-def join() -> Workers:
-    """Join the other processes where a launcher started this one; with gloo only, which needs no GPU."""
+def join(trains: bool = False) -> Workers:
+    """Join the other processes where a launcher started this one.
+
+    Args:
+        trains: gradients are summed on accelerators, where there are any. Else gloo does for all, which needs none.
+    """
     count = int(os.environ["WORLD_SIZE"]) if all(name in os.environ for name in LAUNCHED) else 1
     if count < 2:
         return Workers()
     if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("gloo", timeout=PATIENCE)
+        backend = "cpu:gloo,cuda:nccl" if trains and torch.cuda.is_available() else "gloo"
+        torch.distributed.init_process_group(backend, timeout=PATIENCE)
     devices, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
     return Workers(int(os.environ["RANK"]), count, f"cuda:{local % devices}" if devices else None)
 
@@ -95,9 +100,9 @@ def leave() -> None:
 
 
 @contextmanager
-def workers() -> Iterator[Workers]:
+def workers(trains: bool = False) -> Iterator[Workers]:
     """`join` on entry and `leave` on exit."""
     try:
-        yield join()
+        yield join(trains)
     finally:
         leave()

@@ -3,18 +3,22 @@
 Shapes: n windows, S noisy copies, T tokens.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 
 import torch
 
 from structprune.calibration.noise import stratified_noise
 from structprune.evaluation.fidelity import Fidelity, ReferencePredictions, masked_kl, reference_predictions
+from structprune.evaluation.workers import Workers
 from structprune.models.encode import Batches
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.placement import compute_device
 from structprune.recovery.text import RecoveryText
 
 HELD_OUT_SEED = 4000  # plus the run's: noise that training does not draw
+GROUP = 8  # windows that one process measures at a time
+ALONE = Workers()
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,15 +48,16 @@ def per_token(sums: torch.Tensor, rate: torch.Tensor, counts: torch.Tensor) -> t
 
 
 class HeldOutStudy:
-    """The held-out windows of a recovery, and what the teacher predicts there.
+    """The held-out windows of a recovery, and what the teacher predicts there, shared among processes.
 
     Args:
         teacher: measured once; it may be freed afterwards.
         samples: S.
+        place: the processes of the run; each measures every `count`-th group of windows.
     """
 
-    def __init__(self, teacher: DiffusionLM, text: RecoveryText, samples: int, seed: int):
-        self._ids = text.held_out  # (n, T)
+    def __init__(self, teacher: DiffusionLM, text: RecoveryText, samples: int, seed: int, place: Workers = ALONE):
+        self._ids, self._place = text.held_out, place  # (n, T)
         mask_id, edges = teacher.config.mask_token_id, teacher.edges_visible
         generator = torch.Generator().manual_seed(HELD_OUT_SEED + seed)
         noisy, self._rate = stratified_noise(self._ids, mask_id, generator, samples, edges)  # (n, S, T), (n, S)
@@ -62,20 +67,33 @@ class HeldOutStudy:
             learnt[:, 0] = learnt[:, -1] = False
         self._noisy = torch.where(learnt[:, None], noisy, self._ids[:, None])  # (n, S, T)
         self._counts = learnt.sum(1)  # (n,)
-        self._reference: ReferencePredictions
+        self._groups = [slice(start, start + GROUP) for start in range(0, len(self._ids), GROUP)]
+        self._references: dict[int, ReferencePredictions] = {}  # by the first window of this process's groups
+        self.teacher = self._measured(lambda group: self._refer(teacher, group))
+
+    def _refer(self, teacher: DiffusionLM, group: slice) -> Fidelity:
         batches = Batches.automatic(compute_device(teacher))
-        self._reference, own = reference_predictions(teacher, self._ids, self._noisy, batch=batches)
-        self.teacher = self._figures(own)
+        reference, own = reference_predictions(teacher, self._ids[group], self._noisy[group], batch=batches)
+        self._references[group.start] = reference
+        return own
 
     def measure(self, model: DiffusionLM) -> Figures:
-        """The figures of a student; its training mode is left as it is."""
+        """The figures of a student, the same in every process; its training mode is left as it is."""
         training = model.training
         model.eval()
         batches = Batches.automatic(compute_device(model))
-        own = masked_kl(model, self._ids, self._noisy, self._reference, batch=batches)
+        figures = self._measured(
+            lambda group: masked_kl(
+                model, self._ids[group], self._noisy[group], self._references[group.start], batch=batches
+            )
+        )
         model.train(training)
-        return self._figures(own)
+        return figures
 
-    def _figures(self, own: Fidelity) -> Figures:
-        kl, nelbo = (per_token(sums, self._rate, self._counts) for sums in (own.kl, own.nats))  # (n,) each
+    def _measured(self, work: Callable[[slice], Fidelity]) -> Figures:
+        """Figures of all windows, from the sums of every group."""
+        parts = self._place.share(lambda groups: [work(group) for group in groups], self._groups)
+        sums = (torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Fidelity))
+        own = Fidelity(*sums)  # (n, S) each
+        kl, nelbo = (per_token(each, self._rate, self._counts) for each in (own.kl, own.nats))  # (n,) each
         return Figures(kl, nelbo, own.agreement, own.accuracy)

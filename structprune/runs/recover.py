@@ -1,13 +1,17 @@
 """Train a pruned checkpoint back against the dense one: `structprune recover`, without a console."""
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from structprune.checkpoint.output import check_apart, check_output, save_finished
 from structprune.errors import UserError
+from structprune.evaluation.workers import Workers
 from structprune.progress import Track, untracked
-from structprune.recovery.folder import open_folder
+from structprune.recovery.folder import open_folder, training_folder
+from structprune.recovery.held_out import ALONE
 from structprune.recovery.settings import RecoverConfig, TeacherSettings
 from structprune.recovery.trainer import passes_of, require_training
 from structprune.runs.ghost import Ghost, read_ghost
@@ -35,6 +39,7 @@ def recover(
     track: Track = untracked,
     *,
     teacher_cache: Path | None = None,
+    place: Workers = ALONE,
 ) -> Recovered:
     """Train the model in `pruned` towards the predictions of `teacher`, and write it in its own layout.
 
@@ -46,22 +51,47 @@ def recover(
         out: directory to write; it appears complete or not at all.
         overwrite: replace an earlier output, and forget an earlier training.
         teacher_cache: directory for the teacher's predictions, which are written once and stay there.
+        place: the processes that share the training; the first one writes.
     Raises:
         UserError: anything the user can mend, before weights are read where it can be known then.
     """
     require_training()
     ghosts = read_ghost(pruned, config.model), read_ghost(teacher, config.model)
     check_pair(*ghosts)
-    check_output(out, ghosts[0].directory, overwrite, ghosts[0].stored_bytes)
-    check_apart(out, ghosts[1].directory, overwrite)
-    passes_of(config.train, 1)
+    for ghost in ghosts:
+        check_window(ghost, config.data.length)
+    passes_of(config.train, place.count)
     check_teacher(config, teacher_cache)
-    recovery = Recovery(ghosts, config, track, teacher_cache)
-    folder = open_folder(out, recovery.identity, overwrite)
+    with first_alone(place):
+        if place.main:
+            check_output(out, ghosts[0].directory, overwrite, ghosts[0].stored_bytes)
+            check_apart(out, ghosts[1].directory, overwrite)
+    recovery = Recovery(ghosts, config, track, teacher_cache, place)
+    folder = training_folder(out)
+    with first_alone(place):
+        if place.main:
+            open_folder(out, recovery.identity, overwrite)
     report = recovery.run(folder)
-    save_finished(lambda place, replace: recovery.save(place, report, replace), out, overwrite)
-    shutil.rmtree(folder)
+    with first_alone(place):
+        if place.main:
+            save_finished(lambda path, replace: recovery.save(path, report, replace), out, overwrite)
+            shutil.rmtree(folder)
     return Recovered(out, report)
+
+
+@contextmanager
+def first_alone(place: Workers) -> Iterator[None]:
+    """What the first process does while the others wait; its problem is everyone's.
+
+    Raises:
+        UserError: in all processes, what was raised in the first one.
+    """
+    problem = None
+    try:
+        yield
+    except UserError as error:
+        problem = error
+    place.agree(problem)
 
 
 def check_pair(student: Ghost, teacher: Ghost) -> None:
@@ -78,6 +108,13 @@ def check_pair(student: Ghost, teacher: Ghost) -> None:
                 f"'{student.name}' has the {name} {own} and the teacher '{teacher.name}' {other}: give the dense model"
                 " that it was pruned from"
             )
+
+
+def check_window(ghost: Ghost, length: int) -> None:
+    """Raise UserError for windows longer than a model's positions."""
+    longest = getattr(ghost.model.config, ghost.adapter.family.keys["positions"])
+    if length > longest:
+        raise UserError(f"data.length = {length} exceeds the {longest} positions of '{ghost.name}': lower it")
 
 
 def check_teacher(config: RecoverConfig, cache: Path | None) -> None:

@@ -12,6 +12,7 @@ import torch
 from structprune.checkpoint.masked import save_masked
 from structprune.checkpoint.recovered import recovered_files
 from structprune.errors import UserError
+from structprune.evaluation.workers import Workers
 from structprune.masking.finetune import keep_zeros, mask_adapters, merge_adapters
 from structprune.masking.masks import Masks
 from structprune.models.fingerprint import fingerprint
@@ -23,7 +24,7 @@ from structprune.models.tokenizer import load_tokenizer
 from structprune.progress import Track
 from structprune.recovery.cache import CachedTeacher, write_cache
 from structprune.recovery.folder import last_checkpoint
-from structprune.recovery.held_out import Figures, HeldOutStudy
+from structprune.recovery.held_out import ALONE, Figures, HeldOutStudy
 from structprune.recovery.lora import add_adapters, merge
 from structprune.recovery.settings import RecoverConfig
 from structprune.recovery.student import learning
@@ -44,9 +45,16 @@ class Recovery:
         ghosts: of student and teacher.
     """
 
-    def __init__(self, ghosts: tuple[Ghost, Ghost], config: RecoverConfig, track: Track, cache: Path | None = None):
-        self.config, self._track, self._ghosts, self._cache = config, track, ghosts, cache
-        self.device = pick_device(config.model.device)
+    def __init__(
+        self,
+        ghosts: tuple[Ghost, Ghost],
+        config: RecoverConfig,
+        track: Track,
+        cache: Path | None = None,
+        place: Workers = ALONE,
+    ):
+        self.config, self._track, self._ghosts, self._cache, self._place = config, track, ghosts, cache, place
+        self.device = pick_device(config.model.device or place.device)
         if config.teacher.offload and self.device.type == "cpu":
             raise UserError("teacher.offload = true has no effect on a CPU: leave it out, or compute on an accelerator")
         settings = config.train
@@ -79,7 +87,7 @@ class Recovery:
         try:
             dense = load_model(teacher_ghost.directory, teacher_dtype, home, settings.mask_id)
             with streamed(dense, self.device if offload else None):
-                study = HeldOutStudy(dense, self.text, self.config.data.noise, self.config.data.seed)
+                study = HeldOutStudy(dense, self.text, self.config.data.noise, self.config.data.seed, self._place)
                 before = study.measure(self.student)
                 teacher = self._teacher(dense)
                 if not isinstance(teacher, LiveTeacher):
@@ -108,7 +116,9 @@ class Recovery:
             return LiveTeacher(dense)
         identity = {key: self.identity[key] for key in ("teacher", "text")}
         identity |= {"seed": self.config.data.seed, "top": self.config.teacher.top, "dtype": str(dense.dtype)}
-        write_cache(self._cache, identity, dense, self._windows(), self.config.teacher.top, self._track)
+        if self._place.main:
+            write_cache(self._cache, identity, dense, self._windows(), self.config.teacher.top, self._track)
+        self._place.wait()
         return CachedTeacher(self._cache, self.device)
 
     def _train(self, folder: Path, teacher: LiveTeacher | CachedTeacher | None, study: HeldOutStudy) -> None:
@@ -120,13 +130,14 @@ class Recovery:
         student.requires_grad_(not lora)
         model = add_adapters(student, settings, seed) if lora else student
         facts = {"seed": seed % 2**32, "cpu": self.device.type == "cpu", "bf16": self._bf16(), "goal": self.goal}
-        arguments = training_arguments(settings, folder, self.steps, passes_of(settings, 1), facts)
+        arguments = training_arguments(settings, folder, self.steps, passes_of(settings, self._place.count), facts)
         watch = Watch(self.steps, settings, config.data.length, self._track)
         with quiet_transformers(), self._masked(model, lora), learning(student, config.loss):
             trainer = make_trainer(
                 model, self._windows(), teacher, lambda: watch.note(study.measure(student)), arguments, watch
             )
-            checkpoint, start = last_checkpoint(folder), time.perf_counter()
+            start, checkpoint = time.perf_counter(), last_checkpoint(folder) if self._place.main else None
+            checkpoint = self._place.gather(checkpoint)[0]  # the first process removes what a kill left unfinished
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             self.training_seconds = time.perf_counter() - start
             self.history = watch.history(trainer.state.log_history)

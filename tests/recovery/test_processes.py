@@ -1,0 +1,85 @@
+"""Recoveries from the command line, in one process and in two."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from structprune.cli.main import main
+from structprune.models.loading import load_model
+from structprune.recovery.folder import training_folder
+
+
+@pytest.fixture
+def command(pair, text_path):
+    """`command(out, *more)` -> arguments of a recovery of a moment."""
+    dense, small = pair()
+    keys = {
+        "data.length": 16, "data.held_out": 20, "data.noise": 2, "train.method": "full", "train.batch": 8,
+        "train.pass_windows": 2, "train.learning_rate": 2e-3, "train.evaluations": 2,
+    }  # fmt: skip
+    sets = [f"--set={key}={value}" for key, value in keys.items()]
+
+    def make(out, *more):
+        asking = ["recover", str(small), "--teacher", str(dense), "--out", str(out), "--data", str(text_path)]
+        return [*asking, "--device", "cpu", "--tokens", str(16 * 8 * 6), *sets, *more]
+
+    return make
+
+
+def figures(out):
+    return json.loads((out / "report.json").read_text(encoding="utf-8"))["recoveries"][0]
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_learns(command, tmp_path, capsys):
+    alone, both = tmp_path / "alone", tmp_path / "both"
+    assert main(command(alone)) == 0
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [*launch, "structprune", *command(both)], env=environment, capture_output=True, text=True, timeout=180
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    ours, theirs = figures(both), figures(alone)
+    assert ours["before"] == theirs["before"] and ours["tokens"] == theirs["tokens"]
+    for one, other in zip(ours["history"], theirs["history"], strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+    one, other = (load_model(out, device="cpu").state_dict() for out in (both, alone))
+    assert max((one[name] - other[name]).abs().max().item() for name in one) < 1e-4
+    moved = load_model(tmp_path / "llada-small", device="cpu").state_dict()
+    assert max((one[name] - moved[name]).abs().max().item() for name in one) > 1e-3
+    assert done.stdout.count("Wrote") == 1 and not training_folder(both).exists()
+
+
+@pytest.mark.slow
+def test_the_command_shows_a_table_and_what_it_wrote(command, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(command(out)) == 0
+    shown = capsys.readouterr()
+    assert "llada-small, 768 tokens" in shown.out and "divergence from the teacher" in shown.out
+    assert f"Wrote {out} (model, report.json, README.md)" in shown.out and not shown.err
+    assert torch.isfinite(torch.tensor(figures(out)["after"]["kl"]))
+
+
+@pytest.mark.parametrize(
+    "more, reason",
+    [
+        (["--set", "train.batch=7"], "train.batch = 7 windows cannot be dealt to 1 processes"),
+        (["--set", "train.methods=full"], "unknown config key 'train.methods'"),
+        (["--data", "missing.txt"], "no data text at 'missing.txt'"),
+        (["--tokens", "0"], "train.tokens = 0"),
+        (["--teacher", "nowhere"], "nowhere"),
+        (["--set", "data.length=65"], "data.length = 65 exceeds the 64 positions of 'llada-small'"),
+        (["--set", "data.held_out=5000"], "windows of 16 tokens, and 5000 are held out"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_written(command, tmp_path, capsys, more, reason):
+    out = tmp_path / "out"
+    assert main(command(out, *more)) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and reason in error
+    assert not list(tmp_path.glob("out*"))
