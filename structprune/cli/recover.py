@@ -1,11 +1,16 @@
 """`structprune recover`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from structprune.cli.options import Checkpoint, Debug, Device, MaskId, Out, Overwrite, Pickle, without_dots
+
+if TYPE_CHECKING:
+    from structprune.recovery.settings import RecoverConfig
+
+    Request = tuple[str, str, Path, RecoverConfig]  # checkpoint, teacher, output, configuration
 
 Teacher = Annotated[str, typer.Option(metavar="CHECKPOINT", help="The dense checkpoint that it was pruned from.")]
 Data = Annotated[
@@ -20,6 +25,9 @@ TeacherCache = Annotated[
         help="Directory for the teacher's predictions, written once: later runs on the same text need no dense passes.",
         show_default="none; the teacher predicts on the way",
     ),
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Only check, and predict steps and memory; no weights are read.")
 ]
 ConfigFile = Annotated[
     Path | None,
@@ -40,6 +48,7 @@ def recover(
     teacher_cache: TeacherCache = None,
     config: ConfigFile = None,
     sets: Sets = None,
+    dry_run: DryRun = False,
     device: Device = None,
     mask_id: MaskId = None,
     allow_pickle: Pickle = False,
@@ -47,15 +56,7 @@ def recover(
     debug: Debug = False,
 ) -> None:
     """Options with a name of their own override --set and --config."""
-    from rich.console import Console
-
-    from structprune.cli.console import progress_bars, show
-    from structprune.errors import Interrupted
-    from structprune.evaluation.workers import workers
-    from structprune.recovery.folder import training_folder
     from structprune.recovery.settings import RecoverConfig
-    from structprune.report.recover_table import recover_table
-    from structprune.runs.recover import recover as run
 
     named = {
         "data.source": data,
@@ -66,11 +67,40 @@ def recover(
     }
     overrides = RecoverConfig.parse(sets or []) | {key: value for key, value in named.items() if value is not None}
     settings = RecoverConfig.load(config, overrides)
+    if dry_run:
+        _show_plan((checkpoint, teacher, out, settings), overwrite, teacher_cache)
+    else:
+        _recover_and_show((checkpoint, teacher, out, settings), overwrite, teacher_cache)
+
+
+def _show_plan(request: "Request", overwrite: bool, teacher_cache: Path | None) -> None:
+    """What the training would take."""
+    from structprune.cli.console import show
+    from structprune.report.recover_table import plan_lines
+    from structprune.runs.recover import checked
+
+    show(*plan_lines(checked(*request, overwrite, teacher_cache=teacher_cache).plan()))
+
+
+def _recover_and_show(request: "Request", overwrite: bool, teacher_cache: Path | None) -> None:
+    """Progress goes to stderr, the table to stdout; of several processes, the first shows them.
+
+    Args:
+        request: the first arguments of `structprune.runs.recover.recover`.
+    """
+    from rich.console import Console
+
+    from structprune.cli.console import progress_bars, show
+    from structprune.errors import Interrupted
+    from structprune.evaluation.workers import workers
+    from structprune.recovery.folder import training_folder
+    from structprune.report.recover_table import recover_table
+    from structprune.runs.recover import recover as run
+
+    out = request[2]
     try:
         with workers(trains=True) as place, progress_bars(Console(stderr=True, quiet=not place.main)) as track:
-            recovered = run(
-                checkpoint, teacher, out, settings, overwrite, track, teacher_cache=teacher_cache, place=place
-            )
+            recovered = run(*request, overwrite, track, teacher_cache=teacher_cache, place=place)
     except KeyboardInterrupt as error:
         if not training_folder(out).exists():
             raise

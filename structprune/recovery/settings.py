@@ -34,7 +34,7 @@ class DataSettings(Section):
 
 class TeacherSettings(Section):
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Dtype of the dense model's weights in memory. Default: as the pruned model's."""
+    """Dtype of the dense model's weights in memory. Default: float32 on CPU, the checkpoint's own on an accelerator."""
     offload: bool = False
     """Keep the dense model in host memory; each layer is on the accelerator only while it computes."""
     top: int = Field(64, ge=1, le=100_000)

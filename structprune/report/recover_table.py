@@ -28,3 +28,18 @@ def recover_table(report: dict) -> Table:
         f"{report['held_out_windows']} held-out windows; {report['seconds']:.0f} s in all, {speed:.0f} tokens/s learnt"
     )
     return table
+
+
+def plan_lines(plan: dict) -> list[Table | str]:
+    """What a dry run predicts: steps and text, and a table of memory.
+
+    Args:
+        plan: of `structprune.runs.training.Recovery.plan`.
+    """
+    table = grid("predicted memory", "", "GB")
+    for name, size in plan["memory"].items():
+        table.add_row(name, f"{size / 1e9:.2f}", style="bold" if name == "peak" else None)
+    if plan["cache"]:
+        table.add_row("teacher's predictions, on disk", f"{plan['cache'] / 1e9:.2f}")
+    line = f"{plan['steps']:,} steps over {plan['tokens']:,} tokens, {plan['epochs']:.1f} times each window"
+    return [table, line, "Nothing was written."]

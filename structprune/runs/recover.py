@@ -56,17 +56,7 @@ def recover(
         UserError: anything the user can mend, before weights are read where it can be known then.
     """
     require_training()
-    ghosts = read_ghost(pruned, config.model), read_ghost(teacher, config.model)
-    check_pair(*ghosts)
-    for ghost in ghosts:
-        check_window(ghost, config.data.length)
-    passes_of(config.train, place.count)
-    check_teacher(config, teacher_cache)
-    with first_alone(place):
-        if place.main:
-            check_output(out, ghosts[0].directory, overwrite, ghosts[0].stored_bytes)
-            check_apart(out, ghosts[1].directory, overwrite)
-    recovery = Recovery(ghosts, config, track, teacher_cache, place)
+    recovery = checked(pruned, teacher, out, config, overwrite, track, teacher_cache=teacher_cache, place=place)
     folder = training_folder(out)
     with first_alone(place):
         if place.main:
@@ -77,6 +67,31 @@ def recover(
             save_finished(lambda path, replace: recovery.save(path, report, replace), out, overwrite)
             shutil.rmtree(folder)
     return Recovered(out, report)
+
+
+def checked(
+    pruned: str,
+    teacher: str,
+    out: Path,
+    config: RecoverConfig,
+    overwrite: bool = False,
+    track: Track = untracked,
+    *,
+    teacher_cache: Path | None = None,
+    place: Workers = ALONE,
+) -> Recovery:
+    """A recovery that can be run, or planned with; no weights are read. Arguments and errors as `recover`."""
+    ghosts = read_ghost(pruned, config.model), read_ghost(teacher, config.model)
+    check_pair(*ghosts)
+    for ghost in ghosts:
+        check_window(ghost, config.data.length)
+    passes_of(config.train, place.count)
+    check_teacher(config, teacher_cache)
+    with first_alone(place):
+        if place.main:
+            check_output(out, ghosts[0].directory, overwrite, ghosts[0].stored_bytes)
+            check_apart(out, ghosts[1].directory, overwrite)
+    return Recovery(ghosts, config, track, teacher_cache, place)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from structprune.bench.recovery_memory import recovery_memory
 from structprune.checkpoint.masked import save_masked
 from structprune.checkpoint.recovered import recovered_files
 from structprune.errors import UserError
@@ -22,7 +23,7 @@ from structprune.models.placement import pick_device, streamed
 from structprune.models.quiet import quiet_transformers
 from structprune.models.tokenizer import load_tokenizer
 from structprune.progress import Track
-from structprune.recovery.cache import CachedTeacher, write_cache
+from structprune.recovery.cache import CachedTeacher, cache_bytes, write_cache
 from structprune.recovery.folder import last_checkpoint
 from structprune.recovery.held_out import ALONE, Figures, HeldOutStudy
 from structprune.recovery.lora import add_adapters, merge
@@ -70,6 +71,28 @@ class Recovery:
         return {"student": student, "teacher": teacher, "text": self.text.digest, "config": config}
 
     @property
+    def dtypes(self) -> tuple[torch.dtype, torch.dtype]:
+        """Of both models' weights in memory; weights that are trained themselves are fp32 where nothing is said."""
+        ghosts, cpu = self._ghosts, self.device.type == "cpu"
+        own, theirs = (torch.float32 if cpu else ghost.stored for ghost in ghosts)
+        if self.config.train.method == "full":
+            own = torch.float32
+        return as_dtype(self.config.model.dtype) or own, as_dtype(self.config.teacher.dtype) or theirs
+
+    def plan(self) -> dict:
+        """What the training will take, from shapes alone, as plain data."""
+        student, teacher = (ghost.adapter for ghost in self._ghosts)
+        data, train = self.config.data, self.config.train
+        windows = self.steps * train.batch
+        return {
+            "steps": self.steps,
+            "tokens": windows * data.length,
+            "epochs": windows / len(self.text.windows),
+            "memory": recovery_memory(student, teacher, self.config, self.dtypes),
+            "cache": cache_bytes(windows, data.length, self.config.teacher.top) if self._cache else 0,
+        }
+
+    @property
     def goal(self) -> str:
         """The held-out figure that decides what is best: what is learnt."""
         return "kl" if self.config.loss.kl > 0 else "nelbo"
@@ -77,11 +100,9 @@ class Recovery:
     def run(self, folder: Path) -> dict:
         """Train, going on from what the folder holds; returns the report of it."""
         start, settings = time.perf_counter(), self.config.model
-        dtype = settings.dtype
         student_ghost, teacher_ghost = self._ghosts
-        self.student = load_model(student_ghost.directory, as_dtype(dtype), self.device, settings.mask_id)
-        own = str(self.student.dtype).removeprefix("torch.")
-        teacher_dtype = as_dtype(self.config.teacher.dtype or own)
+        own, teacher_dtype = self.dtypes
+        self.student = load_model(student_ghost.directory, own, self.device, settings.mask_id)
         offload = self.config.teacher.offload
         home = torch.device("cpu") if offload else self.device
         try:

@@ -1,0 +1,54 @@
+"""Predicted peak memory of a recovery, from the shapes of both models."""
+
+import torch
+
+from structprune.bench.memory import RUNTIME_BYTES
+from structprune.evaluation.fidelity import TOP
+from structprune.models.adapter import Adapter
+from structprune.models.logits import LOGIT_BYTES
+from structprune.recovery.settings import RecoverConfig
+from structprune.statistics.gradients import saved_bytes
+
+FLOAT = 4  # bytes of a gradient, and of each of AdamW's two moments
+OUTCOME = 8  # bytes of a kept prediction: a token and its log-probability
+
+
+def lora_numbers(student: Adapter, config: RecoverConfig) -> int:
+    """Numbers in the low-rank updates of a student."""
+    shapes = [
+        block[role].weight.shape for block in student.blocks for role in block.names if role in config.train.targets
+    ]
+    return sum(config.train.rank * (outputs + inputs) for outputs, inputs in shapes)
+
+
+def recovery_memory(
+    student: Adapter, teacher: Adapter, config: RecoverConfig, dtypes: tuple[torch.dtype, torch.dtype]
+) -> dict[str, int]:
+    """Bytes by part, and their sum where both models are on one device.
+
+    Args:
+        student, teacher: adapters of meta models. dtypes: of their weights in memory.
+    Returns:
+        `peak` leaves out what stays in host memory: the teacher with `teacher.offload`, but for one layer, and the
+        held-out predictions.
+    """
+    train, own = config.train, dtypes[0]
+    tokens = train.pass_windows * config.data.length
+    numbers, offered = (adapter.model.num_parameters() for adapter in (student, teacher))
+    layer = max(p.numel() for p in teacher.model.parameters())
+    dense = (layer if config.teacher.offload else offered) * dtypes[1].itemsize
+    # updates are held in fp32 themselves
+    learnt = numbers * 3 * FLOAT if train.method == "full" else lora_numbers(student, config) * 4 * FLOAT
+    blocks = [saved_bytes(block, own) for block in student.blocks]
+    once = len(blocks) * student.hidden_size * own.itemsize + max(blocks)
+    parts = {
+        "student weights": numbers * own.itemsize,
+        "teacher weights": dense if config.loss.kl > 0 else 0,
+        "gradients and optimiser": learnt,
+        "activations of a pass": tokens * (once if train.checkpointing else sum(blocks)),
+        "predictions of a pass": LOGIT_BYTES + tokens * teacher.hidden_size * dtypes[1].itemsize,
+    }
+    parts["peak"] = sum(parts.values()) + RUNTIME_BYTES
+    held_out = config.data.held_out * config.data.noise * config.data.length // 2  # masked tokens, on average
+    parts["held-out predictions, in host memory"] = held_out * (OUTCOME * TOP + FLOAT)
+    return parts
