@@ -12,14 +12,24 @@ Results = Annotated[
 ]
 
 
-def demo(out: Results = Path("structprune-demo"), overwrite: Overwrite = False, debug: Debug = False) -> None:
+Recover = Annotated[
+    bool, typer.Option("--recover", help="Also train the model pruned at 0.5 back, for about two minutes more.")
+]
+
+
+def demo(
+    out: Results = Path("structprune-demo"),
+    recover: Recover = False,
+    overwrite: Overwrite = False,
+    debug: Debug = False,
+) -> None:
     """Prune the small trained model that is part of the package. Takes about 2 minutes, without network or GPU."""
     from structprune.cli.console import progress_bars, show
     from structprune.report.demo_tables import demo_table
     from structprune.runs.demo import run_demo
 
     with progress_bars() as track:
-        result = run_demo(out, overwrite, track)
+        result = run_demo(out, overwrite, track, recover)
     example = next(path for path in result.paths if path.is_dir())
     show(
         demo_table(result.rows, result.dense),

@@ -23,10 +23,13 @@ from structprune.models.loading import load_model
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.tokenizer import load_tokenizer
 from structprune.progress import Track, untracked
-from structprune.report.demo_tables import OURS
+from structprune.recovery.settings import RecoverConfig
+from structprune.recovery.trainer import require_training
+from structprune.report.demo_tables import OURS, RECOVERED
 from structprune.report.plots import check_matplotlib, plot_nelbo
 from structprune.runs.pruned import Pruned
 from structprune.runs.pruner import Pruner
+from structprune.runs.recover import recover
 
 Saved = dict[tuple[str, float], Pruned]  # by method and ratio
 
@@ -37,6 +40,8 @@ OUTPUT_BYTES = 100_000_000  # of the saved models, at most
 SETTINGS = yaml.safe_load(demo_settings().read_text(encoding="utf-8"))
 BASE = SETTINGS["base"] | {"calibration.source": str(text_file("calibration.txt"))}
 METHODS = {OURS: {}} | SETTINGS["methods"]
+RECOVER = SETTINGS["recover"] | {"data.source": str(text_file("calibration.txt")), "model.device": "cpu"}
+RECOVERED_AT, RECOVERED_FOLDER = 0.5, "structprune-0.5-recovered"
 
 
 @dataclass(frozen=True)
@@ -72,15 +77,18 @@ class HeldOut:
         return (self.nelbo(model).nelbo - self.dense.nelbo).tolist()
 
 
-def run_demo(out: Path, overwrite: bool = False, track: Track = untracked) -> Demo:
+def run_demo(out: Path, overwrite: bool = False, track: Track = untracked, recovers: bool = False) -> Demo:
     """Prune the embedded model at `RATIOS` by every method, save it at `SAVED`, and plot NELBO against the ratio.
 
     Args:
         out: directory for the models, demo.json and nelbo.png; it appears complete or not at all.
+        recovers: also train ours at `RECOVERED_AT` back.
     Raises:
-        UserError: an output that cannot be written, or matplotlib is missing.
+        UserError: an output that cannot be written, or a library is missing.
     """
     check_matplotlib()
+    if recovers:
+        require_training()
     check_output(out, None, overwrite, OUTPUT_BYTES)
     start = time.perf_counter()
     model = load_model(model_directory(), device="cpu")
@@ -100,11 +108,14 @@ def run_demo(out: Path, overwrite: bool = False, track: Track = untracked) -> De
     }
     with output_draft(out, overwrite) as draft:
         _save_models(saved, rows, latency, draft)
+        if recovers:
+            rows.append(_recover(rows, held_out, draft, track))
         _plot(rows, held_out.dense, draft)
         run = {"seconds": time.perf_counter() - start, "peak_memory_bytes": peak_memory_bytes()}
         result = {"dense": dense, "rows": rows, "run": run, "machine": describe_machine()}
         (draft / "demo.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     paths = [out / _folder(*key) for key in saved if key[0] == OURS]
+    paths += [out / RECOVERED_FOLDER] * recovers
     return Demo(rows, dense, [*paths, out / "nelbo.png", out / "demo.json"])
 
 
@@ -160,10 +171,28 @@ def _save_models(saved: Saved, rows: list[dict], latency: dict[str, Latency], dr
         }
 
 
+def _recover(rows: list[dict], held_out: HeldOut, draft: Path, track: Track) -> dict:
+    """Train ours at `RECOVERED_AT` back on the calibration text, and save it; its row, which is as fast as before."""
+    config = RecoverConfig.load(overrides=RECOVER)
+    before = next(row for row in rows if (row["method"], row["ratio"]) == (OURS, RECOVERED_AT))
+    place, student = draft / RECOVERED_FOLDER, draft / _folder(OURS, RECOVERED_AT)
+    recovered = recover(str(student), str(model_directory()), place, config, track=track)
+    nelbo = held_out.nelbo(load_model(place, device="cpu"))
+    return before | {
+        "method": RECOVERED,
+        "nelbo": nelbo.mean,
+        "standard_error": nelbo.standard_error,
+        "loss": paired_difference(nelbo.nelbo, held_out.dense.nelbo),
+        "tokens": recovered.report["tokens"],
+        "seconds": recovered.report["seconds"],
+    }
+
+
 def _plot(rows: list[dict], dense: Nelbo, draft: Path) -> None:
     series = {
         method: [(row["ratio_met"], row["nelbo"], row["standard_error"]) for row in rows if row["method"] == method]
-        for method in METHODS
+        for method in (*METHODS, RECOVERED)
     }
+    series = {method: points for method, points in series.items() if points}
     title = "embedded model (4.8 M parameters), held-out text"
     plot_nelbo(series, (dense.mean, dense.standard_error), draft / "nelbo.png", title)

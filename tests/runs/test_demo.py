@@ -77,3 +77,20 @@ def test_the_default_recipe_finds_the_split_by_itself():
         assert pruned.report["held_out_nelbo"]["kept"] == "refit"
     assert losses[0.3] < 0.045 and losses[0.5] < 0.45
     assert heads[0.3] < heads[0.5] < 20  # the equal split would take 12 and 20 of 40
+
+
+@pytest.mark.slow
+def test_the_demo_can_train_its_model_back(small_demo, tmp_path, monkeypatch, capsys):
+    few = {"train.tokens": 16 * 128 * 4, "train.learning_rate": 1e-3, "train.evaluations": 1, "data.held_out": 8}
+    monkeypatch.setattr(demo, "RECOVER", demo.RECOVER | few)
+    out = tmp_path / "demo"
+    assert main(["demo", "--out", str(out), "--recover"]) == 0
+    rows = {(row["method"], row["ratio"]): row for row in json.loads((out / "demo.json").read_text())["rows"]}
+    before, after = rows[demo.OURS, 0.5], rows["trained back", 0.5]
+    assert after["tokens"] == 16 * 128 * 4 and after["loss"]["mean"] != before["loss"]["mean"]
+    assert all(after[key] == before[key] for key in ("parameters", "macs", "bytes", "latency_ms"))
+    report = json.loads((out / "structprune-0.5-recovered" / "report.json").read_text())
+    assert [each["student"] for each in report["recoveries"]] == ["structprune-0.5"]
+    assert not list(out.glob("*.training"))
+    shown = capsys.readouterr().out
+    assert "trained back" in shown and f"{out / 'structprune-0.5-recovered'}" in shown.replace("\n", "")
