@@ -1,10 +1,12 @@
 """The folder of a training's checkpoints, beside its output: whose it is, and where a killed run goes on."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 from structprune.errors import UserError
+from structprune.files import write_whole
 from structprune.models.checkpoint_files import read_json
 
 IDENTITY = "identity.json"  # in the folder: what its checkpoints were made of
@@ -18,24 +20,26 @@ def training_folder(out: Path) -> Path:
 def open_folder(out: Path, identity: dict, overwrite: bool) -> Path:
     """The folder of checkpoints, new or of the same training.
 
+    Args:
+        overwrite: forget another training that is there.
     Raises:
-        UserError: it belongs to another training.
+        UserError: it belongs to another training, or is no folder of one.
     """
-    folder = training_folder(out)
-    if overwrite and folder.exists() and not _is_of(folder, identity):
-        shutil.rmtree(folder)
-    if folder.exists() and not _is_of(folder, identity):
-        raise UserError(
-            f"'{folder}' holds another training: give the same checkpoints and settings, add --overwrite, or delete it"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / IDENTITY).write_text(json.dumps(identity, indent=1), encoding="utf-8")
-    return folder
-
-
-def _is_of(folder: Path, identity: dict) -> bool:
+    folder, identity = training_folder(out), json.loads(json.dumps(identity))
     path = folder / IDENTITY
-    return path.is_file() and read_json(path) == json.loads(json.dumps(identity))
+    if os.path.lexists(folder) and not (folder.is_dir() and (path.is_file() or not any(folder.iterdir()))):
+        raise UserError(
+            f"'{folder}', where the training would be kept, is something else: move it, or choose another --out"
+        )
+    if path.is_file() and read_json(path) != identity:
+        if not overwrite:
+            raise UserError(
+                f"'{folder}' holds another training: give the same checkpoints and settings, add --overwrite, or"
+                " delete it"
+            )
+        shutil.rmtree(folder)
+    write_whole(path, json.dumps(identity, indent=1).encode())
+    return folder
 
 
 def last_checkpoint(folder: Path) -> Path | None:

@@ -9,7 +9,7 @@ from structprune.config import Config
 from structprune.errors import UserError
 from structprune.masking.masks import Masks
 from structprune.models.loading import load_model
-from structprune.recovery.folder import last_checkpoint, training_folder
+from structprune.recovery.folder import last_checkpoint, open_folder, training_folder
 from structprune.runs import training as module
 from structprune.runs.checkpoints import mask_checkpoint
 from structprune.runs.recover import recover
@@ -118,6 +118,22 @@ def test_another_training_in_the_folder_is_refused(pair, recover_config, tmp_pat
     with pytest.raises(UserError, match=r"holds another training: .* add --overwrite, or delete it"):
         recover(str(small), str(dense), tmp_path / "out", recover_config())
     assert (folder / "identity.json").read_text() == "{}" and not (tmp_path / "out").exists()
+
+
+def test_overwrite_forgets_another_training_and_nothing_else(tmp_path):
+    folder = training_folder(tmp_path / "out")
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match=r"is something else: move it, or choose another --out"):
+            open_folder(tmp_path / "out", {"of": "this"}, overwrite)
+    (folder / "thesis.txt").unlink()
+    assert open_folder(tmp_path / "out", {"of": "that"}, False) == folder
+    (folder / "checkpoint-4").mkdir()
+    open_folder(tmp_path / "out", {"of": "that"}, True)
+    assert (folder / "checkpoint-4").exists()  # the same training goes on
+    open_folder(tmp_path / "out", {"of": "this"}, True)
+    assert [path.name for path in folder.iterdir()] == ["identity.json"]
 
 
 def test_models_that_do_not_belong_together_are_refused(pair, tiny_checkpoint, recover_config, tmp_path):

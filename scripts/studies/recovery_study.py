@@ -1,0 +1,150 @@
+"""What training back is worth on the embedded model: objectives, weights and what is trained, at equal tokens.
+
+Every variant trains the same pruned model of a seed and ratio on the package's calibration text, with the noise of one
+order, and is measured on held-out text under common noise: the loss of NELBO against dense, and what greedy generation
+keeps. Intervals are over seeds (see studies.py). An interrupted study continues where it stopped.
+
+    python -m scripts.studies.recovery_study --out scripts/results/recovery.json
+"""
+
+import sys
+import tempfile
+from functools import lru_cache, partial
+from pathlib import Path
+from statistics import fmean
+
+import torch
+from rich.table import Table
+
+from scripts.studies.checkpoint_texts import Continued
+from scripts.studies.fixed_heads import BASE, HEADS
+from scripts.studies.search_study import STREAMED
+from scripts.studies.studies import (
+    Study,
+    cell,
+    contrast_row,
+    held_out_text,
+    loss_row,
+    parse_options,
+    run_study,
+    study_parser,
+)
+from scripts.tools.script_line import check_counts, one_line
+from structprune.assets import model_directory, text_file
+from structprune.config import Config
+from structprune.models.loading import load_model
+from structprune.recovery.settings import RecoverConfig
+from structprune.runs.demo import HeldOut
+from structprune.runs.pruner import Pruner
+from structprune.runs.recover import recover
+
+RATIOS = ["0.5", "0.7"]
+TRAIN = {
+    "model.device": "cpu", "data.length": 128, "data.held_out": 32, "train.method": "full",
+    "train.learning_rate": 1e-3, "train.batch": 16, "train.pass_windows": 8, "train.evaluations": 4,
+}  # fmt: skip
+UNTRAINED, OURS = "not trained", "divergence"
+VARIANTS: dict[str, dict] = {
+    UNTRAINED: {},
+    OURS: {},
+    "cross-entropy": {"loss.kl": 0.0, "loss.cross_entropy": 1.0},
+    "both, half each": {"loss.kl": 0.5, "loss.cross_entropy": 0.5},
+    "divergence by 1 / p": {"loss.weighting": "nelbo"},
+    "moving target from 0.3": {"loss.teacher_share": 0.3},
+    "LoRA of rank 32": {"train.method": "lora", "train.rank": 32, "train.alpha": 64.0, "train.learning_rate": 3e-3},
+}
+CONTRASTS = [(OURS, UNTRAINED), *((name, OURS) for name in VARIANTS if name not in (UNTRAINED, OURS))]
+FIGURES = ("tokens_kept", "generated_nelbo", "seconds")
+TOKENS = 500_000  # that a training learns from
+
+
+@lru_cache(maxsize=1)
+def yardstick(seed: int, windows: int, length: int) -> tuple[HeldOut, Continued]:
+    """Held-out text of a seed, and the dense model's continuations of its openings."""
+    model = load_model(model_directory(), device="cpu")
+    held_out = held_out_text(model, seed, windows, length)
+    return held_out, Continued(model, held_out.ids, seed)
+
+
+@lru_cache(maxsize=len(RATIOS))
+def pruned_model(seed: int, ratio: str) -> tempfile.TemporaryDirectory:
+    """The embedded model, pruned by the recipe, in a folder that is removed with its last user."""
+    folder = tempfile.TemporaryDirectory()
+    keys = {"calibration.seed": seed, "structured.ratio": float(ratio), "structured.split": HEADS[ratio]}
+    model = load_model(model_directory(), device="cpu")
+    Pruner(model, Config.load(overrides=BASE | STREAMED | keys)).prune().save(Path(folder.name) / "pruned")
+    return folder
+
+
+def measure(name: str, seed: int, windows: int, length: int, tokens: int, threads: int) -> dict:
+    """One variant at one seed: for each ratio loss, what generation keeps, and how long the training took."""
+    torch.set_num_threads(threads)
+    held_out, continued = yardstick(seed, windows, length)
+    results = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for ratio in RATIOS:
+            checkpoint, seconds = Path(pruned_model(seed, ratio).name) / "pruned", 0.0
+            if name != UNTRAINED:
+                keys = TRAIN | {"data.seed": seed, "train.tokens": tokens} | VARIANTS[name]
+                keys |= {"data.source": str(text_file("calibration.txt"))}
+                out = Path(folder) / f"recovered-{ratio}"
+                done = recover(str(checkpoint), str(model_directory()), out, RecoverConfig.load(overrides=keys))
+                checkpoint, seconds = out, done.report["training_seconds"]
+            model = load_model(checkpoint, device="cpu")
+            results[ratio] = {"loss": held_out.loss(model), **continued.compare(model), "seconds": seconds}
+    dense = {"nelbo": held_out.dense.mean, "generated_nelbo": continued.dense_nelbo}
+    return {"variant": name, "seed": seed, "dense": dense, "ratios": results}
+
+
+def summarise(runs: dict, seeds: list[int]) -> dict:
+    """Mean losses and paired contrasts with 95% intervals over seeds, as plain data."""
+    rows, gaps = [], []
+    for ratio in RATIOS:
+        for name in VARIANTS:
+            results = [runs[name, seed]["ratios"][ratio] for seed in seeds]
+            lists = {key: [each[key] for each in results] for key in FIGURES}
+            rows.append({"variant": name, "ratio": ratio, **loss_row(runs, name, seeds, ratio), **lists})
+        for name, base in CONTRASTS:
+            gap = contrast_row(runs, (name, ratio), (base, ratio), seeds)
+            gaps.append({"variant": name, "against": base, "ratio": ratio, **gap})
+    return {"losses": rows, "contrasts": gaps, "dense": [runs[OURS, seed]["dense"] for seed in seeds]}
+
+
+def tables(result: dict) -> list[Table]:
+    """For each ratio what every variant loses and keeps."""
+    return [_table(result, ratio) for ratio in RATIOS]
+
+
+def _table(result: dict, ratio: str) -> Table:
+    table = Table(title=f"At {ratio}: loss of NELBO, nats per token [95% interval over seeds], and generation")
+    for title in ("variant", "loss", "tokens kept", "NELBO of generated", "seconds"):
+        table.add_column(title, justify="left" if title == "variant" else "right")
+    for row in (row for row in result["losses"] if row["ratio"] == ratio):
+        share, nelbo, seconds = (fmean(row[key]) for key in FIGURES)
+        table.add_row(row["variant"], cell(row), f"{100 * share:.1f} %", f"{nelbo:.2f}", f"{seconds:.0f}")
+    return table
+
+
+STUDY = Study(
+    "recovery_study", __doc__.splitlines()[0], "scripts/results/recovery.json", BASE | STREAMED, RATIOS, VARIANTS,
+    measure, summarise, tables, 130,
+)  # fmt: skip
+
+
+def run(arguments: list[str] | None) -> None:
+    """Run, resume or summarise the study."""
+    parser = study_parser(STUDY)
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="of a training (default %(default)s)")
+    parser.set_defaults(windows=96, jobs=1)
+    options = parse_options(parser, arguments)
+    check_counts(options, {"tokens"})
+    given = (options.windows, options.length, options.tokens)
+    run_study(STUDY, options, given, {"tokens": options.tokens, "train": TRAIN})
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return one_line(STUDY.name, partial(run, arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
