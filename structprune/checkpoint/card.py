@@ -6,6 +6,7 @@ from pathlib import Path
 import yaml
 
 from structprune.assets import card_template
+from structprune.checkpoint.lineage import in_words
 from structprune.models.families import family_named
 from structprune.report.tables import change, mask_choice, millions, plus_minus, shown_arm, whole_parts, workload
 
@@ -66,6 +67,8 @@ def _shared(report: dict, licence: dict, share: float) -> dict[str, str]:
     source = report["source"]
     return {
         "source": source,
+        "before": f"\n`{source}` was {in_words(steps)}." if (steps := report.get("lineage", [])) else "",
+        "first": "input" if steps else "dense",
         "base": f"base_model: {source}\n" if re.fullmatch(r"[\w.-]+/[\w.-]+", source) else "",
         "license": yaml.safe_dump(licence, sort_keys=False, allow_unicode=True, width=1000) if licence else "",
         "percent": f"{100 * share:.1f} %",

@@ -5,11 +5,11 @@ from functools import partial
 from pathlib import Path
 
 from structprune.assets import card_template
+from structprune.checkpoint.lineage import RECOVERIES
 from structprune.checkpoint.output import Content
 from structprune.models.checkpoint_files import read_json
 
 KEPT = ("plan.json", "calibration.safetensors", "masks.safetensors")  # of the input, as they are
-LINEAGE = "recoveries"  # in report.json, one after another
 
 
 def recovered_files(source: Path, report: dict) -> dict[str, Content]:
@@ -20,7 +20,7 @@ def recovered_files(source: Path, report: dict) -> dict[str, Content]:
     """
     files: dict[str, Content] = {name: partial(_copy, source / name) for name in KEPT if (source / name).is_file()}
     whole = read_json(source / "report.json") if (source / "report.json").is_file() else {}
-    files["report.json"] = whole | {LINEAGE: [*whole.get(LINEAGE, []), report]}
+    files["report.json"] = whole | {RECOVERIES: [*whole.get(RECOVERIES, []), report]}
     readme = source / "README.md"
     before = readme.read_text(encoding="utf-8").rstrip() + "\n\n" if readme.is_file() else ""
     files["README.md"] = before + recovered_card(report)

@@ -13,6 +13,7 @@ from structprune.bench.memory import peak_memory_bytes
 from structprune.calibration.batches import Calibration
 from structprune.checkpoint.export import export_class
 from structprune.checkpoint.licence import source_licence
+from structprune.checkpoint.lineage import earlier_steps
 from structprune.config import Config
 from structprune.masking.masks import Masks
 from structprune.models.adapter import UNIT_KINDS, Adapter, BlockView
@@ -42,6 +43,7 @@ def run_report(
         text = calibration.metadata | {"windows": calibration.windows, "length": calibration.length}
     return {
         "source": source.name,
+        "lineage": earlier_steps(source.directory),
         "license": source_licence(source.directory),
         "family": Adapter(model).family.name,
         "config": config.model_dump(mode="json"),

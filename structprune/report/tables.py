@@ -58,7 +58,7 @@ def _add_sizes(table: Table, result: dict, tokens: int) -> None:
 def run_table(report: dict, saved_bytes: tuple[int, int] | None = None) -> Table:
     """The closing table of a structured run: dense against pruned."""
     title = f"{report['source']}: {100 * report['ratio']:.1f} % of block projections removed"
-    table = _table(title, "", "dense", "pruned", "change")
+    table = _table(title, "", "input" if report.get("lineage") else "dense", "pruned", "change")
     _add_sizes(table, report, report["macs"]["tokens"])
     if saved_bytes:
         _add_change(table, "weights on disk", dict(zip(("before", "after"), saved_bytes, strict=True)), gigabytes)
