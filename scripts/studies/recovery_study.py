@@ -89,7 +89,7 @@ def measure(name: str, seed: int, windows: int, length: int, tokens: int, thread
                 keys |= {"data.source": str(text_file("calibration.txt"))}
                 out = Path(folder) / f"recovered-{ratio}"
                 done = recover(str(checkpoint), str(model_directory()), out, RecoverConfig.load(overrides=keys))
-                checkpoint, seconds = out, done.report["training_seconds"]
+                checkpoint, seconds = out, done.report["learnt"]["seconds"]
             model = load_model(checkpoint, device="cpu")
             results[ratio] = {"loss": held_out.loss(model), **continued.compare(model), "seconds": seconds}
     dense = {"nelbo": held_out.dense.mean, "generated_nelbo": continued.dense_nelbo}

@@ -43,7 +43,7 @@ def recovery_memory(
     once = len(blocks) * student.hidden_size * own.itemsize + max(blocks)
     parts = {
         "student weights": numbers * own.itemsize,
-        "teacher weights": dense if config.loss.kl > 0 else 0,
+        "teacher weights": dense,  # also where only the held-out text is measured with it
         "gradients and optimiser": learnt,
         "activations of a pass": tokens * (once if train.checkpointing else sum(blocks)),
         "predictions of a pass": LOGIT_BYTES + tokens * teacher.hidden_size * dtypes[1].itemsize,

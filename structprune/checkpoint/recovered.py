@@ -9,7 +9,7 @@ from structprune.checkpoint.lineage import RECOVERIES
 from structprune.checkpoint.output import Content
 from structprune.models.checkpoint_files import read_json
 
-KEPT = ("plan.json", "calibration.safetensors", "masks.safetensors")  # of the input, as they are
+CARRIED = ("plan.json", "calibration.safetensors", "masks.safetensors")  # of the input, as they are
 
 
 def recovered_files(source: Path, report: dict) -> dict[str, Content]:
@@ -18,7 +18,7 @@ def recovered_files(source: Path, report: dict) -> dict[str, Content]:
     Args:
         source: directory of the input. report: of this recovery.
     """
-    files: dict[str, Content] = {name: partial(_copy, source / name) for name in KEPT if (source / name).is_file()}
+    files: dict[str, Content] = {name: partial(_copy, source / name) for name in CARRIED if (source / name).is_file()}
     whole = read_json(source / "report.json") if (source / "report.json").is_file() else {}
     files["report.json"] = whole | {RECOVERIES: [*whole.get(RECOVERIES, []), report]}
     readme = source / "README.md"
@@ -49,6 +49,7 @@ def recovered_card(report: dict) -> str:
         text=report["text"],
         windows=report["held_out_windows"],
         rows="\n".join(rows),
+        last="after" if report["kept"] == "trained" else "trained, not written",
         kept="" if report["kept"] == "trained" else "\n**No gain: the weights are those of the input.**\n",
     )
 

@@ -13,7 +13,7 @@ Results = Annotated[
 
 
 Recover = Annotated[
-    bool, typer.Option("--recover", help="Also train the model pruned at 0.5 back, for about two minutes more.")
+    bool, typer.Option("--recover", help="Also train the model pruned at 0.5 back on the package's own text.")
 ]
 
 

@@ -102,7 +102,7 @@ def _recover_and_show(request: "Request", overwrite: bool, teacher_cache: Path |
         with workers(trains=True) as place, progress_bars(Console(stderr=True, quiet=not place.main)) as track:
             recovered = run(*request, overwrite, track, teacher_cache=teacher_cache, place=place)
     except KeyboardInterrupt as error:
-        if not training_folder(out).exists():
+        if not any(training_folder(out).glob("checkpoint-*")):
             raise
         raise Interrupted(f"what is learnt is kept in {training_folder(out)}: the same command goes on") from error
     if not place.main:

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import default_collate
 
 from structprune.errors import UserError
-from structprune.files import whole_file
+from structprune.files import full_disk_errors, whole_file, write_whole
 from structprune.models.checkpoint_files import read_json
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.progress import Track, untracked
@@ -47,13 +47,14 @@ def write_cache(
     chunks = range(0, len(windows), CHUNK)
     for start in track(chunks, "teacher's predictions"):
         path = _chunk_path(directory, start)
-        if path.exists():
-            continue
+        if path.exists() and len(_chunk(directory, start)[0]) > min(CHUNK, len(windows) - start):
+            continue  # it has all of them; a shorter training may have written fewer
         parts = [_kept(teacher, model, windows, index, top) for index in range(start, min(start + CHUNK, len(windows)))]
         counts = np.array([len(tokens) for tokens, _ in parts])
         tokens, log_p = (np.concatenate([part[side] for part in parts]) for side in (0, 1))
-        with whole_file(path) as draft, open(draft, "wb") as file:
+        with full_disk_errors(path), whole_file(path) as draft, open(draft, "wb") as file:
             np.savez(file, counts=counts, tokens=tokens, log_p=log_p)
+        _chunk.cache_clear()
 
 
 def open_cache(directory: Path, identity: dict) -> None:
@@ -72,7 +73,7 @@ def open_cache(directory: Path, identity: dict) -> None:
         if directory.exists() and any(directory.iterdir()):
             raise UserError(f"'{directory}' is no cache of predictions: choose an empty place for --teacher-cache")
         directory.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(identity, indent=1), encoding="utf-8")
+        write_whole(path, json.dumps(identity, indent=1).encode())
 
 
 def _kept(

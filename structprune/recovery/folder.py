@@ -5,11 +5,15 @@ import os
 import shutil
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+
 from structprune.errors import UserError
 from structprune.files import write_whole
 from structprune.models.checkpoint_files import read_json
 
 IDENTITY = "identity.json"  # in the folder: what its checkpoints were made of
+LOGS = "runs"  # in the folder: what loggers write there
+NEEDED = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "*.safetensors", "rng_state*.pth")  # of a checkpoint
 
 
 def training_folder(out: Path) -> Path:
@@ -18,40 +22,68 @@ def training_folder(out: Path) -> Path:
 
 
 def open_folder(out: Path, identity: dict, overwrite: bool) -> Path:
-    """The folder of checkpoints, new or of the same training.
+    """The folder of checkpoints, new or of the same training; one without a checkpoint is anyone's.
 
     Args:
-        overwrite: forget another training that is there.
+        overwrite: forget an earlier training.
     Raises:
         UserError: it belongs to another training, or is no folder of one.
     """
     folder, identity = training_folder(out), json.loads(json.dumps(identity))
-    path = folder / IDENTITY
-    if os.path.lexists(folder) and not (folder.is_dir() and (path.is_file() or not any(folder.iterdir()))):
+    if os.path.lexists(folder) and not is_training(folder):
         raise UserError(
             f"'{folder}', where the training would be kept, is something else: move it, or choose another --out"
         )
-    if path.is_file() and read_json(path) != identity:
-        if not overwrite:
-            raise UserError(
-                f"'{folder}' holds another training: give the same checkpoints and settings, add --overwrite, or"
-                " delete it"
-            )
+    if folder.exists() and (overwrite or not any(folder.glob("checkpoint-*"))):
         shutil.rmtree(folder)
-    write_whole(path, json.dumps(identity, indent=1).encode())
+    path = folder / IDENTITY
+    if not folder.exists():
+        write_whole(path, json.dumps(identity, indent=1).encode())
+    elif read_identity(path) != identity:
+        raise UserError(
+            f"'{folder}' holds another training: give the same checkpoints and settings, add --overwrite, or delete it"
+        )
     return folder
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The last whole checkpoint of a training; what a kill left unfinished is removed.
+def is_training(folder: Path) -> bool:
+    """Whether a directory holds nothing but what a training of ours leaves there."""
+    if not folder.is_dir() or folder.is_symlink():
+        return False
+    names = {path.name for path in folder.iterdir()}
+    others = {name for name in names if name not in (IDENTITY, LOGS) and not name.startswith(("checkpoint-", "."))}
+    return not others and (IDENTITY in names or not names)
 
-    The Trainer writes its own state last, so a checkpoint that has it is whole.
-    """
+
+def read_identity(path: Path) -> dict | None:
+    """The identity of a folder; None where it cannot be read."""
+    try:
+        return read_json(path)
+    except (OSError, UserError):
+        return None
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The last whole checkpoint of a training; what a kill left unfinished, or what is damaged, is removed."""
     whole = []
     for path in folder.glob("checkpoint-*"):
-        try:
-            state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-            whole.append((state["global_step"], path))
-        except (OSError, ValueError, KeyError):
+        if (step := finished_step(path)) is not None:
+            whole.append((step, path))
+        elif path.is_dir():
             shutil.rmtree(path)
+        else:
+            path.unlink()
     return max(whole)[1] if whole else None
+
+
+def finished_step(checkpoint: Path) -> int | None:
+    """The step of a checkpoint that has all its files and readable weights; None of another one."""
+    if not all(any(checkpoint.glob(name)) for name in NEEDED):
+        return None
+    try:
+        for weights in checkpoint.glob("*.safetensors"):
+            with safe_open(weights, framework="pt"):
+                pass
+        return json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+    except (OSError, ValueError, KeyError, SafetensorError):
+        return None

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from structprune.models.adapter import Adapter
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.quiet import quiet_transformers
 from structprune.recovery.settings import TrainSettings
@@ -21,8 +22,10 @@ def add_adapters(student: DiffusionLM, settings: TrainSettings, seed: int) -> An
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(seed)
-    names = {name for block in student.blocks for role, name in block.roles.items() if role in settings.targets}
-    config = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=sorted(names))  # type: ignore[arg-type]
+    # whole names: LLaDA calls the head as it calls a projection
+    chosen = {id(block[role]) for block in Adapter(student).blocks for role in block.names if role in settings.targets}
+    names = [name for name, module in student.named_modules() if id(module) in chosen]
+    config = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=names)  # type: ignore[arg-type]
     with quiet_transformers():
         return get_peft_model(student, config)  # type: ignore[arg-type]
 

@@ -75,16 +75,3 @@ def token_weights(p: torch.Tensor, weighting: Weighting, least: float) -> torch.
 def cross_entropy(log_q: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Nats of the clean tokens: (m, V), (m,) int64 -> (m,)."""
     return F.nll_loss(log_q, labels, reduction="none")
-
-
-def output_error(student: torch.Tensor, teacher: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Squared error of a block's output relative to the teacher's mean square, weighted by position: a scalar.
-
-    The residual stream keeps its width under pruning, so both have the same shape.
-
-    Args:
-        student, teacher: (B, T, C). weight: (B, T), not all 0.
-    """
-    error = (student.float() - teacher.float()).pow(2).mean(-1)  # (B, T)
-    power = teacher.float().pow(2).mean(-1)  # (B, T)
-    return (error * weight).sum() / (power * weight).sum().clamp(min=torch.finfo(power.dtype).tiny)

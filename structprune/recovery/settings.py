@@ -1,8 +1,9 @@
 """Every choice of a recovery."""
 
-from typing import Annotated, Literal, get_args
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from structprune.config import ModelSettings
 from structprune.config.sections import Section, Sections
@@ -58,6 +59,10 @@ class LossSettings(Section):
     noisy_share: float = Field(0.0, ge=0, le=1)
     """How much of that share is lost where all is masked, less and less over training."""
 
+    def goal(self, figures: Mapping[str, float]) -> float:
+        """The held-out figure that decides what is best: what is learnt, in nats per token."""
+        return self.kl * figures["kl"] + self.cross_entropy * figures["nelbo"]
+
 
 class TrainSettings(Section):
     method: Literal["lora", "full"] = "lora"
@@ -93,7 +98,13 @@ class TrainSettings(Section):
     patience: int | None = Field(None, ge=1)
     """Stop after so many evaluations without a gain. Default: never."""
     report_to: tuple[Annotated[str, Field(min_length=1)], ...] = ()
-    """Loggers of transformers, such as tensorboard or wandb."""
+    """Loggers of transformers, such as tensorboard or wandb. TensorBoard's files stay in OUT.runs."""
+
+    @field_validator("targets", "report_to", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        """A single text stands for a list of it."""
+        return (value,) if isinstance(value, str) else value
 
 
 class RecoverConfig(Sections):

@@ -14,6 +14,7 @@ import torch
 from structprune.calibration.text import Conversation, Document, join_texts, read_texts, render
 from structprune.calibration.windows import cut_windows, tokenize_corpus
 from structprune.errors import UserError
+from structprune.files import first_line
 from structprune.models.tokenizer import render_chat
 from structprune.recovery.settings import DataSettings
 
@@ -118,7 +119,7 @@ def answer_tokens(
             f"the tokenizer names no end-of-text token to fill answers with: set {SECTION}.answers_only=false"
         )
     ids = torch.cat((ids, torch.full((filling,), end_id or 0)))  # (T,)
-    return ids, torch.cat((learnt[: settings.length], torch.full((filling,), bool(spans))))
+    return ids, torch.cat((learnt[: settings.length], torch.full((filling,), conversation[-1]["role"] == "assistant")))
 
 
 def _answer_spans(conversation: Conversation, text: str, tokenizer: Any) -> Iterator[tuple[int, int]]:
@@ -126,8 +127,14 @@ def _answer_spans(conversation: Conversation, text: str, tokenizer: Any) -> Iter
     for index, turn in enumerate(conversation):
         if turn["role"] != "assistant":
             continue
-        before = render_chat(tokenizer, conversation[:index], add_generation_prompt=True) if index else ""
-        through = render_chat(tokenizer, conversation[: index + 1])
+        try:
+            before = render_chat(tokenizer, conversation[:index], add_generation_prompt=True) if index else ""
+            through = render_chat(tokenizer, conversation[: index + 1])
+        except Exception as error:  # templates are programs: jinja raises what they raise
+            raise UserError(
+                f"the chat template refuses the first turns of a conversation alone ({first_line(error)}): set"
+                f" {SECTION}.answers_only = false"
+            ) from error
         if not (text.startswith(before) and text.startswith(through)):
             raise UserError(
                 f"the chat template writes earlier turns anew for each answer: set {SECTION}.answers_only = false"

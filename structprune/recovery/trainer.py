@@ -11,6 +11,8 @@ from structprune.errors import UserError
 from structprune.recovery.settings import TrainSettings
 from structprune.recovery.student import masked_tokens
 
+LOGGED = 100  # lines of a logger, about
+
 
 def require_training() -> None:
     """Raise UserError where a library that training needs is not installed."""
@@ -42,7 +44,12 @@ def passes_of(settings: TrainSettings, processes: int) -> int:
 
 
 def make_trainer(
-    model: Any, windows: Dataset, teacher: Any, held_out: Callable[[], dict[str, float]], arguments: Any, watch: Any
+    model: Any,
+    windows: Dataset,
+    teacher: Any,
+    held_out: Callable[[], dict[str, float]],
+    arguments: Any,
+    callbacks: list,
 ) -> Any:
     """A Trainer of a student whose forward pass is its loss (`student.learning`).
 
@@ -51,7 +58,7 @@ def make_trainer(
         windows: `NoisyWindows`; learnt in their order.
         teacher: `predict(noisy_ids, masked, items)` -> Predictions; None where only the text is learnt.
         held_out: measures the student on held-out text.
-        arguments: TrainingArguments. watch: a TrainerCallback.
+        arguments: TrainingArguments. callbacks: TrainerCallbacks.
     """
     from transformers import PrinterCallback, Trainer
 
@@ -76,9 +83,7 @@ def make_trainer(
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)
             return figures
 
-    trainer = RecoveryTrainer(
-        model=model, args=arguments, train_dataset=windows, eval_dataset=windows, callbacks=[watch]
-    )
+    trainer = RecoveryTrainer(model, arguments, train_dataset=windows, eval_dataset=windows, callbacks=callbacks)
     trainer.remove_callback(PrinterCallback)  # it prints every figure; the progress bar has the last ones
     trainer.model_accepts_loss_kwargs = False  # each pass is a mean, which a step's passes divide among them
     return trainer
@@ -90,7 +95,7 @@ def training_arguments(settings: TrainSettings, folder: Path, steps: int, passes
     Args:
         folder: of checkpoints; a killed run goes on from the last one there.
         steps: optimiser steps. passes: forward passes of a step.
-        facts: `seed`, `cpu` (compute there), `bf16`, `goal` (the held-out figure that decides what is best).
+        facts: `seed`, `cpu` (compute there), `bf16`.
     """
     from transformers import TrainingArguments
 
@@ -115,15 +120,18 @@ def training_arguments(settings: TrainSettings, folder: Path, steps: int, passes
         "save_steps": every,
         "save_total_limit": 1,
         "load_best_model_at_end": True,
-        "metric_for_best_model": facts["goal"],
+        "metric_for_best_model": "goal",
         "greater_is_better": False,
-        "logging_steps": every,
+        "logging_steps": max(1, steps // LOGGED),
         "report_to": list(settings.report_to) or "none",
         "disable_tqdm": True,
         "remove_unused_columns": False,
         "ddp_find_unused_parameters": False,
     }
-    return TrainingArguments(**values)
+    arguments = TrainingArguments(**values)
+    if arguments.n_gpu > 1:  # of one process: several GPUs would make another training of it
+        arguments._n_gpu = 1
+    return arguments
 
 
 def _checkpointing(arguments: Any) -> str:

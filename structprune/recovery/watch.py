@@ -6,26 +6,28 @@ from transformers import TrainerCallback
 
 from structprune.progress import Track
 from structprune.recovery.held_out import Figures
-from structprune.recovery.settings import TrainSettings
+from structprune.recovery.settings import RecoverConfig
 
 
 class Watch(TrainerCallback):
     """A callback of the Trainer.
 
     Args:
-        steps: of the whole training. length: tokens in a window.
+        steps: of the whole training.
     """
 
-    def __init__(self, steps: int, settings: TrainSettings, length: int, track: Track):
+    def __init__(self, steps: int, config: RecoverConfig, track: Track):
         self._shown: list[float] = []
-        self._steps, self._track, self._tokens = steps, track, settings.batch * length
+        self._steps, self._track, self._goal = steps, track, config.loss.goal
+        self._tokens = config.train.batch * config.data.length  # of a step
+        self.first = 0  # the step that this run goes on from
         self._bar: Iterator | None = None
 
     def note(self, figures: Figures) -> dict[str, float]:
         """Show held-out figures; returns them for the Trainer, which keeps the best checkpoint by one of them."""
         means = figures.means()
         self._shown.append(means["kl"])
-        return means
+        return means | {"goal": self._goal(means)}
 
     def history(self, log: list[dict]) -> list[dict]:
         """The held-out figures of the Trainer's log, which a killed run keeps, by tokens learnt."""
@@ -37,6 +39,7 @@ class Watch(TrainerCallback):
         ]
 
     def on_train_begin(self, args, state, control, **_):
+        self.first = state.global_step
         self._bar = iter(self._track(range(self._steps), self._title))
         for _step in range(state.global_step + 1):  # those of an earlier run, and the first one, which begins
             next(self._bar, None)

@@ -23,7 +23,9 @@ def recover_table(report: dict) -> Table:
         cells = [form.format(report[side][key]) for side in ("teacher_figures", "before", "after")]
         change = report["change"].get(key)
         table.add_row(name, *cells, f"{change['mean']:+.4f} ± {change['standard_error']:.4f}" if change else "")
-    speed = report["tokens"] / report["training_seconds"] if report["training_seconds"] else 0
+    learnt = report["learnt"]
+    share = 1 - learnt["resumed_at"] / learnt["steps"]  # of the tokens, in this run's seconds
+    speed = share * report["tokens"] / learnt["seconds"]
     table.caption = (
         f"{report['held_out_windows']} held-out windows; {report['seconds']:.0f} s in all, {speed:.0f} tokens/s learnt"
     )

@@ -6,13 +6,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from structprune.checkpoint.output import check_apart, check_output, save_finished
+from structprune.checkpoint.atomic import free_place
+from structprune.checkpoint.output import check_apart, check_output, check_place, save_finished
 from structprune.errors import UserError
 from structprune.evaluation.workers import Workers
 from structprune.progress import Track, untracked
-from structprune.recovery.folder import open_folder, training_folder
+from structprune.recovery.checks import check_settings
+from structprune.recovery.folder import LOGS, open_folder, training_folder
 from structprune.recovery.held_out import ALONE
-from structprune.recovery.settings import RecoverConfig, TeacherSettings
+from structprune.recovery.settings import RecoverConfig
 from structprune.recovery.trainer import passes_of, require_training
 from structprune.runs.ghost import Ghost, read_ghost
 from structprune.runs.training import Recovery
@@ -65,6 +67,8 @@ def recover(
     with first_alone(place):
         if place.main:
             save_finished(lambda path, replace: recovery.save(path, report, replace), out, overwrite)
+            if (folder / LOGS).exists():  # of TensorBoard; they outlive the training
+                shutil.move(folder / LOGS, free_place(out.absolute().with_name(f"{out.name}.{LOGS}")))
             shutil.rmtree(folder)
     return Recovered(out, report)
 
@@ -86,11 +90,10 @@ def checked(
     for ghost in ghosts:
         check_window(ghost, config.data.length)
     passes_of(config.train, place.count)
-    check_teacher(config, teacher_cache)
+    check_settings(config, teacher_cache)
     with first_alone(place):
         if place.main:
-            check_output(out, ghosts[0].directory, overwrite, ghosts[0].stored_bytes)
-            check_apart(out, ghosts[1].directory, overwrite)
+            check_places(out, ghosts, overwrite, teacher_cache)
     return Recovery(ghosts, config, track, teacher_cache, place)
 
 
@@ -107,6 +110,25 @@ def first_alone(place: Workers) -> Iterator[None]:
     except UserError as error:
         problem = error
     place.agree(problem)
+
+
+def check_places(out: Path, ghosts: tuple[Ghost, Ghost], overwrite: bool, cache: Path | None) -> None:
+    """Raise UserError where output, training folder, cache and both checkpoints cannot lie where they are asked to."""
+    student, teacher = (ghost.directory for ghost in ghosts)
+    check_output(out, student, overwrite, ghosts[0].stored_bytes)
+    places = [out, training_folder(out), *([] if cache is None else [cache])]
+    for place in places:
+        for checkpoint in (student, teacher):
+            check_apart(place, checkpoint, overwrite=True)
+    if cache is None:
+        return
+    check_place(cache)
+    if cache.exists() and not cache.is_dir():
+        raise UserError(f"--teacher-cache {cache} is a file: give a directory")
+    one = cache.resolve()
+    for other in (place.resolve() for place in places[:2]):
+        if one == other or one in other.parents or other in one.parents:
+            raise UserError(f"--teacher-cache {cache} and '{other}' lie in each other: give them places of their own")
 
 
 def check_pair(student: Ghost, teacher: Ghost) -> None:
@@ -130,22 +152,3 @@ def check_window(ghost: Ghost, length: int) -> None:
     longest = getattr(ghost.model.config, ghost.adapter.family.keys["positions"])
     if length > longest:
         raise UserError(f"data.length = {length} exceeds the {longest} positions of '{ghost.name}': lower it")
-
-
-def check_teacher(config: RecoverConfig, cache: Path | None) -> None:
-    """Raise UserError for settings of a teacher that contradict each other."""
-    loss, teacher = config.loss, config.teacher
-    if loss.kl == loss.cross_entropy == 0:
-        raise UserError("loss.kl and loss.cross_entropy are both 0: nothing would be learnt, so set one of them")
-    if cache is None:
-        if teacher.top != TeacherSettings().top:
-            raise UserError(
-                f"teacher.top = {teacher.top} has no effect without --teacher-cache: leave it out, or add that"
-            )
-    elif loss.kl == 0:
-        raise UserError(f"--teacher-cache {cache} has no effect with loss.kl = 0: leave it out")
-    elif loss.temperature != 1:
-        raise UserError(
-            f"--teacher-cache {cache} keeps predictions at temperature 1: leave it out, or loss.temperature ="
-            f" {loss.temperature:g}"
-        )

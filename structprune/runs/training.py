@@ -4,10 +4,12 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import EarlyStoppingCallback
 
 from structprune.bench.recovery_memory import recovery_memory
 from structprune.checkpoint.masked import save_masked
@@ -24,6 +26,7 @@ from structprune.models.quiet import quiet_transformers
 from structprune.models.tokenizer import load_tokenizer
 from structprune.progress import Track
 from structprune.recovery.cache import CachedTeacher, cache_bytes, write_cache
+from structprune.recovery.checks import check_device
 from structprune.recovery.folder import last_checkpoint
 from structprune.recovery.held_out import ALONE, Figures, HeldOutStudy
 from structprune.recovery.lora import add_adapters, merge
@@ -36,6 +39,12 @@ from structprune.recovery.watch import Watch
 from structprune.recovery.windows import NoisyWindows
 from structprune.runs.ghost import Ghost
 
+INDIFFERENT: Any = {  # settings that another run of the same training may change
+    "model": {"device", "allow_pickle"},
+    "data": {"source"},
+    "teacher": {"offload"},
+    "train": {"pass_windows", "checkpointing", "report_to"},
+}
 REMEDY = "lower train.pass_windows or data.length, or set train.checkpointing = true or teacher.offload = true"
 
 
@@ -56,18 +65,18 @@ class Recovery:
     ):
         self.config, self._track, self._ghosts, self._cache, self._place = config, track, ghosts, cache, place
         self.device = pick_device(config.model.device or place.device)
-        if config.teacher.offload and self.device.type == "cpu":
-            raise UserError("teacher.offload = true has no effect on a CPU: leave it out, or compute on an accelerator")
+        check_device(config, self.device, launched=place.count > 1)
         settings = config.train
         self.steps = steps_of(settings, config.data.length)
         tokenizer = load_tokenizer(ghosts[0].directory)
         self.text: RecoveryText = read_recovery_text(config.data, tokenizer, settings.tokens)
 
-    @property
+    @cached_property
     def identity(self) -> dict:
-        """What decides the training, as plain data without paths."""
-        student, teacher = (fingerprint(ghost.directory) for ghost in self._ghosts)
-        config = self.config.model_dump(mode="json", exclude={"model": {"device"}, "data": {"source"}})
+        """What decides the training, as plain data without paths; what only decides memory or speed may change."""
+        allow = self.config.model.allow_pickle
+        student, teacher = (fingerprint(ghost.directory, allow) for ghost in self._ghosts)
+        config = self.config.model_dump(mode="json", exclude=INDIFFERENT)
         return {"student": student, "teacher": teacher, "text": self.text.digest, "config": config}
 
     @property
@@ -92,34 +101,40 @@ class Recovery:
             "cache": cache_bytes(windows, data.length, self.config.teacher.top) if self._cache else 0,
         }
 
-    @property
-    def goal(self) -> str:
-        """The held-out figure that decides what is best: what is learnt."""
-        return "kl" if self.config.loss.kl > 0 else "nelbo"
-
     def run(self, folder: Path) -> dict:
         """Train, going on from what the folder holds; returns the report of it."""
-        start, settings = time.perf_counter(), self.config.model
-        student_ghost, teacher_ghost = self._ghosts
-        own, teacher_dtype = self.dtypes
-        self.student = load_model(student_ghost.directory, own, self.device, settings.mask_id)
-        offload = self.config.teacher.offload
-        home = torch.device("cpu") if offload else self.device
+        start = time.perf_counter()
+        self.student = self._load(0, self.device)
         try:
-            dense = load_model(teacher_ghost.directory, teacher_dtype, home, settings.mask_id)
-            with streamed(dense, self.device if offload else None):
-                study = HeldOutStudy(dense, self.text, self.config.data.noise, self.config.data.seed, self._place)
-                before = study.measure(self.student)
-                teacher = self._teacher(dense)
-                if not isinstance(teacher, LiveTeacher):
-                    del dense  # what it predicts is on disk
-                self._train(folder, teacher, study)
+            study, before = self._measure_and_train(folder)
         except torch.OutOfMemoryError as error:
             raise UserError(f"the training does not fit the memory of {self.device}: {REMEDY}") from error
+        round_to(self.student, self._ghosts[0].stored)  # so that what is measured is what is written
         after = study.measure(self.student)
-        gains = getattr(after, self.goal).mean() < getattr(before, self.goal).mean()
-        self.kept = "trained" if gains else "input"
+        goal = self.config.loss.goal
+        self.kept = "trained" if goal(after.means()) < goal(before.means()) else "input"
         return self._report((study, before, after), time.perf_counter() - start)
+
+    def _load(self, index: int, device: torch.device) -> DiffusionLM:
+        """The student (0) or the teacher (1)."""
+        settings = self.config.model
+        directory, dtype = self._ghosts[index].directory, self.dtypes[index]
+        return load_model(directory, dtype, device, settings.mask_id, settings.allow_pickle)
+
+    def _measure_and_train(self, folder: Path) -> tuple[HeldOutStudy, Figures]:
+        """The held-out text, and the student's figures on it before it was trained."""
+        config, offload = self.config, self.config.teacher.offload
+        dense = self._load(1, torch.device("cpu") if offload else self.device)
+        with streamed(dense, self.device if offload else None):
+            study = HeldOutStudy(dense, self.text, config.data.noise, config.data.seed, self._place)
+            before = study.measure(self.student)
+            teacher = self._teacher(dense)
+            if isinstance(teacher, LiveTeacher):
+                self._train(folder, teacher, study)
+        if not isinstance(teacher, LiveTeacher):
+            del dense  # what it predicts is on disk, or not asked for
+            self._train(folder, teacher, study)
+        return study, before
 
     def _windows(self) -> NoisyWindows:
         """What is learnt, in its order."""
@@ -137,9 +152,13 @@ class Recovery:
             return LiveTeacher(dense)
         identity = {key: self.identity[key] for key in ("teacher", "text")}
         identity |= {"seed": self.config.data.seed, "top": self.config.teacher.top, "dtype": str(dense.dtype)}
-        if self._place.main:
-            write_cache(self._cache, identity, dense, self._windows(), self.config.teacher.top, self._track)
-        self._place.wait()
+        problem = None
+        try:
+            if self._place.main:
+                write_cache(self._cache, identity, dense, self._windows(), self.config.teacher.top, self._track)
+        except UserError as error:
+            problem = error
+        self._place.agree(problem)
         return CachedTeacher(self._cache, self.device)
 
     def _train(self, folder: Path, teacher: LiveTeacher | CachedTeacher | None, study: HeldOutStudy) -> None:
@@ -150,17 +169,20 @@ class Recovery:
         lora = settings.method == "lora"
         student.requires_grad_(not lora)
         model = add_adapters(student, settings, seed) if lora else student
-        facts = {"seed": seed % 2**32, "cpu": self.device.type == "cpu", "bf16": self._bf16(), "goal": self.goal}
+        facts = {"seed": seed % 2**32, "cpu": self.device.type == "cpu", "bf16": self._bf16()}
         arguments = training_arguments(settings, folder, self.steps, passes_of(settings, self._place.count), facts)
-        watch = Watch(self.steps, settings, config.data.length, self._track)
+        watch = Watch(self.steps, config, self._track)
+        callbacks = [watch] if settings.patience is None else [watch, EarlyStoppingCallback(settings.patience)]
         with quiet_transformers(), self._masked(model, lora), learning(student, config.loss):
             trainer = make_trainer(
-                model, self._windows(), teacher, lambda: watch.note(study.measure(student)), arguments, watch
+                model, self._windows(), teacher, lambda: watch.note(study.measure(student)), arguments, callbacks
             )
             start, checkpoint = time.perf_counter(), last_checkpoint(folder) if self._place.main else None
             checkpoint = self._place.gather(checkpoint)[0]  # the first process removes what a kill left unfinished
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            self.training_seconds = time.perf_counter() - start
+            self.learnt = {
+                "seconds": time.perf_counter() - start, "steps": trainer.state.global_step, "resumed_at": watch.first,
+            }  # fmt: skip
             self.history = watch.history(trainer.state.log_history)
         if lora:
             self._merge(model)
@@ -204,7 +226,8 @@ class Recovery:
             "teacher": teacher.name,
             "text": Path(source).name if Path(source).suffix else source,
             "windows": len(self.text.windows),
-            "tokens": self.steps * self.config.train.batch * self.config.data.length,
+            "tokens": self.learnt["steps"] * self.config.train.batch * self.config.data.length,
+            "learnt": self.learnt,
             "held_out_windows": len(self.text.held_out),
             "config": self.config.model_dump(mode="json", exclude={"data": {"source"}}),
             "teacher_figures": study.teacher.means(),
@@ -214,7 +237,6 @@ class Recovery:
             "kept": self.kept,
             "history": self.history,
             "seconds": seconds,
-            "training_seconds": self.training_seconds,
         }
 
     def save(self, directory: Path, report: dict, overwrite: bool) -> Path:
@@ -223,6 +245,13 @@ class Recovery:
         changed = list(dict(self.student.named_parameters())) if self.kept == "trained" else []
         files = recovered_files(source, report)
         return save_masked(self.student, directory, changed=changed, files=files, overwrite=overwrite)
+
+
+@torch.no_grad()
+def round_to(model: DiffusionLM, dtype: torch.dtype) -> None:
+    """Give all weights values that `dtype` holds, in place; their own dtype stays."""
+    for parameter in model.parameters():
+        parameter.copy_(parameter.to(dtype))
 
 
 def paired(before: Figures, after: Figures) -> dict[str, dict[str, float]]:

@@ -45,7 +45,6 @@ def test_what_lowers_it(tiny_model):
     assert again["activations of a pass"] == 2 * 16 * (3 * 32 * 4 + block)
     offloaded = predict(student, teacher, train__method="full", teacher__offload=True)
     assert offloaded["teacher weights"] == 2 * 2048 * 32 < whole["teacher weights"]  # the embedding is the largest
-    assert predict(student, teacher, loss__kl=0, loss__cross_entropy=1)["teacher weights"] == 0
 
 
 def test_numbers_of_low_rank_updates(tiny_model):

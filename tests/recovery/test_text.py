@@ -75,6 +75,21 @@ def test_only_answers_are_learnt_and_the_end_after_the_last(tokenizer):
     assert filling[-1] and learnt[filling].all()
 
 
+def test_an_end_after_the_users_turn_is_not_an_answer(tokenizer):
+    turns = [{"role": "assistant", "content": "So."}, {"role": "user", "content": "And?"}]
+    ids, learnt = answer_tokens(turns, settings("x.jsonl", length=40), tokenizer)
+    assert (ids == 3).any() and not learnt[ids == 3].any() and learnt.any()
+
+
+def test_a_template_that_refuses_the_first_turns_is_one_line(tokenizer):
+    tokenizer.chat_template = "{{ raise_exception('two turns, please') if messages | length < 2 }}" + TEMPLATE
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "assistant", "content": "So."}]
+    with pytest.raises(
+        UserError, match=r"refuses the first turns of a conversation alone .* data.answers_only = false"
+    ):
+        answer_tokens(turns, settings("x.jsonl"), tokenizer)
+
+
 def test_conversations_become_windows(tmp_path, tokenizer):
     path = conversations(tmp_path / "chat.jsonl")
     text = read_recovery_text(settings(path, length=48), tokenizer, tokens=48 * 5)

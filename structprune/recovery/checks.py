@@ -1,0 +1,75 @@
+"""Settings of a recovery that contradict each other, leave each other without effect, or cannot be met here."""
+
+from pathlib import Path
+
+import torch
+
+from structprune.config.effects import refuse_idle
+from structprune.errors import UserError, nearest
+from structprune.recovery.settings import RecoverConfig
+
+
+def check_settings(config: RecoverConfig, cache: Path | None) -> None:
+    """Raise UserError for choices that contradict each other or have no effect.
+
+    Args:
+        cache: of the teacher's predictions, where one is named.
+    """
+    loss, train = config.loss, config.train
+    if loss.kl == loss.cross_entropy == 0:
+        raise UserError("loss.kl and loss.cross_entropy are both 0: nothing would be learnt, so set one of them")
+    if cache is not None and loss.kl == 0:
+        raise UserError(f"--teacher-cache {cache} has no effect with loss.kl = 0: leave it out")
+    if cache is not None and loss.temperature != 1:
+        raise UserError(
+            f"--teacher-cache {cache} keeps predictions at temperature 1: leave it out, or loss.temperature ="
+            f" {loss.temperature:g}"
+        )
+    refuse_idle(
+        config,
+        [
+            ("train", ("rank", "alpha", "targets"), train.method == "full", "train.method = lora"),
+            ("loss", ("least_rate",), loss.weighting != "nelbo", "loss.weighting = nelbo"),
+            ("loss", ("temperature", "teacher_share", "noisy_share"), loss.kl == 0, "loss.kl above 0"),
+            ("teacher", ("top",), cache is None, "--teacher-cache"),
+        ],
+    )
+    step = train.batch * config.data.length
+    if train.tokens < step:
+        raise UserError(
+            f"train.tokens = {train.tokens} is less than a step of train.batch x data.length = {step} tokens: raise it,"
+            " or lower those"
+        )
+    check_loggers(train.report_to)
+
+
+def check_loggers(names: tuple[str, ...]) -> None:
+    """Raise UserError for loggers that transformers does not know, or whose library is not installed."""
+    if not names:
+        return
+    from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            close = nearest(name, list(INTEGRATION_TO_CALLBACK))
+            choices = "" if close else f": choose from {', '.join(sorted(INTEGRATION_TO_CALLBACK))}"
+            raise UserError(f"train.report_to names an unknown logger '{name}'{close}{choices}")
+        if name not in get_available_reporting_integrations():
+            raise UserError(
+                f"train.report_to = {name} needs its library, which is not installed: install it, or leave it out"
+            )
+
+
+def check_device(config: RecoverConfig, device: torch.device, launched: bool) -> None:
+    """Raise UserError for a device that a training cannot be put on.
+
+    Args:
+        launched: whether a launcher chose the device of this process.
+    """
+    if config.teacher.offload and device.type == "cpu":
+        raise UserError("teacher.offload = true has no effect on a CPU: leave it out, or compute on an accelerator")
+    if not launched and device.index:
+        raise UserError(
+            f"a training takes the first GPU that it sees, not '{device}': give cuda, and CUDA_VISIBLE_DEVICES ="
+            f" {device.index} before the command"
+        )

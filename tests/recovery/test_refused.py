@@ -1,0 +1,98 @@
+"""The cache of a teacher's predictions, and what a recovery refuses before anything is written."""
+
+import pytest
+
+from structprune.errors import UserError
+from structprune.runs.recover import recover
+
+
+def test_models_that_do_not_belong_together_are_refused(pair, tiny_checkpoint, recover_config, tmp_path):
+    _, small = pair()
+    other, wide = tiny_checkpoint("dream"), tiny_checkpoint("llada", name="wide", embedding_size=2100)
+    for teacher, reason in ((other, "family llada and the teacher 'dream-tiny' dream"), (wide, "vocabulary 2048 and")):
+        with pytest.raises(UserError, match=reason):
+            recover(str(small), str(teacher), tmp_path / "out", recover_config())
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_batch_that_cannot_be_dealt_is_refused(pair, recover_config, tmp_path):
+    dense, small = pair()
+    with pytest.raises(UserError, match=r"train.batch = 10 windows .* train.pass_windows = 4: make it a multiple of 4"):
+        recover(str(small), str(dense), tmp_path / "out", recover_config(train__batch=10))
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.slow
+def test_a_cache_of_the_teacher_is_written_once_and_replayed(pair, recover_config, tmp_path, monkeypatch):
+    """With all tokens kept, the training is that beside a live teacher, up to rounding."""
+    dense, small = pair()
+    config, cache = recover_config(teacher__top=2048, train__tokens=16 * 8 * 4), tmp_path / "cache"
+    live = recover(str(small), str(dense), tmp_path / "live", recover_config(train__tokens=16 * 8 * 4))
+    cached = recover(str(small), str(dense), tmp_path / "cached", config, teacher_cache=cache)
+    assert cached.report["after"]["kl"] == pytest.approx(live.report["after"]["kl"], rel=1e-3)
+    files = {path.name: path.stat().st_mtime_ns for path in cache.iterdir()}
+    assert set(files) == {"identity.json", "windows-00000000.npz"}
+    monkeypatch.setattr("structprune.recovery.cache._kept", lambda *_: pytest.fail("predicted again"))
+    again = recover(str(small), str(dense), tmp_path / "again", config, teacher_cache=cache)
+    assert {path.name: path.stat().st_mtime_ns for path in cache.iterdir()} == files
+    assert again.report["after"] == cached.report["after"]
+
+
+@pytest.mark.slow
+def test_a_longer_training_completes_a_cache(pair, recover_config, tmp_path):
+    dense, small = pair()
+    cache = tmp_path / "cache"
+    for steps in (2, 4):  # the text is short, so that both learn from the same windows
+        config = recover_config(
+            train__tokens=16 * 8 * steps, data__held_out=4, data__source=str(tmp_path / "short.txt")
+        )
+        (tmp_path / "short.txt").write_text("One sentence of some length, for windows of tokens. " * 20)
+        report = recover(str(small), str(dense), tmp_path / f"out-{steps}", config, teacher_cache=cache).report
+        assert report["learnt"]["steps"] == steps
+
+
+@pytest.mark.parametrize("name", ["out", "out.training", "out/inside", "llada-small/cache", "file"])
+def test_a_cache_in_a_place_of_something_else_is_refused(pair, recover_config, tmp_path, name):
+    dense, small = pair()
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="lie in each other|lies inside the input|is a file|holds the input"):
+        recover(str(small), str(dense), tmp_path / "out", recover_config(), teacher_cache=tmp_path / name)
+    assert not list(tmp_path.glob("out*")) and not (small / "cache").exists()
+
+
+def test_a_cache_of_something_else_is_refused(pair, recover_config, tmp_path):
+    dense, small = pair()
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    (cache / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"is no cache of predictions: choose an empty place for --teacher-cache"):
+        recover(str(small), str(dense), tmp_path / "out", recover_config(), teacher_cache=cache)
+    (cache / "notes.txt").rename(tmp_path / "notes.txt")
+    (cache / "identity.json").write_text("{}")
+    with pytest.raises(UserError, match=r"holds predictions of another teacher, text or setting"):
+        recover(str(small), str(dense), tmp_path / "out", recover_config(), teacher_cache=cache)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "keys, cache, reason",
+    [
+        ({"loss__kl": 0}, False, "nothing would be learnt"),
+        ({"loss__kl": 0, "loss__cross_entropy": 1}, True, "has no effect with loss.kl = 0"),
+        ({"loss__temperature": 2}, True, "keeps predictions at temperature 1"),
+        ({"teacher__top": 8}, False, "teacher.top = 8 has no effect without --teacher-cache"),
+        ({"teacher__offload": True}, False, "teacher.offload = true has no effect on a CPU"),
+        ({"train__rank": 8}, False, "train.rank = 8 has no effect without train.method = lora"),
+        ({"loss__least_rate": 0.1}, False, "loss.least_rate = 0.1 has no effect without loss.weighting = nelbo"),
+        ({"loss__kl": 0, "loss__cross_entropy": 1, "loss__temperature": 2}, False, "without loss.kl above 0"),
+        ({"train__tokens": 100}, False, "train.tokens = 100 is less than a step of .* = 128 tokens"),
+        ({"train__report_to": "tensorbord"}, False, "unknown logger 'tensorbord' .did you mean 'tensorboard'"),
+        ({"train__targets": "quary"}, False, "train.targets"),
+    ],
+)
+def test_contradictions_are_refused_before_anything_is_written(pair, recover_config, tmp_path, keys, cache, reason):
+    dense, small = pair()
+    place = tmp_path / "cache" if cache else None
+    with pytest.raises(UserError, match=reason):
+        recover(str(small), str(dense), tmp_path / "out", recover_config(**keys), teacher_cache=place)
+    assert not list(tmp_path.glob("out*")) and not (tmp_path / "cache").exists()
