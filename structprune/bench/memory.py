@@ -63,7 +63,7 @@ def predicted_peak(dense: Adapter, pruned: Adapter, request: StructuredRequest, 
     files = {"temporary files": stream * streams if stream > budget else 0}
     phases = {
         f"scoring ({request.settings.score})": _scoring_bytes(dense, request, size, dtype, at_once),
-        "refit": _refit_bytes(dense, pruned, request, size, at_once) if refits else 0,
+        "refit": _refit_bytes(dense, pruned, request, size, at_once, dtype) if refits else 0,
         "held-out check": at_once + _check_bytes(pruned, request, dtype, size.once // dtype.itemsize),
     }
     if request.config.search.enabled:  # beside the ranking's model; at the end there are two pruned ones
@@ -148,17 +148,22 @@ def _scoring_bytes(dense: Adapter, request: StructuredRequest, size: Tokens, dty
 
 
 def _gradient_bytes(dense: Adapter, request: StructuredRequest, dtype: torch.dtype) -> int:
-    """fp32 sums and the widest new gradient; what blocks hold for the backward pass, or their inputs, one block's and
-    its gradients where they are computed again; and the slice of logits."""
+    """fp32 sums and the widest new gradient, beside a backward pass."""
     linears = [value for block in dense.blocks for value in block_tensors(block).values()]
     sums = 4 * sum(value.numel() for value in linears) + dtype.itemsize * max(value.numel() for value in linears)
+    return sums + _backward_bytes(dense, request, dtype)
+
+
+def _backward_bytes(dense: Adapter, request: StructuredRequest, dtype: torch.dtype) -> int:
+    """What blocks hold for the backward pass, or their inputs, one block's and its gradients where they are computed
+    again; and the slice of logits."""
     tokens = Tokens.of(request).once
     held = [tokens * saved_bytes(block, dtype) for block in dense.blocks]
     if recomputes(dense.blocks, tokens, dtype, request.resources.budget):
         live = (len(held) + 1) * tokens * dense.hidden_size * dtype.itemsize + 2 * max(held)
     else:
         live = sum(held) + max(held)
-    return sums + live + LOGIT_BYTES
+    return live + LOGIT_BYTES
 
 
 def _inversion_bytes(adapter: Adapter, width: int) -> int:
@@ -166,7 +171,9 @@ def _inversion_bytes(adapter: Adapter, width: int) -> int:
     return 24 * width * width + 16 * width * adapter.hidden_size
 
 
-def _refit_bytes(dense: Adapter, pruned: Adapter, request: StructuredRequest, size: Tokens, at_once: int) -> int:
+def _refit_bytes(
+    dense: Adapter, pruned: Adapter, request: StructuredRequest, size: Tokens, at_once: int, dtype: torch.dtype
+) -> int:
     """The larger of what a consumer needs, fp32 products of fit and held-out rows, a pass or a solve, and its input;
     and what producers need, where they are refitted. Beside either, held targets."""
     settings, text = request.settings, request.calibration
@@ -185,7 +192,10 @@ def _refit_bytes(dense: Adapter, pruned: Adapter, request: StructuredRequest, si
     solve = 16 * remaining * remaining + 40 * remaining * outputs
     consumer = 8 * remaining * (remaining + outputs) + max(at_once, solve) + one
     producers = _producer_bytes(side, at_once) if request.reconstruct.producers else 0
-    return max(consumer, producers) + targets + split
+    walked = max(consumer, producers) + targets + split
+    if request.reconstruct.weighting != "gradient":
+        return walked
+    return max(walked, _backward_bytes(dense, request, dtype))  # before the walk
 
 
 def _producer_bytes(side: Adapter, at_once: int) -> int:

@@ -76,6 +76,19 @@ def last_checkpoint(folder: Path) -> Path | None:
     return max(whole)[1] if whole else None
 
 
+def adopt(checkpoint: Path, windows: int) -> None:
+    """Let a training go on from a checkpoint with other windows in a pass, of which transformers may read the old
+    number there.
+
+    Args:
+        windows: in a pass of a process.
+    """
+    path = checkpoint / "trainer_state.json"
+    state = json.loads(path.read_text(encoding="utf-8"))
+    if state.get("train_batch_size") not in (None, windows):
+        write_whole(path, json.dumps(state | {"train_batch_size": windows}, indent=2).encode())
+
+
 def finished_step(checkpoint: Path) -> int | None:
     """The step of a checkpoint that has all its files and readable weights; None of another one."""
     if not all(any(checkpoint.glob(name)) for name in NEEDED):

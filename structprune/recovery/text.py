@@ -108,18 +108,19 @@ def answer_tokens(
     spans = list(_answer_spans(conversation, text, tokenizer))
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     starts = torch.tensor([start for start, _ in encoded["offset_mapping"]])  # (M,) characters
-    ids = torch.tensor(encoded["input_ids"])[: settings.length]  # (M',)
+    ids = torch.tensor(encoded["input_ids"], dtype=torch.long)[: settings.length]  # (M',)
     learnt = torch.zeros(len(starts), dtype=torch.bool)  # (M,)
     for start, end in spans:
         learnt |= (starts >= start) & (starts < end)
     filling = settings.length - len(ids)
+    answered = conversation[-1]["role"] == "assistant"
     end_id = tokenizer.eos_token_id
     if filling and end_id is None:
         raise UserError(
             f"the tokenizer names no end-of-text token to fill answers with: set {SECTION}.answers_only=false"
         )
     ids = torch.cat((ids, torch.full((filling,), end_id or 0)))  # (T,)
-    return ids, torch.cat((learnt[: settings.length], torch.full((filling,), conversation[-1]["role"] == "assistant")))
+    return ids, torch.cat((learnt[: settings.length], torch.full((filling,), answered)))
 
 
 def _answer_spans(conversation: Conversation, text: str, tokenizer: Any) -> Iterator[tuple[int, int]]:

@@ -38,10 +38,8 @@ def resolve_structured(config: Config, model: DiffusionLM, dry_run: bool = False
     settings = config.structured
     arm = resolve_arm(settings.score, settings.arm)
     resources = resolve_resources(config.model, config.memory, dry_run)
-    if resources.offload and SCORES[settings.score].needs == "gradients":
-        raise UserError(
-            f"score '{settings.score}' needs a backward pass, which memory.offload does not do: turn one of them off"
-        )
+    if resources.offload and (learner := _backward_user(config)):
+        raise UserError(f"{learner} needs a backward pass, which memory.offload does not do: turn one of them off")
     sizes = open_blocks(Adapter(model), settings)
     by_latency = config.search.budget == "latency"  # the run finds the ratio
     check_choice(sizes, settings.model_copy(update={"ratio": 0.0}) if by_latency else settings)
@@ -52,6 +50,14 @@ def resolve_structured(config: Config, model: DiffusionLM, dry_run: bool = False
     check_levels(config)
     check_latency_length(config, model)
     return StructuredRequest(config=config, arm=arm, resources=resources, score=SCORES[settings.score], sizes=sizes)
+
+
+def _backward_user(config: Config) -> str | None:
+    """What of a structured run needs gradients."""
+    if SCORES[config.structured.score].needs == "gradients":
+        return f"score '{config.structured.score}'"
+    weighs = config.reconstruct.enabled and config.reconstruct.weighting == "gradient"
+    return "reconstruct.weighting = gradient" if weighs else None
 
 
 def at_ratio(request: StructuredRequest, ratio: float | None) -> StructuredRequest:

@@ -27,7 +27,7 @@ from structprune.models.tokenizer import load_tokenizer
 from structprune.progress import Track
 from structprune.recovery.cache import CachedTeacher, cache_bytes, write_cache
 from structprune.recovery.checks import check_device
-from structprune.recovery.folder import last_checkpoint
+from structprune.recovery.folder import adopt, last_checkpoint
 from structprune.recovery.held_out import ALONE, Figures, HeldOutStudy
 from structprune.recovery.lora import add_adapters, merge
 from structprune.recovery.settings import RecoverConfig
@@ -77,7 +77,8 @@ class Recovery:
         allow = self.config.model.allow_pickle
         student, teacher = (fingerprint(ghost.directory, allow) for ghost in self._ghosts)
         config = self.config.model_dump(mode="json", exclude=INDIFFERENT)
-        return {"student": student, "teacher": teacher, "text": self.text.digest, "config": config}
+        text = {"text": self.text.digest, "cached": self._cache is not None}  # a cache has the likeliest tokens only
+        return {"student": student, "teacher": teacher, **text, "config": config}
 
     @property
     def dtypes(self) -> tuple[torch.dtype, torch.dtype]:
@@ -178,6 +179,8 @@ class Recovery:
                 model, self._windows(), teacher, lambda: watch.note(study.measure(student)), arguments, callbacks
             )
             start, checkpoint = time.perf_counter(), last_checkpoint(folder) if self._place.main else None
+            if checkpoint is not None:
+                adopt(checkpoint, settings.pass_windows)
             checkpoint = self._place.gather(checkpoint)[0]  # the first process removes what a kill left unfinished
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             self.learnt = {

@@ -11,7 +11,7 @@ from structprune.config import Config, ExportSettings
 from structprune.errors import UserError
 from structprune.masking.masks import Masks
 from structprune.models.loading import load_model
-from structprune.recovery.folder import last_checkpoint, open_folder, training_folder
+from structprune.recovery.folder import adopt, last_checkpoint, open_folder, training_folder
 from structprune.recovery.held_out import HeldOutStudy
 from structprune.runs import training as module
 from structprune.runs.checkpoints import mask_checkpoint
@@ -87,6 +87,34 @@ def test_a_killed_training_goes_on_to_the_same_weights(pair, recover_config, tmp
     assert again["history"] == report["history"]
     ours, theirs = weights(cut), weights(whole)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.slow
+def test_a_killed_training_goes_on_with_other_windows_in_a_pass(pair, recover_config, tmp_path, monkeypatch):
+    """As many windows make a step, so that the weights are the same but for rounding."""
+    dense, small = pair()
+    whole = recover(str(small), str(dense), tmp_path / "whole", recover_config()).report
+
+    class Mortal(module.Watch):
+        def on_step_end(self, args, state, control, **kwargs):
+            super().on_step_end(args, state, control, **kwargs)
+            if state.global_step == 6:
+                raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(module, "Watch", Mortal)
+        recover(str(small), str(dense), tmp_path / "cut", recover_config())
+    report = recover(str(small), str(dense), tmp_path / "cut", recover_config(train__pass_windows=2)).report
+    assert (report["learnt"]["resumed_at"], report["learnt"]["steps"]) == (4, 12)
+    for ours, theirs in zip(report["history"], whole["history"], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_a_checkpoint_is_read_with_the_windows_of_this_run(tmp_path):
+    path = tmp_path / "trainer_state.json"
+    path.write_text(json.dumps({"global_step": 4, "train_batch_size": 4}))
+    adopt(tmp_path, 2)
+    assert json.loads(path.read_text()) == {"global_step": 4, "train_batch_size": 2}
 
 
 def test_an_unfinished_or_damaged_checkpoint_is_removed(tmp_path):

@@ -81,6 +81,11 @@ def test_an_end_after_the_users_turn_is_not_an_answer(tokenizer):
     assert (ids == 3).any() and not learnt[ids == 3].any() and learnt.any()
 
 
+def test_a_conversation_without_turns_is_refused(tokenizer):
+    with pytest.raises(UserError, match="the chat template refuses a conversation of the data text"):
+        answer_tokens([], settings("x.jsonl"), tokenizer)
+
+
 def test_a_template_that_refuses_the_first_turns_is_one_line(tokenizer):
     tokenizer.chat_template = "{{ raise_exception('two turns, please') if messages | length < 2 }}" + TEMPLATE
     turns = [{"role": "system", "content": "Be brief."}, {"role": "assistant", "content": "So."}]

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from structprune.bench.memory import predicted_peak
 from structprune.calibration.batches import Calibration
 from structprune.config import Config, ReconstructSettings, SinkSettings
 from structprune.errors import UserError
@@ -157,6 +158,25 @@ def test_a_calibration_without_mask_probabilities_is_refused_first(tiny_model, c
 def test_certainty_needs_no_mask_probabilities(tiny_model, calibration):
     scan = scan_of(tiny_model(), replace(calibration, mask_probability=None).fit)
     assert importance(scan, scan_rows(scan, "masked"), "certainty")[None].shape == (12, LENGTH)
+
+
+def test_offloaded_weights_have_no_gradients(tiny_model, cpu_accelerator):
+    config = Config.load(overrides={"reconstruct.weighting": "gradient", "memory.offload": True})
+    with pytest.raises(
+        UserError, match=r"reconstruct.weighting = gradient needs a backward pass, which memory.offload"
+    ):
+        resolve_structured(config, tiny_model())
+
+
+def test_the_dry_run_counts_a_backward_pass(tiny_model):
+    model = tiny_model()
+    peaks = []
+    for name in ("uniform", "certainty", "gradient"):
+        # targets that are computed again leave the pass as the largest part
+        keys = {"reconstruct.weighting": name, "memory.budget_gb": 1e-6, "calibration.length": 64}
+        request = resolve_structured(Config.load(overrides=keys), model)
+        peaks.append(predicted_peak(Adapter(model), Adapter(model), request, torch.float32)["refit"])
+    assert peaks[0] == peaks[1] < peaks[2] and peaks[2] > logits.LOGIT_BYTES
 
 
 def test_clean_text_has_no_predictions_to_weigh(tiny_model):
