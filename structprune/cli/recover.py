@@ -10,7 +10,7 @@ from structprune.cli.options import Checkpoint, Debug, Device, MaskId, Out, Over
 if TYPE_CHECKING:
     from structprune.recovery.settings import RecoverConfig
 
-    Request = tuple[str, str, Path, RecoverConfig]  # checkpoint, teacher, output, configuration
+    Request = tuple[str, str, Path, RecoverConfig, bool]  # checkpoint, teacher, output, configuration, overwrite
 
 Teacher = Annotated[str, typer.Option(metavar="CHECKPOINT", help="The dense checkpoint that it was pruned from.")]
 Data = Annotated[
@@ -61,6 +61,7 @@ def recover(
     named = {
         "data.source": data,
         "train.tokens": tokens,
+        "teacher.cache": None if teacher_cache is None else str(teacher_cache),
         "model.device": device,
         "model.mask_id": mask_id,
         "model.allow_pickle": allow_pickle or None,
@@ -68,21 +69,21 @@ def recover(
     overrides = RecoverConfig.parse(sets or []) | {key: value for key, value in named.items() if value is not None}
     settings = RecoverConfig.load(config, overrides)
     if dry_run:
-        _show_plan((checkpoint, teacher, out, settings), overwrite, teacher_cache)
+        _show_plan((checkpoint, teacher, out, settings, overwrite))
     else:
-        _recover_and_show((checkpoint, teacher, out, settings), overwrite, teacher_cache)
+        _recover_and_show((checkpoint, teacher, out, settings, overwrite))
 
 
-def _show_plan(request: "Request", overwrite: bool, teacher_cache: Path | None) -> None:
+def _show_plan(request: "Request") -> None:
     """What the training would take."""
     from structprune.cli.console import show
     from structprune.report.recover_table import plan_lines
     from structprune.runs.recover import checked
 
-    show(*plan_lines(checked(*request, overwrite, teacher_cache=teacher_cache).plan()))
+    show(*plan_lines(checked(*request).plan()))
 
 
-def _recover_and_show(request: "Request", overwrite: bool, teacher_cache: Path | None) -> None:
+def _recover_and_show(request: "Request") -> None:
     """Progress goes to stderr, the table to stdout; of several processes, the first shows them.
 
     Args:
@@ -95,12 +96,13 @@ def _recover_and_show(request: "Request", overwrite: bool, teacher_cache: Path |
     from structprune.evaluation.workers import workers
     from structprune.recovery.folder import training_folder
     from structprune.report.recover_table import recover_table
+    from structprune.runs.evaluate import Session
     from structprune.runs.recover import recover as run
 
     out = request[2]
     try:
         with workers(trains=True) as place, progress_bars(Console(stderr=True, quiet=not place.main)) as track:
-            recovered = run(*request, overwrite, track, teacher_cache=teacher_cache, place=place)
+            recovered = run(*request, Session(track, place))
     except KeyboardInterrupt as error:
         if not any(training_folder(out).glob("checkpoint-*")):
             raise

@@ -43,6 +43,20 @@ class Workers:
         if messages[0] is not None:
             raise problem or UserError(messages[0])
 
+    def first(self, work: Callable[[], object]) -> None:
+        """Work of the first process, for whose end the others wait.
+
+        Raises:
+            UserError: in all processes, what was raised in the first one.
+        """
+        problem = None
+        if self.main:
+            try:
+                work()
+            except UserError as error:
+                problem = error
+        self.agree(problem)
+
     def share(self, work: Callable[[Sequence[Input]], Sequence[Output]], inputs: Sequence[Input]) -> list[Output]:
         """`work` on all inputs, the same in every process: each works on its own, and all get the outputs, in order.
 

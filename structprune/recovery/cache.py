@@ -66,12 +66,12 @@ def open_cache(directory: Path, identity: dict) -> None:
     path, identity = directory / IDENTITY, json.loads(json.dumps(identity))
     if path.is_file() and read_json(path) != identity:
         raise UserError(
-            f"'{directory}' holds predictions of another teacher, text or setting: choose another --teacher-cache,"
-            " or delete it"
+            f"'{directory}' holds predictions of another teacher, text or setting: set another teacher.cache, or"
+            " delete it"
         )
     if not path.is_file():
         if directory.exists() and any(directory.iterdir()):
-            raise UserError(f"'{directory}' is no cache of predictions: choose an empty place for --teacher-cache")
+            raise UserError(f"'{directory}' is no cache of predictions: set teacher.cache to an empty place")
         directory.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(identity, indent=1).encode())
 

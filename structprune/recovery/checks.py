@@ -1,7 +1,5 @@
 """Settings of a recovery that contradict each other, leave each other without effect, or cannot be met here."""
 
-from pathlib import Path
-
 import torch
 
 from structprune.config.effects import refuse_idle
@@ -9,20 +7,14 @@ from structprune.errors import UserError, nearest
 from structprune.recovery.settings import RecoverConfig
 
 
-def check_settings(config: RecoverConfig, cache: Path | None) -> None:
-    """Raise UserError for choices that contradict each other or have no effect.
-
-    Args:
-        cache: of the teacher's predictions, where one is named.
-    """
-    loss, train = config.loss, config.train
+def check_settings(config: RecoverConfig) -> None:
+    """Raise UserError for choices that contradict each other or have no effect."""
+    loss, train, cache = config.loss, config.train, config.teacher.cache
     if loss.kl == loss.cross_entropy == 0:
         raise UserError("loss.kl and loss.cross_entropy are both 0: nothing would be learnt, so set one of them")
-    if cache is not None and loss.kl == 0:
-        raise UserError(f"--teacher-cache {cache} has no effect with loss.kl = 0: leave it out")
     if cache is not None and loss.temperature != 1:
         raise UserError(
-            f"--teacher-cache {cache} keeps predictions at temperature 1: leave it out, or loss.temperature ="
+            f"teacher.cache = {cache} keeps predictions at temperature 1: leave it out, or loss.temperature ="
             f" {loss.temperature:g}"
         )
     refuse_idle(
@@ -31,7 +23,8 @@ def check_settings(config: RecoverConfig, cache: Path | None) -> None:
             ("train", ("rank", "alpha", "targets"), train.method == "full", "train.method = lora"),
             ("loss", ("least_rate",), loss.weighting != "nelbo", "loss.weighting = nelbo"),
             ("loss", ("temperature", "teacher_share", "noisy_share"), loss.kl == 0, "loss.kl above 0"),
-            ("teacher", ("top",), cache is None, "--teacher-cache"),
+            ("teacher", ("cache",), loss.kl == 0, "loss.kl above 0"),
+            ("teacher", ("top",), cache is None, "teacher.cache"),
         ],
     )
     step = train.batch * config.data.length

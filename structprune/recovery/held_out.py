@@ -18,7 +18,6 @@ from structprune.recovery.text import RecoveryText
 
 HELD_OUT_SEED = 4000  # plus the run's: noise that training does not draw
 GROUP = 8  # windows that one process measures at a time
-ALONE = Workers()
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +55,7 @@ class HeldOutStudy:
         place: the processes of the run; each measures every `count`-th group of windows.
     """
 
-    def __init__(self, teacher: DiffusionLM, text: RecoveryText, samples: int, seed: int, place: Workers = ALONE):
+    def __init__(self, teacher: DiffusionLM, text: RecoveryText, samples: int, seed: int, place: Workers):
         self._ids, self._place = text.held_out, place  # (n, T)
         mask_id, edges = teacher.config.mask_token_id, teacher.edges_visible
         generator = torch.Generator().manual_seed(HELD_OUT_SEED + seed)

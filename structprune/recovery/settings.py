@@ -38,8 +38,11 @@ class TeacherSettings(Section):
     """Dtype of the dense model's weights in memory. Default: float32 on CPU, the checkpoint's own on an accelerator."""
     offload: bool = False
     """Keep the dense model in host memory; each layer is on the accelerator only while it computes."""
+    cache: str | None = None
+    """Directory for the dense model's predictions, written once: later trainings on the same text need no dense passes.
+    Default: none, it predicts on the way."""
     top: int = Field(64, ge=1, le=100_000)
-    """For a cache (--teacher-cache): likeliest tokens kept of a prediction, 8 bytes each; all others count as one."""
+    """For a cache: likeliest tokens kept of a prediction, 8 bytes each; all others count as one."""
 
 
 class LossSettings(Section):

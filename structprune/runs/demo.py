@@ -27,6 +27,7 @@ from structprune.recovery.settings import RecoverConfig
 from structprune.recovery.trainer import require_training
 from structprune.report.demo_tables import OURS, RECOVERED
 from structprune.report.plots import check_matplotlib, plot_nelbo
+from structprune.runs.evaluate import Session
 from structprune.runs.pruned import Pruned
 from structprune.runs.pruner import Pruner
 from structprune.runs.recover import recover
@@ -176,7 +177,7 @@ def _recover(rows: list[dict], held_out: HeldOut, draft: Path, track: Track) -> 
     config = RecoverConfig.load(overrides=RECOVER)
     before = next(row for row in rows if (row["method"], row["ratio"]) == (OURS, RECOVERED_AT))
     place, student = draft / RECOVERED_FOLDER, draft / _folder(OURS, RECOVERED_AT)
-    recovered = recover(str(student), str(model_directory()), place, config, track=track)
+    recovered = recover(str(student), str(model_directory()), place, config, session=Session(track))
     nelbo = held_out.nelbo(load_model(place, device="cpu"))
     return before | {
         "method": RECOVERED,

@@ -1,21 +1,17 @@
 """Train a pruned checkpoint back against the dense one: `structprune recover`, without a console."""
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from structprune.checkpoint.atomic import free_place
+from structprune.checkpoint.atomic import free_place, output_place
 from structprune.checkpoint.output import check_apart, check_output, check_place, save_finished
 from structprune.errors import UserError
-from structprune.evaluation.workers import Workers
-from structprune.progress import Track, untracked
 from structprune.recovery.checks import check_settings
 from structprune.recovery.folder import LOGS, open_folder, training_folder
-from structprune.recovery.held_out import ALONE
 from structprune.recovery.settings import RecoverConfig
 from structprune.recovery.trainer import passes_of, require_training
+from structprune.runs.evaluate import ALONE, Session
 from structprune.runs.ghost import Ghost, read_ghost
 from structprune.runs.training import Recovery
 
@@ -38,10 +34,7 @@ def recover(
     out: Path,
     config: RecoverConfig,
     overwrite: bool = False,
-    track: Track = untracked,
-    *,
-    teacher_cache: Path | None = None,
-    place: Workers = ALONE,
+    session: Session = ALONE,
 ) -> Recovered:
     """Train the model in `pruned` towards the predictions of `teacher`, and write it in its own layout.
 
@@ -52,25 +45,25 @@ def recover(
         pruned, teacher: checkpoint directories or Hub ids.
         out: directory to write; it appears complete or not at all.
         overwrite: replace an earlier output, and forget an earlier training.
-        teacher_cache: directory for the teacher's predictions, which are written once and stay there.
-        place: the processes that share the training; the first one writes.
+        session: progress, and the processes that share the training; the first one writes.
     Raises:
         UserError: anything the user can mend, before weights are read where it can be known then.
     """
     require_training()
-    recovery = checked(pruned, teacher, out, config, overwrite, track, teacher_cache=teacher_cache, place=place)
-    folder = training_folder(out)
-    with first_alone(place):
-        if place.main:
-            open_folder(out, recovery.identity, overwrite)
-    report = recovery.run(folder)
-    with first_alone(place):
-        if place.main:
-            save_finished(lambda path, replace: recovery.save(path, report, replace), out, overwrite)
-            if (folder / LOGS).exists():  # of TensorBoard; they outlive the training
-                shutil.move(folder / LOGS, free_place(out.absolute().with_name(f"{out.name}.{LOGS}")))
-            shutil.rmtree(folder)
+    recovery = checked(pruned, teacher, out, config, overwrite, session)
+    session.workers.first(lambda: open_folder(out, recovery.identity, overwrite))
+    report = recovery.run(training_folder(out))
+    session.workers.first(lambda: _finish(recovery, out, report, overwrite))
     return Recovered(out, report)
+
+
+def _finish(recovery: Recovery, out: Path, report: dict, overwrite: bool) -> None:
+    """Write the output, and remove what the training needed."""
+    folder = training_folder(out)
+    save_finished(lambda path, replace: recovery.save(path, report, replace), out, overwrite)
+    if (folder / LOGS).exists():  # of TensorBoard; they outlive the training
+        shutil.move(folder / LOGS, free_place(out.absolute().with_name(f"{out.name}.{LOGS}")))
+    shutil.rmtree(folder)
 
 
 def checked(
@@ -79,37 +72,18 @@ def checked(
     out: Path,
     config: RecoverConfig,
     overwrite: bool = False,
-    track: Track = untracked,
-    *,
-    teacher_cache: Path | None = None,
-    place: Workers = ALONE,
+    session: Session = ALONE,
 ) -> Recovery:
     """A recovery that can be run, or planned with; no weights are read. Arguments and errors as `recover`."""
     ghosts = read_ghost(pruned, config.model), read_ghost(teacher, config.model)
     check_pair(*ghosts)
     for ghost in ghosts:
         check_window(ghost, config.data.length)
-    passes_of(config.train, place.count)
-    check_settings(config, teacher_cache)
-    with first_alone(place):
-        if place.main:
-            check_places(out, ghosts, overwrite, teacher_cache)
-    return Recovery(ghosts, config, track, teacher_cache, place)
-
-
-@contextmanager
-def first_alone(place: Workers) -> Iterator[None]:
-    """What the first process does while the others wait; its problem is everyone's.
-
-    Raises:
-        UserError: in all processes, what was raised in the first one.
-    """
-    problem = None
-    try:
-        yield
-    except UserError as error:
-        problem = error
-    place.agree(problem)
+    passes_of(config.train, session.workers.count)
+    check_settings(config)
+    cache = None if config.teacher.cache is None else output_place(config.teacher.cache)
+    session.workers.first(lambda: check_places(out, ghosts, overwrite, cache))
+    return Recovery(ghosts, config, cache, session)
 
 
 def check_places(out: Path, ghosts: tuple[Ghost, Ghost], overwrite: bool, cache: Path | None) -> None:
@@ -124,11 +98,11 @@ def check_places(out: Path, ghosts: tuple[Ghost, Ghost], overwrite: bool, cache:
         return
     check_place(cache)
     if cache.exists() and not cache.is_dir():
-        raise UserError(f"--teacher-cache {cache} is a file: give a directory")
+        raise UserError(f"teacher.cache = {cache} is a file: give a directory")
     one = cache.resolve()
     for other in (place.resolve() for place in places[:2]):
         if one == other or one in other.parents or other in one.parents:
-            raise UserError(f"--teacher-cache {cache} and '{other}' lie in each other: give them places of their own")
+            raise UserError(f"teacher.cache = {cache} and '{other}' lie in each other: give them places of their own")
 
 
 def check_pair(student: Ghost, teacher: Ghost) -> None:

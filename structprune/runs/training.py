@@ -15,7 +15,6 @@ from structprune.bench.recovery_memory import recovery_memory
 from structprune.checkpoint.masked import save_masked
 from structprune.checkpoint.recovered import recovered_files
 from structprune.errors import UserError
-from structprune.evaluation.workers import Workers
 from structprune.masking.finetune import keep_zeros, mask_adapters, merge_adapters
 from structprune.masking.masks import Masks
 from structprune.models.fingerprint import fingerprint
@@ -24,11 +23,10 @@ from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.placement import pick_device, streamed
 from structprune.models.quiet import quiet_transformers
 from structprune.models.tokenizer import load_tokenizer
-from structprune.progress import Track
 from structprune.recovery.cache import CachedTeacher, cache_bytes, write_cache
 from structprune.recovery.checks import check_device
 from structprune.recovery.folder import adopt, last_checkpoint
-from structprune.recovery.held_out import ALONE, Figures, HeldOutStudy
+from structprune.recovery.held_out import Figures, HeldOutStudy
 from structprune.recovery.lora import add_adapters, merge
 from structprune.recovery.settings import RecoverConfig
 from structprune.recovery.student import learning
@@ -37,12 +35,13 @@ from structprune.recovery.text import RecoveryText, read_recovery_text
 from structprune.recovery.trainer import make_trainer, passes_of, steps_of, training_arguments
 from structprune.recovery.watch import Watch
 from structprune.recovery.windows import NoisyWindows
+from structprune.runs.evaluate import Session
 from structprune.runs.ghost import Ghost
 
 INDIFFERENT: Any = {  # settings that another run of the same training may change
     "model": {"device", "allow_pickle"},
     "data": {"source"},
-    "teacher": {"offload"},
+    "teacher": {"offload", "cache"},
     "train": {"pass_windows", "checkpointing", "report_to"},
 }
 REMEDY = "lower train.pass_windows or data.length, or set train.checkpointing = true or teacher.offload = true"
@@ -53,17 +52,13 @@ class Recovery:
 
     Args:
         ghosts: of student and teacher.
+        cache: directory of the teacher's predictions; None: it predicts on the way.
     """
 
-    def __init__(
-        self,
-        ghosts: tuple[Ghost, Ghost],
-        config: RecoverConfig,
-        track: Track,
-        cache: Path | None = None,
-        place: Workers = ALONE,
-    ):
-        self.config, self._track, self._ghosts, self._cache, self._place = config, track, ghosts, cache, place
+    def __init__(self, ghosts: tuple[Ghost, Ghost], config: RecoverConfig, cache: Path | None, session: Session):
+        self.config, self._ghosts, self._cache = config, ghosts, cache
+        self._track, self._place = session.track, session.workers
+        place = self._place
         self.device = pick_device(config.model.device or place.device)
         check_device(config, self.device, launched=place.count > 1)
         settings = config.train
@@ -153,14 +148,9 @@ class Recovery:
             return LiveTeacher(dense)
         identity = {key: self.identity[key] for key in ("teacher", "text")}
         identity |= {"seed": self.config.data.seed, "top": self.config.teacher.top, "dtype": str(dense.dtype)}
-        problem = None
-        try:
-            if self._place.main:
-                write_cache(self._cache, identity, dense, self._windows(), self.config.teacher.top, self._track)
-        except UserError as error:
-            problem = error
-        self._place.agree(problem)
-        return CachedTeacher(self._cache, self.device)
+        cache, top = self._cache, self.config.teacher.top
+        self._place.first(lambda: write_cache(cache, identity, dense, self._windows(), top, self._track))
+        return CachedTeacher(cache, self.device)
 
     def _train(self, folder: Path, teacher: LiveTeacher | CachedTeacher | None, study: HeldOutStudy) -> None:
         """Train the student in place; at the end it has its best weights, merged."""
@@ -232,7 +222,7 @@ class Recovery:
             "tokens": self.learnt["steps"] * self.config.train.batch * self.config.data.length,
             "learnt": self.learnt,
             "held_out_windows": len(self.text.held_out),
-            "config": self.config.model_dump(mode="json", exclude={"data": {"source"}}),
+            "config": self.config.model_dump(mode="json", exclude={"data": {"source"}, "teacher": {"cache"}}),
             "teacher_figures": study.teacher.means(),
             "before": before.means(),
             "after": after.means(),

@@ -26,14 +26,17 @@ def test_a_batch_that_cannot_be_dealt_is_refused(pair, recover_config, tmp_path)
 def test_a_cache_of_the_teacher_is_written_once_and_replayed(pair, recover_config, tmp_path, monkeypatch):
     """With all tokens kept, the training is that beside a live teacher, up to rounding."""
     dense, small = pair()
-    config, cache = recover_config(teacher__top=2048, train__tokens=16 * 8 * 4), tmp_path / "cache"
+    config, cache = (
+        recover_config(teacher__top=2048, train__tokens=16 * 8 * 4, teacher__cache=str(tmp_path / "cache")),
+        tmp_path / "cache",
+    )
     live = recover(str(small), str(dense), tmp_path / "live", recover_config(train__tokens=16 * 8 * 4))
-    cached = recover(str(small), str(dense), tmp_path / "cached", config, teacher_cache=cache)
+    cached = recover(str(small), str(dense), tmp_path / "cached", config)
     assert cached.report["after"]["kl"] == pytest.approx(live.report["after"]["kl"], rel=1e-3)
     files = {path.name: path.stat().st_mtime_ns for path in cache.iterdir()}
     assert set(files) == {"identity.json", "windows-00000000.npz"}
     monkeypatch.setattr("structprune.recovery.cache._kept", lambda *_: pytest.fail("predicted again"))
-    again = recover(str(small), str(dense), tmp_path / "again", config, teacher_cache=cache)
+    again = recover(str(small), str(dense), tmp_path / "again", config)
     assert {path.name: path.stat().st_mtime_ns for path in cache.iterdir()} == files
     assert again.report["after"] == cached.report["after"]
 
@@ -44,10 +47,13 @@ def test_a_longer_training_completes_a_cache(pair, recover_config, tmp_path):
     cache = tmp_path / "cache"
     for steps in (2, 4):  # the text is short, so that both learn from the same windows
         config = recover_config(
-            train__tokens=16 * 8 * steps, data__held_out=4, data__source=str(tmp_path / "short.txt")
+            train__tokens=16 * 8 * steps,
+            data__held_out=4,
+            data__source=str(tmp_path / "short.txt"),
+            teacher__cache=str(cache),
         )
         (tmp_path / "short.txt").write_text("One sentence of some length, for windows of tokens. " * 20)
-        report = recover(str(small), str(dense), tmp_path / f"out-{steps}", config, teacher_cache=cache).report
+        report = recover(str(small), str(dense), tmp_path / f"out-{steps}", config).report
         assert report["learnt"]["steps"] == steps
 
 
@@ -56,7 +62,7 @@ def test_a_cache_in_a_place_of_something_else_is_refused(pair, recover_config, t
     dense, small = pair()
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="lie in each other|lies inside the input|is a file|holds the input"):
-        recover(str(small), str(dense), tmp_path / "out", recover_config(), teacher_cache=tmp_path / name)
+        recover(str(small), str(dense), tmp_path / "out", recover_config(teacher__cache=str(tmp_path / name)))
     assert not list(tmp_path.glob("out*")) and not (small / "cache").exists()
 
 
@@ -65,12 +71,12 @@ def test_a_cache_of_something_else_is_refused(pair, recover_config, tmp_path):
     cache = tmp_path / "cache"
     cache.mkdir()
     (cache / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"is no cache of predictions: choose an empty place for --teacher-cache"):
-        recover(str(small), str(dense), tmp_path / "out", recover_config(), teacher_cache=cache)
+    with pytest.raises(UserError, match=r"is no cache of predictions: set teacher.cache to an empty place"):
+        recover(str(small), str(dense), tmp_path / "out", recover_config(teacher__cache=str(cache)))
     (cache / "notes.txt").rename(tmp_path / "notes.txt")
     (cache / "identity.json").write_text("{}")
     with pytest.raises(UserError, match=r"holds predictions of another teacher, text or setting"):
-        recover(str(small), str(dense), tmp_path / "out", recover_config(), teacher_cache=cache)
+        recover(str(small), str(dense), tmp_path / "out", recover_config(teacher__cache=str(cache)))
     assert not (tmp_path / "out").exists()
 
 
@@ -78,9 +84,9 @@ def test_a_cache_of_something_else_is_refused(pair, recover_config, tmp_path):
     "keys, cache, reason",
     [
         ({"loss__kl": 0}, False, "nothing would be learnt"),
-        ({"loss__kl": 0, "loss__cross_entropy": 1}, True, "has no effect with loss.kl = 0"),
+        ({"loss__kl": 0, "loss__cross_entropy": 1}, True, "has no effect without loss.kl above 0"),
         ({"loss__temperature": 2}, True, "keeps predictions at temperature 1"),
-        ({"teacher__top": 8}, False, "teacher.top = 8 has no effect without --teacher-cache"),
+        ({"teacher__top": 8}, False, "teacher.top = 8 has no effect without teacher.cache"),
         ({"teacher__offload": True}, False, "teacher.offload = true has no effect on a CPU"),
         ({"train__rank": 8}, False, "train.rank = 8 has no effect without train.method = lora"),
         ({"loss__least_rate": 0.1}, False, "loss.least_rate = 0.1 has no effect without loss.weighting = nelbo"),
@@ -92,7 +98,7 @@ def test_a_cache_of_something_else_is_refused(pair, recover_config, tmp_path):
 )
 def test_contradictions_are_refused_before_anything_is_written(pair, recover_config, tmp_path, keys, cache, reason):
     dense, small = pair()
-    place = tmp_path / "cache" if cache else None
+    keys = keys | ({"teacher__cache": str(tmp_path / "cache")} if cache else {})
     with pytest.raises(UserError, match=reason):
-        recover(str(small), str(dense), tmp_path / "out", recover_config(**keys), teacher_cache=place)
+        recover(str(small), str(dense), tmp_path / "out", recover_config(**keys))
     assert not list(tmp_path.glob("out*")) and not (tmp_path / "cache").exists()
