@@ -175,8 +175,9 @@ def search(results: dict) -> str:
         "`python -m scripts.studies.search_study`, from [`search.json`](scripts/results/search.json): loss of NELBO on"
         f" the embedded model against dense, nats per token, {over_seeds(results['settings'])}. 160 calibration windows"
         " with one noisy copy each where not said otherwise, and 40 held-out ones, which a search reads. Whole refit:"
-        f" producers, head, visible 0.5. Heads gone before a search: {start}; the columns have them after it, per"
-        f" seed. Seconds of a run, median, on one thread beside other work ({machine(results['machine'])})."
+        f" producers, head, visible 0.5. Stream: share 1. Heads gone before a search: {start}; the columns have them"
+        " after it, per seed. Seconds of a run, median, on one thread beside other work"
+        f" ({machine(results['machine'])})."
     )
     header = ["variant", *(text for ratio in heads for text in (f"loss at {ratio}", "heads gone")), "run"]
     return f"{table(header, lines)}\n\n{note}\n\n{paired(results['contrasts'], list(heads))}"

@@ -130,6 +130,32 @@ def test_what_is_said_of_a_pretrained_checkpoint():
     assert f"loses {min(shares):.0f}% to {max(shares):.0f}% of what the best of the three does" in text
 
 
+def test_what_is_said_of_the_search():
+    figures, text = results("search"), prose("docs/results.md")
+    rows = {(row["variant"], row["ratio"]): row for row in figures["losses"]}
+    gaps = {(row["variant"], row["against"], row["ratio"]): row for row in figures["contrasts"]}
+    today, whole, streamed = "today's recipe", "whole refit", "whole refit, stream"
+    searched, long = f"{streamed}, knapsack", f"480 windows, {streamed}, knapsack"
+    assert all(gaps["producers", today, ratio]["shown"] for ratio in ("0.5", "0.7"))
+    for pair in (("producers, head", "producers"), (whole, "producers, head")):
+        assert gaps[(*pair, "0.7")]["shown"] and not gaps[(*pair, "0.5")]["shown"]
+    stream = [gaps[streamed, whole, ratio] for ratio in ("0.5", "0.7")]
+    assert max(stream[0]["by_seed"]) < 0 and not stream[0]["shown"] and abs(stream[1]["mean"]) < 0.002
+    mean = {key: row["mean"] for key, row in rows.items()}
+    assert f"{mean[streamed, '0.5']:.3f} instead of {mean[whole, '0.5']:.3f} nats, which is not shown" in text
+    assert gaps[searched, streamed, "0.7"]["shown"]
+    assert f"takes {mean[streamed, '0.7']:.2f} nats at 0.7 to {mean[searched, '0.7']:.2f}, which is shown" in text
+    assert sorted(gap < 0 for gap in gaps[searched, streamed, "0.5"]["by_seed"]) == [False, True, True]
+    assert rows[searched, "0.5"]["kept"].count("ranked") == 1
+    assert f"third: {mean[searched, '0.5']:.3f} instead of {mean[streamed, '0.5']:.3f}." in text
+    for name in (long, f"{searched} of parts", f"{searched} and evolution"):
+        assert not any(gaps[name, searched, ratio]["shown"] for ratio in ("0.5", "0.7"))
+    assert {gaps[f"{searched} of parts", searched, ratio]["mean"] for ratio in ("0.5", "0.7")} == {0.0}
+    last = [f"{mean[name, ratio]:.{places}f}" for ratio, places in (("0.5", 3), ("0.7", 2)) for name in (long, today)]
+    assert "lose {} instead of {} nats at 0.5, and {} instead of {} at 0.7, both shown".format(*last) in text
+    assert all(gaps[long, today, ratio]["shown"] for ratio in ("0.5", "0.7"))
+
+
 def test_what_is_said_of_row_weights():
     gaps = {(row["variant"], row["ratio"]): row for row in results("weightings")["contrasts"]}
     text = prose("docs/results.md")
