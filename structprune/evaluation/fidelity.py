@@ -33,6 +33,11 @@ class ReferencePredictions:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    @property
+    def outcomes(self) -> torch.Tensor:
+        """Log-probabilities of the kept tokens and of all others together, (M, k + 1)."""
+        return torch.cat((self.log_p, self.rest[:, None]), dim=-1)
+
     def at(self, places: slice, device: torch.device) -> "ReferencePredictions":
         """Those of some positions, on a device."""
         tokens, log_p, rest = (each[places].to(device) for each in (self.tokens, self.log_p, self.rest))
@@ -86,12 +91,21 @@ def kl_divergence(reference: ReferencePredictions, logits: torch.Tensor) -> torc
 
     By the log-sum inequality it is at most the divergence over all V tokens, and equal to it with k = V.
     """
-    total, tokens = logits.logsumexp(-1, keepdim=True), reference.tokens.long()  # (m, 1), (m, k)
-    rest = _rest(logits, tokens)[:, None]  # (m, 1)
-    log_q = torch.cat((logits.gather(-1, tokens), rest), dim=-1) - total  # (m, k + 1)
-    log_p = torch.cat((reference.log_p, reference.rest[:, None]), dim=-1)  # (m, k + 1)
+    log_p, log_q = reference.outcomes, likeliest_and_rest(logits, reference.tokens)  # (m, k + 1) each
     terms = torch.where(log_p > -torch.inf, log_p.exp() * (log_p - log_q), 0.0)  # (m, k + 1)
     return terms.sum(-1).clamp(min=0)  # rounding may go below
+
+
+def likeliest_and_rest(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities of some tokens, and of all others together: (m, V) fp32, (m, k) integers -> (m, k + 1).
+
+    Where all tokens are named, the rest has the log-probability -inf, and no gradient.
+    """
+    total, tokens = logits.logsumexp(-1, keepdim=True), tokens.long()  # (m, 1), (m, k)
+    named = logits.gather(-1, tokens) - total  # (m, k)
+    if tokens.shape[-1] == logits.shape[-1]:
+        return torch.cat((named, torch.full_like(total, -torch.inf)), dim=-1)
+    return torch.cat((named, _rest(logits, tokens)[:, None] - total), dim=-1)
 
 
 def process_divergence(fidelity: Fidelity, mask_probability: torch.Tensor, length: int) -> float:

@@ -13,6 +13,16 @@ from structprune.models.modeling_structprune import DiffusionLM
 CPU_TOKENS, CUDA_TOKENS = 2**10, 2**16  # on a CPU a forward pass is fastest while activations fit its caches
 
 
+def predicting(model: DiffusionLM, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows and positions, (M,) each, whose states predict the tokens at the targets (B, T), row by row.
+
+    The positions are the targets' own, or one before where the model is shifted (Dream, whose first token is predicted
+    from its own position).
+    """
+    row, position = targets.nonzero(as_tuple=True)  # 2 x (M,)
+    return row, (position - 1).clamp(min=0) if model.shifted else position
+
+
 def encode_at(
     model: DiffusionLM,
     input_ids: torch.Tensor,
@@ -22,9 +32,7 @@ def encode_at(
 ) -> torch.Tensor:
     """Hidden states that predict the tokens at the target positions, so that the LM head runs nowhere else.
 
-    These are the states at the positions themselves, or one before where the model is shifted (Dream, whose first token
-    is predicted from its own position). The last attention computes only keys and values at the other positions, and
-    what follows it nothing.
+    The last attention computes only keys and values at the other positions, and what follows it nothing.
 
     Args:
         input_ids: (B, T) int64.
@@ -36,9 +44,7 @@ def encode_at(
         (M, C) after the final norm, row by row from left to right.
     """
     span = span or slice(0, input_ids.shape[1])
-    row, position = targets.nonzero(as_tuple=True)  # 2 x (M,)
-    if model.shifted:
-        position = (position - 1).clamp(min=0)  # (M,)
+    row, position = predicting(model, targets)  # 2 x (M,)
     position = position - span.start  # (M,) within the n positions that run
     mask = None if attention_mask is None else attention_mask.bool()[:, None, None, :]  # (B, 1, 1, T)
     x = model.embedding(input_ids[:, span])  # (B, n, C)
@@ -55,10 +61,9 @@ def encode_from(model: DiffusionLM, states: torch.Tensor, start: int, targets: t
     Returns:
         (M, C) after the final norm, row by row from left to right.
     """
-    row, position = targets.nonzero(as_tuple=True)  # 2 x (M,)
-    if model.shifted:
-        position = (position - 1).clamp(min=0)  # (M,)
-    return _finish(model, states, (row, position), (model.rotary(states.shape[1], states.device), None), start)
+    return _finish(
+        model, states, predicting(model, targets), (model.rotary(states.shape[1], states.device), None), start
+    )
 
 
 def _finish(model: DiffusionLM, x: torch.Tensor, places: tuple, context: tuple, start: int = 0) -> torch.Tensor:

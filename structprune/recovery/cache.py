@@ -7,19 +7,20 @@ Shapes: M masked positions, k tokens that are kept of each prediction.
 import json
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import default_collate
 
 from structprune.errors import UserError
+from structprune.evaluation.fidelity import reference_predictions
 from structprune.files import full_disk_errors, whole_file, write_whole
 from structprune.models.checkpoint_files import read_json
+from structprune.models.encode import Batches
 from structprune.models.modeling_structprune import DiffusionLM
+from structprune.models.placement import compute_device
 from structprune.progress import Track, untracked
-from structprune.recovery.student import masked_tokens
-from structprune.recovery.teacher import LiveTeacher, Predictions, likeliest_and_rest
+from structprune.recovery.teacher import Predictions
 from structprune.recovery.windows import NoisyWindows
 
 CHUNK = 256  # windows in a file
@@ -43,15 +44,17 @@ def write_cache(
         UserError: the directory holds predictions of something else.
     """
     open_cache(directory, identity)
-    teacher = LiveTeacher(model)
     chunks = range(0, len(windows), CHUNK)
     for start in track(chunks, "teacher's predictions"):
         path = _chunk_path(directory, start)
         if path.exists() and len(_chunk(directory, start)[0]) > min(CHUNK, len(windows) - start):
             continue  # it has all of them; a shorter training may have written fewer
-        parts = [_kept(teacher, model, windows, index, top) for index in range(start, min(start + CHUNK, len(windows)))]
-        counts = np.array([len(tokens) for tokens, _ in parts])
-        tokens, log_p = (np.concatenate([part[side] for part in parts]) for side in (0, 1))
+        items = default_collate([windows[index] for index in range(start, min(start + CHUNK, len(windows)))])
+        noisy = items["noisy_ids"][:, None]  # (n, 1, T)
+        batches = Batches.automatic(compute_device(model))
+        predictions, own = reference_predictions(model, items["input_ids"], noisy, top, batches)
+        counts = own.masked_tokens[:, 0].long().numpy()  # (n,)
+        tokens, log_p = predictions.tokens.numpy(), predictions.outcomes.numpy()  # (M, k), (M, k + 1)
         with full_disk_errors(path), whole_file(path) as draft, open(draft, "wb") as file:
             np.savez(file, counts=counts, tokens=tokens, log_p=log_p)
         _chunk.cache_clear()
@@ -74,20 +77,6 @@ def open_cache(directory: Path, identity: dict) -> None:
             raise UserError(f"'{directory}' is no cache of predictions: set teacher.cache to an empty place")
         directory.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(identity, indent=1).encode())
-
-
-def _kept(
-    teacher: LiveTeacher, model: DiffusionLM, windows: NoisyWindows, index: int, top: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """The likeliest tokens (M, k) int32 of one window's masked positions, and (M, k + 1) fp32 log-probabilities."""
-    item: dict[str, Any] = default_collate([windows[index]])
-    masked = masked_tokens(model, item["input_ids"], item["noisy_ids"])  # (1, T)
-    predictions = teacher.predict(item["noisy_ids"], masked, item["index"])
-    assert predictions.states is not None and predictions.head is not None
-    with torch.no_grad():
-        logits = predictions.head(predictions.states).float()  # (M, V)
-    tokens = logits.topk(min(top, logits.shape[-1]), dim=-1).indices  # (M, k)
-    return tokens.int().cpu().numpy(), likeliest_and_rest(logits, tokens).cpu().numpy()
 
 
 class CachedTeacher:

@@ -5,11 +5,14 @@ Shapes: B rows, T tokens, M masked positions, m of a slice, C features, V vocabu
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from structprune.evaluation.masked import masked_positions
+from structprune.models.encode import predicting
 from structprune.models.logits import logit_slices
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.recovery.objectives import cross_entropy, forward_kl, moving_target, teacher_share, token_weights
@@ -19,10 +22,41 @@ from structprune.recovery.teacher import Predictions
 KINDS = 6  # tensors of the logits' size that exist at once: logits and log-probabilities of both, a target, a gradient
 
 
+@dataclass(frozen=True, eq=False)
+class Lesson:
+    """What a batch teaches.
+
+    Attributes:
+        predictions: of the teacher; None where only the text itself is learnt.
+        progress: share of training done.
+    """
+
+    settings: LossSettings
+    predictions: Predictions | None
+    progress: float
+
+    def nats(self, part: slice, logits: torch.Tensor, labels: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+        """Both losses at some positions, weighted: (m, V), (m,), (m,) -> (m,).
+
+        Args:
+            part: of the batch's masked positions. p: their mask probabilities.
+        """
+        settings, logits, nats = self.settings, logits.float(), torch.zeros_like(p)  # (m, V), (m,)
+        if self.predictions is not None:
+            log_p, log_q = self.predictions.outcomes(part, logits, settings.temperature)  # (m, K) each
+            if settings.teacher_share < 1 or settings.noisy_share > 0:
+                share = teacher_share(self.progress, p, settings.teacher_share, settings.noisy_share)  # (m,)
+                log_p = moving_target(log_p, log_q, share)  # (m, K)
+            nats = nats + settings.kl * forward_kl(log_p, log_q, settings.temperature)
+        if settings.cross_entropy > 0:
+            nats = nats + settings.cross_entropy * cross_entropy(logits.log_softmax(-1), labels)
+        return nats * token_weights(p, settings.weighting, settings.least_rate)
+
+
 @contextmanager
-def learning(student: DiffusionLM, settings: LossSettings) -> Iterator[None]:
-    """While open, the student's forward pass takes a noisy batch and a teacher's predictions, and returns the loss."""
-    student.forward = partial(loss_of, student, settings)  # type: ignore[method-assign]
+def learning(student: DiffusionLM) -> Iterator[None]:
+    """While open, the student's forward pass takes a noisy batch and a lesson, and returns the loss."""
+    student.forward = partial(loss_of, student)  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -30,13 +64,7 @@ def learning(student: DiffusionLM, settings: LossSettings) -> Iterator[None]:
 
 
 def loss_of(
-    student: DiffusionLM,
-    settings: LossSettings,
-    input_ids: torch.Tensor,
-    noisy_ids: torch.Tensor,
-    rate: torch.Tensor,
-    predictions: Predictions | None,
-    progress: float,
+    student: DiffusionLM, input_ids: torch.Tensor, noisy_ids: torch.Tensor, rate: torch.Tensor, lesson: Lesson
 ) -> dict[str, torch.Tensor]:
     """The weighted sum of both losses in nats per token of the batch, masked or not.
 
@@ -45,39 +73,21 @@ def loss_of(
 
     Args:
         input_ids, noisy_ids: (B, T). rate: (B,) mask probabilities.
-        predictions: of the teacher; None where only the text itself is learnt.
-        progress: share of training done.
     """
     masked = masked_tokens(student, input_ids, noisy_ids)  # (B, T)
     hidden = student.encode(noisy_ids)  # (B, T, C)
-    row, position = masked.nonzero(as_tuple=True)  # 2 x (M,)
-    source = (position - 1).clamp(min=0) if student.shifted else position  # (M,) where a token is predicted
+    row, source = predicting(student, masked)  # 2 x (M,)
     read, labels, p = hidden[row, source], input_ids[masked], rate[row]  # (M, C), (M,), (M,)
+
+    def nats(part: slice, states: torch.Tensor) -> torch.Tensor:
+        return lesson.nats(part, student.output_head(states), labels[part], p[part]).sum()
+
     total = hidden.new_zeros((), dtype=torch.float32) + 0 * hidden[:1, :1].float().sum()  # also without a masked token
     for part in logit_slices(len(read), student.output_head.weight.shape[0], KINDS):
-        given = (student, settings, predictions, part, progress)
-        total = total + checkpoint(partial(_slice_loss, *given), read[part], labels[part], p[part], use_reentrant=False)
+        total = total + checkpoint(nats, part, read[part], use_reentrant=False)
     return {"loss": total / noisy_ids.numel()}
 
 
 def masked_tokens(model: DiffusionLM, input_ids: torch.Tensor, noisy_ids: torch.Tensor) -> torch.Tensor:
-    """Where a token is to be predicted, (B, T) bool; a mask token of the text itself is not."""
-    return (noisy_ids == model.config.mask_token_id) & (input_ids != noisy_ids)
-
-
-def _slice_loss(
-    student: DiffusionLM, settings: LossSettings, predictions: Predictions | None, part: slice, progress: float,
-    read: torch.Tensor, labels: torch.Tensor, p: torch.Tensor,
-) -> torch.Tensor:  # fmt: skip
-    """Sum over m positions of both losses: (m, C), (m,), (m,) -> ()."""
-    logits = student.output_head(read).float()  # (m, V)
-    nats = torch.zeros_like(p)  # (m,)
-    if predictions is not None and settings.kl > 0:
-        log_p, log_q = predictions.outcomes(part, logits, settings.temperature)  # (m, K) each
-        if settings.teacher_share < 1 or settings.noisy_share > 0:
-            share = teacher_share(progress, p, settings.teacher_share, settings.noisy_share)  # (m,)
-            log_p = moving_target(log_p, log_q, share)  # (m, K)
-        nats = nats + settings.kl * forward_kl(log_p, log_q, settings.temperature)
-    if settings.cross_entropy > 0:
-        nats = nats + settings.cross_entropy * cross_entropy(logits.log_softmax(-1), labels)
-    return (nats * token_weights(p, settings.weighting, settings.least_rate)).sum()
+    """Where a token is to be predicted, (B, T) bool."""
+    return masked_positions(input_ids, noisy_ids[:, None], model.config.mask_token_id)[:, 0]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from structprune.evaluation.fidelity import likeliest_and_rest
 from structprune.models.encode import encode_at
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.placement import compute_device
@@ -47,19 +48,6 @@ class Predictions:
             return F.log_softmax(own / temperature, -1), logits.log_softmax(-1)
         assert self.log_p is not None
         return self.log_p[part], likeliest_and_rest(logits, self.tokens[part])
-
-
-def likeliest_and_rest(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities of some tokens, and of all others together: (m, V), (m, k) int64 -> (m, k + 1).
-
-    Where all tokens are named, the rest has the log-probability -inf, and no gradient.
-    """
-    total = logits.logsumexp(-1, keepdim=True)  # (m, 1)
-    named = logits.gather(-1, tokens)  # (m, k)
-    if tokens.shape[-1] == logits.shape[-1]:
-        return torch.cat((named - total, torch.full_like(total, -torch.inf)), dim=-1)
-    rest = logits.scatter(-1, tokens, -torch.inf).logsumexp(-1, keepdim=True)  # (m, 1); 1 - named would cancel
-    return torch.cat((named, rest), dim=-1) - total
 
 
 class LiveTeacher:

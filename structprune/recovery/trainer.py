@@ -8,8 +8,8 @@ from typing import Any
 from torch.utils.data import Dataset, SequentialSampler
 
 from structprune.errors import UserError
-from structprune.recovery.settings import TrainSettings
-from structprune.recovery.student import masked_tokens
+from structprune.recovery.settings import LossSettings, TrainSettings
+from structprune.recovery.student import Lesson, masked_tokens
 
 LOGGED = 100  # lines of a logger, about
 
@@ -24,8 +24,8 @@ def require_training() -> None:
 
 
 def steps_of(settings: TrainSettings, length: int) -> int:
-    """Optimiser steps that the tokens are enough for, at least one."""
-    return max(1, settings.tokens // (settings.batch * length))
+    """Optimiser steps that the tokens are enough for."""
+    return settings.tokens // (settings.batch * length)
 
 
 def passes_of(settings: TrainSettings, processes: int) -> int:
@@ -46,7 +46,7 @@ def passes_of(settings: TrainSettings, processes: int) -> int:
 def make_trainer(
     model: Any,
     windows: Dataset,
-    teacher: Any,
+    teaching: tuple[LossSettings, Any],
     held_out: Callable[[], dict[str, float]],
     arguments: Any,
     callbacks: list,
@@ -56,11 +56,14 @@ def make_trainer(
     Args:
         model: the student, or PEFT's wrapper of it.
         windows: `NoisyWindows`; learnt in their order.
-        teacher: `predict(noisy_ids, masked, items)` -> Predictions; None where only the text is learnt.
+        teaching: the loss, and the teacher, `predict(noisy_ids, masked, items)` -> Predictions, None where only the
+            text is learnt.
         held_out: measures the student on held-out text.
         arguments: TrainingArguments. callbacks: TrainerCallbacks.
     """
     from transformers import PrinterCallback, Trainer
+
+    loss, teacher = teaching
 
     class RecoveryTrainer(Trainer):
         def _get_train_sampler(self, *_: Any) -> SequentialSampler:  # the windows have an order of their own
@@ -74,7 +77,7 @@ def make_trainer(
                 masked = masked_tokens(student, inputs["input_ids"], inputs["noisy_ids"])  # (B, T)
                 predictions = teacher.predict(inputs["noisy_ids"], masked, items)
             progress = self.state.global_step / max(1, self.state.max_steps)
-            outputs = model(**inputs, predictions=predictions, progress=progress)
+            outputs = model(**inputs, lesson=Lesson(loss, predictions, progress))
             return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
         def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:

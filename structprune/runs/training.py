@@ -164,9 +164,14 @@ class Recovery:
         arguments = training_arguments(settings, folder, self.steps, passes_of(settings, self._place.count), facts)
         watch = Watch(self.steps, config, self._track)
         callbacks = [watch] if settings.patience is None else [watch, EarlyStoppingCallback(settings.patience)]
-        with quiet_transformers(), self._masked(model, lora), learning(student, config.loss):
+        with quiet_transformers(), self._masked(model, lora), learning(student):
             trainer = make_trainer(
-                model, self._windows(), teacher, lambda: watch.note(study.measure(student)), arguments, callbacks
+                model,
+                self._windows(),
+                (config.loss, teacher),
+                lambda: watch.note(study.measure(student)),
+                arguments,
+                callbacks,
             )
             start, checkpoint = time.perf_counter(), last_checkpoint(folder) if self._place.main else None
             if checkpoint is not None:

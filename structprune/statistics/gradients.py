@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from structprune.calibration.batches import Calibration
 from structprune.models.adapter import Adapter, BlockView
+from structprune.models.encode import predicting
 from structprune.models.logits import logit_slices
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.transfer import send
@@ -124,7 +125,7 @@ def _add_to(total: torch.Tensor):
 def _backward(adapter: Adapter, calibration: Calibration, rows: Rows, part: slice, again: bool) -> None:
     """One pass: the loss of some rows and its gradients; `again` computes every block twice."""
     model, masked = adapter.model, rows.masked[part]  # (b, T)
-    row, position = masked.nonzero(as_tuple=True)  # 2 x (M,), on the host, without a device sync
+    row, source = predicting(model, masked)  # 2 x (M,), on the host, without a device sync
     window = torch.arange(len(rows.ids))[part] // rows.copies  # (b,)
     target = calibration.input_ids[window][masked]  # (M,)
     assert calibration.mask_probability is not None, "a loss needs mask probabilities"
@@ -132,7 +133,6 @@ def _backward(adapter: Adapter, calibration: Calibration, rows: Rows, part: slic
     if rows.weight is not None:
         weight = weight * rows.weight[part][masked]  # (M,)
     weight = weight / rows.ids.numel()
-    source = (position - 1).clamp(min=0) if model.shifted else position  # (M,) where the token is predicted
     hidden = _encode(model, send(rows.ids[part], adapter.device), again)  # (b, T, C)
     read = hidden[send(row, adapter.device), send(source, adapter.device)]  # (M, C)
     slope = _head_slope(model.output_head, read.detach(), *(send(each, adapter.device) for each in (target, weight)))

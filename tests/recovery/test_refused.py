@@ -35,7 +35,7 @@ def test_a_cache_of_the_teacher_is_written_once_and_replayed(pair, recover_confi
     assert cached.report["after"]["kl"] == pytest.approx(live.report["after"]["kl"], rel=1e-3)
     files = {path.name: path.stat().st_mtime_ns for path in cache.iterdir()}
     assert set(files) == {"identity.json", "windows-00000000.npz"}
-    monkeypatch.setattr("structprune.recovery.cache._kept", lambda *_: pytest.fail("predicted again"))
+    monkeypatch.setattr("structprune.recovery.cache.reference_predictions", lambda *_: pytest.fail("predicted again"))
     again = recover(str(small), str(dense), tmp_path / "again", config)
     assert {path.name: path.stat().st_mtime_ns for path in cache.iterdir()} == files
     assert again.report["after"] == cached.report["after"]

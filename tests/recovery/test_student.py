@@ -4,11 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from structprune.evaluation.fidelity import likeliest_and_rest
 from structprune.models import logits as slices
 from structprune.recovery.objectives import forward_kl
 from structprune.recovery.settings import LossSettings
-from structprune.recovery.student import learning, masked_tokens
-from structprune.recovery.teacher import LiveTeacher, Predictions, likeliest_and_rest
+from structprune.recovery.student import Lesson, learning, masked_tokens
+from structprune.recovery.teacher import LiveTeacher, Predictions
 
 MASK, LENGTH = 2047, 12
 BOTH = pytest.mark.parametrize("family", ["llada", "dream"])
@@ -34,10 +35,9 @@ def predictions_of(model, noisy):
 
 def loss(student, settings, batch, predictions, progress=0.5):
     ids, noisy, rate = batch
-    with learning(student, LossSettings(**settings)):
-        return student(
-            input_ids=ids, noisy_ids=noisy, rate=rate, predictions=predictions, progress=progress
-        )["loss"]  # fmt: skip
+    lesson = Lesson(LossSettings(**settings), predictions, progress)
+    with learning(student):
+        return student(input_ids=ids, noisy_ids=noisy, rate=rate, lesson=lesson)["loss"]
 
 
 @BOTH
