@@ -19,7 +19,8 @@ from scripts.studies.checkpoint_study import BASE, calibration_of, dense_model, 
 from scripts.studies.checkpoint_texts import Continued, HeldOutText, Subject, facts, subject_of
 from scripts.studies.factor_study import HEAD, MANY, PRODUCERS, VISIBLE
 from scripts.studies.search_study import SEARCH
-from scripts.studies.studies import Study, cell, contrast_row, loss_row, parse_options, run_study, study_parser
+from scripts.studies.studies import Study, cell, parse_options, run_study, study_parser
+from scripts.studies.summaries import rows_and_gaps
 from scripts.tools.script_line import one_line
 from structprune.assets import model_directory, text_file
 from structprune.config import Config
@@ -73,17 +74,8 @@ def measure(name: str, seed: int, subject: Subject, threads: int) -> dict:
 
 def summarise(runs: dict, seeds: list[int]) -> dict:
     """Mean losses and paired contrasts with 95% intervals over seeds, as plain data."""
-    rows, gaps = [], []
-    for ratio in RATIOS:
-        for name in VARIANTS:
-            results = [runs[name, seed]["ratios"][ratio] for seed in seeds]
-            lists = {key: [each[key] for each in results] for key in results[0] if key != "loss"}
-            rows.append({"variant": name, "ratio": ratio, **loss_row(runs, name, seeds, ratio), **lists})
-        for name, base in CONTRASTS:
-            gap = contrast_row(runs, (name, ratio), (base, ratio), seeds)
-            gaps.append({"variant": name, "against": base, "ratio": ratio, **gap})
     dense = [runs[RECIPE, seed]["dense"] for seed in seeds]
-    return {"losses": rows, "contrasts": gaps, "dense": dense}
+    return rows_and_gaps(VARIANTS, CONTRASTS, RATIOS, runs, seeds) | {"dense": dense}
 
 
 def tables(result: dict) -> list[Table]:

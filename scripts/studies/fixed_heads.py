@@ -8,7 +8,8 @@ from functools import partial
 import torch
 from rich.table import Table
 
-from scripts.studies.studies import CALIBRATION, Study, cell, contrast_row, held_out_text, loss_row
+from scripts.studies.studies import CALIBRATION, Study, cell, held_out_text
+from scripts.studies.summaries import rows_and_gaps
 from structprune.assets import model_directory
 from structprune.config import Config
 from structprune.models.loading import load_model
@@ -74,16 +75,7 @@ def loss_and_time(held_out: HeldOut, pruned: Pruned) -> dict:
 
 def summarise(variants: Variants, contrasts: Contrasts, heads: Heads, runs: dict, seeds: list[int]) -> dict:
     """Mean losses and paired contrasts with 95% intervals over seeds, as plain data."""
-    rows, gaps = [], []
-    for ratio in heads:
-        for name in variants:
-            results = [runs[name, seed]["ratios"][ratio] for seed in seeds]
-            lists = {key: [result[key] for result in results] for key in results[0] if key != "loss"}
-            rows.append({"variant": name, "ratio": ratio, **loss_row(runs, name, seeds, ratio), **lists})
-        for name, base in contrasts:
-            gap = contrast_row(runs, (name, ratio), (base, ratio), seeds)
-            gaps.append({"variant": name, "against": base, "ratio": ratio, **gap})
-    return {"losses": rows, "contrasts": gaps, "heads": heads}
+    return rows_and_gaps(variants, contrasts, heads, runs, seeds) | {"heads": heads}
 
 
 def tables(result: dict) -> list[Table]:

@@ -22,13 +22,12 @@ from scripts.studies.search_study import STREAMED
 from scripts.studies.studies import (
     Study,
     cell,
-    contrast_row,
     held_out_text,
-    loss_row,
     parse_options,
     run_study,
     study_parser,
 )
+from scripts.studies.summaries import rows_and_gaps
 from scripts.tools.script_line import check_counts, one_line
 from structprune.assets import model_directory, text_file
 from structprune.config import Config
@@ -98,16 +97,8 @@ def measure(name: str, seed: int, windows: int, length: int, tokens: int, thread
 
 def summarise(runs: dict, seeds: list[int]) -> dict:
     """Mean losses and paired contrasts with 95% intervals over seeds, as plain data."""
-    rows, gaps = [], []
-    for ratio in RATIOS:
-        for name in VARIANTS:
-            results = [runs[name, seed]["ratios"][ratio] for seed in seeds]
-            lists = {key: [each[key] for each in results] for key in FIGURES}
-            rows.append({"variant": name, "ratio": ratio, **loss_row(runs, name, seeds, ratio), **lists})
-        for name, base in CONTRASTS:
-            gap = contrast_row(runs, (name, ratio), (base, ratio), seeds)
-            gaps.append({"variant": name, "against": base, "ratio": ratio, **gap})
-    return {"losses": rows, "contrasts": gaps, "dense": [runs[OURS, seed]["dense"] for seed in seeds]}
+    dense = [runs[OURS, seed]["dense"] for seed in seeds]
+    return rows_and_gaps(VARIANTS, CONTRASTS, RATIOS, runs, seeds) | {"dense": dense}
 
 
 def tables(result: dict) -> list[Table]:

@@ -76,8 +76,8 @@ def evaluate(
         "model.mask_id": mask_id,
         "model.allow_pickle": allow_pickle or None,
     }
-    overrides = EvaluationConfig.parse(sets or []) | {key: value for key, value in named.items() if value is not None}
-    _evaluate_and_show(checkpoints, EvaluationConfig.load(config, overrides), out, against, overwrite)
+    settings = EvaluationConfig.with_options(config, sets, named)
+    _evaluate_and_show(checkpoints, settings, out, against, overwrite)
 
 
 def _split(tasks: str) -> list[str]:

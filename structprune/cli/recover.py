@@ -66,12 +66,8 @@ def recover(
         "model.mask_id": mask_id,
         "model.allow_pickle": allow_pickle or None,
     }
-    overrides = RecoverConfig.parse(sets or []) | {key: value for key, value in named.items() if value is not None}
-    settings = RecoverConfig.load(config, overrides)
-    if dry_run:
-        _show_plan((checkpoint, teacher, out, settings, overwrite))
-    else:
-        _recover_and_show((checkpoint, teacher, out, settings, overwrite))
+    work = _show_plan if dry_run else _recover_and_show
+    work((checkpoint, teacher, out, RecoverConfig.with_options(config, sets, named), overwrite))
 
 
 def _show_plan(request: "Request") -> None:

@@ -58,6 +58,12 @@ class Sections(Section):
         return cls.build(values)
 
     @classmethod
+    def with_options(cls, path: str | Path | None, sets: list[str] | None, options: dict[str, Any]) -> Self:
+        """As `load`, with `--set` over the file, and over both the options that name a key, where they are not None."""
+        given = {key: value for key, value in options.items() if value is not None}
+        return cls.load(path, cls.parse(sets or []) | given)
+
+    @classmethod
     def parse(cls, overrides: list[str]) -> dict[str, Any]:
         """`["section.key=value"]`, values in YAML, as a mapping; the last of several for one key counts.
 
