@@ -7,6 +7,9 @@ import pytest
 import structprune
 from structprune.config import Config
 from structprune.models.adapter import Adapter
+from structprune.recovery.settings import RecoverConfig
+from structprune.recovery.trainer import passes_of
+from structprune.runs.recover import checked
 from structprune.structured.allocate import ratio_of
 from structprune.structured.choose import open_blocks
 
@@ -38,3 +41,16 @@ def test_a_config_prunes_a_tiny_checkpoint_of_its_family(file, tiny_checkpoint, 
     assert abs(pruned.report["ratio"] - shipped.structured.ratio) <= widest_step / total
     assert pruned.model.num_parameters() < model.num_parameters()
     assert ratio_of(sizes, {(s.index, k): 0 for s in sizes for k in s.step}) == 0
+
+
+@pytest.mark.parametrize("file", sorted((FOLDER / "recover").glob("*.yaml")), ids=lambda file: file.stem)
+def test_a_recovery_config_names_its_family_and_can_be_run(file, tiny_checkpoint, text_path, tmp_path):
+    """At small sizes, on a tiny checkpoint of its family."""
+    config = RecoverConfig.load(file)
+    assert passes_of(config.train, 1) == 16 and passes_of(config.train, 8) == 2
+    text = file.read_text(encoding="utf-8")
+    assert f"--config configs/recover/{file.name}" in text and f"structprune recover {file.stem}-0.5 " in text
+    small = {"data.source": str(text_path), "data.length": 16, "data.held_out": 4, "model.device": "cpu"}
+    tiny = str(tiny_checkpoint(file.stem))
+    plan = checked(tiny, tiny, tmp_path / "out", RecoverConfig.load(file, small)).plan()
+    assert plan["steps"] == 50_000_000 // (32 * 16) and plan["memory"]["gradients and optimiser"] > 0
