@@ -8,7 +8,7 @@ SHOWN = (
     "Positive: the first loses more. Bold: the interval over seeds excludes 0 and all seeds agree in sign, which about"
     " one in twenty would do by chance."
 )
-DEFAULTS = ("obs, masked+sink, refit", "sparsegpt, masked, refit")
+DEFAULTS = {"obs, masked+sink, refit": "the default score and arm", "sparsegpt, masked, refit": "the default"}
 
 
 def interval(row: dict | None, paired: bool = False) -> str:
@@ -33,8 +33,8 @@ def over_seeds(settings: dict) -> str:
 
 
 def title(variant: str) -> str:
-    """A variant's name, marked where it is the default."""
-    return f"**{variant}** (the default)" if variant in DEFAULTS else variant
+    """A variant's name, marked where it is a default."""
+    return f"**{variant}** ({DEFAULTS[variant]})" if variant in DEFAULTS else variant
 
 
 def demo(results: dict) -> str:
@@ -211,25 +211,27 @@ def classes(results: dict) -> str:
     Args:
         results: of scripts/studies/class_study.py.
     """
-    back, lines = {row["variant"]: row for row in results["gap_closed"]}, []
+    back, lines = {(row["variant"], row["ratio"]): row for row in results["gap_closed"]}, []
     for row in results["losses"]:
         blocks = " / ".join(str(len(widths)) for widths in row["widths"])
-        share, name = row["latency_share"], row["variant"]
-        gap = f"{100 * back[name]['mean']:.0f}%" if name in back else ""
+        share, key = row["latency_share"], (row["variant"], row["ratio"])
+        gap = f"{100 * back[key]['mean']:.0f}%" if key in back else ""
         timed = f"{share['median']:.2f} ({share['p25']:.2f} to {share['p75']:.2f})"
         removed = " / ".join(f"{value:.3f}" for value in row["removed"])
-        lines.append([name, interval(row), gap, blocks, removed, timed, f"{median(row['seconds']):.0f} s"])
+        run = f"{median(row['seconds']):.0f} s"
+        lines.append([row["ratio"], row["variant"], interval(row), gap, blocks, removed, timed, run])
     note = (
         "`taskset -c 0 python -m scripts.studies.class_study`, from [`class.json`](scripts/results/class.json): loss of"
-        f" NELBO on the embedded model against dense at 0.5, nats per token, {over_seeds(results['settings'])}. 160"
+        f" NELBO on the embedded model against dense, nats per token, {over_seeds(results['settings'])}. 160"
         " calibration windows with one noisy copy each and 40 held-out ones; q, k, v, gate and up are refitted too; the"
         " split is measured, for `official` 0. Got back: of the gap to `free`. Blocks left and removed share per seed;"
         " widths are rounded to 32 channels. Latency of a forward pass of 128 tokens as a share of the dense model's,"
         " in turns with it: medians over seeds of the median and the quartiles of 60 rounds, on one thread beside other"
         f" work, so only roughly known ({machine(results['machine'])})."
     )
-    header = ["class", "loss at 0.5", "got back", "blocks", "removed", "latency, quartiles", "run"]
-    return f"{table(header, lines)}\n\n{note}\n\n{paired(results['contrasts'], ['0.5'])}"
+    header = ["ratio", "class", "loss", "got back", "blocks", "removed", "latency, quartiles", "run"]
+    ratios = sorted({row["ratio"] for row in results["losses"]})
+    return f"{table(header, lines)}\n\n{note}\n\n{paired(results['contrasts'], ratios)}"
 
 
 def paired(contrasts: list[dict], ratios: list[str]) -> str:

@@ -24,6 +24,7 @@ from scripts.studies.checkpoint_texts import Continued, HeldOutText, Subject, fa
 from scripts.studies.factor_study import HEAD, STREAM, VISIBLE
 from scripts.studies.studies import (
     CALIBRATION,
+    CONSUMERS,
     Study,
     contrast_row,
     loss_row,
@@ -57,7 +58,8 @@ SINKS = f"{WHOLE}, sink weights"
 SEARCHED = f"{WHOLE}, search"
 # one round on few sequences: with 30 blocks it measures some 200 levels, and takes longer than the rest of the run
 SEARCH = {"search.enabled": True, "search.method": "knapsack", "search.rounds": 1, "search.sequences": 12}
-BASE = {key: value for key, value in CALIBRATION.items() if key != "calibration.source"} | {"structured.arm": "masked"}
+TEXTLESS = {key: value for key, value in CALIBRATION.items() if key != "calibration.source"}
+BASE = TEXTLESS | CONSUMERS | {"structured.arm": "masked"}
 
 
 def factor(name: str) -> dict:

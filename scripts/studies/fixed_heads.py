@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from rich.table import Table
 
-from scripts.studies.studies import CALIBRATION, Study, cell, held_out_text
+from scripts.studies.studies import CALIBRATION, CONSUMERS, Study, cell, held_out_text
 from scripts.studies.summaries import rows_and_gaps
 from structprune.assets import model_directory
 from structprune.config import Config
@@ -23,7 +23,7 @@ Heads = dict[str, int]  # ratio -> attention steps gone
 
 # about what the measured split takes (see quality.json)
 HEADS = {"0.3": 2, "0.5": 14, "0.7": 22}
-BASE = CALIBRATION | {"structured.arm": "masked"}
+BASE = CALIBRATION | CONSUMERS | {"structured.arm": "masked"}
 
 
 def heads_study(names: tuple[str, str, str], variants: Variants, contrasts: Contrasts, heads: Heads = HEADS) -> Study:

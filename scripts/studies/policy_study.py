@@ -15,7 +15,7 @@ from functools import lru_cache
 import torch
 from rich.table import Table
 
-from scripts.studies.studies import CALIBRATION, Study, cell, contrast_row, held_out_text, loss_row, main
+from scripts.studies.studies import CALIBRATION, CONSUMERS, Study, cell, contrast_row, held_out_text, loss_row, main
 from structprune.assets import model_directory
 from structprune.calibration.batches import Calibration
 from structprune.config import Config
@@ -25,7 +25,7 @@ from structprune.runs.pruner import Pruner
 
 RATIO = "0.5"
 # a fixed number of heads (about that of the measured split, see quality.json), so that only scores differ
-STRUCTURED = {"structured.ratio": 0.5, "structured.arm": "masked+sink", "structured.split": 14}
+STRUCTURED = CONSUMERS | {"structured.ratio": 0.5, "structured.arm": "masked+sink", "structured.split": 14}
 TOO = ", refit too"  # the refit has the same weights as the scores
 WAYS = {
     "structured": STRUCTURED,

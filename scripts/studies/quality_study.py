@@ -12,13 +12,13 @@ import sys
 import torch
 from rich.table import Table
 
-from scripts.studies.studies import CALIBRATION, Study, cell, contrast_row, held_out_text, loss_row, main
+from scripts.studies.studies import CALIBRATION, CONSUMERS, Study, cell, contrast_row, held_out_text, loss_row, main
 from structprune.assets import model_directory
 from structprune.config import Config
 from structprune.models.loading import load_model
 from structprune.runs.pruner import Pruner
 
-BASE = CALIBRATION | {
+BASE = CALIBRATION | CONSUMERS | {
     "calibration.windows": 40, "structured.split_windows": 12, "structured.split_candidates": 6,
     "structured.arm": "masked",
 }  # fmt: skip

@@ -48,6 +48,7 @@ CALIBRATION = {
     "calibration.interval": 10,
     "calibration.batch": 4,
 }
+CONSUMERS = {"reconstruct.producers": False, "reconstruct.stream": 0}  # variants say what else is refitted
 
 
 @dataclass(frozen=True)

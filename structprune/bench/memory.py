@@ -64,7 +64,7 @@ def predicted_peak(dense: Adapter, pruned: Adapter, request: StructuredRequest, 
     phases = {
         f"scoring ({request.settings.score})": _scoring_bytes(dense, request, size, dtype, at_once),
         "refit": _refit_bytes(dense, pruned, request, size, at_once, dtype) if refits else 0,
-        "held-out check": at_once + _check_bytes(pruned, request, dtype, size.once // dtype.itemsize),
+        "held-out check": at_once + _logit_bytes(pruned, dtype, size.once // dtype.itemsize),
     }
     if request.config.search.enabled:  # beside the ranking's model; at the end there are two pruned ones
         uncut = search_cost(dense, request, dtype.itemsize).memory
@@ -205,15 +205,10 @@ def _producer_bytes(side: Adapter, at_once: int) -> int:
     return 16 * inputs * inputs + max(at_once, 32 * inputs * inputs + 64 * inputs * outputs)
 
 
-def _check_bytes(pruned: Adapter, request: StructuredRequest, dtype: torch.dtype, tokens: int) -> int:
-    """Logits of at most all `tokens`, as they are, in fp32, and normalised; and what a refit moved, kept beside the
-    weights of plain removal."""
-    rows, refit = min(tokens, max(1, LOGIT_BYTES // (8 * pruned.vocabulary))), request.reconstruct
-    head = rows * pruned.vocabulary * (8 if dtype == torch.float32 else 8 + dtype.itemsize)
-    if not refit.enabled:
-        return head
-    roles = [(block, role) for block in pruned.blocks for role in (block.names if refit.producers else block.consumers)]
-    return head + dtype.itemsize * sum(block[role].weight.numel() for block, role in roles)
+def _logit_bytes(pruned: Adapter, dtype: torch.dtype, tokens: int) -> int:
+    """Logits of at most all `tokens`, as they are, in fp32, and normalised."""
+    rows = min(tokens, max(1, LOGIT_BYTES // (8 * pruned.vocabulary)))
+    return rows * pruned.vocabulary * (8 if dtype == torch.float32 else 8 + dtype.itemsize)
 
 
 def _block_numbers(adapter: Adapter) -> list[int]:

@@ -17,6 +17,7 @@ from structprune.config.settings import (
 )
 from structprune.errors import UserError
 
+DENSE_TARGETS = ("producers", "head", "stream")  # keys of a refit that compare with the dense model's hidden states
 Idle = tuple[str, tuple[str, ...], bool, str]  # section, keys, whether they have no effect, what would give them one
 
 
@@ -45,21 +46,33 @@ def refuse_idle(config: Sections, idle: Sequence[Idle]) -> None:
 def check_structured(config: Config, facts: Facts) -> None:
     """Raise UserError for a value that a structured run would ignore."""
     structured, reconstruct = config.structured, config.reconstruct
+    _check_dense_targets(reconstruct)
     idle = (
         ("masking", tuple(MaskingSettings.model_fields), True, "method = unstructured or nm"),
         *_score_options("structured", facts),
-        (
-            "reconstruct",
-            ("producers", "head", "stream"),
-            reconstruct.target == "layer",
-            "reconstruct.target = dense or mixed",
-        ),
-        ("reconstruct", ("producers", "head"), reconstruct.mode == "bias", "reconstruct.mode = least-squares"),
         ("reconstruct", ("visible", "weighting"), reconstruct.arm.startswith("clean"), "a masked reconstruct.arm"),
         ("structured", ("depth_slope",), structured.allocation != "depth", "structured.allocation = depth"),
         *_search_options(config),
     )
     refuse_idle(config, (*idle, *_common(config, facts, facts.arm)))
+
+
+def _check_dense_targets(reconstruct: ReconstructSettings) -> None:
+    """Raise UserError for a refit towards the dense model's hidden states where none are compared.
+
+    Their defaults are then off (see ReconstructSettings), so that what is on was asked for.
+    """
+    needs = [("target = dense or mixed", reconstruct.target == "layer")]
+    needs += [("mode = least-squares", reconstruct.mode == "bias")]
+    for need in (need for need, lacking in needs if lacking and reconstruct.enabled):
+        for key in _on(reconstruct, DENSE_TARGETS):
+            problem = f"reconstruct.{key} = {getattr(reconstruct, key)} has no effect without reconstruct.{need}"
+            raise UserError(f"{problem}: leave it out, or set that")
+
+
+def _on(reconstruct: ReconstructSettings, keys: Sequence[str]) -> list[str]:
+    """Those that are not switched off, as where nothing reads them."""
+    return [key for key in keys if getattr(reconstruct, key)]
 
 
 def _search_options(config: Config) -> list[Idle]:
@@ -112,7 +125,7 @@ def check_masking(config: Config, facts: Facts) -> None:
     measured = facts.arm or ("masked" if masking.allocation == "owl" else None)  # `owl` reads activations by itself
     noised = measured not in (None, "clean") or reconstruct.enabled or calibration.held_out > 0
     official = "method = structured (masks leave the layout as it is)"
-    of_structured = ("constant", "mode", "producers", "stream", "head", "visible", "weighting")
+    of_structured = ("constant", "mode", *_on(reconstruct, DENSE_TARGETS), "visible", "weighting")
     text = tuple(key for key in CalibrationSettings.model_fields if key != "held_out")
     idle = (
         ("structured", tuple(StructuredSettings.model_fields), True, "method = structured"),
@@ -156,10 +169,12 @@ def _common(config: Config, facts: Facts, measured: str | None) -> list[Idle]:
     """
     reconstruct, sink = config.reconstruct, config.sink
     arms = [measured or "", reconstruct.arm if reconstruct.enabled else ""]
+    refit = tuple(key for key in ReconstructSettings.model_fields if key not in DENSE_TARGETS)
+    refit += tuple(_on(reconstruct, DENSE_TARGETS))
     weights = tuple(key for key in SinkSettings.model_fields if key != "trajectory")
     blind = all(arm in ("", "clean") for arm in arms)
     return [
-        ("reconstruct", tuple(ReconstructSettings.model_fields), not reconstruct.enabled, "reconstruct.enabled = true"),
+        ("reconstruct", refit, not reconstruct.enabled, "reconstruct.enabled = true"),
         ("reconstruct", ("dense_share",), reconstruct.target != "mixed", "reconstruct.target = mixed"),
         ("reconstruct", ("damping",), reconstruct.mode == "bias", "reconstruct.mode = least-squares"),
         ("sink", weights, not any("sink" in arm for arm in arms), "an arm with +sink"),

@@ -1,9 +1,11 @@
-"""Names that a configuration accepts beside the built-in ones, for scores registered from outside the package."""
+"""Names that a configuration accepts: of calibration arms, and of scores registered from outside the package."""
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 from pydantic import WrapValidator
 
+Arm = Literal["clean", "masked", "masked+sink", "clean+sink"]
+ARMS: tuple[Arm, ...] = get_args(Arm)
 REGISTERED: dict[str, set[str]] = {"structured.score": set(), "masking.score": set()}
 
 

@@ -5,7 +5,7 @@ Shapes: R sequences of T tokens, b of a pass, M masked tokens, C features, V voc
 
 import torch
 
-from structprune.config.settings import Weighting
+from structprune.config.refit import Weighting
 from structprune.models.adapter import CONSUMER, UnitKey
 from structprune.models.encode import encode_at
 from structprune.models.logits import logit_slices

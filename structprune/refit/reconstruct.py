@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import torch
 
 from structprune.config import ReconstructSettings
-from structprune.models.adapter import Adapter
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.refit.products import UNCHANGED, LayerFit
 from structprune.refit.solve import choose
@@ -89,18 +88,6 @@ def refit_head(walk: Walk, run: ResidualRun, small: DiffusionLM) -> LayerFit:
     elif head.weight is not dense:  # an earlier plan's
         set_weight(head, dense, constant=False)
     return LayerFit.of(len(walk.dense.blocks), "head", identity, check, choice)
-
-
-def refitted_parameters(model: DiffusionLM, settings: ReconstructSettings) -> dict[str, torch.nn.Parameter]:
-    """Name -> the parameters that a refit changes."""
-    linears = [
-        block[role]
-        for block in Adapter(model).blocks
-        for role in (block.names if settings.producers else block.consumers)
-    ]
-    linears += [model.output_head] * settings.head
-    own = {id(value) for linear in linears for value in linear.parameters()}
-    return {name: value for name, value in model.named_parameters() if id(value) in own}
 
 
 def augmented(linear: torch.nn.Linear, constant: bool) -> torch.Tensor:

@@ -17,7 +17,7 @@ from structprune.models.adapter import UnitKey
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.progress import Track, untracked
 from structprune.refit.products import LayerFit
-from structprune.refit.reconstruct import Reconstructor, refitted_parameters
+from structprune.refit.reconstruct import Reconstructor
 from structprune.runs.depth import DropResult, check_levels_use, search_drops
 from structprune.runs.latency import choose_for_latency, latency_report, latency_target
 from structprune.runs.pruned import Candidate, Pruned
@@ -275,21 +275,15 @@ class Pruner(Run):
 
     def _refit_and_check(self, plan: Plan) -> Candidate:
         """The better of refit and plain removal on the held-out windows, and how they compare."""
-        small, fits = self._refit(plan)
         if self._dense is None:
             self._dense = self.nelbo(self.model)
-        refitted = plain = self.nelbo(small)
-        keeps_refit = False
-        if fits:
-            moved = refitted_parameters(small, self.request.reconstruct)
-            del small  # two pruned models at once would be the peak of memory
+        plain = self.nelbo(self._cut(plan))  # before the refit: two pruned models at once would be the peak of memory
+        small, fits = self._refit(plan)
+        refitted = self.nelbo(small) if fits else plain
+        keeps_refit = refitted.mean < plain.mean
+        if fits and not keeps_refit:
+            del small
             small = self._cut(plan)
-            plain = self.nelbo(small)
-            keeps_refit = refitted.mean < plain.mean
-            if keeps_refit:
-                for name, value in moved.items():
-                    module, _, leaf = name.rpartition(".")
-                    setattr(small.get_submodule(module), leaf, value)
         check = self.held_out(
             self._dense,
             refitted if keeps_refit else plain,

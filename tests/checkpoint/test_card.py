@@ -113,7 +113,7 @@ def test_a_link_to_a_file_needs_the_file(report):
 
 
 def test_what_was_refitted_to_which_targets(report):
-    report["config"]["reconstruct"] |= {"target": "mixed", "dense_share": 0.25, "producers": True}
+    report["config"]["reconstruct"] |= {"target": "mixed", "dense_share": 0.25, "stream": 0}
     flat = " ".join(model_card(report).split())
     assert "refit to mixed targets (dense share 0.25; q, k, v, gate and up too, to dense ones)" in flat
 

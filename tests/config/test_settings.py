@@ -96,14 +96,6 @@ IDLE = {
         "reconstruct.damping=[0.1]",
     ],
     "reconstruct.dense_share = 0.3 has no effect without reconstruct.target = mixed": ["reconstruct.dense_share=0.3"],
-    "reconstruct.producers = True has no effect without reconstruct.target = dense or mixed": [
-        "reconstruct.target=layer",
-        "reconstruct.producers=true",
-    ],
-    "reconstruct.producers = True has no effect without reconstruct.mode = least-squares": [
-        "reconstruct.mode=bias",
-        "reconstruct.producers=true",
-    ],
     "sink.kappa = 1.0 has no effect without an arm with .sink": ["sink.kappa=1", "structured.arm=masked"],
     "sink.alpha = 3.0 has no effect without sink.mask = soft": [
         "sink.mask=hard",
@@ -168,7 +160,7 @@ IDLE_MASKS = {
     ],
     "export.max_shard_size = 1GB has no effect": [*MASKS, "export.max_shard_size=1GB"],
     "reconstruct.constant = True has no effect without method = structured": [*MASKS, "reconstruct.constant=true"],
-    "reconstruct.producers = True has no effect without method = structured": [*MASKS, "reconstruct.producers=true"],
+    "reconstruct.stream = 0.5 has no effect without method = structured": [*MASKS, "reconstruct.stream=0.5"],
     "reconstruct.target = mixed has no effect on masks: use dense or layer": [*MASKS, "reconstruct.target=mixed"],
     "reconstruct.mode = bias has no effect without method = structured": [*MASKS, "reconstruct.mode=bias"],
     "reconstruct.target = layer has no effect without reconstruct.enabled = true": [

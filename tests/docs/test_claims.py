@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+RATIOS = ("0.3", "0.5", "0.7")
 
 
 def results(name):
@@ -174,21 +175,34 @@ def test_what_is_said_of_row_weights():
 
 def test_what_is_said_of_equal_blocks():
     figures = results("class")
-    rows = {row["variant"]: row for row in figures["losses"]}
+    rows = {(row["variant"], row["ratio"]): row for row in figures["losses"]}
     text = prose("docs/results.md")
-    assert f"{rows['uniform']['mean']:.2f}" == f"{rows['official']['mean']:.2f}" == "0.41"
-    assert f"loses {rows['uniform']['mean']:.2f} nats where free widths lose {rows['free']['mean']:.2f}" in text
-    back = sorted(round(100 * row["mean"]) for row in figures["gap_closed"])
-    assert f"gets {back[0]}% to {back[1]}% of the gap back" in text
-    shown = {(row["variant"], row["against"]): row["shown"] for row in figures["contrasts"]}
-    for name in ("uniform", "official"):
-        searched = rows[f"{name}, search"]
-        assert shown[f"{name}, search", name] and searched["dropped"] == [[2]] * 3
-        assert {width["query_heads"] for widths in searched["widths"] for width in widths} == {8}
-    assert rows["uniform, search"]["by_seed"] == rows["official, search"]["by_seed"]  # one plan
-    removed = [share for name in ("uniform", "official") for share in rows[name]["removed"]]
-    assert f"removes {100 * searched['removed'][0]:.1f}%" in text
+    mean = {key: f"{row['mean']:.2f}" for key, row in rows.items()}
+    assert mean["uniform", "0.5"] == mean["official", "0.5"] == "0.41"
+    assert f"loses {mean['uniform', '0.5']} nats where free widths lose {mean['free', '0.5']}, and at 0.7" in text
+    assert f"at 0.7 {mean['uniform', '0.7']} against {mean['free', '0.7']}." in text
+    back = {ratio: [100 * row["mean"] for row in figures["gap_closed"] if row["ratio"] == ratio] for ratio in RATIOS}
+    assert f"gets {min(back['0.5']):.0f}% to {max(back['0.5']):.0f}% of the gap back at 0.5" in text
+    assert f"and {back['0.7'][0]:.0f}% at 0.7" in text and back["0.3"] == [0, 0] and len(back["0.7"]) == 1
+    shown = {(row["variant"], row["against"], row["ratio"]): row["shown"] for row in figures["contrasts"]}
+    for ratio, classes in {"0.5": ("uniform", "official"), "0.7": ("uniform",)}.items():
+        for name in classes:
+            searched = rows[f"{name}, search", ratio]
+            assert shown[f"{name}, search", name, ratio] and shown[f"{name}, search", "free, search", ratio]
+            (dropped,) = {tuple(each) for each in searched["dropped"]}
+            assert len(dropped) == {"0.5": 1, "0.7": 2}[ratio]
+    equal = rows["uniform, search", "0.5"]["widths"]
+    assert {width["query_heads"] for widths in equal for width in widths} == {8}
+    assert rows["uniform, search", "0.5"]["by_seed"] == rows["official, search", "0.5"]["by_seed"]  # one plan
+    assert rows["uniform, search", "0.3"]["dropped"] == [[], [], []]
+    assert all(shown["uniform", "free", ratio] for ratio in RATIOS)
+    removed = [share for name in ("uniform", "official") for share in rows[name, "0.5"]["removed"]]
+    assert f"removes {100 * rows['uniform, search', '0.5']['removed'][0]:.1f}%" in text
     assert f"remove {100 * min(removed):.1f}% to {100 * max(removed):.1f}%" in text
+    latency = {key: row["latency_share"] for key, row in rows.items()}
+    equal, free = latency["uniform, search", "0.7"], latency["free, search", "0.7"]
+    assert f"takes {equal['median']:.2f} of the dense latency" in text and f"takes {free['median']:.2f}." in text
+    assert equal["p75"] < free["p25"]
 
 
 def test_what_is_said_of_published_methods():

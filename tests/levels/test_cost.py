@@ -13,6 +13,7 @@ BASE = {
     "search.enabled": True, "search.method": "knapsack", "search.rounds": 1, "search.levels": 1, "search.whole": False,
     "search.sequences": 4, "calibration.windows": 5, "calibration.held_out": 3, "calibration.length": 10,
     "calibration.copies": 1, "structured.ratio": 0.5, "reconstruct.damping": [0.1], "model.device": "cpu",
+    "reconstruct.producers": False,
 }  # fmt: skip
 HIDDEN, WIDTH, BLOCKS = 32, 48, 3
 LINEARS = 4 * HIDDEN * HIDDEN + 3 * HIDDEN * WIDTH  # of a block

@@ -22,9 +22,10 @@ from structprune.structured.surgery import apply_plan
 
 MASK, LENGTH = 2047, 12
 CHANNELS = (0, 8, 24, 48)
+CONSUMERS = {"producers": False, "stream": 0}  # a library's readers are those of no cut model
 CASES = {
     "consumers": {},
-    "everything": {"producers": True, "head": True, "visible": 0.5, "target": "mixed"},
+    "everything": {"producers": True, "stream": 1.0, "head": True, "visible": 0.5, "target": "mixed"},
     "constant": {"constant": True},
 }
 
@@ -53,7 +54,7 @@ class Bench:
         }
         self.counts = {key: grid[1 + (key[0] == 1)] if key[1] == "channels" else 1 for key, grid in self.grids.items()}
         self.counts |= {key: self.grids[key][-1] for key in gone}  # the whole part
-        self.reconstruct = ReconstructSettings(damping=(0.05,), **settings)
+        self.reconstruct = ReconstructSettings(damping=(0.05,), **CONSUMERS | settings)
         self.recipe = Recipe(StructuredSettings(), self.reconstruct)
         scan = Scan(self.adapter, calibration, limits=Limits(windows=5))
         self.walk, self.scan = Walk(scan, self.reconstruct), scan

@@ -52,7 +52,7 @@ def read_all(block, kind, x, rotary):
 
 def reconstructor(model, calibration, settings=None, **limits) -> Reconstructor:
     scan = Scan(Adapter(model), calibration, SINK, Limits(**limits))
-    return Reconstructor(scan, settings or ReconstructSettings())
+    return Reconstructor(scan, settings or ReconstructSettings(**CONSUMERS))
 
 
 def row_weights(model, plan, index, sides, omega, settings):
@@ -130,8 +130,9 @@ def plain_refit(model, plan, calibration, settings):
     return fits
 
 
+CONSUMERS = {"producers": False, "stream": 0}  # what else is refitted has tests of its own
 SETTINGS = {
-    "default": {},
+    "consumers": {},
     "layer": {"target": "layer"},
     "not relative": {"relative": False},
     "constant": {"constant": True},
@@ -150,7 +151,7 @@ SETTINGS = {
 @torch.no_grad()
 def test_the_driver_walks_both_models(tiny_model, calibration, family, name, make_plan):
     model = tiny_model(family)
-    plan, settings = make_plan(Adapter(model)), ReconstructSettings(damping=(DAMPING,), **SETTINGS[name])
+    plan, settings = make_plan(Adapter(model)), ReconstructSettings(damping=(DAMPING,), **CONSUMERS | SETTINGS[name])
     small = apply_plan(model, plan, settings.constant or settings.mode == "bias")
     fits = reconstructor(model, calibration, settings).refit(small, plan.remaining)
     expected = plain_refit(model, plan, calibration, settings)

@@ -27,7 +27,8 @@ def refit(model, plan: Plan, calibration: Calibration, target: str):
     """The cut model, its tensors before, and what its refit chose."""
     small = apply_plan(model, plan)
     before = {name: value.clone() for name, value in small.state_dict().items()}
-    reconstructor = Reconstructor(Scan(Adapter(model), calibration), ReconstructSettings(target=target))
+    settings = ReconstructSettings(target=target, producers=False)
+    reconstructor = Reconstructor(Scan(Adapter(model), calibration), settings)
     return small, before, reconstructor.refit(small, plan.remaining)
 
 

@@ -176,7 +176,7 @@ def test_levels_are_refused(tiny_checkpoint, text_path, tmp_path, capsys):
 def test_a_dry_run_predicts_the_search(tiny_checkpoint, text_path):
     """By hand, for one block of three that can go, and heads that all stay."""
     source = tiny_checkpoint()
-    config = run_config(text_path, **OFFICIAL)
+    config = run_config(text_path, **OFFICIAL, **{"reconstruct.producers": False})
     result = inspect_checkpoint(source, config)
     cost, block, head = result["search"], 4 * 32 * 32 + 3 * 32 * 48, 2048 * 32
     assert set(cost["operations"]) == {"search", "refit"} and cost["disk"] == 0

@@ -49,7 +49,8 @@ def test_the_report_names_what_went(removed):
     report, small = pruned.report, Adapter(pruned.model)
     assert report["removed"] == {"blocks": [1], "attention": [3], "channels": [0]}
     assert [row["channels"] for row in report["widths"]] == [0, 48, 24] and len(small.blocks) == 3
-    keys = [(0, "attention"), (2, "attention"), (2, "channels"), (3, "channels")]
+    keys = [(0, "attention"), *((2, role) for role in ("query", "key", "value", "attention", "gate", "up", "channels"))]
+    keys += [(3, role) for role in ("gate", "up", "channels")]
     assert [(fit["block"], fit["kind"]) for fit in report["refit"]] == keys
     projections = [
         sum(p.numel() for b in a.blocks for r in b.names for p in b[r].parameters()) for a in (Adapter(dense), small)

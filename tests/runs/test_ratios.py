@@ -103,7 +103,7 @@ def test_a_plan_stitched_from_levels_of_another_is_measured_with_its_own_head(ti
 def test_a_second_plan_has_the_head_of_a_model_of_its_own(tiny_checkpoint, config, tmp_path):
     """It is refitted from the dense head, not from the one of the plan before."""
     model = load_model(tiny_checkpoint())
-    settings = config(**{"reconstruct.head": True})
+    settings = config(**{"reconstruct.head": True, "reconstruct.producers": False, "reconstruct.stream": 0})
     pruner = Pruner(model, settings, levels=tmp_path)
     pruner.prune(0.5)
     library = Library(tmp_path / "first", {}, {}, {})
