@@ -12,6 +12,7 @@ from typing import BinaryIO
 
 import torch
 
+from structprune.checkpoint.learnt_text import LEARNT
 from structprune.checkpoint.output import Content, check_output, output_draft, write_json, write_shards
 from structprune.errors import UserError
 from structprune.models.checkpoint_files import is_weights, read_json, shard_names
@@ -188,7 +189,7 @@ def _copied_files(source: Path, folder: Path, ancestors: tuple[Path, ...]) -> It
             continue
         if path.is_dir():
             yield from _copied_files(source, path, (*ancestors, resolved))
-        elif str(relative) in BY_PRODUCTS or (is_weights(path.name) and str(relative) != INDEX):
+        elif str(relative) in BY_PRODUCTS or (is_weights(path.name) and str(relative) not in (INDEX, LEARNT)):
             continue
         elif not os.access(path, os.R_OK):
             raise UserError(f"{path} cannot be read: finish the download, or change its permissions")

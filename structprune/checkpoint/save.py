@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from structprune.checkpoint.export import CODE_FILES, check_export, config_values
+from structprune.checkpoint.learnt_text import LEARNT
 from structprune.checkpoint.output import Content, check_output, output_draft, write_json, write_shards
 from structprune.config import ExportSettings
 from structprune.models import modeling_structprune
@@ -14,7 +15,7 @@ from structprune.models.families import family_of
 from structprune.models.loading import as_dtype
 from structprune.models.modeling_structprune import DiffusionLM
 
-CARRIED = (*TOKENIZER_FILES, "generation_config.json")
+CARRIED = (*TOKENIZER_FILES, "generation_config.json", LEARNT)
 NARROW_TOKENIZERS = ("DreamTokenizer", "TokenizersBackend")  # from remote code, and only in transformers 5
 
 
@@ -63,7 +64,7 @@ def _write_weights(model: DiffusionLM, draft: Path, dtype: torch.dtype, max_shar
 
 
 def _carry(source: Path, draft: Path) -> None:
-    """Copy tokenizer and generation files; name a tokenizer class that every version of transformers has.
+    """Copy tokenizer, generation settings and marks of learnt text; name a tokenizer class that all transformers have.
 
     Without a class transformers would look for one through config.json, and ask whether to run the code it names.
     """

@@ -124,10 +124,12 @@ def _apply_plan(checkpoint: str, out: Path, config: "Config", plan_file: Path, o
 
 def _closing(written: "Written") -> list:
     """The table and the last lines of a structured run."""
+    from structprune.checkpoint.learnt_text import LEARNT
     from structprune.report.tables import run_table
 
     out = written.directory
-    after = sum(path.stat().st_size for path in out.glob("*.safetensors") if path.name != "calibration.safetensors")
+    texts = ("calibration.safetensors", LEARNT)
+    after = sum(path.stat().st_size for path in out.glob("*.safetensors") if path.name not in texts)
     return [
         run_table(written.result.report, (written.source_bytes, after)),
         f"Wrote {out} (model, plan.json, calibration.safetensors, report.json, README.md)",

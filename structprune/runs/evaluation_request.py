@@ -13,6 +13,7 @@ from structprune.calibration.build import LONGEST, SURPLUS, check_vocabulary
 from structprune.calibration.noise import stratified_noise
 from structprune.calibration.text import ALIASES, LOCAL, is_streamed, join_texts, read_texts
 from structprune.calibration.windows import cut_windows, tokenize_corpus
+from structprune.checkpoint.learnt_text import read_learnt
 from structprune.config.effects import refuse_idle
 from structprune.config.yaml_files import read_yaml
 from structprune.errors import UserError
@@ -21,7 +22,7 @@ from structprune.evaluation.documents import Choices, Opening, Task, TaskOptions
 from structprune.evaluation.fidelity_units import FidelityUnit
 from structprune.evaluation.labels import checkpoint_labels
 from structprune.evaluation.lm_tasks import LmTask
-from structprune.evaluation.overlap import CalibratedOn
+from structprune.evaluation.overlap import CalibratedOn, KnownText
 from structprune.evaluation.presets import PRESETS, FamilyPreset, Preset, is_preset, load_preset
 from structprune.evaluation.requests import overlay, to_item
 from structprune.evaluation.settings import EvaluationConfig, EvaluationSettings
@@ -263,19 +264,21 @@ def _published(task: str, preset: Preset | None, family: Family) -> FamilyPreset
 
 
 def _with_warnings(subject: Subject, chat: bool) -> Subject:
-    """The subject with warnings: chat templates that do not fit, and text that it was calibrated on."""
+    """The subject with warnings: chat templates that do not fit, and text that it was calibrated or trained on."""
     warnings = []
     if subject.texts is not None:
         names = model_names(source_name(subject.checkpoint, subject.directory), subject.directory)
         if warning := chat_warning(names, bool(subject.tokenizer.chat_template), chat):
             warnings.append(warning)
+    seen = {"trained": KnownText(read_learnt(subject.directory))}
     path = subject.directory / "calibration.safetensors"
     if path.is_file():
-        known = CalibratedOn(Calibration.load(path).input_ids)
+        seen = {"calibrated": CalibratedOn(Calibration.load(path).input_ids), **seen}
+    for how, text in seen.items():
         for unit in subject.units:
-            if share := known.share(unit.token_ids()):
+            if share := text.share(unit.token_ids()):
                 warnings.append(
-                    f"{subject.label} was calibrated on text that {share:.0%} of the items of {unit.task} hold: "
+                    f"{subject.label} was {how} on text that {share:.0%} of the items of {unit.task} hold: "
                     "its figures there flatter it"
                 )
     return replace(subject, warnings=tuple(warnings))

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,11 @@ import torch
 from transformers import EarlyStoppingCallback
 
 from structprune.bench.recovery_memory import recovery_memory
+from structprune.checkpoint.learnt_text import LEARNT, write_learnt
 from structprune.checkpoint.masked import save_masked
 from structprune.checkpoint.recovered import recovered_files
 from structprune.errors import UserError
+from structprune.evaluation.overlap import marks
 from structprune.masking.finetune import keep_zeros, mask_adapters, merge_adapters
 from structprune.masking.masks import Masks
 from structprune.models.fingerprint import fingerprint
@@ -242,6 +244,8 @@ class Recovery:
         source = source_of(self.student).directory
         changed = list(dict(self.student.named_parameters())) if self.kept == "trained" else []
         files = recovered_files(source, report)
+        if self.kept == "trained":
+            files[LEARNT] = partial(write_learnt, runs=marks(self.text.windows, self.text.learnt), source=source)
         return save_masked(self.student, directory, changed=changed, files=files, overwrite=overwrite)
 
 

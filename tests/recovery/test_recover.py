@@ -144,6 +144,7 @@ def test_what_is_no_gain_is_not_written(pair, recover_config, tmp_path):
     ours, theirs = weights(tmp_path / "out"), weights(small)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert "No gain" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert not (tmp_path / "out" / "learnt.safetensors").exists()
 
 
 @pytest.mark.slow
