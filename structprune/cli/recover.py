@@ -1,5 +1,6 @@
 """`structprune recover`."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -80,7 +81,7 @@ def _show_plan(request: "Request") -> None:
 
 
 def _recover_and_show(request: "Request") -> None:
-    """Progress goes to stderr, the table to stdout; of several processes, the first shows them.
+    """Progress and warnings go to stderr, the table to stdout; of several processes, the first shows them.
 
     Args:
         request: the first arguments of `structprune.runs.recover.recover`.
@@ -96,9 +97,14 @@ def _recover_and_show(request: "Request") -> None:
     from structprune.runs.recover import recover as run
 
     out = request[2]
+
+    def warn(line: str) -> None:
+        if place.main:
+            print(f"structprune: warning: {line}", file=sys.stderr)
+
     try:
         with workers(trains=True) as place, progress_bars(Console(stderr=True, quiet=not place.main)) as track:
-            recovered = run(*request, Session(track, place))
+            recovered = run(*request, Session(track, place, warn))
     except KeyboardInterrupt as error:
         if not any(training_folder(out).glob("checkpoint-*")):
             raise

@@ -3,7 +3,7 @@
 Shapes: N windows of T tokens, n tokens in a run, U hashes.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -57,23 +57,34 @@ def marks(windows: torch.Tensor, learnt: torch.Tensor | None = None) -> np.ndarr
         (U,) uint64, sorted and different.
     """
     chosen = [np.zeros(0, np.uint64)]
-    for index, row in enumerate(windows.numpy()):
-        runs = _runs(row)  # (T - RUN + 1,)
-        if learnt is not None and len(runs):  # a chat template's own words are in every conversation
-            count = np.concatenate(([0], np.cumsum(learnt[index].numpy())))  # (T + 1,)
-            runs = runs[count[RUN:] - count[:-RUN] == RUN]
+    for runs in learnt_runs(windows, learnt, RUN):
         if len(runs) > SPAN:
             runs = np.lib.stride_tricks.sliding_window_view(runs, SPAN).min(-1)  # (T - RUN - SPAN + 2,)
         chosen.append(np.unique(runs))
     return np.unique(np.concatenate(chosen))
 
 
-def _runs(token_ids: np.ndarray) -> np.ndarray:
-    """Hashes of all runs of RUN tokens: (T,) -> (T - RUN + 1,) uint64, empty for shorter texts."""
-    count = len(token_ids) - RUN + 1
+def learnt_runs(windows: torch.Tensor, learnt: torch.Tensor | None, length: int) -> Iterator[np.ndarray]:
+    """Hashes of every window's runs of learnt tokens only: a chat template's own words are in every conversation.
+
+    Args:
+        windows, learnt: as for `marks`. length: n.
+    """
+    for index, row in enumerate(windows.numpy()):
+        runs = _runs(row, length)  # (T - n + 1,)
+        if learnt is not None and len(runs):
+            fits = np.lib.stride_tricks.sliding_window_view(learnt[index].numpy(), length).all(-1)  # (T - n + 1,)
+            filling = np.lib.stride_tricks.sliding_window_view(row[1:] == row[:-1], length - 1).all(-1)  # of an answer
+            runs = runs[fits & ~filling]
+        yield runs
+
+
+def _runs(token_ids: np.ndarray, length: int = RUN) -> np.ndarray:
+    """Hashes of all runs of n tokens: (T,) -> (T - n + 1,) uint64, empty for shorter texts."""
+    count = len(token_ids) - length + 1
     if count < 1:
         return np.zeros(0, np.uint64)
     ids, total = token_ids.astype(np.uint64) + np.uint64(1), np.zeros(count, np.uint64)  # (T,), (count,)
-    for offset in range(RUN):
+    for offset in range(length):
         total = total * MULTIPLIER + ids[offset : offset + count]  # modulo 2^64
     return total

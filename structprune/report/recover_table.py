@@ -1,5 +1,6 @@
 """The table of a recovery: what the held-out text says of teacher, input and result."""
 
+from rich.markup import escape
 from rich.table import Table
 
 from structprune.report.tables import grid
@@ -43,5 +44,7 @@ def plan_lines(plan: dict) -> list[Table | str]:
         table.add_row(name, f"{size / 1e9:.2f}", style="bold" if name == "peak" else None)
     if plan["cache"]:
         table.add_row("teacher's predictions, on disk", f"{plan['cache'] / 1e9:.2f}")
-    line = f"{plan['steps']:,} steps over {plan['tokens']:,} tokens, {plan['epochs']:.1f} times each window"
-    return [table, line, "Nothing was written."]
+    breadth = plan["breadth"]
+    line = f"{plan['steps']:,} steps over {plan['tokens']:,} tokens, {breadth['epochs']:.1f} times each window"
+    warnings = [] if breadth["warning"] is None else [f"[bold]Warning:[/bold] {escape(breadth['warning'])}"]
+    return [table, line, *warnings, "Nothing was written."]

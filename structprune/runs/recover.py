@@ -51,6 +51,8 @@ def recover(
     """
     require_training()
     recovery = checked(pruned, teacher, out, config, overwrite, session)
+    if recovery.breadth["warning"] is not None:
+        session.say(recovery.breadth["warning"])
     session.workers.first(lambda: open_folder(out, recovery.identity, overwrite))
     report = recovery.run(training_folder(out))
     session.workers.first(lambda: _finish(recovery, out, report, overwrite))

@@ -25,6 +25,7 @@ from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.placement import pick_device, streamed
 from structprune.models.quiet import quiet_transformers
 from structprune.models.tokenizer import load_tokenizer
+from structprune.recovery.breadth import breadth_of, narrow_line
 from structprune.recovery.cache import CachedTeacher, cache_bytes, write_cache
 from structprune.recovery.checks import check_device
 from structprune.recovery.folder import adopt, last_checkpoint
@@ -78,6 +79,18 @@ class Recovery:
         return {"student": student, "teacher": teacher, **text, "config": config}
 
     @property
+    def source(self) -> str:
+        """The name of the text, without a path."""
+        source = self.config.data.source
+        return Path(source).name if Path(source).suffix else source
+
+    @cached_property
+    def breadth(self) -> dict:
+        """How broad the text is, with a `warning` where it is narrow, as plain data."""
+        breadth = breadth_of(self.text, self.steps * self.config.train.batch)
+        return breadth | {"warning": narrow_line(self.source, breadth)}
+
+    @property
     def dtypes(self) -> tuple[torch.dtype, torch.dtype]:
         """Of both models' weights in memory; weights that are trained themselves are fp32 where nothing is said."""
         ghosts, cpu = self._ghosts, self.device.type == "cpu"
@@ -94,7 +107,7 @@ class Recovery:
         return {
             "steps": self.steps,
             "tokens": windows * data.length,
-            "epochs": windows / len(self.text.windows),
+            "breadth": self.breadth,
             "memory": recovery_memory(student, teacher, self.config, self.dtypes),
             "cache": cache_bytes(windows, data.length, self.config.teacher.top) if self._cache else 0,
         }
@@ -220,12 +233,12 @@ class Recovery:
     def _report(self, measured: tuple[HeldOutStudy, Figures, Figures], seconds: float) -> dict:
         study, before, after = measured
         student, teacher = self._ghosts
-        source = self.config.data.source
         return {
             "student": student.name,
             "teacher": teacher.name,
-            "text": Path(source).name if Path(source).suffix else source,
+            "text": self.source,
             "windows": len(self.text.windows),
+            "breadth": self.breadth,
             "tokens": self.learnt["steps"] * self.config.train.batch * self.config.data.length,
             "learnt": self.learnt,
             "held_out_windows": len(self.text.held_out),
