@@ -6,7 +6,7 @@ from structprune.bench.memory import RUNTIME_BYTES
 from structprune.evaluation.fidelity import TOP
 from structprune.models.adapter import Adapter
 from structprune.models.logits import LOGIT_BYTES
-from structprune.recovery.settings import RecoverConfig
+from structprune.recovery.settings import RecoverConfig, TeacherSettings
 from structprune.statistics.gradients import saved_bytes
 
 FLOAT = 4  # bytes of a gradient, and of each of AdamW's two moments
@@ -19,6 +19,23 @@ def lora_numbers(student: Adapter, config: RecoverConfig) -> int:
         block[role].weight.shape for block in student.blocks for role in block.names if role in config.train.targets
     ]
     return sum(config.train.rank * (outputs + inputs) for outputs, inputs in shapes)
+
+
+def teacher_bytes(teacher: Adapter, settings: TeacherSettings, dtype: torch.dtype) -> int:
+    """Bytes of a teacher's weights on its device: all of them, or the largest layer where they are streamed.
+
+    Args:
+        dtype: of its computation.
+    """
+    whole = {id(p): p.numel() * dtype.itemsize for p in teacher.model.parameters()}
+    if not settings.int8:
+        return max(whole.values()) if settings.offload else sum(whole.values())
+    projections = [block[role].weight for block in teacher.blocks for role in block.names]
+    once = max(whole[id(weight)] for weight in projections)  # of the one that computes
+    held = whole | {id(weight): weight.numel() + len(weight) * FLOAT for weight in projections}
+    if settings.offload:
+        return max(max(held.values()), max(held[id(weight)] + whole[id(weight)] for weight in projections))
+    return sum(held.values()) + once
 
 
 def recovery_memory(
@@ -34,16 +51,16 @@ def recovery_memory(
     """
     train, own = config.train, dtypes[0]
     tokens = train.pass_windows * config.data.length
-    numbers, offered = (adapter.model.num_parameters() for adapter in (student, teacher))
-    layer = max(p.numel() for p in teacher.model.parameters())
-    dense = (layer if config.teacher.offload else offered) * dtypes[1].itemsize
+    numbers = student.model.num_parameters()
     # updates are held in fp32 themselves
     learnt = numbers * 3 * FLOAT if train.method == "full" else lora_numbers(student, config) * 4 * FLOAT
     blocks = [saved_bytes(block, own) for block in student.blocks]
     once = len(blocks) * student.hidden_size * own.itemsize + max(blocks)
     parts = {
         "student weights": numbers * own.itemsize,
-        "teacher weights": dense,  # also where only the held-out text is measured with it
+        "teacher weights": teacher_bytes(
+            teacher, config.teacher, dtypes[1]
+        ),  # also where only the held-out text is measured with it
         "gradients and optimiser": learnt,
         "activations of a pass": tokens * (once if train.checkpointing else sum(blocks)),
         "predictions of a pass": LOGIT_BYTES + tokens * teacher.hidden_size * dtypes[1].itemsize,

@@ -35,7 +35,10 @@ class DataSettings(Section):
 
 class TeacherSettings(Section):
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Dtype of the dense model's weights in memory. Default: float32 on CPU, the checkpoint's own on an accelerator."""
+    """Dtype of the dense model's weights in memory, and of its computation. Default: float32 on CPU, the checkpoint's
+    own on an accelerator."""
+    int8: bool = False
+    """Hold the dense model's block projections as 8-bit integers with a scale per output row."""
     offload: bool = False
     """Keep the dense model in host memory; each layer is on the accelerator only while it computes."""
     cache: str | None = None

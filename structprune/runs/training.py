@@ -20,6 +20,7 @@ from structprune.evaluation.overlap import marks
 from structprune.masking.finetune import keep_zeros, mask_adapters, merge_adapters
 from structprune.masking.masks import Masks
 from structprune.models.fingerprint import fingerprint
+from structprune.models.int8 import to_int8
 from structprune.models.loading import as_dtype, load_model, source_of
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.placement import pick_device, streamed
@@ -47,7 +48,7 @@ INDIFFERENT: Any = {  # settings that another run of the same training may chang
     "teacher": {"offload", "cache"},
     "train": {"pass_windows", "checkpointing", "report_to"},
 }
-REMEDY = "lower train.pass_windows or data.length, or set train.checkpointing = true or teacher.offload = true"
+REMEDY = "lower train.pass_windows or data.length, or set train.checkpointing, teacher.int8 or teacher.offload = true"
 
 
 class Recovery:
@@ -130,6 +131,9 @@ class Recovery:
         """The student (0) or the teacher (1)."""
         settings = self.config.model
         directory, dtype = self._ghosts[index].directory, self.dtypes[index]
+        if index == 1 and self.config.teacher.int8:  # whole in host memory only, in no wider a dtype than it is stored
+            model = load_model(directory, "auto", "cpu", settings.mask_id, settings.allow_pickle)
+            return to_int8(model, dtype).to(device)  # type: ignore[arg-type]
         return load_model(directory, dtype, device, settings.mask_id, settings.allow_pickle)
 
     def _measure_and_train(self, folder: Path) -> tuple[HeldOutStudy, Figures]:
@@ -163,6 +167,7 @@ class Recovery:
             return LiveTeacher(dense)
         identity = {key: self.identity[key] for key in ("teacher", "text")}
         identity |= {"seed": self.config.data.seed, "top": self.config.teacher.top, "dtype": str(dense.dtype)}
+        identity |= {"int8": True} if self.config.teacher.int8 else {}
         cache, top = self._cache, self.config.teacher.top
         self._place.first(lambda: write_cache(cache, identity, dense, self._windows(), top, self._track))
         return CachedTeacher(cache, self.device)

@@ -7,6 +7,7 @@ from structprune.bench.memory import RUNTIME_BYTES
 from structprune.bench.recovery_memory import lora_numbers, recovery_memory
 from structprune.cli.main import main
 from structprune.models.adapter import Adapter
+from structprune.models.int8 import to_int8
 from structprune.models.logits import LOGIT_BYTES
 from structprune.recovery.settings import RecoverConfig
 from structprune.statistics.gradients import saved_bytes
@@ -75,3 +76,15 @@ def test_activations_grow_with_the_pass(tiny_model, length):
         predict(tiny_model(), tiny_model(), data__length=length, train__pass_windows=windows) for windows in (1, 2)
     )
     assert two["activations of a pass"] == 2 * one["activations of a pass"]
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_an_int8_teacher_is_predicted_as_it_is_held(tiny_model, offload):
+    teacher = tiny_model(mlp_hidden_size=4096)
+    one = predict(teacher, teacher, teacher__int8=True, teacher__offload=offload)["teacher weights"]
+    largest = 2 * 4096 * 32  # of a projection while it computes, in bf16
+    if offload:
+        assert one == 4096 * 32 + 4 * 4096 + largest  # of gate and up, with their scales
+    else:
+        held = sum(parameter.nbytes for parameter in to_int8(teacher, BF16).parameters())
+        assert one == held + largest

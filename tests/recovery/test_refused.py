@@ -102,3 +102,19 @@ def test_contradictions_are_refused_before_anything_is_written(pair, recover_con
     with pytest.raises(UserError, match=reason):
         recover(str(small), str(dense), tmp_path / "out", recover_config(**keys))
     assert not list(tmp_path.glob("out*")) and not (tmp_path / "cache").exists()
+
+
+@pytest.mark.slow
+def test_an_int8_teacher_teaches_and_its_cache_is_its_own(pair, recover_config, tmp_path):
+    dense, small = pair()
+    plain, cache = tmp_path / "plain", tmp_path / "cache"
+    first = recover(str(small), str(dense), plain, recover_config(train__tokens=16 * 8 * 4)).report
+    config = recover_config(teacher__int8=True, teacher__cache=str(cache), train__tokens=16 * 8 * 4)
+    report = recover(str(small), str(dense), tmp_path / "out", config).report
+    assert report["config"]["teacher"]["int8"] and report["kept"] == "trained"
+    assert report["before"]["kl"] != first["before"]["kl"]
+    assert report["before"]["kl"] == pytest.approx(first["before"]["kl"], rel=0.05)
+    assert report["after"]["kl"] < 0.99 * report["before"]["kl"]
+    whole = recover_config(teacher__cache=str(cache), train__tokens=16 * 8 * 4)
+    with pytest.raises(UserError, match="holds predictions of another teacher, text or setting"):
+        recover(str(small), str(dense), tmp_path / "other", whole)
