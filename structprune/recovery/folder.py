@@ -13,7 +13,7 @@ from structprune.models.checkpoint_files import read_json
 
 IDENTITY = "identity.json"  # in the folder: what its checkpoints were made of
 LOGS = "runs"  # in the folder: what loggers write there
-NEEDED = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "*.safetensors", "rng_state*.pth")  # of a checkpoint
+NEEDED = ("trainer_state.json", "optimizer.*", "scheduler.pt", "*.safetensors", "rng_state*.pth")  # of a checkpoint
 
 
 def training_folder(out: Path) -> Path:

@@ -14,6 +14,7 @@ from structprune.evaluation.workers import Workers
 from structprune.models.encode import Batches
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.placement import compute_device
+from structprune.recovery.sharded import whole_weights
 from structprune.recovery.text import RecoveryText
 
 HELD_OUT_SEED = 4000  # plus the run's: noise that training does not draw
@@ -81,11 +82,12 @@ class HeldOutStudy:
         training = model.training
         model.eval()
         batches = Batches.automatic(compute_device(model))
-        figures = self._measured(
-            lambda group: masked_kl(
-                model, self._ids[group], self._noisy[group], self._references[group.start], batch=batches
+        with whole_weights(model):
+            figures = self._measured(
+                lambda group: masked_kl(
+                    model, self._ids[group], self._noisy[group], self._references[group.start], batch=batches
+                )
             )
-        )
         model.train(training)
         return figures
 

@@ -9,6 +9,7 @@ from torch.utils.data import Dataset, SequentialSampler
 
 from structprune.errors import UserError
 from structprune.recovery.settings import LossSettings, TrainSettings
+from structprune.recovery.sharded import ARGUMENTS, shard_on_cpus
 from structprune.recovery.student import Lesson, masked_tokens
 
 LOGGED = 100  # lines of a logger, about
@@ -87,6 +88,8 @@ def make_trainer(
             return figures
 
     trainer = RecoveryTrainer(model, arguments, train_dataset=windows, eval_dataset=windows, callbacks=callbacks)
+    if arguments.fsdp:
+        shard_on_cpus(trainer)
     trainer.remove_callback(PrinterCallback)  # it prints every figure; the progress bar has the last ones
     trainer.model_accepts_loss_kwargs = False  # each pass is a mean, which a step's passes divide among them
     return trainer
@@ -98,7 +101,7 @@ def training_arguments(settings: TrainSettings, folder: Path, steps: int, passes
     Args:
         folder: of checkpoints; a killed run goes on from the last one there.
         steps: optimiser steps. passes: forward passes of a step.
-        facts: `seed`, `cpu` (compute there), `bf16`.
+        facts: `seed`, `cpu` (compute there), `bf16`, `sharded` (FSDP).
     """
     from transformers import TrainingArguments
 
@@ -131,6 +134,8 @@ def training_arguments(settings: TrainSettings, folder: Path, steps: int, passes
         "remove_unused_columns": False,
         "ddp_find_unused_parameters": False,
     }
+    if facts["sharded"]:
+        values |= ARGUMENTS
     arguments = TrainingArguments(**values)
     if arguments.n_gpu > 1:  # of one process: several GPUs would make another training of it
         arguments._n_gpu = 1

@@ -33,6 +33,7 @@ from structprune.recovery.folder import adopt, last_checkpoint
 from structprune.recovery.held_out import Figures, HeldOutStudy
 from structprune.recovery.lora import add_adapters, merge
 from structprune.recovery.settings import RecoverConfig
+from structprune.recovery.sharded import check_sharded, is_sharded, whole_state
 from structprune.recovery.student import learning
 from structprune.recovery.teacher import LiveTeacher
 from structprune.recovery.text import RecoveryText, read_recovery_text
@@ -65,6 +66,9 @@ class Recovery:
         place = self._place
         self.device = pick_device(config.model.device or place.device)
         check_device(config, self.device, launched=place.count > 1)
+        self.sharded = is_sharded()
+        if self.sharded:
+            check_sharded(config.train.method, self._masks is not None, place.count)
         settings = config.train
         self.steps = steps_of(settings, config.data.length)
         tokenizer = load_tokenizer(ghosts[0].directory)
@@ -77,7 +81,8 @@ class Recovery:
         student, teacher = (fingerprint(ghost.directory, allow) for ghost in self._ghosts)
         config = self.config.model_dump(mode="json", exclude=INDIFFERENT)
         text = {"text": self.text.digest, "cached": self._cache is not None}  # a cache has the likeliest tokens only
-        return {"student": student, "teacher": teacher, **text, "config": config}
+        sharded = {"sharded": True} if self.sharded else {}  # whose checkpoints have files of their own
+        return {"student": student, "teacher": teacher, **text, **sharded, "config": config}
 
     @property
     def source(self) -> str:
@@ -180,7 +185,7 @@ class Recovery:
         lora = settings.method == "lora"
         student.requires_grad_(not lora)
         model = add_adapters(student, settings, seed) if lora else student
-        facts = {"seed": seed % 2**32, "cpu": self.device.type == "cpu", "bf16": self._bf16()}
+        facts = {"seed": seed % 2**32, "cpu": self.device.type == "cpu", "bf16": self._bf16(), "sharded": self.sharded}
         arguments = training_arguments(settings, folder, self.steps, passes_of(settings, self._place.count), facts)
         watch = Watch(self.steps, config, self._track)
         callbacks = [watch] if settings.patience is None else [watch, EarlyStoppingCallback(settings.patience)]
@@ -204,6 +209,10 @@ class Recovery:
             self.history = watch.history(trainer.state.log_history)
         if lora:
             self._merge(model)
+        if self.sharded:
+            whole = whole_state(student)
+            student = self.student = self._load(0, self.device)
+            student.load_state_dict(whole, assign=True)
         student.requires_grad_(False)
         student.eval()
 

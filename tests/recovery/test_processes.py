@@ -55,6 +55,46 @@ def test_two_processes_learn_what_one_learns(command, tmp_path, capsys):
     assert done.stdout.count("Wrote") == 1 and not training_folder(both).exists()
 
 
+KILLED = """
+import os
+from structprune.cli.main import run
+from structprune.recovery.watch import Watch
+
+class Killed(Watch):
+    def on_step_end(self, args, state, control, **more):
+        if state.global_step == 4:
+            os._exit(9)
+        super().on_step_end(args, state, control, **more)
+
+import structprune.runs.training as training
+training.Watch = Killed
+run()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_that_share_the_weights_learn_what_one_learns_also_after_a_kill(command, tmp_path, capsys):
+    alone, both, killed = tmp_path / "alone", tmp_path / "both", tmp_path / "killed.py"
+    killed.write_text(KILLED, encoding="utf-8")
+    assert main(command(alone)) == 0
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--use_fsdp", "--fsdp_version", "2"]
+    launch += ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    launch += ["--main_process_port", "0"]
+    keys = {"env": os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}, "timeout": 180}
+    first = subprocess.run([*launch, str(killed), *command(both)], capture_output=True, text=True, **keys)
+    whole = training_folder(both) / "checkpoint-3" / "pytorch_model_fsdp.bin"
+    assert first.returncode != 0 and whole.exists() and not both.exists(), first.stderr[-2000:]
+    done = subprocess.run([*launch, "-m", "structprune", *command(both)], capture_output=True, text=True, **keys)
+    assert done.returncode == 0, done.stderr[-2000:]
+    ours, theirs = figures(both), figures(alone)
+    assert ours["learnt"]["resumed_at"] == 3 and ours["before"] == theirs["before"]
+    for one, other in zip(ours["history"], theirs["history"], strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+    one, other = (load_model(out, device="cpu").state_dict() for out in (both, alone))
+    assert max((one[name] - other[name]).abs().max().item() for name in one) < 1e-4
+    assert done.stdout.count("Wrote") == 1 and not training_folder(both).exists()
+
+
 @pytest.mark.slow
 def test_the_command_shows_a_table_and_what_it_wrote(command, tmp_path, capsys):
     out = tmp_path / "out"

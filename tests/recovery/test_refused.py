@@ -3,6 +3,7 @@
 import pytest
 
 from structprune.errors import UserError
+from structprune.recovery.sharded import check_sharded, is_sharded
 from structprune.runs.recover import recover
 
 
@@ -118,3 +119,32 @@ def test_an_int8_teacher_teaches_and_its_cache_is_its_own(pair, recover_config, 
     whole = recover_config(teacher__cache=str(cache), train__tokens=16 * 8 * 4)
     with pytest.raises(UserError, match="holds predictions of another teacher, text or setting"):
         recover(str(small), str(dense), tmp_path / "other", whole)
+
+
+@pytest.mark.parametrize(
+    "method, masked, environment, reason",
+    [
+        ("lora", False, {}, "which is little with train.method = lora: leave out --use_fsdp"),
+        ("full", True, {}, "zeros of a masked checkpoint cannot be kept under FSDP: leave out --use_fsdp"),
+        ("full", False, {"FSDP_VERSION": "1"}, "FSDP version 1 is not supported: launch with --fsdp_version 2"),
+        ("full", False, {"FSDP_OFFLOAD_PARAMS": "true"}, "not supported: leave out --fsdp_offload_params"),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused(method, masked, environment, reason):
+    with pytest.raises(UserError, match=reason):
+        check_sharded(method, masked, 2, environment)
+    assert is_sharded({"ACCELERATE_USE_FSDP": "true"} | environment) and not is_sharded(environment)
+
+
+def test_one_process_that_was_told_to_shard_is_refused(pair, recover_config, tmp_path, monkeypatch):
+    dense, small = pair()
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(
+        UserError, match="nothing to share in one process: raise --num_processes, or leave out --use_fsdp"
+    ):
+        recover(str(small), str(dense), tmp_path / "out", recover_config())
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_full_training_can_be_sharded():
+    check_sharded("full", False, 2, {"FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "false"})
