@@ -6,7 +6,7 @@ from pathlib import Path
 import yaml
 
 from structprune.assets import card_template
-from structprune.checkpoint.lineage import in_words
+from structprune.checkpoint.lineage import in_words, removed_in_all
 from structprune.models.families import family_named
 from structprune.report.tables import change, mask_choice, millions, plus_minus, shown_arm, whole_parts, workload
 
@@ -67,13 +67,24 @@ def _shared(report: dict, licence: dict, share: float) -> dict[str, str]:
     source = report["source"]
     return {
         "source": source,
-        "before": f"\n`{source}` was {in_words(steps)}." if (steps := report.get("lineage", [])) else "",
-        "first": "input" if steps else "dense",
+        "before": _before(report, source),
+        "first": "input" if report.get("lineage") else "dense",
         "base": f"base_model: {source}\n" if re.fullmatch(r"[\w.-]+/[\w.-]+", source) else "",
         "license": yaml.safe_dump(licence, sort_keys=False, allow_unicode=True, width=1000) if licence else "",
         "percent": f"{100 * share:.1f} %",
         "version": report["versions"]["structprune"],
     }
+
+
+def _before(report: dict, source: str) -> str:
+    """What the input went through, and how much of the first model's weights all prunings removed."""
+    if not (steps := report.get("lineage", [])):
+        return ""
+    text = f"\n`{source}` was {in_words(steps)}."
+    if "ratio" in report and any(each["step"] == "pruned" for each in steps):
+        text += f" In all, {100 * removed_in_all(steps, report['ratio']):.1f} % of the block projections of"
+        text += f" `{steps[0]['source']}` were removed."
+    return text
 
 
 def _refit(reconstruct: dict) -> str:

@@ -1,5 +1,6 @@
 """What a checkpoint went through before it is pruned or masked again, from the report.json beside its weights."""
 
+import math
 from pathlib import Path
 
 from structprune.errors import UserError
@@ -32,6 +33,15 @@ def earlier_steps(directory: Path) -> list[dict]:
         if each["kept"] == "trained"
     ]
     return steps + learnt
+
+
+def removed_in_all(steps: list[dict], share: float) -> float:
+    """The share of the first model's weights that `steps` and one more pruning of `share` removed together.
+
+    Shares multiply: of what a step left, the next one removes its own share. They are of the blocks that no run
+    protected, so that the product is exact where all runs protect the same ones.
+    """
+    return 1 - (1 - share) * math.prod(1 - each["share"] for each in steps if each["step"] == "pruned")
 
 
 def in_words(steps: list[dict]) -> str:

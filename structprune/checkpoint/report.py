@@ -13,7 +13,7 @@ from structprune.bench.memory import peak_memory_bytes
 from structprune.calibration.batches import Calibration
 from structprune.checkpoint.export import export_class
 from structprune.checkpoint.licence import source_licence
-from structprune.checkpoint.lineage import earlier_steps
+from structprune.checkpoint.lineage import earlier_steps, removed_in_all
 from structprune.config import Config
 from structprune.masking.masks import Masks
 from structprune.models.adapter import UNIT_KINDS, Adapter, BlockView
@@ -67,7 +67,8 @@ def structured_report(
     """Sizes before and after, arm, export class, and which blocks, attentions and MLPs went as a whole.
 
     `ratio` is the removed share of the seven projections' parameters in unprotected blocks, counting biases that a
-    refit added. Blocks have the dense model's indices, except in `widths`, which has a row for every remaining one.
+    refit added, and `ratio_of_dense` that share of the model that the lineage began with. Blocks have the dense
+    model's indices, except in `widths`, which has a row for every remaining one.
 
     Args:
         length: T, the tokens that MACs are counted for.
@@ -78,15 +79,18 @@ def structured_report(
     unprotected = range(structured.protect_first, len(before.blocks) - structured.protect_last)
     open_before = [before.blocks[index] for index in unprotected]
     open_after = [block for index, block in zip(remaining, after.blocks, strict=True) if index in unprotected]
+    source = source_of(dense)
+    ratio = 1 - _projections(open_after) / _projections(open_before)
     return {
         "arm": resolve_arm(structured.score, structured.arm),
-        "ratio": 1 - _projections(open_after) / _projections(open_before),
+        "ratio": ratio,
+        "ratio_of_dense": removed_in_all(earlier_steps(source.directory), ratio),
         "parameters": {"before": dense.num_parameters(), "after": small.num_parameters()},
         "block_parameters": {"before": _projections(before.blocks), "after": _projections(after.blocks)},
         "macs": {"before": forward_macs(before, length), "after": forward_macs(after, length), "tokens": length},
         "widths": [asdict(block.widths) for block in after.blocks],
         "removed": _removed(before, after, remaining),
-        "export_class": export_class(small.config, source_of(dense).values),
+        "export_class": export_class(small.config, source.values),
     }
 
 

@@ -73,6 +73,9 @@ def run_table(report: dict, saved_bytes: tuple[int, int] | None = None) -> Table
         f"export class {report['export_class']}; {report['seconds']['total']:.1f} s; "
         f"peak memory {gigabytes(report['peak_memory_bytes']['host'])}"
     )
+    if any(each["step"] == "pruned" for each in report.get("lineage", [])) and "ratio_of_dense" in report:
+        first = report["lineage"][0]["source"]
+        table.caption += f"\nin all {100 * report['ratio_of_dense']:.1f} % of the block projections of {first}"
     if report["sinks"]:
         table.caption += f"\n{sink_line(report)}"
     if search := report["search"]:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from structprune.checkpoint.lineage import earlier_steps, in_words
+from structprune.checkpoint.lineage import earlier_steps, in_words, removed_in_all
 from structprune.cli.main import main
 
 PRUNED = {"step": "pruned", "source": "GSAI-ML/LLaDA-8B-Base", "share": 0.3}
@@ -36,6 +36,13 @@ def test_steps_are_those_of_its_report_oldest_first(tmp_path):
     )
 
 
+def test_shares_of_prunings_multiply():
+    masked = {"step": "masked", "source": "b", "share": 0.5}  # zeros stay where they are
+    learnt = {"step": "trained back", "source": "a", "tokens": 2000}
+    assert removed_in_all([PRUNED, learnt, masked], 0.5) == pytest.approx(1 - 0.7 * 0.5)
+    assert removed_in_all([], 0.3) == pytest.approx(0.3)
+
+
 def test_masks_are_a_step_too(tmp_path):
     report = {"versions": {"structprune": "1"}, "source": "llada", "sparsity": {"total": 0.5}}
     assert earlier_steps(write(tmp_path, report)) == [{"step": "masked", "source": "llada", "share": 0.5}]
@@ -57,5 +64,9 @@ def test_a_pruned_input_is_not_called_dense(tiny_checkpoint, prune_command, text
     shown, card = capsys.readouterr().out, (second / "README.md").read_text()
     assert "input" in shown and "dense" not in shown
     assert "`first` was pruned from `llada-tiny`" in card and "| | input | pruned |" in card
-    (step,) = json.loads((second / "report.json").read_text())["lineage"]
+    report = json.loads((second / "report.json").read_text())
+    (step,) = report["lineage"]
+    assert report["ratio_of_dense"] == pytest.approx(1 - (1 - step["share"]) * (1 - report["ratio"]))
+    total = f"{100 * report['ratio_of_dense']:.1f} % of the block projections of"
+    assert f"In all, {total} `llada-tiny` were removed." in card and f"in all {total}" in " ".join(shown.split())
     assert (step["step"], step["source"]) == ("pruned", "llada-tiny") and 0.1 < step["share"] < 0.3
