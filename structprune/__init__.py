@@ -11,6 +11,8 @@ _LAZY = {
     "load_calibration": "structprune.calibration.build",
     "prune": "structprune.runs.prune",
     "recover": "structprune.runs.recover",
+    "prune_and_recover": "structprune.runs.gradual",
+    "Schedule": "structprune.runs.schedule",
     "apply_plan": "structprune.structured.surgery",
     "Plan": "structprune.structured.plan",
     "save_pruned": "structprune.checkpoint.save",

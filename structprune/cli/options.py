@@ -99,4 +99,7 @@ Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Also read .bin sha
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace an existing output once the new one is complete.")
 ]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Only check, and predict sizes, steps and memory; no weights are read.")
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]

@@ -10,6 +10,7 @@ from structprune.cli.options import (
     ConfigFile,
     Debug,
     Device,
+    DryRun,
     Levels,
     MaskId,
     Method,
@@ -22,11 +23,20 @@ from structprune.cli.options import (
     Sets,
     TargetLatency,
 )
+from structprune.cli.pruned import closing, show_dry_run
+from structprune.cli.schedule import (
+    Gradual,
+    Recover,
+    RecoverFile,
+    RecoverSets,
+    make_schedule,
+    read_recovery,
+    show_schedule,
+)
 from structprune.errors import UserError
 
 if TYPE_CHECKING:
     from structprune.config import Config
-    from structprune.runs.checkpoints import Written
 
 OF_TEXT = [
     f"calibration.{key}" for key in ("windows", "length", "steps", "interval", "copies", "subset", "split", "column")
@@ -45,6 +55,11 @@ def prune(
     calibration: CalibrationText = None,
     plan: PlanFile = None,
     levels: Levels = None,
+    recover: Recover = False,
+    recover_config: RecoverFile = None,
+    recover_sets: RecoverSets = None,
+    gradual: Gradual = False,
+    dry_run: DryRun = False,
     device: Device = None,
     mask_id: MaskId = None,
     allow_pickle: Pickle = False,
@@ -52,6 +67,7 @@ def prune(
     debug: Debug = False,
 ) -> None:
     """Refuses only contradictions on the command line itself; the run refuses the rest."""
+    recovery = read_recovery(recover, gradual, recover_config, recover_sets)
     options = {
         "calibration.source": calibration,
         "model.device": device,
@@ -62,25 +78,43 @@ def prune(
     ratios = read_ratios(ratio)
     settings = read_config(config, ratios[0] if ratios else None, sets, nm, options, target_latency)
     if plan is not None:
-        _check_beside_plan(settings.method, ratio, sets, target_latency, levels)
-    if levels is not None and not settings.search.enabled:
-        raise UserError(f"--levels {levels} is for a search: add --set search.enabled=true, or leave it out")
-    if idle := [key for key in OF_TEXT if key in set_keys(sets) and settings.calibration.replays]:
-        raise UserError(f"{idle[0]} has no effect on a saved calibration, which is replayed as it is: leave it out")
-    if len(ratios) > 1 and settings.method != "structured":
-        raise UserError(f"--ratio {ratio} has several ratios: with --method {settings.method} give one at a time")
-    if plan is not None:
+        _check_beside_plan(settings.method, ratio, sets, target_latency, levels, dry_run)
+    _check_options(settings, ratio, sets, levels)
+    if recovery is not None:
+        schedule = make_schedule(settings, recovery, ratios, gradual, plan, levels)
+        show_schedule((checkpoint, out, schedule, overwrite), dry_run)
+    elif dry_run:
+        show_dry_run(checkpoint, _outputs(out, ratios), settings, levels, overwrite)
+    elif plan is not None:
         _apply_plan(checkpoint, out, settings, plan, overwrite)
     elif settings.method == "structured":
-        several = len(ratios) > 1
-        outputs: dict = {each: out / f"ratio-{each}" for each in ratios} if several else {None: out}
-        _prune_structured(checkpoint, outputs, settings, levels, overwrite)
+        _prune_structured(checkpoint, _outputs(out, ratios), settings, levels, overwrite)
     else:
         _make_masks(checkpoint, out, settings, overwrite)
 
 
+def _outputs(out: Path, ratios: list[float]) -> dict[float | None, Path]:
+    """Ratio (None: what the configuration says) -> the directory to write."""
+    return {each: out / f"ratio-{each}" for each in ratios} if len(ratios) > 1 else {None: out}
+
+
+def _check_options(config: "Config", ratio: str | None, sets: list[str] | None, levels: Path | None) -> None:
+    """Raise UserError for options that have no effect on this run."""
+    if levels is not None and not config.search.enabled:
+        raise UserError(f"--levels {levels} is for a search: add --set search.enabled=true, or leave it out")
+    if idle := [key for key in OF_TEXT if key in set_keys(sets) and config.calibration.replays]:
+        raise UserError(f"{idle[0]} has no effect on a saved calibration, which is replayed as it is: leave it out")
+    if len(read_ratios(ratio)) > 1 and config.method != "structured":
+        raise UserError(f"--ratio {ratio} has several ratios: with --method {config.method} give one at a time")
+
+
 def _check_beside_plan(
-    method: str, ratio: str | None, sets: list[str] | None, target_latency: float | None, levels: Path | None
+    method: str,
+    ratio: str | None,
+    sets: list[str] | None,
+    target_latency: float | None,
+    levels: Path | None,
+    dry_run: bool,
 ) -> None:
     """Raise UserError for options that --plan leaves nothing to do."""
     if method != "structured":
@@ -91,6 +125,8 @@ def _check_beside_plan(
         raise UserError("--plan already says what is removed: leave out --ratio and --set structured.*")
     if levels is not None:
         raise UserError(f"--plan already says what is removed: leave out --levels {levels}")
+    if dry_run:
+        raise UserError("--dry-run counts what a ratio removes, not what a plan does: leave out one of them")
 
 
 def _prune_structured(
@@ -104,7 +140,7 @@ def _prune_structured(
     try:
         with progress_bars() as track:
             for written in prune_at_ratios(checkpoint, outputs, config, overwrite, track, levels=levels):
-                lines += _closing(written)
+                lines += closing(written.result.report, written.directory, written.source_bytes)
                 del written  # its model
     finally:
         show(*lines)
@@ -119,22 +155,7 @@ def _apply_plan(checkpoint: str, out: Path, config: "Config", plan_file: Path, o
     plan = Plan.load(plan_file)
     with progress_bars() as track:
         written = prune_checkpoint(checkpoint, out, config, plan, overwrite, track)
-    show(*_closing(written))
-
-
-def _closing(written: "Written") -> list:
-    """The table and the last lines of a structured run."""
-    from structprune.checkpoint.learnt_text import LEARNT
-    from structprune.report.tables import run_table
-
-    out = written.directory
-    texts = ("calibration.safetensors", LEARNT)
-    after = sum(path.stat().st_size for path in out.glob("*.safetensors") if path.name not in texts)
-    return [
-        run_table(written.result.report, (written.source_bytes, after)),
-        f"Wrote {out} (model, plan.json, calibration.safetensors, report.json, README.md)",
-        f"Load it anywhere: AutoModelForCausalLM.from_pretrained('{out}', trust_remote_code=True)",
-    ]
+    show(*closing(written.result.report, written.directory, written.source_bytes))
 
 
 def _make_masks(checkpoint: str, out: Path, config: "Config", overwrite: bool) -> None:

@@ -21,6 +21,27 @@ def training_folder(out: Path) -> Path:
     return out.absolute().with_name(f"{out.name}.training")
 
 
+def check_folder(out: Path, identity: dict, overwrite: bool, aside: tuple[str, ...] = ()) -> Path:
+    """The folder of checkpoints, as it is; arguments and errors as `open_folder`.
+
+    Args:
+        aside: keys of the identity that do not count, since they are not known yet.
+    """
+    folder = training_folder(out)
+    if os.path.lexists(folder) and not is_training(folder):
+        raise UserError(
+            f"'{folder}', where the training would be kept, is something else: move it, or choose another --out"
+        )
+    if not overwrite and any(folder.glob("checkpoint-*")):
+        before, now = read_identity(folder / IDENTITY) or {}, json.loads(json.dumps(identity))
+        if any(before.get(key) != now.get(key) for key in {*before, *now} - {*aside}):
+            raise UserError(
+                f"'{folder}' holds another training: give the same checkpoints and settings, add --overwrite, or"
+                " delete it"
+            )
+    return folder
+
+
 def open_folder(out: Path, identity: dict, overwrite: bool) -> Path:
     """The folder of checkpoints, new or of the same training; one without a checkpoint is anyone's.
 
@@ -29,20 +50,11 @@ def open_folder(out: Path, identity: dict, overwrite: bool) -> Path:
     Raises:
         UserError: it belongs to another training, or is no folder of one.
     """
-    folder, identity = training_folder(out), json.loads(json.dumps(identity))
-    if os.path.lexists(folder) and not is_training(folder):
-        raise UserError(
-            f"'{folder}', where the training would be kept, is something else: move it, or choose another --out"
-        )
+    folder = check_folder(out, identity, overwrite)
     if folder.exists() and (overwrite or not any(folder.glob("checkpoint-*"))):
         shutil.rmtree(folder)
-    path = folder / IDENTITY
     if not folder.exists():
-        write_whole(path, json.dumps(identity, indent=1).encode())
-    elif read_identity(path) != identity:
-        raise UserError(
-            f"'{folder}' holds another training: give the same checkpoints and settings, add --overwrite, or delete it"
-        )
+        write_whole(folder / IDENTITY, json.dumps(identity, indent=1).encode())
     return folder
 
 

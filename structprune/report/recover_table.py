@@ -33,13 +33,13 @@ def recover_table(report: dict) -> Table:
     return table
 
 
-def plan_lines(plan: dict) -> list[Table | str]:
+def plan_lines(plan: dict, title: str = "predicted memory") -> list[Table | str]:
     """What a dry run predicts: steps and text, and a table of memory.
 
     Args:
-        plan: of `structprune.runs.training.Recovery.plan`.
+        plan: of `structprune.runs.training.Recovery.plan`. title: of the table.
     """
-    table = grid("predicted memory", "", "GB")
+    table = grid(title, "", "GB")
     for name, size in plan["memory"].items():
         table.add_row(name, f"{size / 1e9:.2f}", style="bold" if name == "peak" else None)
     if plan["cache"]:

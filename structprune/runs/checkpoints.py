@@ -10,6 +10,7 @@ from structprune.checkpoint.output import check_output, check_space, save_finish
 from structprune.config import Config
 from structprune.errors import UserError
 from structprune.masking.request import MaskRequest
+from structprune.models.adapter import Adapter
 from structprune.models.loading import load_model, source_of
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.progress import Track, untracked
@@ -59,11 +60,8 @@ def prune_checkpoint(
     if plan is None:
         [written] = prune_at_ratios(source, {None: out}, config, overwrite, track, levels=levels)
         return written
-    ghost = read_ghost(source, config.model)
-    request = resolve_structured(config, ghost.model)
-    check_given_plan(request, ghost.model, plan, ghost.values)
-    check_output(out, ghost.directory, overwrite, ghost.stored_bytes)
-    _check_text(config, ghost)
+    request = checked_prune(source, {None: out}, config, overwrite, plan=plan)
+    assert isinstance(request, StructuredRequest)
     model, source_bytes = _load(source, request)
     check_space(out, source_bytes)  # again: a download may have filled the disk
     pruned = Pruner(model, request, track=track).prune(plan=plan)
@@ -87,19 +85,9 @@ def prune_at_ratios(
     Raises:
         UserError: anything the user can mend at any of the ratios, before weights are read.
     """
-    ghost = read_ghost(source, config.model)
-    request = resolve_structured(config, ghost.model)
+    request = checked_prune(source, outputs, config, overwrite, levels=levels)
+    assert isinstance(request, StructuredRequest)
     outputs = dict(sorted(outputs.items(), key=lambda each: each[0] or 0))
-    for count, (ratio, out) in enumerate(outputs.items(), start=1):
-        at_ratio(request, ratio)
-        check_output(out, ghost.directory, overwrite, count * ghost.stored_bytes)
-        if len(outputs) > 1 and (out.parent / "config.json").exists():
-            raise UserError(f"'{out.parent}' is a checkpoint, which cannot hold others: give another directory")
-    if levels is not None:
-        check_levels_use(config, levels)
-        check_levels_directory(levels)
-        _check_apart(levels, list(outputs.values()))
-    _check_text(config, ghost)
     model, source_bytes = _load(source, request)
     for out in outputs.values():
         check_space(out, len(outputs) * source_bytes)  # again: a download may have filled the disk
@@ -112,6 +100,54 @@ def prune_at_ratios(
         del pruned  # two pruned models at once would be the peak of memory
 
 
+def checked_prune(
+    source: str,
+    outputs: Mapping[float | None, Path],
+    config: Config,
+    overwrite: bool = False,
+    *,
+    plan: Plan | None = None,
+    levels: Path | None = None,
+) -> StructuredRequest | MaskRequest:
+    """A run by any method that can begin, of which no weights were read; arguments as `prune_at_ratios`.
+
+    Args:
+        outputs: for masks or a plan, one.
+        plan: what a structured run applies.
+    Raises:
+        UserError: all that can be refused by now.
+    """
+    ghost = read_ghost(source, config.model)
+    if config.method != "structured":
+        return _checked_mask(ghost, outputs, config, overwrite)
+    request = resolve_structured(config, ghost.model)
+    if plan is not None:
+        check_given_plan(request, ghost.model, plan, ghost.values)
+    for count, (ratio, out) in enumerate(outputs.items(), start=1):
+        if plan is None:
+            at_ratio(request, ratio)
+        check_output(out, ghost.directory, overwrite, count * ghost.stored_bytes)
+        if len(outputs) > 1 and (out.parent / "config.json").exists():
+            raise UserError(f"'{out.parent}' is a checkpoint, which cannot hold others: give another directory")
+    if levels is not None:
+        check_levels_use(config, levels)
+        check_levels_directory(levels)
+        _check_apart(levels, list(outputs.values()))
+    _check_text(config, ghost)
+    return request
+
+
+def _checked_mask(ghost: Ghost, outputs: Mapping[float | None, Path], config: Config, overwrite: bool) -> MaskRequest:
+    """`checked_prune` for masks."""
+    request = resolve_masking(config, ghost.model)
+    mask_bytes = sum(block_weights(ghost.adapter)) // 8
+    for out in outputs.values():
+        check_output(out, ghost.directory, overwrite, ghost.stored_bytes + mask_bytes)
+    if request.reads_text:
+        _check_text(config, ghost)
+    return request
+
+
 def mask_checkpoint(
     source: str, out: Path, config: Config, overwrite: bool = False, track: Track = untracked
 ) -> Written:
@@ -120,14 +156,10 @@ def mask_checkpoint(
     Raises:
         UserError: anything the user can mend, before weights are read where it can be known then.
     """
-    ghost = read_ghost(source, config.model)
-    request = resolve_masking(config, ghost.model)
-    mask_bytes = sum(block_weights(ghost.adapter)) // 8
-    check_output(out, ghost.directory, overwrite, ghost.stored_bytes + mask_bytes)
-    if request.reads_text:
-        _check_text(config, ghost)
+    request = checked_prune(source, {None: out}, config, overwrite)
+    assert isinstance(request, MaskRequest)
     model, source_bytes = _load(source, request)
-    check_space(out, source_bytes + mask_bytes)
+    check_space(out, source_bytes + sum(block_weights(Adapter(model))) // 8)
     masked = mask(model, request, track=track, in_place=True)
     save_finished(masked.save, out, overwrite)
     return Written(masked, out, source_bytes)

@@ -46,9 +46,7 @@ def inspect_checkpoint(source: str | Path, config: Config, plan: Plan | None = N
     else:
         check_given_plan(request, model, plan, ghost.values)
     settings, sizes, length = request.settings, request.sizes, request.calibration.length
-    even = settings.model_copy(update={"allocation": "uniform"}) if settings.allocation == "global" else settings
-    choices = candidates(sizes, even)
-    shown = _shown(settings, sizes, choices)
+    choices, shown = _even_choices(request)
     after = Adapter(pruned_ghost(model, adapter, choices[shown], settings.gqa))
     blocks = _block_rows(adapter, after)
     before_total, after_total = (sum(row["parameters"][side] for row in blocks) for side in (0, 1))
@@ -86,6 +84,20 @@ def _latency(request: StructuredRequest) -> dict | None:
         return None
     length = search.latency_length or request.calibration.length
     return {"target_ms": search.target_ms, "batch": search.latency_batch, "length": length}
+
+
+def expected_model(model: DiffusionLM, request: StructuredRequest) -> DiffusionLM:
+    """A meta model of about the shapes that a run leaves of `model`: what goes is spread evenly over the blocks."""
+    choices, shown = _even_choices(request)
+    return pruned_ghost(model, Adapter(model), choices[shown], request.settings.gqa)
+
+
+def _even_choices(request: StructuredRequest) -> tuple[dict[int, Counts], int]:
+    """Attention steps per block -> counts, spread evenly, and the number of steps to show."""
+    settings, sizes = request.settings, request.sizes
+    even = settings.model_copy(update={"allocation": "uniform"}) if settings.allocation == "global" else settings
+    choices = candidates(sizes, even)
+    return choices, _shown(settings, sizes, choices)
 
 
 def _shown(settings: StructuredSettings, sizes: list[BlockSize], choices: dict[int, Counts]) -> int:

@@ -50,11 +50,24 @@ def recover(
         UserError: anything the user can mend, before weights are read where it can be known then.
     """
     require_training()
-    recovery = checked(pruned, teacher, out, config, overwrite, session)
+    return train_back(checked(pruned, teacher, out, config, overwrite, session), out, overwrite, session)
+
+
+def train_back(
+    recovery: Recovery, out: Path, overwrite: bool = False, session: Session = ALONE, notes: dict | None = None
+) -> Recovered:
+    """Run a recovery that was checked, from its training folder on, and write its output.
+
+    Args:
+        out, overwrite, session: as it was checked with.
+        notes: further entries of its report.
+    Raises:
+        UserError: the training folder is another training's; see `Recovery.run`.
+    """
     if recovery.breadth["warning"] is not None:
         session.say(recovery.breadth["warning"])
     session.workers.first(lambda: open_folder(out, recovery.identity, overwrite))
-    report = recovery.run(training_folder(out))
+    report = recovery.run(training_folder(out)) | (notes or {})
     session.workers.first(lambda: _finish(recovery, out, report, overwrite))
     return Recovered(out, report)
 
@@ -78,14 +91,23 @@ def checked(
 ) -> Recovery:
     """A recovery that can be run, or planned with; no weights are read. Arguments and errors as `recover`."""
     ghosts = read_ghost(pruned, config.model), read_ghost(teacher, config.model)
+    cache = check_request(ghosts, config, session)
+    session.workers.first(lambda: check_places(out, ghosts, overwrite, cache))
+    return Recovery(ghosts, config, cache, session)
+
+
+def check_request(ghosts: tuple[Ghost, Ghost], config: RecoverConfig, session: Session) -> Path | None:
+    """Raise UserError for models and settings that do not go together, wherever the output is.
+
+    Returns:
+        The directory of the teacher's predictions; None: it predicts on the way.
+    """
     check_pair(*ghosts)
     for ghost in ghosts:
         check_window(ghost, config.data.length)
     passes_of(config.train, session.workers.count)
     check_settings(config)
-    cache = None if config.teacher.cache is None else output_place(config.teacher.cache)
-    session.workers.first(lambda: check_places(out, ghosts, overwrite, cache))
-    return Recovery(ghosts, config, cache, session)
+    return None if config.teacher.cache is None else output_place(config.teacher.cache)
 
 
 def check_places(out: Path, ghosts: tuple[Ghost, Ghost], overwrite: bool, cache: Path | None) -> None:

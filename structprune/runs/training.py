@@ -1,5 +1,6 @@
 """One training of a pruned model against the dense one: all of `structprune recover` between its checks and the end."""
 
+import copy
 import math
 import time
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import Subset
 from transformers import EarlyStoppingCallback
 
 from structprune.bench.recovery_memory import recovery_memory
@@ -19,6 +21,7 @@ from structprune.errors import UserError
 from structprune.evaluation.overlap import marks
 from structprune.masking.finetune import keep_zeros, mask_adapters, merge_adapters
 from structprune.masking.masks import Masks
+from structprune.models.adapter import Adapter
 from structprune.models.fingerprint import fingerprint
 from structprune.models.int8 import to_int8
 from structprune.models.loading import as_dtype, load_model, source_of
@@ -73,6 +76,24 @@ class Recovery:
         self.steps = steps_of(settings, config.data.length)
         tokenizer = load_tokenizer(ghosts[0].directory)
         self.text: RecoveryText = read_recovery_text(config.data, tokenizer, settings.tokens)
+        self._part = (0, 1)
+
+    def part(self, index: int, count: int) -> "Recovery":
+        """The training on one of `count` equal parts of the tokens, which follow each other in one order of the text.
+
+        Raises:
+            UserError: a part is less than a step.
+        """
+        other, settings = copy.copy(self), self.config.train
+        other.__dict__.pop("identity", None)
+        other.steps, other._part = steps_of(settings, self.config.data.length) // count, (index, count)
+        if other.steps == 0:
+            step = settings.batch * self.config.data.length
+            raise UserError(
+                f"train.tokens = {settings.tokens} are shared by {count} trainings, of which each needs a step of"
+                f" train.batch x data.length = {step} tokens: raise it to {count * step}, or lower those"
+            )
+        return other
 
     @cached_property
     def identity(self) -> dict:
@@ -81,6 +102,7 @@ class Recovery:
         student, teacher = (fingerprint(ghost.directory, allow) for ghost in self._ghosts)
         config = self.config.model_dump(mode="json", exclude=INDIFFERENT)
         text = {"text": self.text.digest, "cached": self._cache is not None}  # a cache has the likeliest tokens only
+        text |= {"part": self._part} if self._part[1] > 1 else {}
         sharded = {"sharded": True} if self.sharded else {}  # whose checkpoints have files of their own
         return {"student": student, "teacher": teacher, **text, **sharded, "config": config}
 
@@ -105,17 +127,23 @@ class Recovery:
             own = torch.float32
         return as_dtype(self.config.model.dtype) or own, as_dtype(self.config.teacher.dtype) or theirs
 
-    def plan(self) -> dict:
-        """What the training will take, from shapes alone, as plain data."""
+    def plan(self, small: DiffusionLM | None = None) -> dict:
+        """What the training will take, from shapes alone, as plain data.
+
+        Args:
+            small: a meta model of the student's shapes; None: the student's own.
+        """
         student, teacher = (ghost.adapter for ghost in self._ghosts)
+        student = student if small is None else Adapter(small)
         data, train = self.config.data, self.config.train
         windows = self.steps * train.batch
+        cached = len(self._windows()) if self._cache else 0
         return {
             "steps": self.steps,
             "tokens": windows * data.length,
             "breadth": self.breadth,
             "memory": recovery_memory(student, teacher, self.config, self.dtypes),
-            "cache": cache_bytes(windows, data.length, self.config.teacher.top) if self._cache else 0,
+            "cache": cache_bytes(cached, data.length, self.config.teacher.top),
         }
 
     def run(self, folder: Path) -> dict:
@@ -157,12 +185,18 @@ class Recovery:
         return study, before
 
     def _windows(self) -> NoisyWindows:
-        """What is learnt, in its order."""
-        count, config = self.steps * self.config.train.batch, self.student.config
+        """What all parts learn, in its order."""
+        student, train = self._ghosts[0].model, self.config.train
+        count = steps_of(train, self.config.data.length) * train.batch
         return NoisyWindows(
-            self.text.windows, self.text.learnt, count, config.mask_token_id, seed=self.config.data.seed,
-            edges_visible=self.student.edges_visible,
+            self.text.windows, self.text.learnt, count, student.config.mask_token_id, seed=self.config.data.seed,
+            edges_visible=student.edges_visible,
         )  # fmt: skip
+
+    def _learnt_windows(self) -> Subset:
+        """What this part learns; items keep their numbers, by which a cache knows them."""
+        count = self.steps * self.config.train.batch
+        return Subset(self._windows(), range(self._part[0] * count, (self._part[0] + 1) * count))
 
     def _teacher(self, dense: DiffusionLM) -> LiveTeacher | CachedTeacher | None:
         """What predicts beside the student; a cache is completed first."""
@@ -192,7 +226,7 @@ class Recovery:
         with quiet_transformers(), self._masked(model, lora), learning(student):
             trainer = make_trainer(
                 model,
-                self._windows(),
+                self._learnt_windows(),
                 (config.loss, teacher),
                 lambda: watch.note(study.measure(student)),
                 arguments,

@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 
 from structprune.checkpoint.save import save_pruned
+from structprune.config import Config
 from structprune.models.adapter import Adapter
 from structprune.models.loading import load_model
 from structprune.recovery.settings import RecoverConfig
+from structprune.runs.schedule import Schedule
 from structprune.structured.plan import identity_plan
 from structprune.structured.surgery import apply_plan
 
@@ -38,5 +40,25 @@ def recover_config(text_path):
             "train.pass_windows": 4, "train.learning_rate": 2e-3, "train.evaluations": 3,
         }  # fmt: skip
         return RecoverConfig.load(overrides=values | {key.replace("__", "."): each for key, each in changes.items()})
+
+    return make
+
+
+@pytest.fixture
+def schedule(text_path, recover_config):
+    """`schedule(*ratios, steps=4, gradual=False, **keys of the pruning)` -> a run of a moment."""
+
+    def make(*ratios, steps=4, gradual=False, recovery=None, plan=None, levels=None, **keys) -> Schedule:
+        values = {
+            "calibration.source": str(text_path), "calibration.windows": 3, "calibration.held_out": 2,
+            "calibration.length": 16, "calibration.interval": 25, "model.device": "cpu",
+            "reconstruct.enabled": False,  # so that there is something to learn in a moment
+        }  # fmt: skip
+        values |= {} if "method" in keys else {"structured.split": "equal"}
+        values |= {key.replace("__", "."): each for key, each in keys.items()}
+        changes = {"train__tokens": 16 * 8 * steps, "train__learning_rate": 3e-3, "train__evaluations": 2} | (
+            recovery or {}
+        )
+        return Schedule(Config.load(overrides=values), recover_config(**changes), ratios, gradual, plan, levels)
 
     return make

@@ -1,0 +1,247 @@
+"""Prune and train back, at one ratio or on from each to the next: `structprune prune --recover`, without a console."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from structprune.checkpoint.output import check_apart, check_place, check_space
+from structprune.errors import UserError
+from structprune.files import remove_folders
+from structprune.models.checkpoint_files import read_json
+from structprune.models.fingerprint import fingerprint
+from structprune.models.placement import give_back_memory
+from structprune.recovery.folder import check_folder
+from structprune.recovery.trainer import require_training
+from structprune.runs.checkpoints import checked_prune, mask_checkpoint, prune_at_ratios, prune_checkpoint
+from structprune.runs.evaluate import ALONE, Session
+from structprune.runs.ghost import read_ghost
+from structprune.runs.inspect import expected_model, inspect_checkpoint, inspect_masking
+from structprune.runs.recover import check_places, check_request, checked, train_back
+from structprune.runs.resolve import at_ratio, resolve_structured
+from structprune.runs.schedule import Schedule, relative_ratio
+from structprune.runs.stages import (
+    REQUEST,
+    check_pruned,
+    clear_finished,
+    close_pruned,
+    digest,
+    finished_report,
+    is_pruned,
+    open_pruned,
+    pruned_folder,
+    pruned_model,
+    text_digest,
+)
+from structprune.runs.training import Recovery
+
+INDIFFERENT: Any = {"model": {"device", "allow_pickle"}, "memory": True, "calibration": {"source"}}  # decide no weights
+
+
+@dataclass(frozen=True)
+class Step:
+    """A recovered model that a schedule wrote.
+
+    Attributes:
+        directory: of the checkpoint. report: the content of its report.json, of the pruning and, under `recoveries`,
+            of the training.
+        source_bytes: of the weights of what was pruned, in their stored dtype.
+        earlier: whether an earlier run wrote it.
+    """
+
+    directory: Path
+    report: dict
+    source_bytes: int
+    earlier: bool
+
+
+def prune_and_recover(
+    source: str, out: str | Path, schedule: Schedule, overwrite: bool = False, session: Session = ALONE
+) -> list[Step]:
+    """Prune a dense model at every ratio of a schedule, and train each result back against it.
+
+    What is pruned lies beside the output, in `OUT.pruned`, and checkpoints of the training in `OUT.training`, until
+    the output is written; the same call goes on from them, and leaves finished outputs as they are.
+
+    Args:
+        source: checkpoint directory or Hub id of the dense model, which is also the teacher.
+        out: directory to write; of several ratios, each has a directory in it, `out/ratio-0.3`. Each appears complete
+            or not at all.
+        overwrite: replace earlier outputs, and begin anew.
+        session: progress, and the processes that share the trainings; the first one prunes and writes.
+    Returns:
+        What was written, by rising ratio.
+    Raises:
+        UserError: anything the user can mend, before weights are read where it can be known then.
+    """
+    return ScheduleRun(source, Path(out), schedule, overwrite, session).run()
+
+
+class ScheduleRun:
+    """A schedule that can be run or planned with; arguments and errors as `prune_and_recover`."""
+
+    def __init__(self, source: str, out: Path, schedule: Schedule, overwrite: bool = False, session: Session = ALONE):
+        self._source, self._overwrite, self._session = source, overwrite, session
+        self._schedule = schedule = schedule.completed()
+        require_training()
+        self._outputs = schedule.outputs(out)
+        self._dense = read_ghost(source, schedule.config.model)
+        ghosts = (self._dense, self._dense)  # no training changes shapes of its text or settings
+        self._cache = check_request(ghosts, schedule.recovery, session)
+        recovery = Recovery(ghosts, schedule.recovery, self._cache, session)
+        count = schedule.parts
+        self._trainings = {
+            ratio: recovery.part(index % count, count) for index, ratio in enumerate(self._outputs)
+        }  # with the dense model in the student's place
+        self._text = text_digest(schedule.config.calibration.source)
+        self._reports: dict[float | None, dict] = session.workers.gather(self._finished())[0]
+        self._pending = [ratio for ratio in self._outputs if ratio not in self._reports]
+        session.workers.first(self._check)
+
+    def _finished(self) -> dict[float | None, dict]:
+        """Reports of the outputs that this request has written."""
+        self._reports = {}
+        for ratio, out in self._outputs.items() if not self._overwrite else ():
+            report = finished_report(out, self._request(ratio))
+            if report is not None:
+                self._reports[ratio] = report
+            elif self._schedule.gradual:
+                break  # what comes next is made of this
+        return self._reports
+
+    def _origin(self, ratio: float | None) -> tuple[str, float | None]:
+        """The checkpoint that is pruned for a ratio, and the ratio as a share of that one."""
+        earlier = [
+            each for each in self._outputs if self._schedule.gradual and each is not None and each < (ratio or 0)
+        ]
+        if ratio is None or not earlier:
+            return self._source, ratio
+        left = math.prod(1 - self._reports[each]["ratio"] for each in earlier)
+        return str(self._outputs[earlier[-1]]), relative_ratio(ratio, 1 - left)
+
+    def _identity(self, ratio: float | None) -> dict:
+        """What the pruned model of a ratio is made of, as plain data without paths."""
+        schedule, (source, own) = self._schedule, self._origin(ratio)
+        config = schedule.at(own)
+        directory = self._dense.directory if source == self._source else Path(source)
+        shared = config.search.enabled and not schedule.gradual  # first levels are made around the plans of all
+        return {
+            "source": fingerprint(directory, config.model.allow_pickle),
+            "text": self._text,
+            "config": config.model_dump(mode="json", exclude=INDIFFERENT),
+            "plan": None if schedule.plan is None else digest(schedule.plan.to_json()),
+            "ratios": sorted(schedule.ratios) if shared else [],
+        }
+
+    def _request(self, ratio: float | None) -> str:
+        """A digest of all that decides the output of a ratio."""
+        return digest(self._identity(ratio), self._trainings[ratio].identity)
+
+    def _check(self) -> None:
+        """Raise UserError for what cannot be pruned or written."""
+        schedule, pending = self._schedule, {ratio: self._outputs[ratio] for ratio in self._pending}
+        if not pending:
+            return
+        first, dense = next(iter(pending)), self._dense
+        checked_prune(
+            self._source, pending, schedule.at(first), self._overwrite, plan=schedule.plan, levels=schedule.levels
+        )
+        if schedule.gradual:
+            self._check_ratios()
+        for ratio, out in pending.items():
+            check_places(out, (dense, dense), self._overwrite, self._cache)
+            check_apart(pruned_folder(out), dense.directory, overwrite=True)
+            check_place(pruned_folder(out))
+            if self._cache is not None and pruned_folder(out) in (self._cache, *self._cache.parents):
+                raise UserError(f"teacher.cache = {self._cache} lies in '{pruned_folder(out)}': give it another place")
+            known = not schedule.gradual or ratio == first
+            check_pruned(out, self._identity(ratio) if known else None, self._overwrite)
+            check_folder(out, self._trainings[ratio].identity, self._overwrite, aside=("student",))
+        check_space(pending[first], (len(pending) + 1) * dense.stored_bytes)  # and what is pruned, for a while
+
+    def _check_ratios(self) -> None:
+        """Raise UserError where a share of what an earlier ratio leaves cannot go, on the dense model's shapes."""
+        request, ratios = resolve_structured(self._schedule.config, self._dense.model), sorted(self._schedule.ratios)
+        for before, ratio in zip(ratios, ratios[1:]):
+            at_ratio(request, relative_ratio(ratio, before))
+
+    def plan(self) -> list[tuple[Path, dict, dict]]:
+        """For every output what inspection says of the pruning and `Recovery.plan` of the training.
+
+        Raises:
+            UserError: a plan decides what goes.
+        """
+        schedule, dense, plans = self._schedule, self._dense, []
+        if schedule.plan is not None:
+            raise UserError("a dry run counts what a ratio removes, not what a plan does: leave out one of them")
+        for ratio, out in self._outputs.items():
+            config, small = schedule.at(ratio), None
+            if config.method == "structured":
+                inspection = inspect_checkpoint(self._source, config)
+                small = expected_model(dense.model, resolve_structured(config, dense.model, dry_run=True))
+            else:
+                inspection = inspect_masking(self._source, config)
+            plans.append((out, inspection, self._trainings[ratio].plan(small)))
+        return plans
+
+    def run(self) -> list[Step]:
+        """Prune and train what is not finished."""
+        workers, outputs = self._session.workers, self._outputs
+        for ratio in self._reports:
+            workers.first(partial(clear_finished, outputs[ratio], self._identity(ratio)))
+        waves = [[ratio] for ratio in self._pending] if self._schedule.gradual else [self._pending]
+        for wave in waves:
+            requests = {ratio: self._request(ratio) for ratio in wave}
+            workers.first(partial(self._prune, wave))
+            give_back_memory()
+            for ratio in wave:
+                self._train(ratio, requests[ratio])
+        return [self._step(ratio) for ratio in outputs]
+
+    def _step(self, ratio: float | None) -> Step:
+        origin = read_ghost(self._origin(ratio)[0], self._schedule.config.model)
+        return Step(self._outputs[ratio], self._reports[ratio], origin.stored_bytes, ratio not in self._pending)
+
+    def _prune(self, ratios: Sequence[float | None]) -> None:
+        """Prune, from one checkpoint, what an earlier run has not left pruned."""
+        schedule, identities = self._schedule, {ratio: self._identity(ratio) for ratio in ratios}
+        for ratio in ratios:
+            check_pruned(self._outputs[ratio], identities[ratio], self._overwrite)
+        missing = [ratio for ratio in ratios if self._overwrite or not is_pruned(self._outputs[ratio])]
+        if missing and schedule.config.search.enabled:
+            missing = list(ratios)  # which share the first levels
+        made = [folder for ratio in missing for folder in open_pruned(self._outputs[ratio], identities[ratio])]
+        try:
+            places = {self._origin(ratio)[1]: pruned_model(self._outputs[ratio]) for ratio in missing}
+            if missing:
+                self._prune_to(self._origin(missing[0])[0], places)
+        finally:
+            for ratio in missing:
+                if not is_pruned(self._outputs[ratio]):
+                    close_pruned(self._outputs[ratio])
+            remove_folders(made)  # as far as they are empty
+
+    def _prune_to(self, source: str, places: dict[float | None, Path]) -> None:
+        """Prune or mask a checkpoint, and save."""
+        schedule, track = self._schedule, self._session.track
+        ratio, place = next(iter(places.items()))
+        config = schedule.at(ratio)
+        if config.method != "structured":
+            mask_checkpoint(source, place, config, track=track)
+        elif schedule.plan is not None:
+            prune_checkpoint(source, place, config, schedule.plan, track=track)
+        else:
+            for written in prune_at_ratios(source, places, config, track=track, levels=schedule.levels):
+                del written  # its model
+
+    def _train(self, ratio: float | None, request: str) -> None:
+        """Train a pruned model back, write it, and remove what it was made of."""
+        out, session, schedule = self._outputs[ratio], self._session, self._schedule
+        student, number = str(pruned_model(out)), list(self._outputs).index(ratio) % schedule.parts
+        recovery = checked(student, self._source, out, schedule.recovery, self._overwrite, session)
+        part = recovery.part(number, schedule.parts)
+        train_back(part, out, self._overwrite, session, {REQUEST: request})
+        session.workers.first(lambda: close_pruned(out))
+        self._reports[ratio] = read_json(out / "report.json")
