@@ -1,0 +1,125 @@
+"""What a gradual schedule is worth on the embedded model, against one shot at equal tokens.
+
+At every ratio both variants read the same windows in the same order, and learn from the dense model. One shot prunes to
+the ratio and then learns from all tokens; the gradual one prunes at 0.3 first, goes on through the ratios up to it, and
+learns from an equal part after each. Both are measured on held-out text under common noise: the loss of NELBO against
+dense, and what greedy generation keeps. Intervals are over seeds (see studies.py). An interrupted study continues where
+it stopped.
+
+    python -m scripts.studies.gradual_study --out scripts/results/gradual.json
+"""
+
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+
+import torch
+from rich.table import Table
+
+from scripts.studies.fixed_heads import BASE
+from scripts.studies.recovery_study import TOKENS, TRAIN, yardstick
+from scripts.studies.search_study import STREAMED
+from scripts.studies.studies import Study, cell, parse_options, run_study, study_parser
+from scripts.studies.summaries import rows_and_gaps
+from scripts.tools.script_line import check_counts, one_line
+from structprune.assets import model_directory, text_file
+from structprune.config import Config
+from structprune.models.loading import load_model
+from structprune.recovery.settings import RecoverConfig
+from structprune.runs.gradual import Step, prune_and_recover
+from structprune.runs.schedule import Schedule
+
+RATIOS = ["0.5", "0.7"]
+ONCE, GRADUAL = "one shot", "gradual"
+VARIANTS: dict[str, dict[str, tuple[float, ...]]] = {  # ratio -> what is pruned and trained back one after another
+    ONCE: {"0.5": (0.5,), "0.7": (0.7,)},
+    GRADUAL: {"0.5": (0.3, 0.5), "0.7": (0.3, 0.5, 0.7)},
+}
+CONTRASTS = [(GRADUAL, ONCE)]
+PRUNE = {"structured.split": "joint", "model.device": "cpu"}  # a number of heads would go at every ratio anew
+FIGURES = ("tokens_kept", "generated_nelbo", "seconds")
+
+
+def schedule_of(name: str, ratio: str, seed: int, tokens: int) -> Schedule:
+    """The schedule of a variant that ends at a ratio."""
+    ratios, text = VARIANTS[name][ratio], str(text_file("calibration.txt"))
+    config = BASE | STREAMED | PRUNE | {"calibration.seed": seed, "calibration.source": text}
+    training = TRAIN | {"data.seed": seed, "train.tokens": tokens, "data.source": text}
+    return Schedule(
+        Config.load(overrides=config), RecoverConfig.load(overrides=training), ratios, gradual=len(ratios) > 1
+    )
+
+
+def measure(name: str, seed: int, windows: int, length: int, tokens: int, threads: int) -> dict:
+    """One variant at one seed: for each ratio loss, what generation keeps, what was removed, and the time of all."""
+    torch.set_num_threads(threads)
+    held_out, continued = yardstick(seed, windows, length)
+    results = {}
+    for ratio in RATIOS:
+        with tempfile.TemporaryDirectory() as folder:
+            steps = prune_and_recover(
+                str(model_directory()), Path(folder) / "out", schedule_of(name, ratio, seed, tokens)
+            )
+            model = load_model(steps[-1].directory, device="cpu")
+            results[ratio] = {"loss": held_out.loss(model), **continued.compare(model), **figures(steps)}
+    dense = {"nelbo": held_out.dense.mean, "generated_nelbo": continued.dense_nelbo}
+    return {"variant": name, "seed": seed, "dense": dense, "ratios": results}
+
+
+def figures(steps: list[Step]) -> dict:
+    """Of a schedule: the share of the dense model that is gone, tokens learnt, and seconds of pruning and training."""
+    trainings = [each for step in steps for each in step.report["recoveries"]]
+    pruning = sum(step.report["seconds"]["total"] for step in steps)
+    return {
+        "removed": steps[-1].report["ratio_of_dense"],
+        "tokens": sum(each["tokens"] for each in trainings),
+        "seconds": pruning + sum(each["learnt"]["seconds"] for each in trainings),
+    }
+
+
+def summarise(runs: dict, seeds: list[int]) -> dict:
+    """Mean losses and paired contrasts with 95% intervals over seeds, as plain data."""
+    dense = [runs[ONCE, seed]["dense"] for seed in seeds]
+    return rows_and_gaps(VARIANTS, CONTRASTS, RATIOS, runs, seeds) | {"dense": dense}
+
+
+def tables(result: dict) -> list[Table]:
+    """What either way loses and keeps at every ratio, and the paired difference."""
+    table = Table(title="Loss of NELBO, nats per token [95% interval over seeds], and generation")
+    for title in ("ratio", "variant", "loss", "removed", "tokens kept", "NELBO of generated", "seconds"):
+        table.add_column(title, justify="left" if title == "variant" else "right")
+    for row in result["losses"]:
+        share, nelbo, seconds = (fmean(row[key]) for key in FIGURES)
+        removed = f"{100 * fmean(row['removed']):.1f} %"
+        cells = (removed, f"{100 * share:.1f} %", f"{nelbo:.2f}", f"{seconds:.0f}")
+        table.add_row(row["ratio"], row["variant"], cell(row), *cells)
+    for row in result["contrasts"]:
+        table.add_row(row["ratio"], f"{row['variant']} - {row['against']}", cell(row, paired=True))
+    return [table]
+
+
+STUDY = Study(
+    "gradual_study", __doc__.splitlines()[0], "scripts/results/gradual.json", BASE | STREAMED | PRUNE, RATIOS, VARIANTS,
+    measure, summarise, tables, 130,
+)  # fmt: skip
+
+
+def run(arguments: list[str] | None) -> None:
+    """Run, resume or summarise the study."""
+    parser = study_parser(STUDY)
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="of a whole schedule (default %(default)s)")
+    parser.set_defaults(windows=96, jobs=1)
+    options = parse_options(parser, arguments)
+    check_counts(options, {"tokens"})
+    given = (options.windows, options.length, options.tokens)
+    run_study(STUDY, options, given, {"tokens": options.tokens, "train": TRAIN})
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return one_line(STUDY.name, partial(run, arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
