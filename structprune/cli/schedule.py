@@ -89,9 +89,8 @@ def show_schedule(request: "Request", dry_run: bool) -> None:
 
     if dry_run:
         show(*_plan_lines(ScheduleRun(*request), request[2]))
-        return
-    for step in _run(request):
-        show(*_step_lines(step))
+    else:
+        _run(request)
 
 
 def _plan_lines(run: "ScheduleRun", schedule: "Schedule") -> list:
@@ -105,27 +104,29 @@ def _plan_lines(run: "ScheduleRun", schedule: "Schedule") -> list:
     return [*lines, NOTHING]
 
 
-def _run(request: "Request") -> "list[Step]":
-    """Progress goes to stderr; only the first of several processes has something to show."""
+def _run(request: "Request") -> None:
+    """Progress goes to stderr; what was written is shown at the end, also after a failure, by the first process."""
     from rich.console import Console
 
-    from structprune.cli.console import progress_bars
+    from structprune.cli.console import progress_bars, show
     from structprune.errors import Interrupted
     from structprune.evaluation.workers import workers
     from structprune.runs.evaluate import Session
-    from structprune.runs.gradual import prune_and_recover
-    from structprune.runs.stages import left_behind
+    from structprune.runs.gradual import ScheduleRun
 
+    lines: list = []
+    run = None
     try:
         with workers(trains=True) as place, progress_bars(Console(stderr=True, quiet=not place.main)) as track:
-            steps = prune_and_recover(*request, Session(track, place))
+            run = ScheduleRun(*request, Session(track, place))
+            for step in run.steps():
+                lines += _step_lines(step) if place.main else []
     except KeyboardInterrupt as error:
-        folders = [folder for out in request[2].outputs(request[1]).values() for folder in left_behind(out)]
-        if not folders:
+        if run is None or not (kept := run.kept()):
             raise
-        kept = ", ".join(map(str, folders))
-        raise Interrupted(f"what is done is kept in {kept}: the same command goes on") from error
-    return steps if place.main else []
+        raise Interrupted(f"what is done is kept in {', '.join(map(str, kept))}: the same command goes on") from error
+    finally:
+        show(*lines)
 
 
 def _step_lines(step: "Step") -> list:

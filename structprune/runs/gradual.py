@@ -1,7 +1,7 @@
 """Prune and train back, at one ratio or on from each to the next: `structprune prune --recover`, without a console."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from structprune.runs.stages import (
     digest,
     finished_report,
     is_pruned,
+    left_behind,
     open_pruned,
     pruned_folder,
     pruned_model,
@@ -76,7 +77,8 @@ def prune_and_recover(
     Raises:
         UserError: anything the user can mend, before weights are read where it can be known then.
     """
-    return ScheduleRun(source, Path(out), schedule, overwrite, session).run()
+    run = ScheduleRun(source, Path(out), schedule, overwrite, session)
+    return sorted(run.steps(), key=lambda step: run.places.index(step.directory))
 
 
 class ScheduleRun:
@@ -186,11 +188,22 @@ class ScheduleRun:
             plans.append((out, inspection, self._trainings[ratio].plan(small)))
         return plans
 
-    def run(self) -> list[Step]:
-        """Prune and train what is not finished."""
+    @property
+    def places(self) -> list[Path]:
+        """Directories of the outputs, by rising ratio."""
+        return list(self._outputs.values())
+
+    def kept(self) -> list[Path]:
+        """What there is of a run that was ended, for the next one: outputs, pruned models, folders of checkpoints."""
+        folders = [folder for ratio in self._pending for folder in left_behind(self._outputs[ratio])]
+        return [self._outputs[ratio] for ratio in self._reports] + folders
+
+    def steps(self) -> Iterator[Step]:
+        """Prune and train what is not finished, after what is."""
         workers, outputs = self._session.workers, self._outputs
         for ratio in self._reports:
             workers.first(partial(clear_finished, outputs[ratio], self._identity(ratio)))
+        yield from map(self._step, list(self._reports))
         waves = [[ratio] for ratio in self._pending] if self._schedule.gradual else [self._pending]
         for wave in waves:
             requests = {ratio: self._request(ratio) for ratio in wave}
@@ -198,7 +211,7 @@ class ScheduleRun:
             give_back_memory()
             for ratio in wave:
                 self._train(ratio, requests[ratio])
-        return [self._step(ratio) for ratio in outputs]
+                yield self._step(ratio)
 
     def _step(self, ratio: float | None) -> Step:
         origin = read_ghost(self._origin(ratio)[0], self._schedule.config.model)

@@ -59,6 +59,23 @@ def test_an_interrupted_run_says_what_it_keeps(tiny_checkpoint, command, tmp_pat
     assert main(run) == 0 and [path.name for path in tmp_path.glob("out*")] == ["out"]
 
 
+@pytest.mark.slow
+def test_what_was_finished_is_shown_after_a_failure(tiny_checkpoint, command, tmp_path, monkeypatch, capsys):
+    """In the second pruning of a gradual schedule, where nothing lies beside the outputs."""
+    original = ScheduleRun._prune_to
+
+    def second_fails(self, source, places):
+        if "ratio-0.3" in source:
+            raise KeyboardInterrupt
+        original(self, source, places)
+
+    monkeypatch.setattr(ScheduleRun, "_prune_to", second_fails)
+    assert main(command(tiny_checkpoint(), "--ratio", "0.3,0.5", "--recover", "--gradual")) == 130
+    printed, first = capsys.readouterr(), tmp_path / "out" / "ratio-0.3"
+    assert f"Wrote {first} " in printed.out and f"what is done is kept in {first}: the same" in printed.err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["ratio-0.3"]
+
+
 def test_a_dry_run_states_both_parts_of_every_ratio(tiny_checkpoint, command, tmp_path, capsys):
     run = command(tiny_checkpoint(), "--ratio", "0.3,0.6", "--recover", "--dry-run")
     assert main([*run, "--gradual"]) == 0
