@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from structprune.cli.options import Checkpoint, Debug, Device, MaskId, Out, Overwrite, Pickle, without_dots
+from structprune.cli.options import Checkpoint, Debug, Device, DryRun, MaskId, Out, Overwrite, Pickle, without_dots
 
 if TYPE_CHECKING:
     from structprune.recovery.settings import RecoverConfig
@@ -26,9 +26,6 @@ TeacherCache = Annotated[
         help="Directory for the teacher's predictions, written once: later runs on the same text need no dense passes.",
         show_default="none; the teacher predicts on the way",
     ),
-]
-DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Only check, and predict steps and memory; no weights are read.")
 ]
 ConfigFile = Annotated[
     Path | None,
