@@ -1,7 +1,8 @@
 """Losses of a pruned model (student) that learns from the dense one (teacher) at masked positions (docs/methods.md
 section 7). Pure functions, in fp32.
 
-Shapes: m masked positions, V vocabulary, K outcomes of a prediction (V, or the likeliest tokens and all others as one).
+Shapes: m masked positions, V vocabulary, K outcomes of a prediction (V, or the likeliest tokens and all others as one);
+B rows, T tokens, C features of the residual stream.
 """
 
 from typing import Literal
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 
 Weighting = Literal["uniform", "nelbo"]
 HALF = 0.5  # mean mask probability, of times that are uniform over (0, 1)
+LEAST_POWER = 1e-12  # of a dense stream, so that one of zeros divides nothing by zero
 
 
 def log_predictions(logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
@@ -75,3 +77,30 @@ def token_weights(p: torch.Tensor, weighting: Weighting, least: float) -> torch.
 def cross_entropy(log_q: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Nats of the clean tokens: (m, V), (m,) int64 -> (m,)."""
     return F.nll_loss(log_q, labels, reduction="none")
+
+
+def stream_error(student: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
+    """How far the student's residual stream behind a block is from the dense one, in the size that the next norm reads:
+    a stream of zeros has the error 1.
+
+    Args:
+        student, dense: (B, T, C) of any dtype.
+    Returns:
+        (B, T) fp32, mean square of the difference over the dense stream's mean square, token by token.
+    """
+    target = dense.float()  # (B, T, C)
+    power = target.pow(2).mean(-1).clamp(min=LEAST_POWER)  # (B, T)
+    return (student.float() - target).pow(2).mean(-1) / power
+
+
+def stream_weights(masked: torch.Tensor, visible: float) -> torch.Tensor:
+    """Weight of every token in the mean of `stream_error`, 1 on average, as half of the tokens are masked on average.
+
+    Args:
+        masked: (B, T) bool.
+        visible: weight of a visible token where a masked one has 1.
+    Returns:
+        (B, T) fp32.
+    """
+    mean = HALF + (1 - HALF) * visible
+    return torch.where(masked, 1.0, visible) / mean  # (B, T)

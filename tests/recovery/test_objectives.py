@@ -10,6 +10,8 @@ from structprune.recovery.objectives import (
     forward_kl,
     log_predictions,
     moving_target,
+    stream_error,
+    stream_weights,
     teacher_share,
     token_weights,
 )
@@ -71,3 +73,21 @@ def test_cross_entropy_by_hand():
     assert torch.allclose(
         cross_entropy(logs([0.5, 0.5], [0.25, 0.75]), torch.tensor([0, 0])).exp(), torch.tensor([2.0, 4.0])
     )
+
+
+def test_the_error_of_a_stream_by_hand():
+    dense = torch.tensor([[[3.0, 4.0], [0.5, 0.0], [0.0, 0.0]]], dtype=torch.bfloat16)
+    student = torch.tensor([[[3.0, 2.0], [0.0, 0.5], [0.0, 0.0]]], requires_grad=True)
+    error = stream_error(student, dense)
+    # 4 / 25; (0.25 + 0.25) / 0.25, however small the stream; nothing to be wrong about
+    assert error.dtype == torch.float32 and torch.allclose(error, torch.tensor([[0.16, 2.0, 0.0]]))
+    assert torch.allclose(stream_error(torch.zeros(1, 1, 2), dense[:, :1]), torch.ones(1, 1))
+    error[0, 0].backward()
+    assert torch.allclose(student.grad[0, 0], torch.tensor([0.0, 2 * -2 / 25]))
+
+
+def test_weights_of_a_stream_are_one_on_average():
+    masked = torch.tensor([[True, False, True, False]])
+    assert stream_weights(masked, 1.0).tolist() == [[1.0, 1.0, 1.0, 1.0]]
+    assert stream_weights(masked, 0.0).tolist() == [[2.0, 0.0, 2.0, 0.0]]
+    assert stream_weights(masked, 0.25)[0].tolist() == pytest.approx([1.6, 0.4, 1.6, 0.4])
