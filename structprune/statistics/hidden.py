@@ -13,11 +13,16 @@ from structprune.errors import UserError
 from structprune.models.adapter import Adapter
 from structprune.models.transfer import StagedRows, lane_to, send
 
+REMEDY = "raise memory.budget_gb, or lower calibration.windows"  # of a pruning run
 
-def empty_on_host(shape: tuple[int, ...], dtype: torch.dtype, budget: int):
+
+def empty_on_host(shape: tuple[int, ...], dtype: torch.dtype, budget: int, remedy: str = REMEDY):
     """An empty host tensor and the temporary file it is mapped to: None within `budget` bytes.
 
     The system removes the file when the file object is freed: keep it as long as the tensor.
+
+    Args:
+        remedy: what the user can do where it does not fit, beside another TMPDIR.
 
     Raises:
         UserError: the temporary directory is too full.
@@ -26,11 +31,11 @@ def empty_on_host(shape: tuple[int, ...], dtype: torch.dtype, budget: int):
     if count * dtype.itemsize <= budget:
         return torch.empty(shape, dtype=dtype), None
     file = tempfile.NamedTemporaryFile(prefix="structprune-")  # noqa: SIM115 (returned to the caller)
-    _reserve(file.fileno(), count * dtype.itemsize)
+    _reserve(file.fileno(), count * dtype.itemsize, remedy)
     return torch.from_file(file.name, shared=True, size=count, dtype=dtype).view(shape), file
 
 
-def _reserve(descriptor: int, size: int) -> None:
+def _reserve(descriptor: int, size: int, remedy: str) -> None:
     """Allocate a file's bytes now: a write to a mapped page that does not fit the disk would kill the process."""
     folder = tempfile.gettempdir()
     try:
@@ -44,7 +49,7 @@ def _reserve(descriptor: int, size: int) -> None:
         free = shutil.disk_usage(folder).free
         raise UserError(
             f"{size / 1e9:.3g} GB of temporary files do not fit {folder} ({free / 1e9:.3g} GB free): set TMPDIR to a"
-            " larger disk, raise memory.budget_gb, or lower calibration.windows"
+            f" larger disk, {remedy}"
         ) from error
 
 
@@ -55,12 +60,16 @@ class HiddenStates:
 
     Args:
         overlap: on an accelerator, copy rows while others are computed (`StagedRows`).
+        remedy: see `empty_on_host`.
     """
 
-    def __init__(self, adapter: Adapter, ids: torch.Tensor, batch: int, budget: int, overlap: bool = False):
+    def __init__(
+        self, adapter: Adapter, ids: torch.Tensor, batch: int, budget: int, overlap: bool = False, remedy: str = REMEDY
+    ):
         self._adapter, self._batch = adapter, batch
         weight = adapter.model.embedding.weight
-        self._states, self._file = empty_on_host((*ids.shape, adapter.hidden_size), weight.dtype, budget)  # (R, T, C)
+        shape = (*ids.shape, adapter.hidden_size)
+        self._states, self._file = empty_on_host(shape, weight.dtype, budget, remedy)  # (R, T, C)
         lane = lane_to(adapter.device) if overlap else None
         self._staged = None if lane is None else StagedRows(self._states, lane, batch)
         self.rotary = adapter.model.rotary(ids.shape[1], adapter.device)
