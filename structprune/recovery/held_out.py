@@ -3,6 +3,7 @@
 Shapes: n windows, S noisy copies, T tokens.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
@@ -98,3 +99,15 @@ class HeldOutStudy:
         own = Fidelity(*sums)  # (n, S) each
         kl, nelbo = (per_token(each, self._rate, self._counts) for each in (own.kl, own.nats))  # (n,) each
         return Figures(kl, nelbo, own.agreement, own.accuracy)
+
+
+def paired(before: Figures, after: Figures) -> dict[str, dict[str, float]]:
+    """Mean and standard error over windows of what changed, negative where it got better."""
+    result = {}
+    for name in ("kl", "nelbo"):
+        change = getattr(after, name) - getattr(before, name)  # (n,)
+        result[name] = {
+            "mean": change.mean().item(),
+            "standard_error": (change.std() / math.sqrt(len(change))).item(),
+        }
+    return result

@@ -91,3 +91,10 @@ def loss_of(
 def masked_tokens(model: DiffusionLM, input_ids: torch.Tensor, noisy_ids: torch.Tensor) -> torch.Tensor:
     """Where a token is to be predicted, (B, T) bool."""
     return masked_positions(input_ids, noisy_ids[:, None], model.config.mask_token_id)[:, 0]
+
+
+@torch.no_grad()
+def round_to(model: DiffusionLM, dtype: torch.dtype) -> None:
+    """Give all weights values that `dtype` holds, in place; their own dtype stays."""
+    for parameter in model.parameters():
+        parameter.copy_(parameter.to(dtype))

@@ -37,7 +37,7 @@ def plan_lines(plan: dict, title: str = "predicted memory") -> list[Table | str]
     """What a dry run predicts: steps and text, and a table of memory.
 
     Args:
-        plan: of `structprune.runs.training.Recovery.plan`. title: of the table.
+        plan: of `structprune.runs.recovery_plan.RecoveryPlan.plan`. title: of the table.
     """
     table = grid(title, "", "GB")
     for name, size in plan["memory"].items():
