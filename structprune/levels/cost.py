@@ -66,7 +66,7 @@ def search_cost(adapter: Adapter, request: StructuredRequest, itemsize: int) -> 
     return SearchCost(
         levels=search.rounds * levels,
         search=search.rounds * measured,
-        refit=2 * _walk(adapter, request, rows),  # of both plans
+        refit=2 * _walk(adapter, request, rows, refit.producers),  # of both plans
         disk=round(search.rounds * itemsize * (readers + consumers * keep * (others + 1 - search.whole))),
         memory=itemsize * (blocks + head * refit.head) + min(stream, request.limits.budget),
     )
@@ -86,22 +86,23 @@ def _drop_cost(adapter: Adapter, request: StructuredRequest) -> SearchCost:
     plans = 1 + most * (HEADS_TRIED if settings.split == "measured" else 1)
     measured = plans * (2 * (1 - settings.ratio) * count * block + head)
     sequences = text.noisy_copies * text.length
+    rows = (text.windows + text.held_out) * sequences
     few = (min(settings.split_windows, text.windows) + text.held_out) * sequences
     return SearchCost(
         levels=0.0,
-        search=tokens * (passes + measured) + plans * _walk(adapter, request, few),
-        refit=2 * _walk(adapter, request, (text.windows + text.held_out) * sequences),  # of both plans
+        search=tokens * (passes + measured) + plans * _walk(adapter, request, few, producers=False),
+        refit=2 * _walk(adapter, request, rows, request.reconstruct.producers),  # of both plans
         disk=0,
         memory=0,  # a dropped block shares its tensors, and a candidate is one more pruned model
     )
 
 
-def _walk(adapter: Adapter, request: StructuredRequest, rows: int) -> float:
+def _walk(adapter: Adapter, request: StructuredRequest, rows: int, producers: bool) -> float:
     """Operations of a refit of one plan on R rows."""
     refit, keep, total = request.reconstruct, 1 - request.settings.ratio, 0.0
     for block in adapter.blocks:
         total += 4.0 * rows * sum(block[role].weight.numel() for role in block.names)  # both models run
-        total += sum(_collect(block, kind, rows, refit.producers) for kind in block.kinds)
+        total += sum(_collect(block, kind, rows, producers) for kind in block.kinds)
         total += sum(_solve(block, kind, keep, len(refit.damping)) for kind in block.kinds)
     return total
 

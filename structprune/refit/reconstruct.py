@@ -32,11 +32,14 @@ class Reconstructor:
         return self.walk.holds_targets
 
     @torch.no_grad()
-    def refit(self, small: DiffusionLM, remaining: Sequence[int] | None = None) -> list[LayerFit]:
+    def refit(
+        self, small: DiffusionLM, remaining: Sequence[int] | None = None, producers: bool = True
+    ) -> list[LayerFit]:
         """Refit every consumer of a cut model in place; they need biases where a constant feature is used.
 
         Args:
             remaining: the dense model's index of every block of `small` (`Plan.remaining`); None where all are there.
+            producers: refit what the settings ask for; False: of each half of a block the consumer alone.
         Returns:
             What was chosen, under the dense model's block indices.
         Raises:
@@ -44,7 +47,7 @@ class Reconstructor:
         """
         fits, run = [], None
         for place in self.walk.places(small, remaining):
-            if self.settings.producers and not place.first:
+            if producers and self.settings.producers and not place.first:
                 fits += refit_producers(place)
             fits.append(self._refit_consumer(place))
             run = place.run

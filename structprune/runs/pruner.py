@@ -81,14 +81,18 @@ class Pruner(Run):
         return apply_plan(self.model, plan, self.request.reconstruct.adds_bias, self._coupled)
 
     def _refit(self, plan: Plan, windows: int | None = None) -> tuple[DiffusionLM, list[LayerFit]]:
-        """A cut and, where enabled, refitted model; on at most `windows` calibration windows."""
+        """A cut and, where enabled, refitted model.
+
+        Args:
+            windows: of a candidate, whose consumers are refitted on at most so many: enough to compare candidates.
+        """
         small = self._cut(plan)
         if not self.request.reconstruct.enabled:
             return small, []
         calibration = self.calibration if windows is None else self.calibration.first(windows)
         refit = self._reconstructor(calibration)
         with self.streamed(self.model), self.streamed(small):
-            return small, self.timed("refit", lambda: refit.refit(small, plan.remaining))
+            return small, self.timed("refit", lambda: refit.refit(small, plan.remaining, producers=windows is None))
 
     def _reconstructor(self, calibration: Calibration) -> Reconstructor:
         """The refit on some windows, made once for each number of windows."""

@@ -198,3 +198,16 @@ def test_the_head_reads_what_the_dense_head_read(tiny_model, calibration, family
     best = ridge(inputs, targets, torch.eye(32).double())
     assert torch.allclose(small.output_head.weight.double(), model.output_head.weight.double() @ best, atol=1e-4)
     assert torch.equal(plain.output_head.weight, model.output_head.weight)
+
+
+@torch.no_grad()
+def test_a_candidate_has_its_consumers_refitted_alone(tiny_model, calibration):
+    """As without `producers`, so that many plans can be compared in less time."""
+    model = tiny_model()
+    plan = narrow_plan(Adapter(model))
+    expected, fits = refit(model, plan, calibration, stream=1)
+    candidate = apply_plan(model, plan)
+    settings = ReconstructSettings(damping=(DAMPING,))
+    reconstructor = Reconstructor(Scan(Adapter(model), calibration), settings)
+    assert reconstructor.refit(candidate, plan.remaining, producers=False) == fits
+    assert all(torch.equal(value, expected.state_dict()[name]) for name, value in candidate.state_dict().items())

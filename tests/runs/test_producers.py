@@ -7,6 +7,7 @@ import torch
 
 from structprune import Config, load_model, prune
 from structprune.models.adapter import Adapter
+from structprune.refit.reconstruct import Reconstructor
 from structprune.runs.pruner import Pruner
 
 KEYS = {
@@ -82,3 +83,16 @@ def test_bf16_weights_are_refitted_to_nearly_the_same(tiny_checkpoint, config):
         errors.append([fit["error"] for fit in report["refit"]])
     assert min(errors[0]) < 0.9
     assert errors[1] == pytest.approx(errors[0], abs=0.1)
+
+
+def test_candidates_of_the_split_have_their_consumers_refitted_alone(tiny_checkpoint, config, monkeypatch):
+    """All of what is asked for is refitted once, in the plan that was chosen."""
+    calls, original = [], Reconstructor.refit
+
+    def refit(self, small, remaining, producers=True):
+        calls.append(producers)
+        return original(self, small, remaining, producers)
+
+    monkeypatch.setattr(Reconstructor, "refit", refit)
+    prune(load_model(tiny_checkpoint()), config(**{"structured.split": "measured", "structured.split_windows": 4}))
+    assert len(calls) > 2 and calls == [False] * (len(calls) - 1) + [True]
