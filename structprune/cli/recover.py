@@ -71,10 +71,11 @@ def recover(
 def _show_plan(request: "Request") -> None:
     """What the training would take."""
     from structprune.cli.console import show
+    from structprune.cli.pruned import NOTHING
     from structprune.report.recover_table import plan_lines
     from structprune.runs.recover import checked
 
-    show(*plan_lines(checked(*request).plan()))
+    show(*plan_lines(checked(*request).plan()), NOTHING)
 
 
 def _recover_and_show(request: "Request") -> None:

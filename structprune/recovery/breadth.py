@@ -47,5 +47,5 @@ def narrow_line(source: str, breadth: dict) -> str | None:
         return None
     return (
         f"the text '{source}' is narrow ({', '.join(reasons)}), and what it lacks may be unlearnt: give text as broad"
-        " as what the model is for (such as --data c4), or lower --tokens"
+        " as what the model is for (such as data.source = c4), or lower train.tokens"
     )

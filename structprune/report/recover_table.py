@@ -47,4 +47,4 @@ def plan_lines(plan: dict, title: str = "predicted memory") -> list[Table | str]
     breadth = plan["breadth"]
     line = f"{plan['steps']:,} steps over {plan['tokens']:,} tokens, {breadth['epochs']:.1f} times each window"
     warnings = [] if breadth["warning"] is None else [f"[bold]Warning:[/bold] {escape(breadth['warning'])}"]
-    return [table, line, *warnings, "Nothing was written."]
+    return [table, line, *warnings]

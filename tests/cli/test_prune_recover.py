@@ -84,7 +84,11 @@ def test_a_dry_run_states_both_parts_of_every_ratio(tiny_checkpoint, command, tm
         assert f"at ratio {ratio}" in printed and f"ratio-{ratio}: 2 steps over 128 tokens" in printed
     assert printed.count("predicted memory of the training") == 2 and "Nothing was written." in printed
     assert main(run) == 0
-    assert "ratio-0.6: 4 steps over 256 tokens" in capsys.readouterr().out  # each has the whole budget
+    printed = capsys.readouterr().out
+    assert "ratio-0.6: 4 steps over 256 tokens" in printed and "Warning" not in printed  # each has the whole budget
+    assert main(command(tiny_checkpoint(), "--ratio", "0.3", "--recover", "--dry-run", tokens=10**6)) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "Warning: the text" in printed and "lower train.tokens" in printed and printed.endswith("Nothing was written.")
     assert main(command(tiny_checkpoint(), "--ratio", "0.3,0.6", "--dry-run")) == 0
     printed = capsys.readouterr().out
     assert "at ratio 0.3" in printed and "at ratio 0.6" in printed and "training" not in printed

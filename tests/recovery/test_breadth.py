@@ -44,7 +44,7 @@ def test_prompts_and_filling_do_not_count():
 )
 def test_narrow_text_is_one_line_with_its_reasons(source, changes, reason):
     line = narrow_line(source, BROAD | changes)
-    assert reason in line and "\n" not in line and line.endswith("(such as --data c4), or lower --tokens")
+    assert reason in line and "\n" not in line and line.endswith("(such as data.source = c4), or lower train.tokens")
 
 
 def test_broad_text_is_none():
