@@ -73,7 +73,7 @@ PAGES: dict[str, Makers] = {
         Config(), "model", "calibration", "structured", "sink", "reconstruct", "search", "export", "memory"
     ),
     "docs/masks.md": key_sections(Config(), "masking"),
-    "docs/recovery.md": key_sections(RecoverConfig(), "data", "teacher", "loss", "train"),
+    "docs/recovery.md": key_sections(RecoverConfig(), "data", "teacher", "loss", "blocks", "train"),
     "docs/evaluation.md": key_sections(EvaluationConfig(), "evaluation"),
 }
 

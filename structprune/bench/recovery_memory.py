@@ -21,21 +21,33 @@ def lora_numbers(student: Adapter, config: RecoverConfig) -> int:
     return sum(config.train.rank * (outputs + inputs) for outputs, inputs in shapes)
 
 
-def teacher_bytes(teacher: Adapter, settings: TeacherSettings, dtype: torch.dtype) -> int:
-    """Bytes of a teacher's weights on its device: all of them, or the largest layer where they are streamed.
+def held_bytes(teacher: Adapter, settings: TeacherSettings, dtype: torch.dtype) -> dict[int, int]:
+    """Bytes of a teacher's weights as they are held, by their `id`.
 
     Args:
         dtype: of its computation.
     """
     whole = {id(p): p.numel() * dtype.itemsize for p in teacher.model.parameters()}
     if not settings.int8:
-        return max(whole.values()) if settings.offload else sum(whole.values())
+        return whole
     projections = [block[role].weight for block in teacher.blocks for role in block.names]
-    once = max(whole[id(weight)] for weight in projections)  # of the one that computes
-    held = whole | {id(weight): weight.numel() + len(weight) * FLOAT for weight in projections}
+    return whole | {id(weight): weight.numel() + len(weight) * FLOAT for weight in projections}
+
+
+def teacher_bytes(teacher: Adapter, settings: TeacherSettings, dtype: torch.dtype) -> int:
+    """Bytes of a teacher's weights on its device: all of them, or the largest layer where they are streamed.
+
+    Args:
+        dtype: of its computation.
+    """
+    held = held_bytes(teacher, settings, dtype)
+    if not settings.int8:
+        return max(held.values()) if settings.offload else sum(held.values())
+    projections = [block[role].weight for block in teacher.blocks for role in block.names]
+    whole = {id(weight): weight.numel() * dtype.itemsize for weight in projections}  # of the one that computes
     if settings.offload:
-        return max(max(held.values()), max(held[id(weight)] + whole[id(weight)] for weight in projections))
-    return sum(held.values()) + once
+        return max(max(held.values()), max(held[key] + size for key, size in whole.items()))
+    return sum(held.values()) + max(whole.values())
 
 
 def recovery_memory(

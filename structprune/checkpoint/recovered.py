@@ -31,6 +31,9 @@ def recovered_card(report: dict) -> str:
     """The section of a model card that says what was learnt and what it changed."""
     train, loss = report["config"]["train"], report["config"]["loss"]
     learnt = "all weights" if train["method"] == "full" else f"LoRA of rank {train['rank']}, merged"
+    if blocks := report["blocks"]:
+        own = f"{blocks['tokens']:,} of them block by block, in all weights of each"
+        learnt = f"{own}; then {learnt}" if report["learnt"]["steps"] else own
     goals = {"divergence from its predictions": loss["kl"], "cross-entropy of the text": loss["cross_entropy"]}
     rows = [
         f"| {name} | {report['teacher_figures'][key]:.4f} | {report['before'][key]:.4f} | {report['after'][key]:.4f} |"

@@ -89,7 +89,7 @@ def _recover_and_show(request: "Request") -> None:
     from structprune.cli.console import progress_bars, show
     from structprune.errors import Interrupted
     from structprune.evaluation.workers import workers
-    from structprune.recovery.folder import training_folder
+    from structprune.recovery.folder import has_learnt, training_folder
     from structprune.report.recover_table import recover_table
     from structprune.runs.evaluate import Session
     from structprune.runs.recover import recover as run
@@ -104,7 +104,7 @@ def _recover_and_show(request: "Request") -> None:
         with workers(trains=True) as place, progress_bars(Console(stderr=True, quiet=not place.main)) as track:
             recovered = run(*request, Session(track, place, warn))
     except KeyboardInterrupt as error:
-        if not any(training_folder(out).glob("checkpoint-*")):
+        if not has_learnt(training_folder(out)):
             raise
         raise Interrupted(f"what is learnt is kept in {training_folder(out)}: the same command goes on") from error
     if not place.main:

@@ -99,8 +99,8 @@ def _plan_lines(run: "ScheduleRun", schedule: "Schedule") -> list:
 
     lines: list = []
     for out, inspection, training in run.plan():
-        memory, steps, *warnings = plan_lines(training, "predicted memory of the training")
-        lines += [*inspection_tables(inspection, schedule.config), memory, f"{out}: {steps}", *warnings]
+        lines += inspection_tables(inspection, schedule.config)
+        lines += plan_lines(training, "predicted memory of the training", f"{out}: ")
     return [*lines, NOTHING]
 
 

@@ -30,11 +30,11 @@ def breadth_of(text: RecoveryText, windows: int) -> dict[str, float | None]:
     return {"tokens": count * length, "epochs": windows / count, "different": different}
 
 
-def narrow_line(source: str, breadth: dict) -> str | None:
+def narrow_line(source: str, breadth: dict, keys: str = "train.tokens") -> str | None:
     """One line where a text is narrow, with a remedy; None of other text.
 
     Args:
-        source: its name, without a path. breadth: of `breadth_of`.
+        source: its name, without a path. breadth: of `breadth_of`. keys: settings of how much is learnt.
     """
     reasons = []
     if breadth["epochs"] > EPOCHS:
@@ -47,5 +47,5 @@ def narrow_line(source: str, breadth: dict) -> str | None:
         return None
     return (
         f"the text '{source}' is narrow ({', '.join(reasons)}), and what it lacks may be unlearnt: give text as broad"
-        " as what the model is for (such as data.source = c4), or lower train.tokens"
+        f" as what the model is for (such as data.source = c4), or lower {keys}"
     )

@@ -27,13 +27,37 @@ def check_settings(config: RecoverConfig) -> None:
             ("teacher", ("top",), cache is None, "teacher.cache"),
         ],
     )
-    step = train.batch * config.data.length
-    if train.tokens < step:
-        raise UserError(
-            f"train.tokens = {train.tokens} is less than a step of train.batch x data.length = {step} tokens: raise it,"
-            " or lower those"
-        )
+    check_stages(config)
     check_loggers(train.report_to)
+
+
+def check_stages(config: RecoverConfig) -> None:
+    """Raise UserError where a stage has too few tokens for a step, or a choice of a stage that is left out is made."""
+    blocks, train = config.blocks, config.train
+    step = train.batch * config.data.length
+    for name, tokens, optional in (
+        ("train", train.tokens, blocks.tokens > 0),
+        ("blocks", blocks.tokens, True),
+    ):
+        if tokens < step and not (optional and tokens == 0):
+            raise UserError(
+                f"{name}.tokens = {tokens} is less than a step of train.batch x data.length = {step} tokens: raise it,"
+                " or lower those"
+            )
+    only, need = train.tokens == 0, "train.tokens above 0"
+    of_passes = ("tokens", "schedule", "warmup", "weight_decay", "clip", "batch", "pass_windows", "precision")
+    of_training = tuple(key for key in type(train).model_fields if key not in of_passes)
+    of_loss = ("temperature", "weighting", "teacher_share", "noisy_share")
+    refuse_idle(
+        config,
+        [
+            ("blocks", tuple(type(blocks).model_fields), blocks.tokens == 0, "blocks.tokens above 0"),
+            ("train", of_training, only, need),
+            ("loss", of_loss, only, need),
+            ("teacher", ("cache", "top"), only, need),
+            ("teacher", ("offload",), only and blocks.offload, need),
+        ],
+    )
 
 
 def check_loggers(names: tuple[str, ...]) -> None:
@@ -61,6 +85,8 @@ def check_device(config: RecoverConfig, device: torch.device, launched: bool) ->
     """
     if config.teacher.offload and device.type == "cpu":
         raise UserError("teacher.offload = true has no effect on a CPU: leave it out, or compute on an accelerator")
+    if config.blocks.offload and device.type == "cpu":
+        raise UserError("blocks.offload = true has no effect on a CPU: leave it out, or compute on an accelerator")
     if not launched and device.index:
         raise UserError(
             f"a training takes the first GPU that it sees, not '{device}': give cuda, and CUDA_VISIBLE_DEVICES ="

@@ -13,12 +13,23 @@ from structprune.models.checkpoint_files import read_json
 
 IDENTITY = "identity.json"  # in the folder: what its checkpoints were made of
 LOGS = "runs"  # in the folder: what loggers write there
+BLOCKS = "blocks"  # in the folder: what the first stage finished
 NEEDED = ("trainer_state.json", "optimizer.*", "scheduler.pt", "*.safetensors", "rng_state*.pth")  # of a checkpoint
 
 
 def training_folder(out: Path) -> Path:
     """Where the checkpoints of a training lie: beside its output."""
     return out.absolute().with_name(f"{out.name}.training")
+
+
+def block_path(folder: Path, index: int) -> Path:
+    """Where the first stage of a training keeps a block that it finished."""
+    return folder / BLOCKS / f"block-{index:05d}.safetensors"
+
+
+def has_learnt(folder: Path) -> bool:
+    """Whether a folder keeps something of a training that a later run goes on from."""
+    return any(folder.glob("checkpoint-*")) or any((folder / BLOCKS).glob("block-*"))
 
 
 def check_folder(out: Path, identity: dict, overwrite: bool, aside: tuple[str, ...] = ()) -> Path:
@@ -32,7 +43,7 @@ def check_folder(out: Path, identity: dict, overwrite: bool, aside: tuple[str, .
         raise UserError(
             f"'{folder}', where the training would be kept, is something else: move it, or choose another --out"
         )
-    if not overwrite and any(folder.glob("checkpoint-*")):
+    if not overwrite and has_learnt(folder):
         before, now = read_identity(folder / IDENTITY) or {}, json.loads(json.dumps(identity))
         if any(before.get(key) != now.get(key) for key in {*before, *now} - {*aside}):
             raise UserError(
@@ -43,7 +54,7 @@ def check_folder(out: Path, identity: dict, overwrite: bool, aside: tuple[str, .
 
 
 def open_folder(out: Path, identity: dict, overwrite: bool) -> Path:
-    """The folder of checkpoints, new or of the same training; one without a checkpoint is anyone's.
+    """The folder of checkpoints, new or of the same training; one in which nothing was learnt is anyone's.
 
     Args:
         overwrite: forget an earlier training.
@@ -51,7 +62,7 @@ def open_folder(out: Path, identity: dict, overwrite: bool) -> Path:
         UserError: it belongs to another training, or is no folder of one.
     """
     folder = check_folder(out, identity, overwrite)
-    if folder.exists() and (overwrite or not any(folder.glob("checkpoint-*"))):
+    if folder.exists() and (overwrite or not has_learnt(folder)):
         shutil.rmtree(folder)
     if not folder.exists():
         write_whole(folder / IDENTITY, json.dumps(identity, indent=1).encode())
@@ -63,7 +74,9 @@ def is_training(folder: Path) -> bool:
     if not folder.is_dir() or folder.is_symlink():
         return False
     names = {path.name for path in folder.iterdir()}
-    others = {name for name in names if name not in (IDENTITY, LOGS) and not name.startswith(("checkpoint-", "."))}
+    others = {
+        name for name in names if name not in (IDENTITY, LOGS, BLOCKS) and not name.startswith(("checkpoint-", "."))
+    }
     return not others and (IDENTITY in names or not names)
 
 

@@ -70,6 +70,19 @@ class LossSettings(Section):
         return self.kl * figures["kl"] + self.cross_entropy * figures["nelbo"]
 
 
+class BlockSettings(Section):
+    tokens: int = Field(0, ge=0)
+    """Tokens that every block learns in a first stage, block by block, repeats counted; 0: no such stage."""
+    learning_rate: float = Field(1e-4, gt=0)
+    """Its peak, in that stage."""
+    visible: float = Field(1.0, ge=0, le=1)
+    """Weight of the error at visible tokens, where masked ones have 1."""
+    offload: bool = False
+    """Keep both models in host memory in that stage; one block of each is on the accelerator."""
+    budget_gb: float = Field(8.0, gt=0)
+    """Host memory for both models' residual streams; what exceeds it is in temporary files."""
+
+
 class TrainSettings(Section):
     method: Literal["lora", "full"] = "lora"
     """lora: low-rank updates of the block projections, merged at the end. full: all weights."""
@@ -79,8 +92,8 @@ class TrainSettings(Section):
     """For lora: updates are scaled by alpha / rank."""
     targets: tuple[Role, ...] = Field(ROLES, min_length=1)
     """For lora: the projections that it updates."""
-    tokens: int = Field(1_000_000, ge=1)
-    """Tokens to learn from, repeats counted."""
+    tokens: int = Field(1_000_000, ge=0)
+    """Tokens to learn from, repeats counted; 0: only block by block (`blocks.tokens`)."""
     learning_rate: float = Field(5e-4, gt=0)
     """Its peak."""
     schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
@@ -120,4 +133,5 @@ class RecoverConfig(Sections):
     data: DataSettings = DataSettings()
     teacher: TeacherSettings = TeacherSettings()
     loss: LossSettings = LossSettings()
+    blocks: BlockSettings = BlockSettings()
     train: TrainSettings = TrainSettings()

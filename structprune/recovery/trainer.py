@@ -5,10 +5,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.utils.data import Dataset, SequentialSampler
 
 from structprune.errors import UserError
-from structprune.recovery.settings import LossSettings, TrainSettings
+from structprune.recovery.settings import LossSettings, RecoverConfig, TrainSettings
 from structprune.recovery.sharded import ARGUMENTS, shard_on_cpus
 from structprune.recovery.student import Lesson, masked_tokens
 
@@ -24,9 +25,9 @@ def require_training() -> None:
         raise UserError(f"training needs {error.name}: pip install 'structprune[train]'") from error
 
 
-def steps_of(settings: TrainSettings, length: int) -> int:
+def steps_of(tokens: int, config: RecoverConfig) -> int:
     """Optimiser steps that the tokens are enough for."""
-    return settings.tokens // (settings.batch * length)
+    return tokens // (config.train.batch * config.data.length)
 
 
 def passes_of(settings: TrainSettings, processes: int) -> int:
@@ -42,6 +43,13 @@ def passes_of(settings: TrainSettings, processes: int) -> int:
             f" train.pass_windows = {settings.pass_windows}: make it a multiple of {together}"
         )
     return settings.batch // together
+
+
+def in_bfloat16(settings: TrainSettings, device: torch.device) -> bool:
+    """Whether passes compute in bfloat16."""
+    if settings.precision is not None:
+        return settings.precision == "bfloat16"
+    return device.type == "cuda" and torch.cuda.is_bf16_supported()
 
 
 def make_trainer(

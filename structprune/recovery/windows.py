@@ -13,35 +13,38 @@ from structprune.models.noising import mask_rate
 
 
 class NoisyWindows(Dataset):
-    """`count` items, each a window and its noise; windows come in a new order in every epoch.
+    """Items of an endless row of windows with noise; windows come in a new order in every epoch.
 
     Mask probabilities of items that follow each other fill (0, 1) evenly, so that every batch sees all noise levels.
 
     Args:
         windows: (N, T) int64 clean ids.
         learnt: (N, T) bool, tokens that may be masked; None: all.
+        numbers: of the items in that row.
         mask_id: of the mask token.
         seed: of order, noise levels and masks.
         edges_visible: never mask the first and last token (Dream).
     """
 
     def __init__(
-        self, windows: torch.Tensor, learnt: torch.Tensor | None, count: int, mask_id: int, *, seed: int,
+        self, windows: torch.Tensor, learnt: torch.Tensor | None, numbers: range, mask_id: int, *, seed: int,
         edges_visible: bool = False,
     ):  # fmt: skip
         self._windows, self._learnt, self._mask_id, self._seed = windows, learnt, mask_id, seed
-        self._edges_visible = edges_visible
-        self._rates = mask_rate(spread(count, 1, item_generator(seed, "levels")))  # (count,)
+        self._edges_visible, self._numbers = edges_visible, numbers
+        levels = spread(numbers.stop, 1, item_generator(seed, "levels"))  # (end of numbers,)
+        self._rates = mask_rate(levels[numbers.start :])  # (count,)
 
     def __len__(self) -> int:
         return len(self._rates)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         """`input_ids` (T,) clean, `noisy_ids` (T,), the mask `rate` (), and the item's `index` ()."""
-        epoch, place = divmod(index, len(self._windows))
+        number = self._numbers[index]
+        epoch, place = divmod(number, len(self._windows))
         window = int(_order(self._seed, epoch, len(self._windows))[place])
         ids, rate = self._windows[window], self._rates[index]  # (T,), ()
-        masked = torch.rand(len(ids), generator=item_generator(self._seed, f"noise {index}")) < rate  # (T,)
+        masked = torch.rand(len(ids), generator=item_generator(self._seed, f"noise {number}")) < rate  # (T,)
         if self._learnt is not None:
             masked &= self._learnt[window]
         if self._edges_visible:

@@ -1,5 +1,7 @@
 """The table of a recovery: what the held-out text says of teacher, input and result."""
 
+from statistics import fmean
+
 from rich.markup import escape
 from rich.table import Table
 
@@ -24,27 +26,47 @@ def recover_table(report: dict) -> Table:
         cells = [form.format(report[side][key]) for side in ("teacher_figures", "before", "after")]
         change = report["change"].get(key)
         table.add_row(name, *cells, f"{change['mean']:+.4f} ± {change['standard_error']:.4f}" if change else "")
-    learnt = report["learnt"]
-    share = 1 - learnt["resumed_at"] / learnt["steps"]  # of the tokens, in this run's seconds
-    speed = share * report["tokens"] / learnt["seconds"]
-    table.caption = (
-        f"{report['held_out_windows']} held-out windows; {report['seconds']:.0f} s in all, {speed:.0f} tokens/s learnt"
-    )
+    learnt, speed = report["learnt"], ""
+    if learnt["steps"]:
+        share = 1 - learnt["resumed_at"] / learnt["steps"]  # of the tokens, in this run's seconds
+        speed = f", {share * learnt['tokens'] / learnt['seconds']:.0f} tokens/s learnt"
+    notes = [f"{report['held_out_windows']} held-out windows"]
+    if blocks := report["blocks"]:
+        errors = [fmean(layer[side] for layer in blocks["layers"]) for side in ("before", "after")]
+        notes.append(
+            f"{blocks['tokens']:,} of the tokens block by block, mean error {errors[0]:.4f} to {errors[1]:.4f}"
+        )
+    notes.append(f"{report['seconds']:.0f} s in all" + speed)
+    table.caption = "; ".join(notes)
     return table
 
 
-def plan_lines(plan: dict, title: str = "predicted memory") -> list[Table | str]:
+def plan_lines(plan: dict, title: str = "predicted memory", place: str = "") -> list[Table | str]:
     """What a dry run predicts: steps and text, and a table of memory.
 
     Args:
-        plan: of `structprune.runs.recovery_plan.RecoveryPlan.plan`. title: of the table.
+        plan: of `structprune.runs.recovery_plan.RecoveryPlan.plan`. title: of the table. place: what a line of steps
+            begins with.
     """
-    table = grid(title, "", "GB")
-    for name, size in plan["memory"].items():
-        table.add_row(name, f"{size / 1e9:.2f}", style="bold" if name == "peak" else None)
-    if plan["cache"]:
-        table.add_row("teacher's predictions, on disk", f"{plan['cache'] / 1e9:.2f}")
+    lines: list[Table | str] = []
     breadth = plan["breadth"]
-    line = f"{plan['steps']:,} steps over {plan['tokens']:,} tokens, {breadth['epochs']:.1f} times each window"
+    epochs = f"{breadth['epochs']:.1f} times each window"
+    if first := plan["blocks"]:
+        lines.append(memory_table(f"{title}, block by block", first["memory"]))
+        end = " for every block, block by block" + ("" if plan["steps"] else f", {epochs}")
+        lines.append(f"{place}{first['steps']:,} steps over {first['tokens']:,} tokens{end}")
+    if plan["steps"]:
+        cache = {"teacher's predictions, on disk": plan["cache"]} if plan["cache"] else {}
+        lines.append(memory_table(title, plan["memory"] | cache))
+        end = f"; with those, {epochs}" if first else f", {epochs}"
+        lines.append(f"{place}{plan['steps']:,} steps over {plan['tokens']:,} tokens{end}")
     warnings = [] if breadth["warning"] is None else [f"[bold]Warning:[/bold] {escape(breadth['warning'])}"]
-    return [table, line, *warnings]
+    return lines + warnings
+
+
+def memory_table(title: str, parts: dict[str, int]) -> Table:
+    """Bytes by part, of which `peak` is their sum on the device."""
+    table = grid(title, "", "GB")
+    for name, size in parts.items():
+        table.add_row(name, f"{size / 1e9:.2f}", style="bold" if name == "peak" else None)
+    return table

@@ -7,6 +7,7 @@ from pathlib import Path
 from structprune.checkpoint.atomic import free_place, output_place
 from structprune.checkpoint.output import check_apart, check_output, check_place, save_finished
 from structprune.errors import UserError
+from structprune.recovery.blocks import remaining_blocks
 from structprune.recovery.checks import check_settings
 from structprune.recovery.folder import LOGS, open_folder, training_folder
 from structprune.recovery.settings import RecoverConfig
@@ -107,6 +108,8 @@ def check_request(ghosts: tuple[Ghost, Ghost], config: RecoverConfig, session: S
         check_window(ghost, config.data.length)
     passes_of(config.train, session.workers.count)
     check_settings(config)
+    if config.blocks.tokens:
+        remaining_blocks(ghosts[0].directory, ghosts[0].adapter, ghosts[1].adapter)
     return None if config.teacher.cache is None else output_place(config.teacher.cache)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import Subset
 from typing_extensions import Self
 
+from structprune.bench.block_memory import block_plan
 from structprune.bench.recovery_memory import recovery_memory
 from structprune.errors import UserError
 from structprune.masking.masks import Masks
@@ -18,6 +19,7 @@ from structprune.models.loading import as_dtype
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.placement import pick_device
 from structprune.models.tokenizer import load_tokenizer
+from structprune.recovery.blocks import row_counts
 from structprune.recovery.breadth import breadth_of, narrow_line
 from structprune.recovery.cache import cache_bytes
 from structprune.recovery.checks import check_device
@@ -33,6 +35,7 @@ INDIFFERENT: Any = {  # settings that another run of the same training may chang
     "model": {"device", "allow_pickle"},
     "data": {"source"},
     "teacher": {"offload", "cache"},
+    "blocks": {"offload", "budget_gb"},
     "train": {"pass_windows", "checkpointing", "report_to"},
 }
 
@@ -54,10 +57,9 @@ class RecoveryPlan:
         self.sharded = is_sharded()
         if self.sharded:
             check_sharded(config.train.method, self._masks is not None, place.count)
-        settings = config.train
-        self.steps = steps_of(settings, config.data.length)
+        self.steps = steps_of(config.train.tokens, config)
         tokenizer = load_tokenizer(ghosts[0].directory)
-        self.text: RecoveryText = read_recovery_text(config.data, tokenizer, settings.tokens)
+        self.text: RecoveryText = read_recovery_text(config.data, tokenizer, config.blocks.tokens + config.train.tokens)
         self._part = (0, 1)
 
     def part(self, index: int, count: int) -> Self:
@@ -68,8 +70,8 @@ class RecoveryPlan:
         """
         other, settings = copy.copy(self), self.config.train
         other.__dict__.pop("identity", None)
-        other.steps, other._part = steps_of(settings, self.config.data.length) // count, (index, count)
-        if other.steps == 0:
+        other.steps, other._part = steps_of(settings.tokens, self.config) // count, (index, count)
+        if count > 1 and other.steps == 0:  # of one, there may be a first stage alone
             step = settings.batch * self.config.data.length
             raise UserError(
                 f"train.tokens = {settings.tokens} are shared by {count} trainings, of which each needs a step of"
@@ -97,8 +99,9 @@ class RecoveryPlan:
     @cached_property
     def breadth(self) -> dict:
         """How broad the text is, with a `warning` where it is narrow, as plain data."""
-        breadth = breadth_of(self.text, self.steps * self.config.train.batch)
-        return breadth | {"warning": narrow_line(self.source, breadth)}
+        breadth = breadth_of(self.text, row_counts(self.config)[0] + self.steps * self.config.train.batch)
+        keys = "blocks.tokens and train.tokens" if self.config.blocks.tokens else "train.tokens"
+        return breadth | {"warning": narrow_line(self.source, breadth, keys)}
 
     @property
     def dtypes(self) -> tuple[torch.dtype, torch.dtype]:
@@ -121,6 +124,7 @@ class RecoveryPlan:
         windows = self.steps * train.batch
         cached = len(self._windows()) if self._cache else 0
         return {
+            "blocks": block_plan(student, teacher, self.config, self.dtypes),
             "steps": self.steps,
             "tokens": windows * data.length,
             "breadth": self.breadth,
@@ -129,11 +133,12 @@ class RecoveryPlan:
         }
 
     def _windows(self) -> NoisyWindows:
-        """What all parts learn, in its order."""
+        """What all parts learn in the second stage, in its order; the first stage learns what comes before."""
         student, train = self._ghosts[0].model, self.config.train
-        count = steps_of(train, self.config.data.length) * train.batch
+        first = row_counts(self.config)[0]
+        numbers = range(first, first + steps_of(train.tokens, self.config) * train.batch)
         return NoisyWindows(
-            self.text.windows, self.text.learnt, count, student.config.mask_token_id, seed=self.config.data.seed,
+            self.text.windows, self.text.learnt, numbers, student.config.mask_token_id, seed=self.config.data.seed,
             edges_visible=student.edges_visible,
         )  # fmt: skip
 
@@ -141,13 +146,6 @@ class RecoveryPlan:
         """What this part learns; items keep their numbers, by which a cache knows them."""
         count = self.steps * self.config.train.batch
         return Subset(self._windows(), range(self._part[0] * count, (self._part[0] + 1) * count))
-
-    def _bf16(self) -> bool:
-        """Whether passes compute in bfloat16."""
-        precision = self.config.train.precision
-        if precision is not None:
-            return precision == "bfloat16"
-        return self.device.type == "cuda" and torch.cuda.is_bf16_supported()
 
     @property
     def _masks(self) -> Masks | None:

@@ -89,6 +89,11 @@ class Schedule:
                 "a gradual schedule goes through several ratios, such as --ratio 0.3,0.5: give them, or leave out"
                 " --gradual"
             )
+        if tokens := self.recovery.blocks.tokens:
+            raise UserError(
+                f"blocks.tokens = {tokens} is a first stage of one training, and the trainings of a gradual schedule"
+                " share their text: leave out --gradual or blocks.tokens"
+            )
         if self.levels is not None:
             raise UserError(
                 f"levels in '{self.levels}' are of one model, and every ratio of a gradual schedule prunes another:"

@@ -10,7 +10,7 @@ from pathlib import Path
 from structprune.errors import UserError
 from structprune.files import make_folders, write_whole
 from structprune.models.checkpoint_files import read_json
-from structprune.recovery.folder import IDENTITY, is_training, read_identity, training_folder
+from structprune.recovery.folder import IDENTITY, has_learnt, is_training, read_identity, training_folder
 
 REQUEST = "request"  # in the last recovery of report.json: a digest of what was asked for
 
@@ -81,7 +81,7 @@ def left_behind(out: Path) -> list[Path]:
     """What a run that was ended has for the next one: the pruned model, and the folder of checkpoints."""
     training = training_folder(out)
     folders = [pruned_folder(out)] if is_pruned(out) else []
-    return folders + ([training] if any(training.glob("checkpoint-*")) else [])
+    return folders + ([training] if has_learnt(training) else [])
 
 
 def digest(*parts: Mapping | str) -> str:

@@ -2,12 +2,13 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import EarlyStoppingCallback
 
 from structprune.checkpoint.learnt_text import LEARNT, write_learnt
@@ -16,11 +17,13 @@ from structprune.checkpoint.recovered import recovered_files
 from structprune.errors import UserError
 from structprune.evaluation.overlap import marks
 from structprune.masking.finetune import keep_zeros, mask_adapters, merge_adapters
+from structprune.models.adapter import Adapter
 from structprune.models.int8 import to_int8
 from structprune.models.loading import load_model, source_of
 from structprune.models.modeling_structprune import DiffusionLM
-from structprune.models.placement import streamed
+from structprune.models.placement import compute_device, streamed
 from structprune.models.quiet import quiet_transformers
+from structprune.recovery.blocks import BlockStage, block_rows, block_tokens, load_blocks, remaining_blocks, row_counts
 from structprune.recovery.cache import CachedTeacher, write_cache
 from structprune.recovery.folder import adopt, last_checkpoint
 from structprune.recovery.held_out import Figures, HeldOutStudy, paired
@@ -28,11 +31,12 @@ from structprune.recovery.lora import add_adapters, merge
 from structprune.recovery.sharded import whole_state
 from structprune.recovery.student import learning, round_to
 from structprune.recovery.teacher import LiveTeacher
-from structprune.recovery.trainer import make_trainer, passes_of, training_arguments
+from structprune.recovery.trainer import in_bfloat16, make_trainer, passes_of, training_arguments
 from structprune.recovery.watch import Watch
 from structprune.runs.recovery_plan import RecoveryPlan
 
 REMEDY = "lower train.pass_windows or data.length, or set train.checkpointing, teacher.int8 or teacher.offload = true"
+BLOCK_REMEDY = "lower train.pass_windows or data.length, or set teacher.int8 or blocks.offload = true"
 
 
 class Recovery(RecoveryPlan):
@@ -41,20 +45,22 @@ class Recovery(RecoveryPlan):
     def run(self, folder: Path) -> dict:
         """Train, going on from what the folder holds; returns the report of it."""
         start = time.perf_counter()
-        self.student = self._load(0, self.device)
+        self.blocks: dict | None = None  # of the first stage
+        self.learnt = {"seconds": 0.0, "steps": 0, "resumed_at": 0, "tokens": 0}
+        self.history: list[dict] = []
+        self.student = self._load(0, self.config.blocks.offload)
         try:
             study, before = self._measure_and_train(folder)
         except torch.OutOfMemoryError as error:
             raise UserError(f"the training does not fit the memory of {self.device}: {REMEDY}") from error
-        round_to(self.student, self._ghosts[0].stored)  # so that what is measured is what is written
-        after = study.measure(self.student)
+        after = self._rounded(study)
         goal = self.config.loss.goal
         self.kept = "trained" if goal(after.means()) < goal(before.means()) else "input"
         return self._report((study, before, after), time.perf_counter() - start)
 
-    def _load(self, index: int, device: torch.device) -> DiffusionLM:
+    def _load(self, index: int, offload: bool) -> DiffusionLM:
         """The student (0) or the teacher (1)."""
-        settings = self.config.model
+        settings, device = self.config.model, torch.device("cpu") if offload else self.device
         directory, dtype = self._ghosts[index].directory, self.dtypes[index]
         if index == 1 and self.config.teacher.int8:  # whole in host memory only, in no wider a dtype than it is stored
             model = load_model(directory, "auto", "cpu", settings.mask_id, settings.allow_pickle)
@@ -64,10 +70,17 @@ class Recovery(RecoveryPlan):
     def _measure_and_train(self, folder: Path) -> tuple[HeldOutStudy, Figures]:
         """The held-out text, and the student's figures on it before it was trained."""
         config, offload = self.config, self.config.teacher.offload
-        dense = self._load(1, torch.device("cpu") if offload else self.device)
-        with streamed(dense, self.device if offload else None):
+        dense = self._load(1, offload or config.blocks.offload)
+        with self._computing(dense):
             study = HeldOutStudy(dense, self.text, config.data.noise, config.data.seed, self._place)
-            before = study.measure(self.student)
+        before = self._measure(study)
+        if block_tokens(config):
+            self._train_blocks(folder, dense, study)
+        if not self.steps:
+            return study, before
+        for model in [self.student] if offload else [self.student, dense]:
+            nn.Module.to(model, self.device)
+        with self._computing(dense):
             teacher = self._teacher(dense)
             if isinstance(teacher, LiveTeacher):
                 self._train(folder, teacher, study)
@@ -75,6 +88,40 @@ class Recovery(RecoveryPlan):
             del dense  # what it predicts is on disk, or not asked for
             self._train(folder, teacher, study)
         return study, before
+
+    def _computing(self, model: DiffusionLM) -> AbstractContextManager:
+        """While open, a model computes on the run's device, also from host memory."""
+        return streamed(model, None if compute_device(model).type == self.device.type else self.device)
+
+    def _rounded(self, study: HeldOutStudy) -> Figures:
+        """Round the student to the dtype it is written in, and measure that."""
+        round_to(self.student, self._ghosts[0].stored)
+        return self._measure(study)
+
+    def _measure(self, study: HeldOutStudy) -> Figures:
+        """The student's figures on the held-out text."""
+        with self._computing(self.student):
+            return study.measure(self.student)
+
+    def _train_blocks(self, folder: Path, dense: DiffusionLM, study: HeldOutStudy) -> None:
+        """Train the student block by block, going on from what the folder holds; one process does it for all."""
+        start, (student, teacher) = time.perf_counter(), (ghost.adapter for ghost in self._ghosts)
+
+        def complete() -> None:
+            remaining = remaining_blocks(self._ghosts[0].directory, student, teacher)
+            rows = block_rows(self.text, self.student, self.config)
+            stage = BlockStage((self.student, dense), remaining, rows, self.config, self.device)
+            try:
+                stage.complete(folder, self._masks, self._track)
+            except torch.OutOfMemoryError as error:
+                raise UserError(f"a block does not fit the memory of {self.device}: {BLOCK_REMEDY}") from error
+
+        self._place.first(complete)
+        layers = load_blocks(folder, Adapter(self.student))
+        self.blocks = {
+            "tokens": block_tokens(self.config), "seconds": time.perf_counter() - start,
+            "held_out": self._measure(study).means(), "layers": layers,
+        }  # fmt: skip
 
     def _teacher(self, dense: DiffusionLM) -> LiveTeacher | CachedTeacher | None:
         """What predicts beside the student; a cache is completed first."""
@@ -85,6 +132,7 @@ class Recovery(RecoveryPlan):
         identity = {key: self.identity[key] for key in ("teacher", "text")}
         identity |= {"seed": self.config.data.seed, "top": self.config.teacher.top, "dtype": str(dense.dtype)}
         identity |= {"int8": True} if self.config.teacher.int8 else {}
+        identity |= {"first": first} if (first := row_counts(self.config)[0]) else {}  # number of the first window
         cache, top = self._cache, self.config.teacher.top
         self._place.first(lambda: write_cache(cache, identity, dense, self._windows(), top, self._track))
         return CachedTeacher(cache, self.device)
@@ -97,7 +145,8 @@ class Recovery(RecoveryPlan):
         lora = settings.method == "lora"
         student.requires_grad_(not lora)
         model = add_adapters(student, settings, seed) if lora else student
-        facts = {"seed": seed % 2**32, "cpu": self.device.type == "cpu", "bf16": self._bf16(), "sharded": self.sharded}
+        facts = {"seed": seed % 2**32, "cpu": self.device.type == "cpu", "bf16": in_bfloat16(settings, self.device)}
+        facts["sharded"] = self.sharded
         arguments = training_arguments(settings, folder, self.steps, passes_of(settings, self._place.count), facts)
         watch = Watch(self.steps, config, self._track)
         callbacks = [watch] if settings.patience is None else [watch, EarlyStoppingCallback(settings.patience)]
@@ -115,15 +164,17 @@ class Recovery(RecoveryPlan):
                 adopt(checkpoint, settings.pass_windows)
             checkpoint = self._place.gather(checkpoint)[0]  # the first process removes what a kill left unfinished
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            steps = trainer.state.global_step
             self.learnt = {
-                "seconds": time.perf_counter() - start, "steps": trainer.state.global_step, "resumed_at": watch.first,
+                "seconds": time.perf_counter() - start, "steps": steps, "resumed_at": watch.first,
+                "tokens": steps * settings.batch * config.data.length,
             }  # fmt: skip
             self.history = watch.history(trainer.state.log_history)
         if lora:
             self._merge(model)
         if self.sharded:
             whole = whole_state(student)
-            student = self.student = self._load(0, self.device)
+            student = self.student = self._load(0, False)
             student.load_state_dict(whole, assign=True)
         student.requires_grad_(False)
         student.eval()
@@ -152,7 +203,8 @@ class Recovery(RecoveryPlan):
             "text": self.source,
             "windows": len(self.text.windows),
             "breadth": self.breadth,
-            "tokens": self.learnt["steps"] * self.config.train.batch * self.config.data.length,
+            "tokens": block_tokens(self.config) + self.learnt["tokens"],
+            "blocks": self.blocks,
             "learnt": self.learnt,
             "held_out_windows": len(self.text.held_out),
             "config": self.config.model_dump(mode="json", exclude={"data": {"source"}, "teacher": {"cache"}}),

@@ -88,7 +88,9 @@ def test_a_dry_run_states_both_parts_of_every_ratio(tiny_checkpoint, command, tm
     assert "ratio-0.6: 4 steps over 256 tokens" in printed and "Warning" not in printed  # each has the whole budget
     assert main(command(tiny_checkpoint(), "--ratio", "0.3", "--recover", "--dry-run", tokens=10**6)) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    assert "Warning: the text" in printed and "lower train.tokens" in printed and printed.endswith("Nothing was written.")
+    assert (
+        "Warning: the text" in printed and "lower train.tokens" in printed and printed.endswith("Nothing was written.")
+    )
     assert main(command(tiny_checkpoint(), "--ratio", "0.3,0.6", "--dry-run")) == 0
     printed = capsys.readouterr().out
     assert "at ratio 0.3" in printed and "at ratio 0.6" in printed and "training" not in printed
@@ -107,7 +109,7 @@ def test_a_dry_run_refuses_what_the_run_would(tiny_checkpoint, command, tmp_path
     "options, message",
     [
         (["--recover", "--recover-set=train.token=5"], "unknown config key 'train.token' (did you mean 'tokens'"),
-        (["--recover", "--recover-set=train.tokens=0"], "config key train.tokens = 0"),
+        (["--recover", "--recover-set=train.tokens=-1"], "config key train.tokens = -1"),
         (["--recover", "--recover-config", "no.yaml"], "no config file at 'no.yaml'"),
         (["--recover", "--recover-set=train.tokens=9"], "train.tokens = 9 is less than a step"),
         (["--recover", "--recover-set=train.rank=8"], "train.rank = 8 has no effect without train.method = lora"),

@@ -40,6 +40,11 @@ def test_something_else_beside_the_output_stays(tiny_checkpoint, schedule, tmp_p
         ((0.3, 0.5), {"gradual": True, "method": "unstructured"}, "removes heads and channels: leave out --gradual"),
         ((0.3, 0.5), {"method": "unstructured"}, "method = unstructured takes one ratio at a time"),
         ((0.3, 0.5), {"gradual": True, "steps": 1}, r"of train.batch x data.length = 128 tokens: raise it to 256"),
+        (
+            (0.3, 0.5),
+            {"gradual": True, "recovery": {"blocks__tokens": 256}},
+            "blocks.tokens = 256 is a first stage of one training, .*: leave out --gradual or blocks.tokens",
+        ),
         ((0.5,), {"recovery": {"data__length": 65}}, "data.length = 65 exceeds the 64 positions"),
         ((0.5,), {"recovery": {"train__batch": 10}}, "make it a multiple of 4"),
         ((0.999,), {}, "no plan meets ratio 0.9990"),

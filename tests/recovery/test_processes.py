@@ -12,6 +12,8 @@ from structprune.cli.main import main
 from structprune.models.loading import load_model
 from structprune.recovery.folder import training_folder
 
+BLOCKS = ["--set", "blocks.tokens=256", "--set", "blocks.learning_rate=1e-3"]  # a first stage
+
 
 @pytest.fixture
 def command(pair, text_path):
@@ -35,17 +37,20 @@ def figures(out):
 
 
 @pytest.mark.slow
-def test_two_processes_learn_what_one_learns(command, tmp_path, capsys):
+@pytest.mark.parametrize("more", [[], BLOCKS])
+def test_two_processes_learn_what_one_learns(command, tmp_path, capsys, more):
     alone, both = tmp_path / "alone", tmp_path / "both"
-    assert main(command(alone)) == 0
+    assert main(command(alone, *more)) == 0
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
-        [*launch, "structprune", *command(both)], env=environment, capture_output=True, text=True, timeout=180
+        [*launch, "structprune", *command(both, *more)], env=environment, capture_output=True, text=True, timeout=180
     )
     assert done.returncode == 0, done.stderr[-2000:]
     ours, theirs = figures(both), figures(alone)
-    assert ours["before"] == theirs["before"] and ours["tokens"] == theirs["tokens"]
+    assert ours["before"] == theirs["before"] and ours["tokens"] == theirs["tokens"] == 768 + 256 * bool(more)
+    layers = [each["blocks"] and each["blocks"]["layers"] for each in (ours, theirs)]
+    assert layers[0] == layers[1] and bool(layers[0]) == bool(more)
     for one, other in zip(ours["history"], theirs["history"], strict=True):
         assert one == pytest.approx(other, rel=1e-4)
     one, other = (load_model(out, device="cpu").state_dict() for out in (both, alone))
@@ -73,21 +78,25 @@ run()
 
 
 @pytest.mark.slow
-def test_two_processes_that_share_the_weights_learn_what_one_learns_also_after_a_kill(command, tmp_path, capsys):
+@pytest.mark.parametrize("more", [[], BLOCKS])
+def test_two_processes_that_share_the_weights_learn_what_one_learns_also_after_a_kill(command, tmp_path, capsys, more):
     alone, both, killed = tmp_path / "alone", tmp_path / "both", tmp_path / "killed.py"
     killed.write_text(KILLED, encoding="utf-8")
-    assert main(command(alone)) == 0
+    assert main(command(alone, *more)) == 0
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--use_fsdp", "--fsdp_version", "2"]
     launch += ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     launch += ["--main_process_port", "0"]
     keys = {"env": os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}, "timeout": 180}
-    first = subprocess.run([*launch, str(killed), *command(both)], capture_output=True, text=True, **keys)
+    first = subprocess.run([*launch, str(killed), *command(both, *more)], capture_output=True, text=True, **keys)
     whole = training_folder(both) / "checkpoint-3" / "pytorch_model_fsdp.bin"
     assert first.returncode != 0 and whole.exists() and not both.exists(), first.stderr[-2000:]
-    done = subprocess.run([*launch, "-m", "structprune", *command(both)], capture_output=True, text=True, **keys)
+    done = subprocess.run([*launch, "-m", "structprune", *command(both, *more)], capture_output=True, text=True, **keys)
     assert done.returncode == 0, done.stderr[-2000:]
     ours, theirs = figures(both), figures(alone)
     assert ours["learnt"]["resumed_at"] == 3 and ours["before"] == theirs["before"]
+    assert ours["tokens"] == theirs["tokens"] == 768 + 256 * bool(more)
+    layers = [each["blocks"] and each["blocks"]["layers"] for each in (ours, theirs)]
+    assert layers[0] == layers[1] and bool(layers[0]) == bool(more)
     for one, other in zip(ours["history"], theirs["history"], strict=True):
         assert one == pytest.approx(other, rel=1e-4)
     one, other = (load_model(out, device="cpu").state_dict() for out in (both, alone))

@@ -12,7 +12,7 @@ def windows(count=6):
 
 
 def make(count=24, learnt=None, **options):
-    return NoisyWindows(windows(), learnt, count, MASK, **{"seed": 0} | options)
+    return NoisyWindows(windows(), learnt, range(count), MASK, **{"seed": 0} | options)
 
 
 def test_an_item_depends_on_its_index_alone():
@@ -53,3 +53,12 @@ def test_only_learnt_tokens_and_no_edges_are_masked():
     assert masked[:, 5:9].any() and not masked[:, :5].any() and not masked[:, 9:].any()
     edges = torch.stack([make(edges_visible=True)[index]["noisy_ids"] == MASK for index in range(24)])
     assert edges[:, 1].any() and not edges[:, 0].any() and not edges[:, -1].any()
+
+
+def test_later_numbers_of_the_row_are_its_later_items():
+    whole, later = make(), NoisyWindows(windows(), None, range(9, 24), MASK, seed=0)
+    assert len(later) == 15
+    for index in range(15):
+        one, other = later[index], whole[index + 9]
+        assert all(torch.equal(one[key], other[key]) for key in ("input_ids", "noisy_ids", "rate"))
+        assert one["index"] == index
