@@ -50,9 +50,11 @@ VARIANTS: dict[str, dict] = {
     "both, half each": {"loss.kl": 0.5, "loss.cross_entropy": 0.5},
     "divergence by 1 / p": {"loss.weighting": "nelbo"},
     "moving target from 0.3": {"loss.teacher_share": 0.3},
+    "block-wise first": {"blocks.tokens": 0.3, "blocks.learning_rate": 3e-3},
     "LoRA of rank 32": {"train.method": "lora", "train.rank": 32, "train.alpha": 64.0, "train.learning_rate": 3e-3},
 }
 CONTRASTS = [(OURS, UNTRAINED), *((name, OURS) for name in VARIANTS if name not in (UNTRAINED, OURS))]
+SHARED = "blocks.tokens"  # of a variant: its first stage's share of the tokens
 FIGURES = ("tokens_kept", "generated_nelbo", "seconds")
 TOKENS = 500_000  # that a training learns from
 
@@ -75,6 +77,12 @@ def pruned_model(seed: int, ratio: str) -> tempfile.TemporaryDirectory:
     return folder
 
 
+def stages(variant: dict, tokens: int) -> dict:
+    """The keys of a variant's training on so many tokens in both stages together."""
+    first = round(variant.get(SHARED, 0) * tokens)
+    return variant | ({SHARED: first} if first else {}) | {"train.tokens": tokens - first}
+
+
 def measure(name: str, seed: int, windows: int, length: int, tokens: int, threads: int) -> dict:
     """One variant at one seed: for each ratio loss, what generation keeps, and how long the training took."""
     torch.set_num_threads(threads)
@@ -84,11 +92,12 @@ def measure(name: str, seed: int, windows: int, length: int, tokens: int, thread
         for ratio in RATIOS:
             checkpoint, seconds = Path(pruned_model(seed, ratio).name) / "pruned", 0.0
             if name != UNTRAINED:
-                keys = TRAIN | {"data.seed": seed, "train.tokens": tokens} | VARIANTS[name]
+                keys = TRAIN | {"data.seed": seed} | stages(VARIANTS[name], tokens)
                 keys |= {"data.source": str(text_file("calibration.txt"))}
                 out = Path(folder) / f"recovered-{ratio}"
                 done = recover(str(checkpoint), str(model_directory()), out, RecoverConfig.load(overrides=keys))
-                checkpoint, seconds = out, done.report["learnt"]["seconds"]
+                first = done.report["blocks"]
+                checkpoint, seconds = out, done.report["learnt"]["seconds"] + (first["seconds"] if first else 0.0)
             model = load_model(checkpoint, device="cpu")
             results[ratio] = {"loss": held_out.loss(model), **continued.compare(model), "seconds": seconds}
     dense = {"nelbo": held_out.dense.mean, "generated_nelbo": continued.dense_nelbo}

@@ -12,12 +12,15 @@ def study(scripts):
 
 def test_variants_change_one_choice_of_the_training(study):
     for name, keys in study.VARIANTS.items():
-        config = RecoverConfig.load(overrides=study.TRAIN | keys)
+        config = RecoverConfig.load(overrides=study.TRAIN | study.stages(keys, 1000))
+        assert config.blocks.tokens + config.train.tokens == 1000
         assert config.train.batch % config.train.pass_windows == 0, name
     sections = {name: {key.partition(".")[0] for key in keys} for name, keys in study.VARIANTS.items()}
-    assert sections.pop("LoRA of rank 32") == {"train"}
+    assert sections.pop("LoRA of rank 32") == {"train"} and sections.pop("block-wise first") == {"blocks"}
+    first = RecoverConfig.load(overrides=study.stages(study.VARIANTS["block-wise first"], 1000))
+    assert (first.blocks.tokens, first.train.tokens) == (300, 700)
     assert all(parts <= {"loss"} for parts in sections.values()) and not study.VARIANTS[study.OURS]
-    assert (study.OURS, study.UNTRAINED) in study.CONTRASTS and len(set(study.CONTRASTS)) == 6
+    assert (study.OURS, study.UNTRAINED) in study.CONTRASTS and len(set(study.CONTRASTS)) == 7
 
 
 @pytest.mark.slow
@@ -43,7 +46,7 @@ def test_the_summary_is_paired(study):
     result = study.summarise(runs, [0, 1])
     gaps = {(row["variant"], row["ratio"]): row["by_seed"] for row in result["contrasts"]}
     assert gaps.pop((study.OURS, "0.5")) == gaps.pop((study.OURS, "0.7")) == [-1.5, -2.0]
-    assert set(map(tuple, gaps.values())) == {(0.0, 0.0)} and len(gaps) == 10
+    assert set(map(tuple, gaps.values())) == {(0.0, 0.0)} and len(gaps) == 12
     first, _ = study.tables(result)
     assert list(first.columns[2]._cells)[0] == "25.0 %" and len(first.columns[0]._cells) == len(study.VARIANTS)
 
