@@ -30,7 +30,7 @@ def earlier_steps(directory: Path) -> list[dict]:
     learnt = [
         {"step": "trained back", "source": each["teacher"], "tokens": each["tokens"]}
         for each in report.get(RECOVERIES, [])
-        if each["kept"] == "trained"
+        if each["kept"] != "input"
     ]
     return steps + learnt
 

@@ -11,6 +11,12 @@ from structprune.models.checkpoint_files import read_json
 
 CARRIED = ("plan.json", "calibration.safetensors", "masks.safetensors")  # of the input, as they are
 
+KEPT = {  # a recovery's `kept` -> what its card says of the weights
+    "trained": "",
+    "blocks": "\n**The second stage gained nothing: the weights are those of the first, block by block.**\n",
+    "input": "\n**No gain: the weights are those of the input.**\n",
+}
+
 
 def recovered_files(source: Path, report: dict) -> dict[str, Content]:
     """Files of a recovered checkpoint, name -> content.
@@ -52,8 +58,8 @@ def recovered_card(report: dict) -> str:
         text=report["text"],
         windows=report["held_out_windows"],
         rows="\n".join(rows),
-        last="after" if report["kept"] == "trained" else "trained, not written",
-        kept="" if report["kept"] == "trained" else "\n**No gain: the weights are those of the input.**\n",
+        last="after" if report["kept"] != "input" else "trained, not written",
+        kept=KEPT[report["kept"]],
     )
 
 

@@ -90,7 +90,7 @@ def _recover_and_show(request: "Request") -> None:
     from structprune.errors import Interrupted
     from structprune.evaluation.workers import workers
     from structprune.recovery.folder import has_learnt, training_folder
-    from structprune.report.recover_table import recover_table
+    from structprune.report.recover_table import no_gain, recover_table
     from structprune.runs.evaluate import Session
     from structprune.runs.recover import recover as run
 
@@ -110,6 +110,5 @@ def _recover_and_show(request: "Request") -> None:
     if not place.main:
         return
     show(recover_table(recovered.report))
-    if recovered.report["kept"] == "input":
-        show("No gain on the held-out text: the weights written are those of the input.")
+    show(*no_gain(recovered.report, "of the input"))
     show(f"Wrote {out} (model, report.json, README.md)")

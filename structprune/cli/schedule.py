@@ -131,7 +131,7 @@ def _run(request: "Request") -> None:
 
 def _step_lines(step: "Step") -> list:
     """Tables of a pruning and of its training, and where the model is."""
-    from structprune.report.recover_table import recover_table
+    from structprune.report.recover_table import no_gain, recover_table
     from structprune.report.tables import mask_table
 
     report, out = step.report, step.directory
@@ -143,6 +143,5 @@ def _step_lines(step: "Step") -> list:
         )
     else:
         table, *last = closing(report, out, step.source_bytes)
-    no_gain = "No gain on the held-out text: the weights written are those that were pruned."
     last = [f"{out} is of an earlier run with the same request, which is not done again"] if step.earlier else last
-    return [table, recover_table(recovery), *([no_gain] if recovery["kept"] == "input" else []), *last]
+    return [table, recover_table(recovery), *no_gain(recovery, "that were pruned"), *last]

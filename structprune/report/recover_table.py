@@ -41,6 +41,19 @@ def recover_table(report: dict) -> Table:
     return table
 
 
+def no_gain(report: dict, before: str) -> list[str]:
+    """A line where the weights written are not those that were learnt last.
+
+    Args:
+        before: which weights the recovery began with: "of the input".
+    """
+    lines = {
+        "input": f"No gain on the held-out text: the weights written are those {before}.",
+        "blocks": "No gain of the second stage on the held-out text: the weights written are those of the first.",
+    }
+    return [lines[report["kept"]]] if report["kept"] in lines else []
+
+
 def plan_lines(plan: dict, title: str = "predicted memory", place: str = "") -> list[Table | str]:
     """What a dry run predicts: steps and text, and a table of memory.
 

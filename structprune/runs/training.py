@@ -53,9 +53,14 @@ class Recovery(RecoveryPlan):
             study, before = self._measure_and_train(folder)
         except torch.OutOfMemoryError as error:
             raise UserError(f"the training does not fit the memory of {self.device}: {REMEDY}") from error
-        after = self._rounded(study)
-        goal = self.config.loss.goal
-        self.kept = "trained" if goal(after.means()) < goal(before.means()) else "input"
+        after, goal, self.kept = self._rounded(study), self.config.loss.goal, "trained"
+        if self.blocks and self.steps and goal(self.blocks["held_out"]) <= goal(after.means()):
+            del self.student  # the first stage left better weights
+            self.student = self._load(0, self.config.blocks.offload)
+            load_blocks(folder, Adapter(self.student))
+            after, self.kept = self._rounded(study), "blocks"
+        if not goal(after.means()) < goal(before.means()):
+            self.kept = "input"
         return self._report((study, before, after), time.perf_counter() - start)
 
     def _load(self, index: int, offload: bool) -> DiffusionLM:
@@ -220,8 +225,8 @@ class Recovery(RecoveryPlan):
     def save(self, directory: Path, report: dict, overwrite: bool) -> Path:
         """Write the student in the layout of its input, with the report of this and of earlier runs."""
         source = source_of(self.student).directory
-        changed = list(dict(self.student.named_parameters())) if self.kept == "trained" else []
+        changed = list(dict(self.student.named_parameters())) if self.kept != "input" else []
         files = recovered_files(source, report)
-        if self.kept == "trained":
+        if self.kept != "input":
             files[LEARNT] = partial(write_learnt, runs=marks(self.text.windows, self.text.learnt), source=source)
         return save_masked(self.student, directory, changed=changed, files=files, overwrite=overwrite)

@@ -238,6 +238,24 @@ def test_lora_goes_on_from_the_blocks(pair, recover_config, tmp_path, family):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_second_stage_that_gains_nothing_is_left_out(pair, recover_config, tmp_path, method):
+    dense, small = pair()
+    config = recover_config(
+        blocks__tokens=4 * STEP, blocks__learning_rate=1e-3, train__method=method, train__tokens=2 * STEP,
+        train__learning_rate=10.0, train__clip=100.0,
+    )  # fmt: skip
+    report = recover(str(small), str(dense), tmp_path / "out", config).report
+    assert report["kept"] == "blocks" and report["after"] == report["blocks"]["held_out"]
+    assert report["after"]["kl"] < report["before"]["kl"] < min(each["kl"] for each in report["history"])
+    before, after = weights(small), weights(tmp_path / "out")
+    assert {name for name in before if not torch.equal(before[name], after[name])} == {
+        name for name in before if "blocks." in name
+    }
+    assert "are those of the first, block by block" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
 def test_zeros_of_a_masked_checkpoint_stay(tiny_checkpoint, recover_config, tmp_path, text_path):
     dense, sparse = tiny_checkpoint(), tmp_path / "sparse"
     keys = {
