@@ -106,7 +106,8 @@ def _recover_and_show(request: "Request") -> None:
     except KeyboardInterrupt as error:
         if not has_learnt(training_folder(out)):
             raise
-        raise Interrupted(f"what is learnt is kept in {training_folder(out)}: the same command goes on") from error
+        next_time = "begins anew, as --overwrite says" if request[4] else "goes on"
+        raise Interrupted(f"what is learnt is kept in {training_folder(out)}: the same command {next_time}") from error
     if not place.main:
         return
     show(recover_table(recovered.report))

@@ -1,5 +1,6 @@
 """`structprune prune --recover`: its options, and what it shows."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -114,17 +115,23 @@ def _run(request: "Request") -> None:
     from structprune.runs.evaluate import Session
     from structprune.runs.gradual import ScheduleRun
 
+    def warn(line: str) -> None:
+        if place.main:
+            print(f"structprune: warning: {line}", file=sys.stderr)
+
     lines: list = []
     run = None
     try:
         with workers(trains=True) as place, progress_bars(Console(stderr=True, quiet=not place.main)) as track:
-            run = ScheduleRun(*request, Session(track, place))
+            run = ScheduleRun(*request, Session(track, place, warn))
             for step in run.steps():
                 lines += _step_lines(step) if place.main else []
     except KeyboardInterrupt as error:
         if run is None or not (kept := run.kept()):
             raise
-        raise Interrupted(f"what is done is kept in {', '.join(map(str, kept))}: the same command goes on") from error
+        next_time = "begins anew, as --overwrite says" if request[3] else "goes on"
+        places = ", ".join(map(str, kept))
+        raise Interrupted(f"what is done is kept in {places}: the same command {next_time}") from error
     finally:
         show(*lines)
 

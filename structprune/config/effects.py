@@ -62,9 +62,10 @@ def _check_dense_targets(reconstruct: ReconstructSettings) -> None:
 
     Their defaults are then off (see ReconstructSettings), so that what is on was asked for.
     """
-    needs = [("target = dense or mixed", reconstruct.target == "layer")]
+    needs = [("enabled = true", not reconstruct.enabled)]
+    needs += [("target = dense or mixed", reconstruct.target == "layer")]
     needs += [("mode = least-squares", reconstruct.mode == "bias")]
-    for need in (need for need, lacking in needs if lacking and reconstruct.enabled):
+    for need in (need for need, lacking in needs if lacking):
         for key in _on(reconstruct, DENSE_TARGETS):
             problem = f"reconstruct.{key} = {getattr(reconstruct, key)} has no effect without reconstruct.{need}"
             raise UserError(f"{problem}: leave it out, or set that")

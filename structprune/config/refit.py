@@ -50,7 +50,8 @@ class ReconstructSettings(Section):
     @classmethod
     def _layers_alone(cls, values: Any) -> Any:
         """What compares with the dense model's hidden states is off where a layer is fitted to itself."""
-        if isinstance(values, dict) and (values.get("target") == "layer" or values.get("mode") == "bias"):
+        alone = {"target": "layer", "mode": "bias", "enabled": False}
+        if isinstance(values, dict) and any(values.get(key) == value for key, value in alone.items()):
             return {"stream": 0.0, "producers": False} | values
         return values
 

@@ -19,7 +19,7 @@ from structprune.recovery.sharded import whole_weights
 from structprune.recovery.text import RecoveryText
 
 HELD_OUT_SEED = 4000  # plus the run's: noise that training does not draw
-GROUP = 8  # windows that one process measures at a time
+GROUP = 8  # windows that one process measures at a time, at most
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +68,9 @@ class HeldOutStudy:
             learnt[:, 0] = learnt[:, -1] = False
         self._noisy = torch.where(learnt[:, None], noisy, self._ids[:, None])  # (n, S, T)
         self._counts = learnt.sum(1)  # (n,)
-        self._groups = [slice(start, start + GROUP) for start in range(0, len(self._ids), GROUP)]
+        count = len(self._ids)
+        size = max(1, min(GROUP, count // place.count))  # every process has a group where there are enough windows
+        self._groups = [slice(start, min(start + size, count)) for start in range(0, count, size)]
         self._references: dict[int, ReferencePredictions] = {}  # by the first window of this process's groups
         self.teacher = self._measured(lambda group: self._refer(teacher, group))
 

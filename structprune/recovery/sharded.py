@@ -24,11 +24,14 @@ def is_sharded(environment: Mapping[str, str] = os.environ) -> bool:
     return environment.get(ASKED, "false").lower() == "true"
 
 
-def check_sharded(method: str, masked: bool, processes: int, environment: Mapping[str, str] = os.environ) -> None:
+def check_sharded(
+    method: str, masked: bool, processes: int, windows: int, environment: Mapping[str, str] = os.environ
+) -> None:
     """Raise UserError for trainings that cannot be sharded.
 
     Args:
         method: `train.method`. masked: the student has zeros that must stay.
+        windows: held-out ones; a process without any would not take part in what all do with the weights.
     """
     if processes == 1:
         raise UserError("FSDP has nothing to share in one process: raise --num_processes, or leave out --use_fsdp")
@@ -36,7 +39,12 @@ def check_sharded(method: str, masked: bool, processes: int, environment: Mappin
     if method == "lora":
         raise UserError(f"FSDP shards what is trained, which is little with train.method = lora: {remedy}")
     if masked:
-        raise UserError(f"zeros of a masked checkpoint cannot be kept under FSDP: {remedy}, or set train.method = lora")
+        raise UserError(f"zeros of a masked checkpoint cannot be kept under FSDP: {remedy}")
+    if windows < processes:
+        raise UserError(
+            f"data.held_out = {windows} leaves some of {processes} processes without a window, which FSDP needs:"
+            f" raise it to {processes}"
+        )
     if environment.get(VERSION, "2") != "2":
         raise UserError(f"FSDP version {environment[VERSION]} is not supported: launch with --fsdp_version 2")
     if environment.get(OFFLOAD, "false").lower() == "true":

@@ -1,5 +1,6 @@
 """Prune and train back, at one ratio or on from each to the next: `structprune prune --recover`, without a console."""
 
+import gc
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from structprune.models.checkpoint_files import read_json
 from structprune.models.fingerprint import fingerprint
 from structprune.models.placement import give_back_memory
 from structprune.recovery.folder import check_folder
+from structprune.recovery.sharded import check_sharded, is_sharded
 from structprune.recovery.trainer import require_training
 from structprune.runs.checkpoints import checked_prune, mask_checkpoint, prune_at_ratios, prune_checkpoint
 from structprune.runs.evaluate import ALONE, Session
@@ -92,6 +94,9 @@ class ScheduleRun:
         self._dense = read_ghost(source, schedule.config.model)
         ghosts = (self._dense, self._dense)  # no training changes shapes of its text or settings
         self._cache = check_request(ghosts, schedule.recovery, session)
+        if is_sharded():  # what is masked has zeros that the dense model, in the student's place here, has not
+            train, windows = schedule.recovery.train, schedule.recovery.data.held_out
+            check_sharded(train.method, schedule.config.method != "structured", session.workers.count, windows)
         recovery = Recovery(ghosts, schedule.recovery, self._cache, session)
         count = schedule.parts
         self._trainings = {
@@ -256,5 +261,8 @@ class ScheduleRun:
         recovery = checked(student, self._source, out, schedule.recovery, self._overwrite, session)
         part = recovery.part(number, schedule.parts)
         train_back(part, out, self._overwrite, session, {REQUEST: request})
+        del recovery, part
+        gc.collect()  # a trainer and its models refer to each other, and would be there beside the next ones
+        give_back_memory()
         session.workers.first(lambda: close_pruned(out))
         self._reports[ratio] = read_json(out / "report.json")

@@ -56,7 +56,7 @@ class RecoveryPlan:
         check_device(config, self.device, launched=place.count > 1)
         self.sharded = is_sharded()
         if self.sharded:
-            check_sharded(config.train.method, self._masks is not None, place.count)
+            check_sharded(config.train.method, self._masks is not None, place.count, config.data.held_out)
         self.steps = steps_of(config.train.tokens, config)
         tokenizer = load_tokenizer(ghosts[0].directory)
         self.text: RecoveryText = read_recovery_text(config.data, tokenizer, config.blocks.tokens + config.train.tokens)
@@ -69,7 +69,8 @@ class RecoveryPlan:
             UserError: a part is less than a step.
         """
         other, settings = copy.copy(self), self.config.train
-        other.__dict__.pop("identity", None)
+        for name in ("identity", "breadth"):  # of the whole
+            other.__dict__.pop(name, None)
         other.steps, other._part = steps_of(settings.tokens, self.config) // count, (index, count)
         if count > 1 and other.steps == 0:  # of one, there may be a first stage alone
             step = settings.batch * self.config.data.length
@@ -98,8 +99,10 @@ class RecoveryPlan:
 
     @cached_property
     def breadth(self) -> dict:
-        """How broad the text is, with a `warning` where it is narrow, as plain data."""
-        breadth = breadth_of(self.text, row_counts(self.config)[0] + self.steps * self.config.train.batch)
+        """How broad the text is that this part and those before it learn, with a `warning` where it is narrow, as plain
+        data."""
+        learnt = (self._part[0] + 1) * self.steps * self.config.train.batch
+        breadth = breadth_of(self.text, row_counts(self.config)[0] + learnt)
         keys = "blocks.tokens and train.tokens" if self.config.blocks.tokens else "train.tokens"
         return breadth | {"warning": narrow_line(self.source, breadth, keys)}
 

@@ -42,6 +42,13 @@ def test_gradual_ratios_share_the_tokens(tiny_checkpoint, command, tmp_path, cap
 
 
 @pytest.mark.slow
+def test_narrow_text_is_warned_of(tiny_checkpoint, command, monkeypatch, capsys):
+    monkeypatch.setattr("structprune.recovery.breadth.EPOCHS", 0.0)
+    assert main(command(tiny_checkpoint(), "--ratio", "0.3", "--recover")) == 0
+    assert "structprune: warning: the text 'text.txt' is narrow" in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_an_interrupted_run_says_what_it_keeps(tiny_checkpoint, command, tmp_path, monkeypatch, capsys):
     def interrupt(*_):
         raise KeyboardInterrupt
@@ -55,6 +62,10 @@ def test_an_interrupted_run_says_what_it_keeps(tiny_checkpoint, command, tmp_pat
         patch.setattr(ScheduleRun, "_train", interrupt)
         assert main(run) == 130
     assert f"what is done is kept in {tmp_path / 'out.pruned'}: the same command goes on" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(ScheduleRun, "_train", interrupt)
+        assert main([*run, "--overwrite"]) == 130
+    assert "the same command begins anew, as --overwrite says" in capsys.readouterr().err
     monkeypatch.setattr(gradual, "prune_at_ratios", None)  # is not called again
     assert main(run) == 0 and [path.name for path in tmp_path.glob("out*")] == ["out"]
 

@@ -6,7 +6,7 @@ from structprune.config import Config, ReconstructSettings
 from structprune.errors import UserError
 from structprune.runs.resolve import resolve_masking, resolve_structured
 
-ALONE = {"target": "layer", "mode": "bias"}  # a layer fitted to itself
+ALONE = {"target": "layer", "mode": "bias", "enabled": False}  # a layer fitted to itself, or none
 
 
 @pytest.mark.parametrize("key", ALONE)
@@ -20,7 +20,10 @@ def test_layers_fitted_to_themselves_have_no_dense_targets(key):
 
 
 @pytest.mark.parametrize("change, value", [("producers", True), ("stream", 0.5), ("head", True)])
-@pytest.mark.parametrize("key, need", [("target", "target = dense or mixed"), ("mode", "mode = least-squares")])
+@pytest.mark.parametrize(
+    "key, need",
+    [("target", "target = dense or mixed"), ("mode", "mode = least-squares"), ("enabled", "enabled = true")],
+)
 def test_they_are_refused_there_when_asked_for(tiny_model, key, need, change, value):
     config = Config.load(overrides={f"reconstruct.{key}": ALONE[key], f"reconstruct.{change}": value})
     with pytest.raises(UserError) as caught:

@@ -12,6 +12,7 @@ from structprune.cli.main import main
 from structprune.models.loading import load_model
 from structprune.recovery.folder import training_folder
 
+FEW = ["--set", "data.held_out=6"]  # windows: fewer than one process measures at a time
 BLOCKS = ["--set", "blocks.tokens=256", "--set", "blocks.learning_rate=1e-3"]  # a first stage
 
 
@@ -48,9 +49,9 @@ def test_two_processes_learn_what_one_learns(command, tmp_path, capsys, more):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     ours, theirs = figures(both), figures(alone)
-    assert ours["before"] == theirs["before"] and ours["tokens"] == theirs["tokens"] == 768 + 256 * bool(more)
+    assert ours["before"] == theirs["before"] and ours["tokens"] == theirs["tokens"] == 768 + 256 * (more is BLOCKS)
     layers = [each["blocks"] and each["blocks"]["layers"] for each in (ours, theirs)]
-    assert layers[0] == layers[1] and bool(layers[0]) == bool(more)
+    assert layers[0] == layers[1] and bool(layers[0]) == (more is BLOCKS)
     for one, other in zip(ours["history"], theirs["history"], strict=True):
         assert one == pytest.approx(other, rel=1e-4)
     one, other = (load_model(out, device="cpu").state_dict() for out in (both, alone))
@@ -78,7 +79,7 @@ run()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("more", [[], BLOCKS])
+@pytest.mark.parametrize("more", [FEW, BLOCKS])
 def test_two_processes_that_share_the_weights_learn_what_one_learns_also_after_a_kill(command, tmp_path, capsys, more):
     alone, both, killed = tmp_path / "alone", tmp_path / "both", tmp_path / "killed.py"
     killed.write_text(KILLED, encoding="utf-8")
@@ -93,10 +94,10 @@ def test_two_processes_that_share_the_weights_learn_what_one_learns_also_after_a
     done = subprocess.run([*launch, "-m", "structprune", *command(both, *more)], capture_output=True, text=True, **keys)
     assert done.returncode == 0, done.stderr[-2000:]
     ours, theirs = figures(both), figures(alone)
-    assert ours["learnt"]["resumed_at"] == 3 and ours["before"] == theirs["before"]
-    assert ours["tokens"] == theirs["tokens"] == 768 + 256 * bool(more)
+    assert ours["learnt"]["resumed_at"] == 3 and ours["before"] == pytest.approx(theirs["before"], rel=1e-5)
+    assert ours["tokens"] == theirs["tokens"] == 768 + 256 * (more is BLOCKS)
     layers = [each["blocks"] and each["blocks"]["layers"] for each in (ours, theirs)]
-    assert layers[0] == layers[1] and bool(layers[0]) == bool(more)
+    assert layers[0] == layers[1] and bool(layers[0]) == (more is BLOCKS)
     for one, other in zip(ours["history"], theirs["history"], strict=True):
         assert one == pytest.approx(other, rel=1e-4)
     one, other = (load_model(out, device="cpu").state_dict() for out in (both, alone))

@@ -132,7 +132,7 @@ def test_an_int8_teacher_teaches_and_its_cache_is_its_own(pair, recover_config, 
 )
 def test_what_cannot_be_sharded_is_refused(method, masked, environment, reason):
     with pytest.raises(UserError, match=reason):
-        check_sharded(method, masked, 2, environment)
+        check_sharded(method, masked, 2, 8, environment)
     assert is_sharded({"ACCELERATE_USE_FSDP": "true"} | environment) and not is_sharded(environment)
 
 
@@ -146,5 +146,10 @@ def test_one_process_that_was_told_to_shard_is_refused(pair, recover_config, tmp
     assert not list(tmp_path.glob("out*"))
 
 
+def test_every_process_that_shares_needs_a_window():
+    with pytest.raises(UserError, match="data.held_out = 3 leaves some of 4 processes .* raise it to 4"):
+        check_sharded("full", False, 4, 3, {})
+
+
 def test_full_training_can_be_sharded():
-    check_sharded("full", False, 2, {"FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "false"})
+    check_sharded("full", False, 2, 2, {"FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "false"})
