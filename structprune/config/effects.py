@@ -126,7 +126,10 @@ def check_masking(config: Config, facts: Facts) -> None:
     measured = facts.arm or ("masked" if masking.allocation == "owl" else None)  # `owl` reads activations by itself
     noised = measured not in (None, "clean") or reconstruct.enabled or calibration.held_out > 0
     official = "method = structured (masks leave the layout as it is)"
-    of_structured = ("constant", "mode", *_on(reconstruct, DENSE_TARGETS), "visible", "weighting")
+    for key in _on(reconstruct, DENSE_TARGETS):  # off by default (see Config), so that it was asked for
+        problem = f"reconstruct.{key} = {getattr(reconstruct, key)} has no effect without {official}"
+        raise UserError(f"{problem}: leave it out, or set that")
+    of_structured = ("constant", "mode", "visible", "weighting")
     text = tuple(key for key in CalibrationSettings.model_fields if key != "held_out")
     idle = (
         ("structured", tuple(StructuredSettings.model_fields), True, "method = structured"),

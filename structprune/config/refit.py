@@ -20,10 +20,10 @@ class ReconstructSettings(Section):
     """For target `mixed`: the dense model's share of the target outputs."""
     stream: float = Field(1.0, ge=0, le=1)
     """Share of what the pruned model's residual stream lacks before a layer, against the dense model's, that its output
-    is to make up for. 0 where `target` is layer or `mode` bias."""
+    is to make up for. 0 where `target` is layer or `mode` bias, and under masks."""
     producers: bool = True
     """Refit q, k, v, gate and up too, to what they give in the dense model. false where `target` is layer or `mode`
-    bias."""
+    bias, and under masks."""
     head: bool = False
     """Refit the LM head too, so that it predicts from the pruned model's last hidden states what it does from the dense
     model's."""

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from structprune.config.names import Arm, or_registered
@@ -245,6 +245,15 @@ class Config(Sections):
     search: SearchSettings = SearchSettings()
     export: ExportSettings = ExportSettings()
     memory: MemorySettings = MemorySettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _masks_refit_alone(cls, values: Any) -> Any:
+        """Under a mask, what compares with the dense model's hidden states is off: no width changes there."""
+        given = values.get("reconstruct", {}) if isinstance(values, dict) else None
+        if isinstance(given, dict) and values.get("method", "structured") != "structured":
+            return values | {"reconstruct": {"producers": False, "stream": 0.0} | given}
+        return values
 
     @property
     def drops_blocks(self) -> bool:

@@ -38,6 +38,17 @@ def test_they_may_be_switched_off_where_they_are_off(tiny_model, keys):
     assert resolve_structured(config, tiny_model(max_sequence_length=2048)).reconstruct.producers is False
 
 
+@pytest.mark.parametrize("method", ["unstructured", "nm"])
+def test_masks_have_none_of_them(tiny_model, method):
+    model = tiny_model(max_sequence_length=2048)
+    plain = Config.load(overrides={"method": method})
+    assert (plain.reconstruct.producers, plain.reconstruct.stream) == (False, 0.0)
+    assert resolve_masking(plain, model).reconstruct == plain.reconstruct
+    for key, value in {"producers": True, "stream": 1.0, "head": True}.items():
+        with pytest.raises(UserError, match=f"reconstruct.{key} = {value} has no effect without method = structured"):
+            resolve_masking(Config.load(overrides={"method": method, f"reconstruct.{key}": value}), model)
+
+
 def test_masks_take_layer_targets(tiny_model):
     config = Config.load(overrides={"method": "unstructured", "reconstruct.target": "layer"})
     assert resolve_masking(config, tiny_model(max_sequence_length=2048)).reconstruct.stream == 0
