@@ -19,11 +19,12 @@ import torch
 from rich.table import Table
 
 from scripts.studies.fixed_heads import BASE
-from scripts.studies.recovery_study import TOKENS, TRAIN, yardstick
+from scripts.studies.recovery_study import TRAIN, yardstick
 from scripts.studies.search_study import STREAMED
-from scripts.studies.studies import Study, cell, parse_options, run_study, study_parser
+from scripts.studies.studies import Study, cell
 from scripts.studies.summaries import rows_and_gaps
-from scripts.tools.script_line import check_counts, one_line
+from scripts.studies.trainings import run_training_study
+from scripts.tools.script_line import one_line
 from structprune.assets import model_directory, text_file
 from structprune.config import Config
 from structprune.models.loading import load_model
@@ -106,19 +107,8 @@ STUDY = Study(
 )  # fmt: skip
 
 
-def run(arguments: list[str] | None) -> None:
-    """Run, resume or summarise the study."""
-    parser = study_parser(STUDY)
-    parser.add_argument("--tokens", type=int, default=TOKENS, help="of a whole schedule (default %(default)s)")
-    parser.set_defaults(windows=96, jobs=1)
-    options = parse_options(parser, arguments)
-    check_counts(options, {"tokens"})
-    given = (options.windows, options.length, options.tokens)
-    run_study(STUDY, options, given, {"tokens": options.tokens, "train": TRAIN})
-
-
 def main(arguments: list[str] | None = None) -> int:
-    return one_line(STUDY.name, partial(run, arguments))
+    return one_line(STUDY.name, partial(run_training_study, STUDY, arguments, TRAIN, "of a whole schedule"))
 
 
 if __name__ == "__main__":

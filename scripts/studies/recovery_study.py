@@ -23,12 +23,10 @@ from scripts.studies.studies import (
     Study,
     cell,
     held_out_text,
-    parse_options,
-    run_study,
-    study_parser,
 )
 from scripts.studies.summaries import rows_and_gaps
-from scripts.tools.script_line import check_counts, one_line
+from scripts.studies.trainings import run_training_study
+from scripts.tools.script_line import one_line
 from structprune.assets import model_directory, text_file
 from structprune.config import Config
 from structprune.models.loading import load_model
@@ -56,7 +54,6 @@ VARIANTS: dict[str, dict] = {
 CONTRASTS = [(OURS, UNTRAINED), *((name, OURS) for name in VARIANTS if name not in (UNTRAINED, OURS))]
 SHARED = "blocks.tokens"  # of a variant: its first stage's share of the tokens
 FIGURES = ("tokens_kept", "generated_nelbo", "seconds")
-TOKENS = 500_000  # that a training learns from
 
 
 @lru_cache(maxsize=1)
@@ -131,19 +128,8 @@ STUDY = Study(
 )  # fmt: skip
 
 
-def run(arguments: list[str] | None) -> None:
-    """Run, resume or summarise the study."""
-    parser = study_parser(STUDY)
-    parser.add_argument("--tokens", type=int, default=TOKENS, help="of a training (default %(default)s)")
-    parser.set_defaults(windows=96, jobs=1)
-    options = parse_options(parser, arguments)
-    check_counts(options, {"tokens"})
-    given = (options.windows, options.length, options.tokens)
-    run_study(STUDY, options, given, {"tokens": options.tokens, "train": TRAIN})
-
-
 def main(arguments: list[str] | None = None) -> int:
-    return one_line(STUDY.name, partial(run, arguments))
+    return one_line(STUDY.name, partial(run_training_study, STUDY, arguments, TRAIN, "of a training"))
 
 
 if __name__ == "__main__":
