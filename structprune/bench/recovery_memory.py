@@ -70,9 +70,8 @@ def recovery_memory(
     once = len(blocks) * student.hidden_size * own.itemsize + max(blocks)
     parts = {
         "student weights": numbers * own.itemsize,
-        "teacher weights": teacher_bytes(
-            teacher, config.teacher, dtypes[1]
-        ),  # also where only the held-out text is measured with it
+        # also where only the held-out text is measured with it
+        "teacher weights": teacher_bytes(teacher, config.teacher, dtypes[1]),
         "gradients and optimiser": learnt,
         "activations of a pass": tokens * (once if train.checkpointing else sum(blocks)),
         "predictions of a pass": LOGIT_BYTES + tokens * teacher.hidden_size * dtypes[1].itemsize,

@@ -1,6 +1,7 @@
 """What verbs share to talk to the user: progress bars on stderr, tables and lines on stdout."""
 
-from collections.abc import Collection, Iterable, Iterator
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console, RenderableType
@@ -41,6 +42,16 @@ def progress_bars(console: Console | None = None) -> Iterator[Track]:
     finally:
         if progress.live.is_started:
             progress.stop()
+
+
+def warner(shown: bool) -> Callable[[str], None]:
+    """A function that writes a line of warning to stderr; where not `shown`, as of processes behind the first, none."""
+
+    def warn(line: str) -> None:
+        if shown:
+            print(f"structprune: warning: {line}", file=sys.stderr)
+
+    return warn
 
 
 def _words(title: Title) -> str:

@@ -1,6 +1,5 @@
 """`structprune eval`."""
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -99,20 +98,15 @@ def _evaluate_and_show(
     from rich.console import Console
     from rich.markup import escape
 
-    from structprune.cli.console import progress_bars, show
+    from structprune.cli.console import progress_bars, show, warner
     from structprune.evaluation.workers import workers
     from structprune.report.eval_tables import eval_table
     from structprune.runs.evaluate import Session
     from structprune.runs.evaluate import evaluate as run
 
     with workers() as place, progress_bars(Console(stderr=True, quiet=not place.main)) as track:
-
-        def warn(line: str) -> None:
-            if place.main:
-                print(f"structprune: warning: {line}", file=sys.stderr)
-
         try:
-            evaluation = run(checkpoints, config, out, against, overwrite, Session(track, place, warn))
+            evaluation = run(checkpoints, config, out, against, overwrite, Session(track, place, warner(place.main)))
         except KeyboardInterrupt as error:
             if not out.exists():
                 raise

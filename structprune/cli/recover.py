@@ -1,6 +1,5 @@
 """`structprune recover`."""
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -69,13 +68,18 @@ def recover(
 
 
 def _show_plan(request: "Request") -> None:
-    """What the training would take."""
+    """What the training would take; of several processes, which check as for a run, the first shows it."""
     from structprune.cli.console import show
     from structprune.cli.pruned import NOTHING
+    from structprune.evaluation.workers import workers
+    from structprune.progress import untracked
     from structprune.report.recover_table import plan_lines
+    from structprune.runs.evaluate import Session
     from structprune.runs.recover import checked
 
-    show(*plan_lines(checked(*request).plan()), NOTHING)
+    with workers(trains=True) as place:
+        lines = plan_lines(checked(*request, Session(untracked, place)).plan())
+        show(*([*lines, NOTHING] if place.main else []))
 
 
 def _recover_and_show(request: "Request") -> None:
@@ -86,7 +90,7 @@ def _recover_and_show(request: "Request") -> None:
     """
     from rich.console import Console
 
-    from structprune.cli.console import progress_bars, show
+    from structprune.cli.console import progress_bars, show, warner
     from structprune.errors import Interrupted
     from structprune.evaluation.workers import workers
     from structprune.recovery.folder import has_learnt, training_folder
@@ -95,14 +99,9 @@ def _recover_and_show(request: "Request") -> None:
     from structprune.runs.recover import recover as run
 
     out = request[2]
-
-    def warn(line: str) -> None:
-        if place.main:
-            print(f"structprune: warning: {line}", file=sys.stderr)
-
     try:
         with workers(trains=True) as place, progress_bars(Console(stderr=True, quiet=not place.main)) as track:
-            recovered = run(*request, Session(track, place, warn))
+            recovered = run(*request, Session(track, place, warner(place.main)))
     except KeyboardInterrupt as error:
         if not has_learnt(training_folder(out)):
             raise

@@ -1,6 +1,5 @@
 """`structprune prune --recover`: its options, and what it shows."""
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -85,13 +84,20 @@ def show_schedule(request: "Request", dry_run: bool) -> None:
     Args:
         request: the first arguments of `structprune.runs.gradual.prune_and_recover`.
     """
+    (_plan if dry_run else _run)(request)
+
+
+def _plan(request: "Request") -> None:
+    """What the run would take; of several processes, which check as for a run, the first shows it."""
     from structprune.cli.console import show
+    from structprune.evaluation.workers import workers
+    from structprune.progress import untracked
+    from structprune.runs.evaluate import Session
     from structprune.runs.gradual import ScheduleRun
 
-    if dry_run:
-        show(*_plan_lines(ScheduleRun(*request), request[2]))
-    else:
-        _run(request)
+    with workers(trains=True) as place:
+        lines = _plan_lines(ScheduleRun(*request, Session(untracked, place)), request[2])
+        show(*(lines if place.main else []))
 
 
 def _plan_lines(run: "ScheduleRun", schedule: "Schedule") -> list:
@@ -109,21 +115,17 @@ def _run(request: "Request") -> None:
     """Progress goes to stderr; what was written is shown at the end, also after a failure, by the first process."""
     from rich.console import Console
 
-    from structprune.cli.console import progress_bars, show
+    from structprune.cli.console import progress_bars, show, warner
     from structprune.errors import Interrupted
     from structprune.evaluation.workers import workers
     from structprune.runs.evaluate import Session
     from structprune.runs.gradual import ScheduleRun
 
-    def warn(line: str) -> None:
-        if place.main:
-            print(f"structprune: warning: {line}", file=sys.stderr)
-
     lines: list = []
     run = None
     try:
         with workers(trains=True) as place, progress_bars(Console(stderr=True, quiet=not place.main)) as track:
-            run = ScheduleRun(*request, Session(track, place, warn))
+            run = ScheduleRun(*request, Session(track, place, warner(place.main)))
             for step in run.steps():
                 lines += _step_lines(step) if place.main else []
     except KeyboardInterrupt as error:

@@ -58,9 +58,8 @@ def shard_on_cpus(trainer: Any) -> None:
 
     state = trainer.accelerator.state
     if state.distributed_type == DistributedType.MULTI_CPU:
-        state.distributed_type = PartialState().distributed_type = (
-            DistributedType.FSDP
-        )  # each new state reads the latter
+        PartialState().distributed_type = DistributedType.FSDP  # which each new state reads
+        state.distributed_type = DistributedType.FSDP
         state.fsdp_plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2, state_dict_type="FULL_STATE_DICT", auto_wrap_policy="TRANSFORMER_BASED_WRAP",
             cpu_ram_efficient_loading=False, reshard_after_forward=True,

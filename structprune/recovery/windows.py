@@ -53,6 +53,17 @@ class NoisyWindows(Dataset):
         return {"input_ids": ids, "noisy_ids": noisy, "rate": rate, "index": torch.tensor(index)}
 
 
+def windows_of(numbers: range, windows: int, seed: int) -> torch.Tensor:
+    """Which of N windows the items with these numbers are made of, (n,) int64, ascending."""
+    places = [divmod(end, windows) for end in (numbers.start, numbers.stop)]
+    (first, start), (last, stop) = places
+    if last - first > 1:  # a whole epoch lies between
+        return torch.arange(windows)
+    orders = [_order(seed, epoch, windows) for epoch in range(first, last + 1)]
+    parts = [orders[0][start:stop]] if first == last else [orders[0][start:], orders[1][:stop]]
+    return torch.cat(parts).unique()
+
+
 @lru_cache(maxsize=2)
 def _order(seed: int, epoch: int, windows: int) -> torch.Tensor:
     """The windows of an epoch, (N,) int64."""

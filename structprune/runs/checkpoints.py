@@ -132,7 +132,7 @@ def checked_prune(
     if levels is not None:
         check_levels_use(config, levels)
         check_levels_directory(levels)
-        _check_apart(levels, list(outputs.values()))
+        check_levels_place(levels, list(outputs.values()))
     _check_text(config, ghost)
     return request
 
@@ -165,7 +165,7 @@ def mask_checkpoint(
     return Written(masked, out, source_bytes)
 
 
-def _check_apart(levels: Path, outputs: list[Path]) -> None:
+def check_levels_place(levels: Path, outputs: list[Path]) -> None:
     """Raise UserError for levels and an output that would lie in each other."""
     for out in outputs:
         one, other = levels.resolve(), out.resolve()

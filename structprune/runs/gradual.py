@@ -14,10 +14,16 @@ from structprune.files import remove_folders
 from structprune.models.checkpoint_files import read_json
 from structprune.models.fingerprint import fingerprint
 from structprune.models.placement import give_back_memory
-from structprune.recovery.folder import check_folder
+from structprune.recovery.folder import check_folder, training_folder
 from structprune.recovery.sharded import check_sharded, is_sharded
 from structprune.recovery.trainer import require_training
-from structprune.runs.checkpoints import checked_prune, mask_checkpoint, prune_at_ratios, prune_checkpoint
+from structprune.runs.checkpoints import (
+    check_levels_place,
+    checked_prune,
+    mask_checkpoint,
+    prune_at_ratios,
+    prune_checkpoint,
+)
 from structprune.runs.evaluate import ALONE, Session
 from structprune.runs.ghost import read_ghost
 from structprune.runs.inspect import expected_model, inspect_checkpoint, inspect_masking
@@ -161,6 +167,8 @@ class ScheduleRun:
             check_places(out, (dense, dense), self._overwrite, self._cache)
             check_apart(pruned_folder(out), dense.directory, overwrite=True)
             check_place(pruned_folder(out))
+            if schedule.levels is not None:
+                check_levels_place(schedule.levels, [pruned_folder(out), training_folder(out)])
             if self._cache is not None and pruned_folder(out) in (self._cache, *self._cache.parents):
                 raise UserError(f"teacher.cache = {self._cache} lies in '{pruned_folder(out)}': give it another place")
             known = not schedule.gradual or ratio == first

@@ -27,7 +27,7 @@ from structprune.recovery.settings import RecoverConfig
 from structprune.recovery.sharded import check_sharded, is_sharded
 from structprune.recovery.text import RecoveryText, read_recovery_text
 from structprune.recovery.trainer import steps_of
-from structprune.recovery.windows import NoisyWindows
+from structprune.recovery.windows import NoisyWindows, windows_of
 from structprune.runs.evaluate import Session
 from structprune.runs.ghost import Ghost
 
@@ -149,6 +149,14 @@ class RecoveryPlan:
         """What this part learns; items keep their numbers, by which a cache knows them."""
         count = self.steps * self.config.train.batch
         return Subset(self._windows(), range(self._part[0] * count, (self._part[0] + 1) * count))
+
+    def _learnt_text(self, steps: int) -> torch.Tensor:
+        """Which windows of the text the first stage and so many steps of this part learn, (n,) int64."""
+        first, batch = row_counts(self.config)[0], self.config.train.batch
+        start = first + self._part[0] * self.steps * batch
+        parts = (range(first), range(start, start + steps * batch))
+        windows = [windows_of(numbers, len(self.text.windows), self.config.data.seed) for numbers in parts]
+        return torch.cat(windows).unique()
 
     @property
     def _masks(self) -> Masks | None:

@@ -43,16 +43,23 @@ class Recovery(RecoveryPlan):
     """One training: both models, and what was measured. Arguments as `RecoveryPlan`."""
 
     def run(self, folder: Path) -> dict:
-        """Train, going on from what the folder holds; returns the report of it."""
+        """Train, going on from what the folder holds; returns the report of it.
+
+        Raises:
+            UserError: the device's memory is not enough.
+        """
+        try:
+            return self._run(folder)
+        except torch.OutOfMemoryError as error:
+            raise UserError(f"the training does not fit the memory of {self.device}: {REMEDY}") from error
+
+    def _run(self, folder: Path) -> dict:
         start = time.perf_counter()
         self.blocks: dict | None = None  # of the first stage
         self.learnt = {"seconds": 0.0, "steps": 0, "resumed_at": 0, "tokens": 0}
         self.history: list[dict] = []
         self.student = self._load(0, self.config.blocks.offload)
-        try:
-            study, before = self._measure_and_train(folder)
-        except torch.OutOfMemoryError as error:
-            raise UserError(f"the training does not fit the memory of {self.device}: {REMEDY}") from error
+        study, before = self._measure_and_train(folder)
         after, goal, self.kept = self._rounded(study), self.config.loss.goal, "trained"
         if self.blocks and self.steps and goal(self.blocks["held_out"]) <= goal(after.means()):
             del self.student  # the first stage left better weights
@@ -228,5 +235,7 @@ class Recovery(RecoveryPlan):
         changed = list(dict(self.student.named_parameters())) if self.kept != "input" else []
         files = recovered_files(source, report)
         if self.kept != "input":
-            files[LEARNT] = partial(write_learnt, runs=marks(self.text.windows, self.text.learnt), source=source)
+            windows = self._learnt_text(0 if self.kept == "blocks" else int(self.learnt["steps"]))  # (n,)
+            learnt = None if self.text.learnt is None else self.text.learnt[windows]  # (n, T)
+            files[LEARNT] = partial(write_learnt, runs=marks(self.text.windows[windows], learnt), source=source)
         return save_masked(self.student, directory, changed=changed, files=files, overwrite=overwrite)

@@ -1,8 +1,9 @@
 """Noisy windows: item i is the same whatever was read before, and items in a row see all noise levels."""
 
+import pytest
 import torch
 
-from structprune.recovery.windows import NoisyWindows
+from structprune.recovery.windows import NoisyWindows, windows_of
 
 MASK, LENGTH = 99, 20
 
@@ -62,3 +63,10 @@ def test_later_numbers_of_the_row_are_its_later_items():
         one, other = later[index], whole[index + 9]
         assert all(torch.equal(one[key], other[key]) for key in ("input_ids", "noisy_ids", "rate"))
         assert one["index"] == index
+
+
+@pytest.mark.parametrize("numbers", [range(0), range(2, 5), range(4, 9), range(6, 7), range(0, 7), range(3, 20)])
+def test_which_windows_items_are_made_of(numbers):
+    windows = torch.arange(7)[:, None].expand(7, 4)  # each of its own number
+    items = NoisyWindows(windows, None, numbers, 99, seed=3)
+    assert windows_of(numbers, 7, 3).tolist() == sorted({int(item["input_ids"][0]) for item in items})
