@@ -49,6 +49,16 @@ def test_one_ratio_is_what_two_commands_give(tiny_checkpoint, schedule, tmp_path
     assert names(tmp_path) == ["again", "alone", "llada-tiny", "out", "text.txt"]
 
 
+def test_steps_of_a_schedule_learn_texts_of_their_own(tiny_checkpoint, schedule, tmp_path):
+    """As `eval` is told of them: together they are what one training with all tokens learns."""
+    run = ScheduleRun(str(tiny_checkpoint()), tmp_path / "out", schedule(0.2, 0.4, 0.6, gradual=True, steps=12))
+    trainings = list(run._trainings.values())
+    texts = [set(each._learnt_text(each.steps).tolist()) for each in trainings]
+    assert [len(text) for text in texts] == [32, 32, 32] and len(set.union(*texts)) == 96
+    assert set(trainings[0].part(0, 1)._learnt_text(12).tolist()) == set.union(*texts)
+    assert trainings[1]._learnt_text(0).tolist() == []
+
+
 @pytest.mark.slow
 def test_a_gradual_schedule_prunes_what_was_trained_back(tiny_checkpoint, schedule, tmp_path):
     dense, out = tiny_checkpoint(), tmp_path / "out"

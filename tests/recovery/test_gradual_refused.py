@@ -30,6 +30,15 @@ def test_something_else_beside_the_output_stays(tiny_checkpoint, schedule, tmp_p
         prune_and_recover(str(place), tmp_path / "new", schedule(0.5), True)
 
 
+@pytest.mark.parametrize("folder", ["out.pruned", "out.training"])
+def test_levels_do_not_lie_in_what_is_removed(tiny_checkpoint, schedule, tmp_path, folder):
+    """Folders that are beside the output only until it is written."""
+    asked = schedule(0.5, levels=tmp_path / folder / "levels", search__enabled=True, reconstruct__enabled=True)
+    with pytest.raises(UserError, match=f"{folder}' lie in each other: give them places of their own"):
+        prune_and_recover(str(tiny_checkpoint()), tmp_path / "out", asked)
+    assert names(tmp_path) == ["llada-tiny", "text.txt"]
+
+
 @pytest.mark.parametrize(
     "ratios, changes, reason",
     [
