@@ -151,7 +151,8 @@ def refuse_foreign(directory: Path) -> None:
     """Raise UserError for what is no directory of results; other files are never written over or removed."""
     if directory.exists() and not directory.is_dir():
         raise UserError(f"output '{directory}' is not a directory: choose another --out")
-    if not directory.is_dir() or (directory / SETTINGS).is_file():
+    if not directory.is_dir():
         return
-    if any(not is_draft(path) for path in directory.iterdir()):
+    others = any(not is_draft(path) for path in directory.iterdir())
+    if others and not (directory / SETTINGS).is_file():  # asked last: another process of this run may just write them
         raise UserError(f"output '{directory}' holds something else than results: choose another --out")
