@@ -52,6 +52,22 @@ def test_a_directory_of_something_else_is_left_alone(tmp_path, settings):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+def test_another_process_of_the_run_may_begin_while_this_one_looks(tmp_path, settings, monkeypatch):
+    """The settings are written by another process just after they were looked for."""
+    is_file = Path.is_file
+
+    def then_written(path: Path) -> bool:
+        result = is_file(path)
+        if path.name == "settings.json" and not result:
+            path.write_text(json.dumps({"settings": settings}))
+        return result
+
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(Path, "is_file", then_written)
+    ResultStore(tmp_path / "out", settings).close()
+    assert (tmp_path / "out" / "partial" / "rank-0.jsonl").exists()
+
+
 def test_a_file_is_no_directory(tmp_path, settings):
     (tmp_path / "file").write_text("x")
     for place in ("file", "file/below", "x" * 256):
