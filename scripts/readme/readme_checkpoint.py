@@ -21,6 +21,8 @@ def checkpoint(results: dict) -> str:
     parts += [_note(results), _costs(rows, variants, texts[0], ratios, results["first"]), _cost_note(results)]
     columns = [f"{text}, {ratio}" for text in texts for ratio in ratios]
     contrasts = [row | {"ratio": f"{row['text']}, {row['ratio']}"} for row in results["contrasts"]]
+    if "generation" in results:
+        parts += [_generation(results["generation"], ratios), _generation_note(results["generation"])]
     if len(settings["seeds"]) == 1:
         parts.append("With one seed there is no interval, and no difference below is shown.")
     return "\n\n".join([*parts, paired(contrasts, columns)])
@@ -45,12 +47,13 @@ def _losses(rows: dict[tuple, Row], variants: list[str], text: str, ratios: list
 
 def _note(results: dict) -> str:
     settings = results["settings"]
+    file, option = ("checkpoint", "") if "generation" in results else ("checkpoint_factors", " --factors")
     names = " ".join(f"--eval {name}={file}" for name, file in settings["texts"].items())
     name, text = settings["checkpoint"]["name"], settings["base"]["calibration.source"]
     return (
         f"`python -m scripts.studies.checkpoint_study --checkpoint DIR --name {name} --text {text} {names}"
-        f" --seeds {len(settings['seeds'])}`, from"
-        f" [`checkpoint.json`](scripts/results/checkpoint.json): loss of NELBO on {name} against dense, nats per"
+        f" --seeds {len(settings['seeds'])}{option}`, from"
+        f" [`{file}.json`](scripts/results/{file}.json): loss of NELBO on {name} against dense, nats per"
         f" token, {over_seeds(settings)}. KL to the dense model, nats, and agreement: of predictions at the masked"
         " positions, the likeliest tokens of both compared. Wanda-sp and LLM-Pruner's Taylor score: the same share"
         " everywhere, no refit; LLM-Pruner's fine-tuning is left out."
@@ -69,6 +72,30 @@ def _costs(rows: dict[tuple, Row], variants: list[str], text: str, ratios: list[
         peak = f"{max(peaks) / 1e9:.1f} GB" if peaks else "?"
         lines.append([name, *heads, f"{seconds:.0f} s", peak])
     return table(header, lines)
+
+
+def _generation(generation: dict, ratios: list[str]) -> str:
+    """What is kept of the dense model's greedy continuations, and what the dense model thinks of the text."""
+    rows = {(row["variant"], row["ratio"]): row for row in generation["rows"]}
+    header = [
+        "variant",
+        *(f"{title} at {ratio}" for ratio in ratios for title in ("tokens kept", "NELBO of generated")),
+    ]
+    lines = []
+    for name in dict.fromkeys(name for name, _ in rows):
+        pairs = [rows[name, ratio] for ratio in ratios]
+        cells = [(f"{100 * fmean(row['tokens_kept']):.1f}%", f"{fmean(row['generated_nelbo']):.2f}") for row in pairs]
+        lines.append([name, *(cell for pair in cells for cell in pair)])
+    return table(header, lines)
+
+
+def _generation_note(generation: dict) -> str:
+    return (
+        f"Tokens kept: of {generation['tokens']} after each of {generation['openings']} openings of the first text,"
+        " generated greedily a token a step, those that the dense model's have at the same place; a mean over seeds."
+        f" NELBO: of what is generated, under the dense model, whose own has {fmean(generation['dense']):.2f} nats per"
+        " token."
+    )
 
 
 def _cost_note(results: dict) -> str:

@@ -58,7 +58,7 @@ PAGES: dict[str, Makers] = {
         "weightings": made_of(weightings, "weightings"),
         "baselines": made_of(baselines, "baselines"),
         "classes": made_of(classes, "class"),
-        "checkpoint": made_of(checkpoint, "checkpoint"),
+        "checkpoint-factors": made_of(checkpoint, "checkpoint_factors"),
         "masks": made_of(masks, "masks"),
         "speed": made_of(speed, "masking_speed"),
         "sinks": made_of(sinks, "sinks_embedded", "sinks_smollm2", "sinks_untrained", "sinks_cost"),

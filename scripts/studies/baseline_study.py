@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from scripts.studies.checkpoint_study import BASE, calibration_of, dense_model, equal, section_keys
+from scripts.studies.checkpoint_study import calibration_of, dense_model, section_keys
 from scripts.studies.checkpoint_texts import Continued, HeldOutText, Subject, facts, subject_of
+from scripts.studies.checkpoint_variants import BASE, equal
 from scripts.studies.factor_study import HEAD, MANY, PRODUCERS, VISIBLE
 from scripts.studies.search_study import SEARCH
 from scripts.studies.studies import Study, cell, parse_options, run_study, study_parser

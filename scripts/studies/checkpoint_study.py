@@ -1,10 +1,11 @@
-"""The recipe's choices and other methods on a checkpoint of your own: loss, fidelity and generation.
+"""The recipe on a checkpoint of your own beside other methods, or its choices one at a time: loss and generation.
 
-One factor at a time with every head kept, so that heads against channels decide nothing; with a joint ranking of both a
-greedy refit, the whole refit, sink weights in its scores, and a search for widths; beside them FLAP, Wanda-sp and
-LLM-Pruner's Taylor score on the same calibration rows. All variants of a seed share calibration text, evaluation
-windows and noise, so that differences are paired; variants that score alike share the scores. Intervals are over seeds
-(see studies.py). An interrupted study continues where it stopped, and --summary writes what its whole seeds show.
+Methods: a joint ranking of heads and channels with a greedy refit, the whole refit, sink weights in its scores, and a
+search for widths; beside them FLAP, Wanda-sp and LLM-Pruner's Taylor score on the same calibration rows. With --factors
+one choice of calibration and refit at a time, with every head kept, so that heads against channels decide nothing. All
+variants of a seed share calibration text, evaluation windows and noise, so that differences are paired; variants that
+score alike share the scores. Intervals are over seeds (see studies.py). An interrupted study continues where it
+stopped, and --summary writes what its whole seeds show.
 
     python -m scripts.studies.checkpoint_study --checkpoint DIR --text FILE --eval NAME=FILE --eval NAME=FILE
 """
@@ -18,13 +19,21 @@ from pathlib import Path
 
 import torch
 
-from scripts.studies import factor_study
 from scripts.studies.checkpoint_tables import GENERATION, tables
 from scripts.studies.checkpoint_texts import Continued, HeldOutText, Subject, facts, subject_of
-from scripts.studies.factor_study import HEAD, STREAM, VISIBLE
+from scripts.studies.checkpoint_variants import (
+    BASE,
+    CONTRASTS,
+    FACTOR_CONTRASTS,
+    FACTORS,
+    GENERATED,
+    GENERATING,
+    OPENINGS,
+    RATIOS,
+    SEARCHED,
+    VARIANTS,
+)
 from scripts.studies.studies import (
-    CALIBRATION,
-    CONSUMERS,
     Study,
     contrast_row,
     loss_row,
@@ -40,65 +49,11 @@ from structprune.config import Config
 from structprune.models.adapter import Adapter
 from structprune.models.loading import load_model
 from structprune.models.modeling_structprune import DiffusionLM
-from structprune.runs.demo import METHODS
 from structprune.runs.pruned import Pruned
 from structprune.runs.pruner import Pruner
 from structprune.structured.plan import Plan
 
-RATIOS = ("0.5", "0.3")  # in the order of their runs
-OPENINGS, GENERATED = 8, 32  # openings that are continued, and tokens after each
-HELD_OUT = {"calibration.held_out": 16}
-NO_HEADS, JOINT = {"structured.split": 0}, {"structured.split": "joint"}
-TODAY = "32 windows x 5 copies"
-BOTH = "160 x 1, producers, mixed targets"
-STREAMED = "160 x 1, producers, stream"
-GREEDY = "greedy refit (as OSSCAR, SlimGPT)"
-WHOLE = "whole refit, stream"
-SINKS = f"{WHOLE}, sink weights"
-SEARCHED = f"{WHOLE}, search"
-# one round on few sequences: with 30 blocks it measures some 200 levels, and takes longer than the rest of the run
-SEARCH = {"search.enabled": True, "search.method": "knapsack", "search.rounds": 1, "search.sequences": 12}
-TEXTLESS = {key: value for key, value in CALIBRATION.items() if key != "calibration.source"}
-BASE = TEXTLESS | CONSUMERS | {"structured.arm": "masked"}
-
-
-def factor(name: str) -> dict:
-    """Keys of a variant of the factor study."""
-    return factor_study.VARIANTS[name] | HELD_OUT
-
-
-def equal(score: str) -> dict:
-    """Keys of a published score as it was published: every block loses the same share, and nothing is refitted."""
-    return factor_study.MANY | HELD_OUT | METHODS["magnitude"] | {"structured.score": score}
-
-
-# the most telling first: an interrupted study has these
-RECIPE = factor("160 x 1, producers") | JOINT | STREAM | HEAD | VISIBLE
-VARIANTS = {
-    TODAY: factor(TODAY) | NO_HEADS,
-    BOTH: factor(BOTH) | NO_HEADS,
-    STREAMED: factor("160 x 1, producers") | NO_HEADS | STREAM,
-    WHOLE: RECIPE,
-    SEARCHED: RECIPE | SEARCH,
-    GREEDY: factor("160 x 1") | JOINT,
-    "FLAP": factor_study.MANY | HELD_OUT | METHODS["FLAP"],
-    "Wanda-sp": equal("wanda"),
-    "LLM-Pruner (Taylor)": equal("taylor"),
-    SINKS: RECIPE | {"structured.arm": "masked+sink"},
-    "160 x 1": factor("160 x 1") | NO_HEADS,
-    "160 x 1, layer targets": factor("160 x 1, layer targets") | NO_HEADS,
-}
-BASELINES = (GREEDY, "FLAP", "Wanda-sp", "LLM-Pruner (Taylor)")
-GENERATING = (WHOLE, SEARCHED, *BASELINES)  # whose generated text is measured, which takes as long as a refit
-CONTRASTS = [
-    ("160 x 1", TODAY),
-    ("160 x 1, layer targets", "160 x 1"),
-    (BOTH, "160 x 1"),
-    (STREAMED, BOTH),
-    *((name, TODAY) for name in (STREAMED, SEARCHED)),
-    *((name, WHOLE) for name in (STREAMED, SINKS, SEARCHED, *BASELINES)),
-    *((name, SEARCHED) for name in BASELINES),
-]
+ALL = FACTORS | VARIANTS
 Keys = tuple[tuple[str, object], ...]  # configuration keys that can be a key of a cache
 
 
@@ -129,7 +84,7 @@ def continued(subject: Subject, seed: int) -> Continued:
     return Continued(model, subject.cut(subject.texts[0][1], model, seed)[0], seed, OPENINGS, GENERATED)
 
 
-@lru_cache(maxsize=len(VARIANTS))
+@lru_cache(maxsize=len(ALL))
 def plans_of(subject: Subject, keys: Keys) -> tuple[dict[str, Plan], float, int | None]:
     """The plan of every ratio, from scores that variants with these keys share; seconds and peak bytes."""
     calibration = calibration_of(subject, section_keys(dict(keys), "calibration."))
@@ -153,7 +108,7 @@ def section_keys(keys: dict, *sections: str) -> Keys:
 def measure(name: str, seed: int, subject: Subject, threads: int) -> dict:
     """One variant at one seed: for each ratio and text loss and fidelity, and what the run took."""
     torch.set_num_threads(threads)
-    keys = BASE | subject.keys | {"calibration.seed": seed} | VARIANTS[name]
+    keys = BASE | subject.keys | {"calibration.seed": seed} | ALL[name]
     model, calibration = dense_model(subject.checkpoint), calibration_of(subject, section_keys(keys, "calibration."))
     texts = held_out_texts(subject, seed)
     config, results = Config.load(overrides=keys), {}
@@ -202,48 +157,54 @@ def of_text(runs: dict, text: str) -> dict:
     }
 
 
-def summarise(runs: dict, seeds: list[int]) -> dict:
-    """Mean losses and paired contrasts with 95% intervals over seeds, per text and ratio, as plain data."""
-    first = runs[next(iter(VARIANTS)), seeds[0]]
+def summarise(variants: dict, contrasts: list[tuple[str, str]], runs: dict, seeds: list[int]) -> dict:
+    """Mean losses and paired contrasts with 95% intervals over seeds, per text and ratio, as plain data.
+
+    Args:
+        variants, contrasts: of the study. runs: (variant, seed) -> its row.
+    """
+    first = runs[next(iter(variants)), seeds[0]]
     rows, gaps, ratios = [], [], sorted(RATIOS)
     for text in first["dense"]:
         views = of_text(runs, text)
         for ratio in ratios:
-            for name in VARIANTS:
+            for name in variants:
                 results = [runs[name, seed]["ratios"][ratio] for seed in seeds]
                 lists = {key: [each[key] for each in results] for key in results[0] if key != "texts"}
                 lists |= {key: [each["texts"][text][key] for each in results] for key in ("kl", "agreement")}
                 place = {"variant": name, "text": text, "ratio": ratio}
                 rows.append(place | loss_row(views, name, seeds, ratio) | lists)
-            for name, base in CONTRASTS:
+            for name, base in contrasts:
                 gap = contrast_row(views, (name, ratio), (base, ratio), seeds)
                 gaps.append({"variant": name, "against": base, "text": text, "ratio": ratio, **gap})
     dense = {text: [runs[first["variant"], seed]["dense"][text] for seed in seeds] for text in first["dense"]}
-    return {
-        "losses": rows,
-        "contrasts": gaps,
-        "dense": dense,
-        "first": RATIOS[0],
-        "generation": _generation(runs, seeds),
-    }
+    result = {"losses": rows, "contrasts": gaps, "dense": dense, "first": RATIOS[0]}
+    generating = [name for name in variants if name in GENERATING]
+    return result | ({"generation": generation_rows(generating, runs, seeds)} if generating else {})
 
 
-def _generation(runs: dict, seeds: list[int]) -> dict:
+def generation_rows(names: list[str], runs: dict, seeds: list[int]) -> dict:
     """Of every variant that generates, `GENERATION` per ratio over seeds; the dense model's own NELBO; and sizes."""
     rows = [
         {"variant": name, "ratio": ratio}
         | {key: [runs[name, seed]["ratios"][ratio]["generation"][key] for seed in seeds] for key in GENERATION}
         for ratio in sorted(RATIOS)
-        for name in GENERATING
+        for name in names
     ]
-    dense = [runs[WHOLE, seed]["generated_nelbo"] for seed in seeds]
+    dense = [runs[names[0], seed]["generated_nelbo"] for seed in seeds]
     return {"rows": rows, "dense": dense, "openings": OPENINGS, "tokens": GENERATED}
 
 
-STUDY = Study(
-    "checkpoint_study", __doc__.splitlines()[0], "scripts/results/checkpoint.json", BASE, list(RATIOS), VARIANTS,
-    measure, summarise, tables, 190,
-)  # fmt: skip
+def study_of(variants: dict, contrasts: list[tuple[str, str]], out: str) -> Study:
+    """The study of some variants, with the default of --out."""
+    return Study(
+        "checkpoint_study", __doc__.splitlines()[0], out, BASE, list(RATIOS), variants,
+        measure, partial(summarise, variants, contrasts), tables, 190,
+    )  # fmt: skip
+
+
+STUDY = study_of(VARIANTS, CONTRASTS, "scripts/results/checkpoint.json")
+FACTOR_STUDY = study_of(FACTORS, FACTOR_CONTRASTS, "scripts/results/checkpoint_factors.json")
 
 
 def arguments_of(arguments: list[str] | None) -> argparse.Namespace:
@@ -254,17 +215,23 @@ def arguments_of(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--text", type=Path, required=True, help="calibration text")
     text = "directory for the levels of searches, so that one that was killed goes on (default: nothing is kept)"
     parser.add_argument("--levels", type=Path, help=text)
+    text = f"the recipe's choices one at a time instead of other methods (default of --out: {FACTOR_STUDY.out})"
+    parser.add_argument("--factors", action="store_true", help=text)
     text = "evaluation text and its name in tables; may be repeated"
     parser.add_argument("--eval", action="append", required=True, metavar="NAME=FILE", help=text)
     parser.set_defaults(windows=64, jobs=1)
-    return parse_options(parser, arguments)
+    options = parse_options(parser, arguments)
+    if options.factors and options.out == Path(STUDY.out):
+        options.out = Path(FACTOR_STUDY.out)
+    return options
 
 
 def run(arguments: list[str] | None) -> None:
     """Run, resume or summarise the study that the arguments describe."""
     options = arguments_of(arguments)
     subject = subject_of(options)
-    run_study(STUDY, options, (subject,), facts(subject, options.name, BASE))
+    study = FACTOR_STUDY if options.factors else STUDY
+    run_study(study, options, (subject,), facts(subject, options.name, BASE))
 
 
 def main(arguments: list[str] | None = None) -> int:

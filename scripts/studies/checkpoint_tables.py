@@ -16,7 +16,8 @@ def tables(result: dict) -> list[Table]:
         result: what checkpoint_study.py summarises.
     """
     pairs = [(_loss_table(result, text), _contrast_table(result, text)) for text in result["dense"]]
-    return [*(table for pair in pairs for table in pair), _generation_table(result["generation"])]
+    generation = [_generation_table(result["generation"])] if "generation" in result else []
+    return [*(table for pair in pairs for table in pair), *generation]
 
 
 def rows_of_text(result: dict, part: str, text: str, *keys: str) -> dict[tuple, dict[str, dict]]:

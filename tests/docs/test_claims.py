@@ -107,9 +107,9 @@ def test_what_is_said_of_evaluation_and_memory():
     assert said in prose("docs/pruning.md")
 
 
-def test_what_is_said_of_a_pretrained_checkpoint():
+def test_what_is_said_of_the_factors_on_a_pretrained_checkpoint():
     """Of every text and ratio, on the seeds that the page counts."""
-    figures, text = results("checkpoint"), prose("docs/results.md")
+    figures, text = results("checkpoint_factors"), prose("docs/results.md")
     places: dict[tuple[str, str], dict[str, float]] = {}  # (text, ratio) -> variant -> loss
     for row in figures["losses"]:
         places.setdefault((row["text"], row["ratio"]), {})[row["variant"]] = row["mean"]

@@ -34,10 +34,16 @@ def subject(scripts):
 
 
 @pytest.fixture
+def choices(scripts):
+    """What the study compares."""
+    return scripts("checkpoint_variants")
+
+
+@pytest.fixture
 def few_rows(study, monkeypatch):
     """Calibrations of 60 windows, at which the refit is still a gain."""
-    for name, keys in study.VARIANTS.items():
-        monkeypatch.setitem(study.VARIANTS, name, keys | {"calibration.windows": 60})
+    for name, keys in study.ALL.items():
+        monkeypatch.setitem(study.ALL, name, keys | {"calibration.windows": 60})
 
 
 @pytest.fixture
@@ -49,41 +55,53 @@ def command(tmp_path):
     return ["--checkpoint", str(model_directory()), *texts, *sizes, "--out", str(out)], out
 
 
-def test_variants_have_passes_of_one_size_and_no_head_goes_but_by_rank(study):
-    for name, keys in study.VARIANTS.items():
-        config = Config.load(overrides=study.BASE | keys)
+def test_variants_have_passes_of_one_size_and_no_head_goes_but_by_rank(study, choices):
+    for name, keys in study.ALL.items():
+        config = Config.load(overrides=choices.BASE | keys)
         assert config.calibration.batch * config.calibration.copies == 20 and config.calibration.held_out == 16
-        assert config.structured.arm == ("masked+sink" if name == study.SINKS else "masked"), name
-        ranked = name in (*study.BASELINES, study.WHOLE, study.SINKS, study.SEARCHED)
+        assert config.structured.arm == ("masked+sink" if name == choices.SINKS else "masked"), name
+        ranked = name in (*choices.BASELINES, choices.WHOLE, choices.SINKS, choices.SEARCHED) or "joint" in name
         assert (config.structured.split == 0) is not ranked, name
 
 
-def test_comparisons_of_factors_differ_by_what_they_name(study):
-    assert len(set(study.CONTRASTS)) == len(study.CONTRASTS) == 17
-    both = {"reconstruct.producers", "reconstruct.target"}
+def test_comparisons_differ_by_what_they_name(choices):
+    """Of both lists, each compares only variants of its own."""
+    whole = [f"reconstruct.{key}" for key in ("producers", "head", "visible", "stream")]
     expected = {
-        ("160 x 1", study.TODAY): {"calibration.windows", "calibration.copies", "calibration.batch"},
-        ("160 x 1, layer targets", "160 x 1"): {"reconstruct.target"},
-        (study.BOTH, "160 x 1"): both,
-        (study.STREAMED, study.BOTH): {"reconstruct.stream", "reconstruct.target"},
-        (study.STREAMED, study.WHOLE): {"structured.split", "reconstruct.head", "reconstruct.visible"},
-        (study.SINKS, study.WHOLE): {"structured.arm"},
-        (study.SEARCHED, study.WHOLE): set(study.SEARCH),
-        (study.GREEDY, study.WHOLE): {f"reconstruct.{key}" for key in ("producers", "head", "visible", "stream")},
+        (choices.STREAMED, choices.WHOLE): {"structured.split", "reconstruct.head", "reconstruct.visible"},
+        (choices.SINKS, choices.WHOLE): {"structured.arm"},
+        (choices.SEARCHED, choices.WHOLE): set(choices.SEARCH),
+        (choices.GREEDY, choices.WHOLE): set(whole),
     }
-    assert expected.keys() <= set(study.CONTRASTS)
-    for (name, base), keys in expected.items():
-        ours, theirs = study.VARIANTS[name], study.VARIANTS[base]
-        assert {key for key in ours | theirs if ours.get(key) != theirs.get(key)} == keys, (name, base)
+    rows = {"calibration.windows", "calibration.copies", "calibration.batch"}
+    factors = {
+        (choices.PLAIN, choices.TODAY): rows,
+        (choices.MIXED, choices.PLAIN): {"reconstruct.target"},
+        ("160 x 1, layer targets", choices.PLAIN): {"reconstruct.target"},
+        ("160 x 1, producers", choices.PLAIN): {"reconstruct.producers"},
+        (choices.BOTH, choices.PLAIN): {"reconstruct.producers", "reconstruct.target"},
+        (choices.BOTH, "160 x 1, producers"): {"reconstruct.target"},
+        (choices.STREAMED, "160 x 1, producers"): {"reconstruct.stream"},
+        (f"{choices.BOTH}, joint split", choices.BOTH): {"structured.split"},
+    }
+    for variants, contrasts, pairs, count in (
+        (choices.VARIANTS, choices.CONTRASTS, expected, 13),
+        (choices.FACTORS, choices.FACTOR_CONTRASTS, factors, 10),
+    ):
+        assert len(set(contrasts)) == len(contrasts) == count and pairs.keys() <= set(contrasts)
+        assert {name for pair in contrasts for name in pair} == set(variants)
+        for (name, base), keys in pairs.items():
+            ours, theirs = variants[name], variants[base]
+            assert {key for key in ours | theirs if ours.get(key) != theirs.get(key)} == keys, (name, base)
 
 
-def test_baselines_read_the_same_rows_by_their_published_settings(study):
-    rows = {key: value for key, value in study.VARIANTS["160 x 1"].items() if key.startswith("calibration.")}
-    for name in study.BASELINES:
-        assert rows.items() <= study.VARIANTS[name].items()
-    assert METHODS["FLAP"].items() <= study.VARIANTS["FLAP"].items()
+def test_baselines_read_the_same_rows_by_their_published_settings(study, choices):
+    rows = {key: value for key, value in choices.FACTORS[choices.PLAIN].items() if key.startswith("calibration.")}
+    for name in choices.BASELINES:
+        assert rows.items() <= choices.VARIANTS[name].items()
+    assert METHODS["FLAP"].items() <= choices.VARIANTS["FLAP"].items()
     for name, score in (("Wanda-sp", "wanda"), ("LLM-Pruner (Taylor)", "taylor")):
-        config = Config.load(overrides=study.BASE | study.VARIANTS[name])
+        config = Config.load(overrides=choices.BASE | choices.VARIANTS[name])
         structured = config.structured
         assert (structured.score, structured.allocation, structured.split) == (score, "uniform", "equal")
         assert not config.reconstruct.enabled
@@ -95,7 +113,7 @@ def test_a_measurement_is_that_of_a_run_and_a_comparison_by_hand(study, subject,
     name = "160 x 1"
     row = study.measure(name, 3, subject, 1)
     sources = {"calibration.source": str(OTHER), "calibration.length": LENGTH, "calibration.seed": 3}
-    keys = study.BASE | sources | study.VARIANTS[name] | {"structured.ratio": 0.5}
+    keys = study.BASE | sources | study.ALL[name] | {"structured.ratio": 0.5}
     dense = load_model(model_directory(), device="cpu")
     pruned = prune(dense, Config.load(overrides=keys))
     text = HELD_OUT.read_text(encoding="utf-8")
@@ -156,7 +174,7 @@ def test_of_two_equal_splits_the_one_with_fewer_heads_is_taken(study, subject, t
 def made_up(study, seeds):
     """Runs of every variant in which one loses more on one text."""
     runs = {}
-    for name in study.VARIANTS:
+    for name in study.ALL:
         for seed in seeds:
             texts = {
                 text: {"loss": [1.0 + seed, 3.0] if (name, text) == ("FLAP", "b") else [0.0, 1.0],
@@ -174,10 +192,10 @@ def made_up(study, seeds):
     return runs
 
 
-def test_the_summary_is_paired_on_every_text(study):
-    result = study.summarise(made_up(study, (0, 1)), [0, 1])
+def test_the_summary_is_paired_on_every_text(study, choices):
+    result = study.STUDY.summarise(made_up(study, (0, 1)), [0, 1])
     gaps = {(row["variant"], row["against"], row["text"], row["ratio"]): row for row in result["contrasts"]}
-    assert gaps["FLAP", study.WHOLE, "b", "0.3"]["by_seed"] == [1.5, 2.0]
+    assert gaps["FLAP", choices.WHOLE, "b", "0.3"]["by_seed"] == [1.5, 2.0]
     assert {row["mean"] for key, row in gaps.items() if (key[0], key[2]) != ("FLAP", "b")} == {0.0}
     row = next(row for row in result["losses"] if (row["variant"], row["text"]) == ("FLAP", "b"))
     assert row["by_seed"] == [2.0, 2.5] and row["kl"] == [0.25, 0.25] and row["heads_removed"] == [2, 2]
@@ -197,7 +215,7 @@ def test_the_summary_is_paired_on_every_text(study):
 
 
 def test_a_single_seed_has_no_interval(study):
-    result = study.summarise(made_up(study, (0,)), [0])
+    result = study.STUDY.summarise(made_up(study, (0,)), [0])
     assert all(row["low"] is None and not row["shown"] for row in result["losses"] + result["contrasts"])
 
 
@@ -246,3 +264,15 @@ def test_the_result_names_files_and_no_place(study, command, monkeypatch):
     (tasks, decisive), = given  # fmt: skip
     assert [task[:2] for task in tasks] == [(name, 0) for name in study.VARIANTS]
     assert decisive["checkpoint"] == settings["checkpoint"] and decisive["sha256"] == settings["sha256"]
+
+
+def test_factors_are_a_study_of_their_own(study, choices, command, monkeypatch):
+    arguments, out = command
+    monkeypatch.setattr("scripts.studies.studies.run_all", lambda *given: made_up(study, (0,)))
+    assert study.main([*arguments, "--factors"]) == 0
+    result = json.loads(out.read_text(encoding="utf-8"))
+    assert {row["variant"] for row in result["losses"]} == set(result["variants"]) == set(choices.FACTORS)
+    assert "generation" not in result
+    given = arguments[: arguments.index("--out")]
+    assert study.arguments_of([*given, "--factors"]).out.name == "checkpoint_factors.json"
+    assert study.arguments_of(given).out.name == "checkpoint.json"

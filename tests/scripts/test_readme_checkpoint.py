@@ -44,8 +44,23 @@ def test_every_text_has_losses_and_fidelity_and_costs_are_told_once(checkpoint):
     assert text.count("| 160 x 1 | +0.500 ± 0.250 | 0.375 | 62.5% | +0.500 ± 0.250 | 0.375 | 62.5% |") == 2
     assert "`wiki`, where the dense model has 4.75 nats and 37.5% of masked tokens right:" in text
     assert text.count("| Wanda-sp | 0 / 30 | 0 / 30 | 140 s | 2.5 GB |") == 1
-    assert "--name small-dlm --text train.txt --eval docs=valid.txt --eval wiki=test.txt --seeds 2`" in text
+    assert "--name small-dlm --text train.txt --eval docs=valid.txt --eval wiki=test.txt --seeds 2 --factors`" in text
     assert "beside other work (P, 1 core, torch 2.13)" in text and "2 seeds" in text and "64 held-out windows" in text
+
+
+def test_generation_has_a_table_where_it_was_measured(checkpoint):
+    rows = [
+        {"variant": "Wanda-sp", "ratio": ratio, "tokens_kept": [0.25, 0.5], "generated_nelbo": [2.0, 3.0 + extra]}
+        for ratio, extra in (("0.3", 0.0), ("0.5", 1.0))
+    ]
+    generation = {"rows": rows, "dense": [1.5, 2.0], "openings": 8, "tokens": 32}
+    text = checkpoint(results() | {"generation": generation})
+    assert "| variant | tokens kept at 0.3 | NELBO of generated at 0.3 | tokens kept at 0.5 |" in text
+    assert "| Wanda-sp | 37.5% | 2.50 | 37.5% | 3.00 |" in text and "whose own has 1.75 nats per token" in text
+    assert "of 32 after each of 8 openings" in text and "(scripts/results/checkpoint.json)" in text
+    without = checkpoint(results())
+    assert "NELBO of generated" not in without and "--seeds 2 --factors`" in without
+    assert "(scripts/results/checkpoint_factors.json)" in without
 
 
 def test_differences_have_a_column_for_every_text_and_ratio(checkpoint):
