@@ -11,7 +11,7 @@ import torch
 
 from structprune.errors import UserError
 from structprune.evaluation.perturb import FORMS, Form, Sampling
-from structprune.generation.samplers import check_not_negative, check_one_of, check_whole
+from structprune.generation.checks import check_not_negative, check_one_of, check_whole
 from structprune.models.families import family_of
 
 

@@ -16,7 +16,8 @@ from contextlib import ExitStack
 import torch
 
 from structprune.errors import UserError
-from structprune.generation.samplers import Generation, check_one_of
+from structprune.generation.checks import check_one_of
+from structprune.generation.samplers import Generation
 from structprune.models.adapter import Adapter
 from structprune.models.encode import encode_at
 from structprune.models.modeling_structprune import DiffusionLM

@@ -131,6 +131,8 @@ class Denoiser:
             self._began = masked[:, start:end].sum(1)  # (B,)
         masked[:, end:] = False
         counts = self._settings.counts(step, self._began, masked.sum(1))  # (B,)
+        if self._settings.threshold is not None:
+            counts = counts.clamp(min=1)  # who is ahead of the schedule would predict the same again
         self._reveal(step, masked & (counts > 0)[:, None], counts)
         if self._request.stop and within == steps - 1:
             self._end_rows(start, end)
@@ -156,6 +158,8 @@ class Denoiser:
             scores = torch.zeros(eligible.shape, device=self._device, dtype=confidence.dtype)  # (B, G)
             scores[eligible] = confidence
             chosen = settings.reveal(step, settings.scores(scores, uniform), eligible, counts)  # (B, G)
+            if settings.threshold is not None:
+                chosen = chosen | (eligible & (scores >= settings.threshold))  # (B, G)
         self.generated[chosen] = tokens[chosen[eligible]]
 
     def _predict(self, step: int, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:

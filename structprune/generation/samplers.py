@@ -5,19 +5,18 @@ reveals shares of the masks between times from 1 to eps. Shapes as in `sampling`
 predicted positions, V vocabulary.
 """
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
 
-from structprune.errors import UserError, nearest, shown
+from structprune.errors import UserError, nearest
 from structprune.generation import sampling
+from structprune.generation.checks import check_not_negative, check_one_of, check_share, check_whole
 from structprune.models.families import family_of
 
-MOST = 1 << 20  # steps or tokens of a generation
 Remasking = Literal["low_confidence", "random"]
 Algorithm = Literal["origin", "maskgit_plus", "topk_margin", "entropy"]
 
@@ -34,12 +33,24 @@ class Generation(ABC):
     """Tokens generated after the prompt (Dream's max_new_tokens)."""
     steps: int = 128
     """Denoising steps in all; blocks share them equally."""
+    threshold: float | None = field(default=None, kw_only=True)
+    """Also reveal every prediction whose confidence is at least this, and one at least: fewer steps (Fast-dLLM, arXiv
+    2505.22618). The confidence is a probability, or topk_margin's difference of two."""
 
     single_block: ClassVar[str]  # why there is only one block, where there is
     by_confidence: ClassVar[Mapping[str, Any]]  # options by which the most confident predictions are revealed first
 
     def __post_init__(self):
         check_whole(gen_length=self.gen_length, steps=self.steps)
+        if self.threshold is not None:
+            check_share(threshold=self.threshold)
+            if self.unsure is not None:
+                raise UserError(f"threshold = {self.threshold} needs a probability, which {self.unsure} lacks: drop it")
+
+    @property
+    def unsure(self) -> str | None:
+        """The option and value by which no probability says how sure a prediction is."""
+        return None
 
     @property
     def blocks(self) -> int:
@@ -139,6 +150,10 @@ class LLaDAGeneration(Generation):
             )
 
     @property
+    def unsure(self) -> str | None:
+        return "remasking = random" if self.blind else None
+
+    @property
     def blocks(self) -> int:
         return self.gen_length // self.block_length
 
@@ -192,6 +207,10 @@ class DreamGeneration(Generation):
             )
         if self.alg == "origin" and not self.temperature and (self.top_p or self.top_k):
             raise UserError("top_p and top_k have no effect with alg = origin at temperature 0: drop them")
+
+    @property
+    def unsure(self) -> str | None:
+        return f"alg = {self.alg}" if self.alg in ("entropy", "origin") else None
 
     @property
     def draw_temperature(self) -> float:
@@ -278,21 +297,3 @@ def low_confidence(config, generated: int, steps: int, block_length: int | None 
     if block_length is not None or "block_length" in sampler_options(config):
         values["block_length"] = block_length or generated
     return generation_settings(config, values)
-
-
-def check_whole(**values: object) -> None:
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST:
-            raise UserError(f"{name} = {shown(value)} cannot be used: give a whole number from 1 to {MOST}")
-
-
-def check_not_negative(**values: object) -> None:
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-            raise UserError(f"{name} = {shown(value)} cannot be used: give 0 (off) or more")
-
-
-def check_one_of(name: str, value: object, known: tuple[str, ...]) -> None:
-    if value not in known:
-        close = nearest(str(value)[:80], list(known))
-        raise UserError(f"unknown {name} {shown(value)}{close}: choose one of {', '.join(known)}")
