@@ -11,6 +11,7 @@ _LAZY = {
     "load_calibration": "structprune.calibration.build",
     "prune": "structprune.runs.prune",
     "recover": "structprune.runs.recover",
+    "generate": "structprune.runs.generate",
     "prune_and_recover": "structprune.runs.gradual",
     "Schedule": "structprune.runs.schedule",
     "apply_plan": "structprune.structured.surgery",

@@ -21,6 +21,7 @@ from structprune.cli.main import app
 from structprune.config import Config, Sections
 from structprune.errors import UserError
 from structprune.evaluation.settings import EvaluationConfig
+from structprune.generation.settings import GenerateConfig
 
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -35,9 +36,10 @@ CONFIGS: dict[str, type[Sections]] = {
     "prune": Config,
     "inspect": Config,
     "eval": EvaluationConfig,
+    "generate": GenerateConfig,
 }  # of the verbs that take --set
 SECTIONS: dict[str, type[Sections]] = {
-    name: model for model in (Config, EvaluationConfig) for name in model.model_fields
+    name: model for model in (Config, EvaluationConfig, GenerateConfig) for name in model.model_fields
 }
 FILES = ("safetensors", "json", "yaml", "py", "txt", "md")  # calibration.safetensors is a file, not a key
 VERBS = typer.main.get_group(app).commands

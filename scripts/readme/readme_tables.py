@@ -23,6 +23,7 @@ from scripts.readme.readme_sinks import sinks
 from scripts.readme.readme_studies import classes, demo, factors, masks, quality, search, weightings
 from structprune.config import Config, Sections
 from structprune.evaluation.settings import EvaluationConfig
+from structprune.generation.settings import GenerateConfig
 from structprune.recovery.settings import RecoverConfig
 
 ROOT = Path(__file__).parents[2]
@@ -74,6 +75,7 @@ PAGES: dict[str, Makers] = {
     ),
     "docs/masks.md": key_sections(Config(), "masking"),
     "docs/recovery.md": key_sections(RecoverConfig(), "data", "teacher", "loss", "blocks", "train"),
+    "docs/generation.md": key_sections(GenerateConfig(), "generation"),
     "docs/evaluation.md": key_sections(EvaluationConfig(), "evaluation"),
 }
 

@@ -13,6 +13,7 @@ from structprune.assets import help_text
 from structprune.cli.bench import bench
 from structprune.cli.demo import demo
 from structprune.cli.evaluate import evaluate
+from structprune.cli.generate import generate
 from structprune.cli.inspect import inspect
 from structprune.cli.prune import prune
 from structprune.cli.recover import recover
@@ -23,6 +24,7 @@ from structprune.files import first_line
 OUT_OF_MEMORY = {  # verb -> remedy
     "prune": "lower calibration.batch or memory.budget_gb (structprune inspect predicts the peak)",
     "recover": "lower train.pass_windows or data.length, or set train.checkpointing = true",
+    "generate": "lower --gen-length or generation.batch, or give a half-precision --dtype",
     "sinks": "lower --length, --gen-length or --windows, or give a half-precision --dtype",
 }
 INTERRUPTED = 130  # the shell's code for it, which typer returns too
@@ -41,6 +43,7 @@ app.command(help=help_text("recover"))(recover)
 app.command()(inspect)
 app.command(help=help_text("sinks"))(sinks)
 app.command()(demo)
+app.command(help=help_text("generate"))(generate)
 app.command("eval", help=help_text("eval"))(evaluate)
 app.command(help=help_text("bench"))(bench)
 

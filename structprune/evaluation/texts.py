@@ -49,7 +49,7 @@ class Texts:
         if chat and not getattr(tokenizer, "chat_template", None):
             place = getattr(tokenizer, "name_or_path", "") or "the checkpoint"
             raise UserError(
-                f"the tokenizer of '{place}' has no chat template: add chat_template.jinja, or evaluate without"
+                f"the tokenizer of '{place}' has no chat template: add chat_template.jinja, or do without the template"
             )
         start, end = EDGES[edges]
         start = () if chat else start

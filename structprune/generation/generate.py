@@ -4,6 +4,7 @@ Papers: LLaDA arXiv 2502.09992, Dream arXiv 2508.15487. Shapes: N prompts, P pro
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -44,7 +45,7 @@ def generate(
             or an unknown cache.
     """
     unpadded = _unpadded(prompts, attention_mask)
-    _check(model, unpadded, settings, options)
+    check_request(model.config, unpadded, settings, options)
     stop, seeds = _stop_ids(model, settings, options.eos_id), []
     if settings.draws:
         device = torch.device("cpu") if options.generator is None else options.generator.device
@@ -89,17 +90,18 @@ def _unpadded(
     return [prompt[row] for prompt, row in zip(rows, real, strict=True)]
 
 
-def _check(model: DiffusionLM, prompts: list[torch.Tensor], settings: Generation, options: Options) -> None:
+def check_request(config: Any, prompts: Sequence[torch.Tensor], settings: Generation, options: Options) -> None:
+    """Raise the errors of `generate` for a model with this config: before any weight is read."""
     cache, refresh = options.cache, options.refresh
     check_cache(cache, settings)
     if refresh is not None and (cache == "none" or refresh < 1):
         raise ValueError(f"refresh = {refresh} with cache '{cache}': give a number from 1, and a cache")
-    family, mask_id = family_of(model.config), model.config.mask_token_id
-    sampler = sampler_of(model.config)
+    family, mask_id = family_of(config), config.mask_token_id
+    sampler = sampler_of(config)
     if type(settings) is not sampler:
         name = type(settings).__name__
         raise UserError(f"{name} is not for a model of family {family.name}: use {sampler.__name__}")
-    longest = getattr(model.config, family.keys["positions"])
+    longest = getattr(config, family.keys["positions"])
     for index, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise UserError(f"prompt {index} is empty: give it at least one token, such as BOS")

@@ -138,7 +138,7 @@ WRONG = {
     "no preset": (["--tasks=configs/none.yaml"], "no file of a task at 'configs/none.yaml'"),
     "half a character": (["--tasks=piqa:{half}"], "the field 'goal' holds half a character"),
     "skip_empty": ([TASK, "--set=evaluation.skip_empty=true"], "skip_empty has no effect where every sample has a"),
-    "chat": ([TASK, "--chat"], "has no chat template: add chat_template.jinja, or evaluate without"),
+    "chat": ([TASK, "--chat"], "has no chat template: add chat_template.jinja, or do without the template"),
     "option": (
         ["--tasks=gsm8k:{gsm8k}", "--set=evaluation.generation={{gen_len: 8}}"],
         "llada's sampler has no option 'gen_len' (did you mean 'gen_length'?)",

@@ -17,6 +17,7 @@ def test_the_pages_are_there():
         "docs/README",
         "docs/pruning",
         "docs/recovery",
+        "docs/generation",
         "docs/masks",
         "docs/sinks",
     )
