@@ -30,7 +30,9 @@ STAGES = (
     "checkpoint",
 )
 DRIVERS = ("runs", "cli", "__main__", "__init__")  # what knows several stages
-SELF_CONTAINED = ("modeling_structprune.py", "layers_structprune.py", "configuration_structprune.py")
+SELF_CONTAINED = tuple(
+    f"{name}_structprune.py" for name in ("modeling", "generation", "sampling", "layers", "configuration")
+)
 EXTRAS = ("datasets", "lm_eval", "matplotlib", "peft", "accelerate", "pandas", "pyarrow")
 
 

@@ -129,15 +129,33 @@ def grows(directory, expected, folder: Path) -> float:
     return difference(load(AutoModelForCausalLM, folder), grown)
 
 
+def writes(model, case: dict) -> None:
+    """Check that the sampler beside the weights gives the expected tokens.
+
+    Raises:
+        AssertionError: it does not.
+    """
+    texts = load_file(case["texts"])
+    sampler = model.diffusion_generate if hasattr(model, "diffusion_generate") else model.generate
+    for each in case["options"]:
+        options = {key: value for key, value in each.items() if key != "name"}
+        prompt, mask = texts[f"{each['name']}/prompt"], texts.get(f"{each['name']}/attention_mask")
+        output = sampler(prompt, mask, **options)  # (B, P + G)
+        assert torch.equal(output, texts[f"{each['name']}/output"]), f"other tokens in {each['name']}: {options}"
+
+
 def check_case(case: dict, scratch: Path) -> dict:
     """Load one pruned directory through every auto class."""
     expected, directory = load_file(case["expected"]), case["directory"]
     results = {auto.__name__: difference(load(auto, directory), expected) for auto in (AutoModel, AutoModelForCausalLM)}
     results |= fills_masks(directory, expected) | attends(directory, expected)
     model = load(AutoModelForCausalLM, directory)
+    writes(model, case)
     results["save_pretrained"] = saves_again(model, expected, scratch / case["name"])
     results["resized"] = grows(directory, expected, scratch / f"{case['name']}-grown")
     trains(model, expected)
+    if "text" not in case:  # a checkpoint without a tokenizer
+        return results
     tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)  # a tokenizer needs none of our code
     assert tokenizer.mask_token_id == model.config.mask_token_id, "the tokenizer's mask token is not the model's"
     assert tokenizer(case["text"])["input_ids"] == case["text_ids"], "the tokenizer gives other ids"

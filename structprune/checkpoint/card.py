@@ -32,8 +32,22 @@ def model_card(report: dict) -> str:
         states=_states(calibration),
         seed=calibration.get("seed", "unknown"),
         export=report["export_class"],
+        generate=_example(family_named(report["family"]).model_class),
         alignment=f"position i predicts token {'i + 1' if shifted else 'i'}",
     )
+
+
+def _example(model_class: type) -> str:
+    """Lines that generate text by the sampler beside the weights; none for a family without one."""
+    calls = {
+        "generate": "generate(ids, gen_length=64, block_length=32, steps=64)",
+        "diffusion_generate": 'diffusion_generate(ids, max_new_tokens=64, steps=64, alg="entropy")',
+    }
+    for name, call in calls.items():
+        if hasattr(model_class, name):
+            ids = 'tokenizer("A text to continue", return_tensors="pt").input_ids'
+            return f"\nids = {ids}\nprint(tokenizer.decode(model.{call}[0]))\n"
+    return ""
 
 
 def mask_card(report: dict) -> str:

@@ -15,7 +15,9 @@ from structprune.errors import UserError
 from structprune.models.adapter import block_widths, set_depth
 from structprune.models.families import Family, family_of
 
-CODE_FILES = ("configuration_structprune.py", "layers_structprune.py", "modeling_structprune.py")
+CODE_FILES = tuple(
+    f"{name}_structprune.py" for name in ("configuration", "layers", "sampling", "generation", "modeling")
+)
 CLASSES = ("official", "uniform", "free")  # strictest first
 
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass, fields
 import torch
 import torch.nn.functional as F
 
-from structprune.generation.sampling import guided
 from structprune.models.encode import Batches, encode_at
 from structprune.models.logits import logit_slices
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.placement import compute_device
+from structprune.models.sampling_structprune import guided
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 from structprune.generation.cached import KeyValueCache
 from structprune.generation.samplers import Generation
-from structprune.generation.sampling import guided, gumbel_choice
 from structprune.models.encode import encode_at
 from structprune.models.logits import LOGIT_BYTES
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.placement import compute_device
+from structprune.models.sampling_structprune import guided, gumbel_choice
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 
 from structprune.errors import UserError, nearest
-from structprune.generation import sampling
 from structprune.generation.checks import check_not_negative, check_one_of, check_share, check_whole
+from structprune.models import sampling_structprune as sampling
 from structprune.models.families import family_of
 
 Remasking = Literal["low_confidence", "random"]

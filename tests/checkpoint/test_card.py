@@ -1,10 +1,15 @@
 """The model card says what the report says."""
 
+import re
+
 import pytest
 import yaml
 
+from structprune import load_model, save_pruned
 from structprune.checkpoint.card import mask_card, model_card
 from structprune.config import Config
+
+POSITIONS = {"llada": "max_sequence_length", "dream": "max_position_embeddings"}
 
 
 @pytest.fixture
@@ -49,6 +54,17 @@ def test_numbers(report):
     assert "`wikitext2` (128 windows of 2048 tokens, seed 3)" in flat  # 144 less the held-out 16
     assert "score `obs` on arm `masked`" in flat and "refit to dense targets" in flat and "Export class: `free`" in flat
     assert "position i predicts token i." in flat and "trust_remote_code=True" in flat
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family, call", [("llada", ".generate(ids, "), ("dream", ".diffusion_generate(ids, ")])
+def test_the_example_loads_and_generates(report, family, call, tiny_checkpoint, tmp_path, capsys):
+    card = model_card(report | {"family": family})
+    (example,) = re.findall("```python\n(.*?)```", card, re.DOTALL)
+    assert call in example
+    save_pruned(load_model(tiny_checkpoint(family, **{POSITIONS[family]: 128})), tmp_path / "out")
+    exec(example.replace("PATH", str(tmp_path / "out")), {})
+    assert len(capsys.readouterr().out) > 64
 
 
 def test_a_latency_has_a_row(report):

@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from structprune import Plan, apply_plan, load_model, save_pruned
 from structprune.checkpoint.export import CODE_FILES
 from structprune.config import ExportSettings
+from structprune.generation.generate import generate
+from structprune.generation.samplers import DreamGeneration, LLaDAGeneration
 from structprune.structured.plan import BlockPlan
 
 pytestmark = pytest.mark.slow
@@ -42,6 +44,11 @@ for name, directory in json.loads(sys.argv[1]).items():
         with torch.no_grad():
             results[f"{name} {auto.__name__}"] = model(ids).logits
         assert not model.training and type(config).__name__ == type(model.config).__name__
+    if hasattr(model, "diffusion_generate"):
+        options = {"max_new_tokens": 8, "steps": 4, "alg": "entropy", "return_dict_in_generate": True}
+        results[f"{name} text"] = model.diffusion_generate(ids, attention_mask="full", **options).sequences
+    else:
+        results[f"{name} text"] = model.generate(ids, gen_length=8, block_length=4, steps=8, threshold=0.9)
     torch.manual_seed(0)
     results[f"{name} loss"] = model(ids, labels=ids).loss.detach()
     tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
@@ -113,6 +120,17 @@ def test_loss_and_tokenizer_too(reloaded, name):
     torch.manual_seed(0)
     assert torch.equal(results[f"{name} loss"], model(ids, labels=ids).loss.detach())
     assert results[f"{name} tokens"][-1] == 2047
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_text_is_that_of_the_package(reloaded, name):
+    made, results, _ = reloaded
+    model, ids = made[name]
+    if CASES[name][0] == "dream":
+        settings = DreamGeneration(8, 4, "entropy")
+    else:
+        settings = LLaDAGeneration(8, 8, 4, threshold=0.9)
+    assert torch.equal(results[f"{name} text"], generate(model, ids, settings))
 
 
 def test_shards_were_really_several(reloaded):

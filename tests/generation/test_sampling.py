@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from structprune.generation import sampling
 from structprune.generation.samplers import DreamGeneration, LLaDAGeneration
+from structprune.models import sampling_structprune as sampling
 
 
 def logs(*probabilities: float) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """The parts of a sampler of masked diffusion LMs, as pure functions of tensors (docs/methods.md section 6).
 
-Randomness comes in as uniform numbers, so that every function can be checked by hand. Papers: LLaDA arXiv 2502.09992,
-Dream arXiv 2508.15487, Gumbel-max in fp64 arXiv 2409.02908. Shapes: B rows, G generated positions, M predicted
-positions, V vocabulary.
+Randomness comes in as uniform numbers, so that every function can be checked by hand. This file is copied next to every
+checkpoint written, and needs only torch. Papers: LLaDA arXiv 2502.09992, Dream arXiv 2508.15487, Gumbel-max in fp64
+arXiv 2409.02908. Shapes: B rows, G generated positions, M predicted positions, V vocabulary.
 """
 
 import torch
