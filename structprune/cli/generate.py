@@ -1,6 +1,7 @@
 """`structprune generate`."""
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -103,34 +104,64 @@ def _generate_and_show(checkpoint: str, settings: "GenerateConfig", prompts: lis
         return
     results, cost = _shown(generator, prompts)
     for result in results:
-        print(_json(result) if as_json else _for_stdout(result.text))
+        _write(_json(result) if as_json else _for_stdout(result.text))
     print(f"structprune: {_cost_line(cost)}", file=sys.stderr)
 
 
+def _write(text: str) -> None:
+    """A line of standard output in UTF-8, whatever the locale; a reader that has gone away is no error."""
+    try:
+        if hasattr(sys.stdout, "buffer"):
+            sys.stdout.buffer.write(text.encode("utf-8", "backslashreplace") + b"\n")
+        else:
+            sys.stdout.write(f"{text}\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python flushes at its end goes there
+
+
 def _piped() -> list[str] | None:
-    """Standard input as one prompt; None where it is a terminal.
+    """Standard input as one prompt, without the line break at its end; None where it is a terminal.
 
     Raises:
         UserError: nothing is there, or no text.
     """
-    if sys.stdin is None or sys.stdin.isatty():
+    if sys.stdin is not None and sys.stdin.isatty():
         return None
     try:
-        text = sys.stdin.read().rstrip("\n")
+        source = getattr(sys.stdin, "buffer", sys.stdin)
+        content = "" if source is None else source.read()
+        text = content.decode("utf-8") if isinstance(content, bytes) else content
     except UnicodeDecodeError as error:
         raise UserError("standard input is no UTF-8 text: give --prompt TEXT, or pipe text in") from error
+    text = text.removesuffix("\n").removesuffix("\r")
     if not text:
         raise UserError("no prompt: give --prompt TEXT, or pipe text in")
     return [text]
 
 
+def _line() -> str:
+    """A line of a terminal; its prompt is no part of what is generated.
+
+    Raises:
+        EOFError: the input has ended.
+    """
+    if sys.stdout.isatty():
+        return input("> ")
+    print("> ", end="", file=sys.stderr, flush=True)
+    return input()
+
+
 def _converse(generator: "TextGenerator", chat: bool) -> None:
-    """Prompts line by line until the end of input; with a chat template, each is the next turn of a conversation."""
+    """Prompts line by line until the end of input; with a chat template, each is the next turn of a conversation,
+    which begins anew where it does not fit any more."""
+    from structprune.report.denoising import printable
+
     messages: list[dict[str, str]] = []
     print("A line is a prompt; Ctrl-D ends.", file=sys.stderr)
     while True:
         try:
-            line = input("> ")
+            line = _line()
         except EOFError:
             print(file=sys.stderr)
             return
@@ -140,10 +171,13 @@ def _converse(generator: "TextGenerator", chat: bool) -> None:
         try:
             (result,), cost = _shown(generator, [asked if chat else line])
         except UserError as error:  # such as a prompt that is too long: the next may be shorter
-            print(f"structprune: error: {error}", file=sys.stderr)
+            print(f"structprune: error: {printable(str(error))}", file=sys.stderr)
+            if messages:
+                print("The conversation begins anew.", file=sys.stderr)
+                messages = []
             continue
-        messages = [*asked, {"role": "assistant", "content": result.text}]
-        print(_for_stdout(result.text))
+        messages = [*asked, {"role": "assistant", "content": result.text}] if chat else []
+        _write(_for_stdout(result.text))
         print(f"structprune: {_cost_line(cost)}", file=sys.stderr)
 
 

@@ -103,7 +103,7 @@ class Texts:
                 continue_final_message=not add_generation_prompt,
             )
         except Exception as error:  # templates are programs that may raise anything
-            raise UserError(f"the chat template refuses a prompt of the task ({first_line(error)})") from error
+            raise UserError(f"the chat template refuses a prompt ({first_line(error)})") from error
 
     def question(self, text: str) -> str:
         """A task's prompt as the model's input: unchanged, or as a user's turn with `chat`."""

@@ -104,7 +104,7 @@ def check_request(config: Any, prompts: Sequence[torch.Tensor], settings: Genera
     longest = getattr(config, family.keys["positions"])
     for index, prompt in enumerate(prompts):
         if len(prompt) == 0:
-            raise UserError(f"prompt {index} is empty: give it at least one token, such as BOS")
+            raise UserError(f"prompt {index} is empty: give it some text, or at least one token")
         if (prompt == mask_id).any():
             raise UserError(f"prompt {index} holds the mask token {mask_id}: remove it")
         if len(prompt) + settings.gen_length > longest:

@@ -1,8 +1,9 @@
 """Text by iterative denoising where structprune is not installed: LLaDA's `generate`, Dream's `diffusion_generate`.
 
-This file is copied next to every checkpoint written, and needs only torch and transformers. Arguments are those of the
-published samplers, and greedy tokens too. Prompts are padded on the left under an attention mask. structprune itself
-has caches, a stream of noise for every prompt, and batches of prompts of any length (`structprune.generate`).
+This file is copied next to every checkpoint written, and needs only torch and transformers. Arguments have the names of
+the published samplers (of Dream's, hooks and generation_config are left out), and greedy tokens are theirs. Prompts are
+padded on the left under an attention mask. structprune itself has caches, a stream of noise for every prompt, and
+batches of prompts of any length (`structprune.generate`).
 
 Shapes: B rows, P prompt tokens, G generated ones, T = P + G, M masked positions, V vocabulary.
 Papers: LLaDA arXiv 2502.09992, Dream arXiv 2508.15487, threshold: Fast-dLLM arXiv 2505.22618.
@@ -51,6 +52,15 @@ def uniform_like(values: torch.Tensor) -> torch.Tensor:
     return torch.rand(values.shape, dtype=torch.float64, device=values.device)
 
 
+def check_counts(longest: int, prompt: int, length: int, **counts: Any) -> None:
+    """Raise ValueError for counts below 1 (None passes), or a text of more than `longest` positions."""
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise ValueError(f"{name} = {count}: give at least 1")
+    if prompt + length > longest:
+        raise ValueError(f"a prompt of {prompt} tokens and {length} more do not fit the model's {longest} positions")
+
+
 def check_blocks(steps: int, gen_length: int, block_length: int) -> None:
     """Raise ValueError for a length that is no number of blocks, or steps that these cannot share."""
     if gen_length % block_length or steps % (gen_length // block_length):
@@ -91,7 +101,11 @@ class LLaDASampling(Sampling):
         Raises:
             ValueError: lengths or steps that cannot be shared by blocks, another remasking, or a threshold with random.
         """
+        least_one = {"steps": steps, "gen_length": gen_length, "block_length": block_length}
+        check_counts(self.config.max_sequence_length, input_ids.shape[1], gen_length, **least_one)
         check_blocks(steps, gen_length, block_length)
+        if threshold is not None and not 0 < threshold <= 1:
+            raise ValueError(f"threshold = {threshold}: give a probability above 0")
         if remasking not in ("low_confidence", "random") or (threshold is not None and remasking == "random"):
             given = f"remasking = '{remasking}' with threshold = {threshold}"
             raise ValueError(f"{given}: give low_confidence, or random without a threshold")
@@ -159,6 +173,8 @@ class DreamSampling(Sampling):
         """
         if alg not in ALGORITHMS:
             raise ValueError(f"alg = '{alg}' is unknown: give one of {', '.join(ALGORITHMS)}")
+        least_one = {"steps": steps, "max_new_tokens": max_new_tokens, "top_k": top_k}
+        check_counts(self.config.max_position_embeddings, inputs.shape[1], max_new_tokens, **least_one)
         mask_id, history = self.config.mask_token_id, []
         ids = F.pad(inputs, (0, max_new_tokens), value=mask_id)  # (B, T)
         mask = padded_mask(attention_mask, max_new_tokens)  # (B, T)

@@ -1,14 +1,14 @@
 """Text from a checkpoint by iterative denoising: `structprune generate`, without a console."""
 
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
-from structprune.errors import UserError
+from structprune.errors import UserError, shown
 from structprune.evaluation.texts import EDGES, Texts, chat_warning, model_names
 from structprune.generation.denoise import Options, Step
 from structprune.generation.generate import check_request
@@ -58,6 +58,11 @@ class Observers:
 UNOBSERVED = Observers()
 
 
+def is_message(value: Any) -> TypeGuard[Message]:
+    """Whether a value is a turn of a conversation."""
+    return isinstance(value, Mapping) and all(isinstance(value.get(key), str) for key in ("role", "content"))
+
+
 class Reader:
     """Prompts to tokens for one checkpoint, and back; needs no weights.
 
@@ -70,8 +75,9 @@ class Reader:
     def __init__(self, config: Any, directory: Path, run: GenerationSettings):
         self.settings = sampler_settings(config, run)
         tokenizer, edges = load_tokenizer(directory), family_of(config).text_edges
-        named = all(getattr(tokenizer, name) is not None for names in EDGES[edges] for name in names)
-        self.texts = Texts.of(tokenizer, edges if named else "none", run.chat)  # scoring needs both ends, this neither
+        texts = Texts.of(tokenizer, "none", run.chat)
+        starts = () if run.chat else (getattr(tokenizer, f"{name}_id") for name in EDGES[edges][0])
+        self.texts = replace(texts, start=tuple(token for token in starts if token is not None))
         self._config, self._chat = config, run.chat
 
     def read(self, prompts: Sequence[Prompt]) -> list[tuple[str, torch.Tensor]]:
@@ -87,10 +93,18 @@ class Reader:
 
     def _text(self, prompt: Prompt) -> str:
         if isinstance(prompt, str):
+            if any("\ud800" <= character <= "\udfff" for character in prompt):  # of bytes that were no UTF-8
+                raise UserError(f"the prompt {shown(prompt)} is no UTF-8 text: encode it so")
             return self.texts.question(prompt)
+        turns = [dict(each) for each in prompt if is_message(each)] if isinstance(prompt, Sequence) else []
+        if not turns or len(turns) < len(prompt):
+            raise UserError(
+                f"the prompt {shown(prompt)} is no text and no list of messages with role and content: give either, a"
+                " conversation in a list of its own"
+            )
         if not self._chat:
             raise UserError("a conversation needs the chat template: set generation.chat = true, or give text")
-        return self.texts.render(prompt)
+        return self.texts.render(turns)
 
 
 class TextGenerator:
@@ -171,7 +185,7 @@ def generate(
     Args:
         checkpoint: a directory, a Hub id, or a model of `structprune.load_model`.
         prompts: a text; or several, each a text or, with `chat=True`, a list of messages with `role` and `content`.
-        config: `GenerateConfig`; default all defaults.
+        config: `GenerateConfig`; default all defaults. Its section `model` is for a directory or Hub id only.
         options: keys of its section `generation`, which outrank it: gen_length=64, threshold=0.9, cache="prefix".
     Returns:
         One result for one text, else a list.
@@ -182,8 +196,15 @@ def generate(
     values = config.model_dump(exclude_unset=True)
     values["generation"] = values.get("generation", {}) | options
     config = GenerateConfig.build(values)
+    if not isinstance(prompts, (str, list, tuple)):
+        raise UserError(f"the prompts {shown(prompts)} are no text and no list: give one text, or a list of prompts")
     several = [prompts] if isinstance(prompts, str) else prompts
     if isinstance(checkpoint, DiffusionLM):
+        if config.model.model_fields_set:
+            key = min(config.model.model_fields_set)
+            raise UserError(
+                f"model.{key} has no effect on a model that is loaded: leave it out, or name the checkpoint"
+            )
         generator = TextGenerator(checkpoint, config)
     else:
         generator = TextGenerator.open(checkpoint, config, several)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import subprocess
 import sys
 
 import pytest
@@ -43,6 +44,20 @@ def test_a_piped_prompt_is_read_whole(text, capsys, monkeypatch):
     assert "no prompt: give --prompt TEXT, or pipe text in" in said(capsys, code=2).err
 
 
+def test_bytes_that_are_no_text_and_closed_input(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe abc"), errors="surrogateescape"))
+    assert "standard input is no UTF-8 text: give --prompt TEXT" in said(capsys, code=2).err
+    monkeypatch.setattr(sys, "stdin", None)
+    assert "no prompt: give --prompt TEXT, or pipe text in" in said(capsys, code=2).err
+    assert "is no UTF-8 text" in said(capsys, "--prompt", "\udcff", code=2).err
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    command = f"{sys.executable} -m structprune generate {MODEL} --gen-length 4 --prompt Use | true"
+    done = subprocess.run(["bash", "-c", f"{command}; echo ${{PIPESTATUS[0]}}"], capture_output=True, text=True)
+    assert done.stdout.strip().endswith("0") and "Broken" not in done.stderr and "4 tokens in 4 passes" in done.stderr
+
+
 def test_several_prompts_as_lines_of_json(text, capsys):
     shown = said(capsys, "--prompt", "The server is", "--prompt", "Use", "--json", "--steps", "4")
     first, second = map(json.loads, shown.out.splitlines())
@@ -55,7 +70,7 @@ def test_several_prompts_as_lines_of_json(text, capsys):
 def test_lines_are_asked_for_until_the_end_of_input(text, capsys, monkeypatch):
     lines = iter(["The server is", "  ", "x " * 400, "Use"])
 
-    def read(prompt):
+    def read(prompt=""):
         try:
             return next(lines)
         except StopIteration:
@@ -76,7 +91,7 @@ def test_a_conversation_is_kept(tiny_checkpoint, capsys, monkeypatch):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
     lines, read = iter(["One", "Two"]), []
     monkeypatch.setattr(sys, "stdin", Terminal())
-    monkeypatch.setattr("builtins.input", lambda prompt: next(lines, None) or (_ for _ in ()).throw(EOFError))
+    monkeypatch.setattr("builtins.input", lambda prompt="": next(lines, None) or (_ for _ in ()).throw(EOFError))
     from structprune.runs.generate import TextGenerator
 
     run = TextGenerator.run

@@ -134,14 +134,24 @@ def test_history_and_forms_of_dreams_answer(dream):
         ({"remasking": "worst"}, "remasking = 'worst' with threshold = None"),
         ({"remasking": "random", "threshold": 0.9}, "or random without a threshold"),
         ({"attention_mask": "half"}, "attention_mask = 'half' is unknown"),
+        ({"gen_length": 8, "block_length": 0}, "block_length = 0: give at least 1"),
+        ({"gen_length": 8, "block_length": 8, "steps": 0}, "steps = 0: give at least 1"),
+        ({"gen_length": 8, "block_length": 8, "steps": 8, "threshold": 2.0}, "threshold = 2.0: give a probability"),
+        ({"gen_length": 512, "steps": 512}, "a prompt of 9 tokens and 512 more do not fit the model's 64 positions"),
     ],
 )
 def test_lladas_bad_options(llada, options, words):
     with pytest.raises(ValueError) as error:
-        llada.generate(PROMPTS, **options)
+        llada.generate(PROMPTS, **{"gen_length": 32, "block_length": 32, "steps": 32} | options)
     assert words in str(error.value)
 
 
 def test_dreams_bad_options(dream):
-    with pytest.raises(ValueError, match="alg = 'surest' is unknown: give one of origin, maskgit_plus"):
-        dream.diffusion_generate(PROMPTS, alg="surest")
+    for options, words in (
+        ({"alg": "surest", "max_new_tokens": 8}, "alg = 'surest' is unknown: give one of origin, maskgit_plus"),
+        ({"steps": 0}, "steps = 0: give at least 1"),
+        ({"top_k": 0}, "top_k = 0: give at least 1"),
+        ({"max_new_tokens": 100}, "a prompt of 9 tokens and 100 more do not fit"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            dream.diffusion_generate(PROMPTS, **options)

@@ -126,10 +126,29 @@ def test_bad_options_are_refused_before_weights_are_read(options, words, monkeyp
     assert words in str(error.value)
 
 
-def test_bad_prompts_are_refused_before_weights_are_read(monkeypatch):
+@pytest.mark.parametrize(
+    "prompts, words",
+    [
+        ([PROMPTS[0], ""], "prompt 1 is empty: give it some text"),
+        ("a\udcff", "is no UTF-8 text"),
+        ([[1, 2]], "is no text and no list of messages with role and content"),
+        ([{"role": "user", "content": "Hi"}], "a conversation in a list of its own"),
+        ([b"abc"], "is no text and no list of messages"),
+        (5, "the prompts 5 are no text and no list"),
+        (None, "are no text and no list"),
+        ([[{"role": "user", "content": "Hi"}]], "a conversation needs the chat template"),
+    ],
+)
+def test_bad_prompts_are_refused_before_weights_are_read(prompts, words, monkeypatch):
     monkeypatch.setattr(module, "load_model", lambda *_: pytest.fail("weights were read"))
-    with pytest.raises(UserError, match="prompt 1 is empty"):
-        generate(str(model_directory()), [PROMPTS[0], ""])
+    with pytest.raises(UserError) as error:
+        generate(str(model_directory()), prompts)
+    assert words in str(error.value)
+
+
+def test_settings_of_loading_are_refused_for_a_loaded_model(model):
+    with pytest.raises(UserError, match="model.dtype has no effect on a model that is loaded"):
+        generate(model, PROMPTS[0], GenerateConfig.load(overrides={"model.dtype": "float32"}))
 
 
 def test_dream_takes_its_own_options(tiny_checkpoint):
@@ -144,7 +163,7 @@ def test_dream_takes_its_own_options(tiny_checkpoint):
 def test_dreams_prompt_begins_with_a_bos_where_the_tokenizer_names_one(tiny_checkpoint):
     names = [tiny_checkpoint("dream", name=name) for name in ("without", "with")]
     path = names[1] / "tokenizer_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"bos_token": "a", "eos_token": "b"}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"bos_token": "a"}))
     config = GenerateConfig.load(overrides={"generation.gen_length": 4})
     plain, begun = (TextGenerator.open(name, config).reader.read(["cd"])[0][1].tolist() for name in names)
     bos = structprune.load_tokenizer(names[1]).bos_token_id
