@@ -105,3 +105,29 @@ def _spread(value: dict, unit: str) -> str:
 
 def _percent(value: dict) -> str:
     return f"{100 * value['median']:.0f}% ({100 * value['p25']:.0f} to {100 * value['p75']:.0f})"
+
+
+def decoding(results: dict) -> str:
+    """What every form of decoding saves, and what it changes.
+
+    Args:
+        results: of scripts/bench/bench_decoding.py.
+    """
+    header = ["decoding", "passes a token", "speed-up", "equal tokens", "NELBO of the text"]
+    rows = [
+        [
+            row["form"], f"{row['passes_per_token']:.2f}", f"{row['speedup']:.2f}x", f"{row['equal']:.1%}",
+            f"{row['nelbo']:.2f}",
+        ]
+        for row in results["rows"]
+    ]  # fmt: skip
+    size = results["sizes"]
+    text = (
+        "`python -m scripts.bench.bench_decoding`, from [`decoding.json`](scripts/results/decoding.json):"
+        f" {size['openings']} openings of {size['opening']} tokens of `{results['text']}`, {size['tokens']} tokens"
+        f" after each, blocks of {size['block_length']}, one opening at a time, {results['name']}, fp32"
+        f" ({machine(results['machine'])}). Speed-up: against the first row, in turns with it, median over"
+        f" {size['rounds']} rounds, beside other work. Equal tokens: at the same place as in the first row. NELBO: of"
+        " the text under the model that wrote it, given the opening, nats per token."
+    )
+    return f"{table(header, rows)}\n\n{text}"

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from scripts.readme.readme_baselines import baselines
-from scripts.readme.readme_bench import bench, note, widths, widths_note
+from scripts.readme.readme_bench import bench, decoding, note, widths, widths_note
 from scripts.readme.readme_checkpoint import checkpoint
 from scripts.readme.readme_costs import cost, speed
 from scripts.readme.readme_evaluation import evaluation, evaluation_speed
@@ -59,6 +59,7 @@ PAGES: dict[str, Makers] = {
         "weightings": made_of(weightings, "weightings"),
         "baselines": made_of(baselines, "baselines"),
         "classes": made_of(classes, "class"),
+        "checkpoint": made_of(checkpoint, "checkpoint"),
         "checkpoint-factors": made_of(checkpoint, "checkpoint_factors"),
         "masks": made_of(masks, "masks"),
         "speed": made_of(speed, "masking_speed"),
@@ -75,7 +76,10 @@ PAGES: dict[str, Makers] = {
     ),
     "docs/masks.md": key_sections(Config(), "masking"),
     "docs/recovery.md": key_sections(RecoverConfig(), "data", "teacher", "loss", "blocks", "train"),
-    "docs/generation.md": key_sections(GenerateConfig(), "generation"),
+    "docs/generation.md": {
+        "decoding": made_of(decoding, "decoding"),
+        **key_sections(GenerateConfig(), "generation"),
+    },
     "docs/evaluation.md": key_sections(EvaluationConfig(), "evaluation"),
 }
 

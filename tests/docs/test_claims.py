@@ -116,7 +116,7 @@ def test_what_is_said_of_the_factors_on_a_pretrained_checkpoint():
     plain, both = "160 x 1", "160 x 1, producers, mixed targets"
     gains = [both, "160 x 1, mixed targets", "160 x 1, producers", "160 x 1, layer targets"]
     joint, methods = f"{both}, joint split", ("FLAP", "Wanda-sp", "LLM-Pruner (Taylor)")
-    assert len(places) == 4 and len(figures["settings"]["seeds"]) == 1 and "So far this is one seed" in text
+    assert len(places) == 4 and len(figures["settings"]["seeds"]) == 1 and "This is one seed" in text
     assert not [row for row in figures["contrasts"] if row["shown"]]
     at_half = places["docs-valid", "0.5"]
     assert f"at 0.5 {at_half[both]:.2f} instead of {at_half[plain]:.2f} nats on `docs-valid`" in text
@@ -129,6 +129,50 @@ def test_what_is_said_of_the_factors_on_a_pretrained_checkpoint():
         assert (loss[plain] < loss["32 windows x 5 copies"]) is (ratio == "0.3")
         shares.append(100 * loss[both] / best)
     assert f"loses {min(shares):.0f}% to {max(shares):.0f}% of what the best of the three does" in text
+
+
+def test_what_is_said_of_the_methods_on_a_pretrained_checkpoint():
+    """Of every text, ratio and seed."""
+    figures, text = results("checkpoint"), prose("docs/results.md")
+    loss = {(row["variant"], row["text"], row["ratio"]): row["by_seed"] for row in figures["losses"]}
+    gaps = {(row["variant"], row["against"], row["text"], row["ratio"]): row for row in figures["contrasts"]}
+    texts, seeds = list(figures["dense"]), figures["settings"]["seeds"]
+    assert seeds == [0, 1] and "These are two seeds" in text
+    today, streamed, whole = "32 windows x 5 copies", "160 x 1, producers, stream", "whole refit, stream"
+    searched, sinks, greedy = f"{whole}, search", f"{whole}, sink weights", "greedy refit (as OSSCAR, SlimGPT)"
+    ours, published = (today, streamed, whole, searched, sinks), ("FLAP", "Wanda-sp", "LLM-Pruner (Taylor)")
+    shares, means = [], []
+    for place in ((each, ratio) for each in texts for ratio in ("0.3", "0.5")):
+        values = {name: loss[(name, *place)] for name in (*ours, greedy, *published)}
+        for seed in seeds:
+            best = min(values[name][seed] for name in published)
+            assert max(values[name][seed] for name in ours) < min(best, values[greedy][seed])
+            assert values[streamed][seed] < values[today][seed]
+            assert (values[streamed][seed] < values[whole][seed]) or place[1] == "0.5"
+            if place[1] == "0.5":
+                shares.append(100 * values[searched][seed] / best)
+        means.append(100 * sum(values[streamed]) / sum(values[today]))
+    assert f"loses {min(shares):.0f}% to {max(shares):.0f}% of what the best published method does" in text
+    assert f"{min(means):.0f}% to {max(means):.0f}% of their mean loss" in text
+    assert all(gaps[streamed, today, each, "0.5"]["shown"] for each in texts)
+    gains = [-gaps[searched, whole, each, "0.3"]["mean"] for each in texts]
+    assert f"on average {min(gains):.2f} to {max(gains):.2f} nats" in text
+    assert all(max(gaps[searched, whole, each, "0.3"]["by_seed"]) < 0 for each in texts)
+    weights = [gaps[sinks, whole, each, "0.5"] for each in texts]
+    assert all(max(row["by_seed"]) < 0 for row in weights)
+    low, high = sorted(-row["mean"] for row in weights)
+    assert f"by {low:.2f} to {high:.2f} nats" in text and gaps[sinks, whole, "wikitext2-test", "0.5"]["shown"]
+    kept = {
+        row["variant"]: 100 * sum(row["tokens_kept"]) / 2
+        for row in figures["generation"]["rows"]
+        if row["ratio"] == "0.5"
+    }
+    best, low, high = kept.pop(searched), min(kept.values()), max(kept.values())
+    assert f"{best:.0f}% by the search at 0.5, where the others keep {low:.0f}% to {high:.0f}%" in text
+    halves = [100 * sum(loss[whole, each, "0.5"]) / sum(loss[today, each, "0.5"]) for each in texts]
+    assert f"loses {min(halves):.0f}% to {max(halves):.0f}% of what the consumers alone do" in text
+    heads = next(row for row in figures["losses"] if (row["variant"], row["ratio"]) == (whole, "0.5"))["heads_removed"]
+    assert f"removes {min(heads)} to {max(heads)} of 270 heads" in text
 
 
 def test_what_is_said_of_the_search():
