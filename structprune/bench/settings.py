@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from structprune.errors import UserError, nearest
 from structprune.generation.cached import CACHES, check_cache
 from structprune.generation.samplers import Generation, generation_settings, sampler_options
+from structprune.generation.settings import BLOCK_LENGTH
 
-BLOCK_LENGTH = 32  # the default of block-wise generation, with which block-wise caches are published
 ALL = "all"
 MOST = 1 << 20  # of any count
 

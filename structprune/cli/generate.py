@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from structprune.cli.options import Checkpoint, Debug, Device, Dtype, MaskId, Pickle
-from structprune.errors import UserError
+from structprune.errors import Interrupted, UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -88,7 +88,10 @@ def generate(
     prompts = prompt or _piped()
     if prompts is None and as_json:
         raise UserError("--json is for prompts that are given: add --prompt, or pipe one in")
-    _generate_and_show(checkpoint, settings, prompts, as_json)
+    try:
+        _generate_and_show(checkpoint, settings, prompts, as_json)
+    except KeyboardInterrupt as error:
+        raise Interrupted("the text under way is lost") from error
 
 
 def _generate_and_show(checkpoint: str, settings: "GenerateConfig", prompts: list[str] | None, as_json: bool) -> None:

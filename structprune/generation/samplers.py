@@ -44,12 +44,12 @@ class Generation(ABC):
         check_whole(gen_length=self.gen_length, steps=self.steps)
         if self.threshold is not None:
             check_share(threshold=self.threshold)
-            if self.unsure is not None:
-                raise UserError(f"threshold = {self.threshold} needs a probability, which {self.unsure} lacks: drop it")
+            if other := self.no_probability:
+                raise UserError(f"threshold = {self.threshold} needs a probability, which {other} lacks: drop it")
 
     @property
-    def unsure(self) -> str | None:
-        """The option and value by which no probability says how sure a prediction is."""
+    def no_probability(self) -> str | None:
+        """The option and value, such as alg = origin, with which predictions have no probability to compare."""
         return None
 
     @property
@@ -150,7 +150,7 @@ class LLaDAGeneration(Generation):
             )
 
     @property
-    def unsure(self) -> str | None:
+    def no_probability(self) -> str | None:
         return "remasking = random" if self.blind else None
 
     @property
@@ -209,7 +209,7 @@ class DreamGeneration(Generation):
             raise UserError("top_p and top_k have no effect with alg = origin at temperature 0: drop them")
 
     @property
-    def unsure(self) -> str | None:
+    def no_probability(self) -> str | None:
         return f"alg = {self.alg}" if self.alg in ("entropy", "origin") else None
 
     @property

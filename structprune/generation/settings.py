@@ -17,7 +17,7 @@ from structprune.generation.samplers import (
     sampler_options,
 )
 
-BLOCK_LENGTH = 32  # with which block-wise caches are published
+BLOCK_LENGTH = 32  # the default of block-wise generation, with which block-wise caches are published
 
 
 class GenerationSettings(Section):

@@ -120,6 +120,15 @@ def test_bad_options_are_one_line(arguments, words, capsys):
     assert words in shown.err and shown.err.count("\n") == 1 and not shown.out
 
 
+def test_an_interrupted_generation_says_what_is_lost(capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("structprune.runs.generate.TextGenerator.run", interrupted)
+    shown = said(capsys, "--prompt", "The server is", code=130)
+    assert shown.err == "structprune: interrupted; the text under way is lost\n" and not shown.out
+
+
 def test_help_has_examples(capsys):
     assert main(["generate", "--help"]) == 0
     shown = " ".join(capsys.readouterr().out.split())

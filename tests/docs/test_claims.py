@@ -161,7 +161,9 @@ def test_what_is_said_of_the_methods_on_a_pretrained_checkpoint():
     weights = [gaps[sinks, whole, each, "0.5"] for each in texts]
     assert all(max(row["by_seed"]) < 0 for row in weights)
     low, high = sorted(-row["mean"] for row in weights)
-    assert f"by {low:.2f} to {high:.2f} nats" in text and gaps[sinks, whole, "wikitext2-test", "0.5"]["shown"]
+    gained = f"{low:.2f} to {high:.2f} nats"
+    assert all(gained in prose(page) for page in ("README.md", "docs/sinks.md"))
+    assert f"by {gained}" in text and gaps[sinks, whole, "wikitext2-test", "0.5"]["shown"]
     kept = {
         row["variant"]: 100 * sum(row["tokens_kept"]) / 2
         for row in figures["generation"]["rows"]
