@@ -1,8 +1,9 @@
-"""What training back is worth on the embedded model: objectives, weights and what is trained, at equal tokens.
+"""What training back is worth on the embedded model: objectives, stages and what is trained, at equal tokens.
 
 Every variant trains the same pruned model of a seed and ratio on the package's calibration text, with the noise of one
 order, and is measured on held-out text under common noise: the loss of NELBO against dense, and what greedy generation
-keeps. Intervals are over seeds (see studies.py). An interrupted study continues where it stopped.
+keeps. Only "from scratch" starts from new weights, in the same shape. Intervals are over seeds (see studies.py). An
+interrupted study continues where it stopped.
 
     python -m scripts.studies.recovery_study --out scripts/results/recovery.json
 """
@@ -19,15 +20,12 @@ from rich.table import Table
 from scripts.studies.checkpoint_texts import Continued
 from scripts.studies.fixed_heads import BASE, HEADS
 from scripts.studies.search_study import STREAMED
-from scripts.studies.studies import (
-    Study,
-    cell,
-    held_out_text,
-)
+from scripts.studies.studies import Study, cell, held_out_text
 from scripts.studies.summaries import rows_and_gaps
 from scripts.studies.trainings import run_training_study
 from scripts.tools.script_line import one_line
 from structprune.assets import model_directory, text_file
+from structprune.checkpoint.save import save_pruned
 from structprune.config import Config
 from structprune.models.loading import load_model
 from structprune.recovery.settings import RecoverConfig
@@ -38,9 +36,11 @@ from structprune.runs.recover import recover
 RATIOS = ["0.5", "0.7"]
 TRAIN = {
     "model.device": "cpu", "data.length": 128, "data.held_out": 32, "train.method": "full",
-    "train.learning_rate": 1e-3, "train.batch": 16, "train.pass_windows": 8, "train.evaluations": 4,
+    "train.learning_rate": 5e-4, "train.batch": 8, "train.pass_windows": 8, "train.evaluations": 4,
 }  # fmt: skip
-UNTRAINED, OURS = "not trained", "divergence"
+UNTRAINED, OURS, BLOCKS, SCRATCH = "not trained", "divergence", "block-wise first", "from scratch"
+LONG = f"{BLOCKS}, three times the tokens"
+FIRST = {"blocks.tokens": 0.4, "blocks.learning_rate": 3e-3}
 VARIANTS: dict[str, dict] = {
     UNTRAINED: {},
     OURS: {},
@@ -48,11 +48,15 @@ VARIANTS: dict[str, dict] = {
     "both, half each": {"loss.kl": 0.5, "loss.cross_entropy": 0.5},
     "divergence by 1 / p": {"loss.weighting": "nelbo"},
     "moving target from 0.3": {"loss.teacher_share": 0.3},
-    "block-wise first": {"blocks.tokens": 0.3, "blocks.learning_rate": 3e-3},
+    BLOCKS: FIRST,
     "LoRA of rank 32": {"train.method": "lora", "train.rank": 32, "train.alpha": 64.0, "train.learning_rate": 3e-3},
+    SCRATCH: {"loss.kl": 0.0, "loss.cross_entropy": 1.0, "train.learning_rate": 3e-3},
+    LONG: FIRST,
 }
-CONTRASTS = [(OURS, UNTRAINED), *((name, OURS) for name in VARIANTS if name not in (UNTRAINED, OURS))]
+CONTRASTS = [(OURS, UNTRAINED), *((name, OURS) for name in VARIANTS if name not in (UNTRAINED, OURS, LONG))]
+CONTRASTS += [(LONG, BLOCKS)]
 SHARED = "blocks.tokens"  # of a variant: its first stage's share of the tokens
+TIMES = {LONG: 3}  # so many times the tokens of the others
 FIGURES = ("tokens_kept", "generated_nelbo", "seconds")
 
 
@@ -74,6 +78,15 @@ def pruned_model(seed: int, ratio: str) -> tempfile.TemporaryDirectory:
     return folder
 
 
+def new_weights(checkpoint: Path, out: Path, seed: int) -> Path:
+    """Write a model of the same shape and tokenizer, with weights as they are before any training."""
+    model = load_model(checkpoint, device="cpu")
+    torch.manual_seed(seed)
+    fresh = type(model)(model.config)
+    fresh.source = model.source
+    return save_pruned(fresh, out)
+
+
 def stages(variant: dict, tokens: int) -> dict:
     """The keys of a variant's training on so many tokens in both stages together."""
     first = round(variant.get(SHARED, 0) * tokens)
@@ -89,9 +102,11 @@ def measure(name: str, seed: int, windows: int, length: int, tokens: int, thread
         for ratio in RATIOS:
             checkpoint, seconds = Path(pruned_model(seed, ratio).name) / "pruned", 0.0
             if name != UNTRAINED:
-                keys = TRAIN | {"data.seed": seed} | stages(VARIANTS[name], tokens)
+                keys = TRAIN | {"data.seed": seed} | stages(VARIANTS[name], tokens * TIMES.get(name, 1))
                 keys |= {"data.source": str(text_file("calibration.txt"))}
                 out = Path(folder) / f"recovered-{ratio}"
+                if name == SCRATCH:
+                    checkpoint = new_weights(checkpoint, Path(folder) / f"new-{ratio}", seed)
                 done = recover(str(checkpoint), str(model_directory()), out, RecoverConfig.load(overrides=keys))
                 first = done.report["blocks"]
                 checkpoint, seconds = out, done.report["learnt"]["seconds"] + (first["seconds"] if first else 0.0)

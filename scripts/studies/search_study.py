@@ -18,18 +18,21 @@ SEARCH = {"search.enabled": True, "search.sequences": 40}
 KNAPSACK = SEARCH | {"search.method": "knapsack"}
 REFIT = MANY | PRODUCERS | HEAD | VISIBLE
 STREAMED = REFIT | STREAM
+# three times the sequences that choose: damping and widths are chosen on them
+MORE_HELD_OUT = {"calibration.held_out": 120, "search.sequences": 120}
+SEARCHED = "whole refit, stream, knapsack"
+LONG = "480 windows, 120 held out, whole refit, stream, knapsack"
 VARIANTS = {
     "today's recipe": MANY,
     "producers": MANY | PRODUCERS,
     "producers, head": MANY | PRODUCERS | HEAD,
     "whole refit": REFIT,
     "whole refit, stream": STREAMED,
-    "whole refit, stream, knapsack": STREAMED | KNAPSACK,
-    "480 windows, whole refit, stream, knapsack": STREAMED | rows_of(480, 1) | KNAPSACK,
+    SEARCHED: STREAMED | KNAPSACK,
+    LONG: STREAMED | rows_of(480, 1) | KNAPSACK | MORE_HELD_OUT,
     "whole refit, stream, knapsack of parts": STREAMED | KNAPSACK | {"search.whole": False},
     "whole refit, stream, knapsack and evolution": STREAMED | SEARCH,
 }
-SEARCHED, LONG = "whole refit, stream, knapsack", "480 windows, whole refit, stream, knapsack"
 CONTRASTS = [
     ("producers", "today's recipe"),
     ("producers, head", "producers"),

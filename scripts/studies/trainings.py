@@ -3,7 +3,7 @@
 from scripts.studies.studies import Study, parse_options, run_study, study_parser
 from scripts.tools.script_line import check_counts
 
-TOKENS = 500_000
+TOKENS = 200_000
 
 
 def run_training_study(study: Study, arguments: list[str] | None, train: dict, meaning: str) -> None:

@@ -182,7 +182,7 @@ def test_what_is_said_of_the_search():
     rows = {(row["variant"], row["ratio"]): row for row in figures["losses"]}
     gaps = {(row["variant"], row["against"], row["ratio"]): row for row in figures["contrasts"]}
     today, whole, streamed = "today's recipe", "whole refit", "whole refit, stream"
-    searched, long = f"{streamed}, knapsack", f"480 windows, {streamed}, knapsack"
+    searched, long = f"{streamed}, knapsack", f"480 windows, 120 held out, {streamed}, knapsack"
     assert all(gaps["producers", today, ratio]["shown"] for ratio in ("0.5", "0.7"))
     for pair in (("producers, head", "producers"), (whole, "producers, head")):
         assert gaps[(*pair, "0.7")]["shown"] and not gaps[(*pair, "0.5")]["shown"]

@@ -12,15 +12,17 @@ def study(scripts):
 
 def test_variants_change_one_choice_of_the_training(study):
     for name, keys in study.VARIANTS.items():
-        config = RecoverConfig.load(overrides=study.TRAIN | study.stages(keys, 1000))
+        config = RecoverConfig.load(overrides=study.TRAIN | study.stages(keys, 1000))  # of the keys of every training
         assert config.blocks.tokens + config.train.tokens == 1000
         assert config.train.batch % config.train.pass_windows == 0, name
     sections = {name: {key.partition(".")[0] for key in keys} for name, keys in study.VARIANTS.items()}
-    assert sections.pop("LoRA of rank 32") == {"train"} and sections.pop("block-wise first") == {"blocks"}
+    assert sections.pop("LoRA of rank 32") == {"train"} and sections.pop("from scratch") == {"loss", "train"}
+    assert sections.pop("block-wise first") == {"blocks"} == sections.pop(study.LONG)
     first = RecoverConfig.load(overrides=study.stages(study.VARIANTS["block-wise first"], 1000))
-    assert (first.blocks.tokens, first.train.tokens) == (300, 700)
+    assert (first.blocks.tokens, first.train.tokens) == (400, 600)
     assert all(parts <= {"loss"} for parts in sections.values()) and not study.VARIANTS[study.OURS]
-    assert (study.OURS, study.UNTRAINED) in study.CONTRASTS and len(set(study.CONTRASTS)) == 7
+    assert (study.OURS, study.UNTRAINED) in study.CONTRASTS and len(set(study.CONTRASTS)) == 9
+    assert (study.LONG, study.BLOCKS) in study.CONTRASTS and (study.LONG, study.OURS) not in study.CONTRASTS
 
 
 @pytest.mark.slow
@@ -29,11 +31,13 @@ def test_a_measurement_trains_the_pruned_model_of_its_seed(study, monkeypatch):
     monkeypatch.setattr(study, "STREAMED", study.STREAMED | small)
     monkeypatch.setattr(study, "RATIOS", ["0.5"])
     monkeypatch.setattr(study, "TRAIN", study.TRAIN | {"data.length": 32, "data.held_out": 4, "train.evaluations": 1})
-    before, after = (
-        study.measure(name, 5, 4, 32, 16 * 32 * 3, 1)["ratios"]["0.5"] for name in (study.UNTRAINED, study.OURS)
-    )
+    names, original, tokens = (study.UNTRAINED, study.OURS, study.SCRATCH, study.LONG), study.recover, []
+    monkeypatch.setattr(study, "recover", lambda *given: tokens.append(original(*given)) or tokens[-1])
+    before, after, scratch, long = (study.measure(name, 5, 4, 32, 8 * 32 * 5, 1)["ratios"]["0.5"] for name in names)
     assert before["seconds"] == 0 < after["seconds"] and len(before["loss"]) == len(after["loss"]) == 4
     assert before["loss"] != after["loss"] and after["generated_nelbo"] > 0
+    assert min(scratch["loss"]) > max(before["loss"]) + 0.3 and long["loss"] != after["loss"]
+    assert [done.report["tokens"] for done in tokens] == [1280, 1280, 3840]
 
 
 def test_the_summary_is_paired(study):
@@ -46,7 +50,7 @@ def test_the_summary_is_paired(study):
     result = study.summarise(runs, [0, 1])
     gaps = {(row["variant"], row["ratio"]): row["by_seed"] for row in result["contrasts"]}
     assert gaps.pop((study.OURS, "0.5")) == gaps.pop((study.OURS, "0.7")) == [-1.5, -2.0]
-    assert set(map(tuple, gaps.values())) == {(0.0, 0.0)} and len(gaps) == 12
+    assert set(map(tuple, gaps.values())) == {(0.0, 0.0)} and len(gaps) == 16
     first, _ = study.tables(result)
     assert list(first.columns[2]._cells)[0] == "25.0 %" and len(first.columns[0]._cells) == len(study.VARIANTS)
 
