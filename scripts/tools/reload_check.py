@@ -78,9 +78,21 @@ def fills_masks(directory, expected) -> dict:
     raise AssertionError("AutoModelForMaskedLM took a model whose logits are shifted")
 
 
-def saves_again(model, expected, folder: Path) -> float:
-    """Difference of logits after this transformers' save_pretrained and a reload."""
+def saves_again(model, case: dict, expected, folder: Path) -> float:
+    """Difference of logits after this transformers' save_pretrained and a reload; the layout is as it was.
+
+    Raises:
+        AssertionError: config.json changed in another key than versions and the classes beside the weights.
+    """
     model.save_pretrained(folder)
+    before, after = (json.loads((Path(each) / "config.json").read_text()) for each in (case["directory"], folder))
+    changed = {key for key in before | after if before.get(key) != after.get(key)}
+    # of the run, or a default that is written out
+    changed -= {"transformers_version", "dtype", "torch_dtype", "auto_map", "use_cache", "_name_or_path"}
+    changed -= {"initializer_range", "tie_word_embeddings"} - set(before)
+    if case.get("export") == "free":  # only what differs from our classes' defaults is written
+        changed &= {"model_type", "architectures", "head_dim", "per_layer_config"}
+    assert not changed, f"save_pretrained changed {sorted(changed)} in config.json"
     return difference(load(AutoModelForCausalLM, folder), expected)
 
 
@@ -151,7 +163,7 @@ def check_case(case: dict, scratch: Path) -> dict:
     results |= fills_masks(directory, expected) | attends(directory, expected)
     model = load(AutoModelForCausalLM, directory)
     writes(model, case)
-    results["save_pretrained"] = saves_again(model, expected, scratch / case["name"])
+    results["save_pretrained"] = saves_again(model, case, expected, scratch / case["name"])
     results["resized"] = grows(directory, expected, scratch / f"{case['name']}-grown")
     trains(model, expected)
     if "text" not in case:  # a checkpoint without a tokenizer

@@ -1,8 +1,8 @@
 """Export classes: which code can load a pruned model, and the config.json of each class.
 
 `official`: the family's own modeling code (only MLP channels or whole blocks removed, one width, no added bias);
-`uniform`: engines that support an explicit head dimension (one width everywhere, no added bias); `free`: the modeling
-files written beside the weights.
+`uniform`: the family's own keys and an explicit head dimension, for engines that read it (one width everywhere, no
+added bias); `free`: the modeling files written beside the weights.
 """
 
 from dataclasses import astuple
@@ -13,11 +13,14 @@ from transformers import PretrainedConfig
 from structprune.config import Config
 from structprune.errors import UserError
 from structprune.models.adapter import block_widths, set_depth
+from structprune.models.configuration_structprune import published_values
 from structprune.models.families import Family, family_of
 
 CODE_FILES = tuple(
     f"{name}_structprune.py" for name in ("configuration", "layers", "sampling", "generation", "modeling")
 )
+OUTDATED = ("dtype", "quantization_config", "per_layer_config")  # of a source's config.json
+STALE = (*OUTDATED, "_name_or_path", "transformers_version", "auto_map")  # of a config
 CLASSES = ("official", "uniform", "free")  # strictest first
 
 
@@ -40,13 +43,23 @@ def obstacles(config, source_values: dict | None) -> dict[str, str]:
     if config.attention_output_bias or config.mlp_output_bias:
         reason = "the refit added biases (set reconstruct.constant false and mode least-squares)"
         return dict.fromkeys(CLASSES[:2], reason)
-    if not source_values or source_values.get("model_type") not in family.model_types:
-        return {"official": "the dense checkpoint was not in its family's official layout"}
-    heads = source_values[family.width_keys["query_heads"]]
-    kv_heads = source_values.get(family.width_keys["kv_heads"]) or heads
-    if widths and (widths[0].query_heads, widths[0].kv_heads) != (heads, kv_heads):
-        return {"official": "heads were removed (set structured.split to 0)"}
+    if widths and (reason := _odd_attention(config, family, source_values)):
+        return {"official": reason}
     return {}
+
+
+def _odd_attention(config, family: Family, source_values: dict | None) -> str | None:
+    """Why the family's own code, whose heads share out the hidden size, cannot have a model's attention.
+
+    A source of that layout is taken to be loaded by that code as it is.
+    """
+    heads, hidden = block_widths(config, family, 0).query_heads, getattr(config, family.keys["hidden"])
+    values = source_values or {}
+    unchanged = values.get("model_type") in family.model_types and values[family.width_keys["query_heads"]] == heads
+    if unchanged or heads * config.head_dim == hidden:
+        return None
+    features = f"{heads} heads of {config.head_dim} are not the hidden size {hidden}"
+    return f"heads were removed: {features} (set structured.split to 0)"
 
 
 def export_class(config, source_values: dict | None) -> str:
@@ -100,29 +113,43 @@ def config_values(config, source_values: dict | None, compat: str, dtype: str) -
     """Contents of the config.json to write.
 
     Args:
-        compat: the class asked for; `official` keeps the family's own file and changes depth and MLP width only, and
-            a `tie_word_embeddings` that the model does not have.
+        source_values: contents of the source's config.json.
+        compat: the class asked for. `official` and `uniform` are in the family's own layout: of a source in that
+            layout all keys stay, beside depth, widths and a `tie_word_embeddings` that the model does not have.
         dtype: of the written weights.
     """
     family = family_of(config)
-    if compat == "official":
-        depth, channels = getattr(config, family.keys["depth"]), family.width_keys["channels"]
-        values = (source_values or {}) | {channels: block_widths(config, family, 0).channels}
-        values = set_depth(values, family, depth)
-        # the weights that are written are not quantised, whatever the source's loader was to do with them
-        stale: tuple[str, ...] = ("dtype", "quantization_config", "per_layer_config")
-        stale += () if auto_map(family) else ("auto_map",)
-        own = {"mask_token_id": config.mask_token_id, "rope_theta": config.rope_theta}  # the source may lack them
-        if "tie_word_embeddings" in values:  # LLaDA's own code reads weight_tying only, whatever this says
-            own["tie_word_embeddings"] = False
-        rows = family.keys["vocabulary"]
-        if getattr(config, rows) != (values.get(rows) or values["vocab_size"]):  # resized after loading
-            own |= {rows: getattr(config, rows), "vocab_size": config.vocab_size}
-    else:
+    if compat == "free":
         defaults = PretrainedConfig().to_dict().items()
         values = {key: value for key, value in config.to_dict().items() if (key, value) not in defaults}
-        stale = ("dtype", "_name_or_path", "transformers_version")
+        stale = ("dtype", "_name_or_path", "transformers_version", "published")
         own = {"architectures": [family.model_class.__name__], "model_type": family.config_class.model_type}
-    values = {key: value for key, value in values.items() if key not in stale}
+        values = {key: value for key, value in values.items() if key not in stale} | own
+    else:
+        values = _published_values(config, family, source_values)
     # torch_dtype is the name that transformers 4 and 5 both read
-    return values | own | {"torch_dtype": dtype} | auto_map(family)
+    return values | {"torch_dtype": dtype} | auto_map(family)
+
+
+def _published_values(config, family: Family, source_values: dict | None) -> dict:
+    """The config in the family's own layout, with the source's keys if it was in that layout."""
+    query, kv = (family.width_keys[role] for role in ("query_heads", "kv_heads"))
+    values = published_values(config, getattr(config, query), getattr(config, family.keys["hidden"]))
+    if not source_values or source_values.get("model_type") not in family.model_types:
+        # keys that this implementation takes for granted, and the family's own code does not
+        fixed = {key: allowed[0] for key, allowed in family.supported.items() if key not in values}
+        kind = {"architectures": [family.architecture], "model_type": family.model_types[0]}
+        return {key: value for key, value in (fixed | values | kind).items() if key not in STALE}
+    before = source_values | {kv: source_values.get(kv) or source_values[query]}
+    keys = (*family.width_keys.values(), "head_dim")
+    changes = {key: values[key] for key in keys if key in values and before.get(key) != values[key]}
+    whole = set_depth(source_values | changes, family, getattr(config, family.keys["depth"]))
+    # the weights that are written are not quantised, whatever the source's loader was to do with them
+    stale = OUTDATED if auto_map(family) else (*OUTDATED, "auto_map")
+    own = {"mask_token_id": config.mask_token_id, "rope_theta": config.rope_theta}  # the source may lack them
+    if "tie_word_embeddings" in whole:  # LLaDA's own code reads weight_tying only, whatever this says
+        own["tie_word_embeddings"] = False
+    rows = family.keys["vocabulary"]
+    if getattr(config, rows) != (whole.get(rows) or whole["vocab_size"]):  # resized after loading
+        own |= {rows: getattr(config, rows), "vocab_size": config.vocab_size}
+    return {key: value for key, value in whole.items() if key not in stale} | own

@@ -6,7 +6,50 @@ Copied next to every checkpoint structprune writes: imports transformers (4.46 t
 from transformers import PretrainedConfig
 
 
-class StructpruneLLaDAConfig(PretrainedConfig):
+class LayoutConfig(PretrainedConfig):
+    """Is saved in the layout that it was read in: the family's own, as long as its blocks are alike and add no bias.
+
+    `published` has the `model_type` and `architectures` of that layout; None is structprune's own.
+    """
+
+    published = None
+
+    def _read_layout(self, values: dict):
+        """Take the layout out of a config.json's `values`."""
+        kind, self.published = values.pop("model_type", None), values.pop("published", None)
+        if kind not in (None, self.model_type):
+            self.published = {"model_type": kind, "architectures": values.get("architectures")}
+        if values.get("rope_scaling", self) is None:  # as it is by default; transformers 5 warns of the key
+            del values["rope_scaling"]
+
+    def to_diff_dict(self):
+        """What is written: in the family's own layout all keys, since its defaults are not these."""
+        if self.published and is_publishable(self):
+            return published_values(self, self.num_attention_heads, self.hidden_size) | self.published
+        return {key: value for key, value in super().to_diff_dict().items() if key != "published"}
+
+
+def is_publishable(config) -> bool:
+    """Whether a family's own keys can describe a model: blocks of one width, no biases that the family lacks."""
+    biases = config.attention_output_bias or config.mlp_output_bias
+    return not biases and not config.to_dict().get("per_layer_config")
+
+
+def published_values(config, heads: int, hidden: int) -> dict:
+    """A config's values under the names that the family's own code and other engines read.
+
+    `head_dim` is there only where it is not `hidden` shared by `heads`, which all of them take for granted.
+    """
+    absent = ("published", "attention_output_bias", "mlp_output_bias", "_name_or_path", *type(config).attribute_map)
+    defaults = PretrainedConfig().to_dict().items()
+    values = {key: value for key, value in config.to_dict().items() if (key, value) not in defaults}
+    values = {key: value for key, value in values.items() if key not in absent}
+    if config.head_dim * heads == hidden:
+        del values["head_dim"]
+    return values
+
+
+class StructpruneLLaDAConfig(LayoutConfig):
     """LLaDA's configuration under its own key names, with explicit `head_dim` and optional per-layer widths.
 
     `per_layer_config` maps a block index to the `n_heads`, `n_kv_heads` and `mlp_hidden_size` that differ there. A
@@ -39,6 +82,7 @@ class StructpruneLLaDAConfig(PretrainedConfig):
         self.include_bias, self.include_qkv_bias = include_bias, include_qkv_bias
         self.attention_output_bias, self.mlp_output_bias = attention_output_bias, mlp_output_bias
         self.mask_token_id, self.initializer_range = mask_token_id, initializer_range
+        self._read_layout(kwargs)
         super().__init__(tie_word_embeddings=untied(kwargs), **kwargs)
 
     def to_dict(self):
@@ -49,7 +93,7 @@ class StructpruneLLaDAConfig(PretrainedConfig):
         return super().to_dict() | {"num_hidden_layers": self.n_layers}
 
 
-class StructpruneDreamConfig(PretrainedConfig):
+class StructpruneDreamConfig(LayoutConfig):
     """Dream's (Qwen2's) configuration with explicit `head_dim` and optional per-layer widths.
 
     `per_layer_config` maps a layer index to the `num_attention_heads`, `num_key_value_heads` and
@@ -74,6 +118,7 @@ class StructpruneDreamConfig(PretrainedConfig):
         self.rms_norm_eps, self.initializer_range = rms_norm_eps, initializer_range
         self.attention_output_bias, self.mlp_output_bias = attention_output_bias, mlp_output_bias
         self.mask_token_id = mask_token_id
+        self._read_layout(kwargs)
         super().__init__(tie_word_embeddings=untied(kwargs), **kwargs)
 
 

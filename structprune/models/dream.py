@@ -7,6 +7,7 @@ from structprune.models.modeling_structprune import StructpruneDream
 DREAM = Family(
     name="dream",
     model_types=("Dream",),
+    architecture="DreamModel",
     config_class=StructpruneDreamConfig,
     model_class=StructpruneDream,
     blocks="model.layers",

@@ -20,7 +20,8 @@ class Family:
     Behaviours that a model class knows (`shifted`, `edges_visible`) are asked of `model_class`.
 
     Attributes:
-        model_types: `model_type` values of official checkpoints that load into this family.
+        model_types: `model_type` values of official checkpoints that load into this family; the first is written.
+        architecture: the class name in `architectures` of official checkpoints, by which engines know the family.
         config_class: needs `head_dim`, `mask_token_id`, `rope_theta`, `attention_output_bias` and `mlp_output_bias`
             beside the keys below, and a `model_type` of its own, under which pruned checkpoints are written.
         model_class: its blocks are `layers_structprune.Block`s, whose `roles` name every part (`ROLES` are the linears,
@@ -42,6 +43,7 @@ class Family:
 
     name: str
     model_types: tuple[str, ...]
+    architecture: str
     config_class: type[PretrainedConfig]
     model_class: type[DiffusionLM]
     blocks: str

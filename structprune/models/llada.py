@@ -7,6 +7,7 @@ from structprune.models.modeling_structprune import StructpruneLLaDA
 LLADA = Family(
     name="llada",
     model_types=("llada", "mmada"),
+    architecture="LLaDAModelLM",
     config_class=StructpruneLLaDAConfig,
     model_class=StructpruneLLaDA,
     blocks="model.transformer.blocks",

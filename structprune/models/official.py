@@ -9,6 +9,7 @@ from transformers import PretrainedConfig
 from structprune.errors import UserError, nearest, shown
 from structprune.models.checkpoint_files import read_json
 from structprune.models.config_values import USED, WHOLE, check_heads, check_values, check_whole
+from structprune.models.configuration_structprune import LayoutConfig
 from structprune.models.families import FAMILIES, Family
 from structprune.models.quiet import quiet_transformers
 
@@ -76,9 +77,12 @@ def build_config(values: dict, family: Family, mask_id: int, where: Path | str) 
     vocabulary = arguments.get(family.keys["vocabulary"]) or arguments["vocab_size"]
     if not 0 <= mask_id < vocabulary:
         raise UserError(f"{where}: mask id {shown(mask_id)} lies outside the embedding of {vocabulary} tokens")
+    own = {"mask_token_id": mask_id}
+    if issubclass(family.config_class, LayoutConfig) and values["model_type"] in family.model_types:
+        own["published"] = {key: values.get(key) for key in ("model_type", "architectures")}
     try:
         with quiet_transformers():
-            return family.config_class(**(arguments | {"mask_token_id": mask_id}))
+            return family.config_class(**(arguments | own))
     except Exception as error:  # keys that only transformers reads, such as layer_types
         reason = " ".join(str(error).split())[:200] or type(error).__name__  # its reason may come after its first line
         raise UserError(f"{where}: config.json cannot be used ({reason}): correct it") from error

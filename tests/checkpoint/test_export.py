@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 
 from structprune import Plan, UserError, apply_plan, load_model
 from structprune.checkpoint.export import (
@@ -19,8 +20,9 @@ from structprune.config import Config, ExportSettings
 from structprune.models.families import DREAM, LLADA
 from structprune.structured.plan import BlockPlan
 
+IDS = torch.arange(1, 13).reshape(2, 6)  # (B, T)
 FULL = {"llada": (range(4), range(4)), "dream": (range(6), range(2))}
-FEWER = {"llada": ((0, 3), (0, 3)), "dream": ((0, 2, 3, 5), (0, 1))}
+FEWER = {"llada": ((0, 3), (0, 3)), "dream": ((0, 1, 2), (0,))}
 
 
 @pytest.fixture
@@ -87,7 +89,8 @@ def test_equal_blocks_without_attention_are_of_no_class_but_free(tiny_model, fam
 def test_reasons_name_the_remedy(pruned):
     model = pruned("llada", fewer=True)
     result = obstacles(model.config, model.source.values)
-    assert result == {"official": "heads were removed (set structured.split to 0)"}
+    features = "2 heads of 8 are not the hidden size 32"
+    assert result == {"official": f"heads were removed: {features} (set structured.split to 0)"}
     model = pruned("llada", channels=(24, 16, 24))
     assert "blocks differ in width" in obstacles(model.config, model.source.values)["uniform"]
     model = pruned("llada", biases=True)
@@ -117,11 +120,30 @@ def test_a_request_that_rules_a_class_out(compat, changes, reason):
         check_export_request(config)
 
 
-def test_a_source_that_was_ours_gives_no_official_export(pruned):
+def test_a_source_that_was_ours_is_judged_by_its_shapes(pruned):
+    """A pruned checkpoint in our own layout, whose heads still share out the hidden size, goes back to the family's."""
     model = pruned("llada")
     ours = model.source.values | {"model_type": "structprune_llada"}
-    assert export_class(model.config, ours) == "uniform"
-    assert export_class(model.config, None) == "uniform"
+    assert export_class(model.config, ours) == "official" == export_class(model.config, None)
+    fewer = pruned("llada", fewer=True)
+    assert export_class(fewer.config, ours) == "uniform" == export_class(fewer.config, None)
+
+
+@pytest.mark.parametrize("family", [LLADA, DREAM])
+@pytest.mark.parametrize("ours", [True, False])
+def test_uniform_config_has_the_familys_keys_and_a_head_size(pruned, family, ours):
+    """Also of a source in our own layout; then with what other code does not take for granted."""
+    model = pruned(family.name, fewer=True)
+    values = config_values(model.config, None if ours else model.source.values, "uniform", "float32")
+    assert (values["model_type"], values["architectures"]) == (family.model_types[0], [family.architecture])
+    heads = len(FEWER[family.name][0]), len(FEWER[family.name][1])
+    assert values["head_dim"] == 8 and values[family.width_keys["channels"]] == 24
+    assert tuple(values[family.width_keys[role]] for role in ("query_heads", "kv_heads")) == heads
+    strange = {"num_hidden_layers", "num_attention_heads", "hidden_size", "attention_output_bias", "published", "dtype"}
+    assert not strange & set(values) if family is LLADA else "attention_output_bias" not in values
+    stored = {} if ours else model.source.values
+    assert all(values[key] == stored.get(key, allowed[0]) for key, allowed in family.supported.items() if key in values)
+    assert not ours or set(family.supported) <= set(values)
 
 
 @pytest.mark.parametrize("family, key, kind", [
@@ -144,6 +166,8 @@ def test_the_depth_is_that_of_the_remaining_blocks(pruned, family, key, compat):
     model = pruned(family, channels=(24, None, 24), num_hidden_layers=3, per_layer_config={"1": {}})
     values = config_values(model.config, model.source.values, compat, "float32")
     assert values[key] == values["num_hidden_layers"] == 2 and "per_layer_config" not in values
+    ours = config_values(model.config, None, compat, "float32")
+    assert ours[key] == 2 and ("num_hidden_layers" in ours) == (family == "dream" or compat == "free")
 
 
 @pytest.mark.parametrize("compat", ["official", "uniform", "free"])
@@ -208,3 +232,17 @@ def test_auto_map_leads_to_the_files_beside_the_weights(family):
 def test_no_output_is_called_quantised(tiny_checkpoint, compat):
     model = load_model(tiny_checkpoint("llada", quantization_config={"load_in_8bit": True}))
     assert "quantization_config" not in config_values(model.config, model.source.values, compat, "float32")
+
+
+@pytest.mark.parametrize("family", ["llada", "dream"])
+@pytest.mark.parametrize("fewer, channels, own", [(False, (24, 24, 24), False), (True, (24, 24, 8), True)])
+def test_save_pretrained_keeps_the_familys_layout_where_it_can(pruned, tmp_path, family, fewer, channels, own):
+    """A model that was loaded from it and trained stays readable by what read it before."""
+    model = pruned(family, fewer, channels)
+    model.save_pretrained(tmp_path / "out")
+    values = json.loads((tmp_path / "out" / "config.json").read_text())
+    source = model.source.values
+    kind = f"structprune_{family}" if own else source["model_type"]
+    assert values["model_type"] == kind and "published" not in values
+    assert values["architectures"] == ([type(model).__name__] if own else source["architectures"])
+    assert torch.equal(load_model(tmp_path / "out")(IDS).logits, model(IDS).logits)

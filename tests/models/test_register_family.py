@@ -41,7 +41,7 @@ class ToyLM(StructpruneLLaDA):
 
 
 TOY = Family(
-    name="toy", model_types=("toy",), config_class=ToyConfig, model_class=ToyLM,
+    name="toy", model_types=("toy",), architecture="ToyForMaskedLM", config_class=ToyConfig, model_class=ToyLM,
     blocks="model.transformer.blocks", embedding="model.transformer.wte.weight",
     width_keys={"query_heads": "n_head", "kv_heads": "n_kv_head", "channels": "n_inner"},
     keys={"hidden": "n_embd", "depth": "n_layer", "vocabulary": "vocab_size", "positions": "n_positions"},

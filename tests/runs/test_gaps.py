@@ -109,7 +109,7 @@ def test_whole_blocks_are_exported_as_fewer_equal_ones(tiny_checkpoint, config, 
     directory = pruned.save(tmp_path / "small")
     values = json.loads((directory / "config.json").read_text())
     assert values["n_layers"] == 2 and "per_layer_config" not in values
-    assert values["model_type"] == ("llada" if compat == "official" else "structprune_llada")
+    assert values["model_type"] == "llada" and "head_dim" not in values
     again = load_model(directory)
     ids = torch.arange(12)[None]
     with torch.inference_mode():
