@@ -32,9 +32,17 @@ def model_card(report: dict) -> str:
         states=_states(calibration),
         seed=calibration.get("seed", "unknown"),
         export=report["export_class"],
-        generate=_example(family_named(report["family"]).model_class),
+        generate="" if report.get("own_code") else _example(family_named(report["family"]).model_class),
+        code=_code(report.get("own_code")),
         alignment=f"position i predicts token {'i + 1' if shifted else 'i'}",
     )
+
+
+def _code(own: list[str] | None) -> str:
+    """Whose code `auto_map` leads to. Reports of earlier versions do not say: it was structprune's."""
+    if not own:
+        return "The code beside the weights is structprune's own."
+    return f"`auto_map` leads to the family's own code, copied from the source and never run ({', '.join(own)})."
 
 
 def _example(model_class: type) -> str:

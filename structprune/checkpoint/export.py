@@ -43,9 +43,8 @@ def obstacles(config, source_values: dict | None) -> dict[str, str]:
     if config.attention_output_bias or config.mlp_output_bias:
         reason = "the refit added biases (set reconstruct.constant false and mode least-squares)"
         return dict.fromkeys(CLASSES[:2], reason)
-    if widths and (reason := _odd_attention(config, family, source_values)):
-        return {"official": reason}
-    return {}
+    odd = _odd_attention(config, family, source_values) if widths else None
+    return {"official": odd} if odd else {}
 
 
 def _odd_attention(config, family: Family, source_values: dict | None) -> str | None:
@@ -68,11 +67,11 @@ def export_class(config, source_values: dict | None) -> str:
     return next(name for name in CLASSES if name not in reasons)
 
 
-def check_export(config, source_values: dict | None, compat: str) -> None:
-    """Raise UserError, with the reason, if a model is not in the class `compat`."""
+def check_export(config, source_values: dict | None, compat: str, option: str = "export.compat = ") -> None:
+    """Raise UserError, with the reason, if a model is not in the class `compat`, which `option` asked for."""
     if reason := obstacles(config, source_values).get(compat):
         other = export_class(config, source_values)
-        raise UserError(f"export.compat = {compat} is not possible: {reason}; or export as {other}")
+        raise UserError(f"{option}{compat} is not possible: {reason}; or export as {other}")
 
 
 def check_export_request(config: Config) -> None:
@@ -109,10 +108,29 @@ def auto_map(family: Family) -> dict[str, dict[str, str]]:
     return {"auto_map": {"AutoConfig": config, **dict.fromkeys(models, model)}}
 
 
-def config_values(config, source_values: dict | None, compat: str, dtype: str) -> dict:
+def own_code(directory: Path | None, values: dict | None) -> list[Path]:
+    """The Python files beside a checkpoint whose `auto_map` names them as its classes; none where they are ours.
+
+    They are for copying, and are not run.
+
+    Args:
+        values: contents of its config.json.
+    """
+    entries = (values or {}).get("auto_map")
+    targets = [target for target in entries.values() if isinstance(target, str)] if isinstance(entries, dict) else []
+    names = {f"{target.rpartition('.')[0]}.py" for target in targets}
+    if directory is None or not names or names & set(CODE_FILES):
+        return []
+    if not all((directory / name).is_file() for name in names):  # they are in another repository, or gone
+        return []
+    return sorted(path for path in directory.glob("*.py") if path.is_file() and path.name not in CODE_FILES)
+
+
+def config_values(config, source_values: dict | None, compat: str, dtype: str, keeps_code: bool = False) -> dict:
     """Contents of the config.json to write.
 
     Args:
+        keeps_code: the source's `auto_map` stays, since its files are copied.
         source_values: contents of the source's config.json.
         compat: the class asked for. `official` and `uniform` are in the family's own layout: of a source in that
             layout all keys stay, beside depth, widths and a `tie_word_embeddings` that the model does not have.
@@ -128,7 +146,8 @@ def config_values(config, source_values: dict | None, compat: str, dtype: str) -
     else:
         values = _published_values(config, family, source_values)
     # torch_dtype is the name that transformers 4 and 5 both read
-    return values | {"torch_dtype": dtype} | auto_map(family)
+    classes = {"auto_map": (source_values or {})["auto_map"]} if keeps_code else auto_map(family)
+    return values | {"torch_dtype": dtype} | classes
 
 
 def _published_values(config, family: Family, source_values: dict | None) -> dict:

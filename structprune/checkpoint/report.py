@@ -11,7 +11,7 @@ import transformers
 from structprune import __version__
 from structprune.bench.memory import peak_memory_bytes
 from structprune.calibration.batches import Calibration
-from structprune.checkpoint.export import export_class
+from structprune.checkpoint.export import export_class, own_code
 from structprune.checkpoint.licence import source_licence
 from structprune.checkpoint.lineage import earlier_steps, removed_in_all
 from structprune.config import Config
@@ -91,6 +91,9 @@ def structured_report(
         "widths": [asdict(block.widths) for block in after.blocks],
         "removed": _removed(before, after, remaining),
         "export_class": export_class(small.config, source.values),
+        "own_code": [path.name for path in own_code(source.directory, source.values)]
+        if config.export.compat == "official"
+        else [],
     }
 
 

@@ -1,11 +1,12 @@
 """Writing a pruned model as a directory that loads anywhere; it appears complete or not at all."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from structprune.checkpoint.export import CODE_FILES, check_export, config_values
+from structprune.checkpoint.export import CODE_FILES, check_export, config_values, own_code
 from structprune.checkpoint.learnt_text import LEARNT
 from structprune.checkpoint.output import Content, check_output, output_draft, write_json, write_shards
 from structprune.config import ExportSettings
@@ -26,13 +27,17 @@ def save_pruned(
     *,
     files: dict[str, Content] | None = None,
     overwrite: bool = False,
+    check: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write weights, config, tokenizer, generation settings and the modeling files.
+
+    An `official` export of a source that ships its family's own code keeps that code, and `auto_map` leads to it.
 
     Args:
         export: export class, dtype and size of files; default `ExportSettings()`.
         files: additional files; a dict is written as JSON, text as it is, and a callable gets the path.
         overwrite: replace an existing directory once the new one is complete.
+        check: is called with the directory before it takes its place; what it raises leaves nothing behind.
     Returns:
         The directory.
     Raises:
@@ -46,14 +51,18 @@ def save_pruned(
     carried = source.directory if source else None
     needed = sum(p.numel() for p in model.parameters()) * dtype.itemsize
     directory = check_output(directory, carried, overwrite, needed)
+    theirs = own_code(carried, values) if export.compat == "official" else []
     with output_draft(directory, overwrite, files, needed) as draft:
         _write_weights(model, draft, dtype, export.max_shard_size)
-        write_json(draft / "config.json", config_values(model.config, values, export.compat, str(dtype).split(".")[1]))
+        name = str(dtype).removeprefix("torch.")
+        write_json(draft / "config.json", config_values(model.config, values, export.compat, name, bool(theirs)))
         beside = [Path(modeling_structprune.__file__).with_name(name) for name in CODE_FILES]
-        for path in (*beside, *family_of(model.config).code):
+        for path in (*theirs, *beside, *family_of(model.config).code):
             shutil.copyfile(path, draft / path.name)
         if carried is not None:
             _carry(carried, draft)
+        if check is not None:
+            check(draft)
     return directory
 
 

@@ -102,7 +102,7 @@ def load_model(
         device: default CPU.
         mask_id: where neither config nor tokenizer has the mask token's id.
         allow_pickle: also read `.bin` shards, with `torch.load(weights_only=True)`.
-        code: also download a Hub id's Python and other files (`locate`), for `save_masked`.
+        code: also download a Hub id's Python and other files (`locate`), for outputs that keep them.
     Returns:
         A `transformers.PreTrainedModel` in eval mode; `model.source` says where it came from.
     Raises:

@@ -77,7 +77,7 @@ def build_config(values: dict, family: Family, mask_id: int, where: Path | str) 
     vocabulary = arguments.get(family.keys["vocabulary"]) or arguments["vocab_size"]
     if not 0 <= mask_id < vocabulary:
         raise UserError(f"{where}: mask id {shown(mask_id)} lies outside the embedding of {vocabulary} tokens")
-    own = {"mask_token_id": mask_id}
+    own: dict[str, Any] = {"mask_token_id": mask_id}
     if issubclass(family.config_class, LayoutConfig) and values["model_type"] in family.model_types:
         own["published"] = {key: values.get(key) for key in ("model_type", "architectures")}
     try:

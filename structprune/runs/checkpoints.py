@@ -184,10 +184,10 @@ def _check_text(config: Config, ghost: Ghost) -> None:
 def _load(source: str, request: StructuredRequest | MaskRequest) -> tuple[DiffusionLM, int]:
     """The model where the request says, and the bytes of its weights in their stored dtype.
 
-    Masks also carry the checkpoint's own code over, which is not executed.
+    Masks and official exports also carry the checkpoint's own code over, which is not executed.
     """
     resources, settings = request.resources, request.config.model
     dtype = "auto" if resources.offload and resources.dtype is None else resources.dtype
-    carries_code = isinstance(request, MaskRequest)
+    carries_code = isinstance(request, MaskRequest) or request.config.export.compat == "official"
     model = load_model(source, dtype, resources.home, settings.mask_id, settings.allow_pickle, carries_code)
     return model, model.num_parameters() * source_of(model).dtype.itemsize
