@@ -23,7 +23,8 @@ def test_every_variant_can_be_run(study):
 
 def test_comparisons_change_what_they_name(study):
     assert len(set(study.CONTRASTS)) == len(study.CONTRASTS) == 11
-    windows, search = {"calibration.windows"}, {f"search.{key}" for key in ("enabled", "sequences", "method")}
+    windows = {"calibration.windows", "calibration.held_out", "search.sequences"}
+    search = {f"search.{key}" for key in ("enabled", "sequences", "method")}
     refit = {f"reconstruct.{key}" for key in ("producers", "head", "visible", "stream")}
     streamed, today = "whole refit, stream", "today's recipe"
     expected = {
