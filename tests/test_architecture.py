@@ -33,7 +33,7 @@ DRIVERS = ("runs", "cli", "__main__", "__init__")  # what knows several stages
 SELF_CONTAINED = tuple(
     f"{name}_structprune.py" for name in ("modeling", "generation", "sampling", "layers", "configuration")
 )
-EXTRAS = ("datasets", "lm_eval", "matplotlib", "peft", "accelerate", "pandas", "pyarrow")
+EXTRAS = ("datasets", "lm_eval", "matplotlib", "peft", "accelerate", "pandas", "pyarrow", "gguf")
 
 
 def imported(path: Path) -> set[str]:

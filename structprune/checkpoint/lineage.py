@@ -6,7 +6,7 @@ from pathlib import Path
 from structprune.errors import UserError
 from structprune.models.checkpoint_files import read_json
 
-RECOVERIES = "recoveries"  # in report.json, oldest first
+RECOVERIES, EXPORTS = "recoveries", "exports"  # in report.json, oldest first
 
 
 def earlier_steps(directory: Path) -> list[dict]:

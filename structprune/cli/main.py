@@ -13,6 +13,7 @@ from structprune.assets import help_text
 from structprune.cli.bench import bench
 from structprune.cli.demo import demo
 from structprune.cli.evaluate import evaluate
+from structprune.cli.export import export
 from structprune.cli.generate import generate
 from structprune.cli.inspect import inspect
 from structprune.cli.prune import prune
@@ -24,6 +25,7 @@ from structprune.files import first_line
 OUT_OF_MEMORY = {  # verb -> remedy
     "prune": "lower calibration.batch or memory.budget_gb (structprune inspect predicts the peak)",
     "recover": "lower train.pass_windows or data.length, or set train.checkpointing = true",
+    "export": "export on a machine that holds the weights, in float32 where --dtype is another than theirs",
     "generate": "lower --gen-length or generation.batch, or give a half-precision --dtype",
     "sinks": "lower --length, --gen-length or --windows, or give a half-precision --dtype",
 }
@@ -44,6 +46,7 @@ app.command()(inspect)
 app.command(help=help_text("sinks"))(sinks)
 app.command()(demo)
 app.command(help=help_text("generate"))(generate)
+app.command(help=help_text("export"))(export)
 app.command("eval", help=help_text("eval"))(evaluate)
 app.command(help=help_text("bench"))(bench)
 
