@@ -34,7 +34,7 @@ def calibrate(model: DiffusionLM, config: Config) -> Calibration:
     Raises:
         UserError: text or file that cannot be used.
     """
-    adapter = Adapter(model)
+    adapter, config = Adapter(model), fitted(config, model)
     check_length(model, config)
     return load_calibration(
         config.calibration,
@@ -44,6 +44,12 @@ def calibrate(model: DiffusionLM, config: Config) -> Calibration:
         edges_visible=model.edges_visible,
         vocabulary=adapter.vocabulary,
     )
+
+
+def fitted(config: Config, model: DiffusionLM) -> Config:
+    """The configuration with windows that the model has positions for, where it names no length."""
+    settings = config.calibration.within(getattr(model.config, Adapter(model).family.keys["positions"]))
+    return config.model_copy(update={"calibration": settings})
 
 
 def check_length(model: DiffusionLM, config: Config, saved: Calibration | None = None) -> None:

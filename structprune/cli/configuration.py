@@ -8,6 +8,8 @@ from structprune.errors import UserError
 if TYPE_CHECKING:
     from structprune.config import Config, ModelSettings
 
+OF_METHOD = ("score", "arm")  # keys that the sections structured and masking both have
+
 
 def read_config(
     file: Path | None,
@@ -20,21 +22,25 @@ def read_config(
     """The run's configuration: the file, then --set, then the options, which count most.
 
     Args:
-        options: configuration key -> value of the option that names it; None where it was not given.
+        options: configuration key -> value of the option that names it; None where it was not given. A key without a
+            section is of `structured` or `masking`, as the method says.
     Raises:
         UserError: an option that contradicts another or has no effect.
     """
     from structprune.config import Config
 
     options = options | {"masking.nm": nm and f"'{nm}'"}
-    overrides = [*(sets or []), *(f"{key}={value}" for key, value in options.items() if value is not None)]
+    given = {key: value for key, value in options.items() if value is not None}
+    overrides = [*(sets or []), *(f"{key}={value}" for key, value in given.items() if key not in OF_METHOD)]
+    section = "structured" if Config.load(file, overrides).method == "structured" else "masking"
+    overrides += [f"{section}.{key}={given[key]}" for key in OF_METHOD if key in given]
     keys = set_keys(sets)
     if nm is not None and ratio is None and "masking.ratio" not in keys:
         overrides.append("masking.ratio=null")  # a preset's ratio belongs to its own pattern
     if target_latency is not None:
         overrides += _latency_overrides(Config.load(file, overrides), target_latency, ratio, keys)
     if ratio is not None:
-        key = f"{'structured' if Config.load(file, overrides).method == 'structured' else 'masking'}.ratio"
+        key = f"{section}.ratio"
         if key in keys:
             raise UserError(f"--ratio {ratio} and --set {key} both set the ratio: leave one out")
         overrides.append(f"{key}={ratio}")

@@ -7,14 +7,17 @@ import typer
 
 from structprune.cli.configuration import read_config, read_ratio
 from structprune.cli.options import (
+    Arm,
     Checkpoint,
     ConfigFile,
     Debug,
     MaskId,
     Method,
+    NoRefit,
     Pattern,
     Pickle,
     Ratio,
+    Score,
     Sets,
     TargetLatency,
 )
@@ -27,6 +30,9 @@ def inspect(
     ratio: Ratio = None,
     target_latency: TargetLatency = None,
     nm: Pattern = None,
+    score: Score = None,
+    arm: Arm = None,
+    no_refit: NoRefit = False,
     sets: Sets = None,
     mask_id: MaskId = None,
     allow_pickle: Pickle = False,
@@ -39,6 +45,7 @@ def inspect(
     from structprune.runs.inspect import inspect_checkpoint, inspect_masking
 
     options = {"model.mask_id": mask_id, "model.allow_pickle": allow_pickle or None, "method": method}
+    options |= {"score": score, "arm": arm, "reconstruct.enabled": False if no_refit else None}
     settings = read_config(config, read_ratio(ratio), sets, nm, options, target_latency)
     structured = settings.method == "structured"
     result = inspect_checkpoint(checkpoint, settings) if structured else inspect_masking(checkpoint, settings)

@@ -65,6 +65,18 @@ Pattern = Annotated[
     str | None,
     typer.Option(metavar="N:M", help="For --method nm: N zeros in every M inputs.", show_default="2:4"),
 ]
+Score = Annotated[
+    str | None,
+    typer.Option(help="How units, or weights of masks, are scored; names below.", show_default="obs; masks: sparsegpt"),
+]
+Arm = Annotated[
+    str | None,
+    typer.Option(
+        help="The activations that scores read: masked, masked+sink, clean or clean+sink.",
+        show_default="masked+sink; masks: masked",
+    ),
+]
+NoRefit = Annotated[bool, typer.Option("--no-refit", help="Leave the remaining weights as they are.")]
 Sets = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Set a configuration key: calibration.windows=64. Repeatable."),

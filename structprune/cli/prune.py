@@ -5,21 +5,25 @@ from typing import TYPE_CHECKING
 
 from structprune.cli.configuration import read_config, read_ratios, set_keys
 from structprune.cli.options import (
+    Arm,
     CalibrationText,
     Checkpoint,
     ConfigFile,
     Debug,
     Device,
     DryRun,
+    Dtype,
     Levels,
     MaskId,
     Method,
+    NoRefit,
     Out,
     Overwrite,
     Pattern,
     Pickle,
     PlanFile,
     Ratios,
+    Score,
     Sets,
     TargetLatency,
 )
@@ -51,6 +55,9 @@ def prune(
     ratio: Ratios = None,
     target_latency: TargetLatency = None,
     nm: Pattern = None,
+    score: Score = None,
+    arm: Arm = None,
+    no_refit: NoRefit = False,
     sets: Sets = None,
     calibration: CalibrationText = None,
     plan: PlanFile = None,
@@ -61,6 +68,7 @@ def prune(
     gradual: Gradual = False,
     dry_run: DryRun = False,
     device: Device = None,
+    dtype: Dtype = None,
     mask_id: MaskId = None,
     allow_pickle: Pickle = False,
     overwrite: Overwrite = False,
@@ -74,11 +82,16 @@ def prune(
         "model.mask_id": mask_id,
         "method": method,
         "model.allow_pickle": allow_pickle or None,
+        "model.dtype": dtype,
+        "score": score,
+        "arm": arm,
+        "reconstruct.enabled": False if no_refit else None,
     }
     ratios = read_ratios(ratio)
     settings = read_config(config, ratios[0] if ratios else None, sets, nm, options, target_latency)
     if plan is not None:
-        _check_beside_plan(settings.method, ratio, sets, target_latency, levels, dry_run)
+        named = [*(sets or []), *(f"structured.{key}=" for key in ("score", "arm") if options[key] is not None)]
+        _check_beside_plan(settings.method, ratio, named, target_latency, levels, dry_run)
     _check_options(settings, ratio, sets, levels)
     if recovery is not None:
         schedule = make_schedule(settings, recovery, ratios, gradual, plan, levels)
@@ -122,7 +135,7 @@ def _check_beside_plan(
     if target_latency is not None:
         raise UserError(f"--plan already says what is removed: leave out --target-latency {target_latency:g}")
     if ratio is not None or any(text.startswith("structured.") for text in sets or []):
-        raise UserError("--plan already says what is removed: leave out --ratio and --set structured.*")
+        raise UserError("--plan already says what is removed: leave out --ratio, --score, --arm and --set structured.*")
     if levels is not None:
         raise UserError(f"--plan already says what is removed: leave out --levels {levels}")
     if dry_run:

@@ -48,7 +48,7 @@ class CalibrationSettings(Section):
     """Further windows, disjoint from those, for choosing damping and split and for the final check. Masks without a
     refit need none (0: no check)."""
     length: int = Field(2048, ge=2)
-    """Tokens in a window."""
+    """Tokens in a window. Default: fewer than 2048 where the model has fewer positions."""
     steps: int = Field(50, ge=1, le=MOST_STEPS)
     """N, denoising steps of the forward process. With `interval` it gives the noise levels."""
     interval: int = Field(5, ge=1)
@@ -60,6 +60,12 @@ class CalibrationSettings(Section):
     """Random seed of the windows, their noise and the noise of the held-out check."""
     batch: int = Field(1, ge=1)
     """Windows per forward pass, each with all its noisy copies. For methods unstructured and nm: sequences per pass."""
+
+    def within(self, positions: int) -> "CalibrationSettings":
+        """With windows that a model of so many positions takes, where the length is the default."""
+        if "length" in self.model_fields_set or self.length <= positions:
+            return self
+        return self.model_copy(update={"length": positions})
 
     @property
     def levels(self) -> int:

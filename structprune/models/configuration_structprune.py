@@ -14,11 +14,19 @@ class LayoutConfig(PretrainedConfig):
 
     published = None
 
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        """As in transformers, which would warn of another `model_type` in the family's own layout."""
+        values, rest = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if values.get("model_type") not in (None, cls.model_type):
+            values = values | {"published": layout_of(values), "model_type": cls.model_type}
+        return values, rest
+
     def _read_layout(self, values: dict):
         """Take the layout out of a config.json's `values`."""
         kind, self.published = values.pop("model_type", None), values.pop("published", None)
         if kind not in (None, self.model_type):
-            self.published = {"model_type": kind, "architectures": values.get("architectures")}
+            self.published = layout_of(values | {"model_type": kind})
         if values.get("rope_scaling", self) is None:  # as it is by default; transformers 5 warns of the key
             del values["rope_scaling"]
 
@@ -27,6 +35,11 @@ class LayoutConfig(PretrainedConfig):
         if self.published and is_publishable(self):
             return published_values(self, self.num_attention_heads, self.hidden_size) | self.published
         return {key: value for key, value in super().to_diff_dict().items() if key != "published"}
+
+
+def layout_of(values: dict) -> dict:
+    """What names the layout of a config.json's `values`."""
+    return {key: values.get(key) for key in ("model_type", "architectures")}
 
 
 def is_publishable(config) -> bool:

@@ -24,13 +24,19 @@ class DataSettings(Section):
     answers_only: bool = True
     """Of conversations, mask and learn the assistant's turns only. false: they are text like any other."""
     length: int = Field(512, ge=4)
-    """Tokens in a window."""
+    """Tokens in a window. Default: fewer than 512 where the models have fewer positions."""
     held_out: int = Field(64, ge=2)
     """Windows that are not learnt, on which the model is judged before, during and after."""
     noise: int = Field(4, ge=1, le=1000)
     """Noisy copies of a held-out window."""
     seed: int = Field(0, ge=0, lt=2**62)
     """Random seed of windows, their order, noise and new weights."""
+
+    def within(self, positions: int) -> "DataSettings":
+        """With windows that models of so many positions take, where the length is the default."""
+        if "length" in self.model_fields_set or self.length <= positions:
+            return self
+        return self.model_copy(update={"length": positions})
 
 
 class TeacherSettings(Section):

@@ -133,7 +133,7 @@ def checked_prune(
         check_levels_use(config, levels)
         check_levels_directory(levels)
         check_levels_place(levels, list(outputs.values()))
-    _check_text(config, ghost)
+    _check_text(request.config, ghost)
     return request
 
 
@@ -144,7 +144,7 @@ def _checked_mask(ghost: Ghost, outputs: Mapping[float | None, Path], config: Co
     for out in outputs.values():
         check_output(out, ghost.directory, overwrite, ghost.stored_bytes + mask_bytes)
     if request.reads_text:
-        _check_text(config, ghost)
+        _check_text(request.config, ghost)
     return request
 
 

@@ -3,7 +3,7 @@
 import gc
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from structprune.runs.checkpoints import (
 from structprune.runs.evaluate import ALONE, Session
 from structprune.runs.ghost import read_ghost
 from structprune.runs.inspect import expected_model, inspect_checkpoint, inspect_masking
-from structprune.runs.recover import check_places, check_request, checked, train_back
+from structprune.runs.recover import check_places, check_request, checked, fitted, train_back
 from structprune.runs.resolve import at_ratio, resolve_structured
 from structprune.runs.schedule import Schedule, relative_ratio
 from structprune.runs.stages import (
@@ -94,10 +94,11 @@ class ScheduleRun:
 
     def __init__(self, source: str, out: Path, schedule: Schedule, overwrite: bool = False, session: Session = ALONE):
         self._source, self._overwrite, self._session = source, overwrite, session
-        self._schedule = schedule = schedule.completed()
+        schedule = schedule.completed()
         require_training()
         self._outputs = schedule.outputs(out)
         self._dense = read_ghost(source, schedule.config.model)
+        self._schedule = schedule = replace(schedule, recovery=fitted(schedule.recovery, [self._dense]))
         ghosts = (self._dense, self._dense)  # no training changes shapes of its text or settings
         self._cache = check_request(ghosts, schedule.recovery, session)
         if is_sharded():  # what is masked has zeros that the dense model, in the student's place here, has not

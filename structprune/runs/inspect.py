@@ -40,7 +40,7 @@ def inspect_checkpoint(source: str | Path, config: Config, plan: Plan | None = N
     ghost = read_ghost(source, config.model)
     model, adapter, stored = ghost.model, ghost.adapter, ghost.stored
     request = resolve_structured(config, model, dry_run=True)
-    check_length(model, config)
+    check_length(model, request.config)
     if plan is None:
         request = at_ratio(request, None)
     else:
@@ -150,7 +150,7 @@ def inspect_masking(source: str | Path, config: Config) -> dict:
     model, adapter = ghost.model, ghost.adapter
     request = resolve_masking(config, model, dry_run=True)
     if request.reads_text:
-        check_length(model, config)
+        check_length(model, request.config)
     settings = request.settings
     kinds = {role: sum(block[role].weight.numel() for block in adapter.blocks if role in block.names) for role in ROLES}
     zeros = {role: {"weights": count, "zero": round(count * request.ratio)} for role, count in kinds.items()}

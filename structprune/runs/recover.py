@@ -1,6 +1,7 @@
 """Train a pruned checkpoint back against the dense one: `structprune recover`, without a console."""
 
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,6 +93,7 @@ def checked(
 ) -> Recovery:
     """A recovery that can be run, or planned with; no weights are read. Arguments and errors as `recover`."""
     ghosts = read_ghost(pruned, config.model), read_ghost(teacher, config.model)
+    config = fitted(config, ghosts)
     cache = check_request(ghosts, config, session)
     session.workers.first(lambda: check_places(out, ghosts, overwrite, cache))
     return Recovery(ghosts, config, cache, session)
@@ -148,8 +150,18 @@ def check_pair(student: Ghost, teacher: Ghost) -> None:
             )
 
 
+def fitted(config: RecoverConfig, ghosts: Iterable[Ghost]) -> RecoverConfig:
+    """The configuration with windows that all models have positions for, where it names no length."""
+    return config.model_copy(update={"data": config.data.within(min(map(positions, ghosts)))})
+
+
+def positions(ghost: Ghost) -> int:
+    """The longest window that a model takes, in tokens."""
+    return getattr(ghost.model.config, ghost.adapter.family.keys["positions"])
+
+
 def check_window(ghost: Ghost, length: int) -> None:
     """Raise UserError for windows longer than a model's positions."""
-    longest = getattr(ghost.model.config, ghost.adapter.family.keys["positions"])
+    longest = positions(ghost)
     if length > longest:
         raise UserError(f"data.length = {length} exceeds the {longest} positions of '{ghost.name}': lower it")

@@ -5,6 +5,7 @@ The dry run and the run share it. The model may be on the meta device.
 
 from dataclasses import replace
 
+from structprune.calibration.build import fitted
 from structprune.calibration.noise import check_copies, level_times
 from structprune.calibration.trajectories import check_trajectory
 from structprune.checkpoint.export import check_export, check_export_request
@@ -35,6 +36,7 @@ def resolve_structured(config: Config, model: DiffusionLM, dry_run: bool = False
     Raises:
         UserError: the first choice that cannot be met or has no effect.
     """
+    config = fitted(config, model)
     settings = config.structured
     arm = resolve_arm(settings.score, settings.arm)
     resources = resolve_resources(config.model, config.memory, dry_run)
@@ -104,6 +106,7 @@ def resolve_masking(config: Config, model: DiffusionLM, dry_run: bool = False) -
     Raises:
         UserError: the first choice that cannot be met or has no effect.
     """
+    config = fitted(config, model)
     masking, adapter = config.masking, Adapter(model)
     if config.method == "structured":
         raise UserError("method = structured makes no masks: set it to unstructured or nm")

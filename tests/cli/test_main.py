@@ -96,7 +96,7 @@ def test_help_shows_examples_and_keys(capsys):
     assert main(["prune", "--help"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "Prune a checkpoint: remove heads and MLP channels" in said and "--calibration notes.txt" in said
-    assert "structured.score: obs, wanda" in said and "masking.order: sequential, one-shot" in said
+    assert "--score: obs, wanda" in said and "masking.order: sequential, one-shot" in said
     assert all(option in said for option in ("--out", "--plan", "--device", "--nm", "--mask-id", "cuda if available"))
 
 
@@ -130,3 +130,13 @@ def test_every_configuration_key_is_read_somewhere():
     for name in Config.known_keys():
         key = name.rpartition(".")[2]
         assert f".{key}" in code or f'"{key}"' in code, name
+
+
+@pytest.mark.parametrize("path", sorted((Path(structprune.__file__).parent / "assets" / "help").glob("*.txt")))
+def test_commands_in_help_can_be_copied(path):
+    """On a terminal of 80 columns they are not reflowed: a long one goes on behind a backslash."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    commands = [line for line in lines if line.startswith(("structprune ", "  --"))]
+    assert commands and max(map(len, commands)) <= 78
+    for line, after in zip(lines, [*lines[1:], ""]):
+        assert line.endswith(" \\") == after.startswith("  "), line
