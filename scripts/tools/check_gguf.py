@@ -1,22 +1,28 @@
-"""A GGUF file in llama.cpp itself, against torch: logits, tokens of a text, and a text that both denoise.
+"""GGUF files in llama.cpp itself, against torch: logits, tokens of a text, and a text that both denoise.
 
-Needs the package llama-cpp-python in a release that knows LLaDA and Dream (0.3.16 or later), which structprune does not
-depend on.
+Every checkpoint is written in every dtype to a temporary file. Needs the package llama-cpp-python in a release that
+knows LLaDA and Dream, which structprune does not depend on.
 
-    structprune export CHECKPOINT --gguf model.gguf --dtype f32
-    python -m scripts.tools.check_gguf CHECKPOINT model.gguf [--out gguf.json]
+    pip install llama-cpp-python
+    python -m scripts.tools.check_gguf CHECKPOINT... [--dtypes f32,q8_0] [--out scripts/results/gguf.json]
 """
 
 import ctypes
+import importlib.metadata
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from rich.table import Table
 
-from scripts.tools.script_line import OneLineParser, one_line, result_file, write_result
+from scripts.tools.script_line import OneLineParser, one_line, result_file, show_result, write_result
 from structprune.bench.machine import describe_machine
+from structprune.checkpoint.export import export_class
+from structprune.checkpoint.gguf_file import GGUF_TYPES, write_gguf
 from structprune.errors import UserError
+from structprune.models.families import family_of
 from structprune.models.loading import load_model
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.tokenizer import encode, load_tokenizer
@@ -92,7 +98,7 @@ def compare(model: DiffusionLM, theirs: LlamaCpp, ids: list[int], decode: Callab
     mask_id = model.config.mask_token_id
     start = torch.tensor(ids + [mask_id] * WRITTEN)  # (T,)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def ours(values: torch.Tensor) -> torch.Tensor:
         return model(values[None]).logits[0].float()  # (T, V)
 
@@ -108,21 +114,47 @@ def compare(model: DiffusionLM, theirs: LlamaCpp, ids: list[int], decode: Callab
     }
 
 
+def measure(directory: Path, kinds: list[str], folder: Path) -> list[dict]:
+    """A row for every dtype of one checkpoint."""
+    model, tokenizer = load_model(directory, "float32"), load_tokenizer(directory)
+    ids, rows = encode(tokenizer, TEXT), []
+    for kind in kinds:
+        path = write_gguf(model, folder / f"{kind}.gguf", kind)
+        theirs = LlamaCpp(path, len(ids) + WRITTEN)
+        row = {"checkpoint": model.source.name, "family": family_of(model.config).name, "dtype": kind}
+        row |= {"class": export_class(model.config, model.source.values), "bytes": path.stat().st_size}
+        rows.append(row | {"tokens_equal": theirs.tokens(TEXT) == ids} | compare(model, theirs, ids, tokenizer.decode))
+        path.unlink()
+    return rows
+
+
+def table_of(rows: list[dict]) -> Table:
+    table = Table(title="llama.cpp against torch")
+    for title in ("checkpoint", "class", "dtype", "MB", "difference", "largest logit", "argmax", "text"):
+        table.add_column(title, justify="left" if title in ("checkpoint", "class", "dtype") else "right")
+    for row in rows:
+        differences = f"{row['largest_difference']:.2g}", f"{row['largest_logit']:.0f}"
+        shares = f"{row['agreement']:.1%}", f"{row['equal_tokens']:.0%}"
+        name = f"{row['checkpoint']} ({row['family']})"
+        table.add_row(name, row["class"], row["dtype"], f"{row['bytes'] / 1e6:.1f}", *differences, *shares)
+    return table
+
+
 def run(arguments: list[str] | None) -> None:
     parser = OneLineParser(__doc__.splitlines()[0])
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("file", type=Path)
-    parser.add_argument("--out", type=result_file, help="write the figures there")
+    parser.add_argument("checkpoints", nargs="+", type=Path)
+    parser.add_argument("--dtypes", default="f32", help=f"of {', '.join(GGUF_TYPES)}, commas between (default f32)")
+    parser.add_argument("--out", type=result_file, default=Path("scripts/results/gguf.json"))
     options = parser.parse_args(arguments)
-    model, tokenizer = load_model(options.checkpoint, "float32"), load_tokenizer(options.checkpoint)
-    ids = encode(tokenizer, TEXT)
-    theirs = LlamaCpp(options.file, len(ids) + WRITTEN)
-    figures = {"tokens_equal": theirs.tokens(TEXT) == ids} | compare(model, theirs, ids, tokenizer.decode)
-    for name, value in figures.items():
-        print(f"{name}: {value!r}")
-    if options.out:
-        facts = {"checkpoint": options.checkpoint.name, "file": options.file.name, "machine": describe_machine()}
-        write_result(options.out, facts | figures)
+    kinds = options.dtypes.split(",")
+    if unknown := [kind for kind in kinds if kind not in GGUF_TYPES]:
+        raise UserError(f"--dtypes has the unknown '{unknown[0]}': give {', '.join(GGUF_TYPES)}")
+    with tempfile.TemporaryDirectory() as folder:
+        rows = [row for path in options.checkpoints for row in measure(path, kinds, Path(folder))]
+    release = importlib.metadata.version("llama-cpp-python")
+    settings = {"text": TEXT, "written": WRITTEN, "llama-cpp-python": release}
+    write_result(options.out, {"settings": settings, "machine": describe_machine(), "rows": rows})
+    show_result(table_of(rows), out=options.out, width=150)
 
 
 def main(arguments: list[str] | None = None) -> int:

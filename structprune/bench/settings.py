@@ -102,6 +102,8 @@ class BenchSettings:
     def generation(self, config) -> Generation | None:
         """The sampler's settings for the family of `config`; None where no generation is measured.
 
+        By default there are two blocks at least where a dual cache is asked for, which needs them.
+
         Raises:
             UserError: settings that the family's sampler does not allow.
         """
@@ -110,7 +112,8 @@ class BenchSettings:
         values = {"gen_length": self.gen_length, "steps": self.steps}
         block_length = self.block_length
         if block_length is None and "block_length" in sampler_options(config):
-            block_length = min(BLOCK_LENGTH, self.gen_length)
+            halved = {ALL, "dual"} & set(self.caches) and self.gen_length % 2 == self.steps % 2 == 0
+            block_length = min(BLOCK_LENGTH, self.gen_length // 2 if halved else self.gen_length)
         return generation_settings(config, values if block_length is None else values | {"block_length": block_length})
 
     def caches_of(self, generation: Generation) -> tuple[str, ...]:

@@ -50,15 +50,26 @@ def obstacles(config, source_values: dict | None) -> dict[str, str]:
 def _odd_attention(config, family: Family, source_values: dict | None) -> str | None:
     """Why the family's own code, whose heads share out the hidden size, cannot have a model's attention.
 
-    A source of that layout is taken to be loaded by that code as it is.
+    A source of that layout that structprune did not write is taken to be loaded by that code as it is.
     """
     heads, hidden = block_widths(config, family, 0).query_heads, getattr(config, family.keys["hidden"])
     values = source_values or {}
-    unchanged = values.get("model_type") in family.model_types and values[family.width_keys["query_heads"]] == heads
-    if unchanged or heads * config.head_dim == hidden:
+    published = values.get("model_type") in family.model_types and not _leads_to_ours(values)
+    if heads * config.head_dim == hidden or (published and values[family.width_keys["query_heads"]] == heads):
         return None
     features = f"{heads} heads of {config.head_dim} are not the hidden size {hidden}"
     return f"heads were removed: {features} (set structured.split to 0)"
+
+
+def _code_names(values: dict | None) -> set[str]:
+    """The files that `auto_map` in a config.json's values names."""
+    entries = (values or {}).get("auto_map")
+    targets = entries.values() if isinstance(entries, dict) else ()
+    return {f"{target.rpartition('.')[0]}.py" for target in targets if isinstance(target, str)}
+
+
+def _leads_to_ours(values: dict | None) -> bool:
+    return bool(_code_names(values) & set(CODE_FILES))
 
 
 def export_class(config, source_values: dict | None) -> str:
@@ -116,10 +127,8 @@ def own_code(directory: Path | None, values: dict | None) -> list[Path]:
     Args:
         values: contents of its config.json.
     """
-    entries = (values or {}).get("auto_map")
-    targets = [target for target in entries.values() if isinstance(target, str)] if isinstance(entries, dict) else []
-    names = {f"{target.rpartition('.')[0]}.py" for target in targets}
-    if directory is None or not names or names & set(CODE_FILES):
+    names = _code_names(values)
+    if directory is None or not names or _leads_to_ours(values):
         return []
     if not all((directory / name).is_file() for name in names):  # they are in another repository, or gone
         return []

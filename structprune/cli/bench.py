@@ -30,7 +30,10 @@ GenLength = Annotated[int, typer.Option(help="Tokens to generate; 0 measures no 
 Steps = Annotated[int, typer.Option(help="Denoising steps of a generation.")]
 BlockLength = Annotated[
     int | None,
-    typer.Option(help="Tokens in a block of LLaDA's sampler.", show_default="32, at most --gen-length"),
+    typer.Option(
+        help="Tokens in a block of LLaDA's sampler.",
+        show_default="32, at most --gen-length, half of it for a dual cache",
+    ),
 ]
 Rounds = Annotated[int, typer.Option(help="Timed forward passes of each model.")]
 GenerationRounds = Annotated[int, typer.Option(help="Timed generations of each model.")]

@@ -36,7 +36,9 @@ class DataSettings(Section):
         """With windows that models of so many positions take, where the length is the default."""
         if "length" in self.model_fields_set or self.length <= positions:
             return self
-        return self.model_copy(update={"length": positions})
+        shorter = self.model_copy(update={"length": positions})
+        shorter.model_fields_set.discard("length")  # nobody chose it
+        return shorter
 
 
 class TeacherSettings(Section):

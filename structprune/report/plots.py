@@ -64,25 +64,33 @@ def save_figure(figure, path: Path, dpi: int) -> Path:
     return path
 
 
-def plot_nelbo(
-    series: dict[str, list[tuple[float, float, float]]], dense: tuple[float, float], path: str | Path, title: str
-) -> Path:
-    """NELBO against the removed ratio, one line per method, with standard errors.
+LINEAR = 0.02  # nats per token, up to which the axis of losses is linear
+LOSS_TICKS = (0, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
+
+
+def plot_loss(series: dict[str, list[tuple[float, float, float]]], path: str | Path, title: str) -> Path:
+    """Loss of NELBO against the dense model by removed ratio, one line per method, with standard errors.
+
+    The axis is linear up to `LINEAR` and logarithmic above, so that a bad method does not flatten the others.
 
     Args:
-        series: name -> points (ratio, nats per token, standard error).
-        dense: NELBO of the dense model and its standard error.
+        series: name -> points (ratio, loss in nats per token, its standard error).
         path: PNG to write.
     Raises:
         UserError: matplotlib is not installed.
     """
     figure, axes = pyplot_for_files().subplots(figsize=SIZE, layout="constrained")
-    axes.axhline(dense[0], color=GREY, linewidth=1, linestyle="--", zorder=1)
-    axes.annotate("dense", (0.0, dense[0]), (3, -11), textcoords="offset points", color=GREY, fontsize=9)
+    axes.axhline(0, color=GREY, linewidth=1, linestyle="--", zorder=1)
+    axes.annotate("dense", (0.0, 0), (3, 3), textcoords="offset points", color=GREY, fontsize=9)
     for (name, points), (colour, marker) in zip(series.items(), styles(), strict=False):
         ratios, values, errors = zip(*points, strict=True)
         axes.errorbar(ratios, values, yerr=errors, color=colour, marker=marker, markersize=5, capsize=2, label=name)
-    axes.set(xlabel=REMOVED, ylabel="masked-diffusion NELBO, nats per token", xlim=(0, None))
+    axes.set_yscale("symlog", linthresh=LINEAR, linscale=0.5)
+    top = max(value + error for points in series.values() for _, value, error in points)
+    ticks = [tick for tick in LOSS_TICKS if tick <= max(top, LINEAR)]
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set(xlabel=REMOVED, ylabel="loss of NELBO against dense, nats per token", xlim=(0, None))
     axes.set_title(title, fontsize=11)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)

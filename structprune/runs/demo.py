@@ -26,7 +26,7 @@ from structprune.progress import Track, untracked
 from structprune.recovery.settings import RecoverConfig
 from structprune.recovery.trainer import require_training
 from structprune.report.demo_tables import OURS, RECOVERED
-from structprune.report.plots import check_matplotlib, plot_nelbo
+from structprune.report.plots import check_matplotlib, plot_loss
 from structprune.runs.evaluate import Session
 from structprune.runs.pruned import Pruned
 from structprune.runs.pruner import Pruner
@@ -111,7 +111,7 @@ def run_demo(out: Path, overwrite: bool = False, track: Track = untracked, recov
         _save_models(saved, rows, latency, draft)
         if recovers:
             rows.append(_recover(rows, held_out, draft, track))
-        _plot(rows, held_out.dense, draft)
+        _plot(rows, draft)
         run = {"seconds": time.perf_counter() - start, "peak_memory_bytes": peak_memory_bytes()}
         result = {"dense": dense, "rows": rows, "run": run, "machine": describe_machine()}
         (draft / "demo.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -189,11 +189,15 @@ def _recover(rows: list[dict], held_out: HeldOut, draft: Path, track: Track) -> 
     }
 
 
-def _plot(rows: list[dict], dense: Nelbo, draft: Path) -> None:
+def _plot(rows: list[dict], draft: Path) -> None:
     series = {
-        method: [(row["ratio_met"], row["nelbo"], row["standard_error"]) for row in rows if row["method"] == method]
+        method: [
+            (row["ratio_met"], row["loss"]["mean"], row["loss"]["standard_error"])
+            for row in rows
+            if row["method"] == method
+        ]
         for method in (*METHODS, RECOVERED)
     }
     series = {method: points for method, points in series.items() if points}
     title = "embedded model (4.8 M parameters), held-out text"
-    plot_nelbo(series, (dense.mean, dense.standard_error), draft / "nelbo.png", title)
+    plot_loss(series, draft / "nelbo.png", title)

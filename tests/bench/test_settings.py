@@ -32,6 +32,9 @@ def test_generation_of_a_family(tiny_model):
     assert BenchSettings().generation(llada) == LLaDAGeneration(128, 32, 32)
     assert BenchSettings(gen_length=16, steps=4).generation(llada) == LLaDAGeneration(16, 4, 16)
     assert BenchSettings(gen_length=16, steps=4, block_length=8).generation(llada) == LLaDAGeneration(16, 4, 8)
+    dual = BenchSettings(gen_length=16, steps=4, caches=("all",))
+    assert dual.generation(llada) == LLaDAGeneration(16, 4, 8) and dual.generation(dream) == DreamGeneration(16, 4)
+    assert BenchSettings(gen_length=16, steps=5, caches=("all",)).generation(llada) == LLaDAGeneration(16, 5, 16)
     assert BenchSettings(gen_length=16, steps=4).generation(dream) == DreamGeneration(16, 4)
     assert BenchSettings(gen_length=0).generation(llada) is None
     with pytest.raises(UserError, match="dream's sampler has no option 'block_length'"):

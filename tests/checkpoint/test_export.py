@@ -129,6 +129,14 @@ def test_a_source_that_was_ours_is_judged_by_its_shapes(pruned):
     assert export_class(fewer.config, ours) == "uniform" == export_class(fewer.config, None)
 
 
+def test_a_uniform_export_is_not_taken_for_an_official_one(pruned, tmp_path):
+    """Its config.json names the family, and as many heads as the model has."""
+    out = save_pruned(pruned("llada", fewer=True), tmp_path / "out", ExportSettings(compat="uniform"))
+    model = load_model(out)
+    assert model.source.values["model_type"] == "llada"
+    assert export_class(model.config, model.source.values) == "uniform"
+
+
 @pytest.mark.parametrize("family", [LLADA, DREAM])
 @pytest.mark.parametrize("ours", [True, False])
 def test_uniform_config_has_the_familys_keys_and_a_head_size(pruned, family, ours):
