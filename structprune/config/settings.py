@@ -65,9 +65,7 @@ class CalibrationSettings(Section):
         """With windows that a model of so many positions takes, where the length is the default."""
         if "length" in self.model_fields_set or self.length <= positions:
             return self
-        shorter = self.model_copy(update={"length": positions})
-        shorter.model_fields_set.discard("length")  # nobody chose it
-        return shorter
+        return self.model_copy(update={"length": positions})
 
     @property
     def levels(self) -> int:

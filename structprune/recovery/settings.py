@@ -36,9 +36,7 @@ class DataSettings(Section):
         """With windows that models of so many positions take, where the length is the default."""
         if "length" in self.model_fields_set or self.length <= positions:
             return self
-        shorter = self.model_copy(update={"length": positions})
-        shorter.model_fields_set.discard("length")  # nobody chose it
-        return shorter
+        return self.model_copy(update={"length": positions})
 
 
 class TeacherSettings(Section):

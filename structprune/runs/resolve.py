@@ -36,7 +36,6 @@ def resolve_structured(config: Config, model: DiffusionLM, dry_run: bool = False
     Raises:
         UserError: the first choice that cannot be met or has no effect.
     """
-    config = fitted(config, model)
     settings = config.structured
     arm = resolve_arm(settings.score, settings.arm)
     resources = resolve_resources(config.model, config.memory, dry_run)
@@ -47,6 +46,7 @@ def resolve_structured(config: Config, model: DiffusionLM, dry_run: bool = False
     check_choice(sizes, settings.model_copy(update={"ratio": 0.0}) if by_latency else settings)
     check_search(config)
     check_structured(config, Facts(settings.score, arm, SCORES, resources.accelerator))
+    config = fitted(config, model)
     if config.calibration.held_out < 1 and not config.calibration.replays:
         raise UserError("calibration.held_out = 0 leaves nothing to choose split and damping on: set it to 1 or more")
     check_levels(config)
@@ -106,7 +106,6 @@ def resolve_masking(config: Config, model: DiffusionLM, dry_run: bool = False) -
     Raises:
         UserError: the first choice that cannot be met or has no effect.
     """
-    config = fitted(config, model)
     masking, adapter = config.masking, Adapter(model)
     if config.method == "structured":
         raise UserError("method = structured makes no masks: set it to unstructured or nm")
@@ -131,6 +130,7 @@ def resolve_masking(config: Config, model: DiffusionLM, dry_run: bool = False) -
             " reconstruct.enabled = false"
         )
     if reads:
+        config = fitted(config, model)
         check_levels(config)
     return MaskRequest(
         config=config, arm=arm, resources=resources, reads_text=reads, name=name, score=score, ratio=ratio, nm=nm

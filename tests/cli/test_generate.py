@@ -132,4 +132,4 @@ def test_an_interrupted_generation_says_what_is_lost(capsys, monkeypatch):
 def test_help_has_examples(capsys):
     assert main(["generate", "--help"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "Generate text by iterative denoising" in shown and "--threshold 0.9 --cache dual" in shown
+    assert "Generate text by iterative denoising" in shown and "--threshold 0.9 \\ --cache dual" in shown
