@@ -1,6 +1,12 @@
 """Calibration sets, checkpoints and rows of the tests of whole runs."""
 
+import base64
 import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -54,3 +60,72 @@ def plain_rows():
         }
 
     return make
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the Hub's interface as an upload of small files asks."""
+
+    files: dict[str, bytes]
+    made: list[dict]
+    address: str
+    token = "hf_right"
+
+    def log_message(self, *given):
+        pass
+
+    def answer(self, status: int, content: dict) -> None:
+        body = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_GET(self):
+        known = self.headers.get("Authorization") == f"Bearer {self.token}"
+        self.answer(200 if known else 401, {"name": "me", "type": "user", "orgs": []} if known else {"error": "no"})
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if self.headers.get("Authorization") != f"Bearer {self.token}":
+            self.answer(401, {"error": "Unauthorized"})
+        elif self.path == "/api/repos/create":
+            self.made.append(json.loads(body))
+            self.answer(200, {"url": f"{self.address}/me/small", "name": "me/small"})
+        elif "/preupload/" in self.path:
+            names = [each["path"] for each in json.loads(body)["files"]]
+            self.answer(
+                200, {"files": [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names]}
+            )
+        elif self.path == "/api/validate-yaml":
+            self.answer(200, {"errors": [], "warnings": []})
+        else:
+            assert "/commit/" in self.path, self.path
+            lines = [json.loads(line) for line in body.splitlines()]
+            files = [line["value"] for line in lines if line["key"] == "file"]
+            self.files.update({each["path"]: base64.b64decode(each["content"]) for each in files})
+            self.answer(
+                200, {"commitUrl": f"{self.address}/me/small/commit/1", "commitOid": "1" * 40, "hookOutput": ""}
+            )
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """A running stand-in for the Hub: what it received is in `files` and `made`, and `structprune(...)` runs a command
+    in a process of its own that takes it for the Hub."""
+    handler = type("OwnHub", (Hub,), {"files": {}, "made": []})
+    server = HTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    handler.address = f"http://127.0.0.1:{server.server_port}"
+
+    def structprune(*arguments: str, token: str = "hf_right") -> subprocess.CompletedProcess:
+        own = {"HF_ENDPOINT": handler.address, "HF_TOKEN": token, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+        own |= {"PYTHONPATH": os.pathsep.join(sys.path), "HF_HOME": str(tmp_path / "home"), "no_proxy": "*"}
+        command = [sys.executable, "-m", "structprune", *arguments]
+        surroundings = os.environ | own | {"OMP_NUM_THREADS": "1"}
+        return subprocess.run(command, env=surroundings, capture_output=True, text=True, timeout=600)
+
+    handler.structprune = staticmethod(structprune)
+    yield handler
+    server.shutdown()
+    server.server_close()
