@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-import yaml
+from huggingface_hub import ModelCardData
 
 from structprune.assets import card_template
 from structprune.checkpoint.lineage import in_words, removed_in_all
@@ -19,7 +19,7 @@ def model_card(report: dict) -> str:
     if not str(licence.get("license_link", "")).startswith(("https://", "http://")):  # a file that is not copied
         licence = {key: value for key, value in licence.items() if key != "license_link"}
     return card_template("pruned").format(
-        **_shared(report, licence, report["ratio"]),
+        **_shared(report, "pruned", licence, report["ratio"]),
         refitted=_refitted(nelbo),
         whole=f"\nRemoved as a whole, by the numbers of its blocks: {whole}." if (whole := whole_parts(report)) else "",
         rows="\n".join(_rows(report)),
@@ -76,7 +76,7 @@ def mask_card(report: dict) -> str:
             f" tokens, held-out ones included{_states(calibration)})"
         )
     return card_template("masked").format(
-        **_shared(report, report["license"], report["sparsity"]["total"]),
+        **_shared(report, "sparse", report["license"], report["sparsity"]["total"]),
         choice=mask_choice(report),
         refit=_mask_refit(reconstruct, nelbo),
         text=text,
@@ -84,18 +84,29 @@ def mask_card(report: dict) -> str:
     )
 
 
-def _shared(report: dict, licence: dict, share: float) -> dict[str, str]:
+def _shared(report: dict, tag: str, licence: dict, share: float) -> dict[str, str]:
     """What both cards say of the source, and the share of its weights that were removed or set to zero."""
-    source = report["source"]
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["structprune", tag, "diffusion-language-model"],
+        base_model=_base_model(report),
+        **licence,
+    )
     return {
-        "source": source,
-        "before": _before(report, source),
+        "source": report["source"],
+        "before": _before(report, report["source"]),
         "first": "input" if report.get("lineage") else "dense",
-        "base": f"base_model: {source}\n" if re.fullmatch(r"[\w.-]+/[\w.-]+", source) else "",
-        "license": yaml.safe_dump(licence, sort_keys=False, allow_unicode=True, width=1000) if licence else "",
+        "data": data.to_yaml(),
         "percent": f"{100 * share:.1f} %",
         "version": report["versions"]["structprune"],
     }
+
+
+def _base_model(report: dict) -> str | None:
+    """The nearest of the models that it came from that is on the Hub."""
+    names = [report["source"], *(step["source"] for step in reversed(report.get("lineage", [])))]
+    return next((name for name in names if re.fullmatch(r"[\w.-]+/[\w.-]+", name)), None)
 
 
 def _before(report: dict, source: str) -> str:

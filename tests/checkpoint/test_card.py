@@ -104,6 +104,15 @@ def test_local_source_names_no_base_model(report):
     assert "base_model" not in yaml.safe_load(card.split("---")[1])
 
 
+def test_the_base_model_is_the_nearest_on_the_hub(report):
+    steps = [
+        {"step": "pruned", "source": "GSAI-ML/LLaDA-8B-Base", "share": 0.3},
+        {"step": "trained back", "source": "GSAI-ML/LLaDA-8B-Base", "tokens": 1000},
+    ]
+    front = yaml.safe_load(model_card(report | {"source": "llada-0.3", "lineage": steps}).split("---")[1])
+    assert front["base_model"] == "GSAI-ML/LLaDA-8B-Base"
+
+
 LICENCE = {"license": "other", "license_name": "a: name", "license_link": "https://a.example/LICENSE"}
 
 
