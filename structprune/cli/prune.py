@@ -77,16 +77,10 @@ def prune(
     """Refuses only contradictions on the command line itself; the run refuses the rest."""
     recovery = read_recovery(recover, gradual, recover_config, recover_sets)
     options = {
-        "calibration.source": calibration,
-        "model.device": device,
-        "model.mask_id": mask_id,
-        "method": method,
-        "model.allow_pickle": allow_pickle or None,
-        "model.dtype": dtype,
-        "score": score,
-        "arm": arm,
+        "method": method, "score": score, "arm": arm, "calibration.source": calibration, "model.device": device,
+        "model.dtype": dtype, "model.mask_id": mask_id, "model.allow_pickle": allow_pickle or None,
         "reconstruct.enabled": False if no_refit else None,
-    }
+    }  # fmt: skip
     ratios = read_ratios(ratio)
     settings = read_config(config, ratios[0] if ratios else None, sets, nm, options, target_latency)
     if plan is not None:
