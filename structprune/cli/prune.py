@@ -84,8 +84,8 @@ def prune(
     ratios = read_ratios(ratio)
     settings = read_config(config, ratios[0] if ratios else None, sets, nm, options, target_latency)
     if plan is not None:
-        named = [*(sets or []), *(f"structured.{key}=" for key in ("score", "arm") if options[key] is not None)]
-        _check_beside_plan(settings.method, ratio, named, target_latency, levels, dry_run)
+        scored = ["structured.score"] if score or arm else []
+        _check_beside_plan(settings.method, ratio, [*(sets or []), *scored], target_latency, levels, dry_run)
     _check_options(settings, ratio, sets, levels)
     if recovery is not None:
         schedule = make_schedule(settings, recovery, ratios, gradual, plan, levels)
@@ -94,10 +94,8 @@ def prune(
         show_dry_run(checkpoint, _outputs(out, ratios), settings, levels, overwrite)
     elif plan is not None:
         _apply_plan(checkpoint, out, settings, plan, overwrite)
-    elif settings.method == "structured":
-        _prune_structured(checkpoint, _outputs(out, ratios), settings, levels, overwrite)
     else:
-        _make_masks(checkpoint, out, settings, overwrite)
+        _prune(checkpoint, _outputs(out, ratios), settings, levels, overwrite)
 
 
 def _outputs(out: Path, ratios: list[float]) -> dict[float | None, Path]:
@@ -136,10 +134,13 @@ def _check_beside_plan(
         raise UserError("--dry-run counts what a ratio removes, not what a plan does: leave out one of them")
 
 
-def _prune_structured(
+def _prune(
     checkpoint: str, outputs: dict[float | None, Path], config: "Config", levels: Path | None, overwrite: bool
 ) -> None:
-    """Prune at one or several ratios, and show at the end what was written, also after a failure."""
+    """Make masks; or prune at one or several ratios, and show at the end what was written, also after a failure."""
+    if config.method != "structured":
+        _make_masks(checkpoint, outputs[None], config, overwrite)
+        return
     from structprune.cli.console import progress_bars, show
     from structprune.runs.checkpoints import prune_at_ratios
 
