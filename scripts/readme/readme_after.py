@@ -1,0 +1,61 @@
+"""The tables of docs/after-pruning.md: llama.cpp against torch, and quantised models."""
+
+from scripts.readme.readme_common import machine, table
+
+
+def gguf(results: dict) -> str:
+    """How llama.cpp's logits and texts compare with torch's.
+
+    Args:
+        results: of scripts/tools/check_gguf.py.
+    """
+    header = ["checkpoint", "dtype", "file", "largest difference", "same argmax", "same tokens written"]
+    rows = [
+        [
+            f"{row['checkpoint']} ({row['family']}, {row['class']})", f"`{row['dtype']}`",
+            f"{row['bytes'] / 1e6:.1f} MB", f"{row['largest_difference']:.2g} of {row['largest_logit']:.0f}",
+            f"{row['agreement']:.1%}", f"{row['equal_tokens']:.0%}",
+        ]
+        for row in results["rows"]
+    ]  # fmt: skip
+    settings = results["settings"]
+    split = all(row["tokens_equal"] for row in results["rows"])
+    text = (
+        "`python -m scripts.tools.check_gguf`, from [`gguf.json`](scripts/results/gguf.json): llama-cpp-python"
+        f" {settings['llama-cpp-python']} on CPU against torch in fp32 ({machine(results['machine'])}), logits of a"
+        f" text with {settings['written']} masked tokens after it. Written: those tokens, revealed one by one, the"
+        " surest first, by either's logits; a single other choice changes all that follow."
+        + " Both split the text into the same tokens."
+        * split
+    )
+    return f"{table(header, rows)}\n\n{text}"
+
+
+def quantised(results: dict) -> str:
+    """Bytes and loss of quantised models.
+
+    Args:
+        results: of scripts/bench/bench_quantised.py.
+    """
+    header = ["checkpoint", "form", "file", "loss against dense", "difference after a reload"]
+    rows = [[_name(row["checkpoint"]), row["form"], *_figures(row)] for row in results["rows"]]
+    settings = results["settings"]
+    releases = ", ".join(f"{name} {release}" for name, release in settings["versions"].items() if release)
+    text = (
+        "`python -m scripts.bench.bench_quantised`, from [`quantised.json`](scripts/results/quantised.json):"
+        f" {releases}; loss of NELBO against the dense model in fp32, nats per token, mean ± standard error over"
+        f" {settings['windows']} held-out windows of {settings['length']} tokens, after save_pretrained and"
+        f" from_pretrained ({machine(results['machine'])}). Embedding and LM head, much of so small a model, stay bf16."
+    )
+    return f"{table(header, rows)}\n\n{text}"
+
+
+def _name(checkpoint: str) -> str:
+    return {"dense": "dense", "pruned-at-0_5": "pruned at 0.5"}.get(checkpoint, checkpoint)
+
+
+def _figures(row: dict) -> tuple[str, str, str]:
+    if "refused" in row:
+        return "-", f"refused: {row['refused']}", "-"
+    loss = f"{row['loss']['mean']:+.4f} ± {row['loss']['standard_error']:.4f}"
+    return f"{row['bytes'] / 1e6:.2f} MB", loss, f"{row['reload_difference']:g}"

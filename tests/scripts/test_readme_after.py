@@ -1,0 +1,34 @@
+"""Tables of docs/after-pruning.md, from results made by hand."""
+
+from scripts.readme.readme_after import gguf, quantised
+
+MACHINE = {"processor": "P", "cores": 2, "threads": 1, "torch": "2.13.0+cpu", "cuda_device": None}
+
+
+def test_llama_cpp_beside_torch():
+    row = {
+        "checkpoint": "small", "family": "llada", "class": "uniform", "dtype": "q8_0", "bytes": 3_900_000,
+        "largest_difference": 1.349, "largest_logit": 45.8, "agreement": 0.986, "equal_tokens": 0.125,
+        "tokens_equal": True,
+    }  # fmt: skip
+    settings = {"llama-cpp-python": "0.3.36", "written": 32}
+    text = gguf({"rows": [row], "settings": settings, "machine": MACHINE})
+    assert "| small (llada, uniform) | `q8_0` | 3.9 MB | 1.3 of 46 | 98.6% | 12% |" in text
+    assert "llama-cpp-python 0.3.36" in text and "32 masked tokens" in text and "the same tokens." in text
+    assert "the same tokens." not in gguf(
+        {"rows": [row | {"tokens_equal": False}], "settings": settings, "machine": MACHINE}
+    )
+
+
+def test_quantised_models():
+    rows = [
+        {"checkpoint": "dense", "form": "bf16", "bytes": 9_640_000, "reload_difference": 0.0,
+         "loss": {"mean": 0.0005, "standard_error": 0.0007}},
+        {"checkpoint": "pruned-at-0_5", "form": "nf4", "refused": "shape"},
+    ]  # fmt: skip
+    versions = {"torchao": "0.18.0", "bitsandbytes": None, "transformers": "5.24.0"}
+    settings = {"windows": 96, "length": 128, "versions": versions}
+    text = quantised({"rows": rows, "settings": settings, "machine": MACHINE})
+    assert "| dense | bf16 | 9.64 MB | +0.0005 ± 0.0007 | 0 |" in text
+    assert "| pruned at 0.5 | nf4 | - | refused: shape | - |" in text
+    assert "torchao 0.18.0, transformers 5.24.0; loss" in text
