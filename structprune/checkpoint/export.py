@@ -90,15 +90,15 @@ def check_export_request(config: Config) -> None:
     compat, structured, refit = config.export.compat, config.structured, config.reconstruct
     if compat == "free" or structured.ratio == 0:
         return
-    reason = ""
+    reason, other = "", "free"
     if structured.allocation != "uniform" or structured.protect_first or structured.protect_last:
         reason = "blocks would differ in width (set structured.allocation to uniform, protect no block)"
     elif refit.adds_bias:
         reason = "the refit would add biases (set reconstruct.constant false and mode least-squares)"
     elif compat == "official" and structured.split != 0:
-        reason = "heads would be removed (set structured.split to 0)"
+        reason, other = "heads would be removed (set structured.split to 0)", "uniform"
     if reason:
-        raise UserError(f"export.compat = {compat} is not possible: {reason}; or export as free")
+        raise UserError(f"export.compat = {compat} is not possible: {reason}; or export as {other}")
 
 
 def auto_map(family: Family) -> dict[str, dict[str, str]]:
