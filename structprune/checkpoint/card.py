@@ -45,6 +45,17 @@ def _code(own: list[str] | None) -> str:
     return f"`auto_map` leads to the family's own code, copied from the source and never run ({', '.join(own)})."
 
 
+def exported_card(card: str, before: dict, now: dict, compat: str) -> str:
+    """A pruned checkpoint's card for the same model in the layout of class `compat`.
+
+    Args:
+        before, now: its report's `own_code`, as it was and is.
+    """
+    written = r"(Export class: `\w+`)(; written as `\w+`)?"
+    card = re.sub(written, rf"\1; written as `{compat}`", card, count=1)
+    return card.replace(_code(before.get("own_code")), _code(now.get("own_code")))
+
+
 def _example(model_class: type) -> str:
     """Lines that generate text by the sampler beside the weights; none for a family without one."""
     calls = {

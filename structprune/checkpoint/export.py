@@ -165,7 +165,7 @@ def _published_values(config, family: Family, source_values: dict | None) -> dic
     values = published_values(config, getattr(config, query), getattr(config, family.keys["hidden"]))
     if not source_values or source_values.get("model_type") not in family.model_types:
         # keys that this implementation takes for granted, and the family's own code does not
-        fixed = {key: allowed[0] for key, allowed in family.supported.items() if key not in values}
+        fixed = {key: allowed[0] for key, allowed in family.supported.items() if allowed != (None,)}
         kind = {"architectures": [family.architecture], "model_type": family.model_types[0]}
         return {key: value for key, value in (fixed | values | kind).items() if key not in STALE}
     before = source_values | {kv: source_values.get(kv) or source_values[query]}

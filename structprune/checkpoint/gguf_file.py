@@ -6,6 +6,7 @@ Weights are written one by one, so that memory holds the model and one tensor mo
 Shapes: O outputs, C features, D head size.
 """
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,9 @@ import torch
 
 from structprune.checkpoint.export import CLASSES, obstacles
 from structprune.checkpoint.gguf_tokens import Vocabulary
-from structprune.checkpoint.output import check_place, check_space
+from structprune.checkpoint.output import as_stored, check_apart, check_place, check_space
 from structprune.errors import UserError
-from structprune.files import full_disk_errors, whole_file
+from structprune.files import full_disk_errors, make_folders, remove_folders, whole_file
 from structprune.models.adapter import Adapter
 from structprune.models.loading import source_of
 from structprune.models.modeling_structprune import DiffusionLM
@@ -26,6 +27,7 @@ from structprune.models.modeling_structprune import DiffusionLM
 GGUF_TYPES = ("f32", "f16", "bf16", "q8_0")
 STORED = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32}  # of a weight
+MAGIC = b"GGUF"  # how such a file begins
 GROUP = 32  # weights that share a scale in q8_0
 NAMES = {  # role of a block's part -> its name in the file
     "attention_norm": "attn_norm", "query": "attn_q", "key": "attn_k", "value": "attn_v",
@@ -69,18 +71,43 @@ def check_gguf(config: Any, family: str, source_values: dict | None) -> Loader:
     return loader
 
 
-def check_gguf_place(path: Path, parameters: int, kind: str, overwrite: bool) -> None:
+def check_gguf_place(path: Path, source: Path, needed_bytes: int, overwrite: bool) -> None:
     """Check the place of a file before long work.
 
     Raises:
-        UserError: it exists (without `overwrite`), is a directory, cannot be written, or the disk is too full.
+        UserError: something is there (with `overwrite`: other than a GGUF file), it lies in the `source` checkpoint, it
+            cannot be written, or the disk is too full.
     """
     if path.is_dir():
         raise UserError(f"--gguf {path} is a directory: give a file, such as {path / 'model.gguf'}")
-    if path.exists() and not overwrite:
+    if os.path.lexists(path) and not overwrite:
         raise UserError(f"--gguf {path} exists: choose another, or add --overwrite")
+    if os.path.lexists(path) and not _is_gguf(path):
+        raise UserError(f"--gguf {path} is no GGUF file, and is not replaced: choose another")
+    check_apart(path, source)
     check_place(path)
-    check_space(path, int(parameters * BYTES[kind]))
+    check_space(path, needed_bytes)
+
+
+def _is_gguf(path: Path) -> bool:
+    """Whether a regular file begins as such files do."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
+
+
+def needed_bytes(parameters: int, kind: str | None, stored: torch.dtype) -> int:
+    """About what a file takes, of weights that are stored in `stored`."""
+    return int(parameters * BYTES[kind or STORED.get(stored, "f32")])
+
+
+def require_gguf() -> None:
+    """Raise UserError where the package gguf is missing."""
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise UserError("--gguf needs the package gguf: pip install 'structprune[gguf]'") from error
 
 
 def write_gguf(model: DiffusionLM, path: Path, kind: str | None = None, split: str | None = None) -> Path:
@@ -95,33 +122,42 @@ def write_gguf(model: DiffusionLM, path: Path, kind: str | None = None, split: s
         UserError: a model that llama.cpp does not read, a tokenizer that GGUF has no terms for, a full disk, or the
             package gguf is missing.
     """
-    try:
-        import gguf
-    except ImportError as error:
-        raise UserError("--gguf needs the package gguf: pip install 'structprune[gguf]'") from error
-
+    require_gguf()
     source, adapter = source_of(model), Adapter(model)
     loader = check_gguf(model.config, adapter.family.name, source.values)
     kind = kind or STORED.get(source.dtype, "f32")
     vocabulary = Vocabulary(source.directory, adapter.vocabulary, split)
-    with full_disk_errors(path), whole_file(path) as draft:
-        writer = gguf.GGUFWriter(draft, loader.name)
-        _add_values(writer, adapter, kind)
-        _add_tokens(writer, vocabulary, source.directory, adapter.mask_id)
-        for name, tensor, _ in _tensors(adapter, loader):
-            stored = _stored(tensor, kind)
-            group, size = gguf.GGML_QUANT_SIZES[stored]  # weights, and the bytes that they take
-            nbytes = tensor.numel() // group * size
-            writer.add_tensor_info(name, tuple(tensor.shape), np.dtype(np.float32), nbytes, raw_dtype=stored)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for _, tensor, heads in _tensors(adapter, loader):
-            rows = tensor if heads is None else interleaved(tensor, heads)
-            array = rows.detach().to("cpu", torch.float32).numpy()
-            writer.write_tensor_data(gguf.quantize(array, _stored(tensor, kind)))
-        writer.close()
+    made = make_folders(path.parent)
+    try:
+        with full_disk_errors(path), whole_file(path) as draft:
+            _write(draft, adapter, loader, vocabulary, kind)
+    except BaseException:
+        remove_folders(made)
+        raise
     return path
+
+
+def _write(draft: Path, adapter: Adapter, loader: Loader, vocabulary: Vocabulary, kind: str) -> None:
+    """Header, values and tensors, of which one at a time is converted."""
+    import gguf
+
+    writer = gguf.GGUFWriter(draft, loader.name)
+    _add_values(writer, adapter, kind)
+    _add_tokens(writer, vocabulary, source_of(adapter.model).directory, adapter.mask_id)
+    for name, tensor, _ in _tensors(adapter, loader):
+        stored = _stored(tensor, kind)
+        group, size = gguf.GGML_QUANT_SIZES[stored]  # weights, and the bytes that they take
+        nbytes = tensor.numel() // group * size
+        writer.add_tensor_info(name, tuple(tensor.shape), np.dtype(np.float32), nbytes, raw_dtype=stored)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for name, tensor, heads in _tensors(adapter, loader):
+        stored, rows = _stored(tensor, kind), tensor if heads is None else interleaved(tensor, heads)
+        half = stored == gguf.GGMLQuantizationType.F16
+        array = as_stored(name, rows, torch.float16 if half else torch.float32).numpy()
+        writer.write_tensor_data(array if half else gguf.quantize(array, stored))
+    writer.close()
 
 
 def interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:

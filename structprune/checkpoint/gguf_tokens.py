@@ -12,6 +12,7 @@ SPLITS = {
     "gpt-2": (["12345"], ["a", "ĊĊ", "Ċ", "b"], ["I", "'", "M"]),
     "qwen2": (["1", "2", "3", "4", "5"], ["a", "ĊĊĊ", "b"], ["I", "'M"]),
     "llama-bpe": (["123", "45"], ["a", "ĊĊĊ", "b"], ["I", "'M"]),
+    "smollm": (["1", "2", "3", "4", "5"], ["a", "ĊĊ", "Ċ", "b"], ["I", "'", "M"]),
 }
 
 
@@ -45,14 +46,20 @@ class Vocabulary:
             else kinds.USER_DEFINED
             for number in range(rows)
         ]  # fmt: skip
-        self.split = split or _split_of(tokenizer, directory)
+        backend = _byte_pair(tokenizer, directory)
+        self.split = _split_of(backend, directory) if split is None else split
 
 
-def _split_of(tokenizer: Any, directory: Path) -> str:
-    """The name in `SPLITS` of a tokenizer's way to split text before it merges bytes."""
+def _byte_pair(tokenizer: Any, directory: Path) -> Any:
+    """The tokenizer's backend, if it merges bytes."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None or backend.pre_tokenizer is None or type(backend.model).__name__ != "BPE":
+    if backend is None or type(backend.model).__name__ != "BPE" or "ByteLevel" not in repr(backend.pre_tokenizer):
         raise UserError(f"{directory}: the tokenizer is not byte-level BPE, which --gguf needs: export without --gguf")
+    return backend
+
+
+def _split_of(backend: Any, directory: Path) -> str:
+    """The name in `SPLITS` of a tokenizer's way to split text before it merges bytes."""
     pieces = tuple([piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str(probe)] for probe in PROBES)
     for name, expected in SPLITS.items():
         if pieces == expected:

@@ -169,6 +169,19 @@ def write_shards(
         write_json(draft / "model.safetensors.index.json", index)
 
 
+def as_stored(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A weight as it is written, contiguous and on the CPU.
+
+    Raises:
+        UserError: float16 cannot hold it.
+    """
+    stored = tensor.detach().to("cpu", dtype).contiguous()
+    if dtype == torch.float16 and not torch.isfinite(stored).all():
+        largest = f"{tensor.abs().max().item():.3g}"
+        raise UserError(f"float16 cannot hold {name} (largest {largest}): write bfloat16 or float32")
+    return stored
+
+
 def write_content(path: Path, content: Content) -> None:
     """Write a dict as JSON, text as it is; a callable gets the path."""
     if callable(content):

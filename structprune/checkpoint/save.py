@@ -8,7 +8,7 @@ import torch
 
 from structprune.checkpoint.export import CODE_FILES, check_export, config_values, own_code
 from structprune.checkpoint.learnt_text import LEARNT
-from structprune.checkpoint.output import Content, check_output, output_draft, write_json, write_shards
+from structprune.checkpoint.output import Content, as_stored, check_output, output_draft, write_json, write_shards
 from structprune.config import ExportSettings
 from structprune.models import modeling_structprune
 from structprune.models.checkpoint_files import TOKENIZER_FILES, is_byte_pair, read_json
@@ -69,7 +69,7 @@ def save_pruned(
 def _write_weights(model: DiffusionLM, draft: Path, dtype: torch.dtype, max_shard_size: str) -> None:
     state = model.state_dict()
     headers = {name: torch.empty(tensor.shape, dtype=dtype, device="meta") for name, tensor in state.items()}
-    write_shards(draft, headers, lambda name: state[name].detach().to("cpu", dtype).contiguous(), max_shard_size)
+    write_shards(draft, headers, lambda name: as_stored(name, state[name], dtype), max_shard_size)
 
 
 def _carry(source: Path, draft: Path) -> None:

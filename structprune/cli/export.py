@@ -34,7 +34,11 @@ Gguf = Annotated[
 ]  # fmt: skip
 GgufPre = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="How llama.cpp splits text: its tokenizer.ggml.pre.", show_default="found out"),
+    typer.Option(
+        metavar="NAME",
+        help="How llama.cpp splits text: a tokenizer.ggml.pre of its own, which is not checked.",
+        show_default="found out",
+    ),
 ]
 ExportDtype = Annotated[
     str | None,
@@ -70,28 +74,47 @@ def export(
         ("--gguf-pre", gguf_pre, gguf, "--gguf FILE"),
         ("--private", private or None, push, "--push REPO"),
         ("--dtype", dtype, out or gguf, "--out DIR or --gguf FILE"),
+        ("--overwrite", overwrite or None, out or gguf, "--out DIR or --gguf FILE"),
     ):
         if value is not None and needs is None:
             raise UserError(f"{name} is for {other}: add it, or leave {name} out")
     model = ModelSettings(mask_id=mask_id, allow_pickle=allow_pickle)
-    request = ExportRequest(checkpoint, out, compat or "free", gguf, gguf_pre, dtype, overwrite, model)
+    request = ExportRequest(
+        checkpoint, out, "free" if compat is None else compat, gguf, gguf_pre, dtype, overwrite, model
+    )
     _export_and_show(request, push, private, dry_run)
 
 
 def _export_and_show(request: "ExportRequest", push: str | None, private: bool, dry_run: bool) -> None:
+    """The export, then the upload; each says what it made."""
     from structprune.cli.console import show
     from structprune.cli.pruned import NOTHING
     from structprune.report.export_lines import exported_lines, plan_lines
     from structprune.runs.export import checked_export, export_checkpoint, plan_facts
-    from structprune.runs.push import check_push, push_directory
+    from structprune.runs.push import check_push
 
     if push is not None:
-        check_push(push, request.out or Path(request.source), contacts=not dry_run)
+        check_push(push, Path(request.source) if request.out is None else None, contacts=not dry_run)
     if dry_run:
-        show(*plan_lines(plan_facts(request, checked_export(request))), NOTHING)
+        uploads = [f"Would upload {request.out or request.source} to {push}"] if push else []
+        show(*plan_lines(plan_facts(request, checked_export(request))), *uploads, NOTHING)
         return
     if request.out is not None or request.gguf is not None:
         show(*exported_lines(export_checkpoint(request).facts))
+    else:
+        checked_export(request)
     if push is not None:
-        url = push_directory(request.out or Path(request.source), push, private)
-        show(f"Uploaded to {url}")
+        _upload_and_show(request.out or Path(request.source), push, private)
+
+
+def _upload_and_show(directory: Path, repo: str, private: bool) -> None:
+    from structprune.cli.console import show
+    from structprune.errors import Interrupted
+    from structprune.runs.push import push_directory
+
+    try:
+        url, others = push_directory(directory, repo, private)
+    except KeyboardInterrupt as error:
+        raise Interrupted(f"the upload is not complete, '{directory}' stays: push it again") from error
+    left_out = [f"Not uploaded: {', '.join(others)} (no files of a checkpoint)"] if others else []
+    show(*left_out, f"Uploaded {directory} to {url}")

@@ -13,9 +13,10 @@ def plan_lines(facts: dict) -> list[str]:
     lines = [f"{facts['source']}: {facts['parameters']:,} parameters in {facts['stored']}"]
     lines += [f"not {name}: {reason}" for name, reason in facts["reasons"].items()]
     if facts["out"]:
-        lines.append(f"Would write {facts['out']} as {facts['compat']}, for {READERS[facts['compat']]}")
+        size = f"{facts['out_bytes'] / 1e6:.1f} MB"
+        lines.append(f"Would write {facts['out']} as {facts['compat']}, {size}, for {READERS[facts['compat']]}")
     if facts["gguf"]:
-        lines.append(f"Would write {facts['gguf']}, for llama.cpp")
+        lines.append(f"Would write {facts['gguf']}, {facts['gguf_bytes'] / 1e6:.1f} MB, for llama.cpp")
     return lines
 
 

@@ -8,16 +8,25 @@ from typing import Any, cast
 
 import torch
 
-from structprune.checkpoint.export import CLASSES, check_export, export_class, obstacles
-from structprune.checkpoint.gguf_file import STORED, check_gguf, check_gguf_place, write_gguf
+from structprune.checkpoint.card import exported_card
+from structprune.checkpoint.export import CLASSES, check_export, export_class, obstacles, own_code
+from structprune.checkpoint.gguf_file import (
+    STORED,
+    check_gguf,
+    check_gguf_place,
+    needed_bytes,
+    require_gguf,
+    write_gguf,
+)
+from structprune.checkpoint.gguf_tokens import Vocabulary
 from structprune.checkpoint.lineage import EXPORTS
 from structprune.checkpoint.output import Content, check_output, write_json
 from structprune.checkpoint.recovered import CARRIED
 from structprune.checkpoint.save import save_pruned
 from structprune.config import ExportSettings, ModelSettings
-from structprune.errors import UserError
+from structprune.errors import Interrupted, UserError
 from structprune.models.checkpoint_files import read_json
-from structprune.models.loading import as_dtype, load_model, source_of
+from structprune.models.loading import Source, as_dtype, load_model, source_of
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.runs.ghost import Ghost, read_ghost
 
@@ -81,9 +90,19 @@ def checked_export(request: ExportRequest) -> Ghost:
     if request.out is not None:
         check_export(config, ghost.values, request.compat, "--compat ")
         check_output(request.out, ghost.directory, request.overwrite, _bytes(ghost, request))
+        _earlier_report(ghost.directory)
     if request.gguf is not None:
+        require_gguf()
         check_gguf(config, ghost.adapter.family.name, ghost.values)
-        check_gguf_place(request.gguf, ghost.model.num_parameters(), request.kind or "f32", request.overwrite)
+        size = needed_bytes(ghost.model.num_parameters(), request.kind, ghost.stored)
+        check_gguf_place(request.gguf, ghost.directory, size, request.overwrite)
+        Vocabulary(ghost.directory, ghost.adapter.vocabulary, request.split)
+    if request.out is not None and request.gguf is not None:
+        one, other = request.out.absolute(), request.gguf.absolute()
+        if one == other or one in other.parents or other in one.parents:
+            raise UserError(
+                f"--out {request.out} and --gguf {request.gguf} lie in each other: give them places of their own"
+            )
     return ghost
 
 
@@ -102,13 +121,19 @@ def export_checkpoint(request: ExportRequest) -> Exported:
     if request.gguf is not None:
         write_gguf(model, request.gguf, request.kind, request.split)
         facts["gguf_bytes"] = request.gguf.stat().st_size
-    if request.out is not None:
-        facts |= _write_directory(model, request, compared)
-    return Exported(request, facts)
+    if request.out is None:
+        return Exported(request, facts)
+    try:
+        return Exported(request, facts | _write_directory(model, request, compared))
+    except KeyboardInterrupt as error:
+        if request.gguf is None:
+            raise
+        raise Interrupted(f"'{request.gguf}' is complete, '{request.out}' was not written") from error
 
 
 def plan_facts(request: ExportRequest, ghost: Ghost) -> dict[str, Any]:
-    """What an export would write of what, and why not in stricter classes (class -> reason), as plain data."""
+    """What an export would write of what, with about so many bytes, and why not in stricter classes (class -> reason),
+    as plain data."""
     reasons = obstacles(ghost.model.config, ghost.values)
     return {
         "source": ghost.name,
@@ -118,7 +143,9 @@ def plan_facts(request: ExportRequest, ghost: Ghost) -> dict[str, Any]:
         "reasons": {name: reasons[name] for name in CLASSES if name in reasons},
         "out": request.out and str(request.out),
         "compat": request.compat,
+        "out_bytes": _bytes(ghost, request),
         "gguf": request.gguf and str(request.gguf),
+        "gguf_bytes": needed_bytes(ghost.model.num_parameters(), request.kind, ghost.stored),
     }
 
 
@@ -147,7 +174,7 @@ def _write_directory(model: DiffusionLM, request: ExportRequest, compared: str |
             raise RuntimeError(f"the export's logits are {facts['difference']:g} off: please report this")
 
     facts["source"] = source_of(model).name
-    files = _carried(source_of(model).directory, facts)
+    files = _carried(source_of(model), facts)
     save_pruned(model, request.out, settings, files=files, overwrite=request.overwrite, check=check)
     return facts
 
@@ -171,13 +198,27 @@ def compare_logits(expected: torch.Tensor, ids: torch.Tensor, model: DiffusionLM
     return {"difference": (logits.float() - expected.float()).abs().max().item(), "agreement": same}
 
 
-def _carried(source: Path, facts: dict[str, Any]) -> dict[str, Content]:
+def _earlier_report(directory: Path) -> dict:
+    """The contents of report.json beside a checkpoint; empty where there is none."""
+    return read_json(directory / "report.json") if (directory / "report.json").is_file() else {}
+
+
+def _carried(source: Source, facts: dict[str, Any]) -> dict[str, Content]:
     """What an export has beside weights, tokenizer and code: the source's reports and card, with this export noted."""
-    names = [name for name in (*CARRIED, "README.md") if (source / name).is_file()]
-    files: dict[str, Content] = {name: partial(_copy, source / name) for name in names}
-    report = read_json(source / "report.json") if (source / "report.json").is_file() else {}
+    directory = source.directory
+    files: dict[str, Content] = {
+        name: partial(_copy, directory / name) for name in CARRIED if (directory / name).is_file()
+    }
+    before, now = _earlier_report(directory), {}
+    if "own_code" in before:
+        kept = own_code(directory, source.values) if facts["compat"] == "official" else []
+        now = {"own_code": [path.name for path in kept]}
+    if (directory / "README.md").is_file():
+        card = (directory / "README.md").read_text(encoding="utf-8")
+        files["README.md"] = exported_card(card, before, now, facts["compat"])
     # once the logits are compared, which is before files are written
-    files["report.json"] = lambda path: write_json(path, report | {EXPORTS: [*report.get(EXPORTS, []), facts]})
+    noted = {EXPORTS: [*before.get(EXPORTS, []), facts]}
+    files["report.json"] = lambda path: write_json(path, before | now | noted)
     return files
 
 

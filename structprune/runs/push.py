@@ -1,24 +1,32 @@
 """A checkpoint directory uploaded to the Hub, with its card pointing at its new place."""
 
+import re
 from pathlib import Path
 
+from structprune.checkpoint.export import CODE_FILES
+from structprune.checkpoint.recovered import CARRIED
+from structprune.checkpoint.save import CARRIED as SETTINGS
 from structprune.errors import UserError
 from structprune.files import first_line
+from structprune.models.checkpoint_files import is_weights
 
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
+KNOWN = {"config.json", "report.json", "README.md", *SETTINGS, *CARRIED, *CODE_FILES}
+READ = re.compile(r"(pytorch_)?model.*\.(safetensors|bin)(\.index\.json)?")  # by transformers, whichever comes first
+LICENCE = re.compile(r"(licen[cs]e|notice)(\.\w+)?", re.IGNORECASE)
 
 
-def check_push(repo: str, directory: Path, contacts: bool = True) -> None:
+def check_push(repo: str, directory: Path | None, contacts: bool = True) -> None:
     """Check that an upload can begin, before long work.
 
     Args:
-        directory: what will be uploaded; an output need not exist yet.
+        directory: what will be uploaded; None: an output that does not exist yet.
         contacts: also ask the Hub who uploads.
     Raises:
-        UserError: a name that cannot be one of a repository, a Hub id instead of a directory, or no login.
+        UserError: a name that cannot be one of a repository, no directory, no login, or no Hub.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
     from huggingface_hub.utils import validate_repo_id
 
     try:
@@ -27,45 +35,58 @@ def check_push(repo: str, directory: Path, contacts: bool = True) -> None:
         raise UserError(f"--push {repo} is no name of a repository: give USER/NAME ({first_line(error)})") from error
     if repo.count("/") != 1:
         raise UserError(f"--push {repo} has no owner: give USER/NAME")
+    if directory is not None and not directory.is_dir():
+        raise UserError(f"--push uploads a directory, and '{directory}' is none: give one, or add --out DIR")
     if not contacts:
         return
     try:
         HfApi().whoami()
-    except Exception as error:  # the Hub client raises a dozen types
-        reason = "no token" if isinstance(error, LocalTokenNotFoundError) else first_line(error)
-        raise UserError(f"--push {repo}: the Hub does not know you ({reason}): {LOG_IN}") from error
+    except LocalTokenNotFoundError as error:
+        raise UserError(f"--push {repo}: the Hub does not know you (no token): {LOG_IN}") from error
+    except HfHubHTTPError as error:
+        raise UserError(f"--push {repo}: the Hub does not know you ({first_line(error)}): {LOG_IN}") from error
+    except Exception as error:  # of connections, by several libraries
+        reason = f"the Hub cannot be reached ({first_line(error)})"
+        raise UserError(f"--push {repo}: {reason}: go online, or leave out --push") from error
 
 
-def push_directory(directory: Path, repo: str, private: bool = False) -> str:
+def push_directory(directory: Path, repo: str, private: bool = False) -> tuple[str, list[str]]:
     """Upload a checkpoint directory, and make the repository where there is none.
 
-    The uploaded card names the repository in its examples; the one in the directory stays as it is.
+    Weights, settings, tokenizer, code, reports, card and licence go; other files are left out. Weights that the
+    repository has from before and this checkpoint has not are deleted there. The uploaded card names the repository in
+    its examples; the one in the directory stays as it is.
 
     Returns:
-        The address of the repository.
+        The address of the repository, and the names of files that were left out.
     Raises:
         UserError: no checkpoint is there, or the Hub refuses; the directory stays.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     if not (directory / "config.json").is_file():
         raise UserError(f"--push uploads a checkpoint directory, and '{directory}' is none: give one, or add --out DIR")
-    operations = []
-    for path in sorted(path for path in directory.rglob("*") if path.is_file() and not _hidden(path, directory)):
-        name = path.relative_to(directory).as_posix()
-        content: str | bytes = str(path)
-        if name == "README.md":
-            content = path.read_text(encoding="utf-8").replace('"PATH"', f'"{repo}"').encode()
-        operations.append(CommitOperationAdd(name, content))
+    names = sorted(path.name for path in directory.iterdir() if not path.name.startswith(".") and path.is_file())
+    known = [name for name in names if belongs(name)]
+    added = [CommitOperationAdd(name, _content(directory / name, repo)) for name in known]
     try:
         api = HfApi()
         url = api.create_repo(repo, private=private, exist_ok=True)
-        api.create_commit(repo, operations, commit_message="Upload a checkpoint by structprune")
+        stale = [name for name in api.list_repo_files(repo) if READ.fullmatch(name) and name not in known]
+        deleted = [CommitOperationDelete(name) for name in stale]
+        api.create_commit(repo, [*added, *deleted], commit_message="Upload a checkpoint by structprune")
     except Exception as error:  # the Hub client raises a dozen types
         reason = first_line(error)
         raise UserError(f"--push {repo} failed ({reason}): '{directory}' stays; {LOG_IN}, and push it again") from error
-    return str(url)
+    return str(url), [name for name in names if name not in known]
 
 
-def _hidden(path: Path, directory: Path) -> bool:
-    return any(part.startswith(".") or part == "__pycache__" for part in path.relative_to(directory).parts)
+def belongs(name: str) -> bool:
+    """Whether a file of that name is one of a checkpoint's."""
+    return name in KNOWN or is_weights(name) or name.endswith(".py") or bool(LICENCE.fullmatch(name))
+
+
+def _content(path: Path, repo: str) -> str | bytes:
+    if path.name != "README.md":
+        return str(path)
+    return path.read_text(encoding="utf-8").replace('"PATH"', f'"{repo}"').encode()

@@ -175,18 +175,30 @@ def test_a_failure_leaves_no_file(tiny_checkpoint, tmp_path, monkeypatch):
 
 
 def test_splits_are_told_apart_by_what_they_do(tiny_checkpoint, tmp_path):
-    """A Qwen2 tokenizer takes numbers apart; words between spaces alone are none of llama.cpp's."""
+    """A Qwen2 tokenizer takes numbers apart; pairs of digits are none of llama.cpp's."""
     directory = tiny_checkpoint()
     assert Vocabulary(directory, 2048).split == "gpt-2"
     whole = json.loads((directory / "tokenizer.json").read_text())
     Qwen2Tokenizer(vocab=whole["model"]["vocab"], merges=[]).save_pretrained(tmp_path / "qwen")
     assert Vocabulary(tmp_path / "qwen", 4096).split == "qwen2"
     odd = shutil.copytree(directory, tmp_path / "odd")
-    whole["pre_tokenizer"] = {"type": "Whitespace"}
+    plain, digits = whole["pre_tokenizer"], {"type": "Digits", "individual_digits": True}
+    whole["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, plain]}
     (odd / "tokenizer.json").write_text(json.dumps(whole))
-    with pytest.raises(UserError, match="splits text like none of gpt-2, qwen2, llama-bpe: name .* with --gguf-pre"):
+    assert Vocabulary(odd, 2048).split == "smollm"
+    pairs = {"type": "Split", "pattern": {"Regex": "\\p{N}{2}"}, "behavior": "Isolated", "invert": False}
+    whole["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [pairs, plain]}
+    (odd / "tokenizer.json").write_text(json.dumps(whole))
+    with pytest.raises(
+        UserError, match="splits text like none of gpt-2, qwen2, llama-bpe, .*: name .* with --gguf-pre"
+    ):
         Vocabulary(odd, 2048)
     assert Vocabulary(odd, 2048, "my-own").split == "my-own"
+    whole["pre_tokenizer"] = {"type": "Whitespace"}
+    (odd / "tokenizer.json").write_text(json.dumps(whole))
+    for split in (None, "my-own"):
+        with pytest.raises(UserError, match="the tokenizer is not byte-level BPE, which --gguf needs"):
+            Vocabulary(odd, 2048, split)
 
 
 def test_tokens_without_a_row(tiny_checkpoint):

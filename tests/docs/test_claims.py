@@ -158,7 +158,9 @@ def test_what_is_said_of_the_methods_on_a_pretrained_checkpoint():
     worse = [gaps[name, own, each, ratio] for name in (greedy, *published) for own in (whole, searched)
              for each in texts for ratio in ("0.3", "0.5")]  # fmt: skip
     assert all(row["shown"] and row["mean"] > 0 for row in worse)
-    assert gaps[streamed, whole, "docs-valid", "0.3"]["shown"] and gaps[streamed, whole, "wikitext2-test", "0.5"]["shown"]
+    assert (
+        gaps[streamed, whole, "docs-valid", "0.3"]["shown"] and gaps[streamed, whole, "wikitext2-test", "0.5"]["shown"]
+    )
     assert gaps[streamed, whole, "wikitext2-test", "0.5"]["mean"] > 0
     assert not any(gaps[searched, whole, each, "0.3"]["shown"] for each in texts)
     assert all(gaps[searched, whole, each, "0.5"]["by_seed"].count(0.0) == 2 for each in texts)

@@ -73,7 +73,7 @@ class Hub(BaseHTTPRequestHandler):
     def log_message(self, *given):
         pass
 
-    def answer(self, status: int, content: dict) -> None:
+    def answer(self, status: int, content: dict | list) -> None:
         body = json.dumps(content).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
@@ -82,6 +82,9 @@ class Hub(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def do_GET(self):
+        if "/tree/" in self.path:
+            self.answer(200, [{"type": "file", "path": name, "size": 1, "oid": "0" * 40} for name in self.files])
+            return
         known = self.headers.get("Authorization") == f"Bearer {self.token}"
         self.answer(200 if known else 401, {"name": "me", "type": "user", "orgs": []} if known else {"error": "no"})
 
@@ -103,6 +106,9 @@ class Hub(BaseHTTPRequestHandler):
             assert "/commit/" in self.path, self.path
             lines = [json.loads(line) for line in body.splitlines()]
             files = [line["value"] for line in lines if line["key"] == "file"]
+            for line in lines:
+                if line["key"] == "deletedFile":
+                    del self.files[line["value"]["path"]]
             self.files.update({each["path"]: base64.b64decode(each["content"]) for each in files})
             self.answer(
                 200, {"commitUrl": f"{self.address}/me/small/commit/1", "commitOid": "1" * 40, "hookOutput": ""}
@@ -125,7 +131,10 @@ def hub(tmp_path):
         surroundings = os.environ | own | {"OMP_NUM_THREADS": "1"}
         return subprocess.run(command, env=surroundings, capture_output=True, text=True, timeout=600)
 
-    handler.structprune = staticmethod(structprune)
+    def server_close() -> None:
+        server.shutdown()
+        server.server_close()
+
+    handler.structprune, handler.server_close = staticmethod(structprune), staticmethod(server_close)
     yield handler
-    server.shutdown()
-    server.server_close()
+    server_close()

@@ -1,13 +1,17 @@
 """Checkpoints written again: the same logits in another class or dtype, the family's own code, and what is refused."""
 
 import json
+import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from structprune import Plan, UserError, apply_plan, load_model, save_pruned
+from structprune.checkpoint.card import exported_card
 from structprune.cli.main import main
 from structprune.config import ExportSettings
+from structprune.errors import Interrupted
 from structprune.runs import export as module
 from structprune.runs.export import ExportRequest, checked_export, export_checkpoint
 from structprune.structured.plan import BlockPlan
@@ -117,12 +121,18 @@ def test_a_dry_run_names_the_classes(pruned, tmp_path, capsys):
     (["--out", "OUT", "--private"], "--private is for --push REPO"),
     (["--push", "me/model", "--dtype", "f16"], "--dtype is for --out DIR or --gguf FILE"),
     (["--gguf", "."], "--gguf . is a directory: give a file"),
+    (["--push", "me/model", "--overwrite"], "--overwrite is for --out DIR or --gguf FILE"),
+    (["--out", "OUT", "--compat", "uniform", "--gguf", "OUT"], "lie in each other: give them places of their own"),
+    (["--out", "OUT", "--compat", "uniform", "--gguf", "OUT/a.gguf"], "lie in each other: give them"),
+    (["--gguf", "SOURCE/model.gguf"], "lies inside the input checkpoint"),
+    (["--gguf", "SOURCE/config.json", "--overwrite"], "is no GGUF file, and is not replaced: choose another"),
+    (["--out", "OUT", "--compat", ""], "unknown --compat ''"),
     (["--push", "model"], "--push model has no owner: give USER/NAME"),
     (["--push", "a b/c"], "--push a b/c is no name of a repository: give USER/NAME"),
 ])  # fmt: skip
 def test_refused(pruned, tmp_path, capsys, arguments, message):
     source, before = pruned(heads=(0, 2)), sorted(tmp_path.iterdir())
-    arguments = [text.replace("OUT", str(tmp_path / "out")) for text in arguments]
+    arguments = [text.replace("OUT", str(tmp_path / "out")).replace("SOURCE", str(source)) for text in arguments]
     assert main(["export", str(source), *arguments]) == 2
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1 and sorted(tmp_path.iterdir()) == before
@@ -137,3 +147,59 @@ def test_blocks_that_differ_are_refused_before_weights_are_read(pruned, tmp_path
     ):  # fmt: skip
         with pytest.raises(UserError, match="its blocks differ in width"):
             checked_export(request)
+
+
+def test_what_only_the_files_tell_is_refused_before_weights_are_read(pruned, tmp_path, monkeypatch):
+    source = pruned()
+    request = ExportRequest(str(source), gguf=tmp_path / "deep" / "model.gguf")
+    monkeypatch.setattr(module, "load_model", lambda *given: pytest.fail("weights were read"))
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(UserError, match="--gguf needs the package gguf"):
+        export_checkpoint(request)
+    monkeypatch.undo()
+    (source / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="tokenizer"):
+        checked_export(request)
+    (source / "report.json").write_text("[")
+    with pytest.raises(UserError, match="report.json is not valid JSON"):
+        checked_export(ExportRequest(str(source), tmp_path / "out"))
+    assert not (tmp_path / "deep").exists()
+
+
+def test_folders_of_a_file_are_made_and_removed_again(pruned, tmp_path, monkeypatch):
+    request = ExportRequest(str(pruned()), gguf=tmp_path / "deep" / "er" / "model.gguf")
+    monkeypatch.setattr("gguf.GGUFWriter.write_tensor_data", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        export_checkpoint(request)
+    assert not (tmp_path / "deep").exists()
+    monkeypatch.undo()
+    assert export_checkpoint(request).request.gguf.read_bytes()[:4] == b"GGUF"
+
+
+def test_weights_that_half_precision_cannot_hold(tiny_checkpoint, tmp_path):
+    source = tiny_checkpoint()
+    state = load_file(source / "model.safetensors")
+    name = "model.transformer.blocks.1.ff_out.weight"
+    state[name][0, 0] = 1e6
+    save_file(state, source / "model.safetensors", metadata={"format": "pt"})
+    for keys in ({"out": tmp_path / "out"}, {"gguf": tmp_path / "model.gguf"}):
+        with pytest.raises(UserError, match=r"^float16 cannot hold .* \(largest 1e\+06\): write bfloat16 or float32$"):
+            export_checkpoint(ExportRequest(str(source), dtype="f16", **keys))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [source.name]
+
+
+def test_an_interrupt_says_what_is_complete(pruned, tmp_path, monkeypatch):
+    source, file = pruned(), tmp_path / "model.gguf"
+    monkeypatch.setattr(module, "compare_logits", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(Interrupted, match="model.gguf' is complete, '.*out' was not written"):
+        export_checkpoint(ExportRequest(str(source), tmp_path / "out", gguf=file))
+    assert file.exists() and not (tmp_path / "out").exists()
+
+
+def test_the_card_follows_its_checkpoint():
+    card = "Export class: `official`. Every figure\n\n`auto_map` leads to the family's own code, copied from the source"
+    card += " and never run (modeling_toy.py). `model(ids)`"
+    free = exported_card(card, {"own_code": ["modeling_toy.py"]}, {"own_code": []}, "free")
+    assert free.startswith("Export class: `official`; written as `free`. Every")
+    assert "The code beside the weights is structprune's own. `model(ids)`" in free and "modeling_toy" not in free
+    assert exported_card(free, {}, {}, "uniform").startswith("Export class: `official`; written as `uniform`. Every")
