@@ -59,3 +59,36 @@ def _figures(row: dict) -> tuple[str, str, str]:
         return "-", f"refused: {row['refused']}", "-"
     loss = f"{row['loss']['mean']:+.4f} ± {row['loss']['standard_error']:.4f}"
     return f"{row['bytes'] / 1e6:.2f} MB", loss, f"{row['reload_difference']:g}"
+
+
+def exports(results: dict) -> str:
+    """What happens to every export class on its way.
+
+    Args:
+        results: of scripts/tools/check_exports.py.
+    """
+    header = [
+        "pruned model",
+        "class",
+        "layout after `save_pretrained`",
+        "structprune",
+        "exported",
+        "loaded elsewhere",
+        "GGUF",
+    ]
+    rows = [
+        [
+            row["case"].replace("-", ", "), f"`{row['class']}`", "the same" if row["layout_kept"] else "another",
+            *(f"{value:g}" for value in row["differences"].values()), "written" if row["gguf"] == "written" else "no",
+        ]
+        for row in results["rows"]
+    ]  # fmt: skip
+    moved = min(row["changed_by_training"] for row in results["rows"])
+    text = (
+        "`python -m scripts.tools.check_exports`, from [`exports.json`](scripts/results/exports.json): tiny random models"
+        " of the official layouts, pruned, loaded by transformers with the code beside the weights, trained for"
+        f" {results['settings']['steps']} steps (which moves logits by {moved:.2g} at least), saved by"
+        " `save_pretrained`, and exported. Largest differences of logits from the trained model's. gaps: halves of"
+        " blocks are gone; depth: a whole block; kept: nothing."
+    )
+    return f"{table(header, rows)}\n\n{text}"

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from scripts.readme.readme_after import gguf, quantised
+from scripts.readme.readme_after import exports, gguf, quantised
 from scripts.readme.readme_baselines import baselines
 from scripts.readme.readme_bench import bench, decoding, note, widths, widths_note
 from scripts.readme.readme_checkpoint import checkpoint
@@ -82,7 +82,11 @@ PAGES: dict[str, Makers] = {
         **key_sections(GenerateConfig(), "generation"),
     },
     "docs/evaluation.md": key_sections(EvaluationConfig(), "evaluation"),
-    "docs/after-pruning.md": {"gguf": made_of(gguf, "gguf"), "quantised": made_of(quantised, "quantised")},
+    "docs/after-pruning.md": {
+        "exports": made_of(exports, "exports"),
+        "gguf": made_of(gguf, "gguf"),
+        "quantised": made_of(quantised, "quantised"),
+    },
 }
 
 

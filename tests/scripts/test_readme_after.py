@@ -1,6 +1,6 @@
 """Tables of docs/after-pruning.md, from results made by hand."""
 
-from scripts.readme.readme_after import gguf, quantised
+from scripts.readme.readme_after import exports, gguf, quantised
 
 MACHINE = {"processor": "P", "cores": 2, "threads": 1, "torch": "2.13.0+cpu", "cuda_device": None}
 
@@ -32,3 +32,12 @@ def test_quantised_models():
     assert "| dense | bf16 | 9.64 MB | +0.0005 ± 0.0007 | 0 |" in text
     assert "| pruned at 0.5 | nf4 | - | refused: shape | - |" in text
     assert "torchao 0.18.0, transformers 5.24.0; loss" in text
+
+
+def test_exports_of_every_class():
+    differences = {"structprune": 0.0, "exported": 0.0, "elsewhere": 1e-7}
+    row = {"case": "dream-uniform", "class": "uniform", "layout_kept": True, "differences": differences,
+           "gguf": "llama.cpp reads ...", "changed_by_training": 0.42}  # fmt: skip
+    text = exports({"rows": [row, row | {"gguf": "written", "layout_kept": False}], "settings": {"steps": 2}})
+    assert "| dream, uniform | `uniform` | the same | 0 | 0 | 1e-07 | no |" in text
+    assert "| another | 0 | 0 | 1e-07 | written |" in text and "2 steps (which moves logits by 0.42 at least)" in text
