@@ -85,8 +85,8 @@ def exports(results: dict) -> str:
     ]  # fmt: skip
     moved = min(row["changed_by_training"] for row in results["rows"])
     text = (
-        "`python -m scripts.tools.check_exports`, from [`exports.json`](scripts/results/exports.json): tiny random models"
-        " of the official layouts, pruned, loaded by transformers with the code beside the weights, trained for"
+        "`python -m scripts.tools.check_exports`, from [`exports.json`](scripts/results/exports.json): tiny random"
+        " models of the official layouts, pruned, loaded by transformers with the code beside the weights, trained for"
         f" {results['settings']['steps']} steps (which moves logits by {moved:.2g} at least), saved by"
         " `save_pretrained`, and exported. Largest differences of logits from the trained model's. gaps: halves of"
         " blocks are gone; depth: a whole block; kept: nothing."
