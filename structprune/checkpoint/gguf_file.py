@@ -23,6 +23,7 @@ from structprune.files import full_disk_errors, make_folders, remove_folders, wh
 from structprune.models.adapter import Adapter
 from structprune.models.loading import source_of
 from structprune.models.modeling_structprune import DiffusionLM
+from structprune.progress import Track, untracked
 
 GGUF_TYPES = ("f32", "f16", "bf16", "q8_0")
 STORED = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
@@ -110,7 +111,9 @@ def require_gguf() -> None:
         raise UserError("--gguf needs the package gguf: pip install 'structprune[gguf]'") from error
 
 
-def write_gguf(model: DiffusionLM, path: Path, kind: str | None = None, split: str | None = None) -> Path:
+def write_gguf(
+    model: DiffusionLM, path: Path, kind: str | None = None, split: str | None = None, track: Track = untracked
+) -> Path:
     """Write weights, sizes and tokenizer as one file; it appears complete or not at all.
 
     Args:
@@ -118,6 +121,7 @@ def write_gguf(model: DiffusionLM, path: Path, kind: str | None = None, split: s
         kind: of the weights, one of `GGUF_TYPES`; default the source's dtype. Norms and biases are f32, and of q8_0
             matrices whose rows are no multiple of 32 are f16.
         split: as for `Vocabulary`.
+        track: wraps the tensors that are written.
     Raises:
         UserError: a model that llama.cpp does not read, a tokenizer that GGUF has no terms for, a full disk, or the
             package gguf is missing.
@@ -130,17 +134,22 @@ def write_gguf(model: DiffusionLM, path: Path, kind: str | None = None, split: s
     made = make_folders(path.parent)
     try:
         with full_disk_errors(path), whole_file(path) as draft:
-            _write(draft, adapter, loader, vocabulary, kind)
+            _write(draft, adapter, loader, vocabulary, (kind, track))
     except BaseException:
         remove_folders(made)
         raise
     return path
 
 
-def _write(draft: Path, adapter: Adapter, loader: Loader, vocabulary: Vocabulary, kind: str) -> None:
-    """Header, values and tensors, of which one at a time is converted."""
+def _write(draft: Path, adapter: Adapter, loader: Loader, vocabulary: Vocabulary, choices: tuple[str, Track]) -> None:
+    """Header, values and tensors, of which one at a time is converted.
+
+    Args:
+        choices: the kind of weights, and what wraps the tensors.
+    """
     import gguf
 
+    kind, track = choices
     writer = gguf.GGUFWriter(draft, loader.name)
     _add_values(writer, adapter, kind)
     _add_tokens(writer, vocabulary, source_of(adapter.model).directory, adapter.mask_id)
@@ -152,7 +161,7 @@ def _write(draft: Path, adapter: Adapter, loader: Loader, vocabulary: Vocabulary
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for name, tensor, heads in _tensors(adapter, loader):
+    for name, tensor, heads in track(list(_tensors(adapter, loader)), "writing tensors"):
         stored, rows = _stored(tensor, kind), tensor if heads is None else interleaved(tensor, heads)
         half = stored == gguf.GGMLQuantizationType.F16
         array = as_stored(name, rows, torch.float16 if half else torch.float32).numpy()

@@ -87,7 +87,7 @@ def export(
 
 def _export_and_show(request: "ExportRequest", push: str | None, private: bool, dry_run: bool) -> None:
     """The export, then the upload; each says what it made."""
-    from structprune.cli.console import show
+    from structprune.cli.console import progress_bars, show
     from structprune.cli.pruned import NOTHING
     from structprune.report.export_lines import exported_lines, plan_lines
     from structprune.runs.export import checked_export, export_checkpoint, plan_facts
@@ -100,7 +100,9 @@ def _export_and_show(request: "ExportRequest", push: str | None, private: bool, 
         show(*plan_lines(plan_facts(request, checked_export(request))), *uploads, NOTHING)
         return
     if request.out is not None or request.gguf is not None:
-        show(*exported_lines(export_checkpoint(request).facts))
+        with progress_bars() as track:
+            exported = export_checkpoint(request, track)
+        show(*exported_lines(exported.facts))
     else:
         checked_export(request)
     if push is not None:

@@ -28,6 +28,7 @@ from structprune.errors import Interrupted, UserError
 from structprune.models.checkpoint_files import read_json
 from structprune.models.loading import Source, as_dtype, load_model, source_of
 from structprune.models.modeling_structprune import DiffusionLM
+from structprune.progress import Track, untracked
 from structprune.runs.ghost import Ghost, read_ghost
 
 LONG_NAMES = {kind: str(dtype).removeprefix("torch.") for dtype, kind in STORED.items()}  # f16 -> float16
@@ -106,9 +107,11 @@ def checked_export(request: ExportRequest) -> Ghost:
     return ghost
 
 
-def export_checkpoint(request: ExportRequest) -> Exported:
+def export_checkpoint(request: ExportRequest, track: Track = untracked) -> Exported:
     """Write what is asked for; each output appears whole or not at all, and a directory only after its logits agree.
 
+    Args:
+        track: wraps long iterations, `track(items, title)`.
     Raises:
         UserError: anything the user can mend, before weights are read where it can be known then.
     """
@@ -119,7 +122,7 @@ def export_checkpoint(request: ExportRequest) -> Exported:
     model = load_model(request.source, compared, *place)
     facts = plan_facts(request, ghost)
     if request.gguf is not None:
-        write_gguf(model, request.gguf, request.kind, request.split)
+        write_gguf(model, request.gguf, request.kind, request.split, track)
         facts["gguf_bytes"] = request.gguf.stat().st_size
     if request.out is None:
         return Exported(request, facts)

@@ -33,3 +33,16 @@ def test_without_either_library(bench, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(bench, "versions", lambda: dict.fromkeys(bench.LIBRARIES))
     assert bench.main(["--out", str(tmp_path / "x.json")]) == 2
     assert "neither torchao nor bitsandbytes is installed: pip install" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["torchao int8 weights", "torchao int4 weights, groups of 32"])
+def test_weights_of_eight_and_four_bits(bench, tmp_path, monkeypatch, form):
+    """Where torchao is installed, which the tests do not ask for."""
+    pytest.importorskip("torchao")
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    model = load_model(model_directory(), device="cpu")
+    dense, held_out = save_pruned(model, tmp_path / "dense"), HeldOut(model, 1, 8, 32)
+    row = bench.measure(dense, form, held_out, tmp_path)
+    assert row["reload_difference"] == 0 and row["bytes"] < 0.7 * (dense / "model.safetensors").stat().st_size
+    assert abs(row["loss"]["mean"]) < 0.2
