@@ -8,7 +8,6 @@ Shapes: O outputs, C features, D head size.
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,8 @@ from structprune.checkpoint.output import as_stored, check_apart, check_place, c
 from structprune.errors import UserError
 from structprune.files import full_disk_errors, make_folders, remove_folders, whole_file
 from structprune.models.adapter import Adapter
+from structprune.models.families import FAMILIES, family_of
+from structprune.models.family import GgufLoader
 from structprune.models.loading import source_of
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.progress import Track, untracked
@@ -36,39 +37,23 @@ NAMES = {  # role of a block's part -> its name in the file
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Loader:
-    """What llama.cpp's loader of a family expects.
-
-    Attributes:
-        name: its `general.architecture`.
-        compat: the most general export class that it reads.
-        interleaved: rotary pairs are neighbours, so that rows of q and k move.
-    """
-
-    name: str
-    compat: str
-    interleaved: bool
-
-
-LOADERS = {"llada": Loader("llada", "uniform", True), "dream": Loader("dream", "official", False)}  # by family
-
-
-def check_gguf(config: Any, family: str, source_values: dict | None) -> Loader:
+def check_gguf(config: Any, source_values: dict | None) -> GgufLoader:
     """The loader that reads a model.
 
     Raises:
         UserError: there is none, with the reason.
     """
-    loader = LOADERS.get(family)
+    family = family_of(config)
+    loader = family.gguf
     if loader is None:
-        raise UserError(f"--gguf is for {' and '.join(LOADERS)}, whose loaders llama.cpp has: this is {family}")
+        known = " and ".join(each.name for each in FAMILIES if each.gguf is not None)
+        raise UserError(f"--gguf is for {known}, whose loaders llama.cpp has: this is {family.name}")
     reason = obstacles(config, source_values).get(loader.compat)
     if reason is None and any(getattr(config, key, False) for key in ("include_bias", "include_qkv_bias")):
         reason = "its linears have biases"
     if reason:
         allowed = " or ".join(CLASSES[: CLASSES.index(loader.compat) + 1])
-        raise UserError(f"llama.cpp reads a {family} of class {allowed}, and this is none: {reason}")
+        raise UserError(f"llama.cpp reads a {family.name} of class {allowed}, and this is none: {reason}")
     return loader
 
 
@@ -128,7 +113,7 @@ def write_gguf(
     """
     require_gguf()
     source, adapter = source_of(model), Adapter(model)
-    loader = check_gguf(model.config, adapter.family.name, source.values)
+    loader = check_gguf(model.config, source.values)
     kind = kind or STORED.get(source.dtype, "f32")
     vocabulary = Vocabulary(source.directory, adapter.vocabulary, split)
     made = make_folders(path.parent)
@@ -141,7 +126,9 @@ def write_gguf(
     return path
 
 
-def _write(draft: Path, adapter: Adapter, loader: Loader, vocabulary: Vocabulary, choices: tuple[str, Track]) -> None:
+def _write(
+    draft: Path, adapter: Adapter, loader: GgufLoader, vocabulary: Vocabulary, choices: tuple[str, Track]
+) -> None:
     """Header, values and tensors, of which one at a time is converted.
 
     Args:
@@ -178,7 +165,7 @@ def interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:
     return halves.transpose(1, 2).reshape(weight.shape)
 
 
-def _tensors(adapter: Adapter, loader: Loader) -> Iterator[tuple[str, torch.Tensor, int | None]]:
+def _tensors(adapter: Adapter, loader: GgufLoader) -> Iterator[tuple[str, torch.Tensor, int | None]]:
     """Name in the file, tensor, and the heads of one whose rows are to be interleaved."""
     model = adapter.model
     yield "token_embd.weight", model.embedding.weight, None

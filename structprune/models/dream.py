@@ -1,7 +1,7 @@
 """Dream, Dream-Coder and DiffuCoder (arXiv 2508.15487), whose layout is Qwen2's."""
 
 from structprune.models.configuration_structprune import StructpruneDreamConfig
-from structprune.models.family import Family
+from structprune.models.family import Family, GgufLoader
 from structprune.models.modeling_structprune import StructpruneDream
 
 DREAM = Family(
@@ -29,6 +29,7 @@ DREAM = Family(
     likelihood="independent",
     text_edges="bos_eos",
     published="dream",
+    gguf=GgufLoader("dream", "official", interleaved=False),
     supported={
         "rope_scaling": (None,),
         "use_sliding_window": (False,),

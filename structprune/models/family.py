@@ -14,6 +14,21 @@ ROLES = ("query", "key", "value", "attention_output", "gate", "up", "down")
 
 
 @dataclass(frozen=True)
+class GgufLoader:
+    """What llama.cpp's loader of a family expects.
+
+    Attributes:
+        name: its `general.architecture`.
+        compat: the most general export class that it reads.
+        interleaved: rotary pairs are neighbours, so that rows of q and k move.
+    """
+
+    name: str
+    compat: str
+    interleaved: bool
+
+
+@dataclass(frozen=True)
 class Family:
     """One family's names, and the names of its behaviours.
 
@@ -37,6 +52,7 @@ class Family:
         published: the key of its settings in the presets of evaluation tasks; None: there are none.
         supported: config key -> the values that the model class computes. Any other value is refused, because the
             checkpoint would load and be silently wrong.
+        gguf: llama.cpp's loader; None: there is none.
         code: further files that define the classes, copied next to the weights beside `CODE_FILES`. Where
             they are not named, only `structprune.load_model` loads what is written, and `AutoModel` does not.
     """
@@ -57,4 +73,5 @@ class Family:
     text_edges: str = "none"
     published: str | None = None
     supported: Mapping[str, tuple] = field(default_factory=lambda: {"rope_scaling": (None,)})
+    gguf: GgufLoader | None = None
     code: tuple[Path, ...] = ()

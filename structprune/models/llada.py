@@ -1,7 +1,7 @@
 """LLaDA, LLaDA-1.5 and MMaDA's text tower (arXiv 2502.09992)."""
 
 from structprune.models.configuration_structprune import StructpruneLLaDAConfig
-from structprune.models.family import Family
+from structprune.models.family import Family, GgufLoader
 from structprune.models.modeling_structprune import StructpruneLLaDA
 
 LLADA = Family(
@@ -19,6 +19,7 @@ LLADA = Family(
     sampler="blockwise",
     likelihood="fixed_count",
     published="llada",
+    gguf=GgufLoader("llada", "uniform", interleaved=True),
     supported={
         "block_type": ("llama",), "layer_norm_type": ("rms",), "activation_type": ("silu",), "rope": (True,),
         "alibi": (False,), "weight_tying": (False,), "attention_layer_norm": (False,), "input_emb_norm": (False,),

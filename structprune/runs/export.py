@@ -94,7 +94,7 @@ def checked_export(request: ExportRequest) -> Ghost:
         _earlier_report(ghost.directory)
     if request.gguf is not None:
         require_gguf()
-        check_gguf(config, ghost.adapter.family.name, ghost.values)
+        check_gguf(config, ghost.values)
         size = needed_bytes(ghost.model.num_parameters(), request.kind, ghost.stored)
         check_gguf_place(request.gguf, ghost.directory, size, request.overwrite)
         Vocabulary(ghost.directory, ghost.adapter.vocabulary, request.split)

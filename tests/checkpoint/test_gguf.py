@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from dataclasses import replace
 
 import gguf
 import numpy as np
@@ -15,7 +16,7 @@ from structprune import UserError, load_model
 from structprune.assets import model_directory
 from structprune.checkpoint.gguf_file import check_gguf, interleaved, write_gguf
 from structprune.checkpoint.gguf_tokens import Vocabulary
-from structprune.models.families import family_of
+from structprune.models.families import FAMILIES, family_of
 from structprune.models.layers_structprune import rotary_tables, rotate
 
 PLACES = {
@@ -151,12 +152,15 @@ def test_the_sources_dtype_is_kept(tiny_checkpoint, tmp_path):
 def test_what_llama_cpp_cannot_read(tiny_model, family, changes, reason):
     config = tiny_model(family, **changes).config
     with pytest.raises(UserError, match=f"^llama.cpp reads a {family} of class .*, and this is none: {reason}"):
-        check_gguf(config, family, None)
+        check_gguf(config, None)
 
 
-def test_another_family_is_refused(tiny_model):
-    with pytest.raises(UserError, match="--gguf is for llada and dream, .*: this is toy"):
-        check_gguf(tiny_model().config, "toy", None)
+def test_another_family_is_refused(tiny_model, monkeypatch):
+    families = [replace(family, gguf=None) if family.name == "dream" else family for family in FAMILIES]
+    for module in ("structprune.models.families", "structprune.checkpoint.gguf_file"):
+        monkeypatch.setattr(f"{module}.FAMILIES", families)
+    with pytest.raises(UserError, match="--gguf is for llada, whose loaders llama.cpp has: this is dream"):
+        check_gguf(tiny_model("dream").config, None)
 
 
 def test_without_the_package(tiny_checkpoint, tmp_path, monkeypatch):

@@ -70,7 +70,7 @@ def _shorten_demo(monkeypatch, model) -> None:
     monkeypatch.setattr(demo, "HeldOut", lambda *arguments: SimpleNamespace(dense=nelbo))
     monkeypatch.setattr(demo, "_prune_all", lambda *arguments: ([dict(row)], {("structprune", 0.3): pruned}))
     monkeypatch.setattr(demo, "measure_latency", lambda *arguments: latency)
-    monkeypatch.setattr(demo, "_plot", lambda rows, dense, draft: None)
+    monkeypatch.setattr(demo, "_plot", lambda rows, draft: None)
     monkeypatch.setattr("structprune.report.demo_tables.demo_table", lambda rows, dense: "")
 
 

@@ -294,5 +294,6 @@ def test_the_report_is_that_of_the_written_file(given, tmp_path):
     check = report["held_out_nelbo"]
     assert check["windows"] == 2 and check["masked"] - check["dense"] == pytest.approx(check["loss"]["mean"], abs=1e-6)
     assert set(report["seconds"]) == {"check", "sinks", "statistics", "masks", "refit", "total"}
-    assert Config.build(report["config"]) == config(SPARSEGPT, REFIT, masking__arm="clean+sink")
+    asked = config(SPARSEGPT, REFIT, masking__arm="clean+sink")  # its default windows are longer than the model takes
+    assert Config.build(report["config"]) == asked.model_copy(update={"calibration": asked.calibration.within(64)})
     assert Masks.load(tmp_path / "out" / "masks.safetensors").sparsity() == report["sparsity"]["total"]

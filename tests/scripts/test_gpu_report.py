@@ -42,7 +42,7 @@ def test_every_stage_writes_its_file(script, ran):
     sizes = [(row["batch"], row["length"]) for row in result["forward"]["forward"][::3]]
     assert sizes == [(1, 32), (1, 64), (2, 32), (2, 64)] and result["forward"]["generation"] == []
     assert {(row["batch"], row["length"], row["cache"]) for row in result["generation"]["generation"]} == {
-        (batch, length, cache) for batch in (1, 2) for length in (32, 48) for cache in ("none", "prefix")
+        (batch, length, cache) for batch in (1, 2) for length in (32, 48) for cache in ("none", "prefix", "dual")
     }  # one block of 8
     assert result["nm"]["semi_structured"]["refused"] == "torch has no 2:4 kernels for device cpu"
     assert "costs" in result["widths"] and result["make"]["bytes"] > 0
