@@ -34,7 +34,7 @@ def calibrate(model: DiffusionLM, config: Config) -> Calibration:
     Raises:
         UserError: text or file that cannot be used.
     """
-    adapter, config = Adapter(model), fitted(config, model)
+    adapter = Adapter(model)
     check_length(model, config)
     return load_calibration(
         config.calibration,
@@ -46,15 +46,9 @@ def calibrate(model: DiffusionLM, config: Config) -> Calibration:
     )
 
 
-def fitted(config: Config, model: DiffusionLM) -> Config:
-    """The configuration with windows that the model has positions for, where it names no length."""
-    settings = config.calibration.within(getattr(model.config, Adapter(model).family.keys["positions"]))
-    return config.model_copy(update={"calibration": settings})
-
-
 def check_length(model: DiffusionLM, config: Config, saved: Calibration | None = None) -> None:
     """Raise UserError where windows, to make or of a saved calibration, are longer than the model's positions."""
-    longest = getattr(model.config, Adapter(model).family.keys["positions"])
+    longest = Adapter(model).positions
     settings = config.calibration
     if saved is not None and saved.length > longest:
         raise UserError(

@@ -43,11 +43,11 @@ def obstacles(config, source_values: dict | None) -> dict[str, str]:
     if config.attention_output_bias or config.mlp_output_bias:
         reason = "the refit added biases (set reconstruct.constant false and mode least-squares)"
         return dict.fromkeys(CLASSES[:2], reason)
-    odd = _odd_attention(config, family, source_values) if widths else None
-    return {"official": odd} if odd else {}
+    removed = _head_obstacle(config, family, source_values) if widths else None
+    return {"official": removed} if removed else {}
 
 
-def _odd_attention(config, family: Family, source_values: dict | None) -> str | None:
+def _head_obstacle(config, family: Family, source_values: dict | None) -> str | None:
     """Why the family's own code, whose heads share out the hidden size, cannot have a model's attention.
 
     A source of that layout that structprune did not write is taken to be loaded by that code as it is.
@@ -139,11 +139,11 @@ def config_values(config, source_values: dict | None, compat: str, dtype: str, k
     """Contents of the config.json to write.
 
     Args:
-        keeps_code: the source's `auto_map` stays, since its files are copied.
         source_values: contents of the source's config.json.
         compat: the class asked for. `official` and `uniform` are in the family's own layout: of a source in that
             layout all keys stay, beside depth, widths and a `tie_word_embeddings` that the model does not have.
         dtype: of the written weights.
+        keeps_code: the source's `auto_map` stays, since its files are copied.
     """
     family = family_of(config)
     if compat == "free":

@@ -119,24 +119,17 @@ def write_gguf(
     made = make_folders(path.parent)
     try:
         with full_disk_errors(path), whole_file(path) as draft:
-            _write(draft, adapter, loader, vocabulary, (kind, track))
+            _write(draft, adapter, loader, vocabulary, kind, track)
     except BaseException:
         remove_folders(made)
         raise
     return path
 
 
-def _write(
-    draft: Path, adapter: Adapter, loader: GgufLoader, vocabulary: Vocabulary, choices: tuple[str, Track]
-) -> None:
-    """Header, values and tensors, of which one at a time is converted.
-
-    Args:
-        choices: the kind of weights, and what wraps the tensors.
-    """
+def _write(draft: Path, adapter: Adapter, loader: GgufLoader, vocabulary: Vocabulary, kind: str, track: Track) -> None:
+    """Header, values and tensors, of which one at a time is converted."""
     import gguf
 
-    kind, track = choices
     writer = gguf.GGUFWriter(draft, loader.name)
     _add_values(writer, adapter, kind)
     _add_tokens(writer, vocabulary, source_of(adapter.model).directory, adapter.mask_id)
@@ -195,13 +188,13 @@ def _add_values(writer: Any, adapter: Adapter, kind: str) -> None:
     """Sizes, and what decides the computation."""
     import gguf
 
-    config, family = adapter.model.config, adapter.family
+    config = adapter.model.config
     first = adapter.blocks[0].widths
     writer.add_name(source_of(adapter.model).name)
     writer.add_type("model")
     writer.add_file_type(gguf.LlamaFileType["ALL_F32" if kind == "f32" else f"MOSTLY_{kind.upper()}"])
     writer.add_block_count(len(adapter.blocks))
-    writer.add_context_length(getattr(config, family.keys["positions"]))
+    writer.add_context_length(adapter.positions)
     writer.add_embedding_length(adapter.hidden_size)
     writer.add_feed_forward_length(first.channels)
     writer.add_head_count(first.query_heads)

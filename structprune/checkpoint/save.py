@@ -51,13 +51,13 @@ def save_pruned(
     carried = source.directory if source else None
     needed = sum(p.numel() for p in model.parameters()) * dtype.itemsize
     directory = check_output(directory, carried, overwrite, needed)
-    theirs = own_code(carried, values) if export.compat == "official" else []
+    family_files = own_code(carried, values) if export.compat == "official" else []
     with output_draft(directory, overwrite, files, needed) as draft:
         _write_weights(model, draft, dtype, export.max_shard_size)
         name = str(dtype).removeprefix("torch.")
-        write_json(draft / "config.json", config_values(model.config, values, export.compat, name, bool(theirs)))
+        write_json(draft / "config.json", config_values(model.config, values, export.compat, name, bool(family_files)))
         beside = [Path(modeling_structprune.__file__).with_name(name) for name in CODE_FILES]
-        for path in (*theirs, *beside, *family_of(model.config).code):
+        for path in (*family_files, *beside, *family_of(model.config).code):
             shutil.copyfile(path, draft / path.name)
         if carried is not None:
             _carry(carried, draft)

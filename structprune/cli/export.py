@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 OutDirectory = Annotated[
     Path | None,
     typer.Option(
-        callback=lambda path: None if path is None else without_dots(path),
+        callback=without_dots,
         help="Directory to write. It appears complete or not at all.",
     ),
 ]
@@ -28,7 +28,7 @@ Compat = Annotated[
 Gguf = Annotated[
     Path | None,
     typer.Option(
-        callback=lambda path: None if path is None else without_dots(path), metavar="FILE",
+        callback=without_dots, metavar="FILE",
         help="File to write for llama.cpp.",
     ),
 ]  # fmt: skip
@@ -36,8 +36,8 @@ GgufPre = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="How llama.cpp splits text: a tokenizer.ggml.pre of its own, which is not checked.",
-        show_default="found out",
+        help="How llama.cpp splits text (tokenizer.ggml.pre); a name given is not checked.",
+        show_default="by what the tokenizer does",
     ),
 ]
 ExportDtype = Annotated[
@@ -63,7 +63,7 @@ def export(
     overwrite: Overwrite = False,
     debug: Debug = False,
 ) -> None:
-    """Options that say nothing of what is written are refused."""
+    """Refuses options that have no effect on what is asked for."""
     from structprune.config import ModelSettings
     from structprune.runs.export import ExportRequest
 

@@ -6,11 +6,11 @@ from typing import Annotated
 import typer
 
 
-def without_dots(path: Path) -> Path:
-    """A path to write without `..`, which leads nowhere where what is before it does not exist."""
+def without_dots(path: Path | None) -> Path | None:
+    """A path to write, where one is given, without `..`, which leads nowhere where what is before it does not exist."""
     from structprune.checkpoint.atomic import output_place
 
-    return output_place(path) if ".." in path.parts else path
+    return output_place(path) if path is not None and ".." in path.parts else path
 
 
 Checkpoint = Annotated[str, typer.Argument(help="Checkpoint directory, or Hub id such as GSAI-ML/LLaDA-8B-Base.")]
@@ -95,7 +95,7 @@ PlanFile = Annotated[Path | None, typer.Option(help="Apply this plan.json instea
 Levels = Annotated[
     Path | None,
     typer.Option(
-        callback=lambda path: None if path is None else without_dots(path),
+        callback=without_dots,
         help="Directory for the levels of a search (--set search.enabled=true). They stay there: a run that was"
         " killed goes on from them, and other ratios and budgets share them.",
         show_default="a temporary one",

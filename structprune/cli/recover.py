@@ -21,7 +21,7 @@ Tokens = Annotated[int | None, typer.Option(help="Tokens to learn from, repeats 
 TeacherCache = Annotated[
     Path | None,
     typer.Option(
-        callback=lambda path: None if path is None else without_dots(path),
+        callback=without_dots,
         help="Directory for the teacher's predictions, written once: later runs on the same text need no dense passes.",
         show_default="none; the teacher predicts on the way",
     ),

@@ -1,7 +1,7 @@
 """Configurations made of sections: validated, frozen, no unknown keys; read from YAML and `section.key=value`."""
 
 from pathlib import Path
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
@@ -9,6 +9,8 @@ from typing_extensions import Self
 
 from structprune.config.yaml_files import parse_yaml, read_yaml
 from structprune.errors import UserError, nearest, shown
+
+AnySection = TypeVar("AnySection", bound="Section")
 
 
 class Section(BaseModel):
@@ -22,6 +24,13 @@ class Section(BaseModel):
         if isinstance(value, bool) and {int, float} & {kind, *get_args(kind)}:
             raise PydanticCustomError("number", "Input should be a number, not true or false")
         return value
+
+
+def within_positions(section: AnySection, positions: int) -> AnySection:
+    """A section of windows that a model of so many positions takes: `length` is lowered where nobody named one."""
+    if "length" in section.model_fields_set or getattr(section, "length") <= positions:  # noqa: B009
+        return section
+    return section.model_copy(update={"length": positions})
 
 
 class Sections(Section):

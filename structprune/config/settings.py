@@ -61,12 +61,6 @@ class CalibrationSettings(Section):
     batch: int = Field(1, ge=1)
     """Windows per forward pass, each with all its noisy copies. For methods unstructured and nm: sequences per pass."""
 
-    def within(self, positions: int) -> "CalibrationSettings":
-        """With windows that a model of so many positions takes, where the length is the default."""
-        if "length" in self.model_fields_set or self.length <= positions:
-            return self
-        return self.model_copy(update={"length": positions})
-
     @property
     def levels(self) -> int:
         """S, the noise levels of `steps` and `interval`; 0 where these leave none."""

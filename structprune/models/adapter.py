@@ -124,6 +124,11 @@ class Adapter:
         return getattr(self.model.config, self.family.keys["vocabulary"])
 
     @property
+    def positions(self) -> int:
+        """The longest sequence that the model takes, in tokens."""
+        return getattr(self.model.config, self.family.keys["positions"])
+
+    @property
     def mask_id(self) -> int:
         return self.model.config.mask_token_id
 

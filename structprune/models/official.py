@@ -9,7 +9,7 @@ from transformers import PretrainedConfig
 from structprune.errors import UserError, nearest, shown
 from structprune.models.checkpoint_files import read_json
 from structprune.models.config_values import USED, WHOLE, check_heads, check_values, check_whole
-from structprune.models.configuration_structprune import LayoutConfig
+from structprune.models.configuration_structprune import LayoutConfig, layout_of
 from structprune.models.families import FAMILIES, Family
 from structprune.models.quiet import quiet_transformers
 
@@ -79,7 +79,7 @@ def build_config(values: dict, family: Family, mask_id: int, where: Path | str) 
         raise UserError(f"{where}: mask id {shown(mask_id)} lies outside the embedding of {vocabulary} tokens")
     own: dict[str, Any] = {"mask_token_id": mask_id}
     if issubclass(family.config_class, LayoutConfig) and values["model_type"] in family.model_types:
-        own["published"] = {key: values.get(key) for key in ("model_type", "architectures")}
+        own["published"] = layout_of(values)
     try:
         with quiet_transformers():
             return family.config_class(**(arguments | own))

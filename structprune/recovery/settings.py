@@ -32,12 +32,6 @@ class DataSettings(Section):
     seed: int = Field(0, ge=0, lt=2**62)
     """Random seed of windows, their order, noise and new weights."""
 
-    def within(self, positions: int) -> "DataSettings":
-        """With windows that models of so many positions take, where the length is the default."""
-        if "length" in self.model_fields_set or self.length <= positions:
-            return self
-        return self.model_copy(update={"length": positions})
-
 
 class TeacherSettings(Section):
     dtype: Literal["float32", "bfloat16", "float16"] | None = None

@@ -79,7 +79,7 @@ class HeldOut:
 
 
 def run_demo(out: Path, overwrite: bool = False, track: Track = untracked, recovers: bool = False) -> Demo:
-    """Prune the embedded model at `RATIOS` by every method, save it at `SAVED`, and plot NELBO against the ratio.
+    """Prune the embedded model at `RATIOS` by every method, save it at `SAVED`, and plot the loss by ratio.
 
     Args:
         out: directory for the models, demo.json and nelbo.png; it appears complete or not at all.

@@ -118,8 +118,9 @@ def export_checkpoint(request: ExportRequest, track: Track = untracked) -> Expor
     ghost = checked_export(request)
     target = as_dtype(LONG_NAMES.get(request.kind or ""))
     compared = "auto" if target in (None, ghost.stored) else torch.float32  # so that only the weights' rounding shows
-    place = (None, request.model.mask_id, request.model.allow_pickle, request.compat == "official")
-    model = load_model(request.source, compared, *place)
+    mask_id, pickles = request.model.mask_id, request.model.allow_pickle
+    own = request.compat == "official"  # whose Python files are copied
+    model = load_model(request.source, compared, mask_id=mask_id, allow_pickle=pickles, code=own)
     facts = plan_facts(request, ghost)
     if request.gguf is not None:
         write_gguf(model, request.gguf, request.kind, request.split, track)
@@ -172,7 +173,7 @@ def _write_directory(model: DiffusionLM, request: ExportRequest, compared: str |
 
     def check(draft: Path) -> None:
         cast(Any, model).to("meta")
-        facts.update(compare_logits(expected, ids, load_model(draft, compared, None, model.config.mask_token_id)))
+        facts.update(compare_logits(expected, ids, load_model(draft, compared, mask_id=model.config.mask_token_id)))
         if compared == "auto" and facts["difference"]:
             raise RuntimeError(f"the export's logits are {facts['difference']:g} off: please report this")
 

@@ -27,7 +27,7 @@ from structprune.runs.checkpoints import (
 from structprune.runs.evaluate import ALONE, Session
 from structprune.runs.ghost import read_ghost
 from structprune.runs.inspect import expected_model, inspect_checkpoint, inspect_masking
-from structprune.runs.recover import check_places, check_request, checked, fitted, train_back
+from structprune.runs.recover import check_places, check_request, checked, train_back, with_length
 from structprune.runs.resolve import at_ratio, resolve_structured
 from structprune.runs.schedule import Schedule, relative_ratio
 from structprune.runs.stages import (
@@ -98,7 +98,7 @@ class ScheduleRun:
         require_training()
         self._outputs = schedule.outputs(out)
         self._dense = read_ghost(source, schedule.config.model)
-        self._schedule = schedule = replace(schedule, recovery=fitted(schedule.recovery, [self._dense]))
+        self._schedule = schedule = replace(schedule, recovery=with_length(schedule.recovery, [self._dense]))
         ghosts = (self._dense, self._dense)  # no training changes shapes of its text or settings
         self._cache = check_request(ghosts, schedule.recovery, session)
         if is_sharded():  # what is masked has zeros that the dense model, in the student's place here, has not

@@ -26,7 +26,7 @@ def check_push(repo: str, directory: Path | None, contacts: bool = True) -> None
         UserError: a name that cannot be one of a repository, no directory, no login, or no Hub.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+    from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
     try:
@@ -41,13 +41,21 @@ def check_push(repo: str, directory: Path | None, contacts: bool = True) -> None
         return
     try:
         HfApi().whoami()
-    except LocalTokenNotFoundError as error:
-        raise UserError(f"--push {repo}: the Hub does not know you (no token): {LOG_IN}") from error
-    except HfHubHTTPError as error:
-        raise UserError(f"--push {repo}: the Hub does not know you ({first_line(error)}): {LOG_IN}") from error
-    except Exception as error:  # of connections, by several libraries
-        reason = f"the Hub cannot be reached ({first_line(error)})"
-        raise UserError(f"--push {repo}: {reason}: go online, or leave out --push") from error
+    except Exception as error:  # the Hub client raises a dozen types
+        raise UserError(f"--push {repo}: {_explained(error, 'leave out --push')}") from error
+
+
+def _explained(error: Exception, remedy: str) -> str:
+    """Why the Hub took nothing, and what helps: logging in, or `remedy`."""
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+    if isinstance(error, LocalTokenNotFoundError):
+        return f"the Hub does not know you (no token): {LOG_IN}"
+    if not isinstance(error, HfHubHTTPError):  # of connections, by several libraries
+        return f"the Hub cannot be reached ({first_line(error)}): go online, or {remedy}"
+    if getattr(error.response, "status_code", None) in (401, 403):
+        return f"the Hub does not know you, or not as an owner ({first_line(error)}): {LOG_IN}"
+    return f"the Hub refuses ({first_line(error)}): {remedy}"
 
 
 def push_directory(directory: Path, repo: str, private: bool = False) -> tuple[str, list[str]]:
@@ -76,8 +84,8 @@ def push_directory(directory: Path, repo: str, private: bool = False) -> tuple[s
         deleted = [CommitOperationDelete(name) for name in stale]
         api.create_commit(repo, [*added, *deleted], commit_message="Upload a checkpoint by structprune")
     except Exception as error:  # the Hub client raises a dozen types
-        reason = first_line(error)
-        raise UserError(f"--push {repo} failed ({reason}): '{directory}' stays; {LOG_IN}, and push it again") from error
+        remedy = f"push '{directory}' again, which stays"
+        raise UserError(f"--push {repo}: {_explained(error, remedy)}") from error
     return str(url), [name for name in names if name not in known]
 
 

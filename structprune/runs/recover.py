@@ -7,6 +7,7 @@ from pathlib import Path
 
 from structprune.checkpoint.atomic import free_place, output_place
 from structprune.checkpoint.output import check_apart, check_output, check_place, save_finished
+from structprune.config.sections import within_positions
 from structprune.errors import UserError
 from structprune.recovery.blocks import remaining_blocks
 from structprune.recovery.checks import check_settings
@@ -93,7 +94,7 @@ def checked(
 ) -> Recovery:
     """A recovery that can be run, or planned with; no weights are read. Arguments and errors as `recover`."""
     ghosts = read_ghost(pruned, config.model), read_ghost(teacher, config.model)
-    config = fitted(config, ghosts)
+    config = with_length(config, ghosts)
     cache = check_request(ghosts, config, session)
     session.workers.first(lambda: check_places(out, ghosts, overwrite, cache))
     return Recovery(ghosts, config, cache, session)
@@ -150,18 +151,14 @@ def check_pair(student: Ghost, teacher: Ghost) -> None:
             )
 
 
-def fitted(config: RecoverConfig, ghosts: Iterable[Ghost]) -> RecoverConfig:
-    """The configuration with windows that all models have positions for, where it names no length."""
-    return config.model_copy(update={"data": config.data.within(min(map(positions, ghosts)))})
-
-
-def positions(ghost: Ghost) -> int:
-    """The longest window that a model takes, in tokens."""
-    return getattr(ghost.model.config, ghost.adapter.family.keys["positions"])
+def with_length(config: RecoverConfig, ghosts: Iterable[Ghost]) -> RecoverConfig:
+    """The configuration with windows that all models take, where it names no length."""
+    shortest = min(ghost.adapter.positions for ghost in ghosts)
+    return config.model_copy(update={"data": within_positions(config.data, shortest)})
 
 
 def check_window(ghost: Ghost, length: int) -> None:
     """Raise UserError for windows longer than a model's positions."""
-    longest = positions(ghost)
+    longest = ghost.adapter.positions
     if length > longest:
         raise UserError(f"data.length = {length} exceeds the {longest} positions of '{ghost.name}': lower it")

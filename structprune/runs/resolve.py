@@ -5,12 +5,12 @@ The dry run and the run share it. The model may be on the meta device.
 
 from dataclasses import replace
 
-from structprune.calibration.build import fitted
 from structprune.calibration.noise import check_copies, level_times
 from structprune.calibration.trajectories import check_trajectory
 from structprune.checkpoint.export import check_export, check_export_request
 from structprune.config import Config
 from structprune.config.effects import Facts, check_masking, check_search, check_structured
+from structprune.config.sections import within_positions
 from structprune.errors import UserError
 from structprune.masking.allocate import block_ratios
 from structprune.masking.patterns import check_pattern, parse_nm
@@ -46,12 +46,18 @@ def resolve_structured(config: Config, model: DiffusionLM, dry_run: bool = False
     check_choice(sizes, settings.model_copy(update={"ratio": 0.0}) if by_latency else settings)
     check_search(config)
     check_structured(config, Facts(settings.score, arm, SCORES, resources.accelerator))
-    config = fitted(config, model)
+    config = with_length(config, model)
     if config.calibration.held_out < 1 and not config.calibration.replays:
         raise UserError("calibration.held_out = 0 leaves nothing to choose split and damping on: set it to 1 or more")
     check_levels(config)
     check_latency_length(config, model)
     return StructuredRequest(config=config, arm=arm, resources=resources, score=SCORES[settings.score], sizes=sizes)
+
+
+def with_length(config: Config, model: DiffusionLM) -> Config:
+    """The configuration with calibration windows that the model takes, where it names no length."""
+    calibration = within_positions(config.calibration, Adapter(model).positions)
+    return config.model_copy(update={"calibration": calibration})
 
 
 def _backward_user(config: Config) -> str | None:
@@ -130,7 +136,7 @@ def resolve_masking(config: Config, model: DiffusionLM, dry_run: bool = False) -
             " reconstruct.enabled = false"
         )
     if reads:
-        config = fitted(config, model)
+        config = with_length(config, model)
         check_levels(config)
     return MaskRequest(
         config=config, arm=arm, resources=resources, reads_text=reads, name=name, score=score, ratio=ratio, nm=nm
@@ -148,7 +154,7 @@ def check_levels(config: Config) -> None:
 
 def check_latency_length(config: Config, model: DiffusionLM) -> None:
     """Raise UserError for a forward pass to time that is longer than the model's positions."""
-    length, longest = config.search.latency_length, getattr(model.config, Adapter(model).family.keys["positions"])
+    length, longest = config.search.latency_length, Adapter(model).positions
     if length is not None and length > longest:
         raise UserError(f"search.latency_length = {length} exceeds the model's {longest} positions: lower it")
 

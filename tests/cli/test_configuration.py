@@ -5,6 +5,7 @@ import pytest
 from structprune.cli.configuration import read_config
 from structprune.cli.main import main
 from structprune.config import Config
+from structprune.config.sections import within_positions
 from structprune.recovery.settings import RecoverConfig
 from structprune.runs.resolve import resolve_masking, resolve_structured
 
@@ -52,5 +53,6 @@ def test_windows_are_no_longer_than_the_model_takes(tiny_model):
 
 def test_windows_to_learn_are_no_longer_either():
     data = RecoverConfig().data
-    assert (data.within(256).length, data.within(4096).length) == (256, 512)
-    assert RecoverConfig.load(overrides={"data.length": 512}).data.within(256).length == 512
+    assert (within_positions(data, 256).length, within_positions(data, 4096).length) == (256, 512)
+    named = RecoverConfig.load(overrides={"data.length": 512}).data
+    assert within_positions(named, 256).length == 512
