@@ -2,12 +2,14 @@
 
 from scripts.readme.readme_common import machine, ranged, table
 
+SIDES = ("predicted", "measured")
 
-def cost(inspected: dict, mass: dict) -> str:
-    """Time and memory of `structprune inspect`, and the tiled attention mass against the naive one.
+
+def cost(inspected: dict, search: dict, mass: dict) -> str:
+    """What dry runs take and predict, a search beside its own, and the tiled attention mass against the naive one.
 
     Args:
-        inspected: of scripts/bench/measure_inspect.py.
+        inspected: of scripts/bench/measure_inspect.py. search: of scripts/bench/bench_search.py.
         mass: of scripts/bench/bench_attention_mass.py.
     """
     rows = [
@@ -23,7 +25,25 @@ def cost(inspected: dict, mass: dict) -> str:
         "`python -m scripts.bench.measure_inspect`, from [`inspect.json`](scripts/results/inspect.json);"
         f" {machine(inspected['machine'])}. Predicted, not measured: bf16, 128 windows of 4,096 tokens, 10 levels."
     )
-    return f"{table(header, rows)}\n\n{note}\n\n{_attention_mass(mass)}"
+    return f"{table(header, rows)}\n\n{note}\n\n{_search(search)}\n\n{_attention_mass(mass)}"
+
+
+def _search(result: dict) -> str:
+    header = ["a search", "predicted", "measured", "measured / predicted"]
+    sizes = {"levels on disk": result["disk"], "peak memory": result["peak_bytes"]}
+    rows = [[name, *(f"{row[side]:.0f} s" for side in SIDES), _ratio(row)] for name, row in result["seconds"].items()]
+    rows += [[name, *(f"{row[side] / 1e6:.0f} MB" for side in SIDES), _ratio(row)] for name, row in sizes.items()]
+    note = (
+        f"`python -m scripts.bench.bench_search`, from [`search_cost.json`](scripts/results/search_cost.json): the"
+        f" {result['name']} at {result['settings']['structured.ratio']}, a knapsack with the whole refit;"
+        f" {machine(result['machine'])}. Seconds are predicted from operations, at the"
+        f" {result['rate'] / 1e9:.0f} GFLOP/s of a product of large matrices, which small ones do not reach."
+    )
+    return f"{table(header, rows)}\n\n{note}"
+
+
+def _ratio(row: dict) -> str:
+    return f"{row['measured'] / row['predicted']:.2f}x"
 
 
 def _attention_mass(mass: dict) -> str:

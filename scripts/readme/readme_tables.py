@@ -70,7 +70,7 @@ PAGES: dict[str, Makers] = {
         "bench": made_of(lambda results: f"{bench(results)}\n\n{note(results)}", "bench_cpu"),
         "widths": made_of(lambda results: f"{widths(results)}\n\n{widths_note(results)}", "widths"),
         "gpu": lambda: gpu(RESULTS),
-        "cost": made_of(cost, "inspect", "attention_mass"),
+        "cost": made_of(cost, "inspect", "search_cost", "attention_mass"),
     },
     "docs/pruning.md": key_sections(
         Config(), "model", "calibration", "structured", "sink", "reconstruct", "search", "export", "memory"
