@@ -1,5 +1,6 @@
 """`structprune demo`."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -25,10 +26,11 @@ def demo(
 ) -> None:
     """Prune the small trained model that is part of the package. Takes about 2 minutes, without network or GPU."""
     from structprune.cli.console import progress_bars, show
+    from structprune.models.denormals import flushed_denormals
     from structprune.report.demo_tables import demo_table
     from structprune.runs.demo import run_demo
 
-    with progress_bars() as track:
+    with flushed_denormals() if recover else nullcontext(), progress_bars() as track:
         result = run_demo(out, overwrite, track, recover)
     example = next(path for path in result.paths if path.is_dir())
     show(

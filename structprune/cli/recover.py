@@ -93,6 +93,7 @@ def _recover_and_show(request: "Request") -> None:
     from structprune.cli.console import progress_bars, show, warner
     from structprune.errors import Interrupted
     from structprune.evaluation.workers import workers
+    from structprune.models.denormals import flushed_denormals
     from structprune.recovery.folder import has_learnt, training_folder
     from structprune.report.recover_table import no_gain, recover_table
     from structprune.runs.evaluate import Session
@@ -100,7 +101,11 @@ def _recover_and_show(request: "Request") -> None:
 
     out = request[2]
     try:
-        with workers(trains=True) as place, progress_bars(Console(stderr=True, quiet=not place.main)) as track:
+        with (
+            flushed_denormals(),  # the first: worker threads keep what they begin with
+            workers(trains=True) as place,
+            progress_bars(Console(stderr=True, quiet=not place.main)) as track,
+        ):
             recovered = run(*request, Session(track, place, warner(place.main)))
     except KeyboardInterrupt as error:
         if not has_learnt(training_folder(out)):

@@ -118,13 +118,18 @@ def _run(request: "Request") -> None:
     from structprune.cli.console import progress_bars, show, warner
     from structprune.errors import Interrupted
     from structprune.evaluation.workers import workers
+    from structprune.models.denormals import flushed_denormals
     from structprune.runs.evaluate import Session
     from structprune.runs.gradual import ScheduleRun
 
     lines: list = []
     run = None
     try:
-        with workers(trains=True) as place, progress_bars(Console(stderr=True, quiet=not place.main)) as track:
+        with (
+            flushed_denormals(),  # the first: worker threads keep what they begin with
+            workers(trains=True) as place,
+            progress_bars(Console(stderr=True, quiet=not place.main)) as track,
+        ):
             run = ScheduleRun(*request, Session(track, place, warner(place.main)))
             for step in run.steps():
                 lines += _step_lines(step) if place.main else []

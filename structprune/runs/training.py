@@ -18,6 +18,7 @@ from structprune.errors import UserError
 from structprune.evaluation.overlap import marks
 from structprune.masking.finetune import keep_zeros, mask_adapters, merge_adapters
 from structprune.models.adapter import Adapter
+from structprune.models.denormals import flushed_denormals
 from structprune.models.int8 import to_int8
 from structprune.models.loading import load_model, source_of
 from structprune.models.modeling_structprune import DiffusionLM
@@ -49,7 +50,8 @@ class Recovery(RecoveryPlan):
             UserError: the device's memory is not enough.
         """
         try:
-            return self._run(folder)
+            with flushed_denormals():
+                return self._run(folder)
         except torch.OutOfMemoryError as error:
             raise UserError(f"the training does not fit the memory of {self.device}: {REMEDY}") from error
 

@@ -1,0 +1,89 @@
+"""A training of `structprune recover` on CPU, with denormal numbers computed and with them flushed to 0.
+
+Both train the same pruned embedded model on the same windows, each in a process of its own, as worker threads keep the
+setting they begin with.
+
+    python -m scripts.bench.bench_training [--tokens N] [--out scripts/results/training_speed.json]
+"""
+
+import multiprocessing
+import sys
+import tempfile
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.table import Table
+
+from scripts.studies.recovery_study import TRAIN, pruned_model
+from scripts.tools.script_line import OneLineParser, check_counts, one_line, result_file, show_result, write_result
+from structprune.assets import model_directory, text_file
+from structprune.bench.machine import describe_machine
+from structprune.models.denormals import flushed_denormals
+from structprune.recovery.settings import RecoverConfig
+from structprune.runs.recover import recover
+
+RATIO = "0.5"
+OPTIONS = {"tokens": (100_000, "learnt by either"), "threads": (1, "of either")}
+
+
+def train(keys: dict, flush: bool, threads: int) -> dict:
+    """Tokens learnt, the seconds of the Trainer's steps and evaluations, and the held-out divergence at the end."""
+    from structprune.runs import training
+
+    torch.set_num_threads(threads)
+    training.flushed_denormals = flushed_denormals if flush else nullcontext  # type: ignore[assignment]
+    with tempfile.TemporaryDirectory() as folder:
+        pruned = Path(pruned_model(0, RATIO).name) / "pruned"
+        done = recover(str(pruned), str(model_directory()), Path(folder) / "out", RecoverConfig.load(overrides=keys))
+    learnt = done.report["learnt"]
+    return {"tokens": learnt["tokens"], "seconds": learnt["seconds"], "kl": done.report["after"]["kl"]}
+
+
+def in_own_process(work: partial) -> dict:
+    """The result of `work()` in a new process."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(work)
+
+
+def measure(tokens: int, threads: int) -> dict:
+    """Both trainings, and how much faster the one that flushes is."""
+    keys = TRAIN | {"data.source": str(text_file("calibration.txt")), "train.tokens": tokens, "train.evaluations": 1}
+    results = {
+        name: in_own_process(partial(train, keys, flush, threads))
+        for name, flush in (("computed", False), ("flushed", True))
+    }
+    return results | {"ratio": results["computed"]["seconds"] / results["flushed"]["seconds"]}
+
+
+def table_of(result: dict) -> Table:
+    """Speed and result of both, and the ratio."""
+    table = Table(title=f"training on CPU: flushing denormal numbers is {result['ratio']:.2f}x as fast")
+    for name in ("denormal numbers", "tokens / s", "held-out divergence after it"):
+        table.add_column(name, justify="left" if name == "denormal numbers" else "right")
+    for name in ("computed", "flushed"):
+        row = result[name]
+        table.add_row(name, f"{row['tokens'] / row['seconds']:,.0f}", f"{row['kl']:.4f}")
+    return table
+
+
+def run(arguments: list[str] | None) -> None:
+    parser = OneLineParser(__doc__.splitlines()[0])
+    for name, (value, text) in OPTIONS.items():
+        parser.add_argument(f"--{name}", type=int, default=value, help=f"{text} (default %(default)s)")
+    parser.add_argument("--out", type=result_file, default=Path("scripts/results/training_speed.json"))
+    options = parser.parse_args(arguments)
+    check_counts(options, OPTIONS)
+    settings = {"tokens": options.tokens, "threads": options.threads, "ratio": RATIO}
+    result = {"machine": describe_machine(), "settings": settings} | measure(options.tokens, options.threads)
+    write_result(options.out, result)
+    show_result(table_of(result), out=options.out, width=100)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return one_line("bench_training", lambda: run(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
