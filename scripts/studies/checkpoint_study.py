@@ -179,7 +179,7 @@ def summarise(variants: dict, contrasts: list[tuple[str, str]], runs: dict, seed
                 gaps.append({"variant": name, "against": base, "text": text, "ratio": ratio, **gap})
     dense = {text: [runs[first["variant"], seed]["dense"][text] for seed in seeds] for text in first["dense"]}
     result = {"losses": rows, "contrasts": gaps, "dense": dense, "first": RATIOS[0]}
-    generating = [name for name in variants if name in GENERATING]
+    generating = [name for name in variants if "generated_nelbo" in runs[name, seeds[0]]]
     return result | ({"generation": generation_rows(generating, runs, seeds)} if generating else {})
 
 

@@ -23,7 +23,7 @@ from scripts.studies.recovery_study import TRAIN, yardstick
 from scripts.studies.search_study import STREAMED
 from scripts.studies.studies import Study, cell
 from scripts.studies.summaries import rows_and_gaps
-from scripts.studies.trainings import run_training_study
+from scripts.studies.trainings import Corpus, run_training_study
 from scripts.tools.script_line import one_line
 from structprune.assets import model_directory, text_file
 from structprune.config import Config
@@ -43,17 +43,17 @@ PRUNE = {"structured.split": "joint", "model.device": "cpu"}  # a number of head
 FIGURES = ("tokens_kept", "generated_nelbo", "seconds")
 
 
-def schedule_of(name: str, ratio: str, seed: int, tokens: int) -> Schedule:
+def schedule_of(name: str, ratio: str, seed: int, corpus: Corpus) -> Schedule:
     """The schedule of a variant that ends at a ratio."""
     ratios, text = VARIANTS[name][ratio], str(text_file("calibration.txt"))
     config = BASE | STREAMED | PRUNE | {"calibration.seed": seed, "calibration.source": text}
-    training = TRAIN | {"data.seed": seed, "train.tokens": tokens, "data.source": text}
+    training = TRAIN | {"data.seed": seed, "train.tokens": corpus.tokens, "data.source": str(corpus.path)}
     return Schedule(
         Config.load(overrides=config), RecoverConfig.load(overrides=training), ratios, gradual=len(ratios) > 1
     )
 
 
-def measure(name: str, seed: int, windows: int, length: int, tokens: int, threads: int) -> dict:
+def measure(name: str, seed: int, windows: int, length: int, corpus: Corpus, threads: int) -> dict:
     """One variant at one seed: for each ratio loss, what generation keeps, what was removed, and the time of all."""
     torch.set_num_threads(threads)
     held_out, continued = yardstick(seed, windows, length)
@@ -61,7 +61,7 @@ def measure(name: str, seed: int, windows: int, length: int, tokens: int, thread
     for ratio in RATIOS:
         with tempfile.TemporaryDirectory() as folder:
             steps = prune_and_recover(
-                str(model_directory()), Path(folder) / "out", schedule_of(name, ratio, seed, tokens)
+                str(model_directory()), Path(folder) / "out", schedule_of(name, ratio, seed, corpus)
             )
             model = load_model(steps[-1].directory, device="cpu")
             results[ratio] = {"loss": held_out.loss(model), **continued.compare(model), **figures(steps)}

@@ -1,9 +1,9 @@
 """What training back is worth on the embedded model: objectives, stages and what is trained, at equal tokens.
 
-Every variant trains the same pruned model of a seed and ratio on the package's calibration text, with the noise of one
-order, and is measured on held-out text under common noise: the loss of NELBO against dense, and what greedy generation
-keeps. Only "from scratch" starts from new weights, in the same shape. Intervals are over seeds (see studies.py). An
-interrupted study continues where it stopped.
+Every variant trains the same pruned model of a seed and ratio on the same text, with the noise of one order, and is
+measured on held-out text under common noise: the loss of NELBO against dense, and what greedy generation keeps. Only
+"from scratch" starts from new weights, in the same shape. Intervals are over seeds (see studies.py). An interrupted
+study continues where it stopped.
 
     python -m scripts.studies.recovery_study --out scripts/results/recovery.json
 """
@@ -22,9 +22,9 @@ from scripts.studies.fixed_heads import BASE, HEADS
 from scripts.studies.search_study import STREAMED
 from scripts.studies.studies import Study, cell, held_out_text
 from scripts.studies.summaries import rows_and_gaps
-from scripts.studies.trainings import run_training_study
+from scripts.studies.trainings import Corpus, run_training_study
 from scripts.tools.script_line import one_line
-from structprune.assets import model_directory, text_file
+from structprune.assets import model_directory
 from structprune.checkpoint.save import save_pruned
 from structprune.config import Config
 from structprune.models.loading import load_model
@@ -93,7 +93,7 @@ def stages(variant: dict, tokens: int) -> dict:
     return variant | ({SHARED: first} if first else {}) | {"train.tokens": tokens - first}
 
 
-def measure(name: str, seed: int, windows: int, length: int, tokens: int, threads: int) -> dict:
+def measure(name: str, seed: int, windows: int, length: int, corpus: Corpus, threads: int) -> dict:
     """One variant at one seed: for each ratio loss, what generation keeps, and how long the training took."""
     torch.set_num_threads(threads)
     held_out, continued = yardstick(seed, windows, length)
@@ -102,8 +102,8 @@ def measure(name: str, seed: int, windows: int, length: int, tokens: int, thread
         for ratio in RATIOS:
             checkpoint, seconds = Path(pruned_model(seed, ratio).name) / "pruned", 0.0
             if name != UNTRAINED:
-                keys = TRAIN | {"data.seed": seed} | stages(VARIANTS[name], tokens * TIMES.get(name, 1))
-                keys |= {"data.source": str(text_file("calibration.txt"))}
+                keys = TRAIN | {"data.seed": seed} | stages(VARIANTS[name], corpus.tokens * TIMES.get(name, 1))
+                keys |= {"data.source": str(corpus.path)}
                 out = Path(folder) / f"recovered-{ratio}"
                 if name == SCRATCH:
                     checkpoint = new_weights(checkpoint, Path(folder) / f"new-{ratio}", seed)

@@ -1,6 +1,11 @@
 """The study of gradual schedules: equal tokens, a measurement of a moment, and a paired summary."""
 
+from pathlib import Path
+
 import pytest
+
+from scripts.studies.trainings import Corpus
+from structprune.assets import text_file
 
 
 @pytest.fixture
@@ -10,7 +15,9 @@ def study(scripts):
 
 def test_both_variants_end_at_the_ratio_with_the_same_tokens(study):
     for ratio in study.RATIOS:
-        once, gradual = (study.schedule_of(name, ratio, 3, 5000) for name in (study.ONCE, study.GRADUAL))
+        once, gradual = (
+            study.schedule_of(name, ratio, 3, Corpus(Path("notes.txt"), 5000)) for name in (study.ONCE, study.GRADUAL)
+        )
         assert once.ratios == (float(ratio),) and gradual.ratios[-1] == float(ratio) and gradual.ratios[0] == 0.3
         assert (once.gradual, gradual.gradual) == (False, True)
         assert (
@@ -26,7 +33,8 @@ def test_a_measurement_goes_through_the_schedule(study, monkeypatch):
     monkeypatch.setattr(study, "RATIOS", ["0.5"])
     monkeypatch.setattr(study, "TRAIN", study.TRAIN | {"data.length": 32, "data.held_out": 4, "train.evaluations": 1})
     once, gradual = (
-        study.measure(name, 5, 4, 32, 16 * 32 * 4, 1)["ratios"]["0.5"] for name in (study.ONCE, study.GRADUAL)
+        study.measure(name, 5, 4, 32, Corpus(text_file("calibration.txt"), 16 * 32 * 4), 1)["ratios"]["0.5"]
+        for name in (study.ONCE, study.GRADUAL)
     )
     assert once["tokens"] == gradual["tokens"] == 16 * 32 * 4
     assert abs(once["removed"] - 0.5) < 0.02 and abs(gradual["removed"] - 0.5) < 0.02

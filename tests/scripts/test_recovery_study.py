@@ -2,6 +2,8 @@
 
 import pytest
 
+from scripts.studies.trainings import Corpus
+from structprune.assets import text_file
 from structprune.recovery.settings import RecoverConfig
 
 
@@ -33,7 +35,8 @@ def test_a_measurement_trains_the_pruned_model_of_its_seed(study, monkeypatch):
     monkeypatch.setattr(study, "TRAIN", study.TRAIN | {"data.length": 32, "data.held_out": 4, "train.evaluations": 1})
     names, original, tokens = (study.UNTRAINED, study.OURS, study.SCRATCH, study.LONG), study.recover, []
     monkeypatch.setattr(study, "recover", lambda *given: tokens.append(original(*given)) or tokens[-1])
-    before, after, scratch, long = (study.measure(name, 5, 4, 32, 8 * 32 * 5, 1)["ratios"]["0.5"] for name in names)
+    corpus = Corpus(text_file("calibration.txt"), 8 * 32 * 5)
+    before, after, scratch, long = (study.measure(name, 5, 4, 32, corpus, 1)["ratios"]["0.5"] for name in names)
     assert before["seconds"] == 0 < after["seconds"] and len(before["loss"]) == len(after["loss"]) == 4
     assert before["loss"] != after["loss"] and after["generated_nelbo"] > 0
     assert min(scratch["loss"]) > max(before["loss"]) + 0.3 and long["loss"] != after["loss"]
@@ -58,3 +61,8 @@ def test_the_summary_is_paired(study):
 def test_no_tokens_are_refused(study, tmp_path, capsys):
     assert study.main(["--tokens", "0", "--out", str(tmp_path / "x.json")]) == 2
     assert "--tokens = 0: give at least 1" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_text_that_is_no_file_is_refused(study, tmp_path, capsys):
+    assert study.main(["--text", str(tmp_path / "no.txt"), "--out", str(tmp_path / "x.json")]) == 2
+    assert "no.txt' is no file" in capsys.readouterr().err and not list(tmp_path.iterdir())

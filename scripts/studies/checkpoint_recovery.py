@@ -1,0 +1,142 @@
+"""What training back is worth on a checkpoint of your own: the best prunings of `checkpoint_study`, before and after.
+
+At every ratio the model that the best recipe of the study prunes learns from the dense one: block by block first, then
+by the divergence of its predictions, on the calibration text. Evaluation windows and noise of a seed are those of
+`checkpoint_study`. Intervals are over seeds (see studies.py). An interrupted study continues where it stopped.
+
+    python -m scripts.studies.checkpoint_recovery --checkpoint DIR --text FILE --eval NAME=FILE --eval NAME=FILE
+"""
+
+import argparse
+import sys
+import tempfile
+from functools import lru_cache, partial
+from pathlib import Path
+
+import torch
+
+from scripts.studies.checkpoint_study import (
+    BASE,
+    calibration_of,
+    continued,
+    dense_model,
+    held_out_texts,
+    section_keys,
+    summarise,
+)
+from scripts.studies.checkpoint_tables import tables
+from scripts.studies.checkpoint_texts import Subject, facts, subject_of
+from scripts.studies.checkpoint_variants import SINKS, STREAMED, VARIANTS
+from scripts.studies.studies import Study, parse_options, run_study, study_parser
+from scripts.tools.script_line import check_counts, one_line
+from structprune.config import Config
+from structprune.models.adapter import Adapter
+from structprune.models.loading import load_model
+from structprune.models.modeling_structprune import DiffusionLM
+from structprune.recovery.settings import RecoverConfig
+from structprune.runs.pruner import Pruner
+from structprune.runs.recover import recover
+
+RECIPES = {"0.5": SINKS, "0.3": STREAMED}  # of `checkpoint_study`, which lose least there without a search
+UNTRAINED = "not trained"
+FIRST = 0.4  # share of the tokens that is learnt block by block
+TRAIN = {
+    "model.device": "cpu", "data.length": 128, "data.held_out": 32, "data.noise": 2, "train.method": "full",
+    "train.batch": 8, "train.pass_windows": 8, "train.learning_rate": 3e-4, "train.evaluations": 4,
+    "blocks.learning_rate": 1e-3,
+}  # fmt: skip
+
+
+def variants_of(tokens: list[int]) -> dict[str, dict]:
+    """Name -> keys of its training, both stages together learning so many tokens; the untrained model first."""
+    stages = {count: round(FIRST * count) for count in tokens}
+    trained = {
+        f"{count:,} tokens": {"blocks.tokens": first, "train.tokens": count - first} for count, first in stages.items()
+    }
+    return {UNTRAINED: {}} | trained
+
+
+@lru_cache(maxsize=len(RECIPES))
+def pruned_model(subject: Subject, seed: int, ratio: str) -> tempfile.TemporaryDirectory:
+    """The checkpoint, pruned by the recipe of a ratio, in a folder that is removed with its last user."""
+    folder = tempfile.TemporaryDirectory()
+    keys = BASE | subject.keys | {"calibration.seed": seed, "structured.ratio": float(ratio)} | VARIANTS[RECIPES[ratio]]
+    calibration = calibration_of(subject, section_keys(keys, "calibration."))
+    pruner = Pruner(dense_model(subject.checkpoint), Config.load(overrides=keys), calibration)
+    pruner.prune().save(Path(folder.name) / "pruned")
+    return folder
+
+
+def measure(variants: dict[str, dict], name: str, seed: int, subject: Subject, threads: int) -> dict:
+    """One variant at one seed: for each ratio loss and fidelity per text, generation, and what the training took."""
+    torch.set_num_threads(threads)
+    texts, results = held_out_texts(subject, seed), {}
+    for ratio in RECIPES:
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint, costs = Path(pruned_model(subject, seed, ratio).name) / "pruned", {}
+            if variants[name]:
+                keys = TRAIN | {"data.seed": seed, "data.source": str(subject.text)} | variants[name]
+                out = Path(folder) / "recovered"
+                report = recover(
+                    str(checkpoint), str(subject.checkpoint), out, RecoverConfig.load(overrides=keys)
+                ).report
+                checkpoint, costs = out, {"training": report["seconds"]}
+            model = load_model(checkpoint, device="cpu")
+        measured = {text: held_out.compare(model) for text, held_out in texts.items()}
+        results[ratio] = {
+            "texts": measured, "seconds": costs, "heads_removed": heads_of(dense_model(subject.checkpoint), model),
+            "generation": continued(subject, seed).compare(model),
+        }  # fmt: skip
+    dense = {text: held_out.dense for text, held_out in texts.items()}
+    generated = continued(subject, seed).dense_nelbo
+    return {"variant": name, "seed": seed, "dense": dense, "ratios": results, "generated_nelbo": generated}
+
+
+def heads_of(dense: DiffusionLM, pruned: DiffusionLM) -> int:
+    """Query heads that a model lacks."""
+    counts = [sum(block.widths.query_heads for block in Adapter(model).blocks) for model in (dense, pruned)]
+    return counts[0] - counts[1]
+
+
+def study_of(tokens: list[int]) -> Study:
+    """The study of trainings on so many tokens each."""
+    variants = variants_of(tokens)
+    names = list(variants)
+    contrasts = [(name, UNTRAINED) for name in names[1:]] + list(zip(names[2:], names[1:]))  # then the shorter one
+    return Study(
+        "checkpoint_recovery", __doc__.splitlines()[0], "scripts/results/checkpoint_recovery.json", BASE,
+        list(RECIPES), variants, partial(measure, variants), partial(summarise, variants, contrasts), tables, 190,
+    )  # fmt: skip
+
+
+def arguments_of(arguments: list[str] | None) -> argparse.Namespace:
+    """The options of this study, checked."""
+    parser = study_parser(study_of([]))
+    parser.add_argument("--checkpoint", type=Path, required=True, help="directory of the dense model")
+    parser.add_argument("--name", help="of the model in tables (default: of its directory)")
+    parser.add_argument("--text", type=Path, required=True, help="calibration text, which is also learnt")
+    text = "evaluation text and its name in tables; may be repeated"
+    parser.add_argument("--eval", action="append", required=True, metavar="NAME=FILE", help=text)
+    text = "of a training, both stages together; may be repeated (default 300000)"
+    parser.add_argument("--tokens", type=int, action="append", metavar="N", help=text)
+    parser.set_defaults(windows=64, jobs=1)
+    options = parse_options(parser, arguments)
+    options.tokens = options.tokens or [300_000]
+    for count in options.tokens:
+        check_counts(argparse.Namespace(tokens=count), {"tokens"})
+    return options
+
+
+def run(arguments: list[str] | None) -> None:
+    """Run, resume or summarise the study that the arguments describe."""
+    options = arguments_of(arguments)
+    subject = subject_of(options)
+    run_study(study_of(options.tokens), options, (subject,), facts(subject, options.name, BASE) | {"train": TRAIN})
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return one_line("checkpoint_recovery", lambda: run(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
