@@ -89,7 +89,7 @@ def quality(results: dict) -> str:
     Args:
         results: of scripts/studies/quality_study.py.
     """
-    variants = _by_variant(results["losses"])
+    variants = by_variant(results["losses"])
     ratios = sorted({row["ratio"] for row in results["losses"]})
     header = ["variant"] + [text for ratio in ratios for text in (f"loss at {ratio}", "heads removed")]
     rows = []
@@ -122,7 +122,7 @@ def masks(results: dict) -> str:
     changed = {row["variant"] for row in results["contrasts"] if row["question"] == "one change"}
     lines = [
         [title(name), *(interval(losses.get(ratio)) for ratio in ratios)]
-        for name, losses in _by_variant(results["losses"]).items()
+        for name, losses in by_variant(results["losses"]).items()
         if name not in changed
     ]
     dense = results["dense"]
@@ -143,7 +143,7 @@ def factors(results: dict) -> str:
     """
     heads = results["heads"]
     lines = []
-    for name, losses in _by_variant(results["losses"]).items():
+    for name, losses in by_variant(results["losses"]).items():
         seconds = [time for row in losses.values() for time in row["seconds"]]
         lines.append([name, *(interval(losses[ratio]) for ratio in heads), f"{median(seconds):.0f} s"])
     note = (
@@ -165,7 +165,7 @@ def search(results: dict) -> str:
     """
     heads = results["heads"]
     lines = []
-    for name, losses in _by_variant(results["losses"]).items():
+    for name, losses in by_variant(results["losses"]).items():
         gone = [" / ".join(map(str, losses[ratio]["heads"])) for ratio in heads]
         cells = [text for ratio, steps in zip(heads, gone) for text in (interval(losses[ratio]), steps)]
         seconds = [time for row in losses.values() for time in row["seconds"]]
@@ -191,7 +191,7 @@ def weightings(results: dict) -> str:
     """
     heads = results["heads"]
     lines = [
-        [name, *(interval(losses[ratio]) for ratio in heads)] for name, losses in _by_variant(results["losses"]).items()
+        [name, *(interval(losses[ratio]) for ratio in heads)] for name, losses in by_variant(results["losses"]).items()
     ]
     start = ", ".join(f"{count} of 40 at {ratio}" for ratio, count in heads.items())
     note = (
@@ -246,7 +246,7 @@ def paired(contrasts: list[dict], ratios: list[str]) -> str:
     return f"Paired differences. {SHOWN}\n\n{table(['first - second', *ratios], rows)}"
 
 
-def _by_variant(losses: list[dict]) -> dict[str, dict]:
+def by_variant(losses: list[dict]) -> dict[str, dict]:
     """Variant -> ratio -> row."""
     variants: dict[str, dict] = {}
     for row in losses:

@@ -8,7 +8,7 @@ from scripts.tools.script_line import check_counts
 from structprune.assets import text_file
 from structprune.errors import UserError
 
-TOKENS = 200_000
+TOKENS = 150_000
 
 
 class Corpus(NamedTuple):
