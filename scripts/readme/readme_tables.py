@@ -22,6 +22,7 @@ from scripts.readme.readme_gpu import gpu
 from scripts.readme.readme_keys import keys
 from scripts.readme.readme_sinks import sinks
 from scripts.readme.readme_studies import classes, demo, factors, masks, quality, search, weightings
+from scripts.readme.readme_trainings import kills, plans
 from structprune.config import Config, Sections
 from structprune.evaluation.settings import EvaluationConfig
 from structprune.generation.settings import GenerateConfig
@@ -76,7 +77,11 @@ PAGES: dict[str, Makers] = {
         Config(), "model", "calibration", "structured", "sink", "reconstruct", "search", "export", "memory"
     ),
     "docs/masks.md": key_sections(Config(), "masking"),
-    "docs/recovery.md": key_sections(RecoverConfig(), "data", "teacher", "loss", "blocks", "train"),
+    "docs/recovery.md": {
+        "kills": made_of(kills, "kills"),
+        "recovery-plan": made_of(plans, "recovery_plan"),
+        **key_sections(RecoverConfig(), "data", "teacher", "loss", "blocks", "train"),
+    },
     "docs/generation.md": {
         "decoding": made_of(decoding, "decoding"),
         **key_sections(GenerateConfig(), "generation"),

@@ -6,6 +6,8 @@ from scripts.readme.readme_checkpoint import generation_note, generation_table, 
 from scripts.readme.readme_common import machine, table
 from scripts.readme.readme_studies import by_variant, interval, over_seeds, paired
 
+PARTS = ("student weights", "teacher weights", "gradients and optimiser", "activations of a pass")
+
 
 def trainings(results: dict) -> str:
     """What every variant of a training loses and keeps, and the paired differences.
@@ -67,6 +69,51 @@ def checkpoint_trainings(results: dict) -> str:
         parts.append("With one seed there is no interval, and no difference below is shown.")
     contrasts = [row | {"ratio": f"{row['text']}, {row['ratio']}"} for row in results["contrasts"]]
     return "\n\n".join([*parts, paired(contrasts, [f"{text}, {ratio}" for text in texts for ratio in ratios])])
+
+
+def plans(results: dict) -> str:
+    """Predicted memory and time of the recoveries in configs/recover.
+
+    Args:
+        results: of scripts/bench/predict_recovery.py.
+    """
+    parts = [name for name in PARTS if all(name in row["memory"] for row in results["shapes"].values())]
+    header = ["", *(f"{name}, GB" for name in parts), "peak, GB", "tokens", "operations", "hours"]
+    lines = []
+    for name, row in results["shapes"].items():
+        memory, cost = row["memory"], row["cost"]
+        sizes = [f"{memory[part] / 1e9:.1f}" for part in [*parts, "peak"]]
+        hours = f"{sum(cost['seconds'].values()) / 3600:.1f}"
+        operations = f"{sum(cost['operations'].values()):.1e}"
+        lines.append([f"{name}, `{row['config']}`", *sizes, f"{row['tokens'] / 1e6:.0f} M", operations, hours])
+    note = (
+        "`python -m scripts.bench.predict_recovery`, from"
+        f" [`recovery_plan.json`](scripts/results/recovery_plan.json): models pruned at {results['ratio']}, both in"
+        f" bfloat16 on the device. Hours at {results['rate']:.0e} operations a second, about what bf16 passes reach on"
+        " an A100. Predicted, not measured."
+    )
+    return f"{table(header, lines)}\n\n{note}"
+
+
+def kills(results: dict) -> str:
+    """What a training that was killed had kept, what it cost, and whether the same came out.
+
+    Args:
+        results: of scripts/tools/check_kills.py.
+    """
+    header = ["killed after", "kept then", "again", "lost", "same bytes", "same figures"]
+    lines = []
+    for row in results["rows"]:
+        same = ("yes" if row[name] else "no" for name in ("same_bytes", "same_figures"))
+        times = [f"{row[name]:.0f} s" for name in ("moment", "again", "lost")]
+        lines.append([times[0] if row["killed"] else "it was done", row["kept"], *times[1:], *same])
+    note = (
+        "`python -m scripts.tools.check_kills`, from [`kills.json`](scripts/results/kills.json): a training of the"
+        f" embedded model that takes {results['undisturbed']:.0f} s undisturbed, start-up included, each time killed"
+        f" once, beside other work ({machine(results['machine'])}). Bytes: of all files but those that tell seconds."
+        " Figures: before, after, and all measured on the way."
+    )
+    return f"{table(header, lines)}\n\n{note}"
 
 
 def _columns(ratio: str) -> list[str]:

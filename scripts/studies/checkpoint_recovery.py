@@ -31,6 +31,7 @@ from scripts.studies.studies import Study, parse_options, run_study, study_parse
 from scripts.tools.script_line import check_counts, one_line
 from structprune.config import Config
 from structprune.models.adapter import Adapter
+from structprune.models.denormals import flushed_denormals
 from structprune.models.loading import load_model
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.recovery.settings import RecoverConfig
@@ -67,6 +68,7 @@ def pruned_model(subject: Subject, seed: int, ratio: str) -> tempfile.TemporaryD
     return folder
 
 
+@flushed_denormals()  # before anything is computed, for all threads
 def measure(variants: dict[str, dict], name: str, seed: int, subject: Subject, threads: int) -> dict:
     """One variant at one seed: for each ratio loss and fidelity per text, generation, and what the training took."""
     torch.set_num_threads(threads)

@@ -27,6 +27,7 @@ from scripts.studies.trainings import Corpus, run_training_study
 from scripts.tools.script_line import one_line
 from structprune.assets import model_directory, text_file
 from structprune.config import Config
+from structprune.models.denormals import flushed_denormals
 from structprune.models.loading import load_model
 from structprune.recovery.settings import RecoverConfig
 from structprune.runs.gradual import Step, prune_and_recover
@@ -53,6 +54,7 @@ def schedule_of(name: str, ratio: str, seed: int, corpus: Corpus) -> Schedule:
     )
 
 
+@flushed_denormals()  # before anything is computed, for all threads
 def measure(name: str, seed: int, windows: int, length: int, corpus: Corpus, threads: int) -> dict:
     """One variant at one seed: for each ratio loss, what generation keeps, what was removed, and the time of all."""
     torch.set_num_threads(threads)

@@ -27,6 +27,7 @@ from scripts.tools.script_line import one_line
 from structprune.assets import model_directory
 from structprune.checkpoint.save import save_pruned
 from structprune.config import Config
+from structprune.models.denormals import flushed_denormals
 from structprune.models.loading import load_model
 from structprune.recovery.settings import RecoverConfig
 from structprune.runs.demo import HeldOut
@@ -93,6 +94,7 @@ def stages(variant: dict, tokens: int) -> dict:
     return variant | ({SHARED: first} if first else {}) | {"train.tokens": tokens - first}
 
 
+@flushed_denormals()  # before anything is computed, for all threads
 def measure(name: str, seed: int, windows: int, length: int, corpus: Corpus, threads: int) -> dict:
     """One variant at one seed: for each ratio loss, what generation keeps, and how long the training took."""
     torch.set_num_threads(threads)

@@ -87,7 +87,7 @@ def compare(pruned: Path, folder: Path, kills: int) -> dict:
     for number in range(kills):
         out, moment = folder / f"killed-{number}", undisturbed * (number + 1) / (kills + 1)
         disturbed = killed(command(pruned, out), moment)
-        row = {"moment": moment, "killed": disturbed, "kept": kept_in(training_folder(out))}
+        row: dict = {"moment": moment, "killed": disturbed, "kept": kept_in(training_folder(out))}
         row["again"] = run(command(pruned, out)) if disturbed else 0.0
         row |= {"same_bytes": contents(out) == contents(whole), "same_figures": figures(out) == figures(whole)}
         rows.append(row | {"lost": moment + row["again"] - undisturbed if disturbed else 0.0})

@@ -73,8 +73,23 @@ def plan_lines(plan: dict, title: str = "predicted memory", place: str = "") -> 
         lines.append(memory_table(title, plan["memory"] | cache))
         end = f"; with those, {epochs}" if first else f", {epochs}"
         lines.append(f"{place}{plan['steps']:,} steps over {plan['tokens']:,} tokens{end}")
+    lines.append(cost_table("predicted time" + title.removeprefix("predicted memory"), plan["cost"]))
     warnings = [] if breadth["warning"] is None else [f"[bold]Warning:[/bold] {escape(breadth['warning'])}"]
     return lines + warnings
+
+
+def cost_table(title: str, cost: dict) -> Table:
+    """Operations and seconds by part, and their sums.
+
+    Args:
+        cost: of `structprune.bench.recovery_cost`.
+    """
+    table = grid(title, "", "operations", f"at {cost['rate']:.0e}/s")
+    sums = {part: sum(cost[part].values()) for part in ("operations", "seconds")}
+    for name, operations in (cost["operations"] | {"all": sums["operations"]}).items():
+        seconds = sums["seconds"] if name == "all" else cost["seconds"][name]
+        table.add_row(name, f"{operations:.1e}", f"{seconds:,.0f} s", style="bold" if name == "all" else None)
+    return table
 
 
 def memory_table(title: str, parts: dict[str, int]) -> Table:

@@ -10,6 +10,7 @@ from torch.utils.data import Subset
 from typing_extensions import Self
 
 from structprune.bench.block_memory import block_plan
+from structprune.bench.recovery_cost import recovery_cost
 from structprune.bench.recovery_memory import recovery_memory
 from structprune.errors import UserError
 from structprune.masking.masks import Masks
@@ -132,6 +133,7 @@ class RecoveryPlan:
             "tokens": windows * data.length,
             "breadth": self.breadth,
             "memory": recovery_memory(student, teacher, self.config, self.dtypes),
+            "cost": recovery_cost(student, teacher, self.config, self.steps),
             "cache": cache_bytes(cached, data.length, self.config.teacher.top),
         }
 

@@ -236,6 +236,10 @@ def test_peaks_that_are_not_known_are_left_open(scripts):
     row |= {"median_ms": {"naive": 2.0, "tiled": 1.0}, "forward_ratio": SPREAD}
     shape = {"seconds": 4.0, "peak_memory_bytes": 4e8, "parameters": {"before": 8e9, "after": 4e9}}
     shape |= {"predicted_device_peak_bytes": {"obs": 29e9, "taylor": 56e9}}
-    text = scripts("readme_costs").cost({"machine": MACHINE, "shapes": {"LLaDA-8B": shape}}, {"rows": [row]})
+    sides = {"predicted": 4e6, "measured": 8e6}
+    search = {"name": "model", "settings": {"structured.ratio": 0.5}, "machine": MACHINE, "rate": 3e11}
+    search |= {"seconds": {"levels": {"predicted": 4.0, "measured": 10.0}}, "disk": sides, "peak_bytes": sides}
+    text = scripts("readme_costs").cost({"machine": MACHINE, "shapes": {"LLaDA-8B": shape}}, search, {"rows": [row]})
+    assert "| levels | 4 s | 10 s | 2.50x |" in text and "| peak memory | 4 MB | 8 MB | 2.00x |" in text
     assert "| 64 | 1.0 ms | 2.0 ms | 2.00x | 5 MB | ? | ? | 2.00x |" in text
     assert "| LLaDA-8B | 4.0 s | 0.40 GB | 8.000 B → 4.000 B | 29 GB | 56 GB |" in text
