@@ -24,6 +24,10 @@ class PlainWeights:
         for role, (weight, keep) in masked.items():
             self._flat[self._places[index, role]] = torch.where(keep, weight, 0.0).flatten().cpu()
 
+    def weight(self, index: int, role: str) -> torch.Tensor:
+        """What was stored of a projection, (O, C)."""
+        return self._flat[self._places[index, role]].view(self._adapter.blocks[index][role].weight.shape)
+
     def swap(self) -> None:
         """Exchange the stored weights and the model's; calling it twice changes nothing."""
         for block in self._adapter.blocks:

@@ -151,6 +151,16 @@ class Walk:
         for rows in self._slices():
             self._prefix.pass_block(block, rows, "mlp_input" in block.readers and self._refitted(rows))
 
+    @torch.inference_mode()
+    def skip(self, index: int) -> None:
+        """Advance both streams through a block whose masks are there already, instead of all other calls for it."""
+        if self._last(index):
+            return
+        for stream, adapter in ((self._prefix, self._adapter), (self._dense, self._original)):
+            if stream is not None:
+                for rows in self._slices():
+                    stream.pass_block(adapter.blocks[index], rows, half=False)
+
 
 class _Stream:
     """Hidden states of the sequences from the first that a use reads to the last, before a block or within it.

@@ -66,6 +66,10 @@ class BlockView:
         """The block's inputs, in the order of the forward pass -> roles of the linears that read them."""
         return {name: roles for name, roles in READERS.items() if roles[0] in self.names}
 
+    def half(self, kind: str) -> dict[str, nn.Linear]:
+        """Role -> the linears of a kind's half of the block: those that read the residual stream, and the consumer."""
+        return {role: self[role] for role in (*self.readers[STREAM_READERS[kind]], CONSUMER[kind])}
+
     @property
     def core(self) -> nn.Module:
         """The attention core, of a block with attention."""

@@ -4,10 +4,13 @@ Shapes: O outputs, C all input channels, K remaining ones.
 """
 
 from collections.abc import Sequence
+from dataclasses import asdict
 
 import torch
 
 from structprune.config import ReconstructSettings
+from structprune.models.adapter import Adapter, BlockView, UnitKey
+from structprune.models.journal import NOWHERE, Journal
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.refit.products import UNCHANGED, LayerFit
 from structprune.refit.solve import choose
@@ -33,13 +36,18 @@ class Reconstructor:
 
     @torch.no_grad()
     def refit(
-        self, small: DiffusionLM, remaining: Sequence[int] | None = None, producers: bool = True
+        self,
+        small: DiffusionLM,
+        remaining: Sequence[int] | None = None,
+        producers: bool = True,
+        journal: Journal = NOWHERE,
     ) -> list[LayerFit]:
         """Refit every consumer of a cut model in place; they need biases where a constant feature is used.
 
         Args:
             remaining: the dense model's index of every block of `small` (`Plan.remaining`); None where all are there.
             producers: refit what the settings ask for; False: of each half of a block the consumer alone.
+            journal: of this refit; what it has is not computed again.
         Returns:
             What was chosen, under the dense model's block indices.
         Raises:
@@ -47,12 +55,15 @@ class Reconstructor:
         """
         fits, run = [], None
         for place in self.walk.places(small, remaining):
-            if producers and self.settings.producers and not place.first:
-                fits += refit_producers(place)
-            fits.append(self._refit_consumer(place))
+            own = restore(place.small, place.key, journal)
+            if own is None:
+                own = refit_producers(place) if producers and self.settings.producers and not place.first else []
+                own.append(self._refit_consumer(place))
+                keep(place.small, place.key, own, journal)
+            fits += own
             run = place.run
         if self.settings.head and run is not None:
-            fits.append(refit_head(self.walk, run, small))
+            fits.append(refit_head(self.walk, run, small, journal))
         return fits
 
     def _refit_consumer(self, place: Place) -> LayerFit:
@@ -62,6 +73,53 @@ class Reconstructor:
         choice = choose(self.settings, weight, fit, check, linear.in_features)
         set_weight(linear, choice[0], constant)
         return LayerFit.of(place.dense.index, place.kind, weight, check, choice)
+
+
+def finished(dense: Adapter, small: DiffusionLM, remaining: Sequence[int] | None, journal: Journal) -> list | None:
+    """Restore a refit that the journal has whole, without a pass, and return what was chosen; None: it has not.
+
+    Args:
+        remaining: as in `Reconstructor.refit`, of a refit without the LM head.
+    """
+    indices = range(len(dense.blocks)) if remaining is None else remaining
+    blocks = list(zip(indices, Adapter(small).blocks, strict=True))
+    keys = [(index, kind) for index, block in blocks for kind in block.kinds]
+    if journal.directory is None or not all(journal.has(part_name(key)) for key in keys):
+        return None
+    fits: list[LayerFit] = []
+    for index, block in blocks:
+        for kind in block.kinds:
+            fits += restore(block, (index, kind), journal) or []
+    return fits
+
+
+def keep(block: BlockView, key: UnitKey, fits: list[LayerFit], journal: Journal) -> None:
+    """Keep the refitted weights of a block's half, and what was chosen.
+
+    Args:
+        key: the dense model's.
+    """
+    linears = block.half(key[1])
+    tensors = {f"{role}.weight": linear.weight for role, linear in linears.items()}  # (O, K) each
+    tensors |= {f"{role}.bias": linear.bias for role, linear in linears.items() if linear.bias is not None}  # (O,)
+    journal.keep(part_name(key), tensors, [asdict(fit) for fit in fits])
+
+
+def part_name(key: UnitKey) -> str:
+    """Of a block's half in a journal."""
+    return f"block-{key[0]:03d}-{key[1]}"
+
+
+def restore(block: BlockView, key: UnitKey, journal: Journal) -> list[LayerFit] | None:
+    """Give a block's half the weights that `keep` kept, and return what was chosen; None where nothing was kept."""
+    kept = journal.read(part_name(key))
+    if kept is None:
+        return None
+    for role, linear in block.half(key[1]).items():
+        linear.weight = _parameter(kept.tensors[f"{role}.weight"], linear.weight)
+        if linear.bias is not None:
+            linear.bias = _parameter(kept.tensors[f"{role}.bias"], linear.bias)
+    return [LayerFit(**fit) for fit in kept.notes]
 
 
 def refit_producers(place: Place) -> list[LayerFit]:
@@ -77,20 +135,25 @@ def refit_producers(place: Place) -> list[LayerFit]:
     return fits
 
 
-def refit_head(walk: Walk, run: ResidualRun, small: DiffusionLM) -> LayerFit:
+def refit_head(walk: Walk, run: ResidualRun, small: DiffusionLM, journal: Journal = NOWHERE) -> LayerFit:
     """Refit the LM head after all places, so that its logits are nearest to those of its dense inputs.
 
     The best linear map A from pruned to dense inputs is found once; the head W becomes W·A, whatever the vocabulary.
     """
-    fit, check = walk.final_products(run, small)
     size, head, dense = walk.dense.hidden_size, small.output_head, walk.dense.model.output_head.weight
-    identity = torch.eye(size, dtype=torch.float64, device=fit.gram.device)  # (C, C)
-    choice = choose(walk.settings, identity, fit, check, size)
-    if choice[1] != UNCHANGED:
-        set_weight(head, dense @ choice[0].to(dense.device, dense.dtype), constant=False)  # (V, C)
+    if kept := journal.read("head"):
+        layer, change = LayerFit(**kept.notes), kept.tensors["map"]  # (C, C) fp64
+    else:
+        fit, check = walk.final_products(run, small)
+        identity = torch.eye(size, dtype=torch.float64, device=fit.gram.device)  # (C, C)
+        choice = choose(walk.settings, identity, fit, check, size)
+        layer, change = LayerFit.of(len(walk.dense.blocks), "head", identity, check, choice), choice[0]
+        journal.keep("head", {"map": change}, asdict(layer))
+    if layer.damping != UNCHANGED:
+        set_weight(head, dense @ change.to(dense.device, dense.dtype), constant=False)  # (V, C)
     elif head.weight is not dense:  # an earlier plan's
         set_weight(head, dense, constant=False)
-    return LayerFit.of(len(walk.dense.blocks), "head", identity, check, choice)
+    return layer
 
 
 def augmented(linear: torch.nn.Linear, constant: bool) -> torch.Tensor:

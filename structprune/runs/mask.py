@@ -3,7 +3,6 @@
 import math
 import time
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,22 +15,18 @@ from structprune.checkpoint.report import mask_report, run_report
 from structprune.config import Config
 from structprune.evaluation.nelbo import Nelbo
 from structprune.masking.allocate import block_ratios, outlier_share
-from structprune.masking.blocks import Factored, install, mask_readers, refit_linears
-from structprune.masking.masks import Masks, pack_bits
+from structprune.masking.masks import Masks
 from structprune.masking.plain import PlainWeights
 from structprune.masking.request import MaskRequest
-from structprune.masking.rows import plan_walk
-from structprune.masking.scores.linears import Masked as MaskedWeight
-from structprune.masking.scores.linears import Removal
 from structprune.masking.scores.wanda import wanda_scores
-from structprune.masking.walk import Walk
 from structprune.models.adapter import Adapter, BlockView
+from structprune.models.journal import NOWHERE, Journal
 from structprune.models.modeling_structprune import DiffusionLM
-from structprune.models.placement import give_back_memory
 from structprune.progress import Track, untracked
-from structprune.refit.products import LayerFit
+from structprune.runs.mask_blocks import MaskedBlocks, share_weights
 from structprune.runs.resolve import block_weights, resolve_masking
 from structprune.runs.run import Run
+from structprune.runs.stages import digest
 from structprune.statistics.inputs import InputKey
 from structprune.statistics.norms import one_shot_norms
 from structprune.statistics.sink_log import SinkLog
@@ -71,6 +66,7 @@ def mask(
     calibration: Calibration | None = None,
     track: Track = untracked,
     in_place: bool = False,
+    journal: Journal = NOWHERE,
 ) -> Masked:
     """Set the lowest-scored weights of every projection to zero, update the others, and check on held-out windows.
 
@@ -80,12 +76,15 @@ def mask(
         calibration: default what `config` describes.
         track: wraps long iterations, `track(items, title)`.
         in_place: change `model` itself, which saves a copy of its projections.
+        journal: of finished parts, which are not computed again.
     Raises:
         UserError: a request that cannot be met, in one line, before any forward pass.
     """
     if not isinstance(config, MaskRequest):
         config = resolve_masking(config or Config(method="unstructured"), model)
-    return MaskRun(model, config, calibration, track).run(in_place)
+    run = MaskRun(model, config, calibration, track)
+    run.journal = journal
+    return run.run(in_place)
 
 
 class MaskRun(Run):
@@ -100,13 +99,13 @@ class MaskRun(Run):
         """Mask the model, or a copy that shares everything but its projections."""
         start = time.perf_counter()
         holds_out = self._calibration is not None and self._calibration.held_out > 0
-        dense = self.nelbo(self.model) if holds_out else None
+        dense = self.kept_nelbo("dense", lambda: self.model) if holds_out else None
         model = unshared(self.model)  # in place, at most one block's dense weights are held beside the new ones
         refits = self.request.reconstruct.enabled
         plain = PlainWeights(Adapter(model), self.limits.budget) if refits else None
         with self.streamed(self.model), self.streamed(model), torch.no_grad():
             ratios = self._ratios()
-            maker = _Blocks(self, Adapter(model), plain, in_place)
+            maker = MaskedBlocks(self, Adapter(model), plain, in_place)
             maker.mask_all(ratios)
         check = self._check(model, dense, plain)
         if in_place:
@@ -133,12 +132,12 @@ class MaskRun(Run):
         """What masks cost on held-out windows, if there are any; a refit without a gain there is undone."""
         if dense is None:
             return None
-        after = before = self.nelbo(model)
+        after = before = self.kept_nelbo(f"masked-{self._digest}", lambda: model)
         refitted = None
         if plain is not None:
             refitted = after
             plain.swap()
-            before = self.nelbo(model)
+            before = self.kept_nelbo(f"plain-{self._digest}", lambda: model)
             after = min(before, refitted, key=lambda nelbo: math.inf if math.isnan(nelbo.mean) else nelbo.mean)
             if after is refitted:
                 plain.swap()
@@ -155,9 +154,7 @@ class MaskRun(Run):
         """The removed ratio of every block; measures the dense model's norms where score or allocation needs them."""
         settings, request = self.request.settings, self.request
         if request.measures_dense:
-            scan, arm = self.fit_scan(self.log), request.arm or OUTLIER_ARM
-            summed, relative = settings.norms == "summed", settings.relative
-            self._norms = self.timed("statistics", lambda: one_shot_norms(scan, arm, summed, relative))
+            self._norms = self.timed("statistics", self._dense_norms)
         outliers = None
         if settings.allocation == "owl":
             # a block without weights is given the least share, which then counts for nothing
@@ -166,6 +163,33 @@ class MaskRun(Run):
             outliers = [shares.get(block.index, min(shares.values())) for block in self.adapter.blocks]
         return block_ratios(settings, request.ratio, block_weights(self.adapter), outliers)
 
+    def _dense_norms(self) -> dict[InputKey, torch.Tensor]:
+        """Norms of the dense model's inputs (C,), or the journal's; the mass they were weighted by is observed."""
+        if kept := self.part.read("norms"):
+            for name in kept.notes["mass"]:
+                self.log.observe(kept.tensors[name])
+            return {(int(index), name): kept.tensors[f"{index} {name}"] for index, name in kept.notes["norms"]}
+        settings, log = self.request.settings, SinkLog()
+        scan, arm = self.fit_scan(log), self.request.arm or OUTLIER_ARM
+        norms = one_shot_norms(scan, arm, settings.norms == "summed", settings.relative)
+        masses = {f"mass {number}": mass for number, mass in enumerate(log.parts)}
+        tensors = {f"{index} {name}": norm for (index, name), norm in norms.items()}
+        self.part.keep("norms", tensors | masses, {"norms": list(norms), "mass": list(masses)})
+        for mass in masses.values():
+            self.log.observe(mass)
+        return norms
+
+    @property
+    def part(self) -> Journal:
+        """The journal of these masks."""
+        return self.journal.within("masks", self._digest)
+
+    @property
+    def _digest(self) -> str:
+        """Of all that decides the masks, beside what the journal's own identity fixes."""
+        config = self.request.config.model_dump(mode="json", include={"method", "masking", "reconstruct"})
+        return digest(config, str(self.request.arm))
+
     def _outlier_scores(self, block: BlockView) -> list[torch.Tensor]:
         norms = {role: self._norms[block.index, name] for name, roles in block.readers.items() for role in roles}
         return [wanda_scores(block[role].weight.to(norm.device), norm) for role, norm in norms.items()]
@@ -173,75 +197,6 @@ class MaskRun(Run):
     def dense_norms(self, index: int) -> dict[str, torch.Tensor]:
         """Input -> norms (C,) of one block of the dense model; empty where they were not measured."""
         return {name: self._norms[index, name] for name in self.adapter.blocks[index].readers if self._norms}
-
-
-class _Blocks:
-    """Masks the blocks of `adapter`'s model in order; collects masks, and what factorisations and refits chose."""
-
-    def __init__(self, run: MaskRun, adapter: Adapter, plain: PlainWeights | None, in_place: bool):
-        self._run, self._adapter, self._plain, self._in_place = run, adapter, plain, in_place
-        self.masks = Masks({}, {})
-        self.factored: list[Factored] = []
-        self.fits: list[LayerFit] = []
-        plan = None
-        if run.request.reads_text:
-            scan = run.scan(run.log)
-            plan = run.timed("sinks", lambda: plan_walk(scan, run.request))
-        self._walk = Walk(run.adapter, adapter, plan, run.limits) if plan else None
-
-    def mask_all(self, ratios: list[float]) -> None:
-        """Mask every block at its ratio."""
-        run, request = self._run, self._run.request
-        title = request.settings.score + (f" ({request.arm})" if request.arm else "")
-        for block in run.track(self._adapter.blocks, title):
-            statistics = self._statistics(block.index)
-            dense = run.adapter.blocks[block.index]
-            for name, roles in block.readers.items():  # input by input: a refit sees the losses of earlier ones
-                give_back_memory()  # freed by the step before: an MLP's Gram matrix and its factors come next
-                self._mask_input(block, name, statistics, Removal(ratios[block.index], request.nm))
-                if self._in_place and self._plain is None:  # nothing reads the dense weights again
-                    share_weights(block, dense, roles)
-            if self._walk:
-                run.timed("statistics", partial(self._walk.advance, block.index))
-            if self._in_place:
-                share_weights(block, dense, tuple(block.names))
-            give_back_memory()
-
-    def _statistics(self, index: int) -> dict[str, torch.Tensor]:
-        """Input -> norms (C,) or Gram matrix (C, C) of a block, as the score needs."""
-        walked = self._run.timed("statistics", partial(self._walk.measure, index)) if self._walk else {}
-        return walked or self._run.dense_norms(index)
-
-    def _mask_input(self, block: BlockView, name: str, statistics: dict, removal: Removal) -> None:
-        """Mask, refit and install the linears that read one input of a block."""
-        run = self._run
-        masked, factored = run.timed(
-            "masks", lambda: mask_readers(block, name, run.request, removal, statistics, run.device)
-        )
-        self.factored += factored
-        if self._plain is not None and self._walk is not None:
-            self._plain.put(block.index, masked)
-            masked = self._refit(block, name, masked, self._walk)
-        install(block, masked)
-        for role, (_, keep) in masked.items():
-            weight = f"{block.names[role]}.weight"
-            self.masks.packed[weight], self.masks.shapes[weight] = pack_bits(keep).cpu(), (keep.shape[0], keep.shape[1])
-
-    def _refit(
-        self, block: BlockView, name: str, masked: dict[str, MaskedWeight], walk: Walk
-    ) -> dict[str, MaskedWeight]:
-        run = self._run
-        products = run.timed("statistics", lambda: walk.products(block.index, name))
-        settings = run.request.reconstruct
-        masked, fits = run.timed("refit", lambda: refit_linears(block, masked, products, settings))
-        self.fits += fits
-        return masked
-
-
-def share_weights(block: BlockView, other: BlockView, roles: tuple[str, ...]) -> None:
-    """Let the same block of another model use this block's projections."""
-    for role in roles:
-        other[role].weight = block[role].weight
 
 
 def unshared(model: DiffusionLM) -> DiffusionLM:

@@ -6,11 +6,14 @@ from pathlib import Path
 from structprune.calibration.batches import Calibration
 from structprune.checkpoint.card import model_card
 from structprune.checkpoint.output import Content
+from structprune.checkpoint.report import run_report, structured_report
 from structprune.checkpoint.save import save_pruned
 from structprune.config import ExportSettings
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.refit.products import LayerFit
+from structprune.runs.run import Run
 from structprune.structured.plan import Plan
+from structprune.structured.request import StructuredRequest
 
 
 @dataclass(frozen=True)
@@ -52,3 +55,11 @@ class Candidate:
     def loss(self) -> float:
         """Of NELBO against the dense model, in nats per token."""
         return self.check["loss"]["mean"]
+
+
+def pruned_report(run: Run, request: StructuredRequest, result: Candidate) -> dict:
+    """What a run did and what it left of the model, as plain data."""
+    model, config, length = run.model, request.config, run.calibration.length
+    report = run_report(model, config, run.calibration, run.seconds, run.device)
+    report |= structured_report(model, result.model, config, length, result.plan.remaining)
+    return report | {"held_out_nelbo": result.check, "refit": [fit.plain() for fit in result.fits]}

@@ -8,19 +8,20 @@ from functools import partial
 from pathlib import Path
 
 from structprune.calibration.batches import Calibration
-from structprune.checkpoint.report import run_report, structured_report
 from structprune.config import Config
 from structprune.errors import UserError
 from structprune.evaluation.nelbo import Nelbo
 from structprune.levels.latency import LatencyTarget
 from structprune.models.adapter import UnitKey
+from structprune.models.journal import NOWHERE
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.progress import Track, untracked
 from structprune.refit.products import LayerFit
-from structprune.refit.reconstruct import Reconstructor
+from structprune.refit.reconstruct import Reconstructor, finished
 from structprune.runs.depth import DropResult, check_levels_use, search_drops
 from structprune.runs.latency import choose_for_latency, latency_report, latency_target
-from structprune.runs.pruned import Candidate, Pruned
+from structprune.runs.parts import levels_part, plan_digest, refit_part, scores_part
+from structprune.runs.pruned import Candidate, Pruned, pruned_report
 from structprune.runs.resolve import at_ratio, check_given_plan, check_plan, resolve_structured
 from structprune.runs.run import Run
 from structprune.runs.search import (
@@ -86,13 +87,19 @@ class Pruner(Run):
         Args:
             windows: of a candidate, whose consumers are refitted on at most so many: enough to compare candidates.
         """
-        small = self._cut(plan)
-        if not self.request.reconstruct.enabled:
+        small, settings = self._cut(plan), self.request.reconstruct
+        if not settings.enabled:
             return small, []
+        journal = (
+            refit_part(self.journal, plan, settings) if windows is None else NOWHERE
+        )  # of others, the loss is kept
+        if not settings.head and (fits := finished(self.adapter, small, plan.remaining, journal)) is not None:
+            return small, fits
         calibration = self.calibration if windows is None else self.calibration.first(windows)
         refit = self._reconstructor(calibration)
+        work = partial(refit.refit, small, plan.remaining, windows is None, journal)
         with self.streamed(self.model), self.streamed(small):
-            return small, self.timed("refit", lambda: refit.refit(small, plan.remaining, producers=windows is None))
+            return small, self.timed("refit", work)
 
     def _reconstructor(self, calibration: Calibration) -> Reconstructor:
         """The refit on some windows, made once for each number of windows."""
@@ -110,8 +117,9 @@ class Pruner(Run):
     def _note_sinks(self, log: SinkLog, calibration: Calibration) -> None:
         """Keep a log's report, unless an earlier one covers more windows."""
         report = log.report(calibration.fit, self.sink, self.adapter.mask_id)
-        if report is not None and report["windows"] >= (self._sinks or report)["windows"]:
+        if report is not None and self._sinks != report and report["windows"] >= (self._sinks or report)["windows"]:
             self._sinks = report
+            scores_part(self.journal, self.request).keep("sinks", notes=report)
 
     def plan(self, ratio: float | None = None) -> tuple[Plan, dict]:
         """Score the units (once) and choose which go at `ratio` (default: the configuration's), before any search.
@@ -132,15 +140,17 @@ class Pruner(Run):
         if request.config.search.budget != "latency":
             return request, self._choose(request)
         if self._latency is None:
-            place = (self.model, request, self.calibration.length, self._levels, self.track)
-            self._latency = self.timed("latency", lambda: latency_target(*place))
+            levels = self._levels or levels_part(self.journal, self.request, [ratio])
+            work = partial(latency_target, self.model, request, self.calibration.length, levels, self.track)
+            self._latency = self.timed("latency", work)
         return choose_for_latency(self._latency, request, self._ranked(request), self._choose)
 
     def _choose(self, request: StructuredRequest) -> Choice:
         paths = self._ranked(request)
 
         def measure(counts: Counts) -> float:
-            loss = self.nelbo(self._tried(request, counts)).mean
+            decisive = (self._plan_of(request, counts), request.reconstruct, request.settings.split_windows)
+            loss = self.kept_nelbo(f"candidate-{plan_digest(*decisive)}", lambda: self._tried(request, counts)).mean
             return math.inf if math.isnan(loss) else loss  # the least of several is chosen
 
         return choose_counts(request.sizes, paths, request.settings, measure)
@@ -152,20 +162,19 @@ class Pruner(Run):
     def _ranked(self, request: StructuredRequest) -> Paths:
         """The order in which units go, by the configured score; measured once."""
         if self._paths is None:
-            log = SinkLog()
-            scan = self.fit_scan(log)
+            log, part = SinkLog(), scores_part(self.journal, self.request)
+            if sinks := part.read("sinks"):
+                self._sinks = sinks.notes
+            scan = replace(self.fit_scan(log), journal=part)
             with self.streamed(self.model):
-                work = partial(rank_units, scan, request.settings, request.arm)
-                self._paths = self.timed("scores", work)
+                self._paths = self.timed("scores", partial(rank_units, scan, request.settings, request.arm))
             self._note_sinks(log, self.calibration)
         return self._paths
 
     def _plan_of(self, request: StructuredRequest, counts: Counts, paths: Paths | None = None) -> Plan:
         """The plan that removes `counts` steps of `paths`, by default those of the score."""
         settings = request.settings
-        notes = {
-            "score": settings.score, "arm": request.arm, "allocation": settings.allocation, "ratio": settings.ratio,
-        }  # fmt: skip
+        notes = {"score": settings.score, "arm": request.arm} | settings.model_dump(include={"allocation", "ratio"})
         return make_plan(self.adapter, paths or self._ranked(request), counts, settings.gqa, notes)
 
     def _search_context(self, request: StructuredRequest) -> SearchContext:
@@ -208,7 +217,7 @@ class Pruner(Run):
         start, self.seconds = time.perf_counter(), {}
         planned = sorted(map(self._planned, ratios), key=lambda each: each[0].settings.ratio)
         plans = [self._checked(self._plan_of(request, choice.counts)) for request, choice in planned]
-        with levels_directory(self._levels) as levels:
+        with levels_directory(self._levels or levels_part(self.journal, self.request, ratios)) as levels:
             shared = (levels, [choice.counts for request, choice in planned if request.settings.ratio > 0])
             for (request, choice), plan in zip(planned, plans):
                 result, search = self._refit_and_check(plan), None
@@ -233,12 +242,8 @@ class Pruner(Run):
             latency = self.timed("latency", lambda: latency_report(target, *place)) | {"ratio": request.settings.ratio}
             request = self.request  # whose configuration can be given again
         self.seconds["total"] = time.perf_counter() - start
-        report = run_report(self.model, request.config, self.calibration, self.seconds, self.device)
-        report |= structured_report(
-            self.model, result.model, request.config, self.calibration.length, result.plan.remaining
-        )
-        report |= {"held_out_nelbo": result.check, "refit": [fit.plain() for fit in result.fits], "latency": latency}
-        report |= {"choice": choice and choice.plain(request.sizes), "search": search, "sinks": self._sinks}
+        notes = {"choice": choice and choice.plain(request.sizes), "search": search, "sinks": self._sinks}
+        report = pruned_report(self, request, result) | notes | {"latency": latency}
         return Pruned(result.model, result.plan, self.calibration, report)
 
     def _searched(
@@ -280,19 +285,16 @@ class Pruner(Run):
     def _refit_and_check(self, plan: Plan) -> Candidate:
         """The better of refit and plain removal on the held-out windows, and how they compare."""
         if self._dense is None:
-            self._dense = self.nelbo(self.model)
-        plain = self.nelbo(self._cut(plan))  # before the refit: two pruned models at once would be the peak of memory
+            self._dense = self.kept_nelbo("dense", lambda: self.model)
+        name = plan_digest(plan, self.request.reconstruct)
+        # before the refit: two pruned models at once would be the peak of memory
+        plain = self.kept_nelbo(f"plain-{name}", lambda: self._cut(plan))
         small, fits = self._refit(plan)
-        refitted = self.nelbo(small) if fits else plain
+        refitted = self.kept_nelbo(f"refitted-{name}", lambda: small) if fits else plain
         keeps_refit = refitted.mean < plain.mean
         if fits and not keeps_refit:
             del small
             small = self._cut(plan)
-        check = self.held_out(
-            self._dense,
-            refitted if keeps_refit else plain,
-            kept="refit" if keeps_refit else "plain removal",
-            plain_removal=plain.mean,
-            refit=refitted.mean if fits else None,
-        )
-        return Candidate(plan, small, fits, check)
+        kept, loss = ("refit", refitted) if keeps_refit else ("plain removal", plain)
+        means = {"plain_removal": plain.mean, "refit": refitted.mean if fits else None}
+        return Candidate(plan, small, fits, self.held_out(self._dense, loss, kept, **means))

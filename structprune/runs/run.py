@@ -16,6 +16,7 @@ from structprune.evaluation.compare import paired_difference
 from structprune.evaluation.nelbo import Nelbo, masked_nelbo
 from structprune.masking.request import MaskRequest
 from structprune.models.adapter import Adapter
+from structprune.models.journal import NOWHERE, Journal
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.placement import streamed, synchronise
 from structprune.progress import Track
@@ -50,6 +51,7 @@ class Run:
         self.resources, self.limits = request.resources, request.limits
         self.sink, self.seed = request.sink, request.calibration.seed
         self.seconds: dict[str, float] = {}
+        self.journal: Journal = NOWHERE  # of finished parts; set it before any work
         if calibration is not None and not request.reads_text:
             raise UserError("nothing of this run looks at a calibration: leave it out, or set calibration.held_out")
         self._calibration = self._calibrate(request, calibration) if request.reads_text else None
@@ -88,7 +90,7 @@ class Run:
 
     def scan(self, log: SinkLog) -> Scan:
         """The context of a measurement on the dense model with all windows, whose sink mass `log` keeps."""
-        return Scan(self.adapter, self.calibration, self.sink, self.limits, self.track, log.observe)
+        return Scan(self.adapter, self.calibration, self.sink, self.limits, self.track, log.observe, self.journal)
 
     def fit_scan(self, log: SinkLog) -> Scan:
         """As `scan`, without the held-out windows."""
@@ -113,6 +115,14 @@ class Run:
         batch = self.limits.sequences(self.calibration.levels, self.calibration.length)
         with self.streamed(model):
             return self.timed("check", lambda: masked_nelbo(model, ids, noisy, p, batch=batch, track=self._show_check))
+
+    def kept_nelbo(self, name: str, make: Callable[[], DiffusionLM]) -> Nelbo:
+        """`nelbo` of the model that `make` gives, which is only called where the journal has no part of this name."""
+        if kept := self.journal.read(name):
+            return Nelbo(**kept.tensors)
+        nelbo = self.nelbo(make())
+        self.journal.keep(name, vars(nelbo))
+        return nelbo
 
     def _show_check(self, items):
         return self.track(items, "held-out check")

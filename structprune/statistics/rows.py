@@ -1,5 +1,6 @@
 """The token rows that a calibration arm feeds to the model, and their weights (docs/methods.md section 2)."""
 
+import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -77,10 +78,15 @@ def mass_of(adapter: Adapter, ids: torch.Tensor) -> torch.Tensor:
 
 
 def measure_mass(scan: Scan) -> torch.Tensor:
-    """Attention mass on every noisy copy: (N, S, T) fp32 on CPU."""
+    """Attention mass on every noisy copy: (N, S, T) fp32 on CPU; what the journal has of these copies, it takes."""
     noisy, batch = scan.calibration.noisy_ids.flatten(0, 1), scan.sequences()  # (N*S, T)
-    starts = scan.track(range(0, len(noisy), batch), "attention mass")
-    # one copy to the host at the end: a copy per batch would stall the device after every pass
-    mass = torch.cat([mass_of(scan.adapter, noisy[start : start + batch]) for start in starts]).cpu()  # (N*S, T)
+    name = f"mass-{hashlib.sha256(noisy.numpy().tobytes()).hexdigest()[:16]}"
+    if kept := scan.journal.read(name):
+        mass = kept.tensors["mass"]  # (N*S, T)
+    else:
+        starts = scan.track(range(0, len(noisy), batch), "attention mass")
+        # one copy to the host at the end: a copy per batch would stall the device after every pass
+        mass = torch.cat([mass_of(scan.adapter, noisy[start : start + batch]) for start in starts]).cpu()  # (N*S, T)
+        scan.journal.keep(name, {"mass": mass})
     scan.observe(mass)
     return mass.view(scan.calibration.noisy_ids.shape)

@@ -8,6 +8,7 @@ import torch
 from structprune.calibration.batches import Calibration
 from structprune.config import SinkSettings
 from structprune.models.adapter import Adapter
+from structprune.models.journal import NOWHERE, Journal
 from structprune.progress import Track, untracked
 
 Observe = Callable[[torch.Tensor], None]  # receives the attention mass (..., T) that sink weights are computed from
@@ -47,6 +48,7 @@ class Scan:
     limits: Limits = Limits()
     track: Track = untracked
     observe: Observe = unobserved  # called for every pass that sink weights come from, in the order of the sequences
+    journal: Journal = NOWHERE  # parts that an earlier run finished
 
     def sequences(self, copies: int | None = None) -> int:
         """Sequences per forward pass, with `copies` of each window (default: all noise levels)."""

@@ -18,6 +18,11 @@ class SinkLog:
         """Keep the mass (..., T) of further sequences, in the order of windows and levels."""
         self._parts.append(mass.flatten(0, -2))  # (r, T); copied to the host once, without a device sync per pass
 
+    @property
+    def parts(self) -> list[torch.Tensor]:
+        """What was observed, (r, T) each."""
+        return list(self._parts)
+
     def report(self, calibration: Calibration, sink: SinkSettings, mask_id: int) -> dict | None:
         """`policies.policy_report` of the observed windows, as plain data; None without any.
 

@@ -4,7 +4,7 @@ A *step* removes one head, one KV group, one query head of every KV group, or on
 path, so that allocation does not depend on scores.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,6 +24,21 @@ class RemovalPath:
     def removed(self, count: int) -> list[int]:
         """Sorted units removed by the first `count` steps."""
         return sorted(unit for step in self.steps[:count] for unit in step)
+
+
+def path_tensors(path: RemovalPath, name: str) -> dict[str, torch.Tensor]:
+    """A path as named tensors for a file; `path_of` reads them."""
+    tensors = {
+        f"{name}.steps": torch.tensor(path.steps),
+        f"{name}.cost": path.cost,
+    }  # (steps, units per step), (steps,)
+    return tensors if path.rank is None else tensors | {f"{name}.rank": path.rank}
+
+
+def path_of(tensors: Mapping[str, torch.Tensor], name: str) -> RemovalPath:
+    """The path of `path_tensors`."""
+    steps = tuple(map(tuple, tensors[f"{name}.steps"].tolist()))
+    return RemovalPath(steps, tensors[f"{name}.cost"], tensors.get(f"{name}.rank"))
 
 
 def step_groups(units: int, groups: int) -> list[list[int]]:

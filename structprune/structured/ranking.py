@@ -1,6 +1,7 @@
 """From a score's name to removal paths: collect the statistic that the score needs, then let it rank the units."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from structprune.statistics.moments import consumer_moments
 from structprune.statistics.overflow import overflow, place
 from structprune.statistics.rows import Rows, scan_rows
 from structprune.statistics.scan import Scan
-from structprune.structured.paths import RemovalPath
+from structprune.structured.paths import RemovalPath, path_of, path_tensors
 from structprune.structured.scores.table import SCORES
 from structprune.structured.units import Tensors, Units, all_units, block_tensors, coupled_slices
 
@@ -48,7 +49,35 @@ def rank_units(scan: Scan, settings: StructuredSettings, arm: str | None) -> Pat
     if score.needs == "weights":
         return _rank_weights(scan, settings, rank)
     assert arm is not None, f"score {settings.score} reads activations"
-    return COLLECTORS[score.needs](scan, settings, arm, rank)
+    return _journaled(scan, lambda watched: COLLECTORS[score.needs](watched, settings, arm, rank))
+
+
+def _journaled(scan: Scan, collect: Callable[[Scan], Paths]) -> Paths:
+    """The paths that the scan's journal has, else those of `collect`; the attention mass is observed in either case."""
+    if kept := scan.journal.read("paths"):
+        for name in kept.notes["mass"]:
+            scan.observe(kept.tensors[name])
+        return _paths_of(kept.tensors)
+    masses: dict[str, torch.Tensor] = {}
+
+    def observe(mass: torch.Tensor) -> None:
+        masses[f"mass {len(masses)}"] = mass
+        scan.observe(mass)
+
+    paths = collect(replace(scan, observe=observe))
+    scan.journal.keep("paths", _tensors_of(paths) | masses, {"mass": list(masses)})
+    return paths
+
+
+def _tensors_of(paths: Paths) -> dict[str, torch.Tensor]:
+    parts = [path_tensors(path, f"{index} {kind}") for (index, kind), path in paths.items()]
+    return {name: tensor for part in parts for name, tensor in part.items()}
+
+
+def _paths_of(tensors: dict[str, torch.Tensor]) -> Paths:
+    names = [name.removesuffix(".steps") for name in tensors if name.endswith(".steps")]
+    keys = {name: (int(name.split()[0]), name.split()[1]) for name in names}
+    return {keys[name]: path_of(tensors, name) for name in sorted(names, key=keys.__getitem__)}
 
 
 def _failure(scan: Scan, settings: StructuredSettings, units: Units, statistic: Any) -> UserError:
@@ -89,12 +118,28 @@ def _rank_grams(scan: Scan, settings: StructuredSettings, arm: str, rank: Rank) 
     """The statistic is the consumer's Gram matrix (C, C), the weighted mean of x xᵀ over rows; one block at a time."""
     rows, limits = scan_rows(scan, arm), scan.limits
     states = HiddenStates(scan.adapter, rows.ids, scan.sequences(rows.copies), limits.budget, limits.overlap)
-    paths = {}
+    paths: Paths = {}
     for block in scan.track(scan.adapter.blocks, f"{settings.score} scores ({arm})"):
+        if kept := scan.journal.read(f"block-{block.index:03d}"):
+            paths |= _paths_of(kept.tensors)
+            _advance(block, states)
+            continue
         grams = _advance_with_grams(block, states, rows, settings.relative is not False, scan.adapter.device)
+        own = {}
         for units in all_units([block], settings.gqa):
-            paths[units.key] = rank(units, grams.pop(units.kind))  # not kept in a variable: the next block's come now
+            own[units.key] = rank(units, grams.pop(units.kind))  # not kept in a variable: the next block's come now
+        scan.journal.keep(f"block-{block.index:03d}", _tensors_of(own))
+        paths |= own
     return paths
+
+
+def _advance(block: BlockView, states: HiddenStates) -> None:
+    """Run one block over all rows, in the steps of `_advance_with_grams`, so that the rows are the same bit for bit."""
+    for part in states.slices():
+        x = states.read(part)  # (b, T, C)
+        for kind in block.kinds:
+            x = x + block[CONSUMER[kind]](block.consumed(kind, x, states.rotary))  # (b, T, C)
+        states.write(part, x)
 
 
 def _advance_with_grams(

@@ -1,0 +1,131 @@
+"""A pruning that was stopped after any of its parts goes on to the same bytes, and repeats no finished part."""
+
+import pytest
+import torch
+
+from structprune.config import Config
+from structprune.errors import Interrupted
+from structprune.models.journal import NOWHERE, Journal
+from structprune.models.loading import load_model
+from structprune.runs.mask import mask
+from structprune.runs.pruner import Pruner
+
+KEYS = {
+    "calibration.windows": 4, "calibration.held_out": 2, "calibration.length": 16, "calibration.batch": 2,
+    "structured.split_windows": 2, "structured.split_candidates": 2,
+}  # fmt: skip
+SCORES = {
+    "obs": {}, "plain rows": {"structured.arm": "masked"}, "wanda": {"structured.score": "wanda"},
+    "magnitude": {"structured.score": "magnitude"}, "taylor": {"structured.score": "taylor"},
+    "head": {"reconstruct.head": True, "reconstruct.producers": True}, "layer": {"reconstruct.target": "layer"},
+}  # fmt: skip
+
+
+class Stop:
+    """Ends a run after a number of parts, as a kill would."""
+
+    def __init__(self, parts):
+        self.left, self.seen = parts, 0
+
+    def __call__(self):
+        self.seen += 1
+        self.left -= 1
+        if self.left == 0:
+            raise Interrupted("stopped")
+
+
+@pytest.fixture
+def prune(tiny_checkpoint, text_path):
+    """`prune(keys, journal)`: the result of a run on one tiny model."""
+    model = load_model(tiny_checkpoint("llada"))
+
+    def run(keys, journal=None):
+        pruner = Pruner(model, Config.load(overrides=KEYS | {"calibration.source": str(text_path)} | keys))
+        if journal is not None:
+            pruner.journal = journal
+        return pruner.prune()
+
+    return run
+
+
+def same(one, other):
+    states = one.model.state_dict(), other.model.state_dict()
+    return states[0].keys() == states[1].keys() and all(
+        torch.equal(states[0][name], states[1][name]) for name in states[0]
+    )
+
+
+def plain(report):
+    return {name: value for name, value in report.items() if name not in ("seconds", "peak_memory_bytes")}
+
+
+@pytest.mark.parametrize("keys", SCORES.values(), ids=SCORES)
+def test_a_run_stopped_after_every_part_in_turn_is_the_undisturbed_one(prune, keys, tmp_path):
+    undisturbed, stops = prune(keys), 0
+    while stops < 40:
+        try:
+            resumed = prune(keys, Journal(tmp_path / "work", Stop(1)))
+            break
+        except Interrupted:
+            stops += 1
+    assert 5 <= stops < 40 and same(undisturbed, resumed) and undisturbed.plan == resumed.plan
+    assert plain(undisturbed.report) == plain(resumed.report)
+
+
+def test_a_finished_part_is_not_computed_again(prune, tmp_path, monkeypatch):
+    whole = Stop(0)
+    prune({}, Journal(tmp_path / "work", whole))
+    again = Stop(0)
+    monkeypatch.setattr("structprune.structured.ranking._advance_with_grams", None)
+    monkeypatch.setattr("structprune.refit.reconstruct.Reconstructor.refit", None)
+    monkeypatch.setattr("structprune.runs.run.masked_nelbo", None)
+    prune({}, Journal(tmp_path / "work", again))
+    assert whole.seen > 10 and again.seen == 0
+
+
+MASKS = {
+    "sparsegpt": {}, "sinks": {"masking.arm": "masked+sink"},
+    "wanda on the dense model": {"masking.score": "wanda", "masking.order": "one-shot"},
+    "sink-wanda, summed": {"masking.score": "sink-wanda", "masking.order": "one-shot", "masking.norms": "summed"},
+    "outliers": {"masking.score": "wanda", "masking.allocation": "owl"}, "2:4": {"method": "nm"},
+    "refit": {"masking.score": "wanda", "reconstruct.enabled": True},
+    "refit to the layer": {"masking.score": "ria", "reconstruct.enabled": True, "reconstruct.target": "layer"},
+    "one-shot, refit": {"masking.score": "wanda", "masking.order": "one-shot", "reconstruct.enabled": True},
+    "magnitude": {"masking.score": "magnitude"},
+}  # fmt: skip
+
+
+@pytest.fixture
+def make_masks(tiny_checkpoint, text_path):
+    """`make_masks(keys, journal)`: the result of a run on a tiny model of its own, in place."""
+
+    def run(keys, journal=NOWHERE):
+        words = {"method": "unstructured", "calibration.source": str(text_path)}
+        few = {name: value for name, value in KEYS.items() if name.startswith("calibration")}
+        config = Config.load(overrides=words | few | keys)
+        return mask(load_model(tiny_checkpoint("llada")), config, in_place=True, journal=journal)
+
+    return run
+
+
+@pytest.mark.parametrize("keys", MASKS.values(), ids=MASKS)
+def test_masks_stopped_after_every_part_in_turn_are_the_undisturbed_ones(make_masks, keys, tmp_path):
+    undisturbed, stops = make_masks(keys), 0
+    while stops < 40:
+        try:
+            resumed = make_masks(keys, Journal(tmp_path / "work", Stop(1)))
+            break
+        except Interrupted:
+            stops += 1
+    assert 5 <= stops < 40 and same(undisturbed, resumed)
+    assert undisturbed.masks.packed.keys() == resumed.masks.packed.keys()
+    assert all(torch.equal(bits, resumed.masks.packed[name]) for name, bits in undisturbed.masks.packed.items())
+    assert plain(undisturbed.report) == plain(resumed.report)
+
+
+def test_a_damaged_part_is_computed_again(make_masks, tmp_path):
+    first = make_masks({}, Journal(tmp_path / "work"))
+    [path] = (tmp_path / "work").rglob("block-001.safetensors")
+    path.write_bytes(path.read_bytes()[:-100])
+    assert same(first, make_masks({}, Journal(tmp_path / "work")))
+    assert Journal(path.parent).has("block-001")
