@@ -28,9 +28,11 @@ from scripts.studies.checkpoint_variants import (
     FACTORS,
     GENERATED,
     GENERATING,
+    KEPT,
+    KEPT_RATIOS,
     OPENINGS,
     RATIOS,
-    SEARCHED,
+    SEARCHING,
     VARIANTS,
 )
 from scripts.studies.studies import (
@@ -53,7 +55,7 @@ from structprune.runs.pruned import Pruned
 from structprune.runs.pruner import Pruner
 from structprune.structured.plan import Plan
 
-ALL = FACTORS | VARIANTS
+ALL = FACTORS | VARIANTS | KEPT
 Keys = tuple[tuple[str, object], ...]  # configuration keys that can be a key of a cache
 
 
@@ -115,12 +117,17 @@ def measure(name: str, seed: int, subject: Subject, threads: int) -> dict:
     pruner = Pruner(model, config, calibration)
     plans, *scoring = (
         # a search changes a plan; it scores for itself
-        ({}, 0.0, None) if name == SEARCHED else plans_of(subject, section_keys(keys, "calibration.", "structured."))
+        ({}, 0.0, None) if name in SEARCHING else plans_of(subject, section_keys(keys, "calibration.", "structured."))
     )
-    for ratio in RATIOS:
+    for ratio in KEPT_RATIOS if name in KEPT else RATIOS:
         plan = plans.get(ratio)
-        if subject.levels and name == SEARCHED:  # a directory each, as levels of another ratio would be shared
-            pruner = Pruner(model, config, calibration, levels=subject.levels / f"seed-{seed}" / ratio)
+        if subject.levels and name in SEARCHING:  # a directory each, as levels of another ratio would be shared
+            pruner = Pruner(
+                model,
+                config,
+                calibration,
+                levels=subject.levels / f"seed-{seed}" / f"{ratio}{'-kept' * (name in KEPT)}",
+            )
         pruned, *rest = clocked(partial(pruner.prune, None if plan else float(ratio), plan))
         measured = {text: held_out.compare(pruned.model) for text, held_out in texts.items()}
         results[ratio] = {"texts": measured, **_account(pruned, model), **_costs(scoring, rest)}
@@ -164,7 +171,7 @@ def summarise(variants: dict, contrasts: list[tuple[str, str]], runs: dict, seed
         variants, contrasts: of the study. runs: (variant, seed) -> its row.
     """
     first = runs[next(iter(variants)), seeds[0]]
-    rows, gaps, ratios = [], [], sorted(RATIOS)
+    rows, gaps, ratios = [], [], sorted(first["ratios"])
     for text in first["dense"]:
         views = of_text(runs, text)
         for ratio in ratios:
@@ -178,7 +185,7 @@ def summarise(variants: dict, contrasts: list[tuple[str, str]], runs: dict, seed
                 gap = contrast_row(views, (name, ratio), (base, ratio), seeds)
                 gaps.append({"variant": name, "against": base, "text": text, "ratio": ratio, **gap})
     dense = {text: [runs[first["variant"], seed]["dense"][text] for seed in seeds] for text in first["dense"]}
-    result = {"losses": rows, "contrasts": gaps, "dense": dense, "first": RATIOS[0]}
+    result = {"losses": rows, "contrasts": gaps, "dense": dense, "first": next(iter(first["ratios"]))}
     generating = [name for name in variants if "generated_nelbo" in runs[name, seeds[0]]]
     return result | ({"generation": generation_rows(generating, runs, seeds)} if generating else {})
 
@@ -195,15 +202,18 @@ def generation_rows(names: list[str], runs: dict, seeds: list[int]) -> dict:
     return {"rows": rows, "dense": dense, "openings": OPENINGS, "tokens": GENERATED}
 
 
-def study_of(variants: dict, contrasts: list[tuple[str, str]], out: str) -> Study:
+def study_of(
+    variants: dict, contrasts: list[tuple[str, str]], out: str, ratios: tuple[str, ...] = RATIOS
+) -> Study:  # fmt: skip
     """The study of some variants, with the default of --out."""
     return Study(
-        "checkpoint_study", __doc__.splitlines()[0], out, BASE, list(RATIOS), variants,
+        "checkpoint_study", __doc__.splitlines()[0], out, BASE, list(ratios), variants,
         measure, partial(summarise, variants, contrasts), tables, 190,
     )  # fmt: skip
 
 
 STUDY = study_of(VARIANTS, CONTRASTS, "scripts/results/checkpoint.json")
+KEPT_STUDY = study_of(KEPT, [], "scripts/results/checkpoint_kept.json", KEPT_RATIOS)
 FACTOR_STUDY = study_of(FACTORS, FACTOR_CONTRASTS, "scripts/results/checkpoint_factors.json")
 
 
@@ -216,22 +226,29 @@ def arguments_of(arguments: list[str] | None) -> argparse.Namespace:
     text = "directory for the levels of searches, so that one that was killed goes on (default: nothing is kept)"
     parser.add_argument("--levels", type=Path, help=text)
     text = f"the recipe's choices one at a time instead of other methods (default of --out: {FACTOR_STUDY.out})"
-    parser.add_argument("--factors", action="store_true", help=text)
+    parts = parser.add_mutually_exclusive_group()
+    parts.add_argument("--factors", action="store_true", help=text)
+    text = f"only a search at 0.3 that starts with every head kept (default of --out: {KEPT_STUDY.out})"
+    parts.add_argument("--kept", action="store_true", help=text)
     text = "evaluation text and its name in tables; may be repeated"
     parser.add_argument("--eval", action="append", required=True, metavar="NAME=FILE", help=text)
     parser.set_defaults(windows=64, jobs=1)
     options = parse_options(parser, arguments)
-    if options.factors and options.out == Path(STUDY.out):
-        options.out = Path(FACTOR_STUDY.out)
+    if options.out == Path(STUDY.out):
+        options.out = Path(chosen(options).out)
     return options
+
+
+def chosen(options: argparse.Namespace) -> Study:
+    """The study that the options name."""
+    return FACTOR_STUDY if options.factors else KEPT_STUDY if options.kept else STUDY
 
 
 def run(arguments: list[str] | None) -> None:
     """Run, resume or summarise the study that the arguments describe."""
     options = arguments_of(arguments)
     subject = subject_of(options)
-    study = FACTOR_STUDY if options.factors else STUDY
-    run_study(study, options, (subject,), facts(subject, options.name, BASE))
+    run_study(chosen(options), options, (subject,), facts(subject, options.name, BASE))
 
 
 def main(arguments: list[str] | None = None) -> int:

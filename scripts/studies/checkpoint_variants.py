@@ -44,6 +44,11 @@ VARIANTS = {
     "Wanda-sp": equal("wanda"),
     "LLM-Pruner (Taylor)": equal("taylor"),
 }
+# at 0.3, where keeping every head loses less than the joint ranking that the other search starts from
+KEPT_SEARCH = "heads kept, whole refit, stream, search"
+KEPT = {KEPT_SEARCH: RECIPE | NO_HEADS | SEARCH}
+KEPT_RATIOS = ("0.3",)
+SEARCHING = (SEARCHED, KEPT_SEARCH)
 BASELINES = (GREEDY, "FLAP", "Wanda-sp", "LLM-Pruner (Taylor)")
 GENERATING = (WHOLE, SEARCHED, *BASELINES)  # whose generated text is measured, which takes as long as a refit
 CONTRASTS = [
