@@ -1,4 +1,4 @@
-"""The exceptions a user can cause, each shown as a single line: UserError with exit code 2, Interrupted with 130."""
+"""The exceptions a user can cause, each shown as one line: UserError with exit code 2, Interrupted with its own."""
 
 import reprlib
 from typing import Any
@@ -12,7 +12,15 @@ class UserError(ValueError):
 
 
 class Interrupted(Exception):
-    """A run that was ended from outside but leaves something: the message says what."""
+    """A run that was ended from outside but leaves something: the message says what.
+
+    Args:
+        code: that the process exits with.
+    """
+
+    def __init__(self, message: str, code: int = 130):
+        super().__init__(message)
+        self.code = code
 
 
 def nearest(word: str, known: list[str], cutoff: float = 0.5) -> str:

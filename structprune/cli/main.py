@@ -70,7 +70,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        Exit code: 0; 2 for what the user can mend (one line on stderr); 130 when interrupted; 1 otherwise.
+        Exit code: 0; 2 for what the user can mend (one line on stderr); 130 when interrupted, 143 where SIGTERM ended a
+        run after the part under way; 1 otherwise.
     """
     arguments = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if threading.current_thread() is threading.main_thread():
@@ -84,7 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _interrupted()
     except Interrupted as error:
-        return _interrupted(str(error))
+        return _interrupted(str(error), error.code)
     except BaseException as error:
         if type(error).__name__ == "Abort":
             return _interrupted()
@@ -97,9 +98,9 @@ def main(arguments: list[str] | None = None) -> int:
         return code
 
 
-def _interrupted(note: str = "nothing was written") -> int:
+def _interrupted(note: str = "nothing was written", code: int = INTERRUPTED) -> int:
     print(f"structprune: interrupted; {note}", file=sys.stderr)
-    return INTERRUPTED
+    return code
 
 
 def _printable(message: str) -> str:

@@ -37,10 +37,14 @@ from structprune.cli.schedule import (
     read_recovery,
     show_schedule,
 )
+from structprune.cli.work import ResumeMode, WorkPlace, check_alone, work_of
 from structprune.errors import UserError
 
 if TYPE_CHECKING:
     from structprune.config import Config
+    from structprune.runs.work import Work
+
+    Request = tuple[str, dict[float | None, Path], Config, bool]  # checkpoint, outputs, configuration, overwrite
 
 OF_TEXT = [
     f"calibration.{key}" for key in ("windows", "length", "steps", "interval", "copies", "subset", "split", "column")
@@ -62,6 +66,8 @@ def prune(
     calibration: CalibrationText = None,
     plan: PlanFile = None,
     levels: Levels = None,
+    work: WorkPlace = None,
+    resume: ResumeMode = "auto",
     recover: Recover = False,
     recover_config: RecoverFile = None,
     recover_sets: RecoverSets = None,
@@ -87,15 +93,13 @@ def prune(
         scored = ["structured.score"] if score or arm else []
         _check_beside_plan(settings.method, ratio, [*(sets or []), *scored], target_latency, levels, dry_run)
     _check_options(settings, ratio, sets, levels)
+    check_alone(work, resume, recovery is not None)
     if recovery is not None:
         schedule = make_schedule(settings, recovery, ratios, gradual, plan, levels)
         show_schedule((checkpoint, out, schedule, overwrite), dry_run)
-    elif dry_run:
-        show_dry_run(checkpoint, _outputs(out, ratios), settings, levels, overwrite)
-    elif plan is not None:
-        _apply_plan(checkpoint, out, settings, plan, overwrite)
-    else:
-        _prune(checkpoint, _outputs(out, ratios), settings, levels, overwrite)
+        return
+    request = (checkpoint, _outputs(out, ratios), settings, overwrite)
+    _start(request, (plan, levels), work_of(out, work, resume), dry_run)
 
 
 def _outputs(out: Path, ratios: list[float]) -> dict[float | None, Path]:
@@ -134,46 +138,64 @@ def _check_beside_plan(
         raise UserError("--dry-run counts what a ratio removes, not what a plan does: leave out one of them")
 
 
-def _prune(
-    checkpoint: str, outputs: dict[float | None, Path], config: "Config", levels: Path | None, overwrite: bool
-) -> None:
-    """Make masks; or prune at one or several ratios, and show at the end what was written, also after a failure."""
-    if config.method != "structured":
-        _make_masks(checkpoint, outputs[None], config, overwrite)
+def _start(request: "Request", given: tuple[Path | None, Path | None], work: "Work", dry_run: bool) -> None:
+    """Do, or say, what is asked for.
+
+    Args:
+        given: files of a plan, and levels.
+    """
+    from structprune.cli.work import stoppable
+
+    plan, levels = given
+    if dry_run:
+        show_dry_run(request, levels, work)
         return
+    with stoppable(work, request[1].values()) as work:
+        if plan is not None:
+            _apply_plan(request, plan, work)
+        elif request[2].method == "structured":
+            _prune(request, levels, work)
+        else:
+            _make_masks(request, work)
+
+
+def _prune(request: "Request", levels: Path | None, work: "Work") -> None:
+    """Prune at one or several ratios, and show at the end what was written, also after a failure."""
     from structprune.cli.console import progress_bars, show
     from structprune.runs.checkpoints import prune_at_ratios
 
     lines: list = []
     try:
         with progress_bars() as track:
-            for written in prune_at_ratios(checkpoint, outputs, config, overwrite, track, levels=levels):
+            for written in prune_at_ratios(*request, track, levels=levels, work=work):
                 lines += closing(written.result.report, written.directory, written.source_bytes)
                 del written  # its model
     finally:
         show(*lines)
 
 
-def _apply_plan(checkpoint: str, out: Path, config: "Config", plan_file: Path, overwrite: bool) -> None:
+def _apply_plan(request: "Request", plan_file: Path, work: "Work") -> None:
     """Prune by a plan, and show the result."""
     from structprune.cli.console import progress_bars, show
     from structprune.runs.checkpoints import prune_checkpoint
     from structprune.structured.plan import Plan
 
-    plan = Plan.load(plan_file)
+    plan, (checkpoint, outputs, config, overwrite) = Plan.load(plan_file), request
     with progress_bars() as track:
-        written = prune_checkpoint(checkpoint, out, config, plan, overwrite, track)
+        written = prune_checkpoint(checkpoint, outputs[None], config, plan, overwrite, track, work=work)
     show(*closing(written.result.report, written.directory, written.source_bytes))
 
 
-def _make_masks(checkpoint: str, out: Path, config: "Config", overwrite: bool) -> None:
+def _make_masks(request: "Request", work: "Work") -> None:
     """Mask, and show the result."""
     from structprune.cli.console import progress_bars, show
     from structprune.report.tables import mask_table
     from structprune.runs.checkpoints import mask_checkpoint
 
+    checkpoint, outputs, config, overwrite = request
+    out = outputs[None]
     with progress_bars() as track:
-        masked = mask_checkpoint(checkpoint, out, config, overwrite, track).result
+        masked = mask_checkpoint(checkpoint, out, config, overwrite, track, work=work).result
     text = ", calibration.safetensors" if masked.calibration is not None else ""
     show(
         mask_table(masked.report),

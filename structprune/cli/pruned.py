@@ -4,7 +4,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from structprune.cli.prune import Request
     from structprune.config import Config
+    from structprune.runs.work import Work
 
 NOTHING = "Nothing was written."
 
@@ -27,16 +29,15 @@ def closing(report: dict, out: Path, source_bytes: int) -> list:
     ]
 
 
-def show_dry_run(
-    checkpoint: str, outputs: dict[float | None, Path], config: "Config", levels: Path | None, overwrite: bool
-) -> None:
+def show_dry_run(request: "Request", levels: Path | None, work: "Work") -> None:
     """Check all that the run would check before it reads weights, and show what inspection says of each ratio."""
     from structprune.cli.console import show
     from structprune.runs.checkpoints import checked_prune
     from structprune.runs.inspect import inspect_checkpoint, inspect_masking
     from structprune.runs.schedule import Schedule
 
-    checked_prune(checkpoint, outputs, config, overwrite, levels=levels)
+    checkpoint, outputs, config, overwrite = request
+    checked_prune(checkpoint, outputs, config, overwrite, levels=levels, work=work)
     inspect = inspect_checkpoint if config.method == "structured" else inspect_masking
     for ratio in outputs:
         show(*inspection_tables(inspect(checkpoint, Schedule(config).at(ratio)), config))

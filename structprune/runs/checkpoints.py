@@ -4,6 +4,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from structprune.calibration.build import check_length, check_source
 from structprune.calibration.trajectories import check_calibration
 from structprune.checkpoint.output import check_output, check_space, save_finished
@@ -21,6 +23,7 @@ from structprune.runs.pruned import Pruned
 from structprune.runs.pruner import Pruner
 from structprune.runs.resolve import at_ratio, block_weights, check_given_plan, resolve_masking, resolve_structured
 from structprune.runs.search import check_levels_directory
+from structprune.runs.work import WRITTEN, Work, check_work, is_written, output_part, work_identity, working
 from structprune.structured.plan import Plan
 from structprune.structured.request import StructuredRequest
 
@@ -43,6 +46,7 @@ def prune_checkpoint(
     track: Track = untracked,
     *,
     levels: Path | None = None,
+    work: Work | None = None,
 ) -> Written:
     """Load, prune and save. Everything that can be refused is, before weights are read.
 
@@ -52,21 +56,31 @@ def prune_checkpoint(
         plan: apply this one instead of scoring.
         overwrite: replace an earlier output.
         levels: directory for the levels of a search, which stay there for later or interrupted runs.
+        work: keep finished parts, and go on from those of a run that was killed.
     Raises:
         UserError: anything the user can mend; or `out` was taken during the run, which is kept beside it then.
     """
     if plan is not None and levels is not None:
         raise UserError(f"levels in '{levels}' are for a search, and a plan says what goes already: leave one out")
     if plan is None:
-        [written] = prune_at_ratios(source, {None: out}, config, overwrite, track, levels=levels)
+        [written] = prune_at_ratios(source, {None: out}, config, overwrite, track, levels=levels, work=work)
         return written
-    request = checked_prune(source, {None: out}, config, overwrite, plan=plan)
+    request = checked_prune(source, {None: out}, config, overwrite, plan=plan, work=work)
     assert isinstance(request, StructuredRequest)
-    model, source_bytes = _load(source, request)
-    check_space(out, source_bytes)  # again: a download may have filled the disk
-    pruned = Pruner(model, request, track=track).prune(plan=plan)
-    save_finished(pruned.save, out, overwrite)
+    with _journal(source, request, work) as journal:
+        model, source_bytes = _load(source, request)
+        check_space(out, source_bytes)  # again: a download may have filled the disk
+        pruner = Pruner(model, request, track=track)
+        pruner.journal = journal
+        pruned = pruner.prune(plan=plan)
+        save_finished(pruned.save, out, overwrite)
     return Written(pruned, out, source_bytes)
+
+
+def _journal(source: str, request: StructuredRequest | MaskRequest, work: Work | None):
+    """Of a run that was checked: `working`."""
+    config, device = request.config, request.resources.stream_target or torch.device(request.resources.home)
+    return working(work, lambda: work_identity(read_ghost(source, config.model), config, device))
 
 
 def prune_at_ratios(
@@ -77,27 +91,35 @@ def prune_at_ratios(
     track: Track = untracked,
     *,
     levels: Path | None = None,
+    work: Work | None = None,
 ) -> Iterator[Written]:
     """Load once, and prune and save at one ratio after another, in rising order; arguments as `prune_checkpoint`.
 
     Args:
         outputs: ratio (None: what the configuration says) -> directory to write; each appears complete or not at all.
+            Those that an earlier run of the same work wrote are left as they are.
     Raises:
         UserError: anything the user can mend at any of the ratios, before weights are read.
     """
-    request = checked_prune(source, outputs, config, overwrite, levels=levels)
+    left = {ratio: out for ratio, out in outputs.items() if not is_written(work, ratio, out, config)}
+    outputs = left or outputs  # all of them: the run says that they are there
+    request = checked_prune(source, outputs, config, overwrite, levels=levels, work=work)
     assert isinstance(request, StructuredRequest)
     outputs = dict(sorted(outputs.items(), key=lambda each: each[0] or 0))
-    model, source_bytes = _load(source, request)
-    for out in outputs.values():
-        check_space(out, len(outputs) * source_bytes)  # again: a download may have filled the disk
-    pruner = Pruner(model, request, track=track, levels=levels)
-    places = iter(outputs.values())
-    for pruned in pruner.prune_each(list(outputs)):
-        out = next(places)
-        save_finished(pruned.save, out, overwrite)
-        yield Written(pruned, out, source_bytes)
-        del pruned  # two pruned models at once would be the peak of memory
+    with _journal(source, request, work) as journal:
+        model, source_bytes = _load(source, request)
+        for out in outputs.values():
+            check_space(out, len(outputs) * source_bytes)  # again: a download may have filled the disk
+        pruner = Pruner(model, request, track=track, levels=levels)
+        pruner.journal = journal
+        places = iter(outputs.items())
+        for pruned in pruner.prune_each(list(outputs)):
+            ratio, out = next(places)
+            save_finished(pruned.save, out, overwrite)
+            if ratio != list(outputs)[-1]:
+                journal.within(WRITTEN).keep(output_part(ratio, config))
+            yield Written(pruned, out, source_bytes)
+            del pruned  # two pruned models at once would be the peak of memory
 
 
 def checked_prune(
@@ -108,6 +130,7 @@ def checked_prune(
     *,
     plan: Plan | None = None,
     levels: Path | None = None,
+    work: Work | None = None,
 ) -> StructuredRequest | MaskRequest:
     """A run by any method that can begin, of which no weights were read; arguments as `prune_at_ratios`.
 
@@ -119,7 +142,9 @@ def checked_prune(
     """
     ghost = read_ghost(source, config.model)
     if config.method != "structured":
-        return _checked_mask(ghost, outputs, config, overwrite)
+        masks = _checked_mask(ghost, outputs, config, overwrite)
+        _check_work(work, ghost, masks, outputs)
+        return masks
     request = resolve_structured(config, ghost.model)
     if plan is not None:
         check_given_plan(request, ghost.model, plan, ghost.values)
@@ -134,7 +159,17 @@ def checked_prune(
         check_levels_directory(levels)
         check_levels_place(levels, list(outputs.values()))
     _check_text(request.config, ghost)
+    _check_work(work, ghost, request, outputs)
     return request
+
+
+def _check_work(
+    work: Work | None, ghost: Ghost, request: StructuredRequest | MaskRequest, outputs: Mapping[float | None, Path]
+) -> None:
+    """Refuse parts that cannot be kept or gone on from, before weights are read."""
+    if work is not None:
+        device = request.resources.stream_target or torch.device(request.resources.home)
+        check_work(work, work_identity(ghost, request.config, device), outputs, ghost.directory)
 
 
 def _checked_mask(ghost: Ghost, outputs: Mapping[float | None, Path], config: Config, overwrite: bool) -> MaskRequest:
@@ -149,19 +184,26 @@ def _checked_mask(ghost: Ghost, outputs: Mapping[float | None, Path], config: Co
 
 
 def mask_checkpoint(
-    source: str, out: Path, config: Config, overwrite: bool = False, track: Track = untracked
+    source: str,
+    out: Path,
+    config: Config,
+    overwrite: bool = False,
+    track: Track = untracked,
+    *,
+    work: Work | None = None,
 ) -> Written:
     """Load, mask and save in the source's layout; arguments as `prune_checkpoint`.
 
     Raises:
         UserError: anything the user can mend, before weights are read where it can be known then.
     """
-    request = checked_prune(source, {None: out}, config, overwrite)
+    request = checked_prune(source, {None: out}, config, overwrite, work=work)
     assert isinstance(request, MaskRequest)
-    model, source_bytes = _load(source, request)
-    check_space(out, source_bytes + sum(block_weights(Adapter(model))) // 8)
-    masked = mask(model, request, track=track, in_place=True)
-    save_finished(masked.save, out, overwrite)
+    with _journal(source, request, work) as journal:
+        model, source_bytes = _load(source, request)
+        check_space(out, source_bytes + sum(block_weights(Adapter(model))) // 8)
+        masked = mask(model, request, track=track, in_place=True, journal=journal)
+        save_finished(masked.save, out, overwrite)
     return Written(masked, out, source_bytes)
 
 

@@ -45,6 +45,7 @@ from structprune.runs.stages import (
     text_digest,
 )
 from structprune.runs.training import Recovery
+from structprune.runs.work import Work, has_parts, work_beside
 
 INDIFFERENT: Any = {"model": {"device", "allow_pickle"}, "memory": True, "calibration": {"source"}}  # decide no weights
 
@@ -210,6 +211,8 @@ class ScheduleRun:
     def kept(self) -> list[Path]:
         """What there is of a run that was ended, for the next one: outputs, pruned models, folders of checkpoints."""
         folders = [folder for ratio in self._pending for folder in left_behind(self._outputs[ratio])]
+        parts = [work_beside(self._outputs[ratio]) for ratio in self._pending]
+        folders += [folder for folder in parts if has_parts(folder)]
         return [self._outputs[ratio] for ratio in self._reports] + folders
 
     def steps(self) -> Iterator[Step]:
@@ -254,14 +257,23 @@ class ScheduleRun:
         """Prune or mask a checkpoint, and save."""
         schedule, track = self._schedule, self._session.track
         ratio, place = next(iter(places.items()))
-        config = schedule.at(ratio)
+        config, work = schedule.at(ratio), self._work(place)
         if config.method != "structured":
-            mask_checkpoint(source, place, config, track=track)
+            mask_checkpoint(source, place, config, track=track, work=work)
         elif schedule.plan is not None:
-            prune_checkpoint(source, place, config, schedule.plan, track=track)
+            prune_checkpoint(source, place, config, schedule.plan, track=track, work=work)
         else:
-            for written in prune_at_ratios(source, places, config, track=track, levels=schedule.levels):
+            for written in prune_at_ratios(source, places, config, track=track, levels=schedule.levels, work=work):
                 del written  # its model
+
+    def _work(self, place: Path) -> Work:
+        """Where the parts of a pruning lie until it is done: beside the output that it is for.
+
+        Args:
+            place: of the pruned model, the first of several.
+        """
+        [out] = [each for each in self._outputs.values() if pruned_model(each) == place]
+        return Work(work_beside(out), "never" if self._overwrite else "auto")
 
     def _train(self, ratio: float | None, request: str) -> None:
         """Train a pruned model back, write it, and remove what it was made of."""

@@ -1,0 +1,118 @@
+"""`structprune prune --work --resume`: its options, and how a run is ended where nothing is lost."""
+
+import signal
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from structprune.cli.options import without_dots
+from structprune.errors import Interrupted, UserError
+
+if TYPE_CHECKING:
+    from structprune.runs.work import Work
+
+WorkPlace = Annotated[
+    Path | None,
+    typer.Option(
+        "--work",
+        callback=without_dots,
+        help="Directory for finished parts of the run, from which the same command goes on after a kill. One that is"
+        " named stays, for other ratios, scores and export classes.",
+        show_default="OUT.work, which goes at the end",
+    ),
+]
+ResumeMode = Annotated[
+    str,
+    typer.Option(
+        "--resume",
+        metavar="MODE",
+        help="auto: go on from finished parts, if there are any; required: refuse to begin; never: begin anew.",
+    ),
+]
+HALT = 128  # plus the signal's number: the shell's code for a process that a signal ended
+
+
+class Stopper:
+    """Ends a run after the part that is under way; a second signal ends it at once.
+
+    Args:
+        directory: of the parts.
+    """
+
+    def __init__(self, directory: Path):
+        self._directory, self.number = directory, 0
+
+    def handle(self, number: int, _: FrameType | None) -> None:
+        """The handler of a signal."""
+        if self.number:
+            raise KeyboardInterrupt
+        self.number = number
+        if sys.stderr.isatty():  # else nobody is there to send another
+            print("structprune: ends after the part under way; once more ends it now", file=sys.stderr, flush=True)
+
+    def watch(self) -> None:
+        """End the run if a signal came."""
+        if self.number:
+            raise self.interrupted()
+
+    def interrupted(self, note: str = "") -> Interrupted:
+        """What the run says when it is ended: the note, or where its parts are."""
+        note = note or f"finished parts are kept in {self._directory}: the same command goes on"
+        return Interrupted(note, HALT + (self.number or signal.SIGINT))
+
+
+@contextmanager
+def stoppable(work: "Work", outputs: Iterable[Path]) -> Iterator["Work"]:
+    """The work of a run that Ctrl-C and SIGTERM end after the part under way, while open.
+
+    Args:
+        outputs: that it writes.
+    """
+    from dataclasses import replace
+
+    from structprune.runs.work import has_parts
+
+    stopper, before = Stopper(work.directory), {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, stopper.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield replace(work, watch=stopper.watch)
+    except KeyboardInterrupt as error:
+        if not has_parts(work.directory):
+            raise
+        raise stopper.interrupted() from error
+    else:
+        if stopper.number:
+            names = ", ".join(f"'{out}'" for out in outputs)
+            raise stopper.interrupted(f"{names} was complete by then")
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def work_of(out: Path, place: Path | None, resume: str) -> "Work":
+    """The work of a run, by its options.
+
+    Raises:
+        UserError: an unknown mode.
+    """
+    from typing import cast
+
+    from structprune.runs.work import RESUMES, Resume, Work, work_beside
+
+    if resume not in RESUMES:
+        raise UserError(f"unknown --resume '{resume}': give {', '.join(RESUMES)}")
+    return Work(place or work_beside(out), cast(Resume, resume), stays=place is not None)
+
+
+def check_alone(place: Path | None, resume: str, recovers: bool) -> None:
+    """Raise UserError for options of work beside --recover, which keeps its own."""
+    if recovers and (place is not None or resume != "auto"):
+        option = f"--work {place}" if place is not None else f"--resume {resume}"
+        raise UserError(f"--recover keeps what it has finished beside its outputs: leave out {option}")

@@ -1,0 +1,166 @@
+"""`structprune prune --work --resume`: a killed run goes on to the same bytes; what is refused, in one line each."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from structprune.cli.main import main
+from structprune.errors import Interrupted
+from structprune.models.journal import Journal
+from structprune.runs.work import IDENTITY
+
+METHODS = {"structured": ["--ratio", "0.5"], "masks": ["--method", "unstructured"], "2:4": ["--method", "nm"]}
+
+
+@pytest.fixture
+def arguments(tiny_checkpoint, text_path, prune_command):
+    """`arguments(out, *more)`: of a short run on one tiny checkpoint."""
+    checkpoint = tiny_checkpoint("llada")
+
+    def make(out, *more):
+        command = prune_command(checkpoint, out, text_path, *more)
+        if "--method" not in more:
+            return command
+        pairs = zip(command, command[1:])  # masks have no structured.* keys
+        idle = {place for place, pair in enumerate(pairs) if pair[1].startswith("structured.")}
+        return [word for place, word in enumerate(command) if place not in idle and place - 1 not in idle]
+
+    return make
+
+
+@pytest.fixture
+def killed(monkeypatch):
+    """`killed(arguments, parts)`: run a command until it has kept so many parts."""
+
+    def run(command, parts):
+        keep, left = Journal.keep, [parts]
+
+        def dying(self, *given, **named):
+            keep(self, *given, **named)
+            left[0] -= self.directory is not None
+            if left[0] == 0 and self.directory is not None:
+                raise Interrupted("killed", 137)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Journal, "keep", dying)
+            assert main(command) == 137
+
+    return run
+
+
+def contents(out):
+    """What a directory holds, but for what tells seconds."""
+    timed = ("report.json", "README.md")
+    return {path.name: path.read_bytes() for path in out.iterdir() if path.name not in timed}
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_a_killed_run_goes_on_to_the_same_bytes(method, arguments, killed, tmp_path):
+    assert main(arguments(tmp_path / "whole", *method)) == 0
+    assert not (tmp_path / "whole.work").exists()
+    command = arguments(tmp_path / "out", *method)
+    for _ in range(3):
+        killed(command, 1)
+        assert not (tmp_path / "out").exists() and (tmp_path / "out.work").is_dir()
+    assert main(command) == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole") and not (tmp_path / "out.work").exists()
+
+
+def test_named_work_stays_and_serves_another_ratio(arguments, tmp_path, monkeypatch):
+    work = ["--work", str(tmp_path / "parts")]
+    assert main(arguments(tmp_path / "a", "--ratio", "0.3", *work)) == 0
+    monkeypatch.setattr("structprune.structured.ranking._advance_with_grams", None)  # no score is measured again
+    assert main(arguments(tmp_path / "b", "--ratio", "0.5", *work, "--resume", "required")) == 0
+    assert (tmp_path / "parts" / IDENTITY).exists()
+    monkeypatch.undo()
+    assert main(arguments(tmp_path / "c", "--ratio", "0.5")) == 0
+    assert contents(tmp_path / "b") == contents(tmp_path / "c")
+
+
+def test_of_several_ratios_the_written_ones_stay(arguments, killed, tmp_path):
+    command = arguments(tmp_path / "out", "--ratio", "0.3,0.5")
+    parts = 0
+    while not (tmp_path / "out" / "ratio-0.3" / "config.json").exists():
+        killed(command, 1)
+        parts += 1
+        assert parts < 60
+    first = (tmp_path / "out" / "ratio-0.3" / "report.json").stat().st_mtime_ns
+    assert main(command) == 0
+    assert (tmp_path / "out" / "ratio-0.3" / "report.json").stat().st_mtime_ns == first
+    assert main(arguments(tmp_path / "whole", "--ratio", "0.3,0.5")) == 0
+    for name in ("ratio-0.3", "ratio-0.5"):
+        assert contents(tmp_path / "out" / name) == contents(tmp_path / "whole" / name)
+
+
+CHANGES = {
+    "calibration.windows": "calibration.windows = 4, not 6", "calibration.seed": "calibration.seed = 0, not 5",
+    "sink.policy": "sink.policy = 'all', not 'unstable'", "model.dtype": "model.dtype = ",
+}  # fmt: skip
+VALUES = {"calibration.windows": "6", "calibration.seed": "5", "sink.policy": "unstable", "model.dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize("key", CHANGES)
+def test_changed_settings_are_refused_by_name(key, arguments, killed, tmp_path, capsys):
+    killed(arguments(tmp_path / "out", "--set", "calibration.windows=4"), 2)
+    capsys.readouterr()
+    changed = ["--set", "calibration.windows=4", "--set", f"{key}={VALUES[key]}"]
+    assert main(arguments(tmp_path / "out", *changed)) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert f"'{tmp_path / 'out.work'}' has parts of a run with {CHANGES[key]}" in line and "--resume never" in line
+    assert not (tmp_path / "out").exists()
+    assert main(arguments(tmp_path / "out", *changed, "--resume", "never")) == 0
+
+
+def test_other_weights_and_text_are_refused(tiny_checkpoint, text_path, prune_command, killed, tmp_path, capsys):
+    checkpoint, out = tiny_checkpoint("llada"), tmp_path / "out"
+    killed(prune_command(checkpoint, out, text_path), 2)
+    text = text_path.read_text(encoding="utf-8")
+    text_path.write_text(text + "more", encoding="utf-8")
+    capsys.readouterr()
+    assert main(prune_command(checkpoint, out, text_path)) == 2
+    assert "parts of a run with another text: give the same" in capsys.readouterr().err
+    text_path.write_text(text, encoding="utf-8")
+    shutil.rmtree(checkpoint)
+    torch.manual_seed(7)
+    again = tiny_checkpoint("llada", seed=7) if "seed" in tiny_checkpoint.__code__.co_varnames else None
+    if again is not None:
+        assert main(prune_command(again, out, text_path)) == 2
+        assert "parts of a run with another checkpoint" in capsys.readouterr().err
+
+
+def test_another_version_is_refused(arguments, killed, tmp_path, capsys):
+    killed(arguments(tmp_path / "out"), 2)
+    path = tmp_path / "out.work" / IDENTITY
+    identity = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(identity | {"version of torch": "1.0", "device": "cuda"}), encoding="utf-8")
+    capsys.readouterr()
+    assert main(arguments(tmp_path / "out")) == 2
+    assert "parts of a run with device = 'cuda', not 'cpu'" in capsys.readouterr().err
+
+
+WRONG = {
+    "no parts": (["--resume", "required"], "--resume required, and '{out}.work' has no part of a run"),
+    "mode": (["--resume", "always"], "unknown --resume 'always': give auto, required, never"),
+    "something else": (["--work", "{tmp}/other"], "'{tmp}/other', where finished parts would be kept, is something"),
+    "inside": (["--work", "{out}/parts"], "--work {out}/parts and output '{out}' lie in each other"),
+    "recover": (["--recover", "--work", "{tmp}/parts"], "--recover keeps what it has finished beside its outputs"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("options, message", WRONG.values(), ids=WRONG)
+def test_work_that_cannot_be_is_refused(options, message, arguments, tmp_path, capsys):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("mine", encoding="utf-8")
+    places = {"out": tmp_path / "out", "tmp": tmp_path}
+    before = sorted(tmp_path.rglob("*"))
+    assert main(arguments(tmp_path / "out", *(option.format(**places) for option in options))) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert message.format(**places) in line and sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_run_that_fails_before_its_first_part_leaves_nothing(arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("structprune.runs.checkpoints.load_model", lambda *_: 1 / 0)
+    assert main(arguments(tmp_path / "out")) == 1
+    assert "ZeroDivisionError" in capsys.readouterr().err and not list(tmp_path.glob("out*"))
