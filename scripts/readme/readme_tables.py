@@ -73,12 +73,14 @@ PAGES: dict[str, Makers] = {
         "gpu": lambda: gpu(RESULTS),
         "cost": made_of(cost, "inspect", "search_cost", "attention_mass"),
     },
-    "docs/pruning.md": key_sections(
-        Config(), "model", "calibration", "structured", "sink", "reconstruct", "search", "export", "memory"
-    ),
+    "docs/pruning.md": {
+        "kills": made_of(kills, "kills"),
+        **key_sections(
+            Config(), "model", "calibration", "structured", "sink", "reconstruct", "search", "export", "memory"
+        ),
+    },
     "docs/masks.md": key_sections(Config(), "masking"),
     "docs/recovery.md": {
-        "kills": made_of(kills, "kills"),
         "recovery-plan": made_of(plans, "recovery_plan"),
         **key_sections(RecoverConfig(), "data", "teacher", "loss", "blocks", "train"),
     },

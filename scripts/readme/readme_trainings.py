@@ -96,22 +96,23 @@ def plans(results: dict) -> str:
 
 
 def kills(results: dict) -> str:
-    """What a training that was killed had kept, what it cost, and whether the same came out.
+    """What commands that were killed had kept, what it cost, and whether the same came out.
 
     Args:
         results: of scripts/tools/check_kills.py.
     """
-    header = ["killed after", "kept then", "again", "lost", "same bytes", "same figures"]
+    header = ["command", "undisturbed", "kills", "kept at the kills", "most time lost", "same bytes", "same figures"]
     lines = []
-    for row in results["rows"]:
-        same = ("yes" if row[name] else "no" for name in ("same_bytes", "same_figures"))
-        times = [f"{row[name]:.0f} s" for name in ("moment", "again", "lost")]
-        lines.append([times[0] if row["killed"] else "it was done", row["kept"], *times[1:], *same])
+    for name, result in results["commands"].items():
+        rows = result["rows"]
+        same = [f"{sum(row[key] for row in rows)} of {len(rows)}" for key in ("same_bytes", "same_figures")]
+        lost, kept = max(row["lost"] for row in rows), ", ".join(row["kept"] for row in rows)
+        lines.append([name, f"{result['undisturbed']:.0f} s", str(len(rows)), kept, f"{lost:.0f} s", *same])
     note = (
-        "`python -m scripts.tools.check_kills`, from [`kills.json`](scripts/results/kills.json): a training of the"
-        f" embedded model that takes {results['undisturbed']:.0f} s undisturbed, start-up included, each time killed"
-        f" once, beside other work ({machine(results['machine'])}). Bytes: of all files but those that tell seconds."
-        " Figures: before, after, and all measured on the way."
+        "`python -m scripts.tools.check_kills`, from [`kills.json`](scripts/results/kills.json): commands on the"
+        " embedded model, each killed with SIGKILL once, at evenly spaced moments, and given again. Seconds with"
+        f" start-up, beside other work ({machine(results['machine'])}). Bytes: of all files but those that tell"
+        " seconds. Figures: of the report, without seconds."
     )
     return f"{table(header, lines)}\n\n{note}"
 

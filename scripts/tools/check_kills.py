@@ -1,6 +1,6 @@
-"""A training that is killed at several moments and goes on, against one that nobody disturbed: are the bytes the same?
+"""Commands that are killed at several moments and go on, against undisturbed ones: are the bytes the same?
 
-`structprune recover` trains the pruned embedded model in processes of its own, block by block first. Each is killed
+Structured pruning, masks, 2:4 masks and a training of the embedded model, in processes of their own. Each is killed
 with SIGKILL at one of evenly spaced moments, and the same command is given again.
 
     python -m scripts.tools.check_kills [--kills 10] [--out scripts/results/kills.json]
@@ -21,17 +21,36 @@ from structprune.assets import model_directory, text_file
 from structprune.bench.machine import describe_machine
 from structprune.errors import UserError
 from structprune.recovery.folder import BLOCKS, training_folder
+from structprune.runs.work import work_beside
 
-RATIO, KEYS = "0.5", TRAIN | {"blocks.tokens": 16_384, "train.tokens": 65_536, "train.evaluations": 8}
+RATIO, TEXT = "0.5", text_file("calibration.txt")
 TIMED = ("report.json", "README.md")  # files with seconds
-OPTIONS = {"kills": (10, "moments, evenly spaced over the undisturbed run")}
+OPTIONS = {"kills": (10, "moments of each command, evenly spaced over the undisturbed run")}
+CALIBRATION = {"windows": 32, "copies": 2, "length": 128, "held_out": 8, "batch": 8}
+PRUNING = {f"calibration.{key}": value for key, value in CALIBRATION.items()}
+RECOVERY = TRAIN | {"blocks.tokens": 16_384, "train.tokens": 65_536, "train.evaluations": 8}
+COMMANDS = {  # name -> options of `structprune prune`, and keys
+    "structured": (["--ratio", RATIO], PRUNING | {"structured.split_candidates": 4, "reconstruct.head": True}),
+    "masks": (["--method", "unstructured"], PRUNING),
+    "2:4 masks, refit": (["--method", "nm", "--score", "wanda"], PRUNING | {"reconstruct.enabled": True}),
+}
+TRAINING = "recover"
 
 
-def command(pruned: Path, out: Path) -> list[str]:
-    """The training as a user gives it."""
-    keys = [f"--set={key}={value}" for key, value in KEYS.items()]
-    places = ["--teacher", str(model_directory()), "--out", str(out), "--data", str(text_file("calibration.txt"))]
-    return [sys.executable, "-m", "structprune", "recover", str(pruned), *places, *keys]
+def command(name: str, pruned: Path, out: Path) -> list[str]:
+    """A command as a user gives it.
+
+    Args:
+        pruned: the model that a training starts from.
+    """
+    if name == TRAINING:
+        given = ["recover", str(pruned), "--teacher", str(model_directory()), "--data", str(TEXT)]
+        keys: dict = RECOVERY
+    else:
+        options, keys = COMMANDS[name]
+        given = ["prune", str(model_directory()), "--calibration", str(TEXT), *options]
+    sets = [f"--set={key}={value}" for key, value in keys.items()]
+    return [sys.executable, "-m", "structprune", *given, "--out", str(out), *sets]
 
 
 def run(line: list[str]) -> float:
@@ -43,7 +62,7 @@ def run(line: list[str]) -> float:
     start = time.perf_counter()
     process = subprocess.run(line, capture_output=True, text=True)
     if process.returncode:
-        raise UserError(f"structprune recover failed: {process.stderr.strip().splitlines()[-1]}")
+        raise UserError(f"structprune {line[3]} failed: {process.stderr.strip().splitlines()[-1]}")
     return time.perf_counter() - start
 
 
@@ -59,49 +78,56 @@ def killed(line: list[str], seconds: float) -> bool:
     return False
 
 
-def kept_in(folder: Path) -> str:
-    """What a training had kept when it was killed."""
+def kept_of(out: Path) -> str:
+    """What a command had kept of an output when it was killed."""
+    folder = training_folder(out)
     steps = [int(path.name.partition("-")[2]) for path in folder.glob("checkpoint-*")]
+    if steps:
+        return f"step {max(steps)}"
     blocks = len(list((folder / BLOCKS).glob("block-*")))
-    return f"step {max(steps)}" if steps else f"{blocks} block{'s' * (blocks != 1)}" if blocks else "nothing"
+    parts = len(list(work_beside(out).rglob("*.safetensors")))
+    count, word = (blocks, "block") if blocks else (parts, "part")
+    return f"{count} {word}{'s' * (count != 1)}" if count else "nothing"
 
 
 def contents(out: Path) -> dict[str, bytes]:
     """File -> its bytes, for everything but what tells seconds."""
-    paths = (
-        path for path in sorted(out.rglob("*")) if path.is_file() and path.name not in ("report.json", "README.md")
-    )
+    paths = (path for path in sorted(out.rglob("*")) if path.is_file() and path.name not in TIMED)
     return {str(path.relative_to(out)): path.read_bytes() for path in paths}
 
 
 def figures(out: Path) -> dict:
-    """What the report says of the training, without its seconds."""
-    last = json.loads((out / "report.json").read_text(encoding="utf-8"))["recoveries"][-1]
-    return {name: last[name] for name in ("before", "after", "history", "kept", "tokens")}
+    """What the report says, without its seconds and memory."""
+    report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    if report.get("recoveries"):
+        last = report["recoveries"][-1]
+        return {name: last[name] for name in ("before", "after", "history", "kept", "tokens")}
+    return {name: value for name, value in report.items() if name not in ("seconds", "peak_memory_bytes")}
 
 
-def compare(pruned: Path, folder: Path, kills: int) -> dict:
-    """An undisturbed run, and every killed one against it."""
-    whole = folder / "undisturbed"
-    undisturbed, rows = run(command(pruned, whole)), []
+def compare(name: str, pruned: Path, folder: Path, kills: int) -> dict:
+    """An undisturbed run of a command, and every killed one against it."""
+    whole = folder / "undisturbed" / "out"
+    undisturbed, rows = run(command(name, pruned, whole)), []
     for number in range(kills):
-        out, moment = folder / f"killed-{number}", undisturbed * (number + 1) / (kills + 1)
-        disturbed = killed(command(pruned, out), moment)
-        row: dict = {"moment": moment, "killed": disturbed, "kept": kept_in(training_folder(out))}
-        row["again"] = run(command(pruned, out)) if disturbed else 0.0
+        out, moment = folder / f"killed-{number}" / "out", undisturbed * (number + 1) / (kills + 1)
+        line = command(name, pruned, out)
+        disturbed = killed(line, moment)
+        row: dict = {"moment": moment, "killed": disturbed, "kept": kept_of(out)}
+        row["again"] = run(line) if disturbed and not out.exists() else 0.0
         row |= {"same_bytes": contents(out) == contents(whole), "same_figures": figures(out) == figures(whole)}
         rows.append(row | {"lost": moment + row["again"] - undisturbed if disturbed else 0.0})
     return {"undisturbed": undisturbed, "rows": rows}
 
 
-def table_of(result: dict) -> Table:
-    """A row per kill."""
-    table = Table(title=f"killed and gone on, against {result['undisturbed']:.0f} s undisturbed")
-    for name in ("killed after", "kept then", "again", "lost", "same bytes", "same figures"):
-        table.add_column(name, justify="right")
+def table_of(name: str, result: dict) -> Table:
+    """A row per kill of one command."""
+    table = Table(title=f"{name}: killed and gone on, against {result['undisturbed']:.0f} s undisturbed")
+    for title in ("killed after", "kept then", "again", "lost", "same bytes", "same figures"):
+        table.add_column(title, justify="right")
     for row in result["rows"]:
-        same = ("yes" if row[name] else "no" for name in ("same_bytes", "same_figures"))
-        times = (f"{row[name]:.0f} s" for name in ("again", "lost"))
+        same = ("yes" if row[key] else "no" for key in ("same_bytes", "same_figures"))
+        times = (f"{row[key]:.0f} s" for key in ("again", "lost"))
         table.add_row(f"{row['moment']:.0f} s" if row["killed"] else "it was done", row["kept"], *times, *same)
     return table
 
@@ -113,12 +139,16 @@ def check(arguments: list[str] | None) -> None:
     parser.add_argument("--out", type=result_file, default=Path("scripts/results/kills.json"))
     options = parser.parse_args(arguments)
     check_counts(options, OPTIONS)
-    with tempfile.TemporaryDirectory() as folder:
-        result = compare(Path(pruned_model(0, RATIO).name) / "pruned", Path(folder), options.kills)
-    write_result(options.out, {"machine": describe_machine(), "settings": KEYS} | result)
-    show_result(table_of(result), out=options.out, width=100)
-    if not all(row["same_bytes"] and row["same_figures"] for row in result["rows"]):
-        raise UserError("a training that went on is not the undisturbed one: see the table")
+    pruned, results = Path(pruned_model(0, RATIO).name) / "pruned", {}
+    for name in (*COMMANDS, TRAINING):
+        with tempfile.TemporaryDirectory() as folder:
+            results[name] = compare(name, pruned, Path(folder), options.kills)
+    settings = {"pruning": PRUNING, "recovery": RECOVERY}
+    write_result(options.out, {"machine": describe_machine(), "settings": settings, "commands": results})
+    show_result(*(table_of(name, result) for name, result in results.items()), out=options.out, width=100)
+    rows = [row for result in results.values() for row in result["rows"]]
+    if not all(row["same_bytes"] and row["same_figures"] for row in rows):
+        raise UserError("what went on is not what an undisturbed command makes: see the tables")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -188,7 +188,7 @@ def inspect_tables(result: dict) -> list[Table]:
         name = str(last) if len(alike) == 1 else f"{row['index']}-{last}"
         cells = [f"{row['before'][key]} → {row['after'][key]}" for key in ("query_heads", "kv_heads", "channels")]
         blocks.add_row(name, *cells, " → ".join(map(millions, row["parameters"])))
-    tables = [totals, _choices(result["choices"]), blocks, _memory_table(result["memory"])]
+    tables = [totals, _choices(result["choices"]), blocks, _memory_table(result)]
     return tables if result["search"] is None else [*tables, _search_table(result["search"])]
 
 
@@ -228,12 +228,14 @@ def mask_inspect_tables(result: dict) -> list[Table]:
     )
     if result["refit_operations"]:
         totals.caption += f"\nrefit: at most {result['refit_operations']:.0e} fp32 operations"
-    return [totals, _memory_table(result["memory"])]
+    return [totals, _memory_table(result)]
 
 
-def _memory_table(parts: dict[str, int]) -> Table:
+def _memory_table(result: dict) -> Table:
+    """The peak by part, and what finished parts take on disk."""
     memory = _table("predicted peak memory", "", "bytes")
-    for name, size in parts.items():
+    memory.caption = f"finished parts on disk {gigabytes(result['work'])}"
+    for name, size in result["memory"].items():
         memory.add_row(name, gigabytes(size), style="bold" if name.startswith("peak") else None)
     return memory
 

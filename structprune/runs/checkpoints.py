@@ -4,8 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
+from structprune.bench.work_size import mask_work_bytes, structured_work_bytes
 from structprune.calibration.build import check_length, check_source
 from structprune.calibration.trajectories import check_calibration
 from structprune.checkpoint.output import check_output, check_space, save_finished
@@ -79,8 +78,8 @@ def prune_checkpoint(
 
 def _journal(source: str, request: StructuredRequest | MaskRequest, work: Work | None):
     """Of a run that was checked: `working`."""
-    config, device = request.config, request.resources.stream_target or torch.device(request.resources.home)
-    return working(work, lambda: work_identity(read_ghost(source, config.model), config, device))
+    config = request.config
+    return working(work, lambda: work_identity(read_ghost(source, config.model), config, request.resources.device))
 
 
 def prune_at_ratios(
@@ -167,9 +166,16 @@ def _check_work(
     work: Work | None, ghost: Ghost, request: StructuredRequest | MaskRequest, outputs: Mapping[float | None, Path]
 ) -> None:
     """Refuse parts that cannot be kept or gone on from, before weights are read."""
-    if work is not None:
-        device = request.resources.stream_target or torch.device(request.resources.home)
-        check_work(work, work_identity(ghost, request.config, device), outputs, ghost.directory)
+    if work is None:
+        return
+    check_work(work, work_identity(ghost, request.config, request.resources.device), outputs, ghost.directory)
+    size, itemsize = ghost.stored_bytes, request.resources.weight_dtype(ghost.stored).itemsize
+    if isinstance(request, MaskRequest):
+        size += mask_work_bytes(ghost.adapter, request, itemsize)
+    else:
+        each = [request if ratio is None else at_ratio(request, ratio) for ratio in outputs]
+        size += sum(structured_work_bytes(ghost.adapter, one, itemsize) for one in each)
+    check_space(work.directory, size)
 
 
 def _checked_mask(ghost: Ghost, outputs: Mapping[float | None, Path], config: Config, overwrite: bool) -> MaskRequest:

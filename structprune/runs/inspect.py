@@ -7,6 +7,7 @@ import torch
 
 from structprune.bench.mask_memory import predicted_mask_peak
 from structprune.bench.memory import predicted_peak
+from structprune.bench.work_size import mask_work_bytes, structured_work_bytes
 from structprune.calibration.build import check_length
 from structprune.config import Config, StructuredSettings
 from structprune.levels.cost import search_cost
@@ -65,6 +66,7 @@ def inspect_checkpoint(source: str | Path, config: Config, plan: Plan | None = N
         "blocks": blocks,
         "rounding": channel_multiple(sizes, settings),
         "memory": predicted_peak(adapter, after, request, stored),
+        "work": structured_work_bytes(adapter, request, request.resources.weight_dtype(stored).itemsize),
         "search": _search(adapter, request, stored),
         "latency": _latency(request),
     }
@@ -170,6 +172,7 @@ def inspect_masking(source: str | Path, config: Config) -> dict:
         "bytes": ghost.stored_bytes,
         "mask_bytes": sum(kinds.values()) // 8,
         "memory": predicted_mask_peak(adapter, request, ghost.stored),
+        "work": mask_work_bytes(adapter, request, request.resources.weight_dtype(ghost.stored).itemsize),
     }
 
 

@@ -1,4 +1,4 @@
-"""The check of killed trainings: what it compares, on commands of its own and on one training of a moment."""
+"""The check of killed commands: what it compares, on commands of its own."""
 
 import json
 import sys
@@ -21,18 +21,25 @@ def test_a_command_is_killed_only_while_it_runs(check, tmp_path):
 
 
 def test_a_failure_is_named(check):
-    with pytest.raises(UserError, match="recover failed: no such model"):
-        check.run([sys.executable, "-c", "import sys; sys.exit('no such model')"])
+    with pytest.raises(UserError, match="structprune recover failed: no such model"):
+        check.run([sys.executable, "-c", "import sys; sys.exit('no such model')", "recover"])
 
 
 def test_what_was_kept_is_told(check, tmp_path):
-    assert check.kept_in(tmp_path) == "nothing"
-    (tmp_path / check.BLOCKS).mkdir()
-    (tmp_path / check.BLOCKS / "block-00000.safetensors").touch()
-    assert check.kept_in(tmp_path) == "1 block"
+    out = tmp_path / "out"
+    assert check.kept_of(out) == "nothing"
+    parts = check.work_beside(out) / "scores"
+    parts.mkdir(parents=True)
+    for name in ("paths", "mass"):
+        (parts / f"{name}.safetensors").touch()
+    assert check.kept_of(out) == "2 parts"
+    blocks = check.training_folder(out) / check.BLOCKS
+    blocks.mkdir(parents=True)
+    (blocks / "block-00000.safetensors").touch()
+    assert check.kept_of(out) == "1 block"
     for step in (8, 16):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-    assert check.kept_in(tmp_path) == "step 16"
+        (check.training_folder(out) / f"checkpoint-{step}").mkdir()
+    assert check.kept_of(out) == "step 16"
 
 
 def test_other_bytes_are_seen_and_times_are_not(check, tmp_path):
@@ -43,6 +50,15 @@ def test_other_bytes_are_seen_and_times_are_not(check, tmp_path):
         (tmp_path / name / "report.json").write_text(json.dumps({"recoveries": [last]}), encoding="utf-8")
     a, b, c = (check.contents(tmp_path / name) for name in "abc")
     assert a == b != c and check.figures(tmp_path / "a") == check.figures(tmp_path / "b")
+
+
+def test_a_command_is_killed_and_compared(check, monkeypatch, tmp_path):
+    text = "import json, pathlib, sys, time; out = pathlib.Path(sys.argv[1]); time.sleep(0.5); out.mkdir(parents=True);"
+    text += "(out / 'w').write_text('same'); (out / 'report.json').write_text(json.dumps({'seconds': time.time()}))"
+    monkeypatch.setattr(check, "command", lambda name, pruned, out: [sys.executable, "-c", text, str(out)])
+    result = check.compare("masks", tmp_path, tmp_path, 2)
+    assert [row["same_bytes"] and row["same_figures"] and row["killed"] for row in result["rows"]] == [True, True]
+    assert result["rows"][0]["moment"] == pytest.approx(result["undisturbed"] / 3)
 
 
 def test_no_kills_are_refused(check, tmp_path, capsys):

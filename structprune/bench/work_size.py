@@ -1,0 +1,48 @@
+"""Bytes of the finished parts that a run keeps on disk, from shapes alone (`structprune prune --work`).
+
+Weights, masks, removal paths and attention mass; what else is kept is small. A search's levels lie there too, and are
+predicted with the search.
+"""
+
+import math
+
+from structprune.masking.request import MaskRequest
+from structprune.models.adapter import Adapter
+from structprune.statistics.rows import needs_sinks
+from structprune.structured.request import StructuredRequest
+
+FLOAT, LONG, DOUBLE = 4, 8, 8
+WINDOWS = 2  # sets of windows that mass is kept of, at most: all to fit on, and the few of a candidate
+
+
+def structured_work_bytes(adapter: Adapter, request: StructuredRequest, itemsize: int) -> int:
+    """Of a structured run at one ratio.
+
+    Args:
+        itemsize: bytes of a weight in memory.
+    """
+    refit, units = request.reconstruct, sum(_units(adapter).values())
+    weights = sum(block[role].weight.numel() for block in adapter.blocks for role in block.names)
+    left = (1 - request.settings.ratio) * weights * itemsize * refit.enabled
+    head = DOUBLE * adapter.hidden_size**2 * (refit.enabled and refit.head)
+    arms = [request.arm] + [refit.arm] * refit.enabled
+    return math.ceil(left + head + units * (LONG + 2 * DOUBLE) + _mass_bytes(arms, request))
+
+
+def mask_work_bytes(adapter: Adapter, request: MaskRequest, itemsize: int) -> int:
+    """Of a run for masks; with a refit, weights are kept as they were before it too."""
+    weights = sum(block[role].weight.numel() for block in adapter.blocks for role in block.names)
+    arms = [request.arm] + [request.reconstruct.arm] * request.reconstruct.enabled
+    return weights * itemsize * (1 + request.reconstruct.enabled) + weights // 8 + _mass_bytes(arms, request)
+
+
+def _units(adapter: Adapter) -> dict[int, int]:
+    """Units of every block: query heads and channels."""
+    return {block.index: block.widths.query_heads + block.widths.channels for block in adapter.blocks}
+
+
+def _mass_bytes(arms: list, request: StructuredRequest | MaskRequest) -> int:
+    text = request.calibration
+    if not any(needs_sinks(arm, request.sink) for arm in arms):
+        return 0
+    return WINDOWS * FLOAT * text.windows * text.noisy_copies * text.length

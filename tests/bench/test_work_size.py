@@ -1,0 +1,49 @@
+"""The predicted size of finished parts, against what runs keep."""
+
+import pytest
+
+from structprune.bench.work_size import mask_work_bytes, structured_work_bytes
+from structprune.config import Config
+from structprune.models.adapter import Adapter
+from structprune.models.journal import Journal
+from structprune.models.loading import load_model
+from structprune.runs.mask import MaskRun
+from structprune.runs.pruner import Pruner
+from structprune.runs.resolve import resolve_masking, resolve_structured
+
+SMALL = {"calibration.windows": 4, "calibration.held_out": 2, "calibration.length": 16, "calibration.batch": 2}
+WIDE = {"d_model": 128, "n_heads": 8, "n_kv_heads": 8, "mlp_hidden_size": 256}  # so that headers of files are little
+
+
+@pytest.fixture
+def model(tiny_checkpoint):
+    return load_model(tiny_checkpoint("llada", **WIDE))
+
+
+def size_of(directory):
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize(
+    "keys", [{}, {"structured.ratio": 0.3, "reconstruct.head": True}, {"structured.arm": "masked"}]
+)
+def test_a_structured_run(keys, model, text_path, tmp_path):
+    few = {"structured.split_candidates": 2, "structured.split_windows": 2}
+    request = resolve_structured(
+        Config.load(overrides=SMALL | few | {"calibration.source": str(text_path)} | keys), model
+    )
+    pruner = Pruner(model, request)
+    pruner.journal = Journal(tmp_path / "work")
+    pruner.prune()
+    predicted = structured_work_bytes(Adapter(model), request, 4)
+    assert size_of(tmp_path / "work") == pytest.approx(predicted, rel=0.25)
+
+
+@pytest.mark.parametrize("keys", [{}, {"masking.score": "wanda", "reconstruct.enabled": True}])
+def test_a_run_for_masks(keys, model, text_path, tmp_path):
+    words = {"method": "unstructured", "calibration.source": str(text_path)}
+    request = resolve_masking(Config.load(overrides=SMALL | words | keys), model)
+    run = MaskRun(model, request, None, lambda items, title: items)
+    run.journal = Journal(tmp_path / "work")
+    run.run()
+    assert size_of(tmp_path / "work") == pytest.approx(mask_work_bytes(Adapter(model), request, 4), rel=0.1)
