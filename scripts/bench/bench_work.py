@@ -39,7 +39,7 @@ def seconds(model: DiffusionLM, keys: dict, journal: Journal) -> float:
     start = time.perf_counter()
     if config.method == "structured":
         pruner = Pruner(model, config)
-        pruner.journal = journal
+        pruner.keep_in(journal)
         pruner.prune()
     else:
         mask(model, config, journal=journal)

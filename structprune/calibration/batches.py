@@ -1,5 +1,6 @@
 """The calibration set of a run, in memory and as calibration.safetensors, which replays ids and noise exactly."""
 
+import hashlib
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -79,6 +80,14 @@ class Calibration:
             mask_probability=None if p is None else p[rows],
             held_out=held_out,
         )
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (first 16 hex digits) of the clean and noisy ids and of the number of held-out windows."""
+        digest = hashlib.sha256(str(self.held_out).encode())
+        for ids in (self.input_ids, self.noisy_ids):
+            digest.update(ids.contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def save(self, path: str | Path) -> None:
         """Write the file whole or not at all.

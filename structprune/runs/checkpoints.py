@@ -70,7 +70,7 @@ def prune_checkpoint(
         model, source_bytes = _load(source, request)
         check_space(out, source_bytes)  # again: a download may have filled the disk
         pruner = Pruner(model, request, track=track)
-        pruner.journal = journal
+        pruner.keep_in(journal)
         pruned = pruner.prune(plan=plan)
         save_finished(pruned.save, out, overwrite)
     return Written(pruned, out, source_bytes)
@@ -110,7 +110,7 @@ def prune_at_ratios(
         for out in outputs.values():
             check_space(out, len(outputs) * source_bytes)  # again: a download may have filled the disk
         pruner = Pruner(model, request, track=track, levels=levels)
-        pruner.journal = journal
+        pruner.keep_in(journal)
         places = iter(outputs.items())
         for pruned in pruner.prune_each(list(outputs)):
             ratio, out = next(places)

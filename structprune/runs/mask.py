@@ -83,7 +83,7 @@ def mask(
     if not isinstance(config, MaskRequest):
         config = resolve_masking(config or Config(method="unstructured"), model)
     run = MaskRun(model, config, calibration, track)
-    run.journal = journal
+    run.keep_in(journal)
     return run.run(in_place)
 
 

@@ -51,7 +51,7 @@ class Run:
         self.resources, self.limits = request.resources, request.limits
         self.sink, self.seed = request.sink, request.calibration.seed
         self.seconds: dict[str, float] = {}
-        self.journal: Journal = NOWHERE  # of finished parts; set it before any work
+        self.journal: Journal = NOWHERE  # of finished parts: see `keep_in`
         if calibration is not None and not request.reads_text:
             raise UserError("nothing of this run looks at a calibration: leave it out, or set calibration.held_out")
         self._calibration = self._calibrate(request, calibration) if request.reads_text else None
@@ -71,6 +71,24 @@ class Run:
             copies = 1 if self.limits.batch is not None else calibration.levels
             batch = request.calibration.batch * copies
             return reverse_calibration(self.model, calibration, request.calibration, batch, self.track)
+
+    def keep_in(self, journal: Journal) -> None:
+        """Keep finished parts in a journal from now on, and take those that it has.
+
+        Raises:
+            UserError: they were made of other windows or noise, such as of a text on the Hub that has changed.
+        """
+        self.journal = journal
+        if self._calibration is None:
+            return
+        digest, kept = self._calibration.digest, journal.read("calibration")
+        if kept is None:
+            journal.keep("calibration", notes=digest)
+        elif kept.notes != digest:
+            raise UserError(
+                f"'{journal.directory}' has parts of a run on other calibration windows: its text has changed. Give"
+                " --resume never to begin anew, or another --work"
+            )
 
     @property
     def calibration(self) -> Calibration:

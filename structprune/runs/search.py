@@ -216,7 +216,7 @@ def levels_identity(model: DiffusionLM, calibration: Calibration, request: Struc
     return {
         "version": __version__,
         "model": weights_digest(model),
-        "calibration": calibration_digest(calibration),
+        "calibration": calibration.digest,
         "arm": request.arm,
         "seed": request.calibration.seed,
         **settings,
@@ -227,14 +227,6 @@ def losses_identity(request: StructuredRequest) -> dict:
     """The settings that decide losses, beside levels. Not the number of rounds: a search can go on with more."""
     settings = request.config.search.model_dump(mode="json")
     return {f"search.{key}": value for key, value in settings.items() if key not in ("rounds", *OF_LEVELS)}
-
-
-def calibration_digest(calibration: Calibration) -> str:
-    """SHA-256 (first 16 hex digits) of the clean and noisy ids and of the number of held-out windows."""
-    digest = hashlib.sha256(str(calibration.held_out).encode())
-    for ids in (calibration.input_ids, calibration.noisy_ids):
-        digest.update(ids.contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def weights_digest(model: DiffusionLM, probe: int = 64) -> str:

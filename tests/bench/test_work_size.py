@@ -33,7 +33,7 @@ def test_a_structured_run(keys, model, text_path, tmp_path):
         Config.load(overrides=SMALL | few | {"calibration.source": str(text_path)} | keys), model
     )
     pruner = Pruner(model, request)
-    pruner.journal = Journal(tmp_path / "work")
+    pruner.keep_in(Journal(tmp_path / "work"))
     pruner.prune()
     predicted = structured_work_bytes(Adapter(model), request, 4)
     assert size_of(tmp_path / "work") == pytest.approx(predicted, rel=0.25)
@@ -44,6 +44,6 @@ def test_a_run_for_masks(keys, model, text_path, tmp_path):
     words = {"method": "unstructured", "calibration.source": str(text_path)}
     request = resolve_masking(Config.load(overrides=SMALL | words | keys), model)
     run = MaskRun(model, request, None, lambda items, title: items)
-    run.journal = Journal(tmp_path / "work")
+    run.keep_in(Journal(tmp_path / "work"))
     run.run()
     assert size_of(tmp_path / "work") == pytest.approx(mask_work_bytes(Adapter(model), request, 4), rel=0.1)

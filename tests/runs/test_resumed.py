@@ -42,7 +42,7 @@ def prune(tiny_checkpoint, text_path):
     def run(keys, journal=None):
         pruner = Pruner(model, Config.load(overrides=KEYS | {"calibration.source": str(text_path)} | keys))
         if journal is not None:
-            pruner.journal = journal
+            pruner.keep_in(journal)
         return pruner.prune()
 
     return run
