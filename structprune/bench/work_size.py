@@ -23,7 +23,9 @@ def structured_work_bytes(adapter: Adapter, request: StructuredRequest, itemsize
     """
     refit, units = request.reconstruct, sum(_units(adapter).values())
     weights = sum(block[role].weight.numel() for block in adapter.blocks for role in block.names)
-    left = (1 - request.settings.ratio) * weights * itemsize * refit.enabled
+    gone = request.settings.ratio * sum(size.total for size in request.sizes)  # protected blocks stay whole
+    plans = 1 + request.config.search.enabled  # the ranked plan, and the one that is searched for
+    left = plans * (weights - gone) * itemsize * refit.enabled
     head = DOUBLE * adapter.hidden_size**2 * (refit.enabled and refit.head)
     arms = [request.arm] + [refit.arm] * refit.enabled
     return math.ceil(left + head + units * (LONG + 2 * DOUBLE) + _mass_bytes(arms, request))

@@ -76,9 +76,11 @@ def check_apart(directory: str | Path, source: str | Path, overwrite: bool = Fal
         raise UserError(f"output '{directory}' holds the input checkpoint '{source}': --overwrite would erase it")
 
 
-def check_space(path: str | Path, needed_bytes: int) -> None:
+def check_space(path: str | Path, needed_bytes: int, what: str = "output") -> None:
     """Check that the disk of an output has room for so many bytes.
 
+    Args:
+        what: lies there, for the message.
     Raises:
         UserError: it has less.
     """
@@ -86,7 +88,7 @@ def check_space(path: str | Path, needed_bytes: int) -> None:
     needed, free = needed_bytes / 1e9, shutil.disk_usage(_anchor(path)).free / 1e9
     if needed > free:
         remedy = "free some space, or choose another place"
-        raise UserError(f"output '{path}' needs {needed:.2f} GB, but {free:.2f} GB are free there: {remedy}")
+        raise UserError(f"{what} '{path}' needs {needed:.2f} GB, but {free:.2f} GB are free there: {remedy}")
 
 
 def _anchor(path: Path) -> Path:

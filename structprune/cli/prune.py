@@ -170,6 +170,8 @@ def _prune(request: "Request", levels: Path | None, work: "Work") -> None:
             for written in prune_at_ratios(*request, track, levels=levels, work=work):
                 lines += closing(written.result.report, written.directory, written.source_bytes)
                 del written  # its model
+            if not lines:
+                lines = [f"{out} is of an earlier run with the same request" for out in request[1].values()]
     finally:
         show(*lines)
 

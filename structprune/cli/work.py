@@ -42,11 +42,11 @@ class Stopper:
     """Ends a run after the part that is under way; a second signal ends it at once.
 
     Args:
-        directory: of the parts.
+        work: of the run.
     """
 
-    def __init__(self, directory: Path):
-        self._directory, self.number = directory, 0
+    def __init__(self, work: "Work"):
+        self._work, self.number = work, 0
 
     def handle(self, number: int, _: FrameType | None) -> None:
         """The handler of a signal."""
@@ -63,7 +63,8 @@ class Stopper:
 
     def interrupted(self, note: str = "") -> Interrupted:
         """What the run says when it is ended: the note, or where its parts are."""
-        note = note or f"finished parts are kept in {self._directory}: the same command goes on"
+        same = "the same command goes on" if self._work.resume != "never" else "without --resume never it goes on"
+        note = note or f"finished parts are kept in {self._work.directory}: {same}"
         return Interrupted(note, HALT + (self.number or signal.SIGINT))
 
 
@@ -78,9 +79,11 @@ def stoppable(work: "Work", outputs: Iterable[Path]) -> Iterator["Work"]:
 
     from structprune.runs.work import has_parts
 
-    stopper, before = Stopper(work.directory), {}
+    stopper, before = Stopper(work), {}
     if threading.current_thread() is threading.main_thread():
-        before = {number: signal.signal(number, stopper.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):  # a job in the background keeps what it ignores
+                before[number] = signal.signal(number, stopper.handle)
     try:
         yield replace(work, watch=stopper.watch)
     except KeyboardInterrupt as error:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from structprune.errors import UserError
+from structprune.files import first_line
 from structprune.models.tensor_files import write_tensors
 
 NOTES = "notes"
@@ -32,7 +34,7 @@ class Journal:
 
     Attributes:
         directory: made with the first part; None: nothing is kept.
-        watch: called after every part; what it raises ends the run where nothing is lost.
+        watch: called after every part, and between the steps of others; what it raises ends the run.
     """
 
     directory: Path | None = None
@@ -64,9 +66,17 @@ class Journal:
             UserError: its file cannot be written.
         """
         if self.directory is not None:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            write_tensors(self._path(name), dict(tensors or {}), {NOTES: json.dumps(notes)})
+            try:
+                self.directory.mkdir(parents=True, exist_ok=True)
+                write_tensors(self._path(name), dict(tensors or {}), {NOTES: json.dumps(notes)})
+            except (OSError, UserError) as error:
+                raise UserError(f"a finished part cannot be kept: {first_line(error)}; give another --work") from error
         self.watch()
+
+    def mark(self, stage: str, name: str, notes: Any) -> None:
+        """Keep a part of a stage that is no step of the run: what its end comes to is not watched."""
+        if self.directory is not None:
+            Journal(self.directory / stage).keep(name, notes=notes)
 
     def _path(self, name: str) -> Path:
         assert self.directory is not None

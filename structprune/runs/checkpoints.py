@@ -22,7 +22,18 @@ from structprune.runs.pruned import Pruned
 from structprune.runs.pruner import Pruner
 from structprune.runs.resolve import at_ratio, block_weights, check_given_plan, resolve_masking, resolve_structured
 from structprune.runs.search import check_levels_directory
-from structprune.runs.work import WRITTEN, Work, check_work, is_written, output_part, work_identity, working
+from structprune.runs.work import (
+    WRITTEN,
+    Work,
+    check_work,
+    clear,
+    is_written,
+    kept_bytes,
+    output_notes,
+    output_part,
+    work_identity,
+    working,
+)
 from structprune.structured.plan import Plan
 from structprune.structured.request import StructuredRequest
 
@@ -100,23 +111,26 @@ def prune_at_ratios(
     Raises:
         UserError: anything the user can mend at any of the ratios, before weights are read.
     """
-    left = {ratio: out for ratio, out in outputs.items() if not is_written(work, ratio, out, config)}
-    outputs = left or outputs  # all of them: the run says that they are there
-    request = checked_prune(source, outputs, config, overwrite, levels=levels, work=work)
-    assert isinstance(request, StructuredRequest)
     outputs = dict(sorted(outputs.items(), key=lambda each: each[0] or 0))
+    several = len(outputs) > 1
+    left = {ratio: out for ratio, out in outputs.items() if not (several and is_written(work, ratio, out, config))}
+    if not left and work is not None:  # a kill came between the last output and the end
+        clear(work.directory)
+        return
+    request = checked_prune(source, left, config, overwrite, levels=levels, work=work)
+    assert isinstance(request, StructuredRequest)
     with _journal(source, request, work) as journal:
         model, source_bytes = _load(source, request)
-        for out in outputs.values():
-            check_space(out, len(outputs) * source_bytes)  # again: a download may have filled the disk
+        for out in left.values():
+            check_space(out, len(left) * source_bytes)  # again: a download may have filled the disk
         pruner = Pruner(model, request, track=track, levels=levels)
         pruner.keep_in(journal)
-        places = iter(outputs.items())
-        for pruned in pruner.prune_each(list(outputs)):
+        places = iter(left.items())
+        for pruned in pruner.prune_each(list(outputs), written=[ratio for ratio in outputs if ratio not in left]):
             ratio, out = next(places)
             save_finished(pruned.save, out, overwrite)
-            if ratio != list(outputs)[-1]:
-                journal.within(WRITTEN).keep(output_part(ratio, config))
+            if several:
+                journal.mark(WRITTEN, output_part(ratio, config), output_notes(out))
             yield Written(pruned, out, source_bytes)
             del pruned  # two pruned models at once would be the peak of memory
 
@@ -142,7 +156,7 @@ def checked_prune(
     ghost = read_ghost(source, config.model)
     if config.method != "structured":
         masks = _checked_mask(ghost, outputs, config, overwrite)
-        _check_work(work, ghost, masks, outputs)
+        _check_work(work, ghost, masks, list(outputs.values()))
         return masks
     request = resolve_structured(config, ghost.model)
     if plan is not None:
@@ -158,24 +172,35 @@ def checked_prune(
         check_levels_directory(levels)
         check_levels_place(levels, list(outputs.values()))
     _check_text(request.config, ghost)
-    _check_work(work, ghost, request, outputs)
+    _check_work(work, ghost, request, [*outputs.values(), *([] if levels is None else [levels])], list(outputs))
     return request
 
 
 def _check_work(
-    work: Work | None, ghost: Ghost, request: StructuredRequest | MaskRequest, outputs: Mapping[float | None, Path]
+    work: Work | None,
+    ghost: Ghost,
+    request: StructuredRequest | MaskRequest,
+    places: list[Path],
+    ratios: list[float | None] | None = None,
 ) -> None:
-    """Refuse parts that cannot be kept or gone on from, before weights are read."""
+    """Refuse parts that cannot be kept or gone on from, before weights are read.
+
+    Args:
+        places: directories that the run writes.
+    """
     if work is None:
         return
-    check_work(work, work_identity(ghost, request.config, request.resources.device), outputs, ghost.directory)
-    size, itemsize = ghost.stored_bytes, request.resources.weight_dtype(ghost.stored).itemsize
+    source = Path(request.config.calibration.source)
+    places = [*places, source] if source.exists() else places
+    check_work(work, work_identity(ghost, request.config, request.resources.device), places, ghost.directory)
+    itemsize = request.resources.weight_dtype(ghost.stored).itemsize
     if isinstance(request, MaskRequest):
-        size += mask_work_bytes(ghost.adapter, request, itemsize)
+        size = mask_work_bytes(ghost.adapter, request, itemsize)
     else:
-        each = [request if ratio is None else at_ratio(request, ratio) for ratio in outputs]
-        size += sum(structured_work_bytes(ghost.adapter, one, itemsize) for one in each)
-    check_space(work.directory, size)
+        each = [request if ratio is None else at_ratio(request, ratio) for ratio in ratios or [None]]
+        size = sum(structured_work_bytes(ghost.adapter, one, itemsize) for one in each)
+    there = kept_bytes(work.directory) if work.resume != "never" else 0
+    check_space(work.directory, max(0, size - there), "finished parts in")
 
 
 def _checked_mask(ghost: Ghost, outputs: Mapping[float | None, Path], config: Config, overwrite: bool) -> MaskRequest:

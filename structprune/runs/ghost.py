@@ -7,6 +7,7 @@ import torch
 
 from structprune.config import ModelSettings
 from structprune.models.adapter import Adapter
+from structprune.models.fingerprint import fingerprint
 from structprune.models.headers import stored_headers
 from structprune.models.loading import DTYPES, as_dtype, check_dtypes, check_shapes, load_config, source_name
 from structprune.models.modeling_structprune import DiffusionLM
@@ -21,6 +22,15 @@ class Ghost:
     model: DiffusionLM
     values: dict  # contents of config.json
     stored: torch.dtype  # of the weights
+    hub: bool = False  # its weights may not be on this machine yet
+
+    def identity(self, allow_pickle: bool = False) -> str:
+        """What its content is known by: of a Hub id the revision, as its weights may come later, else a fingerprint.
+
+        Raises:
+            UserError: a directory without weights.
+        """
+        return f"{self.name}@{self.directory.name}" if self.hub else fingerprint(self.directory, allow_pickle)
 
     @property
     def adapter(self) -> Adapter:
@@ -50,4 +60,5 @@ def read_ghost(source: str | Path, settings: ModelSettings) -> Ghost:
     else:
         name = str(values.get("torch_dtype") or values.get("dtype") or "bfloat16")
         stored = as_dtype(name.removeprefix("torch.")) or torch.bfloat16
-    return Ghost(source_name(source, directory), directory, model, values, stored)
+    hub = not Path(source).is_dir()
+    return Ghost(source_name(source, directory), directory, model, values, stored, hub)

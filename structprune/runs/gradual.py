@@ -45,7 +45,7 @@ from structprune.runs.stages import (
     text_digest,
 )
 from structprune.runs.training import Recovery
-from structprune.runs.work import Work, has_parts, work_beside
+from structprune.runs.work import Work, clear, has_parts, work_beside
 
 INDIFFERENT: Any = {"model": {"device", "allow_pickle"}, "memory": True, "calibration": {"source"}}  # decide no weights
 
@@ -140,10 +140,11 @@ class ScheduleRun:
         """What the pruned model of a ratio is made of, as plain data without paths."""
         schedule, (source, own) = self._schedule, self._origin(ratio)
         config = schedule.at(own)
-        directory = self._dense.directory if source == self._source else Path(source)
+        allow = config.model.allow_pickle
+        content = self._dense.identity(allow) if source == self._source else fingerprint(Path(source), allow)
         shared = config.search.enabled and not schedule.gradual  # first levels are made around the plans of all
         return {
-            "source": fingerprint(directory, config.model.allow_pickle),
+            "source": content,
             "text": self._text,
             "config": config.model_dump(mode="json", exclude=INDIFFERENT),
             "plan": None if schedule.plan is None else digest(schedule.plan.to_json()),
@@ -160,9 +161,12 @@ class ScheduleRun:
         if not pending:
             return
         first, dense = next(iter(pending)), self._dense
+        # of a later ratio, parts are of the recovered model before it
+        work = self._work([first]) if self._origin(first)[0] == self._source else None
         checked_prune(
-            self._source, pending, schedule.at(first), self._overwrite, plan=schedule.plan, levels=schedule.levels
-        )
+            self._source, pending, schedule.at(first), self._overwrite, plan=schedule.plan, levels=schedule.levels,
+            work=work,
+        )  # fmt: skip
         if schedule.gradual:
             self._check_ratios()
         for ratio, out in pending.items():
@@ -243,21 +247,23 @@ class ScheduleRun:
         if missing and schedule.config.search.enabled:
             missing = list(ratios)  # which share the first levels
         made = [folder for ratio in missing for folder in open_pruned(self._outputs[ratio], identities[ratio])]
+        work = self._work(ratios)
         try:
             places = {self._origin(ratio)[1]: pruned_model(self._outputs[ratio]) for ratio in missing}
             if missing:
-                self._prune_to(self._origin(missing[0])[0], places)
+                self._prune_to(self._origin(missing[0])[0], places, work)
+            clear(work.directory)
         finally:
             for ratio in missing:
                 if not is_pruned(self._outputs[ratio]):
                     close_pruned(self._outputs[ratio])
             remove_folders(made)  # as far as they are empty
 
-    def _prune_to(self, source: str, places: dict[float | None, Path]) -> None:
+    def _prune_to(self, source: str, places: dict[float | None, Path], work: Work) -> None:
         """Prune or mask a checkpoint, and save."""
         schedule, track = self._schedule, self._session.track
         ratio, place = next(iter(places.items()))
-        config, work = schedule.at(ratio), self._work(place)
+        config = schedule.at(ratio)
         if config.method != "structured":
             mask_checkpoint(source, place, config, track=track, work=work)
         elif schedule.plan is not None:
@@ -266,14 +272,10 @@ class ScheduleRun:
             for written in prune_at_ratios(source, places, config, track=track, levels=schedule.levels, work=work):
                 del written  # its model
 
-    def _work(self, place: Path) -> Work:
-        """Where the parts of a pruning lie until it is done: beside the output that it is for.
-
-        Args:
-            place: of the pruned model, the first of several.
-        """
-        [out] = [each for each in self._outputs.values() if pruned_model(each) == place]
-        return Work(work_beside(out), "never" if self._overwrite else "auto")
+    def _work(self, ratios: Sequence[float | None]) -> Work:
+        """Where the parts of a pruning lie until it is done: beside the first of its outputs."""
+        out = self._outputs[ratios[0]]
+        return Work(work_beside(out), "never" if self._overwrite else "auto", anew="--overwrite")
 
     def _train(self, ratio: float | None, request: str) -> None:
         """Train a pruned model back, write it, and remove what it was made of."""

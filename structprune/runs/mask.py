@@ -122,9 +122,7 @@ class MaskRun(Run):
             "held_out_nelbo": check,
             "factored": [asdict(each) for each in maker.factored],
             "refit": [fit.plain() for fit in maker.fits],
-            "sinks": self.log.report(self.calibration.fit, self.sink, self.adapter.mask_id)
-            if self._calibration
-            else None,
+            "sinks": self.sink_report(self.log, self.calibration) if self._calibration else None,
         }
         return Masked(model, maker.masks, self._calibration, report)
 

@@ -3,6 +3,7 @@ identity fixes (checkpoint, calibration, sink weights, machine)."""
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from structprune.config import ReconstructSettings
 from structprune.models.journal import Journal
@@ -10,6 +11,7 @@ from structprune.runs.stages import digest
 from structprune.structured.plan import Plan
 from structprune.structured.request import StructuredRequest
 
+ASIDE: Any = {"memory": True, "calibration": {"batch"}, "export": {"dtype", "max_shard_size"}}  # of levels
 SCORING = ("score", "gqa", "damping", "rounds", "relative")  # of `structured`: what decides a score's paths
 
 
@@ -26,8 +28,8 @@ def refit_part(journal: Journal, plan: Plan, settings: ReconstructSettings) -> J
 
 def levels_part(journal: Journal, request: StructuredRequest, ratios: Sequence[float | None]) -> Path | None:
     """The directory of a search's levels, and of a latency table; None where nothing is kept."""
-    place = journal.within("levels", digest(request.config.model_dump(mode="json"), str(ratios)))
-    return place.directory
+    config = request.config.model_dump(mode="json", exclude=ASIDE)
+    return journal.within("levels", digest(config, str(ratios))).directory
 
 
 def plan_digest(plan: Plan, settings: ReconstructSettings, windows: int | None = None) -> str:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,7 @@ from structprune.runs.search import (
     levels_directory,
     search_widths,
 )
-from structprune.statistics.sink_log import SinkLog
+from structprune.statistics.sink_log import SinkLog, WidestReport
 from structprune.structured.allocate import Counts
 from structprune.structured.choose import Choice, choose_counts
 from structprune.structured.graph import Coupled, coupled_units
@@ -75,7 +75,8 @@ class Pruner(Run):
         self._dense: Nelbo | None = None
         self._coupled: dict[UnitKey, Coupled] | None = None
         self._refits: dict[int, Reconstructor] = {}  # by the number of windows
-        self._sinks: dict | None = None  # the sink policy's effect
+        self._sinks = WidestReport()  # the sink policy's effect
+        self._refit_sinks: dict[int, dict | None] = {}  # the same, on the windows of each refit
 
     def _cut(self, plan: Plan) -> DiffusionLM:
         self._coupled = self._coupled or coupled_units(self.model)
@@ -90,13 +91,16 @@ class Pruner(Run):
         small, settings = self._cut(plan), self.request.reconstruct
         if not settings.enabled:
             return small, []
-        journal = (
-            refit_part(self.journal, plan, settings) if windows is None else NOWHERE
-        )  # of others, the loss is kept
+        # of a candidate, the loss is kept
+        journal = refit_part(self.journal, plan, settings) if windows is None else NOWHERE
         if not settings.head and (fits := finished(self.adapter, small, plan.remaining, journal)) is not None:
+            if sinks := journal.read("sinks"):
+                self._sinks.note(sinks.notes)
             return small, fits
         calibration = self.calibration if windows is None else self.calibration.first(windows)
         refit = self._reconstructor(calibration)
+        if not journal.has("sinks"):
+            journal.keep("sinks", notes=self._refit_sinks[calibration.windows])
         work = partial(refit.refit, small, plan.remaining, windows is None, journal)
         with self.streamed(self.model), self.streamed(small):
             return small, self.timed("refit", work)
@@ -111,15 +115,9 @@ class Pruner(Run):
             with self.streamed(self.model):
                 refit = self.timed("refit", lambda: Reconstructor(scan, self.request.reconstruct))
             self._refits[calibration.windows] = refit
-            self._note_sinks(log, calibration)
+            self._refit_sinks[calibration.windows] = self.sink_report(log, calibration)
+        self._sinks.note(self._refit_sinks[calibration.windows])
         return self._refits[calibration.windows]
-
-    def _note_sinks(self, log: SinkLog, calibration: Calibration) -> None:
-        """Keep a log's report, unless an earlier one covers more windows."""
-        report = log.report(calibration.fit, self.sink, self.adapter.mask_id)
-        if report is not None and self._sinks != report and report["windows"] >= (self._sinks or report)["windows"]:
-            self._sinks = report
-            scores_part(self.journal, self.request).keep("sinks", notes=report)
 
     def plan(self, ratio: float | None = None) -> tuple[Plan, dict]:
         """Score the units (once) and choose which go at `ratio` (default: the configuration's), before any search.
@@ -163,12 +161,10 @@ class Pruner(Run):
         """The order in which units go, by the configured score; measured once."""
         if self._paths is None:
             log, part = SinkLog(), scores_part(self.journal, self.request)
-            if sinks := part.read("sinks"):
-                self._sinks = sinks.notes
-            scan = replace(self.fit_scan(log), journal=part)
             with self.streamed(self.model):
-                self._paths = self.timed("scores", partial(rank_units, scan, request.settings, request.arm))
-            self._note_sinks(log, self.calibration)
+                work = partial(rank_units, self.fit_scan(log), request.settings, request.arm, part)
+                self._paths = self.timed("scores", work)
+            self._sinks.note(self.sink_report(log, self.calibration))
         return self._paths
 
     def _plan_of(self, request: StructuredRequest, counts: Counts, paths: Paths | None = None) -> Plan:
@@ -202,11 +198,13 @@ class Pruner(Run):
         [pruned] = self.prune_each([ratio])
         return pruned
 
-    def prune_each(self, ratios: Sequence[float | None]) -> Iterator[Pruned]:
+    def prune_each(self, ratios: Sequence[float | None], written: Container[float | None] = ()) -> Iterator[Pruned]:
         """As `prune`, at one ratio after another in rising order; None is the configuration's.
 
         Scores, the refit's dense side and a search's first levels are shared, and their seconds are the first result's.
 
+        Args:
+            written: ratios that are only planned, as the first levels of a search are made around all plans.
         Raises:
             UserError: a ratio, export class or levels that will not do, when the first result is asked for.
         """
@@ -220,6 +218,8 @@ class Pruner(Run):
         with levels_directory(self._levels or levels_part(self.journal, self.request, ratios)) as levels:
             shared = (levels, [choice.counts for request, choice in planned if request.settings.ratio > 0])
             for (request, choice), plan in zip(planned, plans):
+                if request.settings.ratio in written:
+                    continue
                 result, search = self._refit_and_check(plan), None
                 if request.config.search.enabled and request.settings.ratio > 0:
                     result, choice, search = self._searched(request, choice, result, shared)
@@ -242,7 +242,7 @@ class Pruner(Run):
             latency = self.timed("latency", lambda: latency_report(target, *place)) | {"ratio": request.settings.ratio}
             request = self.request  # whose configuration can be given again
         self.seconds["total"] = time.perf_counter() - start
-        notes = {"choice": choice and choice.plain(request.sizes), "search": search, "sinks": self._sinks}
+        notes = {"choice": choice and choice.plain(request.sizes), "search": search, "sinks": self._sinks.report}
         report = pruned_report(self, request, result) | notes | {"latency": latency}
         return Pruned(result.model, result.plan, self.calibration, report)
 

@@ -15,7 +15,6 @@ from structprune.bench.recovery_memory import recovery_memory
 from structprune.errors import UserError
 from structprune.masking.masks import Masks
 from structprune.models.adapter import Adapter
-from structprune.models.fingerprint import fingerprint
 from structprune.models.loading import as_dtype
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.placement import pick_device
@@ -85,7 +84,7 @@ class RecoveryPlan:
     def identity(self) -> dict:
         """What decides the training, as plain data without paths; what only decides memory or speed may change."""
         allow = self.config.model.allow_pickle
-        student, teacher = (fingerprint(ghost.directory, allow) for ghost in self._ghosts)
+        student, teacher = (ghost.identity(allow) for ghost in self._ghosts)
         config = self.config.model_dump(mode="json", exclude=INDIFFERENT)
         text = {"text": self.text.digest, "cached": self._cache is not None}  # a cache has the likeliest tokens only
         text |= {"part": self._part} if self._part[1] > 1 else {}

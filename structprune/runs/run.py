@@ -19,13 +19,14 @@ from structprune.models.adapter import Adapter
 from structprune.models.journal import NOWHERE, Journal
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.placement import streamed, synchronise
-from structprune.progress import Track
+from structprune.progress import Track, watched
 from structprune.statistics.overflow import largest_weight
 from structprune.statistics.scan import Scan
 from structprune.statistics.sink_log import SinkLog
 from structprune.structured.request import StructuredRequest
 
 T = TypeVar("T")
+CALIBRATION = "calibration"  # the part that knows the windows of a run
 
 
 class Run:
@@ -78,16 +79,16 @@ class Run:
         Raises:
             UserError: they were made of other windows or noise, such as of a text on the Hub that has changed.
         """
-        self.journal = journal
+        self.journal, self.track = journal, watched(self.track, journal.watch)
         if self._calibration is None:
             return
-        digest, kept = self._calibration.digest, journal.read("calibration")
+        digest, kept = self._calibration.digest, journal.read(CALIBRATION)
         if kept is None:
-            journal.keep("calibration", notes=digest)
+            journal.keep(CALIBRATION, notes=digest)
         elif kept.notes != digest:
             raise UserError(
-                f"'{journal.directory}' has parts of a run on other calibration windows: its text has changed. Give"
-                " --resume never to begin anew, or another --work"
+                f"'{journal.directory}' has parts of a run on other calibration windows, which the same settings made:"
+                " its text has changed. Give --resume never to begin anew, or another --work"
             )
 
     @property
@@ -114,6 +115,10 @@ class Run:
         """As `scan`, without the held-out windows."""
         return replace(self.scan(log), calibration=self.calibration.fit)
 
+    def sink_report(self, log: SinkLog, calibration: Calibration) -> dict | None:
+        """What the sink policy did to a calibration's fit windows; None where no mass was measured."""
+        return log.report(calibration.fit, self.sink, self.adapter.mask_id)
+
     def timed(self, name: str, work: Callable[[], T]) -> T:
         """Do some work and add its time to phase `name`, in seconds, device included."""
         synchronise(self.device)
@@ -136,6 +141,8 @@ class Run:
 
     def kept_nelbo(self, name: str, make: Callable[[], DiffusionLM]) -> Nelbo:
         """`nelbo` of the model that `make` gives, which is only called where the journal has no part of this name."""
+        # the sequences of a pass decide the last bits
+        name = f"{name}-{self.limits.sequences(self.calibration.levels, self.calibration.length)}"
         if kept := self.journal.read(name):
             return Nelbo(**kept.tensors)
         nelbo = self.nelbo(make())

@@ -3,11 +3,11 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import IO, Any, Literal, get_args
 
 import torch
 import transformers
@@ -16,13 +16,16 @@ from structprune import __version__
 from structprune.checkpoint.output import check_apart, check_place
 from structprune.config import Config
 from structprune.errors import UserError, shown
-from structprune.files import write_whole
+from structprune.files import first_line, make_folders, remove_folders, write_whole
 from structprune.models.fingerprint import fingerprint
 from structprune.models.journal import Journal, unwatched
 from structprune.runs.ghost import Ghost
+from structprune.runs.run import CALIBRATION
 from structprune.runs.stages import digest, text_digest
 
-IDENTITY, WRITTEN = "identity.json", "written"
+IDENTITY, LOCK, WRITTEN = "identity.json", ".lock", "written"
+FOLDERS = ("scores", "refits", "masks", "levels", WRITTEN)  # of a work directory, beside parts of its own
+SUFFIX = ".safetensors"
 FORMAT = "structprune-work-1"
 Resume = Literal["auto", "required", "never"]
 RESUMES = get_args(Resume)
@@ -38,31 +41,37 @@ class Work:
         directory: of the parts.
         resume: auto: go on from them where there are any; required: refuse a run without; never: begin anew.
         stays: leave them there when all outputs are written, for other ratios, export classes and scores.
-        watch: called after every part; what it raises ends the run.
+        watch: called after every part, and between the steps of others; what it raises ends the run.
+        anew: the option that begins anew, for messages.
     """
 
     directory: Path
     resume: Resume = "auto"
     stays: bool = False
     watch: Callable[[], None] = unwatched
+    anew: str = "--resume never"
 
 
 def work_beside(out: Path) -> Path:
     """Where the parts of a run lie if nothing else is said: beside its output."""
-    return out.absolute().with_name(f"{out.name}.work")
+    place = Path(os.path.abspath(out))
+    return place.with_name(f"{place.name}.work") if place.name else place / "structprune.work"
 
 
 def work_identity(ghost: Ghost, config: Config, device: torch.device) -> dict[str, Any]:
     """What decides all parts of a run, as plain data without paths: key -> value.
 
-    What only decides memory or rounding may change: `memory`, and `calibration.batch`.
+    What only decides memory or rounding may change: `memory`, and `calibration.batch` but for a reverse trajectory,
+    whose likeliest tokens can turn on rounding.
     """
     sections = config.model_dump(mode="json", include=set(FIXED), exclude=INDIFFERENT)
     keys = {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
+    if config.sink.trajectory == "reverse":
+        keys["calibration.batch"] = config.calibration.batch
     versions = {"structprune": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
     return {
         "format": FORMAT,
-        "checkpoint": fingerprint(ghost.directory, config.model.allow_pickle),
+        "checkpoint": _content(ghost, config.model.allow_pickle),
         "text": text_digest(config.calibration.source),
         **keys,
         "device": device.type,
@@ -70,68 +79,133 @@ def work_identity(ghost: Ghost, config: Config, device: torch.device) -> dict[st
     }
 
 
-def check_work(work: Work, identity: dict[str, Any], outputs: Mapping[Any, Path], source: Path) -> None:
+def _content(ghost: Ghost, allow_pickle: bool) -> str | None:
+    """What a checkpoint is known by; None for a directory without weights, which a dry run may inspect."""
+    try:
+        return ghost.identity(allow_pickle)
+    except UserError:
+        return None
+
+
+def check_work(work: Work, identity: dict[str, Any], places: Iterable[Path], source: Path) -> None:
     """Raise UserError where the parts cannot be kept, are another run's, or are required and not there.
 
     Args:
-        outputs: directories that the run writes. source: the checkpoint's directory.
+        places: directories and files that the run writes or reads. source: the checkpoint's directory.
     """
     directory, before = work.directory, _read(work.directory / IDENTITY)
     if work.resume not in RESUMES:
         raise UserError(f"unknown --resume '{work.resume}': give {', '.join(RESUMES)}")
     check_apart(directory, source, overwrite=True)
-    for out in outputs.values():
-        one, other = directory.resolve(), out.resolve()
+    for place in places:
+        one, other = directory.resolve(), place.resolve()
         if one == other or one in other.parents or other in one.parents:
-            raise UserError(f"--work {directory} and output '{out}' lie in each other: give them places of their own")
+            raise UserError(f"--work {directory} and '{place}' lie in each other: give them places of their own")
     if before is None and os.path.lexists(directory) and not _is_empty(directory):
         raise UserError(f"'{directory}', where finished parts would be kept, is something else: give another --work")
-    check_place(directory)
+    try:
+        check_place(directory / IDENTITY if directory.is_dir() else directory)
+    except UserError as error:
+        raise UserError(f"finished parts cannot be kept ({error}): give --work another place") from error
     if work.resume == "required" and before is None:
         raise UserError(f"--resume required, and '{directory}' has no part of a run: leave it out to begin one")
     if work.resume != "never" and before is not None:
-        _check_same(directory, before, identity)
+        _check_same(work, before, identity)
 
 
-def _check_same(directory: Path, before: dict[str, Any], identity: dict[str, Any]) -> None:
+def _check_same(work: Work, before: dict[str, Any], identity: dict[str, Any]) -> None:
     """Raise UserError for parts of another run, naming the first thing that changed."""
     for key in [key for key in {**before, **identity} if before.get(key) != json.loads(json.dumps(identity.get(key)))]:
         hashed = key in ("checkpoint", "text")
         change = f"another {key}" if hashed else f"{key} = {shown(before.get(key))}, not {shown(identity.get(key))}"
         raise UserError(
-            f"'{directory}' has parts of a run with {change}: give the same, --resume never to begin anew, or"
-            " another --work"
+            f"'{work.directory}' has parts of a run with {change}: give the same, {work.anew} to begin anew, or delete"
+            " them"
         )
 
 
 @contextmanager
 def working(work: Work | None, identity: Callable[[], dict[str, Any]]) -> Iterator[Journal]:
-    """A run's journal. Its directory goes at the end, unless it stays; after an error, if no part was finished.
+    """A run's journal. It is removed at the end, unless it stays; after an error, if no part was finished.
 
     Args:
         work: checked by `check_work`; None: nothing is kept.
+    Raises:
+        UserError: another run works there, or nothing can be written.
     """
     if work is None:
         yield Journal()
         return
-    directory = work.directory
-    if work.resume == "never" and _read(directory / IDENTITY) is not None:
-        shutil.rmtree(directory)
-    if not (directory / IDENTITY).exists():
-        write_whole(directory / IDENTITY, (json.dumps(identity(), indent=1) + "\n").encode())
+    directory, made = work.directory, []
     try:
-        yield Journal(directory, work.watch)
-    except BaseException:
-        if not has_parts(directory):
-            shutil.rmtree(directory, ignore_errors=True)
-        raise
-    if not work.stays:
-        shutil.rmtree(directory, ignore_errors=True)
+        made = make_folders(directory)
+        lock = (directory / LOCK).open("w")
+    except OSError as error:
+        remove_folders(made)
+        raise UserError(f"finished parts cannot be kept ({first_line(error)}): give --work another place") from error
+    with lock:
+        if not _locked(lock):
+            raise UserError(f"another run works in '{directory}': wait for it, or give another --work")
+        if work.resume == "never" and _read(directory / IDENTITY) is not None:
+            _clear_parts(directory)
+        if not (directory / IDENTITY).exists():
+            write_whole(directory / IDENTITY, (json.dumps(identity(), indent=1) + "\n").encode())
+        try:
+            yield Journal(directory, work.watch)
+        except BaseException:
+            if not has_parts(directory):
+                clear(directory, made)
+            raise
+        if work.stays:
+            _remove(directory / WRITTEN)
+        else:
+            clear(directory, made)
+
+
+def clear(directory: Path, made: Iterable[Path] = ()) -> None:
+    """Remove what a run keeps in a directory, and nothing else; then itself, and folders that were made, if empty."""
+    if _read(directory / IDENTITY) is None:
+        return
+    _clear_parts(directory)
+    (directory / LOCK).unlink(missing_ok=True)
+    remove_folders([directory, *(folder for folder in made if folder != directory)])
+
+
+def _clear_parts(directory: Path) -> None:
+    for path in directory.glob(f"*{SUFFIX}"):
+        path.unlink(missing_ok=True)
+    for name in FOLDERS:
+        _remove(directory / name)
+    (directory / IDENTITY).unlink(missing_ok=True)
+
+
+def _remove(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _locked(file: IO) -> bool:
+    """Whether a file could be locked for this process, where the system has locks."""
+    try:
+        import fcntl
+    except ImportError:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # this file system has no locks
+        return True
+    return True
 
 
 def has_parts(directory: Path) -> bool:
-    """Whether a run has finished any part there."""
-    return any(directory.rglob("*.safetensors"))
+    """Whether a run has finished any part there; its calibration, which is made in a moment, does not count."""
+    return any(path.stem != CALIBRATION for path in directory.rglob(f"*{SUFFIX}"))
+
+
+def kept_bytes(directory: Path) -> int:
+    """Bytes of the parts there."""
+    return sum(path.stat().st_size for path in directory.rglob(f"*{SUFFIX}"))
 
 
 def output_part(ratio: float | None, config: Config) -> str:
@@ -139,11 +213,17 @@ def output_part(ratio: float | None, config: Config) -> str:
     return f"{ratio}-{digest(config.model_dump(mode='json', exclude={'memory'}))}"
 
 
+def output_notes(out: Path) -> dict[str, str]:
+    """Where an output is and what it holds, for its part."""
+    return {"out": str(out.resolve()), "content": fingerprint(out)}
+
+
 def is_written(work: Work | None, ratio: float | None, out: Path, config: Config) -> bool:
-    """Whether an earlier run of the same work wrote the output of a ratio."""
+    """Whether an earlier run of the same work wrote the output of a ratio, and it is still that."""
     if work is None or work.resume == "never" or not (out / "config.json").exists():
         return False
-    return Journal(work.directory).within(WRITTEN).has(output_part(ratio, config))
+    kept = Journal(work.directory).within(WRITTEN).read(output_part(ratio, config))
+    return kept is not None and kept.notes == output_notes(out)
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -156,4 +236,4 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _is_empty(directory: Path) -> bool:
-    return directory.is_dir() and not any(directory.iterdir())
+    return directory.is_dir() and not any(path.name != LOCK for path in directory.iterdir())

@@ -48,7 +48,7 @@ class Scan:
     limits: Limits = Limits()
     track: Track = untracked
     observe: Observe = unobserved  # called for every pass that sink weights come from, in the order of the sequences
-    journal: Journal = NOWHERE  # parts that an earlier run finished
+    journal: Journal = NOWHERE  # of attention mass that an earlier run measured
 
     def sequences(self, copies: int | None = None) -> int:
         """Sequences per forward pass, with `copies` of each window (default: all noise levels)."""

@@ -44,3 +44,15 @@ class SinkLog:
             phi, masked = phi.gather(1, order), masked.gather(1, order)  # (N, S, T) each
         shares = masked.double().mean((0, 2)).tolist()  # (S,)
         return policy_report(phi, masked, sink.policy) | {"mask_share": shares}
+
+
+class WidestReport:
+    """Of several reports of one run, the last of those that cover most windows; None before any."""
+
+    def __init__(self) -> None:
+        self.report: dict | None = None
+
+    def note(self, report: dict | None) -> None:
+        """Take a report, unless an earlier one covers more windows."""
+        if report is not None and report["windows"] >= (self.report or report)["windows"]:
+            self.report = report

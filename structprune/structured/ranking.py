@@ -9,6 +9,7 @@ import torch
 from structprune.config import StructuredSettings
 from structprune.errors import UserError
 from structprune.models.adapter import CONSUMER, BlockView, UnitKey
+from structprune.models.journal import NOWHERE, Journal
 from structprune.statistics.activations import Moments, add_gram, mirror, relative_weight
 from structprune.statistics.gradients import gradient_sums
 from structprune.statistics.hidden import HiddenStates
@@ -25,9 +26,11 @@ Paths = dict[UnitKey, RemovalPath]
 MEASURED = {"weights": "squared weights", "moments": "activations", "grams": "activations", "gradients": "gradients"}
 
 
-def rank_units(scan: Scan, settings: StructuredSettings, arm: str | None) -> Paths:
+def rank_units(scan: Scan, settings: StructuredSettings, arm: str | None, journal: Journal = NOWHERE) -> Paths:
     """Removal paths of every block and kind by the score in `settings`, on the arm of `scores.table.resolve_arm`.
 
+    Args:
+        journal: of these scores; what it has is not measured again.
     Raises:
         UserError: a score of gradients, and a calibration without mask probabilities; a block whose numbers are not
             finite or cannot be factored.
@@ -49,12 +52,14 @@ def rank_units(scan: Scan, settings: StructuredSettings, arm: str | None) -> Pat
     if score.needs == "weights":
         return _rank_weights(scan, settings, rank)
     assert arm is not None, f"score {settings.score} reads activations"
-    return _journaled(scan, lambda watched: COLLECTORS[score.needs](watched, settings, arm, rank))
+    if score.needs == "grams":  # block by block
+        return _rank_grams(scan, (settings, arm), rank, journal)
+    return _journaled(scan, journal, lambda watched: COLLECTORS[score.needs](watched, settings, arm, rank))
 
 
-def _journaled(scan: Scan, collect: Callable[[Scan], Paths]) -> Paths:
-    """The paths that the scan's journal has, else those of `collect`; the attention mass is observed in either case."""
-    if kept := scan.journal.read("paths"):
+def _journaled(scan: Scan, journal: Journal, collect: Callable[[Scan], Paths]) -> Paths:
+    """The paths that a journal has, else those of `collect`; the attention mass is observed in either case."""
+    if kept := journal.read("paths"):
         for name in kept.notes["mass"]:
             scan.observe(kept.tensors[name])
         return _paths_of(kept.tensors)
@@ -65,7 +70,7 @@ def _journaled(scan: Scan, collect: Callable[[Scan], Paths]) -> Paths:
         scan.observe(mass)
 
     paths = collect(replace(scan, observe=observe))
-    scan.journal.keep("paths", _tensors_of(paths) | masses, {"mass": list(masses)})
+    journal.keep("paths", _tensors_of(paths) | masses, {"mass": list(masses)})
     return paths
 
 
@@ -114,13 +119,22 @@ def _rank_moments(scan: Scan, settings: StructuredSettings, arm: str, rank: Rank
 
 
 @torch.inference_mode()
-def _rank_grams(scan: Scan, settings: StructuredSettings, arm: str, rank: Rank) -> Paths:
-    """The statistic is the consumer's Gram matrix (C, C), the weighted mean of x xᵀ over rows; one block at a time."""
+def _rank_grams(scan: Scan, given: tuple[StructuredSettings, str], rank: Rank, journal: Journal) -> Paths:
+    """The statistic is the consumer's Gram matrix (C, C), the weighted mean of x xᵀ over rows; one block at a time.
+
+    Args:
+        given: settings and arm.
+    """
+    settings, arm = given
     rows, limits = scan_rows(scan, arm), scan.limits
+    names = {block.index: f"block-{block.index:03d}" for block in scan.adapter.blocks}
+    parts = {index: journal.read(name) for index, name in names.items()}
+    if all(parts.values()):
+        return {key: path for part in parts.values() if part for key, path in _paths_of(part.tensors).items()}
     states = HiddenStates(scan.adapter, rows.ids, scan.sequences(rows.copies), limits.budget, limits.overlap)
     paths: Paths = {}
     for block in scan.track(scan.adapter.blocks, f"{settings.score} scores ({arm})"):
-        if kept := scan.journal.read(f"block-{block.index:03d}"):
+        if kept := parts[block.index]:
             paths |= _paths_of(kept.tensors)
             _advance(block, states)
             continue
@@ -128,7 +142,7 @@ def _rank_grams(scan: Scan, settings: StructuredSettings, arm: str, rank: Rank) 
         own = {}
         for units in all_units([block], settings.gqa):
             own[units.key] = rank(units, grams.pop(units.kind))  # not kept in a variable: the next block's come now
-        scan.journal.keep(f"block-{block.index:03d}", _tensors_of(own))
+        journal.keep(names[block.index], _tensors_of(own))
         paths |= own
     return paths
 
@@ -178,4 +192,4 @@ def _rank_gradients(scan: Scan, settings: StructuredSettings, arm: str, rank: Ra
     return {units.key: rank(units, coupled_slices(units, products[units.block.index])) for units in every}
 
 
-COLLECTORS = {"moments": _rank_moments, "grams": _rank_grams, "gradients": _rank_gradients}
+COLLECTORS = {"moments": _rank_moments, "gradients": _rank_gradients}

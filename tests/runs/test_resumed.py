@@ -1,5 +1,7 @@
 """A pruning that was stopped after any of its parts goes on to the same bytes, and repeats no finished part."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -21,17 +23,26 @@ SCORES = {
 }  # fmt: skip
 
 
-class Stop:
-    """Ends a run after a number of parts, as a kill would."""
+@pytest.fixture
+def stopping(monkeypatch):
+    """`stopping(parts)`: while open, runs are ended after so many parts, as by a kill; it counts them."""
 
-    def __init__(self, parts):
-        self.left, self.seen = parts, 0
+    @contextmanager
+    def stop_after(parts=None):
+        keep, count = Journal.keep, []
 
-    def __call__(self):
-        self.seen += 1
-        self.left -= 1
-        if self.left == 0:
-            raise Interrupted("stopped")
+        def counted(self, *given, **named):
+            keep(self, *given, **named)
+            if self.directory is not None:
+                count.append(given[0])
+                if len(count) == parts:
+                    raise Interrupted("stopped")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Journal, "keep", counted)
+            yield count
+
+    return stop_after
 
 
 @pytest.fixture
@@ -60,11 +71,12 @@ def plain(report):
 
 
 @pytest.mark.parametrize("keys", SCORES.values(), ids=SCORES)
-def test_a_run_stopped_after_every_part_in_turn_is_the_undisturbed_one(prune, keys, tmp_path):
+def test_a_run_stopped_after_every_part_in_turn_is_the_undisturbed_one(prune, keys, tmp_path, stopping):
     undisturbed, stops = prune(keys), 0
     while stops < 40:
         try:
-            resumed = prune(keys, Journal(tmp_path / "work", Stop(1)))
+            with stopping(1):
+                resumed = prune(keys, Journal(tmp_path / "work"))
             break
         except Interrupted:
             stops += 1
@@ -72,15 +84,15 @@ def test_a_run_stopped_after_every_part_in_turn_is_the_undisturbed_one(prune, ke
     assert plain(undisturbed.report) == plain(resumed.report)
 
 
-def test_a_finished_part_is_not_computed_again(prune, tmp_path, monkeypatch):
-    whole = Stop(0)
-    prune({}, Journal(tmp_path / "work", whole))
-    again = Stop(0)
+def test_a_finished_part_is_not_computed_again(prune, tmp_path, monkeypatch, stopping):
+    with stopping() as whole:
+        prune({}, Journal(tmp_path / "work"))
     monkeypatch.setattr("structprune.structured.ranking._advance_with_grams", None)
     monkeypatch.setattr("structprune.refit.reconstruct.Reconstructor.refit", None)
     monkeypatch.setattr("structprune.runs.run.masked_nelbo", None)
-    prune({}, Journal(tmp_path / "work", again))
-    assert whole.seen > 10 and again.seen == 0
+    with stopping() as again:
+        prune({}, Journal(tmp_path / "work"))
+    assert len(whole) > 10 and not again
 
 
 MASKS = {
@@ -109,11 +121,12 @@ def make_masks(tiny_checkpoint, text_path):
 
 
 @pytest.mark.parametrize("keys", MASKS.values(), ids=MASKS)
-def test_masks_stopped_after_every_part_in_turn_are_the_undisturbed_ones(make_masks, keys, tmp_path):
+def test_masks_stopped_after_every_part_in_turn_are_the_undisturbed_ones(make_masks, keys, tmp_path, stopping):
     undisturbed, stops = make_masks(keys), 0
     while stops < 40:
         try:
-            resumed = make_masks(keys, Journal(tmp_path / "work", Stop(1)))
+            with stopping(1):
+                resumed = make_masks(keys, Journal(tmp_path / "work"))
             break
         except Interrupted:
             stops += 1
@@ -129,3 +142,41 @@ def test_a_damaged_part_is_computed_again(make_masks, tmp_path):
     path.write_bytes(path.read_bytes()[:-100])
     assert same(first, make_masks({}, Journal(tmp_path / "work")))
     assert Journal(path.parent).has("block-001")
+
+
+def test_a_given_plan_keeps_its_report_of_sinks(tiny_checkpoint, text_path, tmp_path, stopping):
+    """Also where the whole refit is there already, so that no mass is read."""
+    model = load_model(tiny_checkpoint("llada"))
+    keys = KEYS | {"calibration.source": str(text_path), "reconstruct.arm": "masked+sink"}
+    config = Config.load(overrides=keys)
+    plan = Pruner(model, config).plan()[0]
+
+    def run(directory, parts=None):
+        pruner = Pruner(model, config)
+        with stopping(parts) as names:
+            pruner.keep_in(Journal(directory))
+            return pruner.prune(plan=plan), names
+
+    undisturbed, names = run(tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        run(tmp_path / "work", len(names))  # after the last part
+    resumed, again = run(tmp_path / "work")
+    assert undisturbed.report["sinks"] == resumed.report["sinks"] is not None and not again
+
+
+def test_scores_and_refits_of_one_work_share_the_attention_mass(prune, tmp_path):
+    journal = Journal(tmp_path / "work")
+    prune({}, journal)
+    prune({"structured.damping": 0.02}, journal)
+    assert len(list((tmp_path / "work").rglob("mass-*"))) == 1
+
+
+def test_a_signal_ends_a_pass_too(prune, tmp_path):
+    """Between the steps of a part that has not been kept."""
+
+    def watch():
+        raise Interrupted("stopped")
+
+    with pytest.raises(Interrupted):
+        prune({}, Journal(tmp_path / "work", watch))
+    assert [path.name for path in (tmp_path / "work").rglob("*.safetensors")] == ["calibration.safetensors"]
