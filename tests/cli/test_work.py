@@ -1,14 +1,22 @@
 """`structprune prune --work --resume`: a killed run goes on to the same bytes; what is refused, in one line each."""
 
 import json
+import shutil
+import signal
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from structprune.cli.main import main
-from structprune.errors import Interrupted
+from structprune.cli.work import stoppable
+from structprune.config import ModelSettings
+from structprune.errors import Interrupted, UserError
 from structprune.models.journal import Journal
+from structprune.runs import checkpoints
+from structprune.runs.ghost import read_ghost
 from structprune.runs.run import CALIBRATION
-from structprune.runs.work import IDENTITY
+from structprune.runs.work import FORMAT, IDENTITY, Work, clear, kept_bytes, work_beside, working
 
 METHODS = {"structured": ["--ratio", "0.5"], "masks": ["--method", "unstructured"], "2:4": ["--method", "nm"]}
 
@@ -166,3 +174,94 @@ def test_a_run_that_fails_before_its_first_part_leaves_nothing(arguments, tmp_pa
     monkeypatch.setattr("structprune.runs.checkpoints.load_model", lambda *_: 1 / 0)
     assert main(arguments(tmp_path / "out")) == 1
     assert "ZeroDivisionError" in capsys.readouterr().err and not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.slow
+def test_a_search_at_three_ratios_goes_on_to_the_same_bytes(arguments, killed, tmp_path):
+    """The levels are made around the plans of all, also of those that are written."""
+    search = ["--set=search.enabled=true", "--set=search.method=knapsack", "--set=search.rounds=1"]
+    search += ["--set=search.sequences=4", "--set=search.levels=2"]
+    command = arguments(tmp_path / "out", "--ratio", "0.2,0.4,0.6", *search)
+    for _ in range(60):
+        killed(command, 6)
+        if (tmp_path / "out" / "ratio-0.2" / "config.json").exists():
+            break
+    assert main(command) == 0 and main(arguments(tmp_path / "whole", "--ratio", "0.2,0.4,0.6", *search)) == 0
+    for name in ("ratio-0.2", "ratio-0.4", "ratio-0.6"):
+        assert contents(tmp_path / "out" / name) == contents(tmp_path / "whole" / name)
+
+
+def test_another_output_in_the_place_of_a_written_one_is_not_taken_for_it(arguments, killed, tmp_path, capsys):
+    command = arguments(tmp_path / "out", "--ratio", "0.3,0.5")
+    while not (tmp_path / "out" / "ratio-0.3" / "config.json").exists():
+        killed(command, 4)
+    shutil.rmtree(tmp_path / "out" / "ratio-0.3")
+    assert main(arguments(tmp_path / "out" / "ratio-0.3", "--ratio", "0.2", "--no-refit")) == 0
+    capsys.readouterr()
+    assert main(command) == 2
+    assert f"'{tmp_path / 'out' / 'ratio-0.3'}'" in capsys.readouterr().err
+
+
+def test_files_of_others_stay_when_the_work_goes(arguments, tmp_path):
+    work = tmp_path / "out.work"
+    work.mkdir()
+    assert main(arguments(tmp_path / "out")) == 0 and not work.exists()  # empty, it was as good as ours
+    assert main(arguments(tmp_path / "a", "--work", str(work))) == 0
+    (work / "notes.txt").write_text("mine", encoding="utf-8")
+    assert main(arguments(tmp_path / "b", "--work", str(work), "--resume", "never")) == 0
+    clear(work)
+    assert [path.name for path in work.iterdir()] == ["notes.txt"]
+
+
+def test_levels_within_the_work_are_refused(arguments, tmp_path, capsys):
+    levels = tmp_path / "out.work" / "levels"
+    command = arguments(tmp_path / "out", "--set", "search.enabled=true", "--levels", str(levels))
+    assert main(command) == 2
+    assert f"--work {tmp_path / 'out.work'} and '{levels}' lie in each other" in capsys.readouterr().err
+
+
+def test_two_runs_in_one_work_do_not_meet(arguments, tmp_path, capsys):
+    work = Work(tmp_path / "parts", stays=True)
+    with working(work, lambda: {"format": FORMAT}):
+        assert main(arguments(tmp_path / "out", "--work", str(work.directory), "--resume", "never")) == 2
+    assert f"another run works in '{work.directory}': wait for it" in capsys.readouterr().err
+
+
+def test_room_is_asked_for_what_is_missing(arguments, killed, tmp_path, monkeypatch, capsys):
+    command = arguments(tmp_path / "out", "--method", "unstructured")
+    killed(command, 3)
+    asked = []
+    check = checkpoints.check_space
+    monkeypatch.setattr(
+        checkpoints, "check_space", lambda path, size, *what: asked.append((path, size)) or check(path, size)
+    )
+    assert main(command) == 0
+    sizes = [size for path, size in asked if path == tmp_path / "out.work"]
+    assert sizes and 0 < sizes[0] < kept_bytes(tmp_path) + 10**6
+
+
+def test_a_hub_id_is_known_by_its_revision(tiny_checkpoint, text_path, prune_command, killed, tmp_path, monkeypatch):
+    """Weights that are not on this machine yet have no fingerprint."""
+    cache = tiny_checkpoint("llada", name="0123abcd")
+    ghost = replace(read_ghost(cache, ModelSettings()), name="org/model", hub=True)
+    (cache / "model.safetensors").unlink()
+    assert ghost.identity() == "org/model@0123abcd"
+    with pytest.raises(UserError, match="weights"):
+        replace(ghost, hub=False).identity()
+    assert main(prune_command(cache, tmp_path / "out", text_path, "--dry-run")) == 0  # of config.json alone
+
+
+def test_an_ignored_signal_stays_ignored(tmp_path):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with stoppable(Work(tmp_path / "parts"), [tmp_path / "out"]):
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("out, place", [("x", "x.work"), ("a/../x", "x.work"), ("/", "/structprune.work")])
+def test_places_beside_outputs(out, place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert work_beside(Path(out)) == tmp_path / place
+    assert work_beside(Path(".")) == tmp_path.with_name(f"{tmp_path.name}.work")
