@@ -24,6 +24,11 @@ class Ghost:
     stored: torch.dtype  # of the weights
     hub: bool = False  # its weights may not be on this machine yet
 
+    @property
+    def source(self) -> str | Path:
+        """What its weights are loaded from: the Hub id, or the directory."""
+        return self.name if self.hub else self.directory
+
     def identity(self, allow_pickle: bool = False) -> str:
         """What its content is known by: of a Hub id the revision, as its weights may come later, else a fingerprint.
 

@@ -1,5 +1,6 @@
 """Hub ids, with the Hub client replaced: what is downloaded, and headers without weights."""
 
+import json
 import shutil
 from fnmatch import fnmatch
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from structprune import UserError, load_model
+from structprune.cli.main import main
 from structprune.config import Config
 from structprune.models.checkpoint_files import locate
 from structprune.models.headers import read_header, stored_headers
@@ -167,3 +169,25 @@ def test_hub_that_cannot_be_reached(monkeypatch):
         locate("org/name")
     with pytest.raises(UserError, match="no checkpoint directory at 'a/b/c'"):
         locate("a/b/c")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("together", [False, True])
+def test_pruned_and_trained_back_from_an_id_that_is_not_here_yet(
+    together, hub, remote, prune_command, text_path, tmp_path
+):
+    """What both keep is known by the id's revision, before its weights come."""
+    here, _ = hub(remote)
+    small, out, keys = tmp_path / "small", tmp_path / "out", ("data.length=16", "data.held_out=4", "train.tokens=256")
+    keys += ("train.batch=4", "train.pass_windows=4", "train.method=full", "train.evaluations=1")
+    if together:
+        sets = [f"--recover-set={key}" for key in keys]
+        assert main(prune_command(HUB_ID, out, text_path, "--device", "cpu", "--recover", *sets)) == 0
+    else:
+        assert main(prune_command(HUB_ID, small, text_path, "--device", "cpu")) == 0
+        shutil.rmtree(here)
+        sets = [f"--set={key}" for key in keys]
+        places = ["--teacher", HUB_ID, "--out", str(out), "--data", str(text_path), "--device", "cpu"]
+        assert main(["recover", str(small), *places, *sets]) == 0
+    report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    assert report["recoveries"][-1]["teacher"] == HUB_ID
