@@ -4,8 +4,10 @@ from statistics import fmean, median
 
 from scripts.readme.readme_common import machine, table
 from scripts.readme.readme_studies import interval, over_seeds, paired
+from scripts.studies.studies import seed_interval
 
 Row = dict
+BEFORE = "160 x 1, producers, stream"  # keeps every head
 
 
 def checkpoint(results: dict) -> str:
@@ -26,6 +28,36 @@ def checkpoint(results: dict) -> str:
     if len(settings["seeds"]) == 1:
         parts.append("With one seed there is no interval, and no difference below is shown.")
     return "\n\n".join([*parts, paired(contrasts, columns)])
+
+
+def kept_heads(kept: dict, others: dict) -> str:
+    """A search at 0.3 that starts with every head kept, beside the best row without one, and their paired difference.
+
+    Args:
+        kept, others: of scripts/studies/checkpoint_study.py, with --kept and without.
+    """
+    texts, ratio = list(kept["dense"]), next(iter(row["ratio"] for row in kept["losses"]))
+    [name] = {row["variant"] for row in kept["losses"]}
+    rows = {(row["variant"], row["text"]): row for row in others["losses"] if row["ratio"] == ratio}
+    rows |= {(row["variant"], row["text"]): row for row in kept["losses"]}
+    header = ["variant", *(each for text in texts for each in (f"{text}, loss at {ratio}", "KL", "agreement"))]
+    header += ["heads gone"]
+    lines = []
+    for variant in (BEFORE, name):
+        cells = []
+        for row in (rows[variant, text] for text in texts):
+            cells += [interval(row), f"{fmean(row['kl']):.3f}", f"{100 * fmean(row['agreement']):.1f}%"]
+        lines.append([variant, *cells, " / ".join(map(str, rows[variant, texts[0]]["heads_removed"]))])
+    gaps = []
+    for text in texts:
+        pairs = zip(rows[name, text]["by_seed"], rows[BEFORE, text]["by_seed"], strict=True)
+        place = {"variant": name, "against": BEFORE, "ratio": f"{text}, {ratio}"}
+        gaps.append(place | seed_interval([ours - theirs for ours, theirs in pairs]))
+    note = (
+        "The same command with `--kept`, from [`checkpoint_kept.json`](scripts/results/checkpoint_kept.json): text,"
+        " noise and windows of a seed are those above."
+    )
+    return "\n\n".join([table(header, lines), note, paired(gaps, [gap["ratio"] for gap in gaps])])
 
 
 def heading(results: dict, text: str) -> str:

@@ -88,3 +88,16 @@ def test_a_peak_that_is_not_known_is_left_open(checkpoint):
     for row in result["losses"]:
         row["peak_bytes"] = [None, None]
     assert "| 160 x 1 | 0 / 30 | 0 / 30 | 140 s | ? |" in checkpoint(result)
+
+
+def test_a_search_from_kept_heads_stands_beside_the_row_that_keeps_them(scripts):
+    pages = scripts("readme_checkpoint")
+    row = {"ratio": "0.3", "text": "a", "kl": [0.2, 0.2], "agreement": [0.5, 0.7], "heads_removed": [0, 0]}
+    before = row | {"variant": pages.BEFORE, "mean": 0.3, "low": 0.2, "high": 0.4, "by_seed": [0.2, 0.4]}
+    searched = row | {"variant": "search", "mean": 0.2, "low": 0.1, "high": 0.3, "by_seed": [0.11, 0.29]}
+    searched |= {"heads_removed": [3, 5]}
+    other = before | {"ratio": "0.5"}
+    text = pages.kept_heads({"dense": {"a": []}, "losses": [searched]}, {"losses": [before, other]})
+    assert "| search | +0.200 ± 0.100 | 0.200 | 60.0% | 3 / 5 |" in text
+    assert "| 160 x 1, producers, stream | +0.300 ± 0.100 | 0.200 | 60.0% | 0 / 0 |" in text
+    assert "| search - 160 x 1, producers, stream | -0.1000 ± 0.1271 |" in text
