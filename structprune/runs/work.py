@@ -16,7 +16,7 @@ from structprune import __version__
 from structprune.checkpoint.output import check_apart, check_place
 from structprune.config import Config
 from structprune.errors import UserError, shown
-from structprune.files import first_line, make_folders, remove_folders, write_whole
+from structprune.files import first_line, is_draft, make_folders, remove_folders, write_whole
 from structprune.models.fingerprint import fingerprint
 from structprune.models.journal import Journal, unwatched
 from structprune.runs.ghost import Ghost
@@ -172,8 +172,9 @@ def clear(directory: Path, made: Iterable[Path] = ()) -> None:
 
 
 def _clear_parts(directory: Path) -> None:
-    for path in directory.glob(f"*{SUFFIX}"):
-        path.unlink(missing_ok=True)
+    for path in list(directory.iterdir()):
+        if path.suffix == SUFFIX or is_draft(path):  # a kill leaves drafts
+            path.unlink(missing_ok=True)
     for name in FOLDERS:
         _remove(directory / name)
     (directory / IDENTITY).unlink(missing_ok=True)
@@ -223,7 +224,10 @@ def is_written(work: Work | None, ratio: float | None, out: Path, config: Config
     if work is None or work.resume == "never" or not (out / "config.json").exists():
         return False
     kept = Journal(work.directory).within(WRITTEN).read(output_part(ratio, config))
-    return kept is not None and kept.notes == output_notes(out)
+    try:
+        return kept is not None and kept.notes == output_notes(out)
+    except UserError:  # something without weights
+        return False
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -208,6 +208,7 @@ def test_files_of_others_stay_when_the_work_goes(arguments, tmp_path):
     assert main(arguments(tmp_path / "out")) == 0 and not work.exists()  # empty, it was as good as ours
     assert main(arguments(tmp_path / "a", "--work", str(work))) == 0
     (work / "notes.txt").write_text("mine", encoding="utf-8")
+    (work / ".plain-1.safetensors.0a0b0c0d.tmp").touch()  # of a kill
     assert main(arguments(tmp_path / "b", "--work", str(work), "--resume", "never")) == 0
     clear(work)
     assert [path.name for path in work.iterdir()] == ["notes.txt"]
