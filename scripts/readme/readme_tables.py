@@ -15,14 +15,14 @@ from pathlib import Path
 from scripts.readme.readme_after import exports, gguf, quantised
 from scripts.readme.readme_baselines import baselines
 from scripts.readme.readme_bench import bench, decoding, note, widths, widths_note
-from scripts.readme.readme_checkpoint import checkpoint
+from scripts.readme.readme_checkpoint import checkpoint, kept_heads
 from scripts.readme.readme_costs import cost, speed
 from scripts.readme.readme_evaluation import evaluation, evaluation_speed
 from scripts.readme.readme_gpu import gpu
 from scripts.readme.readme_keys import keys
 from scripts.readme.readme_sinks import sinks
 from scripts.readme.readme_studies import classes, demo, factors, masks, quality, search, weightings
-from scripts.readme.readme_trainings import kills, plans
+from scripts.readme.readme_trainings import kills, plans, trainings
 from structprune.config import Config, Sections
 from structprune.evaluation.settings import EvaluationConfig
 from structprune.generation.settings import GenerateConfig
@@ -61,7 +61,9 @@ PAGES: dict[str, Makers] = {
         "weightings": made_of(weightings, "weightings"),
         "baselines": made_of(baselines, "baselines"),
         "classes": made_of(classes, "class"),
+        "recovery": made_of(trainings, "recovery"),
         "checkpoint": made_of(checkpoint, "checkpoint"),
+        "checkpoint-kept": made_of(kept_heads, "checkpoint_kept", "checkpoint"),
         "checkpoint-factors": made_of(checkpoint, "checkpoint_factors"),
         "masks": made_of(masks, "masks"),
         "speed": made_of(speed, "masking_speed"),

@@ -1,0 +1,62 @@
+"""Figures that the prose states of trainings and of a search from kept heads are those of scripts/results."""
+
+import json
+from pathlib import Path
+from statistics import fmean, median
+
+ROOT = Path(__file__).parents[2]
+
+
+def results(name):
+    return json.loads((ROOT / "scripts" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def prose():
+    """The page as one line."""
+    return " ".join((ROOT / "docs" / "results.md").read_text(encoding="utf-8").split())
+
+
+def test_what_is_said_of_a_search_from_kept_heads():
+    kept, others, text = results("checkpoint_kept"), results("checkpoint"), prose()
+    loss = {(row["variant"], row["text"]): row["by_seed"] for row in others["losses"] if row["ratio"] == "0.3"}
+    own = {row["text"]: row for row in kept["losses"]}
+    assert kept["settings"]["seeds"] == others["settings"]["seeds"] == [0, 1, 2]
+    for (_, place), values in loss.items():
+        assert all(ours < theirs for ours, theirs in zip(own[place]["by_seed"], values))
+    heads = own["docs-valid"]["heads_removed"]
+    assert f"removes {min(heads)} to {max(heads)} heads" in text
+    before = {place: fmean(loss["160 x 1, producers, stream", place]) for place in own}
+    means = [f"{own[place]['mean']:.2f} instead of {before[place]:.2f}" for place in ("docs-valid", "wikitext2-test")]
+    assert f"{means[0]} nats on `docs-valid`" in text and f"{means[1]} on `wikitext2-test`" in text
+
+
+def minutes(row):
+    return median(row["seconds"]) / 60
+
+
+def test_what_is_said_of_training_back():
+    figures, text = results("recovery"), prose()
+    rows = {(row["variant"], row["ratio"]): row for row in figures["losses"]}
+    gaps = {(row["variant"], row["against"], row["ratio"]): row for row in figures["contrasts"]}
+    untrained, ours, blocks = "not trained", "divergence", "block-wise first"
+    long = f"{blocks}, nine times the tokens"
+    assert figures["settings"]["seeds"] == [0, 1, 2] and figures["settings"]["tokens"] == 150_000
+    mean, seconds = ({key: value(row) for key, row in rows.items()} for value in (lambda r: r["mean"], minutes))
+    kept = {key: 100 * fmean(row["tokens_kept"]) for key, row in rows.items()}
+    assert f"at 0.7 from {mean[untrained, '0.7']:.3f} to {mean[ours, '0.7']:.3f} nats, which is shown" in text
+    assert gaps[ours, untrained, "0.7"]["shown"] and not gaps[ours, untrained, "0.5"]["shown"]
+    assert f"At 0.5, from {mean[untrained, '0.5']:.3f} to {mean[ours, '0.5']:.3f}, it gains in two seeds" in text
+    assert sorted(gap < 0 for gap in gaps[ours, untrained, "0.5"]["by_seed"]) == [False, True, True]
+    for ratio in ("0.5", "0.7"):
+        assert gaps["cross-entropy", ours, ratio]["shown"] and gaps["cross-entropy", ours, ratio]["mean"] > 0
+        assert mean[ours, ratio] < mean["both, half each", ratio] < mean["cross-entropy", ratio]
+        for name in ("moving target from 0.3", blocks, "LoRA of rank 32"):
+            assert not gaps[name, ours, ratio]["shown"]
+        short = [value for (name, each), value in mean.items() if each == ratio and name != long]
+        assert mean[blocks, ratio] == min(short)
+        assert gaps[long, blocks, ratio]["shown"] and mean[long, ratio] < 0.57 * mean[untrained, ratio]
+        assert f"from {kept[untrained, ratio]:.0f}% to {kept[long, ratio]:.0f}%" in text
+        assert gaps["from scratch", ours, ratio]["mean"] > 1.8 and mean["from scratch", ratio] > 2
+    assert gaps["divergence by 1 / p", ours, "0.7"]["shown"] and gaps["divergence by 1 / p", ours, "0.7"]["mean"] > 0
+    assert f"take {seconds[long, '0.5']:.0f} and {seconds[long, '0.7']:.0f} minutes on one core" in text
+    assert f"to {mean[long, '0.5']:.3f} at 0.5 and to {mean[long, '0.7']:.3f} at 0.7" in text
