@@ -75,10 +75,10 @@ def test_what_was_finished_is_shown_after_a_failure(tiny_checkpoint, command, tm
     """In the second pruning of a gradual schedule, where nothing lies beside the outputs."""
     original = ScheduleRun._prune_to
 
-    def second_fails(self, source, places):
+    def second_fails(self, source, places, work):
         if "ratio-0.3" in source:
             raise KeyboardInterrupt
-        original(self, source, places)
+        original(self, source, places, work)
 
     monkeypatch.setattr(ScheduleRun, "_prune_to", second_fails)
     assert main(command(tiny_checkpoint(), "--ratio", "0.3,0.5", "--recover", "--gradual")) == 130
