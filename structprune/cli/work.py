@@ -63,6 +63,10 @@ class Stopper:
 
     def interrupted(self, note: str = "") -> Interrupted:
         """What the run says when it is ended: the note, or where its parts are."""
+        from structprune.runs.work import has_parts
+
+        if not note and not has_parts(self._work.directory):
+            note = "nothing was written"
         same = "the same command goes on" if self._work.resume != "never" else "without --resume never it goes on"
         note = note or f"finished parts are kept in {self._work.directory}: {same}"
         return Interrupted(note, HALT + (self.number or signal.SIGINT))

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from structprune.errors import UserError
-from structprune.files import first_line
+from structprune.files import full_disk_errors
 from structprune.models.tensor_files import write_tensors
 
 NOTES = "notes"
@@ -66,11 +65,9 @@ class Journal:
             UserError: its file cannot be written.
         """
         if self.directory is not None:
-            try:
+            with full_disk_errors(self.directory):
                 self.directory.mkdir(parents=True, exist_ok=True)
                 write_tensors(self._path(name), dict(tensors or {}), {NOTES: json.dumps(notes)})
-            except (OSError, UserError) as error:
-                raise UserError(f"a finished part cannot be kept: {first_line(error)}; give another --work") from error
         self.watch()
 
     def mark(self, stage: str, name: str, notes: Any) -> None:

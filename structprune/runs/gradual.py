@@ -247,12 +247,12 @@ class ScheduleRun:
         if missing and schedule.config.search.enabled:
             missing = list(ratios)  # which share the first levels
         made = [folder for ratio in missing for folder in open_pruned(self._outputs[ratio], identities[ratio])]
-        work = self._work(ratios)
         try:
             places = {self._origin(ratio)[1]: pruned_model(self._outputs[ratio]) for ratio in missing}
             if missing:
-                self._prune_to(self._origin(missing[0])[0], places, work)
-            clear(work.directory)
+                self._prune_to(self._origin(missing[0])[0], places, self._work(ratios))
+            if ratios:
+                clear(self._work(ratios).directory)
         finally:
             for ratio in missing:
                 if not is_pruned(self._outputs[ratio]):

@@ -16,7 +16,7 @@ from structprune import __version__
 from structprune.checkpoint.output import check_apart, check_place
 from structprune.config import Config
 from structprune.errors import UserError, shown
-from structprune.files import first_line, is_draft, make_folders, remove_folders, write_whole
+from structprune.files import first_line, full_disk_errors, is_draft, make_folders, remove_folders, write_whole
 from structprune.models.fingerprint import fingerprint
 from structprune.models.journal import Journal, unwatched
 from structprune.runs.ghost import Ghost
@@ -149,7 +149,13 @@ def working(work: Work | None, identity: Callable[[], dict[str, Any]]) -> Iterat
         if work.resume == "never" and _read(directory / IDENTITY) is not None:
             _clear_parts(directory)
         if not (directory / IDENTITY).exists():
-            write_whole(directory / IDENTITY, (json.dumps(identity(), indent=1) + "\n").encode())
+            try:
+                with full_disk_errors(directory):
+                    write_whole(directory / IDENTITY, (json.dumps(identity(), indent=1) + "\n").encode())
+            except BaseException:
+                (directory / LOCK).unlink(missing_ok=True)
+                remove_folders([directory, *(folder for folder in made if folder != directory)])
+                raise
         try:
             yield Journal(directory, work.watch)
         except BaseException:

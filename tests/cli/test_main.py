@@ -119,9 +119,11 @@ def test_a_signal_ends_a_run_after_the_part_under_way(number, tiny_checkpoint, t
     assert process.poll() is None, process.stderr.read()
     process.send_signal(number)
     _, said = process.communicate(timeout=60)
-    line = f"structprune: interrupted; finished parts are kept in {out}.work: the same command goes on"
-    assert process.returncode == 128 + number and said.splitlines() == [line]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["llada-tiny", "out.work", "text.txt"]
+    assert process.returncode == 128 + number and len(said.splitlines()) == 1
+    kept = f"structprune: interrupted; finished parts are kept in {out}.work: the same command goes on" in said
+    assert kept or said == "structprune: interrupted; nothing was written\n"  # within the first pass
+    names = ["llada-tiny", *["out.work"] * kept, "text.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
 
 
 def test_every_configuration_key_is_read_somewhere():

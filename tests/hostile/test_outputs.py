@@ -218,7 +218,8 @@ def test_a_disk_that_is_full_for_one_writer(verb, writer, error, command, tmp_pa
     line = said(capsys, arguments)
     monkeypatch.undo()
     assert f"no space left while writing '{out}" in line and ".draft" not in line and drafts
-    assert tree(tmp_path) == before and not (tmp_path / "deep").exists()
+    after = {name: content for name, content in tree(tmp_path).items() if "out.work" not in name}
+    assert after == before and not out.exists()  # what was finished stays, for when there is room
 
 
 @pytest.fixture
