@@ -22,20 +22,29 @@ def structured_work_bytes(adapter: Adapter, request: StructuredRequest, itemsize
         itemsize: bytes of a weight in memory.
     """
     refit, units = request.reconstruct, sum(_units(adapter).values())
+    head = DOUBLE * adapter.hidden_size**2 * (refit.enabled and refit.head)
+    arms = [request.arm] + [refit.arm] * refit.enabled
+    return refit_bytes(adapter, request, itemsize) + head + units * (LONG + 2 * DOUBLE) + _mass_bytes(arms, request)
+
+
+def refit_bytes(adapter: Adapter, request: StructuredRequest, itemsize: int) -> int:
+    """Of the refitted weights alone, which is most, and which the text has no part in."""
     weights = sum(block[role].weight.numel() for block in adapter.blocks for role in block.names)
     gone = request.settings.ratio * sum(size.total for size in request.sizes)  # protected blocks stay whole
     plans = 1 + request.config.search.enabled  # the ranked plan, and the one that is searched for
-    left = plans * (weights - gone) * itemsize * refit.enabled
-    head = DOUBLE * adapter.hidden_size**2 * (refit.enabled and refit.head)
-    arms = [request.arm] + [refit.arm] * refit.enabled
-    return math.ceil(left + head + units * (LONG + 2 * DOUBLE) + _mass_bytes(arms, request))
+    return math.ceil(plans * (weights - gone) * itemsize * request.reconstruct.enabled)
 
 
 def mask_work_bytes(adapter: Adapter, request: MaskRequest, itemsize: int) -> int:
-    """Of a run for masks; with a refit, weights are kept as they were before it too."""
-    weights = sum(block[role].weight.numel() for block in adapter.blocks for role in block.names)
+    """Of a run for masks."""
     arms = [request.arm] + [request.reconstruct.arm] * request.reconstruct.enabled
-    return weights * itemsize * (1 + request.reconstruct.enabled) + weights // 8 + _mass_bytes(arms, request)
+    return mask_weight_bytes(adapter, request, itemsize) + _mass_bytes(arms, request)
+
+
+def mask_weight_bytes(adapter: Adapter, request: MaskRequest, itemsize: int) -> int:
+    """Of weights and masks alone; with a refit, weights are kept as they were before it too."""
+    weights = sum(block[role].weight.numel() for block in adapter.blocks for role in block.names)
+    return weights * itemsize * (1 + request.reconstruct.enabled) + weights // 8
 
 
 def _units(adapter: Adapter) -> dict[int, int]:

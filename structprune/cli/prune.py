@@ -99,7 +99,7 @@ def prune(
         show_schedule((checkpoint, out, schedule, overwrite), dry_run)
         return
     request = (checkpoint, _outputs(out, ratios), settings, overwrite)
-    _start(request, (plan, levels), work_of(out, work, resume), dry_run)
+    _start(request, plan, work_of(out, work, levels, resume), dry_run)
 
 
 def _outputs(out: Path, ratios: list[float]) -> dict[float | None, Path]:
@@ -138,28 +138,23 @@ def _check_beside_plan(
         raise UserError("--dry-run counts what a ratio removes, not what a plan does: leave out one of them")
 
 
-def _start(request: "Request", given: tuple[Path | None, Path | None], work: "Work", dry_run: bool) -> None:
-    """Do, or say, what is asked for.
-
-    Args:
-        given: files of a plan, and levels.
-    """
+def _start(request: "Request", plan: Path | None, work: "Work", dry_run: bool) -> None:
+    """Do, or say, what is asked for."""
     from structprune.cli.work import stoppable
 
-    plan, levels = given
     if dry_run:
-        show_dry_run(request, levels, work)
+        show_dry_run(request, work)
         return
     with stoppable(work, request[1].values()) as work:
         if plan is not None:
             _apply_plan(request, plan, work)
         elif request[2].method == "structured":
-            _prune(request, levels, work)
+            _prune(request, work)
         else:
             _make_masks(request, work)
 
 
-def _prune(request: "Request", levels: Path | None, work: "Work") -> None:
+def _prune(request: "Request", work: "Work") -> None:
     """Prune at one or several ratios, and show at the end what was written, also after a failure."""
     from structprune.cli.console import progress_bars, show
     from structprune.runs.checkpoints import prune_at_ratios
@@ -167,7 +162,7 @@ def _prune(request: "Request", levels: Path | None, work: "Work") -> None:
     lines: list = []
     try:
         with progress_bars() as track:
-            for written in prune_at_ratios(*request, track, levels=levels, work=work):
+            for written in prune_at_ratios(*request, track, work=work):
                 lines += closing(written.result.report, written.directory, written.source_bytes)
                 del written  # its model
             if not lines:

@@ -29,7 +29,7 @@ def closing(report: dict, out: Path, source_bytes: int) -> list:
     ]
 
 
-def show_dry_run(request: "Request", levels: Path | None, work: "Work") -> None:
+def show_dry_run(request: "Request", work: "Work") -> None:
     """Check all that the run would check before it reads weights, and show what inspection says of each ratio."""
     from structprune.cli.console import show
     from structprune.runs.checkpoints import checked_prune
@@ -37,7 +37,7 @@ def show_dry_run(request: "Request", levels: Path | None, work: "Work") -> None:
     from structprune.runs.schedule import Schedule
 
     checkpoint, outputs, config, overwrite = request
-    checked_prune(checkpoint, outputs, config, overwrite, levels=levels, work=work)
+    checked_prune(checkpoint, outputs, config, overwrite, work=work)
     inspect = inspect_checkpoint if config.method == "structured" else inspect_masking
     for ratio in outputs:
         show(*inspection_tables(inspect(checkpoint, Schedule(config).at(ratio)), config))

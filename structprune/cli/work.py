@@ -63,13 +63,15 @@ class Stopper:
 
     def interrupted(self, note: str = "") -> Interrupted:
         """What the run says when it is ended: the note, or where its parts are."""
+        return Interrupted(note or self._kept(), HALT + (self.number or signal.SIGINT))
+
+    def _kept(self) -> str:
         from structprune.runs.work import has_parts
 
-        if not note and not has_parts(self._work.directory):
-            note = "nothing was written"
+        if not has_parts(self._work.directory):
+            return "nothing was written"
         same = "the same command goes on" if self._work.resume != "never" else "without --resume never it goes on"
-        note = note or f"finished parts are kept in {self._work.directory}: {same}"
-        return Interrupted(note, HALT + (self.number or signal.SIGINT))
+        return f"finished parts are kept in {self._work.directory}: {same}"
 
 
 @contextmanager
@@ -103,19 +105,13 @@ def stoppable(work: "Work", outputs: Iterable[Path]) -> Iterator["Work"]:
             signal.signal(number, handler)
 
 
-def work_of(out: Path, place: Path | None, resume: str) -> "Work":
-    """The work of a run, by its options.
-
-    Raises:
-        UserError: an unknown mode.
-    """
+def work_of(out: Path, place: Path | None, levels: Path | None, resume: str) -> "Work":
+    """The work of a run, by its options; the run refuses an unknown mode."""
     from typing import cast
 
-    from structprune.runs.work import RESUMES, Resume, Work, work_beside
+    from structprune.runs.work import Resume, Work, work_beside
 
-    if resume not in RESUMES:
-        raise UserError(f"unknown --resume '{resume}': give {', '.join(RESUMES)}")
-    return Work(place or work_beside(out), cast(Resume, resume), stays=place is not None)
+    return Work(place or work_beside(out), levels, cast(Resume, resume), stays=place is not None)
 
 
 def check_alone(place: Path | None, resume: str, recovers: bool) -> None:

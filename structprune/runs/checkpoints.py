@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from structprune.bench.work_size import mask_work_bytes, structured_work_bytes
+from structprune.bench.work_size import mask_weight_bytes, refit_bytes
 from structprune.calibration.build import check_length, check_source
 from structprune.calibration.trajectories import check_calibration
 from structprune.checkpoint.output import check_output, check_space, save_finished
@@ -23,6 +23,7 @@ from structprune.runs.pruner import Pruner
 from structprune.runs.resolve import at_ratio, block_weights, check_given_plan, resolve_masking, resolve_structured
 from structprune.runs.search import check_levels_directory
 from structprune.runs.work import (
+    NO_WORK,
     WRITTEN,
     Work,
     check_work,
@@ -55,8 +56,7 @@ def prune_checkpoint(
     overwrite: bool = False,
     track: Track = untracked,
     *,
-    levels: Path | None = None,
-    work: Work | None = None,
+    work: Work = NO_WORK,
 ) -> Written:
     """Load, prune and save. Everything that can be refused is, before weights are read.
 
@@ -65,15 +65,14 @@ def prune_checkpoint(
         out: directory to write; it appears complete or not at all.
         plan: apply this one instead of scoring.
         overwrite: replace an earlier output.
-        levels: directory for the levels of a search, which stay there for later or interrupted runs.
-        work: keep finished parts, and go on from those of a run that was killed.
+        work: keep finished parts and levels, and go on from those of a run that was killed.
     Raises:
         UserError: anything the user can mend; or `out` was taken during the run, which is kept beside it then.
     """
-    if plan is not None and levels is not None:
-        raise UserError(f"levels in '{levels}' are for a search, and a plan says what goes already: leave one out")
+    if plan is not None and work.levels is not None:
+        raise UserError(f"levels in '{work.levels}' are for a search, and a plan says what goes already: leave one out")
     if plan is None:
-        [written] = prune_at_ratios(source, {None: out}, config, overwrite, track, levels=levels, work=work)
+        [written] = prune_at_ratios(source, {None: out}, config, overwrite, track, work=work)
         return written
     request = checked_prune(source, {None: out}, config, overwrite, plan=plan, work=work)
     assert isinstance(request, StructuredRequest)
@@ -87,7 +86,7 @@ def prune_checkpoint(
     return Written(pruned, out, source_bytes)
 
 
-def _journal(source: str, request: StructuredRequest | MaskRequest, work: Work | None):
+def _journal(source: str, request: StructuredRequest | MaskRequest, work: Work):
     """Of a run that was checked: `working`."""
     config = request.config
     return working(work, lambda: work_identity(read_ghost(source, config.model), config, request.resources.device))
@@ -100,8 +99,7 @@ def prune_at_ratios(
     overwrite: bool = False,
     track: Track = untracked,
     *,
-    levels: Path | None = None,
-    work: Work | None = None,
+    work: Work = NO_WORK,
 ) -> Iterator[Written]:
     """Load once, and prune and save at one ratio after another, in rising order; arguments as `prune_checkpoint`.
 
@@ -114,16 +112,16 @@ def prune_at_ratios(
     outputs = dict(sorted(outputs.items(), key=lambda each: each[0] or 0))
     several = len(outputs) > 1
     left = {ratio: out for ratio, out in outputs.items() if not (several and is_written(work, ratio, out, config))}
-    if not left and work is not None:  # a kill came between the last output and the end
+    if not left and work.directory is not None:  # a kill came between the last output and the end
         clear(work.directory)
         return
-    request = checked_prune(source, left, config, overwrite, levels=levels, work=work)
+    request = checked_prune(source, left, config, overwrite, work=work)
     assert isinstance(request, StructuredRequest)
     with _journal(source, request, work) as journal:
         model, source_bytes = _load(source, request)
         for out in left.values():
             check_space(out, len(left) * source_bytes)  # again: a download may have filled the disk
-        pruner = Pruner(model, request, track=track, levels=levels)
+        pruner = Pruner(model, request, track=track, levels=work.levels)
         pruner.keep_in(journal)
         places = iter(left.items())
         for pruned in pruner.prune_each(list(outputs), written=[ratio for ratio in outputs if ratio not in left]):
@@ -142,8 +140,7 @@ def checked_prune(
     overwrite: bool = False,
     *,
     plan: Plan | None = None,
-    levels: Path | None = None,
-    work: Work | None = None,
+    work: Work = NO_WORK,
 ) -> StructuredRequest | MaskRequest:
     """A run by any method that can begin, of which no weights were read; arguments as `prune_at_ratios`.
 
@@ -156,7 +153,7 @@ def checked_prune(
     ghost = read_ghost(source, config.model)
     if config.method != "structured":
         masks = _checked_mask(ghost, outputs, config, overwrite)
-        _check_work(work, ghost, masks, list(outputs.values()))
+        _check_work(work, ghost, masks, outputs)
         return masks
     request = resolve_structured(config, ghost.model)
     if plan is not None:
@@ -167,38 +164,33 @@ def checked_prune(
         check_output(out, ghost.directory, overwrite, count * ghost.stored_bytes)
         if len(outputs) > 1 and (out.parent / "config.json").exists():
             raise UserError(f"'{out.parent}' is a checkpoint, which cannot hold others: give another directory")
-    if levels is not None:
-        check_levels_use(config, levels)
-        check_levels_directory(levels)
-        check_levels_place(levels, list(outputs.values()))
+    if work.levels is not None:
+        check_levels_use(config, work.levels)
+        check_levels_directory(work.levels)
+        check_levels_place(work.levels, list(outputs.values()))
     _check_text(request.config, ghost)
-    _check_work(work, ghost, request, [*outputs.values(), *([] if levels is None else [levels])], list(outputs))
+    _check_work(work, ghost, request, outputs)
     return request
 
 
 def _check_work(
-    work: Work | None,
+    work: Work,
     ghost: Ghost,
     request: StructuredRequest | MaskRequest,
-    places: list[Path],
-    ratios: list[float | None] | None = None,
+    outputs: Mapping[float | None, Path],
 ) -> None:
-    """Refuse parts that cannot be kept or gone on from, before weights are read.
-
-    Args:
-        places: directories that the run writes.
-    """
-    if work is None:
+    """Refuse parts that cannot be kept or gone on from, before weights are read."""
+    if work.directory is None:
         return
-    source = Path(request.config.calibration.source)
-    places = [*places, source] if source.exists() else places
+    others = [Path(request.config.calibration.source), *([] if work.levels is None else [work.levels])]
+    places = [*outputs.values(), *(place for place in others if place.exists() or place == work.levels)]
     check_work(work, work_identity(ghost, request.config, request.resources.device), places, ghost.directory)
     itemsize = request.resources.weight_dtype(ghost.stored).itemsize
     if isinstance(request, MaskRequest):
-        size = mask_work_bytes(ghost.adapter, request, itemsize)
+        size = mask_weight_bytes(ghost.adapter, request, itemsize)
     else:
-        each = [request if ratio is None else at_ratio(request, ratio) for ratio in ratios or [None]]
-        size = sum(structured_work_bytes(ghost.adapter, one, itemsize) for one in each)
+        each = [request if ratio is None else at_ratio(request, ratio) for ratio in outputs]
+        size = sum(refit_bytes(ghost.adapter, one, itemsize) for one in each)
     there = kept_bytes(work.directory) if work.resume != "never" else 0
     check_space(work.directory, max(0, size - there), "finished parts in")
 
@@ -221,7 +213,7 @@ def mask_checkpoint(
     overwrite: bool = False,
     track: Track = untracked,
     *,
-    work: Work | None = None,
+    work: Work = NO_WORK,
 ) -> Written:
     """Load, mask and save in the source's layout; arguments as `prune_checkpoint`.
 

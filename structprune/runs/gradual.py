@@ -45,7 +45,7 @@ from structprune.runs.stages import (
     text_digest,
 )
 from structprune.runs.training import Recovery
-from structprune.runs.work import Work, clear, has_parts, work_beside
+from structprune.runs.work import Resume, Work, clear, has_parts, work_beside
 
 INDIFFERENT: Any = {"model": {"device", "allow_pickle"}, "memory": True, "calibration": {"source"}}  # decide no weights
 
@@ -162,11 +162,8 @@ class ScheduleRun:
             return
         first, dense = next(iter(pending)), self._dense
         # of a later ratio, parts are of the recovered model before it
-        work = self._work([first]) if self._origin(first)[0] == self._source else None
-        checked_prune(
-            self._source, pending, schedule.at(first), self._overwrite, plan=schedule.plan, levels=schedule.levels,
-            work=work,
-        )  # fmt: skip
+        work = self._work([first]) if self._origin(first)[0] == self._source else Work(levels=schedule.levels)
+        checked_prune(self._source, pending, schedule.at(first), self._overwrite, plan=schedule.plan, work=work)
         if schedule.gradual:
             self._check_ratios()
         for ratio, out in pending.items():
@@ -252,7 +249,7 @@ class ScheduleRun:
             if missing:
                 self._prune_to(self._origin(missing[0])[0], places, self._work(ratios))
             if ratios:
-                clear(self._work(ratios).directory)
+                clear(work_beside(self._outputs[ratios[0]]))
         finally:
             for ratio in missing:
                 if not is_pruned(self._outputs[ratio]):
@@ -269,13 +266,14 @@ class ScheduleRun:
         elif schedule.plan is not None:
             prune_checkpoint(source, place, config, schedule.plan, track=track, work=work)
         else:
-            for written in prune_at_ratios(source, places, config, track=track, levels=schedule.levels, work=work):
+            for written in prune_at_ratios(source, places, config, track=track, work=work):
                 del written  # its model
 
     def _work(self, ratios: Sequence[float | None]) -> Work:
         """Where the parts of a pruning lie until it is done: beside the first of its outputs."""
         out = self._outputs[ratios[0]]
-        return Work(work_beside(out), "never" if self._overwrite else "auto", anew="--overwrite")
+        resume: Resume = "never" if self._overwrite else "auto"
+        return Work(work_beside(out), self._schedule.levels, resume, restart="--overwrite")
 
     def _train(self, ratio: float | None, request: str) -> None:
         """Train a pruned model back, write it, and remove what it was made of."""

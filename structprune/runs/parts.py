@@ -11,7 +11,7 @@ from structprune.runs.stages import digest
 from structprune.structured.plan import Plan
 from structprune.structured.request import StructuredRequest
 
-ASIDE: Any = {"memory": True, "calibration": {"batch"}, "export": {"dtype", "max_shard_size"}}  # of levels
+IRRELEVANT: Any = {"memory": True, "calibration": {"batch"}, "export": {"dtype", "max_shard_size"}}  # of levels
 SCORING = ("score", "gqa", "damping", "rounds", "relative")  # of `structured`: what decides a score's paths
 
 
@@ -28,7 +28,7 @@ def refit_part(journal: Journal, plan: Plan, settings: ReconstructSettings) -> J
 
 def levels_part(journal: Journal, request: StructuredRequest, ratios: Sequence[float | None]) -> Path | None:
     """The directory of a search's levels, and of a latency table; None where nothing is kept."""
-    config = request.config.model_dump(mode="json", exclude=ASIDE)
+    config = request.config.model_dump(mode="json", exclude=IRRELEVANT)
     return journal.within("levels", digest(config, str(ratios))).directory
 
 

@@ -18,7 +18,7 @@ from structprune.config import Config
 from structprune.errors import UserError, shown
 from structprune.files import first_line, full_disk_errors, is_draft, make_folders, remove_folders, write_whole
 from structprune.models.fingerprint import fingerprint
-from structprune.models.journal import Journal, unwatched
+from structprune.models.journal import NOWHERE, Journal, unwatched
 from structprune.runs.ghost import Ghost
 from structprune.runs.run import CALIBRATION
 from structprune.runs.stages import digest, text_digest
@@ -38,18 +38,28 @@ class Work:
     """Where and how a run keeps its parts.
 
     Attributes:
-        directory: of the parts.
+        directory: of the parts; None: none are kept.
+        levels: directory for the levels of a search, which stay there for later or interrupted runs; None: they are
+            parts like others.
         resume: auto: go on from them where there are any; required: refuse a run without; never: begin anew.
         stays: leave them there when all outputs are written, for other ratios, export classes and scores.
         watch: called after every part, and between the steps of others; what it raises ends the run.
-        anew: the option that begins anew, for messages.
+        restart: the option that begins anew, for messages.
     """
 
-    directory: Path
+    directory: Path | None = None
+    levels: Path | None = None
     resume: Resume = "auto"
     stays: bool = False
     watch: Callable[[], None] = unwatched
-    anew: str = "--resume never"
+    restart: str = "--resume never"
+
+    def journal(self) -> Journal:
+        """What an earlier run has kept."""
+        return Journal(self.directory, self.watch)
+
+
+NO_WORK = Work()
 
 
 def work_beside(out: Path) -> Path:
@@ -93,9 +103,12 @@ def check_work(work: Work, identity: dict[str, Any], places: Iterable[Path], sou
     Args:
         places: directories and files that the run writes or reads. source: the checkpoint's directory.
     """
-    directory, before = work.directory, _read(work.directory / IDENTITY)
+    directory = work.directory
     if work.resume not in RESUMES:
         raise UserError(f"unknown --resume '{work.resume}': give {', '.join(RESUMES)}")
+    if directory is None:
+        return
+    before = _read(directory / IDENTITY)
     check_apart(directory, source, overwrite=True)
     for place in places:
         one, other = directory.resolve(), place.resolve()
@@ -119,24 +132,24 @@ def _check_same(work: Work, before: dict[str, Any], identity: dict[str, Any]) ->
         hashed = key in ("checkpoint", "text")
         change = f"another {key}" if hashed else f"{key} = {shown(before.get(key))}, not {shown(identity.get(key))}"
         raise UserError(
-            f"'{work.directory}' has parts of a run with {change}: give the same, {work.anew} to begin anew, or delete"
-            " them"
+            f"'{work.directory}' has parts of a run with {change}: give the same, {work.restart} to begin anew, or"
+            " delete them"
         )
 
 
 @contextmanager
-def working(work: Work | None, identity: Callable[[], dict[str, Any]]) -> Iterator[Journal]:
+def working(work: Work, identity: Callable[[], dict[str, Any]]) -> Iterator[Journal]:
     """A run's journal. It is removed at the end, unless it stays; after an error, if no part was finished.
 
     Args:
-        work: checked by `check_work`; None: nothing is kept.
+        work: checked by `check_work`.
     Raises:
         UserError: another run works there, or nothing can be written.
     """
-    if work is None:
-        yield Journal()
-        return
     directory, made = work.directory, []
+    if directory is None:
+        yield NOWHERE
+        return
     try:
         made = make_folders(directory)
         lock = (directory / LOCK).open("w")
@@ -157,7 +170,7 @@ def working(work: Work | None, identity: Callable[[], dict[str, Any]]) -> Iterat
                 remove_folders([directory, *(folder for folder in made if folder != directory)])
                 raise
         try:
-            yield Journal(directory, work.watch)
+            yield work.journal()
         except BaseException:
             if not has_parts(directory):
                 clear(directory, made)
@@ -205,9 +218,9 @@ def _locked(file: IO) -> bool:
     return True
 
 
-def has_parts(directory: Path) -> bool:
+def has_parts(directory: Path | None) -> bool:
     """Whether a run has finished any part there; its calibration, which is made in a moment, does not count."""
-    return any(path.stem != CALIBRATION for path in directory.rglob(f"*{SUFFIX}"))
+    return directory is not None and any(path.stem != CALIBRATION for path in directory.rglob(f"*{SUFFIX}"))
 
 
 def kept_bytes(directory: Path) -> int:
@@ -225,11 +238,11 @@ def output_notes(out: Path) -> dict[str, str]:
     return {"out": str(out.resolve()), "content": fingerprint(out)}
 
 
-def is_written(work: Work | None, ratio: float | None, out: Path, config: Config) -> bool:
+def is_written(work: Work, ratio: float | None, out: Path, config: Config) -> bool:
     """Whether an earlier run of the same work wrote the output of a ratio, and it is still that."""
-    if work is None or work.resume == "never" or not (out / "config.json").exists():
+    if work.resume == "never" or not (out / "config.json").exists():
         return False
-    kept = Journal(work.directory).within(WRITTEN).read(output_part(ratio, config))
+    kept = work.journal().within(WRITTEN).read(output_part(ratio, config))
     try:
         return kept is not None and kept.notes == output_notes(out)
     except UserError:  # something without weights

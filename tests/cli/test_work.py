@@ -1,6 +1,7 @@
 """`structprune prune --work --resume`: a killed run goes on to the same bytes; what is refused, in one line each."""
 
 import json
+import os
 import shutil
 import signal
 from dataclasses import replace
@@ -250,6 +251,32 @@ def test_a_hub_id_is_known_by_its_revision(tiny_checkpoint, text_path, prune_com
     with pytest.raises(UserError, match="weights"):
         replace(ghost, hub=False).identity()
     assert main(prune_command(cache, tmp_path / "out", text_path, "--dry-run")) == 0  # of config.json alone
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_run_where_its_parts_are_kept(number, arguments, tmp_path, monkeypatch, capsys):
+    """As long as the handler is ours: a shell in the background hands down one that ignores SIGINT."""
+    keep, names, before = Journal.keep, [], signal.signal(number, signal.default_int_handler)
+
+    def signalled(self, *given, **named):
+        names.append(given[0])
+        if given[0] == "block-001":
+            os.kill(os.getpid(), number)
+        keep(self, *given, **named)
+
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(Journal, "keep", signalled)
+            assert main(arguments(tmp_path / "out")) == 128 + number
+    finally:
+        signal.signal(number, before)
+    assert names[-1] == "block-001" and Journal(tmp_path / "out.work").has("calibration")  # it was finished
+    line = f"structprune: interrupted; finished parts are kept in {tmp_path / 'out.work'}: the same command goes on"
+    assert (
+        capsys.readouterr().err.splitlines() == [line] and len(list((tmp_path / "out.work").rglob("block-001*"))) == 1
+    )
+    assert main(arguments(tmp_path / "out")) == 0 and main(arguments(tmp_path / "whole")) == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def test_an_ignored_signal_stays_ignored(tmp_path):

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from statistics import fmean, median
 
-ROOT = Path(__file__).parents[2]
+ROOT, PAGES = Path(__file__).parents[2], ("recovery.md", "pruning.md")
 
 
 def results(name):
@@ -28,6 +28,16 @@ def test_what_is_said_of_a_search_from_kept_heads():
     before = {place: fmean(loss["160 x 1, producers, stream", place]) for place in own}
     means = [f"{own[place]['mean']:.2f} instead of {before[place]:.2f}" for place in ("docs-valid", "wikitext2-test")]
     assert f"{means[0]} nats on `docs-valid`" in text and f"{means[1]} on `wikitext2-test`" in text
+
+
+def test_what_is_said_of_flushed_numbers_and_of_finished_parts():
+    ratio = results("training_speed")["ratio"]
+    recovery, pruning = (" ".join((ROOT / "docs" / name).read_text(encoding="utf-8").split()) for name in PAGES)
+    assert f"made a training {ratio:.1f} times as fast" in recovery
+    ratios = [row["ratio"] for row in results("work_cost")["runs"].values()]
+    keeping, kept = ({f"{each[way]:.2f}" for each in ratios} for way in ("keeping", "kept before"))
+    [most], share = keeping, max(kept)
+    assert f"took {most} times as long" in pruning and share == "0.02" and "took 2% of the time" in pruning
 
 
 def minutes(row):

@@ -16,6 +16,7 @@ from structprune.runs.checkpoints import prune_checkpoint
 from structprune.runs.inspect import inspect_checkpoint
 from structprune.runs.prune import prune
 from structprune.runs.pruner import Pruner
+from structprune.runs.work import Work
 from structprune.structured.plan import Plan
 
 OFFICIAL = {"export.compat": "official", "structured.split": 0}
@@ -164,7 +165,7 @@ def test_levels_are_refused(tiny_checkpoint, text_path, tmp_path, capsys):
     message = f"--levels {levels} has no effect with export.compat = uniform, whose search makes none: leave it out"
     config = run_config(text_path)
     with pytest.raises(UserError, match=re.escape(message)):
-        prune_checkpoint(str(source), tmp_path / "out", config, levels=levels)
+        prune_checkpoint(str(source), tmp_path / "out", config, work=Work(levels=levels))
     with pytest.raises(UserError, match=re.escape(message)):
         Pruner(load_model(source), config, levels=levels)
     sets = [f"--set={key}={json.dumps(value)}" for key, value in keys(text_path).items()]

@@ -23,6 +23,7 @@ from structprune.runs.latency import LATENCY_FILE as TABLE
 from structprune.runs.latency import choose_for_latency
 from structprune.runs.pruner import Pruner
 from structprune.runs.resolve import resolve_structured
+from structprune.runs.work import Work
 from structprune.structured.paths import static_path
 from structprune.structured.sizes import block_size
 
@@ -169,7 +170,8 @@ def test_targets_out_of_reach_are_refused_before_scores(tiny_checkpoint, config,
         (1.001, "cannot be met: the narr"),
     ):
         with pytest.raises(UserError, match=message):
-            prune_checkpoint(source, tmp_path / "out", config(**{"search.target_ms": ms}), levels=tmp_path / "levels")
+            work = Work(levels=tmp_path / "levels")
+            prune_checkpoint(source, tmp_path / "out", config(**{"search.target_ms": ms}), work=work)
     # the table is kept, so that a target that is mended meets the same times
     assert not (tmp_path / "out").exists() and [each.name for each in (tmp_path / "levels").iterdir()] == [TABLE]
 

@@ -66,21 +66,28 @@ def same(one, other):
     )
 
 
+def repeated(run, stopping):
+    """The result of a run that is stopped after every part that it makes, and repeated until it makes none."""
+    for stops in range(40):
+        try:
+            with stopping(1):
+                result = run()
+        except Interrupted:
+            continue
+        assert stops >= 5
+        return result
+    raise AssertionError("a part is made anew every time")
+
+
 def plain(report):
     return {name: value for name, value in report.items() if name not in ("seconds", "peak_memory_bytes")}
 
 
 @pytest.mark.parametrize("keys", SCORES.values(), ids=SCORES)
 def test_a_run_stopped_after_every_part_in_turn_is_the_undisturbed_one(prune, keys, tmp_path, stopping):
-    undisturbed, stops = prune(keys), 0
-    while stops < 40:
-        try:
-            with stopping(1):
-                resumed = prune(keys, Journal(tmp_path / "work"))
-            break
-        except Interrupted:
-            stops += 1
-    assert 5 <= stops < 40 and same(undisturbed, resumed) and undisturbed.plan == resumed.plan
+    undisturbed = prune(keys)
+    resumed = repeated(lambda: prune(keys, Journal(tmp_path / "work")), stopping)
+    assert same(undisturbed, resumed) and undisturbed.plan == resumed.plan
     assert plain(undisturbed.report) == plain(resumed.report)
 
 
@@ -122,15 +129,9 @@ def make_masks(tiny_checkpoint, text_path):
 
 @pytest.mark.parametrize("keys", MASKS.values(), ids=MASKS)
 def test_masks_stopped_after_every_part_in_turn_are_the_undisturbed_ones(make_masks, keys, tmp_path, stopping):
-    undisturbed, stops = make_masks(keys), 0
-    while stops < 40:
-        try:
-            with stopping(1):
-                resumed = make_masks(keys, Journal(tmp_path / "work"))
-            break
-        except Interrupted:
-            stops += 1
-    assert 5 <= stops < 40 and same(undisturbed, resumed)
+    undisturbed = make_masks(keys)
+    resumed = repeated(lambda: make_masks(keys, Journal(tmp_path / "work")), stopping)
+    assert same(undisturbed, resumed)
     assert undisturbed.masks.packed.keys() == resumed.masks.packed.keys()
     assert all(torch.equal(bits, resumed.masks.packed[name]) for name, bits in undisturbed.masks.packed.items())
     assert plain(undisturbed.report) == plain(resumed.report)

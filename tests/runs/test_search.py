@@ -23,6 +23,7 @@ from structprune.runs.inspect import inspect_checkpoint
 from structprune.runs.prune import prune
 from structprune.runs.pruner import Pruner
 from structprune.runs.search import weights_digest
+from structprune.runs.work import Work
 from structprune.structured.plan import Plan
 from structprune.structured.sizes import BlockSize, forward_macs
 
@@ -208,7 +209,7 @@ def test_places_that_cannot_hold_levels(tiny_checkpoint, text_path, tmp_path):
     (tmp_path / "mine" / "notes.txt").write_text("x")
     for name, message in (("file", "is a file: give a directory"), ("mine", "holds 'notes.txt', which is no level")):
         with pytest.raises(UserError, match=message):
-            prune_checkpoint(str(source), tmp_path / "out", config, levels=tmp_path / name)
+            prune_checkpoint(str(source), tmp_path / "out", config, work=Work(levels=tmp_path / name))
     assert not (tmp_path / "out").exists()
 
 
