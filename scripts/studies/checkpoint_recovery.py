@@ -2,15 +2,17 @@
 
 At every ratio the model that the best recipe of the study prunes learns from the dense one: block by block first, then
 by the divergence of its predictions, on the calibration text. Evaluation windows and noise of a seed are those of
-`checkpoint_study`. Intervals are over seeds (see studies.py). An interrupted study continues where it stopped.
+`checkpoint_study`. Intervals are over seeds (see studies.py). An interrupted study continues where it stopped, within a
+training too: the models it prunes and trains stay in its work directory.
 
     python -m scripts.studies.checkpoint_recovery --checkpoint DIR --text FILE --eval NAME=FILE --eval NAME=FILE
 """
 
 import argparse
+import hashlib
+import json
 import sys
-import tempfile
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -57,33 +59,45 @@ def variants_of(tokens: list[int]) -> dict[str, dict]:
     return {UNTRAINED: {}} | trained
 
 
-@lru_cache(maxsize=len(RECIPES))
-def pruned_model(subject: Subject, seed: int, ratio: str) -> tempfile.TemporaryDirectory:
-    """The checkpoint, pruned by the recipe of a ratio, in a folder that is removed with its last user."""
-    folder = tempfile.TemporaryDirectory()
-    keys = BASE | subject.keys | {"calibration.seed": seed, "structured.ratio": float(ratio)} | VARIANTS[RECIPES[ratio]]
-    calibration = calibration_of(subject, section_keys(keys, "calibration."))
-    pruner = Pruner(dense_model(subject.checkpoint), Config.load(overrides=keys), calibration)
-    pruner.prune().save(Path(folder.name) / "pruned")
-    return folder
+def pruned_model(subject: Subject, seed: int, ratio: str, work: Path) -> Path:
+    """The checkpoint, pruned by the recipe of a ratio, in a directory of the work directory."""
+    place = work / f"pruned-{ratio}-{seed}"
+    if not place.exists():  # it appears complete or not at all
+        keys = BASE | subject.keys | {"calibration.seed": seed, "structured.ratio": float(ratio)}
+        keys |= VARIANTS[RECIPES[ratio]]
+        calibration = calibration_of(subject, section_keys(keys, "calibration."))
+        Pruner(dense_model(subject.checkpoint), Config.load(overrides=keys), calibration).prune().save(place)
+    return place
+
+
+def trained_model(subject: Subject, seed: int, ratio: str, training: dict, work: Path) -> Path:
+    """The pruned checkpoint, trained back by keys of `recover`; an interrupted training goes on."""
+    student, place = pruned_model(subject, seed, ratio, work), work / f"{sum(training.values())}-{ratio}-{seed}"
+    if not place.exists():
+        keys = TRAIN | {"data.seed": seed, "data.source": str(subject.text)} | training
+        recover(str(student), str(subject.checkpoint), place, RecoverConfig.load(overrides=keys))
+    return place
+
+
+def costs_of(checkpoint: Path) -> dict:
+    """Seconds of the last training of a checkpoint, both stages; nothing of one that was interrupted."""
+    last = json.loads((checkpoint / "report.json").read_text())["recoveries"][-1]
+    parts = [part for part in (last["blocks"], last["learnt"]) if part]
+    return {} if any(part.get("resumed_at") for part in parts) else {"training": last["seconds"]}
 
 
 @flushed_denormals()  # before anything is computed, for all threads
-def measure(variants: dict[str, dict], name: str, seed: int, subject: Subject, threads: int) -> dict:
+def measure(variants: dict[str, dict], work: Path, name: str, seed: int, subject: Subject, threads: int) -> dict:
     """One variant at one seed: for each ratio loss and fidelity per text, generation, and what the training took."""
     torch.set_num_threads(threads)
     texts, results = held_out_texts(subject, seed), {}
     for ratio in RECIPES:
-        with tempfile.TemporaryDirectory() as folder:
-            checkpoint, costs = Path(pruned_model(subject, seed, ratio).name) / "pruned", {}
-            if variants[name]:
-                keys = TRAIN | {"data.seed": seed, "data.source": str(subject.text)} | variants[name]
-                out = Path(folder) / "recovered"
-                report = recover(
-                    str(checkpoint), str(subject.checkpoint), out, RecoverConfig.load(overrides=keys)
-                ).report
-                checkpoint, costs = out, {"training": report["seconds"]}
-            model = load_model(checkpoint, device="cpu")
+        if variants[name]:
+            checkpoint = trained_model(subject, seed, ratio, variants[name], work)
+            costs = costs_of(checkpoint)
+        else:
+            checkpoint, costs = pruned_model(subject, seed, ratio, work), {}
+        model = load_model(checkpoint, device="cpu")
         measured = {text: held_out.compare(model) for text, held_out in texts.items()}
         results[ratio] = {
             "texts": measured, "seconds": costs, "heads_removed": heads_of(dense_model(subject.checkpoint), model),
@@ -100,20 +114,20 @@ def heads_of(dense: DiffusionLM, pruned: DiffusionLM) -> int:
     return counts[0] - counts[1]
 
 
-def study_of(tokens: list[int]) -> Study:
-    """The study of trainings on so many tokens each."""
+def study_of(tokens: list[int], work: Path) -> Study:
+    """The study of trainings on so many tokens each, whose models lie in a work directory."""
     variants = variants_of(tokens)
     names = list(variants)
     contrasts = [(name, UNTRAINED) for name in names[1:]] + list(zip(names[2:], names[1:]))  # then the shorter one
     return Study(
         "checkpoint_recovery", __doc__.splitlines()[0], "scripts/results/checkpoint_recovery.json", BASE,
-        list(RECIPES), variants, partial(measure, variants), partial(summarise, variants, contrasts), tables, 190,
+        list(RECIPES), variants, partial(measure, variants, work), partial(summarise, variants, contrasts), tables, 190,
     )  # fmt: skip
 
 
 def arguments_of(arguments: list[str] | None) -> argparse.Namespace:
     """The options of this study, checked."""
-    parser = study_parser(study_of([]))
+    parser = study_parser(study_of([], Path()))
     parser.add_argument("--checkpoint", type=Path, required=True, help="directory of the dense model")
     parser.add_argument("--name", help="of the model in tables (default: of its directory)")
     parser.add_argument("--text", type=Path, required=True, help="calibration text, which is also learnt")
@@ -121,6 +135,8 @@ def arguments_of(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--eval", action="append", required=True, metavar="NAME=FILE", help=text)
     text = "of a training, both stages together; may be repeated (default 300000)"
     parser.add_argument("--tokens", type=int, action="append", metavar="N", help=text)
+    text = "of the models that are pruned and trained; they stay there (default: beside --out, with '.work')"
+    parser.add_argument("--work", type=Path, metavar="DIR", help=text)
     parser.set_defaults(windows=64, jobs=1)
     options = parse_options(parser, arguments)
     options.tokens = options.tokens or [300_000]
@@ -133,7 +149,11 @@ def run(arguments: list[str] | None) -> None:
     """Run, resume or summarise the study that the arguments describe."""
     options = arguments_of(arguments)
     subject = subject_of(options)
-    run_study(study_of(options.tokens), options, (subject,), facts(subject, options.name, BASE) | {"train": TRAIN})
+    settings = facts(subject, options.name, BASE) | {"train": TRAIN}
+    recipes = {name: VARIANTS[name] for name in RECIPES.values()}
+    digest = hashlib.sha256(json.dumps([settings, recipes], sort_keys=True).encode()).hexdigest()[:12]
+    work = (options.work or options.out.with_suffix(".work")) / digest  # other texts and recipes, another directory
+    run_study(study_of(options.tokens, work), options, (subject,), settings)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -24,18 +24,18 @@ def command(tmp_path):
     return ["--checkpoint", str(model_directory()), *texts, *sizes, "--out", str(out)], out
 
 
-def test_both_stages_of_a_training_learn_its_tokens(study):
+def test_both_stages_of_a_training_learn_its_tokens(study, tmp_path):
     variants = study.variants_of([1000, 4000])
     assert list(variants) == ["not trained", "1,000 tokens", "4,000 tokens"] and not variants["not trained"]
     config = RecoverConfig.load(overrides=study.TRAIN | variants["4,000 tokens"])
     assert (config.blocks.tokens, config.train.tokens) == (1600, 2400)
     assert config.train.batch % config.train.pass_windows == 0
     pairs = [("1,000 tokens", "not trained"), ("4,000 tokens", "not trained"), ("4,000 tokens", "1,000 tokens")]
-    assert study.study_of([1000, 4000]).summarise.args[1] == pairs
+    assert study.study_of([1000, 4000], tmp_path).summarise.args[1] == pairs
 
 
 @pytest.mark.slow
-def test_a_run_prunes_trains_and_compares(study, command, monkeypatch):
+def test_a_run_prunes_trains_and_compares(study, command, monkeypatch, tmp_path):
     few = {"calibration.windows": 20, "calibration.held_out": 10}
     monkeypatch.setattr(study, "VARIANTS", {name: keys | few for name, keys in study.VARIANTS.items()})
     monkeypatch.setattr(study, "RECIPES", {"0.5": study.SINKS})
@@ -43,14 +43,16 @@ def test_a_run_prunes_trains_and_compares(study, command, monkeypatch):
     options = study.arguments_of(arguments)
     subject = study.subject_of(options)
     variants = study.variants_of(options.tokens)
-    rows = {name: study.measure(variants, name, 0, subject, 1)["ratios"]["0.5"] for name in variants}
+    rows = {name: study.measure(variants, tmp_path, name, 0, subject, 1)["ratios"]["0.5"] for name in variants}
     before, after = rows.values()
     assert before["texts"]["held-out"]["loss"] != after["texts"]["held-out"]["loss"]
     assert before["heads_removed"] == after["heads_removed"] > 0 and not before["seconds"]
     assert after["seconds"]["training"] > 0 and 0 <= after["generation"]["tokens_kept"] <= 1
+    monkeypatch.setattr(study, "recover", None)  # what is there is not made again
+    assert study.measure(variants, tmp_path, "2,560 tokens", 0, subject, 1)["ratios"]["0.5"] == after
 
 
-def test_the_summary_is_paired_and_has_what_both_generate(study):
+def test_the_summary_is_paired_and_has_what_both_generate(study, tmp_path):
     tokens, runs = [1000], {}
     for name, loss in (("not trained", [1.0, 3.0]), ("1,000 tokens", [0.5, 1.0])):
         for seed in (0, 1):
@@ -63,7 +65,7 @@ def test_the_summary_is_paired_and_has_what_both_generate(study):
             runs[name, seed] = {
                 "variant": name, "seed": seed, "dense": dense, "ratios": ratios, "generated_nelbo": 2.0,
             }  # fmt: skip
-    made = study.study_of(tokens)
+    made = study.study_of(tokens, tmp_path)
     result = json.loads(json.dumps(made.summarise(runs, [0, 1])))
     gaps = {row["ratio"]: row["by_seed"] for row in result["contrasts"]}
     assert gaps == {"0.3": [-1.25, -1.25], "0.5": [-1.25, -1.25]}
