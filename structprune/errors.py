@@ -11,6 +11,18 @@ class UserError(ValueError):
     """Input that cannot be used: the message names the offending value and the remedy, in one line."""
 
 
+class Elsewhere(UserError):
+    """What ended another process of the run, which says it itself.
+
+    Args:
+        code: that the process exits with.
+    """
+
+    def __init__(self, message: str, code: int = 2):
+        super().__init__(message)
+        self.code = code
+
+
 class Interrupted(Exception):
     """A run that was ended from outside but leaves something: the message says what.
 

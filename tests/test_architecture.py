@@ -12,7 +12,7 @@ import structprune
 from structprune.assets import model_directory, text_file
 
 ROOT, HOME = Path(structprune.__file__).parent, Path(__file__).parents[1]
-BASE = ("errors", "files", "progress", "config", "assets")  # what every stage may use
+BASE = ("errors", "files", "progress", "workers", "config", "assets")  # what every stage may use
 STAGES = (
     "models",
     "generation",

@@ -31,11 +31,11 @@ from structprune.config import Config
 from structprune.errors import UserError
 from structprune.evaluation.results import json_text
 from structprune.evaluation.settings import EvaluationConfig
-from structprune.evaluation.workers import workers
 from structprune.files import write_whole
 from structprune.models.loading import load_config
 from structprune.report.eval_tables import eval_table
 from structprune.runs.evaluate import Session, evaluate
+from structprune.workers import workers
 
 NOTE = (
     "accuracies in percent; ± standard error over items; the published dense figures of ARC-C and WinoGrande do not"

@@ -19,6 +19,7 @@ from structprune.errors import UserError
 from structprune.generation.generate import Options, Step, generate
 from structprune.generation.samplers import Generation, low_confidence
 from structprune.models.modeling_structprune import DiffusionLM
+from structprune.workers import ALONE, Workers
 
 PROMPT = 4  # the first 1 / PROMPT of a window is the prompt
 
@@ -74,7 +75,12 @@ def reverse_states(
 
 
 def reverse_calibration(
-    model: DiffusionLM, calibration: Calibration, settings: CalibrationSettings, batch: int, track
+    model: DiffusionLM,
+    calibration: Calibration,
+    settings: CalibrationSettings,
+    batch: int,
+    track,
+    workers: Workers = ALONE,
 ) -> Calibration:
     """A calibration whose fit windows are the model's own generations, with their states as noisy copies.
 
@@ -88,6 +94,7 @@ def reverse_calibration(
     Args:
         calibration: with forward noise; only its windows are used.
         batch: sequences in a forward pass.
+        workers: the processes that share the generations.
     Raises:
         UserError: a prompt that holds the mask token.
     """
@@ -99,7 +106,9 @@ def reverse_calibration(
     indices = torch.tensor(stops)[chosen]  # (n, S)
     sampler = low_confidence(model.config, calibration.length - prompt, steps)
     show = lambda items: track(items, "reverse trajectories")  # noqa: E731
-    final, states = reverse_states(model, fit.input_ids[:, :prompt], sampler, indices, batch, show)  # (n, T), (n, S, T)
+    own = workers.span(fit.windows)
+    parts = reverse_states(model, fit.input_ids[own, :prompt], sampler, indices[own], batch, show)
+    final, states = map(workers.rows, parts)  # (n, T), (n, S, T)
     p = (states[..., prompt:] == mask_id).float().mean(-1)  # (n, S)
     return replace(
         calibration,

@@ -3,11 +3,15 @@
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from structprune.progress import Title, Track
+
+if TYPE_CHECKING:
+    from structprune.workers import Workers
 
 
 @contextmanager
@@ -44,6 +48,11 @@ def progress_bars(console: Console | None = None) -> Iterator[Track]:
             progress.stop()
 
 
+def progress_of(workers: "Workers"):
+    """`progress_bars` of a run that several processes share, shown by the first one."""
+    return progress_bars(Console(stderr=True, quiet=not workers.main))
+
+
 def warner(shown: bool) -> Callable[[str], None]:
     """A function that writes a line of warning to stderr; where not `shown`, as of processes behind the first, none."""
 
@@ -58,12 +67,13 @@ def _words(title: Title) -> str:
     return title() if callable(title) else title
 
 
-def show(*parts: RenderableType, console: Console | None = None) -> None:
+def show(*parts: RenderableType, console: Console | None = None, shown: bool = True) -> None:
     """Print tables and lines of text; lines are not wrapped, so that paths in them can be copied.
 
     Args:
         console: default stdout.
+        shown: false in processes behind the first, which print nothing.
     """
     console = console or Console()
-    for part in parts:
+    for part in parts if shown else ():
         console.print(part, soft_wrap=isinstance(part, str))

@@ -95,16 +95,15 @@ def _evaluate_and_show(
     checkpoints: list[str], config: "EvaluationConfig", out: Path, against: Path | None, overwrite: bool
 ) -> None:
     """Progress and warnings go to stderr, the table to stdout; of several processes, the first shows them."""
-    from rich.console import Console
     from rich.markup import escape
 
-    from structprune.cli.console import progress_bars, show, warner
-    from structprune.evaluation.workers import workers
+    from structprune.cli.console import progress_of, show, warner
     from structprune.report.eval_tables import eval_table
     from structprune.runs.evaluate import Session
     from structprune.runs.evaluate import evaluate as run
+    from structprune.workers import workers
 
-    with workers() as place, progress_bars(Console(stderr=True, quiet=not place.main)) as track:
+    with workers() as place, progress_of(place) as track:
         try:
             evaluation = run(checkpoints, config, out, against, overwrite, Session(track, place, warner(place.main)))
         except KeyboardInterrupt as error:

@@ -1,5 +1,6 @@
 """The command line: its verbs and exit codes."""
 
+import os
 import signal
 import sys
 import threading
@@ -19,7 +20,7 @@ from structprune.cli.inspect import inspect
 from structprune.cli.prune import prune
 from structprune.cli.recover import recover
 from structprune.cli.sinks import sinks
-from structprune.errors import Interrupted, UserError
+from structprune.errors import Elsewhere, Interrupted, UserError
 from structprune.files import first_line
 
 OUT_OF_MEMORY = {  # verb -> remedy
@@ -94,8 +95,19 @@ def main(arguments: list[str] | None = None) -> int:
         if "--debug" in arguments:
             traceback.print_exc()
         message, code = _explain(error, arguments[0])
+        if isinstance(error, Elsewhere) or _repeated():
+            return code
         print(f"structprune: error: {_printable(message)}", file=sys.stderr)
         return code
+
+
+def _repeated() -> bool:
+    """Whether another process of several says the same."""
+    if "RANK" not in os.environ:  # torch takes a second to import
+        return False
+    from structprune.workers import repeats
+
+    return repeats()
 
 
 def _interrupted(note: str = "nothing was written", code: int = INTERRUPTED) -> int:
@@ -112,7 +124,7 @@ def _printable(message: str) -> str:
 def _explain(error: BaseException, verb: str) -> tuple[str, int]:
     """One line and an exit code for any exception that a verb raised."""
     if isinstance(error, UserError):
-        return str(error), 2
+        return str(error), getattr(error, "code", 2)
     if hasattr(error, "format_message"):  # usage errors of typer, whichever click it carries
         return f"{error.format_message()} (see structprune --help)", 2
     if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):

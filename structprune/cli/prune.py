@@ -140,58 +140,69 @@ def _check_beside_plan(
 
 def _start(request: "Request", plan: Path | None, work: "Work", dry_run: bool) -> None:
     """Do, or say, what is asked for."""
-    from structprune.cli.work import stoppable
+    from dataclasses import replace
 
-    if dry_run:
-        show_dry_run(request, work)
-        return
-    with stoppable(work, request[1].values()) as work:
-        if plan is not None:
-            _apply_plan(request, plan, work)
-        elif request[2].method == "structured":
-            _prune(request, work)
-        else:
-            _make_masks(request, work)
+    from structprune.cli.work import stoppable
+    from structprune.workers import workers
+
+    with workers(reduces=True) as place:
+        work = replace(work, workers=place)
+        if dry_run:
+            show_dry_run(request, work)
+            return
+        with stoppable(work, request[1].values()) as work:
+            _run(request, plan, work)
+
+
+def _run(request: "Request", plan: Path | None, work: "Work") -> None:
+    """Prune by a plan, prune, or mask."""
+    if plan is not None:
+        _apply_plan(request, plan, work)
+    elif request[2].method == "structured":
+        _prune(request, work)
+    else:
+        _make_masks(request, work)
 
 
 def _prune(request: "Request", work: "Work") -> None:
     """Prune at one or several ratios, and show at the end what was written, also after a failure."""
-    from structprune.cli.console import progress_bars, show
+    from structprune.cli.console import progress_of, show
     from structprune.runs.checkpoints import prune_at_ratios
 
     lines: list = []
     try:
-        with progress_bars() as track:
+        with progress_of(work.workers) as track:
             for written in prune_at_ratios(*request, track, work=work):
                 lines += closing(written.result.report, written.directory, written.source_bytes)
                 del written  # its model
             if not lines:
                 lines = [f"{out} is of an earlier run with the same request" for out in request[1].values()]
     finally:
-        show(*lines)
+        show(*lines, shown=work.workers.main)
 
 
 def _apply_plan(request: "Request", plan_file: Path, work: "Work") -> None:
     """Prune by a plan, and show the result."""
-    from structprune.cli.console import progress_bars, show
+    from structprune.cli.console import progress_of, show
     from structprune.runs.checkpoints import prune_checkpoint
     from structprune.structured.plan import Plan
 
     plan, (checkpoint, outputs, config, overwrite) = Plan.load(plan_file), request
-    with progress_bars() as track:
+    with progress_of(work.workers) as track:
         written = prune_checkpoint(checkpoint, outputs[None], config, plan, overwrite, track, work=work)
-    show(*closing(written.result.report, written.directory, written.source_bytes))
+    lines = closing(written.result.report, written.directory, written.source_bytes)
+    show(*lines, shown=work.workers.main)
 
 
 def _make_masks(request: "Request", work: "Work") -> None:
     """Mask, and show the result."""
-    from structprune.cli.console import progress_bars, show
+    from structprune.cli.console import progress_of, show
     from structprune.report.tables import mask_table
     from structprune.runs.checkpoints import mask_checkpoint
 
     checkpoint, outputs, config, overwrite = request
     out = outputs[None]
-    with progress_bars() as track:
+    with progress_of(work.workers) as track:
         masked = mask_checkpoint(checkpoint, out, config, overwrite, track, work=work).result
     text = ", calibration.safetensors" if masked.calibration is not None else ""
     show(
@@ -199,4 +210,5 @@ def _make_masks(request: "Request", work: "Work") -> None:
         f"Wrote {out} (the checkpoint in its own layout, masks.safetensors, report.json, README.md{text})",
         "The file is not smaller and not faster by itself: zeros pay off with 2:4 kernels on a GPU. For a smaller dense"
         " model use --method structured.",
+        shown=work.workers.main,
     )

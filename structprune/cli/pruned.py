@@ -37,11 +37,11 @@ def show_dry_run(request: "Request", work: "Work") -> None:
     from structprune.runs.schedule import Schedule
 
     checkpoint, outputs, config, overwrite = request
-    checked_prune(checkpoint, outputs, config, overwrite, work=work)
+    work.workers.in_turn(lambda: checked_prune(checkpoint, outputs, config, overwrite, work=work))
     inspect = inspect_checkpoint if config.method == "structured" else inspect_masking
-    for ratio in outputs:
+    for ratio in outputs if work.workers.main else ():
         show(*inspection_tables(inspect(checkpoint, Schedule(config).at(ratio)), config))
-    show(NOTHING)
+    show(NOTHING, shown=work.workers.main)
 
 
 def inspection_tables(result: dict, config: "Config") -> list:

@@ -71,13 +71,13 @@ def _show_plan(request: "Request") -> None:
     """What the training would take; of several processes, which check as for a run, the first shows it."""
     from structprune.cli.console import show
     from structprune.cli.pruned import NOTHING
-    from structprune.evaluation.workers import workers
     from structprune.progress import untracked
     from structprune.report.recover_table import plan_lines
     from structprune.runs.evaluate import Session
     from structprune.runs.recover import checked
+    from structprune.workers import workers
 
-    with workers(trains=True) as place:
+    with workers(reduces=True) as place:
         lines = plan_lines(checked(*request, Session(untracked, place)).plan())
         show(*([*lines, NOTHING] if place.main else []))
 
@@ -88,23 +88,21 @@ def _recover_and_show(request: "Request") -> None:
     Args:
         request: the first arguments of `structprune.runs.recover.recover`.
     """
-    from rich.console import Console
-
-    from structprune.cli.console import progress_bars, show, warner
+    from structprune.cli.console import progress_of, show, warner
     from structprune.errors import Interrupted
-    from structprune.evaluation.workers import workers
     from structprune.models.denormals import flushed_denormals
     from structprune.recovery.folder import has_learnt, training_folder
     from structprune.report.recover_table import no_gain, recover_table
     from structprune.runs.evaluate import Session
     from structprune.runs.recover import recover as run
+    from structprune.workers import workers
 
     out = request[2]
     try:
         with (
             flushed_denormals(),  # the first: worker threads keep what they begin with
-            workers(trains=True) as place,
-            progress_bars(Console(stderr=True, quiet=not place.main)) as track,
+            workers(reduces=True) as place,
+            progress_of(place) as track,
         ):
             recovered = run(*request, Session(track, place, warner(place.main)))
     except KeyboardInterrupt as error:

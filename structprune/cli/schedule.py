@@ -90,12 +90,12 @@ def show_schedule(request: "Request", dry_run: bool) -> None:
 def _plan(request: "Request") -> None:
     """What the run would take; of several processes, which check as for a run, the first shows it."""
     from structprune.cli.console import show
-    from structprune.evaluation.workers import workers
     from structprune.progress import untracked
     from structprune.runs.evaluate import Session
     from structprune.runs.gradual import ScheduleRun
+    from structprune.workers import workers
 
-    with workers(trains=True) as place:
+    with workers(reduces=True) as place:
         lines = _plan_lines(ScheduleRun(*request, Session(untracked, place)), request[2])
         show(*(lines if place.main else []))
 
@@ -113,22 +113,20 @@ def _plan_lines(run: "ScheduleRun", schedule: "Schedule") -> list:
 
 def _run(request: "Request") -> None:
     """Progress goes to stderr; what was written is shown at the end, also after a failure, by the first process."""
-    from rich.console import Console
-
-    from structprune.cli.console import progress_bars, show, warner
+    from structprune.cli.console import progress_of, show, warner
     from structprune.errors import Interrupted
-    from structprune.evaluation.workers import workers
     from structprune.models.denormals import flushed_denormals
     from structprune.runs.evaluate import Session
     from structprune.runs.gradual import ScheduleRun
+    from structprune.workers import workers
 
     lines: list = []
     run = None
     try:
         with (
             flushed_denormals(),  # the first: worker threads keep what they begin with
-            workers(trains=True) as place,
-            progress_bars(Console(stderr=True, quiet=not place.main)) as track,
+            workers(reduces=True) as place,
+            progress_of(place) as track,
         ):
             run = ScheduleRun(*request, Session(track, place, warner(place.main)))
             for step in run.steps():

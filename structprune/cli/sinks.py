@@ -63,16 +63,19 @@ def sinks(
     debug: Debug = False,
 ) -> None:
     """The run refuses contradictions."""
-    from structprune.cli.console import progress_bars, show
+    from structprune.cli.console import progress_of, show
     from structprune.config import Config
     from structprune.report.sink_tables import property_table, token_tables
+    from structprune.runs.evaluate import Session
     from structprune.runs.sinks import SinkRun, measure_sinks
+    from structprune.workers import workers
 
     sink = Config.load(overrides={"sink.alpha": alpha, "sink.kappa": kappa, "sink.scale_free": scale_free}).sink
     run = SinkRun(sink, text, prompt, trajectory, windows, length, gen_length, levels, steps, block_length, seed)
     place = read_model_settings(device, dtype, mask_id, allow_pickle)
     sources = [checkpoint] if against is None else [checkpoint, against]
-    with progress_bars() as track:
-        measurement = measure_sinks(sources, run, out, place, overwrite, track)
+    with workers() as shared, progress_of(shared) as track:
+        measurement = measure_sinks(sources, run, out, place, overwrite, Session(track, shared))
     runs = measurement.result["runs"]
-    show(property_table(runs), *token_tables(runs), f"Wrote {out} ({', '.join(measurement.files)})")
+    lines: list = [property_table(runs), *token_tables(runs), f"Wrote {out} ({', '.join(measurement.files)})"]
+    show(*lines, shown=shared.main)

@@ -27,13 +27,13 @@ from structprune.evaluation.documents import Opening
 from structprune.evaluation.openings import check_openings, generate_texts
 from structprune.evaluation.requests import group_choices, in_request_order, to_item, to_opening
 from structprune.evaluation.texts import Texts, chat_warning, model_names
-from structprune.evaluation.workers import Workers, join, leave
 from structprune.generation.samplers import sampler_options
 from structprune.models.encode import Batches
 from structprune.models.families import family_of
 from structprune.models.loading import load_model
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.placement import compute_device, pick_device
+from structprune.workers import Workers, join, leave
 
 LOG = logging.getLogger(__name__)
 PART = 256  # items that are scored together: the nats of all their tokens are in memory until they are done

@@ -8,6 +8,7 @@ Shapes: O outputs, C input channels of the dense consumer, K remaining ones.
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -51,7 +52,8 @@ def build_library(
     """Refit every block at every level of its grid, and leave `small` with the levels of a plan.
 
     The LM head is refitted for that plan too, where asked. Blocks that the library has are taken from it, so that an
-    interrupted walk goes on at the block it was at. A block or kind without a grid keeps all units.
+    interrupted walk goes on at the block it was at. A block or kind without a grid keeps all units. Of several
+    processes, which read one directory, the first writes.
 
     Args:
         small: the dense model with consumers (and readers) of its own: an uncut copy, which is changed.
@@ -61,11 +63,12 @@ def build_library(
     parts: dict[str, KindLevels] = {}
     constant = has_constant(recipe.reconstruct)
     run = None
+    there = walk.workers.from_first(lambda: {block.index for block in walk.dense.blocks if library.has(block.index)})
     for place in walk.places(small, title="levels", last=last_attending(walk.dense.attending, counts, recipe)):
         run = place.run
         index, kind = key = place.dense.index, place.kind
         steps = counts.get(key, 0)
-        if library.has(index):
+        if index in there:
             for role, weight in library.readers(key).items():
                 set_weight(place.readers[role], weight, constant=False)
             set_level(place.consumer, library.weight(key, steps), place.dense[CONSUMER[kind]].bias, constant)
@@ -73,7 +76,7 @@ def build_library(
         parts[kind] = kind_levels(place, grids.get(key, (0,)), steps, recipe)
         set_level(place.consumer, parts[kind].levels[steps].weight, place.dense[CONSUMER[kind]].bias, constant)
         if kind == place.dense.kinds[-1]:
-            library.write(index, parts)
+            walk.workers.first(partial(library.write, index, parts))
             parts = {}
     if recipe.reconstruct.head and run is not None:
         refit_head(walk, run, small)

@@ -4,7 +4,6 @@ A round measures what replacing one level at a time does to the predictions, com
 improves the plan by evolution. The next round's library is built around the best plan, with levels half as far apart.
 """
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -14,20 +13,18 @@ from pathlib import Path
 
 from structprune.config import SearchSettings
 from structprune.errors import UserError
-from structprune.files import first_line, write_whole
 from structprune.levels.evolve import Best, Measure, Space, evolve
 from structprune.levels.grid import Grids, level_grids
 from structprune.levels.knapsack import Table, knapsack, total_price
 from structprune.levels.library import Library, counts_of, plain_counts, plain_grids
+from structprune.levels.losses import LOSSES, LossFile
 from structprune.levels.prices import Price, price_table
 from structprune.levels.stitch import StitchedModel
 from structprune.models.adapter import UNIT_KINDS
 from structprune.progress import Track
 from structprune.structured.allocate import Counts
 from structprune.structured.sizes import BlockSize
-
-LOSSES = "search.json"
-CONTENT = {"identity": dict, "losses": dict, "generations": list}  # of that file
+from structprune.workers import ALONE, Workers
 
 # builds what the library lacks, around its plan, and stitches the plan given from it; the model is placed for its
 # passes while the context is open
@@ -44,6 +41,7 @@ class Task:
         identity: plain data that decides the levels, beside grids and current plan.
         losses: plain data that decides the losses, beside those.
         plans: that share the first library; the middle one is its prefix. Empty: only the plan that a search starts at.
+        workers: the processes that search together; the first one writes.
     """
 
     settings: SearchSettings
@@ -55,6 +53,7 @@ class Task:
     identity: dict = field(default_factory=dict)
     losses: dict = field(default_factory=dict)
     plans: tuple[Counts, ...] = ()
+    workers: Workers = ALONE
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ def _first_library(task: Task, start: Counts, places: Places) -> tuple[Library, 
     settings, plans = task.settings, task.plans or (start,)
     rule = (task.multiple, settings.levels, settings.spread, settings.whole)
     grids = level_grids(task.sizes, plans, *rule)
-    library = Library(places.first, task.identity, grids, plans[len(plans) // 2])
+    library = task.workers.in_turn(lambda: Library(places.first, task.identity, grids, plans[len(plans) // 2]))
     return library, nearest_levels(library.grids, level_grids(task.sizes, [start], *rule))
 
 
@@ -117,7 +116,7 @@ def _library(task: Task, number: int, counts: Counts, places: Places) -> tuple[L
     spread = settings.spread / 2**number
     grids = level_grids(task.sizes, [counts], task.multiple, settings.levels, spread, settings.whole)
     identity = task.identity | {"grids": plain_grids(grids), "plan": plain_counts(counts)}
-    return Library(places.own / round_name(number), identity, grids, counts), grids
+    return task.workers.in_turn(lambda: Library(places.own / round_name(number), identity, grids, counts)), grids
 
 
 def nearest_levels(grids: Grids, aims: Grids) -> Grids:
@@ -150,7 +149,7 @@ def _round(
     settings, (directory, track), (library, counts, space) = task.settings, place, state
     layout = {"grids": plain_grids(space.grids), "plan": plain_counts(counts), "prefix": plain_counts(library.plan)}
     identity = task.identity | task.losses | layout
-    record = LossFile(directory / LOSSES, identity)
+    record = task.workers.in_turn(lambda: LossFile(directory / LOSSES, identity, task.workers.main))
     with stitch(library, counts) as stitched:
         measure = finite_losses(stitched.loss, task.sizes)
         first = record.value("start", lambda: measure(counts, 1.0))
@@ -182,7 +181,7 @@ def finite_losses(measure: Measure, sizes: list[BlockSize]) -> Measure:
 
 
 def replacement_losses(
-    grids: Grids, counts: Counts, loss: float, measure: Measure, record: "LossFile", track: Track
+    grids: Grids, counts: Counts, loss: float, measure: Measure, record: LossFile, track: Track
 ) -> Table:
     """What every level does to the loss where it replaces the current one: measured loss minus the current, in nats.
 
@@ -198,9 +197,7 @@ def replacement_losses(
     return table
 
 
-def best_combination(
-    space: Space, best: Best, losses: Table, measure: Measure, record: "LossFile"
-) -> tuple[Best, float]:
+def best_combination(space: Space, best: Best, losses: Table, measure: Measure, record: LossFile) -> tuple[Best, float]:
     """The plan of least predicted loss, or a more cautious one, if measuring it shows a gain; and its measured loss.
 
     Losses of single replacements add up only for small changes. So where the knapsack over all levels is worse than
@@ -231,7 +228,7 @@ def near_levels(losses: Table, counts: Counts, reach: int | None) -> Table:
 
 
 def _evolve(
-    space: Space, best: Best, measure: Measure, settings: tuple[SearchSettings, int], record: "LossFile", track: Track
+    space: Space, best: Best, measure: Measure, settings: tuple[SearchSettings, int], record: LossFile, track: Track
 ) -> Best:
     """The best plan after all generations; those that `record` has are not run again."""
     (search, seed), done = settings, record.generations
@@ -243,56 +240,3 @@ def _evolve(
         best = result
     assert total_price(space.prices, best.counts) <= space.budget * (1 + 1e-9)
     return best
-
-
-class LossFile:
-    """Losses that were measured in a round, kept in a file so that an interrupted search measures none twice.
-
-    Args:
-        identity: plain data that decides them.
-    Raises:
-        UserError: the file cannot be read, or holds losses of another identity.
-    """
-
-    def __init__(self, path: Path, identity: dict):
-        self._path, self._identity = path, json.loads(json.dumps(identity))
-        self._losses: dict[str, float] = {}
-        self.generations: list[dict] = []
-        if path.exists():
-            check_losses(path, self._identity)
-            content = _read_losses(path)
-            self._losses, self.generations = dict(content["losses"]), list(content["generations"])
-
-    def value(self, name: str, measure: Callable[[], float]) -> float:
-        """The loss of that name, measured now if it was not."""
-        if name not in self._losses:
-            self._losses[name] = measure()
-            self._write()
-        return self._losses[name]
-
-    def add_generation(self, result: dict) -> None:
-        """Keep the best plan after a generation, and its loss."""
-        self.generations.append(result)
-        self._write()
-
-    def _write(self) -> None:
-        content = {"identity": self._identity, "losses": self._losses, "generations": self.generations}
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(self._path, json.dumps(content).encode())
-
-
-def check_losses(path: Path, identity: dict) -> None:
-    """Raise UserError unless a file of losses has all of `identity`, naming the first key that differs."""
-    before = _read_losses(path)["identity"]
-    if keys := sorted(key for key, value in json.loads(json.dumps(identity)).items() if before.get(key) != value):
-        raise UserError(
-            f"the losses in '{path}' were measured with another {keys[0]}: delete the file, or give another directory"
-        )
-
-
-def _read_losses(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return {name: kind(content[name]) for name, kind in CONTENT.items()}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read ({first_line(error)}): delete it to search anew") from error

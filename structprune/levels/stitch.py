@@ -22,19 +22,33 @@ from structprune.models.placement import compute_device
 from structprune.statistics.hidden import empty_on_host
 from structprune.statistics.scan import Limits
 from structprune.structured.allocate import Counts
+from structprune.workers import ALONE, Workers
 
 KINDS = 3  # tensors of the logits' size that a divergence needs at once
 
 
 @dataclass(frozen=True, eq=False)
 class ReferenceWindows:
-    """Noisy windows, and the dense model's predictions at their masked positions."""
+    """Noisy windows, and the dense model's predictions at their masked positions.
+
+    Of several processes each has every so-many-th window, so that each has its part of the first ones too.
+    """
 
     input_ids: torch.Tensor  # (N, T) int64
     noisy_ids: torch.Tensor  # (N, S, T) int64
     mask_probability: torch.Tensor  # (N, S) fp32
     reference: ReferencePredictions
     limits: Limits
+    workers: Workers = ALONE
+
+    def first_rows(self, share: float) -> tuple[int, int]:
+        """How many of this process's noisy copies are in a share of all, the first ones; and of how many in all."""
+        own, copies = self.noisy_ids.shape[:2]
+        total = sum(self.workers.gather(own * copies))
+        rows = max(1, round(share * total))
+        whole, rest = divmod(rows, copies)  # windows, and copies of the next one
+        mine = len(range(self.workers.rank, whole, self.workers.count)) * copies
+        return mine + (rest if self.workers.mine(whole) else 0), rows
 
 
 class StitchedModel:
@@ -114,7 +128,7 @@ class StitchedModel:
     @torch.inference_mode()
     def _measure(self, place: int, share: float) -> float:
         """The divergence with the weights that the model has now, from kept states `place` on."""
-        rows = max(1, round(share * len(self._noisy)))
+        rows, of_all = self._windows.first_rows(share)
         total, device = 0.0, compute_device(self._model)
         for start in range(0, rows, self._batch):
             part = slice(start, min(start + self._batch, rows))
@@ -126,7 +140,7 @@ class StitchedModel:
                 first = self._firsts[start]
                 theirs = self._windows.reference.at(slice(first + piece.start, first + piece.stop), device)
                 total += float((kl_divergence(theirs, logits) * weights[piece]).double().sum())
-        return total / (rows * self._noisy.shape[1])
+        return sum(self._windows.workers.gather(total)) / (of_all * self._noisy.shape[1])
 
 
 def consumer_biases(adapter: Adapter) -> dict[UnitKey, torch.Tensor]:

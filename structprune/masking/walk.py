@@ -16,6 +16,7 @@ from structprune.statistics.activations import add_gram, mirror, relative_weight
 from structprune.statistics.hidden import HiddenStates
 from structprune.statistics.inputs import STREAM, InputNorms, Inputs, block_inputs, block_output
 from structprune.statistics.scan import Limits
+from structprune.workers import ALONE, Workers
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,11 @@ class Walk:
         dense: of the dense model, whose blocks must not change until `advance` has passed them.
         adapter: of the model that is masked, block by block.
         limits: sequences per forward pass (`batch`), and memory for hidden states.
+        workers: whose rows are summed; the plan has this process's.
     """
 
-    def __init__(self, dense: Adapter, adapter: Adapter, plan: WalkPlan, limits: Limits):
-        self._original, self._adapter, self._plan = dense, adapter, plan
+    def __init__(self, dense: Adapter, adapter: Adapter, plan: WalkPlan, limits: Limits, workers: Workers = ALONE):
+        self._original, self._adapter, self._plan, self._workers = dense, adapter, plan, workers
         self._batch = batch = limits.sequences(1, plan.ids.shape[1])
         scored = [plan.score] if plan.score is not None else []
         self._edges = sorted({edge for use in scored + plan.purposes for edge in (use.rows.start, use.rows.stop)})
@@ -116,7 +118,10 @@ class Walk:
                 else:
                     size = x.shape[-1]
                     add_gram(grams.setdefault(name, torch.zeros(size, size, device=device)), x, omega)
-        return norms.norms if norms else {name: mirror(gram) for name, gram in grams.items()}
+        if norms:
+            return norms.norms(self._workers)
+        self._workers.add_up(*grams.values())
+        return {name: mirror(gram) for name, gram in grams.items()}
 
     @torch.inference_mode()
     def products(self, index: int, name: str) -> tuple[InputProducts, InputProducts]:
@@ -138,7 +143,7 @@ class Walk:
                 pruned = block.read(name, x, prefix.rotary)  # (b, T, C)
                 source = self._dense.step(dense, name, rows) if self._dense and plan.target_dense else None  # (b, T, C)
                 sums.add(pruned, source, omega)
-            products.append(sums.finish())
+            products.append(sums.finish(self._workers))
         fit, check = products
         return fit, check
 

@@ -2,15 +2,17 @@
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from structprune.errors import Interrupted
 from structprune.files import full_disk_errors
 from structprune.models.tensor_files import write_tensors
+from structprune.workers import ALONE, Workers
 
 NOTES = "notes"
 
@@ -31,22 +33,27 @@ class Entry:
 class Journal:
     """Parts in a directory, or nowhere.
 
+    Of several processes the first one reads and writes, so that all of them see the same parts: each asks for the same
+    ones in the same order.
+
     Attributes:
         directory: made with the first part; None: nothing is kept.
-        watch: called after every part, and between the steps of others; what it raises ends the run.
+        watch: called after every part; what it raises ends the run. Of a single process also between other steps.
     """
 
     directory: Path | None = None
     watch: Callable[[], None] = field(default=unwatched, compare=False)
+    workers: Workers = ALONE
 
     def within(self, *names: str) -> "Journal":
         """The journal of a stage, in a directory of its own."""
-        return self if self.directory is None else Journal(self.directory.joinpath(*names), self.watch)
+        return self if self.directory is None else replace(self, directory=self.directory.joinpath(*names))
 
     def has(self, name: str) -> bool:
         """Whether a part was kept whole; its tensors are not read."""
-        if self.directory is None:
-            return False
+        return self.directory is not None and self.workers.from_first(lambda: self._has(name))
+
+    def _has(self, name: str) -> bool:
         try:
             with safe_open(self._path(name), framework="pt") as file:  # which refuses a file that ends too early
                 return NOTES in file.metadata()
@@ -55,8 +62,9 @@ class Journal:
 
     def read(self, name: str) -> Entry | None:
         """A part; None where it was not finished, or its file is damaged."""
-        if self.directory is None:
-            return None
+        return None if self.directory is None else self.workers.from_first(lambda: self._read(name))
+
+    def _read(self, name: str) -> Entry | None:
         try:
             with safe_open(self._path(name), framework="pt") as file:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
@@ -71,15 +79,30 @@ class Journal:
             UserError: its file cannot be written.
         """
         if self.directory is not None:
-            with full_disk_errors(self.directory):
-                self.directory.mkdir(parents=True, exist_ok=True)
-                write_tensors(self._path(name), dict(tensors or {}), {NOTES: json.dumps(notes)})
-        self.watch()
+            self.workers.first(lambda: self._write(name, dict(tensors or {}), notes))
+        self._watch_all()
+
+    def _write(self, name: str, tensors: dict[str, torch.Tensor], notes: Any) -> None:
+        assert self.directory is not None
+        with full_disk_errors(self.directory):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            write_tensors(self._path(name), tensors, {NOTES: json.dumps(notes)})
+
+    def _watch_all(self) -> None:
+        """`watch` in every process; where it ends one, it ends all, at the same part."""
+        reason = None
+        try:
+            self.watch()
+        except Interrupted as error:
+            reason = error
+        reasons = [each for each in self.workers.gather(reason) if each is not None]
+        if reasons:
+            raise reason or reasons[0]
 
     def mark(self, stage: str, name: str, notes: Any) -> None:
         """Keep a part of a stage that is no step of the run: what its end comes to is not watched."""
         if self.directory is not None:
-            Journal(self.directory / stage).keep(name, notes=notes)
+            Journal(self.directory / stage, workers=self.workers).keep(name, notes=notes)
 
     def _path(self, name: str) -> Path:
         assert self.directory is not None

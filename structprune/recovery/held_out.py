@@ -11,12 +11,12 @@ import torch
 
 from structprune.calibration.noise import stratified_noise
 from structprune.evaluation.fidelity import Fidelity, ReferencePredictions, masked_kl, reference_predictions
-from structprune.evaluation.workers import Workers
 from structprune.models.encode import Batches
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.placement import compute_device
 from structprune.recovery.sharded import whole_weights
 from structprune.recovery.text import RecoveryText
+from structprune.workers import Workers
 
 HELD_OUT_SEED = 4000  # plus the run's: noise that training does not draw
 GROUP = 8  # windows that one process measures at a time, at most

@@ -13,6 +13,7 @@ from structprune.models.transfer import send
 from structprune.statistics.gradients import gradient_norms
 from structprune.statistics.rows import Rows
 from structprune.statistics.scan import Scan
+from structprune.workers import ALONE, Workers
 
 Importance = dict[UnitKey | None, torch.Tensor]
 """Importance (R, T) fp32 with mean 1 over the positions that it tells apart; by consumer, or under None for all."""
@@ -29,15 +30,16 @@ def importance(scan: Scan, rows: Rows, weighting: Weighting) -> Importance:
         return {}
     shifted, p = scan.adapter.model.shifted, scan.calibration.mask_probability
     if weighting == "certainty":
-        return {None: at_predictions(certainties(scan, rows), rows.masked, shifted)}
+        return {None: at_predictions(certainties(scan, rows), rows.masked, shifted, scan.workers)}
     assert p is not None, "a loss needs mask probabilities"
     if weighting == "noise":
-        return {None: at_predictions(noise_importance(p.flatten(), rows.masked), rows.masked, shifted)}
+        values = noise_importance(p.flatten(), rows.masked)  # (R, T)
+        return {None: at_predictions(values, rows.masked, shifted, scan.workers)}
     consumers = {
         (block.index, kind): block[CONSUMER[kind]] for block in scan.adapter.blocks for kind in block.kinds
     }  # fmt: skip
     norms = gradient_norms(scan, rows, list(consumers.values()))  # (R, T) each
-    return {key: norm / norm.mean().clamp(min=torch.finfo(norm.dtype).tiny) for key, norm in zip(consumers, norms)}
+    return {key: norm / mean_over_all(norm, scan.workers) for key, norm in zip(consumers, norms)}
 
 
 def noise_importance(p: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
@@ -68,7 +70,16 @@ def certainties(scan: Scan, rows: Rows) -> torch.Tensor:
     return values
 
 
-def at_predictions(values: torch.Tensor, masked: torch.Tensor, shifted: bool) -> torch.Tensor:
+def mean_over_all(own: torch.Tensor, workers: Workers) -> torch.Tensor:
+    """The mean of the values (n,) or (R, T) of all processes, () at least the smallest normal number; NaN of none."""
+    if not workers.several:
+        return own.mean().clamp(min=torch.finfo(own.dtype).tiny)
+    sums = torch.tensor([float(own.sum(dtype=torch.float64)), own.numel()], dtype=torch.float64)  # (2,)
+    workers.add_up(sums)
+    return (sums[0] / sums[1]).to(own.dtype).clamp(min=torch.finfo(own.dtype).tiny)
+
+
+def at_predictions(values: torch.Tensor, masked: torch.Tensor, shifted: bool, workers: Workers = ALONE) -> torch.Tensor:
     """Values at masked tokens, moved to the positions that predict them and scaled to a mean of 1 there; 1 elsewhere.
 
     Args:
@@ -82,7 +93,7 @@ def at_predictions(values: torch.Tensor, masked: torch.Tensor, shifted: bool) ->
         first = values[:, :1]  # (R, 1)
         values = torch.cat((values[:, 1:], torch.zeros_like(first)), dim=1)  # (R, T)
         values[:, :1] = torch.maximum(values[:, :1], first)
-    mean = values[places].mean().clamp(min=torch.finfo(values.dtype).tiny)  # (); NaN without masked tokens
+    mean = mean_over_all(values[places], workers)  # ()
     return torch.where(places, values / mean, 1.0)  # (R, T)
 
 

@@ -10,10 +10,9 @@ from dataclasses import replace
 
 import torch
 
-from structprune.refit.products import UNCHANGED, Choice, Products, output_error, output_errors
+from structprune.refit.products import NOISE, UNCHANGED, Choice, Products, output_error, output_errors
 
 SAMPLE = 32  # rows on which the damping is chosen
-NOISE = 1e-7  # smaller gains are below the accuracy of fp32 sums, relative to the power of the output
 STEPS = 200  # most steps of conjugate gradients; the result is always nearer to the minimum than the start
 TOLERANCE = 1e-3  # of every row's residual, relative to its start
 EVERY = 5  # steps between checks of the residuals, each a device sync

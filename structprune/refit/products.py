@@ -9,8 +9,10 @@ from torch import nn
 from structprune.errors import UserError
 from structprune.statistics.activations import add_gram, add_products, mirror
 from structprune.statistics.overflow import place
+from structprune.workers import ALONE, Workers
 
 UNCHANGED = float("inf")  # the damping at which no weight changes
+NOISE = 1e-6  # smaller gains are below the accuracy of fp32 sums, relative to the power of the output
 
 
 Choice = tuple[torch.Tensor, float, float]  # weight, damping, held-out output error minus the unchanged weight's
@@ -108,7 +110,10 @@ class RowSums:
             output = output if omega is None else output * omega[..., None]  # (b, T, O)
             self._power[role] += output.pow(2).sum()
 
-    def finish(self) -> InputProducts:
+    def finish(self, workers: Workers = ALONE) -> InputProducts:
+        """The sums over the rows of all processes."""
+        cross = [] if self._cross is None else [self._cross]
+        workers.add_up(self._gram, *cross, *self._power.values())
         gram = mirror(self._gram)
         power = {role: float(total) for role, total in self._power.items()}
         return InputProducts(gram, gram if self._cross is None else self._cross, power)

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 
 from structprune.config import ReconstructSettings
-from structprune.refit.products import UNCHANGED, Choice, Products, output_error
+from structprune.refit.products import NOISE, UNCHANGED, Choice, Products, output_error
 
 
 def refit_weight(
@@ -50,7 +50,8 @@ def refit_bias(weight: torch.Tensor, target: torch.Tensor, gram: torch.Tensor) -
 def choose(
     settings: ReconstructSettings, weight: torch.Tensor, fit: Products, check: Products, features: int
 ) -> Choice:
-    """The candidate with the least held-out output error; plain removal is always among them."""
+    """The candidate with the least held-out output error; plain removal is always among them, and where no candidate
+    gains more than rounding would, as on a prefix that lost nothing, it stays."""
     plain = output_error(weight, check.target, check.gram)
     best = (weight, UNCHANGED, 0.0)
     if settings.mode == "bias":
@@ -65,6 +66,6 @@ def choose(
         if candidate is None:
             continue
         gain = output_error(candidate, check.target, check.gram) - plain
-        if gain < best[2]:
+        if gain < min(best[2], -NOISE * check.power):
             best = (candidate, damping, gain)
     return best

@@ -29,7 +29,7 @@ class Walk:
 
     def __init__(self, scan: Scan, settings: ReconstructSettings):
         self.settings, self._limits, self._track = settings, scan.limits, scan.track
-        self.dense = scan.adapter
+        self.dense, self.workers = scan.adapter, scan.workers
         with torch.no_grad():
             self.rows = WeightedRows(scan, settings)
             self._batch, limits = scan.sequences(), scan.limits
@@ -37,8 +37,8 @@ class Walk:
 
     @property
     def fit_tokens(self) -> int:
-        """Tokens that weights are fitted on; the others are held out."""
-        return self.rows.fitted * self.rows.ids.shape[1]
+        """Tokens that weights are fitted on, of all processes; the others are held out."""
+        return sum(self.workers.gather(self.rows.fitted)) * self.rows.ids.shape[1]
 
     @property
     def holds_targets(self) -> bool:
@@ -94,6 +94,7 @@ class Walk:
                 add_products(sums[fitted][1], dense, pruned, weight)
                 if not fitted:
                     power += (dense.float() * weight[..., None]).pow(2).sum()
+        self.workers.add_up(*sums[True], *sums[False], power)
         (fit, cross), (check, check_cross) = sums[True], sums[False]
         return Products(mirror(fit), cross, math.nan), Products(mirror(check), check_cross, float(power))
 
@@ -142,7 +143,7 @@ class Place:
                 dense = self.dense.read(name, targets.states(part))  # (b, T, C)
                 weight = self.walk.rows.weight(part, predicting, device, self.key)  # (b, T)
                 sums[fitted].add(pruned, dense, weight)
-        return sums[True].finish(), sums[False].finish()
+        return sums[True].finish(self.walk.workers), sums[False].finish(self.walk.workers)
 
     def products(self) -> tuple[Products, Products]:
         """Of the consumer: over the fit rows (weighted by ω²) and over the held-out masked tokens, fp32.
@@ -174,6 +175,7 @@ class Place:
                 add_products(sums[fitted][1], target, right, weight)
                 if not fitted:
                     sums[fitted][2] += (target.float() * weight[..., None]).pow(2).sum()
+        walk.workers.add_up(*sums[True], *sums[False])
         fit, check = (
             Products(mirror(gram) if len(gram) == gram.shape[1] else gram, target, float(power))
             for gram, target, power in (sums[True], sums[False])

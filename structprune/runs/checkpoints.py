@@ -1,8 +1,11 @@
 """From a checkpoint directory or Hub id to an output directory: `structprune prune`, without a console."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+
+import torch
 
 from structprune.bench.work_size import mask_weight_bytes, refit_bytes
 from structprune.calibration.build import check_length, check_source
@@ -12,12 +15,12 @@ from structprune.config import Config
 from structprune.errors import UserError
 from structprune.masking.request import MaskRequest
 from structprune.models.adapter import Adapter
-from structprune.models.loading import load_model, source_of
+from structprune.models.loading import load_config, load_model, source_of
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.progress import Track, untracked
 from structprune.runs.depth import check_levels_use
 from structprune.runs.ghost import Ghost, read_ghost
-from structprune.runs.mask import Masked, mask
+from structprune.runs.mask import Masked, MaskRun
 from structprune.runs.pruned import Pruned
 from structprune.runs.pruner import Pruner
 from structprune.runs.resolve import at_ratio, block_weights, check_given_plan, resolve_masking, resolve_structured
@@ -37,6 +40,7 @@ from structprune.runs.work import (
 )
 from structprune.structured.plan import Plan
 from structprune.structured.request import StructuredRequest
+from structprune.workers import Workers
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,8 @@ def prune_checkpoint(
         out: directory to write; it appears complete or not at all.
         plan: apply this one instead of scoring.
         overwrite: replace an earlier output.
-        work: keep finished parts and levels, and go on from those of a run that was killed.
+        work: keep finished parts and levels, and go on from those of a run that was killed; and the processes that
+            share the run, of which the first one writes.
     Raises:
         UserError: anything the user can mend; or `out` was taken during the run, which is kept beside it then.
     """
@@ -74,16 +79,28 @@ def prune_checkpoint(
     if plan is None:
         [written] = prune_at_ratios(source, {None: out}, config, overwrite, track, work=work)
         return written
-    request = checked_prune(source, {None: out}, config, overwrite, plan=plan, work=work)
+    request = _together(
+        work.workers, partial(checked_prune, source, {None: out}, config, overwrite, plan=plan, work=work)
+    )
     assert isinstance(request, StructuredRequest)
     with _journal(source, request, work) as journal:
-        model, source_bytes = _load(source, request)
-        check_space(out, source_bytes)  # again: a download may have filled the disk
-        pruner = Pruner(model, request, track=track)
+        model, source_bytes = _load(source, request, work.workers)
+        work.workers.first(lambda: check_space(out, source_bytes))  # again: a download may have filled the disk
+        pruner = Pruner(model, request, track=track, workers=work.workers)
         pruner.keep_in(journal)
         pruned = pruner.prune(plan=plan)
-        save_finished(pruned.save, out, overwrite)
+        work.workers.first(lambda: save_finished(pruned.save, out, overwrite))
     return Written(pruned, out, source_bytes)
+
+
+def _together(
+    workers: Workers, check: Callable[[], StructuredRequest | MaskRequest]
+) -> StructuredRequest | MaskRequest:
+    """A checked run in every process, each on an accelerator of its own where none is named."""
+    request = workers.in_turn(check)
+    if workers.device is None or request.config.model.device is not None:
+        return request
+    return replace(request, resources=replace(request.resources, device=torch.device(workers.device)))
 
 
 def _journal(source: str, request: StructuredRequest | MaskRequest, work: Work):
@@ -111,24 +128,28 @@ def prune_at_ratios(
     """
     outputs = dict(sorted(outputs.items(), key=lambda each: each[0] or 0))
     several = len(outputs) > 1
-    left = {ratio: out for ratio, out in outputs.items() if not (several and is_written(work, ratio, out, config))}
-    if not left and work.directory is not None:  # a kill came between the last output and the end
-        clear(work.directory)
+    workers = work.workers
+    written = workers.from_first(
+        lambda: [ratio for ratio, out in outputs.items() if several and is_written(work, ratio, out, config)]
+    )
+    left = {ratio: out for ratio, out in outputs.items() if ratio not in written}
+    if not left and (directory := work.directory) is not None:  # a kill came between the last output and the end
+        workers.first(lambda: clear(directory))
         return
-    request = checked_prune(source, left, config, overwrite, work=work)
+    request = _together(workers, partial(checked_prune, source, left, config, overwrite, work=work))
     assert isinstance(request, StructuredRequest)
     with _journal(source, request, work) as journal:
-        model, source_bytes = _load(source, request)
-        for out in left.values():
-            check_space(out, len(left) * source_bytes)  # again: a download may have filled the disk
-        pruner = Pruner(model, request, track=track, levels=work.levels)
+        model, source_bytes = _load(source, request, workers)
+        for out in left.values():  # again: a download may have filled the disk
+            workers.first(partial(check_space, out, len(left) * source_bytes))
+        pruner = Pruner(model, request, track=track, levels=work.levels, workers=workers)
         pruner.keep_in(journal)
         places = iter(left.items())
-        for pruned in pruner.prune_each(list(outputs), written=[ratio for ratio in outputs if ratio not in left]):
+        for pruned in pruner.prune_each(list(outputs), written=written):
             ratio, out = next(places)
-            save_finished(pruned.save, out, overwrite)
+            workers.first(partial(save_finished, pruned.save, out, overwrite))
             if several:
-                journal.mark(WRITTEN, output_part(ratio, config), output_notes(out))
+                journal.mark(WRITTEN, output_part(ratio, config), workers.from_first(partial(output_notes, out)))
             yield Written(pruned, out, source_bytes)
             del pruned  # two pruned models at once would be the peak of memory
 
@@ -220,13 +241,16 @@ def mask_checkpoint(
     Raises:
         UserError: anything the user can mend, before weights are read where it can be known then.
     """
-    request = checked_prune(source, {None: out}, config, overwrite, work=work)
+    request = _together(work.workers, partial(checked_prune, source, {None: out}, config, overwrite, work=work))
     assert isinstance(request, MaskRequest)
     with _journal(source, request, work) as journal:
-        model, source_bytes = _load(source, request)
-        check_space(out, source_bytes + sum(block_weights(Adapter(model))) // 8)
-        masked = mask(model, request, track=track, in_place=True, journal=journal)
-        save_finished(masked.save, out, overwrite)
+        model, source_bytes = _load(source, request, work.workers)
+        mask_bytes = sum(block_weights(Adapter(model))) // 8
+        work.workers.first(lambda: check_space(out, source_bytes + mask_bytes))
+        run = MaskRun(model, request, None, track, work.workers)
+        run.keep_in(journal)
+        masked = run.run(in_place=True)
+        work.workers.first(lambda: save_finished(masked.save, out, overwrite))
     return Written(masked, out, source_bytes)
 
 
@@ -246,13 +270,15 @@ def _check_text(config: Config, ghost: Ghost) -> None:
         check_calibration(saved, config)
 
 
-def _load(source: str, request: StructuredRequest | MaskRequest) -> tuple[DiffusionLM, int]:
+def _load(source: str, request: StructuredRequest | MaskRequest, workers: Workers) -> tuple[DiffusionLM, int]:
     """The model where the request says, and the bytes of its weights in their stored dtype.
 
-    Masks and official exports also carry the checkpoint's own code over, which is not executed.
+    The first process downloads what is not here. Masks and official exports also carry the checkpoint's own code over,
+    which is not executed.
     """
     resources, settings = request.resources, request.config.model
     dtype = "auto" if resources.offload and resources.dtype is None else resources.dtype
     carries_code = isinstance(request, MaskRequest) or request.config.export.compat == "official"
+    workers.first(lambda: load_config(source, settings.mask_id, True, settings.allow_pickle, carries_code))
     model = load_model(source, dtype, resources.home, settings.mask_id, settings.allow_pickle, carries_code)
     return model, model.num_parameters() * source_of(model).dtype.itemsize

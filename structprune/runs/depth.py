@@ -80,6 +80,7 @@ def _divergence(model: DiffusionLM, windows: ReferenceWindows) -> float:
     noisy, p = windows.noisy_ids, windows.mask_probability  # (N, S, T), (N, S)
     batch = windows.limits.sequences(noisy.shape[1], noisy.shape[2])
     value = process_divergence(masked_kl(model, windows.input_ids, noisy, windows.reference, batch), p, noisy.shape[2])
+    value = windows.workers.mean(value, len(noisy))
     return math.inf if math.isnan(value) else value
 
 

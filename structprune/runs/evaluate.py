@@ -17,7 +17,6 @@ from structprune.evaluation.results import json_text, plain_os_errors, setting_d
 from structprune.evaluation.settings import EvaluationConfig
 from structprune.evaluation.summary import summarise
 from structprune.evaluation.units import GenerationUnit, Unit
-from structprune.evaluation.workers import Workers
 from structprune.files import write_whole
 from structprune.models.checkpoint_files import locate
 from structprune.models.encode import Batches
@@ -27,6 +26,7 @@ from structprune.models.placement import compute_device, give_back_memory, pick_
 from structprune.progress import Track, untracked
 from structprune.runs.evaluation_request import Subject, prepare, uses_lm_eval
 from structprune.runs.fidelity import bound, comparable, reference_content
+from structprune.workers import Workers
 
 
 @dataclass(frozen=True)

@@ -225,7 +225,7 @@ class ScheduleRun:
         waves = [[ratio] for ratio in self._pending] if self._schedule.gradual else [self._pending]
         for wave in waves:
             requests = {ratio: self._request(ratio) for ratio in wave}
-            workers.first(partial(self._prune, wave))
+            self._prune(wave)
             give_back_memory()
             for ratio in wave:
                 self._train(ratio, requests[ratio])
@@ -237,24 +237,30 @@ class ScheduleRun:
 
     def _prune(self, ratios: Sequence[float | None]) -> None:
         """Prune, from one checkpoint, what an earlier run has not left pruned."""
-        schedule, identities = self._schedule, {ratio: self._identity(ratio) for ratio in ratios}
-        for ratio in ratios:
-            check_pruned(self._outputs[ratio], identities[ratio], self._overwrite)
-        missing = [ratio for ratio in ratios if self._overwrite or not is_pruned(self._outputs[ratio])]
-        if missing and schedule.config.search.enabled:
-            missing = list(ratios)  # which share the first levels
-        made = [folder for ratio in missing for folder in open_pruned(self._outputs[ratio], identities[ratio])]
+        workers = self._session.workers
+        missing, made = workers.from_first(lambda: self._opened(ratios))
         try:
             places = {self._origin(ratio)[1]: pruned_model(self._outputs[ratio]) for ratio in missing}
             if missing:
                 self._prune_to(self._origin(missing[0])[0], places, self._work(ratios))
             if ratios:
-                clear(work_beside(self._outputs[ratios[0]]))
+                workers.first(lambda: clear(work_beside(self._outputs[ratios[0]])))
         finally:
-            for ratio in missing:
+            for ratio in missing if workers.main else ():
                 if not is_pruned(self._outputs[ratio]):
                     close_pruned(self._outputs[ratio])
-            remove_folders(made)  # as far as they are empty
+            if workers.main:
+                remove_folders(made)  # as far as they are empty
+
+    def _opened(self, ratios: Sequence[float | None]) -> tuple[list[float | None], list[Path]]:
+        """The ratios that are not pruned yet, and the folders that were made for them."""
+        identities = {ratio: self._identity(ratio) for ratio in ratios}
+        for ratio in ratios:
+            check_pruned(self._outputs[ratio], identities[ratio], self._overwrite)
+        missing = [ratio for ratio in ratios if self._overwrite or not is_pruned(self._outputs[ratio])]
+        if missing and self._schedule.config.search.enabled:
+            missing = list(ratios)  # which share the first levels
+        return missing, [folder for each in missing for folder in open_pruned(self._outputs[each], identities[each])]
 
     def _prune_to(self, source: str, places: dict[float | None, Path], work: Work) -> None:
         """Prune or mask a checkpoint, and save."""
@@ -273,7 +279,8 @@ class ScheduleRun:
         """Where the parts of a pruning lie until it is done: beside the first of its outputs."""
         out = self._outputs[ratios[0]]
         resume: Resume = "never" if self._overwrite else "auto"
-        return Work(work_beside(out), self._schedule.levels, resume, restart="--overwrite")
+        place, workers = work_beside(out), self._session.workers
+        return Work(place, self._schedule.levels, resume, restart="--overwrite", workers=workers)
 
     def _train(self, ratio: float | None, request: str) -> None:
         """Train a pruned model back, write it, and remove what it was made of."""

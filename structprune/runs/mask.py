@@ -29,7 +29,9 @@ from structprune.runs.run import Run
 from structprune.runs.stages import digest
 from structprune.statistics.inputs import InputKey
 from structprune.statistics.norms import one_shot_norms
+from structprune.statistics.rows import MASS, observe_own, whole_mass
 from structprune.statistics.sink_log import SinkLog
+from structprune.workers import ALONE, Workers
 
 OUTLIER_ARM = "masked"  # read by `owl` where the score reads no activations
 
@@ -90,8 +92,15 @@ def mask(
 class MaskRun(Run):
     """One run for masks; `run` does it. Arguments as `mask`, with the request resolved."""
 
-    def __init__(self, model: DiffusionLM, request: MaskRequest, calibration: Calibration | None, track: Track):
-        super().__init__(model, request, calibration, track)
+    def __init__(
+        self,
+        model: DiffusionLM,
+        request: MaskRequest,
+        calibration: Calibration | None,
+        track: Track,
+        workers: Workers = ALONE,
+    ):
+        super().__init__(model, request, calibration, track, workers)
         self.request, self.log = request, SinkLog()
         self._norms: dict[InputKey, torch.Tensor] = {}
 
@@ -164,17 +173,15 @@ class MaskRun(Run):
     def _dense_norms(self) -> dict[InputKey, torch.Tensor]:
         """Norms of the dense model's inputs (C,), or the journal's; the mass they were weighted by is observed."""
         if kept := self.part.read("norms"):
-            for name in kept.notes["mass"]:
-                self.log.observe(kept.tensors[name])
+            observe_own(self.fit_scan(self.log), kept.tensors.get(MASS))
             return {(int(index), name): kept.tensors[f"{index} {name}"] for index, name in kept.notes["norms"]}
         settings, log = self.request.settings, SinkLog()
         scan, arm = self.fit_scan(log), self.request.arm or OUTLIER_ARM
         norms = one_shot_norms(scan, arm, settings.norms == "summed", settings.relative)
-        masses = {f"mass {number}": mass for number, mass in enumerate(log.parts)}
+        mass = whole_mass(log.parts, self.workers)
         tensors = {f"{index} {name}": norm for (index, name), norm in norms.items()}
-        self.part.keep("norms", tensors | masses, {"norms": list(norms), "mass": list(masses)})
-        for mass in masses.values():
-            self.log.observe(mass)
+        self.part.keep("norms", tensors | mass, {"norms": list(norms)})
+        observe_own(self.fit_scan(self.log), mass.get(MASS))
         return norms
 
     @property

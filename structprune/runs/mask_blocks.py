@@ -34,7 +34,7 @@ class MaskedBlocks:
             scan = run.scan(run.log)
             plan = run.timed("sinks", lambda: plan_walk(scan, run.request))
         whole = all(run.part.has(part_name(block)) for block in adapter.blocks)
-        self._walk = Walk(run.adapter, adapter, plan, run.limits) if plan and not whole else None
+        self._walk = Walk(run.adapter, adapter, plan, run.limits, run.workers) if plan and not whole else None
 
     def mask_all(self, ratios: list[float]) -> None:
         """Mask every block at its ratio."""
@@ -87,10 +87,7 @@ class MaskedBlocks:
             bits, weight = kept.tensors[f"{role}.keep"], kept.tensors[f"{role}.weight"]  # (O, ceil(C / 8)), (O, C)
             masked[role] = (weight, unpack_bits(bits, weight.shape[1]))
             plain[role] = (kept.tensors.get(f"{role}.plain", weight), masked[role][1])
-            self.masks.packed[f"{name}.weight"], self.masks.shapes[f"{name}.weight"] = (
-                bits,
-                (len(weight), weight.shape[1]),
-            )
+            self._note(name, bits, weight)
         install(block, masked)
         if self._plain is not None:
             self._plain.put(block.index, plain)
@@ -115,8 +112,12 @@ class MaskedBlocks:
             masked = self._refit(block, name, masked, self._walk)
         install(block, masked)
         for role, (_, keep) in masked.items():
-            weight = f"{block.names[role]}.weight"
-            self.masks.packed[weight], self.masks.shapes[weight] = pack_bits(keep).cpu(), (keep.shape[0], keep.shape[1])
+            self._note(block.names[role], pack_bits(keep).cpu(), keep)
+
+    def _note(self, name: str, bits: torch.Tensor, like: torch.Tensor) -> None:
+        """Collect the mask (O, ceil(C / 8)) of a linear, whose weight or mask (O, C) has its shape."""
+        self.masks.packed[f"{name}.weight"] = bits
+        self.masks.shapes[f"{name}.weight"] = (like.shape[0], like.shape[1])
 
     def _refit(
         self, block: BlockView, name: str, masked: dict[str, MaskedWeight], walk: Walk

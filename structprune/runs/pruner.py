@@ -40,6 +40,7 @@ from structprune.structured.plan import Plan, identity_plan, make_plan
 from structprune.structured.ranking import Paths, rank_units
 from structprune.structured.request import StructuredRequest
 from structprune.structured.surgery import apply_plan
+from structprune.workers import ALONE, Workers
 
 
 class Pruner(Run):
@@ -50,6 +51,7 @@ class Pruner(Run):
         calibration: default what `config` describes.
         track: wraps long iterations, `track(items, title)`.
         levels: directory for the levels of a search, which stay there; None: a temporary one.
+        workers: the processes that share the windows, with the same arguments each.
     Raises:
         UserError: a request that cannot be met, before any forward pass.
     """
@@ -61,11 +63,12 @@ class Pruner(Run):
         calibration: Calibration | None = None,
         track: Track = untracked,
         levels: Path | None = None,
+        workers: Workers = ALONE,
     ):
         if not isinstance(config, StructuredRequest):
             config = resolve_structured(config or Config(), model)
         self.request = config
-        super().__init__(model, self.request, calibration, track)
+        super().__init__(model, self.request, calibration, track, workers)
         self._levels = levels
         if levels is not None:
             check_levels_use(self.request.config, levels)
@@ -111,7 +114,7 @@ class Pruner(Run):
             # one that cannot hold its dense targets takes memory and saves nothing
             self._refits = {count: refit for count, refit in self._refits.items() if refit.holds_targets}
             log = SinkLog()
-            scan = replace(self.scan(log), calibration=calibration)
+            scan = replace(self.scan(log), calibration=calibration.share(self.workers))
             with self.streamed(self.model):
                 refit = self.timed("refit", lambda: Reconstructor(scan, self.request.reconstruct))
             self._refits[calibration.windows] = refit
@@ -120,12 +123,10 @@ class Pruner(Run):
         return self._refits[calibration.windows]
 
     def plan(self, ratio: float | None = None) -> tuple[Plan, dict]:
-        """Score the units (once) and choose which go at `ratio` (default: the configuration's), before any search.
+        """The plan at `ratio` (default: the configuration's), before any search, and how it was chosen, as plain data.
 
-        With search.budget = latency, times are measured first, and decide the ratio.
+        Units are scored once. With search.budget = latency, times are measured first, and decide the ratio.
 
-        Returns:
-            The plan, and how it was chosen as plain data.
         Raises:
             UserError: a ratio or export class that cannot be met.
         """
@@ -140,7 +141,7 @@ class Pruner(Run):
         if self._latency is None:
             levels = self._levels or levels_part(self.journal, self.request, [ratio])
             work = partial(latency_target, self.model, request, self.calibration.length, levels, self.track)
-            self._latency = self.timed("latency", work)
+            self._latency = self.timed("latency", lambda: self.workers.from_first(work))
         return choose_for_latency(self._latency, request, self._ranked(request), self._choose)
 
     def _choose(self, request: StructuredRequest) -> Choice:
@@ -177,15 +178,14 @@ class Pruner(Run):
         return SearchContext(
             self.model, request, self.calibration, self._reconstructor(self.calibration),
             lambda: self._cut(identity_plan(self.adapter)), self._ranked(request), self.streamed, self.track,
-            self.timed, self._latency,
+            self.timed, self._latency, self.workers,
         )  # fmt: skip
 
     def prune(self, ratio: float | None = None, plan: Plan | None = None) -> Pruned:
         """Plan, cut, refit, and check against plain removal on the held-out windows.
 
         Args:
-            ratio: default the configuration's; not beside a plan or a latency.
-            plan: apply this one instead of scoring.
+            ratio: default the configuration's; not beside a plan or a latency. plan: apply this one, without scores.
         Raises:
             UserError: a ratio or export class that cannot be met, or a plan that does not fit the model.
         """
@@ -215,7 +215,7 @@ class Pruner(Run):
         start, self.seconds = time.perf_counter(), {}
         planned = sorted(map(self._planned, ratios), key=lambda each: each[0].settings.ratio)
         plans = [self._checked(self._plan_of(request, choice.counts)) for request, choice in planned]
-        with levels_directory(self._levels or levels_part(self.journal, self.request, ratios)) as levels:
+        with levels_directory(self._levels or levels_part(self.journal, self.request, ratios), self.workers) as levels:
             shared = (levels, [choice.counts for request, choice in planned if request.settings.ratio > 0])
             for (request, choice), plan in zip(planned, plans):
                 if request.settings.ratio in written:
@@ -239,7 +239,8 @@ class Pruner(Run):
         latency = None
         if choice is not None and (target := self._latency) is not None:
             place = (self.model, result.model, choice.counts)
-            latency = self.timed("latency", lambda: latency_report(target, *place)) | {"ratio": request.settings.ratio}
+            work = partial(latency_report, target, *place)
+            latency = self.timed("latency", lambda: self.workers.from_first(work)) | {"ratio": request.settings.ratio}
             request = self.request  # whose configuration can be given again
         self.seconds["total"] = time.perf_counter() - start
         notes = {"choice": choice and choice.plain(request.sizes), "search": search, "sinks": self._sinks.report}
@@ -291,10 +292,9 @@ class Pruner(Run):
         plain = self.kept_nelbo(f"plain-{name}", lambda: self._cut(plan))
         small, fits = self._refit(plan)
         refitted = self.kept_nelbo(f"refitted-{name}", lambda: small) if fits else plain
-        keeps_refit = refitted.mean < plain.mean
-        if fits and not keeps_refit:
+        kept, loss = ("refit", refitted) if refitted.mean < plain.mean else ("plain removal", plain)
+        if fits and loss is plain:
             del small
             small = self._cut(plan)
-        kept, loss = ("refit", refitted) if keeps_refit else ("plain removal", plain)
         means = {"plain_removal": plain.mean, "refit": refitted.mean if fits else None}
         return Candidate(plan, small, fits, self.held_out(self._dense, loss, kept, **means))

@@ -11,6 +11,7 @@ import torch
 from structprune.calibration.batches import Calibration
 from structprune.calibration.build import CHECK_SEED, calibrate, check_length, held_out_noise
 from structprune.calibration.trajectories import check_calibration, reverse_calibration
+from structprune.config import Config
 from structprune.errors import UserError
 from structprune.evaluation.compare import paired_difference
 from structprune.evaluation.nelbo import Nelbo, masked_nelbo
@@ -24,6 +25,7 @@ from structprune.statistics.overflow import largest_weight
 from structprune.statistics.scan import Scan
 from structprune.statistics.sink_log import SinkLog
 from structprune.structured.request import StructuredRequest
+from structprune.workers import ALONE, Workers, check_shares
 
 T = TypeVar("T")
 CALIBRATION = "calibration"  # the part that knows the windows of a run
@@ -37,8 +39,9 @@ class Run:
         request: what the run does.
         calibration: the windows to read; None makes them as the request says.
         track: wraps long iterations, `track(items, title)`.
+        workers: the processes that share the windows.
     Raises:
-        UserError: a calibration that the request cannot use.
+        UserError: a calibration that the request cannot use, or fewer windows than processes.
     """
 
     def __init__(
@@ -47,8 +50,9 @@ class Run:
         request: StructuredRequest | MaskRequest,
         calibration: Calibration | None,
         track: Track,
+        workers: Workers = ALONE,
     ):
-        self.model, self.track, self.adapter = model, track, Adapter(model)
+        self.model, self.track, self.adapter, self.workers = model, track, Adapter(model), workers
         self.resources, self.limits = request.resources, request.limits
         self.sink, self.seed = request.sink, request.calibration.seed
         self.seconds: dict[str, float] = {}
@@ -61,17 +65,26 @@ class Run:
         """The calibration given, replayed, or made along the trajectory that the request names."""
         config = request.config
         if calibration is not None or request.calibration.replays:
-            calibration = calibration or calibrate(self.model, config)
+            calibration = calibration or self._read(config)
             check_calibration(calibration, config)
             check_length(self.model, config, calibration)
-            return calibration
-        calibration = calibrate(self.model, config)
+            return self._shareable(calibration)
+        calibration = self._shareable(self._read(config))
         if self.sink.trajectory == "forward":
             return calibration
         with self.streamed(self.model):
             copies = 1 if self.limits.batch is not None else calibration.levels
             batch = request.calibration.batch * copies
-            return reverse_calibration(self.model, calibration, request.calibration, batch, self.track)
+            return reverse_calibration(self.model, calibration, request.calibration, batch, self.track, self.workers)
+
+    def _read(self, config: Config) -> Calibration:
+        return self.workers.from_first(lambda: calibrate(self.model, config))
+
+    def _shareable(self, calibration: Calibration) -> Calibration:
+        """A calibration of which every process gets a window."""
+        held_out = [(calibration.held_out, "held-out windows (calibration.held_out)")] if calibration.held_out else []
+        check_shares(self.workers, [(calibration.fit.windows, "windows (calibration.windows)"), *held_out])
+        return calibration
 
     def keep_in(self, journal: Journal) -> None:
         """Keep finished parts in a journal from now on, and take those that it has.
@@ -79,7 +92,9 @@ class Run:
         Raises:
             UserError: they were made of other windows or noise, such as of a text on the Hub that has changed.
         """
-        self.journal, self.track = journal, watched(self.track, journal.watch)
+        self.journal = journal
+        if not self.workers.several:  # which would end at different steps
+            self.track = watched(self.track, journal.watch)
         if self._calibration is None:
             return
         digest, kept = self._calibration.digest, journal.read(CALIBRATION)
@@ -109,15 +124,18 @@ class Run:
 
     def scan(self, log: SinkLog) -> Scan:
         """The context of a measurement on the dense model with all windows, whose sink mass `log` keeps."""
-        return Scan(self.adapter, self.calibration, self.sink, self.limits, self.track, log.observe, self.journal)
+        own = self.calibration.share(self.workers)
+        return Scan(
+            self.adapter, own, self.sink, self.limits, self.track, log.observe, self.journal, self.workers
+        )  # fmt: skip
 
     def fit_scan(self, log: SinkLog) -> Scan:
         """As `scan`, without the held-out windows."""
-        return replace(self.scan(log), calibration=self.calibration.fit)
+        return replace(scan := self.scan(log), calibration=scan.calibration.fit)
 
     def sink_report(self, log: SinkLog, calibration: Calibration) -> dict | None:
         """What the sink policy did to a calibration's fit windows; None where no mass was measured."""
-        return log.report(calibration.fit, self.sink, self.adapter.mask_id)
+        return log.report(calibration.fit, self.sink, self.adapter.mask_id, self.workers)
 
     def timed(self, name: str, work: Callable[[], T]) -> T:
         """Do some work and add its time to phase `name`, in seconds, device included."""
@@ -135,9 +153,14 @@ class Run:
     def nelbo(self, model: DiffusionLM) -> Nelbo:
         """NELBO on the held-out windows, under noise that all models of this run share."""
         ids, noisy, p = held_out_noise(self.calibration, self.model, self.seed)
-        batch = self.limits.sequences(self.calibration.levels, self.calibration.length)
+        batch, own = (
+            self.limits.sequences(self.calibration.levels, self.calibration.length),
+            self.workers.span(len(ids)),
+        )
+        windows = (ids[own], noisy[own], p[own])  # (n, T), (n, S, T), (n, S)
         with self.streamed(model):
-            return self.timed("check", lambda: masked_nelbo(model, ids, noisy, p, batch=batch, track=self._show_check))
+            nelbo = self.timed("check", lambda: masked_nelbo(model, *windows, batch=batch, track=self._show_check))
+        return Nelbo(**{name: self.workers.rows(values) for name, values in vars(nelbo).items()})
 
     def kept_nelbo(self, name: str, make: Callable[[], DiffusionLM]) -> Nelbo:
         """`nelbo` of the model that `make` gives, which is only called where the journal has no part of this name."""

@@ -4,7 +4,7 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,8 +20,9 @@ from structprune.evaluation.fidelity import masked_kl, process_divergence, refer
 from structprune.levels.build import Recipe, build_library
 from structprune.levels.latency import LatencyTarget
 from structprune.levels.library import HEADER, Library, check_identity, plain_counts
+from structprune.levels.losses import LOSSES, check_losses
 from structprune.levels.prices import Price, fill_budget, mac_price, parameter_price
-from structprune.levels.search import LOSSES, Places, Stitch, Task, check_losses, search_rounds
+from structprune.levels.search import Places, Stitch, Task, search_rounds
 from structprune.levels.stitch import ReferenceWindows, StitchedModel, consumer_biases
 from structprune.models.adapter import Adapter
 from structprune.models.modeling_structprune import DiffusionLM
@@ -32,6 +33,7 @@ from structprune.structured.allocate import Counts
 from structprune.structured.choose import channel_multiple
 from structprune.structured.ranking import Paths
 from structprune.structured.request import StructuredRequest
+from structprune.workers import ALONE, Workers, check_shares
 
 FIRST = "first"  # the directory of the library that all ratios share
 OWN = ("ratio-", "latency-")  # how folders of one ratio, or of one target in milliseconds, begin
@@ -50,6 +52,7 @@ class SearchContext:
         paths: of the dense model; used where the score is not obs, which ranks anew on the pruned prefix.
         timed: adds what some work takes to a phase of the run; `levels` are a part of `search`.
         latency: where the budget is milliseconds.
+        workers: the processes that share the windows.
     """
 
     model: DiffusionLM
@@ -62,6 +65,7 @@ class SearchContext:
     track: Track
     timed: Callable[[str, Callable[[], None]], None]
     latency: LatencyTarget | None = None
+    workers: Workers = ALONE
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,7 @@ def search_widths(context: SearchContext, start: Counts, directory: Path, plans:
         losses["latency table"] = context.latency.table.digest()
     task = Task(
         request.config.search, sizes, multiple, price, budget, request.calibration.seed, made_from, losses,
-        tuple(plans),
+        tuple(plans), context.workers,
     )  # fmt: skip
     windows, rounds, last = reference_windows(context), [], None
     stitch, places = _stitcher(context, windows), places_of(directory, request)
@@ -136,34 +140,47 @@ def _stitcher(context: SearchContext, windows: ReferenceWindows) -> Stitch:
 
 
 def reference_windows(context: SearchContext) -> ReferenceWindows:
-    """Held-out windows under noise of their own, and the dense model's predictions there."""
-    request, model = context.request, context.model
+    """Held-out windows under noise of their own, and the dense model's predictions there; of this process.
+
+    Raises:
+        UserError: fewer windows than processes.
+    """
+    request, model, workers = context.request, context.model, context.workers
     count = request.config.search.sequences
     windows = context.calibration.check.input_ids[:count]  # (n, T)
     generator = torch.Generator().manual_seed(SEARCH_SEED + request.calibration.seed)
     samples = max(1, count // len(windows))
     noisy, p = stratified_noise(windows, model.config.mask_token_id, generator, samples, model.edges_visible)
+    check_shares(workers, [(len(windows), "windows of a search (search.sequences)")])
+    windows, noisy, p = (each[workers.rank :: workers.count] for each in (windows, noisy, p))
     batch = request.limits.sequences(samples, windows.shape[1])
     reference, _ = reference_predictions(model, windows, noisy, batch=batch)
-    return ReferenceWindows(windows, noisy, p, reference, request.limits)
+    return ReferenceWindows(windows, noisy, p, reference, request.limits, workers)
 
 
 def held_out_divergences(dense: DiffusionLM, models: Sequence[DiffusionLM], context: SearchContext) -> list[float]:
     """How far models are from the dense one on the held-out windows, in nats per token (`process_divergence`)."""
-    ids, noisy, p = held_out_noise(context.calibration, dense, context.request.calibration.seed)
+    all_windows = held_out_noise(context.calibration, dense, context.request.calibration.seed)
+    own = context.workers.span(len(all_windows[0]))
+    ids, noisy, p = (each[own] for each in all_windows)  # (n, T), (n, S, T), (n, S)
     batch = context.request.limits.sequences(noisy.shape[1], ids.shape[1])
     reference, _ = reference_predictions(dense, ids, noisy, batch=batch)
-    return [process_divergence(masked_kl(model, ids, noisy, reference, batch), p, ids.shape[1]) for model in models]
+    values = [process_divergence(masked_kl(model, ids, noisy, reference, batch), p, ids.shape[1]) for model in models]
+    return [context.workers.mean(value, len(ids)) for value in values]
 
 
 @contextmanager
-def levels_directory(directory: Path | None) -> Iterator[Path]:
-    """The directory given, or a temporary one that is removed."""
+def levels_directory(directory: Path | None, workers: Workers = ALONE) -> Iterator[Path]:
+    """The directory given, or a temporary one that is removed; the same one in all processes."""
     if directory is not None:
         yield directory
         return
-    with tempfile.TemporaryDirectory(prefix="structprune-levels-", ignore_cleanup_errors=True) as name:
-        yield Path(name)
+    with ExitStack() as stack:
+        temporary = partial(
+            tempfile.TemporaryDirectory, prefix="structprune-levels-", ignore_cleanup_errors=True
+        )  # fmt: skip
+        yield Path(workers.from_first(lambda: stack.enter_context(temporary())))
+        workers.wait()  # until none reads it
 
 
 def places_of(directory: Path, request: StructuredRequest) -> Places:

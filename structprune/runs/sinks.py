@@ -14,9 +14,9 @@ from structprune.config import ModelSettings
 from structprune.errors import UserError
 from structprune.generation.samplers import Generation, low_confidence
 from structprune.models.placement import pick_device
-from structprune.progress import Track, untracked
 from structprune.report.plots import check_matplotlib
 from structprune.report.sink_plots import draw_all
+from structprune.runs.evaluate import ALONE, Session
 from structprune.runs.ghost import read_ghost
 from structprune.sinks.causal import check_window, generation_trajectory
 from structprune.sinks.diffusion import forward_trajectory, reverse_trajectory
@@ -33,6 +33,7 @@ from structprune.sinks.subjects import (
 )
 from structprune.sinks.tokens import Vocabulary
 from structprune.sinks.trajectory import UNSEEN
+from structprune.workers import check_shares
 
 RESULT = "sinks.json"
 OUTPUT_BYTES = 20_000_000  # of figures and pictures, at most
@@ -52,7 +53,7 @@ def measure_sinks(
     out: Path,
     place: ModelSettings,
     overwrite: bool = False,
-    track: Track = untracked,
+    session: Session = ALONE,
 ) -> Sinks:
     """Measure one model, or two side by side, and write figures and pictures.
 
@@ -60,9 +61,27 @@ def measure_sinks(
         sources: checkpoint directories, Hub ids or GGUF files.
         out: output directory; it appears complete or not at all.
         place: device, dtype, and how checkpoints are read.
+        session: progress, and the processes that share the texts; the first one writes.
     Raises:
         UserError: anything the user can mend, before the long work where it can be known then.
     """
+    workers = session.workers
+    place = place.model_copy(update={"device": place.device or workers.device})
+    subjects, plans = workers.in_turn(lambda: planned(sources, run, out, place, overwrite))
+    check_shares(workers, [(len(texts), "texts (--windows)") for plan in plans for texts in plan.texts.values()])
+    runs: list[dict] = []
+    for source, subject, plan in zip(sources, subjects, plans, strict=True):
+        loaded = open_subject(source, subject, place)
+        runs += measure(loaded, plan, run, session)
+        del loaded  # before the next one is loaded
+    result = {"structprune": __version__, "settings": run.plain(), "runs": runs}
+    return Sinks(result, workers.from_first(lambda: write_sinks(result, out, overwrite)))
+
+
+def planned(
+    sources: Sequence[str], run: SinkRun, out: Path, place: ModelSettings, overwrite: bool
+) -> tuple[list[Subject], list["Plan"]]:
+    """What is measured, and what each model reads; no weights are read. Arguments and errors as `measure_sinks`."""
     check_matplotlib()
     check_sources(sources, run, out, place, overwrite)
     pick_device(place.device)  # refuses an unknown one
@@ -70,17 +89,15 @@ def measure_sinks(
     for source, subject in zip(sources, subjects, strict=True):
         if not subject.causal:
             read_ghost(source, place)  # broken weights of a second model are refused before the first is measured
-    plans = [plan_run(subject, run) for subject in subjects]
-    runs: list[dict] = []
-    for source, subject, plan in zip(sources, subjects, plans, strict=True):
-        loaded = open_subject(source, subject, place)
-        runs += measure(loaded, plan, run, track)
-        del loaded  # before the next one is loaded
-    result = {"structprune": __version__, "settings": run.plain(), "runs": runs}
+    return subjects, [plan_run(subject, run) for subject in subjects]
+
+
+def write_sinks(result: dict, out: Path, overwrite: bool) -> list[str]:
+    """Write figures and pictures, whole or not at all, and return the names of the files."""
     with output_draft(out, overwrite, marks=(RESULT,)) as draft:
         (draft / RESULT).write_text(pretty_json(result), encoding="utf-8")
-        pictures = draw_all(runs, draft)
-    return Sinks(result, [RESULT, *pictures])
+        pictures = draw_all(result["runs"], draft)
+    return [RESULT, *pictures]
 
 
 def check_sources(sources: Sequence[str], run: SinkRun, out: Path, place: ModelSettings, overwrite: bool) -> None:
@@ -118,6 +135,12 @@ class Plan:
     windows: torch.Tensor | None
     prompts: torch.Tensor | None
     sampler: Generation | None
+
+    @property
+    def texts(self) -> dict[str, torch.Tensor]:
+        """Kind of trajectory -> what is read for it, where it is measured."""
+        kinds = {"forward": self.windows, "reverse": self.prompts}
+        return {kind: texts for kind, texts in kinds.items() if texts is not None}
 
 
 def plan_run(subject: Subject, run: SinkRun) -> Plan:
@@ -162,20 +185,18 @@ def _check_compared(subject: Subject, count: int, run: SinkRun) -> None:
         )
 
 
-def measure(subject: Subject, plan: Plan, run: SinkRun, track: Track) -> list[dict]:
+def measure(subject: Subject, plan: Plan, run: SinkRun, session: Session) -> list[dict]:
     """The figures of each planned trajectory of one model, as plain data."""
-    vocabulary = Vocabulary(subject.tokenizer, subject.mask_id)
+    vocabulary, shared = Vocabulary(subject.tokenizer, subject.mask_id), (session.track, session.workers)
     runs = []
-    for kind, texts in (("forward", plan.windows), ("reverse", plan.prompts)):
-        if texts is None:
-            continue
+    for kind, texts in plan.texts.items():
         start = time.perf_counter()
         if kind == "forward":
-            trajectory = forward_trajectory(subject.model, texts, run.noise_levels, run.random_seed, track)
+            trajectory = forward_trajectory(subject.model, texts, run.noise_levels, run.random_seed, *shared)
         elif plan.sampler is None:
-            trajectory = generation_trajectory(subject.model, texts, run.generated_tokens, track)
+            trajectory = generation_trajectory(subject.model, texts, run.generated_tokens, *shared)
         else:
-            trajectory = reverse_trajectory(subject.model, texts, plan.sampler, run.random_seed, track)
+            trajectory = reverse_trajectory(subject.model, texts, plan.sampler, run.random_seed, *shared)
         figures = trajectory_figures(trajectory, run.sink, vocabulary)
         figures |= {"seconds": round(time.perf_counter() - start, 2)}
         detail = position_figures(trajectory, run.sink, vocabulary)

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal, get_args
@@ -22,6 +22,7 @@ from structprune.models.journal import NOWHERE, Journal, unwatched
 from structprune.runs.ghost import Ghost
 from structprune.runs.run import CALIBRATION
 from structprune.runs.stages import digest, text_digest
+from structprune.workers import ALONE, Workers
 
 IDENTITY, LOCK, WRITTEN = "identity.json", ".lock", "written"
 FOLDERS = ("scores", "refits", "masks", "levels", WRITTEN)  # of a work directory, beside parts of its own
@@ -35,7 +36,7 @@ INDIFFERENT: Any = {"calibration": {"batch", "source"}, "model": {"device", "all
 
 @dataclass(frozen=True)
 class Work:
-    """Where and how a run keeps its parts.
+    """Where and how a run keeps its parts, and who shares it.
 
     Attributes:
         directory: of the parts; None: none are kept.
@@ -45,6 +46,7 @@ class Work:
         stays: leave them there when all outputs are written, for other ratios, export classes and scores.
         watch: called after every part, and between the steps of others; what it raises ends the run.
         restart: the option that begins anew, for messages.
+        workers: the processes that share the run; each gives the same work.
     """
 
     directory: Path | None = None
@@ -53,10 +55,11 @@ class Work:
     stays: bool = False
     watch: Callable[[], None] = unwatched
     restart: str = "--resume never"
+    workers: Workers = ALONE
 
     def journal(self) -> Journal:
         """What an earlier run has kept."""
-        return Journal(self.directory, self.watch)
+        return Journal(self.directory, self.watch, self.workers)
 
 
 NO_WORK = Work()
@@ -141,15 +144,26 @@ def _check_same(work: Work, before: dict[str, Any], identity: dict[str, Any]) ->
 def working(work: Work, identity: Callable[[], dict[str, Any]]) -> Iterator[Journal]:
     """A run's journal. It is removed at the end, unless it stays; after an error, if no part was finished.
 
+    Of several processes the first one opens and removes it.
+
     Args:
         work: checked by `check_work`.
     Raises:
         UserError: another run works there, or nothing can be written.
     """
-    directory, made = work.directory, []
-    if directory is None:
+    if work.directory is None:
         yield NOWHERE
         return
+    with ExitStack() as stack:
+        work.workers.first(lambda: stack.enter_context(_opened(work, identity)))
+        yield work.journal()
+
+
+@contextmanager
+def _opened(work: Work, identity: Callable[[], dict[str, Any]]) -> Iterator[None]:
+    """`working` in the process that reads and writes."""
+    directory, made = work.directory, []
+    assert directory is not None
     try:
         made = make_folders(directory)
         lock = (directory / LOCK).open("w")
@@ -170,7 +184,7 @@ def working(work: Work, identity: Callable[[], dict[str, Any]]) -> Iterator[Jour
                 remove_folders([directory, *(folder for folder in made if folder != directory)])
                 raise
         try:
-            yield work.journal()
+            yield
         except BaseException:
             if not has_parts(directory):
                 clear(directory, made)
@@ -242,7 +256,7 @@ def is_written(work: Work, ratio: float | None, out: Path, config: Config) -> bo
     """Whether an earlier run of the same work wrote the output of a ratio, and it is still that."""
     if work.resume == "never" or not (out / "config.json").exists():
         return False
-    kept = work.journal().within(WRITTEN).read(output_part(ratio, config))
+    kept = Journal(work.directory).within(WRITTEN).read(output_part(ratio, config))
     try:
         return kept is not None and kept.notes == output_notes(out)
     except UserError:  # something without weights

@@ -17,6 +17,7 @@ from structprune.models.tokenizer import hidden_panics, is_panic
 from structprune.progress import Track
 from structprune.sinks.trajectory import Recorder, Trajectory
 from structprune.statistics.sinks import head_mass
+from structprune.workers import ALONE, Workers
 
 ATTENTION = "structprune_sdpa"  # name of our attention function in transformers, which checks names with "sdpa"
 _meter: ContextVar["CausalMeter | None"] = ContextVar("meter", default=None)
@@ -188,7 +189,9 @@ def check_window(config, length: int, name: str) -> None:
 
 
 @torch.no_grad()
-def generation_trajectory(model, prompts: torch.Tensor, gen_length: int, track: Track) -> Trajectory:
+def generation_trajectory(
+    model, prompts: torch.Tensor, gen_length: int, track: Track, workers: Workers = ALONE
+) -> Trajectory:
     """The model's own greedy generation from every prompt: at step s the text has P + s tokens.
 
     Generation continues after an EOS, as for masked diffusion LMs. Mass is counted per query that can see a position;
@@ -198,15 +201,17 @@ def generation_trajectory(model, prompts: torch.Tensor, gen_length: int, track: 
     Args:
         prompts: (N, P) int64.
         gen_length: S steps, one token each.
+        workers: the processes that share the prompts.
     Raises:
         UserError: attention of this model cannot be measured, or its sliding window is too short.
     """
     from transformers import GenerationConfig
 
     check_window(model.config, prompts.shape[1] + gen_length, type(model).__name__)
-    recorder, device = Recorder(len(prompts), causal=True), model.device
+    own, device = prompts[workers.span(len(prompts))], model.device  # (n, P)
+    recorder = Recorder(len(own), causal=True)
     model.generation_config = GenerationConfig()  # the checkpoint's own may sample, penalise or stop early
-    for row, prompt in enumerate(track(list(prompts), "generation")):  # (P,)
+    for row, prompt in enumerate(track(list(own), "generation")):  # (P,)
         with CausalMeter().on() as meter:
 
             def observe(ids, scores, row=row, meter=meter):
@@ -225,4 +230,4 @@ def generation_trajectory(model, prompts: torch.Tensor, gen_length: int, track: 
                 logits_processor=[observe],
             )
     progress = torch.arange(gen_length).expand(len(prompts), -1) / gen_length  # (N, S)
-    return recorder.finish("reverse", prompts.shape[1], progress)
+    return recorder.joined(workers).finish("reverse", prompts.shape[1], progress)

@@ -11,24 +11,30 @@ from structprune.models.modeling_structprune import DiffusionLM
 from structprune.progress import Track
 from structprune.sinks.trajectory import Recorder, Trajectory
 from structprune.statistics.capture import HeadMeter
+from structprune.workers import ALONE, Workers
 
 
 @torch.no_grad()
-def forward_trajectory(model: DiffusionLM, windows: torch.Tensor, levels: int, seed: int, track: Track) -> Trajectory:
+def forward_trajectory(
+    model: DiffusionLM, windows: torch.Tensor, levels: int, seed: int, track: Track, workers: Workers = ALONE
+) -> Trajectory:
     """Every window at its noise levels, from most noise to least, as in denoising; each level has its own noise.
 
     Args:
         windows: (N, T) int64.
         levels: S, evenly spaced over the trajectory (LLaDA), or as many independent draws (Dream).
+        workers: the processes that share the windows.
     """
     adapter, generator = Adapter(model), torch.Generator().manual_seed(seed)
     times = level_times(levels, 1)  # (S,)
     noisy, p = noise_windows(windows, adapter.mask_id, adapter.family.schedule, generator, times, model.edges_visible)
     p, order = p.sort(dim=1, descending=True)  # (N, S)
-    noisy = noisy.gather(1, order[..., None].expand_as(noisy)).flatten(0, 1)  # (N * S, T)
-    sequences = torch.arange(len(windows)).repeat_interleave(levels).tolist()  # of every row
-    steps = list(range(levels)) * len(windows)
-    recorder = Recorder(len(windows), causal=False)
+    noisy = noisy.gather(1, order[..., None].expand_as(noisy))  # (N, S, T)
+    noisy = noisy[workers.span(len(windows))]  # (n, S, T)
+    count, noisy = len(noisy), noisy.flatten(0, 1)  # (n * S, T)
+    sequences = torch.arange(count).repeat_interleave(levels).tolist()  # of every row
+    steps = list(range(levels)) * count
+    recorder = Recorder(count, causal=False)
     rows = Batches.automatic(adapter.device).rows(windows.shape[1])
     with HeadMeter().on(adapter.cores) as meter:
         for start in track(range(0, len(noisy), rows), "noise levels"):
@@ -36,7 +42,7 @@ def forward_trajectory(model: DiffusionLM, windows: torch.Tensor, levels: int, s
             ids = noisy[part]  # (B, T)
             model.encode(ids.to(adapter.device))
             recorder.add(steps[part], sequences[part], ids, block_masses(adapter, meter.take()))
-    return recorder.finish("forward", 0, 1 - p)
+    return recorder.joined(workers).finish("forward", 0, 1 - p)
 
 
 def block_masses(adapter: Adapter, masses: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -70,22 +76,29 @@ class _Observer:
 
 @torch.no_grad()
 def reverse_trajectory(
-    model: DiffusionLM, prompts: torch.Tensor, settings: Generation, seed: int, track: Track
+    model: DiffusionLM,
+    prompts: torch.Tensor,
+    settings: Generation,
+    seed: int,
+    track: Track,
+    workers: Workers = ALONE,
 ) -> Trajectory:
     """The model's own denoising, from every prompt.
 
     Args:
         prompts: (N, P) int64.
         settings: of the sampler, without guidance, whose additional rows are not steps of the text.
+        workers: the processes that share the prompts.
     """
     adapter, generator = Adapter(model), torch.Generator().manual_seed(seed)
-    recorder = Recorder(len(prompts), causal=False)
+    own = prompts[workers.span(len(prompts))]  # (n, P)
+    recorder = Recorder(len(own), causal=False)
     batch = Batches.automatic(adapter.device).rows(prompts.shape[1] + settings.gen_length)
     with HeadMeter().on(adapter.cores) as meter:
         observer = _Observer(adapter, meter, recorder)
         generate(
             model,
-            prompts,
+            own,
             settings,
             options=Options(
                 generator=generator, batch=batch, track=lambda items: track(items, "generation"), record=observer
@@ -93,4 +106,4 @@ def reverse_trajectory(
         )
         observer.flush()
     progress = torch.arange(settings.steps).expand(len(prompts), -1) / settings.steps  # (N, S)
-    return recorder.finish("reverse", prompts.shape[1], progress)
+    return recorder.joined(workers).finish("reverse", prompts.shape[1], progress)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from structprune.sinks.diagnostics import head_sinks, per_query
+from structprune.workers import Workers
 
 UNSEEN = 8  # the last positions of a causal model are visible to fewer queries than this, too few for a mean
 
@@ -91,6 +92,19 @@ class Recorder:
         parts = (part.cpu() for part in (ids, total, votes, strength, count))
         for step, row, *values in zip(steps, rows, *parts, strict=True):
             self._steps.setdefault(step, {})[row] = _Measurement(*values)
+
+    def joined(self, workers: Workers) -> "Recorder":
+        """What all processes recorded; the sequences of each follow those of the one before."""
+        if not workers.several:
+            return self
+        parts = workers.gather(self)
+        whole = Recorder(sum(part.sequences for part in parts), self.causal)
+        whole._widths, first = self._widths, 0
+        for part in parts:
+            for step, rows in part._steps.items():
+                whole._steps.setdefault(step, {}).update({first + row: each for row, each in rows.items()})
+            first += part.sequences
+        return whole
 
     def finish(self, kind: str, prompt: int, progress: torch.Tensor) -> Trajectory:
         """The trajectory over the steps that all sequences have.

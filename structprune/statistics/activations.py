@@ -26,6 +26,10 @@ class Moments:
         """(C,) ‖X̃[:, c]‖² = Σ (ω x)²."""
         return self.spread + self.weight * self.mean**2
 
+    def to(self, device: torch.device) -> "Moments":
+        """The same on a device."""
+        return Moments(self.weight.to(device), self.mean.to(device), self.spread.to(device))
+
 
 def moments(x: torch.Tensor, weight: torch.Tensor | None = None) -> Moments:
     """Moments of rows x (..., C), row weights ω (...) or None for ones.

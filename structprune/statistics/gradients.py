@@ -20,6 +20,7 @@ from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.transfer import send
 from structprune.statistics.rows import Rows
 from structprune.statistics.scan import Scan
+from structprune.workers import Workers
 
 
 def saved_bytes(block: BlockView, dtype: torch.dtype) -> int:
@@ -59,6 +60,9 @@ def gradient_sums(
     with torch.enable_grad(), _summed(adapter.model, parameters) as sums:
         for start in scan.track(range(0, len(rows.ids), batch), title):
             _backward(adapter, scan.calibration, rows, slice(start, start + batch), again)
+    if scan.workers.several:
+        share = own_share(rows, scan.workers)
+        scan.workers.add_up(*(total.mul_(share) for total in sums))
     return sums
 
 
@@ -91,7 +95,13 @@ def gradient_norms(
         for start in scan.track(range(0, len(rows.ids), batch), title):
             part = slice(start, start + batch)
             _backward(adapter, scan.calibration, rows, part, again)
-    return norms
+    share = own_share(rows, scan.workers)
+    return norms if share == 1 else [norm.mul_(share**2) for norm in norms]
+
+
+def own_share(rows: Rows, workers: Workers) -> float:
+    """Of the rows of all processes, the part that are this one's."""
+    return len(rows.ids) / sum(workers.gather(len(rows.ids)))
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import torch
 from structprune.models.adapter import BlockView
 from structprune.statistics.activations import relative_weight, squared_norms
 from structprune.statistics.capture import watch_inputs
+from structprune.workers import ALONE, Workers
 
 InputKey = tuple[int, str]  # (block index, input: a key of READERS)
 # input -> the norm that reads the residual stream which the output of its reader is added to
@@ -86,7 +87,7 @@ class InputNorms:
         part = (squares.sqrt() if self._summed else squares).sum(0, dtype=torch.float64)  # (C,)
         self._totals[key] = self._totals[key] + part if key in self._totals else part
 
-    @property
-    def norms(self) -> dict:
-        """Key -> (C,) fp64."""
+    def norms(self, workers: Workers = ALONE) -> dict:
+        """Key -> (C,) fp64, over the rows of all processes."""
+        workers.add_up(*(self._totals[key] for key in sorted(self._totals)))
         return {key: total if self._summed else total.sqrt() for key, total in self._totals.items()}

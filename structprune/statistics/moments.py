@@ -1,5 +1,7 @@
 """Moments of the inputs of every consumer, on any arm: one forward per batch where the inputs fit, else two."""
 
+from functools import reduce
+
 import torch
 
 from structprune.models.adapter import Adapter
@@ -8,6 +10,7 @@ from structprune.statistics.activations import Moments, merge_moments, moments
 from structprune.statistics.capture import ConsumerKey, MassMeter, consumers, watch_inputs
 from structprune.statistics.rows import arm_ids, arm_weights, needs_sinks
 from structprune.statistics.scan import Scan
+from structprune.workers import Workers
 
 
 def held_input_bytes(adapter: Adapter, tokens: int, itemsize: int) -> int:
@@ -53,4 +56,13 @@ def consumer_moments(scan: Scan, arm: str) -> dict[ConsumerKey, Moments]:
         weights = weigh(noisy) if needs_sinks(arm, scan.sink) else None  # (b*R, T)
         with watch_inputs(linears, lambda key, x, weights=weights: add(key, x, weights)):
             adapter.model.encode(send(part.flatten(0, 1), adapter.device))
-    return totals
+    return merged(totals, scan.workers)
+
+
+def merged(own: dict[ConsumerKey, Moments], workers: Workers) -> dict[ConsumerKey, Moments]:
+    """The moments over the rows of all processes, from each one's own."""
+    if not workers.several:
+        return own
+    parts = workers.gather({key: each.to(torch.device("cpu")) for key, each in own.items()})
+    totals = {key: reduce(merge_moments, [part[key] for part in parts]) for key in own}
+    return {key: each.to(own[key].mean.device) for key, each in totals.items()}

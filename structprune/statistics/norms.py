@@ -62,7 +62,7 @@ def one_shot_norms(scan: Scan, arm: str, summed: bool = False, relative: bool = 
             scan.observe(mass := mass_of(adapter, part))  # (b, T)
             weight = _late_weight(mass, scan.sink)  # (b, T)
         _add(adapter, part, norms, weight, relative)
-    return norms.norms
+    return norms.norms(scan.workers)
 
 
 def weighs_late(arm: str | None, sink: SinkSettings) -> bool:

@@ -12,6 +12,9 @@ from structprune.models.transfer import send
 from structprune.statistics.capture import MassMeter
 from structprune.statistics.scan import Scan
 from structprune.statistics.sinks import keep_weights
+from structprune.workers import Workers
+
+MASS = "mass"  # the tensor of a journal's part
 
 
 @dataclass(frozen=True)
@@ -80,13 +83,38 @@ def mass_of(adapter: Adapter, ids: torch.Tensor) -> torch.Tensor:
 def measure_mass(scan: Scan) -> torch.Tensor:
     """Attention mass on every noisy copy: (N, S, T) fp32 on CPU; what the journal has of these copies, it takes."""
     noisy, batch = scan.calibration.noisy_ids.flatten(0, 1), scan.sequences()  # (N*S, T)
-    name = f"mass-{hashlib.sha256(noisy.numpy().tobytes()).hexdigest()[:16]}"
+    name = f"mass-{hashlib.sha256(scan.workers.rows(noisy).numpy().tobytes()).hexdigest()[:16]}"
     if kept := scan.journal.read(name):
-        mass = kept.tensors["mass"]  # (N*S, T)
-    else:
-        starts = scan.track(range(0, len(noisy), batch), "attention mass")
-        # one copy to the host at the end: a copy per batch would stall the device after every pass
-        mass = torch.cat([mass_of(scan.adapter, noisy[start : start + batch]) for start in starts]).cpu()  # (N*S, T)
-        scan.journal.keep(name, {"mass": mass})
+        return observe_own(scan, kept.tensors[MASS]).view(scan.calibration.noisy_ids.shape)
+    starts = scan.track(range(0, len(noisy), batch), "attention mass")
+    # one copy to the host at the end: a copy per batch would stall the device after every pass
+    mass = torch.cat([mass_of(scan.adapter, noisy[start : start + batch]) for start in starts]).cpu()  # (N*S, T)
+    scan.journal.keep(name, whole_mass([mass], scan.workers))
     scan.observe(mass)
     return mass.view(scan.calibration.noisy_ids.shape)
+
+
+def whole_mass(own: list[torch.Tensor], workers: Workers) -> dict[str, torch.Tensor]:
+    """The attention mass of all processes' windows, to be kept: `MASS` -> (R, T) on CPU; empty without any.
+
+    Args:
+        own: this process's mass, (..., T) each, in the order of its windows.
+    """
+    if not own:
+        return {}
+    return {MASS: workers.rows(torch.cat([part.flatten(0, -2) for part in own])).cpu()}
+
+
+def observe_own(scan: Scan, mass: torch.Tensor | None) -> torch.Tensor:
+    """Let the scan's observer see what was kept of this process's windows, and return it: (r, T) of all (R, T).
+
+    Args:
+        mass: as `whole_mass` gave it; None: none was measured.
+    """
+    if mass is None:
+        return torch.empty(0)
+    copies = scan.calibration.levels
+    windows = scan.workers.span(len(mass) // copies)
+    own = mass[windows.start * copies : windows.stop * copies]  # (r, T)
+    scan.observe(own)
+    return own

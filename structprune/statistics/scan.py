@@ -10,6 +10,7 @@ from structprune.config import SinkSettings
 from structprune.models.adapter import Adapter
 from structprune.models.journal import NOWHERE, Journal
 from structprune.progress import Track, untracked
+from structprune.workers import ALONE, Workers
 
 Observe = Callable[[torch.Tensor], None]  # receives the attention mass (..., T) that sink weights are computed from
 PASS_TOKENS = 8192  # most tokens in a forward pass that does not need whole windows
@@ -40,15 +41,19 @@ class Limits:
 
 @dataclass(frozen=True, eq=False)
 class Scan:
-    """The context of every measurement of a model."""
+    """The context of every measurement of a model.
+
+    Of several processes each reads windows of its own, and what is measured are sums over all.
+    """
 
     adapter: Adapter
-    calibration: Calibration
+    calibration: Calibration  # this process's windows
     sink: SinkSettings = SinkSettings()
     limits: Limits = Limits()
     track: Track = untracked
     observe: Observe = unobserved  # called for every pass that sink weights come from, in the order of the sequences
     journal: Journal = NOWHERE  # of attention mass that an earlier run measured
+    workers: Workers = ALONE
 
     def sequences(self, copies: int | None = None) -> int:
         """Sequences per forward pass, with `copies` of each window (default: all noise levels)."""

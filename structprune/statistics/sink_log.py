@@ -6,6 +6,7 @@ from structprune.calibration.batches import Calibration
 from structprune.config import SinkSettings
 from structprune.statistics.policies import policy_report
 from structprune.statistics.sinks import sink_phi
+from structprune.workers import ALONE, Workers
 
 
 class SinkLog:
@@ -23,7 +24,9 @@ class SinkLog:
         """What was observed, (r, T) each."""
         return list(self._parts)
 
-    def report(self, calibration: Calibration, sink: SinkSettings, mask_id: int) -> dict | None:
+    def report(
+        self, calibration: Calibration, sink: SinkSettings, mask_id: int, workers: Workers = ALONE
+    ) -> dict | None:
         """`policies.policy_report` of the observed windows, as plain data; None without any.
 
         Levels are the copies of each window in the order of their mask probability, with the `mask_share` of each: its
@@ -31,13 +34,15 @@ class SinkLog:
         Windows that were observed twice (by an allocation and a score) count once.
 
         Args:
-            calibration: all the windows that were observed.
+            calibration: all the windows that were observed, by all processes.
+            workers: of which each observed its share.
         """
         if not self._parts:
             return None
         noisy, p = calibration.noisy_ids, calibration.mask_probability  # (N, S, T), (N, S)
         mass = torch.cat([part.cpu() for part in self._parts])  # (r, T)
-        mass = mass[: noisy.shape[0] * noisy.shape[1]].view(noisy.shape)  # (N, S, T)
+        own = workers.span(noisy.shape[0])
+        mass = workers.rows(mass[: (own.stop - own.start) * noisy.shape[1]]).view(noisy.shape)  # (N, S, T)
         phi, masked = sink_phi(mass, sink), noisy == mask_id  # (N, S, T) each
         if p is not None:
             order = p.argsort(dim=1, stable=True)[..., None].expand(noisy.shape)  # (N, S, T)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from structprune.statistics.gradients import gradient_sums
 from structprune.statistics.hidden import HiddenStates
 from structprune.statistics.moments import consumer_moments
 from structprune.statistics.overflow import overflow, place
-from structprune.statistics.rows import Rows, scan_rows
+from structprune.statistics.rows import MASS, Rows, observe_own, scan_rows, whole_mass
 from structprune.statistics.scan import Scan
 from structprune.structured.paths import RemovalPath, path_of, path_tensors
 from structprune.structured.scores.table import SCORES
@@ -23,6 +24,7 @@ from structprune.structured.units import Tensors, Units, all_units, block_tensor
 
 Rank = Callable[[Units, Any], RemovalPath]  # the units of one block and kind, and their statistic -> their path
 Paths = dict[UnitKey, RemovalPath]
+Grams = dict[str, torch.Tensor]  # kind -> (C, C)
 MEASURED = {"weights": "squared weights", "moments": "activations", "grams": "activations", "gradients": "gradients"}
 
 
@@ -60,17 +62,13 @@ def rank_units(scan: Scan, settings: StructuredSettings, arm: str | None, journa
 def _journaled(scan: Scan, journal: Journal, collect: Callable[[Scan], Paths]) -> Paths:
     """The paths that a journal has, else those of `collect`; the attention mass is observed in either case."""
     if kept := journal.read("paths"):
-        for name in kept.notes["mass"]:
-            scan.observe(kept.tensors[name])
+        observe_own(scan, kept.tensors.get(MASS))
         return _paths_of(kept.tensors)
-    masses: dict[str, torch.Tensor] = {}
-
-    def observe(mass: torch.Tensor) -> None:
-        masses[f"mass {len(masses)}"] = mass
-        scan.observe(mass)
-
-    paths = collect(replace(scan, observe=observe))
-    journal.keep("paths", _tensors_of(paths) | masses, {"mass": list(masses)})
+    masses: list[torch.Tensor] = []
+    paths = collect(replace(scan, observe=masses.append))
+    mass = whole_mass(masses, scan.workers)
+    journal.keep("paths", _tensors_of(paths) | mass)
+    observe_own(scan, mass.get(MASS))
     return paths
 
 
@@ -133,18 +131,33 @@ def _rank_grams(scan: Scan, given: tuple[StructuredSettings, str], rank: Rank, j
         return {key: path for part in parts.values() if part for key, path in _paths_of(part.tensors).items()}
     states = HiddenStates(scan.adapter, rows.ids, scan.sequences(rows.copies), limits.budget, limits.overlap)
     paths: Paths = {}
+    group: list[tuple[BlockView, Grams]] = []
     for block in scan.track(scan.adapter.blocks, f"{settings.score} scores ({arm})"):
         if kept := parts[block.index]:
             paths |= _paths_of(kept.tensors)
             _advance(block, states)
-            continue
-        grams = _advance_with_grams(block, states, rows, settings.relative is not False, scan.adapter.device)
-        own = {}
-        for units in all_units([block], settings.gqa):
-            own[units.key] = rank(units, grams.pop(units.kind))  # not kept in a variable: the next block's come now
-        journal.keep(names[block.index], _tensors_of(own))
-        paths |= own
+        else:
+            grams = _advance_with_grams(block, states, rows, settings.relative is not False, scan)
+            group.append((block, grams if scan.workers.mine(len(group)) else {}))
+        if group and (len(group) == scan.workers.count or block is scan.adapter.blocks[-1]):
+            # each process ranks a block of its own; its Gram matrices are the only ones it still has
+            ranked = scan.workers.share(partial(_rank_blocks, settings, rank), group)
+            for (each, _), own in zip(group, ranked):
+                journal.keep(names[each.index], own)
+                paths |= _paths_of(own)
+            group = []
     return paths
+
+
+def _rank_blocks(
+    settings: StructuredSettings, rank: Rank, group: list[tuple[BlockView, Grams]]
+) -> list[dict[str, torch.Tensor]]:
+    """The paths of some blocks, as tensors on CPU; Gram matrices are freed as soon as they are used."""
+    ranked = []
+    for block, grams in group:
+        paths = {units.key: rank(units, grams.pop(units.kind)) for units in all_units([block], settings.gqa)}
+        ranked.append({name: tensor.cpu() for name, tensor in _tensors_of(paths).items()})
+    return ranked
 
 
 def _advance(block: BlockView, states: HiddenStates) -> None:
@@ -156,10 +169,9 @@ def _advance(block: BlockView, states: HiddenStates) -> None:
         states.write(part, x)
 
 
-def _advance_with_grams(
-    block: BlockView, states: HiddenStates, rows: Rows, relative: bool, device: torch.device
-) -> dict[str, torch.Tensor]:
-    """Run one block over all rows; by kind, the mean of x̃ x̃ᵀ over rows of its consumer's input, (C, C)."""
+def _advance_with_grams(block: BlockView, states: HiddenStates, rows: Rows, relative: bool, scan: Scan) -> Grams:
+    """Run one block over all rows; by kind, the mean of x̃ x̃ᵀ over the rows of all processes, (C, C)."""
+    device = scan.adapter.device
     sizes = {kind: block[CONSUMER[kind]].in_features for kind in block.kinds}
     grams = {kind: torch.zeros(size, size, device=device) for kind, size in sizes.items()}  # (C, C)
     totals = {kind: torch.zeros((), dtype=torch.float64, device=device) for kind in block.kinds}  # Σ ω², on the device
@@ -172,6 +184,7 @@ def _advance_with_grams(
             totals[kind] += x.shape[0] * x.shape[1] if weight is None else weight.double().pow(2).sum()
             x = x + block[CONSUMER[kind]](read)  # (b, T, C)
         states.write(part, x)
+    scan.workers.add_up(*grams.values(), *totals.values())
     return {kind: mirror(gram).div_(totals[kind]) for kind, gram in grams.items()}
 
 

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from structprune.calibration.batches import Calibration
 from structprune.calibration.noise import level_times, noise_windows
 from structprune.errors import UserError
+from structprune.workers import Workers
 
 MASK = 99
 
@@ -178,3 +179,12 @@ def test_metadata_that_are_no_integers_of_64_bits(calibration, tmp_path, value):
     with pytest.raises(UserError, match="metadata 'mask_id' is .*, not an integer of 64 bits") as caught:
         Calibration.load(path)
     assert len(str(caught.value)) < 300
+
+
+def test_processes_share_fit_and_held_out_windows(calibration):
+    parts = [calibration.share(Workers(rank, 2)) for rank in range(2)]
+    assert [(part.windows, part.held_out) for part in parts] == [(2, 1), (3, 1)]
+    for name in ("input_ids", "noisy_ids", "mask_probability"):
+        fit, check = (torch.cat([getattr(getattr(part, side), name) for part in parts]) for side in ("fit", "check"))
+        assert torch.equal(torch.cat((fit, check)), getattr(calibration, name))
+    assert calibration.share(Workers()) is calibration

@@ -19,6 +19,7 @@ from structprune.refit.walk import Walk
 from structprune.statistics.scan import Limits, Scan
 from structprune.structured.plan import identity_plan, make_plan
 from structprune.structured.surgery import apply_plan
+from structprune.workers import Workers
 
 MASK, LENGTH = 2047, 12
 CHANNELS = (0, 8, 24, 48)
@@ -221,3 +222,20 @@ def test_a_broken_block_is_named(tmp_path):
 def test_counts_as_plain_data():
     counts = {(0, "attention"): 2, (11, "channels"): 30}
     assert plain_counts(counts) == {"0 attention": 2, "11 channels": 30} and counts_of(plain_counts(counts)) == counts
+
+
+@pytest.mark.parametrize("share, rows", [(1.0, 10), (0.5, 5), (0.25, 2), (0.01, 1)])
+def test_processes_share_the_first_copies_too(monkeypatch, share, rows):
+    """Five windows of two copies, every other one in either process: 0, 2, 4 and 1, 3."""
+    noisy = torch.zeros(5, 2, 4)
+    monkeypatch.setattr(Workers, "gather", lambda self, own: [6, 4])
+    parts = []
+    for rank in range(2):
+        place = Workers(rank, 2)
+        parts.append(ReferenceWindows(noisy[rank::2, 0], noisy[rank::2], noisy[rank::2, :, 0], None, Limits(), place))
+    counts = [part.first_rows(share) for part in parts]
+    assert {of_all for _, of_all in counts} == {rows} and sum(own for own, _ in counts) == rows
+    numbers = [[2 * window + copy for window in range(rank, 5, 2) for copy in range(2)] for rank in range(2)]
+    assert [own for own, _ in counts] == [sum(number < rows for number in own) for own in numbers]
+    alone = ReferenceWindows(noisy[:, 0], noisy, noisy[:, :, 0], None, Limits())
+    assert alone.first_rows(share) == (rows, rows)

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from structprune.assets import model_directory, text_file
-from structprune.evaluation.workers import Workers
 from structprune.models.adapter import Adapter
 from structprune.models.encode import encode_at
 from structprune.models.int8 import Int8Linear, to_int8
@@ -16,6 +15,7 @@ from structprune.models.tokenizer import load_tokenizer
 from structprune.recovery.held_out import HeldOutStudy
 from structprune.recovery.settings import DataSettings
 from structprune.recovery.text import read_recovery_text
+from structprune.workers import Workers
 
 
 def linear(weight, bias=None):

@@ -141,3 +141,15 @@ def test_a_refit_that_held_out_rows_reject_is_not_made(mode):
     perfect = Products(torch.eye(4).double(), plain.clone(), 0.0)  # held-out rows want what is there already
     moved, damping, gain = choose(ReconstructSettings(mode=mode), plain, fit, perfect, 4)
     assert moved is plain and damping == UNCHANGED and gain == 0.0
+
+
+def test_a_gain_below_rounding_changes_nothing():
+    """The output error falls by 0.25 of a target power of 1, or of one so large that fp32 sums cannot tell."""
+    weight, gram = torch.tensor([[1.0]]).double(), torch.tensor([[1.0]])
+    target = torch.tensor([[1.5]])  # W·C: the best weight is 1.5, which gains 0.25
+    fit = Products(gram, target, float("nan"))
+    settings = ReconstructSettings(damping=(1e-6,))
+    chosen, damping, gain = choose(settings, weight, fit, Products(gram, target, 1.0), features=1)
+    assert chosen.item() == pytest.approx(1.5, abs=1e-5) and damping == 1e-6 and gain == pytest.approx(-0.25)
+    unchanged = choose(settings, weight, fit, Products(gram, target, 1e6), features=1)
+    assert unchanged[0] is weight and unchanged[1:] == (UNCHANGED, 0.0)

@@ -109,7 +109,7 @@ def test_another_number_of_prompts_takes_up_the_same_run(eval_checkpoint, gsm8k,
 
 
 def test_a_problem_of_the_first_process_is_everybodys(monkeypatch):
-    from structprune.evaluation import workers as module
+    from structprune import workers as module
 
     def broadcast(told, src):
         told[0] = "no room"

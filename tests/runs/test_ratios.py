@@ -8,7 +8,7 @@ import torch
 from structprune.cli.main import main
 from structprune.config import Config
 from structprune.errors import UserError
-from structprune.levels import build, search
+from structprune.levels import build, losses
 from structprune.levels.evolve import Space
 from structprune.levels.library import Library, counts_of
 from structprune.levels.search import nearest_levels, nearest_plan
@@ -206,7 +206,7 @@ def test_losses_of_other_settings_are_refused(tiny_checkpoint, config, tmp_path)
 def test_broken_losses_are_named(tmp_path, content):
     (tmp_path / "search.json").write_text(content)
     with pytest.raises(UserError, match=r"search.json cannot be read \(.*\): delete it to search anew"):
-        search.LossFile(tmp_path / "search.json", {})
+        losses.LossFile(tmp_path / "search.json", {})
 
 
 def test_several_ratios_on_the_command_line(tiny_checkpoint, text_path, tmp_path, capsys):

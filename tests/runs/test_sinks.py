@@ -14,6 +14,7 @@ from structprune.config import ModelSettings, SinkSettings
 from structprune.errors import UserError
 from structprune.models.tokenizer import load_tokenizer
 from structprune.runs import sinks as sink_run
+from structprune.runs.evaluate import ALONE
 from structprune.runs.sinks import measure, plan_run
 from structprune.sinks.settings import SinkRun
 from structprune.sinks.subjects import describe_subject, open_subject
@@ -192,7 +193,7 @@ def test_windows_are_the_same_for_both_trajectories(tiny_checkpoint, tmp_path):
     folder, run = str(tiny_checkpoint()), SinkRun(SinkSettings(), windows=2, length=32, levels=40)
     described = describe_subject(folder, None)
     subject = open_subject(folder, described, ModelSettings(device="cpu"))
-    forward, reverse = measure(subject, plan_run(described, run), run, lambda items, title: items)
+    forward, reverse = measure(subject, plan_run(described, run), run, ALONE)
     clean, generated = forward["detail"]["last_tokens"], reverse["detail"]["last_tokens"]
     for ours, theirs in zip(clean, generated):  # the last level leaves nearly all of the text
         same = [a == b for a, b in zip(ours[:16], theirs[:16]) if a != "<|mdm_mask|>"]

@@ -3,6 +3,7 @@
 import torch
 
 from structprune.sinks.trajectory import UNSEEN, Recorder
+from structprune.workers import Workers
 
 EVEN = [1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
 PEAK = [0.2, 0.2, 5.0, 0.2, 0.2, 0.2]  # exceeds the mean of the others by 4.8
@@ -60,3 +61,20 @@ def test_epsilon_means_the_same_in_a_causal_head():
     # the mean of the first 5 is 0.76: (3 - 0.2) / 0.76 = 3.7 is above 3, which 3 - 0.2 is not
     assert torch.allclose(result.mass[0, 0, :5], rate[:5]) and result.votes[0, 0, :5].tolist() == [1, 0, 0, 0, 0]
     assert torch.allclose(result.strength[0], torch.tensor([3 / 3.8]))
+
+
+def test_sequences_of_several_processes_follow_each_other(monkeypatch):
+    ids, whole, parts = torch.arange(12).view(2, 6), Recorder(2, causal=False), []
+    whole.add([0, 0], [0, 1], ids, layers())
+    for row in range(2):
+        part = Recorder(1, causal=False)
+        part.add([0], [0], ids[row : row + 1], [layer[row : row + 1] for layer in layers()])
+        parts.append(part)
+    monkeypatch.setattr(Workers, "gather", lambda self, own: parts)
+    progress = torch.zeros(2, 1)
+    one = whole.finish("forward", 0, progress)
+    two = parts[0].joined(Workers(0, 2)).finish("forward", 0, progress)
+    for name in ("ids", "mass", "votes", "present"):
+        assert torch.equal(getattr(one, name), getattr(two, name))
+    assert all(torch.equal(*pair) for pair in zip(one.strength + one.sinks, two.strength + two.sinks))
+    assert whole.joined(Workers()) is whole

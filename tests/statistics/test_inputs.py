@@ -210,8 +210,8 @@ def test_norms_by_hand():
         norms_of.add("b", x, weight)
     # squares: 9 + 16 and 1 of the first, 36 and 4 + 1 of the second
     for key in ("a", "b"):
-        assert joint.norms[key].tolist() == pytest.approx([61**0.5, 6**0.5])
-        assert summed.norms[key].tolist() == pytest.approx([5 + 6, 1 + 5**0.5])
+        assert joint.norms()[key].tolist() == pytest.approx([61**0.5, 6**0.5])
+        assert summed.norms()[key].tolist() == pytest.approx([5 + 6, 1 + 5**0.5])
 
 
 @torch.no_grad()

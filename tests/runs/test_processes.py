@@ -1,0 +1,191 @@
+"""Prunings that two processes share, against one: the same plans, masks and figures, weights up to rounding."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from structprune.assets import text_file
+from structprune.config import Config
+from structprune.models.journal import Journal
+from structprune.models.loading import load_model
+from structprune.progress import untracked
+from structprune.runs.mask import MaskRun
+from structprune.runs.pruner import Pruner
+from structprune.runs.resolve import resolve_masking
+from structprune.workers import ALONE, workers
+
+KEYS = {
+    "calibration.windows": 11, "calibration.held_out": 5, "calibration.length": 32, "calibration.interval": 25,
+    "calibration.batch": 2,
+}  # fmt: skip
+SPLIT = {"structured.split_windows": 5, "structured.split_candidates": 2}
+ONE = SPLIT | {"reconstruct.damping": [1.0]}  # of several, two that are nearly as good change places by rounding
+HEAD = {"reconstruct.head": True, "reconstruct.producers": True, "reconstruct.stream": 1.0}
+SEARCH = {"search.enabled": True, "search.sequences": 5}
+WIDTHS = {"search.levels": 3, "search.generations": 2, "search.offspring": 3, "search.rounds": 1}
+EQUAL = {"export.compat": "uniform", "structured.allocation": "uniform", "structured.ratio": 0.5}
+MASKS = {"method": "unstructured"}
+CASES = {
+    "obs": ONE, "obs on a sink arm": ONE | {"structured.arm": "masked+sink"}, "head": ONE | HEAD,
+    "wanda on a sink arm": ONE | {"structured.score": "wanda", "structured.arm": "masked+sink"},
+    "fluctuation": ONE | {"structured.score": "fluctuation"}, "taylor": ONE | {"structured.score": "taylor"},
+    "bias": SPLIT | {"reconstruct.mode": "bias"}, "gradients": ONE | {"reconstruct.weighting": "gradient"},
+    "certainty": ONE | {"reconstruct.weighting": "certainty"}, "noise": ONE | {"reconstruct.weighting": "noise"},
+    "reverse": ONE | {"sink.trajectory": "reverse", "sink.policy": "unstable", "structured.arm": "masked+sink"},
+    "search": ONE | SEARCH | WIDTHS, "dropped blocks": ONE | SEARCH | EQUAL,
+    "sparsegpt": MASKS | {"masking.arm": "masked+sink"}, "2:4": {"method": "nm"},
+    "wanda": MASKS | {"masking.score": "wanda", "masking.order": "one-shot", "masking.allocation": "owl"},
+    "ria, refit": MASKS | {"masking.score": "ria", "reconstruct.enabled": True},
+    "sink-wanda": MASKS | {"masking.score": "sink-wanda", "masking.norms": "summed"},
+}  # fmt: skip
+
+
+def pruned(cases, out, checkpoint, place=ALONE):
+    """Save weights and report of every case, from the first process."""
+    for name, keys in cases.items():
+        model, config = load_model(checkpoint), Config.load(overrides=keys)
+        if config.method == "structured":
+            run = Pruner(model, config, workers=place)
+            run.keep_in(Journal(out / f"work {name}", workers=place))
+            result = run.prune()
+        else:
+            result = MaskRun(model, resolve_masking(config, model), None, untracked, place).run()
+        if place.main:
+            out.mkdir(exist_ok=True)
+            save_file({key: value.clone() for key, value in result.model.state_dict().items()}, out / f"{name}.st")
+            plan = result.plan.to_json() if config.method == "structured" else None
+            (out / f"{name}.json").write_text(json.dumps(result.report | ({"plan": plan} if plan else {})))
+
+
+def launched(*arguments, count=2):
+    """A command that `torchrun` starts so many times."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count), "--standalone"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.run([*launch, *arguments], env=environment, capture_output=True, text=True, timeout=180)
+
+
+@pytest.fixture(scope="module")
+def runs(shared_checkpoint, tmp_path_factory):
+    """Directories of weights and reports of all cases: made by one process, and by two."""
+    folder, checkpoint = tmp_path_factory.mktemp("processes"), str(shared_checkpoint())
+    cases = {
+        name: KEYS | {"calibration.source": str(text_file("calibration.txt"))} | each for name, each in CASES.items()
+    }
+    pruned(cases, folder / "one", checkpoint)
+    done = launched(__file__, json.dumps(cases), str(folder / "two"), checkpoint)
+    assert done.returncode == 0, done.stderr
+    return folder / "one", folder / "two"
+
+
+def differences(one, two, close, place=""):
+    """Where two reports differ by more than rounding; time and memory do not count."""
+    if isinstance(one, dict):
+        keys = [key for key in one.keys() | two.keys() if key not in ("seconds", "peak_memory_bytes")]
+        return [line for key in keys for line in differences(one.get(key), two.get(key), close, f"{place}.{key}")]
+    if isinstance(one, list) and isinstance(two, list) and len(one) == len(two):
+        return [line for i, pair in enumerate(zip(one, two)) for line in differences(*pair, close, f"{place}[{i}]")]
+    alike = one == pytest.approx(two, rel=100 * close, abs=close) if isinstance(one, float) else one == two
+    return [] if alike else [f"{place}: {one} and {two}"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_prune_as_one(runs, name):
+    masks = "method" in CASES[name]
+    close = 1e-3 if masks else 1e-5  # conjugate gradients of a refit under a mask stop near the minimum
+    one, two = (load_file(folder / f"{name}.st") for folder in runs)
+    assert one.keys() == two.keys()
+    for key, weight in one.items():
+        assert torch.equal(weight == 0, two[key] == 0) or not masks, key
+        assert (weight - two[key]).abs().max() <= close, key
+    assert not differences(*(json.loads((folder / f"{name}.json").read_text()) for folder in runs), close)
+
+
+def test_a_run_of_two_goes_on_in_one(runs, tmp_path, monkeypatch, shared_checkpoint):
+    """Parts, attention mass among them, do not depend on the number of processes."""
+    name = "obs on a sink arm"
+    keys = KEYS | {"calibration.source": str(text_file("calibration.txt"))} | CASES[name]
+    for part in ("statistics.rows.mass_of", "structured.ranking._advance_with_grams", "runs.run.masked_nelbo"):
+        monkeypatch.setattr(f"structprune.{part}", None)  # is not computed again
+    run = Pruner(load_model(shared_checkpoint()), Config.load(overrides=keys))
+    run.keep_in(Journal(runs[1] / f"work {name}"))
+    result = run.prune()
+    two = load_file(runs[1] / f"{name}.st")
+    assert all(torch.equal(weight, two[key]) for key, weight in result.model.state_dict().items())
+    report = json.loads((runs[1] / f"{name}.json").read_text())
+    assert not differences(json.loads(json.dumps(result.report | {"plan": result.plan.to_json()})), report, 1e-9)
+
+
+def command(source, out, *more):
+    """Arguments of `torchrun` for a pruning of a moment."""
+    sets = [f"--set={key}={value}" for key, value in KEYS.items()]
+    text = ["--calibration", str(text_file("calibration.txt")), "--device", "cpu", "--ratio", "0.5"]
+    return ["-m", "structprune", "prune", str(source), "--out", str(out), *text, *sets, *more]
+
+
+@pytest.mark.slow
+def test_one_of_two_processes_reports_and_writes(tiny_checkpoint, tmp_path):
+    source, out = tiny_checkpoint(), tmp_path / "out"
+    done = launched(*command(source, out))
+    assert done.returncode == 0 and done.stdout.count("Wrote") == 1, done.stderr
+    assert done.stdout.count("Load it anywhere") == 1 and not (tmp_path / "out.work").exists()
+    again = launched(*command(source, out))
+    assert again.returncode and again.stderr.count("structprune: error") == 1 and "exists" in again.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more, message", [
+    (["--set=calibration.held_out=1"], "2 processes cannot share 1 held-out windows (calibration.held_out)"),
+    (["--score", "odd"], "structured.score"),
+])  # fmt: skip
+def test_what_all_processes_refuse_is_said_once(tiny_checkpoint, tmp_path, more, message):
+    done = launched(*command(tiny_checkpoint(), tmp_path / "out", *more))
+    lines = [line for line in done.stderr.splitlines() if line.startswith("structprune: ")]
+    assert done.returncode and len(lines) == 1 and message in lines[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["llada-tiny"]
+
+
+ENDED = """
+import os, sys
+from structprune.cli.main import run
+import structprune.refit.reconstruct as reconstruct
+
+def end(*given):
+    if os.environ["RANK"] == "1" and given[1] == (1, "attention"):
+        {action}
+    return keep(*given)
+
+keep, reconstruct.keep = reconstruct.keep, end
+sys.argv[0] = "structprune"
+run()
+"""
+ACTIONS = {
+    "an error": ("raise MemoryError", "out of memory"),
+    "a kill": ("os._exit(9)", "another process of this run has ended"),
+    "a signal": ("os.kill(os.getpid(), 15)", "interrupted; finished parts are kept"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("action, message", ACTIONS.values(), ids=ACTIONS)
+def test_the_end_of_one_process_ends_all_with_one_line(tiny_checkpoint, tmp_path, action, message):
+    source, out, script = tiny_checkpoint(), tmp_path / "out", tmp_path / "script.py"
+    script.write_text(ENDED.format(action=action))
+    arguments = command(source, out)[2:]
+    done = launched(str(script), *arguments)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("structprune: ")]
+    assert done.returncode and len(lines) == 1 and message in lines[0], done.stderr
+    assert not out.exists() and (tmp_path / "out.work").exists()
+    if "_exit" in action:
+        assert launched(*command(source, out)).returncode == 0 and not (tmp_path / "out.work").exists()
+
+
+if __name__ == "__main__":
+    with workers() as place:
+        pruned(json.loads(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], place)
