@@ -78,7 +78,7 @@ def test_a_disk_that_a_download_fills_is_known_before_the_long_work(way, tiny_ch
         return load(*arguments)
 
     monkeypatch.setattr(checkpoints, "load_model", loaded)
-    for work in ("Pruner", "mask"):
+    for work in ("Pruner", "MaskRun"):
         monkeypatch.setattr(checkpoints, work, lambda *_, **__: pytest.fail("the long work began"))
     assert real(tmp_path).free > 1e6
     with pytest.raises(UserError, match="are free there: free some space, or choose another place"):
