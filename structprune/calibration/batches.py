@@ -59,18 +59,18 @@ class Calibration:
     @property
     def fit(self) -> "Calibration":
         """The windows that scores and refit see (a view, of which none is held out)."""
-        return self._part(self._rows(False), held_out=0)
+        return self.part(self._rows(False), held_out=0)
 
     @property
     def check(self) -> "Calibration":
         """The held-out windows (a view, of which all are held out)."""
-        return self._part(self._rows(True), held_out=self.held_out)
+        return self.part(self._rows(True), held_out=self.held_out)
 
     def first(self, windows: int) -> "Calibration":
         """At most the first `windows` fit windows, and all held-out ones."""
         count = min(windows, self.windows - self.held_out)
         chosen = torch.cat((torch.arange(count), torch.arange(self.windows - self.held_out, self.windows)))
-        return self if len(chosen) == self.windows else self._part(chosen, held_out=self.held_out)
+        return self if len(chosen) == self.windows else self.part(chosen, held_out=self.held_out)
 
     def share(self, workers: Workers) -> "Calibration":
         """This process's part of the fit windows, and of the held-out ones."""
@@ -78,13 +78,14 @@ class Calibration:
             return self
         parts = [torch.arange(self.windows)[self._rows(held_out)] for held_out in (False, True)]  # (n,), (h,)
         chosen = torch.cat([part[workers.span(len(part))] for part in parts])
-        return self._part(chosen, held_out=len(parts[1][workers.span(len(parts[1]))]))
+        return self.part(chosen, held_out=len(parts[1][workers.span(len(parts[1]))]))
 
     def _rows(self, held_out: bool) -> slice:
         edge = self.windows - self.held_out
         return slice(edge, None) if held_out else slice(0, edge)
 
-    def _part(self, rows: slice | torch.Tensor, held_out: int) -> "Calibration":
+    def part(self, rows: slice | torch.Tensor, held_out: int) -> "Calibration":
+        """Some of the windows, of which the last are held out."""
         p = self.mask_probability
         return replace(
             self,

@@ -221,6 +221,9 @@ class ExportSettings(Section):
 class MemorySettings(Section):
     budget_gb: float = Field(8.0, gt=0)
     """Beyond this, hidden states go to temporary files and held activations are computed again."""
+    rehearsal: bool | None = None
+    """Before the long work, let one block go through every stage, on a few windows. Default: for weights of 1 GB and
+    more."""
     offload: bool = False
     """Keep the weights in host memory; each layer's are on the accelerator only while it computes."""
     overlap: bool = False

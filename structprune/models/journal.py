@@ -45,6 +45,12 @@ class Journal:
     watch: Callable[[], None] = field(default=unwatched, compare=False)
     workers: Workers = ALONE
 
+    @property
+    def has_parts(self) -> bool:
+        """Whether anything was kept, here or within."""
+        directory = self.directory
+        return directory is not None and self.workers.from_first(lambda: any(directory.rglob("*.safetensors")))
+
     def within(self, *names: str) -> "Journal":
         """The journal of a stage, in a directory of its own."""
         return self if self.directory is None else replace(self, directory=self.directory.joinpath(*names))

@@ -23,6 +23,7 @@ from structprune.runs.ghost import Ghost, read_ghost
 from structprune.runs.mask import Masked, MaskRun
 from structprune.runs.pruned import Pruned
 from structprune.runs.pruner import Pruner
+from structprune.runs.rehearsal import rehearse
 from structprune.runs.resolve import at_ratio, block_weights, check_given_plan, resolve_masking, resolve_structured
 from structprune.runs.search import check_levels_directory
 from structprune.runs.work import (
@@ -87,6 +88,7 @@ def prune_checkpoint(
         model, source_bytes = _load(source, request, work.workers)
         work.workers.first(lambda: check_space(out, source_bytes))  # again: a download may have filled the disk
         pruner = Pruner(model, request, track=track, workers=work.workers)
+        rehearse(pruner, request, journal)
         pruner.keep_in(journal)
         pruned = pruner.prune(plan=plan)
         work.workers.first(lambda: save_finished(pruned.save, out, overwrite))
@@ -143,6 +145,7 @@ def prune_at_ratios(
         for out in left.values():  # again: a download may have filled the disk
             workers.first(partial(check_space, out, len(left) * source_bytes))
         pruner = Pruner(model, request, track=track, levels=work.levels, workers=workers)
+        rehearse(pruner, request, journal)
         pruner.keep_in(journal)
         places = iter(left.items())
         for pruned in pruner.prune_each(list(outputs), written=written):
@@ -248,6 +251,7 @@ def mask_checkpoint(
         mask_bytes = sum(block_weights(Adapter(model))) // 8
         work.workers.first(lambda: check_space(out, source_bytes + mask_bytes))
         run = MaskRun(model, request, None, track, work.workers)
+        rehearse(run, request, journal)
         run.keep_in(journal)
         masked = run.run(in_place=True)
         work.workers.first(lambda: save_finished(masked.save, out, overwrite))

@@ -37,7 +37,7 @@ def apply_plan(
 
     Args:
         output_bias: give the attention output and down projections a bias (zero), for a refit with a constant feature.
-        coupled: `coupled_units(model)`, to apply many plans to one model; None traces it here.
+        coupled: `coupled_units(model)`, to apply many plans to one model; None traces it here. Whole blocks need none.
     Returns:
         A new model in eval mode. It shares uncut tensors (embeddings, norms, head) with `model`, so that both fit in
         memory; copy it (`copy.deepcopy`) before training one of them while using the other.
@@ -48,7 +48,7 @@ def apply_plan(
     plan.check(adapter)
     with torch.device("meta"):
         small = type(model)(pruned_config(model, plan, output_bias))
-    coupled = coupled or coupled_units(model)
+    coupled = coupled_units(model) if coupled is None else coupled
     state = dict(model.state_dict())
     for block, kept in zip(adapter.blocks, plan.blocks, strict=True):
         if kept.widths == block.widths:

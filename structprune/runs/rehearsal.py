@@ -1,0 +1,88 @@
+"""Before the long work: one block goes through every stage of a run, with the first windows of its calibration.
+
+What would end a run late ends it here within a minute: a device that lacks the memory for a block's statistics or its
+solves, a dtype that overflows, an operation that the device does not have.
+"""
+
+from dataclasses import replace
+
+import torch
+
+from structprune.calibration.batches import Calibration
+from structprune.calibration.build import held_out_noise
+from structprune.errors import UserError
+from structprune.evaluation.nelbo import masked_nelbo
+from structprune.masking.request import MaskRequest
+from structprune.models.adapter import Adapter
+from structprune.models.journal import Journal
+from structprune.models.modeling_structprune import DiffusionLM
+from structprune.models.placement import give_back_memory
+from structprune.refit.reconstruct import Reconstructor
+from structprune.runs.mask import MaskRun
+from structprune.runs.run import Run
+from structprune.statistics.scan import Scan
+from structprune.structured.plan import BlockPlan, identity_plan, make_plan
+from structprune.structured.ranking import rank_units
+from structprune.structured.request import StructuredRequest
+from structprune.structured.surgery import apply_plan
+
+WORTH = 10**9  # bytes of weights; a run on fewer fails as early without
+NOTHING = BlockPlan((), (), ())
+
+
+def rehearse(run: Run, request: StructuredRequest | MaskRequest, journal: Journal) -> None:
+    """Let one block go through every stage, unless parts of the run are there already: then it has gone through them.
+
+    Each process does it alone, with its own windows.
+
+    Args:
+        run: that has made its calibration. request: of it. journal: where its parts will be kept.
+    Raises:
+        UserError: what the run would end with at that block.
+    """
+    wanted, model = request.config.memory.rehearsal, run.model
+    if wanted is None:
+        wanted = sum(each.numel() * each.element_size() for each in model.parameters()) >= WORTH
+    if not wanted or not request.reads_text or journal.has_parts:
+        return
+    for _ in run.track([0], "rehearsal"):
+        try:
+            _one_block(run, request)
+        except UserError as error:
+            raise UserError(f"in a rehearsal with one block, {error}") from error
+    give_back_memory()
+
+
+def _one_block(run: Run, request: StructuredRequest | MaskRequest) -> None:
+    windows = few_windows(run.calibration.share(run.workers), run.limits.windows)
+    block = one_block(run.model)
+    if isinstance(request, MaskRequest):
+        MaskRun(block, request, windows, lambda items, title: items).run()
+        return
+    scan = Scan(Adapter(block), windows, run.sink, run.limits)
+    with run.streamed(block):
+        paths = rank_units(replace(scan, calibration=windows.fit), request.settings, request.arm)
+        counts = {key: len(path.steps) // 2 for key, path in paths.items()}  # something of each kind stays
+        plan = make_plan(scan.adapter, paths, counts, request.settings.gqa)
+        small = apply_plan(block, plan, request.reconstruct.adds_bias)
+        with run.streamed(small):
+            if request.reconstruct.enabled:
+                Reconstructor(scan, request.reconstruct).refit(small)
+            ids, noisy, p = held_out_noise(windows, block, run.seed)
+            masked_nelbo(small, ids, noisy, p, batch=run.limits.sequences(windows.levels, windows.length))
+
+
+def few_windows(calibration: Calibration, count: int) -> Calibration:
+    """The first windows of a calibration, as many as a pass takes, and at most so many held-out ones."""
+    few = calibration.first(count)
+    fit = few.windows - few.held_out
+    return few.part(torch.arange(fit + min(count, few.held_out)), held_out=min(count, few.held_out))
+
+
+def one_block(model: DiffusionLM) -> DiffusionLM:
+    """A model of the first block that has attention and MLP, else of the first one, which shares its tensors."""
+    adapter = Adapter(model)
+    whole = [block.index for block in adapter.blocks if len(block.kinds) == 2]
+    index, plan = (whole or [0])[0], identity_plan(adapter)
+    blocks = tuple(each if place == index else NOTHING for place, each in enumerate(plan.blocks))
+    return apply_plan(model, replace(plan, blocks=blocks), coupled={})
