@@ -60,16 +60,16 @@ def kills(results: dict) -> str:
     Args:
         results: of scripts/tools/check_kills.py.
     """
-    header = ["command", "undisturbed", "kills", "kept at the kills", "most time lost", "same bytes", "same figures"]
+    header = ["command", "undisturbed", "kills", "kept then", "most time lost", "same bytes", "same figures"]
     lines = []
     for name, result in results["commands"].items():
         rows = result["rows"]
         same = [f"{sum(row[key] for row in rows)} of {len(rows)}" for key in ("same_bytes", "same_figures")]
-        lost, kept = max(row["lost"] for row in rows), ", ".join(row["kept"] for row in rows)
+        lost, kept = max(row["lost"] for row in rows), f"{rows[0]['kept']} to {rows[-1]['kept']}"
         lines.append([name, f"{result['undisturbed']:.0f} s", str(len(rows)), kept, f"{lost:.0f} s", *same])
     note = (
         "`python -m scripts.tools.check_kills`, from [`kills.json`](scripts/results/kills.json): commands on the"
-        " embedded model, each killed with SIGKILL once, at evenly spaced moments, and given again. Seconds with"
+        " embedded model, each killed with SIGKILL once, at random moments, and given again. Seconds with"
         f" start-up, beside other work ({machine(results['machine'])}). Bytes: of all files but those that tell"
         " seconds. Figures: of the report, without seconds."
     )

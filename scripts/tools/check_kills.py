@@ -1,12 +1,13 @@
 """Commands that are killed at several moments and go on, against undisturbed ones: are the bytes the same?
 
-Structured pruning, masks, 2:4 masks and a training of the embedded model, in processes of their own. Each is killed
-with SIGKILL at one of evenly spaced moments, and the same command is given again.
+Structured pruning, a search, masks, 2:4 masks and a training of the embedded model, in processes of their own. Each is
+killed with SIGKILL at a random moment of its undisturbed time, and the same command is given again.
 
-    python -m scripts.tools.check_kills [--kills 10] [--out scripts/results/kills.json]
+    python -m scripts.tools.check_kills [--kills 20] [--out scripts/results/kills.json]
 """
 
 import json
+import random
 import subprocess
 import sys
 import tempfile
@@ -25,12 +26,16 @@ from structprune.runs.work import work_beside
 
 RATIO, TEXT = "0.5", text_file("calibration.txt")
 TIMED = ("report.json", "README.md")  # files with seconds
-OPTIONS = {"kills": (10, "moments of each command, evenly spaced over the undisturbed run")}
-CALIBRATION = {"windows": 32, "copies": 2, "length": 128, "held_out": 8, "batch": 8}
+OPTIONS = {"kills": (20, "moments of each command, drawn over the undisturbed run")}
+SEED = 0  # of the moments
+CALIBRATION = {"windows": 16, "copies": 2, "length": 64, "held_out": 8, "batch": 8}
 PRUNING = {f"calibration.{key}": value for key, value in CALIBRATION.items()}
-RECOVERY = TRAIN | {"blocks.tokens": 16_384, "train.tokens": 65_536, "train.evaluations": 8}
+SPLIT = {"structured.split_candidates": 2, "structured.split_windows": 8}
+SEARCH = {"search.enabled": True, "search.levels": 3, "search.rounds": 1, "search.generations": 2}
+RECOVERY = TRAIN | {"blocks.tokens": 4_096, "train.tokens": 16_384, "train.evaluations": 8}
 COMMANDS = {  # name -> options of `structprune prune`, and keys
-    "structured": (["--ratio", RATIO], PRUNING | {"structured.split_candidates": 4, "reconstruct.head": True}),
+    "structured": (["--ratio", RATIO], PRUNING | SPLIT | {"reconstruct.head": True}),
+    "search": (["--ratio", RATIO], PRUNING | SPLIT | SEARCH | {"search.offspring": 4, "search.sequences": 8}),
     "masks": (["--method", "unstructured"], PRUNING),
     "2:4 masks, refit": (["--method", "nm", "--score", "wanda"], PRUNING | {"reconstruct.enabled": True}),
 }
@@ -108,9 +113,9 @@ def figures(out: Path) -> dict:
 def compare(name: str, pruned: Path, folder: Path, kills: int) -> dict:
     """An undisturbed run of a command, and every killed one against it."""
     whole = folder / "undisturbed" / "out"
-    undisturbed, rows = run(command(name, pruned, whole)), []
-    for number in range(kills):
-        out, moment = folder / f"killed-{number}" / "out", undisturbed * (number + 1) / (kills + 1)
+    undisturbed, rows, draw = run(command(name, pruned, whole)), [], random.Random(SEED)
+    for number, moment in enumerate(sorted(draw.uniform(0, undisturbed) for _ in range(kills))):
+        out = folder / f"killed-{number}" / "out"
         line = command(name, pruned, out)
         disturbed = killed(line, moment)
         row: dict = {"moment": moment, "killed": disturbed, "kept": kept_of(out)}
@@ -143,7 +148,7 @@ def check(arguments: list[str] | None) -> None:
     for name in (*COMMANDS, TRAINING):
         with tempfile.TemporaryDirectory() as folder:
             results[name] = compare(name, pruned, Path(folder), options.kills)
-    settings = {"pruning": PRUNING, "recovery": RECOVERY}
+    settings = {"commands": COMMANDS, "recovery": RECOVERY, "seed": SEED}
     write_result(options.out, {"machine": describe_machine(), "settings": settings, "commands": results})
     show_result(*(table_of(name, result) for name, result in results.items()), out=options.out, width=100)
     rows = [row for result in results.values() for row in result["rows"]]

@@ -56,9 +56,11 @@ def test_a_command_is_killed_and_compared(check, monkeypatch, tmp_path):
     text = "import json, pathlib, sys, time; out = pathlib.Path(sys.argv[1]); time.sleep(0.5); out.mkdir(parents=True);"
     text += "(out / 'w').write_text('same'); (out / 'report.json').write_text(json.dumps({'seconds': time.time()}))"
     monkeypatch.setattr(check, "command", lambda name, pruned, out: [sys.executable, "-c", text, str(out)])
+    moments = iter([0.6, 0.3])
+    monkeypatch.setattr(check.random.Random, "uniform", lambda self, low, high: high * next(moments))
     result = check.compare("masks", tmp_path, tmp_path, 2)
+    assert result["rows"][0]["moment"] == result["undisturbed"] * 0.3  # the earliest first
     assert [row["same_bytes"] and row["same_figures"] and row["killed"] for row in result["rows"]] == [True, True]
-    assert result["rows"][0]["moment"] == pytest.approx(result["undisturbed"] / 3)
 
 
 def test_no_kills_are_refused(check, tmp_path, capsys):

@@ -36,7 +36,7 @@ def test_kills_and_plans(pages):
     row = {"moment": 5.0, "killed": True, "kept": "step 8", "again": 7.0, "lost": 2.0}
     row |= {"same_bytes": True, "same_figures": False}
     text = pages.kills({"machine": MACHINE, "commands": {"masks": {"undisturbed": 10.0, "rows": [row, row]}}})
-    assert "| masks | 10 s | 2 | step 8, step 8 | 2 s | 2 of 2 | 0 of 2 |" in text
+    assert "| masks | 10 s | 2 | step 8 to step 8 | 2 s | 2 of 2 | 0 of 2 |" in text
     memory = dict.fromkeys(pages.PARTS, 2e9) | {"peak": 9e9}
     cost = {"operations": {"student": 3e17}, "seconds": {"student": 7200.0}}
     shapes = {"8B": {"config": "x.yaml", "memory": memory, "tokens": 5e6, "cost": cost}}
