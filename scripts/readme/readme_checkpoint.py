@@ -19,12 +19,12 @@ def checkpoint(results: dict) -> str:
     settings, texts = results["settings"], list(results["dense"])
     rows = {(row["variant"], row["text"], row["ratio"]): row for row in results["losses"]}
     variants, _, ratios = (list(dict.fromkeys(each)) for each in zip(*rows, strict=True))
-    parts = [part for text in texts for part in (_heading(results, text), _loss_table(rows, variants, text, ratios))]
+    parts = [part for text in texts for part in (heading(results, text), loss_table(rows, variants, text, ratios))]
     parts += [_note(results), _costs(rows, variants, texts[0], ratios, results["first"]), _cost_note(results)]
     columns = [f"{text}, {ratio}" for text in texts for ratio in ratios]
     contrasts = [row | {"ratio": f"{row['text']}, {row['ratio']}"} for row in results["contrasts"]]
     if "generation" in results:
-        parts += [_generation_table(results["generation"], ratios), _generation_note(results["generation"])]
+        parts += [generation_table(results["generation"], ratios), generation_note(results["generation"])]
     if len(settings["seeds"]) == 1:
         parts.append("With one seed there is no interval, and no difference below is shown.")
     return "\n\n".join([*parts, paired(contrasts, columns)])
@@ -60,13 +60,13 @@ def kept_heads(kept: dict, others: dict) -> str:
     return "\n\n".join([table(header, lines), note, paired(gaps, [gap["ratio"] for gap in gaps])])
 
 
-def _heading(results: dict, text: str) -> str:
+def heading(results: dict, text: str) -> str:
     dense = results["dense"][text]
     nelbo, accuracy = (fmean(each[key] for each in dense) for key in ("nelbo", "accuracy"))
     return f"`{text}`, where the dense model has {nelbo:.2f} nats and {100 * accuracy:.1f}% of masked tokens right:"
 
 
-def _loss_table(rows: dict[tuple, Row], variants: list[str], text: str, ratios: list[str]) -> str:
+def loss_table(rows: dict[tuple, Row], variants: list[str], text: str, ratios: list[str]) -> str:
     header = ["variant"] + [each for ratio in ratios for each in (f"loss at {ratio}", "KL", "agreement")]
     lines = []
     for name in variants:
@@ -106,7 +106,7 @@ def _costs(rows: dict[tuple, Row], variants: list[str], text: str, ratios: list[
     return table(header, lines)
 
 
-def _generation_table(generation: dict, ratios: list[str]) -> str:
+def generation_table(generation: dict, ratios: list[str]) -> str:
     """What is kept of the dense model's greedy continuations, and what the dense model thinks of the text."""
     rows = {(row["variant"], row["ratio"]): row for row in generation["rows"]}
     header = [
@@ -121,7 +121,7 @@ def _generation_table(generation: dict, ratios: list[str]) -> str:
     return table(header, lines)
 
 
-def _generation_note(generation: dict) -> str:
+def generation_note(generation: dict) -> str:
     return (
         f"Tokens kept: of {generation['tokens']} after each of {generation['openings']} openings of the first text,"
         " generated greedily a token a step, those that the dense model's have at the same place; a mean over seeds."

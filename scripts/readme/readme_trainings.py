@@ -1,7 +1,8 @@
-"""The tables of trainings: variants at equal tokens, recipes at true size, and commands that were killed."""
+"""The tables of trainings: variants at equal tokens, gradual against one shot, and a checkpoint of one's own."""
 
 from statistics import fmean, median
 
+from scripts.readme.readme_checkpoint import generation_note, generation_table, heading, loss_table
 from scripts.readme.readme_common import machine, table
 from scripts.readme.readme_studies import by_variant, interval, over_seeds, paired
 
@@ -28,6 +29,46 @@ def trainings(results: dict) -> str:
         f" Seconds: of a training, median, on one thread beside other work ({machine(results['machine'])})."
     )
     return f"{table(header, lines)}\n\n{note}\n\n{paired(results['contrasts'], ratios)}"
+
+
+def gradual(results: dict) -> str:
+    """One shot and a gradual schedule at equal tokens, and the paired differences.
+
+    Args:
+        results: of scripts/studies/gradual_study.py.
+    """
+    settings, ratios = results["settings"], list(dict.fromkeys(row["ratio"] for row in results["losses"]))
+    header = ["schedule", *(each for ratio in ratios for each in (*_columns(ratio), "removed"))]
+    lines = []
+    for name, losses in by_variant(results["losses"]).items():
+        removed = {ratio: f"{100 * fmean(losses[ratio]['removed']):.1f}%" for ratio in ratios}
+        lines.append([name, *(each for ratio in ratios for each in (*_cells(losses[ratio]), removed[ratio]))])
+    note = (
+        f"`python -m scripts.studies.gradual_study --text {settings['text']}`, from"
+        " [`gradual.json`](scripts/results/gradual.json): loss of NELBO on the embedded model against dense, nats per"
+        f" token, {over_seeds(settings)}. {settings['tokens']:,} tokens in a whole schedule: gradual prunes at 0.3"
+        " first, and goes on through the ratios up to its own, trained back after each. Seconds: all prunings and"
+        " trainings."
+    )
+    return f"{table(header, lines)}\n\n{note}\n\n{paired(results['contrasts'], ratios)}"
+
+
+def checkpoint_trainings(results: dict) -> str:
+    """A table per evaluation text of a pretrained checkpoint, before and after, what it generates, and differences.
+
+    Args:
+        results: of scripts/studies/checkpoint_recovery.py.
+    """
+    settings = results["settings"]
+    rows = {(row["variant"], row["text"], row["ratio"]): row for row in results["losses"]}
+    variants, texts, ratios = (list(dict.fromkeys(each)) for each in zip(*rows, strict=True))
+    parts = [part for text in texts for part in (heading(results, text), loss_table(rows, variants, text, ratios))]
+    parts += [_checkpoint_note(results), generation_table(results["generation"], ratios)]
+    parts.append(generation_note(results["generation"]))
+    if len(settings["seeds"]) == 1:
+        parts.append("With one seed there is no interval, and no difference below is shown.")
+    contrasts = [row | {"ratio": f"{row['text']}, {row['ratio']}"} for row in results["contrasts"]]
+    return "\n\n".join([*parts, paired(contrasts, [f"{text}, {ratio}" for text in texts for ratio in ratios])])
 
 
 def plans(results: dict) -> str:
@@ -90,4 +131,25 @@ def _generated(results: dict) -> str:
     return (
         "Tokens kept: of those that the dense model generates greedily after openings of held-out text, the ones at"
         f" the same place. NELBO of generated: under the dense model, whose own text has {own:.2f}."
+    )
+
+
+def _checkpoint_note(results: dict) -> str:
+    settings = results["settings"]
+    names = " ".join(f"--eval {name}={file}" for name, file in settings["texts"].items())
+    counts = [keys["blocks.tokens"] + keys["train.tokens"] for keys in results["variants"].values() if keys]
+    tokens = " ".join(f"--tokens {count}" for count in counts)
+    name, text = settings["checkpoint"]["name"], settings["base"]["calibration.source"]
+    seconds = {
+        f"{row['variant']} at {row['ratio']}": median(each["training"] for each in row["seconds"])
+        for row in results["losses"]
+        if row["text"] == next(iter(results["dense"])) and row["seconds"][0]
+    }
+    times = ", ".join(f"{title} {value / 60:.0f} min" for title, value in seconds.items())
+    return (
+        f"`python -m scripts.studies.checkpoint_recovery --checkpoint DIR --name {name} --text {text} {names} {tokens}"
+        f" --seeds {len(settings['seeds'])}`, from"
+        f" [`checkpoint_recovery.json`](scripts/results/checkpoint_recovery.json): loss of NELBO on {name} against"
+        f" dense, nats per token, {over_seeds(settings)}. KL and agreement as above. A training with its checks, on one"
+        f" thread beside other work ({machine(results['machine'])}): {times}."
     )

@@ -70,3 +70,22 @@ def test_what_is_said_of_training_back():
     assert gaps["divergence by 1 / p", ours, "0.7"]["shown"] and gaps["divergence by 1 / p", ours, "0.7"]["mean"] > 0
     assert f"take {seconds[long, '0.5']:.0f} and {seconds[long, '0.7']:.0f} minutes on one core" in text
     assert f"to {mean[long, '0.5']:.3f} at 0.5 and to {mean[long, '0.7']:.3f} at 0.7" in text
+
+
+def test_what_is_said_of_a_training_on_a_pretrained_checkpoint():
+    result, text = results("checkpoint_recovery"), prose()
+    assert list(result["variants"]) == ["not trained", "300,000 tokens"] and len(result["settings"]["seeds"]) == 1
+    loss = {(row["variant"], row["text"], row["ratio"]): row["mean"] for row in result["losses"]}
+    learnt, other = (
+        {ratio: [f"{loss[name, place, ratio]:.3f}" for name in result["variants"]] for ratio in ("0.3", "0.5")}
+        for place in ("docs-valid", "wikitext2-test")
+    )
+    halves = [f"from {pair[0]} to {pair[1]}" for pair in (learnt["0.5"], other["0.5"], learnt["0.3"], other["0.3"])]
+    assert f"the loss falls {halves[0]} nats on `docs-valid`, and {halves[1]} on `wikitext2-test`" in text
+    assert f"At 0.3 it falls {halves[2]} and {halves[3]}." in text
+    times = sorted({each["training"] for row in result["losses"] for each in row["seconds"] if each})
+    assert f"in {times[0] / 60:.0f} and {times[1] / 60:.0f} minutes on one core" in text
+    kept = {(row["variant"], row["ratio"]): row["tokens_kept"][0] for row in result["generation"]["rows"]}
+    shares = [f"{100 * kept[name, '0.5']:.1f}%" for name in result["variants"]]
+    assert f"comes out rises from {shares[0]} to {shares[1]}; at 0.3 it hardly moves" in text
+    assert abs(kept["300,000 tokens", "0.3"] - kept["not trained", "0.3"]) < 0.01

@@ -32,6 +32,32 @@ def test_a_variant_has_loss_generation_and_time_at_every_ratio(pages, results):
     assert "| two - one | **+0.2500 ± 0.0500** | **+0.2500 ± 0.0500** |" in text and "whose own text has 2.00" in text
 
 
+def test_a_schedule_also_says_what_is_gone(pages, results):
+    text = pages.gradual(results)
+    assert "| two | +0.250 ± 0.050 | 30.0% | 3.50 | 70 | 40.0% | +0.250" in text
+
+
+def test_a_checkpoint_has_a_table_per_text(pages, results):
+    row = SPREAD | {"kl": [0.1, 0.3], "agreement": [0.5, 0.7], "text": "a", "ratio": "0.5"}
+    trained = "1,000 tokens"
+    results["losses"] = [
+        row | {"variant": "not trained", "seconds": [{}, {}]},
+        row | {"variant": trained, "seconds": [{"training": 600.0}, {"training": 1200.0}]},
+    ]
+    results["contrasts"] = [SPREAD | {"variant": trained, "against": "not trained", "text": "a", "ratio": "0.5"}]
+    results["dense"] = {"a": [{"nelbo": 4.0, "accuracy": 0.2}] * 2}
+    results["variants"] = {"not trained": {}, trained: {"blocks.tokens": 400, "train.tokens": 600}}
+    results["settings"] = SETTINGS | {"checkpoint": {"name": "mine"}, "base": {"calibration.source": "notes.txt"}}
+    made = {"ratio": "0.5", "tokens_kept": [0.2, 0.4], "generated_nelbo": [3.0, 4.0]}
+    rows = [made | {"variant": name} for name in ("not trained", trained)]
+    results["generation"] = {"rows": rows, "dense": [2.0, 2.0], "openings": 8, "tokens": 32}
+    text = pages.checkpoint_trainings(results)
+    assert "| 1,000 tokens | +0.250 ± 0.050 | 0.200 | 60.0% |" in text
+    assert "--name mine --text notes.txt --eval a=a.txt --tokens 1000 --seeds 2`" in text
+    assert "1,000 tokens at 0.5 15 min." in text and "| 1,000 tokens | 30.0% | 3.50 |" in text
+    assert "| 1,000 tokens - not trained | **+0.2500 ± 0.0500** |" in text
+
+
 def test_kills_and_plans(pages):
     row = {"moment": 5.0, "killed": True, "kept": "step 8", "again": 7.0, "lost": 2.0}
     row |= {"same_bytes": True, "same_figures": False}
