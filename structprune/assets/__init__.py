@@ -21,7 +21,7 @@ def text_file(name: str) -> Path:
 
 
 def card_template(name: str) -> str:
-    """The template `pruned` or `masked` of a README.md, for `str.format`."""
+    """The template `pruned`, `masked`, `recovered` or `packed` of a README.md, for `str.format`."""
     return (Path(__file__).parent / "cards" / f"{name}.md").read_text(encoding="utf-8")
 
 

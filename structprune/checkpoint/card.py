@@ -8,6 +8,7 @@ from huggingface_hub import ModelCardData
 from structprune.assets import card_template
 from structprune.checkpoint.lineage import in_words, removed_in_all
 from structprune.models.families import family_named
+from structprune.report.export_lines import UNPACKERS
 from structprune.report.tables import change, mask_choice, millions, plus_minus, shown_arm, whole_parts, workload
 
 
@@ -54,6 +55,18 @@ def exported_card(card: str, before: dict, now: dict, compat: str) -> str:
     written = r"(Export class: `\w+`)(; written as `\w+`)?"
     card = re.sub(written, rf"\1; written as `{compat}`", card, count=1)
     return card.replace(_code(before.get("own_code")), _code(now.get("own_code")))
+
+
+def packed_card(card: str, layout: str) -> str:
+    """A checkpoint's card with a section on packed weights first, after its metadata.
+
+    Args:
+        layout: one of `structprune.checkpoint.bitmask.STRUCTURES`.
+    """
+    section = card_template("packed").format(layout=layout, unpackers=UNPACKERS[layout])
+    metadata = re.match(r"---\n.*?^---\n", card, re.DOTALL | re.MULTILINE)
+    end = metadata.end() if metadata else 0
+    return f"{card[:end]}\n{section}\n{card[end:].lstrip()}"
 
 
 def _example(model_class: type) -> str:

@@ -25,6 +25,14 @@ Compat = Annotated[
         show_default="free",
     ),
 ]
+Format = Annotated[
+    str | None,
+    typer.Option(
+        "--format",
+        help="Of masked weights in --out: compressed-tensors, packed for transformers 4.51 to 4.57.",
+        show_default="plain zeros",
+    ),
+]
 Gguf = Annotated[
     Path | None,
     typer.Option(
@@ -52,6 +60,7 @@ def export(
     checkpoint: Checkpoint,
     out: OutDirectory = None,
     compat: Compat = None,
+    packed: Format = None,
     gguf: Gguf = None,
     dtype: ExportDtype = None,
     gguf_pre: GgufPre = None,
@@ -71,6 +80,7 @@ def export(
         raise UserError("nothing to write: give --out DIR, --gguf FILE or --push REPO")
     for name, value, needs, other in (
         ("--compat", compat, out, "--out DIR"),
+        ("--format", packed, out, "--out DIR"),
         ("--gguf-pre", gguf_pre, gguf, "--gguf FILE"),
         ("--private", private or None, push, "--push REPO"),
         ("--dtype", dtype, out or gguf, "--out DIR or --gguf FILE"),
@@ -80,7 +90,7 @@ def export(
             raise UserError(f"{name} is for {other}: add it, or leave {name} out")
     model = ModelSettings(mask_id=mask_id, allow_pickle=allow_pickle)
     request = ExportRequest(
-        checkpoint, out, "free" if compat is None else compat, gguf, gguf_pre, dtype, overwrite, model
+        checkpoint, out, "free" if compat is None else compat, gguf, gguf_pre, dtype, overwrite, model, packed
     )
     _export_and_show(request, push, private, dry_run)
 

@@ -46,7 +46,20 @@ def locate(source: str | Path, weights: bool = True, allow_pickle: bool = False,
     return directory
 
 
-def _snapshot(hub_id: str, weights: list[str], code: bool) -> Path:
+def file_beside(source: str | Path, directory: Path, name: str) -> Path:
+    """The place of a file that is no settings and no weights, downloaded of a Hub id; the file may not be there.
+
+    Args:
+        directory: what `locate(source)` returns.
+    Raises:
+        UserError: the Hub cannot be reached.
+    """
+    if not Path(source).is_dir() and not (directory / name).exists():
+        directory = _snapshot(str(source), [name])
+    return directory / name
+
+
+def _snapshot(hub_id: str, weights: list[str], code: bool = False) -> Path:
     """Download settings and the weights of some patterns; with `code` everything but weights of other patterns."""
     patterns: dict[str, Any] = {"allow_patterns": [*SETTINGS_PATTERNS, *weights]}
     if code:

@@ -3,16 +3,28 @@
 Copied next to every checkpoint structprune writes: imports transformers (4.46 to 4.57 and 5) only.
 """
 
+import importlib.metadata
+import re
+
 from transformers import PretrainedConfig
+from transformers import __version__ as transformers_version
+
+UNPACKED_BY = {  # layout of packed weights -> the first release of transformers that unpacks it, the next without
+    "sparse-24-bitmask": ((4, 51), (4, 58)),
+    "sparse-bitmask": ((4, 51), (4, 56)),
+}
+DROPPED = (0, 15)  # release of compressed-tensors that unpacks neither
 
 
 class LayoutConfig(PretrainedConfig):
     """Is saved in the layout that it was read in: the family's own, as long as its blocks are alike and add no bias.
 
     `published` has the `model_type` and `architectures` of that layout; None is structprune's own.
+    `packed_layout` is the one of `UNPACKED_BY` that `quantization_config` names; None: the weights are plain.
     """
 
     published = None
+    packed_layout = None
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
@@ -29,12 +41,19 @@ class LayoutConfig(PretrainedConfig):
             self.published = layout_of(values | {"model_type": kind})
         if values.get("rope_scaling", self) is None:  # as it is by default; transformers 5 warns of the key
             del values["rope_scaling"]
+        values.pop("packed_layout", None)
+        # noted here, because transformers 5 replaces quantization_config by an object that no longer says so
+        settings = values.get("quantization_config")
+        sparsity = settings.get("sparsity_config") if isinstance(settings, dict) else None
+        if isinstance(sparsity, dict) and sparsity.get("format") in UNPACKED_BY:
+            self.packed_layout = sparsity["format"]
 
     def to_diff_dict(self):
         """What is written: in the family's own layout all keys, since its defaults are not these."""
         if self.published and is_publishable(self):
             return published_values(self, self.num_attention_heads, self.hidden_size) | self.published
-        return {key: value for key, value in super().to_diff_dict().items() if key != "published"}
+        absent = ("published", "packed_layout")
+        return {key: value for key, value in super().to_diff_dict().items() if key not in absent}
 
 
 def layout_of(values: dict) -> dict:
@@ -53,7 +72,8 @@ def published_values(config, heads: int, hidden: int) -> dict:
 
     `head_dim` is there only where it is not `hidden` shared by `heads`, which all of them take for granted.
     """
-    absent = ("published", "attention_output_bias", "mlp_output_bias", "_name_or_path", *type(config).attribute_map)
+    biases = ("attention_output_bias", "mlp_output_bias")
+    absent = ("published", "packed_layout", *biases, "_name_or_path", *type(config).attribute_map)
     defaults = PretrainedConfig().to_dict().items()
     values = {key: value for key, value in config.to_dict().items() if (key, value) not in defaults}
     values = {key: value for key, value in values.items() if key not in absent}
@@ -144,6 +164,30 @@ def untied(values: dict) -> bool:
     if values.pop("tie_word_embeddings", False):
         raise ValueError("tie_word_embeddings=True is not possible: the output head has a weight of its own, use False")
     return False
+
+
+def check_packed(config) -> None:
+    """Raise ImportError where weights are packed and the installed releases do not unpack them.
+
+    Some of those releases would go on with random weights, after a warning.
+    """
+    layout = getattr(config, "packed_layout", None)
+    if layout is None:
+        return
+    try:
+        unpacker = importlib.metadata.version("compressed-tensors")
+    except importlib.metadata.PackageNotFoundError:  # transformers asks for it before it reads weights
+        unpacker = "none"
+    first, end = UNPACKED_BY[layout]
+    if not first <= release(transformers_version) < end or release(unpacker) >= DROPPED:
+        found = f"transformers {transformers_version} with compressed-tensors {unpacker}"
+        remedy = "pip install transformers==4.55.4 compressed-tensors==0.14.0.1 accelerate"
+        raise ImportError(f"weights packed as {layout} are not read by {found}: {remedy}")
+
+
+def release(version: str) -> tuple:
+    """The first two numbers of a version."""
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
 
 
 def layer_width(config, index: int, key: str) -> int:

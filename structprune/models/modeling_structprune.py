@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
-from .configuration_structprune import StructpruneDreamConfig, StructpruneLLaDAConfig
+from .configuration_structprune import StructpruneDreamConfig, StructpruneLLaDAConfig, check_packed
 from .generation_structprune import DreamSampling, LLaDASampling
 from .layers_structprune import (
     DreamBlock,
@@ -54,6 +54,7 @@ class DiffusionLM(PreTrainedModel):
 
     def __init__(self, config):
         check_attention(getattr(config, "_attn_implementation", None))
+        check_packed(config)
         super().__init__(config)
 
     def set_attn_implementation(self, attn_implementation):

@@ -6,6 +6,10 @@ READERS = {
     "uniform": f"engines that read head_dim (llama.cpp for LLaDA), {OURS}",
     "free": OURS,
 }
+UNPACKERS = {  # layout of packed weights -> what unpacks it
+    "sparse-24-bitmask": "transformers 4.51 to 4.57 with compressed-tensors below 0.15 and accelerate",
+    "sparse-bitmask": "transformers 4.51 to 4.55 with compressed-tensors below 0.15 and accelerate",
+}
 
 
 def plan_lines(facts: dict) -> list[str]:
@@ -14,7 +18,9 @@ def plan_lines(facts: dict) -> list[str]:
     lines += [f"not {name}: {reason}" for name, reason in facts["reasons"].items()]
     if facts["out"]:
         size = f"{facts['out_bytes'] / 1e6:.1f} MB"
-        lines.append(f"Would write {facts['out']} as {facts['compat']}, {size}, for {READERS[facts['compat']]}")
+        if "layout" in facts:
+            lines.append(_packed(facts, "out_bytes"))
+        lines.append(f"Would write {facts['out']} as {facts['compat']}, {size}, for {_readers(facts)}")
     if facts["gguf"]:
         lines.append(f"Would write {facts['gguf']}, {facts['gguf_bytes'] / 1e6:.1f} MB, for llama.cpp")
     return lines
@@ -28,10 +34,20 @@ def exported_lines(facts: dict) -> list[str]:
         if facts["difference"]:
             share = f"{100 * facts['agreement']:.1f} % of predictions agree"
             same = f"logits differ by up to {facts['difference']:.3g}, {share}"
-        lines += [
-            f"{facts['compat']}, {facts['dtype']}: {same}",
-            f"Wrote {facts['out']}, for {READERS[facts['compat']]}",
-        ]
+        lines.append(f"{facts['compat']}, {facts['dtype']}: {same}")
+        if "layout" in facts:
+            lines.append(f"{_packed(facts, 'written_bytes')}; each was unpacked from the file again, bit for bit")
+        lines.append(f"Wrote {facts['out']}, for {_readers(facts)}")
     if facts["gguf"]:
         lines.append(f"Wrote {facts['gguf']} ({facts['gguf_bytes'] / 1e6:.1f} MB), for llama.cpp")
     return lines
+
+
+def _readers(facts: dict) -> str:
+    return UNPACKERS[facts["layout"]] if "layout" in facts else READERS[facts["compat"]]
+
+
+def _packed(facts: dict, key: str) -> str:
+    """How many weights are packed, and what that makes of the bytes of all; `key` has those packed."""
+    sizes = f"{facts[key] / 1e6:.1f} MB instead of {facts['plain_bytes'] / 1e6:.1f} MB"
+    return f"{facts['packed']} weights packed as {facts['layout']}: {sizes}"

@@ -1,4 +1,4 @@
-"""A checkpoint written again for other readers: in another export class or dtype, or as a GGUF file."""
+"""A checkpoint written again for other readers: in another export class or dtype, with packed masks, or as GGUF."""
 
 import shutil
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 
-from structprune.checkpoint.card import exported_card
+from structprune.checkpoint.card import exported_card, packed_card
 from structprune.checkpoint.export import CLASSES, check_export, export_class, obstacles, own_code
 from structprune.checkpoint.gguf_file import (
     STORED,
@@ -21,11 +21,13 @@ from structprune.checkpoint.gguf_file import (
 from structprune.checkpoint.gguf_tokens import Vocabulary
 from structprune.checkpoint.lineage import EXPORTS
 from structprune.checkpoint.output import Content, check_output, write_json
+from structprune.checkpoint.packed import FORMAT, Packing, check_zeros, choose_packing, pack_directory
 from structprune.checkpoint.recovered import CARRIED
 from structprune.checkpoint.save import save_pruned
 from structprune.config import ExportSettings, ModelSettings
 from structprune.errors import Interrupted, UserError
-from structprune.models.checkpoint_files import read_json
+from structprune.masking.masks import Masks
+from structprune.models.checkpoint_files import file_beside, read_json
 from structprune.models.loading import Source, as_dtype, load_model, source_of
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.progress import Track, untracked
@@ -33,6 +35,7 @@ from structprune.runs.ghost import Ghost, read_ghost
 
 LONG_NAMES = {kind: str(dtype).removeprefix("torch.") for dtype, kind in STORED.items()}  # f16 -> float16
 PROBE = (2, 32)  # sequences and tokens that logits are compared on
+SHARD = 5_000_000_000  # bytes of the largest file of weights
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class ExportRequest:
         out: directory to write; None: none. compat: its export class.
         gguf: file to write; None: none. split: see `checkpoint.gguf_tokens.Vocabulary`.
         dtype: of the weights, as `float16` or `f16`, for a GGUF file alone also `q8_0`; None: the source's.
+        format: of the masked weights in `out`, `compressed-tensors`; None: plain, with their zeros.
         model: its mask id, and whether .bin shards are read.
     """
 
@@ -55,6 +59,7 @@ class ExportRequest:
     dtype: str | None = None
     overwrite: bool = False
     model: ModelSettings = ModelSettings()
+    format: str | None = None
 
     @property
     def kind(self) -> str | None:
@@ -63,16 +68,24 @@ class ExportRequest:
         return short.get(self.dtype, self.dtype) if self.dtype else None
 
 
+@dataclass(frozen=True, eq=False)
+class Checked:
+    """The source of an export that can begin, and how its masked weights are packed; None: they are not."""
+
+    ghost: Ghost
+    packing: Packing | None
+
+
 @dataclass(frozen=True)
 class Exported:
     """What was written: `plan_facts`, and of a directory its dtype and the largest `difference` of logits and their
-    `agreement`, of a file its `gguf_bytes`."""
+    `agreement`, of a file its `gguf_bytes`; of packed weights also `written_bytes` of all tensors."""
 
     request: ExportRequest
     facts: dict[str, Any]
 
 
-def checked_export(request: ExportRequest) -> Ghost:
+def checked_export(request: ExportRequest) -> Checked:
     """The source of an export that can begin, of which no weights were read.
 
     Raises:
@@ -86,11 +99,14 @@ def checked_export(request: ExportRequest) -> Ghost:
         raise UserError("--dtype q8_0 is for a GGUF file alone: leave out --out")
     if request.compat not in CLASSES:
         raise UserError(f"unknown --compat '{request.compat}': give {', '.join(CLASSES)}")
+    _check_format(request)
     ghost = read_ghost(request.source, request.model)
     config = ghost.model.config
     if request.out is not None:
         check_export(config, ghost.values, request.compat, "--compat ")
-        check_output(request.out, ghost.directory, request.overwrite, _bytes(ghost, request))
+        plain = _bytes(ghost, request)
+        twice = min(plain, SHARD) if request.format else 0  # of a shard, while it is packed
+        check_output(request.out, ghost.directory, request.overwrite, plain + twice)
         _earlier_report(ghost.directory)
     if request.gguf is not None:
         require_gguf()
@@ -104,7 +120,32 @@ def checked_export(request: ExportRequest) -> Ghost:
             raise UserError(
                 f"--out {request.out} and --gguf {request.gguf} lie in each other: give them places of their own"
             )
-    return ghost
+    return Checked(ghost, _packing(request, ghost))
+
+
+def _check_format(request: ExportRequest) -> None:
+    """Raise UserError for a format that there is not, or in a class whose code may read it wrongly."""
+    if request.format not in (None, FORMAT):
+        raise UserError(f"unknown --format '{request.format}': give {FORMAT}")
+    if request.format is not None and request.compat != "free":
+        reason = "whose code refuses releases that misread packed weights"
+        raise UserError(f"--format {FORMAT} writes class free, {reason}: leave out --compat {request.compat}")
+
+
+def _packing(request: ExportRequest, ghost: Ghost) -> Packing | None:
+    """How the masks of a checkpoint are packed; None where that was not asked for.
+
+    Raises:
+        UserError: it has no masks, or none that can be packed.
+    """
+    if request.format is None or request.out is None:
+        return None
+    path = file_beside(request.source, ghost.directory, "masks.safetensors")
+    if not path.is_file():
+        reason = f"{ghost.name} has no masks.safetensors, so that no zeros are known"
+        remedy = "mask it first (structprune prune --method nm or unstructured), or leave out --format"
+        raise UserError(f"--format {FORMAT} packs masked weights, and {reason}: {remedy}")
+    return choose_packing(Masks.load(path), ghost.model, _dtype(ghost, request).itemsize)
 
 
 def export_checkpoint(request: ExportRequest, track: Track = untracked) -> Exported:
@@ -115,29 +156,35 @@ def export_checkpoint(request: ExportRequest, track: Track = untracked) -> Expor
     Raises:
         UserError: anything the user can mend, before weights are read where it can be known then.
     """
-    ghost = checked_export(request)
+    checked = checked_export(request)
+    ghost = checked.ghost
     target = as_dtype(LONG_NAMES.get(request.kind or ""))
     compared = "auto" if target in (None, ghost.stored) else torch.float32  # so that only the weights' rounding shows
     mask_id, pickles = request.model.mask_id, request.model.allow_pickle
     own = request.compat == "official"  # whose Python files are copied
     model = load_model(request.source, compared, mask_id=mask_id, allow_pickle=pickles, code=own)
-    facts = plan_facts(request, ghost)
+    if checked.packing is not None:
+        check_zeros(model, checked.packing.masks)
+    facts = plan_facts(request, checked)
     if request.gguf is not None:
         write_gguf(model, request.gguf, request.kind, request.split, track)
         facts["gguf_bytes"] = request.gguf.stat().st_size
     if request.out is None:
         return Exported(request, facts)
     try:
-        return Exported(request, facts | _write_directory(model, request, compared))
+        return Exported(request, facts | _write_directory(model, request, compared, checked.packing))
     except KeyboardInterrupt as error:
         if request.gguf is None:
             raise
         raise Interrupted(f"'{request.gguf}' is complete, '{request.out}' was not written") from error
 
 
-def plan_facts(request: ExportRequest, ghost: Ghost) -> dict[str, Any]:
+def plan_facts(request: ExportRequest, checked: Checked) -> dict[str, Any]:
     """What an export would write of what, with about so many bytes, and why not in stricter classes (class -> reason),
-    as plain data."""
+    as plain data; of packed weights their `layout`, how many are `packed`, and the `plain_bytes` of all weights."""
+    ghost, packing, plain = checked.ghost, checked.packing, _bytes(checked.ghost, request)
+    saved = packing.saved_bytes(_dtype(ghost, request).itemsize) if packing else 0
+    packed = {"layout": packing.layout, "packed": len(packing.kept), "plain_bytes": plain} if packing else {}
     reasons = obstacles(ghost.model.config, ghost.values)
     return {
         "source": ghost.name,
@@ -147,19 +194,27 @@ def plan_facts(request: ExportRequest, ghost: Ghost) -> dict[str, Any]:
         "reasons": {name: reasons[name] for name in CLASSES if name in reasons},
         "out": request.out and str(request.out),
         "compat": request.compat,
-        "out_bytes": _bytes(ghost, request),
+        "out_bytes": plain - saved,
         "gguf": request.gguf and str(request.gguf),
         "gguf_bytes": needed_bytes(ghost.model.num_parameters(), request.kind, ghost.stored),
+        **packed,
     }
 
 
+def _dtype(ghost: Ghost, request: ExportRequest) -> torch.dtype:
+    """Of the weights that are written."""
+    return as_dtype(LONG_NAMES.get(request.kind or "")) or ghost.stored
+
+
 def _bytes(ghost: Ghost, request: ExportRequest) -> int:
-    dtype = as_dtype(LONG_NAMES.get(request.kind or "")) or ghost.stored
-    return ghost.model.num_parameters() * dtype.itemsize
+    """Of the weights, unpacked."""
+    return ghost.model.num_parameters() * _dtype(ghost, request).itemsize
 
 
-def _write_directory(model: DiffusionLM, request: ExportRequest, compared: str | torch.dtype) -> dict[str, Any]:
-    """Write the directory, once its logits, computed in the dtype `compared`, are those of the source.
+def _write_directory(
+    model: DiffusionLM, request: ExportRequest, compared: str | torch.dtype, packing: Packing | None
+) -> dict[str, Any]:
+    """Write the directory, once its logits, computed in the dtype `compared`, are those of the source; then pack it.
 
     The model is gone afterwards, so that two copies of the weights are never in memory at once.
     """
@@ -176,8 +231,12 @@ def _write_directory(model: DiffusionLM, request: ExportRequest, compared: str |
         facts.update(compare_logits(expected, ids, load_model(draft, compared, mask_id=model.config.mask_token_id)))
         if compared == "auto" and facts["difference"]:
             raise RuntimeError(f"the export's logits are {facts['difference']:g} off: please report this")
+        if packing is not None:
+            facts["written_bytes"] = pack_directory(draft, packing)
 
     facts["source"] = source_of(model).name
+    if packing is not None:
+        facts |= {"format": request.format, "layout": packing.layout}
     files = _carried(source_of(model), facts)
     save_pruned(model, request.out, settings, files=files, overwrite=request.overwrite, check=check)
     return facts
@@ -219,7 +278,8 @@ def _carried(source: Source, facts: dict[str, Any]) -> dict[str, Content]:
         now = {"own_code": [path.name for path in kept]}
     if (directory / "README.md").is_file():
         card = (directory / "README.md").read_text(encoding="utf-8")
-        files["README.md"] = exported_card(card, before, now, facts["compat"])
+        card = exported_card(card, before, now, facts["compat"])
+        files["README.md"] = packed_card(card, facts["layout"]) if "layout" in facts else card
     # once the logits are compared, which is before files are written
     noted = {EXPORTS: [*before.get(EXPORTS, []), facts]}
     files["report.json"] = lambda path: write_json(path, before | now | noted)

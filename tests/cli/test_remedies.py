@@ -19,19 +19,20 @@ SECTIONS = "|".join(name for name in Config.model_fields if name != "method")
 SHARED = ("cli/configuration.py", "config", "calibration", "structured", "masking", "runs/resolve.py", "runs/ghost.py")
 PRUNING = [f"runs/{name}.py" for name in ("run", "checkpoints", "prune", "mask", "search", "latency")]
 PRUNING.append("bench/part_latency.py")
-GGUF = ["checkpoint/gguf_file.py", "checkpoint/gguf_tokens.py"]
+FORMATS = [f"checkpoint/{name}.py" for name in ("gguf_file", "gguf_tokens", "packed", "bitmask")]
 ROOMS = {  # verb -> what can raise while it runs, shared loading aside, which tests/evaluation holds to eval's options
     "prune": [*SHARED, "statistics", "refit", "checkpoint", "cli/prune.py", *PRUNING],
     "inspect": [*SHARED, "runs/inspect.py", "bench/memory.py", "bench/mask_memory.py", "cli/inspect.py"],
     "sinks": ["sinks", "runs/sinks.py", "cli/sinks.py"],
     "bench": ["bench/settings.py", "bench/semi_structured.py", "bench/compiled.py", "runs/bench.py", "cli/bench.py"],
     "demo": ["runs/demo.py", "cli/demo.py"],
-    "export": [*GGUF, "runs/export.py", "runs/push.py", "cli/export.py"],
+    "export": [*FORMATS, "runs/export.py", "runs/push.py", "cli/export.py"],
 }
 ELSEWHERE = {
     ("bench", "--method"), ("bench", "--nm"),  # of `structprune prune`, which the message names
     ("prune", "model.safetensors"),  # a file
-    ("prune", "--gguf"), ("prune", "--gguf-pre"),  # in the same directory, but of `structprune export`
+    ("prune", "--gguf"), ("prune", "--gguf-pre"), ("prune", "--format"),  # in its rooms, but of `structprune export`
+    ("export", "--method"),  # of `structprune prune`, which the message names
 }  # fmt: skip
 
 
