@@ -1,4 +1,4 @@
-"""The tables of docs/after-pruning.md: llama.cpp against torch, and quantised models."""
+"""The tables of docs/after-pruning.md: packed masks, llama.cpp against torch, and quantised models."""
 
 from scripts.readme.readme_common import machine, table
 
@@ -29,6 +29,48 @@ def gguf(results: dict) -> str:
         * split
     )
     return f"{table(header, rows)}\n\n{text}"
+
+
+def packed(results: dict) -> str:
+    """Which releases read packed masks as they were.
+
+    Args:
+        results: of scripts/tools/check_packed.py.
+    """
+    header = ["transformers", "compressed-tensors", "2:4", "others", "saved again and loaded"]
+    groups: dict[tuple, list[dict]] = {}
+    for row in results["rows"]:
+        releases = (row["versions"]["transformers"], row["versions"]["compressed-tensors"])
+        groups.setdefault(releases, []).append(row)
+    layouts = ("sparse-24-bitmask", "sparse-bitmask")
+    rows = [
+        [*releases, *(_outcome([row for row in found if row["layout"] == layout]) for layout in layouts), _saved(found)]
+        for releases, found in groups.items()
+    ]
+    sizes = [
+        f"{row['plain_bytes'] / 1e6:.2f} to {row['written_bytes'] / 1e6:.2f} MB ({row['case']})"
+        for row in results["rows"]
+    ]
+    text = (
+        "`python -m scripts.tools.check_packed`, from [`packed.json`](scripts/results/packed.json): the embedded LLaDA"
+        " in bf16 and a tiny random Dream in fp32, half of every projection at zero. Equal: every tensor, bit for bit,"
+        " and all logits are those of the plain export, through `AutoModelForCausalLM` and `AutoModel`. Refused: by the"
+        f" code beside the weights, in one line. All weights together went from {', '.join(dict.fromkeys(sizes))}."
+    )
+    return f"{table(header, rows)}\n\n{text}"
+
+
+def _outcome(rows: list[dict]) -> str:
+    """What became of the checkpoints of one layout."""
+    if all("refused" in row for row in rows):
+        return "refused"
+    exact = all(row.get("tensors_that_differ") == 0 and row.get("logits") == 0 for row in rows)
+    return "equal" if exact else "wrong"
+
+
+def _saved(rows: list[dict]) -> str:
+    """What became of checkpoints that were read and saved again."""
+    return ", ".join(dict.fromkeys(row["saved_again"] for row in rows if "saved_again" in row)) or "-"
 
 
 def quantised(results: dict) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from scripts.readme.readme_after import exports, gguf, quantised
+from scripts.readme.readme_after import exports, gguf, packed, quantised
 from scripts.readme.readme_baselines import baselines
 from scripts.readme.readme_bench import bench, decoding, note, widths, widths_note
 from scripts.readme.readme_checkpoint import checkpoint, kept_heads
@@ -94,6 +94,7 @@ PAGES: dict[str, Makers] = {
     "docs/evaluation.md": key_sections(EvaluationConfig(), "evaluation"),
     "docs/after-pruning.md": {
         "exports": made_of(exports, "exports"),
+        "packed": made_of(packed, "packed"),
         "gguf": made_of(gguf, "gguf"),
         "quantised": made_of(quantised, "quantised"),
     },

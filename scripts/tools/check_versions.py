@@ -199,28 +199,36 @@ def recorded_cases(work: Path) -> list[dict]:
     return cases
 
 
-def environment(envs: Path, release: str) -> Path:
-    """The Python of an environment with that release of transformers ("latest": the newest), created if missing."""
-    folder = envs / f"transformers-{release}"
+def environment(envs: Path, release: str, beside: dict[str, str] | None = None) -> Path:
+    """The Python of an environment with that release of transformers ("latest": the newest), created if missing.
+
+    Args:
+        beside: further packages and their releases; with any, accelerate is there too.
+    """
+    releases = {"transformers": release, **(beside or {})}
+    folder = envs / "-".join(f"{name}-{number}" for name, number in releases.items())
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     ready = folder / "ready"
-    if ready.exists() and release != "latest":
+    if ready.exists() and "latest" not in releases.values():
         return python
     if not python.exists():
         venv.create(folder, with_pip=True)
-    package = "transformers" if release == "latest" else f"transformers=={release}"
+    packages = [name if number == "latest" else f"{name}=={number}" for name, number in releases.items()]
+    packages += ["accelerate"] if beside else []
     constraints = HERE.parents[1] / "constraints.txt"
     install = [str(python), "-m", "pip", "install", "-qq", "--upgrade", "-c", str(constraints)]
-    subprocess.run([*install, "torch", package, "numpy<3", "safetensors"], check=True)
+    subprocess.run([*install, "torch", *packages, "numpy<3", "safetensors"], check=True)
     ready.touch()
     return python
 
 
-def run_check(python: Path, cases: list[dict], work: Path, code: Path | None = None) -> dict:
-    """The result of reload_check.py: {versions, cases: {name: {check: difference} or {"error": text}}}."""
+def run_check(
+    python: Path, cases: list[dict], work: Path, code: Path | None = None, check: Path = HERE / "reload_check.py"
+) -> dict:
+    """The result of `check`: {versions, cases: {name: {check: difference} or {"error": text}}}."""
     listing = work / "cases.json"
     listing.write_text(json.dumps(cases))
-    command = [str(python), "-I", str(HERE / "reload_check.py"), str(listing)]
+    command = [str(python), "-I", str(check), str(listing)]
     with tempfile.TemporaryDirectory(
         dir=work
     ) as home:  # for modules copied by trust_remote_code, which may be stale elsewhere

@@ -1,6 +1,6 @@
 """Tables of docs/after-pruning.md, from results made by hand."""
 
-from scripts.readme.readme_after import exports, gguf, quantised
+from scripts.readme.readme_after import exports, gguf, packed, quantised
 
 MACHINE = {"processor": "P", "cores": 2, "threads": 1, "torch": "2.13.0+cpu", "cuda_device": None}
 
@@ -18,6 +18,18 @@ def test_llama_cpp_beside_torch():
     assert "the same tokens." not in gguf(
         {"rows": [row | {"tokens_equal": False}], "settings": settings, "machine": MACHINE}
     )
+
+
+def test_packed_masks():
+    case = {"case": "small-2of4", "plain_bytes": 9_640_000, "written_bytes": 6_340_000, "layout": "sparse-24-bitmask"}
+    old, new = ({"transformers": name, "compressed-tensors": other} for name, other in (("4.5", "0.1"), ("5.2", "0.2")))
+    read = {"tensors_that_differ": 0, "logits": 0.0, "saved_again": "the same"}
+    free = case | {"layout": "sparse-bitmask", "case": "small-half", "versions": old} | read
+    rows = [case | read | {"versions": old}, free, *(each | {"versions": new, "refused": "x"} for each in (case, case))]
+    rows.append(case | {"layout": "sparse-bitmask", "versions": new, "tensors_that_differ": 1, "logits": 0.0})
+    text = packed({"rows": rows})
+    assert "| 4.5 | 0.1 | equal | equal | the same |" in text and "| 5.2 | 0.2 | refused | wrong | - |" in text
+    assert "went from 9.64 to 6.34 MB (small-2of4), 9.64 to 6.34 MB (small-half)." in text
 
 
 def test_quantised_models():
