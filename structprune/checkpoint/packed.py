@@ -77,10 +77,10 @@ def choose_packing(masks: Masks, model: DiffusionLM, itemsize: int) -> Packing:
             raise UserError(f"masks.safetensors is not of this checkpoint ({difference}): mask it anew")
     names = [f"{module}.weight" for block in adapter.blocks for module in block.names.values()]
     keeps = ((name, masks.kept(name)) for name in names if name in masks.shapes)
-    found = {name: (int(keep.sum()), in_pairs(keep)) for name, keep in keeps}
-    layout = PAIRS if all(pairs for _, pairs in found.values()) else ANY
-    sizes = {name: _saved(masks.shapes[name], count, itemsize, layout) for name, (count, _) in found.items()}
-    chosen = {name: count for name, (count, _) in found.items() if sizes[name] > 0}
+    counts = {name: (int(keep.sum()), in_pairs(keep)) for name, keep in keeps}
+    layout = PAIRS if all(pairs for _, pairs in counts.values()) else ANY
+    sizes = {name: _saved(masks.shapes[name], count, itemsize, layout) for name, (count, _) in counts.items()}
+    chosen = {name: count for name, (count, _) in counts.items() if sizes[name] > 0}
     if not chosen:
         reason = "the masks remove too few weights for packed ones to be smaller"
         raise UserError(f"--format {FORMAT}: {reason}: leave it out, or mask at a higher ratio")

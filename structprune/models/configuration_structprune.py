@@ -180,9 +180,9 @@ def check_packed(config) -> None:
         unpacker = "none"
     first, end = UNPACKED_BY[layout]
     if not first <= release(transformers_version) < end or release(unpacker) >= DROPPED:
-        found = f"transformers {transformers_version} with compressed-tensors {unpacker}"
+        versions = f"transformers {transformers_version} with compressed-tensors {unpacker}"
         remedy = "pip install transformers==4.55.4 compressed-tensors==0.14.0.1 accelerate"
-        raise ImportError(f"weights packed as {layout} are not read by {found}: {remedy}")
+        raise ImportError(f"weights packed as {layout} are not read by {versions}: {remedy}")
 
 
 def release(version: str) -> tuple:
