@@ -85,6 +85,8 @@ def test_what_is_said_of_a_training_on_a_pretrained_checkpoint():
     assert f"At 0.3 it falls {halves[2]} and {halves[3]}." in text
     times = sorted({each["training"] for row in result["losses"] for each in row["seconds"] if each})
     assert f"in {times[0] / 60:.0f} and {times[1] / 60:.0f} minutes on one core" in text
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"{times[0] / 60:.0f} minutes on one core took the pretrained one {halves[0]} nats of loss" in readme
     kept = {(row["variant"], row["ratio"]): row["tokens_kept"][0] for row in result["generation"]["rows"]}
     shares = [f"{100 * kept[name, '0.5']:.1f}%" for name in result["variants"]]
     assert f"comes out rises from {shares[0]} to {shares[1]}; at 0.3 it hardly moves" in text
