@@ -91,3 +91,16 @@ def test_what_is_said_of_a_training_on_a_pretrained_checkpoint():
     shares = [f"{100 * kept[name, '0.5']:.1f}%" for name in result["variants"]]
     assert f"comes out rises from {shares[0]} to {shares[1]}; at 0.3 it hardly moves" in text
     assert abs(kept["300,000 tokens", "0.3"] - kept["not trained", "0.3"]) < 0.01
+
+
+def test_what_is_said_of_a_gradual_schedule():
+    result, text = results("gradual"), prose()
+    gaps = {row["ratio"]: row for row in result["contrasts"]}
+    assert not gaps["0.5"]["shown"] and gaps["0.7"]["shown"] and gaps["0.7"]["against"] == "one shot"
+    assert f"at 0.7 it loses {gaps['0.7']['mean']:.2f} nats more than one shot" in text
+    [once] = [row["mean"] for row in result["losses"] if (row["variant"], row["ratio"]) == ("one shot", "0.7")]
+    assert result["settings"]["tokens"] == results("recovery")["settings"]["tokens"]
+    [recipe] = [
+        row["mean"] for row in results("recovery")["losses"] if (row["variant"], row["ratio"]) == ("divergence", "0.7")
+    ]
+    assert f"loses more: {once:.2f} nats after training, where the recipe has {recipe:.2f}" in text
