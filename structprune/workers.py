@@ -1,6 +1,7 @@
 """The processes that `torchrun` or `accelerate launch` start: each does its share, and all get what was made."""
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -160,6 +161,7 @@ class Workers:
 
 
 ALONE = Workers()
+LOST = re.compile(r"connection (was )?(closed|reset)|remote process exited|socket timeout", re.IGNORECASE)
 _joined = False
 
 
@@ -172,9 +174,9 @@ def connected() -> Iterator[None]:
     """
     try:
         yield
-    except RuntimeError as error:  # torch.distributed has no class of its own for gloo's
-        if isinstance(error, torch.distributed.DistError) or "onnection" in str(error) or "gloo" in str(error):
-            raise Elsewhere("another process of this run has ended, which says why") from error
+    except RuntimeError as error:  # torch.distributed has no class of its own for it
+        if LOST.search(str(error)):
+            raise Elsewhere("another process of this run was killed or lost") from error
         raise
 
 
@@ -200,16 +202,21 @@ def join(reduces: bool = False) -> Workers:
     if count < 2:
         return ALONE
     _joined = True
+    local, devices = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if reduces and devices:
+        if (here := int(os.environ.get("LOCAL_WORLD_SIZE", 1))) > devices:
+            raise UserError(f"{here} processes cannot share {devices} GPUs: start one for each")
+        torch.cuda.set_device(local)
     if not torch.distributed.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if reduces and torch.cuda.is_available() else "gloo"
         torch.distributed.init_process_group(backend, timeout=PATIENCE)
-    devices, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
     return Workers(rank, count, f"cuda:{local % devices}" if devices else None)
 
 
 def repeats() -> bool:
-    """Whether this process is not the first one and never joined the others: what it refuses, the first one refuses."""
-    return _launched()[1] > 0 and not _joined
+    """Whether this process never joined the others and is not the first one of its machine: what it refuses by then,
+    that one refuses."""
+    return int(os.environ.get("LOCAL_RANK", _launched()[1])) > 0 and not _joined
 
 
 def _launched() -> tuple[int, int]:
@@ -236,7 +243,7 @@ def workers(reduces: bool = False) -> Iterator[Workers]:
         place = join(reduces)
         try:
             yield place
-        except Exception as error:
+        except (Exception, KeyboardInterrupt) as error:
             if not place.several:
                 raise
             if not _first_to_fail():

@@ -31,7 +31,9 @@ from scripts.studies.checkpoint_texts import Subject, facts, subject_of
 from scripts.studies.checkpoint_variants import SINKS, STREAMED, VARIANTS
 from scripts.studies.studies import Study, parse_options, run_study, study_parser
 from scripts.tools.script_line import check_counts, one_line
+from structprune import __version__
 from structprune.config import Config
+from structprune.errors import UserError
 from structprune.models.adapter import Adapter
 from structprune.models.denormals import flushed_denormals
 from structprune.models.loading import load_model
@@ -140,9 +142,25 @@ def arguments_of(arguments: list[str] | None) -> argparse.Namespace:
     parser.set_defaults(windows=64, jobs=1)
     options = parse_options(parser, arguments)
     options.tokens = options.tokens or [300_000]
+    if options.jobs > 1:
+        raise UserError(f"--jobs = {options.jobs}: trainings of one seed share its pruned models; leave it at 1")
     for count in options.tokens:
         check_counts(argparse.Namespace(tokens=count), {"tokens"})
     return options
+
+
+def models_digest(settings: dict, text: str) -> str:
+    """Of what decides the models of a study; the texts they are evaluated on and their name do not.
+
+    Args:
+        text: name of the file that is learnt.
+    """
+    decisive = [
+        settings["checkpoint"]["fingerprint"], settings["sha256"][text], settings["base"], settings["train"],
+        __version__, [VARIANTS[name] for name in RECIPES.values()], Config().model_dump(mode="json"),
+        RecoverConfig().model_dump(mode="json"),
+    ]  # fmt: skip
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def run(arguments: list[str] | None) -> None:
@@ -150,9 +168,7 @@ def run(arguments: list[str] | None) -> None:
     options = arguments_of(arguments)
     subject = subject_of(options)
     settings = facts(subject, options.name, BASE) | {"train": TRAIN}
-    recipes = {name: VARIANTS[name] for name in RECIPES.values()}
-    digest = hashlib.sha256(json.dumps([settings, recipes], sort_keys=True).encode()).hexdigest()[:12]
-    work = (options.work or options.out.with_suffix(".work")) / digest  # other texts and recipes, another directory
+    work = (options.work or options.out.with_suffix(".work")) / models_digest(settings, subject.text.name)
     run_study(study_of(options.tokens, work), options, (subject,), settings)
 
 

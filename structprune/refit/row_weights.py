@@ -33,7 +33,7 @@ class WeightedRows:
         predicting, checked = (predicted_at(mask, shifted) for mask in (rows.masked, held_out.masked))
         self._importance: Importance = {}
         visible, only = torch.ones(()), torch.ones(())  # rows of clean text are all alike
-        if rows.masked.any():
+        if any(scan.workers.gather(bool(rows.masked.any()))):  # a process may have no masked token of its own
             visible, only = torch.where(rows.masked | predicting, 1.0, settings.visible), predicting  # (R1, T)
             self._importance = importance(fit, rows, settings.weighting)
         # whether only positions with a prediction are read -> (R, T)

@@ -98,9 +98,16 @@ def prune_checkpoint(
 def _together(
     workers: Workers, check: Callable[[], StructuredRequest | MaskRequest]
 ) -> StructuredRequest | MaskRequest:
-    """A checked run in every process, each on an accelerator of its own where none is named."""
+    """A checked run in every process, each on an accelerator of its own.
+
+    Raises:
+        UserError: as `check`, or one accelerator was named for all.
+    """
     request = workers.in_turn(check)
-    if workers.device is None or request.config.model.device is not None:
+    named = request.config.model.device
+    if workers.several and str(named).startswith("cuda:"):
+        raise UserError(f"{workers.count} processes cannot share device '{named}': leave it out, or give cuda")
+    if workers.device is None or named not in (None, "cuda"):
         return request
     return replace(request, resources=replace(request.resources, device=torch.device(workers.device)))
 
@@ -108,7 +115,11 @@ def _together(
 def _journal(source: str, request: StructuredRequest | MaskRequest, work: Work):
     """Of a run that was checked: `working`."""
     config = request.config
-    return working(work, lambda: work_identity(read_ghost(source, config.model), config, request.resources.device))
+    return working(work, lambda: _identity(read_ghost(source, config.model), request, work))
+
+
+def _identity(ghost: Ghost, request: StructuredRequest | MaskRequest, work: Work) -> dict:
+    return work_identity(ghost, request.config, request.resources.device, work.workers.count)
 
 
 def prune_at_ratios(
@@ -208,7 +219,7 @@ def _check_work(
         return
     others = [Path(request.config.calibration.source), *([] if work.levels is None else [work.levels])]
     places = [*outputs.values(), *(place for place in others if place.exists() or place == work.levels)]
-    check_work(work, work_identity(ghost, request.config, request.resources.device), places, ghost.directory)
+    check_work(work, _identity(ghost, request, work), places, ghost.directory)
     itemsize = request.resources.weight_dtype(ghost.stored).itemsize
     if isinstance(request, MaskRequest):
         size = mask_weight_bytes(ghost.adapter, request, itemsize)

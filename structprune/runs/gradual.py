@@ -80,7 +80,7 @@ def prune_and_recover(
         out: directory to write; of several ratios, each has a directory in it, `out/ratio-0.3`. Each appears complete
             or not at all.
         overwrite: replace earlier outputs, and begin anew.
-        session: progress, and the processes that share the trainings; the first one prunes and writes.
+        session: progress, and the processes that share prunings and trainings; the first one writes.
     Returns:
         What was written, by rising ratio.
     Raises:

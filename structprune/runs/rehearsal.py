@@ -27,6 +27,7 @@ from structprune.structured.request import StructuredRequest
 from structprune.structured.surgery import apply_plan
 
 WORTH = 10**9  # bytes of weights; a run on fewer fails as early without
+DAMPING = 0.01  # at least, of the score of few windows
 NOTHING = BlockPlan((), (), ())
 
 
@@ -43,13 +44,17 @@ def rehearse(run: Run, request: StructuredRequest | MaskRequest, journal: Journa
     wanted, model = request.config.memory.rehearsal, run.model
     if wanted is None:
         wanted = sum(each.numel() * each.element_size() for each in model.parameters()) >= WORTH
-    if not wanted or not request.reads_text or journal.has_parts:
+    whole = any(len(block.kinds) == 2 for block in run.adapter.blocks)  # else no block is a model of its own
+    if not wanted or not whole or not request.reads_text or journal.has_parts:
         return
     for _ in run.track([0], "rehearsal"):
         try:
             _one_block(run, request)
         except UserError as error:
             raise UserError(f"in a rehearsal with one block, {error}") from error
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            remedy = "lower calibration.batch or memory.budget_gb, or set memory.offload = true"
+            raise UserError(f"in a rehearsal with one block the memory of {run.device} is full: {remedy}") from error
     give_back_memory()
 
 
@@ -61,7 +66,9 @@ def _one_block(run: Run, request: StructuredRequest | MaskRequest) -> None:
         return
     scan = Scan(Adapter(block), windows, run.sink, run.limits)
     with run.streamed(block):
-        paths = rank_units(replace(scan, calibration=windows.fit), request.settings, request.arm)
+        # few rows leave a Gram matrix that only a damping makes definite
+        settings = request.settings.model_copy(update={"damping": max(DAMPING, request.settings.damping)})
+        paths = rank_units(replace(scan, calibration=windows.fit), settings, request.arm)
         counts = {key: len(path.steps) // 2 for key, path in paths.items()}  # something of each kind stays
         plan = make_plan(scan.adapter, paths, counts, request.settings.gqa)
         small = apply_plan(block, plan, request.reconstruct.adds_bias)
@@ -80,9 +87,8 @@ def few_windows(calibration: Calibration, count: int) -> Calibration:
 
 
 def one_block(model: DiffusionLM) -> DiffusionLM:
-    """A model of the first block that has attention and MLP, else of the first one, which shares its tensors."""
+    """A model of the first block that has attention and MLP, which shares its tensors."""
     adapter = Adapter(model)
-    whole = [block.index for block in adapter.blocks if len(block.kinds) == 2]
-    index, plan = (whole or [0])[0], identity_plan(adapter)
+    index, plan = next(block.index for block in adapter.blocks if len(block.kinds) == 2), identity_plan(adapter)
     blocks = tuple(each if place == index else NOTHING for place, each in enumerate(plan.blocks))
     return apply_plan(model, replace(plan, blocks=blocks), coupled={})

@@ -68,8 +68,8 @@ class Run:
             calibration = calibration or self._read(config)
             check_calibration(calibration, config)
             check_length(self.model, config, calibration)
-            return self._shareable(calibration)
-        calibration = self._shareable(self._read(config))
+            return self._shareable(calibration, request)
+        calibration = self._shareable(self._read(config), request)
         if self.sink.trajectory == "forward":
             return calibration
         with self.streamed(self.model):
@@ -80,10 +80,16 @@ class Run:
     def _read(self, config: Config) -> Calibration:
         return self.workers.from_first(lambda: calibrate(self.model, config))
 
-    def _shareable(self, calibration: Calibration) -> Calibration:
-        """A calibration of which every process gets a window."""
-        held_out = [(calibration.held_out, "held-out windows (calibration.held_out)")] if calibration.held_out else []
-        check_shares(self.workers, [(calibration.fit.windows, "windows (calibration.windows)"), *held_out])
+    def _shareable(self, calibration: Calibration, request: StructuredRequest | MaskRequest) -> Calibration:
+        """A calibration of which every process gets a window, whatever it is for."""
+        sizes = [(calibration.fit.windows, "windows (calibration.windows)")]
+        if calibration.held_out:
+            sizes.append((calibration.held_out, "held-out windows (calibration.held_out)"))
+        if isinstance(request, StructuredRequest) and request.reconstruct.enabled:
+            sizes.append((request.settings.split_windows, "windows of a candidate (structured.split_windows)"))
+        if request.config.search.enabled:
+            sizes.append((request.config.search.sequences, "windows of a search (search.sequences)"))
+        check_shares(self.workers, sizes)
         return calibration
 
     def keep_in(self, journal: Journal) -> None:

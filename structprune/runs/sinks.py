@@ -68,7 +68,10 @@ def measure_sinks(
     workers = session.workers
     place = place.model_copy(update={"device": place.device or workers.device})
     subjects, plans = workers.in_turn(lambda: planned(sources, run, out, place, overwrite))
-    check_shares(workers, [(len(texts), "texts (--windows)") for plan in plans for texts in plan.texts.values()])
+    check_shares(
+        workers,
+        [(len(texts), "text(s) (--windows, or one --prompt)") for plan in plans for texts in plan.texts.values()],
+    )
     runs: list[dict] = []
     for source, subject, plan in zip(sources, subjects, plans, strict=True):
         loaded = open_subject(source, subject, place)

@@ -71,16 +71,16 @@ def work_beside(out: Path) -> Path:
     return place.with_name(f"{place.name}.work") if place.name else place / "structprune.work"
 
 
-def work_identity(ghost: Ghost, config: Config, device: torch.device) -> dict[str, Any]:
+def work_identity(ghost: Ghost, config: Config, device: torch.device, processes: int = 1) -> dict[str, Any]:
     """What decides all parts of a run, as plain data without paths: key -> value.
 
-    What only decides memory or rounding may change: `memory`, and `calibration.batch` but for a reverse trajectory,
-    whose likeliest tokens can turn on rounding.
+    What only decides memory or rounding may change: `memory`, and `calibration.batch` and the number of processes but
+    for a reverse trajectory, whose likeliest tokens can turn on rounding.
     """
     sections = config.model_dump(mode="json", include=set(FIXED), exclude=INDIFFERENT)
     keys = {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
     if config.sink.trajectory == "reverse":
-        keys["calibration.batch"] = config.calibration.batch
+        keys |= {"calibration.batch": config.calibration.batch, "number of processes": processes}
     versions = {"structprune": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
     return {
         "format": FORMAT,

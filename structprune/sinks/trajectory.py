@@ -91,7 +91,8 @@ class Recorder:
         votes, count = sinks.float().mean(1), sinks.float().sum(-1)  # (B, t), (B, H of all layers)
         parts = (part.cpu() for part in (ids, total, votes, strength, count))
         for step, row, *values in zip(steps, rows, *parts, strict=True):
-            self._steps.setdefault(step, {})[row] = _Measurement(*values)
+            # of their own: a view keeps the whole batch, also where it is sent to other processes
+            self._steps.setdefault(step, {})[row] = _Measurement(*(value.clone() for value in values))
 
     def joined(self, workers: Workers) -> "Recorder":
         """What all processes recorded; the sequences of each follow those of the one before."""

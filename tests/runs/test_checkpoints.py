@@ -4,12 +4,14 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from structprune import Config, UserError, load_model
 from structprune.models import loading
 from structprune.models.adapter import Adapter
 from structprune.runs import checkpoints
 from structprune.runs.checkpoints import mask_checkpoint, prune_checkpoint
+from structprune.workers import Workers
 
 SMALL = {
     "calibration.windows": 3, "calibration.held_out": 2, "calibration.length": 16, "calibration.interval": 25,
@@ -101,3 +103,20 @@ def test_configuration_and_headers_come_before_the_output(way, tiny_checkpoint, 
     with pytest.raises(UserError, match="cut short"):
         function(str(checkpoint), out, config())
     assert [path.name for path in out.iterdir()] == ["report.json"]
+
+
+@pytest.mark.parametrize("named, device", [(None, "cuda:1"), ("cuda", "cuda:1"), ("cpu", "cpu")])
+def test_every_process_has_an_accelerator_of_its_own(monkeypatch, named, device):
+    config = Config.load(overrides={"model.device": named} if named else {})
+    request = SimpleNamespace(config=config, resources=SimpleNamespace(device=torch.device(named or "cuda")))
+    monkeypatch.setattr(Workers, "in_turn", lambda self, work: work())
+    monkeypatch.setattr(checkpoints, "replace", lambda one, **changes: SimpleNamespace(**(vars(one) | changes)))
+    placed = checkpoints._together(Workers(1, 2, "cuda:1"), lambda: request)
+    assert str(placed.resources.device) == device
+
+
+def test_one_accelerator_for_all_processes_is_refused(monkeypatch):
+    monkeypatch.setattr(Workers, "in_turn", lambda self, work: work())
+    request = SimpleNamespace(config=Config.load(overrides={"model.device": "cuda:0"}))
+    with pytest.raises(UserError, match="2 processes cannot share device 'cuda:0': leave it out, or give cuda"):
+        checkpoints._together(Workers(1, 2, "cuda:1"), lambda: request)

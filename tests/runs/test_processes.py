@@ -31,6 +31,10 @@ SEARCH = {"search.enabled": True, "search.sequences": 5}
 WIDTHS = {"search.levels": 3, "search.generations": 2, "search.offspring": 3, "search.rounds": 1}
 EQUAL = {"export.compat": "uniform", "structured.allocation": "uniform", "structured.ratio": 0.5}
 MASKS = {"method": "unstructured"}
+# seed 38 masks no token of the second window, which is the second process's
+RARE = {"calibration.windows": 2, "calibration.held_out": 4, "calibration.interval": 1, "calibration.copies": 1,
+        "calibration.batch": 1, "calibration.seed": 38, "structured.split": "by-cost",
+        "reconstruct.damping": [1.0]}  # fmt: skip
 CASES = {
     "obs": ONE, "obs on a sink arm": ONE | {"structured.arm": "masked+sink"}, "head": ONE | HEAD,
     "wanda on a sink arm": ONE | {"structured.score": "wanda", "structured.arm": "masked+sink"},
@@ -38,6 +42,7 @@ CASES = {
     "bias": SPLIT | {"reconstruct.mode": "bias"}, "gradients": ONE | {"reconstruct.weighting": "gradient"},
     "certainty": ONE | {"reconstruct.weighting": "certainty"}, "noise": ONE | {"reconstruct.weighting": "noise"},
     "reverse": ONE | {"sink.trajectory": "reverse", "sink.policy": "unstable", "structured.arm": "masked+sink"},
+    "no masked token": RARE | {"reconstruct.weighting": "noise", "reconstruct.visible": 0.1},
     "search": ONE | SEARCH | WIDTHS, "dropped blocks": ONE | SEARCH | EQUAL,
     "sparsegpt": MASKS | {"masking.arm": "masked+sink"}, "2:4": {"method": "nm"},
     "wanda": MASKS | {"masking.score": "wanda", "masking.order": "one-shot", "masking.allocation": "owl"},
@@ -141,7 +146,7 @@ def test_one_of_two_processes_reports_and_writes(tiny_checkpoint, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("more, message", [
-    (["--set=calibration.held_out=1"], "2 processes cannot share 1 held-out windows (calibration.held_out)"),
+    (["--set=structured.split_windows=1"], "2 processes cannot share 1 windows of a candidate"),
     (["--score", "odd"], "structured.score"),
 ])  # fmt: skip
 def test_what_all_processes_refuse_is_said_once(tiny_checkpoint, tmp_path, more, message):
@@ -167,7 +172,7 @@ run()
 """
 ACTIONS = {
     "an error": ("raise MemoryError", "out of memory"),
-    "a kill": ("os._exit(9)", "another process of this run has ended"),
+    "a kill": ("os._exit(9)", "another process of this run was killed or lost"),
     "a signal": ("os.kill(os.getpid(), 15)", "interrupted; finished parts are kept"),
 }
 

@@ -1,6 +1,8 @@
 """A rehearsal with one block: it changes nothing, ends early what would end late, and only where it pays."""
 
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +17,9 @@ from structprune.models.modeling_structprune import DiffusionLM
 from structprune.runs import rehearsal
 from structprune.runs.pruner import Pruner
 from structprune.runs.rehearsal import few_windows, one_block
+from structprune.runs.resolve import resolve_structured
+from structprune.structured.plan import identity_plan
+from structprune.structured.surgery import apply_plan
 
 KEYS = {"calibration.windows": 6, "calibration.held_out": 4, "calibration.length": 16, "calibration.batch": 2}
 RUNS = {
@@ -89,6 +94,30 @@ def test_the_block_has_both_halves_and_shares_its_tensors(tiny_model):
     assert len(block.blocks) == 1 and Adapter(block).blocks[0].kinds == ("attention", "channels")
     shared = {value.data_ptr() for value in model.parameters()}
     assert all(value.data_ptr() in shared for value in block.parameters())
+
+
+def test_few_rows_do_not_refuse_a_small_damping(prune):
+    few = {"calibration.batch": 1, "calibration.windows": 40, "structured.damping": 1e-8, "memory.rehearsal": "true"}
+    assert prune(few, "out") == 0
+
+
+def test_a_full_memory_is_named(prune, monkeypatch, capsys):
+    def fill(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(rehearsal, "rank_units", fill)
+    assert prune({"memory.rehearsal": "true"}, "out") == 2
+    assert "in a rehearsal with one block the memory of cpu is full: lower" in capsys.readouterr().err
+
+
+def test_a_model_without_a_whole_block_needs_none(tiny_model, monkeypatch):
+    model = tiny_model("llada")
+    plan = identity_plan(Adapter(model))
+    heads, channels = replace(plan.blocks[0], channels=()), replace(plan.blocks[1], query_heads=(), kv_heads=())
+    halves = apply_plan(model, replace(plan, blocks=(heads, channels, heads)))
+    request = resolve_structured(Config.load(overrides={"memory.rehearsal": True}), model)
+    monkeypatch.setattr(rehearsal, "_one_block", None)
+    rehearsal.rehearse(SimpleNamespace(model=halves, adapter=Adapter(halves)), request, Journal())
 
 
 def test_windows_are_those_of_a_pass(prune, tiny_checkpoint, text_path):

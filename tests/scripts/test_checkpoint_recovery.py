@@ -72,6 +72,22 @@ def test_the_summary_is_paired_and_has_what_both_generate(study, tmp_path):
     assert len(result["generation"]["rows"]) == 4 and len(made.tables(result)) == 3
 
 
+def test_models_are_known_by_what_decides_them(study, command):
+    arguments, _ = command
+    subject = study.subject_of(study.arguments_of(arguments))
+    settings = study.facts(subject, None, study.BASE) | {"train": study.TRAIN}
+    digest = study.models_digest(settings, OTHER.name)
+    named = settings | {"checkpoint": settings["checkpoint"] | {"name": "mine"}, "texts": {}}
+    assert study.models_digest(named, OTHER.name) == digest
+    trained = settings | {"train": study.TRAIN | {"train.batch": 4}}
+    assert study.models_digest(trained, OTHER.name) != digest != study.models_digest(settings, HELD_OUT.name)
+
+
+def test_several_jobs_are_refused(study, command, capsys):
+    assert study.main([*command[0], "--jobs", "2"]) == 2
+    assert "--jobs = 2: trainings of one seed share its pruned models" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("count", ["0", "-3"])
 def test_no_tokens_are_refused(study, command, capsys, count):
     arguments, out = command
