@@ -18,7 +18,7 @@ from rich.table import Table
 from safetensors.torch import load_file
 
 from scripts.studies.studies import usable_cores
-from scripts.tools.script_line import OneLineParser, check_counts, one_line, result_file, show_result, write_result
+from scripts.tools.script_line import one_line, parse_counts, show_result, write_result
 from structprune.assets import model_directory, text_file
 from structprune.bench.machine import describe_machine
 from structprune.errors import UserError
@@ -113,12 +113,7 @@ def table_of(results: dict) -> Table:
 
 
 def run(arguments: list[str] | None) -> None:
-    parser = OneLineParser(__doc__.splitlines()[0])
-    for name, (value, text) in OPTIONS.items():
-        parser.add_argument(f"--{name}", type=int, default=value, help=f"{text} (default %(default)s)")
-    parser.add_argument("--out", type=result_file, default=Path("scripts/results/processes.json"))
-    options = parser.parse_args(arguments)
-    check_counts(options, OPTIONS)
+    options = parse_counts(__doc__, OPTIONS, "scripts/results/processes.json", arguments)
     if usable_cores() < max(COUNTS):
         raise UserError(f"{usable_cores()} core is not enough for two processes of one each: allow 2")
     results = {name: measure(more, options.rounds) for name, more in RUNS.items()}

@@ -17,7 +17,7 @@ import torch
 from rich.table import Table
 
 from scripts.studies.recovery_study import TRAIN, pruned_model
-from scripts.tools.script_line import OneLineParser, check_counts, one_line, result_file, show_result, write_result
+from scripts.tools.script_line import one_line, parse_counts, show_result, write_result
 from structprune.assets import model_directory, text_file
 from structprune.bench.machine import describe_machine
 from structprune.models.denormals import flushed_denormals
@@ -69,12 +69,7 @@ def table_of(result: dict) -> Table:
 
 
 def run(arguments: list[str] | None) -> None:
-    parser = OneLineParser(__doc__.splitlines()[0])
-    for name, (value, text) in OPTIONS.items():
-        parser.add_argument(f"--{name}", type=int, default=value, help=f"{text} (default %(default)s)")
-    parser.add_argument("--out", type=result_file, default=Path("scripts/results/training_speed.json"))
-    options = parser.parse_args(arguments)
-    check_counts(options, OPTIONS)
+    options = parse_counts(__doc__, OPTIONS, "scripts/results/training_speed.json", arguments)
     settings = {"tokens": options.tokens, "threads": options.threads, "ratio": RATIO}
     result = {"machine": describe_machine(), "settings": settings} | measure(options.tokens, options.threads)
     write_result(options.out, result)

@@ -13,7 +13,7 @@ from statistics import median
 
 from rich.table import Table
 
-from scripts.tools.script_line import OneLineParser, check_counts, one_line, result_file, show_result, write_result
+from scripts.tools.script_line import one_line, parse_counts, show_result, write_result
 from structprune.assets import model_directory, text_file
 from structprune.bench.machine import describe_machine
 from structprune.config import Config
@@ -73,12 +73,7 @@ def table_of(results: dict) -> Table:
 
 
 def run(arguments: list[str] | None) -> None:
-    parser = OneLineParser(__doc__.splitlines()[0])
-    for name, (value, text) in OPTIONS.items():
-        parser.add_argument(f"--{name}", type=int, default=value, help=f"{text} (default %(default)s)")
-    parser.add_argument("--out", type=result_file, default=Path("scripts/results/work_cost.json"))
-    options = parser.parse_args(arguments)
-    check_counts(options, OPTIONS)
+    options = parse_counts(__doc__, OPTIONS, "scripts/results/work_cost.json", arguments)
     results = {name: measure(keys, options.rounds) for name, keys in RUNS.items()}
     settings = BASE | {"rounds": options.rounds}
     write_result(options.out, {"machine": describe_machine(), "settings": settings, "runs": results})

@@ -17,7 +17,7 @@ from pathlib import Path
 from rich.table import Table
 
 from scripts.studies.recovery_study import TRAIN, pruned_model
-from scripts.tools.script_line import OneLineParser, check_counts, one_line, result_file, show_result, write_result
+from scripts.tools.script_line import one_line, parse_counts, show_result, write_result
 from structprune.assets import model_directory, text_file
 from structprune.bench.machine import describe_machine
 from structprune.errors import UserError
@@ -138,12 +138,7 @@ def table_of(name: str, result: dict) -> Table:
 
 
 def check(arguments: list[str] | None) -> None:
-    parser = OneLineParser(__doc__.splitlines()[0])
-    for name, (value, text) in OPTIONS.items():
-        parser.add_argument(f"--{name}", type=int, default=value, help=f"{text} (default %(default)s)")
-    parser.add_argument("--out", type=result_file, default=Path("scripts/results/kills.json"))
-    options = parser.parse_args(arguments)
-    check_counts(options, OPTIONS)
+    options = parse_counts(__doc__, OPTIONS, "scripts/results/kills.json", arguments)
     pruned, results = Path(pruned_model(0, RATIO).name) / "pruned", {}
     for name in (*COMMANDS, TRAINING):
         with tempfile.TemporaryDirectory() as folder:

@@ -61,6 +61,26 @@ def check_counts(options: argparse.Namespace, names: Iterable[str], least: int =
             raise UserError(f"{flag(name)} = {value}: give at least {least}")
 
 
+def parse_counts(
+    about: str | None, counts: dict[str, tuple[int, str]], out: str, arguments: list[str] | None
+) -> argparse.Namespace:
+    """The options of a script that takes whole numbers, and `--out` for its result.
+
+    Args:
+        about: the module's docstring, of which the first line is shown.
+        counts: name -> default and meaning. out: the default of --out.
+    Raises:
+        UserError: a number below 1.
+    """
+    parser = OneLineParser((about or "").splitlines()[0])
+    for name, (value, text) in counts.items():
+        parser.add_argument(f"--{name}", type=int, default=value, help=f"{text} (default %(default)s)")
+    parser.add_argument("--out", type=result_file, default=Path(out), help="default %(default)s")
+    options = parser.parse_args(arguments)
+    check_counts(options, counts)
+    return options
+
+
 def parse_numbers(option: str, text: str, kind: type = int) -> list:
     """Numbers separated by commas.
 
