@@ -11,28 +11,31 @@ class UserError(ValueError):
     """Input that cannot be used: the message names the offending value and the remedy, in one line."""
 
 
-class Elsewhere(UserError):
-    """What ended another process of the run, which says it itself.
+class _Ending(Exception):
+    """The end of a run that is no error of its own.
 
     Args:
         code: that the process exits with.
     """
 
-    def __init__(self, message: str, code: int = 2):
+    code: int
+
+    def __init__(self, message: str, code: int | None = None):
         super().__init__(message)
-        self.code = code
+        if code is not None:
+            self.code = code
 
 
-class Interrupted(Exception):
-    """A run that was ended from outside but leaves something: the message says what.
+class Elsewhere(_Ending, UserError):
+    """What ended another process of the run, which says it itself."""
 
-    Args:
-        code: that the process exits with.
-    """
+    code = 2
 
-    def __init__(self, message: str, code: int = 130):
-        super().__init__(message)
-        self.code = code
+
+class Interrupted(_Ending):
+    """A run that was ended from outside but leaves something: the message says what."""
+
+    code = 130
 
 
 def nearest(word: str, known: list[str], cutoff: float = 0.5) -> str:

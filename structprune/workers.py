@@ -201,12 +201,12 @@ def join(reduces: bool = False) -> Workers:
     count, rank = _launched()
     if count < 2:
         return ALONE
-    _joined = True
     local, devices = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if reduces and devices:
         if (here := int(os.environ.get("LOCAL_WORLD_SIZE", 1))) > devices:
             raise UserError(f"{here} processes cannot share {devices} GPUs: start one for each")
         torch.cuda.set_device(local)
+    _joined = True
     if not torch.distributed.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if reduces and torch.cuda.is_available() else "gloo"
         torch.distributed.init_process_group(backend, timeout=PATIENCE)

@@ -71,12 +71,12 @@ def is_read(layout: str, versions: dict[str, str]) -> bool:
 
 def outcome(case: dict, result: dict, versions: dict[str, str]) -> dict:
     """A row: one case in one environment, and whether it went as it is to."""
-    wanted = is_read(case["layout"], versions)
+    readable = is_read(case["layout"], versions)
     exact = result.get("tensors_that_differ") == 0 and result.get("logits") == 0
     refused = "refused" in result and "\n" not in result["refused"] and case["layout"] in result["refused"]
-    kept = {key: case[key] for key in ("layout", "dtype", "plain_bytes", "written_bytes")}
-    good = (exact and "refused" not in result) if wanted else refused
-    return {"case": case["name"], **kept, "versions": versions, "good": good, **result}
+    facts = {key: case[key] for key in ("layout", "dtype", "plain_bytes", "written_bytes")}
+    good = (exact and "refused" not in result) if readable else refused
+    return {"case": case["name"], **facts, "versions": versions, "good": good, **result}
 
 
 def table_of(rows: list[dict]) -> Table:
@@ -108,9 +108,9 @@ def run(arguments: list[str] | None) -> int:
         cases = make_cases(work)
         for transformers, unpacker in pairs:
             python = environment(options.work or work / "envs", transformers, {"compressed-tensors": unpacker})
-            found = run_check(python, cases, work, check=CHECK)
-            versions = found["versions"] or {"transformers": transformers, "compressed-tensors": unpacker}
-            rows += [outcome(case, found["cases"][case["name"]], versions) for case in cases]
+            report = run_check(python, cases, work, check=CHECK)
+            versions = report["versions"] or {"transformers": transformers, "compressed-tensors": unpacker}
+            rows += [outcome(case, report["cases"][case["name"]], versions) for case in cases]
     write_result(options.out, {"machine": describe_machine(), "rows": rows})
     show_result(table_of(rows), out=options.out, width=160)
     return 0 if all(row["good"] for row in rows) else 1

@@ -119,6 +119,7 @@ def _journal(source: str, request: StructuredRequest | MaskRequest, work: Work):
 
 
 def _identity(ghost: Ghost, request: StructuredRequest | MaskRequest, work: Work) -> dict:
+    """What decides all parts of a run: `work_identity`."""
     return work_identity(ghost, request.config, request.resources.device, work.workers.count)
 
 

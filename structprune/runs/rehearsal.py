@@ -41,11 +41,11 @@ def rehearse(run: Run, request: StructuredRequest | MaskRequest, journal: Journa
     Raises:
         UserError: what the run would end with at that block.
     """
-    wanted, model = request.config.memory.rehearsal, run.model
-    if wanted is None:
-        wanted = sum(each.numel() * each.element_size() for each in model.parameters()) >= WORTH
+    enabled = request.config.memory.rehearsal
+    if enabled is None:
+        enabled = sum(each.numel() * each.element_size() for each in run.model.parameters()) >= WORTH
     whole = any(len(block.kinds) == 2 for block in run.adapter.blocks)  # else no block is a model of its own
-    if not wanted or not whole or not request.reads_text or journal.has_parts:
+    if not enabled or not whole or not request.reads_text or journal.has_parts:
         return
     for _ in run.track([0], "rehearsal"):
         try:

@@ -116,8 +116,12 @@ def test_a_model_without_a_whole_block_needs_none(tiny_model, monkeypatch):
     heads, channels = replace(plan.blocks[0], channels=()), replace(plan.blocks[1], query_heads=(), kv_heads=())
     halves = apply_plan(model, replace(plan, blocks=(heads, channels, heads)))
     request = resolve_structured(Config.load(overrides={"memory.rehearsal": True}), model)
-    monkeypatch.setattr(rehearsal, "_one_block", None)
-    rehearsal.rehearse(SimpleNamespace(model=halves, adapter=Adapter(halves)), request, Journal())
+    calls: list = []
+    monkeypatch.setattr(rehearsal, "_one_block", lambda run, request: calls.append(run.model))
+    for each in (halves, model):
+        run = SimpleNamespace(model=each, adapter=Adapter(each), track=lambda items, title: items)
+        rehearsal.rehearse(run, request, Journal())
+    assert calls == [model]
 
 
 def test_windows_are_those_of_a_pass(prune, tiny_checkpoint, text_path):
