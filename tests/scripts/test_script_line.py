@@ -46,4 +46,16 @@ def test_every_script_that_writes_a_result_tries_its_place():
     for path in sorted((Path(__file__).parents[2] / "scripts").glob("*/*.py")):
         text = path.read_text(encoding="utf-8")
         if "write_result(options.out" in text:
-            assert '"--out", type=result_file' in text, path.name
+            assert '"--out", type=result_file' in text or "parse_counts(" in text, path.name
+
+
+def test_options_of_counts_have_their_defaults_and_refuse_less_than_one(line, tmp_path, capsys):
+    counts = {"windows": (4, "how many"), "threads": (2, "of torch")}
+    options = line.parse_counts("About.", counts, "x.json", ["--windows", "3", "--out", str(tmp_path / "new.json")])
+    assert (options.windows, options.threads, options.out) == (3, 2, tmp_path / "new.json")
+    wrong = line.one_line("tool", lambda: line.parse_counts("About.", counts, "x.json", ["--threads", "0"]))
+    assert wrong == 2 and capsys.readouterr().err == "tool: error: --threads = 0: give at least 1\n"
+    assert (
+        line.one_line("tool", lambda: line.parse_counts("About.", counts, str(tmp_path / "x.json"), ["--out", "."]))
+        == 2
+    )
