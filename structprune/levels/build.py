@@ -7,6 +7,7 @@ lost more on the embedded model.
 Shapes: O outputs, C input channels of the dense consumer, K remaining ones.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -30,6 +31,7 @@ from structprune.structured.scores import obs
 from structprune.structured.sizes import block_size
 from structprune.structured.surgery import expand
 from structprune.structured.units import Units
+from structprune.workers import ALONE, Workers
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,15 @@ class Recipe:
     structured: StructuredSettings
     reconstruct: ReconstructSettings
     paths: Paths | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """What the refits of one consumer at all its levels are solved from, at full width."""
+
+    dense: torch.Tensor  # (O, C [+ 1]) fp64 weight
+    fit: Products
+    check: Products  # over held-out rows
 
 
 @torch.no_grad()
@@ -102,6 +113,8 @@ def set_level(linear: nn.Linear, weight: torch.Tensor, bias: torch.Tensor | None
 def kind_levels(place: Place, steps: tuple[int, ...], current: int, recipe: Recipe) -> KindLevels:
     """The levels of one block and kind; its readers in the small model are refitted on the way, where asked.
 
+    Several processes, whose products are the same, share the solves of levels.
+
     Args:
         current: the steps of the current plan, at which all dampings are tried; other levels try those next to its.
     """
@@ -111,23 +124,24 @@ def kind_levels(place: Place, steps: tuple[int, ...], current: int, recipe: Reci
         refit_producers(place)
         readers = {role: reader.weight for role, reader in place.readers.items()}
     fit, check = place.products()
-    dense = augmented(linear, has_constant(settings)).to(fit.gram.device)  # (O, C [+ 1]) fp64
-    path = removal_path(place, dense, (fit, check), recipe, ordered=steps != (0,))
-    levels = {current: level(place, path, dense, (fit, check), current, settings)}
+    problem = Problem(augmented(linear, has_constant(settings)).to(fit.gram.device), fit, check)
+    path = removal_path(place, problem, recipe, ordered=steps != (0,))
+    levels = {current: level(place, path, problem, current, settings, place.walk.workers)}
     near = replace_dampings(settings, levels[current].damping)
-    for count in steps:
-        if count != current:
-            levels[count] = level(place, path, dense, (fit, check), count, near)
+    others = [count for count in steps if count != current]
+
+    def solve(counts: Sequence[int]) -> list[Level]:
+        made = (level(place, path, problem, count, near) for count in counts)
+        return [replace(each, weight=each.weight.cpu()) for each in made]  # only written
+
+    levels |= dict(zip(others, place.walk.workers.share(solve, others), strict=True))
     return KindLevels(path, dict(sorted(levels.items())), readers)
 
 
-def removal_path(
-    place: Place, dense: torch.Tensor, products: tuple[Products, Products], recipe: Recipe, ordered: bool = True
-) -> RemovalPath:
+def removal_path(place: Place, problem: Problem, recipe: Recipe, ordered: bool = True) -> RemovalPath:
     """The order in which units go: that of the recipe, or by optimal brain surgeon from the refit at full width.
 
     Args:
-        dense: (O, C [+ 1]) fp64 weight of the consumer.
         ordered: false where no unit goes, so that any order will do.
     """
     if recipe.paths is not None:
@@ -135,9 +149,9 @@ def removal_path(
     units = Units.of(place.dense, place.kind, recipe.structured.gqa)
     if not ordered:
         return static_path(torch.zeros(units.count), units.groups)
-    fit, check = products
-    features = place.consumer.in_features
-    weight = choose(recipe.reconstruct, dense, fit, check, features)[0][:, :features]  # (O, C)
+    features, fit = place.consumer.in_features, problem.fit
+    choice = choose(recipe.reconstruct, problem.dense, fit, problem.check, features, place.walk.workers)
+    weight = choice[0][:, :features]  # (O, C)
     gram = fit.gram[:features, :features] / place.walk.fit_tokens  # (C, C)
     rounds = recipe.structured.rounds if place.kind == "channels" else None
     try:
@@ -150,17 +164,17 @@ def removal_path(
 def level(
     place: Place,
     path: RemovalPath,
-    dense: torch.Tensor,
-    products: tuple[Products, Products],
+    problem: Problem,
     steps: int,
     settings: ReconstructSettings,
+    workers: Workers = ALONE,
 ) -> Level:
     """The consumer refitted after some removal steps, from the products at full width.
 
     Args:
-        dense: (O, C [+ 1]) fp64 weight of the consumer.
+        workers: who solve this level together.
     """
-    fit, check = products
+    dense, fit, check = problem.dense, problem.fit, problem.check
     features, like = place.consumer.in_features, place.consumer.weight
     removed = set(path.removed(steps))
     count = sum(len(step) for step in path.steps)
@@ -171,7 +185,7 @@ def level(
     columns = torch.cat((columns, torch.arange(features, dense.shape[1]))).to(fit.gram.device)  # (K [+ 1],)
     weight, power = dense[:, columns], check.power  # (O, K [+ 1])
     fit, check = at_columns(fit, columns), at_columns(check, columns)
-    weight, damping, _ = choose(settings, weight, fit, check, len(remaining) * features // count)
+    weight, damping, _ = choose(settings, weight, fit, check, len(remaining) * features // count, workers)
     error = (output_error(weight, check.target, check.gram) + power) / power if power > 0 else 1.0
     whole = dense.new_zeros(dense.shape).index_copy_(1, columns, weight)  # (O, C [+ 1])
     return Level(whole.to(like.device, like.dtype), damping, error)

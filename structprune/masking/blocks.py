@@ -11,6 +11,7 @@ from structprune.models.adapter import READERS, BlockView
 from structprune.refit.masked import choose_refit
 from structprune.refit.products import InputProducts, LayerFit
 from structprune.statistics.overflow import overflow
+from structprune.workers import ALONE, Workers
 
 
 @dataclass(frozen=True)
@@ -56,17 +57,19 @@ def refit_linears(
     masked: dict[str, Masked],
     products: tuple[InputProducts, InputProducts],
     settings: ReconstructSettings,
+    workers: Workers = ALONE,
 ) -> tuple[dict[str, Masked], list[LayerFit]]:
     """Refit the masked weights of linears that read one input, at the damping that held-out rows choose.
 
     Args:
         block: still dense; its linears give the target outputs.
         products: over the rows of the refit and over held-out rows.
+        workers: who share the rows of a weight.
     """
     refitted, fits = {}, []
     for role, (weight, keep) in masked.items():  # (O, C) each
         fit, check = (each.of(role, block[role].weight) for each in products)
-        choice = choose_refit(weight.double(), keep, fit, check, settings.damping)
+        choice = choose_refit(weight.double(), keep, fit, check, settings.damping, workers)
         refitted[role] = (choice[0].float(), keep)
         fits.append(LayerFit.of(block.index, role, weight.double(), check, choice))
     return refitted, fits

@@ -6,11 +6,12 @@ Shapes: O outputs, C inputs, K kept ones.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
 from structprune.refit.products import NOISE, UNCHANGED, Choice, Products, output_error, output_errors
+from structprune.workers import ALONE, Workers
 
 SAMPLE = 32  # rows on which the damping is chosen
 STEPS = 200  # most steps of conjugate gradients; the result is always nearer to the minimum than the start
@@ -18,12 +19,29 @@ TOLERANCE = 1e-3  # of every row's residual, relative to its start
 EVERY = 5  # steps between checks of the residuals, each a device sync
 
 
+@dataclass(frozen=True)
+class Stop:
+    """When conjugate gradients stop: with all rows of a set within the tolerance, those of other processes too.
+
+    So a row is the same whoever solves it.
+    """
+
+    tolerance: float = TOLERANCE
+    workers: Workers = ALONE
+
+    def reached(self, norms: torch.Tensor) -> list[bool]:
+        """Whether each set stops; norms (sets, rows) of residuals. One device sync."""
+        moving = (~(norms <= self.tolerance).all(1)).float()  # (sets,)
+        self.workers.add_up(moving)
+        return (moving == 0).tolist()
+
+
 def refit_rows(
     weight: torch.Tensor,
     keep: torch.Tensor,
     fit: Products,
     dampings: Sequence[float],
-    tolerance: float = TOLERANCE,
+    stop: Stop = Stop(),
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """W_new = W + (W·C - W·G)_K (G_KK + λI)⁻¹ on every row's kept inputs K, the minimiser under the mask of
@@ -35,7 +53,7 @@ def refit_rows(
     Args:
         weight: (O, C) fp64, zero where `keep` (O, C) bool is false.
         dampings: λ relative to the mean diagonal of the row's G_KK, n finite values.
-        tolerance: of the residual (W·C - W·G)_K, relative to its start.
+        stop: its tolerance is of the residual (W·C - W·G)_K, relative to its start.
     Returns:
         (n, O, C) fp64.
     """
@@ -49,19 +67,19 @@ def refit_rows(
     right, system = (residual / size).to(dtype), (gram / unit).to(dtype)  # (O, C), (C, C)
     stacked = (len(dampings), *weight.shape)
     right, keep = (each.expand(stacked).flatten(0, 1) for each in (right, keep))  # (n * O, C) each, one is no copy
-    step = conjugate_gradients(system, right, keep, ridge.to(dtype), tolerance, len(dampings))  # (n * O, C)
+    step = conjugate_gradients(system, right, keep, ridge.to(dtype), stop, len(dampings))  # (n * O, C)
     return weight + step.view(stacked).double() * size
 
 
 def conjugate_gradients(
-    gram: torch.Tensor, right: torch.Tensor, keep: torch.Tensor, ridge: torch.Tensor, tolerance: float, sets: int = 1
+    gram: torch.Tensor, right: torch.Tensor, keep: torch.Tensor, ridge: torch.Tensor, stop: Stop, sets: int = 1
 ) -> torch.Tensor:
     """Rows x with (G_KK + λI) x_K = b_K and 0 elsewhere, by conjugate gradients preconditioned with the diagonal.
 
     Args:
         gram: (C, C) G. right: (O, C) b, of norm 1 or 0 in every row. keep: (O, C) bool. ridge: (O, 1) λ.
-        tolerance: of every row's ‖b - (G_KK + λI) x‖.
-        sets: the rows form so many sets of equal size; a set stops as soon as all its rows are within the tolerance.
+        stop: its tolerance is of every row's ‖b - (G_KK + λI) x‖.
+        sets: the rows form so many sets of equal size, which stop one by one.
     Returns:
         (O, C); a row stops where G + λI turns out not to be positive definite.
     """
@@ -81,12 +99,12 @@ def conjugate_gradients(
         x += length * direction
         residual -= length * image
         if count % EVERY == EVERY - 1:
-            stops = (residual.norm(dim=1).view(len(moving), -1).amax(1) <= tolerance).tolist()  # one device sync
+            stops = stop.reached(residual.norm(dim=1).view(len(moving), -1))
             if all(stops):
                 break
             if any(stops):  # the others continue without them
-                solved |= {moving[place]: x.chunk(len(moving))[place] for place, stop in enumerate(stops) if stop}
-                going = [place for place, stop in enumerate(stops) if not stop]
+                solved |= {moving[place]: x.chunk(len(moving))[place] for place, ends in enumerate(stops) if ends}
+                going = [place for place, ends in enumerate(stops) if not ends]
                 state = (x, residual, direction, slope, inside, ridge, scale, goes)
                 x, residual, direction, slope, inside, ridge, scale, goes = (
                     part.unflatten(0, (len(moving), -1))[going].flatten(0, 1) for part in state
@@ -101,26 +119,51 @@ def conjugate_gradients(
     return torch.cat([solved[index] for index in range(sets)])
 
 
+def share_rows(
+    weight: torch.Tensor, keep: torch.Tensor, fit: Products, dampings: Sequence[float], workers: Workers
+) -> torch.Tensor:
+    """`refit_rows`, where every process solves its part of the rows.
+
+    Returns:
+        (n, O, C) fp64, the same in all processes.
+    """
+    if not workers.several or len(weight) < workers.count:
+        return refit_rows(weight, keep, fit, dampings)
+    own = workers.span(len(weight))
+    moved = weight.new_zeros((len(dampings), *weight.shape))  # (n, O, C)
+    sums, stop = replace(fit, target=fit.target[own]), Stop(workers=workers)
+    moved[:, own] = refit_rows(weight[own], keep[own], sums, dampings, stop)
+    workers.add_up(moved)  # zeros of the others change no bit
+    return moved
+
+
 def choose_refit(
-    weight: torch.Tensor, keep: torch.Tensor, fit: Products, check: Products, candidates: Sequence[float]
+    weight: torch.Tensor,
+    keep: torch.Tensor,
+    fit: Products,
+    check: Products,
+    candidates: Sequence[float],
+    workers: Workers = ALONE,
 ) -> Choice:
     """The refit at the damping with the least held-out output error on a sample of rows; none without a gain.
 
     Args:
         weight: (O, C) fp64, masked. keep: (O, C) bool.
         fit, check: products over the fitted rows, and over held-out rows.
+        workers: who have the same products, and share the rows.
     """
     sample = torch.linspace(0, len(weight) - 1, min(SAMPLE, len(weight)), device=weight.device).long()  # (s,)
     tried, best, gain = sorted(set(candidates) - {UNCHANGED}), UNCHANGED, 0.0
     if not tried:
         return weight, UNCHANGED, 0.0
-    moved = refit_rows(weight[sample], keep[sample], replace(fit, target=fit.target[sample]), tried)  # (n, s, C)
+    sums = replace(fit, target=fit.target[sample])
+    moved = share_rows(weight[sample], keep[sample], sums, tried, workers)  # (n, s, C)
     plain, *errors = output_errors(torch.cat((weight[sample][None], moved)), check.target[sample], check.gram)
     for damping, error in zip(tried, errors):
         if error - plain < gain:
             best, gain = damping, error - plain
     if best == UNCHANGED:
         return weight, UNCHANGED, 0.0
-    (moved,) = refit_rows(weight, keep, fit, (best,))  # (O, C)
+    (moved,) = share_rows(weight, keep, fit, (best,), workers)  # (O, C)
     whole = output_error(moved, check.target, check.gram) - output_error(weight, check.target, check.gram)
     return (moved, best, whole) if whole < -NOISE * check.power else (weight, UNCHANGED, 0.0)

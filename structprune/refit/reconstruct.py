@@ -70,7 +70,7 @@ class Reconstructor:
         linear, constant = place.consumer, has_constant(self.settings)
         fit, check = place.products()
         weight = augmented(linear, constant).to(fit.gram.device)  # (O, K) fp64
-        choice = choose(self.settings, weight, fit, check, linear.in_features)
+        choice = choose(self.settings, weight, fit, check, linear.in_features, place.walk.workers)
         set_weight(linear, choice[0], constant)
         return LayerFit.of(place.dense.index, place.kind, weight, check, choice)
 
@@ -129,7 +129,8 @@ def refit_producers(place: Place) -> list[LayerFit]:
     for role, linear in place.readers.items():
         weight = linear.weight.to(fit.gram.device).double()  # (O, C), rows of the dense weight
         products = check.of(role, linear.weight)
-        choice = choose(place.walk.settings, weight, fit.of(role, linear.weight), products, linear.in_features)
+        fitted, walk = fit.of(role, linear.weight), place.walk
+        choice = choose(walk.settings, weight, fitted, products, linear.in_features, walk.workers)
         set_weight(linear, choice[0], constant=False)
         fits.append(LayerFit.of(place.dense.index, role, weight, products, choice))
     return fits
@@ -146,7 +147,7 @@ def refit_head(walk: Walk, run: ResidualRun, small: DiffusionLM, journal: Journa
     else:
         fit, check = walk.final_products(run, small)
         identity = torch.eye(size, dtype=torch.float64, device=fit.gram.device)  # (C, C)
-        choice = choose(walk.settings, identity, fit, check, size)
+        choice = choose(walk.settings, identity, fit, check, size, walk.workers)
         layer, change = LayerFit.of(len(walk.dense.blocks), "head", identity, check, choice), choice[0]
         journal.keep("head", {"map": change}, asdict(layer))
     if layer.damping != UNCHANGED:

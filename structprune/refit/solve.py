@@ -3,12 +3,13 @@
 Pure functions of Gram matrices. Shapes: O outputs, K remaining input channels.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from structprune.config import ReconstructSettings
 from structprune.refit.products import NOISE, UNCHANGED, Choice, Products, output_error
+from structprune.workers import ALONE, Workers
 
 
 def refit_weight(
@@ -48,24 +49,55 @@ def refit_bias(weight: torch.Tensor, target: torch.Tensor, gram: torch.Tensor) -
 
 
 def choose(
-    settings: ReconstructSettings, weight: torch.Tensor, fit: Products, check: Products, features: int
+    settings: ReconstructSettings,
+    weight: torch.Tensor,
+    fit: Products,
+    check: Products,
+    features: int,
+    workers: Workers = ALONE,
 ) -> Choice:
     """The candidate with the least held-out output error; plain removal is always among them, and where no candidate
-    gains more than rounding would, as on a prefix that lost nothing, it stays."""
+    gains more than rounding would, as on a prefix that lost nothing, it stays.
+
+    Args:
+        workers: who have the same products, and share the candidates.
+    """
     plain = output_error(weight, check.target, check.gram)
     best = (weight, UNCHANGED, 0.0)
-    if settings.mode == "bias":
-        candidates: Iterable[tuple[torch.Tensor | None, float]] = [(refit_bias(weight, fit.target, fit.gram), 0.0)]
-    else:
-        gap = target_gap(weight, fit.target, fit.gram)  # (O, K)
-        # one by one: the factors of all candidates together would be the peak of memory
-        candidates = (
-            (refit_weight(weight, gap, fit.gram, damping, features), damping) for damping in sorted(settings.damping)
-        )
-    for candidate, damping in candidates:
-        if candidate is None:
-            continue
+    dampings = [0.0] if settings.mode == "bias" else sorted(settings.damping)
+    for candidate, damping in candidates(settings, weight, fit, dampings[workers.rank :: workers.count], features):
         gain = output_error(candidate, check.target, check.gram) - plain
         if gain < min(best[2], -NOISE * check.power):
             best = (candidate, damping, gain)
-    return best
+    return shared_best(best, workers)
+
+
+def candidates(
+    settings: ReconstructSettings, weight: torch.Tensor, fit: Products, dampings: Sequence[float], features: int
+) -> Iterator[tuple[torch.Tensor, float]]:
+    """Refitted weights (O, K) and their dampings, of those that can be solved.
+
+    One by one: the factors of all together would be the peak of memory.
+    """
+    if settings.mode == "bias":
+        yield from ((refit_bias(weight, fit.target, fit.gram), damping) for damping in dampings)
+    if settings.mode == "bias" or not dampings:
+        return
+    gap = target_gap(weight, fit.target, fit.gram)  # (O, K)
+    for damping in dampings:
+        solution = refit_weight(weight, gap, fit.gram, damping, features)
+        if solution is not None:
+            yield solution, damping
+
+
+def shared_best(own: Choice, workers: Workers) -> Choice:
+    """The choice with the largest gain of all processes, in all of them; of equal ones the least damping, as alone."""
+    if not workers.several:
+        return own
+    best = min((gain, damping) for _, damping, gain in workers.gather((None, *own[1:])))
+    if best[1] == UNCHANGED:
+        return own
+    weight = own[0] if own[1] == best[1] else torch.zeros_like(own[0])  # (O, K)
+    weight = weight.contiguous()
+    workers.add_up(weight)  # zeros of the others change no bit
+    return weight, best[1], best[0]

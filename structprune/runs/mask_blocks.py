@@ -124,8 +124,8 @@ class MaskedBlocks:
     ) -> dict[str, MaskedWeight]:
         run = self._run
         products = run.timed("statistics", lambda: walk.products(block.index, name))
-        settings = run.request.reconstruct
-        masked, fits = run.timed("refit", lambda: refit_linears(block, masked, products, settings))
+        work = partial(refit_linears, block, masked, products, run.request.reconstruct, run.workers)
+        masked, fits = run.timed("refit", work)
         self.fits += fits
         return masked
 

@@ -4,10 +4,12 @@ import pytest
 import torch
 
 from structprune.refit import masked as refit
-from structprune.refit.masked import choose_refit, refit_rows
+from structprune.refit.masked import Stop, choose_refit, refit_rows, share_rows
 from structprune.refit.products import UNCHANGED, Products, output_error
+from structprune.workers import ALONE
+from tests.crowd import crowd
 
-EXACT = {"tolerance": 1e-14, "dtype": torch.float64}
+EXACT = {"stop": Stop(1e-14), "dtype": torch.float64}
 CANDIDATES = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0)
 
 
@@ -89,7 +91,7 @@ def test_conjugate_gradients_by_hand():
     keep = torch.tensor([[True, True, False], [False, False, True], [False, False, False], [True, False, True]])
     right = torch.tensor([[0.6, 0.8, 0.0], [0.0, 0.0, 1.0], [0.0, 0.0, 0.0], [0.8, 0.0, 0.6]]).double()
     ridge = torch.tensor([[0.0], [5.0], [1.0], [1.0]]).double()
-    moved = refit.conjugate_gradients(gram, right, keep, ridge, 1e-12)
+    moved = refit.conjugate_gradients(gram, right, keep, ridge, Stop(1e-12))
     fourth = torch.linalg.solve(torch.tensor([[3.0, 5.0], [5.0, 21.0]]).double(), torch.tensor([0.8, 0.6]).double())
     expected = [[(0.6 * 3 - 0.8) / 5, (0.8 * 2 - 0.6) / 5, 0], [0, 0, 1 / 25], [0, 0, 0], [fourth[0], 0, fourth[1]]]
     assert torch.allclose(moved, torch.tensor(expected).double(), atol=1e-14)
@@ -148,6 +150,20 @@ def test_the_best_candidate_on_held_out_rows_is_taken():
     moved, damping, gain = choose_refit(start, keep, fit, check, CANDIDATES[::-1])
     assert damping == best and torch.equal(moved, tried[best])
     assert gain == pytest.approx(errors[best] - output_error(start, check.target, check.gram)) and gain < 0
+
+
+@pytest.mark.parametrize("count, rows", [(2, [4, 5]), (10, [9] * 10)])
+def test_processes_share_the_rows(monkeypatch, count, rows):
+    """Where there are fewer rows than processes, each solves all."""
+    x, hat, omega, weight, keep = case()
+    start, sums = weight * keep, products(x, hat, omega, weight)
+    alone = share_rows(start, keep, sums, (0.1, 1.0), ALONE)
+    assert torch.equal(alone, refit_rows(start, keep, sums, (0.1, 1.0)))
+    solved, solve = [], refit.refit_rows
+    monkeypatch.setattr(refit, "refit_rows", lambda *given: solved.append(len(given[0])) or solve(*given))
+    results = crowd(count, lambda workers: share_rows(start, keep, sums, (0.1, 1.0), workers))
+    assert sorted(solved) == rows and all(torch.equal(each, results[0]) for each in results)
+    assert torch.allclose(results[0], alone, atol=1e-6) and not torch.equal(alone[0], start)  # they stop together
 
 
 def test_held_out_rows_can_choose_either_end():

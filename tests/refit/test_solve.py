@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from structprune.config import ReconstructSettings
+from structprune.refit import solve as solve_module
 from structprune.refit.products import UNCHANGED, Products, output_error
 from structprune.refit.solve import choose, refit_bias, refit_weight, target_gap
+from tests.crowd import crowd
 
 KEPT, REMOVED = [0, 2, 3, 5], [1, 4]
 
@@ -119,6 +121,24 @@ def test_held_out_rows_choose_the_damping():
     assert damping == min(errors, key=errors.get)
     assert gain == pytest.approx(min(errors.values()) - errors[UNCHANGED])
     assert torch.allclose(moved, refit(plain, fit.target, fit.gram, damping))
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+@pytest.mark.parametrize("mode, dampings", [("least-squares", (0.3, 1e-4, 10.0)), ("bias", (0.3,))])
+def test_processes_share_the_candidates(monkeypatch, mode, dampings, count):
+    x, disturbed, omega, weight = case()
+    fit = Products(*reversed(products(x, disturbed, omega, weight)), 0.0)
+    check = Products(*reversed(products(*case(rows=200, seed=7)[:3], weight)), 0.0)
+    settings = ReconstructSettings(damping=dampings, mode=mode)
+    alone = choose(settings, weight[:, KEPT], fit, check, 4)
+    solved, solve = [], solve_module.refit_weight
+    monkeypatch.setattr(solve_module, "refit_weight", lambda *given: solved.append(given[3]) or solve(*given))
+    for moved, *rest in crowd(count, lambda workers: choose(settings, weight[:, KEPT], fit, check, 4, workers)):
+        assert torch.equal(moved, alone[0]) and rest == [*alone[1:]] and rest[1] < 0
+    assert sorted(solved) == ([] if mode == "bias" else sorted(dampings))  # each by one of them
+    perfect = Products(torch.eye(4).double(), weight[:, KEPT].clone(), 0.0)  # held-out rows want what is there already
+    for moved, *rest in crowd(count, lambda workers: choose(settings, weight[:, KEPT], fit, perfect, 4, workers)):
+        assert torch.equal(moved, weight[:, KEPT]) and rest == [UNCHANGED, 0.0]
 
 
 @pytest.mark.parametrize("mode", ["least-squares", "bias"])

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from structprune.assets import text_file
+from structprune.cli.main import main
 from structprune.config import Config
 from structprune.models.journal import Journal
 from structprune.models.loading import load_model
@@ -130,7 +131,8 @@ def test_a_run_of_two_goes_on_in_one(runs, tmp_path, monkeypatch, shared_checkpo
 def command(source, out, *more):
     """Arguments of `torchrun` for a pruning of a moment."""
     sets = [f"--set={key}={value}" for key, value in KEYS.items()]
-    text = ["--calibration", str(text_file("calibration.txt")), "--device", "cpu", "--ratio", "0.5"]
+    text = ["--calibration", str(text_file("calibration.txt")), "--device", "cpu"]
+    text += [] if "--ratio" in more else ["--ratio", "0.5"]
     return ["-m", "structprune", "prune", str(source), "--out", str(out), *text, *sets, *more]
 
 
@@ -154,6 +156,58 @@ def test_what_all_processes_refuse_is_said_once(tiny_checkpoint, tmp_path, more,
     lines = [line for line in done.stderr.splitlines() if line.startswith("structprune: ")]
     assert done.returncode and len(lines) == 1 and message in lines[0]
     assert [path.name for path in tmp_path.iterdir()] == ["llada-tiny"]
+
+
+LEARN = ["--recover", *(f"--recover-set={pair}" for pair in (
+    "data.length=16", "data.held_out=6", "data.noise=2", "train.method=full", "train.batch=4", "train.pass_windows=2",
+    "train.evaluations=1", "train.learning_rate=2e-3", "train.tokens=256",
+))]  # fmt: skip
+COMMANDS = {
+    "two ratios": [
+        "--ratio",
+        "0.3,0.5",
+        "--levels",
+        "LEVELS",
+        *(f"--set={k}={v}" for k, v in (SEARCH | WIDTHS).items()),
+    ],
+    "trained back": ["--ratio", "0.5", *LEARN],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", COMMANDS.values(), ids=COMMANDS)
+def test_commands_of_two_processes_write_what_one_writes(tiny_checkpoint, tmp_path, capsys, more):
+    source, single = tiny_checkpoint(), ["--set", "reconstruct.damping=[1.0]"]
+    arguments = {
+        out: [each.replace("LEVELS", str(tmp_path / f"levels-{out}")) for each in [*more, *single]]
+        for out in ("one", "two")
+    }
+    assert main(command(source, tmp_path / "one", *arguments["one"])[2:]) == 0
+    done = launched(*command(source, tmp_path / "two", *arguments["two"]))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Wrote") == capsys.readouterr().out.count("Wrote") >= 1
+    files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("model.safetensors"))
+    assert len(files) == (2 if "--levels" in more else 1)
+    for file in files:
+        one, two = (load_file(tmp_path / out / file) for out in ("one", "two"))
+        assert one.keys() == two.keys()
+        assert max((weight - two[key]).abs().max() for key, weight in one.items()) <= 1e-4, file
+    levels = [sorted(path.name for path in (tmp_path / f"levels-{out}").glob("*")) for out in ("one", "two")]
+    assert levels[0] == levels[1] and bool(levels[0]) == ("--levels" in more)
+
+
+@pytest.mark.slow
+def test_two_processes_measure_the_sinks_of_one(tiny_checkpoint, tmp_path):
+    sizes = ["--windows", "3", "--length", "16", "--levels", "3", "--device", "cpu"]
+    results = []
+    for out, run in {
+        "one": lambda *line: main([*line]),
+        "two": lambda *line: launched("-m", "structprune", *line),
+    }.items():
+        done = run("sinks", str(tiny_checkpoint()), "--out", str(tmp_path / out), *sizes)
+        assert done == 0 or done.returncode == 0, done
+        results.append(json.loads((tmp_path / out / "sinks.json").read_text()))
+    assert not differences(*results, 1e-6)
 
 
 ENDED = """
