@@ -8,7 +8,8 @@ T tokens, P of them prompt, G = T - P generated.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -18,9 +19,12 @@ from structprune.config import CalibrationSettings, Config
 from structprune.errors import UserError
 from structprune.generation.generate import Options, Step, generate
 from structprune.generation.samplers import Generation, low_confidence
+from structprune.models.journal import NOWHERE, Entry, Journal
 from structprune.models.modeling_structprune import DiffusionLM
+from structprune.progress import Track, untracked
 from structprune.workers import ALONE, Workers
 
+States = tuple[torch.Tensor, torch.Tensor]  # final ids (N, T) and their states (N, S, T), int64 on CPU
 PROMPT = 4  # the first 1 / PROMPT of a window is the prompt
 
 
@@ -47,7 +51,7 @@ def reverse_states(
     indices: torch.Tensor,
     batch: int = 1,
     track: Callable[[Iterable], Iterable] = lambda items: items,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> States:
     """States of one generation after each prompt; greedy, so without random draws.
 
     Args:
@@ -74,13 +78,18 @@ def reverse_states(
     return final, states
 
 
+@dataclass(frozen=True)
+class Generating:
+    """How windows are generated: sequences in a forward pass, who watches, who shares them, where they are kept."""
+
+    batch: int = 1
+    track: Track = untracked
+    workers: Workers = ALONE
+    journal: Journal = NOWHERE
+
+
 def reverse_calibration(
-    model: DiffusionLM,
-    calibration: Calibration,
-    settings: CalibrationSettings,
-    batch: int,
-    track,
-    workers: Workers = ALONE,
+    model: DiffusionLM, calibration: Calibration, settings: CalibrationSettings, how: Generating = Generating()
 ) -> Calibration:
     """A calibration whose fit windows are the model's own generations, with their states as noisy copies.
 
@@ -93,8 +102,6 @@ def reverse_calibration(
 
     Args:
         calibration: with forward noise; only its windows are used.
-        batch: sequences in a forward pass.
-        workers: the processes that share the generations.
     Raises:
         UserError: a prompt that holds the mask token.
     """
@@ -103,12 +110,9 @@ def reverse_calibration(
     prompt, mask_id = prompt_length(calibration.length), model.config.mask_token_id
     steps, stops = state_steps(settings.steps, settings.interval, calibration.length - prompt)
     chosen = deal_levels(fit.windows, len(stops), settings.noisy_copies, seeded(settings.seed, 1))  # (n, S)
-    indices = torch.tensor(stops)[chosen]  # (n, S)
     sampler = low_confidence(model.config, calibration.length - prompt, steps)
-    show = lambda items: track(items, "reverse trajectories")  # noqa: E731
-    own = workers.span(fit.windows)
-    parts = reverse_states(model, fit.input_ids[own, :prompt], sampler, indices[own], batch, show)
-    final, states = map(workers.rows, parts)  # (n, T), (n, S, T)
+    make = partial(reverse_states, model, settings=sampler, batch=how.batch)
+    final, states = kept_states(make, fit.input_ids[:, :prompt], torch.tensor(stops)[chosen], how)  # (n, T), (n, S, T)
     p = (states[..., prompt:] == mask_id).float().mean(-1)  # (n, S)
     return replace(
         calibration,
@@ -118,6 +122,40 @@ def reverse_calibration(
         metadata=calibration.metadata
         | {"trajectory": "reverse", "prompt_tokens": str(prompt), "generation_steps": str(steps)},
     )
+
+
+def kept_states(make: Callable[..., States], prompts: torch.Tensor, indices: torch.Tensor, how: Generating) -> States:
+    """`make(prompts, indices=..., track=...)` of all windows, as many at a time as a pass of every process takes.
+
+    What the journal has is not generated again: a part by as many processes and sequences, or the whole by any.
+
+    Args:
+        prompts: (N, P). indices: (N, S).
+    Returns:
+        As `reverse_states`, of all N windows in every process.
+    """
+    if whole := how.journal.read("whole"):
+        return whole.tensors["final"], whole.tensors["states"]
+    size = how.batch * how.workers.count
+    starts, parts = range(0, len(prompts), size), []
+    for number, start in enumerate(starts, 1):
+        name = f"{number}-of-{len(starts)}-by-{how.batch}-in-{how.workers.count}"
+        kept = how.journal.read(name)
+        if kept is None:
+            rows = range(start, min(start + size, len(prompts)))
+            own = list(rows[how.workers.span(len(rows))])
+            states: States = (prompts.new_empty(0), prompts.new_empty(0))  # of a process that has no window here
+            if own:
+                title = "reverse trajectories" + (f", {number} of {len(starts)}" if len(starts) > 1 else "")
+                show = lambda items, title=title: how.track(items, title)  # noqa: E731
+                states = make(prompts[own], indices=indices[own], track=show)
+            tensors = dict(zip(("final", "states"), map(how.workers.rows, states)))
+            how.journal.keep(name, tensors)
+            kept = Entry(tensors, None)
+        parts.append((kept.tensors["final"], kept.tensors["states"]))
+    all_final, all_states = (torch.cat(each) for each in zip(*parts))  # (N, T), (N, S, T)
+    how.journal.keep("whole", {"final": all_final, "states": all_states})
+    return all_final, all_states
 
 
 def check_trajectory(config: Config, levels: int | None = None) -> None:

@@ -11,7 +11,7 @@ from structprune.models.encode import encode_at
 from structprune.models.logits import logit_slices
 from structprune.models.transfer import send
 from structprune.statistics.gradients import gradient_norms
-from structprune.statistics.rows import Rows
+from structprune.statistics.rows import Rows, kept_rows, rows_digest
 from structprune.statistics.scan import Scan
 from structprune.workers import ALONE, Workers
 
@@ -30,7 +30,8 @@ def importance(scan: Scan, rows: Rows, weighting: Weighting) -> Importance:
         return {}
     shifted, p = scan.adapter.model.shifted, scan.calibration.mask_probability
     if weighting == "certainty":
-        return {None: at_predictions(certainties(scan, rows), rows.masked, shifted, scan.workers)}
+        (values,) = kept_rows(scan, rows, "certainties", lambda: [certainties(scan, rows)])  # (R, T)
+        return {None: at_predictions(values, rows.masked, shifted, scan.workers)}
     assert p is not None, "a loss needs mask probabilities"
     if weighting == "noise":
         values = noise_importance(p.flatten(), rows.masked)  # (R, T)
@@ -38,7 +39,9 @@ def importance(scan: Scan, rows: Rows, weighting: Weighting) -> Importance:
     consumers = {
         (block.index, kind): block[CONSUMER[kind]] for block in scan.adapter.blocks for kind in block.kinds
     }  # fmt: skip
-    norms = gradient_norms(scan, rows, list(consumers.values()))  # (R, T) each
+    weights = "ones" if rows.weight is None else rows_digest(scan.workers, rows.weight)
+    name, linears = f"gradients-{weights}", list(consumers.values())
+    norms = kept_rows(scan, rows, name, lambda: gradient_norms(scan, rows, linears))  # (R, T) each
     return {key: norm / mean_over_all(norm, scan.workers) for key, norm in zip(consumers, norms)}
 
 

@@ -8,9 +8,12 @@ from pathlib import Path
 from structprune.config import Config
 from structprune.errors import UserError
 from structprune.evaluation.fidelity import masked_kl, process_divergence
+from structprune.levels.library import plain_counts
 from structprune.levels.stitch import ReferenceWindows
 from structprune.models.modeling_structprune import DiffusionLM
+from structprune.runs.parts import drops_part
 from structprune.runs.search import SearchContext, reference_windows
+from structprune.runs.stages import digest
 from structprune.structured.allocate import Counts
 from structprune.structured.choose import Choice
 from structprune.structured.depth import Trial, dropped_counts, most_dropped, ruled_choices, search_dropped
@@ -47,9 +50,18 @@ def search_drops(context: SearchContext, choice: Choice, cut: Make, refit: Make)
     with context.streamed(context.model):
         windows = reference_windows(context)
 
-    def loss(model: DiffusionLM) -> float:
+    batch = windows.limits.sequences(*windows.noisy_ids.shape[1:])
+    journal = drops_part(context.journal, request, batch)
+
+    def loss(make: Make, counts: Counts) -> float:
+        name = f"{'cut' if make is cut else 'refit'}-{digest(plain_counts(counts))}"
+        if kept := journal.read(name):
+            return kept.notes
+        model = make(counts)
         with context.streamed(model):
-            return _divergence(model, windows)
+            value = _divergence(model, windows, batch)
+        journal.keep(name, notes=value)
+        return value
 
     order: dict[int, float] = {}
 
@@ -57,28 +69,27 @@ def search_drops(context: SearchContext, choice: Choice, cut: Make, refit: Make)
         """Greedily, the block without which the model, otherwise dense, stays nearest to the dense one."""
         left = [size.index for size in request.sizes if size.index not in dropped]
         tried = context.track(left, f"which block to drop, after {len(dropped)}")
-        losses = {block: loss(cut(dropped_counts(request.sizes, (*dropped, block)))) for block in tried}
+        losses = {block: loss(cut, dropped_counts(request.sizes, (*dropped, block))) for block in tried}
         block = min(losses, key=losses.__getitem__)
         order[block] = losses[block]
         return block
 
     heads = max((steps for (_, kind), steps in choice.counts.items() if kind == "attention"), default=0)
     trials = search_dropped(
-        Trial((), heads, choice.counts, loss(refit(choice.counts))),
+        Trial((), heads, choice.counts, loss(refit, choice.counts)),
         most_dropped(request.sizes, settings),
         lambda dropped: ruled_choices(request.sizes, dropped, settings, context.paths),
         next_block,
-        lambda counts: loss(refit(counts)),
+        lambda counts: loss(refit, counts),
         context.track,
     )
     best = min(trials[1:], key=lambda trial: trial.loss)
     return DropResult(best.counts, context.paths, trials, order)
 
 
-def _divergence(model: DiffusionLM, windows: ReferenceWindows) -> float:
+def _divergence(model: DiffusionLM, windows: ReferenceWindows, batch: int) -> float:
     """How far a model is from the dense one, in nats per token; infinite where that is no number."""
     noisy, p = windows.noisy_ids, windows.mask_probability  # (N, S, T), (N, S)
-    batch = windows.limits.sequences(noisy.shape[1], noisy.shape[2])
     value = process_divergence(masked_kl(model, windows.input_ids, noisy, windows.reference, batch), p, noisy.shape[2])
     value = windows.workers.mean(value, len(noisy))
     return math.inf if math.isnan(value) else value

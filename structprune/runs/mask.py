@@ -107,6 +107,7 @@ class MaskRun(Run):
     def run(self, in_place: bool = False) -> Masked:
         """Mask the model, or a copy that shares everything but its projections."""
         start = time.perf_counter()
+        self.generate()
         holds_out = self._calibration is not None and self._calibration.held_out > 0
         dense = self.kept_nelbo("dense", lambda: self.model) if holds_out else None
         model = unshared(self.model)  # in place, at most one block's dense weights are held beside the new ones

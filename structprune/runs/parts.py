@@ -32,6 +32,15 @@ def levels_part(journal: Journal, request: StructuredRequest, ratios: Sequence[f
     return journal.within("levels", digest(config, str(ratios))).directory
 
 
+def drops_part(journal: Journal, request: StructuredRequest, batch: int) -> Journal:
+    """Of the losses of a search for blocks to drop.
+
+    Args:
+        batch: sequences in a pass, which decide the last bits.
+    """
+    return journal.within("drops", digest(request.config.model_dump(mode="json", exclude=IRRELEVANT), str(batch)))
+
+
 def plan_digest(plan: Plan, settings: ReconstructSettings, windows: int | None = None) -> str:
     """Of what a refit makes of a plan.
 

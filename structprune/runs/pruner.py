@@ -72,7 +72,8 @@ class Pruner(Run):
         self._levels = levels
         if levels is not None:
             check_levels_use(self.request.config, levels)
-            check_levels(levels, model, self.calibration, self.request)
+            if not self.generates:
+                check_levels(levels, model, self.calibration, self.request)
         self._paths: Paths | None = None
         self._latency: LatencyTarget | None = None  # with a table, once that is measured
         self._dense: Nelbo | None = None
@@ -161,6 +162,7 @@ class Pruner(Run):
     def _ranked(self, request: StructuredRequest) -> Paths:
         """The order in which units go, by the configured score; measured once."""
         if self._paths is None:
+            self.generate()
             log, part = SinkLog(), scores_part(self.journal, self.request)
             with self.streamed(self.model):
                 work = partial(rank_units, self.fit_scan(log), request.settings, request.arm, part)
@@ -178,7 +180,7 @@ class Pruner(Run):
         return SearchContext(
             self.model, request, self.calibration, self._reconstructor(self.calibration),
             lambda: self._cut(identity_plan(self.adapter)), self._ranked(request), self.streamed, self.track,
-            self.timed, self._latency, self.workers,
+            self.timed, self._latency, self.workers, self.journal,
         )  # fmt: skip
 
     def prune(self, ratio: float | None = None, plan: Plan | None = None) -> Pruned:
@@ -238,8 +240,7 @@ class Pruner(Run):
         """The result of a run that began at `start`, in seconds of the clock."""
         latency = None
         if choice is not None and (target := self._latency) is not None:
-            place = (self.model, result.model, choice.counts)
-            work = partial(latency_report, target, *place)
+            work = partial(latency_report, target, self.model, result.model, choice.counts)
             latency = self.timed("latency", lambda: self.workers.from_first(work)) | {"ratio": request.settings.ratio}
             request = self.request  # whose configuration can be given again
         self.seconds["total"] = time.perf_counter() - start
@@ -262,8 +263,7 @@ class Pruner(Run):
         search = self.timed("search", lambda: self._search(context, choice, shared))
         searched = self._refit_and_check(self._checked(self._plan_of(request, search.counts, search.paths)))
         pair = {"ranked": ranked, "searched": searched}
-        models = [each.model for each in pair.values()]
-        work = partial(held_out_divergences, self.model, models, context)
+        work = partial(held_out_divergences, self.model, [each.model for each in pair.values()], context)
         with self.streamed(self.model), self.streamed(ranked.model), self.streamed(searched.model):
             divergence = dict(zip(pair, self.timed("check", work)))
         kept = min(pair, key=divergence.__getitem__)

@@ -37,7 +37,7 @@ def rehearse(run: Run, request: StructuredRequest | MaskRequest, journal: Journa
     Each process does it alone, with its own windows.
 
     Args:
-        run: that has made its calibration. request: of it. journal: where its parts will be kept.
+        run: that has read its text. request: of it. journal: where its parts will be kept.
     Raises:
         UserError: what the run would end with at that block.
     """
@@ -59,7 +59,9 @@ def rehearse(run: Run, request: StructuredRequest | MaskRequest, journal: Journa
 
 
 def _one_block(run: Run, request: StructuredRequest | MaskRequest) -> None:
-    windows = few_windows(run.calibration.share(run.workers), run.limits.windows)
+    windows = few_windows(run.text_windows.share(run.workers), run.limits.windows)
+    if run.generates:  # the text's windows stand for those that will be generated
+        windows = replace(windows, metadata=windows.metadata | {"trajectory": run.sink.trajectory})
     block = one_block(run.model)
     if isinstance(request, MaskRequest):
         MaskRun(block, request, windows, lambda items, title: items).run()

@@ -4,14 +4,15 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 import torch
 
 from structprune.calibration.batches import Calibration
 from structprune.calibration.build import CHECK_SEED, calibrate, check_length, held_out_noise
-from structprune.calibration.trajectories import check_calibration, reverse_calibration
-from structprune.config import Config
+from structprune.calibration.trajectories import Generating, check_calibration, reverse_calibration
+from structprune.config import CalibrationSettings, Config
 from structprune.errors import UserError
 from structprune.evaluation.compare import paired_difference
 from structprune.evaluation.nelbo import Nelbo, masked_nelbo
@@ -59,23 +60,39 @@ class Run:
         self.journal: Journal = NOWHERE  # of finished parts: see `keep_in`
         if calibration is not None and not request.reads_text:
             raise UserError("nothing of this run looks at a calibration: leave it out, or set calibration.held_out")
+        self._generating: CalibrationSettings | None = None  # while a reverse trajectory is still to be generated
         self._calibration = self._calibrate(request, calibration) if request.reads_text else None
 
     def _calibrate(self, request: StructuredRequest | MaskRequest, calibration: Calibration | None) -> Calibration:
-        """The calibration given, replayed, or made along the trajectory that the request names."""
+        """The calibration given, replayed, or made of text, with forward noise."""
         config = request.config
         if calibration is not None or request.calibration.replays:
             calibration = calibration or self._read(config)
             check_calibration(calibration, config)
             check_length(self.model, config, calibration)
             return self._shareable(calibration, request)
-        calibration = self._shareable(self._read(config), request)
-        if self.sink.trajectory == "forward":
-            return calibration
+        if self.sink.trajectory == "reverse":
+            self._generating = request.calibration
+        return self._shareable(self._read(config), request)
+
+    @property
+    def generates(self) -> bool:
+        """Whether a reverse trajectory is still to be generated."""
+        return self._generating is not None
+
+    def generate(self) -> None:
+        """Follow the model's own denoising where the request asks for it, once: the work that needs passes and parts.
+
+        `calibration` does it where it was not done; with weights that are streamed by then, it cannot.
+        """
+        settings, self._generating = self._generating, None
+        if settings is None or self._calibration is None:
+            return
+        copies = 1 if self.limits.batch is not None else self._calibration.levels
+        how = Generating(settings.batch * copies, self.track, self.workers, self.journal.within("reverse"))
         with self.streamed(self.model):
-            copies = 1 if self.limits.batch is not None else calibration.levels
-            batch = request.calibration.batch * copies
-            return reverse_calibration(self.model, calibration, request.calibration, batch, self.track, self.workers)
+            work = partial(reverse_calibration, self.model, self._calibration, settings, how)
+            self._calibration = self.timed("trajectories", work)
 
     def _read(self, config: Config) -> Calibration:
         return self.workers.from_first(lambda: calibrate(self.model, config))
@@ -115,6 +132,16 @@ class Run:
     @property
     def calibration(self) -> Calibration:
         """The calibration set.
+
+        Raises:
+            UserError: the run reads no text.
+        """
+        self.generate()
+        return self.text_windows
+
+    @property
+    def text_windows(self) -> Calibration:
+        """The calibration set; before `generate`, a reverse trajectory's windows with forward noise.
 
         Raises:
             UserError: the run reads no text.

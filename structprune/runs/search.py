@@ -25,6 +25,7 @@ from structprune.levels.prices import Price, fill_budget, mac_price, parameter_p
 from structprune.levels.search import Places, Stitch, Task, search_rounds
 from structprune.levels.stitch import ReferenceWindows, StitchedModel, consumer_biases
 from structprune.models.adapter import Adapter
+from structprune.models.journal import NOWHERE, Journal
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.progress import Track
 from structprune.refit.reconstruct import Reconstructor
@@ -53,6 +54,7 @@ class SearchContext:
         timed: adds what some work takes to a phase of the run; `levels` are a part of `search`.
         latency: where the budget is milliseconds.
         workers: the processes that share the windows.
+        journal: of the run's finished parts.
     """
 
     model: DiffusionLM
@@ -66,6 +68,7 @@ class SearchContext:
     timed: Callable[[str, Callable[[], None]], None]
     latency: LatencyTarget | None = None
     workers: Workers = ALONE
+    journal: Journal = NOWHERE
 
 
 @dataclass(frozen=True)

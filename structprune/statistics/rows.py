@@ -1,6 +1,7 @@
 """The token rows that a calibration arm feeds to the model, and their weights (docs/methods.md section 2)."""
 
 import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -83,7 +84,7 @@ def mass_of(adapter: Adapter, ids: torch.Tensor) -> torch.Tensor:
 def measure_mass(scan: Scan) -> torch.Tensor:
     """Attention mass on every noisy copy: (N, S, T) fp32 on CPU; what the journal has of these copies, it takes."""
     noisy, batch = scan.calibration.noisy_ids.flatten(0, 1), scan.sequences()  # (N*S, T)
-    name = f"mass-{hashlib.sha256(scan.workers.rows(noisy).numpy().tobytes()).hexdigest()[:16]}"
+    name = f"mass-{rows_digest(scan.workers, noisy)}"
     if kept := scan.journal.read(name):
         return observe_own(scan, kept.tensors[MASS]).view(scan.calibration.noisy_ids.shape)
     starts = scan.track(range(0, len(noisy), batch), "attention mass")
@@ -92,6 +93,30 @@ def measure_mass(scan: Scan) -> torch.Tensor:
     scan.journal.keep(name, whole_mass([mass], scan.workers))
     scan.observe(mass)
     return mass.view(scan.calibration.noisy_ids.shape)
+
+
+def rows_digest(workers: Workers, own: torch.Tensor) -> str:
+    """16 hex digits of the rows of all processes, of which each gives its own (r, T)."""
+    return hashlib.sha256(workers.rows(own).numpy().tobytes()).hexdigest()[:16]
+
+
+def kept_rows(
+    scan: Scan, rows: Rows, name: str, measure: Callable[[], Sequence[torch.Tensor]]
+) -> Sequence[torch.Tensor]:
+    """What `measure` gives for each of these rows, (R, T) each on CPU; what the journal has of these ids, it gives.
+
+    Args:
+        name: of the measurement, and of all that decides it beside the ids.
+    """
+    name = f"{name}-{rows_digest(scan.workers, rows.ids)}"
+    if kept := scan.journal.read(name):
+        windows = scan.workers.span(len(kept.tensors["0"]) // rows.copies)
+        own = slice(windows.start * rows.copies, windows.stop * rows.copies)
+        return [kept.tensors[str(place)][own] for place in range(len(kept.tensors))]
+    values = measure()
+    whole = {str(place): scan.workers.rows(value) for place, value in enumerate(values)}  # (all R, T) each
+    scan.journal.keep(name, whole)
+    return values
 
 
 def whole_mass(own: list[torch.Tensor], workers: Workers) -> dict[str, torch.Tensor]:

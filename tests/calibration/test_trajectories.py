@@ -4,12 +4,15 @@ import pytest
 import torch
 
 from structprune import Config, UserError, load_model
+from structprune.calibration import trajectories
 from structprune.calibration.batches import Calibration
 from structprune.calibration.build import calibrate
 from structprune.calibration.trajectories import (
+    Generating,
     check_calibration,
     check_trajectory,
     prompt_length,
+    reverse_calibration,
     reverse_states,
     state_steps,
     trajectory_of,
@@ -17,10 +20,13 @@ from structprune.calibration.trajectories import (
 from structprune.generation.generate import generate
 from structprune.generation.samplers import low_confidence
 from structprune.models.adapter import Adapter
+from structprune.models.journal import Journal
 from structprune.progress import untracked
 from structprune.runs.mask import MaskRun
 from structprune.runs.pruner import Pruner
 from structprune.runs.resolve import resolve_masking
+from structprune.workers import ALONE
+from tests.crowd import crowd
 
 T, P = 32, 8
 SMALL = {"calibration.windows": 3, "calibration.held_out": 2, "calibration.length": T, "calibration.interval": 10}
@@ -164,7 +170,38 @@ def test_the_batch_counts_as_the_method_does(model, config):
     for method in ("structured", "unstructured"):
         track = lambda items, title: counts.append(len(items)) or items  # noqa: E731
         make(model, config(**REVERSE, method=method, **{"calibration.batch": 2}), track)
-    assert counts == [24, 48]  # two windows with 5 copies each hold the 3; of single sequences two batches are needed
+    assert counts == [24, 24, 24]  # two windows with 5 copies each hold the 3; single sequences need two batches
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_generations_are_kept_batch_by_batch(model, config, tmp_path, monkeypatch, count):
+    """A process of two has a window more, and the last pass none for one of them."""
+    settings = config(**REVERSE, **{"calibration.windows": 5}).calibration
+    forward = calibrate(model, config(**{"calibration.windows": 5}))
+    expected = reverse_calibration(model, forward, settings, Generating(2))
+    made, states = [], trajectories.reverse_states
+
+    def counted(model, prompts, **named):
+        made.append(len(prompts))
+        return states(model, prompts, **named)
+
+    monkeypatch.setattr(trajectories, "reverse_states", counted)
+
+    def run(workers=ALONE):
+        how = Generating(2, workers=workers, journal=Journal(tmp_path, workers=workers))
+        return reverse_calibration(model, forward, settings, how)
+
+    for result in crowd(count, run) if count > 1 else [run()]:
+        assert torch.equal(result.noisy_ids, expected.noisy_ids) and torch.equal(result.input_ids, expected.input_ids)
+    assert sorted(made) == [1, 2, 2]
+    made.clear()
+    (tmp_path / "whole.safetensors").unlink()
+    (last,) = tmp_path.glob(f"{'3-of-3' if count == 1 else '2-of-2'}*")
+    last.unlink()
+    for result in crowd(count, run) if count > 1 else [run()]:  # as after a kill in the last pass
+        assert torch.equal(result.noisy_ids, expected.noisy_ids)
+    assert made == [1]
+    assert torch.equal(run().noisy_ids, expected.noisy_ids) and made == [1]  # one process takes the whole of two
 
 
 def test_a_saved_one_is_replayed(model, config, tmp_path):

@@ -20,6 +20,10 @@ SCORES = {
     "obs": {}, "plain rows": {"structured.arm": "masked"}, "wanda": {"structured.score": "wanda"},
     "magnitude": {"structured.score": "magnitude"}, "taylor": {"structured.score": "taylor"},
     "head": {"reconstruct.head": True, "reconstruct.producers": True}, "layer": {"reconstruct.target": "layer"},
+    "certainty": {"reconstruct.weighting": "certainty"}, "gradients": {"reconstruct.weighting": "gradient"},
+    "dropped blocks": {"search.enabled": True, "search.sequences": 2, "export.compat": "uniform",
+                       "structured.allocation": "uniform"},
+    "reverse": {"sink.trajectory": "reverse", "structured.arm": "masked+sink"},
 }  # fmt: skip
 
 
@@ -68,7 +72,7 @@ def same(one, other):
 
 def repeated(run, stopping):
     """The result of a run that is stopped after every part that it makes, and repeated until it makes none."""
-    for stops in range(40):
+    for stops in range(60):
         try:
             with stopping(1):
                 result = run()
