@@ -1,7 +1,7 @@
 """Bytes of the finished parts that a run keeps on disk, from shapes alone (`structprune prune --work`).
 
-Weights, masks, removal paths and attention mass; what else is kept is small. A search's levels lie there too, and are
-predicted with the search.
+Weights, masks, removal paths, and what is measured of every token; what else is kept is small. A search's levels lie
+there too, and are predicted with the search.
 """
 
 import math
@@ -12,7 +12,8 @@ from structprune.statistics.rows import needs_sinks
 from structprune.structured.request import StructuredRequest
 
 FLOAT, LONG, DOUBLE = 4, 8, 8
-WINDOWS = 2  # sets of windows that mass is kept of, at most: all to fit on, and the few of a candidate
+MASSES = 3  # sets of windows that mass is kept of, at most: all to fit on, a pass under way, the few of a candidate
+GENERATED = 2  # times that a reverse trajectory is kept: pass by pass, and whole
 
 
 def structured_work_bytes(adapter: Adapter, request: StructuredRequest, itemsize: int) -> int:
@@ -22,9 +23,14 @@ def structured_work_bytes(adapter: Adapter, request: StructuredRequest, itemsize
         itemsize: bytes of a weight in memory.
     """
     refit, units = request.reconstruct, sum(_units(adapter).values())
+    weighting = refit.weighting if refit.enabled else "uniform"
+    measured = {"certainty": 1, "gradient": sum(len(block.kinds) for block in adapter.blocks)}.get(weighting, 0)
     head = DOUBLE * adapter.hidden_size**2 * (refit.enabled and refit.head)
     arms = [request.arm] + [refit.arm] * refit.enabled
-    return refit_bytes(adapter, request, itemsize) + head + units * (LONG + 2 * DOUBLE) + _mass_bytes(arms, request)
+    rows = FLOAT * measured * _tokens(request)
+    return (
+        refit_bytes(adapter, request, itemsize) + head + units * (LONG + 2 * DOUBLE) + rows + _text_bytes(arms, request)
+    )
 
 
 def refit_bytes(adapter: Adapter, request: StructuredRequest, itemsize: int) -> int:
@@ -38,7 +44,7 @@ def refit_bytes(adapter: Adapter, request: StructuredRequest, itemsize: int) -> 
 def mask_work_bytes(adapter: Adapter, request: MaskRequest, itemsize: int) -> int:
     """Of a run for masks."""
     arms = [request.arm] + [request.reconstruct.arm] * request.reconstruct.enabled
-    return mask_weight_bytes(adapter, request, itemsize) + _mass_bytes(arms, request)
+    return mask_weight_bytes(adapter, request, itemsize) + _text_bytes(arms, request)
 
 
 def mask_weight_bytes(adapter: Adapter, request: MaskRequest, itemsize: int) -> int:
@@ -52,8 +58,17 @@ def _units(adapter: Adapter) -> dict[int, int]:
     return {block.index: block.widths.query_heads + block.widths.channels for block in adapter.blocks}
 
 
-def _mass_bytes(arms: list, request: StructuredRequest | MaskRequest) -> int:
+def _text_bytes(arms: list, request: StructuredRequest | MaskRequest) -> int:
+    """Of attention mass and generated windows."""
+    sinks = any(needs_sinks(arm, request.sink) for arm in arms)
+    mass = MASSES * FLOAT * _tokens(request) * sinks
+    if not request.reads_text or request.calibration.replays or request.sink.trajectory == "forward":
+        return mass
     text = request.calibration
-    if not any(needs_sinks(arm, request.sink) for arm in arms):
-        return 0
-    return WINDOWS * FLOAT * text.windows * text.noisy_copies * text.length
+    return mass + GENERATED * LONG * (_tokens(request) + text.windows * text.length)
+
+
+def _tokens(request: StructuredRequest | MaskRequest) -> int:
+    """In all copies of all windows that are fitted on."""
+    text = request.calibration
+    return text.windows * text.noisy_copies * text.length

@@ -11,7 +11,8 @@ from structprune.models.encode import encode_at
 from structprune.models.logits import logit_slices
 from structprune.models.transfer import send
 from structprune.statistics.gradients import gradient_norms
-from structprune.statistics.rows import Rows, kept_rows, rows_digest
+from structprune.statistics.pass_parts import rows_digest
+from structprune.statistics.rows import Rows, kept_rows
 from structprune.statistics.scan import Scan
 from structprune.workers import ALONE, Workers
 

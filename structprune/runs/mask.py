@@ -29,7 +29,8 @@ from structprune.runs.run import Run
 from structprune.runs.stages import digest
 from structprune.statistics.inputs import InputKey
 from structprune.statistics.norms import one_shot_norms
-from structprune.statistics.rows import MASS, observe_own, whole_mass
+from structprune.statistics.pass_parts import MASS
+from structprune.statistics.rows import observe_own, whole_mass
 from structprune.statistics.sink_log import SinkLog
 from structprune.workers import ALONE, Workers
 

@@ -87,6 +87,16 @@ class InputNorms:
         part = (squares.sqrt() if self._summed else squares).sum(0, dtype=torch.float64)  # (C,)
         self._totals[key] = self._totals[key] + part if key in self._totals else part
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The sums so far, under names of their own."""
+        return {f"{index} {name}": total for (index, name), total in self._totals.items()}
+
+    def restore(self, tensors: dict[str, torch.Tensor], device: torch.device) -> None:
+        """Begin with the sums of `tensors`."""
+        for place, total in tensors.items():
+            index, name = place.split()
+            self._totals[int(index), name] = total.to(device)
+
     def norms(self, workers: Workers = ALONE) -> dict:
         """Key -> (C,) fp64, over the rows of all processes."""
         workers.add_up(*(self._totals[key] for key in sorted(self._totals)))

@@ -8,6 +8,7 @@ from structprune.models.adapter import Adapter
 from structprune.models.transfer import send
 from structprune.statistics.activations import Moments, merge_moments, moments
 from structprune.statistics.capture import ConsumerKey, MassMeter, consumers, watch_inputs
+from structprune.statistics.pass_parts import PassParts
 from structprune.statistics.rows import arm_ids, arm_weights, needs_sinks
 from structprune.statistics.scan import Scan
 from structprune.workers import Workers
@@ -37,13 +38,17 @@ def consumer_moments(scan: Scan, arm: str) -> dict[ConsumerKey, Moments]:
         with (meter := MassMeter()).on(adapter.cores):
             adapter.model.encode(send(noisy.flatten(0, 1), adapter.device))
         mass = meter.take().view(noisy.shape)  # (b, S, T)
-        scan.observe(mass)
+        parts.observe(mass)
         return arm_weights(mass, arm, scan.sink).flatten(0, 1)  # (b*R, T)
 
     ids, linears = arm_ids(calibration, arm), consumers(adapter.blocks)
     tokens = windows * calibration.levels * calibration.length
     fits = held_input_bytes(adapter, tokens, adapter.model.embedding.weight.element_size()) <= scan.limits.budget
-    for start in scan.track(range(0, len(ids), windows), f"moments ({arm})"):
+    starts = range(0, len(ids), windows)
+    parts = PassParts(scan, f"moments-{arm}", ids.flatten(0, 1), len(starts))
+    done, sums = parts.restore()
+    totals |= from_tensors(sums, adapter.device)
+    for number, start in enumerate(scan.track(starts[done:], f"moments ({arm})"), done + 1):
         noisy = calibration.noisy_ids[start : start + windows]  # (b, S, T)
         part = ids[start : start + windows]  # (b, R, T)
         if needs_sinks(arm, scan.sink) and arm.startswith("masked") and fits:
@@ -52,11 +57,28 @@ def consumer_moments(scan: Scan, arm: str) -> dict[ConsumerKey, Moments]:
                 weight = weigh(noisy)  # (b*R, T)
             for key in list(inputs):
                 add(key, inputs.pop(key), weight)
-            continue
-        weights = weigh(noisy) if needs_sinks(arm, scan.sink) else None  # (b*R, T)
-        with watch_inputs(linears, lambda key, x, weights=weights: add(key, x, weights)):
-            adapter.model.encode(send(part.flatten(0, 1), adapter.device))
+        else:
+            weights = weigh(noisy) if needs_sinks(arm, scan.sink) else None  # (b*R, T)
+            with watch_inputs(linears, lambda key, x, weights=weights: add(key, x, weights)):
+                adapter.model.encode(send(part.flatten(0, 1), adapter.device))
+        parts.keep(number, lambda: as_tensors(totals))
     return merged(totals, scan.workers)
+
+
+def as_tensors(totals: dict[ConsumerKey, Moments]) -> dict[str, torch.Tensor]:
+    """Moments under names of their own: "block role part"."""
+    return {
+        f"{index} {role} {part}": value for (index, role), each in totals.items() for part, value in vars(each).items()
+    }
+
+
+def from_tensors(tensors: dict[str, torch.Tensor], device: torch.device) -> dict[ConsumerKey, Moments]:
+    """The moments of `as_tensors`, on a device."""
+    parts: dict[ConsumerKey, dict[str, torch.Tensor]] = {}
+    for name, value in tensors.items():
+        index, role, part = name.split()
+        parts.setdefault((int(index), role), {})[part] = value
+    return {key: Moments(**each).to(device) for key, each in parts.items()}
 
 
 def merged(own: dict[ConsumerKey, Moments], workers: Workers) -> dict[ConsumerKey, Moments]:

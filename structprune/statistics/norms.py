@@ -25,6 +25,7 @@ from structprune.statistics.inputs import (
     block_output,
     inputs_of_rows,
 )
+from structprune.statistics.pass_parts import PassParts
 from structprune.statistics.rows import arm_ids, arm_weights, mass_of, measure_mass, needs_sinks
 from structprune.statistics.scan import Scan
 
@@ -50,18 +51,22 @@ def one_shot_norms(scan: Scan, arm: str, summed: bool = False, relative: bool = 
     if needs_sinks(arm, scan.sink) and not late:
         weights = arm_weights(measure_mass(scan), arm, scan.sink).flatten(0, 1)  # (N*R, T)
     batch, ids = scan.sequences(ids.shape[1]), ids.flatten(0, 1)  # (R, T)
-    late_pass = _LatePass(adapter, norms, scan.sink, relative)
-    for start in scan.track(range(0, len(ids), batch), f"norms ({arm})"):
+    late_pass, starts = _LatePass(adapter, norms, scan.sink, relative), range(0, len(ids), batch)
+    parts = PassParts(scan, f"norms-{arm}-{'summed' * summed}-{'relative' * relative}", ids, len(starts))
+    done, sums = parts.restore()
+    norms.restore(sums, adapter.device)
+    for number, start in enumerate(scan.track(starts[done:], f"norms ({arm})"), done + 1):
         rows = slice(start, start + batch)
         part = send(ids[rows], adapter.device)  # (b, T)
         if late and late_input_bytes(adapter, part.numel()) <= scan.limits.budget:
-            scan.observe(late_pass.add(part))  # (b, T)
-            continue
-        weight = None if weights is None else send(weights[rows], adapter.device)  # (b, T)
-        if late:
-            scan.observe(mass := mass_of(adapter, part))  # (b, T)
-            weight = _late_weight(mass, scan.sink)  # (b, T)
-        _add(adapter, part, norms, weight, relative)
+            parts.observe(late_pass.add(part))  # (b, T)
+        else:
+            weight = None if weights is None else send(weights[rows], adapter.device)  # (b, T)
+            if late:
+                parts.observe(mass := mass_of(adapter, part))  # (b, T)
+                weight = _late_weight(mass, scan.sink)  # (b, T)
+            _add(adapter, part, norms, weight, relative)
+        parts.keep(number, norms.tensors)
     return norms.norms(scan.workers)
 
 

@@ -1,8 +1,7 @@
 """The token rows that a calibration arm feeds to the model, and their weights (docs/methods.md section 2)."""
 
-import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -11,11 +10,10 @@ from structprune.config import SinkSettings
 from structprune.models.adapter import Adapter
 from structprune.models.transfer import send
 from structprune.statistics.capture import MassMeter
-from structprune.statistics.scan import Scan
+from structprune.statistics.pass_parts import MASS, PassParts, rows_digest
+from structprune.statistics.scan import Scan, unobserved
 from structprune.statistics.sinks import keep_weights
 from structprune.workers import Workers
-
-MASS = "mass"  # the tensor of a journal's part
 
 
 @dataclass(frozen=True)
@@ -87,17 +85,17 @@ def measure_mass(scan: Scan) -> torch.Tensor:
     name = f"mass-{rows_digest(scan.workers, noisy)}"
     if kept := scan.journal.read(name):
         return observe_own(scan, kept.tensors[MASS]).view(scan.calibration.noisy_ids.shape)
-    starts = scan.track(range(0, len(noisy), batch), "attention mass")
-    # one copy to the host at the end: a copy per batch would stall the device after every pass
-    mass = torch.cat([mass_of(scan.adapter, noisy[start : start + batch]) for start in starts]).cpu()  # (N*S, T)
+    starts = range(0, len(noisy), batch)
+    parts = PassParts(replace(scan, observe=unobserved), "mass", noisy, len(starts))
+    done, _ = parts.restore()
+    for number, start in enumerate(scan.track(starts[done:], "attention mass"), done + 1):
+        parts.observe(mass_of(scan.adapter, noisy[start : start + batch]))
+        if number < len(starts):
+            parts.keep(number, dict)
+    mass = parts.mass()  # (N*S, T)
     scan.journal.keep(name, whole_mass([mass], scan.workers))
     scan.observe(mass)
     return mass.view(scan.calibration.noisy_ids.shape)
-
-
-def rows_digest(workers: Workers, own: torch.Tensor) -> str:
-    """16 hex digits of the rows of all processes, of which each gives its own (r, T)."""
-    return hashlib.sha256(workers.rows(own).numpy().tobytes()).hexdigest()[:16]
 
 
 def kept_rows(
@@ -127,7 +125,7 @@ def whole_mass(own: list[torch.Tensor], workers: Workers) -> dict[str, torch.Ten
     """
     if not own:
         return {}
-    return {MASS: workers.rows(torch.cat([part.flatten(0, -2) for part in own])).cpu()}
+    return {MASS: workers.rows(torch.cat([part.flatten(0, -2).cpu() for part in own])).cpu()}
 
 
 def observe_own(scan: Scan, mass: torch.Tensor | None) -> torch.Tensor:

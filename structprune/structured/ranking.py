@@ -16,7 +16,8 @@ from structprune.statistics.gradients import gradient_sums
 from structprune.statistics.hidden import HiddenStates
 from structprune.statistics.moments import consumer_moments
 from structprune.statistics.overflow import overflow, place
-from structprune.statistics.rows import MASS, Rows, observe_own, scan_rows, whole_mass
+from structprune.statistics.pass_parts import MASS
+from structprune.statistics.rows import Rows, observe_own, scan_rows, whole_mass
 from structprune.statistics.scan import Scan
 from structprune.structured.paths import RemovalPath, path_of, path_tensors
 from structprune.structured.scores.table import SCORES

@@ -25,8 +25,13 @@ def size_of(directory):
 
 
 @pytest.mark.parametrize(
-    "keys", [{}, {"structured.ratio": 0.3, "reconstruct.head": True}, {"structured.arm": "masked"}]
-)
+    "keys",
+    [
+        {}, {"structured.ratio": 0.3, "reconstruct.head": True}, {"structured.arm": "masked"},
+        {"calibration.windows": 64, "structured.arm": "masked+sink", "sink.trajectory": "reverse"},
+        {"calibration.windows": 64, "structured.score": "wanda", "reconstruct.weighting": "gradient"},
+    ],
+)  # fmt: skip
 def test_a_structured_run(keys, model, text_path, tmp_path):
     few = {"structured.split_candidates": 2, "structured.split_windows": 2}
     request = resolve_structured(
