@@ -21,6 +21,7 @@ from structprune.levels.losses import LOSSES, LossFile
 from structprune.levels.prices import Price, price_table
 from structprune.levels.stitch import StitchedModel
 from structprune.models.adapter import UNIT_KINDS
+from structprune.models.journal import unwatched
 from structprune.progress import Track
 from structprune.structured.allocate import Counts
 from structprune.structured.sizes import BlockSize
@@ -42,6 +43,7 @@ class Task:
         losses: plain data that decides the losses, beside those.
         plans: that share the first library; the middle one is its prefix. Empty: only the plan that a search starts at.
         workers: the processes that search together; the first one writes.
+        watch: called before every loss, by all of them together; what it raises ends the search.
     """
 
     settings: SearchSettings
@@ -54,6 +56,7 @@ class Task:
     losses: dict = field(default_factory=dict)
     plans: tuple[Counts, ...] = ()
     workers: Workers = ALONE
+    watch: Callable[[], None] = unwatched
 
 
 @dataclass(frozen=True)
@@ -151,7 +154,7 @@ def _round(
     identity = task.identity | task.losses | layout
     record = task.workers.in_turn(lambda: LossFile(directory / LOSSES, identity, task.workers.main))
     with stitch(library, counts) as stitched:
-        measure = finite_losses(stitched.loss, task.sizes)
+        measure = finite_losses(stitched.loss, task)
         first = record.value("start", lambda: measure(counts, 1.0))
         if math.isinf(first):
             raise UserError("the plan's divergence from the dense model is no number: use model.dtype = float32")
@@ -166,12 +169,13 @@ def _round(
     return Round(library, best.counts, losses)
 
 
-def finite_losses(measure: Measure, sizes: list[BlockSize]) -> Measure:
+def finite_losses(measure: Measure, task: Task) -> Measure:
     """A measure that is infinite for plans without any attention or any MLP, which no model may be, and for NaN."""
 
     def loss(counts: Counts, share: float) -> float:
+        task.watch()
         for kind in UNIT_KINDS:
-            left = [size.steps[kind] - counts[size.index, kind] for size in sizes if kind in size.steps]
+            left = [size.steps[kind] - counts[size.index, kind] for size in task.sizes if kind in size.steps]
             if left and not any(left):
                 return math.inf
         value = measure(counts, share)

@@ -86,7 +86,7 @@ class Journal:
         """
         if self.directory is not None:
             self.workers.first(lambda: self._write(name, dict(tensors or {}), notes))
-        self._watch_all()
+        self.watch_all()
 
     def _write(self, name: str, tensors: dict[str, torch.Tensor], notes: Any) -> None:
         assert self.directory is not None
@@ -94,7 +94,7 @@ class Journal:
             self.directory.mkdir(parents=True, exist_ok=True)
             write_tensors(self._path(name), tensors, {NOTES: json.dumps(notes)})
 
-    def _watch_all(self) -> None:
+    def watch_all(self) -> None:
         """`watch` in every process; where it ends one, it ends all, at the same part."""
         reason = None
         try:

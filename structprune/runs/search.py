@@ -25,7 +25,7 @@ from structprune.levels.prices import Price, fill_budget, mac_price, parameter_p
 from structprune.levels.search import Places, Stitch, Task, search_rounds
 from structprune.levels.stitch import ReferenceWindows, StitchedModel, consumer_biases
 from structprune.models.adapter import Adapter
-from structprune.models.journal import NOWHERE, Journal
+from structprune.models.journal import NOWHERE, Journal, unwatched
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.progress import Track
 from structprune.refit.reconstruct import Reconstructor
@@ -102,7 +102,7 @@ def search_widths(context: SearchContext, start: Counts, directory: Path, plans:
         losses["latency table"] = context.latency.table.digest()
     task = Task(
         request.config.search, sizes, multiple, price, budget, request.calibration.seed, made_from, losses,
-        tuple(plans), context.workers,
+        tuple(plans), context.workers, context.journal.watch_all if context.workers.several else unwatched,
     )  # fmt: skip
     windows, rounds, last = reference_windows(context), [], None
     stitch, places = _stitcher(context, windows), places_of(directory, request)

@@ -245,6 +245,36 @@ def test_the_end_of_one_process_ends_all_with_one_line(tiny_checkpoint, tmp_path
         assert launched(*command(source, out)).returncode == 0 and not (tmp_path / "out.work").exists()
 
 
+SIGNALLED = """
+import os, sys
+from structprune.cli.main import run
+import structprune.levels.search as search
+
+def loss(self, *given, **named):
+    calls.append(1)
+    if os.environ["RANK"] == "1" and len(calls) == 2:
+        os.kill(os.getpid(), 15)
+    return measure(self, *given, **named)
+
+calls, measure = [], search.StitchedModel.loss
+search.StitchedModel.loss = loss
+sys.argv[0] = "structprune"
+run()
+"""
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_of_two_ends_a_search_after_the_loss_under_way(tiny_checkpoint, tmp_path):
+    source, out, script = tiny_checkpoint(), tmp_path / "out", tmp_path / "script.py"
+    script.write_text(SIGNALLED)
+    sets = [f"--set={key}={value}" for key, value in (SEARCH | WIDTHS).items()]
+    done = launched(str(script), *command(source, out, *sets)[2:])
+    lines = [line for line in done.stderr.splitlines() if line.startswith("structprune: ")]
+    assert len(lines) == 1 and "interrupted; finished parts are kept" in lines[0], done.stderr
+    (record,) = (tmp_path / "out.work").rglob("search.json")
+    assert len(json.loads(record.read_text())["losses"]) == 2 and not out.exists()
+
+
 if __name__ == "__main__":
     with workers() as place:
         pruned(json.loads(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], place)

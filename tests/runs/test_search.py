@@ -146,11 +146,13 @@ def test_a_streamed_model_is_placed_for_the_whole_round(tiny_checkpoint, text_pa
 
 def test_plans_without_any_mlp_are_never_chosen():
     sizes = [BlockSize(i, 20, {"attention": 5, "channels": 5}, {"attention": 2, "channels": 2}, {}) for i in range(2)]
-    measure = search.finite_losses(lambda counts, share: math.nan if counts[0, "attention"] else share, sizes)
+    task, watches = search.Task(SearchSettings(), sizes, 1, None, 1.0, 0, watch=lambda: watches.append(1)), []
+    measure = search.finite_losses(lambda counts, share: math.nan if counts[0, "attention"] else share, task)
     counts = {(i, kind): 0 for i in range(2) for kind in ("attention", "channels")}
     assert measure(counts, 0.5) == 0.5 and measure(counts | {(0, "channels"): 2}, 0.5) == 0.5
     assert measure(counts | {(0, "channels"): 2, (1, "channels"): 2}, 0.5) == math.inf
     assert measure(counts | {(0, "attention"): 1}, 1.0) == math.inf
+    assert len(watches) == 4  # a signal ends the search before any of its losses
 
 
 def test_levels_of_another_run_are_refused(tiny_checkpoint, text_path, tmp_path):
