@@ -37,7 +37,7 @@ from structprune.cli.schedule import (
     read_recovery,
     show_schedule,
 )
-from structprune.cli.work import ResumeMode, WorkPlace, check_alone, work_of
+from structprune.cli.work import ResumeMode, WorkPlace, check_alone, taken_from, work_of
 from structprune.errors import UserError
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ def _prune(request: "Request", work: "Work") -> None:
             if not lines:
                 lines = [f"{out} is of an earlier run with the same request" for out in request[1].values()]
     finally:
-        show(*lines, shown=work.workers.main)
+        show(*lines, *taken_from(work), shown=work.workers.main)
 
 
 def _apply_plan(request: "Request", plan_file: Path, work: "Work") -> None:
@@ -191,7 +191,7 @@ def _apply_plan(request: "Request", plan_file: Path, work: "Work") -> None:
     with progress_of(work.workers) as track:
         written = prune_checkpoint(checkpoint, outputs[None], config, plan, overwrite, track, work=work)
     lines = closing(written.result.report, written.directory, written.source_bytes)
-    show(*lines, shown=work.workers.main)
+    show(*lines, *taken_from(work), shown=work.workers.main)
 
 
 def _make_masks(request: "Request", work: "Work") -> None:
@@ -210,5 +210,6 @@ def _make_masks(request: "Request", work: "Work") -> None:
         f"Wrote {out} (the checkpoint in its own layout, masks.safetensors, report.json, README.md{text})",
         "The file is not smaller and not faster by itself: zeros pay off with 2:4 kernels on a GPU. For a smaller dense"
         " model use --method structured.",
+        *taken_from(work),
         shown=work.workers.main,
     )

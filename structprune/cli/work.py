@@ -114,6 +114,11 @@ def work_of(out: Path, place: Path | None, levels: Path | None, resume: str) -> 
     return Work(place or work_beside(out), levels, cast(Resume, resume), stays=place is not None)
 
 
+def taken_from(work: "Work") -> list[str]:
+    """The line that says what a run took from finished parts; none where it took nothing."""
+    return [f"Taken from finished parts: {', '.join(sorted(work.taken))}"] if work.taken else []
+
+
 def check_alone(place: Path | None, resume: str, recovers: bool) -> None:
     """Raise UserError for options of work beside --recover, which keeps its own."""
     if recovers and (place is not None or resume != "auto"):

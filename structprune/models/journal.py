@@ -15,6 +15,11 @@ from structprune.models.tensor_files import write_tensors
 from structprune.workers import ALONE, Workers
 
 NOTES = "notes"
+MEANINGS = {  # how names of parts, or of their stages, begin -> what users know them as
+    "scores": "scores", "refits": "refits", "masks": "masks", "reverse": "generated windows", "drops": "losses",
+    "dense": "losses", "plain": "losses", "refitted": "losses", "masked": "losses", "candidate": "losses",
+    "mass": "attention mass", "pass": "sums of a pass", "certainties": "row weights", "gradients": "row weights",
+}  # fmt: skip
 
 
 def unwatched() -> None:
@@ -39,11 +44,17 @@ class Journal:
     Attributes:
         directory: made with the first part; None: nothing is kept.
         watch: called after every part; what it raises ends the run. Of a single process also between other steps.
+        stage: the first of the names that led here.
+        made: the files of this run's own parts; taken: what was read of others, in words of `MEANINGS`. Both are shared
+            by the journals of all stages.
     """
 
     directory: Path | None = None
     watch: Callable[[], None] = field(default=unwatched, compare=False)
     workers: Workers = ALONE
+    stage: str = ""
+    made: set[Path] = field(default_factory=set, compare=False)
+    taken: set[str] = field(default_factory=set, compare=False)
 
     @property
     def has_parts(self) -> bool:
@@ -53,7 +64,8 @@ class Journal:
 
     def within(self, *names: str) -> "Journal":
         """The journal of a stage, in a directory of its own."""
-        return self if self.directory is None else replace(self, directory=self.directory.joinpath(*names))
+        stage = self.stage or names[0]
+        return self if self.directory is None else replace(self, directory=self.directory.joinpath(*names), stage=stage)
 
     def has(self, name: str) -> bool:
         """Whether a part was kept whole; its tensors are not read."""
@@ -68,7 +80,13 @@ class Journal:
 
     def read(self, name: str) -> Entry | None:
         """A part; None where it was not finished, or its file is damaged."""
-        return None if self.directory is None else self.workers.from_first(lambda: self._read(name))
+        if self.directory is None:
+            return None
+        entry = self.workers.from_first(lambda: self._read(name))
+        meaning = MEANINGS.get(self.stage or name.partition("-")[0])
+        if entry is not None and meaning is not None and self._path(name) not in self.made:
+            self.taken.add(meaning)
+        return entry
 
     def _read(self, name: str) -> Entry | None:
         try:
@@ -85,6 +103,7 @@ class Journal:
             UserError: its file cannot be written.
         """
         if self.directory is not None:
+            self.made.add(self._path(name))
             self.workers.first(lambda: self._write(name, dict(tensors or {}), notes))
         self.watch_all()
 

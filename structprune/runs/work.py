@@ -5,7 +5,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal, get_args
 
@@ -25,7 +25,8 @@ from structprune.runs.stages import digest, text_digest
 from structprune.workers import ALONE, Workers
 
 IDENTITY, LOCK, WRITTEN = "identity.json", ".lock", "written"
-FOLDERS = ("scores", "refits", "masks", "levels", WRITTEN)  # of a work directory, beside parts of its own
+# of a work directory, beside parts of its own
+FOLDERS = ("scores", "refits", "masks", "levels", "reverse", "drops", WRITTEN)
 SUFFIX = ".safetensors"
 FORMAT = "structprune-work-1"
 Resume = Literal["auto", "required", "never"]
@@ -47,6 +48,7 @@ class Work:
         watch: called after every part, and between the steps of others; what it raises ends the run.
         restart: the option that begins anew, for messages.
         workers: the processes that share the run; each gives the same work.
+        taken: what the run did not have to do again, in words, once it has.
     """
 
     directory: Path | None = None
@@ -56,10 +58,11 @@ class Work:
     watch: Callable[[], None] = unwatched
     restart: str = "--resume never"
     workers: Workers = ALONE
+    taken: set[str] = field(default_factory=set, compare=False)
 
     def journal(self) -> Journal:
         """What an earlier run has kept."""
-        return Journal(self.directory, self.watch, self.workers)
+        return Journal(self.directory, self.watch, self.workers, taken=self.taken)
 
 
 NO_WORK = Work()
