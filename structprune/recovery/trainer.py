@@ -132,7 +132,7 @@ def training_arguments(settings: TrainSettings, folder: Path, steps: int, passes
         "eval_steps": every,
         "save_strategy": "steps",
         "save_steps": every,
-        "save_total_limit": 1,
+        "save_total_limit": 2,  # best and last; of 1 the last is deleted before the output is written
         "load_best_model_at_end": True,
         "metric_for_best_model": "goal",
         "greater_is_better": False,

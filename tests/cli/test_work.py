@@ -76,22 +76,6 @@ def test_a_killed_run_goes_on_to_the_same_bytes(method, arguments, killed, tmp_p
     assert contents(tmp_path / "out") == contents(tmp_path / "whole") and not (tmp_path / "out.work").exists()
 
 
-STAGES = {
-    "reverse": ["--set=sink.trajectory=reverse", "--arm", "masked+sink"],
-    "drops": ["--set=search.enabled=true", "--set=search.sequences=1", "--set=export.compat=uniform",
-              "--set=structured.allocation=uniform"],
-}  # fmt: skip
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", STAGES)
-def test_the_folders_of_all_stages_go_at_the_end(stage, arguments, killed, tmp_path):
-    command = arguments(tmp_path / "out", "--ratio", "0.5", *STAGES[stage])
-    while not (tmp_path / "out.work" / stage).exists():
-        killed(command, 1)
-    assert main(command) == 0 and not (tmp_path / "out.work").exists()
-
-
 def test_named_work_stays_and_serves_another_ratio(arguments, tmp_path, monkeypatch, capsys):
     work = ["--work", str(tmp_path / "parts")]
     assert main(arguments(tmp_path / "a", "--ratio", "0.3", *work)) == 0

@@ -90,6 +90,40 @@ def test_a_killed_training_goes_on_to_the_same_weights(pair, recover_config, tmp
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_run_killed_while_it_writes_learns_nothing_again(pair, recover_config, tmp_path, monkeypatch, method):
+    """Though its best weights are earlier ones than its last."""
+    dense, small = pair()
+    whole, cut, steps = tmp_path / "whole", tmp_path / "cut", []
+
+    class Rising(module.Watch):
+        def note(self, figures):
+            return super().note(figures) | {"goal": len(self._shown)}  # the first measurement has the best
+
+        def on_step_end(self, args, state, control, **kwargs):
+            steps.append(state.global_step)
+            super().on_step_end(args, state, control, **kwargs)
+
+    monkeypatch.setattr(module, "Watch", Rising)
+    config = recover_config(**trained(method))
+    report = recover(str(small), str(dense), whole, config).report
+    assert report["after"]["kl"] == pytest.approx(report["history"][0]["kl"], rel=1e-4) and steps == [*range(1, 13)]
+    steps.clear()
+
+    def end(*given, **named):
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(module, "save_masked", end)
+        recover(str(small), str(dense), cut, config)
+    again = recover(str(small), str(dense), cut, config).report
+    assert steps == [*range(1, 13)] and again["history"] == report["history"] and again["kept"] == report["kept"]
+    assert (again["learnt"]["resumed_at"], again["learnt"]["steps"]) == (12, 12)
+    ours, theirs = weights(cut), weights(whole)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.slow
 def test_a_killed_training_goes_on_with_other_windows_in_a_pass(pair, recover_config, tmp_path, monkeypatch):
     """As many windows make a step, so that the weights are the same but for rounding."""
     dense, small = pair()
