@@ -93,6 +93,6 @@ def plot_loss(series: dict[str, list[tuple[float, float, float]]], path: str | P
     axes.set(xlabel=REMOVED, ylabel="loss of NELBO against dense, nats per token", xlim=(0, None))
     axes.set_title(title, fontsize=11)
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
+    axes.legend(loc="lower right", facecolor="white", edgecolor="none", framealpha=1)  # over the dense model's line
     hide_frame(axes)
     return save_figure(figure, Path(path), 160)
