@@ -10,12 +10,13 @@ from safetensors.torch import save_file
 
 from structprune.assets import model_directory
 from structprune.calibration.batches import Calibration
-from structprune.models.configuration_structprune import StructpruneDreamConfig, StructpruneLLaDAConfig
+from structprune.models.adapter import set_depth
+from structprune.models.families import FAMILIES
 from structprune.models.layers_structprune import Block
-from structprune.models.modeling_structprune import DiffusionLM, StructpruneDream, StructpruneLLaDA
+from structprune.models.modeling_structprune import DiffusionLM
 
 torch.set_num_threads(1)  # on tensors this small threads only wait for each other
-PARITY = Path(__file__).parent / "parity"
+PARITY, PUBLISHED = (Path(__file__).parent / name for name in ("parity", "published"))
 MASK_ID = 2047  # of the embedded tokenizer, which tiny checkpoints carry
 LLADA = {
     "model_type": "llada", "architectures": ["LLaDAModelLM"], "d_model": 32, "n_heads": 4, "n_kv_heads": 4,
@@ -29,42 +30,46 @@ DREAM = {
     "max_position_embeddings": 64, "rope_theta": 10000.0, "rms_norm_eps": 1e-6, "mask_token_id": MASK_ID,
     "torch_dtype": "float32", "rope_scaling": None, "tie_word_embeddings": False,
 }  # fmt: skip
-LLADA_8B = {
-    "model_type": "llada", "architectures": ["LLaDAModelLM"], "d_model": 4096, "n_heads": 32, "n_kv_heads": 32,
-    "n_layers": 32, "mlp_hidden_size": 12288, "vocab_size": 126464, "embedding_size": 126464, "mask_token_id": 126336,
-    "rope_theta": 500000.0, "rms_norm_eps": 1e-5, "max_sequence_length": 4096, "torch_dtype": "bfloat16",
-    "include_bias": False, "include_qkv_bias": False, "weight_tying": False, "block_type": "llama", "use_cache": False,
+
+
+MMADA = LLADA | {"model_type": "mmada", "architectures": ["MMadaModelLM"]}
+A2D_QWEN3 = DREAM | {
+    "model_type": "a2d-qwen3", "architectures": ["A2DQwen3LMHeadModel"], "tie_word_embeddings": True,
+    "layer_types": ["full_attention"] * 3, "attention_bias": False,
 }  # fmt: skip
-DREAM_7B = {
-    "model_type": "Dream", "architectures": ["DreamModel"], "hidden_size": 3584, "intermediate_size": 18944,
-    "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4, "rope_theta": 1000000.0,
-    "rms_norm_eps": 1e-6, "vocab_size": 152064, "mask_token_id": 151666, "max_position_embeddings": 131072,
-    "tie_word_embeddings": False, "rope_scaling": None, "torch_dtype": "bfloat16",
+A2D_LLAMA = DREAM | {
+    "model_type": "a2d-llama", "architectures": ["A2DLlamaLMHeadModel"], "num_attention_heads": 4,
+    "num_key_value_heads": 4, "mlp_bias": False, "rope_scaling": {"rope_type": "llama3", "factor": 8.0,
+    "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32},
+}  # fmt: skip
+A2D_QWEN2 = DREAM | {"model_type": "a2d-qwen2", "architectures": ["A2DQwen2LMHeadModel"]}
+VALUES = {
+    "llada": LLADA, "mmada": MMADA, "dream": DREAM, "a2d-qwen3": A2D_QWEN3, "a2d-llama": A2D_LLAMA,
+    "a2d-qwen2": A2D_QWEN2,
 }  # fmt: skip
 
 
 def tiny_values(family: str, **changes) -> dict:
-    """config.json of a tiny official checkpoint: family `llada`, `mmada` or `dream`, some keys changed."""
-    base = DREAM if family == "dream" else LLADA
-    kind = {"mmada": {"model_type": "mmada", "architectures": ["MMadaModelLM"]}}.get(family, {})
-    return base | kind | changes
+    """config.json of a tiny official checkpoint: family `llada`, `mmada`, `dream` or one of A2D, some keys changed."""
+    return VALUES[family] | changes
 
 
 def build_model(values: dict, seed: int = 0, gain: float = 3.0):
     """A random model of those values; weights larger than at initialisation, so that attention is not uniform."""
-    dream = values["model_type"] == "Dream"
-    other = ("model_type", "architectures", "torch_dtype", "rope_scaling", "tie_word_embeddings")
-    config = (StructpruneDreamConfig if dream else StructpruneLLaDAConfig)(
-        **{key: value for key, value in values.items() if key not in other}
-    )
+    family = next(each for each in FAMILIES if values["model_type"] in each.model_types)
+    other = ("model_type", "architectures", "torch_dtype", *family.ignored)
+    config = family.config_class(**{key: value for key, value in values.items() if key not in other})
     torch.manual_seed(seed)
-    model = (StructpruneDream if dream else StructpruneLLaDA)(config)
+    model = family.model_class(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(std=0.1)
+            elif name.endswith(("q_norm.weight", "k_norm.weight")):
+                parameter.normal_(mean=1.0, std=0.3)
             elif parameter.dim() == 2:
-                parameter.normal_(std=gain * 0.02 if "wte" in name or "embed" in name else parameter.shape[1] ** -0.5)
+                small = ("wte" in name or "embed" in name) and not model.followers  # an embedding that is no head
+                parameter.normal_(std=gain * 0.02 if small else parameter.shape[1] ** -0.5)
     return model.eval()
 
 
@@ -73,7 +78,7 @@ def write_checkpoint(directory: Path, values: dict, seed: int = 0, tokenizer: bo
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(values))
     dtype = getattr(torch, values.get("torch_dtype", "float32"))
-    state = {name: value.to(dtype).clone() for name, value in build_model(values, seed).state_dict().items()}
+    state = {name: value.to(dtype).clone() for name, value in build_model(values, seed).stored_state().items()}
     save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
     if tokenizer:
         for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -150,11 +155,11 @@ def gaps():
     """
 
     def make(family: str = "llada") -> dict:
-        dream = family == "dream"
-        heads, kv_heads = ("num_attention_heads", "num_key_value_heads") if dream else ("n_heads", "n_kv_heads")
-        no_attention, no_mlp = {heads: 0, kv_heads: 0}, {"intermediate_size" if dream else "mlp_hidden_size": 0}
+        row = next(each for each in FAMILIES if tiny_values(family)["model_type"] in each.model_types)
+        keys = row.width_keys
+        no_attention, no_mlp = {keys["query_heads"]: 0, keys["kv_heads"]: 0}, {keys["channels"]: 0}
         layers = {"0": no_mlp, "2": no_attention | no_mlp, "3": no_attention}
-        return {"num_hidden_layers" if dream else "n_layers": 4, "per_layer_config": layers}
+        return set_depth(tiny_values(family), row, 4) | {"per_layer_config": layers}
 
     return make
 
@@ -186,18 +191,18 @@ def gap_pair(gaps):
 
 @pytest.fixture
 def published_config(tmp_path):
-    """`published_config(family)` -> a directory that holds only the config.json of LLaDA-8B or Dream-7B."""
+    """`published_config(family)` -> a directory that holds only the config.json of a public checkpoint."""
 
     def make(family: str) -> Path:
-        directory = tmp_path / {"llada": "LLaDA-8B", "dream": "Dream-7B"}[family]
+        directory = tmp_path / {"llada": "LLaDA-8B", "dream": "Dream-7B", "a2d-qwen3": "A2D-Qwen3-0.6B"}[family]
         directory.mkdir()
-        (directory / "config.json").write_text(json.dumps({"llada": LLADA_8B, "dream": DREAM_7B}[family]))
+        shutil.copyfile(PUBLISHED / f"{directory.name}.json", directory / "config.json")
         return directory
 
     return make
 
 
-@pytest.fixture(params=["llada", "dream"])
+@pytest.fixture(params=["llada", "dream", "a2d-qwen3", "a2d-llama", "a2d-qwen2"])
 def parity(request) -> Path:
     """Directory of one family's parity fixture."""
     return PARITY / request.param

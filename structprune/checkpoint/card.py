@@ -15,7 +15,7 @@ from structprune.report.tables import change, mask_choice, millions, plus_minus,
 def model_card(report: dict) -> str:
     """README.md of a pruned checkpoint, from the report of `structprune.runs.pruner.Pruner.prune`."""
     config, nelbo, calibration = report["config"], report["held_out_nelbo"], report["calibration"]
-    shifted = family_named(report["family"]).model_class.shifted
+    shifted = report.get("shifted", family_named(report["family"]).model_class.shifted)  # earlier reports do not say
     licence = report["license"]
     if not str(licence.get("license_link", "")).startswith(("https://", "http://")):  # a file that is not copied
         licence = {key: value for key, value in licence.items() if key != "license_link"}

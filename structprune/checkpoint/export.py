@@ -14,7 +14,7 @@ from structprune.config import Config
 from structprune.errors import UserError
 from structprune.models.adapter import block_widths, set_depth
 from structprune.models.configuration_structprune import published_values
-from structprune.models.families import Family, family_of
+from structprune.models.families import FAMILIES, Family, family_of
 
 CODE_FILES = tuple(
     f"{name}_structprune.py" for name in ("configuration", "layers", "sampling", "generation", "modeling")
@@ -48,14 +48,15 @@ def obstacles(config, source_values: dict | None) -> dict[str, str]:
 
 
 def _head_obstacle(config, family: Family, source_values: dict | None) -> str | None:
-    """Why the family's own code, whose heads share out the hidden size, cannot have a model's attention.
+    """Why the family's own code cannot have a model's attention: where its heads share out the hidden size.
 
     A source of that layout that structprune did not write is taken to be loaded by that code as it is.
     """
     heads, hidden = block_widths(config, family, 0).query_heads, getattr(config, family.keys["hidden"])
     values = source_values or {}
     published = values.get("model_type") in family.model_types and not _leads_to_ours(values)
-    if heads * config.head_dim == hidden or (published and values[family.width_keys["query_heads"]] == heads):
+    uncut = heads * config.head_dim == hidden or (published and values[family.width_keys["query_heads"]] == heads)
+    if uncut or getattr(config, "reads_head_dim", False):
         return None
     features = f"{heads} heads of {config.head_dim} are not the hidden size {hidden}"
     return f"heads were removed: {features} (set structured.split to 0)"
@@ -69,7 +70,12 @@ def _code_names(values: dict | None) -> set[str]:
 
 
 def _leads_to_ours(values: dict | None) -> bool:
-    return bool(_code_names(values) & set(CODE_FILES))
+    return bool(_code_names(values) & code_files())
+
+
+def code_files() -> set[str]:
+    """Names of all files that are written beside weights, of any family."""
+    return {*CODE_FILES, *(path.name for family in FAMILIES for path in family.code)}
 
 
 def export_class(config, source_values: dict | None) -> str:
@@ -85,8 +91,12 @@ def check_export(config, source_values: dict | None, compat: str, option: str = 
         raise UserError(f"{option}{compat} is not possible: {reason}; or export as {other}")
 
 
-def check_export_request(config: Config) -> None:
-    """Raise UserError if a run's own choices rule out its export class, before the run starts."""
+def check_export_request(config: Config, reads_head_dim: bool = False) -> None:
+    """Raise UserError if a run's own choices rule out its export class, before the run starts.
+
+    Args:
+        reads_head_dim: the family's own code takes the head size from the config, so that heads can be removed.
+    """
     compat, structured, refit = config.export.compat, config.structured, config.reconstruct
     if compat == "free" or structured.ratio == 0:
         return
@@ -95,17 +105,20 @@ def check_export_request(config: Config) -> None:
         reason = "blocks would differ in width (set structured.allocation to uniform, protect no block)"
     elif refit.adds_bias:
         reason = "the refit would add biases (set reconstruct.constant false and mode least-squares)"
-    elif compat == "official" and structured.split != 0:
+    elif compat == "official" and structured.split != 0 and not reads_head_dim:
         reason, other = "heads would be removed (set structured.split to 0)", "uniform"
     if reason:
         raise UserError(f"export.compat = {compat} is not possible: {reason}; or export as {other}")
 
 
-def auto_map(family: Family) -> dict[str, dict[str, str]]:
+def auto_map(family: Family, shifted: bool | None = None) -> dict[str, dict[str, str]]:
     """The entry `auto_map`, which leads transformers' auto classes to the files written beside the weights.
 
-    Empty where none of the files defines the family's classes (`Family.code`). Without `AutoModelForMaskedLM` where the
-    logits at position i predict token i + 1.
+    Empty where none of the files defines the family's classes (`Family.code`).
+
+    Args:
+        shifted: whether the logits at position i predict token i + 1, so that `AutoModelForMaskedLM` is left out;
+            default as in the family.
     """
     files = {Path(name).stem for name in CODE_FILES} | {path.stem for path in family.code}
     classes = (family.config_class, family.model_class)
@@ -114,7 +127,9 @@ def auto_map(family: Family) -> dict[str, dict[str, str]]:
         return {}
     config, model = (f"{place}.{each.__name__}" for place, each in zip(places, classes))
     models = ["AutoModel", "AutoModelForCausalLM"]
-    if not family.model_class.shifted:  # a fill-mask pipeline reads the logits at the mask itself
+    if not (
+        family.model_class.shifted if shifted is None else shifted
+    ):  # a fill-mask pipeline reads the logits at the mask itself
         models.append("AutoModelForMaskedLM")
     return {"auto_map": {"AutoConfig": config, **dict.fromkeys(models, model)}}
 
@@ -132,7 +147,7 @@ def own_code(directory: Path | None, values: dict | None) -> list[Path]:
         return []
     if not all((directory / name).is_file() for name in names):  # they are in another repository, or gone
         return []
-    return sorted(path for path in directory.glob("*.py") if path.is_file() and path.name not in CODE_FILES)
+    return sorted(path for path in directory.glob("*.py") if path.is_file() and path.name not in code_files())
 
 
 def config_values(config, source_values: dict | None, compat: str, dtype: str, keeps_code: bool = False) -> dict:
@@ -151,12 +166,18 @@ def config_values(config, source_values: dict | None, compat: str, dtype: str, k
         values = {key: value for key, value in config.to_dict().items() if (key, value) not in defaults}
         stale = ("dtype", "_name_or_path", "transformers_version", "published")
         own = {"architectures": [family.model_class.__name__], "model_type": family.config_class.model_type}
-        values = {key: value for key, value in values.items() if key not in stale} | own
+        # true by default in transformers 4 only
+        tie = {"tie_word_embeddings": True} if config.tie_word_embeddings else {}
+        values = {key: value for key, value in values.items() if key not in stale} | own | tie
     else:
         values = _published_values(config, family, source_values)
     # torch_dtype is the name that transformers 4 and 5 both read
-    classes = {"auto_map": (source_values or {})["auto_map"]} if keeps_code else auto_map(family)
+    classes = {"auto_map": (source_values or {})["auto_map"]} if keeps_code else _classes(config, family)
     return values | {"torch_dtype": dtype} | classes
+
+
+def _classes(config, family: Family) -> dict[str, dict[str, str]]:
+    return auto_map(family, family.model_class.is_shifted(config))
 
 
 def _published_values(config, family: Family, source_values: dict | None) -> dict:
@@ -176,7 +197,7 @@ def _published_values(config, family: Family, source_values: dict | None) -> dic
     stale = OUTDATED if auto_map(family) else (*OUTDATED, "auto_map")
     own = {"mask_token_id": config.mask_token_id, "rope_theta": config.rope_theta}  # the source may lack them
     if "tie_word_embeddings" in whole:  # LLaDA's own code reads weight_tying only, whatever this says
-        own["tie_word_embeddings"] = False
+        own["tie_word_embeddings"] = config.tie_word_embeddings
     rows = family.keys["vocabulary"]
     if getattr(config, rows) != (whole.get(rows) or whole["vocab_size"]):  # resized after loading
         own |= {rows: getattr(config, rows), "vocab_size": config.vocab_size}

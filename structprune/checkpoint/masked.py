@@ -54,7 +54,7 @@ def save_masked(
     """
     source, changed = _intact_source(model), frozenset(changed)
     names = shard_names(source, allow_pickle=True)
-    stored, state = _read_stored(source, names), model.state_dict()
+    stored, state = _read_stored(source, names), model.stored_state()
     _check(stored, state, changed, source)
     copied = [
         path

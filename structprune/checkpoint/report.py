@@ -91,6 +91,7 @@ def structured_report(
         "widths": [asdict(block.widths) for block in after.blocks],
         "removed": _removed(before, after, remaining),
         "export_class": export_class(small.config, source.values),
+        "shifted": small.shifted,
         "own_code": [path.name for path in own_code(source.directory, source.values)]
         if config.export.compat == "official"
         else [],

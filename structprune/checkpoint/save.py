@@ -67,7 +67,7 @@ def save_pruned(
 
 
 def _write_weights(model: DiffusionLM, draft: Path, dtype: torch.dtype, max_shard_size: str) -> None:
-    state = model.state_dict()
+    state = model.stored_state()
     headers = {name: torch.empty(tensor.shape, dtype=dtype, device="meta") for name, tensor in state.items()}
     write_shards(draft, headers, lambda name: as_stored(name, state[name], dtype), max_shard_size)
 

@@ -28,7 +28,7 @@ Chat = Annotated[bool, typer.Option("--chat", help="Prompts go through the chat 
 GenLength = Annotated[int | None, typer.Option(help="Tokens to generate.", show_default="128")]
 Steps = Annotated[int | None, typer.Option(help="Denoising steps.", show_default="--gen-length, a token a step")]
 BlockLength = Annotated[
-    int | None, typer.Option(help="LLaDA: tokens of a block.", show_default="32 where --gen-length allows")
+    int | None, typer.Option(help="LLaDA, A2D: tokens of a block.", show_default="32 where --gen-length allows")
 ]
 Threshold = Annotated[
     float | None, typer.Option(help="Also reveal every prediction with at least this probability: fewer steps.")

@@ -43,7 +43,7 @@ LOADING = ("dtype", "mask_id", "allow_pickle")  # arguments of `load_model`
 
 @register_model("structprune")
 class StructpruneLM(LM):
-    """A LLaDA, MMaDA or Dream checkpoint, official or pruned, as a model of lm-eval.
+    """A LLaDA, MMaDA, Dream or A2D checkpoint, official or pruned, as a model of lm-eval.
 
     Started by `accelerate launch` or torchrun, each process has its share of the documents and its own GPU. lm-eval is
     told of one process: where it divides the documents itself, a process without a document ends the run, and random

@@ -1,7 +1,8 @@
 """Text of evaluation tasks to tokens and back, with or without a chat template.
 
 LLaDA's published evaluation adds neither BOS nor EOS. Dream's scores BOS + context, continuation + EOS, so that the
-last token, which is never masked, is the EOS (docs/methods.md section 6). Shapes: P tokens of a prompt, L of a target.
+last token, which is never masked, is the EOS; that of A2D begins Llama's prompts with BOS (docs/methods.md section 6).
+Shapes: P tokens of a prompt, L of a target.
 """
 
 import re
@@ -21,6 +22,7 @@ BASE_MODEL = re.compile(r"^base_model:\s*(\S+)", re.MULTILINE)
 # special tokens around scored text: those before the prompt, which a chat template replaces, and those at the end
 EDGES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "none": ((), ()),
+    "bos": (("bos_token",), ()),
     "bos_eos": (("bos_token",), ("eos_token",)),
 }
 

@@ -1,117 +1,25 @@
 """The samplers: their settings, and their parts in a denoising step of `generate` (docs/methods.md section 6).
 
-LLaDA's (arXiv 2502.09992) finishes blocks from left to right and remasks within a block. Dream's (arXiv 2508.15487)
+LLaDA's (arXiv 2502.09992) finishes blocks from left to right and remasks within a block; A2D's is the same with rounded
+numbers of tokens. Dream's (arXiv 2508.15487)
 reveals shares of the masks between times from 1 to eps. Shapes as in `sampling`: B rows, G generated positions, M
 predicted positions, V vocabulary.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Literal, get_args
+from dataclasses import dataclass, fields
+from typing import Literal, get_args
 
 import torch
 
 from structprune.errors import UserError, nearest
-from structprune.generation.checks import check_not_negative, check_one_of, check_share, check_whole
+from structprune.generation.checks import check_not_negative, check_one_of, check_whole
+from structprune.generation.sampler import Generation as Generation  # re-exported
 from structprune.models import sampling_structprune as sampling
 from structprune.models.families import family_of
 
 Remasking = Literal["low_confidence", "random"]
 Algorithm = Literal["origin", "maskgit_plus", "topk_margin", "entropy"]
-
-
-@dataclass(frozen=True)
-class Generation(ABC):
-    """A sampler's settings, and its part in a denoising step; by default one block without guidance.
-
-    Raises:
-        UserError: a value that cannot be used, or an option that would change nothing.
-    """
-
-    gen_length: int = 128
-    """Tokens generated after the prompt (Dream's max_new_tokens)."""
-    steps: int = 128
-    """Denoising steps in all; blocks share them equally."""
-    threshold: float | None = field(default=None, kw_only=True)
-    """Also reveal every prediction whose confidence is at least this, and one at least: fewer steps (Fast-dLLM, arXiv
-    2505.22618). The confidence is a probability, or topk_margin's difference of two."""
-
-    single_block: ClassVar[str]  # why there is only one block, where there is
-    by_confidence: ClassVar[Mapping[str, Any]]  # options by which the most confident predictions are revealed first
-
-    def __post_init__(self):
-        check_whole(gen_length=self.gen_length, steps=self.steps)
-        if self.threshold is not None:
-            check_share(threshold=self.threshold)
-            if other := self.no_probability:
-                raise UserError(f"threshold = {self.threshold} needs a probability, which {other} lacks: drop it")
-
-    @property
-    def no_probability(self) -> str | None:
-        """The option and value, such as alg = origin, with which predictions have no probability to compare."""
-        return None
-
-    @property
-    def blocks(self) -> int:
-        """Parts of the generated text that are finished one after the other."""
-        return 1
-
-    @property
-    def cfg_scale(self) -> float:
-        """Scale of classifier-free guidance; 0 is off."""
-        return 0.0
-
-    @property
-    def stop_at_eos(self) -> bool:
-        """Whether a row ends at an EOS."""
-        return False
-
-    @property
-    @abstractmethod
-    def draw_temperature(self) -> float:
-        """Temperature of the choice among the logits that `shape_logits` returns."""
-
-    @property
-    @abstractmethod
-    def blind(self) -> bool:
-        """Whether positions are chosen at random, without the predictions: only the chosen positions are predicted."""
-
-    @property
-    def draws_positions(self) -> bool:
-        """Whether the revealed positions are random."""
-        return self.blind
-
-    @property
-    def draws(self) -> bool:
-        """Whether anything is random."""
-        return self.draws_positions or self.draw_temperature > 0
-
-    @abstractmethod
-    def counts(self, step: int, began: torch.Tensor, remaining: torch.Tensor) -> torch.Tensor:
-        """Masks to reveal at a step, (B,), from the block's masks when it `began` and those `remaining`, (B,) each."""
-
-    def shape_logits(self, logits: torch.Tensor) -> torch.Tensor:
-        """The logits that tokens are chosen from and confidence is computed on: (M, V) -> (M, V)."""
-        return logits
-
-    def confidence(self, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """How sure the prediction of `tokens` is, higher is surer: (M, V), (M,) -> (M,)."""
-        return sampling.token_probability(logits, tokens)
-
-    def scores(self, confidence: torch.Tensor | None, uniform: torch.Tensor | None) -> torch.Tensor:
-        """What positions are ranked by, (B, G).
-
-        Args:
-            confidence: (B, G), None where `blind`. uniform: (B, G) noise, None unless `draws_positions`.
-        """
-        scores = uniform if self.blind else confidence
-        assert scores is not None
-        return scores
-
-    def reveal(self, step: int, scores: torch.Tensor, eligible: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-        """Positions to reveal at a step: (B, G) bool."""
-        return sampling.top_positions(scores, eligible, counts)
 
 
 @dataclass(frozen=True)
@@ -129,6 +37,7 @@ class LLaDAGeneration(Generation):
     stop_at_eos: bool = False
     """Generate no further block of a row once a finished one holds an EOS: the rest becomes EOS. Published: off."""
 
+    step_counts = staticmethod(sampling.reveal_counts)
     single_block = "block_length leaves only one block"
     by_confidence = {"remasking": "low_confidence"}
 
@@ -167,7 +76,7 @@ class LLaDAGeneration(Generation):
 
     def counts(self, step: int, began: torch.Tensor, remaining: torch.Tensor) -> torch.Tensor:
         steps = self.steps // self.blocks
-        return sampling.reveal_counts(began, steps, step % steps)
+        return self.step_counts(began, steps, step % steps)
 
 
 @dataclass(frozen=True)
@@ -258,7 +167,18 @@ class DreamGeneration(Generation):
         return sampling.reveal_shares(self.steps, self.eps)[step]
 
 
-SAMPLERS: dict[str, type[Generation]] = {"blockwise": LLaDAGeneration, "timesteps": DreamGeneration}
+@dataclass(frozen=True)
+class A2DGeneration(LLaDAGeneration):
+    """LLaDA's sampler where a step reveals the expected number of masks of a linear schedule, rounded."""
+
+    step_counts = staticmethod(sampling.rounded_counts)
+
+
+SAMPLERS: dict[str, type[Generation]] = {
+    "blockwise": LLaDAGeneration,
+    "timesteps": DreamGeneration,
+    "rounded": A2DGeneration,
+}
 
 
 def sampler_of(config) -> type[Generation]:

@@ -26,19 +26,19 @@ class GenerationSettings(Section):
     steps: int | None = Field(None, ge=1)
     """Denoising steps; with a threshold, at most so many. Default: gen_length, a token a step."""
     block_length: int | None = Field(None, ge=1)
-    """LLaDA: tokens of a block; blocks are finished from left to right. Default: 32 where gen_length is a multiple of
-    it, else gen_length."""
+    """LLaDA, A2D: tokens of a block; blocks are finished from left to right. Default: 32 where gen_length is a multiple
+    of it, else gen_length."""
     threshold: float | None = Field(None, gt=0, le=1)
     """Also reveal every prediction with at least this probability: fewer steps. Dream's `alg` is then maskgit_plus
     where none is given."""
     temperature: float | None = Field(None, ge=0)
     """Of the choice of tokens. Default: 0, the likeliest."""
     remasking: Remasking | None = None
-    """LLaDA: which predictions are revealed, the surest or those at random positions. Default: low_confidence."""
+    """LLaDA, A2D: which predictions are revealed, the surest or those at random positions. Default: low_confidence."""
     cfg_scale: float | None = Field(None, ge=0)
-    """LLaDA: scale of classifier-free guidance, which doubles the cost. Default: 0, off."""
+    """LLaDA, A2D: scale of classifier-free guidance, which doubles the cost. Default: 0, off."""
     stop_at_eos: bool | None = None
-    """LLaDA: generate no block after one that holds an EOS. Default: false, as published."""
+    """LLaDA, A2D: generate no block after one that holds an EOS. Default: false, as published."""
     alg: Algorithm | None = None
     """Dream: which predictions are revealed first. Default: entropy."""
     alg_temp: float | None = Field(None, ge=0)

@@ -17,7 +17,15 @@ LIMITS = {  # role of a key -> smallest and largest whole number
 }
 WHOLE = {"vocab_size": (1, 1 << 24), "head_dim": (2, 1 << 16), "mask_token_id": (0, (1 << 24) - 1)}
 NUMBERS = {"rope_theta": (1.0, 1e12), "rms_norm_eps": (1e-20, 1.0), "initializer_range": (0.0, 10.0)}
-FLAGS = ("include_bias", "include_qkv_bias", "attention_output_bias", "mlp_output_bias", "tie_word_embeddings")
+FLAGS = (
+    "include_bias", "include_qkv_bias", "attention_output_bias", "mlp_output_bias", "tie_word_embeddings",
+    "right_shift_logits",
+)  # fmt: skip
+ROPE_KEYS = ("rope_parameters", "rope_scaling", "rotary_scaling")
+ROPE = {  # numbers of scaled rotary positions -> bounds
+    "factor": (1.0, 1e6), "low_freq_factor": (1e-6, 1e6), "high_freq_factor": (1e-6, 1e6),
+    "original_max_position_embeddings": (1.0, 1e9),
+}  # fmt: skip
 USED = (*WHOLE, *NUMBERS, *FLAGS)
 
 
@@ -40,7 +48,8 @@ def check_values(values: dict, family: Family, where: Path | str) -> None:
     for key in FLAGS:
         if values.get(key) is not None and not isinstance(values[key], bool):
             raise UserError(f"{where}: {key} = {shown(values[key])} is not true or false: correct it in config.json")
-    _check_object("rope_parameters", values, where)
+    for key in ROPE_KEYS:
+        _check_object(key, values, where)
     _check_object("per_layer_config", values, where)
     rope_theta = (values.get("rope_parameters") or {}).get("rope_theta")
     if rope_theta is not None:
@@ -48,6 +57,31 @@ def check_values(values: dict, family: Family, where: Path | str) -> None:
     depth = values[family.keys["depth"]]
     limits = {key: (0, LIMITS[role][1]) for role, key in family.width_keys.items()}  # 0: the block has none
     _check_layers(values.get("per_layer_config") or {}, limits, depth, where)
+
+
+def check_rope(values: dict, family: Family, where: Path | str) -> dict:
+    """How rotary positions are computed, from any key that may say so: `rope_type`, and what it needs.
+
+    transformers 5 keeps in `rope_parameters` what `rope_theta` and `rope_scaling` were; `rotary_scaling` is our own.
+
+    Raises:
+        UserError: a type that the family's model class does not compute; numbers that are missing or out of bounds.
+    """
+    key = next((key for key in ROPE_KEYS if values.get(key)), ROPE_KEYS[0])
+    rope = values.get(key) or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in family.rope_types:
+        needs = " or ".join(map(repr, family.rope_types))
+        raise UserError(f"{where}: rope_type = {shown(kind)} is not supported (needs {needs})")
+    if kind == "default":
+        return rope
+    for name, bounds in ROPE.items():
+        _check_number(f"{key}.{name}", rope.get(name), bounds, where)
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    if not low < high:
+        factors = f"{key}.low_freq_factor = {low:g} is not below high_freq_factor = {high:g}"
+        raise UserError(f"{where}: {factors}: correct it in config.json")
+    return rope
 
 
 def check_whole(key: str, value: Any, low: int, high: int, where: Path | str) -> None:

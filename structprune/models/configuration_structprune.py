@@ -1,4 +1,4 @@
-"""Configurations of structprune's LLaDA and Dream, whose blocks may differ in width.
+"""Configurations of structprune's models, whose blocks may differ in width: LLaDA's and Dream's.
 
 Copied next to every checkpoint structprune writes: imports transformers (4.46 to 4.57 and 5) only.
 """
@@ -21,10 +21,12 @@ class LayoutConfig(PretrainedConfig):
 
     `published` has the `model_type` and `architectures` of that layout; None is structprune's own.
     `packed_layout` is the one of `UNPACKED_BY` that `quantization_config` names; None: the weights are plain.
+    `reads_head_dim`: the family's own code takes the head size from the config, so that heads can go in its layout.
     """
 
     published = None
     packed_layout = None
+    reads_head_dim = False
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
@@ -48,6 +50,21 @@ class LayoutConfig(PretrainedConfig):
         if isinstance(sparsity, dict) and sparsity.get("format") in UNPACKED_BY:
             self.packed_layout = sparsity["format"]
 
+    def _tied(self, values: dict) -> bool:
+        """Take `tie_word_embeddings` out of a config.json's `values`: False, unless a subclass has tied heads.
+
+        Raises:
+            ValueError: it is true. transformers 4 would drop the head's own weight.
+        """
+        if values.pop("tie_word_embeddings", False):
+            reason = "the output head has a weight of its own, use False"
+            raise ValueError(f"tie_word_embeddings=True is not possible: {reason}")
+        return False
+
+    def in_own_layout(self, values: dict) -> dict:
+        """`values` of this config, without what the family's own code lacks, under the keys that it reads."""
+        return values
+
     def to_diff_dict(self):
         """What is written: in the family's own layout all keys, since its defaults are not these."""
         if self.published and is_publishable(self):
@@ -70,16 +87,16 @@ def is_publishable(config) -> bool:
 def published_values(config, heads: int, hidden: int) -> dict:
     """A config's values under the names that the family's own code and other engines read.
 
-    `head_dim` is there only where it is not `hidden` shared by `heads`, which all of them take for granted.
+    `head_dim` is there only where it is not `hidden` shared by `heads`, or where that code reads it.
     """
     biases = ("attention_output_bias", "mlp_output_bias")
     absent = ("published", "packed_layout", *biases, "_name_or_path", *type(config).attribute_map)
     defaults = PretrainedConfig().to_dict().items()
     values = {key: value for key, value in config.to_dict().items() if (key, value) not in defaults}
     values = {key: value for key, value in values.items() if key not in absent}
-    if config.head_dim * heads == hidden:
+    if config.head_dim * heads == hidden and not config.reads_head_dim:
         del values["head_dim"]
-    return values
+    return config.in_own_layout(values)
 
 
 class StructpruneLLaDAConfig(LayoutConfig):
@@ -116,7 +133,7 @@ class StructpruneLLaDAConfig(LayoutConfig):
         self.attention_output_bias, self.mlp_output_bias = attention_output_bias, mlp_output_bias
         self.mask_token_id, self.initializer_range = mask_token_id, initializer_range
         self._read_layout(kwargs)
-        super().__init__(tie_word_embeddings=untied(kwargs), **kwargs)
+        super().__init__(tie_word_embeddings=self._tied(kwargs), **kwargs)
 
     def to_dict(self):
         """With the depth under its common name too: transformers 5 asks for it before this class is known.
@@ -136,6 +153,7 @@ class StructpruneDreamConfig(LayoutConfig):
 
     model_type = "structprune_dream"
     _auto_class = "AutoConfig"
+    qkv_bias, qk_norm = True, False  # of the projections to queries, keys and values; of the norms of heads
 
     def __init__(
         self, vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
@@ -152,18 +170,7 @@ class StructpruneDreamConfig(LayoutConfig):
         self.attention_output_bias, self.mlp_output_bias = attention_output_bias, mlp_output_bias
         self.mask_token_id = mask_token_id
         self._read_layout(kwargs)
-        super().__init__(tie_word_embeddings=untied(kwargs), **kwargs)
-
-
-def untied(values: dict) -> bool:
-    """Take `tie_word_embeddings` out of `values`: False, because transformers 4 would drop the head's own weight.
-
-    Raises:
-        ValueError: it is true.
-    """
-    if values.pop("tie_word_embeddings", False):
-        raise ValueError("tie_word_embeddings=True is not possible: the output head has a weight of its own, use False")
-    return False
+        super().__init__(tie_word_embeddings=self._tied(kwargs), **kwargs)
 
 
 def check_packed(config) -> None:

@@ -3,12 +3,13 @@
 from typing import Any
 
 from structprune.errors import UserError, nearest
+from structprune.models.a2d import A2D_LLAMA, A2D_QWEN2, A2D_QWEN3
 from structprune.models.dream import DREAM
 from structprune.models.family import ROLES as ROLES  # re-exported
 from structprune.models.family import Family
 from structprune.models.llada import LLADA
 
-FAMILIES: list[Family] = [LLADA, DREAM]
+FAMILIES: list[Family] = [LLADA, DREAM, A2D_QWEN3, A2D_LLAMA, A2D_QWEN2]
 
 
 def register_family(family: Family) -> None:

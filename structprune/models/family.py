@@ -52,6 +52,8 @@ class Family:
         published: the key of its settings in the presets of evaluation tasks; None: there are none.
         supported: config key -> the values that the model class computes. Any other value is refused, because the
             checkpoint would load and be silently wrong.
+        rope_types: `rope_type` values that the model class computes: "default", "llama3".
+        ignored: keys of an official config.json that say nothing about the model.
         gguf: llama.cpp's loader; None: there is none.
         code: further files that define the classes, copied next to the weights beside `CODE_FILES`. Where
             they are not named, only `structprune.load_model` loads what is written, and `AutoModel` does not.
@@ -73,5 +75,7 @@ class Family:
     text_edges: str = "none"
     published: str | None = None
     supported: Mapping[str, tuple] = field(default_factory=lambda: {"rope_scaling": (None,)})
+    rope_types: tuple[str, ...] = ("default",)
+    ignored: tuple[str, ...] = ()
     gguf: GgufLoader | None = None
     code: tuple[Path, ...] = ()

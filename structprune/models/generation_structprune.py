@@ -22,6 +22,7 @@ from .sampling_structprune import (
     negative_entropy,
     reveal_counts,
     reveal_shares,
+    rounded_counts,
     shared_counts,
     token_probability,
     top_k_filter,
@@ -84,6 +85,8 @@ class Sampling:
 class LLaDASampling(Sampling):
     """`generate` for LLaDA models."""
 
+    step_counts = staticmethod(reveal_counts)
+
     @torch.no_grad()
     def generate(
         self: Any, input_ids, attention_mask=None, steps=128, gen_length=128, block_length=128, temperature=0.0,
@@ -102,7 +105,7 @@ class LLaDASampling(Sampling):
             ValueError: lengths or steps that cannot be shared by blocks, another remasking, or a threshold with random.
         """
         least_one = {"steps": steps, "gen_length": gen_length, "block_length": block_length}
-        check_counts(self.config.max_sequence_length, input_ids.shape[1], gen_length, **least_one)
+        check_counts(self.config.max_position_embeddings, input_ids.shape[1], gen_length, **least_one)
         check_blocks(steps, gen_length, block_length)
         if threshold is not None and not 0 < threshold <= 1:
             raise ValueError(f"threshold = {threshold}: give a probability above 0")
@@ -121,7 +124,7 @@ class LLaDASampling(Sampling):
                 masked[:, end:] = False
                 if not masked.any():  # a threshold was ahead of the schedule
                     break
-                counts = reveal_counts(began, block_steps, step)  # (B,)
+                counts = self.step_counts(began, block_steps, step)  # (B,)
                 tokens, chosen = self._choose((ids, bare), masked, mask, counts, settings)
                 ids[chosen] = tokens
                 if bare is not None:
@@ -149,6 +152,12 @@ class LLaDASampling(Sampling):
         if threshold is not None:
             chosen |= masked & (scores >= threshold)
         return tokens[chosen[masked]], chosen
+
+
+class A2DSampling(LLaDASampling):
+    """`generate` for A2D models: LLaDA's, with as many tokens a step as a linear schedule gives, rounded."""
+
+    step_counts = staticmethod(rounded_counts)
 
 
 class DreamSampling(Sampling):

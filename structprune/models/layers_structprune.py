@@ -1,10 +1,12 @@
-"""The layers of LLaDA and Dream: norms, rotary position embeddings, attention, and blocks that may differ in width.
+"""The layers of all families: norms, rotary position embeddings, attention, and blocks that may differ in width.
 
 Copied next to every checkpoint structprune writes: imports torch and the configuration file beside it only.
 
 Shapes: B batch, T sequence length, H query heads, K key/value heads, D head dim, C features.
-Paper: RoPE arXiv 2104.09864.
+Papers: RoPE arXiv 2104.09864, its frequencies in Llama 3.1 arXiv 2407.21783.
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +15,9 @@ from torch import nn
 from .configuration_structprune import layer_width
 
 ATTENTIONS = ("sdpa", "eager")  # values of `attn_implementation`, the default first
-ATTENTION = ("attention_norm", "query", "key", "value", "core", "attention_output")  # roles of a block's parts
+HEAD_NORMS = ("query_norm", "key_norm")  # roles of norms over the features of a head, which all heads share
+ATTENTION = ("attention_norm", "query", "key", "value", *HEAD_NORMS, "core", "attention_output")  # roles of parts
+LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 MLP = ("mlp_norm", "gate", "up", "down")
 
 
@@ -37,13 +41,29 @@ def check_positions(position_ids, shape) -> None:
         raise ValueError(f"position_ids must be ({batch}, {length}) or (1, {length}) integers, not {given}")
 
 
-def rotary_tables(positions, head_dim: int, theta: float):
-    """Cosines and sines of RoPE in fp32: positions (B, T) -> two (B, 1, T, D)."""
+def rotary_tables(positions, head_dim: int, theta: float, scaling: dict | None = None):
+    """Cosines and sines of RoPE in fp32: positions (B, T) -> two (B, 1, T, D); `scaling`: see `scaled_frequencies`."""
     powers = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim  # (D/2,)
     # 1 / theta^p, not theta^-p: rounded as the checkpoints were trained, 3e-5 rad apart at position 512
-    angles = positions[:, None, :, None].float() * (1.0 / theta**powers)  # (B, 1, T, D/2)
+    frequencies = 1.0 / theta**powers  # (D/2,)
+    if scaling is not None:
+        frequencies = scaled_frequencies(frequencies, scaling)  # (D/2,)
+    angles = positions[:, None, :, None].float() * frequencies  # (B, 1, T, D/2)
     angles = torch.cat((angles, angles), dim=-1)  # (B, 1, T, D)
     return angles.cos(), angles.sin()
+
+
+def scaled_frequencies(frequencies, scaling: dict):
+    """RoPE's frequencies for longer texts than were trained on, as Llama 3.1 has them: (D/2,) -> (D/2,).
+
+    A frequency that turns more than `high_freq_factor` times in `original_max_position_embeddings` positions stays, one
+    that turns less than `low_freq_factor` times is divided by `factor`, and those between are mixed linearly of both.
+    """
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    # in the order of transformers, so that rounding is the same
+    turns = scaling["original_max_position_embeddings"] / (2 * math.pi / frequencies)  # (D/2,)
+    share = ((turns - low) / (high - low)).clamp(0, 1)  # (D/2,) of the frequency as it was
+    return (1 - share) * frequencies / scaling["factor"] + share * frequencies
 
 
 def rotate(x, cos, sin):
@@ -156,9 +176,10 @@ class Block(nn.Module):
             "gate": (size, channels, bias), "up": (size, channels, bias),
             "attention_output": (mixed, size, attention_bias), "down": (channels, size, mlp_bias),
         }  # fmt: skip
-        for role in ("attention_norm", "mlp_norm"):
+        norms = {"attention_norm": size, "mlp_norm": size} | dict.fromkeys(HEAD_NORMS, self.head_dim)
+        for role, features in norms.items():
             if role in self.roles:
-                self.place(role, RMSNorm(size, config.rms_norm_eps))
+                self.place(role, RMSNorm(features, config.rms_norm_eps))
         for role, (inputs, outputs, has_bias) in linears.items():
             if role in self.roles:
                 self.place(role, nn.Linear(inputs, outputs, bias=has_bias))
@@ -170,6 +191,8 @@ class Block(nn.Module):
         h = self.part("attention_norm")(x)  # (B, T, C)
         projected = (self.part(role)(h) for role in ("query", "key", "value"))  # (B, T, H*D), 2 x (B, T, K*D)
         query, key, value = (p.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in projected)  # (B, ., T, D)
+        if "query_norm" in self.roles:
+            query, key = self.part("query_norm")(query), self.part("key_norm")(key)  # (B, H, T, D), (B, K, T, D)
         mixed = self.part("core")(rotate(query, *rotary), rotate(key, *rotary), value, mask)  # (B, H, T, D)
         return mixed.transpose(1, 2).flatten(2)
 
@@ -203,13 +226,18 @@ class LLaDABlock(Block):
 
 
 class DreamBlock(Block):
+    """Of Dream and of all whose layers are named as Qwen's and Llama's; `qk_norm` and `qkv_bias` are of the config."""
+
     roles = {
         "attention_norm": "input_layernorm", "query": "self_attn.q_proj", "key": "self_attn.k_proj",
         "value": "self_attn.v_proj", "core": "self_attn.core", "attention_output": "self_attn.o_proj",
         "mlp_norm": "post_attention_layernorm", "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj",
+        "query_norm": "self_attn.q_norm", "key_norm": "self_attn.k_norm",
     }  # fmt: skip
 
     def __init__(self, config, index: int):
         super().__init__()
+        if not config.qk_norm:
+            self.roles = {role: path for role, path in self.roles.items() if role not in HEAD_NORMS}
         keys = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
-        self.build(config, config.hidden_size, [layer_width(config, index, key) for key in keys], qkv_bias=True)
+        self.build(config, config.hidden_size, [layer_width(config, index, key) for key in keys], config.qkv_bias)

@@ -19,6 +19,7 @@ LLADA = Family(
     sampler="blockwise",
     likelihood="fixed_count",
     published="llada",
+    ignored=("tie_word_embeddings",),  # its code ties the head by weight_tying
     gguf=GgufLoader("llada", "uniform", interleaved=True),
     supported={
         "block_type": ("llama",), "layer_norm_type": ("rms",), "activation_type": ("silu",), "rope": (True,),

@@ -93,7 +93,7 @@ def load_model(
     allow_pickle: bool = False,
     code: bool = False,
 ) -> DiffusionLM:
-    """Load an official LLaDA, LLaDA-1.5, MMaDA or Dream checkpoint, or one that structprune wrote.
+    """Load an official LLaDA, LLaDA-1.5, MMaDA, Dream or A2D checkpoint, or one that structprune wrote.
 
     Args:
         source: directory, or Hub id.
@@ -126,7 +126,8 @@ def load_model(
         stored = max(dtypes, key=dtypes.count)
         state |= {key: shard.pop(key).to(device, chosen or stored) for key in list(shard)}
     check_shapes(model, state, directory)
-    model.load_state_dict({name: state.pop(name) for name in model.state_dict()}, assign=True)
+    check_followers(model, state, directory)
+    model.load_state_dict({name: state.pop(name) for name in model.stored_state()}, assign=True)
     model.config.dtype = chosen or stored
     model.source = Source(directory, values, stored, source_name(source, directory))
     return model.eval()
@@ -142,6 +143,8 @@ def check_shapes(
     """
     state = model.state_dict()
     for name, tensor in state.items():
+        if name not in stored and name in model.followers:
+            continue
         if name not in stored:
             raise UserError(f"{directory}: the weights lack {name}, which config.json asks for")
         shape, described = tuple(stored[name].shape), tuple(tensor.shape)
@@ -150,6 +153,14 @@ def check_shapes(
     if extra := [name for name in stored if name not in state and not name.endswith(UNUSED)]:
         count, first = len(extra), extra[0]
         raise UserError(f"{directory}: {count} weights are not in the model config.json describes (first: {first})")
+
+
+def check_followers(model: DiffusionLM, state: dict[str, torch.Tensor], directory: Path) -> None:
+    """Raise UserError where a file holds other values for a weight than for the one that it is by config.json."""
+    for name, leader in model.followers.items():
+        if name in state and not torch.equal(state[name], state[leader]):
+            remedy = "set tie_word_embeddings to false there"
+            raise UserError(f"{directory}: {name} is not {leader}, but config.json says that they are one: {remedy}")
 
 
 def check_dtypes(

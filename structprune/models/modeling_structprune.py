@@ -1,4 +1,4 @@
-"""LLaDA and Dream, masked diffusion language models whose blocks may differ in width.
+"""Masked diffusion language models whose blocks may differ in width: what all share, LLaDA and Dream.
 
 This file and those that it imports from beside it are copied next to every checkpoint written, so they need only torch
 and transformers (4.46 to 4.57 and 5). Attributes are named as in the published checkpoints, whose
@@ -82,6 +82,33 @@ class DiffusionLM(PreTrainedModel):
     def get_output_embeddings(self):
         return self.output_head
 
+    @classmethod
+    def is_shifted(cls, config) -> bool:
+        """Whether position i predicts token i + 1 in a model of that config."""
+        return getattr(config, "right_shift_logits", cls.shifted)
+
+    @property
+    def followers(self) -> dict[str, str]:
+        """Names of weights that are another one: the head's, where it follows the embedding -> the embedding's."""
+        return dict(self._tied_weights_keys or {}) if self.config.tie_word_embeddings else {}
+
+    def stored_state(self) -> dict[str, torch.Tensor]:
+        """The state dict without weights that are another one: what a file holds."""
+        return {name: value for name, value in self.state_dict().items() if name not in self.followers}
+
+    def tie_head(self) -> None:
+        """Make the head's weight the embedding's, where the head follows it."""
+        if self.followers:
+            self.output_head.weight = self.embedding.weight  # (V, C)
+
+    def load_state_dict(self, state_dict, strict=True, assign=False):
+        """As in torch; weights that are another one may be absent, and stay that one."""
+        followers = {name: leader for name, leader in self.followers.items() if name not in state_dict}
+        whole = {**state_dict, **{name: state_dict[leader] for name, leader in followers.items()}}
+        result = super().load_state_dict(whole, strict, assign)
+        self.tie_head()
+        return result
+
     def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True):
         """As in transformers, for embedding, head and config; returns the embedding.
 
@@ -102,7 +129,8 @@ class DiffusionLM(PreTrainedModel):
             positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)  # (B, T)
         else:
             positions = torch.arange(length, device=device)[None]  # (1, T)
-        return rotary_tables(positions, self.config.head_dim, self.config.rope_theta)
+        scaling = getattr(self.config, "rotary_scaling", None)
+        return rotary_tables(positions, self.config.head_dim, self.config.rope_theta, scaling)
 
     def encode(self, input_ids=None, attention_mask=None, inputs_embeds=None, keep=None, position_ids=None):
         """Hidden states after the final norm, (B, T) -> (B, T, C); `keep` collects every block's input.
@@ -225,13 +253,10 @@ class StructpruneLLaDA(LLaDASampling, DiffusionLM):
         self.model.transformer["ff_out"] = new_embeddings
 
 
-class StructpruneDream(DreamSampling, DiffusionLM):
-    """Dream, Dream-Coder and DiffuCoder, under the state-dict keys of `DreamModel`."""
+class DecoderLM(DiffusionLM):
+    """A model under the state-dict keys of Qwen's and Llama's decoders; a subclass names its config."""
 
-    config_class = StructpruneDreamConfig
     _no_split_modules = ["DreamBlock"]
-    shifted = True
-    edges_visible = True
 
     def __init__(self, config):
         super().__init__(config)
@@ -241,6 +266,7 @@ class StructpruneDream(DreamSampling, DiffusionLM):
         self.model.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+        self.tie_head()
 
     embedding = property(lambda self: self.model.embed_tokens)
     blocks = property(lambda self: self.model.layers)
@@ -253,3 +279,11 @@ class StructpruneDream(DreamSampling, DiffusionLM):
 
     def set_output_embeddings(self, new_embeddings):
         self.lm_head = new_embeddings
+
+
+class StructpruneDream(DreamSampling, DecoderLM):
+    """Dream, Dream-Coder and DiffuCoder, under the state-dict keys of `DreamModel`."""
+
+    config_class = StructpruneDreamConfig
+    shifted = True
+    edges_visible = True

@@ -8,7 +8,7 @@ from transformers import PretrainedConfig
 
 from structprune.errors import UserError, nearest, shown
 from structprune.models.checkpoint_files import read_json
-from structprune.models.config_values import USED, WHOLE, check_heads, check_values, check_whole
+from structprune.models.config_values import USED, WHOLE, check_heads, check_rope, check_values, check_whole
 from structprune.models.configuration_structprune import LayoutConfig, layout_of
 from structprune.models.families import FAMILIES, Family
 from structprune.models.quiet import quiet_transformers
@@ -18,9 +18,9 @@ REFUSED_TYPES = {  # start of a model type or architecture, in lower case -> rea
     "llada2": "LLaDA2 is a block-diffusion model: structprune cuts dense, bidirectional models only",
     "llada_?moe": "LLaDA-MoE is a mixture of experts: structprune cuts dense MLPs only",
 }
-NOT_OURS = (  # of a LLaDA, tie_word_embeddings says nothing: its code ties the head by weight_tying
+NOT_OURS = (
     "model_type", "architectures", "auto_map", "transformers_version", "torch_dtype", "dtype", "use_cache",
-    "_name_or_path", "rope_scaling", "rope_parameters", "tie_word_embeddings", "quantization_config",
+    "_name_or_path", "rope_scaling", "rope_parameters", "quantization_config",
     "attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation",
     "attribute_map", "transformers_weights",  # would rename attributes, and weights
     "num_labels", "id2label", "label2id",  # of classifiers; transformers makes a table of as many as are named
@@ -60,20 +60,20 @@ def build_config(values: dict, family: Family, mask_id: int, where: Path | str) 
             value, needs = shown(values[key]), shown(allowed[0])
             raise UserError(f"{where}: {key} = {value} is not supported ({family.name} needs {needs})")
     check_heads(values, family, where)
-    rope = values.get("rope_parameters") or {}  # where transformers 5 keeps what rope_theta and rope_scaling were
-    if rope.get("rope_type", "default") != "default":
-        raise UserError(f"{where}: rope_type = {shown(rope['rope_type'])} is not supported (needs 'default')")
+    rope = check_rope(values, family, where)
     roles = {*family.keys.values(), *family.width_keys.values()}
     other_names = set(family.config_class.attribute_map) - roles  # of the same values, which could contradict them
     arguments = {
         key: value
         for key, value in values.items()
         # null is the default; and no key may take the place of a method
-        if key not in (*NOT_OURS, *other_names) and not (value is None and key in (*roles, *USED))
+        if key not in (*NOT_OURS, *family.ignored, *other_names) and not (value is None and key in (*roles, *USED))
         if not callable(getattr(family.config_class, key, None))
     }
     if rope.get("rope_theta") is not None:
         arguments["rope_theta"] = rope["rope_theta"]
+    if len(family.rope_types) > 1:
+        arguments["rope_scaling"] = rope
     vocabulary = arguments.get(family.keys["vocabulary"]) or arguments["vocab_size"]
     if not 0 <= mask_id < vocabulary:
         raise UserError(f"{where}: mask id {shown(mask_id)} lies outside the embedding of {vocabulary} tokens")
@@ -101,7 +101,8 @@ def find_mask_id(values: dict, directory: Path, mask_id: int | None = None) -> i
         return values["mask_token_id"]
     number = _mask_in_tokenizer(directory)
     if number is None:
-        remedy = "give it with --mask-id, in Python and lm-eval as mask_id (LLaDA 126336, Dream 151666)"
+        known = "LLaDA 126336, Dream 151666, A2D of Qwen3 151669"
+        remedy = f"give it with --mask-id, in Python and lm-eval as mask_id ({known})"
         raise UserError(f"{directory}: no mask id in config.json or the tokenizer: {remedy}")
     return number
 

@@ -17,6 +17,23 @@ def reveal_counts(masks: torch.Tensor, steps: int, step: int) -> torch.Tensor:
     return masks // steps + (step < masks % steps)
 
 
+def rounded_counts(masks: torch.Tensor, steps: int, step: int) -> torch.Tensor:
+    """A2D: m · (1 - s/t) of the m masks that earlier steps left, rounded, for a linear schedule: (B,) -> (B,).
+
+    Halves are rounded to even. Shares are computed in fp32 as in the published sampler, because what is rounded can
+    depend on the last bit.
+
+    Args:
+        masks: when the block began. steps: of the block. step: 0..steps-1 within it.
+    """
+    clean = 1 - torch.arange(steps, -1, -1).double().div(steps).float()  # (steps + 1,) at times from 1 to 0
+    shares = 1 - ((1 - clean[1:]) / (1 - clean[:-1])).double()  # (steps,)
+    for share in shares[: step + 1].tolist():
+        counts = (masks.double() * share).round().long()  # (B,)
+        masks = masks - counts  # (B,)
+    return counts
+
+
 def reveal_shares(steps: int, eps: float) -> torch.Tensor:
     """Dream: 1 - s/t for the neighbours t > s of linspace(1, eps, steps + 1), and 1 at the last: (steps,) fp32 on CPU.
 

@@ -194,6 +194,7 @@ def render_chat(tokenizer: Any, messages: Sequence[dict[str, Any]], **options: A
 
     sys.settrace(watch)
     try:
-        return tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
+        # a diffusion LM has no room to think aloud first: Qwen3's template then leaves its thoughts empty
+        return tokenizer.apply_chat_template(list(messages), tokenize=False, **{"enable_thinking": False, **options})
     finally:
         sys.settrace(before)

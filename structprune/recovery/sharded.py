@@ -51,6 +51,13 @@ def check_sharded(
         raise UserError("FSDP with weights in host memory is not supported: leave out --fsdp_offload_params")
 
 
+def check_apart(student: Any) -> None:
+    """Raise UserError for a student whose head follows its embedding: as parts of their own they would come apart."""
+    if student.followers:
+        reason = "FSDP shards embedding and head apart, and this model's head follows its embedding"
+        raise UserError(f"{reason}: leave out --use_fsdp")
+
+
 def shard_on_cpus(trainer: Any) -> None:
     """Turn FSDP on in a Trainer of processes that compute on CPUs, where accelerate takes its plugin unused."""
     from accelerate import PartialState

@@ -24,7 +24,7 @@ from structprune.recovery.breadth import breadth_of, narrow_line
 from structprune.recovery.cache import cache_bytes
 from structprune.recovery.checks import check_device
 from structprune.recovery.settings import RecoverConfig
-from structprune.recovery.sharded import check_sharded, is_sharded
+from structprune.recovery.sharded import check_apart, check_sharded, is_sharded
 from structprune.recovery.text import RecoveryText, read_recovery_text
 from structprune.recovery.trainer import steps_of
 from structprune.recovery.windows import NoisyWindows, windows_of
@@ -57,6 +57,7 @@ class RecoveryPlan:
         self.sharded = is_sharded()
         if self.sharded:
             check_sharded(config.train.method, self._masks is not None, place.count, config.data.held_out)
+            check_apart(ghosts[0].model)
         self.steps = steps_of(config.train.tokens, config)
         tokenizer = load_tokenizer(ghosts[0].directory)
         self.text: RecoveryText = read_recovery_text(config.data, tokenizer, config.blocks.tokens + config.train.tokens)

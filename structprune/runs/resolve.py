@@ -51,7 +51,13 @@ def resolve_structured(config: Config, model: DiffusionLM, dry_run: bool = False
         raise UserError("calibration.held_out = 0 leaves nothing to choose split and damping on: set it to 1 or more")
     check_levels(config)
     check_latency_length(config, model)
-    return StructuredRequest(config=config, arm=arm, resources=resources, score=SCORES[settings.score], sizes=sizes)
+    if config.reconstruct.enabled and config.reconstruct.head and model.followers:
+        reason = "the head follows the embedding, which a refit of the head would change"
+        raise UserError(f"reconstruct.head = true is not possible for this model: {reason}: set it to false")
+    return StructuredRequest(
+        config=config, arm=arm, resources=resources, score=SCORES[settings.score], sizes=sizes,
+        reads_head_dim=getattr(model.config, "reads_head_dim", False),
+    )  # fmt: skip
 
 
 def with_length(config: Config, model: DiffusionLM) -> Config:
@@ -79,7 +85,7 @@ def at_ratio(request: StructuredRequest, ratio: float | None) -> StructuredReque
             raise UserError(f"search.budget = latency decides how much goes: leave out ratio {ratio}")
         request = with_ratio(request, ratio)
         check_choice(request.sizes, request.settings)
-    check_export_request(request.config)
+    check_export_request(request.config, request.reads_head_dim)
     if request.config.drops_blocks and request.settings.ratio > 0:
         check_dropped(request.sizes, request.settings)
     return request

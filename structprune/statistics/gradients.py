@@ -26,14 +26,16 @@ from structprune.workers import Workers
 def saved_bytes(block: BlockView, dtype: torch.dtype) -> int:
     """Bytes per token that a block's forward pass saves for its backward pass.
 
-    Each norm saves its input and root mean square in fp32, and its output. Attention saves queries, keys and values of
-    every head, its output and the log-sum-exp. The MLP saves the gate before and after the activation, up, and their
-    product.
+    Each norm saves its input and root mean square in fp32, and its output; a norm of heads the former two. Attention
+    saves queries, keys and values of every head, its output and the log-sum-exp. The MLP saves the gate before and
+    after the activation, up, and their product.
     """
     total = 4 * block.widths.query_heads
     for role in block.consumers:
         size, units = block[role].out_features, block[role].in_features
         total += (size + 4 * units) * dtype.itemsize + 4 * (size + 1)
+    if "query_norm" in block.module.roles:
+        total += 4 * (block.widths.query_heads + block.widths.kv_heads) * (block.head_dim + 1)
     return total
 
 

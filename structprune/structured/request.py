@@ -15,6 +15,7 @@ class StructuredRequest(Request):
 
     score: Score  # its row in the table
     sizes: list[BlockSize]  # of the blocks that may lose units
+    reads_head_dim: bool = False  # the family's own code takes the head size from the config
 
     @property
     def settings(self) -> StructuredSettings:

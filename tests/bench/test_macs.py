@@ -27,7 +27,7 @@ def test_a_forward_pass_by_hand(tiny_model):
     assert count.total == count.linear + count.attention
 
 
-@pytest.mark.parametrize("family", ["llada", "dream"])
+@pytest.mark.parametrize("family", ["llada", "dream", "a2d-qwen3"])
 @torch.no_grad()
 def test_the_count_is_what_inspect_predicts(tiny_model, family):
     model = tiny_model(family)
@@ -36,7 +36,7 @@ def test_the_count_is_what_inspect_predicts(tiny_model, family):
     assert count.total == 2 * forward_macs(Adapter(model), 12)
 
 
-@pytest.mark.parametrize("family", ["llada", "dream"])
+@pytest.mark.parametrize("family", ["llada", "dream", "a2d-qwen3"])
 @torch.no_grad()
 def test_what_a_block_lacks_does_not_count(tiny_model, gaps, family):
     model, whole = tiny_model(family, **gaps(family)), tiny_model(family)

@@ -25,7 +25,7 @@ def command(checkpoint, out, text, *more) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["llada", "mmada", "dream"])
+@pytest.mark.parametrize("family", ["llada", "mmada", "dream", "a2d-qwen3"])
 @pytest.mark.parametrize("method", [["unstructured", "--ratio", "0.6"], ["nm", "--nm", "3:4"]], ids=lambda m: m[0])
 def test_what_is_written_and_said(family, method, tiny_checkpoint, text_path, tmp_path, capsys):
     checkpoint, out = tiny_checkpoint(family), tmp_path / "out"

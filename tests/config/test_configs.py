@@ -15,6 +15,7 @@ from structprune.structured.choose import open_blocks
 
 FOLDER = Path(__file__).parents[2] / "configs"
 FILES = sorted(FOLDER.glob("*.yaml"))
+TINY = {"llada-1.5": "llada", "a2d": "a2d-qwen3"}  # a file's name -> the tiny checkpoint's, where it is another
 SMALL = {
     "calibration.windows": 3, "calibration.held_out": 2, "calibration.length": 16, "calibration.interval": 25,
     "structured.split_candidates": 2, "structured.split_windows": 2, "structured.rounds": 8,
@@ -23,13 +24,15 @@ SMALL = {
 
 def test_every_family_has_both_ratios():
     names = {file.stem for file in FILES}
-    assert names == {f"{family}-{ratio}" for family in ("llada", "llada-1.5", "mmada", "dream") for ratio in (0.3, 0.5)}
+    families = ("llada", "llada-1.5", "mmada", "dream", "a2d")
+    assert names == {f"{family}-{ratio}" for family in families for ratio in (0.3, 0.5)}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_a_config_prunes_a_tiny_checkpoint_of_its_family(file, tiny_checkpoint, text_path):
-    family = {"llada-1.5": "llada"}.get(file.stem.rpartition("-")[0], file.stem.rpartition("-")[0])
+    name = file.stem.rpartition("-")[0]
+    family = TINY.get(name, name)
     config = Config.load(file, SMALL | {"calibration.source": str(text_path)})
     shipped = Config.load(file)
     assert shipped.structured.ratio == float(file.stem.rpartition("-")[2])
@@ -51,6 +54,6 @@ def test_a_recovery_config_names_its_family_and_can_be_run(file, tiny_checkpoint
     text = file.read_text(encoding="utf-8")
     assert f"--config configs/recover/{file.name}" in text and f"structprune recover {file.stem}-0.5 " in text
     small = {"data.source": str(text_path), "data.length": 16, "data.held_out": 4, "model.device": "cpu"}
-    tiny = str(tiny_checkpoint(file.stem))
+    tiny = str(tiny_checkpoint(TINY.get(file.stem, file.stem)))
     plan = checked(tiny, tiny, tmp_path / "out", RecoverConfig.load(file, small)).plan()
     assert plan["steps"] == 50_000_000 // (32 * 16) and plan["memory"]["gradients and optimiser"] > 0

@@ -40,7 +40,7 @@ def by_hand(model, rows: MaskedRows, scale: float) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.5])
-@pytest.mark.parametrize("family", ["llada", "dream"])
+@pytest.mark.parametrize("family", ["llada", "dream", "a2d-qwen3"])
 @torch.inference_mode()
 def test_nats_by_hand_for_any_batch_and_order(tiny_model, rows, family, scale, monkeypatch):
     model = tiny_model(family)

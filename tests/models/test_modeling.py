@@ -8,7 +8,7 @@ from structprune.models.adapter import Adapter
 from structprune.models.layers_structprune import AttentionCore, rotary_tables, rotate
 
 
-@pytest.mark.parametrize("family", ["llada", "dream"])
+@pytest.mark.parametrize("family", ["llada", "dream", "a2d-qwen3"])
 @pytest.mark.parametrize("left", [True, False])
 def test_padding_is_inert(tiny_model, family, left):
     """Padded and attention-masked, the real tokens' logits are those of the sequence by itself."""
@@ -32,7 +32,7 @@ def test_padding_is_inert(tiny_model, family, left):
     assert together.isfinite().all()
 
 
-@pytest.mark.parametrize("family", ["llada", "dream"])
+@pytest.mark.parametrize("family", ["llada", "dream", "a2d-qwen3"])
 def test_padding_as_dreams_own_sampler_gives_it(tiny_model, family):
     """A 4-D mask and positions, in the order of Dream's `generation_utils`: the 2-D mask's logits at real tokens."""
     model = tiny_model(family)
@@ -51,7 +51,7 @@ def test_padding_as_dreams_own_sampler_gives_it(tiny_model, family):
         assert (each[real] - expected[real]).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("family", ["llada", "dream"])
+@pytest.mark.parametrize("family", ["llada", "dream", "a2d-qwen3"])
 def test_a_float_mask_is_added_to_the_scores(tiny_model, family):
     model = tiny_model(family)
     ids = torch.randint(0, 2047, (2, 9), generator=torch.Generator().manual_seed(2))  # (B, T)
@@ -66,7 +66,7 @@ def test_a_float_mask_is_added_to_the_scores(tiny_model, family):
     assert half.dtype == torch.bfloat16 and half.isfinite().all()
 
 
-@pytest.mark.parametrize("family", ["llada", "dream"])
+@pytest.mark.parametrize("family", ["llada", "dream", "a2d-qwen3"])
 def test_position_ids(tiny_model, family):
     """Those that are the default change no bit; distances are what counts; others give other logits."""
     model, ids = tiny_model(family), torch.arange(20).view(2, 10)  # (B, T)

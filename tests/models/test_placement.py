@@ -18,7 +18,7 @@ from structprune.runs.resolve import resolve_structured
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("family", ["llada", "dream"])
+@pytest.mark.parametrize("family", ["llada", "dream", "a2d-qwen3"])
 def test_every_weight_goes_along(family, tiny_model):
     """On the meta device nothing may meet a weight that stayed behind."""
     model = tiny_model(family)

@@ -51,7 +51,7 @@ def test_new_tokens_are_trained_saved_and_loaded(model, tmp_path, options, rows)
         assert torch.equal(load_model(tmp_path / "saved")(IDS).logits, expected)
 
 
-@pytest.mark.parametrize("family", ["llada", "dream"])
+@pytest.mark.parametrize("family", ["llada", "dream", "a2d-qwen3"])
 @pytest.mark.parametrize("compat", ["free", "official"])
 def test_pruned_output_of_a_resized_model(tiny_checkpoint, tmp_path, family, compat):
     model = load_model(tiny_checkpoint(family))

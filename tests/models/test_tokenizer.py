@@ -119,6 +119,8 @@ def test_an_endless_template_is_ended(monkeypatch):
     assert sys.gettrace() is before
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     assert render_chat(tokenizer, [{"content": "a"}, {"content": "b"}]) == "ab"
+    tokenizer.chat_template = "{{ enable_thinking }}"  # as Qwen3's, which thinks where it is not told
+    assert render_chat(tokenizer, []) == "False" and render_chat(tokenizer, [], enable_thinking=True) == "True"
 
 
 def refuse(*_):

@@ -226,7 +226,7 @@ def test_a_recovery_block_by_block_alone(shallow, recover_config, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["llada", "dream"])
+@pytest.mark.parametrize("family", ["llada", "dream", "a2d-qwen3"])
 def test_lora_goes_on_from_the_blocks(pair, recover_config, tmp_path, family):
     dense, small = pair(family)
     config = recover_config(

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from structprune.checkpoint.save import save_pruned
 from structprune.config import Config, ExportSettings
@@ -58,6 +58,20 @@ def test_a_recovery_gains_and_keeps_the_layout(pair, recover_config, tmp_path, f
     card = (out / "README.md").read_text(encoding="utf-8")
     assert "## Trained back" in card and "1,536 tokens of `text.txt`" in card and str(tmp_path) not in card
     assert not training_folder(out).exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_head_that_follows_the_embedding_still_does(pair, recover_config, tmp_path, method):
+    dense, small = pair("a2d-qwen3")
+    config = recover_config(**trained(method), train__learning_rate=1e-3)
+    report = recover(str(small), str(dense), tmp_path / "out", config).report
+    assert report["kept"] == "trained" and report["after"]["kl"] < report["before"]["kl"]
+    before, after = (load_file(each / "model.safetensors") for each in (small, tmp_path / "out"))
+    assert before.keys() == after.keys() and "lm_head.weight" not in after
+    name = "model.embed_tokens.weight"
+    assert torch.equal(before[name], after[name]) == (method == "lora")
+    assert weights(tmp_path / "out")["lm_head.weight"].equal(after[name])
 
 
 @pytest.mark.slow

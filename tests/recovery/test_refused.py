@@ -3,7 +3,7 @@
 import pytest
 
 from structprune.errors import UserError
-from structprune.recovery.sharded import check_sharded, is_sharded
+from structprune.recovery.sharded import check_apart, check_sharded, is_sharded
 from structprune.runs.recover import recover
 
 
@@ -134,6 +134,12 @@ def test_what_cannot_be_sharded_is_refused(method, masked, environment, reason):
     with pytest.raises(UserError, match=reason):
         check_sharded(method, masked, 2, 8, environment)
     assert is_sharded({"ACCELERATE_USE_FSDP": "true"} | environment) and not is_sharded(environment)
+
+
+def test_a_head_that_follows_the_embedding_is_not_sharded(tiny_model):
+    with pytest.raises(UserError, match="this model's head follows its embedding: leave out --use_fsdp"):
+        check_apart(tiny_model("a2d-qwen3"))
+    check_apart(tiny_model("a2d-llama"))
 
 
 def test_one_process_that_was_told_to_shard_is_refused(pair, recover_config, tmp_path, monkeypatch):

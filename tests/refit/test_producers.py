@@ -60,7 +60,7 @@ def ridge(inputs, targets, start) -> torch.Tensor:
     return torch.linalg.lstsq(left, torch.cat((targets, penalty * start.T))).solution.T
 
 
-@pytest.mark.parametrize("family", ["llada", "dream"])
+@pytest.mark.parametrize("family", ["llada", "dream", "a2d-qwen3"])
 @torch.no_grad()
 def test_queries_keys_and_values_give_what_they_gave_in_the_dense_model(tiny_model, calibration, family):
     model = tiny_model(family)
@@ -181,7 +181,7 @@ def test_missing_halves_are_made_up_for_too(tiny_model, calibration):
     assert errors[1] < 0.9 * errors[0]
 
 
-@pytest.mark.parametrize("family", ["llada", "dream"])
+@pytest.mark.parametrize("family", ["llada", "dream", "a2d-qwen3"])
 @torch.no_grad()
 def test_the_head_reads_what_the_dense_head_read(tiny_model, calibration, family):
     """W·A, with A the ridge from pruned to dense inputs at the positions that predict masked tokens."""

@@ -60,7 +60,7 @@ def run(text_path):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("zero", ZERO)
-@pytest.mark.parametrize("family", ["llada", "dream"])
+@pytest.mark.parametrize("family", ["llada", "dream", "a2d-qwen3"])
 def test_layers_of_zeros_are_pruned(changed_model, run, family, zero, method):
     result = run(changed_model(family, ZERO[zero], 0.0), METHODS[method])
     losses = [value for value in result.report["held_out_nelbo"].values() if isinstance(value, float)]

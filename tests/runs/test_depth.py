@@ -46,7 +46,7 @@ def without_effect(model, index: int):
 
 
 @pytest.mark.parametrize("index", [0, 1, 2])
-@pytest.mark.parametrize("family", ["llada", "dream"])
+@pytest.mark.parametrize("family", ["llada", "dream", "a2d-qwen3"])
 def test_a_block_without_effect_is_the_one_that_goes(tiny_checkpoint, text_path, family, index):
     model = without_effect(load_model(tiny_checkpoint(family)), index)
     pruned = prune(model, run_config(text_path, **OFFICIAL))

@@ -17,7 +17,7 @@ from structprune.runs.evaluate import Session, evaluate
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("family", ["llada", "dream"])
+@pytest.mark.parametrize("family", ["llada", "dream", "a2d-qwen3"])
 def test_every_kind_of_unit(family, eval_checkpoint, text_path, piqa, gsm8k, tmp_path, eval_settings):
     tasks = [f"piqa:{piqa}", f"gsm8k:{gsm8k}"]
     options = {"gen_length": 8, "steps": 8} | ({"block_length": 8} if family == "llada" else {})

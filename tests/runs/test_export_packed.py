@@ -54,7 +54,7 @@ def unpacked(directory, names) -> dict[str, torch.Tensor]:
     return state
 
 
-@pytest.mark.parametrize("family", ["llada", "dream"])
+@pytest.mark.parametrize("family", ["llada", "dream", "a2d-qwen3"])
 @pytest.mark.parametrize("pattern", LAYOUTS)
 def test_every_weight_comes_back(masked, tmp_path, capsys, family, pattern):
     source, out, layout = masked(pattern, family), tmp_path / "out", LAYOUTS[pattern]
@@ -72,7 +72,7 @@ def test_every_weight_comes_back(masked, tmp_path, capsys, family, pattern):
     values = json.loads((out / "config.json").read_text())
     sparsity = values["quantization_config"]["sparsity_config"]
     assert sparsity["format"] == layout and sorted(sparsity["targets"]) == sorted(name[:-7] for name in masks.shapes)
-    assert values["model_type"] == f"structprune_{family}" and values["torch_dtype"] == "bfloat16"
+    assert values["model_type"] == f"structprune_{family.replace('-', '_')}" and values["torch_dtype"] == "bfloat16"
     report = json.loads((out / "report.json").read_text())
     facts = {"compat": "free", "dtype": "bfloat16", "source": "masked", "format": "compressed-tensors"}
     facts |= {"layout": layout, "difference": 0.0, "agreement": 1.0, "written_bytes": written}

@@ -193,7 +193,7 @@ def test_the_same_seed_gives_the_same_files(given, text_path, tmp_path):
     assert all(torch.equal(bits, packed[1][name]) for name, bits in packed[0].items())
 
 
-@pytest.mark.parametrize("family", ["llada", "dream"])
+@pytest.mark.parametrize("family", ["llada", "dream", "a2d-qwen3"])
 def test_a_bfloat16_model(family, tiny_checkpoint, tiny_calibration, tmp_path):
     dense = load_model(tiny_checkpoint(family, torch_dtype="bfloat16"), dtype="auto")
     made = mask(dense, config(SPARSEGPT, REFIT, masking__arm="masked+sink"), tiny_calibration(dense))
@@ -206,7 +206,7 @@ def test_a_bfloat16_model(family, tiny_checkpoint, tiny_calibration, tmp_path):
     assert any(fit["damping"] is not None for fit in made.report["refit"])
 
 
-@pytest.mark.parametrize("family", ["llada", "dream"])
+@pytest.mark.parametrize("family", ["llada", "dream", "a2d-qwen3"])
 def test_a_pruned_model_can_be_masked(family, tiny_checkpoint, tiny_calibration, tmp_path):
     """Per-layer widths, and biases that a refit added, stay."""
     dense = load_model(tiny_checkpoint(family))

@@ -35,7 +35,7 @@ def forwards(adapter: Adapter, run) -> tuple:
 
 
 @pytest.mark.parametrize("arm", ARMS)
-@pytest.mark.parametrize("family", ["llada", "dream"])
+@pytest.mark.parametrize("family", ["llada", "dream", "a2d-qwen3"])
 @torch.inference_mode()
 def test_moments_of_every_arm_equal_plain_sums(tiny_model, calibration, family, arm):
     adapter = Adapter(tiny_model(family))

@@ -69,7 +69,7 @@ def test_which_arms_need_sinks():
     assert not any(needs_sinks(arm, SinkSettings(policy="none")) for arm in arms)
 
 
-@pytest.mark.parametrize("family", ["llada", "dream"])
+@pytest.mark.parametrize("family", ["llada", "dream", "a2d-qwen3"])
 @torch.inference_mode()
 def test_mass_is_measured_on_the_noisy_copies(tiny_model, calibration, family):
     adapter = Adapter(tiny_model(family))

@@ -78,6 +78,7 @@ def test_scale_free_mask_ignores_how_many_heads_and_layers_there_are():
 
 @pytest.mark.parametrize("case", ["sink_wanda_50", "sink_sparsegpt_50"])
 @torch.inference_mode()
+@pytest.mark.parametrize("parity", ["llada", "dream"], indirect=True)
 def test_mass_and_mask_equal_the_published_ones(parity, case):
     model, expected = load_model(parity), load_file(parity / "expected.safetensors")
     with (meter := MassMeter()).on(Adapter(model).cores):

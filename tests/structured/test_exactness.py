@@ -18,6 +18,8 @@ MODELS = {
     "mha of dream": ("dream", {"num_attention_heads": 4, "num_key_value_heads": 4}),
     "gqa of llada": ("llada", {"d_model": 48, "n_heads": 6, "n_kv_heads": 2, "include_qkv_bias": True}),
     "gqa of dream": ("dream", {}),
+    "mha of a2d": ("a2d-llama", {}),
+    "gqa of a2d, heads normed": ("a2d-qwen3", {}),
 }
 BOTH = ("attention", "channels")
 FORMS = ("query_heads", "kv_groups", "both")
@@ -122,7 +124,7 @@ def keeping(plan: Plan, kinds: list[tuple[str, ...]]) -> Plan:
     return replace(plan, blocks=tuple(blocks))
 
 
-@pytest.mark.parametrize("family", ["llada", "dream"])
+@pytest.mark.parametrize("family", ["llada", "dream", "a2d-qwen3"])
 @torch.no_grad()
 def test_a_model_with_gaps_is_cut_exactly(tiny_model, gaps, family):
     """Also a block that has neither attention nor MLP, which is deleted."""

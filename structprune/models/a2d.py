@@ -1,0 +1,60 @@
+"""A2D: Qwen3, Llama and Qwen2.5 made bidirectional and trained as masked diffusion LMs (MDLM arXiv 2406.07524).
+
+One row for each of dllm's model types, which differ in the norms of heads, biases and the marks around text.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+from structprune.models import a2d_structprune as classes
+from structprune.models.dream import DREAM
+from structprune.models.family import Family
+
+A2D_QWEN3 = replace(
+    DREAM,
+    name="a2d-qwen3",
+    model_types=("a2d-qwen3",),
+    architecture="A2DQwen3LMHeadModel",
+    config_class=classes.StructpruneA2DQwen3Config,
+    model_class=classes.StructpruneA2DQwen3,
+    required=(*DREAM.required, "num_key_value_heads", "head_dim"),  # whose defaults are another model's sizes
+    sampler="rounded",
+    likelihood="fixed_count",
+    text_edges="none",
+    published=None,
+    supported={
+        "hidden_act": ("silu",),
+        "use_sliding_window": (False,),
+        "attention_bias": (False,),
+        "partial_rotary_factor": (1.0,),
+    },
+    rope_types=("default", "llama3"),
+    gguf=None,
+    code=(Path(classes.__file__),),
+)
+A2D_LLAMA: Family = replace(
+    A2D_QWEN3,
+    name="a2d-llama",
+    model_types=("a2d-llama",),
+    architecture="A2DLlamaLMHeadModel",
+    config_class=classes.StructpruneA2DLlamaConfig,
+    model_class=classes.StructpruneA2DLlama,
+    required=(*DREAM.required, "num_key_value_heads"),
+    text_edges="bos",
+    supported={
+        "hidden_act": ("silu",),
+        "attention_bias": (False,),
+        "mlp_bias": (False,),
+        "partial_rotary_factor": (1.0,),
+    },
+)
+A2D_QWEN2: Family = replace(
+    A2D_QWEN3,
+    name="a2d-qwen2",
+    model_types=("a2d-qwen2",),
+    architecture="A2DQwen2LMHeadModel",
+    config_class=classes.StructpruneA2DQwen2Config,
+    model_class=classes.StructpruneA2DQwen2,
+    required=(*DREAM.required, "num_key_value_heads"),
+    supported={"hidden_act": ("silu",), "use_sliding_window": (False,), "partial_rotary_factor": (1.0,)},
+)
