@@ -23,6 +23,7 @@ from structprune.bench.machine import describe_machine
 from structprune.checkpoint.gguf_file import write_gguf
 from structprune.config import ExportSettings
 from structprune.errors import UserError
+from structprune.models.official import detect_family
 from structprune.runs.export import ExportRequest, export_checkpoint
 
 STEPS, RATE = 2, 1e-2
@@ -55,7 +56,7 @@ def train(model: Any, ids: torch.Tensor) -> None:
 def walk(name: str, folder: Path) -> dict:
     """One case: what every step changes, as plain data."""
     values, blocks, biases, compat = CASES[name]
-    family = "dream" if values["model_type"] == "Dream" else "llada"
+    family = detect_family(values, folder).name
     write_dense(folder / "dense", values)
     model = apply_plan(load_model(folder / "dense"), Plan(family, tuple(blocks)), output_bias=biases)
     pruned = save_pruned(model, folder / "pruned", ExportSettings(compat=compat))

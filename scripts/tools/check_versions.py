@@ -36,8 +36,9 @@ from structprune.assets import model_directory
 from structprune.config import ExportSettings
 from structprune.generation.generate import generate
 from structprune.generation.samplers import generation_settings
-from structprune.models.families import DREAM, LLADA
+from structprune.models.families import DREAM
 from structprune.models.modeling_structprune import DiffusionLM
+from structprune.models.official import detect_family
 from structprune.structured.plan import BlockPlan
 
 HERE = Path(__file__).parent
@@ -72,6 +73,8 @@ DREAM_VALUES = COMMON | {
     "bos_token_id": 2046, "eos_token_id": 2046,
 }  # fmt: skip
 
+A2D_VALUES = DREAM_VALUES | {"model_type": "a2d-qwen3", "head_dim": 12, "tie_word_embeddings": True}
+
 
 def block(queries, kv_heads, channels: int) -> BlockPlan:
     """Keep these heads and every other one of the first 2 * `channels` MLP channels (or all 96)."""
@@ -105,13 +108,15 @@ CASES = {
     "dream-depth": (DREAM_VALUES, [block((), (), 0), block(*DREAM_ALL, 40), block(*DREAM_ALL, 40)], False, "official"),
     "dream-uniform": (DREAM_VALUES, [block((0, 1, 4, 5), (0, 1), 48)] * 3, False, "uniform"),
     "dream-official": (DREAM_VALUES, [block(*DREAM_ALL, 40)] * 3, False, "official"),
+    "a2d-free": (A2D_VALUES, [block(range(3, 6), (1,), 40), block((), (), 24), block(*DREAM_ALL, 96)], True, "free"),
+    "a2d-uniform": (A2D_VALUES, [block((0, 1, 4, 5), (0, 1), 48)] * 3, False, "uniform"),
 }  # fmt: skip
 
 
 def write_dense(directory: Path, values: dict) -> None:
     """A tiny random checkpoint in the family's official layout, with the embedded tokenizer."""
-    family = DREAM if values["model_type"] == "Dream" else LLADA
-    other = ("model_type", "architectures", "torch_dtype", "rope_scaling", "tie_word_embeddings")
+    family = detect_family(values, directory)
+    other = ("model_type", "architectures", "torch_dtype", *family.ignored)
     own = {key: value for key, value in values.items() if key not in other}
     torch.manual_seed(0)
     model = family.model_class(family.config_class(**own))
@@ -122,7 +127,7 @@ def write_dense(directory: Path, values: dict) -> None:
             parameter.data.normal_(std=0.1)  # (O,)
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(values))
-    save_file(model.state_dict(), directory / "model.safetensors", metadata={"format": "pt"})
+    save_file(model.stored_state(), directory / "model.safetensors", metadata={"format": "pt"})
     write_tokenizer(directory, byte_pair=family is DREAM)
 
 
@@ -148,7 +153,7 @@ def make_cases(work: Path) -> list[dict]:
     for name, (values, blocks, biases, compat) in CASES.items():
         write_dense(work / "dense" / name, values)
         dense = load_model(work / "dense" / name)
-        family = "dream" if values["model_type"] == "Dream" else "llada"
+        family = detect_family(values, work).name
         model = apply_plan(dense, Plan(family, tuple(blocks)), output_bias=biases)
         if biases:
             for key, parameter in model.named_parameters():

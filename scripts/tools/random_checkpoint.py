@@ -51,7 +51,7 @@ def write_random(directory: Path, values: dict, seed: int = 0, device: str = "cp
     dtype = getattr(torch, values["torch_dtype"])
     with torch.device("meta"):
         model = family.model_class(family.config_class(**{k: v for k, v in values.items() if k not in skipped}))
-    headers = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
+    headers = {name: tensor.to(dtype) for name, tensor in model.stored_state().items()}
     generator = torch.Generator(device).manual_seed(seed)
 
     def draw(name: str) -> torch.Tensor:

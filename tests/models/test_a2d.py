@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,12 +10,18 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from structprune import load_model, save_pruned
-from structprune.config import ExportSettings
+from structprune.checkpoint.export import obstacles
+from structprune.config import Config, ExportSettings
 from structprune.errors import UserError
+from structprune.evaluation.texts import Texts
 from structprune.generation.generate import generate
 from structprune.generation.samplers import generation_settings
+from structprune.models.families import family_named
 from structprune.models.layers_structprune import rotary_tables, scaled_frequencies
 from structprune.models.sampling_structprune import rounded_counts
+from structprune.runs.resolve import resolve_structured
+from structprune.structured.plan import BlockPlan, Plan
+from structprune.structured.surgery import apply_plan
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 MODELS = {"a2d-qwen3": "Qwen3", "a2d-llama": "Llama", "a2d-qwen2": "Qwen2"}
@@ -164,6 +171,33 @@ def test_both_releases_names_of_scaled_positions_are_read(tiny_checkpoint):
     logits = [load_model(each)(ids_of()).logits for each in (old, new)]
     assert torch.equal(*logits)
     assert load_model(new).config.rope_theta == 10000.0 and load_model(new).config.rotary_scaling == SCALING
+
+
+def test_a_refit_of_a_head_that_follows_the_embedding_is_refused(tiny_model, small_run):
+    asked = [*small_run, "structured.ratio=0.3", "reconstruct.head=true"]
+    with pytest.raises(UserError, match="reconstruct.head = true is not possible .* follows the embedding"):
+        resolve_structured(Config.load(overrides=asked), tiny_model("a2d-qwen3"))
+    assert resolve_structured(Config.load(overrides=asked), tiny_model("a2d-llama")).reconstruct.head
+
+
+def test_heads_can_go_where_the_familys_own_code_reads_their_size(tiny_model):
+    """Qwen's code reads head_dim; Llama's configuration refuses widths that are no multiple of the heads."""
+    for family, allowed in (("a2d-qwen3", True), ("a2d-qwen2", True), ("a2d-llama", False)):
+        model = tiny_model(family)
+        heads, kv_heads = ((0, 1, 3), (0, 1, 3)) if family == "a2d-llama" else ((0, 1, 3, 4), (0, 1))
+        block = BlockPlan(heads, kv_heads, tuple(range(48)))
+        small = apply_plan(model, Plan(family, (block,) * 3))
+        assert ("official" not in obstacles(small.config, None)) == allowed
+        request = resolve_structured(Config.load(overrides={"structured.ratio": 0.3}), model)
+        assert request.reads_head_dim == allowed
+
+
+def test_prompts_of_llamas_begin_with_bos():
+    tokenizer = SimpleNamespace(bos_token="<s>", bos_token_id=7)
+    texts = {family: Texts.of(tokenizer, family_named(family).text_edges) for family in MODELS}
+    assert {family: (each.start, each.end) for family, each in texts.items()} == {
+        "a2d-qwen3": ((), ()), "a2d-llama": ((7,), ()), "a2d-qwen2": ((), ()),
+    }  # fmt: skip
 
 
 def test_counts_of_a_step_are_rounded_to_even():
