@@ -23,6 +23,7 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "load_model": "structprune.models.loading",
+    "map_model": "structprune.models.loading",
     "load_tokenizer": "structprune.models.tokenizer",
     "Config": "structprune.config",
     "load_calibration": "structprune.calibration.build",

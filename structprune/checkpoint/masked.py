@@ -19,7 +19,9 @@ from structprune.models.checkpoint_files import is_weights, read_json, shard_nam
 from structprune.models.config_values import quantisation
 from structprune.models.headers import TensorHeader, read_header, read_headers
 from structprune.models.loading import DTYPES, read_pickle, source_of
+from structprune.models.maps import give_back_pages
 from structprune.models.modeling_structprune import DiffusionLM
+from structprune.models.tensor_files import raw_bytes
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 BY_PRODUCTS = ("calibration.safetensors", "masks.safetensors", "report.json", "plan.json", "demo.json")
@@ -142,7 +144,8 @@ def _rewrite(source: Path, target: Path, changed: frozenset[str], value: Value) 
             tensor = value(name, DTYPES[header.dtype])
             if tensor.nbytes != end - begin:
                 raise UserError(f"{source} is damaged: {name} has {end - begin} bytes, not {tensor.nbytes}")
-            new.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+            new.write(raw_bytes(tensor))
+            give_back_pages()
             old.seek(end)
         shutil.copyfileobj(old, new, CHUNK)
 

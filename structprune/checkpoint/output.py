@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors.torch import save_file
 
 from structprune.checkpoint.atomic import free_place, is_fixed, may_replace, output_place, whole_directory
 from structprune.checkpoint.drafts import clean_up, new_draft
 from structprune.checkpoint.export import CODE_FILES
 from structprune.errors import UserError
 from structprune.files import full_disk_errors
+from structprune.models.tensor_files import write_streamed
 
 OURS = (CODE_FILES[-1], "demo.json", "masks.safetensors")  # every output of ours has one of them
 Content = dict | str | Callable[[Path], None]
@@ -156,7 +156,7 @@ def save_finished(save: Callable[[Path, bool], Path], directory: Path, overwrite
 def write_shards(
     draft: Path, headers: dict[str, torch.Tensor], read: Callable[[str], torch.Tensor], max_shard_size: str = "5GB"
 ) -> None:
-    """Write safetensors shards and their index with transformers' file names; one shard is in memory at a time.
+    """Write safetensors shards and their index with transformers' file names; one tensor is in memory at a time.
 
     Args:
         headers: name -> tensor on the meta device, with the shape and dtype to write.
@@ -165,7 +165,7 @@ def write_shards(
     pattern = "model{suffix}.safetensors"
     split = split_torch_state_dict_into_shards(headers, filename_pattern=pattern, max_shard_size=max_shard_size)
     for name, keys in split.filename_to_tensors.items():
-        save_file({key: read(key) for key in keys}, draft / name, metadata={"format": "pt"})
+        write_streamed(draft / name, {key: headers[key] for key in keys}, read, {"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_json(draft / "model.safetensors.index.json", index)

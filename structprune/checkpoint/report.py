@@ -18,7 +18,9 @@ from structprune.config import Config
 from structprune.masking.masks import Masks
 from structprune.models.adapter import UNIT_KINDS, Adapter, BlockView
 from structprune.models.loading import source_of
+from structprune.models.maps import give_back
 from structprune.models.modeling_structprune import DiffusionLM
+from structprune.models.placement import compute_dtype
 from structprune.structured.scores.table import resolve_arm
 from structprune.structured.sizes import block_size, forward_macs
 
@@ -57,7 +59,7 @@ def run_report(
             "python": platform.python_version(),
         },
         "device": str(device),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": str(compute_dtype(model)).removeprefix("torch."),
     }
 
 
@@ -115,8 +117,10 @@ def _removed(before: Adapter, after: Adapter, remaining: Sequence[int]) -> dict[
 def mask_report(model: DiffusionLM, masks: Masks) -> dict:
     """Zeros of every projection and in total; `masked` counts only those made by this run."""
     projections = sum(rows * columns for rows, columns in masks.shapes.values())
-    weights = model.state_dict()
-    zeros = {name: int((weights[name] == 0).sum()) for name in masks.shapes}
+    weights, zeros = model.state_dict(), {}
+    for name in masks.shapes:
+        zeros[name] = int((weights[name] == 0).sum())
+        give_back(weights[name])
     total = sum(zeros.values())
     return {
         "sparsity": {

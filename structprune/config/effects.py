@@ -145,7 +145,8 @@ def check_masking(config: Config, facts: Facts) -> None:
         ("calibration", text, not facts.reads_text, "a score, refit or held-out check that looks at text"),
         ("calibration", ("steps", "interval", "copies"), not noised and not calibration.replays,
          "a noisy arm, a refit or a held-out check"),
-        ("memory", ("offload", "overlap", "rehearsal"), not facts.reads_text, "a forward pass"),
+        ("memory", ("overlap", "rehearsal"), not facts.reads_text, "a forward pass"),
+        ("memory", ("offload",), not facts.reads_text and config.memory.offload is True, "a forward pass"),
     )  # fmt: skip
     refuse_idle(config, (*idle, *_common(config, facts, measured)))
 

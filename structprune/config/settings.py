@@ -224,8 +224,9 @@ class MemorySettings(Section):
     rehearsal: bool | None = None
     """Before the long work, let one block go through every stage, on a few windows. Default: for weights of 1 GB and
     more."""
-    offload: bool = False
-    """Keep the weights in host memory; each layer's are on the accelerator only while it computes."""
+    offload: bool | Literal["disk"] = False
+    """true: keep the weights in host memory; each layer's are on the accelerator only while it computes. disk: leave
+    them in their files, on a CPU too; changed ones are in temporary files."""
     overlap: bool = False
     """On an accelerator, copy hidden states and offloaded weights through pinned memory while others are computed:
     faster, with more memory. Off until a GPU has shown it right: its copies on CUDA streams never ran on one yet (stage

@@ -92,9 +92,7 @@ class StitchedModel:
         shape = (rows, self._noisy.shape[1], self._adapter.hidden_size)
         room = max(1, self._windows.limits.budget // (dtype.itemsize * math.prod(shape)))
         self._stride = -(-blocks // room)
-        self._states, self._file = empty_on_host(
-            (-(-blocks // self._stride), *shape), dtype, self._windows.limits.budget
-        )
+        self._states = empty_on_host((-(-blocks // self._stride), *shape), dtype, self._windows.limits.budget)
         rotary = self._model.rotary(shape[1], compute_device(self._model))
         for start in range(0, rows, self._batch):
             part = slice(start, start + self._batch)

@@ -8,6 +8,7 @@ from structprune.config import ReconstructSettings
 from structprune.masking.request import MaskRequest
 from structprune.masking.scores.linears import Linears, Masked, Removal
 from structprune.models.adapter import READERS, BlockView
+from structprune.models.maps import in_place_of
 from structprune.refit.masked import choose_refit
 from structprune.refit.products import InputProducts, LayerFit
 from structprune.statistics.overflow import overflow
@@ -80,5 +81,5 @@ def install(block: BlockView, masked: dict[str, Masked]) -> None:
     """Replace a block's weights, in the dtype and on the device of the old ones; removed weights are exactly 0."""
     for role, (weight, keep) in masked.items():
         old = block[role].weight
-        value = torch.where(keep, weight, 0.0).to(old.device, old.dtype)  # (O, C)
-        block[role].weight = torch.nn.Parameter(value.clone(), requires_grad=old.requires_grad)
+        value = in_place_of(old, torch.where(keep, weight, 0.0))  # (O, C)
+        block[role].weight = torch.nn.Parameter(value, requires_grad=old.requires_grad)

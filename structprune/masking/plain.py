@@ -5,6 +5,7 @@ import torch
 from structprune.masking.blocks import install
 from structprune.masking.scores.linears import Masked
 from structprune.models.adapter import Adapter
+from structprune.models.placement import give_back_memory
 from structprune.statistics.hidden import empty_on_host
 
 
@@ -17,7 +18,7 @@ class PlainWeights:
             for role in block.names:
                 start, end = end, end + block[role].weight.numel()
                 self._places[block.index, role] = slice(start, end)
-        self._flat, self._file = empty_on_host((end,), adapter.model.embedding.weight.dtype, budget)
+        self._flat = empty_on_host((end,), adapter.dtype, budget)
 
     def put(self, index: int, masked: dict[str, Masked]) -> None:
         """Store a block's masked weights, role -> (O, C)."""
@@ -37,3 +38,4 @@ class PlainWeights:
                 weight = stored.view(now.shape).clone()  # (O, C)
                 stored.copy_(now.flatten())
                 install(block, {role: (weight, torch.ones_like(weight, dtype=torch.bool))})
+            give_back_memory()

@@ -10,7 +10,7 @@ from structprune.models.configuration_structprune import layer_width
 from structprune.models.families import ROLES, Family, family_of
 from structprune.models.layers_structprune import Block
 from structprune.models.modeling_structprune import DiffusionLM
-from structprune.models.placement import compute_device
+from structprune.models.placement import compute_device, compute_dtype
 
 CONSUMER = {"attention": "attention_output", "channels": "down"}  # kind of unit -> role of the linear that reads it
 CONSUMERS = tuple(CONSUMER.values())
@@ -139,6 +139,11 @@ class Adapter:
     @property
     def device(self) -> torch.device:
         return compute_device(self.model)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of hidden states."""
+        return compute_dtype(self.model)
 
 
 def block_widths(config: Any, family: Family, index: int) -> Widths:

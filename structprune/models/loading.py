@@ -16,12 +16,13 @@ from structprune.models.checkpoint_files import locate, read_config, shard_names
 from structprune.models.config_values import quantisation
 from structprune.models.families import Family
 from structprune.models.headers import TensorHeader, read_headers
+from structprune.models.maps import DTYPES, give_back, map_shard
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.official import build_config, detect_family, find_mask_id
 from structprune.models.placement import pick_device
 from structprune.models.tokenizer import check_tokenizer_files
 
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+CHECKED = 2**24  # numbers that are looked at together
 UNUSED = "inv_freq"  # end of the names of rotary tables, which some checkpoints store and structprune computes
 
 
@@ -133,6 +134,43 @@ def load_model(
     return model.eval()
 
 
+def map_model(
+    source: str | Path, dtype: str | torch.dtype | None = None, mask_id: int | None = None, code: bool = False
+) -> DiffusionLM:
+    """As `load_model`, for a model larger than memory: its weights stay in the checkpoint's files, which must not
+    change. For runs with `memory.offload = disk`, which read them layer by layer.
+
+    Every weight is read once, to see that it is sound.
+
+    Args:
+        dtype: to compute in; default float32, "auto": the checkpoint's own.
+        mask_id, code: as in `load_model`.
+    Raises:
+        UserError: as `load_model`; weights that are not in safetensors files.
+    """
+    directory, family, config, values = load_config(source, mask_id, True, False, code)
+    with torch.device("meta"):
+        model = family.model_class(config)
+    names = shard_names(directory)
+    headers = read_headers(directory, names)
+    check_dtypes(headers, values, directory)
+    check_shapes(model, headers, directory)
+    needed = model.state_dict().keys()
+    dtypes = [DTYPES[headers[name].dtype] for name in headers if name in needed]
+    stored = max(dtypes, key=dtypes.count)
+    chosen = as_dtype(stored if dtype == "auto" else dtype) or torch.float32
+    state: dict[str, torch.Tensor] = {}
+    for shard in names:
+        own = {key: each for key, each in headers.items() if each.shard == shard and key in needed}
+        state |= map_shard(directory / shard, own, chosen)
+    for key, tensor in state.items():
+        _check_finite(directory / headers[key].shard, key, tensor)
+    model.load_state_dict(state, assign=True)
+    model.config.dtype = chosen
+    model.source = Source(directory, values, stored, source_name(source, directory))
+    return model.eval()
+
+
 def check_shapes(
     model: DiffusionLM, stored: Mapping[str, TensorHeader] | Mapping[str, torch.Tensor], directory: Path
 ) -> None:
@@ -192,9 +230,17 @@ def _read_shard(path: Path, values: dict) -> dict[str, torch.Tensor]:
         raise UserError(f"{path} cannot be read ({error}): download it again") from error
     check_dtypes(state, values, path)
     for name, tensor in state.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise UserError(f"{path}: {name} holds NaN or Inf: the shard is damaged, download it again")
+        _check_finite(path, name, tensor)
     return state
+
+
+def _check_finite(path: Path, name: str, tensor: torch.Tensor) -> None:
+    """Raise UserError for a weight that holds NaN or Inf, some rows of it at a time."""
+    if tensor.is_floating_point():
+        for part in tensor.detach().flatten().split(CHECKED):
+            if not torch.isfinite(part).all():
+                raise UserError(f"{path}: {name} holds NaN or Inf: the shard is damaged, download it again")
+            give_back(part)
 
 
 def read_pickle(path: Path, mapped: bool = False) -> dict[str, torch.Tensor]:

@@ -10,15 +10,17 @@ import torch
 from torch import nn
 
 from structprune.errors import UserError
+from structprune.models.maps import give_back, give_back_pages, place_of, working_dtype
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.transfer import Lane, Pending, lane_to
 
 
 def give_back_memory() -> None:
-    """Return freed host memory to the system, which glibc otherwise keeps.
+    """Return freed host memory to the system, which glibc otherwise keeps, and the pages of mapped files.
 
     Without this, many matrices of different sizes leave a heap that grows with every block.
     """
+    give_back_pages()
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
@@ -58,6 +60,16 @@ def compute_device(model: DiffusionLM) -> torch.device:
     return getattr(model, "streamed_to", None) or model.embedding.weight.device
 
 
+def compute_dtype(model: DiffusionLM) -> torch.dtype:
+    """The dtype that `model` computes in: its weights', unless those stay on disk."""
+    return working_dtype(model.embedding.weight)
+
+
+def stays_on_disk(model: DiffusionLM) -> bool:
+    """Whether a model's weights are in files (`structprune.models.loading.map_model`)."""
+    return place_of(model.embedding.weight) is not None
+
+
 class _Copy(NamedTuple):
     """A weight's copy to the device under way, and the state the weight was in."""
 
@@ -90,15 +102,20 @@ class _Weights:
         """After a layer computed: put its weights back, and begin to copy the layer that is likely to come next."""
         for name, weight in self._originals.pop(module, {}).items():
             setattr(module, name, weight)
+            give_back(weight)
         if self._lane is not None and self._last in self._next:
             following = self._next[self._last]
             self._ahead = (following, _begin_copies(following, self._lane))
 
     def take(self, module: nn.Module) -> dict[str, torch.Tensor]:
-        """A layer's own weights on the device, by name."""
+        """A layer's own weights on the device, by name, in the dtype they are computed with."""
         weights = dict(module.named_parameters(recurse=False))
+        dtypes = {name: working_dtype(weight) for name, weight in weights.items()}
         if self._lane is None:
-            return {name: w.detach().to(self._device, non_blocking=True, copy=True) for name, w in weights.items()}
+            return {
+                name: weight.detach().to(self._device, dtypes[name], non_blocking=True, copy=True)
+                for name, weight in weights.items()
+            }
         if self._last is not None:
             self._next[self._last] = module
         ahead, self._ahead, self._last = self._ahead, None, module
@@ -106,7 +123,7 @@ class _Weights:
             copies = ahead[1]
         else:
             copies = _begin_copies(module, self._lane)
-        return {name: self._lane.land(copy.pending) for name, copy in copies.items()}
+        return {name: self._lane.land(copy.pending).to(dtypes[name]) for name, copy in copies.items()}
 
 
 def _begin_copies(module: nn.Module, lane: Lane) -> dict[str, _Copy]:
@@ -127,9 +144,23 @@ def _unchanged(weights: Mapping[str, nn.Parameter], copies: dict[str, _Copy]) ->
     )
 
 
+def _to_rows(module: nn.Module, args: tuple) -> tuple:
+    """Before an embedding on disk is read: its ids on the host, so that no more than their rows are read."""
+    return tuple(each.cpu() for each in args)
+
+
+def _from_rows(device: torch.device):
+    def visit(module: nn.Embedding, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        give_back(module.weight)
+        return output.to(device, working_dtype(module.weight))
+
+    return visit
+
+
 @contextmanager
 def streamed(model: DiffusionLM, device: torch.device | None, overlap: bool = False) -> Iterator[DiffusionLM]:
-    """While open, `model` computes on `device`, with one layer's copy there at a time; its weights stay where they are.
+    """While open, `model` computes on `device`, with one layer's copy there at a time; its weights stay where they are,
+    in host memory or on disk.
 
     For forward passes only: a backward pass would need the copies after they are dropped.
 
@@ -142,7 +173,10 @@ def streamed(model: DiffusionLM, device: torch.device | None, overlap: bool = Fa
         return
     handles, weights = [], _Weights(device, lane_to(device) if overlap else None)
     for module in model.modules():
-        if any(True for _ in module.parameters(recurse=False)):
+        if isinstance(module, nn.Embedding) and place_of(module.weight):
+            handles.append(module.register_forward_pre_hook(_to_rows))
+            handles.append(module.register_forward_hook(_from_rows(device)))
+        elif any(True for _ in module.parameters(recurse=False)):
             handles.append(module.register_forward_pre_hook(weights.go))
             handles.append(module.register_forward_hook(weights.back, always_call=True))
     model.streamed_to = device

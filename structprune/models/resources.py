@@ -1,6 +1,7 @@
 """Where a run computes and what it may hold: device, streaming, dtype and memory budget, resolved once."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -15,7 +16,8 @@ class Resources:
     """What a run has to work with."""
 
     device: torch.device  # where forward passes compute
-    offload: bool = False  # weights stay in host memory, and each layer's are streamed to the device while it computes
+    # where weights stay, and each layer's are streamed from to the device while it computes: True is host memory
+    offload: bool | Literal["disk"] = False
     overlap: bool = False  # copy hidden states and streamed weights while others are computed
     dtype: torch.dtype | None = None  # of the weights in memory; None: float32 on CPU, else the checkpoint's own
     budget: int = 8 * 10**9  # bytes of hidden states and statistics before they go to files or are computed again
@@ -28,6 +30,11 @@ class Resources:
     def stream_target(self) -> torch.device | None:
         """The device to stream weights to; None where they stay where they are."""
         return self.device if self.offload else None
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether weights stay in their files."""
+        return self.offload == "disk"
 
     @property
     def home(self) -> torch.device:
@@ -48,7 +55,13 @@ def resolve_resources(model: ModelSettings, memory: MemorySettings, dry_run: boo
         UserError: an unknown or absent device or dtype, or streaming without an accelerator.
     """
     device = pick_device(model.device, absent=dry_run)
-    if memory.offload and device.type == "cpu":
-        raise UserError("memory.offload streams weights to an accelerator, and the device is cpu: leave it off")
+    if memory.offload is True and device.type == "cpu":
+        raise UserError(
+            "memory.offload streams weights to an accelerator, and the device is cpu: leave it off, or set it to disk"
+        )
+    if memory.offload == "disk" and model.allow_pickle:
+        raise UserError(
+            "memory.offload = disk reads safetensors files: leave out model.allow_pickle, and convert .bin shards first"
+        )
     dtype = as_dtype(model.dtype)
     return Resources(device, memory.offload, memory.overlap, dtype, int(memory.budget_gb * 1e9))

@@ -105,7 +105,7 @@ class RowSums:
         if self._cross is not None:
             add_products(self._cross, source, pruned, omega)
         for role in self._power:
-            weight = self._linears[role].weight.to(source.device)  # (O, C)
+            weight = self._linears[role].weight.to(source.device, source.dtype)  # (O, C)
             output = nn.functional.linear(source, weight).float()  # (b, T, O), without the bias
             output = output if omega is None else output * omega[..., None]  # (b, T, O)
             self._power[role] += output.pow(2).sum()

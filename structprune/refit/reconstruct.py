@@ -11,6 +11,7 @@ import torch
 from structprune.config import ReconstructSettings
 from structprune.models.adapter import Adapter, BlockView, UnitKey
 from structprune.models.journal import NOWHERE, Journal
+from structprune.models.maps import in_place_of
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.refit.products import UNCHANGED, LayerFit
 from structprune.refit.solve import choose
@@ -151,6 +152,7 @@ def refit_head(walk: Walk, run: ResidualRun, small: DiffusionLM, journal: Journa
         layer, change = LayerFit.of(len(walk.dense.blocks), "head", identity, check, choice), choice[0]
         journal.keep("head", {"map": change}, asdict(layer))
     if layer.damping != UNCHANGED:
+        dense = dense.to(walk.dense.dtype)  # (V, C)
         set_weight(head, dense @ change.to(dense.device, dense.dtype), constant=False)  # (V, C)
     elif head.weight is not dense:  # an earlier plan's
         set_weight(head, dense, constant=False)
@@ -174,4 +176,4 @@ def set_weight(linear: torch.nn.Linear, weight: torch.Tensor, constant: bool) ->
 
 
 def _parameter(value: torch.Tensor, like: torch.Tensor) -> torch.nn.Parameter:
-    return torch.nn.Parameter(value.to(like.device, like.dtype), requires_grad=like.requires_grad)
+    return torch.nn.Parameter(in_place_of(like, value), requires_grad=like.requires_grad)

@@ -13,6 +13,7 @@ import torch
 from structprune.config import ReconstructSettings
 from structprune.models.adapter import CONSUMER, STREAM_READERS, Adapter, BlockView, UnitKey
 from structprune.models.modeling_structprune import DiffusionLM
+from structprune.models.placement import give_back_memory
 from structprune.refit.products import InputProducts, Products, RowSums
 from structprune.refit.row_weights import WeightedRows
 from structprune.statistics.activations import add_gram, add_products, mirror, relative_weight
@@ -74,6 +75,7 @@ class Walk:
             for kind in block.kinds:
                 if left is not None and kind in left.kinds:
                     yield Place(self, run, block, left, kind, first, block.index >= last)
+                    give_back_memory()  # what the refit of this place read of weights on disk
                     run.advance((left.index, kind))
                 first = False
                 if self.settings.target != "layer":  # also past what the small model lacks

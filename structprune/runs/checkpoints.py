@@ -15,11 +15,10 @@ from structprune.config import Config
 from structprune.errors import UserError
 from structprune.masking.request import MaskRequest
 from structprune.models.adapter import Adapter
-from structprune.models.loading import load_config, load_model, source_of
-from structprune.models.modeling_structprune import DiffusionLM
 from structprune.progress import Track, untracked
 from structprune.runs.depth import check_levels_use
 from structprune.runs.ghost import Ghost, read_ghost
+from structprune.runs.load import load_dense
 from structprune.runs.mask import Masked, MaskRun
 from structprune.runs.pruned import Pruned
 from structprune.runs.pruner import Pruner
@@ -85,7 +84,7 @@ def prune_checkpoint(
     )
     assert isinstance(request, StructuredRequest)
     with _journal(source, request, work) as journal:
-        model, source_bytes = _load(source, request, work.workers)
+        model, source_bytes = load_dense(source, request, work.workers)
         work.workers.first(lambda: check_space(out, source_bytes))  # again: a download may have filled the disk
         pruner = Pruner(model, request, track=track, workers=work.workers)
         rehearse(pruner, request, journal)
@@ -153,7 +152,7 @@ def prune_at_ratios(
     request = _together(workers, partial(checked_prune, source, left, config, overwrite, work=work))
     assert isinstance(request, StructuredRequest)
     with _journal(source, request, work) as journal:
-        model, source_bytes = _load(source, request, workers)
+        model, source_bytes = load_dense(source, request, workers)
         for out in left.values():  # again: a download may have filled the disk
             workers.first(partial(check_space, out, len(left) * source_bytes))
         pruner = Pruner(model, request, track=track, levels=work.levels, workers=workers)
@@ -259,7 +258,7 @@ def mask_checkpoint(
     request = _together(work.workers, partial(checked_prune, source, {None: out}, config, overwrite, work=work))
     assert isinstance(request, MaskRequest)
     with _journal(source, request, work) as journal:
-        model, source_bytes = _load(source, request, work.workers)
+        model, source_bytes = load_dense(source, request, work.workers)
         mask_bytes = sum(block_weights(Adapter(model))) // 8
         work.workers.first(lambda: check_space(out, source_bytes + mask_bytes))
         run = MaskRun(model, request, None, track, work.workers)
@@ -284,17 +283,3 @@ def _check_text(config: Config, ghost: Ghost) -> None:
     check_length(ghost.model, config, saved)
     if saved is not None:
         check_calibration(saved, config)
-
-
-def _load(source: str, request: StructuredRequest | MaskRequest, workers: Workers) -> tuple[DiffusionLM, int]:
-    """The model where the request says, and the bytes of its weights in their stored dtype.
-
-    The first process downloads what is not here. Masks and official exports also carry the checkpoint's own code over,
-    which is not executed.
-    """
-    resources, settings = request.resources, request.config.model
-    dtype = "auto" if resources.offload and resources.dtype is None else resources.dtype
-    carries_code = isinstance(request, MaskRequest) or request.config.export.compat == "official"
-    workers.first(lambda: load_config(source, settings.mask_id, True, settings.allow_pickle, carries_code))
-    model = load_model(source, dtype, resources.home, settings.mask_id, settings.allow_pickle, carries_code)
-    return model, model.num_parameters() * source_of(model).dtype.itemsize

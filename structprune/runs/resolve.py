@@ -41,6 +41,8 @@ def resolve_structured(config: Config, model: DiffusionLM, dry_run: bool = False
     resources = resolve_resources(config.model, config.memory, dry_run)
     if resources.offload and (learner := _backward_user(config)):
         raise UserError(f"{learner} needs a backward pass, which memory.offload does not do: turn one of them off")
+    if resources.on_disk and config.search.enabled:
+        raise UserError("search.enabled = true holds levels in memory, which memory.offload = disk is to save: use one")
     sizes = open_blocks(Adapter(model), settings)
     by_latency = config.search.budget == "latency"  # the run finds the ratio
     check_choice(sizes, settings.model_copy(update={"ratio": 0.0}) if by_latency else settings)

@@ -20,7 +20,7 @@ from structprune.masking.request import MaskRequest
 from structprune.models.adapter import Adapter
 from structprune.models.journal import NOWHERE, Journal
 from structprune.models.modeling_structprune import DiffusionLM
-from structprune.models.placement import streamed, synchronise
+from structprune.models.placement import compute_dtype, stays_on_disk, streamed, synchronise
 from structprune.progress import Track, watched
 from structprune.statistics.overflow import largest_weight
 from structprune.statistics.scan import Scan
@@ -53,6 +53,10 @@ class Run:
         track: Track,
         workers: Workers = ALONE,
     ):
+        if stays_on_disk(model) != request.resources.on_disk:
+            raise UserError(
+                "memory.offload = disk is for a model of structprune.map_model, which needs it: use both, or neither"
+            )
         self.model, self.track, self.adapter, self.workers = model, track, Adapter(model), workers
         self.resources, self.limits = request.resources, request.limits
         self.sink, self.seed = request.sink, request.calibration.seed
@@ -212,7 +216,7 @@ class Run:
         """Raise UserError where a model's loss is not a finite number."""
         if math.isfinite(loss.mean):
             return
-        dtype = next(self.model.parameters()).dtype
+        dtype = compute_dtype(self.model)
         remedy = "use model.dtype = float32"
         if dtype != torch.float16:  # bfloat16 has the range of float32
             remedy = f"{largest_weight(self.model)}; use a sound checkpoint"

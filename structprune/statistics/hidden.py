@@ -1,56 +1,28 @@
 """Hidden states of all calibration sequences, advanced block by block: in memory, or in a file beyond the budget."""
 
-import errno
 import math
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 
 import torch
 
-from structprune.errors import UserError
 from structprune.models.adapter import Adapter
+from structprune.models.maps import file_tensor
 from structprune.models.transfer import StagedRows, lane_to, send
 
 REMEDY = "raise memory.budget_gb, or lower calibration.windows"  # of a pruning run
 
 
-def empty_on_host(shape: tuple[int, ...], dtype: torch.dtype, budget: int, remedy: str = REMEDY):
-    """An empty host tensor and the temporary file it is mapped to: None within `budget` bytes.
-
-    The system removes the file when the file object is freed: keep it as long as the tensor.
+def empty_on_host(shape: tuple[int, ...], dtype: torch.dtype, budget: int, remedy: str = REMEDY) -> torch.Tensor:
+    """An empty host tensor: in memory within `budget` bytes, else in a temporary file (`file_tensor`).
 
     Args:
         remedy: what the user can do where it does not fit, beside another TMPDIR.
-
     Raises:
         UserError: the temporary directory is too full.
     """
-    count = math.prod(shape)
-    if count * dtype.itemsize <= budget:
-        return torch.empty(shape, dtype=dtype), None
-    file = tempfile.NamedTemporaryFile(prefix="structprune-")  # noqa: SIM115 (returned to the caller)
-    _reserve(file.fileno(), count * dtype.itemsize, remedy)
-    return torch.from_file(file.name, shared=True, size=count, dtype=dtype).view(shape), file
-
-
-def _reserve(descriptor: int, size: int, remedy: str) -> None:
-    """Allocate a file's bytes now: a write to a mapped page that does not fit the disk would kill the process."""
-    folder = tempfile.gettempdir()
-    try:
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(descriptor, 0, size)
-        elif shutil.disk_usage(folder).free < size:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            return  # this file system cannot reserve space
-        free = shutil.disk_usage(folder).free
-        raise UserError(
-            f"{size / 1e9:.3g} GB of temporary files do not fit {folder} ({free / 1e9:.3g} GB free): set TMPDIR to a"
-            f" larger disk, {remedy}"
-        ) from error
+    if math.prod(shape) * dtype.itemsize <= budget:
+        return torch.empty(shape, dtype=dtype)
+    return file_tensor(shape, dtype, remedy)
 
 
 class HiddenStates:
@@ -67,9 +39,8 @@ class HiddenStates:
         self, adapter: Adapter, ids: torch.Tensor, batch: int, budget: int, overlap: bool = False, remedy: str = REMEDY
     ):
         self._adapter, self._batch = adapter, batch
-        weight = adapter.model.embedding.weight
         shape = (*ids.shape, adapter.hidden_size)
-        self._states, self._file = empty_on_host(shape, weight.dtype, budget, remedy)  # (R, T, C)
+        self._states = empty_on_host(shape, adapter.dtype, budget, remedy)  # (R, T, C)
         lane = lane_to(adapter.device) if overlap else None
         self._staged = None if lane is None else StagedRows(self._states, lane, batch)
         self.rotary = adapter.model.rotary(ids.shape[1], adapter.device)

@@ -43,7 +43,7 @@ def consumer_moments(scan: Scan, arm: str) -> dict[ConsumerKey, Moments]:
 
     ids, linears = arm_ids(calibration, arm), consumers(adapter.blocks)
     tokens = windows * calibration.levels * calibration.length
-    fits = held_input_bytes(adapter, tokens, adapter.model.embedding.weight.element_size()) <= scan.limits.budget
+    fits = held_input_bytes(adapter, tokens, adapter.dtype.itemsize) <= scan.limits.budget
     starts = range(0, len(ids), windows)
     parts = PassParts(scan, f"moments-{arm}", ids.flatten(0, 1), len(starts))
     done, sums = parts.restore()

@@ -81,7 +81,7 @@ def weighs_late(arm: str | None, sink: SinkSettings) -> bool:
 
 def late_input_bytes(adapter: Adapter, tokens: int, itemsize: int | None = None) -> int:
     """Bytes held for the noisy sink arm until its row weights are known; `itemsize` of a hidden state's numbers."""
-    hidden, size = adapter.hidden_size, itemsize or adapter.model.embedding.weight.element_size()
+    hidden, size = adapter.hidden_size, itemsize or adapter.dtype.itemsize
     numbers, share = 0.0, 1 / SINGLE + (1 - 1 / SINGLE) / GROUP  # groups per row
     for block in adapter.blocks[:-1]:
         widths = {name: block[roles[0]].in_features for name, roles in block.readers.items()}
@@ -135,18 +135,15 @@ class _Held:
     sums: dict[str, torch.Tensor]  # input -> (b, G, C) sums of squares over groups
 
     @classmethod
-    def empty(cls, block: BlockView, shape: torch.Size, like: torch.Tensor) -> "_Held":
-        """Buffers for ids of a (b, T) shape, reused by all batches: fresh ones would fragment the heap.
-
-        Args:
-            like: the embedding (V, C).
-        """
+    def empty(cls, block: BlockView, shape: torch.Size, adapter: Adapter) -> "_Held":
+        """Buffers for ids of a (b, T) shape, reused by all batches: fresh ones would fragment the heap."""
         widths = {name: block[roles[0]].in_features for name, roles in block.readers.items()}
-        x = like.new_empty(*shape, like.shape[1])  # (b, T, C)
-        mixed = like.new_empty(*shape, widths.pop("mixed", 0))  # (b, T, H*D)
-        order = torch.empty(shape, dtype=torch.int64, device=like.device)  # (b, T)
+        dtype, device = adapter.dtype, adapter.device
+        x = torch.empty(*shape, adapter.hidden_size, dtype=dtype, device=device)  # (b, T, C)
+        mixed = torch.empty(*shape, widths.pop("mixed", 0), dtype=dtype, device=device)  # (b, T, H*D)
+        order = torch.empty(shape, dtype=torch.int64, device=device)  # (b, T)
         single, groups = _groups(shape[1])
-        sums = {n: torch.empty(shape[0], single + groups, c, device=like.device) for n, c in widths.items()}
+        sums = {n: torch.empty(shape[0], single + groups, c, device=device) for n, c in widths.items()}
         return cls(x, mixed, order, sums)  # sums: (b, G, C)
 
     def first(self, count: int) -> "_Held":
@@ -182,8 +179,7 @@ class _LatePass:
     def add(self, ids: torch.Tensor) -> torch.Tensor:
         """Add the rows of (b, T) ids; their attention mass (b, T)."""
         adapter, last = self._adapter, self._adapter.blocks[-1]
-        like = adapter.model.embedding.weight  # (V, C)
-        self._buffers = self._buffers or [_Held.empty(block, ids.shape, like) for block in adapter.blocks[:-1]]
+        self._buffers = self._buffers or [_Held.empty(block, ids.shape, adapter) for block in adapter.blocks[:-1]]
         held = [buffers.first(len(ids)) for buffers in self._buffers]
         with MassMeter().on(adapter.cores) as meter:
             inputs = self._run(ids, held, meter)

@@ -18,7 +18,7 @@ class ResidualRun:
 
     def __init__(self, adapter: Adapter, ids: torch.Tensor, batch: int, budget: int, overlap: bool = False):
         self._adapter, self._ids, self._batch, self._budget = adapter, ids, batch, budget
-        self._size = ids.numel() * adapter.model.embedding.weight.element_size()  # bytes of one feature of all tokens
+        self._size = ids.numel() * adapter.dtype.itemsize  # bytes of one feature of all tokens
         widest = max(block[role].in_features for block in adapter.blocks for role in block.consumers)
         self._hold = self._size * widest <= budget
         self._held: dict[UnitKey, dict[int, torch.Tensor]] = {}

@@ -11,6 +11,7 @@ from structprune.config import StructuredSettings
 from structprune.errors import UserError
 from structprune.models.adapter import CONSUMER, BlockView, UnitKey
 from structprune.models.journal import NOWHERE, Journal
+from structprune.models.placement import give_back_memory
 from structprune.statistics.activations import Moments, add_gram, mirror, relative_weight
 from structprune.statistics.gradients import gradient_sums
 from structprune.statistics.hidden import HiddenStates
@@ -107,6 +108,7 @@ def _rank_weights(scan: Scan, settings: StructuredSettings, rank: Rank) -> Paths
         for units in all_units([block], settings.gqa):
             with torch.no_grad():
                 paths[units.key] = rank(units, coupled_slices(units, block_tensors(block)))
+        give_back_memory()
     return paths
 
 
@@ -114,7 +116,11 @@ def _rank_moments(scan: Scan, settings: StructuredSettings, arm: str, rank: Rank
     """The statistic is the `Moments` of the consumer's input features."""
     measured = consumer_moments(scan, arm)
     every = all_units(scan.adapter.blocks, settings.gqa)
-    return {units.key: rank(units, measured[units.block.index, CONSUMER[units.kind]]) for units in every}
+    paths = {}
+    for units in every:
+        paths[units.key] = rank(units, measured[units.block.index, CONSUMER[units.kind]])
+        give_back_memory()
+    return paths
 
 
 @torch.inference_mode()
@@ -158,6 +164,7 @@ def _rank_blocks(
     for block, grams in group:
         paths = {units.key: rank(units, grams.pop(units.kind)) for units in all_units([block], settings.gqa)}
         ranked.append({name: tensor.cpu() for name, tensor in _tensors_of(paths).items()})
+        give_back_memory()
     return ranked
 
 

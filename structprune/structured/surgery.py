@@ -4,7 +4,9 @@ import torch
 from torch import nn
 
 from structprune.models.adapter import Adapter, BlockView, UnitKey, set_widths
+from structprune.models.maps import in_place_of
 from structprune.models.modeling_structprune import DiffusionLM
+from structprune.models.placement import give_back_memory
 from structprune.structured.graph import Coupled, coupled_units
 from structprune.structured.plan import BlockPlan, Plan
 
@@ -20,7 +22,7 @@ def pruned_config(model: DiffusionLM, plan: Plan, output_bias: bool = False):
     widths = [plan.blocks[index].widths for index in plan.remaining]
     values = set_widths(model.config.to_dict(), adapter.family, widths)
     config = adapter.family.config_class(**values)
-    config.dtype = model.dtype
+    config.dtype = adapter.dtype
     if output_bias:
         config.attention_output_bias = config.mlp_output_bias = True
     return config
@@ -61,11 +63,12 @@ def apply_plan(
                 units = kept.channels if kind == "channels" else _heads(module, name in members.inputs, block, kept)
                 index = expand(units, 1 if kind == "channels" else block.head_dim).to(module.weight.device)
                 _cut(state, name, index, name in members.inputs)
+        give_back_memory()
     kept_state = {}
     for name, tensor in small.state_dict().items():
         source = _dense_name(name, adapter.family.blocks, plan.remaining)
         if output_bias and source not in state:
-            state[source] = torch.zeros(tensor.shape, dtype=model.dtype, device=model.device)
+            state[source] = in_place_of(model.embedding.weight, torch.zeros(tensor.shape))
         if state[source].shape != tensor.shape:
             raise RuntimeError(
                 f"surgery left {source} at {tuple(state[source].shape)}, the plan needs {tuple(tensor.shape)}"
@@ -97,7 +100,8 @@ def _heads(module: nn.Linear, reads: bool, block: BlockView, kept: BlockPlan) ->
 def _cut(state: dict[str, torch.Tensor], name: str, index: torch.Tensor, reads: bool) -> None:
     """Slice one linear's tensors in `state`: its input columns if it `reads` the units, else its output rows."""
     if reads:
-        state[f"{name}.weight"] = state[f"{name}.weight"][:, index].contiguous()  # (O, C) -> (O, kept)
+        weight = state[f"{name}.weight"]  # (O, C)
+        state[f"{name}.weight"] = in_place_of(weight, weight[:, index].contiguous())  # (O, kept)
         return
     for key in {f"{name}.weight", f"{name}.bias"} & state.keys():
-        state[key] = state[key][index].contiguous()  # (O, C) -> (kept, C), (O,) -> (kept,)
+        state[key] = in_place_of(state[key], state[key][index].contiguous())  # (O, C) -> (kept, C), (O,) -> (kept,)

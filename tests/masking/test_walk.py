@@ -8,6 +8,7 @@ import torch
 
 from structprune.masking.walk import Use, Walk, WalkPlan
 from structprune.models.adapter import READERS, Adapter
+from structprune.models.maps import place_of
 from structprune.statistics.scan import Limits
 
 GQA = {"n_kv_heads": 2}
@@ -177,7 +178,7 @@ def test_files_and_batches_give_the_same_numbers(tiny_model, ids, omega):
         model = tiny_model("dream")
         adapter = Adapter(model)
         walk = Walk(Adapter(copy.deepcopy(model)), adapter, plan, Limits(batch=batch, budget=budget))
-        assert (walk._prefix._states._file is None) == (budget > 0)
+        assert (place_of(walk._prefix.read(slice(0, 1))) is None) == (budget > 0)
         for view in adapter.blocks:
             score, products = walk.measure(view.index), {}
             for name, paths in LINEARS["dream"].items():

@@ -9,7 +9,7 @@ import torch
 from structprune import Config, UserError, load_model
 from structprune.models import loading
 from structprune.models.adapter import Adapter
-from structprune.runs import checkpoints
+from structprune.runs import checkpoints, load
 from structprune.runs.checkpoints import mask_checkpoint, prune_checkpoint
 from structprune.workers import Workers
 
@@ -73,13 +73,13 @@ def test_a_full_disk_is_known_before_weights_are_read(way, tiny_checkpoint, tmp_
 
 def test_a_disk_that_a_download_fills_is_known_before_the_long_work(way, tiny_checkpoint, tmp_path, monkeypatch):
     name, function, config = way
-    real, load = shutil.disk_usage, checkpoints.load_model
+    real, load_model = shutil.disk_usage, load.load_model
 
     def loaded(*arguments):
         monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100_000))
-        return load(*arguments)
+        return load_model(*arguments)
 
-    monkeypatch.setattr(checkpoints, "load_model", loaded)
+    monkeypatch.setattr(load, "load_model", loaded)
     for work in ("Pruner", "MaskRun"):
         monkeypatch.setattr(checkpoints, work, lambda *_, **__: pytest.fail("the long work began"))
     assert real(tmp_path).free > 1e6
