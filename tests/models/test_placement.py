@@ -8,6 +8,7 @@ import torch
 
 from structprune.config import Config, MemorySettings, ModelSettings
 from structprune.errors import UserError
+from structprune.models import placement
 from structprune.models.loading import load_model
 from structprune.models.placement import compute_device, pick_device, streamed, synchronise
 from structprune.models.resources import Resources, resolve_resources
@@ -60,8 +61,24 @@ def test_an_exception_brings_the_weights_home(tiny_model):
 
 
 @pytest.mark.slow
+def test_large_layers_share_one_room(monkeypatch):
+    """Each copy has the layer's values while it computes; a room is neither too small nor much too large."""
+    room, old = placement._Room(), torch.arange(8.0).view(2, 4)  # (O, C)
+    with torch.inference_mode():
+        first = room.copy(old, torch.float64)
+        assert torch.equal(first, old.double()) and not first.is_inference()
+    second = room.copy(old[:1] + 5, torch.float64)
+    assert second.data_ptr() == first.data_ptr() and torch.equal(second, old[:1].double() + 5)
+    sizes = []
+    for weight, dtype in ((torch.ones(9), torch.float64), (torch.ones(2), torch.float64), (torch.ones(2), torch.half)):
+        assert torch.equal(room.copy(weight, dtype), weight.to(dtype))
+        sizes.append((room._numbers.numel(), room._numbers.dtype))
+    assert sizes == [(9, torch.float64), (2, torch.float64), (2, torch.half)]
+
+
 @pytest.mark.parametrize("score", ["obs", "wanda", "fluctuation"])
-def test_a_streamed_run_gives_the_same_model(score, tiny_checkpoint, text_path, cpu_accelerator):
+def test_a_streamed_run_gives_the_same_model(score, tiny_checkpoint, text_path, cpu_accelerator, monkeypatch):
+    monkeypatch.setattr(placement, "SMALL_WEIGHT", 100)  # so that layers share a room
     result = []
     for offload in (False, True):
         config = Config.load(overrides={

@@ -8,7 +8,7 @@ import torch
 import structprune
 from structprune.config import Config, MemorySettings, ModelSettings
 from structprune.errors import Interrupted, UserError
-from structprune.models import maps
+from structprune.models import maps, placement
 from structprune.models.journal import Journal
 from structprune.models.loading import load_model, map_model
 from structprune.models.maps import place_of
@@ -43,6 +43,12 @@ MASKS = {
     "one-shot": {"method": "unstructured", "masking.score": "sink-wanda", "masking.order": "one-shot"},
     "owl": {"method": "unstructured", "masking.score": "magnitude", "masking.allocation": "owl"},
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def shared_room(monkeypatch):
+    """Layers of these sizes share the memory of their copies, as large ones do."""
+    monkeypatch.setattr(placement, "SMALL_WEIGHT", 100)
 
 
 def weights_of(directory) -> dict[str, str]:
