@@ -19,7 +19,7 @@ from structprune.models.checkpoint_files import is_weights, read_json, shard_nam
 from structprune.models.config_values import quantisation
 from structprune.models.headers import TensorHeader, read_header, read_headers
 from structprune.models.loading import DTYPES, read_pickle, source_of
-from structprune.models.maps import give_back_pages
+from structprune.models.maps import give_back_pages, map_shard, place_of
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.tensor_files import raw_bytes
 
@@ -64,6 +64,7 @@ def save_masked(
         if str(path) != INDEX or len(names) > 1 or names[0] != WHOLE  # else the index is left over from other shards
     ]
     needed = sum((source / path).stat().st_size for path in (*map(Path, names), *copied))
+    needed -= sum(state[name].nbytes for name in changed if _goes(state[name], stored[name]))
     value = partial(_value, state)
     directory = check_output(directory, source, overwrite, needed)
     with output_draft(directory, overwrite, files, needed) as draft:
@@ -71,7 +72,7 @@ def save_masked(
             _convert(source, draft, stored, changed, value)
         else:
             for name in names:
-                _rewrite(source / name, draft / name, changed, value)
+                _rewrite(source / name, draft / name, changed, value, partial(_move, model, state))
         _copy(copied, source, draft)
     return directory
 
@@ -134,8 +135,31 @@ def _value(state: dict[str, torch.Tensor], name: str, dtype: torch.dtype) -> tor
     return tensor
 
 
-def _rewrite(source: Path, target: Path, changed: frozenset[str], value: Value) -> None:
-    """Copy a safetensors shard with its header, replacing the bytes of the changed tensors."""
+def _goes(weight: torch.Tensor, header: TensorHeader) -> bool:
+    """Whether a weight is in a temporary file as it will be in the output, which then takes its place."""
+    place = place_of(weight)
+    return place is not None and place.temporary and weight.dtype == DTYPES.get(header.dtype)
+
+
+def _move(model: DiffusionLM, state: dict[str, torch.Tensor], name: str, header: TensorHeader, target: Path) -> None:
+    """Let a weight in a temporary file be the one that was written: the disk need not hold both."""
+    weight = model.get_parameter(name)
+    if (place := place_of(weight)) and place.dtype and _goes(weight, header):
+        state[name] = weight.data = map_shard(target, {name: header}, place.dtype)[name]
+
+
+def _rewrite(
+    source: Path,
+    target: Path,
+    changed: frozenset[str],
+    value: Value,
+    written: Callable[[str, TensorHeader, Path], None],
+) -> None:
+    """Copy a safetensors shard with its header, replacing the bytes of the changed tensors.
+
+    Args:
+        written: called after each of them.
+    """
     headers = {name: header for name, header in read_header(source).items() if name in changed}
     with source.open("rb") as old, target.open("wb") as new:
         for name, header in sorted(headers.items(), key=lambda item: item[1].span):
@@ -145,6 +169,9 @@ def _rewrite(source: Path, target: Path, changed: frozenset[str], value: Value) 
             if tensor.nbytes != end - begin:
                 raise UserError(f"{source} is damaged: {name} has {end - begin} bytes, not {tensor.nbytes}")
             new.write(raw_bytes(tensor))
+            new.flush()
+            del tensor
+            written(name, header, target)
             give_back_pages()
             old.seek(end)
         shutil.copyfileobj(old, new, CHUNK)

@@ -11,6 +11,8 @@ from safetensors import SafetensorError, safe_open
 
 from structprune.errors import Interrupted
 from structprune.files import full_disk_errors
+from structprune.models.headers import read_header
+from structprune.models.maps import map_shard, place_of
 from structprune.models.tensor_files import write_tensors
 from structprune.workers import ALONE, Workers
 
@@ -128,6 +130,19 @@ class Journal:
         """Keep a part of a stage that is no step of the run: what its end comes to is not watched."""
         if self.directory is not None:
             Journal(self.directory / stage, workers=self.workers).keep(name, notes=notes)
+
+    def map_weights(self, name: str, weights: Mapping[str, torch.Tensor]) -> None:
+        """Let weights that stay on disk lie in the file of the part that was kept of them, and in no other.
+
+        Args:
+            weights: by their names in the part, with its values.
+        """
+        if self.directory is None or self.workers.several:
+            return
+        headers = read_header(self._path(name))
+        for key, weight in weights.items():
+            if (place := place_of(weight)) and place.dtype:
+                weight.data = map_shard(self._path(name), {key: headers[key]}, place.dtype)[key]
 
     def _path(self, name: str) -> Path:
         assert self.directory is not None

@@ -34,6 +34,7 @@ class Place:
     address: int
     size: int  # bytes
     dtype: torch.dtype | None
+    temporary: bool = False
 
     def give_back(self, address: int, size: int) -> None:
         """Give back the pages of some bytes: the next use reads them from the file."""
@@ -50,9 +51,10 @@ def _advise(address: int, size: int) -> None:
 
 
 def _mapped(path: str | Path, size: int, shared: bool, dtype: torch.dtype | None) -> torch.UntypedStorage:
-    """A file's first `size` bytes. Writes reach the file where it is `shared`, and are lost with the page elsewhere."""
+    """A file's first `size` bytes. Writes reach the file where it is `shared`, as only temporary ones are, and are lost
+    with the page elsewhere."""
     storage: Any = torch.UntypedStorage.from_file(str(path), shared, size)
-    storage.place = Place(storage.data_ptr(), size, dtype)  # lives as long as the storage
+    storage.place = Place(storage.data_ptr(), size, dtype, shared)  # lives as long as the storage
     _PLACES.add(storage.place)
     return storage
 

@@ -100,10 +100,18 @@ def keep(block: BlockView, key: UnitKey, fits: list[LayerFit], journal: Journal)
     Args:
         key: the dense model's.
     """
-    linears = block.half(key[1])
-    tensors = {f"{role}.weight": linear.weight for role, linear in linears.items()}  # (O, K) each
-    tensors |= {f"{role}.bias": linear.bias for role, linear in linears.items() if linear.bias is not None}  # (O,)
+    tensors = _weights(block, key[1])
     journal.keep(part_name(key), tensors, [asdict(fit) for fit in fits])
+    journal.map_weights(part_name(key), tensors)
+
+
+def _weights(block: BlockView, kind: str) -> dict[str, torch.Tensor]:
+    """The parameters of a block's half, by their names in a part."""
+    linears = block.half(kind)
+    tensors = {f"{role}.weight": linear.weight for role, linear in linears.items()}  # (O, K) each
+    return tensors | {
+        f"{role}.bias": linear.bias for role, linear in linears.items() if linear.bias is not None
+    }  # (O,)
 
 
 def part_name(key: UnitKey) -> str:
@@ -120,6 +128,7 @@ def restore(block: BlockView, key: UnitKey, journal: Journal) -> list[LayerFit] 
         linear.weight = _parameter(kept.tensors[f"{role}.weight"], linear.weight)
         if linear.bias is not None:
             linear.bias = _parameter(kept.tensors[f"{role}.bias"], linear.bias)
+    journal.map_weights(part_name(key), _weights(block, key[1]))
     return [LayerFit(**fit) for fit in kept.notes]
 
 

@@ -76,6 +76,12 @@ class MaskedBlocks:
             "fits": [asdict(each) for each in self.fits if each.block == index],
         }
         self._run.part.keep(part_name(block), tensors, own)
+        self._map(block)
+
+    def _map(self, block: BlockView) -> None:
+        """Where weights stay on disk, use those of the part that was kept of a block."""
+        weights = {f"{role}.weight": block[role].weight for role in block.names}
+        self._run.part.map_weights(part_name(block), weights)
 
     def _restore(self, block: BlockView) -> bool:
         """Give a block what `_keep` kept; whether anything was."""
@@ -89,6 +95,7 @@ class MaskedBlocks:
             plain[role] = (kept.tensors.get(f"{role}.plain", weight), masked[role][1])
             self._note(name, bits, weight)
         install(block, masked)
+        self._map(block)
         if self._plain is not None:
             self._plain.put(block.index, plain)
         self.factored += [Factored(**each) for each in kept.notes["factored"]]

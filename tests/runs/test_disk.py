@@ -9,6 +9,7 @@ import structprune
 from structprune.config import Config, MemorySettings, ModelSettings
 from structprune.errors import Interrupted, UserError
 from structprune.models import maps, placement
+from structprune.models.adapter import Adapter
 from structprune.models.journal import Journal
 from structprune.models.loading import load_model, map_model
 from structprune.models.maps import place_of
@@ -187,3 +188,37 @@ def test_a_cpu_streams_from_disk_only(text_path):
     assert resources.weight_dtype(torch.bfloat16) == torch.float32
     with pytest.raises(UserError, match="the device is cpu: leave it off, or set it to disk"):
         resolve_resources(ModelSettings(device="cpu"), MemorySettings(offload=True))
+
+
+@pytest.mark.parametrize("case", ["structured", "masks"])
+def test_kept_parts_are_where_the_weights_lie(case, tiny_checkpoint, text_path, tmp_path):
+    """Each changed weight is on disk once: in the part that was kept of its block, also after that was read again."""
+    values = {"calibration.source": str(text_path), "memory.offload": "disk"}
+    own = SMALL | STRUCTURED["bias and head"] if case == "structured" else MASK_SMALL | MASKS["nm wanda"]
+    config = Config.load(overrides=values | own)
+    parts, sizes = tmp_path / "parts", []
+    for _ in range(2):
+        model = map_model(tiny_checkpoint(torch_dtype="bfloat16"))
+        if case == "masks":
+            result = mask(model, config, journal=Journal(parts)).model
+        else:
+            pruner = Pruner(model, config)
+            pruner.keep_in(Journal(parts))
+            result = pruner.prune().model
+        block = Adapter(result).blocks[1]
+        sizes.append({place_of(block[role].weight).size for role in block.names})
+    files = {path.stat().st_size for path in parts.rglob("block-001*.safetensors")}
+    assert sizes[0] == sizes[1] <= files
+
+
+def test_saved_weights_need_no_temporary_file(tiny_checkpoint, text_path, tmp_path):
+    """Those that are written as they are lie in the output then, which is the same model."""
+    values = MASK_SMALL | MASKS["unstructured wanda"] | {"calibration.source": str(text_path), "memory.offload": "disk"}
+    masked = mask(map_model(tiny_checkpoint(torch_dtype="bfloat16")), Config.load(overrides=values))
+    before = {name: masked.model.get_parameter(name).clone() for name in masked.masks.packed}
+    assert all(place_of(masked.model.get_parameter(name)).temporary for name in before)
+    masked.save(tmp_path / "out")
+    assert not any(place_of(masked.model.get_parameter(name)).temporary for name in before)
+    again = map_model(tmp_path / "out").state_dict()
+    for name, weight in before.items():
+        assert torch.equal(masked.model.get_parameter(name), weight) and torch.equal(again[name], weight)
