@@ -20,8 +20,8 @@ from structprune.errors import UserError
 from structprune.models.adapter import Adapter
 from structprune.recovery.settings import RecoverConfig
 from structprune.recovery.trainer import steps_of
+from structprune.runs.expected import expected_model
 from structprune.runs.ghost import read_ghost
-from structprune.runs.inspect import expected_model
 from structprune.runs.resolve import resolve_structured
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "recover"

@@ -2,9 +2,11 @@
 
 import torch
 
+from structprune.bench.disk_memory import DiskWeights
 from structprune.bench.memory import LARGEST_SHARD, RUNTIME_BYTES, live_features, transfers
 from structprune.masking.request import MaskRequest
 from structprune.models.adapter import Adapter
+from structprune.models.resources import Resources
 from structprune.statistics.norms import late_input_bytes, weighs_late
 
 
@@ -29,7 +31,7 @@ def predicted_mask_peak(adapter: Adapter, request: MaskRequest, stored: torch.dt
         "weights": weights,
         "activations of one batch": batch * sequence * live_features(adapter) if request.reads_text else 0,
         f"statistics ({request.settings.score})": _statistics_bytes(adapter, request, dtype.itemsize),
-        "one block's masks": _mask_bytes(adapter, request, dtype.itemsize),
+        "one block's masks": _mask_bytes(adapter, request, 0 if resources.on_disk else dtype.itemsize),
         "refit": _refit_bytes(adapter) if refits else 0,
         "hidden states": sum(min(size, budget) for size in stores),
         "weights before the refit": min(projections * dtype.itemsize, budget) if refits else 0,
@@ -38,8 +40,12 @@ def predicted_mask_peak(adapter: Adapter, request: MaskRequest, stored: torch.dt
     working = sum(list(parts.values())[1:5])
     stored_aside = sum(list(parts.values())[5:])
     shard = min(adapter.model.num_parameters() * stored.itemsize, LARGEST_SHARD)
-    before_refit = [projections * dtype.itemsize] if refits else []
-    files = {"temporary files": sum(size for size in (*stores, *before_refit) if size > budget)}
+    before_refit = projections * dtype.itemsize if refits else 0
+    files = {"temporary files": sum(size for size in stores if size > budget)}
+    files["temporary files"] += before_refit if before_refit > budget or resources.on_disk else 0
+    if resources.on_disk:
+        files["temporary files"] += projections * _kept_in(request, stored).itemsize
+        return _disk_peak(parts, working, DiskWeights(adapter, dtype, stored), resources) | files
     if not resources.accelerator:
         parts["peak host"] = weights + max(shard, stored_aside + working) + RUNTIME_BYTES
         return parts | files
@@ -50,6 +56,19 @@ def predicted_mask_peak(adapter: Adapter, request: MaskRequest, stored: torch.dt
     parts["peak device"] = parts["layers under way"] if resources.offload else weights
     parts["peak device"] += parts["batches under way"] + working
     return parts | files
+
+
+def _disk_peak(parts: dict[str, int], working: int, weights: DiskWeights, resources: Resources) -> dict[str, int]:
+    """The parts and peaks of a run whose weights stay on disk."""
+    held = {name: size for name, size in parts.items() if name not in ("weights", "weights before the refit")}
+    aside = parts["hidden states"] + parts["packed masks"] + RUNTIME_BYTES
+    return weights.parts | held | weights.peaks(resources, working, parts["activations of one batch"], aside)
+
+
+def _kept_in(request: MaskRequest, stored: torch.dtype) -> torch.dtype:
+    """The dtype of new weights in files: as stored, where a mask changes no other number."""
+    changes = request.reconstruct.enabled or request.score.needs == "grams"
+    return request.resources.weight_dtype(stored) if changes else stored
 
 
 def _stored_sequences(request: MaskRequest) -> tuple[int, int]:
@@ -91,7 +110,11 @@ def _statistics_bytes(adapter: Adapter, request: MaskRequest, itemsize: int) -> 
 
 
 def _mask_bytes(adapter: Adapter, request: MaskRequest, itemsize: int) -> int:
-    """A block's new weights, those and masks of its largest input in fp32, their scores or errors, and four factors."""
+    """A block's new weights, those and masks of its largest input in fp32, their scores or errors, and four factors.
+
+    Args:
+        itemsize: bytes of a new weight, 0 where it goes to a file as soon as it is there.
+    """
     block = max(adapter.blocks, key=lambda each: sum(each[role].weight.numel() for role in each.names))
     numbers = sum(block[role].weight.numel() for role in block.names)
     largest = max(sum(block[role].weight.numel() for role in roles) for roles in block.readers.values())

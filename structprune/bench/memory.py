@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from structprune.bench.disk_memory import DiskWeights
 from structprune.levels.cost import search_cost
 from structprune.models.adapter import Adapter
 from structprune.models.logits import LOGIT_BYTES
@@ -69,12 +70,11 @@ def predicted_peak(dense: Adapter, pruned: Adapter, request: StructuredRequest, 
     if request.config.search.enabled:  # beside the ranking's model; at the end there are two pruned ones
         uncut = search_cost(dense, request, dtype.itemsize).memory
         phases["search"] = max(uncut + phases["refit"], copy + max(phases["refit"], phases["held-out check"]))
-    parts = {
-        "dense weights": weights,
-        "pruned weights": copy,
-        **phases,
-        "hidden states": min(stream, budget) * streams,
-    }
+    parts = {"dense weights": weights, "pruned weights": copy, **phases}
+    parts["hidden states"] = min(stream, budget) * streams
+    if resources.on_disk:  # a cut weight is as it was stored, a refitted one as it was computed
+        files["temporary files"] += copy if refits else copy // dtype.itemsize * stored.itemsize
+        return _disk_peak(parts, phases, DiskWeights(dense, dtype, stored), request) | files
     working = max(phases.values())
     shard = min(dense.model.num_parameters() * stored.itemsize, LARGEST_SHARD)
     if not resources.accelerator:
@@ -87,6 +87,16 @@ def predicted_peak(dense: Adapter, pruned: Adapter, request: StructuredRequest, 
     parts["peak device"] = parts["layers under way"] if resources.offload else at_home
     parts["peak device"] += parts["batches under way"] + working
     return parts | files
+
+
+def _disk_peak(
+    parts: dict[str, int], phases: dict[str, int], weights: DiskWeights, request: StructuredRequest
+) -> dict[str, int]:
+    """The parts and peaks of a run whose weights stay on disk."""
+    held = {name: size for name, size in parts.items() if name not in ("dense weights", "pruned weights")}
+    blocks = max(size for name, size in phases.items() if name != "held-out check")
+    aside = parts["hidden states"] + RUNTIME_BYTES
+    return weights.parts | held | weights.peaks(request.resources, blocks, phases["held-out check"], aside)
 
 
 def transfers(adapter: Adapter, resources: Resources, batch: int, streams: int, dtype: torch.dtype) -> dict[str, int]:

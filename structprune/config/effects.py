@@ -187,5 +187,5 @@ def _common(config: Config, facts: Facts, measured: str | None) -> list[Idle]:
         ("sink", ("trajectory",), blind, "an arm that is masked or has +sink"),
         ("calibration", ("copies",), config.calibration.replays, "text, not a saved set, as calibration.source"),
         ("sink", ("alpha", "scale_free"), sink.mask == "hard", "sink.mask = soft"),
-        ("memory", ("overlap",), not facts.accelerator, "an accelerator"),
+        ("memory", ("overlap", "device_gb"), not facts.accelerator, "an accelerator"),
     ]

@@ -221,6 +221,11 @@ class ExportSettings(Section):
 class MemorySettings(Section):
     budget_gb: float = Field(8.0, gt=0)
     """Beyond this, hidden states go to temporary files and held activations are computed again."""
+    host_gb: float | None = Field(None, gt=0)
+    """Most host memory. The run then chooses what is held, streamed, read from disk, put into files or computed again,
+    by the peak that `inspect` predicts; `offload` and `budget_gb`, where they are set, stay as they are."""
+    device_gb: float | None = Field(None, gt=0)
+    """Most memory of an accelerator, in the same way."""
     rehearsal: bool | None = None
     """Before the long work, let one block go through every stage, on a few windows. Default: for weights of 1 GB and
     more."""

@@ -5,7 +5,7 @@ import torch
 from structprune.masking.blocks import install
 from structprune.masking.scores.linears import Masked
 from structprune.models.adapter import Adapter
-from structprune.models.placement import give_back_memory
+from structprune.models.placement import give_back_memory, stays_on_disk
 from structprune.statistics.hidden import empty_on_host
 
 
@@ -18,7 +18,7 @@ class PlainWeights:
             for role in block.names:
                 start, end = end, end + block[role].weight.numel()
                 self._places[block.index, role] = slice(start, end)
-        self._flat = empty_on_host((end,), adapter.dtype, budget)
+        self._flat = empty_on_host((end,), adapter.dtype, 0 if stays_on_disk(adapter.model) else budget)
 
     def put(self, index: int, masked: dict[str, Masked]) -> None:
         """Store a block's masked weights, role -> (O, C)."""

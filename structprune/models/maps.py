@@ -24,7 +24,7 @@ from structprune.errors import UserError
 from structprune.models.headers import TensorHeader
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
-CHANGED_REMEDY = "choose a smaller model, or leave memory.offload out"  # where changed weights do not fit
+CHANGED_REMEDY = "or leave the weights in memory"  # where changed weights do not fit
 
 
 @dataclass(eq=False)

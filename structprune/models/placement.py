@@ -79,6 +79,7 @@ class _Copy(NamedTuple):
 
 
 SMALL_WEIGHT = 2**18  # numbers up to which a copy has memory of its own
+COPIED_AT_ONCE = 2**24  # numbers
 WIDEST_ROOM = 4  # times what a weight needs: the head's room is not held while blocks compute
 
 
@@ -98,7 +99,16 @@ class _Room:
             self._numbers = room = None  # freed before the next is there
             with torch.inference_mode(False):  # else it could not be written to outside that mode
                 room = self._numbers = torch.empty(count, dtype=dtype)
-        return room[:count].view(weight.shape).copy_(weight.detach())
+        copy, weight = room[:count].view(weight.shape), weight.detach()
+        for part, source in zip(copy.split(_rows(weight)), weight.split(_rows(weight))):
+            part.copy_(source)
+            give_back(source)  # so that no whole weight of a file is resident beside its copy
+        return copy
+
+
+def _rows(weight: torch.Tensor) -> int:
+    """Rows of a weight (O, C) that are copied at a time."""
+    return max(1, COPIED_AT_ONCE * len(weight) // weight.numel())
 
 
 class _Weights:

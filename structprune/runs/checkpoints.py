@@ -16,6 +16,7 @@ from structprune.errors import UserError
 from structprune.masking.request import MaskRequest
 from structprune.models.adapter import Adapter
 from structprune.progress import Track, untracked
+from structprune.runs.budget import within_memory
 from structprune.runs.depth import check_levels_use
 from structprune.runs.ghost import Ghost, read_ghost
 from structprune.runs.load import load_dense
@@ -187,12 +188,14 @@ def checked_prune(
     """
     ghost = read_ghost(source, config.model)
     if config.method != "structured":
-        masks = _checked_mask(ghost, outputs, config, overwrite)
+        masks = within_memory(_checked_mask(ghost, outputs, config, overwrite), ghost.model, ghost.stored)
         _check_work(work, ghost, masks, outputs)
         return masks
     request = resolve_structured(config, ghost.model)
     if plan is not None:
         check_given_plan(request, ghost.model, plan, ghost.values)
+    least = at_ratio(request, min(outputs, key=lambda ratio: ratio or 0)) if plan is None else request  # the largest
+    request = replace(request, resources=within_memory(least, ghost.model, ghost.stored).resources)
     for count, (ratio, out) in enumerate(outputs.items(), start=1):
         if plan is None:
             at_ratio(request, ratio)

@@ -25,8 +25,9 @@ from structprune.runs.checkpoints import (
     prune_checkpoint,
 )
 from structprune.runs.evaluate import ALONE, Session
+from structprune.runs.expected import expected_model
 from structprune.runs.ghost import read_ghost
-from structprune.runs.inspect import expected_model, inspect_checkpoint, inspect_masking
+from structprune.runs.inspect import inspect_checkpoint, inspect_masking
 from structprune.runs.recover import check_places, check_request, checked, train_back, with_length
 from structprune.runs.resolve import at_ratio, resolve_structured
 from structprune.runs.schedule import Schedule, relative_ratio

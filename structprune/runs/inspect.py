@@ -9,19 +9,20 @@ from structprune.bench.mask_memory import predicted_mask_peak
 from structprune.bench.memory import predicted_peak
 from structprune.bench.work_size import mask_work_bytes, structured_work_bytes
 from structprune.calibration.build import check_length
-from structprune.config import Config, StructuredSettings
+from structprune.config import Config
 from structprune.levels.cost import search_cost
-from structprune.models.adapter import Adapter, set_widths
+from structprune.models.adapter import Adapter
 from structprune.models.families import ROLES
-from structprune.models.modeling_structprune import DiffusionLM
 from structprune.refit.masked import STEPS
+from structprune.runs.budget import within_memory
+from structprune.runs.expected import even_choices, pruned_ghost
 from structprune.runs.ghost import read_ghost
 from structprune.runs.resolve import at_ratio, check_given_plan, resolve_masking, resolve_structured
-from structprune.structured.allocate import Counts, chosen_heads, equal_heads, ratio_of
-from structprune.structured.choose import candidates, channel_multiple
+from structprune.structured.allocate import Counts, ratio_of
+from structprune.structured.choose import channel_multiple
 from structprune.structured.plan import Plan
 from structprune.structured.request import StructuredRequest
-from structprune.structured.sizes import BlockSize, block_size, forward_macs, widths_after
+from structprune.structured.sizes import block_size, forward_macs, widths_after
 
 
 def inspect_checkpoint(source: str | Path, config: Config, plan: Plan | None = None) -> dict:
@@ -46,8 +47,9 @@ def inspect_checkpoint(source: str | Path, config: Config, plan: Plan | None = N
         request = at_ratio(request, None)
     else:
         check_given_plan(request, model, plan, ghost.values)
+    request = within_memory(request, model, stored)
     settings, sizes, length = request.settings, request.sizes, request.calibration.length
-    choices, shown = _even_choices(request)
+    choices, shown = even_choices(request)
     after = Adapter(pruned_ghost(model, adapter, choices[shown], settings.gqa))
     blocks = _block_rows(adapter, after)
     before_total, after_total = (sum(row["parameters"][side] for row in blocks) for side in (0, 1))
@@ -88,38 +90,6 @@ def _latency(request: StructuredRequest) -> dict | None:
     return {"target_ms": search.target_ms, "batch": search.latency_batch, "length": length}
 
 
-def expected_model(model: DiffusionLM, request: StructuredRequest) -> DiffusionLM:
-    """A meta model of about the shapes that a run leaves of `model`: what goes is spread evenly over the blocks."""
-    choices, shown = _even_choices(request)
-    return pruned_ghost(model, Adapter(model), choices[shown], request.settings.gqa)
-
-
-def _even_choices(request: StructuredRequest) -> tuple[dict[int, Counts], int]:
-    """Attention steps per block -> counts, spread evenly, and the number of steps to show."""
-    settings, sizes = request.settings, request.sizes
-    even = settings.model_copy(update={"allocation": "uniform"}) if settings.allocation == "global" else settings
-    choices = candidates(sizes, even)
-    return choices, _shown(settings, sizes, choices)
-
-
-def _shown(settings: StructuredSettings, sizes: list[BlockSize], choices: dict[int, Counts]) -> int:
-    """Attention steps per block to show: the configured number, its share per block under `global`, or equal shares."""
-    split = settings.split
-    if not isinstance(split, int):
-        return equal_heads(sizes, settings.ratio, choices)
-    if settings.allocation != "global":
-        return chosen_heads(split, choices)
-    return min(choices, key=lambda steps: abs(steps * len(sizes) - split))
-
-
-def pruned_ghost(model: DiffusionLM, adapter: Adapter, counts: Counts, form: str) -> DiffusionLM:
-    """A model on the meta device with the widths that `counts` leave."""
-    family = adapter.family
-    widths = [widths_after(block.widths, counts, block.index, form) for block in adapter.blocks]
-    with torch.device("meta"):
-        return family.model_class(family.config_class(**set_widths(model.config.to_dict(), family, widths)))
-
-
 def _choice_row(adapter: Adapter, sizes, steps: int, counts: Counts, form: str) -> dict:
     index = max(sizes, key=lambda size: len(size.step)).index  # the first block with both kinds, if there is one
     widths = widths_after(adapter.blocks[index].widths, counts, index, form)
@@ -150,7 +120,7 @@ def inspect_masking(source: str | Path, config: Config) -> dict:
     """
     ghost = read_ghost(source, config.model)
     model, adapter = ghost.model, ghost.adapter
-    request = resolve_masking(config, model, dry_run=True)
+    request = within_memory(resolve_masking(config, model, dry_run=True), model, ghost.stored)
     if request.reads_text:
         check_length(model, request.config)
     settings = request.settings

@@ -23,6 +23,7 @@ from structprune.models.adapter import Adapter, BlockView
 from structprune.models.journal import NOWHERE, Journal
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.progress import Track, untracked
+from structprune.runs.budget import within_memory
 from structprune.runs.mask_blocks import MaskedBlocks, share_weights
 from structprune.runs.resolve import block_weights, resolve_masking
 from structprune.runs.run import Run
@@ -84,7 +85,7 @@ def mask(
         UserError: a request that cannot be met, in one line, before any forward pass.
     """
     if not isinstance(config, MaskRequest):
-        config = resolve_masking(config or Config(method="unstructured"), model)
+        config = within_memory(resolve_masking(config or Config(method="unstructured"), model), model)
     run = MaskRun(model, config, calibration, track)
     run.keep_in(journal)
     return run.run(in_place)

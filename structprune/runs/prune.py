@@ -5,6 +5,7 @@ from structprune.config import Config
 from structprune.errors import UserError
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.progress import Track, untracked
+from structprune.runs.budget import within_memory
 from structprune.runs.mask import Masked, mask
 from structprune.runs.pruned import Pruned
 from structprune.runs.pruner import Pruner
@@ -35,7 +36,7 @@ def prune(
         if plan is not None:
             raise UserError(f"a plan removes heads and channels: leave it out, or method = {config.method}")
         return mask(model, config, calibration, track)
-    request = resolve_structured(config, model)
+    request = within_memory(resolve_structured(config, model), model)
     if plan is not None:
         check_given_plan(request, model, plan, model.source.values)
     return Pruner(model, request, calibration, track).prune(plan=plan)

@@ -18,6 +18,7 @@ from structprune.models.modeling_structprune import DiffusionLM
 from structprune.progress import Track, untracked
 from structprune.refit.products import LayerFit
 from structprune.refit.reconstruct import Reconstructor, finished
+from structprune.runs.budget import within_memory
 from structprune.runs.depth import DropResult, check_levels_use, search_drops
 from structprune.runs.latency import choose_for_latency, latency_report, latency_target
 from structprune.runs.parts import levels_part, plan_digest, refit_part, scores_part
@@ -66,10 +67,9 @@ class Pruner(Run):
         workers: Workers = ALONE,
     ):
         if not isinstance(config, StructuredRequest):
-            config = resolve_structured(config or Config(), model)
-        self.request = config
-        super().__init__(model, self.request, calibration, track, workers)
-        self._levels = levels
+            config = within_memory(resolve_structured(config or Config(), model), model)
+        super().__init__(model, config, calibration, track, workers)
+        self.request, self._levels = config, levels
         if levels is not None:
             check_levels_use(self.request.config, levels)
             if not self.generates:

@@ -39,7 +39,7 @@ def resolve_structured(config: Config, model: DiffusionLM, dry_run: bool = False
     settings = config.structured
     arm = resolve_arm(settings.score, settings.arm)
     resources = resolve_resources(config.model, config.memory, dry_run)
-    if resources.offload and (learner := _backward_user(config)):
+    if resources.offload and (learner := backward_user(config)):
         raise UserError(f"{learner} needs a backward pass, which memory.offload does not do: turn one of them off")
     if resources.on_disk and config.search.enabled:
         raise UserError("search.enabled = true holds levels in memory, which memory.offload = disk is to save: use one")
@@ -68,7 +68,7 @@ def with_length(config: Config, model: DiffusionLM) -> Config:
     return config.model_copy(update={"calibration": calibration})
 
 
-def _backward_user(config: Config) -> str | None:
+def backward_user(config: Config) -> str | None:
     """What of a structured run needs gradients."""
     if SCORES[config.structured.score].needs == "gradients":
         return f"score '{config.structured.score}'"

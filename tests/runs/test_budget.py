@@ -1,0 +1,128 @@
+"""Memory that is given: what a run holds, streams or reads from disk, by what it is predicted to take."""
+
+import re
+
+import pytest
+
+from structprune.config import Config
+from structprune.errors import UserError
+from structprune.models.loading import load_model, map_model
+from structprune.models.placement import stays_on_disk
+from structprune.models.resources import Resources
+from structprune.runs import budget
+from structprune.runs.budget import within_memory
+from structprune.runs.checkpoints import mask_checkpoint, prune_checkpoint
+from structprune.runs.ghost import read_ghost
+from structprune.runs.inspect import inspect_checkpoint, inspect_masking
+from structprune.runs.mask import mask
+from structprune.runs.resolve import resolve_masking, resolve_structured
+
+EQUAL = {"structured.split": "equal", "structured.score": "wanda"}
+GPU = {"model.device": "cuda:0"}
+MASKS = {"method": "unstructured", "masking.score": "wanda", "reconstruct.enabled": False}
+
+
+@pytest.fixture
+def chosen(published_config):
+    """`chosen(host, device, **keys)`: the resources of a run at LLaDA-8B's shapes, and its predicted peaks in GB."""
+    directory = published_config("llada")
+
+    def choose(host=None, device=None, **keys) -> tuple[Resources, dict[str, float]]:
+        keys = {key.replace("__", "."): value for key, value in keys.items()} | {"memory.host_gb": host}
+        config = Config.load(overrides={"model.device": "cpu", "memory.device_gb": device} | keys)
+        ghost = read_ghost(directory, config.model)
+        resolve = resolve_structured if config.method == "structured" else resolve_masking
+        request = within_memory(resolve(config, ghost.model, dry_run=True), ghost.model, ghost.stored)
+        peaks = budget._predicted(request, ghost.model, ghost.stored)
+        return request.resources, {key: size / 1e9 for key, size in peaks.items() if key.startswith("peak")}
+
+    return choose
+
+
+@pytest.mark.parametrize("method", [EQUAL, MASKS], ids=["structured", "masks"])
+def test_a_smaller_host_means_files_and_then_the_disk(chosen, method):
+    """fp32 weights of 8 billion parameters take 32 GB, whatever else goes to files."""
+    keys = {key.replace(".", "__"): value for key, value in method.items()}
+    free, peaks = chosen(**keys)
+    assert (free.offload, free.budget) == (False, 8_000_000_000)
+    seen = []
+    for host in (peaks["peak host"] + 1, peaks["peak host"] - 1, 20.0, 8.0):
+        resources, peaks_there = chosen(host, **keys)
+        assert peaks_there["peak host"] <= host
+        seen.append((resources.offload, resources.budget < free.budget))
+    assert seen[0] == (False, False) and seen[1][0] in (False, "disk") and seen[-1] == ("disk", seen[-1][1])
+    assert [offload for offload, _ in seen] == sorted((offload for offload, _ in seen), key=str, reverse=False)
+
+
+def test_an_accelerator_holds_streams_from_the_host_or_from_disk(chosen, monkeypatch):
+    keys = {key.replace(".", "__"): value for key, value in (MASKS | GPU).items()}
+    assert chosen(device=80.0, **keys)[0].offload is False
+    assert chosen(device=8.0, host=40.0, **keys)[0].offload is True
+    small, peaks = chosen(device=8.0, host=8.0, **keys)
+    assert small.offload == "disk" and max(peaks["peak host"], peaks["peak device"]) <= 8
+
+
+def test_what_the_user_sets_stays(chosen):
+    keys = {key.replace(".", "__"): value for key, value in MASKS.items()}
+    with pytest.raises(UserError, match=r"memory.host_gb = 20 is too little: .* all weights where it computes: raise"):
+        chosen(20.0, memory__offload=False, **keys)
+    assert chosen(40.0, memory__offload="disk", **keys)[0].offload == "disk"
+    assert chosen(100.0, memory__budget_gb=3.0, **keys)[0].budget == 3_000_000_000
+    with pytest.raises(UserError, match=r"memory.host_gb = 20 is too little: .*with all weights where it computes"):
+        chosen(20.0, structured__score="taylor")  # whose backward pass holds them
+
+
+def test_the_least_is_named_where_nothing_fits(chosen):
+    keys = {key.replace(".", "__"): value for key, value in MASKS.items()}
+    with pytest.raises(UserError, match="memory.host_gb = 1 is too little") as caught:
+        chosen(1.0, **keys)
+    least = float(re.search(r"takes is ([\d.]+) GB \(host\), with weights on disk", str(caught.value))[1])
+    assert chosen(least + 0.01, **keys)[1]["peak host"] == pytest.approx(least, abs=0.01)
+    with pytest.raises(UserError, match="memory.device_gb = 8.0 has no effect without an accelerator"):
+        chosen(device=8.0, **keys)
+
+
+@pytest.mark.parametrize(
+    "run, keys", [(prune_checkpoint, EQUAL), (mask_checkpoint, MASKS)], ids=["structured", "masks"]
+)
+def test_a_run_does_what_its_dry_run_says(run, keys, tiny_checkpoint, text_path, tmp_path):
+    """A budget between the predictions with weights in memory and on disk."""
+    checkpoint = tiny_checkpoint(torch_dtype="bfloat16", vocab_size=90_000, embedding_size=90_000)
+    small = {"calibration.windows": 2, "calibration.held_out": 1, "calibration.length": 16, "calibration.interval": 25}
+    keys = keys | small | {"calibration.source": str(text_path), "model.device": "cpu"}
+
+    def peak(**more) -> int:
+        config = Config.load(overrides=keys | {f"memory.{key}": value for key, value in more.items()})
+        inspect = inspect_checkpoint if config.method == "structured" else inspect_masking
+        return inspect(str(checkpoint), config)["memory"]["peak host"]
+
+    held, disk = peak(offload=False), peak(offload="disk")
+    assert disk < held
+    between = (held + disk) / 2e9
+    assert peak(host_gb=between) == disk and peak(host_gb=held / 1e9 + 0.01) == held
+    config = Config.load(overrides=keys | {"memory.host_gb": between})
+    assert stays_on_disk(run(str(checkpoint), tmp_path / "out", config).result.model)
+
+
+def test_a_loaded_model_is_only_checked(tiny_checkpoint, text_path):
+    config = Config.load(overrides=MASKS | {"memory.host_gb": 0.1, "calibration.source": str(text_path)})
+    with pytest.raises(UserError, match="memory.host_gb = 0.1 is too little: .*, with all weights where it computes"):
+        mask(load_model(tiny_checkpoint()), config)
+    on_disk = Config.load(overrides=MASKS | {"memory.host_gb": 0.1, "memory.offload": "disk"})
+    with pytest.raises(UserError, match="memory.host_gb = 0.1 is too little: .*, with weights on disk"):
+        mask(map_model(tiny_checkpoint()), on_disk)
+
+
+def test_predictions_on_disk_by_hand(published_config):
+    """LLaDA-8B in fp32 over bf16: copies of the widest layers of two models, or of the head, and a few pages."""
+    config = Config.load(overrides=MASKS | {"memory.offload": "disk", "model.device": "cpu"})
+    memory = inspect_masking(published_config("llada"), config)["memory"]
+    widest, pages = 4096 * 12288, 2 * 2**24
+    assert memory["weights on disk"] == 2 * 8_015_581_184 and "weights" not in memory
+    assert memory["layers under way"] == 2 * 4 * widest + pages
+    assert memory["head under way"] == 4 * 126464 * 4096 + pages
+    assert memory["one block's masks"] == 21 * 2 * widest  # the new weights go to files as soon as they are there
+    projections = 32 * (4 * 4096**2 + 3 * widest)
+    working = memory["layers under way"] + memory["activations of one batch"] + memory["one block's masks"]
+    assert memory["peak host"] == working + projections // 8 + 450_000_000 + memory["hidden states"]
+    assert memory["temporary files"] == 2 * projections + 4 * 4096 * 2048 * 128 * 10 * (memory["hidden states"] == 8e9)
