@@ -1,4 +1,4 @@
-"""The tables of what things cost: dry runs, attention mass, and masks beside the released implementation."""
+"""The tables of what things cost: dry runs, weights on disk, attention mass, and masks beside the released code."""
 
 from scripts.readme.readme_common import machine, ranged, table
 
@@ -26,6 +26,42 @@ def cost(inspected: dict, search: dict, mass: dict) -> str:
         f" {machine(inspected['machine'])}. Predicted, not measured: bf16, 128 windows of 4,096 tokens, 10 levels."
     )
     return f"{table(header, rows)}\n\n{note}\n\n{_search(search)}\n\n{_attention_mass(mass)}"
+
+
+def offload(results: dict) -> str:
+    """Runs whose weights stay on disk: peaks beside predictions, times, and what they cost beside holding the weights.
+
+    Args:
+        results: of scripts/bench/bench_offload.py.
+    """
+    header = [
+        "size", "run", "weights", "peak memory", "predicted", "predicted / measured", "time", "of a core",
+        "waiting for the disk", "read",
+    ]  # fmt: skip
+    rows = []
+    for row in results["rows"]:
+        peaks = (f"{row[key] / 1e9:.2f} GB" for key in ("peak_bytes", "predicted_bytes"))
+        waiting = max(0.0, row["seconds"] - row["core_seconds"] - row["queued_seconds"]) / row["seconds"]
+        rows.append([
+            row["size"], row["run"], row["way"], *peaks, f"{row['predicted_bytes'] / row['peak_bytes']:.2f}x",
+            f"{row['seconds']:.0f} s", f"{row['core_seconds']:.0f} s", f"{waiting:.0%}",
+            f"{row['read_bytes'] / 1e9:.1f} GB",
+        ])  # fmt: skip
+    pairs = [
+        [each["size"], each["run"], f"{each['peak_bytes_ratio']:.2f}x", f"{each['core_seconds_ratio']:.2f}x",
+         f"{each['seconds_ratio']:.2f}x", "yes" if each["same"] else "no"]
+        for each in results["compared"]
+    ]  # fmt: skip
+    names = ["size", "run", "disk / held: peak memory", "seconds of a core", "time", "same bytes"]
+    volume = results["volume"]
+    note = (
+        "`python -m scripts.bench.bench_offload`, from [`offload.json`](scripts/results/offload.json): LLaDA shapes"
+        f" with random bf16 weights, computed in fp32 on one thread of a shared core; {machine(results['machine'])}."
+        f" {volume['windows']} windows of {volume['window']} tokens at {volume['levels']} levels. Time: with the wait"
+        " for the core, which others used too; waiting for the disk: of the time, what is neither that nor"
+        " computation. Read: from the disk, beyond what the system's cache held."
+    )
+    return f"{table(header, rows)}\n\n{table(names, pairs)}\n\n{note}"
 
 
 def _search(result: dict) -> str:

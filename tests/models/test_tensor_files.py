@@ -3,10 +3,10 @@
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from structprune.errors import UserError
-from structprune.models.tensor_files import write_tensors
+from structprune.models.tensor_files import NAMES, write_streamed, write_tensors
 
 METADATA = {f"key {number}": f"value {number}" for number in range(20)}  # 20! orders
 TENSORS = {"b": torch.arange(6).view(2, 3), "a": torch.tensor([[0.5]]), "empty": torch.zeros(0, 4)}
@@ -59,3 +59,20 @@ def test_a_failure_leaves_what_was_there(step, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"file cannot be written \(No space left on device\)$"):
         write_tensors(path, TENSORS, METADATA)
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_written_tensor_by_tensor_is_the_librarys(tmp_path):
+    """Byte for byte, with every dtype, names that need an escape, and equal dtypes in the order of names."""
+    tensors = {f'{name} ä"x': torch.arange(6).view(2, 3).to(getattr(torch, name)) for name in NAMES}
+    tensors |= {"b": torch.randn(4, 3).bfloat16(), "a": torch.ones(3).bfloat16(), "one": torch.tensor(2.0)}
+    save_file(tensors, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
+    reads = []
+
+    def read(name):
+        reads.append(name)
+        return tensors[name]
+
+    headers = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
+    write_streamed(tmp_path / "ours.safetensors", headers, read, {"format": "pt"})
+    assert (tmp_path / "ours.safetensors").read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
+    assert sorted(reads) == sorted(tensors)

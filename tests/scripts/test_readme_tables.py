@@ -243,3 +243,24 @@ def test_peaks_that_are_not_known_are_left_open(scripts):
     assert "| levels | 4 s | 10 s | 2.50x |" in text and "| peak memory | 4 MB | 8 MB | 2.00x |" in text
     assert "| 64 | 1.0 ms | 2.0 ms | 2.00x | 5 MB | ? | ? | 2.00x |" in text
     assert "| LLaDA-8B | 4.0 s | 0.40 GB | 8.000 B → 4.000 B | 29 GB | 56 GB |" in text
+
+
+def test_runs_from_disk_show_predictions_and_what_the_disk_took(scripts):
+    row = {
+        "size": "1B", "run": "wanda", "way": "disk", "peak_bytes": 2e9, "predicted_bytes": 2.2e9, "seconds": 100.0,
+        "core_seconds": 50.0, "queued_seconds": 40.0, "read_bytes": 3.2e9,
+    }  # fmt: skip
+    pair = {
+        "size": "1B", "run": "wanda", "peak_bytes_ratio": 0.25, "core_seconds_ratio": 1.5, "seconds_ratio": 2.0,
+        "same": True,
+    }  # fmt: skip
+    volume = {"windows": 2, "window": 64, "levels": 2}
+    results = {
+        "machine": {"cores": 2, "processor": "P", "torch": "2"},
+        "volume": volume,
+        "rows": [row],
+        "compared": [pair],
+    }
+    text = scripts("readme_costs").offload(results)
+    assert "| 1B | wanda | disk | 2.00 GB | 2.20 GB | 1.10x | 100 s | 50 s | 10% | 3.2 GB |" in text
+    assert "| 1B | wanda | 0.25x | 1.50x | 2.00x | yes |" in text and "2 windows of 64 tokens at 2 levels" in text
