@@ -237,6 +237,14 @@ class MemorySettings(Section):
     faster, with more memory. Off until a GPU has shown it right: its copies on CUDA streams never ran on one yet (stage
     `overlap` of scripts/gpu/gpu_report.py checks that weights stay bit-equal)."""
 
+    @field_validator("offload", mode="before")
+    @classmethod
+    def _a_place(cls, value: Any) -> Any:
+        """One message, not one for each of the types that it may have."""
+        if str(value) != "disk" and str(value).lower() not in ("true", "false"):
+            raise PydanticCustomError("place", "Input should be true, false or disk")
+        return value
+
 
 class Config(Sections):
     """Every choice of a pruning run, by section."""

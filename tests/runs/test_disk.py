@@ -175,6 +175,12 @@ def test_what_cannot_be_read_from_disk_is_refused(choice, tiny_model):
         resolve_structured(Config.load(overrides={key: value, "memory.offload": "disk"}), tiny_model())
 
 
+@pytest.mark.parametrize("value", ["cloud", "2", "Disk"])
+def test_another_place_is_refused(value):
+    with pytest.raises(UserError, match=f"memory.offload = '{value}': input should be true, false or disk"):
+        Config.load(overrides={"memory.offload": value})
+
+
 def test_a_model_and_its_run_agree_on_the_place_of_weights(tiny_checkpoint, text_path):
     config = {"calibration.source": str(text_path)} | SMALL
     for load, offload in ((load_model, "disk"), (map_model, False)):
