@@ -50,6 +50,8 @@ class DiskWeights:
             aside: on the host at any time.
         """
         parts, read = self.parts, READ * self.widest
+        if resources.overlap:  # the next layer is copied while one computes
+            parts = {name: 2 * size for name, size in parts.items()}
         working = max(parts["layers under way"] + max(blocks, read), parts["head under way"] + check)
         if not resources.accelerator:
             return {"peak host": aside + working}

@@ -45,6 +45,7 @@ def predicted_mask_peak(adapter: Adapter, request: MaskRequest, stored: torch.dt
     files["temporary files"] += before_refit if before_refit > budget or resources.on_disk else 0
     if resources.on_disk:
         files["temporary files"] += projections * _kept_in(request, stored).itemsize
+        parts |= transfers(adapter, resources, batch * sequence * adapter.hidden_size, sum(map(bool, stores)), dtype)
         return _disk_peak(parts, working, DiskWeights(adapter, dtype, stored), resources) | files
     if not resources.accelerator:
         parts["peak host"] = weights + max(shard, stored_aside + working) + RUNTIME_BYTES
@@ -59,10 +60,16 @@ def predicted_mask_peak(adapter: Adapter, request: MaskRequest, stored: torch.dt
 
 
 def _disk_peak(parts: dict[str, int], working: int, weights: DiskWeights, resources: Resources) -> dict[str, int]:
-    """The parts and peaks of a run whose weights stay on disk."""
-    held = {name: size for name, size in parts.items() if name not in ("weights", "weights before the refit")}
-    aside = parts["hidden states"] + parts["packed masks"] + RUNTIME_BYTES
-    return weights.parts | held | weights.peaks(resources, working, parts["activations of one batch"], aside)
+    """The parts and peaks of a run whose weights stay on disk.
+
+    Args:
+        parts: those of a run that holds its weights, with what copies to an accelerator hold. working: of a block.
+    """
+    held = ("weights", "weights before the refit")
+    parts = {name: size for name, size in (parts | weights.parts).items() if name not in held}
+    check, moved = parts["activations of one batch"], parts["batches under way"]
+    aside = parts["hidden states"] + parts["packed masks"] + parts["pinned buffers"] + RUNTIME_BYTES
+    return parts | weights.peaks(resources, working + moved, check + moved, aside)
 
 
 def _kept_in(request: MaskRequest, stored: torch.dtype) -> torch.dtype:

@@ -74,6 +74,7 @@ def predicted_peak(dense: Adapter, pruned: Adapter, request: StructuredRequest, 
     parts["hidden states"] = min(stream, budget) * streams
     if resources.on_disk:  # a cut weight is as it was stored, a refitted one as it was computed
         files["temporary files"] += copy if refits else copy // dtype.itemsize * stored.itemsize
+        parts |= transfers(dense, resources, size.once * dense.hidden_size, streams, dtype)
         return _disk_peak(parts, phases, DiskWeights(dense, dtype, stored), request) | files
     working = max(phases.values())
     shard = min(dense.model.num_parameters() * stored.itemsize, LARGEST_SHARD)
@@ -92,11 +93,16 @@ def predicted_peak(dense: Adapter, pruned: Adapter, request: StructuredRequest, 
 def _disk_peak(
     parts: dict[str, int], phases: dict[str, int], weights: DiskWeights, request: StructuredRequest
 ) -> dict[str, int]:
-    """The parts and peaks of a run whose weights stay on disk."""
-    held = {name: size for name, size in parts.items() if name not in ("dense weights", "pruned weights")}
+    """The parts and peaks of a run whose weights stay on disk.
+
+    Args:
+        parts: those of a run that holds its weights, with what copies to an accelerator hold.
+    """
+    parts = {name: size for name, size in (parts | weights.parts).items() if not name.endswith(" weights")}
     blocks = max(size for name, size in phases.items() if name != "held-out check")
-    aside = parts["hidden states"] + RUNTIME_BYTES
-    return weights.parts | held | weights.peaks(request.resources, blocks, phases["held-out check"], aside)
+    check, moved = phases["held-out check"], parts["batches under way"]
+    aside = parts["hidden states"] + parts["pinned buffers"] + RUNTIME_BYTES
+    return parts | weights.peaks(request.resources, blocks + moved, check + moved, aside)
 
 
 def transfers(adapter: Adapter, resources: Resources, batch: int, streams: int, dtype: torch.dtype) -> dict[str, int]:

@@ -5,6 +5,7 @@ import torch
 from structprune.masking.blocks import install
 from structprune.masking.scores.linears import Masked
 from structprune.models.adapter import Adapter
+from structprune.models.maps import give_back
 from structprune.models.placement import give_back_memory, stays_on_disk
 from structprune.statistics.hidden import empty_on_host
 
@@ -23,7 +24,9 @@ class PlainWeights:
     def put(self, index: int, masked: dict[str, Masked]) -> None:
         """Store a block's masked weights, role -> (O, C)."""
         for role, (weight, keep) in masked.items():
-            self._flat[self._places[index, role]] = torch.where(keep, weight, 0.0).flatten().cpu()
+            stored = self._flat[self._places[index, role]]  # (O*C,)
+            stored.copy_(torch.where(keep, weight, 0.0).flatten())
+            give_back(stored)
 
     def weight(self, index: int, role: str) -> torch.Tensor:
         """What was stored of a projection, (O, C)."""

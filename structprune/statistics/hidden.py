@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 
 from structprune.models.adapter import Adapter
-from structprune.models.maps import file_tensor
+from structprune.models.maps import file_tensor, give_back
 from structprune.models.transfer import StagedRows, lane_to, send
 
 REMEDY = "raise memory.budget_gb, or lower calibration.windows"  # of a pruning run
@@ -43,6 +43,7 @@ class HiddenStates:
         self._states = empty_on_host(shape, adapter.dtype, budget, remedy)  # (R, T, C)
         lane = lane_to(adapter.device) if overlap else None
         self._staged = None if lane is None else StagedRows(self._states, lane, batch)
+        self._used: slice | None = None  # rows, the last ones
         self.rotary = adapter.model.rotary(ids.shape[1], adapter.device)
         for rows in self.slices():
             self.write(rows, adapter.model.embedding(send(ids[rows], adapter.device)))
@@ -52,14 +53,22 @@ class HiddenStates:
         for start in range(0, len(self._states), self._batch):
             yield slice(start, start + self._batch)
 
+    def _give_back_before(self, rows: slice) -> None:
+        """Before some rows are used: give back a file's pages of those before, which would stay in memory else."""
+        if self._used is not None and self._used != rows:
+            give_back(self._states[self._used])
+        self._used = rows
+
     def read(self, rows: slice) -> torch.Tensor:
         """Hidden states of some sequences on the model's device, (b, T, C)."""
+        self._give_back_before(rows)
         if self._staged is not None:
             return self._staged.read(rows)
         return self._states[rows].to(self._adapter.device)
 
     def write(self, rows: slice, states: torch.Tensor) -> None:
         """Replace the hidden states of some sequences by (b, T, C), which must not change afterwards."""
+        self._give_back_before(rows)
         if self._staged is not None:
             self._staged.write(rows, states)
         else:

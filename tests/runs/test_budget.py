@@ -126,3 +126,15 @@ def test_predictions_on_disk_by_hand(published_config):
     working = memory["layers under way"] + memory["activations of one batch"] + memory["one block's masks"]
     assert memory["peak host"] == working + projections // 8 + 450_000_000 + memory["hidden states"]
     assert memory["temporary files"] == 2 * projections + 4 * 4096 * 2048 * 128 * 10 * (memory["hidden states"] == 8e9)
+
+
+def test_predictions_on_an_accelerator(chosen):
+    """Its copies of layers are the device's; the host has the pages of one, and buffers where copies overlap."""
+    keys = {key.replace(".", "__"): value for key, value in (MASKS | GPU).items()} | {"memory__offload": "disk"}
+    plain, ahead = (chosen(memory__overlap=overlap, **keys)[1] for overlap in (False, True))
+    head, widest, pages = 2 * 126464 * 4096, 4096 * 12288, 2 * 2**24
+    batch = 2048 * 2 * 4096  # a sequence's hidden states
+    assert 1e9 * (ahead["peak host"] - plain["peak host"]) == pytest.approx(4 * 2**26)
+    layers = 2 * 2 * widest + pages
+    assert 1e9 * (ahead["peak device"] - plain["peak device"]) == pytest.approx(layers + 2 * batch)
+    assert 1e9 * plain["peak host"] > head + 450_000_000 and plain["peak device"] < 6

@@ -3,8 +3,10 @@
 import copy
 import errno
 import os
+import re
 import tempfile
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -145,3 +147,24 @@ def test_bytes_of_a_file_are_reserved_where_the_file_system_can(monkeypatch):
     assert empty_on_host((3, 4), torch.float64, 0).shape == (3, 4) and sizes == [(0, 96)]
     monkeypatch.delattr(os, "posix_fallocate")
     assert empty_on_host((3, 4), torch.float64, 0).shape == (3, 4)
+
+
+def resident(place) -> int:
+    """Bytes of a mapping that are in memory, by the system's count."""
+    pattern = rf"^{place.address:x}-.*?^Rss:\s+(\d+) kB"
+    text = Path("/proc/self/smaps").read_text(encoding="utf-8")
+    return 1024 * int(re.search(pattern, text, re.MULTILINE | re.DOTALL)[1])
+
+
+@torch.inference_mode()
+def test_states_in_a_file_are_resident_batch_by_batch(tiny_model):
+    """All of them would be in memory until a block's end else, whatever their budget."""
+    adapter = Adapter(tiny_model())
+    ids = torch.zeros(64, 512, dtype=torch.int64)  # (R, T)
+    states = HiddenStates(adapter, ids, 1, budget=0)  # 4 MB
+    place = place_of(states._states)
+    for rows in states.slices():
+        states.write(rows, states.read(rows) + 1)
+        assert resident(place) <= 3 * 512 * 32 * 4 + 2**16
+    expected = adapter.model.embedding(ids[:1]) + 1
+    assert all(torch.equal(states.read(rows), expected) for rows in states.slices())
