@@ -1,6 +1,7 @@
 """structprune: prune masked diffusion language models into smaller dense ones.
 
     load_model          a checkpoint directory or Hub id -> the model
+    map_model           the same, whose weights stay in their files
     load_tokenizer      its tokenizer
     Config              every choice of a pruning run, by section
     load_calibration    text -> calibration windows and their noise

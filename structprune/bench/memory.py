@@ -100,6 +100,8 @@ def _disk_peak(
     """
     parts = {name: size for name, size in (parts | weights.parts).items() if not name.endswith(" weights")}
     blocks = max(size for name, size in phases.items() if name != "held-out check")
+    if request.reconstruct.enabled and request.reconstruct.head:  # the head's weight, before and after
+        blocks = max(blocks, 2 * weights.adapter.vocabulary * weights.adapter.hidden_size * weights.dtype.itemsize)
     check, moved = phases["held-out check"], parts["batches under way"]
     aside = parts["hidden states"] + parts["pinned buffers"] + RUNTIME_BYTES
     return parts | weights.peaks(request.resources, blocks + moved, check + moved, aside)

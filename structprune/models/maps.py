@@ -24,6 +24,7 @@ from structprune.errors import UserError
 from structprune.models.headers import TensorHeader
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+COMPARED = 2**24  # numbers that are compared at a time
 CHANGED_REMEDY = "or leave the weights in memory"  # where changed weights do not fit
 
 
@@ -136,12 +137,11 @@ def on_disk(value: torch.Tensor, dtype: torch.dtype, narrow: torch.dtype | None 
     Raises:
         UserError: the temporary directory is too full.
     """
-    value = value.detach().cpu()
-    stored = value.to(dtype)
+    stored, kept = value.detach().to("cpu", dtype), dtype
     if narrow is not None and narrow.itemsize < dtype.itemsize:
-        small = stored.to(narrow)
-        stored = small if torch.equal(small.to(dtype), stored) else stored
-    tensor = file_tensor(tuple(value.shape), stored.dtype, CHANGED_REMEDY, dtype)
+        parts = stored.flatten().split(COMPARED)
+        kept = narrow if all(torch.equal(part.to(narrow).to(dtype), part) for part in parts) else dtype
+    tensor = file_tensor(tuple(value.shape), kept, CHANGED_REMEDY, dtype)
     tensor.copy_(stored)
     give_back(tensor)
     return tensor
@@ -149,9 +149,11 @@ def on_disk(value: torch.Tensor, dtype: torch.dtype, narrow: torch.dtype | None 
 
 def in_place_of(old: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """`value` as a weight like `old`: on its device and in its dtype, or on disk where `old` is."""
-    place = place_of(old)
+    place, own = place_of(old), place_of(value)
     if place is None or place.dtype is None:
         return value.to(old.device, old.dtype)
+    if own is not None and own.dtype == place.dtype:
+        return value
     return on_disk(value, place.dtype, old.dtype)
 
 

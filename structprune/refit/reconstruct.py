@@ -107,11 +107,9 @@ def keep(block: BlockView, key: UnitKey, fits: list[LayerFit], journal: Journal)
 
 def _weights(block: BlockView, kind: str) -> dict[str, torch.Tensor]:
     """The parameters of a block's half, by their names in a part."""
-    linears = block.half(kind)
-    tensors = {f"{role}.weight": linear.weight for role, linear in linears.items()}  # (O, K) each
-    return tensors | {
-        f"{role}.bias": linear.bias for role, linear in linears.items() if linear.bias is not None
-    }  # (O,)
+    linears = block.half(kind).items()
+    # (O, K) and (O,) each
+    return {f"{role}.{name}": value for role, linear in linears for name, value in linear.named_parameters()}
 
 
 def part_name(key: UnitKey) -> str:

@@ -64,6 +64,7 @@ def test_a_changed_weight_is_kept_exactly():
     new = in_place_of(stored, third)
     assert place_of(new) and new.dtype == torch.float32 and torch.equal(new, third.float())
     assert in_place_of(stored, stored * 2).dtype == torch.bfloat16
+    assert in_place_of(new, stored) is stored  # it has a file already
     held = in_place_of(torch.zeros(2, dtype=torch.bfloat16), third)
     assert place_of(held) is None and held.dtype == torch.bfloat16
 
