@@ -48,7 +48,7 @@ def obstacles(config, source_values: dict | None) -> dict[str, str]:
 
 
 def _head_obstacle(config, family: Family, source_values: dict | None) -> str | None:
-    """Why the family's own code cannot have a model's attention: where its heads share out the hidden size.
+    """Why the family's own code cannot have a model's attention; None too where it reads `head_dim`.
 
     A source of that layout that structprune did not write is taken to be loaded by that code as it is.
     """
@@ -127,9 +127,8 @@ def auto_map(family: Family, shifted: bool | None = None) -> dict[str, dict[str,
         return {}
     config, model = (f"{place}.{each.__name__}" for place, each in zip(places, classes))
     models = ["AutoModel", "AutoModelForCausalLM"]
-    if not (
-        family.model_class.shifted if shifted is None else shifted
-    ):  # a fill-mask pipeline reads the logits at the mask itself
+    shifted = family.model_class.shifted if shifted is None else shifted
+    if not shifted:  # a fill-mask pipeline reads the logits at the mask itself
         models.append("AutoModelForMaskedLM")
     return {"auto_map": {"AutoConfig": config, **dict.fromkeys(models, model)}}
 

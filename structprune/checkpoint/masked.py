@@ -56,7 +56,9 @@ def save_masked(
     """
     source, changed = _intact_source(model), frozenset(changed)
     names = shard_names(source, allow_pickle=True)
-    stored, state = _read_stored(source, names), model.stored_state()
+    stored, followers = _read_stored(source, names), model.followers
+    changed |= {name for name, leader in followers.items() if name in stored and leader in changed}
+    state = {name: value for name, value in model.state_dict().items() if name in stored or name not in followers}
     _check(stored, state, changed, source)
     copied = [
         path

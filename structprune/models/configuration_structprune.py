@@ -94,9 +94,9 @@ def published_values(config, heads: int, hidden: int) -> dict:
     defaults = PretrainedConfig().to_dict().items()
     values = {key: value for key, value in config.to_dict().items() if (key, value) not in defaults}
     values = {key: value for key, value in values.items() if key not in absent}
-    if config.head_dim * heads == hidden and not config.reads_head_dim:
+    if config.head_dim * heads == hidden and not getattr(config, "reads_head_dim", False):
         del values["head_dim"]
-    return config.in_own_layout(values)
+    return config.in_own_layout(values) if isinstance(config, LayoutConfig) else values
 
 
 class StructpruneLLaDAConfig(LayoutConfig):

@@ -103,8 +103,8 @@ class DiffusionLM(PreTrainedModel):
 
     def load_state_dict(self, state_dict, strict=True, assign=False):
         """As in torch; weights that are another one may be absent, and stay that one."""
-        followers = {name: leader for name, leader in self.followers.items() if name not in state_dict}
-        whole = {**state_dict, **{name: state_dict[leader] for name, leader in followers.items()}}
+        leaders = {name: leader for name, leader in self.followers.items() if leader in state_dict}
+        whole = {**{name: state_dict[leader] for name, leader in leaders.items()}, **state_dict}
         result = super().load_state_dict(whole, strict, assign)
         self.tie_head()
         return result

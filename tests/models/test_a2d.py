@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from structprune import load_model, save_pruned
 from structprune.checkpoint.export import obstacles
+from structprune.checkpoint.masked import save_masked
 from structprune.config import Config, ExportSettings
 from structprune.errors import UserError
 from structprune.evaluation.texts import Texts
@@ -107,6 +108,18 @@ def test_a_head_that_follows_the_embedding_is_one_weight(tiny_checkpoint, tmp_pa
         assert json.loads((saved / "config.json").read_text())["tie_word_embeddings"] is True
         with torch.no_grad():
             assert torch.equal(load_model(saved)(ids_of()).logits, model(ids_of()).logits)
+
+
+def test_where_a_file_holds_both_they_change_together(tiny_checkpoint, tmp_path):
+    directory = tiny_checkpoint("a2d-qwen3")
+    state = load_file(directory / "model.safetensors")
+    save_file(state | {HEAD: state[EMBEDDING].clone()}, directory / "model.safetensors")
+    model = load_model(directory)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(2)
+    written = load_file(save_masked(model, tmp_path / "out", changed=[EMBEDDING]) / "model.safetensors")
+    assert torch.equal(written[HEAD], 2 * state[EMBEDDING]) and torch.equal(written[HEAD], written[EMBEDDING])
+    assert load_model(tmp_path / "out").lm_head.weight.equal(written[HEAD])
 
 
 def test_a_head_of_its_own_under_a_config_that_ties_is_refused(tiny_checkpoint):
