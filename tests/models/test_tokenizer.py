@@ -120,7 +120,8 @@ def test_an_endless_template_is_ended(monkeypatch):
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     assert render_chat(tokenizer, [{"content": "a"}, {"content": "b"}]) == "ab"
     tokenizer.chat_template = "{{ enable_thinking }}"  # as Qwen3's, which thinks where it is not told
-    assert render_chat(tokenizer, []) == "False" and render_chat(tokenizer, [], enable_thinking=True) == "True"
+    assert render_chat(tokenizer, [{"content": "a"}]) == "False"
+    assert render_chat(tokenizer, [{"content": "a"}], enable_thinking=True) == "True"
 
 
 def refuse(*_):
