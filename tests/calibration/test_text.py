@@ -28,7 +28,7 @@ def parquet(path, rows) -> str:
 class Templated:
     chat_template = "some"
 
-    def apply_chat_template(self, messages, tokenize):
+    def apply_chat_template(self, messages, tokenize, **options):
         assert tokenize is False
         return "".join(f"<{turn['role']}>{turn['content']}" for turn in messages)
 
