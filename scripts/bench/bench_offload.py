@@ -42,6 +42,7 @@ STRUCTURED = {
 RUNS: dict[str, dict] = {
     "structured": STRUCTURED | {"reconstruct.producers": False},
     "structured without refit": STRUCTURED | {"reconstruct.enabled": False},
+    "magnitude without a check": MASKS | {"masking.score": "magnitude", "calibration.held_out": 0},
 } | {
     score: MASKS | {"masking.score": score}
     for score in ("magnitude", "wanda", "sink-wanda", "sparsegpt", "sink-sparsegpt")
@@ -80,11 +81,17 @@ def settings_of(name: str, way: str) -> dict:
     return RUNS[name] | {"memory.offload": WAYS[way], "model.device": "cpu"}
 
 
+def reads_text(values: dict) -> bool:
+    """Whether anything of a run looks at text."""
+    return values.get("calibration.held_out") != 0
+
+
 def predicted(checkpoint: Path, values: dict) -> int:
     """Bytes at the peak, by the dry run."""
     volume = {"windows": VOLUME["windows"], "held_out": VOLUME["held_out"], "length": VOLUME["window"]}
     volume |= {"interval": 50 // VOLUME["levels"]}
-    config = Config.load(overrides=values | {f"calibration.{key}": value for key, value in volume.items()})
+    text = {f"calibration.{key}": value for key, value in volume.items()}
+    config = Config.load(overrides=values | (text if reads_text(values) else {}))
     inspect = inspect_checkpoint if config.method == "structured" else inspect_masking
     return inspect(str(checkpoint), config)["memory"]["peak host"]
 
@@ -114,7 +121,8 @@ def measure(size: str, name: str, way: str, folder: Path) -> dict:
     checkpoint, text = make(size, folder)
     values, out = settings_of(name, way), folder / "out"
     shutil.rmtree(out, ignore_errors=True)
-    command = [sys.executable, "-c", PROGRAM, checkpoint, out, json.dumps(values | {"calibration.source": str(text)})]
+    source = {"calibration.source": str(text)} if reads_text(values) else {}
+    command = [sys.executable, "-c", PROGRAM, checkpoint, out, json.dumps(values | source)]
     environment = os.environ | {"TMPDIR": str(folder), "OMP_NUM_THREADS": "1"}
     row = run_json(command, f"{name} at {size}, {way}, failed", "see the message", env=environment)
     row |= {"size": size, "run": name, "way": way, "predicted_bytes": predicted(checkpoint, values)}
