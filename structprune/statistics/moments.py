@@ -45,7 +45,7 @@ def consumer_moments(scan: Scan, arm: str) -> dict[ConsumerKey, Moments]:
     tokens = windows * calibration.levels * calibration.length
     fits = held_input_bytes(adapter, tokens, adapter.dtype.itemsize) <= scan.limits.budget
     starts = range(0, len(ids), windows)
-    parts = PassParts(scan, f"moments-{arm}", ids.flatten(0, 1), len(starts))
+    parts = PassParts(scan, f"moments-{arm}", ids.flatten(0, 1), windows * ids.shape[1])
     done, sums = parts.restore()
     totals |= from_tensors(sums, adapter.device)
     for number, start in enumerate(scan.track(starts[done:], f"moments ({arm})"), done + 1):

@@ -52,7 +52,7 @@ def one_shot_norms(scan: Scan, arm: str, summed: bool = False, relative: bool = 
         weights = arm_weights(measure_mass(scan), arm, scan.sink).flatten(0, 1)  # (N*R, T)
     batch, ids = scan.sequences(ids.shape[1]), ids.flatten(0, 1)  # (R, T)
     late_pass, starts = _LatePass(adapter, norms, scan.sink, relative), range(0, len(ids), batch)
-    parts = PassParts(scan, f"norms-{arm}-{'summed' * summed}-{'relative' * relative}", ids, len(starts))
+    parts = PassParts(scan, f"norms-{arm}-{'summed' * summed}-{'relative' * relative}", ids, batch)
     done, sums = parts.restore()
     norms.restore(sums, adapter.device)
     for number, start in enumerate(scan.track(starts[done:], f"norms ({arm})"), done + 1):

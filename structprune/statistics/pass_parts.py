@@ -21,32 +21,29 @@ def rows_digest(workers: Workers, own: torch.Tensor) -> str:
 class PassParts:
     """What a pass has summed so far; of several processes, which have sums of their own, the first keeps all.
 
-    Every process reads `batches` batches. It calls `restore` before them and `keep` after each, and passes on the
-    attention mass that it meets by `observe`.
+    Every process reads its rows in batches of one size. It calls `restore` before them and `keep` after each, and
+    passes on the attention mass that it meets by `observe`.
 
     Args:
         name: of the pass, and of all that decides its sums beside its rows.
-        ids: (R, T) this process's rows.
+        ids: (R, T) this process's rows. size: of them in a batch, the last of which may have fewer.
     """
 
-    def __init__(self, scan: Scan, name: str, ids: torch.Tensor, batches: int):
-        self._scan, self._batches = scan, batches
+    def __init__(self, scan: Scan, name: str, ids: torch.Tensor, size: int):
+        self._scan, self._batches = scan, -(-len(ids) // size)
         self._masses: list[torch.Tensor] = []
         self._kept, self._name = 0, ""
         if scan.journal.directory is not None:
-            counts = scan.workers.gather(batches)
+            counts = scan.workers.gather(self._batches)
             self._parts = min(PARTS, *counts)
-            # other batches round otherwise
-            self._name = f"pass-{name}-{rows_digest(scan.workers, ids)}-{'-'.join(map(str, counts))}"
+            # sums so far are those of whole batches
+            self._name = f"pass-{name}-{rows_digest(scan.workers, ids)}-by-{size}-{'-'.join(map(str, counts))}"
 
     def observe(self, mass: torch.Tensor) -> None:
         """Let the scan's observer see attention mass (..., T), which is kept with the sums."""
-        self._masses.append(mass.flatten(0, -2))  # without a device sync
+        if self._name:
+            self._masses.append(mass.flatten(0, -2))  # (r, T), without a device sync
         self._scan.observe(mass)
-
-    def mass(self) -> torch.Tensor:
-        """All the mass of this process's rows, (r, T) on CPU."""
-        return torch.cat([mass.cpu() for mass in self._masses])
 
     def restore(self) -> tuple[int, Tensors]:
         """How many of this process's batches were summed, and their sums on CPU; the mass they had is observed."""
@@ -67,7 +64,7 @@ class PassParts:
         self._kept += 1
         own = {name: tensor.cpu() for name, tensor in sums().items()}
         if self._masses:
-            self._masses = [self.mass()]  # (r, T)
+            self._masses = [torch.cat([mass.cpu() for mass in self._masses])]  # (r, T)
             own[MASS] = self._masses[0]
         workers = self._scan.workers
         every = workers.gather((done, own))

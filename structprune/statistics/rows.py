@@ -11,7 +11,7 @@ from structprune.models.adapter import Adapter
 from structprune.models.transfer import send
 from structprune.statistics.capture import MassMeter
 from structprune.statistics.pass_parts import MASS, PassParts, rows_digest
-from structprune.statistics.scan import Scan, unobserved
+from structprune.statistics.scan import Scan
 from structprune.statistics.sinks import keep_weights
 from structprune.workers import Workers
 
@@ -85,14 +85,15 @@ def measure_mass(scan: Scan) -> torch.Tensor:
     name = f"mass-{rows_digest(scan.workers, noisy)}"
     if kept := scan.journal.read(name):
         return observe_own(scan, kept.tensors[MASS]).view(scan.calibration.noisy_ids.shape)
-    starts = range(0, len(noisy), batch)
-    parts = PassParts(replace(scan, observe=unobserved), "mass", noisy, len(starts))
+    starts, masses = range(0, len(noisy), batch), list[torch.Tensor]()
+    parts = PassParts(replace(scan, observe=masses.append), "mass", noisy, batch)
     done, _ = parts.restore()
     for number, start in enumerate(scan.track(starts[done:], "attention mass"), done + 1):
         parts.observe(mass_of(scan.adapter, noisy[start : start + batch]))
         if number < len(starts):
             parts.keep(number, dict)
-    mass = parts.mass()  # (N*S, T)
+    # one copy to the host at the end: a copy per batch would stall the device after every pass
+    mass = torch.cat([part.to(masses[-1].device) for part in masses]).cpu()  # (N*S, T)
     scan.journal.keep(name, whole_mass([mass], scan.workers))
     scan.observe(mass)
     return mass.view(scan.calibration.noisy_ids.shape)

@@ -1,5 +1,7 @@
 """Passes over windows that are stopped after any of their parts go on to the same sums, and repeat no part."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -86,6 +88,17 @@ def test_a_pass_stopped_after_every_part_is_the_undisturbed_one(scan, tmp_path, 
     assert titles[:WINDOWS] == [5, 4, 3, 2, 1] or titles[:3] == [10, 9, 8]  # batches left: of windows, or of sequences
 
 
+@pytest.mark.parametrize("measure, passes", PASSES.values(), ids=PASSES)
+def test_parts_of_other_batches_are_not_taken(scan, tmp_path, measure, passes):
+    """As many batches of other rows: 5 windows by 4 and by 3, or 10 sequences by 8 and by 6."""
+    few, more = (Limits(windows=size, batch=2 * size) for size in (3, 4))
+    with pytest.raises(Interrupted):
+        measure(replace(scan(Ending(tmp_path)), limits=more))
+    expected = measure(replace(scan(Journal()), limits=few))
+    result = measure(replace(scan(Journal(tmp_path)), limits=few))
+    assert all(torch.equal(value, expected[key]) for key, value in result.items())
+
+
 @pytest.mark.parametrize("measure", [PASSES["moments, sinks"][0], PASSES["norms, sinks"][0]])
 def test_parts_of_two_processes_are_their_own(scan, tmp_path, measure):
     """One has a window more; the parts of two are no parts of one."""
@@ -100,7 +113,7 @@ def test_parts_of_two_processes_are_their_own(scan, tmp_path, measure):
 
     undisturbed, first = run(None), run(tmp_path)
     (kept,) = (path for path in tmp_path.glob("*.safetensors"))
-    assert kept.name.endswith(("-2-3.safetensors", "-4-6.safetensors"))
+    assert kept.name.endswith(("-by-2-2-3.safetensors", "-by-1-4-6.safetensors"))
     for results in (first, run(tmp_path)):
         for (sums, mass), (expected, observed) in zip(results, undisturbed):
             assert all(torch.equal(value, expected[key]) for key, value in sums.items())
