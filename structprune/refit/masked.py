@@ -23,7 +23,7 @@ EVERY = 5  # steps between checks of the residuals, each a device sync
 class Stop:
     """When conjugate gradients stop: with all rows of a set within the tolerance, those of other processes too.
 
-    So a row is the same whoever solves it.
+    So a row is the same, up to rounding, whoever solves it.
     """
 
     tolerance: float = TOLERANCE
@@ -162,6 +162,7 @@ def choose_refit(
     for damping, error in zip(tried, errors):
         if error - plain < gain:
             best, gain = damping, error - plain
+    best = workers.gather(best)[0]  # rounding must not let processes choose differently
     if best == UNCHANGED:
         return weight, UNCHANGED, 0.0
     (moved,) = share_rows(weight, keep, fit, (best,), workers)  # (O, C)

@@ -64,7 +64,7 @@ def choose(
     """
     plain = output_error(weight, check.target, check.gram)
     best = (weight, UNCHANGED, 0.0)
-    dampings = [0.0] if settings.mode == "bias" else sorted(settings.damping)
+    dampings = [0.0] if settings.mode == "bias" else sorted(set(settings.damping))
     for candidate, damping in candidates(settings, weight, fit, dampings[workers.rank :: workers.count], features):
         gain = output_error(candidate, check.target, check.gram) - plain
         if gain < min(best[2], -NOISE * check.power):
@@ -94,10 +94,9 @@ def shared_best(own: Choice, workers: Workers) -> Choice:
     """The choice with the largest gain of all processes, in all of them; of equal ones the least damping, as alone."""
     if not workers.several:
         return own
-    best = min((gain, damping) for _, damping, gain in workers.gather((None, *own[1:])))
-    if best[1] == UNCHANGED:
+    gain, damping, rank = min((*pair, rank) for rank, pair in enumerate(workers.gather((own[2], own[1]))))
+    if damping == UNCHANGED:
         return own
-    weight = own[0] if own[1] == best[1] else torch.zeros_like(own[0])  # (O, K)
-    weight = weight.contiguous()
+    weight = own[0].contiguous() if rank == workers.rank else torch.zeros_like(own[0])  # (O, K)
     workers.add_up(weight)  # zeros of the others change no bit
-    return weight, best[1], best[0]
+    return weight, damping, gain

@@ -1,5 +1,7 @@
 """The refit under a mask against explicit least squares, row by row."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -164,6 +166,23 @@ def test_processes_share_the_rows(monkeypatch, count, rows):
     results = crowd(count, lambda workers: share_rows(start, keep, sums, (0.1, 1.0), workers))
     assert sorted(solved) == rows and all(torch.equal(each, results[0]) for each in results)
     assert torch.allclose(results[0], alone, atol=1e-6) and not torch.equal(alone[0], start)  # they stop together
+
+
+def test_processes_stop_together():
+    """Rows whose inputs are nearly orthogonal, in the first process, go on as long as those of the second."""
+    generator = torch.Generator().manual_seed(0)
+    turns = [torch.linalg.qr(torch.randn(20, 20, generator=generator).double())[0] for _ in range(2)]
+    spreads = (torch.linspace(1, 8, 20).double(), torch.logspace(0, 3, 20).double())
+    gram = torch.block_diag(*(turn @ torch.diag(spread) @ turn.T for turn, spread in zip(turns, spreads)))
+    keep = torch.zeros(8, 40, dtype=torch.bool)
+    keep[:4, :20], keep[4:, 20:] = True, True
+    sums = Products(gram, torch.randn(8, 40, generator=generator).double(), 1.0)
+    start = torch.zeros(8, 40).double()
+    alone = share_rows(start, keep, sums, (1e-6,), ALONE)
+    results = crowd(2, lambda workers: share_rows(start, keep, sums, (1e-6,), workers))
+    first = refit_rows(start[:4], keep[:4], replace(sums, target=sums.target[:4]), (1e-6,))  # stops by itself
+    assert (first - alone[:, :4]).abs().max() > 1e-5  # so there is a difference to see
+    assert all((each - alone).abs().max() < 1e-6 for each in results)
 
 
 def test_held_out_rows_can_choose_either_end():
