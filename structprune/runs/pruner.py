@@ -210,11 +210,11 @@ class Pruner(Run):
         Raises:
             UserError: a ratio, export class or levels that will not do, when the first result is asked for.
         """
+        start, self.seconds = time.perf_counter(), {}
         for ratio in ratios:
             request = at_ratio(self.request, ratio)
             if self._levels is not None:
                 check_levels(self._levels, self.model, self.calibration, request)
-        start, self.seconds = time.perf_counter(), {}
         planned = sorted(map(self._planned, ratios), key=lambda each: each[0].settings.ratio)
         plans = [self._checked(self._plan_of(request, choice.counts)) for request, choice in planned]
         with levels_directory(self._levels or levels_part(self.journal, self.request, ratios), self.workers) as levels:

@@ -89,14 +89,14 @@ class Run:
 
         `calibration` does it where it was not done; with weights that are streamed by then, it cannot.
         """
-        settings, self._generating = self._generating, None
+        settings = self._generating
         if settings is None or self._calibration is None:
             return
         copies = 1 if self.limits.batch is not None else self._calibration.levels
         how = Generating(settings.batch * copies, self.track, self.workers, self.journal.within("reverse"))
         with self.streamed(self.model):
             work = partial(reverse_calibration, self.model, self._calibration, settings, how)
-            self._calibration = self.timed("trajectories", work)
+            self._calibration, self._generating = self.timed("trajectories", work), None
 
     def _read(self, config: Config) -> Calibration:
         return self.workers.from_first(lambda: calibrate(self.model, config))

@@ -204,6 +204,19 @@ def test_generations_are_kept_batch_by_batch(model, config, tmp_path, monkeypatc
     assert torch.equal(run().noisy_ids, expected.noisy_ids) and made == [1]  # one process takes the whole of two
 
 
+def test_an_interrupted_generation_is_still_to_be_made(model, config, monkeypatch):
+    pruner, make_states = Pruner(model, config(**REVERSE)), trajectories.reverse_states
+
+    def end(*given, **named):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trajectories, "reverse_states", end)
+    with pytest.raises(KeyboardInterrupt):
+        pruner.generate()
+    monkeypatch.setattr(trajectories, "reverse_states", make_states)
+    assert pruner.generates and trajectory_of(pruner.calibration) == "reverse" and not pruner.generates
+
+
 def test_a_saved_one_is_replayed(model, config, tmp_path):
     made, path = make(model, config(**REVERSE)), tmp_path / "saved.safetensors"
     made.save(path)
