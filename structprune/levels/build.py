@@ -7,7 +7,7 @@ lost more on the embedded model.
 Shapes: O outputs, C input channels of the dense consumer, K remaining ones.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -18,6 +18,7 @@ from structprune.config import ReconstructSettings, StructuredSettings
 from structprune.errors import UserError
 from structprune.levels.library import KindLevels, Level, Library
 from structprune.models.adapter import CONSUMER, BlockView
+from structprune.models.journal import unwatched
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.refit.products import UNCHANGED, Products, output_error
 from structprune.refit.reconstruct import augmented, refit_head, refit_producers, set_weight
@@ -58,7 +59,12 @@ class Problem:
 
 @torch.no_grad()
 def build_library(
-    walk: Walk, small: DiffusionLM, library: Library, recipe: Recipe, counts: Counts | None = None
+    walk: Walk,
+    small: DiffusionLM,
+    library: Library,
+    recipe: Recipe,
+    counts: Counts | None = None,
+    watch: Callable[[], None] = unwatched,
 ) -> None:
     """Refit every block at every level of its grid, and leave `small` with the levels of a plan.
 
@@ -69,6 +75,7 @@ def build_library(
     Args:
         small: the dense model with consumers (and readers) of its own: an uncut copy, which is changed.
         counts: a plan of levels of a library that has all blocks. None: the plan that the library is made around.
+        watch: called after every block that is written; what it raises ends the walk.
     """
     grids, counts = library.grids, library.plan if counts is None else counts
     parts: dict[str, KindLevels] = {}
@@ -89,6 +96,7 @@ def build_library(
         if kind == place.dense.kinds[-1]:
             walk.workers.first(partial(library.write, index, parts))
             parts = {}
+            watch()
     if recipe.reconstruct.head and run is not None:
         refit_head(walk, run, small)
 

@@ -47,8 +47,8 @@ class Journal:
         directory: made with the first part; None: nothing is kept.
         watch: called after every part; what it raises ends the run. Of a single process also between other steps.
         stage: the first of the names that led here.
-        made: the files of this run's own parts; taken: what was read of others, in words of `MEANINGS`. Both are shared
-            by the journals of all stages.
+        made: the places of this run's own parts. taken: what was read of others, in words of `MEANINGS`. The journals
+            of all stages share both.
     """
 
     directory: Path | None = None
@@ -86,9 +86,19 @@ class Journal:
             return None
         entry = self.workers.from_first(lambda: self._read(name))
         meaning = MEANINGS.get(self.stage or name.partition("-")[0])
-        if entry is not None and meaning is not None and self._path(name) not in self.made:
-            self.taken.add(meaning)
+        if entry is not None and meaning is not None:
+            self.note_taken(meaning, self._path(name))
         return entry
+
+    def note_taken(self, meaning: str, place: Path) -> None:
+        """Remember that something was taken from a place, unless this run made it."""
+        if self.directory is not None and place not in self.made:
+            self.taken.add(meaning)
+
+    def note_made(self, place: Path) -> None:
+        """Remember that this run writes a place, a part's file or a directory of levels."""
+        if self.directory is not None:
+            self.made.add(place)
 
     def _read(self, name: str) -> Entry | None:
         try:
@@ -105,7 +115,7 @@ class Journal:
             UserError: its file cannot be written.
         """
         if self.directory is not None:
-            self.made.add(self._path(name))
+            self.note_made(self._path(name))
             self.workers.first(lambda: self._write(name, dict(tensors or {}), notes))
         self.watch_all()
 

@@ -70,6 +70,11 @@ class SearchContext:
     workers: Workers = ALONE
     journal: Journal = NOWHERE
 
+    @property
+    def watch(self) -> Callable[[], None]:
+        """What ends a step of several processes where a signal came to one; one process is watched by its `track`."""
+        return self.journal.watch_all if self.workers.several else unwatched
+
 
 @dataclass(frozen=True)
 class SearchResult:
@@ -102,7 +107,7 @@ def search_widths(context: SearchContext, start: Counts, directory: Path, plans:
         losses["latency table"] = context.latency.table.digest()
     task = Task(
         request.config.search, sizes, multiple, price, budget, request.calibration.seed, made_from, losses,
-        tuple(plans), context.workers, context.journal.watch_all if context.workers.several else unwatched,
+        tuple(plans), context.workers, context.watch,
     )  # fmt: skip
     windows, rounds, last = reference_windows(context), [], None
     stitch, places = _stitcher(context, windows), places_of(directory, request)
@@ -133,8 +138,12 @@ def _stitcher(context: SearchContext, windows: ReferenceWindows) -> Stitch:
     @contextmanager
     def stitch(library: Library, counts: Counts) -> Iterator[StitchedModel]:
         walk, small = context.reconstructor.walk, context.uncut()
+        if context.workers.from_first(lambda: any(library.has(block.index) for block in walk.dense.blocks)):
+            context.journal.note_taken("levels", library.directory)
+        context.journal.note_made(library.directory)
         with context.streamed(small):
-            context.timed("levels", partial(build_library, walk, small, library, recipe))
+            work = partial(build_library, walk, small, library, recipe, watch=context.watch)
+            context.timed("levels", work)
             if counts != library.plan:
                 context.timed("levels", partial(build_library, walk, small, library, recipe, counts))
             yield StitchedModel(small, library, counts, biases, windows, has_constant(reconstruct))

@@ -248,31 +248,39 @@ def test_the_end_of_one_process_ends_all_with_one_line(tiny_checkpoint, tmp_path
 SIGNALLED = """
 import os, sys
 from structprune.cli.main import run
-import structprune.levels.search as search
+import structprune.levels.build as build
+from structprune.levels.search import StitchedModel
 
-def loss(self, *given, **named):
+def signalled(*given, **named):
     calls.append(1)
     if os.environ["RANK"] == "1" and len(calls) == 2:
         os.kill(os.getpid(), 15)
-    return measure(self, *given, **named)
+    return work(*given, **named)
 
-calls, measure = [], search.StitchedModel.loss
-search.StitchedModel.loss = loss
+calls, work = [], {place}.{name}
+{place}.{name} = signalled
 sys.argv[0] = "structprune"
 run()
 """
+STEPS = {  # of a search -> what is called in it, and how many losses and blocks of levels there are then
+    "a loss": ("StitchedModel", "loss", 2),
+    "a block of levels": ("build", "kind_levels", 0),
+}  # fmt: skip
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_of_two_ends_a_search_after_the_loss_under_way(tiny_checkpoint, tmp_path):
+@pytest.mark.parametrize("place, name, losses", STEPS.values(), ids=STEPS)
+def test_a_signal_to_one_of_two_ends_a_search_after_the_step_under_way(tiny_checkpoint, tmp_path, place, name, losses):
     source, out, script = tiny_checkpoint(), tmp_path / "out", tmp_path / "script.py"
-    script.write_text(SIGNALLED)
+    script.write_text(SIGNALLED.format(place=place, name=name))
     sets = [f"--set={key}={value}" for key, value in (SEARCH | WIDTHS).items()]
     done = launched(str(script), *command(source, out, *sets)[2:])
     lines = [line for line in done.stderr.splitlines() if line.startswith("structprune: ")]
     assert len(lines) == 1 and "interrupted; finished parts are kept" in lines[0], done.stderr
-    (record,) = (tmp_path / "out.work").rglob("search.json")
-    assert len(json.loads(record.read_text())["losses"]) == 2 and not out.exists()
+    records = [json.loads(path.read_text()) for path in (tmp_path / "out.work").rglob("search.json")]
+    assert sum(len(record["losses"]) for record in records) == losses and not out.exists()
+    blocks = list((tmp_path / "out.work" / "levels").rglob("block-*.safetensors"))
+    assert len(blocks) == (1 if losses == 0 else len(load_model(source).blocks))
 
 
 if __name__ == "__main__":
