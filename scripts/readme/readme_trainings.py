@@ -104,19 +104,25 @@ def kills(results: dict) -> str:
     header = ["command", "undisturbed", "kills", "kept by then", "most time lost", "same bytes", "same figures"]
     lines = []
     for name, result in results["commands"].items():
-        rows = result["rows"]
-        under_way = [row for row in rows if row["again"]]  # the others came when the output was there
+        rows = [row for row in result["rows"] if row["again"]]  # at other moments the output was there
         same = [f"{sum(row[key] for row in rows)} of {len(rows)}" for key in ("same_bytes", "same_figures")]
         lost = max(row["lost"] for row in rows)
-        kept = f"{under_way[0]['kept']} to {under_way[-1]['kept']}"
+        amounts = sorted((row["kept"] for row in rows), key=_amount)
+        kept = f"{amounts[0]} to {amounts[-1]}"
         lines.append([name, f"{result['undisturbed']:.0f} s", str(len(rows)), kept, f"{lost:.0f} s", *same])
     note = (
         "`python -m scripts.tools.check_kills`, from [`kills.json`](scripts/results/kills.json): commands on the"
-        " embedded model, each killed with SIGKILL once, at random moments, and given again. Seconds with"
-        f" start-up, beside other work ({machine(results['machine'])}). Bytes: of all files but those that tell"
+        " embedded model, killed with SIGKILL at random moments before their output was there, and given again. Seconds"
+        f" with start-up, beside other work ({machine(results['machine'])}). Bytes: of all files but those that tell"
         " seconds. Figures: of the report, without seconds."
     )
     return f"{table(header, lines)}\n\n{note}"
+
+
+def _amount(kept: str) -> tuple[int, int]:
+    """How much was kept: "nothing", "2 parts" or "1 block", then "step 4"."""
+    digits = "".join(letter for letter in kept if letter.isdigit())
+    return int(kept.startswith("step")), int(digits or 0)
 
 
 def _columns(ratio: str) -> list[str]:
