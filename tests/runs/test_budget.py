@@ -121,7 +121,7 @@ def test_predictions_on_disk_by_hand(published_config):
     assert memory["weights on disk"] == 2 * 8_015_581_184 and "weights" not in memory
     assert memory["layers under way"] == 2 * 4 * widest + pages
     assert memory["head under way"] == 4 * 126464 * 4096 + pages
-    assert memory["one block's masks"] == 21 * 2 * widest  # the new weights go to files as soon as they are there
+    assert memory["one block's masks"] == 17 * 2 * widest  # the new weights go to files as soon as they are there
     projections = 32 * (4 * 4096**2 + 3 * widest)
     working = memory["layers under way"] + memory["activations of one batch"] + memory["one block's masks"]
     assert memory["peak host"] == working + projections // 8 + 450_000_000 + memory["hidden states"]
@@ -138,3 +138,16 @@ def test_predictions_on_an_accelerator(chosen):
     layers = 2 * 2 * widest + pages
     assert 1e9 * (ahead["peak device"] - plain["peak device"]) == pytest.approx(layers + 2 * batch)
     assert 1e9 * plain["peak host"] > head + 450_000_000 and plain["peak device"] < 6
+
+
+def test_grams_are_freed_input_by_input(published_config):
+    """Gate and up with their Gram matrix and that of `down`, which is still to be used, take more than `down` alone."""
+    keys = MASKS | {"masking.score": "sparsegpt", "memory.offload": "disk", "model.device": "cpu"}
+    memory = inspect_masking(published_config("llada"), Config.load(overrides=keys))["memory"]
+    narrow, wide = 4096**2, 12288**2
+    assert memory["one block's masks"] == 17 * 2 * 4096 * 12288 + 4 * (narrow + wide) + 6 * narrow
+    assert memory["one block's masks"] > 17 * 4096 * 12288 + 10 * wide
+    assert (
+        memory["statistics (sparsegpt)"] == 4 * (3 * narrow + wide)
+        and memory["peak host"] < 8e9 + memory["hidden states"]
+    )
