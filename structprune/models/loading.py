@@ -165,7 +165,8 @@ def map_model(
         state |= map_shard(directory / shard, own, chosen)
     for key, tensor in state.items():
         _check_finite(directory / headers[key].shard, key, tensor)
-    model.load_state_dict(state, assign=True)
+    check_followers(model, state, directory)
+    model.load_state_dict({name: state[name] for name in model.stored_state()}, assign=True)
     model.config.dtype = chosen
     model.source = Source(directory, values, stored, source_name(source, directory))
     return model.eval()

@@ -4,6 +4,7 @@ import hashlib
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import structprune
 from structprune.config import Config, MemorySettings, ModelSettings
@@ -85,6 +86,26 @@ def test_masks_from_disk_are_the_same_bytes(case, tiny_checkpoint, text_path, tm
     values = MASK_SMALL | MASKS[case] | {"calibration.source": str(text_path)}
     held, mapped = both(mask_checkpoint, checkpoint, tmp_path, values)
     assert held == mapped and "masks.safetensors" in mapped
+
+
+@pytest.mark.parametrize("values", [{"structured.split": "by-cost"}, MASKS["unstructured wanda"]])
+def test_a_tied_head_is_its_embedding_on_disk_too(values, tiny_checkpoint, text_path, tmp_path):
+    checkpoint = tiny_checkpoint("a2d-qwen3", torch_dtype="bfloat16")
+    small, run = (MASK_SMALL, mask_checkpoint) if "method" in values else (SMALL, prune_checkpoint)
+    held, mapped = both(run, checkpoint, tmp_path, small | values | {"calibration.source": str(text_path)})
+    assert held == mapped
+    model = map_model(tmp_path / "disk")
+    assert model.followers and model.output_head.weight is model.embedding.weight and in_memory(model) == []
+
+
+def test_a_head_that_differs_from_its_embedding_is_refused_on_disk_too(tiny_checkpoint):
+    checkpoint = tiny_checkpoint("a2d-qwen3")
+    weights = load_file(checkpoint / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"] + 1
+    save_file(weights, checkpoint / "model.safetensors")
+    for load in (load_model, map_model):
+        with pytest.raises(UserError, match="lm_head.weight is not model.embed_tokens.weight"):
+            load(checkpoint)
 
 
 def in_memory(model) -> list[str]:
