@@ -193,11 +193,11 @@ def test_a_signal_during_the_swap(verb, number, command, tmp_path, capsys, monke
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 FULL_WITHIN = SafetensorError(f"Error while serializing: I/O error: {FULL.strerror} (os error {errno.ENOSPC})")
 WRITERS = [
-    ("prune", "structprune.checkpoint.output.save_file", FULL_WITHIN), ("prune", "pathlib.Path.write_text", FULL),
+    ("prune", "structprune.checkpoint.output.write_streamed", FULL), ("prune", "pathlib.Path.write_text", FULL),
     ("prune", "structprune.models.tensor_files.save_file", FULL_WITHIN), ("prune", "shutil.copyfile", FULL),
     ("bench", "os.mkdir", FULL), ("masks", "shutil.copyfile", FULL), ("masks", "shutil.copyfileobj", FULL),
     ("masks", "structprune.models.tensor_files.save_file", FULL_WITHIN), ("bench", "pathlib.Path.write_text", FULL),
-    ("sinks", "pathlib.Path.write_text", FULL), ("demo", "structprune.checkpoint.output.save_file", FULL_WITHIN),
+    ("sinks", "pathlib.Path.write_text", FULL), ("demo", "structprune.checkpoint.output.write_streamed", FULL),
     ("demo", "pathlib.Path.write_text", FULL), ("eval", "os.fsync", FULL),
 ]  # fmt: skip
 

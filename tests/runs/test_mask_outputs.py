@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -151,11 +152,9 @@ def test_depth_is_linear(slope, expected, given):
 ], ids=["sequential", "one-shot", "norms"])  # fmt: skip
 def test_a_tiny_budget_changes_nothing(keys, given, monkeypatch):
     """Hidden states are in files, and what cannot be held is computed again."""
-    import structprune.statistics.hidden as hidden
-
     whole, made = mask(given[0], config(keys), given[1]), []
-    real = hidden.tempfile.NamedTemporaryFile
-    monkeypatch.setattr(hidden.tempfile, "NamedTemporaryFile", lambda **more: made.append(1) or real(**more))
+    real = tempfile.NamedTemporaryFile
+    monkeypatch.setattr(tempfile, "NamedTemporaryFile", lambda **more: made.append(1) or real(**more))
     small = mask(given[0], config(keys, memory__budget_gb=1e-9), given[1])
     assert same(whole.model, small.model) and bool(made) == (keys["masking.score"] == "sparsegpt")
 
