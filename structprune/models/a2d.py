@@ -10,6 +10,10 @@ from structprune.models import a2d_structprune as classes
 from structprune.models.dream import DREAM
 from structprune.models.family import Family
 
+COMPUTED: dict[str, tuple] = {"hidden_act": ("silu",), "partial_rotary_factor": (1.0,)}  # by all three
+UNBIASED = {"attention_bias": (False,)}
+WHOLE_TEXT = {"use_sliding_window": (False,)}
+
 A2D_QWEN3 = replace(
     DREAM,
     name="a2d-qwen3",
@@ -22,12 +26,7 @@ A2D_QWEN3 = replace(
     likelihood="fixed_count",
     text_edges="none",
     published=None,
-    supported={
-        "hidden_act": ("silu",),
-        "use_sliding_window": (False,),
-        "attention_bias": (False,),
-        "partial_rotary_factor": (1.0,),
-    },
+    supported=COMPUTED | UNBIASED | WHOLE_TEXT,
     rope_types=("default", "llama3"),
     gguf=None,
     code=(Path(classes.__file__),),
@@ -41,12 +40,7 @@ A2D_LLAMA: Family = replace(
     model_class=classes.StructpruneA2DLlama,
     required=(*DREAM.required, "num_key_value_heads"),
     text_edges="bos",
-    supported={
-        "hidden_act": ("silu",),
-        "attention_bias": (False,),
-        "mlp_bias": (False,),
-        "partial_rotary_factor": (1.0,),
-    },
+    supported=COMPUTED | UNBIASED | {"mlp_bias": (False,)},
 )
 A2D_QWEN2: Family = replace(
     A2D_QWEN3,
@@ -56,5 +50,5 @@ A2D_QWEN2: Family = replace(
     config_class=classes.StructpruneA2DQwen2Config,
     model_class=classes.StructpruneA2DQwen2,
     required=(*DREAM.required, "num_key_value_heads"),
-    supported={"hidden_act": ("silu",), "use_sliding_window": (False,), "partial_rotary_factor": (1.0,)},
+    supported=COMPUTED | WHOLE_TEXT,
 )
