@@ -20,10 +20,17 @@ from rich.table import Table
 
 from scripts.bench.bench_pruned import random_calibration
 from scripts.tools.random_checkpoint import LLaDAShape, llada_values, write_random
-from scripts.tools.script_line import OneLineParser, one_line, result_file, run_json, show_result, write_result
+from scripts.tools.script_line import (
+    OneLineParser,
+    one_line,
+    parse_names,
+    result_file,
+    run_json,
+    show_result,
+    write_result,
+)
 from structprune.bench.machine import describe_machine
 from structprune.config import Config, ModelSettings
-from structprune.errors import UserError
 from structprune.runs.ghost import read_ghost
 from structprune.runs.inspect import inspect_checkpoint, inspect_masking
 
@@ -155,19 +162,6 @@ def table_of(rows: list[dict]) -> Table:
     return table
 
 
-def chosen(option: str, text: str, known: dict) -> list[str]:
-    """Names separated by commas.
-
-    Raises:
-        UserError: a name that is not among them.
-    """
-    names = text.split(",")
-    for name in names:
-        if name not in known:
-            raise UserError(f"{option} '{name}': give {' or '.join(known)}")
-    return names
-
-
 def run(arguments: list[str] | None) -> None:
     parser = OneLineParser(__doc__)
     parser.add_argument("--sizes", default="0.1B,1B", help="default %(default)s")
@@ -176,8 +170,8 @@ def run(arguments: list[str] | None) -> None:
     parser.add_argument("--work", type=Path, help="checkpoints lie there, and stay (default: a temporary directory)")
     parser.add_argument("--out", type=result_file, default=Path("scripts/results/offload.json"))
     options = parser.parse_args(arguments)
-    sizes = chosen("--sizes", options.sizes, SHAPES)
-    runs, ways = chosen("--runs", options.runs, RUNS), chosen("--ways", options.ways, WAYS)
+    sizes = parse_names("--sizes", options.sizes, SHAPES)
+    runs, ways = parse_names("--runs", options.runs, RUNS), parse_names("--ways", options.ways, WAYS)
     rows = json.loads(options.out.read_text(encoding="utf-8"))["rows"] if options.out.is_file() else []
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.work or Path(temporary)

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from scripts.tools.script_line import OneLineParser, one_line, result_file, show_result, write_result
+from scripts.tools.script_line import OneLineParser, one_line, parse_names, result_file, show_result, write_result
 from structprune.bench.machine import describe_machine
 from structprune.checkpoint.export import export_class
 from structprune.checkpoint.gguf_file import GGUF_TYPES, write_gguf
@@ -146,9 +146,7 @@ def run(arguments: list[str] | None) -> None:
     parser.add_argument("--dtypes", default="f32", help=f"of {', '.join(GGUF_TYPES)}, commas between (default f32)")
     parser.add_argument("--out", type=result_file, default=Path("scripts/results/gguf.json"))
     options = parser.parse_args(arguments)
-    kinds = options.dtypes.split(",")
-    if unknown := [kind for kind in kinds if kind not in GGUF_TYPES]:
-        raise UserError(f"--dtypes has the unknown '{unknown[0]}': give {', '.join(GGUF_TYPES)}")
+    kinds = parse_names("--dtypes", options.dtypes, GGUF_TYPES)
     with tempfile.TemporaryDirectory() as folder:
         rows = [row for path in options.checkpoints for row in measure(path, kinds, Path(folder))]
     release = importlib.metadata.version("llama-cpp-python")

@@ -81,6 +81,18 @@ def parse_counts(
     return options
 
 
+def parse_names(option: str, text: str, known: Iterable[str]) -> list[str]:
+    """Names separated by commas.
+
+    Raises:
+        UserError: a name that is not among `known`.
+    """
+    names = text.split(",")
+    if unknown := [name for name in names if name not in known]:
+        raise UserError(f"{option} '{unknown[0]}': give {', '.join(known)}")
+    return names
+
+
 def parse_numbers(option: str, text: str, kind: type = int) -> list:
     """Numbers separated by commas.
 

@@ -42,8 +42,8 @@ def test_ratios_are_of_the_same_size_and_run(bench):
 
 
 def test_every_default_is_known(bench):
-    assert bench.chosen("--sizes", "0.1B,2 blocks of 8B", bench.SHAPES) == ["0.1B", "2 blocks of 8B"]
-    assert bench.chosen("--runs", ",".join(bench.RUNS), bench.RUNS) == [*bench.RUNS]
+    assert bench.parse_names("--sizes", "0.1B,2 blocks of 8B", bench.SHAPES) == ["0.1B", "2 blocks of 8B"]
+    assert bench.parse_names("--runs", ",".join(bench.RUNS), bench.RUNS) == [*bench.RUNS]
 
 
 @pytest.mark.parametrize("option, value", [("--sizes", "2B"), ("--runs", "taylor"), ("--ways", "cloud")])

@@ -51,5 +51,5 @@ def test_without_llama_cpp(check, tiny_checkpoint, tmp_path, capsys, monkeypatch
     assert check.main([str(tiny_checkpoint()), *out]) == 2
     assert "check_gguf needs llama.cpp: pip install llama-cpp-python" in capsys.readouterr().err
     assert check.main([str(tmp_path), "--dtypes", "f32,q2", *out]) == 2
-    assert "--dtypes has the unknown 'q2': give f32, f16, bf16, q8_0" in capsys.readouterr().err
+    assert "--dtypes 'q2': give f32, f16, bf16, q8_0" in capsys.readouterr().err
     assert not (tmp_path / "x.json").exists()
