@@ -90,14 +90,14 @@ def block_runs(length: int, options: argparse.Namespace) -> dict[str, Call]:
 
 def block_calls(model: DiffusionLM, hidden: torch.Tensor) -> dict[str, Call]:
     """The forward pass of a model's first block on (B, T, C), alone and with the mass of its attention."""
-    view, rotary = Adapter(model).blocks[0], model.rotary(hidden.shape[1], hidden.device)
+    view, sight = Adapter(model).blocks[0], model.sight(hidden.shape[:2], hidden.device)
 
     def with_mass() -> None:
         with MassMeter().on([view.core]) as meter:
-            view.module(hidden, rotary)
+            view.module(hidden, *sight)
             meter.take()
 
-    return {"block": lambda: view.module(hidden, rotary), "block with mass": with_mass}
+    return {"block": lambda: view.module(hidden, *sight), "block with mass": with_mass}
 
 
 @torch.inference_mode()

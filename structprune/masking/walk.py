@@ -140,7 +140,7 @@ class Walk:
                 x = prefix.after_attention(block, rows) if name == "mlp_input" else prefix.read(rows)
                 omega = use.part(rows, self._adapter.device)  # (b, T)
                 omega = relative_weight(x, omega) if plan.fit_relative and name in STREAM else omega  # (b, T)
-                pruned = block.read(name, x, prefix.rotary)  # (b, T, C)
+                pruned = block.read(name, x, prefix.sight)  # (b, T, C)
                 source = self._dense.step(dense, name, rows) if self._dense and plan.target_dense else None  # (b, T, C)
                 sums.add(pruned, source, omega)
             products.append(sums.finish(self._workers))
@@ -177,7 +177,7 @@ class _Stream:
     def __init__(self, adapter: Adapter, ids: torch.Tensor, uses: list[Use], *limits):
         self.rows = slice(min(use.rows.start for use in uses), max(use.rows.stop for use in uses))
         self._states = HiddenStates(adapter, ids[self.rows], *limits)
-        self.rotary = self._states.rotary
+        self.sight = self._states.sight
 
     def _own(self, rows: slice) -> slice:
         return slice(rows.start - self.rows.start, rows.stop - self.rows.start)
@@ -192,21 +192,21 @@ class _Stream:
     def inputs(self, block: BlockView, rows: slice, move: bool = False) -> Inputs:
         """The inputs of the block's linears; with `move` the stream becomes the block's output."""
         states = self.read(rows)  # (b, T, C)
-        inputs = block_inputs(block, states.clone() if move else states, self.rotary)
+        inputs = block_inputs(block, states.clone() if move else states, self.sight)
         if move:
             self._write(rows, block_output(block, inputs))
         return inputs
 
     def after_attention(self, block: BlockView, rows: slice) -> torch.Tensor:
         """The stream between a block's halves (b, T, C), which replaces the one before the block."""
-        x = block.module.add_attention(self.read(rows), self.rotary)  # (b, T, C)
+        x = block.module.add_attention(self.read(rows), *self.sight)  # (b, T, C)
         self._write(rows, x)
         return x
 
     def step(self, block: BlockView, name: str, rows: slice) -> torch.Tensor:
         """One input of the block's linears (b, T, C); where its reader adds to the stream, it does."""
         x = self.read(rows)  # (b, T, C)
-        read = block.read(name, x, self.rotary)  # (b, T, C)
+        read = block.read(name, x, self.sight)  # (b, T, C)
         if name in STREAM:
             self._write(rows, x + block[READERS[name][0]](read))
         return read
@@ -216,4 +216,4 @@ class _Stream:
         if not self.rows.start <= rows.start < self.rows.stop:
             return
         x = self.read(rows)  # (b, T, C)
-        self._write(rows, block.module.add_mlp(x) if half else block.module(x, self.rotary))
+        self._write(rows, block.module.add_mlp(x) if half else block.module(x, *self.sight))

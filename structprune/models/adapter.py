@@ -8,7 +8,7 @@ from torch import nn
 
 from structprune.models.configuration_structprune import layer_width
 from structprune.models.families import ROLES, Family, family_of
-from structprune.models.layers_structprune import Block
+from structprune.models.layers_structprune import Block, Sight
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.placement import compute_device, compute_dtype
 
@@ -75,21 +75,22 @@ class BlockView:
         """The attention core, of a block with attention."""
         return self.module.part("core")
 
-    def read(self, name: str, x: torch.Tensor, rotary=None) -> torch.Tensor:
+    def read(self, name: str, x: torch.Tensor, sight: Sight | None = None) -> torch.Tensor:
         """One input of the block's linears, a key of `readers`: (b, T, .), from the stream before their half (b, T, C).
 
         Args:
-            rotary: for `mixed` only.
+            sight: for `mixed` only.
         """
         if name == "mixed":
-            return self.module.mix(x, rotary)
+            assert sight is not None, "attention needs to know where tokens stand"
+            return self.module.mix(x, *sight)
         if name == "activated":
             return self.module.activate(x)
         return self.module.part("attention_norm" if name == "attention_input" else "mlp_norm")(x)
 
-    def consumed(self, kind: str, x: torch.Tensor, rotary) -> torch.Tensor:
+    def consumed(self, kind: str, x: torch.Tensor, sight: Sight) -> torch.Tensor:
         """What the consumer of a kind reads, (b, T, units), on the stream before its half of the block (b, T, C)."""
-        return self.read("mixed" if kind == "attention" else "activated", x, rotary)
+        return self.read("mixed" if kind == "attention" else "activated", x, sight)
 
 
 class Adapter:

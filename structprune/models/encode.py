@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 
 from structprune.errors import UserError
+from structprune.models.layers_structprune import Sight
 from structprune.models.modeling_structprune import DiffusionLM
 
 CPU_TOKENS, CUDA_TOKENS = 2**10, 2**16  # on a CPU a forward pass is fastest while activations fit its caches
@@ -46,11 +47,9 @@ def encode_at(
     span = span or slice(0, input_ids.shape[1])
     row, position = predicting(model, targets)  # 2 x (M,)
     position = position - span.start  # (M,) within the n positions that run
-    mask = None if attention_mask is None else attention_mask.bool()[:, None, None, :]  # (B, 1, 1, T)
     x = model.embedding(input_ids[:, span])  # (B, n, C)
-    tables = model.rotary(input_ids.shape[1], input_ids.device, attention_mask)  # 2 x (1 or B, 1, T, D)
-    rotary = tuple(table[:, :, span] for table in tables)  # 2 x (1 or B, 1, n, D)
-    return _finish(model, x, (row, position), (rotary, mask))
+    sight = model.sight(input_ids.shape, input_ids.device, attention_mask).of(span)
+    return _finish(model, x, (row, position), sight)
 
 
 def encode_from(model: DiffusionLM, states: torch.Tensor, start: int, targets: torch.Tensor) -> torch.Tensor:
@@ -61,22 +60,20 @@ def encode_from(model: DiffusionLM, states: torch.Tensor, start: int, targets: t
     Returns:
         (M, C) after the final norm, row by row from left to right.
     """
-    return _finish(
-        model, states, predicting(model, targets), (model.rotary(states.shape[1], states.device), None), start
-    )
+    return _finish(model, states, predicting(model, targets), model.sight(states.shape[:2], states.device), start)
 
 
-def _finish(model: DiffusionLM, x: torch.Tensor, places: tuple, context: tuple, start: int = 0) -> torch.Tensor:
+def _finish(model: DiffusionLM, x: torch.Tensor, places: tuple, sight: Sight, start: int = 0) -> torch.Tensor:
     """Run blocks `start` and on over (B, n, C), from the last attention on at some places only: (M, C), normed.
 
     Args:
-        places: rows and positions, (M,) each. context: RoPE tables and attention mask.
+        places: rows and positions, (M,) each.
     """
     last = max(index for index, block in enumerate(model.blocks) if block.has_attention)
     for block in model.blocks[start:last]:
-        x = block(x, *context)  # (B, n, C)
+        x = block(x, *sight)  # (B, n, C)
     if start <= last:
-        mixed = model.blocks[last].mix(x, *context)[places]  # (M, H*D)
+        mixed = model.blocks[last].mix(x, *sight)[places]  # (M, H*D)
         x = x[places] + model.blocks[last].part("attention_output")(mixed)  # (M, C)
     else:
         x = x[places]  # (M, C)

@@ -7,6 +7,7 @@ Papers: RoPE arXiv 2104.09864, its frequencies in Llama 3.1 arXiv 2407.21783.
 """
 
 import math
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -119,6 +120,24 @@ def plain_attention(query, key, value, mask=None):
     empty = scores.isneginf().all(-1, keepdim=True)  # (B, H, T, 1): queries that attend to nothing get zeros
     weights = scores.float().softmax(-1).masked_fill(empty, 0.0)  # (B, H, T, T)
     return weights.to(value.dtype) @ value
+
+
+class Sight(NamedTuple):
+    """Where the tokens of a pass stand and which of them they see: all that a block reads beside hidden states.
+
+    Attributes:
+        rotary: RoPE tables, 2 x (1 or B, 1, T, D).
+        mask: as `core_mask` gives it, (1 or B, 1, 1 or T, T); None where every token sees every other.
+    """
+
+    rotary: Any
+    mask: Any = None
+
+    def of(self, queries: slice) -> "Sight":
+        """That of some of the T tokens, which see as much as before."""
+        rotary = tuple(table[:, :, queries] for table in self.rotary)  # 2 x (1 or B, 1, n, D)
+        whole = self.mask is None or self.mask.shape[2] == 1
+        return Sight(rotary, self.mask if whole else self.mask[:, :, queries])  # (1 or B, 1, 1 or n, T)
 
 
 class AttentionCore(nn.Module):

@@ -22,6 +22,7 @@ from .layers_structprune import (
     DreamBlock,
     LLaDABlock,
     RMSNorm,
+    Sight,
     check_attention,
     check_positions,
     core_mask,
@@ -132,6 +133,20 @@ class DiffusionLM(PreTrainedModel):
         scaling = getattr(self.config, "rotary_scaling", None)
         return rotary_tables(positions, self.config.head_dim, self.config.rope_theta, scaling)
 
+    def sight(self, shape, device, attention_mask=None, position_ids=None, dtype=None) -> Sight:
+        """Where the tokens of sequences of a (B, T) shape stand, and which of them they see.
+
+        Args:
+            attention_mask, position_ids: see `encode`. dtype: that a float mask is cast to; None: the embedding's.
+        Raises:
+            ValueError: see `encode`.
+        """
+        mask = core_mask(attention_mask, tuple(shape), dtype or self.embedding.weight.dtype)  # (B, 1, 1 or T, T)
+        if position_ids is not None:
+            check_positions(position_ids, tuple(shape))
+        real = attention_mask if mask is not None and attention_mask.dim() == 2 else None  # (B, T)
+        return Sight(self.rotary(shape[1], device, real, position_ids), mask)
+
     def encode(self, input_ids=None, attention_mask=None, inputs_embeds=None, keep=None, position_ids=None):
         """Hidden states after the final norm, (B, T) -> (B, T, C); `keep` collects every block's input.
 
@@ -142,19 +157,14 @@ class DiffusionLM(PreTrainedModel):
             ValueError: another shape of either; positions that are not integers.
         """
         x = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, C)
-        batch, length = x.shape[:2]
-        mask = core_mask(attention_mask, (batch, length), x.dtype)  # (B, 1, 1 or T, T)
-        if position_ids is not None:
-            check_positions(position_ids, (batch, length))
-        real = attention_mask if mask is not None and attention_mask.dim() == 2 else None  # (B, T)
-        rotary = self.rotary(length, x.device, real, position_ids)
+        sight = self.sight(x.shape[:2], x.device, attention_mask, position_ids, x.dtype)
         for block in self.blocks:
             if keep is not None:
                 keep.append(x)
             if self.gradient_checkpointing and self.training:
-                x = self._gradient_checkpointing_func(block.__call__, x, rotary, mask)
+                x = self._gradient_checkpointing_func(block.__call__, x, *sight)
             else:
-                x = block(x, rotary, mask)  # (B, T, C)
+                x = block(x, *sight)  # (B, T, C)
         return self.final_norm(x)
 
     def forward(

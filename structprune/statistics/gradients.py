@@ -153,11 +153,11 @@ def _backward(adapter: Adapter, calibration: Calibration, rows: Rows, part: slic
 
 def _encode(model: DiffusionLM, ids: torch.Tensor, again: bool) -> torch.Tensor:
     """Hidden states after the final norm, (b, T) -> (b, T, C); `again` holds no more of a block than its input."""
-    x, rotary = model.embedding(ids), model.rotary(ids.shape[1], ids.device)  # (b, T, C)
+    x, sight = model.embedding(ids), model.sight(ids.shape, ids.device)  # (b, T, C)
     if not x.requires_grad:  # no parameter has a gradient, but activations do
         x.requires_grad_()
     for block in model.blocks:
-        x = checkpoint(block, x, rotary, use_reentrant=False) if again else block(x, rotary)  # (b, T, C)
+        x = checkpoint(block, x, *sight, use_reentrant=False) if again else block(x, *sight)  # (b, T, C)
     return model.final_norm(x)
 
 

@@ -44,7 +44,7 @@ class HiddenStates:
         lane = lane_to(adapter.device) if overlap else None
         self._staged = None if lane is None else StagedRows(self._states, lane, batch)
         self._used: slice | None = None  # rows, the last ones
-        self.rotary = adapter.model.rotary(ids.shape[1], adapter.device)
+        self.sight = adapter.model.sight(ids.shape, adapter.device)
         for rows in self.slices():
             self.write(rows, adapter.model.embedding(send(ids[rows], adapter.device)))
 

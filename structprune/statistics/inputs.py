@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from structprune.models.adapter import BlockView
+from structprune.models.layers_structprune import Sight
 from structprune.statistics.activations import relative_weight, squared_norms
 from structprune.statistics.capture import watch_inputs
 from structprune.workers import ALONE, Workers
@@ -27,12 +28,12 @@ class Inputs:
         return relative_weight(self.stream[name], weight) if relative and name in self.stream else weight
 
 
-def block_inputs(block: BlockView, x: torch.Tensor, rotary) -> Inputs:
+def block_inputs(block: BlockView, x: torch.Tensor, sight: Sight) -> Inputs:
     """Run a block on (b, T, C), except for its down projection."""
     read: dict[str, torch.Tensor] = {}
     if "mixed" in block.readers:
         with watch_inputs({"attention_input": block["query"]}, read.__setitem__):
-            read["mixed"] = block.module.mix(x, rotary)  # (b, T, H*D)
+            read["mixed"] = block.module.mix(x, *sight)  # (b, T, H*D)
     return _after_attention(block, x, read)
 
 

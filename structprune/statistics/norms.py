@@ -198,13 +198,13 @@ class _LatePass:
     def _run(self, ids: torch.Tensor, held: list[_Held], meter: MassMeter) -> Inputs:
         """Fill the buffers of all blocks but the last, whose inputs are returned."""
         x = self._adapter.model.embedding(ids)  # (b, T, C)
-        rotary = self._adapter.model.rotary(ids.shape[1], self._adapter.device)
+        sight = self._adapter.model.sight(ids.shape, self._adapter.device)
         for block, buffers in zip(self._adapter.blocks, held):
-            inputs = block_inputs(block, x, rotary)
+            inputs = block_inputs(block, x, sight)
             buffers.fill(inputs, x, meter.so_far, self._relative)
             x = block_output(block, inputs)  # (b, T, C)
             del inputs  # or they would be in memory beside the next block's
-        return block_inputs(self._adapter.blocks[-1], x, rotary)
+        return block_inputs(self._adapter.blocks[-1], x, sight)
 
     def _count(
         self, block: BlockView, held: _Held, weight: torch.Tensor, squared: torch.Tensor, mixed: torch.Tensor

@@ -71,11 +71,11 @@ def mass_of(adapter: Adapter, ids: torch.Tensor) -> torch.Tensor:
     """
     last = adapter.attending[-1]
     x = adapter.model.embedding(send(ids, adapter.device))  # (b, T, C)
-    rotary = adapter.model.rotary(ids.shape[1], adapter.device)
+    sight = adapter.model.sight(ids.shape, adapter.device)
     with MassMeter().on(adapter.cores) as meter:
         for block in adapter.blocks[: last.index]:
-            x = block.module(x, rotary)  # (b, T, C)
-        last.module.mix(x, rotary)
+            x = block.module(x, *sight)  # (b, T, C)
+        last.module.mix(x, *sight)
     return meter.take()
 
 

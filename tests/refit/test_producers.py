@@ -155,9 +155,9 @@ def test_a_consumer_makes_up_for_a_share_of_what_the_stream_lacks(tiny_model, ca
     ids = calibration.fit.noisy_ids.flatten(0, 1)
     sides = []
     for each in (model, small):
-        block, x, rotary = Adapter(each).blocks[0], streams(each, 0, ids), each.rotary(LENGTH, "cpu")
-        x = x + block[CONSUMER["attention"]](block.consumed("attention", x, rotary))  # (R, T, C)
-        sides.append((x, block.consumed("channels", x, rotary)))
+        block, x, sight = Adapter(each).blocks[0], streams(each, 0, ids), each.sight(ids.shape, "cpu")
+        x = x + block[CONSUMER["attention"]](block.consumed("attention", x, sight))  # (R, T, C)
+        sides.append((x, block.consumed("channels", x, sight)))
     (dense, dense_inputs), (pruned, inputs) = sides
     output = Adapter(model).blocks[0]["down"](dense_inputs)  # (R, T, C)
     lacking = dense - pruned
