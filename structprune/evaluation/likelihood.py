@@ -43,12 +43,13 @@ def token_nats(model: DiffusionLM, rows: MaskedRows, scale: float, batch: Batche
     """
     if not len(rows.clean):  # all masks of a round may have been run before
         return torch.zeros(rows.clean.shape, dtype=torch.float64)
-    mask_id = model.config.mask_token_id
-    noisy = rows.clean.masked_fill(rows.masked, mask_id)  # (N, T)
+    mask_id, layout = model.config.mask_token_id, model.layout
+    noisy = layout.rows(rows.clean.masked_fill(rows.masked, mask_id), rows.clean)  # (N, S)
     length = noisy.shape[1]
     if not scale:
         return batch.map(lambda part: _batch_nats(model, [noisy[part]], rows[part], scale), len(noisy), length)
-    bare = noisy.masked_fill(torch.arange(length) < rows.prompt[:, None], mask_id)  # (N, T)
+    text = rows.clean.masked_fill(torch.arange(rows.clean.shape[1]) < rows.prompt[:, None], mask_id)  # (N, T)
+    bare = layout.rows(text.masked_fill(rows.masked, mask_id), text)  # (N, S)
     order = bare.unique(dim=0, return_inverse=True)[1].argsort(stable=True)  # (N,) equal rows side by side
     rows, noisy, bare = rows[order], noisy[order], bare[order]
     pairs = lambda part: _batch_nats(model, [noisy[part], bare[part]], rows[part], scale)  # noqa: E731
@@ -57,14 +58,15 @@ def token_nats(model: DiffusionLM, rows: MaskedRows, scale: float, batch: Batche
 
 
 def _batch_nats(model: DiffusionLM, branches: list[torch.Tensor], rows: MaskedRows, scale: float) -> torch.Tensor:
-    """(n, T) ids of each branch -> (n, T) nats on CPU, in one forward pass of the different rows."""
+    """(n, S) ids of each branch -> (n, T) nats on CPU, in one forward pass of the different rows."""
     device = compute_device(model)
-    ids, inverse = torch.cat(branches).unique(dim=0, return_inverse=True)  # (U, T), (branches·n,)
+    ids, inverse = torch.cat(branches).unique(dim=0, return_inverse=True)  # (U, S), (branches·n,)
     masked = rows.masked  # (n, T)
-    targets = torch.zeros_like(ids, dtype=torch.bool)  # (U, T)
+    targets = torch.zeros(len(ids), masked.shape[1], dtype=torch.bool)  # (U, T)
     targets.index_put_((inverse,), masked.repeat(len(branches), 1), accumulate=True)
-    slot = (targets.flatten().cumsum(0) - 1).view_as(ids)  # (U, T) index of each target's state
-    states = encode_at(model, ids.to(device), targets.to(device))  # (m, C)
+    slot = (targets.flatten().cumsum(0) - 1).view_as(targets)  # (U, T) index of each target's state
+    sight = model.layout.sight(model, ids.shape, device)
+    states = encode_at(model, ids.to(device), targets.to(device), sight=sight)  # (m, C)
     slots = [slot[chosen][masked].to(device) for chosen in inverse.chunk(len(branches))]  # (M,) per branch
     labels, head = rows.clean[masked].to(device), model.output_head  # (M,)
     nats = []

@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from structprune.models.encode import Batches, encode_at
+from structprune.models.encode import Batches, encode_noisy
 from structprune.models.logits import logit_slices
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.placement import compute_device
@@ -53,16 +53,17 @@ def masked_sums(
     noisy, clean = noisy_ids.reshape(-1, length), input_ids.repeat_interleave(copies, dim=0)  # (N*S, T) each
     ends = masked.sum(1).cumsum(0)  # (N*S,) masked positions up to and with a copy
     firsts = [0, *ends.tolist()]
-    batches, device = Batches(batch * length, OFFLOAD) if isinstance(batch, int) else batch, compute_device(model)
+    size, device = length * model.layout.copies, compute_device(model)  # tokens of a row
+    batches = Batches(batch * size, OFFLOAD) if isinstance(batch, int) else batch
 
     def sums(start: int, part: slice) -> torch.Tensor:
         rows = slice(start + part.start, start + part.stop)
         ids = (each[rows].to(device) for each in (noisy, clean, masked))  # 3 x (b, T)
         return _row_sums(model, tuple(ids), measure, firsts[rows.start], kinds)
 
-    step, parts = batches.rows(length), []
+    step, parts = batches.rows(size), []
     for start in track(range(0, len(noisy), step)):
-        parts.append(batches.map(partial(sums, start), min(step, len(noisy) - start), length))  # (b, 1 + F)
+        parts.append(batches.map(partial(sums, start), min(step, len(noisy) - start), size))  # (b, 1 + F)
     return torch.cat(parts).view(count, copies, -1)
 
 
@@ -75,7 +76,7 @@ def _row_sums(
         first: masked positions before these rows.
     """
     ids, clean, masked = rows
-    hidden, labels = encode_at(model, ids, masked), clean[masked]  # (M, C), (M,)
+    hidden, labels = encode_noisy(model, ids, clean, masked), clean[masked]  # (M, C), (M,)
     figures = []
     for part in logit_slices(len(labels), model.embedding.weight.shape[0], kinds) or [slice(0, 0)]:
         logits = model.output_head(hidden[part]).float()  # (m, V)

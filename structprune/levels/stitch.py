@@ -76,27 +76,28 @@ class StitchedModel:
         self._model, self._adapter, self._library = model, Adapter(model), library
         self._biases, self._windows, self._constant = biases, windows, constant
         length = windows.noisy_ids.shape[2]
-        self._noisy = windows.noisy_ids.reshape(-1, length)  # (N * S, T)
+        rows = self._adapter.model.layout.rows(windows.noisy_ids, windows.input_ids[:, None])  # (N, S, .)
+        self._rows, self._length = rows.flatten(0, 1), length  # (N * S, .)
         masked = masked_positions(windows.input_ids, windows.noisy_ids, self._adapter.mask_id)  # (N, S, T)
         self._masked = masked.reshape(-1, length)  # (N * S, T)
         self._row_weights = 1 / windows.mask_probability.flatten()  # (N * S,)
         self._firsts = [0, *self._masked.sum(1).cumsum(0).tolist()]  # masked positions before each row
-        self._batch = windows.limits.sequences(windows.noisy_ids.shape[1], length)
+        self._batch = windows.limits.sequences(*rows.shape[1:])
         self._keep_states()
 
     @torch.inference_mode()
     def _keep_states(self) -> None:
         """The residual stream of the current plan before every `stride`-th block, within the memory budget."""
-        blocks, rows = len(self._adapter.blocks), len(self._noisy)
+        blocks, rows = len(self._adapter.blocks), len(self._rows)
         dtype = self._model.embedding.weight.dtype
-        shape = (rows, self._noisy.shape[1], self._adapter.hidden_size)
+        shape = (*self._rows.shape, self._adapter.hidden_size)
         room = max(1, self._windows.limits.budget // (dtype.itemsize * math.prod(shape)))
         self._stride = -(-blocks // room)
         self._states = empty_on_host((-(-blocks // self._stride), *shape), dtype, self._windows.limits.budget)
-        sight = self._model.sight(self._noisy.shape, compute_device(self._model))
+        sight = self._adapter.sight(self._rows.shape)
         for start in range(0, rows, self._batch):
             part = slice(start, start + self._batch)
-            x = self._model.embedding(self._noisy[part].to(compute_device(self._model)))  # (b, T, C)
+            x = self._model.embedding(self._rows[part].to(compute_device(self._model)))  # (b, T, C)
             for block in self._adapter.blocks:
                 if block.index % self._stride == 0:
                     self._states[block.index // self._stride, part] = x.to(self._states.device)
@@ -138,7 +139,7 @@ class StitchedModel:
                 first = self._firsts[start]
                 theirs = self._windows.reference.at(slice(first + piece.start, first + piece.stop), device)
                 total += float((kl_divergence(theirs, logits) * weights[piece]).double().sum())
-        return sum(self._windows.workers.gather(total)) / (of_all * self._noisy.shape[1])
+        return sum(self._windows.workers.gather(total)) / (of_all * self._length)
 
 
 def consumer_biases(adapter: Adapter) -> dict[UnitKey, torch.Tensor]:

@@ -27,14 +27,14 @@ def plan_walk(scan: Scan, request: MaskRequest) -> WalkPlan | None:
     fit_windows, mask_id, mass = scan.calibration.fit, scan.adapter.mask_id, None
     if any(needs_sinks(arm, request.sink) for arm in arms):
         mass = measure_mass(replace(scan, calibration=fit_windows))  # (N, S, T)
-    rows = {arm: arm_rows(fit_windows, arm, request.sink, mass, mask_id) for arm in arms}
+    rows = {arm: arm_rows(fit_windows, arm, request.sink, mass, mask_id, scan.layout) for arm in arms}
     ids: list[torch.Tensor] = []
     score = _use(ids, rows[scored]) if scored is not None else None
     fit = check = None
     if fitted is not None:
         same = score is not None and str(scored).split("+")[0] == fitted.split("+")[0]
         fit = Use(score.rows, rows[fitted].weight) if score is not None and same else _use(ids, rows[fitted])
-        held_out = arm_rows(scan.calibration.check, "masked", request.sink, None, mask_id)
+        held_out = arm_rows(scan.calibration.check, "masked", request.sink, None, mask_id, scan.layout)
         check = Use(_use(ids, held_out).rows, held_out.masked.float())
     return WalkPlan(
         ids=torch.cat(ids),

@@ -137,6 +137,10 @@ class Adapter:
     def mask_id(self) -> int:
         return self.model.config.mask_token_id
 
+    def sight(self, shape: torch.Size) -> Sight:
+        """Where the tokens of rows of a pass (b, S) stand and which of them they see, by the model's layout."""
+        return self.model.layout.sight(self.model, shape, self.device)
+
     @property
     def device(self) -> torch.device:
         return compute_device(self.model)

@@ -30,6 +30,7 @@ def encode_at(
     targets: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
     span: slice | None = None,
+    sight: Sight | None = None,
 ) -> torch.Tensor:
     """Hidden states that predict the tokens at the target positions, so that the LM head runs nowhere else.
 
@@ -41,6 +42,7 @@ def encode_at(
         attention_mask: (B, T), true at real tokens; None when every token is real.
         span: positions to run, those of the targets among them; keys and values of the others must come from a cache
             (`cached.KeyValueCache`). Default all.
+        sight: of all T tokens; default the model's own, of sequences.
     Returns:
         (M, C) after the final norm, row by row from left to right.
     """
@@ -48,19 +50,35 @@ def encode_at(
     row, position = predicting(model, targets)  # 2 x (M,)
     position = position - span.start  # (M,) within the n positions that run
     x = model.embedding(input_ids[:, span])  # (B, n, C)
-    sight = model.sight(input_ids.shape, input_ids.device, attention_mask).of(span)
-    return _finish(model, x, (row, position), sight)
+    sight = sight or model.sight(input_ids.shape, input_ids.device, attention_mask)
+    return _finish(model, x, (row, position), sight.of(span))
+
+
+def encode_rows(model: DiffusionLM, rows: torch.Tensor) -> torch.Tensor:
+    """Hidden states after the final norm of rows as the model's layout makes them: (b, S) -> (b, S, C)."""
+    return model.encode(rows, sight=model.layout.sight(model, rows.shape, rows.device))
+
+
+def encode_noisy(
+    model: DiffusionLM, noisy_ids: torch.Tensor, input_ids: torch.Tensor, targets: torch.Tensor
+) -> torch.Tensor:
+    """As `encode_at`, of noisy windows beside their clean text as the model's layout has them: 3 x (B, T) -> (M, C)."""
+    layout = model.layout
+    rows = layout.rows(noisy_ids, input_ids)  # (B, S)
+    sight = layout.sight(model, rows.shape, rows.device)
+    return encode_at(model, rows, targets, sight=sight)  # predictions are of a row's first T tokens
 
 
 def encode_from(model: DiffusionLM, states: torch.Tensor, start: int, targets: torch.Tensor) -> torch.Tensor:
-    """As `encode_at`, from the residual stream before block `start` on.
+    """As `encode_at`, from the residual stream of a layout's rows before block `start` on.
 
     Args:
-        states: (B, T, C). targets: (B, T) bool.
+        states: (B, S, C). targets: (B, T) bool.
     Returns:
         (M, C) after the final norm, row by row from left to right.
     """
-    return _finish(model, states, predicting(model, targets), model.sight(states.shape[:2], states.device), start)
+    sight = model.layout.sight(model, states.shape[:2], states.device)
+    return _finish(model, states, predicting(model, targets), sight, start)
 
 
 def _finish(model: DiffusionLM, x: torch.Tensor, places: tuple, sight: Sight, start: int = 0) -> torch.Tensor:

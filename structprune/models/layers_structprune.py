@@ -140,6 +140,31 @@ class Sight(NamedTuple):
         return Sight(rotary, self.mask if whole else self.mask[:, :, queries])  # (1 or B, 1, 1 or n, T)
 
 
+class Layout:
+    """How a noisy window and its clean text lie in a row of a pass, S tokens for T of the window: the noisy one alone.
+
+    A model says which layout it needs (`DiffusionLM.layout`). Predictions are always of the first T tokens of a row.
+    """
+
+    copies = 1  # S / T
+
+    def rows(self, noisy, clean):
+        """Rows of a pass: two (..., T), whose leading sizes may broadcast -> (..., S)."""
+        return noisy
+
+    def spread(self, values, other):
+        """What belongs to noisy tokens, by row, with `other` at all further ones: (..., T) -> (..., S)."""
+        return values
+
+    def windows(self, values):
+        """What belongs to tokens of rows, by window: (..., S) -> S / T of (..., T), the noisy one first."""
+        return values.tensor_split(self.copies, dim=-1)
+
+    def sight(self, model, shape, device) -> Sight:
+        """Where the tokens of rows of a (B, S) shape stand, and which of them they see."""
+        return model.sight(shape, device)
+
+
 class AttentionCore(nn.Module):
     """Bidirectional softmax attention on post-RoPE queries and keys: the seam that statistics hook.
 

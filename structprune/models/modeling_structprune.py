@@ -1,8 +1,7 @@
 """Masked diffusion language models whose blocks may differ in width: what all share, LLaDA and Dream.
 
 This file and those that it imports from beside it are copied next to every checkpoint written, so they need only torch
-and transformers (4.46 to 4.57 and 5). Attributes are named as in the published checkpoints, whose
-state dicts load as is.
+and transformers (4.46 to 4.57 and 5). Attributes are named as in the published checkpoints, whose state dicts load.
 
 Shapes: B batch, T sequence length, D head dim, C features, V vocabulary.
 Papers: LLaDA arXiv 2502.09992, Dream arXiv 2508.15487.
@@ -20,6 +19,7 @@ from .configuration_structprune import StructpruneDreamConfig, StructpruneLLaDAC
 from .generation_structprune import DreamSampling, LLaDASampling
 from .layers_structprune import (
     DreamBlock,
+    Layout,
     LLaDABlock,
     RMSNorm,
     Sight,
@@ -44,6 +44,7 @@ class DiffusionLM(PreTrainedModel):
     accepts_loss_kwargs = False  # the loss is already a mean per window: the Trainer scales it as usual
     _auto_class: Any = "AutoModelForCausalLM"  # save_pretrained writes the code too, under transformers 4 as well
     shifted = False  # whether position i predicts token i + 1
+    layout = Layout()  # of the rows that statistics, losses and likelihoods run
     edges_visible = False  # whether the first and last position are never masked
     gradient_checkpointing = False  # set per instance by gradient_checkpointing_enable
     embedding: Any  # these four are placed by a subclass, under its family's names
@@ -137,9 +138,8 @@ class DiffusionLM(PreTrainedModel):
         """Where the tokens of sequences of a (B, T) shape stand, and which of them they see.
 
         Args:
-            attention_mask, position_ids: see `encode`. dtype: that a float mask is cast to; None: the embedding's.
-        Raises:
-            ValueError: see `encode`.
+            attention_mask, position_ids: see `encode`, also for errors.
+            dtype: that a float mask is cast to; None: the embedding's.
         """
         mask = core_mask(attention_mask, tuple(shape), dtype or self.embedding.weight.dtype)  # (B, 1, 1 or T, T)
         if position_ids is not None:
@@ -147,17 +147,18 @@ class DiffusionLM(PreTrainedModel):
         real = attention_mask if mask is not None and attention_mask.dim() == 2 else None  # (B, T)
         return Sight(self.rotary(shape[1], device, real, position_ids), mask)
 
-    def encode(self, input_ids=None, attention_mask=None, inputs_embeds=None, keep=None, position_ids=None):
+    def encode(self, input_ids=None, attention_mask=None, inputs_embeds=None, keep=None, position_ids=None, sight=None):
         """Hidden states after the final norm, (B, T) -> (B, T, C); `keep` collects every block's input.
 
         Args:
             attention_mask: see `core_mask`. A 2-D one says which tokens are real, and positions count those only.
             position_ids: (B, T) or (1, T) integers, instead of positions 0.. or those by a 2-D mask.
+            sight: from `sight` or a layout, instead of both.
         Raises:
             ValueError: another shape of either; positions that are not integers.
         """
         x = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, C)
-        sight = self.sight(x.shape[:2], x.device, attention_mask, position_ids, x.dtype)
+        sight = sight or self.sight(x.shape[:2], x.device, attention_mask, position_ids, x.dtype)
         for block in self.blocks:
             if keep is not None:
                 keep.append(x)

@@ -58,7 +58,8 @@ class BlockRows:
     """Noisy windows of the stage, those that are learnt first.
 
     Attributes:
-        ids: (R, T) int64. weight: (R, T) fp32, of every token's error. learnt: how many windows are learnt.
+        ids: (R, S) int64, as the layout has them. weight: (R, S) fp32, of every token's error.
+        learnt: how many windows are learnt.
     """
 
     ids: torch.Tensor
@@ -78,7 +79,8 @@ def block_rows(text: RecoveryText, model: DiffusionLM, config: RecoverConfig) ->
     ]
     items = [part[index] for part in parts for index in range(len(part))]
     clean, noisy = (torch.stack([item[key] for item in items]) for key in ("input_ids", "noisy_ids"))  # (R, T) each
-    return BlockRows(noisy, stream_weights(noisy != clean, config.blocks.visible), len(learnt))
+    changed = model.layout.spread(noisy != clean, False)  # (R, S)
+    return BlockRows(model.layout.rows(noisy, clean), stream_weights(changed, config.blocks.visible), len(learnt))
 
 
 def remaining_blocks(directory: Path, student: Adapter, dense: Adapter) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from structprune.evaluation.masked import masked_positions
-from structprune.models.encode import predicting
+from structprune.models.encode import encode_rows, predicting
 from structprune.models.logits import logit_slices
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.recovery.objectives import cross_entropy, forward_kl, moving_target, teacher_share, token_weights
@@ -75,8 +75,8 @@ def loss_of(
         input_ids, noisy_ids: (B, T). rate: (B,) mask probabilities.
     """
     masked = masked_tokens(student, input_ids, noisy_ids)  # (B, T)
-    hidden = student.encode(noisy_ids)  # (B, T, C)
-    row, source = predicting(student, masked)  # 2 x (M,)
+    hidden = encode_rows(student, student.layout.rows(noisy_ids, input_ids))  # (B, S, C)
+    row, source = predicting(student, masked)  # 2 x (M,), of the first T tokens of a row
     read, labels, p = hidden[row, source], input_ids[masked], rate[row]  # (M, C), (M,), (M,)
 
     def nats(part: slice, states: torch.Tensor) -> torch.Tensor:

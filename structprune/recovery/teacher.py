@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from structprune.evaluation.fidelity import likeliest_and_rest
-from structprune.models.encode import encode_at
+from structprune.models.encode import encode_noisy
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.placement import compute_device
 
@@ -61,8 +61,11 @@ class LiveTeacher:
         self._model = model.eval().requires_grad_(False)
 
     @torch.no_grad()
-    def predict(self, noisy_ids: torch.Tensor, masked: torch.Tensor, _items: torch.Tensor) -> Predictions:
-        """Predictions at the masked positions (B, T) of noisy ids (B, T)."""
+    def predict(
+        self, windows: tuple[torch.Tensor, torch.Tensor], masked: torch.Tensor, _items: torch.Tensor
+    ) -> Predictions:
+        """Predictions at the masked positions (B, T) of windows: clean and noisy ids, (B, T) each."""
         device = compute_device(self._model)
-        states = encode_at(self._model, noisy_ids.to(device), masked.to(device))  # (M, C)
+        clean, noisy, targets = (each.to(device) for each in (*windows, masked))  # (B, T) each
+        states = encode_noisy(self._model, noisy, clean, targets)  # (M, C)
         return Predictions(states, self._model.output_head)

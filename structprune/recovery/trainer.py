@@ -65,7 +65,7 @@ def make_trainer(
     Args:
         model: the student, or PEFT's wrapper of it.
         windows: `NoisyWindows`; learnt in their order.
-        teaching: the loss, and the teacher, `predict(noisy_ids, masked, items)` -> Predictions, None where only the
+        teaching: the loss, and the teacher, `predict(windows, masked, items)` -> Predictions, None where only the
             text is learnt.
         held_out: measures the student on held-out text.
         arguments: TrainingArguments. callbacks: TrainerCallbacks.
@@ -84,7 +84,7 @@ def make_trainer(
             if teacher is not None:
                 student = self.accelerator.unwrap_model(model)
                 masked = masked_tokens(student, inputs["input_ids"], inputs["noisy_ids"])  # (B, T)
-                predictions = teacher.predict(inputs["noisy_ids"], masked, items)
+                predictions = teacher.predict((inputs["input_ids"], inputs["noisy_ids"]), masked, items)
             progress = self.state.global_step / max(1, self.state.max_steps)
             outputs = model(**inputs, lesson=Lesson(loss, predictions, progress))
             return (outputs["loss"], outputs) if return_outputs else outputs["loss"]

@@ -26,7 +26,7 @@ class WeightedRows:
         fit = replace(scan, calibration=scan.calibration.fit)
         mask_id, shifted = scan.adapter.mask_id, scan.adapter.model.shifted
         rows = scan_rows(fit, settings.arm)
-        held_out = arm_rows(scan.calibration.check, "masked", scan.sink, None, mask_id)
+        held_out = arm_rows(scan.calibration.check, "masked", scan.sink, None, mask_id, scan.layout)
         self.ids = torch.cat((rows.ids, held_out.ids))  # (R, T)
         self.fitted = len(rows.ids)  # R1
         weight = torch.ones(rows.ids.shape) if rows.weight is None else rows.weight  # (R1, T)

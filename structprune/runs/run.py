@@ -172,7 +172,7 @@ class Run:
 
     def sink_report(self, log: SinkLog, calibration: Calibration) -> dict | None:
         """What the sink policy did to a calibration's fit windows; None where no mass was measured."""
-        return log.report(calibration.fit, self.sink, self.adapter.mask_id, self.workers)
+        return log.report(calibration.fit, self.sink, self.adapter.mask_id, self.model.layout, self.workers)
 
     def timed(self, name: str, work: Callable[[], T]) -> T:
         """Do some work and add its time to phase `name`, in seconds, device included."""

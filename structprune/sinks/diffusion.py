@@ -6,7 +6,7 @@ from structprune.calibration.noise import level_times, noise_windows
 from structprune.generation.generate import Options, Step, generate
 from structprune.generation.samplers import Generation
 from structprune.models.adapter import Adapter
-from structprune.models.encode import Batches
+from structprune.models.encode import Batches, encode_rows
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.progress import Track
 from structprune.sinks.trajectory import Recorder, Trajectory
@@ -30,18 +30,19 @@ def forward_trajectory(
     noisy, p = noise_windows(windows, adapter.mask_id, adapter.family.schedule, generator, times, model.edges_visible)
     p, order = p.sort(dim=1, descending=True)  # (N, S)
     noisy = noisy.gather(1, order[..., None].expand_as(noisy))  # (N, S, T)
-    noisy = noisy[workers.span(len(windows))]  # (n, S, T)
-    count, noisy = len(noisy), noisy.flatten(0, 1)  # (n * S, T)
+    own, layout = workers.span(len(windows)), model.layout
+    noisy, rows = noisy[own], layout.rows(noisy[own], windows[own, None])  # (n, S, T), (n, S, .)
+    count, noisy, rows = len(noisy), noisy.flatten(0, 1), rows.flatten(0, 1)  # (n * S, T), (n * S, .)
     sequences = torch.arange(count).repeat_interleave(levels).tolist()  # of every row
     steps = list(range(levels)) * count
     recorder = Recorder(count, causal=False)
-    rows = Batches.automatic(adapter.device).rows(windows.shape[1])
+    batch = Batches.automatic(adapter.device).rows(rows.shape[1])
     with HeadMeter().on(adapter.cores) as meter:
-        for start in track(range(0, len(noisy), rows), "noise levels"):
-            part = slice(start, start + rows)
-            ids = noisy[part]  # (B, T)
-            model.encode(ids.to(adapter.device))
-            recorder.add(steps[part], sequences[part], ids, block_masses(adapter, meter.take()))
+        for start in track(range(0, len(noisy), batch), "noise levels"):
+            part = slice(start, start + batch)
+            encode_rows(model, rows[part].to(adapter.device))
+            masses = [torch.stack(layout.windows(mass)).mean(0) for mass in block_masses(adapter, meter.take())]
+            recorder.add(steps[part], sequences[part], noisy[part], masses)  # (B, H, T) each
     return recorder.joined(workers).finish("forward", 0, 1 - p)
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from typing_extensions import Self
 
 from structprune.models.adapter import BlockView
-from structprune.statistics.sinks import attend_with_mass, head_mass
+from structprune.statistics.sinks import attend_with_mass, even_mass, head_mass
 
 ONE_PASS = 1024  # tokens up to which computing attention and mass in one pass was measured to be faster on CPU
 ConsumerKey = tuple[int, str]  # (block index, role of the consumer)
@@ -26,7 +26,10 @@ def watch_inputs(modules: dict, visit: Callable) -> Iterator[None]:
 
 
 class AttentionMeter:
-    """Replaces attention cores and receives the mass (B, H, T) of each; subclasses decide what to keep."""
+    """Replaces attention cores and receives the mass (B, H, T) of each; subclasses decide what to keep.
+
+    Where queries see different keys, mass is relative to that of even attention (`even_mass`), which is 1 elsewhere.
+    """
 
     def _add(self, mass: torch.Tensor) -> None:
         raise NotImplementedError
@@ -37,6 +40,8 @@ class AttentionMeter:
             mixed, mass = attend_with_mass(query, key, value)  # (B, H, T, D), (B, H, T)
         else:
             mixed, mass = type(core).forward(core, query, key, value, mask), head_mass(query, key, mask=mask)
+        if mask is not None and mask.dtype == torch.bool and mask.shape[2] > 1:
+            mass = mass / even_mass(mask)  # (B, H, T)
         self._add(mass)
         return mixed
 

@@ -57,7 +57,7 @@ def gradient_sums(
         rows: all noisy copies of the scan's windows, of an arm with a loss.
     """
     adapter, batch = scan.adapter, scan.sequences(rows.copies)
-    tokens = min(batch, len(rows.ids)) * scan.calibration.length
+    tokens = min(batch, len(rows.ids)) * rows.ids.shape[1]
     again = recomputes(adapter.blocks, tokens, adapter.model.dtype, scan.limits.budget)
     with torch.enable_grad(), _summed(adapter.model, parameters) as sums:
         for start in scan.track(range(0, len(rows.ids), batch), title):
@@ -80,7 +80,7 @@ def gradient_norms(
         (R, T) fp32 on CPU for every linear, relative to the mean loss of a token.
     """
     adapter, batch = scan.adapter, scan.sequences(rows.copies)
-    tokens = min(batch, len(rows.ids)) * scan.calibration.length
+    tokens = min(batch, len(rows.ids)) * rows.ids.shape[1]
     again = recomputes(adapter.blocks, tokens, adapter.model.dtype, scan.limits.budget)
     norms = [torch.zeros(rows.ids.shape) for _ in linears]  # (R, T) each
     part = slice(0)
@@ -139,12 +139,13 @@ def _backward(adapter: Adapter, calibration: Calibration, rows: Rows, part: slic
     model, masked = adapter.model, rows.masked[part]  # (b, T)
     row, source = predicting(model, masked)  # 2 x (M,), on the host, without a device sync
     window = torch.arange(len(rows.ids))[part] // rows.copies  # (b,)
-    target = calibration.input_ids[window][masked]  # (M,)
+    clean = calibration.input_ids[window]  # (b, T)
+    target = clean[model.layout.windows(masked)[0]]  # (M,)
     assert calibration.mask_probability is not None, "a loss needs mask probabilities"
     weight = 1 / calibration.mask_probability.flatten()[part][row]  # (M,)
     if rows.weight is not None:
         weight = weight * rows.weight[part][masked]  # (M,)
-    weight = weight / rows.ids.numel()
+    weight = weight / (len(rows.ids) * calibration.length)
     hidden = _encode(model, send(rows.ids[part], adapter.device), again)  # (b, T, C)
     read = hidden[send(row, adapter.device), send(source, adapter.device)]  # (M, C)
     slope = _head_slope(model.output_head, read.detach(), *(send(each, adapter.device) for each in (target, weight)))
@@ -153,7 +154,7 @@ def _backward(adapter: Adapter, calibration: Calibration, rows: Rows, part: slic
 
 def _encode(model: DiffusionLM, ids: torch.Tensor, again: bool) -> torch.Tensor:
     """Hidden states after the final norm, (b, T) -> (b, T, C); `again` holds no more of a block than its input."""
-    x, sight = model.embedding(ids), model.sight(ids.shape, ids.device)  # (b, T, C)
+    x, sight = model.embedding(ids), model.layout.sight(model, ids.shape, ids.device)  # (b, T, C)
     if not x.requires_grad:  # no parameter has a gradient, but activations do
         x.requires_grad_()
     for block in model.blocks:

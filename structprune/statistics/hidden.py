@@ -26,7 +26,7 @@ def empty_on_host(shape: tuple[int, ...], dtype: torch.dtype, budget: int, remed
 
 
 class HiddenStates:
-    """The residual stream (R, T, C) of R sequences before some block, at first the embeddings.
+    """The residual stream (R, S, C) of R rows of a pass before some block, at first the embeddings.
 
     Beyond `budget` bytes it lives in a memory-mapped temporary file.
 
@@ -44,7 +44,7 @@ class HiddenStates:
         lane = lane_to(adapter.device) if overlap else None
         self._staged = None if lane is None else StagedRows(self._states, lane, batch)
         self._used: slice | None = None  # rows, the last ones
-        self.sight = adapter.model.sight(ids.shape, adapter.device)
+        self.sight = adapter.sight(ids.shape)
         for rows in self.slices():
             self.write(rows, adapter.model.embedding(send(ids[rows], adapter.device)))
 

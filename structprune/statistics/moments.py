@@ -5,6 +5,7 @@ from functools import reduce
 import torch
 
 from structprune.models.adapter import Adapter
+from structprune.models.encode import encode_rows
 from structprune.models.transfer import send
 from structprune.statistics.activations import Moments, merge_moments, moments
 from structprune.statistics.capture import ConsumerKey, MassMeter, consumers, watch_inputs
@@ -36,20 +37,21 @@ def consumer_moments(scan: Scan, arm: str) -> dict[ConsumerKey, Moments]:
 
     def weigh(noisy: torch.Tensor) -> torch.Tensor:
         with (meter := MassMeter()).on(adapter.cores):
-            adapter.model.encode(send(noisy.flatten(0, 1), adapter.device))
+            encode_rows(adapter.model, send(noisy.flatten(0, 1), adapter.device))
         mass = meter.take().view(noisy.shape)  # (b, S, T)
         parts.observe(mass)
         return arm_weights(mass, arm, scan.sink).flatten(0, 1)  # (b*R, T)
 
-    ids, linears = arm_ids(calibration, arm), consumers(adapter.blocks)
-    tokens = windows * calibration.levels * calibration.length
+    ids, linears = arm_ids(calibration, arm, scan.layout), consumers(adapter.blocks)  # (N, R, S)
+    measured = arm_ids(calibration, "masked", scan.layout)  # (N, L, S)
+    tokens = windows * measured[0].numel()
     fits = held_input_bytes(adapter, tokens, adapter.dtype.itemsize) <= scan.limits.budget
     starts = range(0, len(ids), windows)
     parts = PassParts(scan, f"moments-{arm}", ids.flatten(0, 1), windows * ids.shape[1])
     done, sums = parts.restore()
     totals |= from_tensors(sums, adapter.device)
     for number, start in enumerate(scan.track(starts[done:], f"moments ({arm})"), done + 1):
-        noisy = calibration.noisy_ids[start : start + windows]  # (b, S, T)
+        noisy = measured[start : start + windows]  # (b, L, S)
         part = ids[start : start + windows]  # (b, R, T)
         if needs_sinks(arm, scan.sink) and arm.startswith("masked") and fits:
             inputs: dict[ConsumerKey, torch.Tensor] = {}
@@ -60,7 +62,7 @@ def consumer_moments(scan: Scan, arm: str) -> dict[ConsumerKey, Moments]:
         else:
             weights = weigh(noisy) if needs_sinks(arm, scan.sink) else None  # (b*R, T)
             with watch_inputs(linears, lambda key, x, weights=weights: add(key, x, weights)):
-                adapter.model.encode(send(part.flatten(0, 1), adapter.device))
+                encode_rows(adapter.model, send(part.flatten(0, 1), adapter.device))
         parts.keep(number, lambda: as_tensors(totals))
     return merged(totals, scan.workers)
 

@@ -13,6 +13,7 @@ import torch
 
 from structprune.config import SinkSettings
 from structprune.models.adapter import Adapter, BlockView
+from structprune.models.encode import encode_rows
 from structprune.models.transfer import send
 from structprune.statistics.activations import relative_weight, squared_norms
 from structprune.statistics.capture import MassMeter, watch_inputs
@@ -46,7 +47,7 @@ def one_shot_norms(scan: Scan, arm: str, summed: bool = False, relative: bool = 
     Returns:
         (block, input) -> (C,) fp64.
     """
-    adapter, norms, ids = scan.adapter, InputNorms(summed), arm_ids(scan.calibration, arm)  # (N, R, T)
+    adapter, norms, ids = scan.adapter, InputNorms(summed), arm_ids(scan.calibration, arm, scan.layout)  # (N, R, T)
     late, weights = weighs_late(arm, scan.sink), None
     if needs_sinks(arm, scan.sink) and not late:
         weights = arm_weights(measure_mass(scan), arm, scan.sink).flatten(0, 1)  # (N*R, T)
@@ -119,7 +120,7 @@ def _add(adapter: Adapter, ids: torch.Tensor, norms: InputNorms, weight, relativ
         scales[key] = relative_weight(x, None)  # (b, T)
 
     with watch_inputs(_norms(adapter, relative), scale_rows), watch_inputs(_linears(adapter), visit):
-        adapter.model.encode(ids)
+        encode_rows(adapter.model, ids)
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,7 @@ class _LatePass:
     def _run(self, ids: torch.Tensor, held: list[_Held], meter: MassMeter) -> Inputs:
         """Fill the buffers of all blocks but the last, whose inputs are returned."""
         x = self._adapter.model.embedding(ids)  # (b, T, C)
-        sight = self._adapter.model.sight(ids.shape, self._adapter.device)
+        sight = self._adapter.sight(ids.shape)
         for block, buffers in zip(self._adapter.blocks, held):
             inputs = block_inputs(block, x, sight)
             buffers.fill(inputs, x, meter.so_far, self._relative)

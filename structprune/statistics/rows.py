@@ -8,6 +8,7 @@ import torch
 from structprune.calibration.batches import Calibration
 from structprune.config import SinkSettings
 from structprune.models.adapter import Adapter
+from structprune.models.layers_structprune import Layout
 from structprune.models.transfer import send
 from structprune.statistics.capture import MassMeter
 from structprune.statistics.pass_parts import MASS, PassParts, rows_digest
@@ -18,11 +19,11 @@ from structprune.workers import Workers
 
 @dataclass(frozen=True)
 class Rows:
-    """Sequences of one arm; the copies of one window are neighbours."""
+    """Rows of one arm, S tokens each as the model's layout has them; the copies of one window are neighbours."""
 
-    ids: torch.Tensor  # (R, T) int64
-    weight: torch.Tensor | None  # (R, T) fp32 ω, or None where every row has weight 1
-    masked: torch.Tensor  # (R, T) bool, tokens that are masked in `ids`
+    ids: torch.Tensor  # (R, S) int64
+    weight: torch.Tensor | None  # (R, S) fp32 ω, or None where every row has weight 1
+    masked: torch.Tensor  # (R, S) bool, tokens that are masked in `ids`
     copies: int  # sequences per window
 
     def part(self, rows: slice, device: torch.device) -> torch.Tensor | None:
@@ -35,9 +36,10 @@ def needs_sinks(arm: str | None, sink: SinkSettings) -> bool:
     return arm is not None and arm.endswith("+sink") and sink.policy != "none"
 
 
-def arm_ids(calibration: Calibration, arm: str) -> torch.Tensor:
-    """(N, R, T) ids of an arm: the clean windows once, or their S noisy copies."""
-    return calibration.input_ids[:, None] if arm.startswith("clean") else calibration.noisy_ids
+def arm_ids(calibration: Calibration, arm: str, layout: Layout) -> torch.Tensor:
+    """Rows of an arm, (N, R, S): the clean windows once, or all their noisy copies, beside the text if it must."""
+    clean = calibration.input_ids[:, None]  # (N, 1, T)
+    return layout.rows(clean if arm.startswith("clean") else calibration.noisy_ids, clean)
 
 
 def arm_weights(mass: torch.Tensor, arm: str, sink: SinkSettings) -> torch.Tensor:
@@ -46,21 +48,24 @@ def arm_weights(mass: torch.Tensor, arm: str, sink: SinkSettings) -> torch.Tenso
     return weights.mean(1, keepdim=True) if arm.startswith("clean") else weights
 
 
-def arm_rows(calibration: Calibration, arm: str, sink: SinkSettings, mass: torch.Tensor | None, mask_id: int) -> Rows:
-    """The rows of an arm; the sink arms need the attention mass (N, S, T) on the noisy copies."""
-    ids = arm_ids(calibration, arm)  # (N, R, T)
+def arm_rows(
+    calibration: Calibration, arm: str, sink: SinkSettings, mass: torch.Tensor | None, mask_id: int, layout: Layout
+) -> Rows:
+    """The rows of an arm; the sink arms need the attention mass (N, L, S) on the noisy copies."""
+    ids = arm_ids(calibration, arm, layout)  # (N, R, S)
     weight = None
     if needs_sinks(arm, sink):
         assert mass is not None, f"arm {arm} needs the attention mass"
-        weight = arm_weights(mass, arm, sink).flatten(0, 1)  # (N*R, T)
-    masked = (ids == mask_id) & (calibration.input_ids[:, None] != mask_id)  # (N, R, T)
+        weight = arm_weights(mass, arm, sink).flatten(0, 1)  # (N*R, S)
+    noisy = layout.windows(ids)[0]  # (N, R, T)
+    masked = layout.spread((noisy == mask_id) & (calibration.input_ids[:, None] != mask_id), False)  # (N, R, S)
     return Rows(ids.flatten(0, 1), weight, masked.flatten(0, 1), ids.shape[1])
 
 
 def scan_rows(scan: Scan, arm: str) -> Rows:
     """The rows of an arm; a sink arm measures its attention mass in a pass of its own first."""
     mass = measure_mass(scan) if needs_sinks(arm, scan.sink) else None
-    return arm_rows(scan.calibration, arm, scan.sink, mass, scan.adapter.mask_id)
+    return arm_rows(scan.calibration, arm, scan.sink, mass, scan.adapter.mask_id, scan.layout)
 
 
 @torch.inference_mode()
@@ -71,7 +76,7 @@ def mass_of(adapter: Adapter, ids: torch.Tensor) -> torch.Tensor:
     """
     last = adapter.attending[-1]
     x = adapter.model.embedding(send(ids, adapter.device))  # (b, T, C)
-    sight = adapter.model.sight(ids.shape, adapter.device)
+    sight = adapter.sight(ids.shape)
     with MassMeter().on(adapter.cores) as meter:
         for block in adapter.blocks[: last.index]:
             x = block.module(x, *sight)  # (b, T, C)
@@ -80,11 +85,12 @@ def mass_of(adapter: Adapter, ids: torch.Tensor) -> torch.Tensor:
 
 
 def measure_mass(scan: Scan) -> torch.Tensor:
-    """Attention mass on every noisy copy: (N, S, T) fp32 on CPU; what the journal has of these copies, it takes."""
-    noisy, batch = scan.calibration.noisy_ids.flatten(0, 1), scan.sequences()  # (N*S, T)
+    """Attention mass on every noisy copy: (N, L, S) fp32 on CPU; what the journal has of these copies, it takes."""
+    copies, batch = arm_ids(scan.calibration, "masked", scan.layout), scan.sequences()  # (N, L, S)
+    noisy = copies.flatten(0, 1)  # (N*L, S)
     name = f"mass-{rows_digest(scan.workers, noisy)}"
     if kept := scan.journal.read(name):
-        return observe_own(scan, kept.tensors[MASS]).view(scan.calibration.noisy_ids.shape)
+        return observe_own(scan, kept.tensors[MASS]).view(copies.shape)
     starts, masses = range(0, len(noisy), batch), list[torch.Tensor]()
     parts = PassParts(replace(scan, observe=masses.append), "mass", noisy, batch)
     done, _ = parts.restore()
@@ -93,10 +99,10 @@ def measure_mass(scan: Scan) -> torch.Tensor:
         if number < len(starts):
             parts.keep(number, dict)
     # one copy to the host at the end: a copy per batch would stall the device after every pass
-    mass = torch.cat([part.to(masses[-1].device) for part in masses]).cpu()  # (N*S, T)
+    mass = torch.cat([part.to(masses[-1].device) for part in masses]).cpu()  # (N*L, S)
     scan.journal.keep(name, whole_mass([mass], scan.workers))
     scan.observe(mass)
-    return mass.view(scan.calibration.noisy_ids.shape)
+    return mass.view(copies.shape)
 
 
 def kept_rows(

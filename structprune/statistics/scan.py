@@ -9,6 +9,7 @@ from structprune.calibration.batches import Calibration
 from structprune.config import SinkSettings
 from structprune.models.adapter import Adapter
 from structprune.models.journal import NOWHERE, Journal
+from structprune.models.layers_structprune import Layout
 from structprune.progress import Track, untracked
 from structprune.workers import ALONE, Workers
 
@@ -58,4 +59,9 @@ class Scan:
     def sequences(self, copies: int | None = None) -> int:
         """Sequences per forward pass, with `copies` of each window (default: all noise levels)."""
         copies = self.calibration.levels if copies is None else copies
-        return self.limits.sequences(copies, self.calibration.length)
+        return self.limits.sequences(copies, self.calibration.length * self.layout.copies)
+
+    @property
+    def layout(self) -> Layout:
+        """How the calibration's windows lie in the rows of a pass."""
+        return self.adapter.model.layout

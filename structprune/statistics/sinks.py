@@ -132,6 +132,17 @@ def attend_with_mass(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     return mixed.to(query.dtype), mass
 
 
+def even_mass(mask: torch.Tensor) -> torch.Tensor:
+    """Mass of every key if each query attended evenly to the keys it sees: (B, 1, T, T) bool -> (B, 1, T) fp32.
+
+    1 where every query sees every key. A key that few see, or only queries with many keys, gets less, and would be a
+    sink less often by its place alone. A key that no query sees has the smallest positive number.
+    """
+    seen = mask.float()  # (B, 1, T, T)
+    shares = seen / seen.sum(-1, keepdim=True).clamp(min=1)  # (B, 1, T, T)
+    return shares.sum(-2).clamp(min=torch.finfo(torch.float32).tiny)
+
+
 def _block_shape(batch: int, kv_heads: int, repeat: int, length: int, tile: int | None, device) -> tuple[int, int, int]:
     """Queries, key heads and sequences per step: several heads only where one whole sequence fits, then several
     sequences only where all heads fit."""

@@ -47,7 +47,7 @@ def test_divergence_and_its_gradient_by_hand(tiny_model, batch, family, weightin
     student, teacher = tiny_model(family, seed=1), tiny_model(family)
     ids, noisy, rate = batch
     masked = masked_tokens(student, ids, noisy)
-    live = LiveTeacher(teacher).predict(noisy, masked, None)
+    live = LiveTeacher(teacher).predict((ids, noisy), masked, None)
     own = loss(student, {"weighting": weighting, "least_rate": 0.3}, batch, live)
     own.backward()
     gradients = [each.grad.clone() for each in student.blocks.parameters()]
@@ -80,7 +80,7 @@ def test_cross_entropy_alone_needs_no_teacher_and_is_the_nelbo(tiny_model, batch
 def test_a_mixture_is_the_weighted_sum(tiny_model, batch):
     student, teacher = tiny_model(seed=1), tiny_model()
     ids, noisy, _ = batch
-    live = LiveTeacher(teacher).predict(noisy, masked_tokens(student, ids, noisy), None)
+    live = LiveTeacher(teacher).predict((ids, noisy), masked_tokens(student, ids, noisy), None)
     parts = [loss(student, keys, batch, live).item() for keys in ({}, {"kl": 0, "cross_entropy": 1})]
     both = loss(student, {"kl": 0.25, "cross_entropy": 0.5}, batch, live).item()
     assert both == pytest.approx(0.25 * parts[0] + 0.5 * parts[1], rel=1e-5)
@@ -90,7 +90,7 @@ def test_temperature_and_moving_targets_change_the_loss_as_they_should(tiny_mode
     student, teacher = tiny_model(seed=1), tiny_model()
     ids, noisy, _ = batch
     masked = masked_tokens(student, ids, noisy)
-    live = LiveTeacher(teacher).predict(noisy, masked, None)
+    live = LiveTeacher(teacher).predict((ids, noisy), masked, None)
     log_p, log_q = ((predictions_of(each, noisy)[masked] / 2).log_softmax(-1) for each in (teacher, student))
     hot = 4 * (log_p.exp() * (log_p - log_q)).sum() * 2 / 36
     assert loss(student, {"temperature": 2.0}, batch, live).item() == pytest.approx(hot.item(), rel=1e-4)
@@ -107,7 +107,7 @@ def test_kept_predictions_of_all_tokens_are_the_live_ones(tiny_model, batch):
     logits = predictions_of(teacher, noisy)[masked].detach()  # (M, V)
     tokens = logits.topk(2048, dim=-1).indices
     whole = Predictions(tokens=tokens, log_p=likeliest_and_rest(logits, tokens))
-    live = LiveTeacher(teacher).predict(noisy, masked, None)
+    live = LiveTeacher(teacher).predict((ids, noisy), masked, None)
     values = [loss(student, {}, batch, each) for each in (whole, live)]
     assert values[0].item() == pytest.approx(values[1].item(), rel=1e-4) and values[0].isfinite()
     few = tokens[:, :16]

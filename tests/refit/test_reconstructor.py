@@ -8,6 +8,7 @@ import torch
 from structprune.calibration.batches import Calibration
 from structprune.config import ReconstructSettings, SinkSettings
 from structprune.models.adapter import Adapter
+from structprune.models.layers_structprune import Layout
 from structprune.refit.products import UNCHANGED
 from structprune.refit.reconstruct import Reconstructor
 from structprune.statistics import activations
@@ -78,7 +79,7 @@ def plain_refit(model, plan, calibration, settings):
     dense, constant = Adapter(model), settings.constant or settings.mode == "bias"
     small = Adapter(apply_plan(model, plan, constant))
     fit = scan_rows(Scan(dense, calibration.fit, SINK), settings.arm)
-    check = arm_rows(calibration.check, "masked", SINK, None, MASK)
+    check = arm_rows(calibration.check, "masked", SINK, None, MASK, Layout())
     omega = torch.ones(fit.ids.shape) if fit.weight is None else fit.weight
     wide = [dense.model.embedding(rows.ids) for rows in (fit, check)]  # the dense model's residual stream
     narrow = [x.clone() for x in wide]  # the pruned prefix's

@@ -20,6 +20,7 @@ from structprune.masking.scores.linears import Removal
 from structprune.masking.walk import Walk
 from structprune.models.adapter import Adapter
 from structprune.models.configuration_structprune import StructpruneLLaDAConfig
+from structprune.models.layers_structprune import Layout
 from structprune.models.modeling_structprune import StructpruneLLaDA
 from structprune.runs.resolve import resolve_masking
 from structprune.statistics.moments import consumer_moments
@@ -207,10 +208,10 @@ def test_the_report_tells_what_went(planted):
     adapter, calibration = planted
     log = SinkLog()
     consumer_moments(Scan(*planted, SinkSettings(policy="unstable"), observe=log.observe), "masked+sink")
-    result = log.report(calibration, SinkSettings(policy="unstable"), MASK)
+    result = log.report(calibration, SinkSettings(policy="unstable"), MASK, Layout())
     whole = SinkLog()
     one_shot_norms(Scan(*planted, limits=Limits(batch=3), observe=whole.observe), "masked+sink")
-    assert whole.report(calibration, SinkSettings(), MASK)["taken"].keys() == result["taken"].keys()
+    assert whole.report(calibration, SinkSettings(), MASK, Layout())["taken"].keys() == result["taken"].keys()
     assert result["taken"]["all"]["share"] == pytest.approx(2 / LENGTH, rel=1e-4)  # both sinks of every copy
     assert result["taken"]["unstable"]["share"] == pytest.approx(0.75 / LENGTH, rel=1e-4)
     assert result["taken"]["unstable"]["by_level"] == pytest.approx([0.75 / LENGTH] * LEVELS, rel=1e-4)

@@ -6,6 +6,7 @@ import torch
 from structprune.calibration.batches import Calibration
 from structprune.config import SinkSettings
 from structprune.models.adapter import Adapter
+from structprune.models.layers_structprune import Layout
 from structprune.statistics.moments import consumer_moments, held_input_bytes
 from structprune.statistics.rows import arm_rows, measure_mass
 from structprune.statistics.scan import Limits, Scan
@@ -41,7 +42,7 @@ def test_moments_of_every_arm_equal_plain_sums(tiny_model, calibration, family, 
     adapter = Adapter(tiny_model(family))
     measured = consumer_moments(Scan(adapter, calibration, SINK, Limits(windows=2)), arm)
     mass = measure_mass(Scan(adapter, calibration)) if arm.endswith("sink") else None
-    rows = arm_rows(calibration, arm, SINK, mass, MASK)
+    rows = arm_rows(calibration, arm, SINK, mass, MASK, Layout())
     weight = torch.ones(rows.ids.shape) if rows.weight is None else rows.weight  # (R, T)
     squares = weight.double().flatten() ** 2
     x, rotary = adapter.model.embedding(rows.ids), adapter.model.rotary(12, "cpu")

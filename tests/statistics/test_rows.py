@@ -6,6 +6,7 @@ import torch
 from structprune.calibration.batches import Calibration
 from structprune.config import SinkSettings
 from structprune.models.adapter import Adapter
+from structprune.models.layers_structprune import Layout
 from structprune.statistics.rows import arm_rows, measure_mass, needs_sinks
 from structprune.statistics.scan import Limits, Scan
 from structprune.statistics.sinks import attention_mass, keep_weights
@@ -29,13 +30,13 @@ MASS = torch.rand(3, 3, 12, generator=torch.Generator().manual_seed(1)) * 8  # (
 
 
 def test_clean_rows(calibration):
-    rows = arm_rows(calibration, "clean", SINK, None, MASK)
+    rows = arm_rows(calibration, "clean", SINK, None, MASK, Layout())
     assert torch.equal(rows.ids, calibration.input_ids)
     assert rows.weight is None and rows.copies == 1 and not rows.masked.any()
 
 
 def test_masked_rows(calibration):
-    rows = arm_rows(calibration, "masked", SINK, None, MASK)
+    rows = arm_rows(calibration, "masked", SINK, None, MASK, Layout())
     assert torch.equal(rows.ids, calibration.noisy_ids.flatten(0, 1)) and rows.copies == 3 and rows.weight is None
     assert torch.equal(rows.ids[4], calibration.noisy_ids[1, 1])  # window-major, then level
     assert torch.equal(rows.masked, rows.ids != calibration.input_ids.repeat_interleave(3, dim=0))
@@ -43,8 +44,8 @@ def test_masked_rows(calibration):
 
 
 def test_masked_sink_rows_weigh_each_level_by_its_own_mass(calibration):
-    rows = arm_rows(calibration, "masked+sink", SINK, MASS, MASK)
-    assert torch.equal(rows.ids, arm_rows(calibration, "masked", SINK, None, MASK).ids)
+    rows = arm_rows(calibration, "masked+sink", SINK, MASS, MASK, Layout())
+    assert torch.equal(rows.ids, arm_rows(calibration, "masked", SINK, None, MASK, Layout()).ids)
     for window in range(3):
         for level in range(3):
             mass = MASS[window, level]
@@ -54,7 +55,7 @@ def test_masked_sink_rows_weigh_each_level_by_its_own_mass(calibration):
 
 
 def test_clean_sink_rows_weigh_by_the_mean_over_levels(calibration):
-    rows = arm_rows(calibration, "clean+sink", SINK, MASS, MASK)
+    rows = arm_rows(calibration, "clean+sink", SINK, MASS, MASK, Layout())
     assert torch.equal(rows.ids, calibration.input_ids) and rows.copies == 1
     expected = torch.stack([keep_weights(MASS[:, level], SINK) for level in range(3)]).sum(0) / 3  # (N, T)
     assert torch.allclose(rows.weight, expected, atol=1e-6)

@@ -5,6 +5,7 @@ import torch
 
 from structprune.calibration.batches import Calibration
 from structprune.config import SinkSettings
+from structprune.models.layers_structprune import Layout
 from structprune.statistics.sink_log import SinkLog
 
 MASK = 9
@@ -27,9 +28,9 @@ def test_levels_are_sorted_by_their_mask_probability(parts):
     log = SinkLog()
     for part in MASS.flatten(0, 1).split(parts):
         log.observe(part)
-    effect = log.report(windows(torch.tensor([[0.9, 0.1], [0.1, 0.9]])), HARD, MASK)["taken"]["all"]
+    effect = log.report(windows(torch.tensor([[0.9, 0.1], [0.1, 0.9]])), HARD, MASK, Layout())["taken"]["all"]
     assert effect["by_level"] == [0.0, 0.25] and effect["by_kind"]["mask"] == pytest.approx(2 / 3)
-    plain = log.report(windows(None), HARD, MASK)
+    plain = log.report(windows(None), HARD, MASK, Layout())
     assert plain["taken"]["all"]["by_level"] == [0.125, 0.125]  # as they are, where no probability is known
     assert plain["mask_share"] == [0.125, 0.25]
 
@@ -40,7 +41,7 @@ def test_one_copy_each_has_no_instability():
     log.observe(MASS[:, 0])
     both = windows(torch.tensor([[0.9, 0.1], [0.1, 0.9]]))
     one = Calibration(both.input_ids, both.noisy_ids[:, :1], both.mask_probability[:, :1], {}, held_out=0)
-    report = log.report(one, HARD, MASK)
+    report = log.report(one, HARD, MASK, Layout())
     assert report["instability"] is None and report["survival"] == 1.0 and list(report["taken"]) == ["all"]
     assert report["taken"]["all"]["by_level"] == [0.125] and report["mask_share"] == [0.125]
 
@@ -48,10 +49,10 @@ def test_one_copy_each_has_no_instability():
 def test_what_is_seen_again_counts_once():
     log = SinkLog()
     log.observe(MASS)
-    once = log.report(windows(None), HARD, MASK)
+    once = log.report(windows(None), HARD, MASK, Layout())
     log.observe(torch.rand(MASS.shape))
-    assert log.report(windows(None), HARD, MASK) == once
+    assert log.report(windows(None), HARD, MASK, Layout()) == once
 
 
 def test_nothing_seen():
-    assert SinkLog().report(windows(None), HARD, MASK) is None
+    assert SinkLog().report(windows(None), HARD, MASK, Layout()) is None
