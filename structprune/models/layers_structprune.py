@@ -42,6 +42,15 @@ def check_positions(position_ids, shape) -> None:
         raise ValueError(f"position_ids must be ({batch}, {length}) or (1, {length}) integers, not {given}")
 
 
+def positions_of(length: int, device, real=None, position_ids=None):
+    """`position_ids`; else positions 0.., (1, T), or those among each row's real tokens, true or 1 in `real` (B, T)."""
+    if position_ids is not None:
+        return position_ids  # (B or 1, T)
+    if real is not None:
+        return (real.long().cumsum(-1) - 1).clamp(min=0)  # (B, T)
+    return torch.arange(length, device=device)[None]  # (1, T)
+
+
 def rotary_tables(positions, head_dim: int, theta: float, scaling: dict | None = None):
     """Cosines and sines of RoPE in fp32: positions (B, T) -> two (B, 1, T, D); `scaling`: see `scaled_frequencies`."""
     powers = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim  # (D/2,)

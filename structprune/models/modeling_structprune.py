@@ -26,6 +26,7 @@ from .layers_structprune import (
     check_attention,
     check_positions,
     core_mask,
+    positions_of,
     rotary_tables,
 )
 
@@ -44,7 +45,7 @@ class DiffusionLM(PreTrainedModel):
     accepts_loss_kwargs = False  # the loss is already a mean per window: the Trainer scales it as usual
     _auto_class: Any = "AutoModelForCausalLM"  # save_pretrained writes the code too, under transformers 4 as well
     shifted = False  # whether position i predicts token i + 1
-    layout = Layout()  # of the rows that statistics, losses and likelihoods run
+    layout: Layout = Layout()  # of the rows that statistics, losses and likelihoods run
     edges_visible = False  # whether the first and last position are never masked
     gradient_checkpointing = False  # set per instance by gradient_checkpointing_enable
     embedding: Any  # these four are placed by a subclass, under its family's names
@@ -125,12 +126,7 @@ class DiffusionLM(PreTrainedModel):
 
     def rotary(self, length: int, device, attention_mask=None, position_ids=None):
         """RoPE tables for `position_ids` (B, T); else for positions 0.. (1, T), or of each row's real tokens (B, T)."""
-        if position_ids is not None:
-            positions = position_ids  # (B or 1, T)
-        elif attention_mask is not None:
-            positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)  # (B, T)
-        else:
-            positions = torch.arange(length, device=device)[None]  # (1, T)
+        positions = positions_of(length, device, attention_mask, position_ids)  # (B or 1, T)
         scaling = getattr(self.config, "rotary_scaling", None)
         return rotary_tables(positions, self.config.head_dim, self.config.rope_theta, scaling)
 
