@@ -28,7 +28,7 @@ CACHES = ("none", "prefix", "dual")
 def check_cache(cache: str, settings: Generation) -> None:
     """Raise UserError for a cache that is unknown, or would do the same as another."""
     check_one_of("cache", cache, CACHES)
-    if cache == "dual" and settings.blocks == 1:
+    if cache == "dual" and (settings.blocks == 1 or settings.aligned):
         reason = settings.single_block
         raise UserError(f"cache 'dual' keeps what follows a block, but {reason}: use prefix, which does the same")
 

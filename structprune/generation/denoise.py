@@ -99,6 +99,12 @@ def portions(counts: list[int], limit: int) -> list[list[tuple[int, int]]]:
     return parts
 
 
+def step_count(settings: Generation, lengths: Sequence[int]) -> int:
+    """Denoising steps of a batch of prompts of some lengths."""
+    span = settings.span(max(map(settings.started, lengths)))
+    return span // (settings.gen_length // settings.blocks) * settings.steps_of_block
+
+
 class Denoiser:
     """One batch, of the prompts `rows`; `generated` (B, G) is its state."""
 
@@ -106,7 +112,10 @@ class Denoiser:
         self._request, self._model, self._settings = request, request.model, request.settings
         self._device, self._mask_id = compute_device(self._model), self._model.config.mask_token_id
         self._rows = torch.tensor(rows)  # (B,)
-        prompts, length = [request.prompts[row] for row in rows], self._settings.gen_length
+        whole = [request.prompts[row] for row in rows]
+        started = [self._settings.started(len(prompt)) for prompt in whole]
+        prompts = [prompt[: len(prompt) - count] for prompt, count in zip(whole, started)]
+        length = self._settings.span(max(started))
         padding = int(self._mask_id == 0)  # any token but the mask
         self._prompt = pad_sequence(prompts, True, padding, "left").to(self._device)  # (B, P)
         self._width = self._prompt.shape[1]
@@ -117,12 +126,19 @@ class Denoiser:
         self._cache = None
         if request.options.cache != "none":
             self._cache = KeyValueCache(self._model, request.options.cache, request.options.refresh)
+        self._started = torch.tensor(started, device=self._device)  # (B,)
         self.generated = torch.full((len(rows), length), self._mask_id, device=self._device)  # (B, G)
+        for row, (prompt, count) in enumerate(zip(whole, started)):
+            self.generated[row, :count] = prompt[len(prompt) - count :]
+
+    def tails(self) -> torch.Tensor:
+        """The tokens behind every prompt, (B, gen_length)."""
+        places = self._started[:, None] + torch.arange(self._settings.gen_length, device=self._device)
+        return self.generated.gather(1, places)
 
     def advance(self, step: int) -> None:
         """One denoising step."""
-        blocks = self._settings.blocks
-        length, steps = self._settings.gen_length // blocks, self._settings.steps // blocks
+        length, steps = self._settings.gen_length // self._settings.blocks, self._settings.steps_of_block
         block, within = divmod(step, steps)
         start, end = block * length, (block + 1) * length
         self._block = slice(self._width + start, self._width + end)  # among the T
@@ -140,7 +156,8 @@ class Denoiser:
     def _end_rows(self, start: int, end: int) -> None:
         """Fill what follows a block that holds an EOS: no masks remain there, so it never runs again."""
         stop = torch.tensor(self._request.stop, device=self._device)  # (E,)
-        ended = torch.isin(self.generated[:, start:end], stop).any(1)  # (B,)
+        made = torch.arange(start, end, device=self._device) >= self._started[:, None]  # (B, n), not of the prompt
+        ended = (torch.isin(self.generated[:, start:end], stop) & made).any(1)  # (B,)
         self.generated[:, end:].masked_fill_(ended[:, None], self._request.stop[0])
 
     def _reveal(self, step: int, eligible: torch.Tensor, counts: torch.Tensor) -> None:
@@ -198,6 +215,9 @@ class Denoiser:
         none = torch.zeros_like(prompt, dtype=torch.bool)  # (b, P)
         targets = torch.cat((none, targets[running]), dim=1).repeat(branches, 1)  # (1 or 2 x b, T)
         real = None if real is None else real.repeat(branches, 1)  # (1 or 2 x b, T)
+        if self._settings.aligned:  # nothing behind the block is seen
+            ids, targets = ids[:, : self._block.stop], targets[:, : self._block.stop]  # (1 or 2 x b, t) each
+            real = None if real is None else real[:, : self._block.stop]  # (1 or 2 x b, t)
         if self._cache is None:
             states = encode_at(self._model, ids, targets, real)
         else:

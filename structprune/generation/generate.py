@@ -10,7 +10,7 @@ import torch
 
 from structprune.errors import UserError
 from structprune.generation.cached import check_cache
-from structprune.generation.denoise import Denoiser, Options, Request, Step
+from structprune.generation.denoise import Denoiser, Options, Request, Step, step_count
 from structprune.generation.samplers import Generation, sampler_of
 from structprune.models.families import family_of
 from structprune.models.modeling_structprune import DiffusionLM
@@ -62,12 +62,14 @@ def _tails(request: Request) -> torch.Tensor:
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))  # longest first: memory runs out early
     batches = [order[start : start + batch] for start in range(0, len(order), batch)]
     tails = torch.empty(len(prompts), settings.gen_length, dtype=torch.long)  # (N, G)
-    for rows, step in request.options.track([(rows, step) for rows in batches for step in range(settings.steps)]):
+    counts = [step_count(settings, [len(prompts[row]) for row in rows]) for rows in batches]
+    works = [(rows, step, count) for rows, count in zip(batches, counts) for step in range(count)]
+    for rows, step, count in request.options.track(works):
         if step == 0:
             denoiser = Denoiser(request, rows)
         denoiser.advance(step)
-        if step == settings.steps - 1:
-            tails[rows] = denoiser.generated.cpu()
+        if step == count - 1:
+            tails[rows] = denoiser.tails().cpu()
     return tails
 
 
@@ -101,13 +103,18 @@ def check_request(config: Any, prompts: Sequence[torch.Tensor], settings: Genera
     if type(settings) is not sampler:
         name = type(settings).__name__
         raise UserError(f"{name} is not for a model of family {family.name}: use {sampler.__name__}")
+    for option, key in settings.of_config.items():
+        if getattr(settings, option) != getattr(config, key):
+            given = f"{option} = {getattr(settings, option)}"
+            raise UserError(f"{given} is not the model's own, {getattr(config, key)}: leave it out")
     longest = getattr(config, family.keys["positions"])
     for index, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise UserError(f"prompt {index} is empty: give it some text, or at least one token")
         if (prompt == mask_id).any():
             raise UserError(f"prompt {index} holds the mask token {mask_id}: remove it")
-        if len(prompt) + settings.gen_length > longest:
+        started = settings.started(len(prompt))
+        if len(prompt) - started + settings.span(started) > longest:
             raise UserError(
                 f"prompt {index} has {len(prompt)} tokens and gen_length = {settings.gen_length} more do not fit the "
                 f"model's {longest}: shorten the prompt, or lower gen_length"

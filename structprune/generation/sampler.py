@@ -33,6 +33,8 @@ class Generation(ABC):
 
     single_block: ClassVar[str]  # why there is only one block, where there is
     by_confidence: ClassVar[Mapping[str, Any]]  # options by which the most confident predictions are revealed first
+    of_config: ClassVar[Mapping[str, str]] = {}  # options that a model decides -> the key of its config
+    aligned: ClassVar[bool] = False  # whether blocks count from the first token, and see none behind them
 
     def __post_init__(self):
         check_whole(gen_length=self.gen_length, steps=self.steps)
@@ -50,6 +52,19 @@ class Generation(ABC):
     def blocks(self) -> int:
         """Parts of the generated text that are finished one after the other."""
         return 1
+
+    @property
+    def steps_of_block(self) -> int:
+        return self.steps // self.blocks
+
+    def started(self, prompt: int) -> int:
+        """Tokens of a prompt of that length that the first block begins with."""
+        return prompt % (self.gen_length // self.blocks) if self.aligned else 0
+
+    def span(self, started: int) -> int:
+        """Tokens of all blocks that generation runs through, where the first begins with `started` of a prompt."""
+        length = self.gen_length // self.blocks
+        return -(-(started + self.gen_length) // length) * length
 
     @property
     def cfg_scale(self) -> float:

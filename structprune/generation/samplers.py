@@ -13,6 +13,7 @@ from typing import Literal, get_args
 import torch
 
 from structprune.errors import UserError, nearest
+from structprune.generation.aligned import AlignedGeneration
 from structprune.generation.checks import check_not_negative, check_one_of, check_whole
 from structprune.generation.sampler import Generation as Generation  # re-exported
 from structprune.models import sampling_structprune as sampling
@@ -178,6 +179,7 @@ SAMPLERS: dict[str, type[Generation]] = {
     "blockwise": LLaDAGeneration,
     "timesteps": DreamGeneration,
     "rounded": A2DGeneration,
+    "aligned": AlignedGeneration,
 }
 
 
@@ -202,7 +204,9 @@ def generation_settings(config, values: Mapping[str, object]) -> Generation:
         if name not in known:
             family = family_of(config).name
             raise UserError(f"{family}'s sampler has no option '{name}'{nearest(name, known)}: {', '.join(known)}")
-    return sampler_of(config)(**values)  # type: ignore[arg-type]  # checked on construction
+    sampler = sampler_of(config)
+    values = {option: getattr(config, key) for option, key in sampler.of_config.items()} | dict(values)
+    return sampler(**values)  # type: ignore[arg-type]  # checked on construction
 
 
 def low_confidence(config, generated: int, steps: int, block_length: int | None = None) -> Generation:
@@ -214,6 +218,7 @@ def low_confidence(config, generated: int, steps: int, block_length: int | None 
         UserError: as `generation_settings`, also a block length where the sampler has no blocks.
     """
     values = {"gen_length": generated, "steps": steps, **sampler_of(config).by_confidence}
-    if block_length is not None or "block_length" in sampler_options(config):
+    chosen = set(sampler_options(config)) - set(sampler_of(config).of_config)
+    if block_length is not None or "block_length" in chosen:
         values["block_length"] = block_length or generated
     return generation_settings(config, values)

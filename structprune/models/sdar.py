@@ -13,6 +13,7 @@ SDAR = replace(
     architecture="SDARForCausalLM",
     config_class=sdar_structprune.StructpruneSDARConfig,
     model_class=sdar_structprune.StructpruneSDAR,
+    sampler="aligned",
     rope_types=("default",),
     code=tuple(
         Path(sdar_structprune.__file__).with_name(f"{name}_structprune.py") for name in ("a2d", "blockwise", "sdar")

@@ -1,0 +1,90 @@
+"""The sampler of block diffusion models against a plain loop over the blocks of one prompt, without batch or cache."""
+
+import pytest
+import torch
+
+from structprune.errors import UserError
+from structprune.generation.generate import Options, generate
+from structprune.generation.samplers import generation_settings, low_confidence
+from structprune.models import families
+from structprune.models.sdar import SDAR
+from tests.conftest import A2D_QWEN3, MASK_ID, build_model
+
+SIZE, LENGTH = 4, 12
+
+
+@pytest.fixture
+def model(monkeypatch):
+    """A random SDAR model with blocks of four tokens."""
+    monkeypatch.setattr(families, "FAMILIES", [*families.FAMILIES, SDAR])
+    monkeypatch.setattr("tests.conftest.FAMILIES", families.FAMILIES)
+    values = {"model_type": "sdar", "architectures": ["SDARForCausalLM"], "tie_word_embeddings": False}
+    return build_model(A2D_QWEN3 | values | {"block_size": SIZE})
+
+
+@pytest.fixture
+def prompts() -> list[torch.Tensor]:
+    """Prompts shorter than a block, of whole blocks, and with a part of one."""
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(0, 2000, (size,), generator=generator) for size in (3, 8, 10, 5)]
+
+
+@torch.no_grad()
+def plain(model, prompt: torch.Tensor, each: int, sequential: bool = False, threshold: float | None = None):
+    """Greedy text behind a prompt, `each` tokens a step: (P,) -> (P + 12,)."""
+    count = -(-(len(prompt) + LENGTH) // SIZE) * SIZE
+    ids = torch.full((count,), MASK_ID)  # (T,) up to the end of the last block
+    ids[: len(prompt)] = prompt
+    for end in range(len(prompt) // SIZE * SIZE + SIZE, count + 1, SIZE):
+        while (masked := (ids[:end] == MASK_ID).nonzero()[:, 0]).numel():
+            sure, tokens = model(ids[None, :end]).logits[0, masked].softmax(-1).max(-1)  # (m,) each
+            first = torch.arange(each) if sequential else sure.argsort(descending=True)[:each]
+            chosen = torch.zeros(len(masked), dtype=torch.bool)
+            chosen[first[: len(masked)]] = True
+            if threshold is not None:
+                chosen |= sure >= threshold
+            ids[masked[chosen]] = tokens[chosen]
+    return ids[: len(prompt) + LENGTH]
+
+
+CASES = {
+    "surest": ({}, {"each": 1}),
+    "two at once": ({"steps": 6}, {"each": 2}),
+    "from the left": ({"remasking": "sequential"}, {"each": 1, "sequential": True}),
+    "all that are sure": ({"threshold": 0.02}, {"each": 1, "threshold": 0.02}),
+}
+
+
+@pytest.mark.parametrize("cache", ["none", "prefix"])
+@pytest.mark.parametrize("case", CASES)
+def test_tokens_are_those_of_a_plain_loop(model, prompts, case, cache):
+    """A cache is exact here: clean blocks do not see what comes after them."""
+    options, reference = CASES[case]
+    settings = generation_settings(model.config, {"gen_length": LENGTH, "steps": LENGTH, **options})
+    texts = generate(model, prompts, settings, options=Options(batch=3, cache=cache))
+    for prompt, text in zip(prompts, texts):
+        assert text.tolist() == plain(model, prompt, **reference).tolist()
+
+
+def test_an_eos_of_the_prompt_ends_nothing(model, prompts):
+    prompt = prompts[2]  # two whole blocks and two tokens of the first block
+    settings = generation_settings(model.config, {"gen_length": LENGTH, "steps": LENGTH})
+    free = generate(model, [prompt], settings)[0]
+    stopping = generation_settings(model.config, {"gen_length": LENGTH, "steps": LENGTH, "stop_at_eos": True})
+    (text,) = generate(model, [prompt], stopping, options=Options(eos_id=int(prompt[-1])))
+    assert torch.equal(text, free)
+    made = int(free[10])
+    (text,) = generate(model, [prompt], stopping, options=Options(eos_id=made))
+    assert text[10:12].tolist() == free[10:12].tolist() and (text[12:] == made).all()
+
+
+def test_the_block_is_the_models_own(model, prompts):
+    settings = generation_settings(model.config, {"gen_length": 16, "steps": 16, "block_length": 8})
+    with pytest.raises(UserError, match="block_length = 8 is not the model's own, 4: leave it out"):
+        generate(model, prompts, settings)
+    assert low_confidence(model.config, 8, 8).block_length == SIZE
+    with pytest.raises(UserError, match="gen_length = 10 must be a multiple of the 4 tokens of a block"):
+        generation_settings(model.config, {"gen_length": 10, "steps": 10})
+    with pytest.raises(UserError, match="cache 'dual' keeps what follows a block, but blocks see no later one"):
+        settings = generation_settings(model.config, {"gen_length": 16, "steps": 16})
+        generate(model, prompts, settings, options=Options(cache="dual"))
