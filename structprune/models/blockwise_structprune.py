@@ -1,7 +1,8 @@
 """Block diffusion: tokens of a noisy block see each other and the clean blocks before it (arXiv 2503.09573).
 
 Copied next to checkpoints of families that use it: imports torch, transformers and the files beside it only.
-Shapes: B batch, T sequence length, S = 2 T tokens of a row, C features, V vocabulary.
+Shapes: B batch, P prompt columns, G generated tokens, T sequence length, S = 2 T tokens of a row, M predictions,
+C features, V vocabulary.
 """
 
 from typing import Any
@@ -9,7 +10,16 @@ from typing import Any
 import torch
 from transformers.modeling_outputs import MaskedLMOutput
 
+from .generation_structprune import Sampling, check_blocks, check_counts, uniform_like
 from .layers_structprune import Layout, Sight, core_mask, positions_of
+from .sampling_structprune import (
+    gumbel_choice,
+    reveal_counts,
+    token_probability,
+    top_k_filter,
+    top_p_filter,
+    top_positions,
+)
 
 
 def block_mask(positions, size: int):
@@ -57,6 +67,89 @@ class Pairs(Layout):
         if real is not None:
             mask = mask & core_mask(real.repeat(1, 2), tuple(shape), None)  # (B, 1, S, S)
         return Sight(model.rotary(shape[1], device, position_ids=positions.repeat(1, 2)), mask)
+
+
+class BlockSampling(Sampling):
+    """`generate` for block diffusion models."""
+
+    @torch.no_grad()
+    def generate(
+        self: Any, input_ids, attention_mask=None, steps=128, gen_length=128, temperature=0.0, top_k=None, top_p=None,
+        remasking="low_confidence", threshold=None,
+    ):  # fmt: skip
+        """Prompts with `gen_length` tokens after them, (B, P) -> (B, P + G), block by block from left to right.
+
+        Blocks count from a prompt's first real token; the last one is generated whole, and cut.
+
+        Args:
+            attention_mask: (B, P), 1 at real tokens of left-padded prompts.
+            steps: over the blocks of `gen_length` tokens.
+            temperature, top_k, top_p: act on the logits, in that order; temperature 0 takes the likeliest token.
+            remasking: which predictions stay, "low_confidence" (the surest) or "sequential" (the first).
+            threshold: also keep every prediction with at least this probability, and one at least.
+        Raises:
+            ValueError: lengths or steps that cannot be shared by blocks, or another remasking.
+        """
+        size, width = self.config.block_size, input_ids.shape[1]
+        check_counts(self.config.max_position_embeddings, width, gen_length, steps=steps, gen_length=gen_length)
+        check_blocks(steps, gen_length, size)
+        if remasking not in ("low_confidence", "sequential") or (threshold is not None and remasking == "sequential"):
+            given = f"remasking = '{remasking}' with threshold = {threshold}"
+            raise ValueError(f"{given}: give low_confidence, or sequential without a threshold")
+        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask  # (B, P)
+        ids, real, first = aligned_texts((input_ids, real.bool()), gen_length, size, self.config.mask_token_id)
+        settings, block_steps = (temperature, top_k, top_p, remasking, threshold), steps // (gen_length // size)
+        start = int(first[0]) // size * size  # column where all rows' first block begins
+        for end in range(start + size, ids.shape[1] + 1, size):
+            for step in range(block_steps):
+                masked = ids[:, :end] == self.config.mask_token_id  # (B, t)
+                if not masked.any():
+                    break
+                count = int(reveal_counts(torch.tensor(size), block_steps, step))
+                self._reveal(ids[:, :end], masked, real[:, :end], count, settings)
+        places = first[:, None] + torch.arange(gen_length, device=ids.device)  # (B, G)
+        return torch.cat((input_ids, ids.gather(1, places)), dim=1)
+
+    def _reveal(self: Any, ids, masked, real, count: int, settings) -> None:
+        """Write `count` tokens of each row, or more by a threshold, at masked positions of ids (B, t)."""
+        temperature, top_k, top_p, remasking, threshold = settings
+        logits = self.masked_logits(ids, masked, None if real.all() else real)  # (M, V)
+        if temperature > 0:
+            logits = logits / temperature  # (M, V)
+        if top_k is not None:
+            logits = top_k_filter(logits, top_k)  # (M, V)
+        if top_p is not None and top_p < 1:
+            logits = top_p_filter(logits, top_p)  # (M, V)
+        tokens = gumbel_choice(logits, float(temperature > 0), uniform_like(logits) if temperature else None)  # (M,)
+        scores = torch.zeros(masked.shape, dtype=logits.dtype, device=ids.device)  # (B, t)
+        if remasking == "low_confidence":  # else the earlier of equal scores comes first
+            scores[masked] = token_probability(logits, tokens)
+        least = count if threshold is None else max(1, count)
+        chosen = top_positions(scores, masked, torch.full_like(ids[:, 0], least))  # (B, t)
+        if threshold is not None:
+            chosen |= masked & (scores >= threshold)
+        ids[chosen] = tokens[chosen[masked]]
+
+
+def aligned_texts(prompts, generated: int, size: int, mask_id: int):
+    """Left-padded prompts (B, P), moved so that blocks begin in the same columns, and masks up to the end of a block.
+
+    Args:
+        prompts: ids and which of them are real tokens, (B, P) each. size: of a block.
+    Returns:
+        ids (B, T), which of them are real (B, T) bool, and the column of each row's first generated token (B,).
+    """
+    rows = [ids[real] for ids, real in zip(*prompts)]  # B x (p,)
+    starts = [len(row) % size for row in rows]  # tokens in the first block that is generated
+    width = max(len(row) - start for row, start in zip(rows, starts))  # columns before that block
+    length = width + -(-(max(starts) + generated) // size) * size  # T
+    ids = prompts[0].new_full((len(rows), length), mask_id)  # (B, T)
+    real = torch.ones_like(ids, dtype=torch.bool)  # (B, T)
+    for place, (row, start) in enumerate(zip(rows, starts)):
+        begin = width - (len(row) - start)
+        ids[place, :begin], real[place, :begin] = int(mask_id == 0), False  # any token but the mask
+        ids[place, begin : begin + len(row)] = row
+    return ids, real, torch.tensor([width + start for start in starts], device=ids.device)
 
 
 class BlockDiffusion:

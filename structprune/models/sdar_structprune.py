@@ -4,11 +4,11 @@ Copied next to every SDAR checkpoint that structprune writes, beside the files t
 """
 
 from .a2d_structprune import A2DLM, A2DConfig
-from .blockwise_structprune import BlockDiffusion
+from .blockwise_structprune import BlockDiffusion, BlockSampling
 
 # transformers copies only the files that this one names, not those that they name
 from .configuration_structprune import layer_width  # noqa: F401
-from .generation_structprune import Sampling  # noqa: F401
+from .generation_structprune import LLaDASampling  # noqa: F401
 from .layers_structprune import Layout  # noqa: F401
 from .modeling_structprune import DecoderLM  # noqa: F401
 from .sampling_structprune import gumbel_choice  # noqa: F401
@@ -25,5 +25,5 @@ class StructpruneSDARConfig(A2DConfig):
         super().__init__(**kwargs)
 
 
-class StructpruneSDAR(BlockDiffusion, A2DLM):
+class StructpruneSDAR(BlockDiffusion, BlockSampling, A2DLM):  # type: ignore[misc]
     config_class = StructpruneSDARConfig

@@ -66,6 +66,30 @@ def test_tokens_are_those_of_a_plain_loop(model, prompts, case, cache):
         assert text.tolist() == plain(model, prompt, **reference).tolist()
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_the_exported_files_write_the_same(model, prompts, case):
+    options, _ = CASES[case]
+    width, pad = max(map(len, prompts)), torch.nn.functional.pad
+    ids = torch.stack([pad(prompt, (width - len(prompt), 0), value=5) for prompt in prompts])  # (B, P)
+    real = torch.stack([pad(torch.ones_like(prompt), (width - len(prompt), 0)) for prompt in prompts])  # (B, P)
+    settings = generation_settings(model.config, {"gen_length": LENGTH, "steps": LENGTH, **options})
+    expected = generate(model, ids, settings, real)  # (B, P + G)
+    assert torch.equal(model.generate(ids, real, gen_length=LENGTH, **{"steps": LENGTH, **options}), expected)
+    (alone,) = model.generate(prompts[0][None], gen_length=LENGTH, **{"steps": LENGTH, **options})
+    assert torch.equal(alone, torch.cat((prompts[0], expected[0, width:])))
+
+
+def test_exported_draws_follow_the_seed(model, prompts):
+    def draw(seed: int, **options) -> list[int]:
+        torch.manual_seed(seed)
+        return model.generate(prompts[1][None], steps=LENGTH, gen_length=LENGTH, **options)[0].tolist()
+
+    assert draw(0, temperature=1.0) == draw(0, temperature=1.0) != draw(1, temperature=1.0)
+    assert draw(0, temperature=1.0, top_k=1) == draw(1, temperature=1.0, top_p=1e-6)
+    with pytest.raises(ValueError, match="remasking = 'sequential' with threshold = 0.5"):
+        draw(0, remasking="sequential", threshold=0.5)
+
+
 def test_an_eos_of_the_prompt_ends_nothing(model, prompts):
     prompt = prompts[2]  # two whole blocks and two tokens of the first block
     settings = generation_settings(model.config, {"gen_length": LENGTH, "steps": LENGTH})
