@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from structprune.errors import UserError, nearest
 from structprune.generation.cached import CACHES, check_cache
-from structprune.generation.samplers import Generation, generation_settings, sampler_options
+from structprune.generation.samplers import Generation, free_options, generation_settings
 from structprune.generation.settings import BLOCK_LENGTH
 
 ALL = "all"
@@ -111,7 +111,7 @@ class BenchSettings:
             return None
         values = {"gen_length": self.gen_length, "steps": self.steps}
         block_length = self.block_length
-        if block_length is None and "block_length" in sampler_options(config):
+        if block_length is None and "block_length" in free_options(config):
             halved = {ALL, "dual"} & set(self.caches) and self.gen_length % 2 == self.steps % 2 == 0
             block_length = min(BLOCK_LENGTH, self.gen_length // 2 if halved else self.gen_length)
         return generation_settings(config, values if block_length is None else values | {"block_length": block_length})

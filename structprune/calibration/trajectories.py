@@ -70,7 +70,7 @@ def reverse_states(
         new = ~filled[step.prompts] & (step.index >= indices[step.prompts])  # (B, S)
         for slot in new.any(0).nonzero().flatten().tolist():
             rows = step.prompts[new[:, slot]]  # (b,)
-            states[rows, slot] = step.ids.cpu()[new[:, slot]]
+            states[rows, slot] = step.ids.cpu()[new[:, slot], :length]  # (b, T), without what fills the last block
             filled[rows, slot] = True
 
     final = generate(model, prompts, settings, options=Options(batch=batch, track=track, record=record))  # (N, T)

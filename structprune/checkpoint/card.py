@@ -1,6 +1,7 @@
 """The model card of a pruned checkpoint, from its report."""
 
 import re
+from inspect import signature
 from pathlib import Path
 
 from huggingface_hub import ModelCardData
@@ -77,6 +78,8 @@ def _example(model_class: type) -> str:
     }
     for name, call in calls.items():
         if hasattr(model_class, name):
+            if "block_length" not in signature(getattr(model_class, name)).parameters:
+                call = call.replace("block_length=32, ", "")
             ids = 'tokenizer("A text to continue", return_tensors="pt").input_ids'
             return f"\nids = {ids}\nprint(tokenizer.decode(model.{call}[0]))\n"
     return ""

@@ -9,7 +9,7 @@ from structprune.evaluation.perturb import item_generator
 from structprune.evaluation.requests import sampler_values
 from structprune.evaluation.texts import Texts
 from structprune.generation.generate import Options, generate
-from structprune.generation.samplers import Generation, generation_settings, sampler_options
+from structprune.generation.samplers import Generation, free_options, generation_settings
 from structprune.models.families import family_of
 from structprune.models.modeling_structprune import DiffusionLM
 
@@ -57,7 +57,7 @@ def check_openings(config: Any, openings: Sequence[Opening], texts: Texts, optio
 
 
 def _settings(config: Any, opening: Opening, options: Mapping[str, Any]) -> Generation:
-    return generation_settings(config, sampler_values(sampler_options(config), opening.options, options))
+    return generation_settings(config, sampler_values(free_options(config), opening.options, options))
 
 
 def _portions(settings: Sequence[Generation]) -> list[list[int]]:

@@ -193,6 +193,11 @@ def sampler_options(config) -> tuple[str, ...]:
     return tuple(field.name for field in fields(sampler_of(config)))
 
 
+def free_options(config) -> tuple[str, ...]:
+    """Names of the options that the model does not decide."""
+    return tuple(name for name in sampler_options(config) if name not in sampler_of(config).of_config)
+
+
 def generation_settings(config, values: Mapping[str, object]) -> Generation:
     """Settings of the sampler of a model's family, from option names and values.
 
@@ -218,7 +223,6 @@ def low_confidence(config, generated: int, steps: int, block_length: int | None 
         UserError: as `generation_settings`, also a block length where the sampler has no blocks.
     """
     values = {"gen_length": generated, "steps": steps, **sampler_of(config).by_confidence}
-    chosen = set(sampler_options(config)) - set(sampler_of(config).of_config)
-    if block_length is not None or "block_length" in chosen:
+    if block_length is not None or "block_length" in free_options(config):
         values["block_length"] = block_length or generated
     return generation_settings(config, values)

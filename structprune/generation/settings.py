@@ -11,10 +11,9 @@ from structprune.generation.cached import check_cache
 from structprune.generation.samplers import (
     Algorithm,
     Generation,
-    Remasking,
+    free_options,
     generation_settings,
     sampler_of,
-    sampler_options,
 )
 
 BLOCK_LENGTH = 32  # the default of block-wise generation, with which block-wise caches are published
@@ -27,30 +26,32 @@ class GenerationSettings(Section):
     """Denoising steps; with a threshold, at most so many. Default: gen_length, a token a step."""
     block_length: int | None = Field(None, ge=1)
     """LLaDA, A2D: tokens of a block; blocks are finished from left to right. Default: 32 where gen_length is a multiple
-    of it, else gen_length."""
+    of it, else gen_length. SDAR: the model's own."""
     threshold: float | None = Field(None, gt=0, le=1)
     """Also reveal every prediction with at least this probability: fewer steps. Dream's `alg` is then maskgit_plus
     where none is given."""
     temperature: float | None = Field(None, ge=0)
     """Of the choice of tokens. Default: 0, the likeliest."""
-    remasking: Remasking | None = None
-    """LLaDA, A2D: which predictions are revealed, the surest or those at random positions. Default: low_confidence."""
+    remasking: Literal["low_confidence", "random", "sequential"] | None = None
+    """Which predictions are revealed: the surest, those at random positions (LLaDA, A2D), or the first (SDAR:
+    sequential). Default: low_confidence."""
     cfg_scale: float | None = Field(None, ge=0)
     """LLaDA, A2D: scale of classifier-free guidance, which doubles the cost. Default: 0, off."""
     stop_at_eos: bool | None = None
-    """LLaDA, A2D: generate no block after one that holds an EOS. Default: false, as published."""
+    """LLaDA, A2D, SDAR: generate no block after one that holds an EOS. Default: false, as published."""
     alg: Algorithm | None = None
     """Dream: which predictions are revealed first. Default: entropy."""
     alg_temp: float | None = Field(None, ge=0)
     """Dream: draw positions at this temperature of their confidence. Default: the surest."""
     top_p: float | None = Field(None, gt=0, le=1)
-    """Dream: choose among the likeliest tokens that make up this probability. Default: all."""
+    """Dream, SDAR: choose among the likeliest tokens that make up this probability. Default: all."""
     top_k: int | None = Field(None, ge=1)
-    """Dream: choose among so many likeliest tokens. Default: all."""
+    """Dream, SDAR: choose among so many likeliest tokens. Default: all."""
     eps: float | None = Field(None, ge=0, lt=1)
     """Dream: the last time. Default: 0.001."""
     cache: Literal["none", "prefix", "dual"] = "none"
-    """Keys and values that are cached while a block is denoised: faster, and approximate. dual needs several blocks."""
+    """Keys and values that are cached while a block is denoised: faster, and approximate, but of SDAR exact. dual needs
+    several blocks, and tokens that see what follows theirs."""
     refresh: int | None = Field(None, ge=1)
     """Steps after which the cache is rebuilt within a block. Default: never."""
     chat: bool = False
@@ -79,7 +80,7 @@ def sampler_settings(config: Any, settings: GenerationSettings) -> Generation:
     """
     given = settings.model_dump(exclude={*OF_RUN})
     values = {name: value for name, value in given.items() if value is not None}
-    known, length = sampler_options(config), settings.gen_length
+    known, length = free_options(config), settings.gen_length
     values.setdefault("steps", length)
     if "block_length" in known:
         values.setdefault("block_length", BLOCK_LENGTH if length % BLOCK_LENGTH == 0 else length)

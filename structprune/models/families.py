@@ -8,8 +8,9 @@ from structprune.models.dream import DREAM
 from structprune.models.family import ROLES as ROLES  # re-exported
 from structprune.models.family import Family
 from structprune.models.llada import LLADA
+from structprune.models.sdar import SDAR
 
-FAMILIES: list[Family] = [LLADA, DREAM, A2D_QWEN3, A2D_LLAMA, A2D_QWEN2]
+FAMILIES: list[Family] = [LLADA, DREAM, A2D_QWEN3, A2D_LLAMA, A2D_QWEN2, SDAR]
 
 
 def register_family(family: Family) -> None:

@@ -6,20 +6,15 @@ import torch
 from structprune.errors import UserError
 from structprune.generation.generate import Options, generate
 from structprune.generation.samplers import generation_settings, low_confidence
-from structprune.models import families
-from structprune.models.sdar import SDAR
-from tests.conftest import A2D_QWEN3, MASK_ID, build_model
+from tests.conftest import MASK_ID
 
 SIZE, LENGTH = 4, 12
 
 
 @pytest.fixture
-def model(monkeypatch):
+def model(tiny_model):
     """A random SDAR model with blocks of four tokens."""
-    monkeypatch.setattr(families, "FAMILIES", [*families.FAMILIES, SDAR])
-    monkeypatch.setattr("tests.conftest.FAMILIES", families.FAMILIES)
-    values = {"model_type": "sdar", "architectures": ["SDARForCausalLM"], "tie_word_embeddings": False}
-    return build_model(A2D_QWEN3 | values | {"block_size": SIZE})
+    return tiny_model("sdar")
 
 
 @pytest.fixture

@@ -4,15 +4,15 @@ import pytest
 import torch
 import transformers
 
+from structprune import load_model
 from structprune.calibration.batches import Calibration
 from structprune.config import SinkSettings
+from structprune.errors import UserError
 from structprune.evaluation.likelihood import MaskedRows, token_nats
 from structprune.evaluation.nelbo import masked_nelbo
-from structprune.models import families
 from structprune.models.adapter import Adapter
 from structprune.models.blockwise_structprune import Pairs, block_mask, pair_mask
 from structprune.models.encode import Batches, encode_noisy, encode_rows
-from structprune.models.sdar import SDAR
 from structprune.recovery.settings import LossSettings
 from structprune.recovery.student import Lesson, loss_of
 from structprune.statistics.gradients import gradient_sums
@@ -21,19 +21,16 @@ from structprune.statistics.norms import one_shot_norms
 from structprune.statistics.rows import arm_rows, mass_of, scan_rows
 from structprune.statistics.scan import Limits, Scan
 from structprune.statistics.sinks import even_mass
-from tests.conftest import A2D_QWEN3, MASK_ID, build_model
+from tests.conftest import MASK_ID
 
 SIZE, LENGTH = 4, 11  # the last block is a token short
 SINK = SinkSettings()
 
 
 @pytest.fixture
-def model(monkeypatch):
+def model(tiny_model):
     """A random SDAR model with blocks of four tokens."""
-    monkeypatch.setattr(families, "FAMILIES", [*families.FAMILIES, SDAR])
-    monkeypatch.setattr("tests.conftest.FAMILIES", families.FAMILIES)
-    values = {"model_type": "sdar", "architectures": ["SDARForCausalLM"], "tie_word_embeddings": False}
-    return build_model(A2D_QWEN3 | values | {"block_size": SIZE})
+    return tiny_model("sdar")
 
 
 @pytest.fixture
@@ -55,6 +52,12 @@ def by_block(model, noisy: torch.Tensor, clean: torch.Tensor) -> torch.Tensor:
         ids = torch.cat((clean[:, :start], noisy[:, start : start + SIZE]), dim=1)
         parts.append(model.encode(ids)[:, start:])  # (B, n, C)
     return torch.cat(parts, dim=1)
+
+
+def test_the_size_of_blocks_must_be_known(tiny_checkpoint):
+    with pytest.raises(UserError, match="config.json has no positive integer 'block_size', which sdar needs"):
+        load_model(tiny_checkpoint("sdar", block_size=None))
+    assert load_model(tiny_checkpoint("sdar", name="other", block_size=8)).layout.size == 8
 
 
 def test_masks_by_hand():
