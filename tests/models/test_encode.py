@@ -16,7 +16,7 @@ def full_logits(model, ids: torch.Tensor, attention_mask=None) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("family", ["llada", "mmada", "dream", "a2d-qwen3"])
+@pytest.mark.parametrize("family", ["llada", "mmada", "dream", "a2d-qwen3", "sdar"])
 @torch.inference_mode()
 def test_wanted_positions_equal_the_full_forward_pass(tiny_model, family, padded):
     model, generator = tiny_model(family), torch.Generator().manual_seed(0)
@@ -33,7 +33,7 @@ def test_wanted_positions_equal_the_full_forward_pass(tiny_model, family, padded
     assert encode_at(model, ids, torch.zeros_like(targets)).shape == (0, 32)
 
 
-@pytest.mark.parametrize("family", ["llada", "dream", "a2d-qwen3"])
+@pytest.mark.parametrize("family", ["llada", "dream", "a2d-qwen3", "sdar"])
 @torch.inference_mode()
 def test_what_follows_the_last_attention_runs_at_the_wanted_positions(gap_pair, family):
     """The last attention is in the second of four blocks."""

@@ -6,7 +6,6 @@ import torch
 from structprune.calibration.batches import Calibration
 from structprune.config import SinkSettings
 from structprune.models.adapter import Adapter
-from structprune.models.layers_structprune import Layout
 from structprune.statistics.moments import consumer_moments, held_input_bytes
 from structprune.statistics.rows import arm_rows, measure_mass
 from structprune.statistics.scan import Limits, Scan
@@ -36,19 +35,19 @@ def forwards(adapter: Adapter, run) -> tuple:
 
 
 @pytest.mark.parametrize("arm", ARMS)
-@pytest.mark.parametrize("family", ["llada", "dream", "a2d-qwen3"])
+@pytest.mark.parametrize("family", ["llada", "dream", "a2d-qwen3", "sdar"])
 @torch.inference_mode()
 def test_moments_of_every_arm_equal_plain_sums(tiny_model, calibration, family, arm):
     adapter = Adapter(tiny_model(family))
     measured = consumer_moments(Scan(adapter, calibration, SINK, Limits(windows=2)), arm)
     mass = measure_mass(Scan(adapter, calibration)) if arm.endswith("sink") else None
-    rows = arm_rows(calibration, arm, SINK, mass, MASK, Layout())
+    rows = arm_rows(calibration, arm, SINK, mass, MASK, adapter.model.layout)
     weight = torch.ones(rows.ids.shape) if rows.weight is None else rows.weight  # (R, T)
     squares = weight.double().flatten() ** 2
-    x, rotary = adapter.model.embedding(rows.ids), adapter.model.rotary(12, "cpu")
+    x, sight = adapter.model.embedding(rows.ids), adapter.sight(rows.ids.shape)
     for block in adapter.blocks:
         for role in ("attention_output", "down"):
-            read = block.module.mix(x, rotary) if role == "attention_output" else block.module.activate(x)
+            read = block.module.mix(x, *sight) if role == "attention_output" else block.module.activate(x)
             x = x + block[role](read)
             flat = read.flatten(0, 1).double()  # (R*T, C)
             mean = squares @ flat / squares.sum()
