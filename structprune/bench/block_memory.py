@@ -36,8 +36,9 @@ def block_memory(
         whole = max(block[role].weight.numel() for role in block.names) * dtypes[1].itemsize
         return sum(held[id(weight)] for weight in block.module.parameters()) + whole * config.teacher.int8
 
-    tokens = config.train.pass_windows * config.data.length
-    rows = sum(row_counts(config)) * config.data.length  # tokens of a stream
+    length = config.data.length * student.model.layout.copies  # tokens of a row
+    tokens = config.train.pass_windows * length
+    rows = sum(row_counts(config)) * length  # tokens of a stream
     offload = config.blocks.offload, config.blocks.offload or config.teacher.offload
     held = held_bytes(teacher, config.teacher, dtypes[1])
     sizes = student.model.num_parameters() * dtypes[0].itemsize, sum(held.values())

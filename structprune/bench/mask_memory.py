@@ -24,7 +24,8 @@ def predicted_mask_peak(adapter: Adapter, request: MaskRequest, stored: torch.dt
     dtype, budget = resources.weight_dtype(stored), resources.budget
     weights = adapter.model.num_parameters() * dtype.itemsize
     projections = sum(block[role].weight.numel() for block in adapter.blocks for role in block.names)
-    sequence = request.calibration.length * dtype.itemsize  # bytes of one feature
+    row = request.calibration.length * adapter.model.layout.copies  # tokens
+    sequence = row * dtype.itemsize  # bytes of one feature
     stores = [count * sequence * adapter.hidden_size for count in _stored_sequences(request)]
     parts = {
         "weights": weights,
@@ -115,7 +116,8 @@ def _statistics_bytes(adapter: Adapter, request: MaskRequest, itemsize: int) -> 
     if request.score.needs == "grams":
         grams = max(4 * sum(width * width for width in block) for block in _widths(adapter))
     if request.measures_dense and weighs_late(request.arm, request.sink):
-        held = late_input_bytes(adapter, request.calibration.batch * request.calibration.length, itemsize)
+        tokens = request.calibration.batch * request.calibration.length * adapter.model.layout.copies
+        held = late_input_bytes(adapter, tokens, itemsize)
     return max(grams, held if held <= request.resources.budget else 0)
 
 

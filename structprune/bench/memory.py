@@ -56,7 +56,7 @@ def predicted_peak(dense: Adapter, pruned: Adapter, request: StructuredRequest, 
     resources, refits = request.resources, request.reconstruct.enabled
     dtype, budget = resources.weight_dtype(stored), resources.budget
     shared = sum(p.numel() for p in pruned.model.parameters()) - sum(_block_numbers(pruned))
-    size = Tokens.of(request).scaled(dtype.itemsize)
+    size = Tokens.of(request, dense).scaled(dtype.itemsize)
     at_once = size.once * _pass_features(dense, dtype)
     weights = dense.model.num_parameters() * dtype.itemsize
     copy = (pruned.model.num_parameters() - shared) * dtype.itemsize
@@ -122,7 +122,7 @@ def transfers(adapter: Adapter, resources: Resources, batch: int, streams: int, 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Tokens of a run, noisy copies counted, or bytes of one feature of them.
+    """Tokens of a run's rows, noisy copies counted, or bytes of one feature of them.
 
     Attributes:
         all: of all windows. batch: of `calibration.batch` whole windows.
@@ -134,9 +134,9 @@ class Tokens:
     once: int
 
     @classmethod
-    def of(cls, request: StructuredRequest) -> "Tokens":
+    def of(cls, request: StructuredRequest, adapter: Adapter) -> "Tokens":
         settings = request.calibration
-        copies, length = max(1, settings.noisy_copies), settings.length
+        copies, length = max(1, settings.noisy_copies), settings.length * adapter.model.layout.copies
         windows, once = settings.windows + settings.held_out, request.limits.sequences(copies, length)
         return cls(windows * copies * length, settings.batch * copies * length, once * length)
 
@@ -175,7 +175,7 @@ def _gradient_bytes(dense: Adapter, request: StructuredRequest, dtype: torch.dty
 def _backward_bytes(dense: Adapter, request: StructuredRequest, dtype: torch.dtype) -> int:
     """What blocks hold for the backward pass, or their inputs, one block's and its gradients where they are computed
     again; and the slice of logits."""
-    tokens = Tokens.of(request).once
+    tokens = Tokens.of(request, dense).once
     held = [tokens * saved_bytes(block, dtype) for block in dense.blocks]
     if recomputes(dense.blocks, tokens, dtype, request.resources.budget):
         live = (len(held) + 1) * tokens * dense.hidden_size * dtype.itemsize + 2 * max(held)

@@ -39,7 +39,8 @@ def recovery_cost(student: Adapter, teacher: Adapter, config: RecoverConfig, ste
 
 def forward(model: Adapter, length: int) -> float:
     """Operations of all blocks' forward pass, for a token of a window of so many."""
-    return _weights(model) + _attention(model, length)
+    copies = model.model.layout.copies
+    return copies * (_weights(model) + _attention(model, copies * length))
 
 
 def predicted(model: Adapter) -> float:
@@ -58,11 +59,13 @@ def _attention(model: Adapter, length: int) -> float:
 
 def _learning(student: Adapter, config: RecoverConfig) -> float:
     """Operations of a step for a token; the LM head runs once more in the backward pass (`student.loss_of`)."""
-    weights, attention, head = _weights(student), _attention(student, config.data.length), predicted(student)
+    copies = student.model.layout.copies
+    weights, head = copies * _weights(student), predicted(student)
+    attention = copies * _attention(student, copies * config.data.length)
     again = config.train.checkpointing * (weights + attention)
     if config.train.method == "full":
         return 3 * weights + 3 * attention + 4 * head + again
-    updates = 2.0 * lora_numbers(student, config)
+    updates = 2.0 * copies * lora_numbers(student, config)
     return 2 * weights + 3 * attention + 3 * head + (3 + config.train.checkpointing) * updates + again
 
 

@@ -62,7 +62,7 @@ def recovery_memory(
         held-out predictions.
     """
     train, own = config.train, dtypes[0]
-    tokens = train.pass_windows * config.data.length
+    tokens = train.pass_windows * config.data.length * student.model.layout.copies
     numbers = student.model.num_parameters()
     # updates are held in fp32 themselves
     learnt = numbers * 3 * FLOAT if train.method == "full" else lora_numbers(student, config) * 4 * FLOAT

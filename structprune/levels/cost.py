@@ -42,7 +42,8 @@ def search_cost(adapter: Adapter, request: StructuredRequest, itemsize: int) -> 
     if request.config.drops_blocks:
         return _drop_cost(adapter, request)
     search, refit, text = request.config.search, request.reconstruct, request.calibration
-    rows = (text.windows + text.held_out) * text.noisy_copies * text.length
+    copies = adapter.model.layout.copies  # tokens of a row for each of its window
+    rows = (text.windows + text.held_out) * text.noisy_copies * text.length * copies
     others, kinds = 2 * search.levels + search.whole, sum(len(block.kinds) for block in adapter.blocks)
     keep = 1 - request.settings.ratio
     levels = 0.0
@@ -59,10 +60,10 @@ def search_cost(adapter: Adapter, request: StructuredRequest, itemsize: int) -> 
     blocks = sum(block[role].weight.numel() for block in adapter.blocks for role in block.names)
     head = adapter.vocabulary * adapter.hidden_size
     # a measurement starts at the block that changed, half-way on average, and predicts half of the tokens
-    measured = tries * tokens * (blocks + head)
+    measured = tries * tokens * (copies * blocks + head)
     consumers = sum(block[CONSUMER[kind]].weight.numel() for block in adapter.blocks for kind in block.kinds)
     readers = (blocks - consumers) * refit.producers
-    stream = len(adapter.blocks) * tokens * adapter.hidden_size * itemsize
+    stream = len(adapter.blocks) * tokens * copies * adapter.hidden_size * itemsize
     return SearchCost(
         levels=search.rounds * levels,
         search=search.rounds * measured,
@@ -80,12 +81,13 @@ def _drop_cost(adapter: Adapter, request: StructuredRequest) -> SearchCost:
     """
     settings, text, count = request.settings, request.calibration, len(adapter.blocks)
     most = most_dropped(request.sizes, settings)
-    block = sum(adapter.blocks[0][role].weight.numel() for role in adapter.blocks[0].names)
+    copies = adapter.model.layout.copies
+    block = copies * sum(adapter.blocks[0][role].weight.numel() for role in adapter.blocks[0].names)
     tokens, head = request.config.search.sequences * text.length, adapter.vocabulary * adapter.hidden_size
     passes = sum((count - gone + 1) * (2 * (count - gone) * block + head) for gone in range(1, most + 1))
     plans = 1 + most * (HEADS_TRIED if settings.split == "measured" else 1)
     measured = plans * (2 * (1 - settings.ratio) * count * block + head)
-    sequences = text.noisy_copies * text.length
+    sequences = text.noisy_copies * text.length * copies
     rows = (text.windows + text.held_out) * sequences
     few = (min(settings.split_windows, text.windows) + text.held_out) * sequences
     return SearchCost(

@@ -55,3 +55,12 @@ def test_what_changes_it(tiny_model):
     )
     assert list(parts["operations"]) == ["held-out text"]
     assert parts["seconds"]["held-out text"] == pytest.approx(parts["operations"]["held-out text"] / RATE)
+
+
+def test_rows_that_hold_clean_text_too_cost_twice_the_weights(tiny_model):
+    """A block diffusion model runs a noisy window and its clean text, which attend to each other."""
+    single, pair = (Adapter(tiny_model(family)) for family in ("a2d-qwen3", "sdar"))
+    weights = 2 * sum(block[role].weight.numel() for block in single.blocks for role in block.names)
+    assert weights == 2 * sum(block[role].weight.numel() for block in pair.blocks for role in block.names)
+    attention = forward(single, 16) - weights
+    assert attention > 0 and forward(pair, 16) == 2 * weights + 4 * attention
