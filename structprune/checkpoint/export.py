@@ -21,6 +21,7 @@ CODE_FILES = tuple(
 )
 OUTDATED = ("dtype", "quantization_config", "per_layer_config")  # of a source's config.json
 STALE = (*OUTDATED, "_name_or_path", "transformers_version", "auto_map")  # of a config
+RUN = ("attn_implementation", "_attn_implementation")  # how a model runs; the files beside it have no flex attention
 CLASSES = ("official", "uniform", "free")  # strictest first
 
 
@@ -193,7 +194,7 @@ def _published_values(config, family: Family, source_values: dict | None) -> dic
     changes = {key: values[key] for key in keys if key in values and before.get(key) != values[key]}
     whole = set_depth(source_values | changes, family, getattr(config, family.keys["depth"]))
     # the weights that are written are not quantised, whatever the source's loader was to do with them
-    stale = OUTDATED if auto_map(family) else (*OUTDATED, "auto_map")
+    stale = (*OUTDATED, *RUN) if auto_map(family) else (*OUTDATED, *RUN, "auto_map")
     own = {"mask_token_id": config.mask_token_id, "rope_theta": config.rope_theta}  # the source may lack them
     if "tie_word_embeddings" in whole:  # LLaDA's own code reads weight_tying only, whatever this says
         own["tie_word_embeddings"] = config.tie_word_embeddings

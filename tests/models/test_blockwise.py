@@ -1,12 +1,14 @@
 """Block diffusion: one pass over a noisy window and its clean text against a pass for every block."""
 
+import json
+
 import pytest
 import torch
 import transformers
 
-from structprune import load_model
+from structprune import load_model, save_pruned
 from structprune.calibration.batches import Calibration
-from structprune.config import SinkSettings
+from structprune.config import ExportSettings, SinkSettings
 from structprune.errors import UserError
 from structprune.evaluation.likelihood import MaskedRows, token_nats
 from structprune.evaluation.nelbo import masked_nelbo
@@ -58,6 +60,20 @@ def test_the_size_of_blocks_must_be_known(tiny_checkpoint):
     with pytest.raises(UserError, match="config.json has no positive integer 'block_size', which sdar needs"):
         load_model(tiny_checkpoint("sdar", block_size=None))
     assert load_model(tiny_checkpoint("sdar", name="other", block_size=8)).layout.size == 8
+
+
+def test_an_official_export_loads_with_the_files_beside_it(tiny_checkpoint, tmp_path):
+    """The published config.json asks for flex attention, which these files do not have."""
+    dense = tiny_checkpoint("sdar")
+    assert json.loads((dense / "config.json").read_text())["attn_implementation"] == "flex_attention"
+    model = load_model(dense)
+    directory = save_pruned(model, tmp_path / "out", export=ExportSettings(compat="official"))
+    values = json.loads((directory / "config.json").read_text())
+    assert values["model_type"] == "sdar" and values["block_size"] == SIZE and "attn_implementation" not in values
+    again = transformers.AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)
+    ids = torch.arange(2 * LENGTH).view(2, LENGTH)  # (B, T)
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
 
 
 def test_masks_by_hand():
