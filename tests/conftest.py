@@ -43,10 +43,8 @@ A2D_LLAMA = DREAM | {
     "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32},
 }  # fmt: skip
 A2D_QWEN2 = DREAM | {"model_type": "a2d-qwen2", "architectures": ["A2DQwen2LMHeadModel"]}
-SDAR = DREAM | {
-    "model_type": "sdar", "architectures": ["SDARForCausalLM"], "block_size": 4, "attention_bias": False,
-    "attn_implementation": "flex_attention", "fuse_cross_entropy": True,
-}  # fmt: skip
+SDAR = DREAM | {"model_type": "sdar", "architectures": ["SDARForCausalLM"], "block_size": 4, "attention_bias": False}
+SDAR |= {"attn_implementation": "flex_attention", "fuse_cross_entropy": True}
 VALUES = {
     "llada": LLADA, "mmada": MMADA, "dream": DREAM, "a2d-qwen3": A2D_QWEN3, "a2d-llama": A2D_LLAMA,
     "a2d-qwen2": A2D_QWEN2, "sdar": SDAR,
