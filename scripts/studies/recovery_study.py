@@ -13,6 +13,7 @@ import tempfile
 from functools import lru_cache, partial
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import torch
 from rich.table import Table
@@ -70,13 +71,24 @@ def yardstick(seed: int, windows: int, length: int) -> tuple[HeldOut, Continued]
 
 
 @lru_cache(maxsize=len(RATIOS))
-def pruned_model(seed: int, ratio: str) -> tempfile.TemporaryDirectory:
-    """The embedded model, pruned by the recipe, in a folder that is removed with its last user."""
+def pruned_model(seed: int, ratio: str, changes: tuple[tuple[str, Any], ...] = ()) -> tempfile.TemporaryDirectory:
+    """The embedded model, pruned by the recipe, in a folder that is removed with its last user.
+
+    Args:
+        changes: of the recipe, keys and values.
+    """
     folder = tempfile.TemporaryDirectory()
     keys = {"calibration.seed": seed, "structured.ratio": float(ratio), "structured.split": HEADS[ratio]}
-    model = load_model(model_directory(), device="cpu")
-    Pruner(model, Config.load(overrides=BASE | STREAMED | keys)).prune().save(Path(folder.name) / "pruned")
+    model, recipe = load_model(model_directory(), device="cpu"), BASE | STREAMED | dict(changes)
+    Pruner(model, Config.load(overrides=recipe | keys)).prune().save(Path(folder.name) / "pruned")
     return folder
+
+
+def trained_back(checkpoint: Path, out: Path, seed: int, keys: dict) -> tuple[Path, float]:
+    """The checkpoint trained back against the embedded model, with the study's keys under these; seconds that took."""
+    config = RecoverConfig.load(overrides=TRAIN | {"data.seed": seed} | keys)
+    report = recover(str(checkpoint), str(model_directory()), out, config).report
+    return out, report["learnt"]["seconds"] + (report["blocks"]["seconds"] if report["blocks"] else 0.0)
 
 
 def new_weights(checkpoint: Path, out: Path, seed: int) -> Path:
@@ -103,15 +115,11 @@ def measure(name: str, seed: int, windows: int, length: int, corpus: Corpus, thr
     with tempfile.TemporaryDirectory() as folder:
         for ratio in RATIOS:
             checkpoint, seconds = Path(pruned_model(seed, ratio).name) / "pruned", 0.0
+            if name == SCRATCH:
+                checkpoint = new_weights(checkpoint, Path(folder) / f"new-{ratio}", seed)
             if name != UNTRAINED:
-                keys = TRAIN | {"data.seed": seed} | stages(VARIANTS[name], corpus.tokens * TIMES.get(name, 1))
-                keys |= {"data.source": str(corpus.path)}
-                out = Path(folder) / f"recovered-{ratio}"
-                if name == SCRATCH:
-                    checkpoint = new_weights(checkpoint, Path(folder) / f"new-{ratio}", seed)
-                done = recover(str(checkpoint), str(model_directory()), out, RecoverConfig.load(overrides=keys))
-                first = done.report["blocks"]
-                checkpoint, seconds = out, done.report["learnt"]["seconds"] + (first["seconds"] if first else 0.0)
+                keys = stages(VARIANTS[name], corpus.tokens * TIMES.get(name, 1)) | {"data.source": str(corpus.path)}
+                checkpoint, seconds = trained_back(checkpoint, Path(folder) / f"recovered-{ratio}", seed, keys)
             model = load_model(checkpoint, device="cpu")
             results[ratio] = {"loss": held_out.loss(model), **continued.compare(model), "seconds": seconds}
     dense = {"nelbo": held_out.dense.mean, "generated_nelbo": continued.dense_nelbo}
@@ -126,7 +134,7 @@ def summarise(runs: dict, seeds: list[int]) -> dict:
 
 def tables(result: dict) -> list[Table]:
     """For each ratio what every variant loses and keeps."""
-    return [_table(result, ratio) for ratio in RATIOS]
+    return [_table(result, ratio) for ratio in dict.fromkeys(row["ratio"] for row in result["losses"])]
 
 
 def _table(result: dict, ratio: str) -> Table:

@@ -22,17 +22,19 @@ class Corpus(NamedTuple):
     tokens: int
 
 
-def run_training_study(study: Study, arguments: list[str] | None, train: dict, meaning: str) -> None:
+def run_training_study(
+    study: Study, arguments: list[str] | None, train: dict, meaning: str, defaults: dict | None = None
+) -> None:
     """Run, resume or summarise a study whose measurements take a `Corpus` after windows and length.
 
     Args:
-        train: keys of every training. meaning: whose tokens they are.
+        train: keys of every training. meaning: whose tokens they are. defaults: of options, where they differ.
     """
     parser = study_parser(study)
     parser.add_argument("--tokens", type=int, default=TOKENS, help=f"{meaning} (default %(default)s)")
     text = "to learn (default: the package's calibration text)"
     parser.add_argument("--text", type=Path, default=text_file("calibration.txt"), help=text)
-    parser.set_defaults(windows=96, jobs=1)
+    parser.set_defaults(**{"windows": 96, "jobs": 1} | (defaults or {}))
     options = parse_options(parser, arguments)
     check_counts(options, {"tokens"})
     if not options.text.is_file():
