@@ -43,6 +43,25 @@ def _is_full(error: BaseException) -> bool:
     return full or f"os error {errno.ENOSPC}" in str(error)  # safetensors gives it only as text
 
 
+def lock(handle: int, shared: bool = False) -> bool:
+    """Whether an open file or directory could be locked, alone or together with others, until it is closed.
+
+    The system closes it when the process ends, in whichever way. A system or file system without locks has none to
+    refuse: everything can be locked there.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return True
+    try:
+        fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # this file system has no locks
+        return True
+    return True
+
+
 def make_folders(path: Path) -> list[Path]:
     """Make a directory and its parents; returns those that were not there, the innermost first."""
     made = [folder for folder in (path, *path.parents) if not folder.exists()]

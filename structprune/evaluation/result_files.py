@@ -30,7 +30,7 @@ from structprune.evaluation.result_state import (
     erase,
     foreign_entries,
     has_rows,
-    lock,
+    lock_results,
     refuse_foreign,
     remove_drafts,
     stored_chunks,
@@ -97,7 +97,7 @@ class ResultStore:
         refuse_foreign(self.directory)
         self._made = make_folders(self.directory)
         self._handle = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY)
-        lock(self._handle, self.directory, alone=False)
+        lock_results(self._handle, self.directory, alone=False)
         self._claim()
         self.finished = (self.directory / RESULTS).is_file()
         if self.finished:
@@ -105,7 +105,7 @@ class ResultStore:
         self._path.parent.mkdir(exist_ok=True)
         check_regular(self._path)  # a pipe would be waited for
         self._file = FileIO(self._path, "a")
-        lock(self._file.fileno(), self.directory, alone=True)
+        lock_results(self._file.fileno(), self.directory, alone=True)
         os.truncate(self._path, self._path.read_bytes().rfind(b"\n") + 1)  # a line that a killed process left
         for each in stored_chunks(self.directory):
             self._done[each.checkpoint, each.task].add(each.chunk)

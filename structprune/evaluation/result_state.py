@@ -1,6 +1,5 @@
 """The state of a directory of results: whether a run is writing it, what it has stored, and its removal."""
 
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -12,7 +11,7 @@ from pydantic import TypeAdapter
 
 from structprune.errors import UserError
 from structprune.evaluation.results import Row, parse_line, plain_os_errors, read_object, setting_differences
-from structprune.files import check_regular, is_draft
+from structprune.files import check_regular, is_draft, lock
 
 RESULTS, SETTINGS, PARTIAL, ITEMS = "results.json", "settings.json", "partial", "items"
 PREDICTIONS = "predictions"
@@ -53,20 +52,14 @@ def has_rows(directory: Path) -> bool:
         )
 
 
-def lock(handle: int, directory: Path, alone: bool) -> None:
+def lock_results(handle: int, directory: Path, alone: bool) -> None:
     """Lock an open directory of results, or a file of it, alone or with others, until the handle is closed.
-
-    The system closes it when the process ends, in whichever way. File systems without locks are not protected.
 
     Raises:
         UserError: another run has it.
     """
-    try:
-        fcntl.flock(handle, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UserError(f"output '{directory}' is being written by another run: wait for it") from error
-    except OSError:  # the file system has no locks
-        return
+    if not lock(handle, shared=not alone):
+        raise UserError(f"output '{directory}' is being written by another run: wait for it")
 
 
 def clear_results(directory: str | Path) -> None:
@@ -86,9 +79,9 @@ def clear_results(directory: str | Path) -> None:
         except FileNotFoundError:
             return
         files.callback(os.close, handle)
-        lock(handle, directory, alone=True)
+        lock_results(handle, directory, alone=True)
         for path in _rank_files(directory):  # they too, for where directories cannot be locked
-            lock(files.enter_context(path.open("r+b")).fileno(), directory, alone=True)
+            lock_results(files.enter_context(path.open("r+b")).fileno(), directory, alone=True)
         erase(directory)
 
 

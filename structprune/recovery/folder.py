@@ -3,15 +3,18 @@
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
 from structprune.errors import UserError
-from structprune.files import write_whole
+from structprune.files import lock, make_folders, remove_folders, write_whole
 from structprune.models.checkpoint_files import read_json
 
 IDENTITY = "identity.json"  # in the folder: what its checkpoints were made of
+LOCK = ".lock"  # in the folder: held by the process that trains
 LOGS = "runs"  # in the folder: what loggers write there
 BLOCKS = "blocks"  # in the folder: what the first stage finished
 NEEDED = ("trainer_state.json", "optimizer.*", "scheduler.pt", "*.safetensors", "rng_state*.pth")  # of a checkpoint
@@ -63,17 +66,42 @@ def open_folder(out: Path, identity: dict, overwrite: bool) -> Path:
     """
     folder = check_folder(out, identity, overwrite)
     if folder.exists() and (overwrite or not has_learnt(folder)):
-        shutil.rmtree(folder)
-    if not folder.exists():
+        for path in folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != LOCK:
+                path.unlink()
+    if not (folder / IDENTITY).exists():
         write_whole(folder / IDENTITY, json.dumps(identity, indent=1).encode())
     return folder
+
+
+@contextmanager
+def opened_folder(out: Path, identity: dict, overwrite: bool) -> Iterator[Path]:
+    """`open_folder`, which no other training opens meanwhile.
+
+    Raises:
+        UserError: as `open_folder`; or another process trains there.
+    """
+    folder = check_folder(out, identity, overwrite)
+    made = make_folders(folder)
+    with (folder / LOCK).open("w") as file:  # a file, since not every system can lock a folder
+        if not lock(file.fileno()):
+            raise UserError(f"another training works in '{folder}': wait for it, or choose another --out")
+        try:
+            yield open_folder(out, identity, overwrite)
+        except (UserError, KeyboardInterrupt):
+            if made and not has_learnt(folder):  # it is as if this had not begun
+                shutil.rmtree(folder, ignore_errors=True)
+                remove_folders(made[1:])
+            raise
 
 
 def is_training(folder: Path) -> bool:
     """Whether a directory holds nothing but what a training of ours leaves there."""
     if not folder.is_dir() or folder.is_symlink():
         return False
-    names = {path.name for path in folder.iterdir()}
+    names = {path.name for path in folder.iterdir()} - {LOCK}
     others = {
         name for name in names if name not in (IDENTITY, LOGS, BLOCKS) and not name.startswith(("checkpoint-", "."))
     }

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from structprune.config.sections import within_positions
 from structprune.errors import UserError
 from structprune.recovery.blocks import remaining_blocks
 from structprune.recovery.checks import check_settings
-from structprune.recovery.folder import LOGS, open_folder, training_folder
+from structprune.recovery.folder import LOGS, opened_folder, training_folder
 from structprune.recovery.settings import RecoverConfig
 from structprune.recovery.trainer import passes_of, require_training
 from structprune.runs.evaluate import ALONE, Session
@@ -65,13 +66,15 @@ def train_back(
         out, overwrite, session: as it was checked with.
         notes: further entries of its report.
     Raises:
-        UserError: the training folder is another training's; see `Recovery.run`.
+        UserError: the training folder is another training's, or another process trains there; see `Recovery.run`.
     """
     if recovery.breadth["warning"] is not None:
         session.say(recovery.breadth["warning"])
-    session.workers.first(lambda: open_folder(out, recovery.identity, overwrite))
-    report = recovery.run(training_folder(out)) | (notes or {})
-    session.workers.first(lambda: _finish(recovery, out, report, overwrite))
+    with ExitStack() as stack:
+        opening = opened_folder(out, recovery.identity, overwrite)
+        session.workers.first(lambda: stack.enter_context(opening))
+        report = recovery.run(training_folder(out)) | (notes or {})
+        session.workers.first(lambda: _finish(recovery, out, report, overwrite))
     return Recovered(out, report)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import transformers
@@ -16,7 +16,7 @@ from structprune import __version__
 from structprune.checkpoint.output import check_apart, check_place
 from structprune.config import Config
 from structprune.errors import UserError, shown
-from structprune.files import first_line, full_disk_errors, is_draft, make_folders, remove_folders, write_whole
+from structprune.files import first_line, full_disk_errors, is_draft, lock, make_folders, remove_folders, write_whole
 from structprune.models.fingerprint import fingerprint
 from structprune.models.journal import NOWHERE, Journal, unwatched
 from structprune.runs.ghost import Ghost
@@ -169,12 +169,12 @@ def _opened(work: Work, identity: Callable[[], dict[str, Any]]) -> Iterator[None
     assert directory is not None
     try:
         made = make_folders(directory)
-        lock = (directory / LOCK).open("w")
+        file = (directory / LOCK).open("w")
     except OSError as error:
         remove_folders(made)
         raise UserError(f"finished parts cannot be kept ({first_line(error)}): give --work another place") from error
-    with lock:
-        if not _locked(lock):
+    with file:
+        if not lock(file.fileno()):
             raise UserError(f"another run works in '{directory}': wait for it, or give another --work")
         if work.resume == "never" and _read(directory / IDENTITY) is not None:
             _clear_parts(directory)
@@ -218,21 +218,6 @@ def _clear_parts(directory: Path) -> None:
 
 def _remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def _locked(file: IO) -> bool:
-    """Whether a file could be locked for this process, where the system has locks."""
-    try:
-        import fcntl
-    except ImportError:
-        return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # this file system has no locks
-        return True
-    return True
 
 
 def has_parts(directory: Path | None) -> bool:

@@ -11,7 +11,7 @@ from structprune.config import Config, ExportSettings
 from structprune.errors import UserError
 from structprune.masking.masks import Masks
 from structprune.models.loading import load_model
-from structprune.recovery.folder import adopt, last_checkpoint, open_folder, training_folder
+from structprune.recovery.folder import adopt, last_checkpoint, training_folder
 from structprune.recovery.held_out import HeldOutStudy
 from structprune.runs import training as module
 from structprune.runs.checkpoints import mask_checkpoint
@@ -216,33 +216,6 @@ def test_another_training_in_the_folder_is_refused(pair, recover_config, tmp_pat
         with pytest.raises(UserError, match=r"holds another training: .* add --overwrite, or delete it"):
             recover(str(small), str(dense), tmp_path / "out", recover_config())
         assert (folder / "identity.json").read_text() == identity and not (tmp_path / "out").exists()
-
-
-def test_overwrite_forgets_another_training_and_nothing_else(tmp_path):
-    folder = training_folder(tmp_path / "out")
-    folder.mkdir()
-    (folder / "thesis.txt").write_text("mine")
-    for overwrite in (False, True):
-        with pytest.raises(UserError, match=r"is something else: move it, or choose another --out"):
-            open_folder(tmp_path / "out", {"of": "this"}, overwrite)
-    (folder / "thesis.txt").unlink()
-    assert open_folder(tmp_path / "out", {"of": "that"}, False) == folder
-    (folder / "checkpoint-4").mkdir()
-    open_folder(tmp_path / "out", {"of": "that"}, False)
-    assert (folder / "checkpoint-4").exists()  # the same training goes on
-    for identity in ("that", "this"):
-        (folder / "checkpoint-4").mkdir(exist_ok=True)
-        open_folder(tmp_path / "out", {"of": identity}, True)
-        assert [path.name for path in folder.iterdir()] == ["identity.json"]
-    open_folder(tmp_path / "out", {"of": "another"}, False)  # nothing was learnt there
-
-
-def test_a_checkpoint_in_the_place_of_the_training_stays(pair, recover_config, tmp_path):
-    dense, small = pair()
-    place = small.rename(tmp_path / "out.training")
-    with pytest.raises(UserError, match="input checkpoint"):
-        recover(str(place), str(dense), tmp_path / "out", recover_config(), overwrite=True)
-    assert (place / "config.json").exists()
 
 
 @pytest.mark.slow
