@@ -204,7 +204,7 @@ def published_config(tmp_path):
     return make
 
 
-@pytest.fixture(params=["llada", "dream", "a2d-qwen3", "a2d-llama", "a2d-qwen2"])
+@pytest.fixture(params=["llada", "dream", "a2d-qwen3", "a2d-llama", "a2d-qwen2", "sdar"])
 def parity(request) -> Path:
     """Directory of one family's parity fixture."""
     return PARITY / request.param

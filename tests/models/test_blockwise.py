@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 from structprune import load_model, save_pruned
 from structprune.calibration.batches import Calibration
@@ -158,6 +159,15 @@ def test_losses_and_likelihoods_are_of_blocks_after_clean_text(model, windows):
     assert torch.allclose(loss_of(model, clean, noisy[:, 1], p[:, 1], lesson)["loss"], loss, rtol=1e-4)
     rows = MaskedRows(clean, masked[:, 0], torch.full((3,), 2))
     assert torch.allclose(token_nats(model, rows, 0.0, Batches(64)).float(), nats[:, 0], rtol=1e-4)
+
+
+@pytest.mark.parametrize("parity", ["sdar"], indirect=True)
+def test_the_loss_is_that_of_the_released_training_code(parity):
+    """On the noise that it drew; the answer of one row begins behind a prompt."""
+    recorded = load_file(parity / "expected.safetensors")
+    noisy, labels, p = (recorded[name] for name in ("noisy_ids", "labels", "mask_probability"))  # 2 x (N, T), (N,)
+    loss = load_model(parity)(noisy, labels=labels, mask_probability=p).loss
+    assert loss.item() == pytest.approx(recorded["loss"].item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("arm", ["clean", "masked", "masked+sink"])

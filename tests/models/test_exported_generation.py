@@ -29,7 +29,7 @@ def test_tokens_equal_the_published_samplers(parity):
     model, expected = load_model(parity), load_file(parity / "sampling.safetensors")
     sampler = model.diffusion_generate if parity.name == "dream" else model.generate
     cases = json.loads((parity / "cases.json").read_text())["generate"]
-    assert len(cases) == {"dream": 5}.get(parity.name, 3)
+    assert len(cases) == {"dream": 5, "sdar": 4}.get(parity.name, 3)
     for case in cases:
         name = case.pop("name")
         output = sampler(expected[f"{name}/prompt"], expected.get(f"{name}/attention_mask"), **case)
