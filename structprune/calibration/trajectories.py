@@ -33,14 +33,13 @@ def prompt_length(length: int) -> int:
     return max(1, length // PROMPT)
 
 
-def state_steps(steps: int, interval: int, generated: int) -> tuple[int, list[int]]:
-    """K denoising steps, at most one per token, and before which of them (0 .. K - 1) each state is recorded.
+def state_steps(steps: int, interval: int, count: int) -> list[int]:
+    """Before which of K denoising steps (0 .. K - 1) each state is recorded.
 
     States are in the order of the forward levels s = interval, 2 interval, ..., so the last is recorded first. All
-    differ. N is `steps`, G `generated`.
+    differ where there are as many steps as states. N is `steps`, K `count`.
     """
-    count = min(steps, generated)
-    return count, [count + (-level * count // steps) for level in range(interval, steps + 1, interval)]
+    return [count + (-level * count // steps) for level in range(interval, steps + 1, interval)]
 
 
 @torch.no_grad()
@@ -108,9 +107,11 @@ def reverse_calibration(
     fit, check = calibration.fit, calibration.check
     assert check.mask_probability is not None, "windows with forward noise have mask probabilities"
     prompt, mask_id = prompt_length(calibration.length), model.config.mask_token_id
-    steps, stops = state_steps(settings.steps, settings.interval, calibration.length - prompt)
+    generated = calibration.length - prompt  # at most a step per token, at least one per block
+    sampler = low_confidence(model.config, generated, min(settings.steps, generated))
+    steps = sampler.step_count([prompt])
+    stops = state_steps(settings.steps, settings.interval, steps)
     chosen = deal_levels(fit.windows, len(stops), settings.noisy_copies, seeded(settings.seed, 1))  # (n, S)
-    sampler = low_confidence(model.config, calibration.length - prompt, steps)
     make = partial(reverse_states, model, settings=sampler, batch=how.batch)
     final, states = kept_states(make, fit.input_ids[:, :prompt], torch.tensor(stops)[chosen], how)  # (n, T), (n, S, T)
     p = (states[..., prompt:] == mask_id).float().mean(-1)  # (n, S)

@@ -47,12 +47,11 @@ class ContinuationUnit(Unit):
 
     def check(self, config: Any) -> None:
         longest, opening = getattr(config, family_of(config).keys["positions"]), self.prompts.shape[1]
-        if opening + self.tokens > longest:
+        if low_confidence(config, self.tokens, self.steps).reach(opening) > longest:
             raise UserError(
                 f"evaluation.fidelity_tokens = {self.tokens} after openings of {opening} do not fit the model's"
                 f" {longest} positions: lower it, or evaluation.fidelity_opening"
             )
-        low_confidence(config, self.tokens, self.steps)
 
     def bound(self, run: Run) -> "ContinuationUnit":
         return replace(self, of=run)

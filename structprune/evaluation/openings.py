@@ -49,7 +49,7 @@ def check_openings(config: Any, openings: Sequence[Opening], texts: Texts, optio
     longest = getattr(config, family_of(config).keys["positions"])
     for opening in openings:
         settings, prompt = _settings(config, opening, options), texts.prompt(opening.context)
-        if len(prompt) + settings.gen_length > longest:
+        if settings.reach(len(prompt)) > longest:
             raise UserError(
                 f"item {opening.key} has {len(prompt)} tokens, and gen_length = {settings.gen_length} more do not fit "
                 f"the model's {longest} positions: shorten the prompt, or lower gen_length"

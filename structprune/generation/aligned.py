@@ -8,7 +8,6 @@ from typing import Literal, get_args
 
 import torch
 
-from structprune.errors import UserError
 from structprune.generation.checks import check_not_negative, check_one_of, check_share, check_whole
 from structprune.generation.sampler import Generation
 from structprune.models import sampling_structprune as sampling
@@ -21,7 +20,8 @@ class AlignedGeneration(Generation):
     """A block diffusion model's sampler; by default one token a step, the likeliest.
 
     The published default is a temperature of 1 and a threshold of 0.85. The tokens of a prompt behind its last whole
-    block are the first ones of the first block; the last block is generated whole, and cut to `gen_length`.
+    block are the first ones of the first block; the last block is generated whole, and cut to `gen_length`. Every
+    block has its share of the steps, `steps · block_length / gen_length` rounded up.
     """
 
     block_length: int = 4
@@ -51,11 +51,6 @@ class AlignedGeneration(Generation):
             check_whole(top_k=self.top_k)
         if self.top_p is not None:
             check_share(top_p=self.top_p)
-        if self.gen_length % self.block_length or self.steps % self.blocks:
-            raise UserError(
-                f"gen_length = {self.gen_length} must be a multiple of the {self.block_length} tokens of a block, and"
-                f" steps = {self.steps} of the number of blocks: change either"
-            )
 
     @property
     def no_probability(self) -> str | None:
@@ -63,7 +58,16 @@ class AlignedGeneration(Generation):
 
     @property
     def blocks(self) -> int:
-        return max(1, self.gen_length // self.block_length)
+        return -(-self.gen_length // self.block_length)
+
+    @property
+    def block_tokens(self) -> int:
+        return self.block_length
+
+    @property
+    def steps_of_block(self) -> int:
+        """A block's share of the steps of `gen_length` tokens, rounded up."""
+        return -(-self.steps * self.block_length // self.gen_length)
 
     @property
     def draw_temperature(self) -> float:
@@ -76,7 +80,7 @@ class AlignedGeneration(Generation):
 
     def counts(self, step: int, began: torch.Tensor, remaining: torch.Tensor) -> torch.Tensor:
         """As many as of a block of masks, also where a prompt fills a part of the block."""
-        steps = self.steps // self.blocks
+        steps = self.steps_of_block
         return sampling.reveal_counts(torch.full_like(began, self.block_length), steps, step % steps)
 
     def shape_logits(self, logits: torch.Tensor) -> torch.Tensor:

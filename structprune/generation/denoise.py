@@ -99,12 +99,6 @@ def portions(counts: list[int], limit: int) -> list[list[tuple[int, int]]]:
     return parts
 
 
-def step_count(settings: Generation, lengths: Sequence[int]) -> int:
-    """Denoising steps of a batch of prompts of some lengths."""
-    span = settings.span(max(map(settings.started, lengths)))
-    return span // (settings.gen_length // settings.blocks) * settings.steps_of_block
-
-
 class Denoiser:
     """One batch, of the prompts `rows`; `generated` (B, G) is its state."""
 
@@ -138,7 +132,7 @@ class Denoiser:
 
     def advance(self, step: int) -> None:
         """One denoising step."""
-        length, steps = self._settings.gen_length // self._settings.blocks, self._settings.steps_of_block
+        length, steps = self._settings.block_tokens, self._settings.steps_of_block
         block, within = divmod(step, steps)
         start, end = block * length, (block + 1) * length
         self._block = slice(self._width + start, self._width + end)  # among the T

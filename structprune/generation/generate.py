@@ -10,7 +10,7 @@ import torch
 
 from structprune.errors import UserError
 from structprune.generation.cached import check_cache
-from structprune.generation.denoise import Denoiser, Options, Request, Step, step_count
+from structprune.generation.denoise import Denoiser, Options, Request, Step
 from structprune.generation.samplers import Generation, sampler_of
 from structprune.models.families import family_of
 from structprune.models.modeling_structprune import DiffusionLM
@@ -62,7 +62,7 @@ def _tails(request: Request) -> torch.Tensor:
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))  # longest first: memory runs out early
     batches = [order[start : start + batch] for start in range(0, len(order), batch)]
     tails = torch.empty(len(prompts), settings.gen_length, dtype=torch.long)  # (N, G)
-    counts = [step_count(settings, [len(prompts[row]) for row in rows]) for rows in batches]
+    counts = [settings.step_count([len(prompts[row]) for row in rows]) for rows in batches]
     works = [(rows, step, count) for rows, count in zip(batches, counts) for step in range(count)]
     for rows, step, count in request.options.track(works):
         if step == 0:
@@ -113,8 +113,7 @@ def check_request(config: Any, prompts: Sequence[torch.Tensor], settings: Genera
             raise UserError(f"prompt {index} is empty: give it some text, or at least one token")
         if (prompt == mask_id).any():
             raise UserError(f"prompt {index} holds the mask token {mask_id}: remove it")
-        started = settings.started(len(prompt))
-        if len(prompt) - started + settings.span(started) > longest:
+        if settings.reach(len(prompt)) > longest:
             raise UserError(
                 f"prompt {index} has {len(prompt)} tokens and gen_length = {settings.gen_length} more do not fit the "
                 f"model's {longest}: shorten the prompt, or lower gen_length"

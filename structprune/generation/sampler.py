@@ -4,7 +4,7 @@ Shapes: B rows, G generated positions, M predicted positions, V vocabulary.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -54,17 +54,30 @@ class Generation(ABC):
         return 1
 
     @property
+    def block_tokens(self) -> int:
+        """Tokens of a block."""
+        return self.gen_length // self.blocks
+
+    @property
     def steps_of_block(self) -> int:
         return self.steps // self.blocks
 
     def started(self, prompt: int) -> int:
         """Tokens of a prompt of that length that the first block begins with."""
-        return prompt % (self.gen_length // self.blocks) if self.aligned else 0
+        return prompt % self.block_tokens if self.aligned else 0
 
     def span(self, started: int) -> int:
         """Tokens of all blocks that generation runs through, where the first begins with `started` of a prompt."""
-        length = self.gen_length // self.blocks
-        return -(-(started + self.gen_length) // length) * length
+        return -(-(started + self.gen_length) // self.block_tokens) * self.block_tokens
+
+    def reach(self, prompt: int) -> int:
+        """Positions that a prompt of that length and all blocks behind it take."""
+        started = self.started(prompt)
+        return prompt - started + self.span(started)
+
+    def step_count(self, prompts: Sequence[int]) -> int:
+        """Denoising steps of a batch of prompts of these lengths."""
+        return self.span(max(map(self.started, prompts))) // self.block_tokens * self.steps_of_block
 
     @property
     def cfg_scale(self) -> float:

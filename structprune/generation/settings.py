@@ -23,7 +23,8 @@ class GenerationSettings(Section):
     gen_length: int = Field(128, ge=1)
     """Tokens generated after the prompt."""
     steps: int | None = Field(None, ge=1)
-    """Denoising steps; with a threshold, at most so many. Default: gen_length, a token a step."""
+    """Denoising steps, of which blocks have equal shares (SDAR: rounded up); with a threshold, at most so many.
+    Default: gen_length, a token a step."""
     block_length: int | None = Field(None, ge=1)
     """LLaDA, A2D: tokens of a block; blocks are finished from left to right. Default: 32 where gen_length is a multiple
     of it, else gen_length. SDAR: the model's own."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers.modeling_outputs import MaskedLMOutput
 
-from .generation_structprune import Sampling, check_blocks, check_counts, uniform_like
+from .generation_structprune import Sampling, check_counts, uniform_like
 from .layers_structprune import Layout, Sight, core_mask, positions_of
 from .sampling_structprune import (
     gumbel_choice,
@@ -83,22 +83,21 @@ class BlockSampling(Sampling):
 
         Args:
             attention_mask: (B, P), 1 at real tokens of left-padded prompts.
-            steps: over the blocks of `gen_length` tokens.
+            steps: of `gen_length` tokens; a block has its share of them, rounded up.
             temperature, top_k, top_p: act on the logits, in that order; temperature 0 takes the likeliest token.
             remasking: which predictions stay, "low_confidence" (the surest) or "sequential" (the first).
             threshold: also keep every prediction with at least this probability, and one at least.
         Raises:
-            ValueError: lengths or steps that cannot be shared by blocks, or another remasking.
+            ValueError: lengths that do not fit the model, or another remasking.
         """
         size, width = self.config.block_size, input_ids.shape[1]
         check_counts(self.config.max_position_embeddings, width, gen_length, steps=steps, gen_length=gen_length)
-        check_blocks(steps, gen_length, size)
         if remasking not in ("low_confidence", "sequential") or (threshold is not None and remasking == "sequential"):
             given = f"remasking = '{remasking}' with threshold = {threshold}"
             raise ValueError(f"{given}: give low_confidence, or sequential without a threshold")
         real = torch.ones_like(input_ids) if attention_mask is None else attention_mask  # (B, P)
         ids, real, first = aligned_texts((input_ids, real.bool()), gen_length, size, self.config.mask_token_id)
-        settings, block_steps = (temperature, top_k, top_p, remasking, threshold), steps // (gen_length // size)
+        settings, block_steps = (temperature, top_k, top_p, remasking, threshold), -(-steps * size // gen_length)
         start = int(first[0]) // size * size  # column where all rows' first block begins
         for end in range(start + size, ids.shape[1] + 1, size):
             for step in range(block_steps):

@@ -106,5 +106,6 @@ def reverse_trajectory(
             ),
         )
         observer.flush()
-    progress = torch.arange(settings.steps).expand(len(prompts), -1) / settings.steps  # (N, S)
+    steps = settings.step_count([prompts.shape[1]])  # S
+    progress = torch.arange(steps).expand(len(prompts), -1) / steps  # (N, S)
     return recorder.joined(workers).finish("reverse", prompts.shape[1], progress)

@@ -33,7 +33,7 @@ SMALL = {"calibration.windows": 3, "calibration.held_out": 2, "calibration.lengt
 REVERSE = {"sink.trajectory": "reverse"}
 
 
-@pytest.fixture(scope="module", params=["llada", "dream"])
+@pytest.fixture(scope="module", params=["llada", "dream", "sdar"])
 def model(request, shared_checkpoint):
     return load_model(shared_checkpoint(request.param))
 
@@ -53,16 +53,17 @@ def make(model, config, track=untracked, calibration=None) -> Calibration:
 
 def test_states_stand_at_the_times_of_the_forward_levels():
     # 50 steps at intervals of 10, enough tokens: 10, 20, 30, 40, 50 steps are left
-    assert state_steps(50, 10, 100) == (50, [40, 30, 20, 10, 0])
-    # 24 tokens take 24 steps at most: 4.8, 9.6, 14.4, 19.2 and 24 are left, rounded up
-    assert state_steps(50, 10, 24) == (24, [19, 14, 9, 4, 0])
-    assert state_steps(50, 20, 2) == (2, [1, 0]) and state_steps(50, 50, 10) == (10, [0])
+    assert state_steps(50, 10, 50) == [40, 30, 20, 10, 0]
+    # of 24 steps 4.8, 9.6, 14.4, 19.2 and 24 are left, rounded up
+    assert state_steps(50, 10, 24) == [19, 14, 9, 4, 0]
+    assert state_steps(50, 10, 60) == [48, 36, 24, 12, 0]  # blocks of a block diffusion model have a step each
+    assert state_steps(50, 20, 2) == [1, 0] and state_steps(50, 50, 10) == [0]
     for steps in range(1, 13):
         for interval in range(1, steps + 1):
-            for generated in range(steps // interval, 30):
-                count, result = state_steps(steps, interval, generated)
+            for count in range(steps // interval, 30):
+                result = state_steps(steps, interval, count)
                 assert len(set(result)) == steps // interval and result == sorted(result, reverse=True)
-                assert result[-1] >= 0 and result[0] < count == min(steps, generated)
+                assert result[-1] >= 0 and result[0] < count
 
 
 def test_a_quarter_is_prompt():
@@ -106,9 +107,21 @@ def test_copies_are_the_models_own(model, config):
         hidden = before == mask
         revealed = hidden & (after != mask)  # (N, T)
         assert torch.equal(after[revealed], token[revealed])
+        if settings.aligned:  # the surest of the block that is being filled
+            places = (torch.arange(T) // settings.block_tokens).masked_fill(~hidden, T)  # (N, T)
+            hidden &= places == places.amin(1, keepdim=True)
         for row in range(len(before)):
             if revealed[row].any() and (hidden & ~revealed)[row].any():
                 assert sure[row, revealed[row]].min() >= sure[row, (hidden & ~revealed)[row]].max() - 1e-6
+
+
+def test_windows_need_not_be_a_number_of_blocks(shared_checkpoint, config):
+    """Blocks of 4 tokens: 7 of a prompt, of which 3 begin the first of 7 blocks."""
+    sdar = load_model(shared_checkpoint("sdar"))
+    made = make(sdar, config(**REVERSE, **{"calibration.length": 30}))
+    masked = (made.fit.noisy_ids == sdar.config.mask_token_id).sum(-1)  # (N, S)
+    assert made.metadata["generation_steps"] == "28" and (masked[:, -1] == 23).all() and (masked.diff(dim=1) > 0).all()
+    assert not (made.fit.input_ids == sdar.config.mask_token_id).any()
 
 
 def test_dealt_copies_are_the_states_at_the_dealt_levels(model, config):

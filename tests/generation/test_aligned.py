@@ -25,9 +25,11 @@ def prompts() -> list[torch.Tensor]:
 
 
 @torch.no_grad()
-def plain(model, prompt: torch.Tensor, each: int, sequential: bool = False, threshold: float | None = None):
-    """Greedy text behind a prompt, `each` tokens a step: (P,) -> (P + 12,)."""
-    count = -(-(len(prompt) + LENGTH) // SIZE) * SIZE
+def plain(
+    model, prompt: torch.Tensor, each: int, sequential: bool = False, threshold: float | None = None, length=LENGTH
+):
+    """Greedy text behind a prompt, `each` tokens a step: (P,) -> (P + `length`,)."""
+    count = -(-(len(prompt) + length) // SIZE) * SIZE
     ids = torch.full((count,), MASK_ID)  # (T,) up to the end of the last block
     ids[: len(prompt)] = prompt
     for end in range(len(prompt) // SIZE * SIZE + SIZE, count + 1, SIZE):
@@ -39,7 +41,7 @@ def plain(model, prompt: torch.Tensor, each: int, sequential: bool = False, thre
             if threshold is not None:
                 chosen |= sure >= threshold
             ids[masked[chosen]] = tokens[chosen]
-    return ids[: len(prompt) + LENGTH]
+    return ids[: len(prompt) + length]
 
 
 CASES = {
@@ -74,6 +76,28 @@ def test_the_exported_files_write_the_same(model, prompts, case):
     assert torch.equal(alone, torch.cat((prompts[0], expected[0, width:])))
 
 
+@pytest.mark.parametrize("steps, each", [(10, 1), (5, 2), (3, 2), (2, 4)])
+def test_a_length_need_not_be_a_number_of_blocks(model, prompts, steps, each):
+    """The last block is generated whole and cut; a block of 4 of 10 tokens has 0.4 of the steps, rounded up."""
+    settings = generation_settings(model.config, {"gen_length": 10, "steps": steps})
+    assert (settings.blocks, settings.steps_of_block) == (3, 4 // each)
+    for cache in ("none", "prefix"):
+        texts = generate(model, prompts, settings, options=Options(batch=3, cache=cache))
+        for prompt, text in zip(prompts, texts):
+            assert text.tolist() == plain(model, prompt, each, length=10).tolist()
+    for prompt in prompts:
+        (text,) = model.generate(prompt[None], gen_length=10, steps=steps)
+        assert text.tolist() == plain(model, prompt, each, length=10).tolist()
+
+
+def test_a_prompt_and_whole_blocks_must_fit(model):
+    longest = model.config.max_position_embeddings  # a number of blocks
+    settings = generation_settings(model.config, {"gen_length": 5, "steps": 5})
+    (text,) = generate(model, [torch.arange(longest - 5)], settings)
+    assert len(text) == longest
+    assert settings.reach(longest - 5) == longest and settings.reach(longest - 4) == longest + SIZE
+
+
 def test_exported_draws_follow_the_seed(model, prompts):
     def draw(seed: int, **options) -> list[int]:
         torch.manual_seed(seed)
@@ -102,8 +126,6 @@ def test_the_block_is_the_models_own(model, prompts):
     with pytest.raises(UserError, match="block_length = 8 is not the model's own, 4: leave it out"):
         generate(model, prompts, settings)
     assert low_confidence(model.config, 8, 8).block_length == SIZE
-    with pytest.raises(UserError, match="gen_length = 10 must be a multiple of the 4 tokens of a block"):
-        generation_settings(model.config, {"gen_length": 10, "steps": 10})
     with pytest.raises(UserError, match="cache 'dual' keeps what follows a block, but blocks see no later one"):
         settings = generation_settings(model.config, {"gen_length": 16, "steps": 16})
         generate(model, prompts, settings, options=Options(cache="dual"))
