@@ -24,8 +24,7 @@ def predicted_mask_peak(adapter: Adapter, request: MaskRequest, stored: torch.dt
     dtype, budget = resources.weight_dtype(stored), resources.budget
     weights = adapter.model.num_parameters() * dtype.itemsize
     projections = sum(block[role].weight.numel() for block in adapter.blocks for role in block.names)
-    row = request.calibration.length * adapter.model.layout.copies  # tokens
-    sequence = row * dtype.itemsize  # bytes of one feature
+    sequence = request.calibration.length * adapter.model.layout.copies * dtype.itemsize  # bytes of a row's feature
     stores = [count * sequence * adapter.hidden_size for count in _stored_sequences(request)]
     parts = {
         "weights": weights,
@@ -39,7 +38,7 @@ def predicted_mask_peak(adapter: Adapter, request: MaskRequest, stored: torch.dt
         "weights before the refit": min(projections * dtype.itemsize, budget) if refits else 0,
         "packed masks": projections // 8,
     }
-    working = sum(list(parts.values())[1:5])
+    states, working = batch * sequence * adapter.hidden_size, sum(list(parts.values())[1:5])
     stored_aside = sum(list(parts.values())[5:])
     shard = min(adapter.model.num_parameters() * stored.itemsize, LARGEST_SHARD)
     before_refit = projections * dtype.itemsize if refits else 0
@@ -47,13 +46,12 @@ def predicted_mask_peak(adapter: Adapter, request: MaskRequest, stored: torch.dt
     files["temporary files"] += before_refit if before_refit > budget or resources.on_disk else 0
     if resources.on_disk:
         files["temporary files"] += projections * _kept_in(request, stored).itemsize
-        parts |= transfers(adapter, resources, batch * sequence * adapter.hidden_size, sum(map(bool, stores)), dtype)
+        parts |= transfers(adapter, resources, states, sum(map(bool, stores)), dtype)
         return _disk_peak(parts, DiskWeights(adapter, dtype, stored), request) | files
     if not resources.accelerator:
         parts["peak host"] = weights + max(shard, stored_aside + working) + RUNTIME_BYTES
         return parts | files
-    states = batch * sequence * adapter.hidden_size
-    parts |= transfers(adapter, resources, states, sum(size > 0 for size in stores), dtype)
+    parts |= transfers(adapter, resources, states, sum(map(bool, stores)), dtype)
     parts["peak host"] = max(shard, stored_aside + parts["pinned buffers"]) + RUNTIME_BYTES
     parts["peak host"] += weights if resources.offload else 0
     parts["peak device"] = parts["layers under way"] if resources.offload else weights

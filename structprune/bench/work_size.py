@@ -27,10 +27,9 @@ def structured_work_bytes(adapter: Adapter, request: StructuredRequest, itemsize
     measured = {"certainty": 1, "gradient": sum(len(block.kinds) for block in adapter.blocks)}.get(weighting, 0)
     head = DOUBLE * adapter.hidden_size**2 * (refit.enabled and refit.head)
     arms = [request.arm] + [refit.arm] * refit.enabled
-    rows = FLOAT * measured * _tokens(request)
-    return (
-        refit_bytes(adapter, request, itemsize) + head + units * (LONG + 2 * DOUBLE) + rows + _text_bytes(arms, request)
-    )
+    rows = FLOAT * measured * _row_tokens(adapter, request)
+    paths, text = units * (LONG + 2 * DOUBLE), _text_bytes(adapter, arms, request)
+    return refit_bytes(adapter, request, itemsize) + head + paths + rows + text
 
 
 def refit_bytes(adapter: Adapter, request: StructuredRequest, itemsize: int) -> int:
@@ -44,7 +43,7 @@ def refit_bytes(adapter: Adapter, request: StructuredRequest, itemsize: int) -> 
 def mask_work_bytes(adapter: Adapter, request: MaskRequest, itemsize: int) -> int:
     """Of a run for masks."""
     arms = [request.arm] + [request.reconstruct.arm] * request.reconstruct.enabled
-    return mask_weight_bytes(adapter, request, itemsize) + _text_bytes(arms, request)
+    return mask_weight_bytes(adapter, request, itemsize) + _text_bytes(adapter, arms, request)
 
 
 def mask_weight_bytes(adapter: Adapter, request: MaskRequest, itemsize: int) -> int:
@@ -58,14 +57,19 @@ def _units(adapter: Adapter) -> dict[int, int]:
     return {block.index: block.widths.query_heads + block.widths.channels for block in adapter.blocks}
 
 
-def _text_bytes(arms: list, request: StructuredRequest | MaskRequest) -> int:
+def _text_bytes(adapter: Adapter, arms: list, request: StructuredRequest | MaskRequest) -> int:
     """Of attention mass and generated windows."""
     sinks = any(needs_sinks(arm, request.sink) for arm in arms)
-    mass = MASSES * FLOAT * _tokens(request) * sinks
+    mass = MASSES * FLOAT * _row_tokens(adapter, request) * sinks
     if not request.reads_text or request.calibration.replays or request.sink.trajectory == "forward":
         return mass
     text = request.calibration
     return mass + GENERATED * LONG * (_tokens(request) + text.windows * text.length)
+
+
+def _row_tokens(adapter: Adapter, request: StructuredRequest | MaskRequest) -> int:
+    """As `_tokens`, with the clean text that a layout puts beside a window."""
+    return adapter.model.layout.copies * _tokens(request)
 
 
 def _tokens(request: StructuredRequest | MaskRequest) -> int:

@@ -35,7 +35,7 @@ def importance(scan: Scan, rows: Rows, weighting: Weighting) -> Importance:
         return {None: at_predictions(values, rows.masked, shifted, scan.workers)}
     assert p is not None, "a loss needs mask probabilities"
     if weighting == "noise":
-        values = noise_importance(p.flatten(), rows.masked)  # (R, T)
+        values = noise_importance(p.flatten(), rows.masked, rows.ids.shape[1] // scan.layout.copies)  # (R, T)
         return {None: at_predictions(values, rows.masked, shifted, scan.workers)}
     consumers = {
         (block.index, kind): block[CONSUMER[kind]] for block in scan.adapter.blocks for kind in block.kinds
@@ -46,15 +46,16 @@ def importance(scan: Scan, rows: Rows, weighting: Weighting) -> Importance:
     return {key: norm / mean_over_all(norm, scan.workers) for key, norm in zip(consumers, norms)}
 
 
-def noise_importance(p: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
-    """1 / p at masked tokens, the weight of their cross-entropy in NELBO; p is at least one token of T.
+def noise_importance(p: torch.Tensor, masked: torch.Tensor, window: int) -> torch.Tensor:
+    """1 / p at masked tokens, the weight of their cross-entropy in NELBO; p is at least one token of a window.
 
     Args:
-        p: (R,) mask probability of every sequence. masked: (R, T) bool.
+        p: (R,) mask probability of every sequence. masked: (R, T) bool. window: tokens of which some are masked; a row
+            may hold their clean text too.
     Returns:
         (R, T) fp32, 0 at visible tokens.
     """
-    return masked / p.clamp(min=1 / masked.shape[1])[:, None]  # (R, T)
+    return masked / p.clamp(min=1 / window)[:, None]  # (R, T)
 
 
 @torch.inference_mode()

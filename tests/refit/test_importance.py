@@ -43,8 +43,9 @@ def scan_of(model, calibration, **limits):
 
 def test_noise_importance_is_one_over_p_where_a_token_is_masked():
     masked = torch.tensor([[True, False, True, False], [False, True, False, False]])
-    values = noise_importance(torch.tensor([0.5, 0.01]), masked)
+    values = noise_importance(torch.tensor([0.5, 0.01]), masked, 4)
     assert values.tolist() == [[2.0, 0.0, 2.0, 0.0], [0.0, 4.0, 0.0, 0.0]]  # at least one of four tokens
+    assert noise_importance(torch.tensor([0.5, 0.01]), masked, 2)[1].tolist() == [0.0, 2.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize(
