@@ -5,6 +5,7 @@ there too, and are predicted with the search.
 """
 
 import math
+from collections.abc import Sequence
 
 from structprune.masking.request import MaskRequest
 from structprune.models.adapter import Adapter
@@ -16,12 +17,13 @@ MASSES = 3  # sets of windows that mass is kept of, at most: all to fit on, a pa
 GENERATED = 2  # times that a reverse trajectory is kept: pass by pass, and whole
 
 
-def structured_work_bytes(adapter: Adapter, request: StructuredRequest, itemsize: int) -> int:
-    """Of a structured run at one ratio.
+def structured_work_bytes(adapter: Adapter, requests: Sequence[StructuredRequest], itemsize: int) -> int:
+    """Of a structured run at one ratio or more, which share what is measured of the text.
 
     Args:
         itemsize: bytes of a weight in memory.
     """
+    request, weights = requests[0], sum(_refit_bytes(adapter, each, itemsize) for each in requests)
     refit, units = request.reconstruct, sum(_units(adapter).values())
     weighting = refit.weighting if refit.enabled else "uniform"
     measured = {"certainty": 1, "gradient": sum(len(block.kinds) for block in adapter.blocks)}.get(weighting, 0)
@@ -29,10 +31,10 @@ def structured_work_bytes(adapter: Adapter, request: StructuredRequest, itemsize
     arms = [request.arm] + [refit.arm] * refit.enabled
     rows = FLOAT * measured * _row_tokens(adapter, request)
     paths, text = units * (LONG + 2 * DOUBLE), _text_bytes(adapter, arms, request)
-    return refit_bytes(adapter, request, itemsize) + head + paths + rows + text
+    return weights + head * len(requests) + paths + rows + text
 
 
-def refit_bytes(adapter: Adapter, request: StructuredRequest, itemsize: int) -> int:
+def _refit_bytes(adapter: Adapter, request: StructuredRequest, itemsize: int) -> int:
     """Of the refitted weights alone, which is most, and which the text has no part in."""
     weights = sum(block[role].weight.numel() for block in adapter.blocks for role in block.names)
     gone = request.settings.ratio * sum(size.total for size in request.sizes)  # protected blocks stay whole
@@ -41,15 +43,11 @@ def refit_bytes(adapter: Adapter, request: StructuredRequest, itemsize: int) -> 
 
 
 def mask_work_bytes(adapter: Adapter, request: MaskRequest, itemsize: int) -> int:
-    """Of a run for masks."""
+    """Of a run for masks; with a refit, weights are kept as they were before it too."""
     arms = [request.arm] + [request.reconstruct.arm] * request.reconstruct.enabled
-    return mask_weight_bytes(adapter, request, itemsize) + _text_bytes(adapter, arms, request)
-
-
-def mask_weight_bytes(adapter: Adapter, request: MaskRequest, itemsize: int) -> int:
-    """Of weights and masks alone; with a refit, weights are kept as they were before it too."""
     weights = sum(block[role].weight.numel() for block in adapter.blocks for role in block.names)
-    return weights * itemsize * (1 + request.reconstruct.enabled) + weights // 8
+    kept = weights * itemsize * (1 + request.reconstruct.enabled) + weights // 8
+    return kept + _text_bytes(adapter, arms, request)
 
 
 def _units(adapter: Adapter) -> dict[int, int]:

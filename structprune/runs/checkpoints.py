@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from structprune.bench.work_size import mask_weight_bytes, refit_bytes
+from structprune.bench.work_size import mask_work_bytes, structured_work_bytes
 from structprune.calibration.build import check_length, check_source
 from structprune.calibration.trajectories import check_calibration
 from structprune.checkpoint.output import check_output, check_space, save_finished
@@ -225,10 +225,10 @@ def _check_work(
     check_work(work, _identity(ghost, request, work), places, ghost.directory)
     itemsize = request.resources.weight_dtype(ghost.stored).itemsize
     if isinstance(request, MaskRequest):
-        size = mask_weight_bytes(ghost.adapter, request, itemsize)
+        size = mask_work_bytes(ghost.adapter, request, itemsize)
     else:
         each = [request if ratio is None else at_ratio(request, ratio) for ratio in outputs]
-        size = sum(refit_bytes(ghost.adapter, one, itemsize) for one in each)
+        size = structured_work_bytes(ghost.adapter, each, itemsize)
     there = kept_bytes(work.directory) if work.resume != "never" else 0
     check_space(work.directory, max(0, size - there), "finished parts in")
 

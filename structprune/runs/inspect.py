@@ -68,7 +68,7 @@ def inspect_checkpoint(source: str | Path, config: Config, plan: Plan | None = N
         "blocks": blocks,
         "rounding": channel_multiple(sizes, settings),
         "memory": predicted_peak(adapter, after, request, stored),
-        "work": structured_work_bytes(adapter, request, request.resources.weight_dtype(stored).itemsize),
+        "work": structured_work_bytes(adapter, [request], request.resources.weight_dtype(stored).itemsize),
         "search": _search(adapter, request, stored),
         "latency": _latency(request),
     }

@@ -9,7 +9,7 @@ from structprune.models.journal import Journal
 from structprune.models.loading import load_model
 from structprune.runs.mask import MaskRun
 from structprune.runs.pruner import Pruner
-from structprune.runs.resolve import resolve_masking, resolve_structured
+from structprune.runs.resolve import at_ratio, resolve_masking, resolve_structured
 
 SMALL = {"calibration.windows": 4, "calibration.held_out": 2, "calibration.length": 16, "calibration.batch": 2}
 WIDE = {"d_model": 128, "n_heads": 8, "n_kv_heads": 8, "mlp_hidden_size": 256}  # so that headers of files are little
@@ -40,8 +40,18 @@ def test_a_structured_run(keys, model, text_path, tmp_path):
     pruner = Pruner(model, request)
     pruner.keep_in(Journal(tmp_path / "work"))
     pruner.prune()
-    predicted = structured_work_bytes(Adapter(model), request, 4)
+    predicted = structured_work_bytes(Adapter(model), [request], 4)
     assert size_of(tmp_path / "work") == pytest.approx(predicted, rel=0.25)
+
+
+def test_ratios_share_what_is_measured_of_the_text(model, text_path):
+    sinks = {"structured.arm": "masked+sink", "structured.ratio": 0.5, "calibration.source": str(text_path)}
+    request = resolve_structured(Config.load(overrides=SMALL | sinks), model)
+    requests = [at_ratio(request, 0.3), at_ratio(request, 0.5)]
+    apart = sum(structured_work_bytes(Adapter(model), [each], 4) for each in requests)
+    tokens, units = 4 * request.calibration.noisy_copies * 16, model.config.n_layers * (8 + 256)
+    shared = 3 * 4 * tokens + units * (8 + 2 * 8)  # mass; steps, costs and ranks of units
+    assert apart - structured_work_bytes(Adapter(model), requests, 4) == shared
 
 
 def test_clean_text_beside_windows_is_measured_too(tiny_checkpoint, text_path, tmp_path):
@@ -51,7 +61,7 @@ def test_clean_text_beside_windows_is_measured_too(tiny_checkpoint, text_path, t
     pruner = Pruner(model, resolve_structured(config, model))
     pruner.keep_in(Journal(tmp_path / "work"))
     pruner.prune()
-    predicted, kept = structured_work_bytes(Adapter(model), pruner.request, 4), size_of(tmp_path / "work")
+    predicted, kept = structured_work_bytes(Adapter(model), [pruner.request], 4), size_of(tmp_path / "work")
     assert kept < predicted < 1.7 * kept  # without a refit two of the three sets of mass are kept
 
 
