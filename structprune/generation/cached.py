@@ -7,6 +7,9 @@ only the rest runs: with `prefix`, which caches what precedes the block, from th
 also caches what follows, the block. Where the model is shifted, the block begins one position earlier, at the position
 that predicts its first token.
 
+Where blocks see none behind them (`aligned`), `prefix` is exact: keys and values of a finished block stay as they are.
+The first step of a block then runs the finished one before it too, and nothing else.
+
 Shapes: R rows, B cached rows, T tokens, K key/value heads, D head dim, M target positions, C features.
 """
 
@@ -40,10 +43,12 @@ class KeyValueCache:
         form: `prefix` or `dual`.
         refresh: run the whole sequence again after so many steps in a block; None: at its first step only. With 1 the
             cache is never used, and tokens are those of full recomputation.
+        aligned: blocks see none behind them, so that what is finished stays cached over blocks; unless `refresh`.
     """
 
-    def __init__(self, model: DiffusionLM, form: str, refresh: int | None = None):
+    def __init__(self, model: DiffusionLM, form: str, refresh: int | None = None, aligned: bool = False):
         self._model, self._form, self._refresh = model, form, refresh
+        self._stays = aligned and refresh is None
         self._cores = Adapter(model).cores
         self._layers: list[tuple[torch.Tensor, ...]] = []  # of each: keys before and after, values before and after
         self._block, self._steps = slice(0, 0), 0
@@ -66,10 +71,16 @@ class KeyValueCache:
         span = slice(max(0, block.start - self._model.shifted), block.stop if self._form == "dual" else ids.shape[1])
         cached = self._block == block and set(rows) <= set(self._rows) and self._steps != self._refresh
         self._steps = self._steps + 1 if cached else 1
-        if cached:
+        known = bool(self._layers) and set(rows) <= set(self._rows)
+        if cached or (known and self._stays and self._block.stop <= block.start):
             places = [self._rows.index(row) for row in rows]  # R of the B cached rows
-            with self._hooked(lambda layer, args: self._joined(layer, args, places)):
-                return encode_at(self._model, ids, targets, attention_mask, span)
+            grown = None if cached else block.start  # a finished block joins what is cached
+            start, stop = (span.start, span.stop) if cached else (self._block.start, span.stop)
+            with self._hooked(lambda layer, args: self._joined(layer, args, places, grown)):
+                states = encode_at(self._model, ids, targets, attention_mask, slice(start, stop))  # (M, C)
+            if grown is not None:
+                self._block, self._rows = block, list(rows)
+            return states
         self._block, self._rows, self._layers = block, list(rows), []
         with self._hooked(lambda layer, args: self._store(args, span)):
             return encode_at(self._model, ids, targets, attention_mask)
@@ -79,14 +90,20 @@ class KeyValueCache:
         halves = ((side[:, :, : span.start], side[:, :, span.stop :]) for side in args[1:3])  # (R, K, ., D)
         self._layers.append(tuple(half.clone() for pair in halves for half in pair))
 
-    def _joined(self, layer: int, args: tuple, places: list[int]) -> tuple:
-        """A layer's attention inputs with cached keys and values around the new ones, (R, K, T, D) each."""
+    def _joined(self, layer: int, args: tuple, places: list[int], grown: int | None = None) -> tuple:
+        """A layer's attention inputs with cached keys and values around the new ones, (R, K, T, D) each.
+
+        Args:
+            grown: cache all before this position from now on.
+        """
         query, key, value, *rest = args
         halves = self._layers[layer]  # 4 x (B, K, ., D)
         if places != list(range(len(self._rows))):
             halves = tuple(half[places] for half in halves)  # 4 x (R, K, ., D)
         key = torch.cat((halves[0], key, halves[1]), dim=2)  # (R, K, T, D)
         value = torch.cat((halves[2], value, halves[3]), dim=2)  # (R, K, T, D)
+        if grown is not None:
+            self._layers[layer] = tuple(side[:, :, part] for side in (key, value) for part in (slice(grown), slice(0)))
         return (query, key, value, *rest)
 
     def _hooked(self, change: Callable[[int, tuple], tuple | None]) -> ExitStack:

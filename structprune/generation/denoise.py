@@ -119,7 +119,8 @@ class Denoiser:
         self._noise = _Noise([request.seeds[row] for row in rows] if request.seeds else [], self._device)
         self._cache = None
         if request.options.cache != "none":
-            self._cache = KeyValueCache(self._model, request.options.cache, request.options.refresh)
+            form, refresh = request.options.cache, request.options.refresh
+            self._cache = KeyValueCache(self._model, form, refresh, self._settings.aligned)
         self._started = torch.tensor(started, device=self._device)  # (B,)
         self.generated = torch.full((len(rows), length), self._mask_id, device=self._device)  # (B, G)
         for row, (prompt, count) in enumerate(zip(whole, started)):

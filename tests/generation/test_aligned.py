@@ -109,6 +109,34 @@ def test_exported_draws_follow_the_seed(model, prompts):
         draw(0, remasking="sequential", threshold=0.5)
 
 
+def test_finished_blocks_stay_cached(model, prompts):
+    """The prompt runs once; then a block's first step runs the finished one before it and itself, others itself."""
+    prompt, counts = prompts[1], []  # two whole blocks
+    settings = generation_settings(model.config, {"gen_length": LENGTH, "steps": LENGTH})
+    handle = model.blocks[0].register_forward_pre_hook(lambda _, args: counts.append(args[0].shape[1]))
+    (text,) = generate(model, [prompt], settings, options=Options(cache="prefix"))
+    handle.remove()
+    assert counts == [8 + SIZE, SIZE, SIZE, SIZE] + [2 * SIZE, SIZE, SIZE, SIZE] * 2
+    assert text.tolist() == plain(model, prompt, 1).tolist()
+    counts.clear()
+    handle = model.blocks[0].register_forward_pre_hook(lambda _, args: counts.append(args[0].shape[1]))
+    generate(model, [prompt], settings, options=Options(cache="prefix", refresh=4))
+    handle.remove()
+    assert counts == [8 + SIZE, *[SIZE] * 3, 12 + SIZE, *[SIZE] * 3, 16 + SIZE, *[SIZE] * 3]  # at a block's first step
+
+
+def test_rows_that_end_leave_the_cache(model, prompts):
+    """As without a cache, where the rows that still run become fewer between blocks."""
+    free = generate(model, prompts, generation_settings(model.config, {"gen_length": LENGTH, "steps": LENGTH}))
+    ends = int(free[1][len(prompts[1]) + 1])  # made in the first block of one row
+    settings = generation_settings(model.config, {"gen_length": LENGTH, "steps": LENGTH, "stop_at_eos": True})
+    texts = [
+        generate(model, prompts, settings, options=Options(eos_id=ends, cache=cache)) for cache in ("none", "prefix")
+    ]
+    assert all(torch.equal(one, other) for one, other in zip(*texts))
+    assert (texts[0][1][len(prompts[1]) + SIZE :] == ends).all() and not torch.equal(texts[0][2], texts[0][1])
+
+
 def test_an_eos_of_the_prompt_ends_nothing(model, prompts):
     prompt = prompts[2]  # two whole blocks and two tokens of the first block
     settings = generation_settings(model.config, {"gen_length": LENGTH, "steps": LENGTH})
