@@ -44,6 +44,10 @@ from structprune.structured.plan import BlockPlan
 HERE = Path(__file__).parent
 PARITY = HERE.parents[1] / "tests" / "parity"
 LLADA_TEXT = {"gen_length": 8, "block_length": 4, "steps": 8, "threshold": 0.9}
+TEXTS: dict[str, dict] = {  # family -> options of its sampler, where they are not LLaDA's
+    "dream": {"max_new_tokens": 8, "steps": 4, "alg": "entropy"},
+    "sdar": {"gen_length": 7, "steps": 7, "threshold": 0.9},
+}
 PUBLISHED = {"max_new_tokens": "gen_length"}  # an option's name in Dream's sampler -> its name here
 OFFICIAL_CODE_RELEASE = "4.49.0"  # the family's modeling code does not run on transformers 5
 OWN_CODE_TOLERANCE = 1e-5
@@ -74,6 +78,10 @@ DREAM_VALUES = COMMON | {
 }  # fmt: skip
 
 A2D_VALUES = DREAM_VALUES | {"model_type": "a2d-qwen3", "head_dim": 12, "tie_word_embeddings": True}
+SDAR_VALUES = DREAM_VALUES | {
+    "model_type": "sdar", "architectures": ["SDARForCausalLM"], "head_dim": 12, "block_size": 4,
+    "attention_bias": False, "attn_implementation": "flex_attention", "fuse_cross_entropy": True,
+}  # fmt: skip
 
 
 def block(queries, kv_heads, channels: int) -> BlockPlan:
@@ -110,6 +118,8 @@ CASES = {
     "dream-official": (DREAM_VALUES, [block(*DREAM_ALL, 40)] * 3, False, "official"),
     "a2d-free": (A2D_VALUES, [block(range(3, 6), (1,), 40), block((), (), 24), block(*DREAM_ALL, 96)], True, "free"),
     "a2d-uniform": (A2D_VALUES, [block((0, 1, 4, 5), (0, 1), 48)] * 3, False, "uniform"),
+    "sdar-free": (SDAR_VALUES, [block(range(3, 6), (1,), 40), block((), (), 24), block(*DREAM_ALL, 96)], True, "free"),
+    "sdar-official": (SDAR_VALUES, [block((0, 1, 4, 5), (0, 1), 48)] * 3, False, "official"),
 }  # fmt: skip
 
 
@@ -163,7 +173,7 @@ def make_cases(work: Path) -> list[dict]:
         directory = save_pruned(model, work / "pruned" / name, ExportSettings(compat=compat, max_shard_size=shards))
         ids = torch.randint(0, MASK_ID, (2, 24), generator=torch.Generator().manual_seed(1))  # (B, T)
         ids[:, 5:15] = MASK_ID
-        options = {"dream": {"max_new_tokens": 8, "steps": 4, "alg": "entropy"}}.get(family, LLADA_TEXT)
+        options = TEXTS.get(family, LLADA_TEXT)
         settings = generation_settings(model.config, {PUBLISHED.get(key, key): value for key, value in options.items()})
         texts = {"own/prompt": ids[:, :5], "own/output": torch.stack(list(generate(model, ids[:, :5], settings)))}
         case = write_expected(work, name, model, ids, texts, [{"name": "own", **options}])

@@ -96,8 +96,16 @@ def saves_again(model, case: dict, expected, folder: Path) -> float:
     return difference(load(AutoModelForCausalLM, folder), expected)
 
 
+def masks_as_without(length: int, size) -> list:
+    """4-D attention masks that show what a model sees without one; `size` of its blocks, None without."""
+    if size is None:
+        return [torch.ones(1, 1, length, length, dtype=torch.bool), torch.zeros(1, 1, 1, length)]
+    block = torch.arange(length) // size  # (T,)
+    return [(block[:, None] >= block)[None, None]]  # (1, 1, T, T)
+
+
 def attends(directory, expected) -> dict:
-    """Differences with the attention implementations that there are, and with masks and positions that hide nothing.
+    """Differences with the attention implementations that there are, and with masks and positions that change nothing.
 
     Raises:
         AssertionError: eager attention gives other logits, or one that there is not is taken.
@@ -108,9 +116,8 @@ def attends(directory, expected) -> dict:
         "sdpa": difference(model, expected),
         "position_ids": difference(model, expected, position_ids=torch.arange(length)[None]),
     }
-    square = torch.ones(1, 1, length, length, dtype=torch.bool)
-    for mask in (square, torch.zeros(1, 1, 1, length)):
-        assert difference(model, expected, attention_mask=mask) < TOLERANCE, "a mask that hides nothing changed logits"
+    for mask in masks_as_without(length, getattr(model.config, "block_size", None)):
+        assert difference(model, expected, attention_mask=mask) < TOLERANCE, "what is seen without a mask gave others"
     eager = difference(load(AutoModel, directory, attn_implementation="eager"), expected)
     assert 0 < eager < TOLERANCE, f"eager attention is {eager} off, where rounding differs"
     for name in ("flash_attention_2", "flex_attention"):
