@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 from structprune.assets import model_directory
 from structprune.calibration.batches import Calibration
 from structprune.models.adapter import set_depth
-from structprune.models.families import FAMILIES
 from structprune.models.layers_structprune import Block
 from structprune.models.modeling_structprune import DiffusionLM
+from structprune.models.official import detect_family
 
 torch.set_num_threads(1)  # on tensors this small threads only wait for each other
 PARITY, PUBLISHED = (Path(__file__).parent / name for name in ("parity", "published"))
@@ -47,7 +47,7 @@ SDAR = DREAM | {"model_type": "sdar", "architectures": ["SDARForCausalLM"], "blo
 SDAR |= {"attn_implementation": "flex_attention", "fuse_cross_entropy": True}
 VALUES = {
     "llada": LLADA, "mmada": MMADA, "dream": DREAM, "a2d-qwen3": A2D_QWEN3, "a2d-llama": A2D_LLAMA,
-    "a2d-qwen2": A2D_QWEN2, "sdar": SDAR,
+    "a2d-qwen2": A2D_QWEN2, "a2d-qwen3-blocks": A2D_QWEN3 | {"block_size": 4}, "sdar": SDAR,
 }  # fmt: skip
 
 
@@ -58,7 +58,7 @@ def tiny_values(family: str, **changes) -> dict:
 
 def build_model(values: dict, seed: int = 0, gain: float = 3.0):
     """A random model of those values; weights larger than at initialisation, so that attention is not uniform."""
-    family = next(each for each in FAMILIES if values["model_type"] in each.model_types)
+    family = detect_family(values, "")
     other = ("model_type", "architectures", "torch_dtype", *family.ignored)
     config = family.config_class(**{key: value for key, value in values.items() if key not in other})
     torch.manual_seed(seed)
@@ -157,7 +157,7 @@ def gaps():
     """
 
     def make(family: str = "llada") -> dict:
-        row = next(each for each in FAMILIES if tiny_values(family)["model_type"] in each.model_types)
+        row = detect_family(tiny_values(family), "")
         keys = row.width_keys
         no_attention, no_mlp = {keys["query_heads"]: 0, keys["kv_heads"]: 0}, {keys["channels"]: 0}
         layers = {"0": no_mlp, "2": no_attention | no_mlp, "3": no_attention}

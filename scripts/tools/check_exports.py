@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from scripts.tools.check_versions import CASES, MASK_ID, write_dense
+from scripts.tools.check_versions import write_dense
+from scripts.tools.reload_cases import CASES, MASK_ID
 from scripts.tools.script_line import OneLineParser, one_line, result_file, show_result, write_result
 from structprune import Plan, apply_plan, load_model, save_pruned
 from structprune.bench.machine import describe_machine

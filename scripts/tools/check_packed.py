@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from scripts.tools.check_versions import DREAM_VALUES, environment, run_check, write_dense
+from scripts.tools.check_versions import environment, run_check, write_dense
+from scripts.tools.reload_cases import DREAM_VALUES
 from scripts.tools.script_line import OneLineParser, one_line, result_file, show_result, write_result
 from structprune.assets import model_directory
 from structprune.bench.machine import describe_machine

@@ -7,7 +7,17 @@ import typer
 from rich.markup import escape
 
 from structprune.cli.configuration import read_model_settings
-from structprune.cli.options import Checkpoints, Debug, Device, Dtype, MaskId, Overwrite, Pickle, without_dots
+from structprune.cli.options import (
+    BlockSize,
+    Checkpoints,
+    Debug,
+    Device,
+    Dtype,
+    MaskId,
+    Overwrite,
+    Pickle,
+    without_dots,
+)
 from structprune.errors import UserError, shown
 
 if TYPE_CHECKING:
@@ -59,6 +69,7 @@ def bench(
     device: Device = None,
     dtype: Dtype = None,
     mask_id: MaskId = None,
+    block_size: BlockSize = None,
     allow_pickle: Pickle = False,
     no_plots: NoPlots = False,
     overwrite: Overwrite = False,
@@ -68,7 +79,7 @@ def bench(
     from structprune.bench.settings import BenchSettings
     from structprune.runs.bench import BenchOutput
 
-    place = read_model_settings(device, dtype, mask_id, allow_pickle)
+    place = read_model_settings(device, dtype, mask_id, block_size, allow_pickle)
     settings = BenchSettings(
         batches=_numbers("--batch", batch),
         lengths=_numbers("--length", length),

@@ -104,12 +104,18 @@ def _latency_overrides(config: "Config", target: float, ratio: float | None, key
 
 
 def read_model_settings(
-    device: str | None, dtype: str | None, mask_id: int | None, allow_pickle: bool
+    device: str | None, dtype: str | None, mask_id: int | None, block_size: int | None, allow_pickle: bool
 ) -> "ModelSettings":
     """How checkpoints are loaded by the verbs that have no --set."""
     from structprune.config import Config
 
-    values = {"device": device, "dtype": dtype, "mask_id": mask_id, "allow_pickle": allow_pickle}
+    values = {
+        "device": device,
+        "dtype": dtype,
+        "mask_id": mask_id,
+        "block_size": block_size,
+        "allow_pickle": allow_pickle,
+    }
     try:
         return Config.load(overrides={f"model.{name}": value for name, value in values.items()}).model
     except UserError as error:  # these verbs have options in place of keys

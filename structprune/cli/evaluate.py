@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from structprune.cli.options import Checkpoints, Debug, Device, MaskId, Pickle, without_dots
+from structprune.cli.options import BlockSize, Checkpoints, Debug, Device, MaskId, Pickle, without_dots
 from structprune.errors import Interrupted, UserError
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ def evaluate(
     against: Against = None,
     device: Device = None,
     mask_id: MaskId = None,
+    block_size: BlockSize = None,
     allow_pickle: Pickle = False,
     overwrite: Forget = False,
     debug: Debug = False,
@@ -73,6 +74,7 @@ def evaluate(
         "evaluation.chat": chat or None,
         "model.device": device,
         "model.mask_id": mask_id,
+        "model.block_size": block_size,
         "model.allow_pickle": allow_pickle or None,
     }
     settings = EvaluationConfig.with_options(config, sets, named)

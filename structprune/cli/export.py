@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from structprune.cli.options import Checkpoint, Debug, DryRun, MaskId, Overwrite, Pickle, without_dots
+from structprune.cli.options import BlockSize, Checkpoint, Debug, DryRun, MaskId, Overwrite, Pickle, without_dots
 from structprune.errors import UserError
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ def export(
     private: Private = False,
     dry_run: DryRun = False,
     mask_id: MaskId = None,
+    block_size: BlockSize = None,
     allow_pickle: Pickle = False,
     overwrite: Overwrite = False,
     debug: Debug = False,
@@ -88,7 +89,7 @@ def export(
     ):
         if value is not None and needs is None:
             raise UserError(f"{name} is for {other}: add it, or leave {name} out")
-    model = ModelSettings(mask_id=mask_id, allow_pickle=allow_pickle)
+    model = ModelSettings(mask_id=mask_id, block_size=block_size, allow_pickle=allow_pickle)
     request = ExportRequest(
         checkpoint, out, "free" if compat is None else compat, gguf, gguf_pre, dtype, overwrite, model, packed
     )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from structprune.cli.options import Checkpoint, Debug, Device, Dtype, MaskId, Pickle
+from structprune.cli.options import BlockSize, Checkpoint, Debug, Device, Dtype, MaskId, Pickle
 from structprune.errors import Interrupted, UserError
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ def generate(
     device: Device = None,
     dtype: Dtype = None,
     mask_id: MaskId = None,
+    block_size: BlockSize = None,
     allow_pickle: Pickle = False,
     debug: Debug = False,
 ) -> None:
@@ -82,6 +83,7 @@ def generate(
         "model.device": device,
         "model.dtype": dtype,
         "model.mask_id": mask_id,
+        "model.block_size": block_size,
         "model.allow_pickle": allow_pickle or None,
     }
     settings = GenerateConfig.with_options(config, sets, named)

@@ -8,6 +8,7 @@ import typer
 from structprune.cli.configuration import read_config, read_ratio
 from structprune.cli.options import (
     Arm,
+    BlockSize,
     Checkpoint,
     ConfigFile,
     Debug,
@@ -35,6 +36,7 @@ def inspect(
     no_refit: NoRefit = False,
     sets: Sets = None,
     mask_id: MaskId = None,
+    block_size: BlockSize = None,
     allow_pickle: Pickle = False,
     json_out: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     debug: Debug = False,
@@ -44,7 +46,12 @@ def inspect(
     from structprune.report.tables import inspect_tables, mask_inspect_tables
     from structprune.runs.inspect import inspect_checkpoint, inspect_masking
 
-    options = {"model.mask_id": mask_id, "model.allow_pickle": allow_pickle or None, "method": method}
+    options = {
+        "model.mask_id": mask_id,
+        "model.block_size": block_size,
+        "model.allow_pickle": allow_pickle or None,
+        "method": method,
+    }
     options |= {"score": score, "arm": arm, "reconstruct.enabled": False if no_refit else None}
     settings = read_config(config, read_ratio(ratio), sets, nm, options, target_latency)
     structured = settings.method == "structured"

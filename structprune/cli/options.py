@@ -107,6 +107,9 @@ Dtype = Annotated[
     typer.Option(help="float32, bfloat16 or float16.", show_default="float32 on CPU, else the checkpoint's own"),
 ]
 MaskId = Annotated[int | None, typer.Option(help="Mask token id, if the checkpoint does not name one.")]
+BlockSize = Annotated[
+    int | None, typer.Option(help="Tokens of a block, of an A2D checkpoint trained as BD3LM (dllm's: 32).")
+]
 Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Also read .bin shards (weights only).")]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace an existing output once the new one is complete.")

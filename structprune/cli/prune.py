@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from structprune.cli.configuration import read_config, read_ratios, set_keys
 from structprune.cli.options import (
     Arm,
+    BlockSize,
     CalibrationText,
     Checkpoint,
     ConfigFile,
@@ -76,6 +77,7 @@ def prune(
     device: Device = None,
     dtype: Dtype = None,
     mask_id: MaskId = None,
+    block_size: BlockSize = None,
     allow_pickle: Pickle = False,
     overwrite: Overwrite = False,
     debug: Debug = False,
@@ -84,22 +86,21 @@ def prune(
     recovery = read_recovery(recover, gradual, recover_config, recover_sets)
     options = {
         "method": method, "score": score, "arm": arm, "calibration.source": calibration, "model.device": device,
-        "model.dtype": dtype, "model.mask_id": mask_id, "model.allow_pickle": allow_pickle or None,
-        "reconstruct.enabled": False if no_refit else None,
+        "model.dtype": dtype, "model.mask_id": mask_id, "model.block_size": block_size,
+        "model.allow_pickle": allow_pickle or None, "reconstruct.enabled": False if no_refit else None,
     }  # fmt: skip
     ratios = read_ratios(ratio)
     settings = read_config(config, ratios[0] if ratios else None, sets, nm, options, target_latency)
     if plan is not None:
-        scored = ["structured.score"] if score or arm else []
-        _check_beside_plan(settings.method, ratio, [*(sets or []), *scored], target_latency, levels, dry_run)
+        keys = [*(sets or []), *["structured.score"] * bool(score or arm)]
+        _check_beside_plan(settings.method, ratio, keys, target_latency, levels, dry_run)
     _check_options(settings, ratio, sets, levels)
     check_alone(work, resume, recovery is not None)
     if recovery is not None:
         schedule = make_schedule(settings, recovery, ratios, gradual, plan, levels)
         show_schedule((checkpoint, out, schedule, overwrite), dry_run)
         return
-    request = (checkpoint, _outputs(out, ratios), settings, overwrite)
-    _start(request, plan, work_of(out, work, levels, resume), dry_run)
+    _start((checkpoint, _outputs(out, ratios), settings, overwrite), plan, work_of(out, work, levels, resume), dry_run)
 
 
 def _outputs(out: Path, ratios: list[float]) -> dict[float | None, Path]:

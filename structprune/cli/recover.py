@@ -5,7 +5,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from structprune.cli.options import Checkpoint, Debug, Device, DryRun, MaskId, Out, Overwrite, Pickle, without_dots
+from structprune.cli.options import (
+    BlockSize,
+    Checkpoint,
+    Debug,
+    Device,
+    DryRun,
+    MaskId,
+    Out,
+    Overwrite,
+    Pickle,
+    without_dots,
+)
 
 if TYPE_CHECKING:
     from structprune.recovery.settings import RecoverConfig
@@ -48,6 +59,7 @@ def recover(
     dry_run: DryRun = False,
     device: Device = None,
     mask_id: MaskId = None,
+    block_size: BlockSize = None,
     allow_pickle: Pickle = False,
     overwrite: Overwrite = False,
     debug: Debug = False,
@@ -61,6 +73,7 @@ def recover(
         "teacher.cache": None if teacher_cache is None else str(teacher_cache),
         "model.device": device,
         "model.mask_id": mask_id,
+        "model.block_size": block_size,
         "model.allow_pickle": allow_pickle or None,
     }
     work = _show_plan if dry_run else _recover_and_show

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from structprune.cli.configuration import read_model_settings
-from structprune.cli.options import Debug, Device, Dtype, MaskId, Out, Overwrite, Pickle
+from structprune.cli.options import BlockSize, Debug, Device, Dtype, MaskId, Out, Overwrite, Pickle
 
 Source = Annotated[
     str, typer.Argument(help="Checkpoint directory, Hub id or GGUF file of a diffusion LM or a causal LM.")
@@ -58,6 +58,7 @@ def sinks(
     device: Device = None,
     dtype: Dtype = None,
     mask_id: MaskId = None,
+    block_size: BlockSize = None,
     allow_pickle: Pickle = False,
     overwrite: Overwrite = False,
     debug: Debug = False,
@@ -72,7 +73,7 @@ def sinks(
 
     sink = Config.load(overrides={"sink.alpha": alpha, "sink.kappa": kappa, "sink.scale_free": scale_free}).sink
     run = SinkRun(sink, text, prompt, trajectory, windows, length, gen_length, levels, steps, block_length, seed)
-    place = read_model_settings(device, dtype, mask_id, allow_pickle)
+    place = read_model_settings(device, dtype, mask_id, block_size, allow_pickle)
     sources = [checkpoint] if against is None else [checkpoint, against]
     with workers() as shared, progress_of(shared) as track:
         measurement = measure_sinks(sources, run, out, place, overwrite, Session(track, shared))

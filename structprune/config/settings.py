@@ -29,6 +29,9 @@ class ModelSettings(Section):
     """Where the model computes, such as cpu or cuda:0. Default: cuda if there is one."""
     mask_id: int | None = None
     """The mask token's id, if neither config.json nor the tokenizer names one."""
+    block_size: int | None = Field(None, ge=1)
+    """Tokens of a block, of an A2D checkpoint that was trained as BD3LM, whose config.json does not say so (dllm's:
+    32). Default: config.json's, and without one full attention."""
     allow_pickle: bool = False
     """Also read .bin shards (weights only)."""
 

@@ -38,7 +38,7 @@ from structprune.workers import Workers, join, leave
 LOG = logging.getLogger(__name__)
 PART = 256  # items that are scored together: the nats of all their tokens are in memory until they are done
 DEFAULT_DEVICE = "cuda:0"  # lm_eval's command line passes this by default, with or without a GPU
-LOADING = ("dtype", "mask_id", "allow_pickle")  # arguments of `load_model`
+LOADING = ("dtype", "mask_id", "block_size", "allow_pickle")  # arguments of `load_model`
 
 
 @register_model("structprune")
@@ -55,9 +55,9 @@ class StructpruneLM(LM):
             that are generated together; "auto": what suits the device, and 8.
         device: default CUDA where there is one (for several processes, each its own).
         max_batch_size: lm-eval passes it; only its default is supported.
-        options: `dtype`, `mask_id` and `allow_pickle` of `load_model`; fields of `MonteCarlo` (samples, cfg_scale,
-            seed, adaptive, ...); options of the family's sampler (gen_length, steps, alg, ...), which outrank the
-            task's. cfg_scale is for both.
+        options: `dtype`, `mask_id`, `block_size` and `allow_pickle` of `load_model`; fields of `MonteCarlo` (samples,
+            cfg_scale, seed, adaptive, ...); options of the family's sampler (gen_length, steps, alg, ...), which
+            outrank the task's. cfg_scale is for both.
     Raises:
         UserError: anything wrong with the checkpoint (it must have a tokenizer), or an unknown option.
     """

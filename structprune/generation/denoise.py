@@ -141,6 +141,8 @@ class Denoiser:
         if within == 0:
             self._began = masked[:, start:end].sum(1)  # (B,)
         masked[:, end:] = False
+        if self._settings.aligned:  # a mask token that the model itself wrote stays, as published
+            masked[:, :start] = False
         counts = self._settings.counts(step, self._began, masked.sum(1))  # (B,)
         if self._settings.threshold is not None:
             counts = counts.clamp(min=1)  # who is ahead of the schedule would predict the same again

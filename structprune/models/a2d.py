@@ -1,11 +1,13 @@
 """A2D: Qwen3, Llama and Qwen2.5 made bidirectional and trained as masked diffusion LMs (MDLM arXiv 2406.07524).
 
-One row for each of dllm's model types, which differ in the norms of heads, biases and the marks around text.
+One row for each of dllm's model types, which differ in the norms of heads, biases and the marks around text; and one
+for those that were trained in blocks (BD3LM, arXiv 2503.09573), whose files are the same but for `block_size`.
 """
 
 from dataclasses import replace
 from pathlib import Path
 
+from structprune.models import a2d_blocks_structprune as in_blocks
 from structprune.models import a2d_structprune as classes
 from structprune.models.dream import DREAM
 from structprune.models.family import Family
@@ -52,3 +54,24 @@ A2D_QWEN2: Family = replace(
     required=(*DREAM.required, "num_key_value_heads"),
     supported=COMPUTED | WHOLE_TEXT,
 )
+
+
+def _in_blocks(family: Family, config_class, model_class) -> Family:
+    """The row of models of the same files that were trained as BD3LM."""
+    folder = Path(in_blocks.__file__)
+    supported = {**family.supported, "right_shift_logits": (False,)}  # a block's first token has no place before it
+    return replace(
+        family,
+        name=f"{family.name}-blocks",
+        config_class=config_class,
+        model_class=model_class,
+        required=(*family.required, "block_size"),
+        sampler="aligned",
+        supported=supported,
+        code=(*family.code, folder.with_name("blockwise_structprune.py"), folder),
+    )
+
+
+A2D_QWEN3_BLOCKS = _in_blocks(A2D_QWEN3, in_blocks.StructpruneA2DQwen3BlocksConfig, in_blocks.StructpruneA2DQwen3Blocks)
+A2D_LLAMA_BLOCKS = _in_blocks(A2D_LLAMA, in_blocks.StructpruneA2DLlamaBlocksConfig, in_blocks.StructpruneA2DLlamaBlocks)
+A2D_QWEN2_BLOCKS = _in_blocks(A2D_QWEN2, in_blocks.StructpruneA2DQwen2BlocksConfig, in_blocks.StructpruneA2DQwen2Blocks)

@@ -102,6 +102,7 @@ class BlockSampling(Sampling):
         for end in range(start + size, ids.shape[1] + 1, size):
             for step in range(block_steps):
                 masked = ids[:, :end] == self.config.mask_token_id  # (B, t)
+                masked[:, : end - size] = False  # a mask token that the model itself wrote stays
                 if not masked.any():
                     break
                 count = int(reveal_counts(torch.tensor(size), block_steps, step))

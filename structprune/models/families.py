@@ -3,14 +3,23 @@
 from typing import Any
 
 from structprune.errors import UserError, nearest
-from structprune.models.a2d import A2D_LLAMA, A2D_QWEN2, A2D_QWEN3
+from structprune.models.a2d import (
+    A2D_LLAMA,
+    A2D_LLAMA_BLOCKS,
+    A2D_QWEN2,
+    A2D_QWEN2_BLOCKS,
+    A2D_QWEN3,
+    A2D_QWEN3_BLOCKS,
+)
 from structprune.models.dream import DREAM
 from structprune.models.family import ROLES as ROLES  # re-exported
 from structprune.models.family import Family
 from structprune.models.llada import LLADA
 from structprune.models.sdar import SDAR
 
-FAMILIES: list[Family] = [LLADA, DREAM, A2D_QWEN3, A2D_LLAMA, A2D_QWEN2, SDAR]
+FAMILIES: list[Family] = [
+    LLADA, DREAM, A2D_QWEN3, A2D_LLAMA, A2D_QWEN2, A2D_QWEN3_BLOCKS, A2D_LLAMA_BLOCKS, A2D_QWEN2_BLOCKS, SDAR,
+]  # fmt: skip
 
 
 def register_family(family: Family) -> None:

@@ -79,3 +79,8 @@ class Family:
     ignored: tuple[str, ...] = ()
     gguf: GgufLoader | None = None
     code: tuple[Path, ...] = ()
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether its models are block diffusion LMs, of blocks of a known size."""
+        return "block_size" in self.required

@@ -18,7 +18,7 @@ from structprune.models.families import Family
 from structprune.models.headers import TensorHeader, read_headers
 from structprune.models.maps import DTYPES, give_back, map_shard
 from structprune.models.modeling_structprune import DiffusionLM
-from structprune.models.official import build_config, detect_family, find_mask_id
+from structprune.models.official import build_config, detect_family, find_mask_id, with_block_size
 from structprune.models.placement import pick_device
 from structprune.models.tokenizer import check_tokenizer_files
 
@@ -72,14 +72,16 @@ def load_config(
     weights: bool = False,
     allow_pickle: bool = False,
     code: bool = False,
+    block_size: int | None = None,
 ) -> tuple[Path, Family, Any, dict]:
     """Directory, family, configuration and contents of config.json; reads it and the tokenizer's settings only.
 
     Args:
+        mask_id, block_size: of `load_model`; the contents that are returned have the latter.
         weights, allow_pickle, code: what to download of a Hub id (`locate`).
     """
     directory = locate(source, weights, allow_pickle, code)
-    values = read_config(directory)
+    values = with_block_size(read_config(directory), block_size, directory)
     family = detect_family(values, directory)
     check_tokenizer_files(directory)
     config = build_config(values, family, find_mask_id(values, directory, mask_id), directory)
@@ -93,8 +95,9 @@ def load_model(
     mask_id: int | None = None,
     allow_pickle: bool = False,
     code: bool = False,
+    block_size: int | None = None,
 ) -> DiffusionLM:
-    """Load an official LLaDA, LLaDA-1.5, MMaDA, Dream or A2D checkpoint, or one that structprune wrote.
+    """Load an official LLaDA, LLaDA-1.5, MMaDA, Dream, A2D or SDAR checkpoint, or one that structprune wrote.
 
     Args:
         source: directory, or Hub id.
@@ -104,12 +107,13 @@ def load_model(
         mask_id: where neither config nor tokenizer has the mask token's id.
         allow_pickle: also read `.bin` shards, with `torch.load(weights_only=True)`.
         code: also download a Hub id's Python and other files (`locate`), for outputs that keep them.
+        block_size: tokens of a block, of a checkpoint that was trained in blocks and does not say so (A2D's BD3LM).
     Returns:
         A `transformers.PreTrainedModel` in eval mode; `model.source` says where it came from.
     Raises:
         UserError: anything wrong with the checkpoint, or a device this machine does not have, in one line.
     """
-    directory, family, config, values = load_config(source, mask_id, True, allow_pickle, code)
+    directory, family, config, values = load_config(source, mask_id, True, allow_pickle, code, block_size)
     device = torch.device("cpu") if device is None else pick_device(str(device))
     with torch.device("meta"):
         model = family.model_class(config)
@@ -135,7 +139,11 @@ def load_model(
 
 
 def map_model(
-    source: str | Path, dtype: str | torch.dtype | None = None, mask_id: int | None = None, code: bool = False
+    source: str | Path,
+    dtype: str | torch.dtype | None = None,
+    mask_id: int | None = None,
+    code: bool = False,
+    block_size: int | None = None,
 ) -> DiffusionLM:
     """As `load_model`, for a model larger than memory: its weights stay in the checkpoint's files, which must not
     change. For runs with `memory.offload = disk`, which read them layer by layer.
@@ -144,11 +152,11 @@ def map_model(
 
     Args:
         dtype: to compute in; default float32, "auto": the checkpoint's own.
-        mask_id, code: as in `load_model`.
+        mask_id, code, block_size: as in `load_model`.
     Raises:
         UserError: as `load_model`; weights that are not in safetensors files.
     """
-    directory, family, config, values = load_config(source, mask_id, True, False, code)
+    directory, family, config, values = load_config(source, mask_id, True, False, code, block_size)
     with torch.device("meta"):
         model = family.model_class(config)
     names = shard_names(directory)

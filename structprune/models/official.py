@@ -36,15 +36,40 @@ def detect_family(values: dict, where: Path | str) -> Family:
     kind = str(values.get("model_type", ""))[:80]
     architectures = values.get("architectures")
     architecture = str(architectures[0])[:80] if isinstance(architectures, list) and architectures else ""
-    for family in FAMILIES:
-        if kind in family.model_types or kind == family.config_class.model_type:
-            return family
+    if families := _families_of(kind):  # of several, that of block diffusion where the size of blocks is known
+        blocks = values.get("block_size") is not None
+        return next((family for family in families if family.in_blocks == blocks), families[0])
     for marker in (kind.lower(), architecture.lower()):
         for pattern, reason in REFUSED_TYPES.items():
             if re.match(pattern, marker):
                 raise UserError(f"{where}: {reason}")
-    known = [name for family in FAMILIES for name in family.model_types]
+    known = list(dict.fromkeys(name for family in FAMILIES for name in family.model_types))
     raise UserError(f"{where}: unknown model_type '{kind}'{nearest(kind, known)}; supported: {', '.join(known)}")
+
+
+def _families_of(kind: Any) -> list[Family]:
+    return [family for family in FAMILIES if kind in (*family.model_types, family.config_class.model_type)]
+
+
+def with_block_size(values: dict, given: int | None, where: Path | str) -> dict:
+    """A config.json's contents with the size of blocks that the user gives, where config.json has none.
+
+    Raises:
+        UserError: it has another one, the model has no blocks, or the size is none.
+    """
+    if given is None:
+        return values
+    kind, said = str(values.get("model_type", ""))[:80], values.get("block_size")
+    option, families = f"--block-size {given} (model.block_size)", _families_of(kind)
+    if not any(family.in_blocks for family in families):
+        raise UserError(f"{where}: {option} is for block diffusion models, and '{kind}' is none: leave it out")
+    if said not in (None, given):
+        raise UserError(f"{where}: config.json has block_size = {shown(said)}: leave out {option}")
+    longest = values.get(families[0].keys["positions"])
+    if type(given) is not int or given < 1 or (isinstance(longest, int) and given >= longest):
+        below = f"below the model's {longest} positions" if isinstance(longest, int) else "from 1"
+        raise UserError(f"{where}: {option} is not a number of tokens {below}: dllm trained with 32")
+    return values | {"block_size": given}
 
 
 def build_config(values: dict, family: Family, mask_id: int, where: Path | str) -> PretrainedConfig:

@@ -162,7 +162,9 @@ def export_checkpoint(request: ExportRequest, track: Track = untracked) -> Expor
     compared = "auto" if target in (None, ghost.stored) else torch.float32  # so that only the weights' rounding shows
     mask_id, pickles = request.model.mask_id, request.model.allow_pickle
     own = request.compat == "official"  # whose Python files are copied
-    model = load_model(request.source, compared, mask_id=mask_id, allow_pickle=pickles, code=own)
+    model = load_model(
+        request.source, compared, mask_id=mask_id, allow_pickle=pickles, code=own, block_size=request.model.block_size
+    )
     if checked.packing is not None:
         check_zeros(model, checked.packing.masks)
     facts = plan_facts(request, checked)

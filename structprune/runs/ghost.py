@@ -53,7 +53,7 @@ def read_ghost(source: str | Path, settings: ModelSettings) -> Ghost:
     Raises:
         UserError: a checkpoint that cannot be loaded, as far as config.json and headers tell.
     """
-    directory, family, config, values = load_config(source, settings.mask_id)
+    directory, family, config, values = load_config(source, settings.mask_id, block_size=settings.block_size)
     with torch.device("meta"):
         model = family.model_class(config)
     headers = stored_headers(source, directory, settings.allow_pickle)

@@ -14,12 +14,13 @@ def load_dense(source: str, request: StructuredRequest | MaskRequest, workers: W
     which is not executed.
     """
     resources, settings = request.resources, request.config.model
+    pickles, size = settings.allow_pickle, settings.block_size
     carries_code = isinstance(request, MaskRequest) or request.config.export.compat == "official"
-    workers.first(lambda: load_config(source, settings.mask_id, True, settings.allow_pickle, carries_code))
+    workers.first(lambda: load_config(source, settings.mask_id, True, pickles, carries_code, size))
     if resources.on_disk:
         dtype = resources.dtype or ("auto" if resources.accelerator else None)
-        model = map_model(source, dtype, settings.mask_id, carries_code)
+        model = map_model(source, dtype, settings.mask_id, carries_code, size)
     else:
         dtype = "auto" if resources.offload and resources.dtype is None else resources.dtype
-        model = load_model(source, dtype, resources.home, settings.mask_id, settings.allow_pickle, carries_code)
+        model = load_model(source, dtype, resources.home, settings.mask_id, pickles, carries_code, size)
     return model, model.num_parameters() * source_of(model).dtype.itemsize

@@ -8,7 +8,7 @@ from structprune.errors import UserError
 from structprune.recovery.settings import RecoverConfig
 from structprune.structured.plan import Plan
 
-READING = ("device", "mask_id", "allow_pickle")  # of `model`: how both parts of a run read checkpoints
+READING = ("device", "mask_id", "block_size", "allow_pickle")  # of `model`: how both parts of a run read checkpoints
 TEXT = ("source", "subset", "split", "column")
 
 

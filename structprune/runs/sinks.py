@@ -88,7 +88,7 @@ def planned(
     check_matplotlib()
     check_sources(sources, run, out, place, overwrite)
     pick_device(place.device)  # refuses an unknown one
-    subjects = [describe_subject(source, place.mask_id) for source in sources]
+    subjects = [describe_subject(source, place) for source in sources]
     for source, subject in zip(sources, subjects, strict=True):
         if not subject.causal:
             read_ghost(source, place)  # broken weights of a second model are refused before the first is measured
@@ -118,7 +118,11 @@ def check_sources(sources: Sequence[str], run: SinkRun, out: Path, place: ModelS
             remedy = "leave --trajectory out, or give reverse"
             raise UserError(f"'{source}' is a causal language model, which has no noise levels: {remedy}")
     run.check_kinds(all(kinds))
-    for option, present in (("--mask-id", place.mask_id is not None), ("--allow-pickle", place.allow_pickle)):
+    for option, present in (
+        ("--mask-id", place.mask_id is not None),
+        ("--block-size", place.block_size is not None),
+        ("--allow-pickle", place.allow_pickle),
+    ):
         if present and all(kinds):
             raise UserError(f"{option} applies to diffusion LMs, and no model given is one: leave it out")
     if run.text is not None:

@@ -62,18 +62,18 @@ def find_kind(source: str) -> tuple[Path, bool]:
     return directory, False
 
 
-def describe_subject(source: str, mask_id: int | None) -> Subject:
+def describe_subject(source: str, place: ModelSettings) -> Subject:
     """A checkpoint's configuration and tokenizer; reads no weights.
 
     Args:
-        mask_id: mask token of a diffusion LM that names none.
+        place: with what a diffusion LM's config.json may not say.
     Raises:
         UserError: anything wrong with them, in one line.
     """
     directory, causal = find_kind(source)
     name = source_name(source, directory)
     if not causal:
-        directory, family, config, _ = load_config(source, mask_id)
+        directory, family, config, _ = load_config(source, place.mask_id, block_size=place.block_size)
         name = NAME if directory.resolve() == model_directory().resolve() else name
         longest = getattr(config, family.keys["positions"])
         return Subject(name, False, None, load_tokenizer(directory), longest, config.mask_token_id, config)
@@ -92,7 +92,7 @@ def open_subject(source: str, subject: Subject, place: ModelSettings) -> Subject
     """
     device = pick_device(place.device)
     if not subject.causal:
-        model = load_model(source, place.dtype, device, place.mask_id, place.allow_pickle)
+        model = load_model(source, place.dtype, device, place.mask_id, place.allow_pickle, block_size=place.block_size)
         return replace(subject, model=model)
     path = Path(source)
     return replace(subject, model=load_causal(path if path.exists() else locate(source), place.dtype, device))

@@ -77,7 +77,7 @@ def test_the_head_runs_at_masked_positions_only(tiny_model, text, family):
     assert sum(rows) == result.masked_tokens.sum() < 3 * 2 * LENGTH
 
 
-@pytest.mark.parametrize("family", ["llada", "dream", "a2d-qwen3", "sdar"])
+@pytest.mark.parametrize("family", ["llada", "dream", "a2d-qwen3", "a2d-qwen3-blocks", "sdar"])
 def test_few_logits_exist_at_once(tiny_model, text, family, monkeypatch):
     model, rows = tiny_model(family), []
     whole = masked_nelbo(model, *text, batch=4)

@@ -38,7 +38,7 @@ def run(calibration, monkeypatch):
     return make
 
 
-@pytest.mark.parametrize("family", ["llada", "dream", "a2d-qwen3", "sdar"])
+@pytest.mark.parametrize("family", ["llada", "dream", "a2d-qwen3", "a2d-qwen3-blocks", "sdar"])
 @pytest.mark.parametrize("name", RUNS)
 def test_every_score_and_refit(gap_pair, run, family, name):
     gapped, whole = gap_pair(family)

@@ -128,7 +128,7 @@ def test_a_block_says_what_it_has(tiny_model, gaps, kind):
         blocks[0]["down"]
 
 
-@pytest.mark.parametrize("kind", ["llada", "dream", "a2d-qwen3", "sdar"])
+@pytest.mark.parametrize("kind", ["llada", "dream", "a2d-qwen3", "a2d-qwen3-blocks", "sdar"])
 @torch.no_grad()
 def test_what_a_block_lacks_adds_nothing(tiny_model, gaps, kind):
     model = tiny_model(kind, **gaps(kind))

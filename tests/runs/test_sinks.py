@@ -191,7 +191,7 @@ def test_without_matplotlib_nothing_is_begun(tiny_checkpoint, tmp_path, capsys, 
 
 def test_windows_are_the_same_for_both_trajectories(tiny_checkpoint, tmp_path):
     folder, run = str(tiny_checkpoint()), SinkRun(SinkSettings(), windows=2, length=32, levels=40)
-    described = describe_subject(folder, None)
+    described = describe_subject(folder, ModelSettings())
     subject = open_subject(folder, described, ModelSettings(device="cpu"))
     forward, reverse = measure(subject, plan_run(described, run), run, ALONE)
     clean, generated = forward["detail"]["last_tokens"], reverse["detail"]["last_tokens"]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from structprune.config import ModelSettings
 from structprune.errors import UserError
 from structprune.sinks.subjects import Subject, describe_subject, find_kind, prompt_of, windows_of
 
@@ -52,6 +53,8 @@ def test_kinds_are_told_before_weights_are_read(tmp_path, tiny_checkpoint, causa
 
 
 def test_models_carry_their_names_and_limits(tiny_checkpoint, causal_checkpoint):
-    ours, theirs = (describe_subject(str(folder), None) for folder in (tiny_checkpoint(), causal_checkpoint()))
+    ours, theirs = (
+        describe_subject(str(folder), ModelSettings()) for folder in (tiny_checkpoint(), causal_checkpoint())
+    )
     assert (ours.name, ours.causal, ours.positions, ours.mask_id) == ("llada-tiny", False, 64, 2047)
     assert (theirs.name, theirs.causal, theirs.positions, theirs.mask_id) == ("llama", True, 64, None)

@@ -124,7 +124,7 @@ def keeping(plan: Plan, kinds: list[tuple[str, ...]]) -> Plan:
     return replace(plan, blocks=tuple(blocks))
 
 
-@pytest.mark.parametrize("family", ["llada", "dream", "a2d-qwen3", "sdar"])
+@pytest.mark.parametrize("family", ["llada", "dream", "a2d-qwen3", "a2d-qwen3-blocks", "sdar"])
 @torch.no_grad()
 def test_a_model_with_gaps_is_cut_exactly(tiny_model, gaps, family):
     """Also a block that has neither attention nor MLP, which is deleted."""

@@ -1,0 +1,83 @@
+"""Tiny random checkpoints of the official layouts, and what is cut from them, for the checks of reloads and exports."""
+
+from structprune.structured.plan import BlockPlan
+
+LLADA_TEXT = {"gen_length": 8, "block_length": 4, "steps": 8, "threshold": 0.9}
+TEXTS: dict[str, dict] = {  # family -> options of its sampler, where they are not LLaDA's
+    "dream": {"max_new_tokens": 8, "steps": 4, "alg": "entropy"},
+    "sdar": {"gen_length": 7, "steps": 7, "threshold": 0.9},
+    "a2d-qwen3-blocks": {"gen_length": 7, "steps": 7, "threshold": 0.9},
+}
+MASK_ID = 2047  # of the embedded tokenizer, which the tiny checkpoints use
+COMMON = {
+    "vocab_size": 2048, "mask_token_id": MASK_ID, "pad_token_id": 2046, "torch_dtype": "float32", "rope_theta": 10000.0,
+}  # fmt: skip
+LLADA_VALUES = COMMON | {
+    "model_type": "llada", "architectures": ["LLaDAModelLM"], "d_model": 64, "n_heads": 4, "n_kv_heads": 4,
+    "n_layers": 3, "mlp_hidden_size": 96, "embedding_size": 2048, "max_sequence_length": 64, "rms_norm_eps": 1e-5,
+    "block_type": "llama", "layer_norm_type": "rms", "activation_type": "silu", "rope": True, "alibi": False,
+    "rope_full_precision": True, "include_bias": False, "include_qkv_bias": False, "bias_for_layer_norm": False,
+    "weight_tying": False, "attention_layer_norm": False, "block_group_size": 1, "init_device": "cpu",
+    "use_cache": False, "attention_dropout": 0.0, "residual_dropout": 0.0, "embedding_dropout": 0.0,
+    "flash_attention": False, "input_emb_norm": False, "multi_query_attention": None, "scale_logits": False,
+    "mlp_ratio": 4, "init_fn": "normal", "layer_norm_with_affine": True, "init_std": 0.02,
+    "init_cutoff_factor": None, "alibi_bias_max": 8.0, "attention_layer_norm_with_affine": True, "precision": None,
+    "eos_token_id": 2046,
+}  # fmt: skip
+UNREAD_TIE = {"tie_word_embeddings": True}  # LLaDA's code reads weight_tying instead: its head is separate
+DREAM_VALUES = COMMON | {
+    "model_type": "Dream", "architectures": ["DreamModel"], "hidden_size": 72, "num_attention_heads": 6,
+    "num_key_value_heads": 2, "num_hidden_layers": 3, "intermediate_size": 96, "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-6, "rope_scaling": None, "tie_word_embeddings": False, "hidden_act": "silu", "use_cache": False,
+    "use_sliding_window": False, "sliding_window": None, "max_window_layers": 3, "attention_dropout": 0.0,
+    "bos_token_id": 2046, "eos_token_id": 2046,
+}  # fmt: skip
+
+A2D_VALUES = DREAM_VALUES | {"model_type": "a2d-qwen3", "head_dim": 12, "tie_word_embeddings": True}
+SDAR_VALUES = DREAM_VALUES | {
+    "model_type": "sdar", "architectures": ["SDARForCausalLM"], "head_dim": 12, "block_size": 4,
+    "attention_bias": False, "attn_implementation": "flex_attention", "fuse_cross_entropy": True,
+}  # fmt: skip
+
+
+def block(queries, kv_heads, channels: int) -> BlockPlan:
+    """Keep these heads and every other one of the first 2 * `channels` MLP channels (or all 96)."""
+    indices = tuple(range(96)) if channels == 96 else tuple(range(0, 96, 2))[:channels]
+    return BlockPlan(tuple(queries), tuple(kv_heads), indices)
+
+
+ALL = (range(4), range(4))
+DREAM_ALL = (range(6), range(2))
+# name -> config.json, plan of each block, biases on the consumers, export class
+CASES = {
+    "llada-free": (
+        LLADA_VALUES, [block((0, 2, 3), (0, 2, 3), 40), block(*ALL, 96), block((1,), (1,), 17)], True, "free",
+    ),
+    "llada-kept": (LLADA_VALUES | UNREAD_TIE, [block(*ALL, 96)] * 3, False, "free"),
+    "llada-gaps": (
+        LLADA_VALUES, [block((), (), 40), block(*ALL, 0), block((1, 2), (1, 2), 96)], True, "free",
+    ),
+    "llada-depth": (LLADA_VALUES | UNREAD_TIE, [block(*ALL, 32), block((), (), 0), block(*ALL, 32)], False, "official"),
+    "llada-uniform": (LLADA_VALUES, [block((0, 3), (0, 3), 48)] * 3, False, "uniform"),
+    "llada-official": (LLADA_VALUES | UNREAD_TIE, [block(*ALL, 32)] * 3, False, "official"),
+    "mmada-free": (
+        LLADA_VALUES | {"model_type": "mmada", "architectures": ["MMadaModelLM"]},
+        [block((0, 2), (0, 2), 24), block((1,), (1,), 48), block(*ALL, 8)], False, "free",
+    ),
+    "dream-free": (
+        DREAM_VALUES, [block((0, 2, 3, 4), (0, 1), 24), block(range(3, 6), (1,), 40), block((1, 5), (0, 1), 96)],
+        True, "free",
+    ),
+    "dream-gaps": (DREAM_VALUES, [block(*DREAM_ALL, 0), block((), (), 0), block((), (), 96)], False, "free"),
+    "dream-depth": (DREAM_VALUES, [block((), (), 0), block(*DREAM_ALL, 40), block(*DREAM_ALL, 40)], False, "official"),
+    "dream-uniform": (DREAM_VALUES, [block((0, 1, 4, 5), (0, 1), 48)] * 3, False, "uniform"),
+    "dream-official": (DREAM_VALUES, [block(*DREAM_ALL, 40)] * 3, False, "official"),
+    "a2d-free": (A2D_VALUES, [block(range(3, 6), (1,), 40), block((), (), 24), block(*DREAM_ALL, 96)], True, "free"),
+    "a2d-uniform": (A2D_VALUES, [block((0, 1, 4, 5), (0, 1), 48)] * 3, False, "uniform"),
+    "a2d-blocks-free": (
+        A2D_VALUES | {"block_size": 4}, [block(range(3, 6), (1,), 40), block((), (), 24), block(*DREAM_ALL, 96)], True,
+        "free",
+    ),
+    "sdar-free": (SDAR_VALUES, [block(range(3, 6), (1,), 40), block((), (), 24), block(*DREAM_ALL, 96)], True, "free"),
+    "sdar-official": (SDAR_VALUES, [block((0, 1, 4, 5), (0, 1), 48)] * 3, False, "official"),
+}  # fmt: skip
