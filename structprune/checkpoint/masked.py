@@ -76,17 +76,26 @@ def save_masked(
             for name in names:
                 _rewrite(source / name, draft / name, changed, value, partial(_move, model, state))
         _copy(copied, source, draft)
+        _write_config(source_of(model).values, draft / "config.json")
     return directory
 
 
 def _copy(paths: list[Path], source: Path, draft: Path) -> None:
-    """Copy files, relative to `source`; config.json without the quantisation that what is written does not have."""
+    """Copy files, relative to `source`."""
     for path in paths:
         (draft / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / path, draft / path)
-    values = read_json(source / "config.json")
-    if quantisation(values):
-        write_json(draft / "config.json", {key: values[key] for key in values if key != "quantization_config"})
+
+
+def _write_config(values: dict, path: Path) -> None:
+    """Replace a copied config.json where the model is not as it says.
+
+    Args:
+        values: of the model, with a size of blocks that the user gave. What is written is not quantised.
+    """
+    values = {key: values[key] for key in values if key != "quantization_config" or not quantisation(values)}
+    if values != read_json(path):
+        write_json(path, values)
 
 
 def _intact_source(model: DiffusionLM) -> Path:
@@ -94,7 +103,9 @@ def _intact_source(model: DiffusionLM) -> Path:
     source = source_of(model)
     if not source.directory.is_dir():
         raise UserError(f"the source checkpoint '{source.directory}' is gone: put it back, or load the model again")
-    if read_json(source.directory / "config.json") != source.values:
+    stored = read_json(source.directory / "config.json")
+    given = {"block_size"} - set(stored)  # of the user, see `load_model`
+    if stored != {key: value for key, value in source.values.items() if key not in given}:
         raise UserError(f"{source.directory / 'config.json'} changed since the model was loaded: load it again")
     return source.directory
 

@@ -141,6 +141,12 @@ def check_places(out: Path, ghosts: tuple[Ghost, Ghost], overwrite: bool, cache:
 def check_pair(student: Ghost, teacher: Ghost) -> None:
     """Raise UserError for two checkpoints of which one cannot learn from the other."""
     ours, theirs = student.model, teacher.model
+    sizes = [getattr(model.config, "block_size", None) for model in (ours, theirs)]
+    types = [ghost.adapter.family.model_types for ghost in (student, teacher)]
+    if types[0] == types[1] and sizes.count(None) == 1:
+        known, other = (student, teacher) if sizes[0] else (teacher, student)
+        remedy = f"give --block-size {max(filter(None, sizes))}"
+        raise UserError(f"'{known.name}' works in blocks, and '{other.name}' does not say that it does: {remedy}")
     facts = {
         "family": (student.adapter.family.name, teacher.adapter.family.name),
         "mask token": (ours.config.mask_token_id, theirs.config.mask_token_id),

@@ -8,13 +8,15 @@ import transformers
 from safetensors.torch import load_file
 
 from structprune import Config, UserError, load_model, save_pruned
-from structprune.config import ExportSettings
+from structprune.config import ExportSettings, ModelSettings
 from structprune.generation.generate import generate
 from structprune.generation.samplers import generation_settings
 from structprune.models.adapter import Adapter
 from structprune.models.encode import encode_rows
 from structprune.models.layers_structprune import Layout
-from structprune.runs.checkpoints import prune_checkpoint
+from structprune.runs.checkpoints import mask_checkpoint, prune_checkpoint
+from structprune.runs.ghost import read_ghost
+from structprune.runs.recover import check_pair
 from tests.conftest import PARITY
 
 RECORDED = PARITY / "a2d-qwen3"
@@ -77,6 +79,27 @@ def test_a_run_that_is_told_the_size(tiny_checkpoint, text_path, tmp_path):
     assert model.layout.size == 4 and Adapter(model).family.name == "a2d-qwen3-blocks"
     (text,) = generate(model, [IDS[0]], generation_settings(model.config, {"gen_length": 6, "steps": 6}))
     assert torch.equal(text, model.generate(IDS[:1], gen_length=6, steps=6)[0])
+
+
+def test_a_teacher_is_told_the_size_too(tiny_checkpoint, tmp_path):
+    dense = tiny_checkpoint("a2d-qwen3")
+    small = save_pruned(load_model(dense, block_size=4), tmp_path / "small")
+    student, teacher = (read_ghost(folder, ModelSettings()) for folder in (small, dense))
+    with pytest.raises(UserError, match="'small' works in blocks, and 'a2d-qwen3-tiny' .*: give --block-size 4"):
+        check_pair(student, teacher)
+    check_pair(student, read_ghost(dense, ModelSettings(block_size=4)))
+
+
+def test_masks_are_told_the_size(tiny_checkpoint, text_path, tmp_path):
+    """The source's files are written again, but config.json has the size."""
+    dense = tiny_checkpoint("a2d-qwen3")
+    keys = {
+        "method": "unstructured", "masking.ratio": 0.5, "model.block_size": 4, "calibration.source": str(text_path),
+        "calibration.windows": 3, "calibration.held_out": 2, "calibration.length": 15, "model.device": "cpu",
+    }  # fmt: skip
+    mask_checkpoint(str(dense), tmp_path / "out", Config.load(overrides=keys))
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in (dense, tmp_path / "out"))
+    assert after == before | {"block_size": 4} and load_model(tmp_path / "out").layout.size == 4
 
 
 @pytest.mark.parametrize(
