@@ -76,6 +76,8 @@ def recovery_memory(
         "activations of a pass": tokens * (once if train.checkpointing else sum(blocks)),
         "predictions of a pass": LOGIT_BYTES + tokens * teacher.hidden_size * dtypes[1].itemsize,
     }
+    if config.loss.streams:  # the dense ones, and differences in fp32 for the backward pass
+        parts["streams of a pass"] = tokens * (len(blocks) - 1) * student.hidden_size * (dtypes[1].itemsize + FLOAT)
     parts["peak"] = sum(parts.values()) + RUNTIME_BYTES
     held_out = config.data.held_out * config.data.noise * config.data.length // 2  # masked tokens, on average
     parts["held-out predictions, in host memory"] = held_out * (OUTCOME * TOP + FLOAT)

@@ -54,9 +54,13 @@ def encode_at(
     return _finish(model, x, (row, position), sight.of(span))
 
 
-def encode_rows(model: DiffusionLM, rows: torch.Tensor) -> torch.Tensor:
-    """Hidden states after the final norm of rows as the model's layout makes them: (b, S) -> (b, S, C)."""
-    return model.encode(rows, sight=model.layout.sight(model, rows.shape, rows.device))
+def encode_rows(model: DiffusionLM, rows: torch.Tensor, keep: list[torch.Tensor] | None = None) -> torch.Tensor:
+    """Hidden states after the final norm of rows as the model's layout makes them: (b, S) -> (b, S, C).
+
+    Args:
+        keep: collects every block's input, (b, S, C) each.
+    """
+    return model.encode(rows, keep=keep, sight=model.layout.sight(model, rows.shape, rows.device))
 
 
 def encode_noisy(

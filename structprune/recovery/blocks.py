@@ -91,7 +91,7 @@ def remaining_blocks(directory: Path, student: Adapter, dense: Adapter) -> tuple
     Raises:
         UserError: its blocks cannot be told, or its stream has another width.
     """
-    without = "give the dense model that it was pruned from, or leave blocks.tokens out"
+    without = "give the dense model that it was pruned from, or leave blocks.tokens and loss.streams out"
     if student.hidden_size != dense.hidden_size:
         sizes = f"{student.hidden_size} features and the teacher's {dense.hidden_size}"
         raise UserError(f"the student's residual stream has {sizes}: {without}")
@@ -119,6 +119,15 @@ def dense_spans(remaining: Sequence[int], depth: int) -> list[range]:
     """
     starts = [0, *remaining[1:]]
     return [range(start, stop) for start, stop in zip(starts, [*starts[1:], depth])]
+
+
+def stream_ends(remaining: Sequence[int], depth: int) -> list[int]:
+    """The dense blocks behind which the stream is that of the student behind each of its blocks but the last.
+
+    Args:
+        remaining, depth: as of `dense_spans`.
+    """
+    return [span.stop - 1 for span in dense_spans(remaining, depth)[:-1]]
 
 
 class BlockStage:

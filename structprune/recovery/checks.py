@@ -17,12 +17,16 @@ def check_settings(config: RecoverConfig) -> None:
             f"teacher.cache = {cache} keeps predictions at temperature 1: leave it out, or loss.temperature ="
             f" {loss.temperature:g}"
         )
+    if cache is not None and loss.streams > 0:
+        raise UserError(
+            f"teacher.cache = {cache} keeps predictions alone: leave it out, or loss.streams = {loss.streams:g}"
+        )
     refuse_idle(
         config,
         [
             ("train", ("rank", "alpha", "targets"), train.method == "full", "train.method = lora"),
             ("loss", ("least_rate",), loss.weighting != "nelbo", "loss.weighting = nelbo"),
-            ("loss", ("temperature", "teacher_share", "noisy_share"), loss.kl == 0, "loss.kl above 0"),
+            ("loss", ("streams", "temperature", "teacher_share", "noisy_share"), loss.kl == 0, "loss.kl above 0"),
             ("teacher", ("cache",), loss.kl == 0, "loss.kl above 0"),
             ("teacher", ("top",), cache is None, "teacher.cache"),
         ],
@@ -47,7 +51,7 @@ def check_stages(config: RecoverConfig) -> None:
     only, need = train.tokens == 0, "train.tokens above 0"
     of_passes = ("tokens", "schedule", "warmup", "weight_decay", "clip", "batch", "pass_windows", "precision")
     of_training = tuple(key for key in type(train).model_fields if key not in of_passes)
-    of_loss = ("temperature", "weighting", "teacher_share", "noisy_share")
+    of_loss = ("streams", "temperature", "weighting", "teacher_share", "noisy_share")
     refuse_idle(
         config,
         [

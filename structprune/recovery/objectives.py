@@ -5,6 +5,7 @@ Shapes: m masked positions, V vocabulary, K outcomes of a prediction (V, or the 
 B rows, T tokens, C features of the residual stream.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -91,6 +92,16 @@ def stream_error(student: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
     target = dense.float()  # (B, T, C)
     power = target.pow(2).mean(-1).clamp(min=LEAST_POWER)  # (B, T)
     return (student.float() - target).pow(2).mean(-1) / power
+
+
+def streams_error(student: Sequence[torch.Tensor], dense: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Mean of `stream_error` over tokens and blocks: n x (B, T, C) each -> a scalar.
+
+    Args:
+        dense: wherever they were computed; without gradients.
+    """
+    errors = [stream_error(own, theirs.to(own.device)).mean() for own, theirs in zip(student, dense, strict=True)]
+    return torch.stack(errors).mean()
 
 
 def stream_weights(masked: torch.Tensor, visible: float) -> torch.Tensor:

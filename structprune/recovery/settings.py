@@ -53,6 +53,9 @@ class LossSettings(Section):
     """Weight of the divergence from the dense model's predictions."""
     cross_entropy: float = Field(0.0, ge=0)
     """Weight of the cross-entropy of the text itself."""
+    streams: float = Field(0.0, ge=0)
+    """Weight of the error of the residual streams behind all blocks but the last, in the second stage: of the first
+    stage's error, the mean over tokens and blocks."""
     temperature: float = Field(1.0, gt=0)
     """Of both models' predictions in the divergence."""
     weighting: Literal["uniform", "nelbo"] = "uniform"

@@ -15,7 +15,14 @@ from structprune.evaluation.masked import masked_positions
 from structprune.models.encode import encode_rows, predicting
 from structprune.models.logits import logit_slices
 from structprune.models.modeling_structprune import DiffusionLM
-from structprune.recovery.objectives import cross_entropy, forward_kl, moving_target, teacher_share, token_weights
+from structprune.recovery.objectives import (
+    cross_entropy,
+    forward_kl,
+    moving_target,
+    streams_error,
+    teacher_share,
+    token_weights,
+)
 from structprune.recovery.settings import LossSettings
 from structprune.recovery.teacher import Predictions
 
@@ -66,7 +73,7 @@ def learning(student: DiffusionLM) -> Iterator[None]:
 def loss_of(
     student: DiffusionLM, input_ids: torch.Tensor, noisy_ids: torch.Tensor, rate: torch.Tensor, lesson: Lesson
 ) -> dict[str, torch.Tensor]:
-    """The weighted sum of both losses in nats per token of the batch, masked or not.
+    """The weighted sum of both losses in nats per token of the batch, masked or not, and of the streams' error.
 
     The LM head runs on a slice of the masked positions at a time, and again in the backward pass: at a vocabulary of
     126k the logits of a batch would be most of the memory.
@@ -75,7 +82,9 @@ def loss_of(
         input_ids, noisy_ids: (B, T). rate: (B,) mask probabilities.
     """
     masked = masked_tokens(student, input_ids, noisy_ids)  # (B, T)
-    hidden = encode_rows(student, student.layout.rows(noisy_ids, input_ids))  # (B, S, C)
+    streams = () if lesson.predictions is None else lesson.predictions.streams
+    inputs: list[torch.Tensor] | None = [] if streams else None  # (B, S, C) of every block
+    hidden = encode_rows(student, student.layout.rows(noisy_ids, input_ids), inputs)  # (B, S, C)
     row, source = predicting(student, masked)  # 2 x (M,), of the first T tokens of a row
     read, labels, p = hidden[row, source], input_ids[masked], rate[row]  # (M, C), (M,), (M,)
 
@@ -85,7 +94,10 @@ def loss_of(
     total = hidden.new_zeros((), dtype=torch.float32) + 0 * hidden[:1, :1].float().sum()  # also without a masked token
     for part in logit_slices(len(read), student.output_head.weight.shape[0], KINDS):
         total = total + checkpoint(nats, part, read[part], use_reentrant=False)
-    return {"loss": total / noisy_ids.numel()}
+    loss = total / noisy_ids.numel()
+    if inputs:
+        loss = loss + lesson.settings.streams * streams_error(inputs[1:], streams)
+    return {"loss": loss}
 
 
 def masked_tokens(model: DiffusionLM, input_ids: torch.Tensor, noisy_ids: torch.Tensor) -> torch.Tensor:

@@ -4,14 +4,14 @@ Shapes: B rows of a batch, T tokens, M masked positions of it, k tokens that are
 V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from structprune.evaluation.fidelity import likeliest_and_rest
-from structprune.models.encode import encode_noisy
+from structprune.models.encode import encode_noisy, encode_rows, predicting
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.placement import compute_device
 
@@ -24,11 +24,14 @@ class Predictions:
 
     Attributes:
         states: (M, C) hidden states after the final norm. head: (m, C) -> (m, V) logits.
+        streams: (B, S, C) each, residual streams behind dense blocks of rows as the layout has them, where they are
+            learnt.
         tokens: (M, k) int64, the likeliest. log_p: (M, k + 1) fp32, theirs and that of all others together.
     """
 
     states: torch.Tensor | None = None
     head: Callable[[torch.Tensor], torch.Tensor] | None = None
+    streams: tuple[torch.Tensor, ...] = ()
     tokens: torch.Tensor | None = None
     log_p: torch.Tensor | None = None
 
@@ -55,10 +58,11 @@ class LiveTeacher:
 
     Args:
         model: the dense one; it may compute on another device than the student.
+        ends: blocks behind which the student learns from the residual stream too, but for the last.
     """
 
-    def __init__(self, model: DiffusionLM):
-        self._model = model.eval().requires_grad_(False)
+    def __init__(self, model: DiffusionLM, ends: Sequence[int] = ()):
+        self._model, self._ends = model.eval().requires_grad_(False), ends
 
     @torch.no_grad()
     def predict(
@@ -67,5 +71,10 @@ class LiveTeacher:
         """Predictions at the masked positions (B, T) of windows: clean and noisy ids, (B, T) each."""
         device = compute_device(self._model)
         clean, noisy, targets = (each.to(device) for each in (*windows, masked))  # (B, T) each
-        states = encode_noisy(self._model, noisy, clean, targets)  # (M, C)
-        return Predictions(states, self._model.output_head)
+        if not self._ends:
+            states = encode_noisy(self._model, noisy, clean, targets)  # (M, C)
+            return Predictions(states, self._model.output_head)
+        inputs: list[torch.Tensor] = []  # (B, S, C) of every block
+        hidden = encode_rows(self._model, self._model.layout.rows(noisy, clean), inputs)  # (B, S, C)
+        states = hidden[predicting(self._model, targets)]  # (M, C)
+        return Predictions(states, self._model.output_head, tuple(inputs[end + 1] for end in self._ends))

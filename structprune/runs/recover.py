@@ -114,8 +114,13 @@ def check_request(ghosts: tuple[Ghost, Ghost], config: RecoverConfig, session: S
         check_window(ghost, config.data.length)
     passes_of(config.train, session.workers.count)
     check_settings(config)
-    if config.blocks.tokens:
-        remaining_blocks(ghosts[0].directory, ghosts[0].adapter, ghosts[1].adapter)
+    if config.blocks.tokens or config.loss.streams:
+        remaining = remaining_blocks(ghosts[0].directory, ghosts[0].adapter, ghosts[1].adapter)
+        if config.loss.streams and len(remaining) == 1:
+            raise UserError(
+                f"loss.streams = {config.loss.streams:g} is of all blocks but the last, and '{ghosts[0].name}' has one:"
+                " leave it out"
+            )
     return None if config.teacher.cache is None else output_place(config.teacher.cache)
 
 

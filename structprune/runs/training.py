@@ -24,7 +24,15 @@ from structprune.models.loading import load_model, source_of
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.placement import compute_device, streamed
 from structprune.models.quiet import quiet_transformers
-from structprune.recovery.blocks import BlockStage, block_rows, block_tokens, load_blocks, remaining_blocks, row_counts
+from structprune.recovery.blocks import (
+    BlockStage,
+    block_rows,
+    block_tokens,
+    load_blocks,
+    remaining_blocks,
+    row_counts,
+    stream_ends,
+)
 from structprune.recovery.cache import CachedTeacher, write_cache
 from structprune.recovery.folder import adopt, last_checkpoint
 from structprune.recovery.held_out import Figures, HeldOutStudy, paired
@@ -142,7 +150,7 @@ class Recovery(RecoveryPlan):
         if self.config.loss.kl == 0:
             return None
         if self._cache is None:
-            return LiveTeacher(dense)
+            return LiveTeacher(dense, self._stream_ends())
         identity = {key: self.identity[key] for key in ("teacher", "text")}
         identity |= {"seed": self.config.data.seed, "top": self.config.teacher.top, "dtype": str(dense.dtype)}
         identity |= {"int8": True} if self.config.teacher.int8 else {}
@@ -150,6 +158,13 @@ class Recovery(RecoveryPlan):
         cache, top = self._cache, self.config.teacher.top
         self._place.first(lambda: write_cache(cache, identity, dense, self._windows(), top, self._track))
         return CachedTeacher(cache, self.device)
+
+    def _stream_ends(self) -> list[int]:
+        """The dense blocks whose streams are learnt in the second stage."""
+        if self.config.loss.streams == 0:
+            return []
+        student, teacher = (ghost.adapter for ghost in self._ghosts)
+        return stream_ends(remaining_blocks(self._ghosts[0].directory, student, teacher), len(teacher.blocks))
 
     def _train(self, folder: Path, teacher: LiveTeacher | CachedTeacher | None, study: HeldOutStudy) -> None:
         """Train the student in place; at the end it has its best weights, merged."""

@@ -96,7 +96,9 @@ def test_remaining_blocks_are_those_of_the_plan(shallow, tiny_checkpoint):
     assert remaining_blocks(shallow[1], small, dense) == (0, 2, 3)
     assert remaining_blocks(shallow[0], dense, dense) == (0, 1, 2, 3)
     (shallow[1] / "plan.json").unlink()
-    with pytest.raises(UserError, match="has 3 blocks and the teacher 4, and no plan.json .* leave blocks.tokens out"):
+    with pytest.raises(
+        UserError, match="has 3 blocks and the teacher 4, and no plan.json .* leave blocks.tokens and loss.streams out"
+    ):
         remaining_blocks(shallow[1], small, dense)
     wide = Adapter(load_model(tiny_checkpoint(name="wide", d_model=64), device="cpu"))
     with pytest.raises(UserError, match="stream has 32 features and the teacher's 64"):
