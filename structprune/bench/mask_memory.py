@@ -6,7 +6,7 @@ from structprune.bench.disk_memory import DiskWeights
 from structprune.bench.memory import LARGEST_SHARD, RUNTIME_BYTES, live_features, transfers
 from structprune.masking.request import MaskRequest
 from structprune.models.adapter import Adapter
-from structprune.statistics.norms import late_input_bytes, weighs_late
+from structprune.statistics.norms import holds_inputs, late_input_bytes, weighs_late
 
 
 def predicted_mask_peak(adapter: Adapter, request: MaskRequest, stored: torch.dtype) -> dict[str, int]:
@@ -52,8 +52,8 @@ def predicted_mask_peak(adapter: Adapter, request: MaskRequest, stored: torch.dt
         parts["peak host"] = weights + max(shard, stored_aside + working) + RUNTIME_BYTES
         return parts | files
     parts |= transfers(adapter, resources, states, sum(map(bool, stores)), dtype)
-    parts["peak host"] = max(shard, stored_aside + parts["pinned buffers"]) + RUNTIME_BYTES
-    parts["peak host"] += weights if resources.offload else 0
+    at_home = weights * bool(resources.offload)
+    parts["peak host"] = at_home + max(shard, stored_aside + parts["pinned buffers"]) + RUNTIME_BYTES
     parts["peak device"] = parts["layers under way"] if resources.offload else weights
     parts["peak device"] += parts["batches under way"] + working
     return parts | files
@@ -104,7 +104,7 @@ def _stored_sequences(request: MaskRequest) -> tuple[int, int]:
 def _widths(adapter: Adapter) -> list[list[int]]:
     """Features of each input of every block that has any."""
     return [
-        [block[roles[0]].in_features for roles in block.readers.values()] for block in adapter.blocks if block.kinds
+        [block[roles[0]].in_features for roles in block.readers.values()] for block in adapter.blocks if block.names
     ]
 
 
@@ -115,8 +115,9 @@ def _statistics_bytes(adapter: Adapter, request: MaskRequest, itemsize: int) -> 
         grams = max(4 * sum(width * width for width in block) for block in _widths(adapter))
     if request.measures_dense and weighs_late(request.arm, request.sink):
         tokens = request.calibration.batch * request.calibration.length * adapter.model.layout.copies
-        held = late_input_bytes(adapter, tokens, itemsize)
-    return max(grams, held if held <= request.resources.budget else 0)
+        if holds_inputs(adapter, tokens, request.resources.budget, itemsize):
+            held = late_input_bytes(adapter, tokens, itemsize)
+    return max(grams, held)
 
 
 def _mask_bytes(adapter: Adapter, request: MaskRequest, itemsize: int) -> int:

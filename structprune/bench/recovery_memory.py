@@ -5,6 +5,7 @@ import torch
 from structprune.bench.memory import RUNTIME_BYTES
 from structprune.evaluation.fidelity import TOP
 from structprune.models.adapter import Adapter
+from structprune.models.experts_structprune import role_and_part
 from structprune.models.logits import LOGIT_BYTES
 from structprune.recovery.settings import RecoverConfig, TeacherSettings
 from structprune.statistics.gradients import saved_bytes
@@ -15,9 +16,8 @@ OUTCOME = 8  # bytes of a kept prediction: a token and its log-probability
 
 def lora_numbers(student: Adapter, config: RecoverConfig) -> int:
     """Numbers in the low-rank updates of a student."""
-    shapes = [
-        block[role].weight.shape for block in student.blocks for role in block.names if role in config.train.targets
-    ]
+    places = [(block, role) for block in student.blocks for role in block.names]
+    shapes = [block[role].weight.shape for block, role in places if role_and_part(role)[0] in config.train.targets]
     return sum(config.train.rank * (outputs + inputs) for outputs, inputs in shapes)
 
 

@@ -5,7 +5,6 @@
 added bias); `free`: the modeling files written beside the weights.
 """
 
-from dataclasses import astuple
 from pathlib import Path
 
 from transformers import PretrainedConfig
@@ -35,7 +34,7 @@ def obstacles(config, source_values: dict | None) -> dict[str, str]:
     family = family_of(config)
     depth = getattr(config, family.keys["depth"])
     widths = [block_widths(config, family, index) for index in range(depth)]
-    if any(0 in astuple(block) for block in widths):
+    if any(0 in (block.query_heads, block.channels) for block in widths):
         return dict.fromkeys(
             CLASSES[:2], "some blocks lack attention or MLP (remove both, so that the whole block goes)"
         )

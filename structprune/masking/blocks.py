@@ -7,10 +7,12 @@ import torch
 from structprune.config import ReconstructSettings
 from structprune.masking.request import MaskRequest
 from structprune.masking.scores.linears import Linears, Masked, Removal
-from structprune.models.adapter import READERS, BlockView
+from structprune.models.adapter import BlockView
+from structprune.models.experts_structprune import role_of
 from structprune.models.maps import in_place_of
 from structprune.refit.masked import choose_refit
 from structprune.refit.products import InputProducts, LayerFit
+from structprune.statistics.capture import EXPERT_INPUTS
 from structprune.statistics.overflow import overflow
 from structprune.workers import ALONE, Workers
 
@@ -25,20 +27,39 @@ class Factored:
     dead: int
 
 
+def fill_unseen(block: BlockView, statistics: dict[str, torch.Tensor]) -> list[int]:
+    """Give experts that saw no token of weight statistics with which their masks go by their weights alone, in place.
+
+    Args:
+        statistics: input -> norms (C,) or Gram matrix (C, C), or empty.
+    Returns:
+        The numbers of these experts.
+    """
+    unseen = []
+    for number in range(block.mixture.experts if block.mixture and statistics else 0):
+        names = [role_of(name, str(number)) for name in EXPERT_INPUTS]
+        if not statistics[names[0]].any():
+            unseen.append(number)
+            for name in names:
+                empty = statistics[name]  # (C,) or (C, C)
+                statistics[name] = torch.ones_like(empty) if empty.dim() == 1 else torch.eye(len(empty)).to(empty)
+    return unseen
+
+
 def mask_readers(
     block: BlockView, name: str, request: MaskRequest, removal: Removal, statistics: dict, device: torch.device
 ) -> tuple[dict[str, Masked], list[Factored]]:
     """New weights and masks, by role, of a block's linears that read one input; the block is not changed.
 
     Args:
-        name: of the input, a key of `READERS`.
+        name: of the input, a key of `BlockView.readers`.
         statistics: input -> norms (C,) or Gram matrix (C, C), as the score needs; this input's is removed from it, so
             that a Gram matrix is freed as soon as it is used.
         device: where to compute.
     Raises:
         UserError: activations that are not finite, or numbers too large for the score.
     """
-    roles = READERS[name]
+    roles = block.readers[name]
     weights = [block[role].weight.detach().to(device).float() for role in roles]  # (O, C) each
     where = f"block {block.index}, input of {' and '.join(roles)}"
     if name in statistics and not torch.isfinite(statistics[name]).all():

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from structprune.models.adapter import READERS, Adapter, BlockView
+from structprune.models.adapter import Adapter, BlockView
+from structprune.models.experts_structprune import role_and_part
 from structprune.models.transfer import send
 from structprune.refit.products import InputProducts, RowSums
 from structprune.statistics.activations import add_gram, mirror, relative_weight
@@ -114,7 +115,7 @@ class Walk:
             for name, x in inputs.read.items():
                 omega = inputs.weight(name, weight, plan.score_relative)  # (b, T)
                 if norms:
-                    norms.add(name, x, omega)
+                    norms.add(name, x, omega, inputs.sequences(name))
                 else:
                     size = x.shape[-1]
                     add_gram(grams.setdefault(name, torch.zeros(size, size, device=device)), x, omega)
@@ -127,21 +128,27 @@ class Walk:
     def products(self, index: int, name: str) -> tuple[InputProducts, InputProducts]:
         """The products for refitting the linears that read an input, over its rows and over held-out rows.
 
-        Earlier linears of the block already have their new weights. The streams advance: `mlp_input` takes the prefix
-        past attention; `mixed` and `activated` take the dense stream past attention and past the block.
+        Earlier linears of the block already have their new weights. The streams advance: the MLP's first input takes
+        the prefix past attention; `mixed` and the MLP's last one take the dense stream past attention and past the
+        block. An expert is fitted on the tokens that it sees in the masked model.
         """
         plan, block, dense = self._plan, self._adapter.blocks[index], self._original.blocks[index]
-        linears = {role: dense[role] for role in READERS[name]}
+        linears = {role: dense[role] for role in dense.readers[name]}
         prefix, products = self._prefix, []
         assert prefix is not None and plan.fit is not None and plan.check is not None, "the walk plans no refit"
         for use in (plan.fit, plan.check):
             sums = RowSums(linears, self._adapter.device, plan.target_dense, use is plan.check)
             for rows in self._slices(use):
-                x = prefix.after_attention(block, rows) if name == "mlp_input" else prefix.read(rows)
+                x = prefix.after_attention(block, rows) if name == block.mlp_start else prefix.read(rows)  # (b, T, C)
                 omega = use.part(rows, self._adapter.device)  # (b, T)
-                omega = relative_weight(x, omega) if plan.fit_relative and name in STREAM else omega  # (b, T)
-                pruned = block.read(name, x, prefix.sight)  # (b, T, C)
-                source = self._dense.step(dense, name, rows) if self._dense and plan.target_dense else None  # (b, T, C)
+                scaled = plan.fit_relative and role_and_part(name)[0] in STREAM
+                omega = relative_weight(x, omega) if scaled else omega  # (b, T)
+                tokens = block.tokens(name, x)  # (m,) of an expert, else all
+                if tokens is not None and omega is not None:
+                    omega = omega.flatten()[tokens]  # (m,)
+                pruned = block.read(name, x, prefix.sight, tokens)  # (b, T, C) or (m, C)
+                stream = self._dense if plan.target_dense else None
+                source = stream.step(dense, name, rows, tokens) if stream else None  # as `pruned`
                 sums.add(pruned, source, omega)
             products.append(sums.finish(self._workers))
         fit, check = products
@@ -154,7 +161,7 @@ class Walk:
             return
         block = self._adapter.blocks[index]
         for rows in self._slices():
-            self._prefix.pass_block(block, rows, "mlp_input" in block.readers and self._refitted(rows))
+            self._prefix.pass_block(block, rows, block.mlp_start is not None and self._refitted(rows))
 
     @torch.inference_mode()
     def skip(self, index: int) -> None:
@@ -203,12 +210,18 @@ class _Stream:
         self._write(rows, x)
         return x
 
-    def step(self, block: BlockView, name: str, rows: slice) -> torch.Tensor:
-        """One input of the block's linears (b, T, C); where its reader adds to the stream, it does."""
+    def step(self, block: BlockView, name: str, rows: slice, tokens: torch.Tensor | None = None) -> torch.Tensor:
+        """One input of the block's linears (b, T, C); after it the stream is past the half that it ends.
+
+        Args:
+            tokens: of an expert's input, which is then (m, C).
+        """
         x = self.read(rows)  # (b, T, C)
-        read = block.read(name, x, self.sight)  # (b, T, C)
-        if name in STREAM:
-            self._write(rows, x + block[READERS[name][0]](read))
+        read = block.read(name, x, self.sight, tokens)  # (b, T, C) or (m, C)
+        if block.mixture and name == block.mlp_end:
+            self._write(rows, block.module.add_mlp(x))
+        elif name in STREAM:
+            self._write(rows, x + block[block.readers[name][0]](read))
         return read
 
     def pass_block(self, block: BlockView, rows: slice, half: bool) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from structprune.models.configuration_structprune import layer_width
+from structprune.models.experts_structprune import SHARED, ExpertBlock, role_and_part, role_of
 from structprune.models.families import ROLES, Family, family_of
 from structprune.models.layers_structprune import Block, Sight
 from structprune.models.modeling_structprune import DiffusionLM
@@ -22,6 +23,7 @@ READERS = {  # a block's activation -> roles of the linears that read it, which 
     "mlp_input": ("gate", "up"),
     "activated": ("down",),
 }
+BLOCK_LISTS = ("layer_types", "moe_layer_freq")  # keys with an entry for each block
 STREAM_READERS = {"attention": "attention_input", "channels": "mlp_input"}  # kind of unit -> the normed residual stream
 
 
@@ -35,8 +37,19 @@ class Widths:
 
 
 @dataclass(frozen=True)
+class ExpertWidths(Widths):
+    """Of a block whose MLP may be a mixture of experts: then `channels` are those of every expert.
+
+    `experts` is 0 where the MLP is a plain one. `shared`: channels of what all tokens go through, 0 without it.
+    """
+
+    experts: int
+    shared: int
+
+
+@dataclass(frozen=True)
 class BlockView:
-    """One block: its module, widths, and its linears by role (`view["down"]`).
+    """One block: its module, widths, and its linears by role (`view["down"]`, `view["down.3"]` of the fourth expert).
 
     A block may lack attention, MLP or both: `kinds`, `names`, `consumers` and `readers` hold what it has.
     """
@@ -46,7 +59,7 @@ class BlockView:
     module: Block
     widths: Widths
     head_dim: int
-    names: dict[str, str]  # role -> full module name; at most the seven of `ROLES`
+    names: dict[str, str]  # role -> full module name; at most the seven of `ROLES`, of experts those of each
 
     def __getitem__(self, role: str) -> nn.Linear:
         return cast(nn.Linear, self.module.part(role))
@@ -63,8 +76,20 @@ class BlockView:
 
     @property
     def readers(self) -> dict[str, tuple[str, ...]]:
-        """The block's inputs, in the order of the forward pass -> roles of the linears that read them."""
-        return {name: roles for name, roles in READERS.items() if roles[0] in self.names}
+        """The block's inputs, in the order of the forward pass -> roles of the linears that read them.
+
+        Those of an expert bear its number: "mlp_input.3", "activated.3".
+        """
+        readers = {name: roles for name, roles in READERS.items() if roles[0] in self.names}
+        for part in self.module.parts:
+            own = {role_of(name, part): READERS[name] for name in ("mlp_input", "activated")}
+            readers |= {name: tuple(role_of(role, part) for role in roles) for name, roles in own.items()}
+        return readers
+
+    @property
+    def mixture(self) -> ExpertBlock | None:
+        """The module, where its MLP is a mixture of experts."""
+        return cast(ExpertBlock, self.module) if self.module.parts else None
 
     def half(self, kind: str) -> dict[str, nn.Linear]:
         """Role -> the linears of a kind's half of the block: those that read the residual stream, and the consumer."""
@@ -75,12 +100,39 @@ class BlockView:
         """The attention core, of a block with attention."""
         return self.module.part("core")
 
-    def read(self, name: str, x: torch.Tensor, sight: Sight | None = None) -> torch.Tensor:
+    @property
+    def mlp_start(self) -> str | None:
+        """The first input that reads the stream behind attention; None without an MLP."""
+        return next((name for name in self.readers if role_and_part(name)[0] == "mlp_input"), None)
+
+    @property
+    def mlp_end(self) -> str | None:
+        """The last input; None without an MLP."""
+        return list(self.readers)[-1] if self.mlp_start else None
+
+    def tokens(self, name: str, x: torch.Tensor) -> torch.Tensor | None:
+        """Which tokens of the stream before the MLP (b, T, C) an expert sees, for one of its inputs: (m,).
+
+        None of an input of all tokens.
+        """
+        part = role_and_part(name)[1]
+        return self.mixture.seen(x, part) if self.mixture and part not in ("", SHARED) else None
+
+    def read(
+        self, name: str, x: torch.Tensor, sight: Sight | None = None, tokens: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """One input of the block's linears, a key of `readers`: (b, T, .), from the stream before their half (b, T, C).
 
         Args:
             sight: for `mixed` only.
+            tokens: some of the b * T, (m,), for (m, .); for the MLP only.
         """
+        base, part = role_and_part(name)
+        if self.mixture and part:
+            rows = self.module.part("mlp_norm")(
+                x if tokens is None else x.flatten(0, -2)[tokens]
+            )  # (b, T, C) or (m, C)
+            return self.mixture.gated(part, rows) if base == "activated" else rows
         if name == "mixed":
             assert sight is not None, "attention needs to know where tokens stand"
             return self.module.mix(x, *sight)
@@ -107,7 +159,9 @@ class Adapter:
         self.blocks: list[BlockView] = []
         for index, module in enumerate(model.blocks):
             prefix, widths = f"{self.family.blocks}.{index}", block_widths(model.config, self.family, index)
-            names = {role: f"{prefix}.{module.roles[role]}" for role in ROLES if role in module.roles}
+            linears = [role for role in module.roles if role_and_part(role)[0] in ROLES]
+            linears.sort(key=lambda role: ROLES.index(role_and_part(role)[0]))
+            names = {role: f"{prefix}.{module.roles[role]}" for role in linears}
             self.blocks.append(BlockView(index, prefix, module, widths, self.head_dim, names))
 
     @property
@@ -153,7 +207,8 @@ class Adapter:
 
 def block_widths(config: Any, family: Family, index: int) -> Widths:
     """The widths that a config gives block `index`."""
-    return Widths(**{role: layer_width(config, index, key) for role, key in family.width_keys.items()})
+    kind = ExpertWidths if "experts" in family.width_keys else Widths
+    return kind(**{role: layer_width(config, index, key) for role, key in family.width_keys.items()})
 
 
 def set_depth(values: dict, family: Family, depth: int) -> dict:
@@ -161,9 +216,9 @@ def set_depth(values: dict, family: Family, depth: int) -> dict:
 
     The blocks are alike, so a list of their types loses its last ones.
     """
-    count, types = family.keys["depth"], values.get("layer_types")
-    values = values | {key: depth for key in (count, "num_hidden_layers") if key in values}
-    return values | {"layer_types": types[:depth]} if isinstance(types, list) else values
+    values = values | {key: depth for key in (family.keys["depth"], "num_hidden_layers") if key in values}
+    lists = {key: values[key] for key in BLOCK_LISTS if isinstance(values.get(key), list)}
+    return values | {key: types[:depth] for key, types in lists.items()}
 
 
 def set_widths(values: dict, family: Family, widths: list[Widths]) -> dict:

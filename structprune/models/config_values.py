@@ -14,6 +14,8 @@ LIMITS = {  # role of a key -> smallest and largest whole number
     "query_heads": (1, 1 << 16),
     "kv_heads": (1, 1 << 16),
     "channels": (1, 1 << 24),
+    "experts": (1, 1 << 16),
+    "shared": (0, 1 << 24),
 }
 WHOLE = {"vocab_size": (1, 1 << 24), "head_dim": (2, 1 << 16), "mask_token_id": (0, (1 << 24) - 1)}
 NUMBERS = {"rope_theta": (1.0, 1e12), "rms_norm_eps": (1e-20, 1.0), "initializer_range": (0.0, 10.0)}

@@ -202,6 +202,7 @@ class Block(nn.Module):
     """
 
     roles: dict[str, str] = {}
+    parts: tuple[str, ...] = ()  # of an MLP that is a mixture of experts
     has_attention = has_mlp = True
 
     def part(self, role: str) -> nn.Module:

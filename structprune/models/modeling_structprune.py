@@ -264,12 +264,13 @@ class DecoderLM(DiffusionLM):
     """A model under the state-dict keys of Qwen's and Llama's decoders; a subclass names its config."""
 
     _no_split_modules = ["DreamBlock"]
+    block_class: Any = DreamBlock
 
     def __init__(self, config):
         super().__init__(config)
         self.model = nn.Module()
         self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.model.layers = nn.ModuleList(DreamBlock(config, index) for index in range(config.num_hidden_layers))
+        self.model.layers = nn.ModuleList(self.block_class(config, index) for index in range(config.num_hidden_layers))
         self.model.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()

@@ -16,7 +16,6 @@ from structprune.models.quiet import quiet_transformers
 REFUSED_TYPES = {  # start of a model type or architecture, in lower case -> reason
     "llada2.*moe": "LLaDA2 is a mixture of experts with block diffusion: structprune cuts dense MLPs only",
     "llada2": "LLaDA2 is a block-diffusion model: structprune cuts dense, bidirectional models only",
-    "llada_?moe": "LLaDA-MoE is a mixture of experts: structprune cuts dense MLPs only",
 }
 NOT_OURS = (
     "model_type", "architectures", "auto_map", "transformers_version", "torch_dtype", "dtype", "use_cache",
@@ -36,7 +35,8 @@ def detect_family(values: dict, where: Path | str) -> Family:
     kind = str(values.get("model_type", ""))[:80]
     architectures = values.get("architectures")
     architecture = str(architectures[0])[:80] if isinstance(architectures, list) and architectures else ""
-    if families := _families_of(kind):  # of several, that of block diffusion where the size of blocks is known
+    if families := _families_of(kind):  # of several, that of the architecture, and of blocks where their size is known
+        families = [family for family in families if family.architecture == architecture] or families
         blocks = values.get("block_size") is not None
         return next((family for family in families if family.in_blocks == blocks), families[0])
     for marker in (kind.lower(), architecture.lower()):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from structprune.models.adapter import Adapter
+from structprune.models.experts_structprune import role_and_part
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.quiet import quiet_transformers
 from structprune.recovery.settings import TrainSettings
@@ -23,7 +24,8 @@ def add_adapters(student: DiffusionLM, settings: TrainSettings, seed: int) -> An
 
     torch.manual_seed(seed)
     # whole names: LLaDA calls the head as it calls a projection
-    chosen = {id(block[role]) for block in Adapter(student).blocks for role in block.names if role in settings.targets}
+    places = [(block, role) for block in Adapter(student).blocks for role in block.names]
+    chosen = {id(block[role]) for block, role in places if role_and_part(role)[0] in settings.targets}
     names = [name for name, module in student.named_modules() if id(module) in chosen]
     config = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=names)  # type: ignore[arg-type]
     with quiet_transformers():

@@ -150,6 +150,9 @@ def _mask_notes(report: dict) -> list[str]:
     base = report["config"]["masking"]["damping"]
     if dampings := [each["damping"] for each in report["factored"] if each["damping"] > base]:
         lines.append(f"damping raised to at most {max(dampings):g} for {len(dampings)} inputs")
+    if unseen := report.get("unseen_experts"):
+        count = sum(len(each["experts"]) for each in unseen)
+        lines.append(f"{count} experts saw no token and were masked by their weights alone (report.json names them)")
     if fits := report["refit"]:
         changed = sum(fit["damping"] is not None for fit in fits)
         error = sum(fit["error"] for fit in fits) / len(fits)

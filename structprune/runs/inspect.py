@@ -12,6 +12,7 @@ from structprune.calibration.build import check_length
 from structprune.config import Config
 from structprune.levels.cost import search_cost
 from structprune.models.adapter import Adapter
+from structprune.models.experts_structprune import role_and_part
 from structprune.models.families import ROLES
 from structprune.refit.masked import STEPS
 from structprune.runs.budget import within_memory
@@ -124,7 +125,10 @@ def inspect_masking(source: str | Path, config: Config) -> dict:
     if request.reads_text:
         check_length(model, request.config)
     settings = request.settings
-    kinds = {role: sum(block[role].weight.numel() for block in adapter.blocks if role in block.names) for role in ROLES}
+    kinds = dict.fromkeys(ROLES, 0)
+    for block in adapter.blocks:
+        for role in block.names:
+            kinds[role_and_part(role)[0]] += block[role].weight.numel()
     zeros = {role: {"weights": count, "zero": round(count * request.ratio)} for role, count in kinds.items()}
     return {
         "source": ghost.name,

@@ -133,6 +133,7 @@ class MaskRun(Run):
             "block_ratios": ratios,
             "held_out_nelbo": check,
             "factored": [asdict(each) for each in maker.factored],
+            "unseen_experts": [{"block": index, "experts": each} for index, each in sorted(maker.unseen.items())],
             "refit": [fit.plain() for fit in maker.fits],
             "sinks": self.sink_report(self.log, self.calibration) if self._calibration else None,
         }

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from structprune.masking.blocks import Factored, install, mask_readers, refit_linears
+from structprune.masking.blocks import Factored, fill_unseen, install, mask_readers, refit_linears
 from structprune.masking.masks import Masks, pack_bits, unpack_bits
 from structprune.masking.plain import PlainWeights
 from structprune.masking.rows import plan_walk
@@ -29,6 +29,7 @@ class MaskedBlocks:
         self.masks = Masks({}, {})
         self.factored: list[Factored] = []
         self.fits: list[LayerFit] = []
+        self.unseen: dict[int, list[int]] = {}  # block -> experts that saw no token
         plan = None
         if run.request.reads_text:
             scan = run.scan(run.log)
@@ -56,6 +57,7 @@ class MaskedBlocks:
     def _mask_block(self, block: BlockView, dense: BlockView, removal: Removal) -> None:
         """Mask a block, and take the walk past it."""
         statistics = self._statistics(block.index)
+        self._note_unseen(block.index, fill_unseen(block, statistics))
         for name, roles in block.readers.items():  # input by input: a refit sees the losses of earlier ones
             give_back_memory()  # freed by the step before: an MLP's Gram matrix and its factors come next
             self._mask_input(block, name, statistics, removal)
@@ -74,7 +76,7 @@ class MaskedBlocks:
         own = {
             "factored": [asdict(each) for each in self.factored if each.block == index],
             "fits": [asdict(each) for each in self.fits if each.block == index],
-        }
+        } | ({"unseen": self.unseen[index]} if index in self.unseen else {})
         self._run.part.keep(part_name(block), tensors, own)
         self._map(block)
 
@@ -100,6 +102,7 @@ class MaskedBlocks:
             self._plain.put(block.index, plain)
         self.factored += [Factored(**each) for each in kept.notes["factored"]]
         self.fits += [LayerFit(**each) for each in kept.notes["fits"]]
+        self._note_unseen(block.index, kept.notes.get("unseen", []))
         return True
 
     def _statistics(self, index: int) -> dict[str, torch.Tensor]:
@@ -120,6 +123,10 @@ class MaskedBlocks:
         install(block, masked)
         for role, (_, keep) in masked.items():
             self._note(block.names[role], pack_bits(keep).cpu(), keep)
+
+    def _note_unseen(self, index: int, experts: list[int]) -> None:
+        if experts:
+            self.unseen[index] = experts
 
     def _note(self, name: str, bits: torch.Tensor, like: torch.Tensor) -> None:
         """Collect the mask (O, ceil(C / 8)) of a linear, whose weight or mask (O, C) has its shape."""

@@ -43,6 +43,7 @@ def resolve_structured(config: Config, model: DiffusionLM, dry_run: bool = False
         raise UserError(f"{learner} needs a backward pass, which memory.offload does not do: turn one of them off")
     if resources.on_disk and config.search.enabled:
         raise UserError("search.enabled = true holds levels in memory, which memory.offload = disk is to save: use one")
+    check_mixtures(Adapter(model))
     sizes = open_blocks(Adapter(model), settings)
     by_latency = config.search.budget == "latency"  # the run finds the ratio
     check_choice(sizes, settings.model_copy(update={"ratio": 0.0}) if by_latency else settings)
@@ -60,6 +61,14 @@ def resolve_structured(config: Config, model: DiffusionLM, dry_run: bool = False
         config=config, arm=arm, resources=resources, score=SCORES[settings.score], sizes=sizes,
         reads_head_dim=getattr(model.config, "reads_head_dim", False),
     )  # fmt: skip
+
+
+def check_mixtures(adapter: Adapter) -> None:
+    """Raise UserError for a model whose MLPs are mixtures of experts, of which no units are cut."""
+    if any(block.mixture for block in adapter.blocks):
+        raise UserError(
+            f"method = structured does not cut the experts of {adapter.family.name}: use unstructured or nm"
+        )
 
 
 def with_length(config: Config, model: DiffusionLM) -> Config:

@@ -129,6 +129,16 @@ def squared_norms(x: torch.Tensor, weight: torch.Tensor | None = None) -> torch.
     return torch.bmm(squares[:, None], x * x)[:, 0]  # (B, C)
 
 
+def row_squares(x: torch.Tensor, weight: torch.Tensor | None, sequences: torch.Tensor) -> torch.Tensor:
+    """As `squared_norms`, of single rows: x (m, C), ω (m,), the sequence of each (m,) -> (b, C) fp32.
+
+    b is one more than the last sequence with a row, at least one.
+    """
+    squares = x.float() ** 2 if weight is None else (x.float() * weight.to(x.device).float()[:, None]) ** 2  # (m, C)
+    count = int(sequences.max()) + 1 if len(sequences) else 1
+    return torch.zeros(count, x.shape[-1], device=x.device).index_add_(0, sequences, squares)
+
+
 def relative_weight(states: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
     """Row weights ω (..., T), None for ones, divided by the RMS of the residual stream (..., T, C) that a row's output
     is added to: (..., T) fp32.

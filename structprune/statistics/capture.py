@@ -9,9 +9,11 @@ from torch import nn
 from typing_extensions import Self
 
 from structprune.models.adapter import BlockView
+from structprune.models.experts_structprune import role_of, tokens_of
 from structprune.statistics.sinks import attend_with_mass, even_mass, head_mass
 
 ONE_PASS = 1024  # tokens up to which computing attention and mass in one pass was measured to be faster on CPU
+EXPERT_INPUTS = ("mlp_input", "activated")  # of the linears of an expert
 ConsumerKey = tuple[int, str]  # (block index, role of the consumer)
 
 
@@ -22,6 +24,30 @@ def watch_inputs(modules: dict, visit: Callable) -> Iterator[None]:
         for key, module in modules.items():
             hook = module.register_forward_pre_hook(lambda module, args, key=key: visit(key, args[0]))
             stack.callback(hook.remove)
+        yield
+
+
+@contextmanager
+def watch_tokens(blocks: list[BlockView], visit: Callable) -> Iterator[None]:
+    """While open, `visit((index, input), tokens)` learns which tokens (m,) of a pass every expert of `blocks` sees.
+
+    It is called for all inputs of a mixture of experts before any is computed.
+    """
+
+    def see(index: int, experts: int):
+        def route(module: nn.Module, args: tuple, output: tuple[torch.Tensor, torch.Tensor]) -> None:
+            for number in range(experts):
+                tokens, _ = tokens_of(output[1], number)  # (m,)
+                for name in EXPERT_INPUTS:
+                    visit((index, role_of(name, str(number))), tokens)
+
+        return route
+
+    with ExitStack() as stack:
+        for block in blocks:
+            if mixture := block.mixture:
+                hook = mixture.part("router").register_forward_hook(see(block.index, mixture.experts))
+                stack.callback(hook.remove)
         yield
 
 

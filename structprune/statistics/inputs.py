@@ -3,14 +3,16 @@
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from structprune.models.adapter import BlockView
+from structprune.models.experts_structprune import role_and_part
 from structprune.models.layers_structprune import Sight
-from structprune.statistics.activations import relative_weight, squared_norms
-from structprune.statistics.capture import watch_inputs
+from structprune.statistics.activations import relative_weight, row_squares, squared_norms
+from structprune.statistics.capture import watch_inputs, watch_tokens
 from structprune.workers import ALONE, Workers
 
-InputKey = tuple[int, str]  # (block index, input: a key of READERS)
+InputKey = tuple[int, str]  # (block index, input: a key of `BlockView.readers`)
 # input -> the norm that reads the residual stream which the output of its reader is added to
 STREAM = {"mixed": "attention_norm", "activated": "mlp_norm"}
 
@@ -19,13 +21,25 @@ STREAM = {"mixed": "attention_norm", "activated": "mlp_norm"}
 class Inputs:
     """One block's forward pass over some sequences, up to its down projection."""
 
-    read: dict[str, torch.Tensor]  # each input that the block has, a key of `READERS` -> (b, T, C)
+    read: dict[str, torch.Tensor]  # each input, a key of `BlockView.readers` -> (b, T, C), an expert's (m, C)
     stream: dict[str, torch.Tensor]  # input -> the residual stream (b, T, C) that the output of its reader is added to
     middle: torch.Tensor  # (b, T, C) the residual stream before the MLP; without one, after the block
+    tokens: dict[str, torch.Tensor]  # input of an expert -> which of the b * T tokens it sees, (m,) int64
+    after: torch.Tensor | None = None  # (b, T, C) the residual stream after a mixture of experts
 
     def weight(self, name: str, weight: torch.Tensor | None, relative: bool) -> torch.Tensor | None:
-        """Row weights (b, T) of an input: ω, divided by the RMS of the stream that its reader adds to if `relative`."""
-        return relative_weight(self.stream[name], weight) if relative and name in self.stream else weight
+        """Row weights of an input: ω (b, T), divided by the RMS of the stream that its reader adds to if `relative`.
+
+        An expert's are those of the tokens that it sees, (m,).
+        """
+        stream = role_and_part(name)[0]
+        if relative and stream in self.stream:
+            weight = relative_weight(self.stream[stream], weight)  # (b, T)
+        return weight if weight is None or name not in self.tokens else weight.flatten()[self.tokens[name]]
+
+    def sequences(self, name: str) -> torch.Tensor | None:
+        """Which sequence each row of an expert's input is of, (m,); None of an input of all tokens."""
+        return self.tokens[name] // self.middle.shape[1] if name in self.tokens else None
 
 
 def block_inputs(block: BlockView, x: torch.Tensor, sight: Sight) -> Inputs:
@@ -39,6 +53,8 @@ def block_inputs(block: BlockView, x: torch.Tensor, sight: Sight) -> Inputs:
 
 def block_output(block: BlockView, inputs: Inputs) -> torch.Tensor:
     """The residual stream after a block that has read `inputs`, (b, T, C)."""
+    if inputs.after is not None:
+        return inputs.after
     if "activated" not in inputs.read:
         return inputs.middle
     return inputs.middle + block["down"](inputs.read["activated"])  # (b, T, C)
@@ -65,7 +81,22 @@ def _after_attention(block: BlockView, x: torch.Tensor, read: dict[str, torch.Te
         with watch_inputs({"mlp_input": block["gate"]}, read.__setitem__):
             read["activated"] = block.module.activate(middle)  # (b, T, M)
         stream["activated"] = middle
-    return Inputs(read, stream, middle)
+    if not block.mixture:
+        return Inputs(read, stream, middle, {})
+    stream["activated"], linears = middle, mixture_linears(block)
+    tokens: dict[str, torch.Tensor] = {}
+
+    def note(key: InputKey, seen: torch.Tensor) -> None:
+        tokens[key[1]] = seen
+
+    with watch_tokens([block], note), watch_inputs(linears, read.__setitem__):
+        after = block.module.add_mlp(middle)  # (b, T, C)
+    return Inputs(read, stream, middle, tokens, after)
+
+
+def mixture_linears(block: BlockView) -> dict[str, nn.Linear]:
+    """Input of a mixture of experts -> the first linear that reads it."""
+    return {name: block[roles[0]] for name, roles in block.readers.items() if role_and_part(name)[1]}
 
 
 class InputNorms:
@@ -79,9 +110,10 @@ class InputNorms:
         self._summed = summed
         self._totals: dict = {}
 
-    def add(self, key, x: torch.Tensor, weight: torch.Tensor | None) -> None:
-        """Count rows x (b, T, C) weighted by ω (b, T)."""
-        self.add_squares(key, squared_norms(x, weight))
+    def add(self, key, x: torch.Tensor, weight: torch.Tensor | None, sequences: torch.Tensor | None = None) -> None:
+        """Count rows x (b, T, C) weighted by ω (b, T); or single ones, (m, C) and (m,), of `sequences` (m,)."""
+        squares = squared_norms(x, weight) if sequences is None else row_squares(x, weight, sequences)  # (b, C)
+        self.add_squares(key, squares)
 
     def add_squares(self, key, squares: torch.Tensor) -> None:
         """Count Σ_t (ω x)² of some sequences, (b, C)."""

@@ -14,9 +14,10 @@ import torch
 from structprune.config import SinkSettings
 from structprune.models.adapter import Adapter, BlockView
 from structprune.models.encode import encode_rows
+from structprune.models.experts_structprune import role_and_part
 from structprune.models.transfer import send
 from structprune.statistics.activations import relative_weight, squared_norms
-from structprune.statistics.capture import MassMeter, watch_inputs
+from structprune.statistics.capture import MassMeter, watch_inputs, watch_tokens
 from structprune.statistics.inputs import (
     STREAM,
     InputKey,
@@ -59,7 +60,7 @@ def one_shot_norms(scan: Scan, arm: str, summed: bool = False, relative: bool = 
     for number, start in enumerate(scan.track(starts[done:], f"norms ({arm})"), done + 1):
         rows = slice(start, start + batch)
         part = send(ids[rows], adapter.device)  # (b, T)
-        if late and late_input_bytes(adapter, part.numel()) <= scan.limits.budget:
+        if late and holds_inputs(adapter, part.numel(), scan.limits.budget):
             parts.observe(late_pass.add(part))  # (b, T)
         else:
             weight = None if weights is None else send(weights[rows], adapter.device)  # (b, T)
@@ -78,6 +79,12 @@ def weighs_late(arm: str | None, sink: SinkSettings) -> bool:
     then a pass of its own measures the mass first.
     """
     return arm is not None and needs_sinks(arm, sink) and arm.startswith("masked") and sink.policy == "all"
+
+
+def holds_inputs(adapter: Adapter, tokens: int, budget: int, itemsize: int | None = None) -> bool:
+    """Whether inputs wait for their row weights: where they fit the budget, and no block sorts tokens to experts."""
+    mixed = any(block.mixture for block in adapter.blocks)
+    return not mixed and late_input_bytes(adapter, tokens, itemsize) <= budget
 
 
 def late_input_bytes(adapter: Adapter, tokens: int, itemsize: int | None = None) -> int:
@@ -102,24 +109,30 @@ def _linears(adapter: Adapter) -> dict:
 
 
 def _norms(adapter: Adapter, relative: bool) -> dict:
-    """(block, input) -> the norm whose input is the stream that the input's reader writes to."""
+    """(block, input, without an expert's number) -> the norm whose input is the stream that its reader writes to."""
     blocks = adapter.blocks if relative else []
-    streams = [(block, name, role) for block in blocks for name, role in STREAM.items() if name in block.readers]
+    streams = [(block, name, role) for block in blocks for name, role in STREAM.items() if role in block.module.roles]
     return {(block.index, name): block.module.part(role) for block, name, role in streams}
 
 
 def _add(adapter: Adapter, ids: torch.Tensor, norms: InputNorms, weight, relative: bool) -> None:
     """One forward pass over (b, T) ids whose row weights are known."""
     scales: dict[InputKey, torch.Tensor] = {}
+    tokens: dict[InputKey, torch.Tensor] = {}  # (m,) of each input of an expert
 
     def visit(key: InputKey, x: torch.Tensor) -> None:
-        scale = scales.pop(key, None)  # (b, T)
-        norms.add(key, x, weight if scale is None else scale if weight is None else scale * weight)
+        scale = scales.get((key[0], role_and_part(key[1])[0]))  # (b, T)
+        omega = weight if scale is None else scale if weight is None else scale * weight  # (b, T)
+        if (seen := tokens.pop(key, None)) is None:
+            norms.add(key, x, omega)
+        else:
+            norms.add(key, x, None if omega is None else omega.flatten()[seen], seen // ids.shape[1])
 
     def scale_rows(key: InputKey, x: torch.Tensor) -> None:
         scales[key] = relative_weight(x, None)  # (b, T)
 
-    with watch_inputs(_norms(adapter, relative), scale_rows), watch_inputs(_linears(adapter), visit):
+    streams, linears = watch_inputs(_norms(adapter, relative), scale_rows), watch_inputs(_linears(adapter), visit)
+    with streams, linears, watch_tokens(adapter.blocks, tokens.__setitem__):
         encode_rows(adapter.model, ids)
 
 

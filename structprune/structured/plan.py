@@ -1,7 +1,7 @@
 """A plan: the units that every block keeps, as a JSON file that can be saved, read, edited and applied."""
 
 import json
-from dataclasses import asdict, astuple, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from structprune.errors import UserError
@@ -143,8 +143,9 @@ def _check_heads(kept: BlockPlan, widths: Widths, index: int) -> None:
 
 def identity_plan(adapter: Adapter) -> Plan:
     """The plan that keeps everything."""
-    widths = [astuple(block.widths) for block in adapter.blocks]
-    return Plan(adapter.family.name, tuple(BlockPlan(*(tuple(range(size)) for size in sizes)) for sizes in widths))
+    widths = [block.widths for block in adapter.blocks]
+    sizes = [(each.query_heads, each.kv_heads, each.channels) for each in widths]
+    return Plan(adapter.family.name, tuple(BlockPlan(*(tuple(range(size)) for size in each)) for each in sizes))
 
 
 def make_plan(

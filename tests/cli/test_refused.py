@@ -33,7 +33,7 @@ def broken(tiny_checkpoint, name):
     else:
         values |= {
             "unknown-type": {"model_type": "lada"},
-            "moe": {"model_type": "llada_moe"},
+            "moe": {"model_type": "llada2_moe"},
             "shapes": {"mlp_hidden_size": 64},
         }[name]
     settings.write_text(json.dumps(values))
@@ -47,7 +47,7 @@ CHECKPOINTS = {
     "pickled": "--allow-pickle",
     "no-mask-id": "--mask-id",
     "unknown-type": "unknown model_type 'lada' (did you mean 'llada'?); supported: llada, mmada, Dream",
-    "moe": "LLaDA-MoE is a mixture of experts",
+    "moe": "LLaDA2 is a mixture of experts",
     "shapes": "but config.json asks for (64, 32)",
 }
 

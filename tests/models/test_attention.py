@@ -24,7 +24,7 @@ def counted(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize("family", ["llada", "dream", "a2d-qwen3", "sdar"])
+@pytest.mark.parametrize("family", ["llada", "dream", "a2d-qwen3", "sdar", "llada-moe"])
 @pytest.mark.parametrize("mask", [None, REAL, BAND, torch.where(BAND, torch.linspace(0, 1, 9), -1e9)])
 def test_eager_attention_gives_what_sdpa_gives(tiny_model, counted, family, mask):
     model = tiny_model(family)
@@ -51,7 +51,7 @@ def test_a_query_that_attends_to_nothing_gets_zeros(dtype):
         assert (plain - sdpa).abs().max() < (1e-6 if dtype == torch.float32 else 2e-2)
 
 
-@pytest.mark.parametrize("family", ["llada", "dream", "a2d-qwen3", "sdar"])
+@pytest.mark.parametrize("family", ["llada", "dream", "a2d-qwen3", "sdar", "llada-moe"])
 def test_the_choice_at_loading(tiny_model, tmp_path, counted, family):
     model = tiny_model(family)
     assert model.config._attn_implementation == "sdpa"

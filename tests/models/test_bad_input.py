@@ -91,8 +91,8 @@ def test_unknown_model_type_names_what_is_supported(tiny_checkpoint, message, ch
 
 
 @pytest.mark.parametrize("kind, architecture, said", [
-    ("llada_moe", "LLaDAMoEModelLM", "LLaDA-MoE"), ("llada2_moe", "LLaDA2MoeModelLM", "LLaDA2"),
-    ("llada2", "LLaDA2ModelLM", "LLaDA2"), ("custom", "LLaDAMoEModelLM", "LLaDA-MoE"),
+    ("llada2_moe", "LLaDA2MoeModelLM", "LLaDA2"), ("llada2", "LLaDA2ModelLM", "LLaDA2"),
+    ("custom", "LLaDA2MoeModelLM", "LLaDA2"),
 ])  # fmt: skip
 def test_mixtures_and_block_diffusion_are_refused(tiny_checkpoint, kind, architecture, said, message, change_config):
     assert said in message(change_config(tiny_checkpoint("llada"), model_type=kind, architectures=[architecture]))

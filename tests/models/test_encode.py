@@ -16,7 +16,7 @@ def full_logits(model, ids: torch.Tensor, attention_mask=None) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("family", ["llada", "mmada", "dream", "a2d-qwen3", "sdar"])
+@pytest.mark.parametrize("family", ["llada", "mmada", "dream", "a2d-qwen3", "sdar", "llada-moe"])
 @torch.inference_mode()
 def test_wanted_positions_equal_the_full_forward_pass(tiny_model, family, padded):
     model, generator = tiny_model(family), torch.Generator().manual_seed(0)

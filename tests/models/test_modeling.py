@@ -8,7 +8,7 @@ from structprune.models.adapter import Adapter
 from structprune.models.layers_structprune import AttentionCore, rotary_tables, rotate
 
 
-@pytest.mark.parametrize("family", ["llada", "dream", "a2d-qwen3", "sdar"])
+@pytest.mark.parametrize("family", ["llada", "dream", "a2d-qwen3", "sdar", "llada-moe"])
 @pytest.mark.parametrize("left", [True, False])
 def test_padding_is_inert(tiny_model, family, left):
     """Padded and attention-masked, the real tokens' logits are those of the sequence by itself."""
@@ -51,7 +51,7 @@ def test_padding_as_dreams_own_sampler_gives_it(tiny_model, family):
         assert (each[real] - expected[real]).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("family", ["llada", "dream", "a2d-qwen3", "sdar"])
+@pytest.mark.parametrize("family", ["llada", "dream", "a2d-qwen3", "sdar", "llada-moe"])
 def test_a_float_mask_is_added_to_the_scores(tiny_model, family):
     model = tiny_model(family)
     ids = torch.randint(0, 2047, (2, 9), generator=torch.Generator().manual_seed(2))  # (B, T)

@@ -1,0 +1,84 @@
+"""Mixtures of experts: what a block computes by hand, and which config.json describes one."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from structprune import load_model
+from structprune.models.adapter import Adapter, ExpertWidths
+
+
+def by_hand(block, x: torch.Tensor) -> torch.Tensor:
+    """The stream after the MLP of a mixture, token by token: (T, C) -> (T, C)."""
+    outputs = []
+    for token in block.module.part("mlp_norm")(x):  # (C,)
+        shares = (block.module.part("router").weight @ token).softmax(0)  # (E,)
+        total = torch.zeros_like(token)
+        for expert in shares.argsort(descending=True)[:2].tolist():
+            gate, up, down = (block[f"{role}.{expert}"].weight for role in ("gate", "up", "down"))
+            total += shares[expert] * (down @ (F.silu(gate @ token) * (up @ token)))
+        outputs.append(total)
+    return x + torch.stack(outputs)
+
+
+@torch.no_grad()
+def test_a_token_gets_its_two_likeliest_experts_by_their_shares(tiny_model):
+    block = Adapter(tiny_model("llada-moe")).blocks[1]
+    x = torch.randn(9, 32, generator=torch.Generator().manual_seed(1))  # (T, C)
+    expected = by_hand(block, x)
+    assert (block.module.add_mlp(x) - expected).abs().max() < 1e-5 < 0.1 < (expected - x).abs().max()
+    assert (block.module.add_mlp(x[None]) - expected).abs().max() < 1e-5  # a batch of one sequence
+
+
+@torch.no_grad()
+def test_experts_see_every_token_twice_in_all(tiny_model):
+    block = Adapter(tiny_model("llada-moe")).blocks[0]
+    x = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(1))  # (b, T, C)
+    seen = [block.tokens(f"mlp_input.{expert}", x) for expert in range(6)]  # (m,) each
+    assert torch.cat(seen).bincount(minlength=18).tolist() == [2] * 18
+    assert all(torch.equal(tokens, tokens.sort().values) for tokens in seen)
+    rows = block.read("activated.3", x, tokens=seen[3])  # (m, M)
+    whole = block.read("activated.3", x)  # (b, T, M)
+    assert rows.shape == (len(seen[3]), 16)
+    assert torch.allclose(rows, whole.flatten(0, 1)[seen[3]], atol=1e-6)
+
+
+def test_the_adapter_names_every_expert(tiny_model):
+    (block, *_) = Adapter(tiny_model("llada-moe")).blocks
+    assert block.widths == ExpertWidths(4, 4, 16, experts=6, shared=0)
+    assert block.names["down.5"] == "model.layers.0.mlp.experts.5.down_proj"
+    assert list(block.readers)[:3] == ["attention_input", "mixed", "mlp_input.0"]
+    assert block.readers["mlp_input.4"] == ("gate.4", "up.4") and block.readers["activated.4"] == ("down.4",)
+    assert (block.mlp_start, block.mlp_end) == ("mlp_input.0", "activated.5")
+    assert len(block.names) == 4 + 3 * 6
+
+
+def test_the_architecture_tells_llada_moe_from_llada(tiny_checkpoint):
+    """Released checkpoints share LLaDA's model type."""
+    names = [Adapter(load_model(tiny_checkpoint(family))).family.name for family in ("llada", "llada-moe")]
+    assert names == ["llada", "llada-moe"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"moe_layer_freq": [1, 0, 1]}, "layers without experts"),
+        ({"num_experts_per_tok": 7}, "num_experts_per_tok = 7 of num_experts = 6"),
+        ({"moe_router_enable_expert_bias": True}, "moe_router_enable_expert_bias = True is not supported"),
+        ({"clip_qkv": 8.0}, "clip_qkv = 8.0 is not supported"),
+        ({"qk_layernorm": False}, "qk_layernorm = False is not supported"),
+        ({"num_experts": 0}, "no positive integer 'num_experts'"),
+    ],
+)
+def test_what_is_not_computed_is_refused(tiny_checkpoint, message, change_config, changes, said):
+    assert said in message(change_config(tiny_checkpoint("llada-moe"), **changes))
+
+
+@torch.no_grad()
+def test_a_pass_without_data_sends_all_tokens_to_all_experts(tiny_model):
+    """So that shapes can be traced where no router can choose."""
+    model = tiny_model("llada-moe").to("meta")
+    rows = []
+    model.blocks[0].part("down.3").register_forward_pre_hook(lambda module, args: rows.append(args[0].shape))
+    assert model(torch.zeros(2, 5, dtype=torch.long, device="meta")).logits.shape == (2, 5, 2048)
+    assert rows == [(10, 16)]

@@ -1,0 +1,40 @@
+"""config.json of tiny official checkpoints, one for each family."""
+
+MASK_ID = 2047  # of the embedded tokenizer, which tiny checkpoints carry
+LLADA = {
+    "model_type": "llada", "architectures": ["LLaDAModelLM"], "d_model": 32, "n_heads": 4, "n_kv_heads": 4,
+    "n_layers": 3, "mlp_hidden_size": 48, "vocab_size": 2048, "embedding_size": 2048, "max_sequence_length": 64,
+    "rope_theta": 10000.0, "rms_norm_eps": 1e-5, "mask_token_id": MASK_ID, "torch_dtype": "float32",
+    "include_bias": False, "include_qkv_bias": False, "weight_tying": False, "block_type": "llama",
+}  # fmt: skip
+DREAM = {
+    "model_type": "Dream", "architectures": ["DreamModel"], "hidden_size": 32, "num_attention_heads": 6,
+    "num_key_value_heads": 2, "head_dim": 8, "num_hidden_layers": 3, "intermediate_size": 48, "vocab_size": 2048,
+    "max_position_embeddings": 64, "rope_theta": 10000.0, "rms_norm_eps": 1e-6, "mask_token_id": MASK_ID,
+    "torch_dtype": "float32", "rope_scaling": None, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+MMADA = LLADA | {"model_type": "mmada", "architectures": ["MMadaModelLM"]}
+A2D_QWEN3 = DREAM | {
+    "model_type": "a2d-qwen3", "architectures": ["A2DQwen3LMHeadModel"], "tie_word_embeddings": True,
+    "layer_types": ["full_attention"] * 3, "attention_bias": False,
+}  # fmt: skip
+A2D_LLAMA = DREAM | {
+    "model_type": "a2d-llama", "architectures": ["A2DLlamaLMHeadModel"], "num_attention_heads": 4,
+    "num_key_value_heads": 4, "mlp_bias": False, "rope_scaling": {"rope_type": "llama3", "factor": 8.0,
+    "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32},
+}  # fmt: skip
+A2D_QWEN2 = DREAM | {"model_type": "a2d-qwen2", "architectures": ["A2DQwen2LMHeadModel"]}
+SDAR = DREAM | {"model_type": "sdar", "architectures": ["SDARForCausalLM"], "block_size": 4, "attention_bias": False}
+SDAR |= {"attn_implementation": "flex_attention", "fuse_cross_entropy": True}
+LLADA_MOE = DREAM | {
+    "model_type": "llada", "architectures": ["LLaDAMoEModelLM"], "num_attention_heads": 4, "num_key_value_heads": 4,
+    "expert_intermediate_size": 16, "num_experts": 6, "num_experts_per_tok": 2, "moe_layer_freq": [1] * 3,
+    "qk_layernorm": True, "shared_expert_intermediate_size": None, "norm_topk_prob": None,
+}  # fmt: skip
+del LLADA_MOE["intermediate_size"]
+VALUES = {
+    "llada": LLADA, "mmada": MMADA, "dream": DREAM, "a2d-qwen3": A2D_QWEN3, "a2d-llama": A2D_LLAMA,
+    "a2d-qwen2": A2D_QWEN2, "a2d-qwen3-blocks": A2D_QWEN3 | {"block_size": 4}, "sdar": SDAR, "llada-moe": LLADA_MOE,
+}  # fmt: skip
