@@ -155,7 +155,11 @@ def _scoring_bytes(dense: Adapter, request: StructuredRequest, size: Tokens, dty
     if needs == "weights":
         return 0
     if needs == "grams":  # fp32 Grams of both consumers; and a pass, or fp64 copies while the wider is inverted
-        return max(4 * (a * a + b * b) + max(at_once, _inversion_bytes(dense, max(a, b))) for a, b in widths)
+        copies = [max(1, len(block.expert_parts)) for block in dense.blocks]  # of the MLP's, one for each expert
+        return max(
+            4 * (a * a + n * b * b) + max(at_once, _inversion_bytes(dense, max(a, b)))
+            for (a, b), n in zip(widths, copies)
+        )
     if needs == "gradients":
         return _gradient_bytes(dense, request, dtype)
     whole = size.batch * _pass_features(dense, dtype)

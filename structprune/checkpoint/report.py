@@ -109,7 +109,8 @@ def _removed(before: Adapter, after: Adapter, remaining: Sequence[int]) -> dict[
     """Dense indices of the blocks that are gone, and of the others whose attention or MLP (`channels`) is."""
     pairs = [(before.blocks[index], block) for index, block in zip(remaining, after.blocks)]
     lost = {
-        kind: [old.index for old, new in pairs if kind in old.kinds and kind not in new.kinds] for kind in UNIT_KINDS
+        kind: [old.index for old, new in pairs if kind in old.cut_kinds and kind not in new.cut_kinds]
+        for kind in UNIT_KINDS
     }
     return {"blocks": [block.index for block in before.blocks if block.index not in remaining]} | lost
 

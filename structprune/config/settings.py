@@ -119,6 +119,9 @@ class StructuredSettings(Section):
     """For `measured`: most windows that a candidate is refitted on."""
     gqa: Literal["query_heads", "kv_groups"] = "query_heads"
     """Attention unit with grouped queries: one query head of every KV group, or one KV head with its query heads."""
+    experts: int = Field(0, ge=0)
+    """Of mixtures of experts: so many whole experts go from every block, those that add least to the stream. Channels
+    and heads make up the rest of the ratio; one channel goes from every expert of a block at a time."""
     protect_first: int = Field(0, ge=0)
     """This many first blocks stay whole and do not count in the ratio."""
     protect_last: int = Field(0, ge=0)

@@ -16,6 +16,7 @@ from structprune.models.placement import compute_device, compute_dtype
 CONSUMER = {"attention": "attention_output", "channels": "down"}  # kind of unit -> role of the linear that reads it
 CONSUMERS = tuple(CONSUMER.values())
 UNIT_KINDS = tuple(CONSUMER)
+EXPERTS = "experts"  # the kind of whole experts, which go before the other kinds are shared out
 UnitKey = tuple[int, str]  # (block index, kind of unit)
 READERS = {  # a block's activation -> roles of the linears that read it, which share its statistics
     "attention_input": ("query", "key", "value"),
@@ -66,8 +67,18 @@ class BlockView:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Kinds of units, in the order of the forward pass."""
+        """Kinds of units that one linear reads, in the order of the forward pass."""
         return tuple(kind for kind, role in CONSUMER.items() if role in self.names)
+
+    @property
+    def cut_kinds(self) -> tuple[str, ...]:
+        """Kinds of units that can go, those of experts included."""
+        return (*self.kinds, "channels") if self.mixture else self.kinds
+
+    @property
+    def expert_parts(self) -> tuple[str, ...]:
+        """The numbers of the experts, as roles bear them; none of a plain MLP."""
+        return tuple(str(number) for number in range(self.mixture.experts)) if self.mixture else ()
 
     @property
     def consumers(self) -> tuple[str, ...]:
@@ -232,7 +243,8 @@ def set_widths(values: dict, family: Family, widths: list[Widths]) -> dict:
     values = set_depth(values, family, len(widths))
     for role, key in family.width_keys.items():
         sizes = [size for block in widths if (size := getattr(block, role))]
-        values[key] = max(set(sizes), key=sizes.count)  # the commonest width, so that overrides stay few
+        # the commonest width, so that overrides stay few; 0 of what no block has
+        values[key] = max(set(sizes), key=sizes.count) if sizes else 0
     overrides: dict[str, dict[str, int]] = {}
     for index, block in enumerate(widths):
         sizes_here = {key: getattr(block, role) for role, key in family.width_keys.items()}

@@ -86,6 +86,12 @@ class ExpertBlock(DreamBlock):
         """E, 0 of a plain MLP."""
         return sum(part != SHARED for part in self.parts)
 
+    @property
+    def top_k(self) -> int:
+        """Experts of a token."""
+        router: Any = self.part("router")
+        return router.top_k
+
     def gated(self, part: str, rows):
         """What a part of the mixture hands to its down projection: normed (..., C) -> (..., M)."""
         return F.silu(self.part(role_of("gate", part))(rows)) * self.part(role_of("up", part))(rows)

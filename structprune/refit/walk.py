@@ -80,6 +80,12 @@ class Walk:
                 first = False
                 if self.settings.target != "layer":  # also past what the small model lacks
                     self.targets.advance((block.index, kind))
+            if block.mixture:  # experts are not refitted
+                first = False
+                if left is not None:
+                    run.pass_mixture(left.index)
+                if self.settings.target != "layer":
+                    self.targets.pass_mixture(block.index)
 
     def final_products(self, run: ResidualRun, small: DiffusionLM) -> tuple[Products, Products]:
         """Of what the LM head reads, at positions with a prediction, after all places; the target is the dense

@@ -183,13 +183,15 @@ def inspect_tables(result: dict) -> list[Table]:
         )
     _add_sizes(totals, result, result["tokens"])
     _add_change(totals, f"weights ({result['stored_dtype']})", result["bytes"], gigabytes)
-    columns = ("block", "query heads", "KV heads", "MLP channels", "parameters")
+    widths = {"query_heads": "query heads", "kv_heads": "KV heads", "experts": "experts", "channels": "MLP channels"}
+    widths = {key: name for key, name in widths.items() if key in result["blocks"][0]["before"]}
+    columns = ("block", *widths.values(), "parameters")
     blocks = _table(f"units per block, {result['shown']}", *columns, named=False)
     for _, group in groupby(result["blocks"], key=lambda row: (row["before"], row["after"])):
         alike = list(group)  # neighbouring blocks with equal widths
         row, last = alike[0], alike[-1]["index"]
         name = str(last) if len(alike) == 1 else f"{row['index']}-{last}"
-        cells = [f"{row['before'][key]} → {row['after'][key]}" for key in ("query_heads", "kv_heads", "channels")]
+        cells = [f"{row['before'][key]} → {row['after'][key]}" for key in widths]
         blocks.add_row(name, *cells, " → ".join(map(millions, row["parameters"])))
     tables = [totals, _choices(result["choices"]), blocks, _memory_table(result)]
     return tables if result["search"] is None else [*tables, _search_table(result["search"])]

@@ -44,7 +44,7 @@ def rehearse(run: Run, request: StructuredRequest | MaskRequest, journal: Journa
     enabled = request.config.memory.rehearsal
     if enabled is None:
         enabled = sum(each.numel() * each.element_size() for each in run.model.parameters()) >= WORTH
-    whole = any(len(block.kinds) == 2 for block in run.adapter.blocks)  # else no block is a model of its own
+    whole = any(len(block.cut_kinds) == 2 for block in run.adapter.blocks)  # else no block is a model of its own
     if not enabled or not whole or not request.reads_text or journal.has_parts:
         return
     for _ in run.track([0], "rehearsal"):
@@ -91,6 +91,6 @@ def few_windows(calibration: Calibration, count: int) -> Calibration:
 def one_block(model: DiffusionLM) -> DiffusionLM:
     """A model of the first block that has attention and MLP, which shares its tensors."""
     adapter = Adapter(model)
-    index, plan = next(block.index for block in adapter.blocks if len(block.kinds) == 2), identity_plan(adapter)
+    index, plan = next(block.index for block in adapter.blocks if len(block.cut_kinds) == 2), identity_plan(adapter)
     blocks = tuple(each if place == index else NOTHING for place, each in enumerate(plan.blocks))
     return apply_plan(model, replace(plan, blocks=blocks), coupled={})

@@ -43,7 +43,7 @@ def resolve_structured(config: Config, model: DiffusionLM, dry_run: bool = False
         raise UserError(f"{learner} needs a backward pass, which memory.offload does not do: turn one of them off")
     if resources.on_disk and config.search.enabled:
         raise UserError("search.enabled = true holds levels in memory, which memory.offload = disk is to save: use one")
-    check_mixtures(Adapter(model))
+    check_mixtures(Adapter(model), config)
     sizes = open_blocks(Adapter(model), settings)
     by_latency = config.search.budget == "latency"  # the run finds the ratio
     check_choice(sizes, settings.model_copy(update={"ratio": 0.0}) if by_latency else settings)
@@ -63,12 +63,14 @@ def resolve_structured(config: Config, model: DiffusionLM, dry_run: bool = False
     )  # fmt: skip
 
 
-def check_mixtures(adapter: Adapter) -> None:
-    """Raise UserError for a model whose MLPs are mixtures of experts, of which no units are cut."""
-    if any(block.mixture for block in adapter.blocks):
-        raise UserError(
-            f"method = structured does not cut the experts of {adapter.family.name}: use unstructured or nm"
-        )
+def check_mixtures(adapter: Adapter, config: Config) -> None:
+    """Raise UserError for what cannot be done with mixtures of experts: a search, and weights by gradients."""
+    if not any(block.mixture for block in adapter.blocks):
+        return
+    if config.search.enabled:
+        raise UserError(f"search.enabled = true does not know the experts of {adapter.family.name}: leave it out")
+    if config.reconstruct.enabled and config.reconstruct.weighting == "gradient":
+        raise UserError("reconstruct.weighting = gradient does not know experts: use uniform, noise or certainty")
 
 
 def with_length(config: Config, model: DiffusionLM) -> Config:

@@ -119,5 +119,8 @@ class HeadMeter(AttentionMeter):
 
 
 def consumers(blocks: list[BlockView]) -> dict[ConsumerKey, nn.Linear]:
-    """(block index, role) -> the linear that reads attention units or MLP channels."""
-    return {(block.index, role): block[role] for block in blocks for role in block.consumers}
+    """(block index, role) -> the linear that reads attention units or MLP channels, of each expert too."""
+    roles = {
+        block.index: [*block.consumers, *(role_of("down", part) for part in block.expert_parts)] for block in blocks
+    }
+    return {(block.index, role): block[role] for block in blocks for role in roles[block.index]}

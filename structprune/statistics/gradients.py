@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from structprune.calibration.batches import Calibration
 from structprune.models.adapter import Adapter, BlockView
 from structprune.models.encode import predicting
+from structprune.models.experts_structprune import ExpertBlock
 from structprune.models.logits import logit_slices
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.transfer import send
@@ -34,9 +35,18 @@ def saved_bytes(block: BlockView, dtype: torch.dtype) -> int:
     for role in block.consumers:
         size, units = block[role].out_features, block[role].in_features
         total += (size + 4 * units) * dtype.itemsize + 4 * (size + 1)
+    if block.mixture:
+        total += _mixture_bytes(block, block.mixture, dtype)
     if "query_norm" in block.module.roles:
         total += 4 * (block.widths.query_heads + block.widths.kv_heads) * (block.head_dim + 1)
     return total
+
+
+def _mixture_bytes(block: BlockView, mixture: ExpertBlock, dtype: torch.dtype) -> int:
+    """Of a mixture: the norm, all experts' shares, and for each expert of a token its row, MLP and output in fp32."""
+    size, units = block["down.0"].out_features, block.widths.channels
+    own = (size + 4 * units) * dtype.itemsize + 4 * size
+    return (size * dtype.itemsize + 4 * (size + 1)) + 8 * mixture.experts + mixture.top_k * own
 
 
 def recomputes(blocks: Sequence[BlockView], tokens: int, dtype: torch.dtype, budget: int) -> bool:

@@ -48,7 +48,7 @@ def block_inputs(block: BlockView, x: torch.Tensor, sight: Sight) -> Inputs:
     if "mixed" in block.readers:
         with watch_inputs({"attention_input": block["query"]}, read.__setitem__):
             read["mixed"] = block.module.mix(x, *sight)  # (b, T, H*D)
-    return _after_attention(block, x, read)
+    return inputs_after_attention(block, x, read)
 
 
 def block_output(block: BlockView, inputs: Inputs) -> torch.Tensor:
@@ -69,11 +69,16 @@ def inputs_of_rows(block: BlockView, x: torch.Tensor, mixed: torch.Tensor) -> In
     read = {}
     if "mixed" in block.readers:
         read = {"attention_input": block.read("attention_input", x), "mixed": mixed}
-    return _after_attention(block, x, read)
+    return inputs_after_attention(block, x, read)
 
 
-def _after_attention(block: BlockView, x: torch.Tensor, read: dict[str, torch.Tensor]) -> Inputs:
-    """`read` holds the inputs of the attention's linears, if there are any."""
+def inputs_after_attention(block: BlockView, x: torch.Tensor, read: dict[str, torch.Tensor] | None = None) -> Inputs:
+    """Run the rest of a block on (b, T, C).
+
+    Args:
+        read: the inputs of the attention's linears on x; None where the stream is behind attention already.
+    """
+    read = {} if read is None else read
     stream, middle = {}, x
     if "mixed" in read:
         stream["mixed"], middle = x, x + block["attention_output"](read["mixed"])  # (b, T, C) each

@@ -6,13 +6,31 @@ import torch
 
 from structprune.models.adapter import Adapter
 from structprune.models.encode import encode_rows
+from structprune.models.experts_structprune import role_and_part, role_of
 from structprune.models.transfer import send
 from structprune.statistics.activations import Moments, merge_moments, moments
-from structprune.statistics.capture import ConsumerKey, MassMeter, consumers, watch_inputs
+from structprune.statistics.capture import ConsumerKey, MassMeter, consumers, watch_inputs, watch_tokens
 from structprune.statistics.pass_parts import PassParts
 from structprune.statistics.rows import arm_ids, arm_weights, needs_sinks
 from structprune.statistics.scan import Scan
 from structprune.workers import Workers
+
+
+class ExpertTokens:
+    """Which tokens of a pass each expert sees, by the key of its down projection."""
+
+    def __init__(self) -> None:
+        self._tokens: dict[ConsumerKey, torch.Tensor] = {}  # (m,) each
+
+    def see(self, key: tuple[int, str], tokens: torch.Tensor) -> None:
+        """As `watch_tokens` calls it."""
+        name, part = role_and_part(key[1])
+        if name == "activated":
+            self._tokens[key[0], role_of("down", part)] = tokens
+
+    def of(self, key: ConsumerKey, weight: torch.Tensor | None) -> torch.Tensor | None:
+        """The weights of a consumer's rows, of ω (b, T): (m,) of an expert's."""
+        return weight if weight is None or key not in self._tokens else weight.flatten()[self._tokens[key]]
 
 
 def held_input_bytes(adapter: Adapter, tokens: int, itemsize: int) -> int:
@@ -32,11 +50,13 @@ def consumer_moments(scan: Scan, arm: str) -> dict[ConsumerKey, Moments]:
     totals: dict[ConsumerKey, Moments] = {}
 
     def add(key: ConsumerKey, x: torch.Tensor, weight: torch.Tensor | None) -> None:
-        new = moments(x, weight)
+        new = moments(x, places.of(key, weight))
         totals[key] = merge_moments(totals[key], new) if key in totals else new
 
+    places = ExpertTokens()
+
     def weigh(noisy: torch.Tensor) -> torch.Tensor:
-        with (meter := MassMeter()).on(adapter.cores):
+        with (meter := MassMeter()).on(adapter.cores), watch_tokens(adapter.blocks, places.see):
             encode_rows(adapter.model, send(noisy.flatten(0, 1), adapter.device))
         mass = meter.take().view(noisy.shape)  # (b, S, T)
         parts.observe(mass)
@@ -61,7 +81,8 @@ def consumer_moments(scan: Scan, arm: str) -> dict[ConsumerKey, Moments]:
                 add(key, inputs.pop(key), weight)
         else:
             weights = weigh(noisy) if needs_sinks(arm, scan.sink) else None  # (b*R, T)
-            with watch_inputs(linears, lambda key, x, weights=weights: add(key, x, weights)):
+            watch = watch_inputs(linears, lambda key, x, weights=weights: add(key, x, weights))
+            with watch, watch_tokens(adapter.blocks, places.see):
                 encode_rows(adapter.model, send(part.flatten(0, 1), adapter.device))
         parts.keep(number, lambda: as_tensors(totals))
     return merged(totals, scan.workers)

@@ -58,6 +58,14 @@ class ResidualRun:
             self._states.write(rows, self._states.read(rows) + self.output(key, rows))
         self._held.pop(key, None)
 
+    def pass_mixture(self, index: int) -> None:
+        """Add what the experts of a block give to the residual stream of all sequences."""
+        mixture = self._adapter.blocks[index].mixture
+        if mixture is None:  # all of it was cut
+            return
+        for rows in self.slices():
+            self._states.write(rows, mixture.add_mlp(self._states.read(rows)))
+
     def _cached(self, key: UnitKey, rows: slice, compute) -> torch.Tensor:
         held = self._held.setdefault(key, {})
         if rows.start in held:
@@ -94,6 +102,10 @@ class TargetRun(ResidualRun):
 
     def output(self, key: UnitKey, rows: slice) -> torch.Tensor:
         return self._cached(key, rows, lambda: self.consumer(key)(self.read(key, rows)))
+
+    def pass_mixture(self, index: int) -> None:
+        super().pass_mixture(index)
+        self._advanced = True
 
     def advance(self, key: UnitKey) -> None:
         held = self._held.get(key) if self.holds_all else None

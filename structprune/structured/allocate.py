@@ -4,7 +4,7 @@ import heapq
 import math
 
 from structprune.errors import UserError
-from structprune.models.adapter import UNIT_KINDS, UnitKey
+from structprune.models.adapter import EXPERTS, UNIT_KINDS, UnitKey
 from structprune.structured.paths import RemovalPath
 from structprune.structured.sizes import BlockSize
 
@@ -14,7 +14,17 @@ Counts = dict[tuple[int, str], int]  # (block, kind) -> removal steps
 def ratio_of(sizes: list[BlockSize], counts: Counts) -> float:
     """Removed share of the parameters of all blocks in `sizes`."""
     removed = sum(size.removed(kind, counts[size.index, kind]) for size in sizes for kind in size.step)
-    return removed / sum(size.total for size in sizes)
+    return (removed + _gone(sizes)) / sum(size.total for size in sizes)
+
+
+def _gone(sizes: list[BlockSize]) -> int:
+    """Parameters of the whole experts that go in any case."""
+    return sum(size.gone for size in sizes)
+
+
+def expert_counts(sizes: list[BlockSize]) -> Counts:
+    """The whole experts that go in any case, by block."""
+    return {(size.index, EXPERTS): size.experts for size in sizes if size.experts}
 
 
 def check_ratio(ratio: float) -> None:
@@ -61,7 +71,9 @@ def split_counts(sizes: list[BlockSize], ratios: list[float], heads: float, mult
     counts: Counts = {}
     mean = sum(ratios) / len(ratios)
     head_debt = parameter_debt = 0.0
-    shares = {size.index: ratio * size.total for size, ratio in zip(sizes, ratios, strict=True)}  # parameters
+    shares = {
+        size.index: ratio * size.total - size.gone for size, ratio in zip(sizes, ratios, strict=True)
+    }  # parameters
     budgets = dict(shares)  # what heads leave of them
     for size, ratio in zip(sizes, ratios):
         if "attention" in size.steps:
@@ -149,7 +161,7 @@ def joint_counts(sizes: list[BlockSize], paths: dict[UnitKey, RemovalPath], rati
         UserError: the blocks cannot lose that much without one being emptied.
     """
     greedy = _Greedy(sizes, paths, multiple)
-    unused = greedy.take(UNIT_KINDS, ratio * sum(size.total for size in sizes))
+    unused = greedy.take(UNIT_KINDS, ratio * sum(size.total for size in sizes) - _gone(sizes))
     if unused > least_step(sizes, multiple):
         raise UserError(f"no plan meets ratio {ratio}: the most is {ratio_of(sizes, greedy.counts):.4f}")
     return greedy.counts
@@ -171,7 +183,7 @@ def ranked_choices(
     Raises:
         UserError: no number of attention steps meets the ratio.
     """
-    budget, choices = ratio * sum(size.total for size in sizes), {}
+    budget, choices = ratio * sum(size.total for size in sizes) - _gone(sizes), {}
     total = most_heads(sizes)
     slack = least_step(sizes, multiple)
     tried = set(range(0, total + 1, max(1, -(-total // most))))

@@ -5,13 +5,14 @@ from dataclasses import dataclass
 
 from structprune.config import StructuredSettings
 from structprune.errors import UserError
-from structprune.models.adapter import UNIT_KINDS, Adapter, UnitKey
+from structprune.models.adapter import EXPERTS, UNIT_KINDS, Adapter, BlockView, UnitKey
 from structprune.structured.allocate import (
     Counts,
     check_ratio,
     chosen_heads,
     depth_ratios,
     equal_heads,
+    expert_counts,
     head_choices,
     joint_counts,
     most_heads,
@@ -41,6 +42,8 @@ class Choice:
         """As plain data: the rule, the measurements, the ratio met, and the removed steps per kind and block."""
         steps = {kind: [self.counts.get((size.index, kind), 0) for size in sizes] for kind in UNIT_KINDS}
         met = {"ratio": ratio_of(sizes, self.counts), "blocks": [size.index for size in sizes]}
+        if experts := expert_counts(sizes):
+            steps[EXPERTS] = [experts.get((size.index, EXPERTS), 0) for size in sizes]
         return {"split": self.split, "measured": self.measured, **met, **steps}
 
 
@@ -54,7 +57,21 @@ def open_blocks(adapter: Adapter, settings: StructuredSettings) -> list[BlockSiz
     first, last = settings.protect_first, settings.protect_last
     if first + last >= count:
         raise UserError(f"protect_first {first} + protect_last {last} leave none of {count} blocks to prune")
-    return [block_size(block, settings.gqa) for block in adapter.blocks[first : count - last]]
+    blocks = adapter.blocks[first : count - last]
+    check_experts(blocks, settings.experts)
+    return [block_size(block, settings.gqa, settings.experts) for block in blocks]
+
+
+def check_experts(blocks: list[BlockView], experts: int) -> None:
+    """Raise UserError where blocks have no `experts` to spare: a token must get as many as before."""
+    if not experts:
+        return
+    mixtures = [block.mixture for block in blocks if block.mixture]
+    if not mixtures:
+        raise UserError(f"structured.experts = {experts}, but no block to prune has experts: leave it out")
+    spare = min(each.experts - each.top_k for each in mixtures)
+    if experts > spare:
+        raise UserError(f"structured.experts = {experts} leaves a token too few to choose from: give 0 to {spare}")
 
 
 def channel_multiple(sizes: list[BlockSize], settings: StructuredSettings) -> int:
@@ -105,6 +122,10 @@ def check_choice(sizes: list[BlockSize], settings: StructuredSettings) -> None:
     """Raise UserError for a ratio, split or rounding that no plan can have, as far as sizes alone tell."""
     check_ratio(settings.ratio)
     check_split(settings)
+    gone = sum(size.gone for size in sizes) / sum(size.total for size in sizes)
+    if gone > settings.ratio:
+        choice = f"structured.experts = {settings.experts} takes a share of {gone:.4f}"
+        raise UserError(f"{choice}, more than ratio {settings.ratio}: lower it, or raise the ratio")
     if settings.allocation != "global":
         choices = candidates(sizes, settings)
         if isinstance(settings.split, int):
@@ -131,8 +152,10 @@ def choose_counts(
     check_split(settings)
     if rule == "joint":
         check_ratio(settings.ratio)
-        return Choice(joint_counts(sizes, paths, settings.ratio, channel_multiple(sizes, settings)), rule, {})
+        counts = joint_counts(sizes, paths, settings.ratio, channel_multiple(sizes, settings))
+        return Choice(counts | expert_counts(sizes), rule, {})
     choices = candidates(sizes, settings, paths)
+    choices = {heads: counts | expert_counts(sizes) for heads, counts in choices.items()}
     losses: dict[int, float] = {}
     if isinstance(rule, int):
         heads = chosen_heads(rule, choices)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from structprune.errors import UserError
 from structprune.files import whole_file
-from structprune.models.adapter import UNIT_KINDS, Adapter, UnitKey, Widths
+from structprune.models.adapter import EXPERTS, UNIT_KINDS, Adapter, BlockView, ExpertWidths, UnitKey, Widths
 from structprune.models.checkpoint_files import read_json
 from structprune.structured.allocate import Counts
 from structprune.structured.paths import RemovalPath
@@ -16,15 +16,33 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """Kept indices of one block, sorted; without heads its attention goes, without channels its MLP."""
+    """Kept indices of one block, sorted; without heads its attention goes, without channels its MLP.
+
+    Of a mixture, `experts` are those that stay, and channel c of expert e has number e M + c, M channels each.
+    """
 
     query_heads: tuple[int, ...]
     kv_heads: tuple[int, ...]
     channels: tuple[int, ...]
+    experts: tuple[int, ...] = ()
 
     @property
     def widths(self) -> Widths:
+        """The numbers of units; of a mixture see `left_of`."""
         return Widths(len(self.query_heads), len(self.kv_heads), len(self.channels))
+
+    def left_of(self, before: Widths) -> Widths:
+        """What is left of a block of these widths."""
+        if not isinstance(before, ExpertWidths):
+            return self.widths
+        heads, kv_heads, channels = len(self.query_heads), len(self.kv_heads), len(self.channels)
+        each = channels // max(1, len(self.experts))
+        return ExpertWidths(heads, kv_heads, each, experts=len(self.experts), shared=before.shared)
+
+    def of_expert(self, expert: int, size: int) -> tuple[int, ...]:
+        """The kept channels of an expert of `size`, by their numbers in it."""
+        own = range(expert * size, (expert + 1) * size)
+        return tuple(channel - own.start for channel in self.channels if channel in own)
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -61,7 +79,8 @@ class Plan:
         head = {"format": FORMAT, "family": self.family, "notes": self.notes}
         lines = [json.dumps(head, indent=1)[:-2] + ',\n "blocks": [']
         for index, block in enumerate(self.blocks):
-            body = ",\n   ".join(f'"{key}": {json.dumps(list(value))}' for key, value in asdict(block).items())
+            lists = {key: value for key, value in asdict(block).items() if key != "experts" or value}
+            body = ",\n   ".join(f'"{key}": {json.dumps(list(value))}' for key, value in lists.items())
             lines.append("  {" + body + "}" + ("," if index + 1 < len(self.blocks) else ""))
         return "\n".join(lines) + "\n ]\n}\n"
 
@@ -84,7 +103,7 @@ class Plan:
         for index, entry in enumerate(values["blocks"]):
             lists = {}
             for key in BlockPlan.__dataclass_fields__:
-                units = entry.get(key) if isinstance(entry, dict) else None
+                units = entry.get(key, [] if key == "experts" else None) if isinstance(entry, dict) else None
                 if not isinstance(units, list) or not all(type(unit) is int for unit in units):
                     raise UserError(f"{path}: block {index} has no list of integers '{key}': add it")
                 lists[key] = tuple(units)
@@ -105,11 +124,32 @@ class Plan:
             raise UserError(f"the plan has {len(self.blocks)} blocks, the model {len(adapter.blocks)}: {remedy}")
         for kept, block in zip(self.blocks, adapter.blocks):
             for key, units in asdict(kept).items():
-                _check_indices(units, getattr(block.widths, key), f"the plan's block {block.index}: {key}")
+                _check_indices(units, unit_count(block.widths, key), f"the plan's block {block.index}: {key}")
             _check_heads(kept, block.widths, block.index)
+            if block.mixture:
+                _check_mixture(kept, block, block.mixture.top_k)
         for kind, name in (("attention", "attention"), ("channels", "an MLP")):
             if not any(kind in kept.kinds for kept in self.blocks):
                 raise UserError(f"the plan leaves no block with {name}: keep it in one block at least")
+
+
+def unit_count(widths: Widths, key: str) -> int:
+    """How many units a block has under a key of `BlockPlan`."""
+    experts = getattr(widths, EXPERTS, 0)
+    return experts if key == EXPERTS else getattr(widths, key) * (max(1, experts) if key == "channels" else 1)
+
+
+def _check_mixture(kept: BlockPlan, block: BlockView, least: int) -> None:
+    """Raise UserError where experts keep unequal numbers of channels, or a token has too few to choose from."""
+    where = f"the plan's block {block.index}"
+    if not kept.channels:
+        return
+    size = block.widths.channels
+    counts = {expert: len(kept.of_expert(expert, size)) for expert in kept.experts}
+    if len(set(counts.values())) != 1 or sum(counts.values()) != len(kept.channels):
+        raise UserError(f"{where}: experts keep unequal numbers of channels, or channels of experts that go")
+    if len(counts) < least:
+        raise UserError(f"{where} keeps {len(counts)} experts, of which a token gets {least}: keep at least as many")
 
 
 def _check_indices(units: tuple[int, ...], width: int, where: str) -> None:
@@ -144,7 +184,7 @@ def _check_heads(kept: BlockPlan, widths: Widths, index: int) -> None:
 def identity_plan(adapter: Adapter) -> Plan:
     """The plan that keeps everything."""
     widths = [block.widths for block in adapter.blocks]
-    sizes = [(each.query_heads, each.kv_heads, each.channels) for each in widths]
+    sizes = [[unit_count(each, key) for key in BlockPlan.__dataclass_fields__] for each in widths]
     return Plan(adapter.family.name, tuple(BlockPlan(*(tuple(range(size)) for size in each)) for each in sizes))
 
 
@@ -157,8 +197,11 @@ def make_plan(
         widths = adapter.blocks[index].widths
         units = set(paths[index, kind].removed(steps))
         if kind == "channels":
-            channels = tuple(channel for channel in range(widths.channels) if channel not in units)
+            channels = tuple(channel for channel in blocks[index].channels if channel not in units)
             blocks[index] = replace(blocks[index], channels=channels)
+            continue
+        if kind == EXPERTS:
+            blocks[index] = _without_experts(blocks[index], units, widths.channels)
             continue
         per = widths.query_heads // widths.kv_heads
         groups = per == 1 or form == "kv_groups"  # units are KV heads with all their query heads
@@ -168,6 +211,12 @@ def make_plan(
             kv_heads=_kept_kv_heads(widths, units, groups),
         )
     return Plan(adapter.family.name, tuple(blocks), notes or {})
+
+
+def _without_experts(kept: BlockPlan, experts: set[int], size: int) -> BlockPlan:
+    """A block's plan without some experts, of `size` channels each."""
+    channels = tuple(channel for channel in kept.channels if channel // size not in experts)
+    return replace(kept, channels=channels, experts=tuple(each for each in kept.experts if each not in experts))
 
 
 def _kept_kv_heads(widths: Widths, units: set[int], groups: bool) -> tuple[int, ...]:

@@ -9,18 +9,21 @@ import torch
 
 from structprune.config import StructuredSettings
 from structprune.errors import UserError
-from structprune.models.adapter import CONSUMER, BlockView, UnitKey
+from structprune.models.adapter import CONSUMER, EXPERTS, Adapter, BlockView, UnitKey
+from structprune.models.experts_structprune import MLP_ROLES, role_and_part, role_of
 from structprune.models.journal import NOWHERE, Journal
 from structprune.models.placement import give_back_memory
 from structprune.statistics.activations import Moments, add_gram, mirror, relative_weight
+from structprune.statistics.experts import expert_shares
 from structprune.statistics.gradients import gradient_sums
 from structprune.statistics.hidden import HiddenStates
+from structprune.statistics.inputs import block_output, inputs_after_attention
 from structprune.statistics.moments import consumer_moments
 from structprune.statistics.overflow import overflow, place
 from structprune.statistics.pass_parts import MASS
 from structprune.statistics.rows import Rows, observe_own, scan_rows, whole_mass
 from structprune.statistics.scan import Scan
-from structprune.structured.paths import RemovalPath, path_of, path_tensors
+from structprune.structured.paths import RemovalPath, path_of, path_tensors, static_path
 from structprune.structured.scores.table import SCORES
 from structprune.structured.units import Tensors, Units, all_units, block_tensors, coupled_slices
 
@@ -54,11 +57,16 @@ def rank_units(scan: Scan, settings: StructuredSettings, arm: str | None, journa
         return path
 
     if score.needs == "weights":
-        return _rank_weights(scan, settings, rank)
-    assert arm is not None, f"score {settings.score} reads activations"
-    if score.needs == "grams":  # block by block
-        return _rank_grams(scan, (settings, arm), rank, journal)
-    return _journaled(scan, journal, lambda watched: COLLECTORS[score.needs](watched, settings, arm, rank))
+        paths = _rank_weights(scan, settings, rank)
+    else:
+        assert arm is not None, f"score {settings.score} reads activations"
+        if score.needs == "grams":  # block by block
+            paths = _rank_grams(scan, (settings, arm), rank, journal)
+        else:
+            collect = COLLECTORS[score.needs]
+            paths = _journaled(scan, journal, lambda watched: collect(watched, settings, arm, rank))
+    paths = joined(paths, scan.adapter)
+    return paths | expert_paths(scan, arm, journal.within("experts", "shares")) if settings.experts else paths
 
 
 def _journaled(scan: Scan, journal: Journal, collect: Callable[[Scan], Paths]) -> Paths:
@@ -118,7 +126,8 @@ def _rank_moments(scan: Scan, settings: StructuredSettings, arm: str, rank: Rank
     every = all_units(scan.adapter.blocks, settings.gqa)
     paths = {}
     for units in every:
-        paths[units.key] = rank(units, measured[units.block.index, CONSUMER[units.kind]])
+        own = measured[units.block.index, units.consumer]
+        paths[units.key] = rank(units, own if own.weight > 0 else even_moments(own))
         give_back_memory()
     return paths
 
@@ -162,7 +171,7 @@ def _rank_blocks(
     """The paths of some blocks, as tensors on CPU; Gram matrices are freed as soon as they are used."""
     ranked = []
     for block, grams in group:
-        paths = {units.key: rank(units, grams.pop(units.kind)) for units in all_units([block], settings.gqa)}
+        paths = {units.key: rank(units, grams.pop(units.key[1])) for units in all_units([block], settings.gqa)}
         ranked.append({name: tensor.cpu() for name, tensor in _tensors_of(paths).items()})
         give_back_memory()
     return ranked
@@ -174,15 +183,18 @@ def _advance(block: BlockView, states: HiddenStates) -> None:
         x = states.read(part)  # (b, T, C)
         for kind in block.kinds:
             x = x + block[CONSUMER[kind]](block.consumed(kind, x, states.sight))  # (b, T, C)
-        states.write(part, x)
+        states.write(part, block.mixture.add_mlp(x) if block.mixture else x)
 
 
 def _advance_with_grams(block: BlockView, states: HiddenStates, rows: Rows, relative: bool, scan: Scan) -> Grams:
     """Run one block over all rows; by kind, the mean of x̃ x̃ᵀ over the rows of all processes, (C, C)."""
     device = scan.adapter.device
-    sizes = {kind: block[CONSUMER[kind]].in_features for kind in block.kinds}
+    sizes = {
+        role_of(kind, part): block[role_of(CONSUMER[kind], part)].in_features
+        for kind, part in [(kind, "") for kind in block.kinds] + [("channels", part) for part in block.expert_parts]
+    }
     grams = {kind: torch.zeros(size, size, device=device) for kind, size in sizes.items()}  # (C, C)
-    totals = {kind: torch.zeros((), dtype=torch.float64, device=device) for kind in block.kinds}  # Σ ω², on the device
+    totals = {kind: torch.zeros((), dtype=torch.float64, device=device) for kind in sizes}  # Σ ω², on the device
     for part in states.slices():
         x, omega = states.read(part), rows.part(part, device)  # (b, T, C), (b, T)
         for kind in block.kinds:
@@ -191,9 +203,27 @@ def _advance_with_grams(block: BlockView, states: HiddenStates, rows: Rows, rela
             add_gram(grams[kind], read, weight)
             totals[kind] += x.shape[0] * x.shape[1] if weight is None else weight.double().pow(2).sum()
             x = x + block[CONSUMER[kind]](read)  # (b, T, C)
+        if block.mixture:
+            weight = relative_weight(x, omega) if relative else omega  # (b, T)
+            x = _add_expert_grams(block, x, weight, grams, totals)
         states.write(part, x)
     scan.workers.add_up(*grams.values(), *totals.values())
-    return {kind: mirror(gram).div_(totals[kind]) for kind, gram in grams.items()}
+    empty = {kind for kind, total in totals.items() if total == 0}  # of experts that see no token
+    return {kind: torch.eye(len(gram), device=device) if kind in empty else mirror(gram).div_(totals[kind])
+            for kind, gram in grams.items()}  # fmt: skip
+
+
+def _add_expert_grams(
+    block: BlockView, x: torch.Tensor, weight: torch.Tensor | None, grams: Grams, totals: Grams
+) -> torch.Tensor:
+    """The stream (b, T, C) after a mixture; what the experts' down projections read is added to the sums, in place."""
+    inputs = inputs_after_attention(block, x)
+    for expert in block.expert_parts:
+        name, kind = role_of("activated", expert), role_of("channels", expert)
+        omega = None if weight is None else weight.flatten()[inputs.tokens[name]]  # (m,)
+        add_gram(grams[kind], inputs.read[name], omega)
+        totals[kind] += len(inputs.tokens[name]) if omega is None else omega.double().pow(2).sum()
+    return block_output(block, inputs)
 
 
 def _rank_gradients(scan: Scan, settings: StructuredSettings, arm: str, rank: Rank) -> Paths:
@@ -211,6 +241,48 @@ def _rank_gradients(scan: Scan, settings: StructuredSettings, arm: str, rank: Ra
         products[index][key] = total.mul_(value.detach())
     every = all_units(scan.adapter.blocks, settings.gqa)
     return {units.key: rank(units, coupled_slices(units, products[units.block.index])) for units in every}
+
+
+def expert_paths(scan: Scan, arm: str | None, journal: Journal) -> Paths:
+    """Whole experts, those first that add least to the stream; without activations those of least weight."""
+    if arm is None:
+        blocks = [block for block in scan.adapter.blocks if block.mixture]
+        shares = {block.index: torch.tensor([_power(block, part) for part in block.expert_parts]) for block in blocks}
+    elif kept := journal.read("shares"):
+        shares = {int(index): value for index, value in kept.tensors.items()}
+    else:
+        shares = expert_shares(scan, arm)
+        journal.keep("shares", {str(index): value for index, value in shares.items()})
+    return {(index, EXPERTS): static_path(share, [range(len(share))]) for index, share in shares.items()}  # (E,)
+
+
+def _power(block: BlockView, part: str) -> float:
+    """The squared norm of an expert's weights."""
+    return sum(block[role_of(role, part)].weight.double().pow(2).sum().item() for role in MLP_ROLES)
+
+
+def even_moments(moments: Moments) -> Moments:
+    """Moments under which a score goes by the weights alone, for an expert that sees no token."""
+    one = torch.ones_like(moments.mean)  # (C,)
+    return Moments(one[0], torch.zeros_like(one), one)
+
+
+def joined(paths: Paths, adapter: Adapter) -> Paths:
+    """One path for the channels of all experts of a block: a step takes the next channel of each.
+
+    Channels of expert e of M each are numbered from e M on. Costs are added, ranks averaged.
+    """
+    result = {key: path for key, path in paths.items() if not role_and_part(key[1])[1]}
+    for block in adapter.blocks:
+        own = [paths[key] for part in block.expert_parts if (key := (block.index, role_of("channels", part))) in paths]
+        if own:
+            size = block.widths.channels
+            steps = zip(*(path.steps for path in own))
+            numbered = tuple(tuple(e * size + unit for e, (unit,) in enumerate(step)) for step in steps)
+            ranks = [path.rank for path in own if path.rank is not None]
+            cost = torch.stack([path.cost for path in own]).sum(0)  # (M,)
+            result[block.index, "channels"] = RemovalPath(numbered, cost, torch.stack(ranks).mean(0) if ranks else None)
+    return result
 
 
 COLLECTORS = {"moments": _rank_moments, "gradients": _rank_gradients}

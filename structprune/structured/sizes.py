@@ -4,14 +4,17 @@ from dataclasses import dataclass, replace
 
 from structprune.models.adapter import (
     CONSUMER,
+    EXPERTS,
     READERS,
     STREAM_READERS,
     UNIT_KINDS,
     Adapter,
     BlockView,
+    ExpertWidths,
     UnitKey,
     Widths,
 )
+from structprune.models.experts_structprune import role_and_part
 from structprune.structured.units import block_groups, block_tensors
 
 WIDE_STEPS = 16  # rounding to n needs an MLP of at least this many times n
@@ -27,17 +30,23 @@ class BlockSize:
     step: dict[str, int]  # kind -> parameters that one removal step takes
     steps: dict[str, int]  # kind -> number of steps; all of them take the whole attention or MLP
     whole: dict[str, int]  # kind -> parameters of the whole attention or MLP, keys and values of shared heads included
+    experts: int = 0  # whole experts that go in any case
+    gone: int = 0  # their parameters
 
     def removed(self, kind: str, steps: int) -> int:
         """Parameters that `steps` removal steps take."""
         return self.whole[kind] if steps == self.steps[kind] else steps * self.step[kind]
 
 
-def block_size(block: BlockView, form: str) -> BlockSize:
-    """Sizes of one block for the attention unit `form` (`query_heads` or `kv_groups`)."""
-    groups = {kind: block_groups(block, kind, form) for kind in block.kinds}
+def block_size(block: BlockView, form: str, experts: int = 0) -> BlockSize:
+    """Sizes of one block for the attention unit `form` (`query_heads` or `kv_groups`).
+
+    Args:
+        experts: so many experts of a mixture go whole; a step then takes one channel of each of the others.
+    """
+    groups = {kind: block_groups(block, kind, form) for kind in block.cut_kinds}
     steps = {kind: len(group[0]) for kind, group in groups.items()}
-    step, whole = {}, {}
+    step, whole, gone = {}, {}, 0
     tensors = block_tensors(block)
     for kind in block.kinds:
         readers = READERS[STREAM_READERS[kind]]
@@ -46,20 +55,28 @@ def block_size(block: BlockView, form: str) -> BlockSize:
         cut = sum(value.numel() for (role, _), value in tensors.items() if role in rows)
         step[kind] = (cut + block[CONSUMER[kind]].weight.numel()) // steps[kind]
         whole[kind] = sum(value.numel() for (role, _), value in tensors.items() if role in (*readers, CONSUMER[kind]))
-    return BlockSize(block.index, sum(whole.values()), step, steps, whole)
+    if block.mixture:
+        mlp = sum(value.numel() for (role, _), value in tensors.items() if role_and_part(role)[1])
+        expert = sum(value.numel() for (role, _), value in tensors.items() if role_and_part(role)[1] == "0")
+        gone, left = expert * experts, expert * (len(block.expert_parts) - experts)
+        step["channels"], whole["channels"] = left // steps["channels"], mlp - gone
+    return BlockSize(block.index, sum(whole.values()) + gone, step, steps, whole, experts if gone else 0, gone)
 
 
 def widths_after(widths: Widths, counts: dict[UnitKey, int], index: int, form: str) -> Widths:
     """The widths of block `index` after its removal steps in `counts`; unchanged where it has none."""
     steps, channels = (counts.get((index, kind), 0) for kind in UNIT_KINDS)
+    widths = replace(widths, channels=widths.channels - channels)
+    if isinstance(widths, ExpertWidths):
+        widths = replace(widths, experts=widths.experts - counts.get((index, EXPERTS), 0))
     if not steps:
-        return replace(widths, channels=widths.channels - channels)
+        return widths
     per = widths.query_heads // widths.kv_heads  # query heads per KV head
     if per == 1 or form == "kv_groups":
         query_heads, kv_heads = widths.query_heads - per * steps, widths.kv_heads - steps
     else:
         query_heads, kv_heads = widths.query_heads - widths.kv_heads * steps, widths.kv_heads
-    return Widths(query_heads, kv_heads, widths.channels - channels)
+    return replace(widths, query_heads=query_heads, kv_heads=kv_heads)
 
 
 def rounding(width: int, multiple: str | int) -> int:
@@ -71,7 +88,16 @@ def rounding(width: int, multiple: str | int) -> int:
 
 def forward_macs(adapter: Adapter, length: int) -> int:
     """Multiply-accumulates of one forward pass over one sequence of `length` tokens, head and attention included."""
-    linears = sum(block[role].weight.numel() for block in adapter.blocks for role in block.names)
+    linears = sum(active_weights(block) for block in adapter.blocks)
     head = adapter.vocabulary * adapter.hidden_size
     scores = sum(2 * block.widths.query_heads * adapter.head_dim * length for block in adapter.blocks)
     return length * (linears + head + scores)
+
+
+def active_weights(block: BlockView) -> int:
+    """Weights of a block's linears that a token goes through: of experts, those of as many as it gets."""
+    sizes = {role: block[role].weight.numel() for role in block.names}
+    if block.mixture is None:
+        return sum(sizes.values())
+    own = sum(size for role, size in sizes.items() if role_and_part(role)[1] in block.expert_parts)
+    return sum(sizes.values()) - own + own * block.mixture.top_k // block.mixture.experts

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from structprune.models.adapter import Adapter, BlockView, UnitKey, set_widths
+from structprune.models.experts_structprune import MLP_ROLES, role_of
 from structprune.models.maps import in_place_of
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.placement import give_back_memory
@@ -19,7 +20,7 @@ def expand(units: tuple[int, ...], width: int) -> torch.Tensor:
 def pruned_config(model: DiffusionLM, plan: Plan, output_bias: bool = False):
     """The model's configuration with the plan's widths and depth, and biases on both consumers if `output_bias`."""
     adapter = Adapter(model)
-    widths = [plan.blocks[index].widths for index in plan.remaining]
+    widths = [plan.blocks[index].left_of(adapter.blocks[index].widths) for index in plan.remaining]
     values = set_widths(model.config.to_dict(), adapter.family, widths)
     config = adapter.family.config_class(**values)
     config.dtype = adapter.dtype
@@ -53,17 +54,9 @@ def apply_plan(
     coupled = coupled_units(model) if coupled is None else coupled
     state = dict(model.state_dict())
     for block, kept in zip(adapter.blocks, plan.blocks, strict=True):
-        if kept.widths == block.widths:
-            continue
-        for kind in kept.kinds:
-            members = coupled[block.index, kind]
-            for name in sorted(members.outputs | members.inputs):
-                module = model.get_submodule(name)
-                assert isinstance(module, nn.Linear)
-                units = kept.channels if kind == "channels" else _heads(module, name in members.inputs, block, kept)
-                index = expand(units, 1 if kind == "channels" else block.head_dim).to(module.weight.device)
-                _cut(state, name, index, name in members.inputs)
-        give_back_memory()
+        if kept.left_of(block.widths) != block.widths:
+            _cut_block(state, model, block, kept, coupled)
+            give_back_memory()
     kept_state = {}
     for name, tensor in small.state_dict().items():
         source = _dense_name(name, adapter.family.blocks, plan.remaining)
@@ -77,6 +70,45 @@ def apply_plan(
     small.load_state_dict(kept_state, assign=True)
     small.source = getattr(model, "source", None)
     return small.eval()
+
+
+def _cut_block(
+    state: dict[str, torch.Tensor], model: DiffusionLM, block: BlockView, kept: BlockPlan, coupled: dict
+) -> None:
+    """Slice all tensors of a block in `state` that lose something."""
+    for kind, part in kept_parts(block, kept):
+        members = coupled[block.index, role_of(kind, part)]
+        for name in sorted(members.outputs | members.inputs):
+            module = model.get_submodule(name)
+            assert isinstance(module, nn.Linear)
+            units = kept.channels if kind == "channels" else _heads(module, name in members.inputs, block, kept)
+            units = kept.of_expert(int(part), block.widths.channels) if part else units
+            index = expand(units, 1 if kind == "channels" else block.head_dim).to(module.weight.device)
+            _cut(state, name, index, name in members.inputs)
+    if block.mixture and kept.channels:
+        _keep_experts(state, block, kept.experts)
+
+
+def kept_parts(block: BlockView, kept: BlockPlan) -> list[tuple[str, str]]:
+    """(kind of unit, expert) of all that stays in part or whole; the expert is "" but for channels of a mixture."""
+    if not block.mixture:
+        return [(kind, "") for kind in kept.kinds]
+    experts = kept.experts if kept.channels else ()
+    return [(kind, "") for kind in kept.kinds if kind != "channels"] + [("channels", str(each)) for each in experts]
+
+
+def _keep_experts(state: dict[str, torch.Tensor], block: BlockView, experts: tuple[int, ...]) -> None:
+    """Number the experts that stay anew in `state`, and keep their rows of the router."""
+    if len(experts) == len(block.expert_parts):
+        return
+    router, index = f"{block.name}.{block.module.roles['router']}.", torch.tensor(experts)
+    for name in [name for name in state if name.startswith(router)]:
+        state[name] = in_place_of(state[name], state[name][index.to(state[name].device)].contiguous())  # (E, C) or (E,)
+    for new, old in enumerate(experts):  # in rising order, so that none is overwritten before it is read
+        for role in MLP_ROLES:
+            names = (f"{block.names[role_of(role, str(number))]}.weight" for number in (new, old))
+            target, source = names
+            state[target] = state[source]
 
 
 def _dense_name(name: str, blocks: str, remaining: tuple[int, ...]) -> str:

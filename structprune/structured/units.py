@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from structprune.models.adapter import CONSUMER, BlockView, UnitKey
+from structprune.models.experts_structprune import role_of
 from structprune.structured.paths import step_groups
 
 Tensors = dict[tuple[str, str], torch.Tensor]  # (role, "weight" or "bias") -> a tensor of that parameter's shape
@@ -12,20 +13,27 @@ Tensors = dict[tuple[str, str], torch.Tensor]  # (role, "weight" or "bias") -> a
 
 @dataclass(frozen=True, eq=False)
 class Units:
-    """The units of one kind in one block."""
+    """The units of one kind in one block, or in one of its experts."""
 
     block: BlockView
     kind: str  # "attention" or "channels"
     groups: list[list[int]]  # unit indices; a removal step takes one unit of every group (`paths.step_groups`)
     form: str  # the attention unit, `query_heads` or `kv_groups`
+    part: str = ""  # number of the expert that the channels are of
 
     @classmethod
-    def of(cls, block: BlockView, kind: str, form: str) -> "Units":
-        return cls(block, kind, block_groups(block, kind, form), form)
+    def of(cls, block: BlockView, kind: str, form: str, part: str = "") -> "Units":
+        return cls(block, kind, block_groups(block, kind, form), form, part)
 
     @property
     def key(self) -> UnitKey:
-        return self.block.index, self.kind
+        """Of an expert's channels the kind bears its number: "channels.3"."""
+        return self.block.index, role_of(self.kind, self.part)
+
+    @property
+    def consumer(self) -> str:
+        """The role of the linear that reads the units."""
+        return role_of(CONSUMER[self.kind], self.part)
 
     @property
     def count(self) -> int:
@@ -35,7 +43,7 @@ class Units:
     @property
     def weight(self) -> torch.Tensor:
         """(O, C) weight of the consumer, C = `count` * `width`."""
-        return self.block[CONSUMER[self.kind]].weight.detach()
+        return self.block[self.consumer].weight.detach()
 
     @property
     def width(self) -> int:
@@ -44,12 +52,19 @@ class Units:
 
 
 def all_units(blocks: list[BlockView], form: str) -> list[Units]:
-    """The units of every block and kind, in the order of the forward pass."""
-    return [Units.of(block, kind, form) for block in blocks for kind in block.kinds]
+    """The units of every block, kind and expert, in the order of the forward pass."""
+    units = []
+    for block in blocks:
+        units += [Units.of(block, kind, form) for kind in block.kinds]
+        units += [Units.of(block, "channels", form, part) for part in block.expert_parts]
+    return units
 
 
 def block_groups(block: BlockView, kind: str, form: str) -> list[list[int]]:
-    """Units of one kind in step groups: one group per KV head for query heads of a GQA block, else one group."""
+    """Units of one kind in step groups: one group per KV head for query heads of a GQA block, else one group.
+
+    Channels are those of the MLP, or of one expert.
+    """
     widths = block.widths
     if kind == "channels":
         return step_groups(widths.channels, 1)
@@ -66,13 +81,13 @@ def coupled_slices(units: Units, tensors: Tensors) -> list[torch.Tensor]:
     """
     widths = units.block.widths
     if units.kind == "channels":
-        rows: tuple[str, ...] = ("gate", "up")
+        rows: tuple[str, ...] = (role_of("gate", units.part), role_of("up", units.part))
     elif units.form == "kv_groups" or widths.query_heads == widths.kv_heads:
         rows = ("query", "key", "value")
     else:
         rows = ("query",)
     parts = [tensors[key].reshape(units.count, -1) for key in tensors if key[0] in rows]  # (U, n)
-    return [*parts, tensors[CONSUMER[units.kind], "weight"].T.reshape(units.count, -1)]
+    return [*parts, tensors[units.consumer, "weight"].T.reshape(units.count, -1)]
 
 
 def block_tensors(block: BlockView) -> Tensors:
