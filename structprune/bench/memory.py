@@ -212,7 +212,8 @@ def _refit_bytes(
     # fp64: a factor beside what it is made of or its copy; the weight, the best one, and the gap, twice, with what it
     # becomes. Measured on CPU at K = 2048
     solve = 16 * remaining * remaining + 40 * remaining * outputs
-    consumer = 8 * remaining * (remaining + outputs) + max(at_once, solve) + one
+    copies = max(max(1, len(block.expert_parts)) for block in side.blocks)  # all experts of a block are summed at once
+    consumer = 8 * copies * remaining * (remaining + outputs) + max(at_once, solve) + one
     producers = _producer_bytes(side, at_once) if request.reconstruct.producers else 0
     walked = max(consumer, producers) + targets + split
     if request.reconstruct.weighting != "gradient":

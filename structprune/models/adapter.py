@@ -103,7 +103,12 @@ class BlockView:
         return cast(ExpertBlock, self.module) if self.module.parts else None
 
     def half(self, kind: str) -> dict[str, nn.Linear]:
-        """Role -> the linears of a kind's half of the block: those that read the residual stream, and the consumer."""
+        """Role -> the linears of a kind's half of the block: those that read the residual stream, and the consumer.
+
+        Of `EXPERTS` the down projections alone, which a refit changes.
+        """
+        if kind == EXPERTS:
+            return {role: self[role] for role in (role_of("down", part) for part in self.expert_parts)}
         return {role: self[role] for role in (*self.readers[STREAM_READERS[kind]], CONSUMER[kind])}
 
     @property

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from structprune.errors import UserError
+from structprune.models.maps import in_place_of
 from structprune.statistics.activations import add_gram, add_products, mirror
 from structprune.statistics.overflow import place
 from structprune.workers import ALONE, Workers
@@ -117,3 +118,15 @@ class RowSums:
         gram = mirror(self._gram)
         power = {role: float(total) for role, total in self._power.items()}
         return InputProducts(gram, gram if self._cross is None else self._cross, power)
+
+
+def set_weight(linear: nn.Linear, weight: torch.Tensor, constant: bool) -> None:
+    """Give a linear new weights (O, C), and with a constant feature a bias from the last column of (O, C + 1)."""
+    linear.weight = as_parameter(weight[:, :-1] if constant else weight, linear.weight)
+    if constant:
+        linear.bias = as_parameter(weight[:, -1], linear.bias)
+
+
+def as_parameter(value: torch.Tensor, like: torch.Tensor) -> nn.Parameter:
+    """A parameter in the dtype and on the device of another."""
+    return nn.Parameter(in_place_of(like, value), requires_grad=like.requires_grad)

@@ -3,17 +3,17 @@
 Shapes: O outputs, C all input channels, K remaining ones.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 import torch
 
 from structprune.config import ReconstructSettings
-from structprune.models.adapter import Adapter, BlockView, UnitKey
+from structprune.models.adapter import EXPERTS, Adapter, BlockView, UnitKey
 from structprune.models.journal import NOWHERE, Journal
-from structprune.models.maps import in_place_of
 from structprune.models.modeling_structprune import DiffusionLM
-from structprune.refit.products import UNCHANGED, LayerFit
+from structprune.refit.experts import MixturePlace
+from structprune.refit.products import UNCHANGED, LayerFit, as_parameter, set_weight
 from structprune.refit.solve import choose
 from structprune.refit.walk import Place, Walk, has_constant
 from structprune.statistics.residual import ResidualRun
@@ -42,11 +42,13 @@ class Reconstructor:
         remaining: Sequence[int] | None = None,
         producers: bool = True,
         journal: Journal = NOWHERE,
+        experts: Mapping[int, Sequence[int]] | None = None,
     ) -> list[LayerFit]:
         """Refit every consumer of a cut model in place; they need biases where a constant feature is used.
 
         Args:
             remaining: the dense model's index of every block of `small` (`Plan.remaining`); None where all are there.
+            experts: the experts that are left of every block of the dense model (`Plan.experts`); None: all.
             producers: refit what the settings ask for; False: of each half of a block the consumer alone.
             journal: of this refit; what it has is not computed again.
         Returns:
@@ -55,9 +57,12 @@ class Reconstructor:
             ValueError: not one index for every block.
         """
         fits, run = [], None
-        for place in self.walk.places(small, remaining):
+        for place in self.walk.places(small, remaining, experts=experts):
             own = restore(place.small, place.key, journal)
-            if own is None:
+            if own is None and isinstance(place, MixturePlace):
+                own = place.refit()
+                keep(place.small, place.key, own, journal)
+            elif own is None:
                 own = refit_producers(place) if producers and self.settings.producers and not place.first else []
                 own.append(self._refit_consumer(place))
                 keep(place.small, place.key, own, journal)
@@ -84,14 +89,19 @@ def finished(dense: Adapter, small: DiffusionLM, remaining: Sequence[int] | None
     """
     indices = range(len(dense.blocks)) if remaining is None else remaining
     blocks = list(zip(indices, Adapter(small).blocks, strict=True))
-    keys = [(index, kind) for index, block in blocks for kind in block.kinds]
+    keys = [(index, kind) for index, block in blocks for kind in refit_kinds(block)]
     if journal.directory is None or not all(journal.has(part_name(key)) for key in keys):
         return None
     fits: list[LayerFit] = []
     for index, block in blocks:
-        for kind in block.kinds:
+        for kind in refit_kinds(block):
             fits += restore(block, (index, kind), journal) or []
     return fits
+
+
+def refit_kinds(block: BlockView) -> tuple[str, ...]:
+    """The places of a block that are refitted."""
+    return (*block.kinds, EXPERTS) if block.mixture else block.kinds
 
 
 def keep(block: BlockView, key: UnitKey, fits: list[LayerFit], journal: Journal) -> None:
@@ -123,9 +133,9 @@ def restore(block: BlockView, key: UnitKey, journal: Journal) -> list[LayerFit] 
     if kept is None:
         return None
     for role, linear in block.half(key[1]).items():
-        linear.weight = _parameter(kept.tensors[f"{role}.weight"], linear.weight)
+        linear.weight = as_parameter(kept.tensors[f"{role}.weight"], linear.weight)
         if linear.bias is not None:
-            linear.bias = _parameter(kept.tensors[f"{role}.bias"], linear.bias)
+            linear.bias = as_parameter(kept.tensors[f"{role}.bias"], linear.bias)
     journal.map_weights(part_name(key), _weights(block, key[1]))
     return [LayerFit(**fit) for fit in kept.notes]
 
@@ -173,14 +183,3 @@ def augmented(linear: torch.nn.Linear, constant: bool) -> torch.Tensor:
         return weight
     bias = linear.bias.double() if linear.bias is not None else torch.zeros_like(weight[:, 0])  # (O,)
     return torch.cat((weight, bias[:, None]), dim=1)
-
-
-def set_weight(linear: torch.nn.Linear, weight: torch.Tensor, constant: bool) -> None:
-    """Give a linear new weights (O, C), and with a constant feature a bias from the last column of (O, C + 1)."""
-    linear.weight = _parameter(weight[:, :-1] if constant else weight, linear.weight)
-    if constant:
-        linear.bias = _parameter(weight[:, -1], linear.bias)
-
-
-def _parameter(value: torch.Tensor, like: torch.Tensor) -> torch.nn.Parameter:
-    return torch.nn.Parameter(in_place_of(like, value), requires_grad=like.requires_grad)

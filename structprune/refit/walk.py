@@ -5,8 +5,9 @@ Shapes: R sequences of T tokens, b of a batch, O outputs, C input channels, K re
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -14,6 +15,7 @@ from structprune.config import ReconstructSettings
 from structprune.models.adapter import CONSUMER, STREAM_READERS, Adapter, BlockView, UnitKey
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.placement import give_back_memory
+from structprune.refit.experts import MixturePlace
 from structprune.refit.products import InputProducts, Products, RowSums
 from structprune.refit.row_weights import WeightedRows
 from structprune.statistics.activations import add_gram, add_products, mirror, relative_weight
@@ -52,7 +54,8 @@ class Walk:
         remaining: Sequence[int] | None = None,
         title: str = "refit",
         last: int | None = None,
-    ) -> Iterator["Place"]:
+        experts: Mapping[int, Sequence[int]] | None = None,
+    ) -> Iterator[Any]:
         """Every consumer of a cut model, in the order of the forward pass.
 
         The weights that a place has when the next one is asked for are those its output is computed with.
@@ -61,6 +64,9 @@ class Walk:
             remaining: the dense model's index of every block of `small` (`Plan.remaining`); None where all are there.
             title: of the progress bar over blocks.
             last: the dense model's index of the last block whose attention counts; None: of the last that has one.
+            experts: the experts that are left of every block of the dense model (`Plan.experts`); None: all.
+        Returns:
+            A `Place` for each, and a `MixturePlace` for all experts of a block.
         Raises:
             ValueError: not one index for every block.
         """
@@ -80,9 +86,12 @@ class Walk:
                 first = False
                 if self.settings.target != "layer":  # also past what the small model lacks
                     self.targets.advance((block.index, kind))
-            if block.mixture:  # experts are not refitted
+            if block.mixture:
                 first = False
-                if left is not None:
+                if left is not None and left.mixture:
+                    numbers = range(block.mixture.experts) if experts is None else experts[block.index]
+                    share = dense_share(self.settings)
+                    yield MixturePlace(self, run, block, left, numbers, block.index >= last, share)
                     run.pass_mixture(left.index)
                 if self.settings.target != "layer":
                     self.targets.pass_mixture(block.index)

@@ -105,7 +105,7 @@ class Pruner(Run):
         refit = self._reconstructor(calibration)
         if not journal.has("sinks"):
             journal.keep("sinks", notes=self._refit_sinks[calibration.windows])
-        work = partial(refit.refit, small, plan.remaining, windows is None, journal)
+        work = partial(refit.refit, small, plan.remaining, windows is None, journal, plan.experts)
         with self.streamed(self.model), self.streamed(small):
             return small, self.timed("refit", work)
 

@@ -69,6 +69,8 @@ def check_mixtures(adapter: Adapter, config: Config) -> None:
         return
     if config.search.enabled:
         raise UserError(f"search.enabled = true does not know the experts of {adapter.family.name}: leave it out")
+    if config.reconstruct.adds_bias:
+        raise UserError("reconstruct.constant = true and mode = bias need biases, which experts lack: leave them out")
     if config.reconstruct.enabled and config.reconstruct.weighting == "gradient":
         raise UserError("reconstruct.weighting = gradient does not know experts: use uniform, noise or certainty")
 

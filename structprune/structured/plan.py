@@ -67,6 +67,11 @@ class Plan:
         """The dense model's index of every block of the pruned one."""
         return tuple(index for index, block in enumerate(self.blocks) if block.kinds)
 
+    @property
+    def experts(self) -> dict[int, tuple[int, ...]]:
+        """Block -> the experts that it keeps; empty of a plain MLP."""
+        return {index: block.experts for index, block in enumerate(self.blocks)}
+
     def save(self, path: str | Path) -> Path:
         """Write the plan as JSON, whole or not at all."""
         path = Path(path)

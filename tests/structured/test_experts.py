@@ -165,7 +165,8 @@ def test_a_run_meets_its_ratio(tiny_checkpoint, text_path, score, experts):
     result = prune(model, Config.load(overrides=values | {"structured.ratio": 0.5}))
     assert abs(result.report["ratio"] - 0.5) < 0.03
     assert [block.widths.experts for block in Adapter(result.model).blocks] == [EXPERTS - experts] * 3
-    assert {fit["kind"] for fit in result.report["refit"]} <= {"attention", "query", "key", "value"}
+    kinds = {fit["kind"] for fit in result.report["refit"]}
+    assert {"attention", "query", "key", "value"} < kinds and sum(kind.startswith("down.") for kind in kinds) >= 4
     with torch.no_grad():
         expected = apply_plan(model, result.plan)(IDS).logits
         assert result.report["held_out_nelbo"]["kept"] == "refit" or torch.equal(result.model(IDS).logits, expected)
@@ -178,6 +179,7 @@ def test_a_run_meets_its_ratio(tiny_checkpoint, text_path, score, experts):
         ({"structured.experts": 3}, "takes a share of 0.3462, more than ratio 0.3: lower it"),
         ({"search.enabled": True}, "search.enabled = true does not know the experts of llada-moe"),
         ({"reconstruct.weighting": "gradient"}, "reconstruct.weighting = gradient does not know experts"),
+        ({"reconstruct.constant": True}, "need biases, which experts lack"),
     ],
 )
 def test_what_a_mixture_rules_out(tiny_checkpoint, text_path, changes, said):
