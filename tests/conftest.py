@@ -165,7 +165,13 @@ def published_config(tmp_path):
     """`published_config(family)` -> a directory that holds only the config.json of a public checkpoint."""
 
     def make(family: str) -> Path:
-        directory = tmp_path / {"llada": "LLaDA-8B", "dream": "Dream-7B", "a2d-qwen3": "A2D-Qwen3-0.6B"}[family]
+        names = {
+            "llada": "LLaDA-8B",
+            "dream": "Dream-7B",
+            "a2d-qwen3": "A2D-Qwen3-0.6B",
+            "llada-moe": "LLaDA-MoE-7B-A1B",
+        }
+        directory = tmp_path / names[family]
         directory.mkdir()
         shutil.copyfile(PUBLISHED / f"{directory.name}.json", directory / "config.json")
         return directory

@@ -12,6 +12,7 @@ from structprune.config import Config
 from structprune.errors import UserError
 from structprune.models.adapter import Adapter, ExpertWidths
 from structprune.models.experts_structprune import tokens_of
+from structprune.runs.inspect import inspect_checkpoint
 from structprune.statistics.experts import expert_shares
 from structprune.statistics.scan import Limits, Scan
 from structprune.structured.paths import RemovalPath
@@ -214,3 +215,12 @@ def test_a_plan_keeps_its_experts_in_a_file(tiny_model, tmp_path):
     plan = random_plan(Adapter(tiny_model("llada-moe")), 3)
     assert Plan.load(plan.save(tmp_path / "plan.json")) == plan
     assert '"experts"' not in identity_plan(Adapter(tiny_model("llada"))).to_json()
+
+
+def test_the_public_shape_at_half_its_size(published_config):
+    """LLaDA-MoE-7B-A1B, from the values of its config.json alone."""
+    values = {"structured.ratio": 0.5, "structured.experts": 16, "structured.allocation": "uniform"}
+    result = inspect_checkpoint(published_config("llada-moe"), Config.load(overrides=values | {"structured.split": 0}))
+    assert result["parameters"]["before"] == 7_356_880_896
+    assert result["blocks"][15]["before"]["experts"] == 64 and result["blocks"][15]["after"]["experts"] == 48
+    assert result["blocks"][0]["after"]["channels"] == 640 and result["choices"][0]["ratio"] == pytest.approx(0.51)
