@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from structprune.models.adapter import BlockView, UnitKey
-from structprune.models.experts_structprune import ExpertBlock, role_of, tokens_of
+from structprune.models.experts_structprune import ExpertBlock, role_of, tokens_by_expert
 from structprune.refit.products import LayerFit, Products, set_weight
 from structprune.refit.solve import choose
 from structprune.statistics.activations import add_gram, add_products, mirror, relative_weight
@@ -94,8 +94,8 @@ class MixturePlace:
         sides = [(side, part) for side, part in ((source, self.share), (stream, 1 - self.share)) if part > 0]
         read = [(dense.part("mlp_norm")(side).flatten(0, 1), part) for side, part in sides]  # (b * T, O) each
         lacking = settings.stream * (source - stream).flatten(0, 1) / shares.sum(1, keepdim=True)  # (b * T, O)
-        for number, expert in enumerate(self.experts):
-            tokens, place = tokens_of(chosen, number)  # (m,) each
+        seen = tokens_by_expert(chosen, len(self.experts))
+        for number, (expert, (tokens, place)) in enumerate(zip(self.experts, seen, strict=True)):  # (m,) each
             x = small.gated(str(number), h[tokens])  # (m, K)
             output = sum(part * dense.expert(str(expert), rows[tokens]) for rows, part in read)  # (m, O)
             target = output + lacking[tokens].to(x.dtype)  # (m, O)

@@ -9,7 +9,7 @@ from torch import nn
 from typing_extensions import Self
 
 from structprune.models.adapter import BlockView
-from structprune.models.experts_structprune import role_of, tokens_of
+from structprune.models.experts_structprune import role_of, tokens_by_expert
 from structprune.statistics.sinks import attend_with_mass, even_mass, head_mass
 
 ONE_PASS = 1024  # tokens up to which computing attention and mass in one pass was measured to be faster on CPU
@@ -36,8 +36,7 @@ def watch_tokens(blocks: list[BlockView], visit: Callable) -> Iterator[None]:
 
     def see(index: int, experts: int):
         def route(module: nn.Module, args: tuple, output: tuple[torch.Tensor, torch.Tensor]) -> None:
-            for number in range(experts):
-                tokens, _ = tokens_of(output[1], number)  # (m,)
+            for number, (tokens, _) in enumerate(tokens_by_expert(output[1], experts)):  # (m,)
                 for name in EXPERT_INPUTS:
                     visit((index, role_of(name, str(number))), tokens)
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from structprune.models.adapter import BlockView
 from structprune.models.encode import encode_rows
-from structprune.models.experts_structprune import role_of, tokens_of
+from structprune.models.experts_structprune import role_of, tokens_by_expert
 from structprune.models.transfer import send
 from structprune.statistics.rows import scan_rows
 from structprune.statistics.scan import Scan
@@ -45,26 +45,27 @@ def expert_shares(scan: Scan, arm: str) -> dict[int, torch.Tensor]:
 @contextmanager
 def watch_outputs(mixtures: list[BlockView], visit: Callable) -> Iterator[None]:
     """While open, `visit(block, expert, output)` sees what each expert adds to every token of a pass, (b * T, C)."""
-    routes: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # block -> weights and experts, (n, k) each
+    # block -> weights (n, k), and tokens and places (m,) of each expert
+    routes: dict[int, tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]] = {}
 
-    def route(index: int):
+    def route(index: int, experts: int):
         def note(module: nn.Module, args: tuple, output: tuple) -> None:
-            routes[index] = output
+            routes[index] = output[0], tokens_by_expert(output[1], experts)
 
         return note
 
     def down(index: int, expert: int):
         def note(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
-            weights, chosen = routes[index]
-            tokens, place = tokens_of(chosen, expert)  # (m,) each
-            whole = output.new_zeros(len(chosen), output.shape[-1], dtype=torch.float32)  # (n, C)
+            weights, seen = routes[index]
+            tokens, place = seen[expert]  # (m,) each
+            whole = output.new_zeros(len(weights), output.shape[-1], dtype=torch.float32)  # (n, C)
             visit(index, expert, whole.index_add(0, tokens, output.float() * weights[tokens, place, None]))
 
         return note
 
     with ExitStack() as stack:
         for block in mixtures:
-            hook = block.module.part("router").register_forward_hook(route(block.index))
+            hook = block.module.part("router").register_forward_hook(route(block.index, len(block.expert_parts)))
             stack.callback(hook.remove)
             for number, part in enumerate(block.expert_parts):
                 linear = block[role_of("down", part)]

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from structprune import load_model
 from structprune.models.adapter import Adapter, ExpertWidths
+from structprune.models.experts_structprune import tokens_by_expert, tokens_of
 
 
 def by_hand(block, x: torch.Tensor) -> torch.Tensor:
@@ -51,6 +52,15 @@ def test_the_adapter_names_every_expert(tiny_model):
     assert block.readers["mlp_input.4"] == ("gate.4", "up.4") and block.readers["activated.4"] == ("down.4",)
     assert (block.mlp_start, block.mlp_end) == ("mlp_input.0", "activated.5")
     assert len(block.names) == 4 + 3 * 6
+
+
+def test_tokens_of_all_experts_are_those_of_each():
+    chosen = torch.tensor([[2, 0], [0, 3], [3, 2], [2, 0]])  # (n, k): four tokens, two of five experts each
+    seen = tokens_by_expert(chosen, 5)
+    assert [tokens.tolist() for tokens, _ in seen] == [[0, 1, 3], [], [0, 2, 3], [1, 2], []]
+    for number, pair in enumerate(seen):
+        assert all(torch.equal(*each) for each in zip(pair, tokens_of(chosen, number)))
+    assert all(len(tokens) == 0 for tokens, _ in tokens_by_expert(chosen[:0], 5))
 
 
 def test_the_architecture_tells_llada_moe_from_llada(tiny_checkpoint):
