@@ -22,7 +22,7 @@ from scripts.readme.readme_gpu import gpu
 from scripts.readme.readme_keys import keys
 from scripts.readme.readme_sinks import sinks
 from scripts.readme.readme_studies import classes, demo, factors, masks, quality, search, weightings
-from scripts.readme.readme_trainings import checkpoint_trainings, gradual, kills, plans, trainings
+from scripts.readme.readme_trainings import checkpoint_trainings, gradual, kills, plans, recipe, trainings
 from structprune.config import Config, Sections
 from structprune.evaluation.settings import EvaluationConfig
 from structprune.generation.settings import GenerateConfig
@@ -62,6 +62,7 @@ PAGES: dict[str, Makers] = {
         "baselines": made_of(baselines, "baselines"),
         "classes": made_of(classes, "class"),
         "recovery": made_of(trainings, "recovery"),
+        "recipe": made_of(recipe, "recipe"),
         "gradual": made_of(gradual, "gradual"),
         "checkpoint": made_of(checkpoint, "checkpoint"),
         "checkpoint-kept": made_of(kept_heads, "checkpoint_kept", "checkpoint"),

@@ -15,20 +15,18 @@ def trainings(results: dict) -> str:
     Args:
         results: of scripts/studies/recovery_study.py.
     """
-    settings, ratios = results["settings"], list(dict.fromkeys(row["ratio"] for row in results["losses"]))
-    header = ["training", *(each for ratio in ratios for each in _columns(ratio))]
-    lines = [
-        [name, *(each for ratio in ratios for each in _cells(losses[ratio]))]
-        for name, losses in by_variant(results["losses"]).items()
-    ]
-    note = (
-        f"`python -m scripts.studies.recovery_study --text {settings['text']}`, from"
-        " [`recovery.json`](scripts/results/recovery.json): loss of NELBO on the embedded model against dense"
-        f" ({fmean(each['nelbo'] for each in results['dense']):.2f}), nats per token, {over_seeds(settings)}."
-        f" {settings['tokens']:,} tokens in all stages together where not said otherwise. {_generated(results)}"
-        f" Seconds: of a training, median, on one thread beside other work ({machine(results['machine'])})."
-    )
-    return f"{table(header, lines)}\n\n{note}\n\n{paired(results['contrasts'], ratios)}"
+    tokens = f"{results['settings']['tokens']:,} tokens in all stages together where not said otherwise."
+    return _variants(results, "training", f"{_study(results, 'recovery')} {tokens} {_generated(results)}")
+
+
+def recipe(results: dict) -> str:
+    """What widths, ranked or searched, lose before and after a training, and the paired differences.
+
+    Args:
+        results: of scripts/studies/recipe_study.py.
+    """
+    tokens = f"Trained: on {results['settings']['tokens']:,} tokens, block by block first."
+    return _variants(results, "model", f"{_study(results, 'recipe')} {tokens} {_generated(results)}")
 
 
 def gradual(results: dict) -> str:
@@ -123,6 +121,30 @@ def _amount(kept: str) -> tuple[int, int]:
     """How much was kept: "nothing", "2 parts" or "1 block", then "step 4"."""
     digits = "".join(letter for letter in kept if letter.isdigit())
     return int(kept.startswith("step")), int(digits or 0)
+
+
+def _variants(results: dict, title: str, note: str) -> str:
+    """A row per variant under a title, and the paired differences."""
+    ratios = list(dict.fromkeys(row["ratio"] for row in results["losses"]))
+    header = [title, *(each for ratio in ratios for each in _columns(ratio))]
+    lines = [
+        [name, *(each for ratio in ratios for each in _cells(losses[ratio]))]
+        for name, losses in by_variant(results["losses"]).items()
+    ]
+    where = machine(results["machine"])
+    note = f"{note} Seconds: of a training, median, on one thread beside other work ({where})."
+    return f"{table(header, lines)}\n\n{note}\n\n{paired(results['contrasts'], ratios)}"
+
+
+def _study(results: dict, name: str) -> str:
+    """The command of a study of the embedded model, its file, and what its losses are."""
+    settings = results["settings"]
+    dense = fmean(each["nelbo"] for each in results["dense"])
+    return (
+        f"`python -m scripts.studies.{name}_study --text {settings['text']}`, from"
+        f" [`{name}.json`](scripts/results/{name}.json): loss of NELBO on the embedded model against dense"
+        f" ({dense:.2f}), nats per token, {over_seeds(settings)}."
+    )
 
 
 def _columns(ratio: str) -> list[str]:

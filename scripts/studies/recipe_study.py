@@ -1,4 +1,4 @@
-"""What the whole way gives on the embedded model: widths ranked or searched, then trained back in four minutes.
+"""What the whole way gives on the embedded model: widths ranked or searched, then trained back.
 
 Every variant is measured on held-out text under common noise: the loss of NELBO against dense, and what greedy
 generation keeps. The search is the one that loses least at that ratio in search.json. Trainings learn block by block
@@ -47,7 +47,7 @@ CONTRASTS = [
     (f"{SEARCHED}, trained", SEARCHED),
     (f"{SEARCHED}, trained", f"{RANKED}, trained"),
 ]
-TOKENS = 1_500_000  # four minutes on two cores
+TOKENS = 1_500_000
 
 
 @flushed_denormals()  # before anything is computed, for all threads

@@ -72,6 +72,26 @@ def test_what_is_said_of_training_back():
     assert f"to {mean[long, '0.5']:.3f} at 0.5 and to {mean[long, '0.7']:.3f} at 0.7" in text
 
 
+def test_what_is_said_of_search_and_training():
+    figures, text = results("recipe"), prose()
+    mean = {(row["variant"], row["ratio"]): f"{row['mean']:.3f}" for row in figures["losses"]}
+    gaps = {(row["variant"], row["against"], row["ratio"]): row for row in figures["contrasts"]}
+    assert figures["settings"]["tokens"] == 1_500_000 and figures["settings"]["windows"] == 384
+    pairs = {}
+    for widths in ("ranked widths", "searched widths"):
+        trained = f"{widths}, trained"
+        assert all(gaps[trained, widths, ratio]["shown"] for ratio in ("0.5", "0.7"))
+        pairs[widths] = [f"from {mean[widths, ratio]} to {mean[trained, ratio]}" for ratio in ("0.5", "0.7")]
+    first, second = pairs["ranked widths"]
+    assert f"takes the ranked model {first} nats at 0.5 and {second} at 0.7" in text
+    assert f"the searched one {' and '.join(pairs['searched widths'])}. All four are shown." in text
+    after = {ratio: gaps["searched widths, trained", "ranked widths, trained", ratio] for ratio in ("0.5", "0.7")}
+    assert f"the search is worth {-after['0.7']['mean']:.3f} nats at 0.7, which is shown" in text
+    assert after["0.7"]["shown"] and not after["0.5"]["shown"] and after["0.5"]["mean"] > 0
+    seconds = [value / 60 for row in figures["losses"] for value in row["seconds"] if value]
+    assert f"({min(seconds):.0f} to {max(seconds):.0f} minutes on one core beside other work)" in text
+
+
 def test_what_is_said_of_a_training_on_a_pretrained_checkpoint():
     result, text = results("checkpoint_recovery"), prose()
     assert list(result["variants"]) == ["not trained", "300,000 tokens"] and len(result["settings"]["seeds"]) == 1

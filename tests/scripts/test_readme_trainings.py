@@ -32,6 +32,12 @@ def test_a_variant_has_loss_generation_and_time_at_every_ratio(pages, results):
     assert "| two - one | **+0.2500 ± 0.0500** | **+0.2500 ± 0.0500** |" in text and "whose own text has 2.00" in text
 
 
+def test_the_whole_way_says_what_was_trained_on(pages, results):
+    text = pages.recipe(results)
+    assert "| two | +0.250 ± 0.050 | 30.0% | 3.50 | 70 | +0.250" in text and "Trained: on 1,000 tokens" in text
+    assert "`python -m scripts.studies.recipe_study --text notes.txt`, from [`recipe.json`]" in text
+
+
 def test_a_schedule_also_says_what_is_gone(pages, results):
     text = pages.gradual(results)
     assert "| two | +0.250 ± 0.050 | 30.0% | 3.50 | 70 | 40.0% | +0.250" in text
