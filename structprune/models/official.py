@@ -14,8 +14,8 @@ from structprune.models.families import FAMILIES, Family
 from structprune.models.quiet import quiet_transformers
 
 REFUSED_TYPES = {  # start of a model type or architecture, in lower case -> reason
-    "llada2.*moe": "LLaDA2 is a mixture of experts with block diffusion: structprune cuts dense MLPs only",
-    "llada2": "LLaDA2 is a block-diffusion model: structprune cuts dense, bidirectional models only",
+    "llada2": "LLaDA2 fuses queries, keys and values, and groups its experts, which structprune cannot cut: prune a"
+    " LLaDA-MoE or SDAR checkpoint",
 }
 NOT_OURS = (
     "model_type", "architectures", "auto_map", "transformers_version", "torch_dtype", "dtype", "use_cache",

@@ -47,7 +47,7 @@ CHECKPOINTS = {
     "pickled": "--allow-pickle",
     "no-mask-id": "--mask-id",
     "unknown-type": "unknown model_type 'lada' (did you mean 'llada'?); supported: llada, mmada, Dream",
-    "moe": "LLaDA2 is a mixture of experts",
+    "moe": "LLaDA2 fuses queries, keys and values",
     "shapes": "but config.json asks for (64, 32)",
 }
 
