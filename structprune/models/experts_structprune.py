@@ -125,6 +125,7 @@ class ExpertBlock(DreamBlock):
         seen = [everything] * self.experts if rows.is_meta else tokens_by_expert(chosen, self.experts)
         for number, (tokens, place) in enumerate(seen):  # (m,) each
             output = self.expert(str(number), rows[tokens])  # (m, C)
-            mixed = mixed.index_add(0, tokens, output.float() * weights[tokens, place, None])
+            # an expert sees a token once: nothing is added up, which index_add does row by row on a CPU
+            mixed[tokens] = mixed[tokens] + output.float() * weights[tokens, place, None]  # (m, C)
         y = mixed.to(x.dtype).view(h.shape)  # (..., C)
         return x + (y + self.expert(SHARED, h) if SHARED in self.parts else y)

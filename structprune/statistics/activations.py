@@ -136,7 +136,9 @@ def row_squares(x: torch.Tensor, weight: torch.Tensor | None, sequences: torch.T
     """
     squares = x.float() ** 2 if weight is None else (x.float() * weight.to(x.device).float()[:, None]) ** 2  # (m, C)
     count = int(sequences.max()) + 1 if len(sequences) else 1
-    return torch.zeros(count, x.shape[-1], device=x.device).index_add_(0, sequences, squares)
+    # a product, since index_add goes row by row on a CPU
+    own = sequences == torch.arange(count, device=x.device)[:, None]  # (b, m)
+    return own.float() @ squares
 
 
 def relative_weight(states: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:

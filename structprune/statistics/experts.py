@@ -59,7 +59,8 @@ def watch_outputs(mixtures: list[BlockView], visit: Callable) -> Iterator[None]:
             weights, seen = routes[index]
             tokens, place = seen[expert]  # (m,) each
             whole = output.new_zeros(len(weights), output.shape[-1], dtype=torch.float32)  # (n, C)
-            visit(index, expert, whole.index_add(0, tokens, output.float() * weights[tokens, place, None]))
+            whole[tokens] = output.float() * weights[tokens, place, None]  # (m, C)
+            visit(index, expert, whole)
 
         return note
 
