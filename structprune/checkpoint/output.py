@@ -76,18 +76,18 @@ def check_apart(directory: str | Path, source: str | Path, overwrite: bool = Fal
         raise UserError(f"output '{directory}' holds the input checkpoint '{source}': --overwrite would erase it")
 
 
-def check_space(path: str | Path, needed_bytes: int, what: str = "output") -> None:
+def check_space(path: str | Path, needed_bytes: int, what: str = "output", lower: str = "") -> None:
     """Check that the disk of an output has room for so many bytes.
 
     Args:
-        what: lies there, for the message.
+        what: lies there, for the message. lower: what makes it smaller.
     Raises:
         UserError: it has less.
     """
     path = Path(path).absolute()
     needed, free = needed_bytes / 1e9, shutil.disk_usage(_anchor(path)).free / 1e9
     if needed > free:
-        remedy = "free some space, or choose another place"
+        remedy = "free some space, " + (f"lower {lower}, or" if lower else "or") + " choose another place"
         raise UserError(f"{what} '{path}' needs {needed:.2f} GB, but {free:.2f} GB are free there: {remedy}")
 
 

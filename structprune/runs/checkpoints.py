@@ -43,6 +43,8 @@ from structprune.structured.plan import Plan
 from structprune.structured.request import StructuredRequest
 from structprune.workers import Workers
 
+MANY = 4  # times a checkpoint's bytes: more finished parts than that are of the text
+
 
 @dataclass(frozen=True)
 class Written:
@@ -230,7 +232,9 @@ def _check_work(
         each = [request if ratio is None else at_ratio(request, ratio) for ratio in outputs]
         size = structured_work_bytes(ghost.adapter, each, itemsize)
     there = kept_bytes(work.directory) if work.resume != "never" else 0
-    check_space(work.directory, max(0, size - there), "finished parts in")
+    many = size > MANY * len(outputs) * ghost.stored_bytes
+    lower = f"calibration.windows = {request.calibration.windows}" if many else ""
+    check_space(work.directory, max(0, size - there), "finished parts in", lower)
 
 
 def _checked_mask(ghost: Ghost, outputs: Mapping[float | None, Path], config: Config, overwrite: bool) -> MaskRequest:

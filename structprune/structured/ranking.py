@@ -127,7 +127,7 @@ def _rank_moments(scan: Scan, settings: StructuredSettings, arm: str, rank: Rank
     paths = {}
     for units in every:
         own = measured[units.block.index, units.consumer]
-        paths[units.key] = rank(units, own if own.weight > 0 else even_moments(own))
+        paths[units.key] = rank(units, even_moments(own) if own.weight == 0 else own)
         give_back_memory()
     return paths
 
@@ -208,7 +208,8 @@ def _advance_with_grams(block: BlockView, states: HiddenStates, rows: Rows, rela
             x = _add_expert_grams(block, x, weight, grams, totals)
         states.write(part, x)
     scan.workers.add_up(*grams.values(), *totals.values())
-    empty = {kind for kind, total in totals.items() if total == 0}  # of experts that see no token
+    # of experts that see no token; of others it is not asked, which would be a device sync
+    empty = {kind for kind, total in totals.items() if role_and_part(kind)[1] and total == 0}
     return {kind: torch.eye(len(gram), device=device) if kind in empty else mirror(gram).div_(totals[kind])
             for kind, gram in grams.items()}  # fmt: skip
 

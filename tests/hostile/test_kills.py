@@ -179,7 +179,7 @@ def evaluate(tmp_path, monkeypatch):
     unit, source = Unit(), tmp_path / "model"
     subject = Subject("model", str(source), source, None, None, None, None, (unit,))
     monkeypatch.setattr(evaluation, "prepare", lambda checkpoints, config: [subject])
-    monkeypatch.setattr(evaluation, "load_model", lambda *arguments: SimpleNamespace())
+    monkeypatch.setattr(evaluation, "load_model", lambda *arguments, **options: SimpleNamespace())
     settings = {"tasks": {"model": {"notes": unit.settings}}}
     monkeypatch.setattr(evaluation, "_settings", lambda subjects, config, device: settings | {"seed": config.seed})
 

@@ -43,7 +43,7 @@ def test_a_run_is_never_worse_than_plain_removal(tiny_checkpoint, text_path, fam
 def test_a_spoilt_refit_is_discarded(tiny_checkpoint, text_path, monkeypatch):
     model = load_model(tiny_checkpoint())
 
-    def spoil(self, small, remaining, producers, _journal):
+    def spoil(self, small, remaining, producers, _journal, _experts):
         small.spoilt = True
         for block in Adapter(small).blocks:
             block["down"].weight.data.mul_(-3)
@@ -66,7 +66,7 @@ def test_a_spoilt_refit_is_discarded(tiny_checkpoint, text_path, monkeypatch):
 def test_a_kept_refit_is_what_was_refitted(tiny_checkpoint, text_path, monkeypatch, constant):
     model, refit, states, losses = load_model(tiny_checkpoint()), Reconstructor.refit, [], iter((7, 9, 8))
 
-    def watch(self, small, remaining, producers, _journal):
+    def watch(self, small, remaining, producers, _journal, _experts):
         fits = refit(self, small, remaining, producers)
         states.append({name: value.clone() for name, value in small.state_dict().items()})
         return fits

@@ -177,10 +177,10 @@ def test_what_does_not_fit_is_named(pair, tmp_path, capsys, monkeypatch, error, 
 def test_a_checkpoint_that_does_not_fit_is_named(pair, tmp_path, capsys, monkeypatch):
     from structprune.runs import bench as bench_run
 
-    def load(checkpoint, *rest):
+    def load(checkpoint, *rest, **options):
         if checkpoint == pair[1]:
             raise torch.OutOfMemoryError("CUDA")
-        return load_model(checkpoint, *rest)
+        return load_model(checkpoint, *rest, **options)
 
     monkeypatch.setattr(bench_run, "load_model", load)
     said = refused(["bench", *pair, "--out", str(tmp_path / "made"), *QUICK, "--no-plots"], capsys, tmp_path / "made")

@@ -173,7 +173,7 @@ def test_tasks_of_one_name_are_refused(eval_checkpoint, piqa, tmp_path, eval_set
 def test_memory_that_runs_out_for_good_is_one_line(
     eval_checkpoint, text_path, gsm8k, tmp_path, monkeypatch, eval_settings
 ):
-    def full(*arguments):
+    def full(*arguments, **options):
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
 
     monkeypatch.setattr("structprune.runs.evaluate.load_model", full)

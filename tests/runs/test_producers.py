@@ -89,7 +89,7 @@ def test_candidates_of_the_split_have_their_consumers_refitted_alone(tiny_checkp
     """All of what is asked for is refitted once, in the plan that was chosen."""
     calls, original = [], Reconstructor.refit
 
-    def refit(self, small, remaining, producers, _journal):
+    def refit(self, small, remaining, producers, _journal, _experts):
         calls.append(producers)
         return original(self, small, remaining, producers)
 
