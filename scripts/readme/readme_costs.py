@@ -152,3 +152,30 @@ def speed_note(results: dict) -> str:
     if apart:
         text += f" Apart by more than the benchmark allows for rounding: {', '.join(apart)}."
     return text
+
+
+def processes(results: dict) -> str:
+    """Prunings of one process and of two, and what more would save.
+
+    Args:
+        results: of scripts/bench/bench_processes.py.
+    """
+    counts = list(next(iter(results["runs"].values()))["predicted"])
+    header = ["a pruning", "one process", "two", "faster", "shared out", *(f"{count} would" for count in counts)]
+    rows, phases = [], []
+    for name, row in results["runs"].items():
+        one, two = row["median"]["1"], row["median"]["2"]
+        shared = f"{100 * sum(row['shared'].values()) / one['total']:.0f}%"
+        more = [f"{row['predicted'][count]:.2f}x" for count in counts]
+        rows.append([name, f"{one['total']:.1f} s", f"{two['total']:.1f} s", f"{row['ratio']:.2f}x", shared, *more])
+        times = (f"{phase} {one[phase]:.1f} s to {two.get(phase, 0.0):.1f} s" for phase in one if one[phase] >= 1)
+        phases.append(f"{name}: {', '.join(times)}")
+    settings = results["settings"]
+    note = (
+        "`python -m scripts.bench.bench_processes`, from [`processes.json`](scripts/results/processes.json): the"
+        f" embedded model, {settings['calibration.windows']} windows of {settings['calibration.length']} tokens, one"
+        f" core for each process, medians of {settings['rounds']} rounds ({machine(results['machine'])}). Shared out:"
+        " twice what the second process saves of every phase; from it the time of more follows, without their"
+        f" messages. Phases: {'; '.join(phases)}."
+    )
+    return f"{table(header, rows)}\n\n{note}"
