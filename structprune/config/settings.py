@@ -35,6 +35,11 @@ class ModelSettings(Section):
     allow_pickle: bool = False
     """Also read .bin shards (weights only)."""
 
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How a checkpoint's files are read, as arguments of `structprune.models.loading.load_model`."""
+        return self.model_dump(exclude={"dtype", "device"})
+
 
 class CalibrationSettings(Section):
     source: str = "wikitext2"

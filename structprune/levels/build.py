@@ -83,6 +83,7 @@ def build_library(
     run = None
     there = walk.workers.from_first(lambda: {block.index for block in walk.dense.blocks if library.has(block.index)})
     for place in walk.places(small, title="levels", last=last_attending(walk.dense.attending, counts, recipe)):
+        assert isinstance(place, Place), "searches of mixtures are refused"
         run = place.run
         index, kind = key = place.dense.index, place.kind
         steps = counts.get(key, 0)

@@ -19,6 +19,7 @@ from .modeling_structprune import DecoderLM  # noqa: F401
 from .sampling_structprune import gumbel_choice  # noqa: F401
 
 
+# an __init__ in each: transformers 5 gives a class without one its own, which leaves out the base's
 class StructpruneA2DQwen3BlocksConfig(StructpruneA2DQwen3Config):
     """As of the same model in one piece, with `block_size`: tokens of a block."""
 

@@ -145,12 +145,11 @@ class BlockView:
         """
         base, part = role_and_part(name)
         if self.mixture and part:
-            rows = self.module.part("mlp_norm")(
-                x if tokens is None else x.flatten(0, -2)[tokens]
-            )  # (b, T, C) or (m, C)
+            own = x if tokens is None else x.flatten(0, -2)[tokens]  # (b, T, C) or (m, C)
+            rows = self.module.part("mlp_norm")(own)  # (b, T, C) or (m, C)
             return self.mixture.gated(part, rows) if base == "activated" else rows
         if name == "mixed":
-            assert sight is not None, "attention needs to know where tokens stand"
+            assert sight is not None, "attention needs positions and a mask"
             return self.module.mix(x, *sight)
         if name == "activated":
             return self.module.activate(x)

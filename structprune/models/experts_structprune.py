@@ -120,9 +120,10 @@ class ExpertBlock(DreamBlock):
         rows = h.reshape(-1, h.shape[-1])  # (n, C)
         weights, chosen = self.part("router")(rows)  # (n, k) each
         mixed = torch.zeros_like(rows, dtype=torch.float32)  # (n, C)
-        # every expert sees all tokens of a pass that knows shapes alone
-        everything = torch.arange(len(rows), device=rows.device), torch.zeros_like(chosen[:, 0])  # (n,) each
-        seen = [everything] * self.experts if rows.is_meta else tokens_by_expert(chosen, self.experts)
+        if rows.is_meta:  # a pass that knows shapes alone: every expert sees all tokens
+            seen = [(torch.arange(len(rows), device=rows.device), torch.zeros_like(chosen[:, 0]))] * self.experts
+        else:
+            seen = tokens_by_expert(chosen, self.experts)
         for number, (tokens, place) in enumerate(seen):  # (m,) each
             output = self.expert(str(number), rows[tokens])  # (m, C)
             # an expert sees a token once: nothing is added up, which index_add does row by row on a CPU

@@ -97,7 +97,7 @@ def load_model(
     code: bool = False,
     block_size: int | None = None,
 ) -> DiffusionLM:
-    """Load an official LLaDA, LLaDA-1.5, MMaDA, Dream, A2D or SDAR checkpoint, or one that structprune wrote.
+    """Load an official checkpoint of a family in `models/families.py`, or one that structprune wrote.
 
     Args:
         source: directory, or Hub id.

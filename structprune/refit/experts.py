@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
-from structprune.models.adapter import BlockView, UnitKey
+from structprune.models.adapter import EXPERTS, BlockView, UnitKey
 from structprune.models.experts_structprune import ExpertBlock, role_of, tokens_by_expert
 from structprune.refit.products import LayerFit, Products, set_weight
 from structprune.refit.solve import choose
@@ -42,7 +42,7 @@ class MixturePlace:
     experts: Sequence[int]
     predicting: bool
     share: float
-    kind: str = "experts"
+    kind = EXPERTS
 
     @property
     def key(self) -> UnitKey:
@@ -56,11 +56,9 @@ class MixturePlace:
         for number, expert in enumerate(self.experts):
             linear = self.small[role_of("down", str(number))]
             weight = linear.weight.to(self.walk.dense.device).double()  # (O, K)
-            sums = (
-                Products(mirror(gram), target, float(power))
-                for gram, target, power in (fitted[number], checked[number])
+            fit, check = (
+                Products(mirror(gram), cross, float(power)) for gram, cross, power in (fitted[number], checked[number])
             )
-            fit, check = sums
             choice = choose(self.walk.settings, weight, fit, check, linear.in_features, self.walk.workers)
             set_weight(linear, choice[0], constant=False)
             fits.append(LayerFit.of(self.dense.index, role_of("down", str(expert)), weight, check, choice))

@@ -59,18 +59,19 @@ class Reconstructor:
         fits, run = [], None
         for place in self.walk.places(small, remaining, experts=experts):
             own = restore(place.small, place.key, journal)
-            if own is None and isinstance(place, MixturePlace):
-                own = place.refit()
-                keep(place.small, place.key, own, journal)
-            elif own is None:
-                own = refit_producers(place) if producers and self.settings.producers and not place.first else []
-                own.append(self._refit_consumer(place))
+            if own is None:
+                own = place.refit() if isinstance(place, MixturePlace) else self._refit_half(place, producers)
                 keep(place.small, place.key, own, journal)
             fits += own
             run = place.run
         if self.settings.head and run is not None:
             fits.append(refit_head(self.walk, run, small, journal))
         return fits
+
+    def _refit_half(self, place: Place, producers: bool) -> list[LayerFit]:
+        """Refit a half of a block: its producers, where they are asked for, and then its consumer."""
+        fits = refit_producers(place) if producers and self.settings.producers and not place.first else []
+        return [*fits, self._refit_consumer(place)]
 
     def _refit_consumer(self, place: Place) -> LayerFit:
         linear, constant = place.consumer, has_constant(self.settings)

@@ -7,7 +7,6 @@ Shapes: R sequences of T tokens, b of a batch, O outputs, C input channels, K re
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -55,7 +54,7 @@ class Walk:
         title: str = "refit",
         last: int | None = None,
         experts: Mapping[int, Sequence[int]] | None = None,
-    ) -> Iterator[Any]:
+    ) -> Iterator["Place | MixturePlace"]:
         """Every consumer of a cut model, in the order of the forward pass.
 
         The weights that a place has when the next one is asked for are those its output is computed with.

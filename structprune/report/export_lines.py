@@ -2,7 +2,7 @@
 
 OURS = "structprune, transformers with the code beside the weights"
 READERS = {
-    "official": f"the family's own code, llama.cpp, {OURS}",
+    "official": f"the family's own code, {OURS}",
     "uniform": f"engines that read head_dim (llama.cpp for LLaDA), {OURS}",
     "free": OURS,
 }
@@ -44,7 +44,10 @@ def exported_lines(facts: dict) -> list[str]:
 
 
 def _readers(facts: dict) -> str:
-    return UNPACKERS[facts["layout"]] if "layout" in facts else READERS[facts["compat"]]
+    if "layout" in facts:
+        return UNPACKERS[facts["layout"]]
+    readers = READERS[facts["compat"]]
+    return f"llama.cpp, {readers}" if facts["compat"] == "official" and facts["llama_cpp"] else readers
 
 
 def _packed(facts: dict, key: str) -> str:

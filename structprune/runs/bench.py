@@ -85,9 +85,7 @@ def bench(
     models: Models = {}
     for label, checkpoint in zip(labels, track(checkpoints, "loading"), strict=True):
         with _fitting(f"'{checkpoint}'", len(models), "give fewer checkpoints, or a half-precision --dtype"):
-            models[label] = load_model(
-                checkpoint, place.dtype, device, place.mask_id, place.allow_pickle, block_size=place.block_size
-            )
+            models[label] = load_model(checkpoint, place.dtype, device, **place.reading)
     if settings.semi_structured:
         _check_masked(models)
     forward, generated = _measure(models, settings, generation, track)

@@ -212,14 +212,7 @@ def _run(
     if not work:
         return
     settings, tokens = config.model, config.evaluation.batch
-    model = load_model(
-        subject.checkpoint,
-        settings.dtype,
-        device,
-        settings.mask_id,
-        settings.allow_pickle,
-        block_size=settings.block_size,
-    )
+    model = load_model(subject.checkpoint, settings.dtype, device, **settings.reading)
     batch = Batches.automatic(compute_device(model)) if tokens is None else Batches(tokens)
     for label, unit, missing in work:
         for number, chunk in session.track(missing, f"{label}, {unit.task}"):

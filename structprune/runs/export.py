@@ -160,11 +160,8 @@ def export_checkpoint(request: ExportRequest, track: Track = untracked) -> Expor
     ghost = checked.ghost
     target = as_dtype(LONG_NAMES.get(request.kind or ""))
     compared = "auto" if target in (None, ghost.stored) else torch.float32  # so that only the weights' rounding shows
-    mask_id, pickles = request.model.mask_id, request.model.allow_pickle
     own = request.compat == "official"  # whose Python files are copied
-    model = load_model(
-        request.source, compared, mask_id=mask_id, allow_pickle=pickles, code=own, block_size=request.model.block_size
-    )
+    model = load_model(request.source, compared, code=own, **request.model.reading)
     if checked.packing is not None:
         check_zeros(model, checked.packing.masks)
     facts = plan_facts(request, checked)
@@ -183,7 +180,8 @@ def export_checkpoint(request: ExportRequest, track: Track = untracked) -> Expor
 
 def plan_facts(request: ExportRequest, checked: Checked) -> dict[str, Any]:
     """What an export would write of what, with about so many bytes, and why not in stricter classes (class -> reason),
-    as plain data; of packed weights their `layout`, how many are `packed`, and the `plain_bytes` of all weights."""
+    as plain data, with whether llama.cpp knows the family (`llama_cpp`); of packed weights their `layout`, how many are
+    `packed`, and the `plain_bytes` of all weights."""
     ghost, packing, plain = checked.ghost, checked.packing, _bytes(checked.ghost, request)
     saved = packing.saved_bytes(_dtype(ghost, request).itemsize) if packing else 0
     packed = {"layout": packing.layout, "packed": len(packing.kept), "plain_bytes": plain} if packing else {}
@@ -196,6 +194,7 @@ def plan_facts(request: ExportRequest, checked: Checked) -> dict[str, Any]:
         "reasons": {name: reasons[name] for name in CLASSES if name in reasons},
         "out": request.out and str(request.out),
         "compat": request.compat,
+        "llama_cpp": ghost.adapter.family.gguf is not None,
         "out_bytes": plain - saved,
         "gguf": request.gguf and str(request.gguf),
         "gguf_bytes": needed_bytes(ghost.model.num_parameters(), request.kind, ghost.stored),

@@ -134,9 +134,7 @@ class TextGenerator:
         ghost = read_ghost(str(checkpoint), settings)
         Reader(ghost.model.config, ghost.directory, config.generation).read(prompts)
         device = pick_device(settings.device)
-        size = settings.block_size
-        model = load_model(checkpoint, settings.dtype, device, settings.mask_id, settings.allow_pickle, block_size=size)
-        return cls(model, config)
+        return cls(load_model(checkpoint, settings.dtype, device, **settings.reading), config)
 
     @property
     def warning(self) -> str | None:

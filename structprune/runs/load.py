@@ -22,5 +22,5 @@ def load_dense(source: str, request: StructuredRequest | MaskRequest, workers: W
         model = map_model(source, dtype, settings.mask_id, carries_code, size)
     else:
         dtype = "auto" if resources.offload and resources.dtype is None else resources.dtype
-        model = load_model(source, dtype, resources.home, settings.mask_id, pickles, carries_code, size)
+        model = load_model(source, dtype, resources.home, code=carries_code, **settings.reading)
     return model, model.num_parameters() * source_of(model).dtype.itemsize

@@ -83,11 +83,11 @@ class Recovery(RecoveryPlan):
     def _load(self, index: int, offload: bool) -> DiffusionLM:
         """The student (0) or the teacher (1)."""
         settings, device = self.config.model, torch.device("cpu") if offload else self.device
-        source, dtype, size = self._ghosts[index].source, self.dtypes[index], settings.block_size
+        source, dtype = self._ghosts[index].source, self.dtypes[index]
         if index == 1 and self.config.teacher.int8:  # whole in host memory only, in no wider a dtype than it is stored
-            model = load_model(source, "auto", "cpu", settings.mask_id, settings.allow_pickle, block_size=size)
+            model = load_model(source, "auto", "cpu", **settings.reading)
             return to_int8(model, dtype).to(device)  # type: ignore[arg-type]
-        return load_model(source, dtype, device, settings.mask_id, settings.allow_pickle, block_size=size)
+        return load_model(source, dtype, device, **settings.reading)
 
     def _measure_and_train(self, folder: Path) -> tuple[HeldOutStudy, Figures]:
         """The held-out text, and the student's figures on it before it was trained."""

@@ -92,7 +92,7 @@ def open_subject(source: str, subject: Subject, place: ModelSettings) -> Subject
     """
     device = pick_device(place.device)
     if not subject.causal:
-        model = load_model(source, place.dtype, device, place.mask_id, place.allow_pickle, block_size=place.block_size)
+        model = load_model(source, place.dtype, device, **place.reading)
         return replace(subject, model=model)
     path = Path(source)
     return replace(subject, model=load_causal(path if path.exists() else locate(source), place.dtype, device))

@@ -79,8 +79,10 @@ def _traced_config(model: DiffusionLM):
     With two query heads per KV head the library's index maps double at every step, and `get_pruning_group` never ends.
     """
     adapter = Adapter(model)
-    widths = [replace(block.widths, kv_heads=block.widths.query_heads) for block in adapter.blocks]
-    for index, block in enumerate(adapter.blocks):
-        if block.mixture:  # as few experts as can be: a trace of all takes minutes
-            widths[index] = ExpertWidths(**vars(widths[index]) | {"experts": block.mixture.top_k})
+    widths = []
+    for block in adapter.blocks:
+        own = replace(block.widths, kv_heads=block.widths.query_heads)
+        if block.mixture and isinstance(own, ExpertWidths):  # as few experts as can be: a trace of all takes minutes
+            own = replace(own, experts=block.mixture.top_k)
+        widths.append(own)
     return adapter.family.config_class(**set_widths(model.config.to_dict(), adapter.family, widths))

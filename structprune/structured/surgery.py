@@ -106,9 +106,8 @@ def _keep_experts(state: dict[str, torch.Tensor], block: BlockView, experts: tup
         state[name] = in_place_of(state[name], state[name][index.to(state[name].device)].contiguous())  # (E, C) or (E,)
     for new, old in enumerate(experts):  # in rising order, so that none is overwritten before it is read
         for role in MLP_ROLES:
-            names = (f"{block.names[role_of(role, str(number))]}.weight" for number in (new, old))
-            target, source = names
-            state[target] = state[source]
+            name, dense = (f"{block.names[role_of(role, str(number))]}.weight" for number in (new, old))
+            state[name] = state[dense]
 
 
 def _dense_name(name: str, blocks: str, remaining: tuple[int, ...]) -> str:
