@@ -19,16 +19,15 @@ import torch
 from rich.table import Table
 
 from scripts.studies.fixed_heads import BASE
-from scripts.studies.recovery_study import TRAIN, yardstick
+from scripts.studies.recovery_study import TRAIN
 from scripts.studies.search_study import STREAMED
 from scripts.studies.studies import Study, cell
 from scripts.studies.summaries import rows_and_gaps
-from scripts.studies.trainings import Corpus, run_training_study
+from scripts.studies.trainings import Corpus, run_training_study, yardstick
 from scripts.tools.script_line import one_line
 from structprune.assets import model_directory, text_file
 from structprune.config import Config
 from structprune.models.denormals import flushed_denormals
-from structprune.models.loading import load_model
 from structprune.recovery.settings import RecoverConfig
 from structprune.runs.gradual import Step, prune_and_recover
 from structprune.runs.schedule import Schedule
@@ -58,17 +57,14 @@ def schedule_of(name: str, ratio: str, seed: int, corpus: Corpus) -> Schedule:
 def measure(name: str, seed: int, windows: int, length: int, corpus: Corpus, threads: int) -> dict:
     """One variant at one seed: for each ratio loss, what generation keeps, what was removed, and the time of all."""
     torch.set_num_threads(threads)
-    held_out, continued = yardstick(seed, windows, length)
-    results = {}
+    texts, results = yardstick(seed, windows, length), {}
     for ratio in RATIOS:
         with tempfile.TemporaryDirectory() as folder:
             steps = prune_and_recover(
                 str(model_directory()), Path(folder) / "out", schedule_of(name, ratio, seed, corpus)
             )
-            model = load_model(steps[-1].directory, device="cpu")
-            results[ratio] = {"loss": held_out.loss(model), **continued.compare(model), **figures(steps)}
-    dense = {"nelbo": held_out.dense.mean, "generated_nelbo": continued.dense_nelbo}
-    return {"variant": name, "seed": seed, "dense": dense, "ratios": results}
+            results[ratio] = texts.measure(steps[-1].directory) | figures(steps)
+    return texts.row(name, results)
 
 
 def figures(steps: list[Step]) -> dict:

@@ -18,14 +18,13 @@ import torch
 
 from scripts.studies import search_study
 from scripts.studies.fixed_heads import BASE
-from scripts.studies.recovery_study import FIRST, TRAIN, pruned_model, stages, tables, trained_back, yardstick
+from scripts.studies.recovery_study import FIRST, TRAIN, pruned_model, stages, tables, trained_back
 from scripts.studies.search_study import STREAMED
 from scripts.studies.studies import Study
 from scripts.studies.summaries import rows_and_gaps
-from scripts.studies.trainings import Corpus, run_training_study
+from scripts.studies.trainings import Corpus, run_training_study, yardstick
 from scripts.tools.script_line import one_line
 from structprune.models.denormals import flushed_denormals
-from structprune.models.loading import load_model
 
 RATIOS = ["0.5", "0.7"]
 RANKED, SEARCHED = "ranked widths", "searched widths"
@@ -54,8 +53,7 @@ TOKENS = 1_500_000
 def measure(name: str, seed: int, windows: int, length: int, corpus: Corpus, threads: int) -> dict:
     """One variant at one seed: for each ratio loss, what generation keeps, and how long the training took."""
     torch.set_num_threads(threads)
-    held_out, continued = yardstick(seed, windows, length)
-    results = {}
+    texts, results = yardstick(seed, windows, length), {}
     for ratio in RATIOS:
         variant = VARIANTS[name][ratio]
         with tempfile.TemporaryDirectory() as folder:
@@ -64,10 +62,8 @@ def measure(name: str, seed: int, windows: int, length: int, corpus: Corpus, thr
             if variant["training"] is not None:
                 keys = stages(variant["training"], corpus.tokens) | {"data.source": str(corpus.path)}
                 checkpoint, seconds = trained_back(checkpoint, Path(folder) / "recovered", seed, keys)
-            model = load_model(checkpoint, device="cpu")
-            results[ratio] = {"loss": held_out.loss(model), **continued.compare(model), "seconds": seconds}
-    dense = {"nelbo": held_out.dense.mean, "generated_nelbo": continued.dense_nelbo}
-    return {"variant": name, "seed": seed, "dense": dense, "ratios": results}
+            results[ratio] = texts.measure(checkpoint) | {"seconds": seconds}
+    return texts.row(name, results)
 
 
 def summarise(runs: dict, seeds: list[int]) -> dict:

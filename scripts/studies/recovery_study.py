@@ -18,12 +18,11 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from scripts.studies.checkpoint_texts import Continued
 from scripts.studies.fixed_heads import BASE, HEADS
 from scripts.studies.search_study import STREAMED
-from scripts.studies.studies import Study, cell, held_out_text
+from scripts.studies.studies import Study, cell
 from scripts.studies.summaries import rows_and_gaps
-from scripts.studies.trainings import Corpus, run_training_study
+from scripts.studies.trainings import Corpus, run_training_study, yardstick
 from scripts.tools.script_line import one_line
 from structprune.assets import model_directory
 from structprune.checkpoint.save import save_pruned
@@ -31,7 +30,6 @@ from structprune.config import Config
 from structprune.models.denormals import flushed_denormals
 from structprune.models.loading import load_model
 from structprune.recovery.settings import RecoverConfig
-from structprune.runs.demo import HeldOut
 from structprune.runs.pruner import Pruner
 from structprune.runs.recover import recover
 
@@ -60,14 +58,6 @@ CONTRASTS += [(LONG, BLOCKS)]
 SHARED = "blocks.tokens"  # of a variant: its first stage's share of the tokens
 TIMES = {LONG: 9}  # so many times the tokens of the others
 FIGURES = ("tokens_kept", "generated_nelbo", "seconds")
-
-
-@lru_cache(maxsize=1)
-def yardstick(seed: int, windows: int, length: int) -> tuple[HeldOut, Continued]:
-    """Held-out text of a seed, and the dense model's continuations of its openings."""
-    model = load_model(model_directory(), device="cpu")
-    held_out = held_out_text(model, seed, windows, length)
-    return held_out, Continued(model, held_out.ids, seed)
 
 
 @lru_cache(maxsize=len(RATIOS))
@@ -110,8 +100,7 @@ def stages(variant: dict, tokens: int) -> dict:
 def measure(name: str, seed: int, windows: int, length: int, corpus: Corpus, threads: int) -> dict:
     """One variant at one seed: for each ratio loss, what generation keeps, and how long the training took."""
     torch.set_num_threads(threads)
-    held_out, continued = yardstick(seed, windows, length)
-    results = {}
+    texts, results = yardstick(seed, windows, length), {}
     with tempfile.TemporaryDirectory() as folder:
         for ratio in RATIOS:
             checkpoint, seconds = Path(pruned_model(seed, ratio).name) / "pruned", 0.0
@@ -120,10 +109,8 @@ def measure(name: str, seed: int, windows: int, length: int, corpus: Corpus, thr
             if name != UNTRAINED:
                 keys = stages(VARIANTS[name], corpus.tokens * TIMES.get(name, 1)) | {"data.source": str(corpus.path)}
                 checkpoint, seconds = trained_back(checkpoint, Path(folder) / f"recovered-{ratio}", seed, keys)
-            model = load_model(checkpoint, device="cpu")
-            results[ratio] = {"loss": held_out.loss(model), **continued.compare(model), "seconds": seconds}
-    dense = {"nelbo": held_out.dense.mean, "generated_nelbo": continued.dense_nelbo}
-    return {"variant": name, "seed": seed, "dense": dense, "ratios": results}
+            results[ratio] = texts.measure(checkpoint) | {"seconds": seconds}
+    return texts.row(name, results)
 
 
 def summarise(runs: dict, seeds: list[int]) -> dict:

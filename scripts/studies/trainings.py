@@ -1,12 +1,16 @@
-"""What studies of trainings share: the text a training learns from, and how many tokens of it."""
+"""What studies of trainings share: the text a training learns from, how many tokens of it, and what is measured of a
+model that was trained."""
 
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from scripts.studies.studies import Study, parse_options, run_study, study_parser
+from scripts.studies.checkpoint_texts import Continued
+from scripts.studies.studies import Study, held_out_text, parse_options, run_study, study_parser
 from scripts.tools.script_line import check_counts
-from structprune.assets import text_file
+from structprune.assets import model_directory, text_file
 from structprune.errors import UserError
+from structprune.models.loading import load_model
 
 TOKENS = 150_000
 
@@ -20,6 +24,31 @@ class Corpus(NamedTuple):
 
     path: Path
     tokens: int
+
+
+class Yardstick:
+    """Held-out text of a seed, and the embedded model's continuations of its openings."""
+
+    def __init__(self, seed: int, windows: int, length: int):
+        model = load_model(model_directory(), device="cpu")
+        self._seed, self._held_out = seed, held_out_text(model, seed, windows, length)
+        self._continued = Continued(model, self._held_out.ids, seed)
+
+    def measure(self, checkpoint: Path) -> dict:
+        """The loss of a model per held-out window, and what its generation keeps."""
+        model = load_model(checkpoint, device="cpu")
+        return {"loss": self._held_out.loss(model), **self._continued.compare(model)}
+
+    def row(self, variant: str, ratios: dict[str, dict]) -> dict:
+        """A row of a study: ratio -> what was measured there."""
+        dense = {"nelbo": self._held_out.dense.mean, "generated_nelbo": self._continued.dense_nelbo}
+        return {"variant": variant, "seed": self._seed, "dense": dense, "ratios": ratios}
+
+
+@lru_cache(maxsize=1)
+def yardstick(seed: int, windows: int, length: int) -> Yardstick:
+    """That of a seed, for all its variants."""
+    return Yardstick(seed, windows, length)
 
 
 def run_training_study(
