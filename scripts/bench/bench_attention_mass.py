@@ -90,14 +90,14 @@ def block_runs(length: int, options: argparse.Namespace) -> dict[str, Call]:
 
 def block_calls(model: DiffusionLM, hidden: torch.Tensor) -> dict[str, Call]:
     """The forward pass of a model's first block on (B, T, C), alone and with the mass of its attention."""
-    view, sight = Adapter(model).blocks[0], model.sight(hidden.shape[:2], hidden.device)
+    view, context = Adapter(model).blocks[0], model.context(hidden.shape[:2], hidden.device)
 
     def with_mass() -> None:
         with MassMeter().on([view.core]) as meter:
-            view.module(hidden, *sight)
+            view.module(hidden, *context)
             meter.take()
 
-    return {"block": lambda: view.module(hidden, *sight), "block with mass": with_mass}
+    return {"block": lambda: view.module(hidden, *context), "block with mass": with_mass}
 
 
 @torch.inference_mode()

@@ -44,10 +44,10 @@ def call_ours(model: DiffusionLM, request: Request, calibration: Calibration, ba
 @torch.inference_mode()
 def bare_pass(adapter: Adapter, ids: torch.Tensor) -> None:
     """A forward pass of ids (b, T) up to the last linear's input, the least that any statistic needs."""
-    x, sight = adapter.model.embedding(ids), adapter.model.sight(ids.shape, adapter.device)  # (b, T, C)
+    x, context = adapter.model.embedding(ids), adapter.model.context(ids.shape, adapter.device)  # (b, T, C)
     for view in adapter.blocks[:-1]:
-        x = view.module(x, *sight)  # (b, T, C)
-    block_inputs(adapter.blocks[-1], x, sight)
+        x = view.module(x, *context)  # (b, T, C)
+    block_inputs(adapter.blocks[-1], x, context)
 
 
 class Interleaved:

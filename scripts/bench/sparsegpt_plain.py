@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from structprune.models.adapter import Adapter, BlockView
-from structprune.models.layers_structprune import Sight
+from structprune.models.layers_structprune import AttentionContext
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.placement import synchronise
 from structprune.progress import Track, untracked
@@ -99,10 +99,10 @@ def prune_plainly(
     masks: dict[str, torch.Tensor] = {}
     with phases.timed("statistics"):
         states = [model.embedding(row[None].to(adapter.device)) for row in ids]  # R x (1, T, C)
-        sight = model.sight(ids.shape, adapter.device)
+        context = model.context(ids.shape, adapter.device)
     for block in track(adapter.blocks, "plain SparseGPT"):
         with phases.timed("statistics"):
-            grams = _grams(block, states, sight)
+            grams = _grams(block, states, context)
         for role, name in block.names.items():
             linear = block[role]
             with phases.timed("factorisation"):
@@ -112,11 +112,11 @@ def prune_plainly(
                 linear.weight = torch.nn.Parameter(weight.to(linear.weight.dtype), linear.weight.requires_grad)
                 masks[f"{name}.weight"] = mask.cpu()
         with phases.timed("moving on"):
-            states = [block.module(x, *sight) for x in states]  # R x (1, T, C)
+            states = [block.module(x, *context) for x in states]  # R x (1, T, C)
     return masks, phases.seconds
 
 
-def _grams(block: BlockView, states: list[torch.Tensor], sight: Sight) -> dict[str, torch.Tensor]:
+def _grams(block: BlockView, states: list[torch.Tensor], context: AttentionContext) -> dict[str, torch.Tensor]:
     """Σ x xᵀ over the input rows of every linear, computed separately for each: role -> (C, C) fp32."""
     grams = {
         role: torch.zeros(block[role].in_features, block[role].in_features, device=states[0].device)
@@ -132,7 +132,7 @@ def _grams(block: BlockView, states: list[torch.Tensor], sight: Sight) -> dict[s
 
     handles = [block[role].register_forward_pre_hook(hook(role)) for role in block.names]
     for x in states:
-        block.module(x, *sight)
+        block.module(x, *context)
     for handle in handles:
         handle.remove()
     return grams

@@ -36,7 +36,7 @@ def measure_table(model: DiffusionLM, form: str, multiple: int, size: Size, timi
     """
     adapter = Adapter(model)
     ids = random_ids(model, size.batch, size.length)  # (B, T)
-    x, sight = model.embedding(ids), model.sight(ids.shape, ids.device)  # (B, T, C)
+    x, context = model.embedding(ids), model.context(ids.shape, ids.device)  # (B, T, C)
     shared = shared_parts(adapter)
     calls: dict[str, Callable] = {"dense": partial(model, ids), "rest": partial(_rest, model, ids)}
     for (kind, widths), blocks in shared.items():
@@ -44,7 +44,7 @@ def measure_table(model: DiffusionLM, form: str, multiple: int, size: Size, timi
         for steps in measured_steps(first, kind, multiple):
             narrow = widths_after(widths, {(first.index, kind): steps}, first.index, form)
             part = narrow_block(adapter, blocks[0], narrow)
-            work = partial(part.add_attention, x, *sight) if kind == "attention" else partial(part.add_mlp, x)
+            work = partial(part.add_attention, x, *context) if kind == "attention" else partial(part.add_mlp, x)
             calls[f"{kind} {first.index} {steps}"] = partial(_repeat, work)
     ms = {name: latency.median_ms for name, latency in interleaved(calls, ids.device, timing).items()}
     if ms["dense"] <= ms["rest"]:
@@ -107,7 +107,7 @@ def table_identity(model: DiffusionLM, form: str, multiple: int, size: Size) -> 
 def _rest(model: DiffusionLM, ids: torch.Tensor) -> torch.Tensor:
     """What a forward pass over ids (B, T) does outside the blocks."""
     x = model.embedding(ids)  # (B, T, C)
-    model.sight(ids.shape, ids.device)
+    model.context(ids.shape, ids.device)
     return model.output_head(model.final_norm(x))
 
 

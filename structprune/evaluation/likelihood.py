@@ -65,8 +65,8 @@ def _batch_nats(model: DiffusionLM, branches: list[torch.Tensor], rows: MaskedRo
     targets = torch.zeros(len(ids), masked.shape[1], dtype=torch.bool)  # (U, T)
     targets.index_put_((inverse,), masked.repeat(len(branches), 1), accumulate=True)
     slot = (targets.flatten().cumsum(0) - 1).view_as(targets)  # (U, T) index of each target's state
-    sight = model.layout.sight(model, ids.shape, device)
-    states = encode_at(model, ids.to(device), targets.to(device), sight=sight)  # (m, C)
+    context = model.layout.context(model, ids.shape, device)
+    states = encode_at(model, ids.to(device), targets.to(device), context=context)  # (m, C)
     slots = [slot[chosen][masked].to(device) for chosen in inverse.chunk(len(branches))]  # (M,) per branch
     labels, head = rows.clean[masked].to(device), model.output_head  # (M,)
     nats = []

@@ -94,14 +94,14 @@ class StitchedModel:
         room = max(1, self._windows.limits.budget // (dtype.itemsize * math.prod(shape)))
         self._stride = -(-blocks // room)
         self._states = empty_on_host((-(-blocks // self._stride), *shape), dtype, self._windows.limits.budget)
-        sight = self._adapter.sight(self._rows.shape)
+        context = self._adapter.context(self._rows.shape)
         for start in range(0, rows, self._batch):
             part = slice(start, start + self._batch)
             x = self._model.embedding(self._rows[part].to(compute_device(self._model)))  # (b, T, C)
             for block in self._adapter.blocks:
                 if block.index % self._stride == 0:
                     self._states[block.index // self._stride, part] = x.to(self._states.device)
-                x = block.module(x, *sight)  # (b, T, C)
+                x = block.module(x, *context)  # (b, T, C)
 
     def loss(self, counts: Counts, share: float = 1.0) -> float:
         """Divergence from the dense model, in nats per token.

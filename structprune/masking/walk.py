@@ -146,7 +146,7 @@ class Walk:
                 tokens = block.tokens(name, x)  # (m,) of an expert, else all
                 if tokens is not None and omega is not None:
                     omega = omega.flatten()[tokens]  # (m,)
-                pruned = block.read(name, x, prefix.sight, tokens)  # (b, T, C) or (m, C)
+                pruned = block.read(name, x, prefix.context, tokens)  # (b, T, C) or (m, C)
                 stream = self._dense if plan.target_dense else None
                 source = stream.step(dense, name, rows, tokens) if stream else None  # as `pruned`
                 sums.add(pruned, source, omega)
@@ -184,7 +184,7 @@ class _Stream:
     def __init__(self, adapter: Adapter, ids: torch.Tensor, uses: list[Use], *limits):
         self.rows = slice(min(use.rows.start for use in uses), max(use.rows.stop for use in uses))
         self._states = HiddenStates(adapter, ids[self.rows], *limits)
-        self.sight = self._states.sight
+        self.context = self._states.context
 
     def _own(self, rows: slice) -> slice:
         return slice(rows.start - self.rows.start, rows.stop - self.rows.start)
@@ -199,14 +199,14 @@ class _Stream:
     def inputs(self, block: BlockView, rows: slice, move: bool = False) -> Inputs:
         """The inputs of the block's linears; with `move` the stream becomes the block's output."""
         states = self.read(rows)  # (b, T, C)
-        inputs = block_inputs(block, states.clone() if move else states, self.sight)
+        inputs = block_inputs(block, states.clone() if move else states, self.context)
         if move:
             self._write(rows, block_output(block, inputs))
         return inputs
 
     def after_attention(self, block: BlockView, rows: slice) -> torch.Tensor:
         """The stream between a block's halves (b, T, C), which replaces the one before the block."""
-        x = block.module.add_attention(self.read(rows), *self.sight)  # (b, T, C)
+        x = block.module.add_attention(self.read(rows), *self.context)  # (b, T, C)
         self._write(rows, x)
         return x
 
@@ -217,7 +217,7 @@ class _Stream:
             tokens: of an expert's input, which is then (m, C).
         """
         x = self.read(rows)  # (b, T, C)
-        read = block.read(name, x, self.sight, tokens)  # (b, T, C) or (m, C)
+        read = block.read(name, x, self.context, tokens)  # (b, T, C) or (m, C)
         if block.mixture and name == block.mlp_end:
             self._write(rows, block.module.add_mlp(x))
         elif name in STREAM:
@@ -229,4 +229,4 @@ class _Stream:
         if not self.rows.start <= rows.start < self.rows.stop:
             return
         x = self.read(rows)  # (b, T, C)
-        self._write(rows, block.module.add_mlp(x) if half else block.module(x, *self.sight))
+        self._write(rows, block.module.add_mlp(x) if half else block.module(x, *self.context))

@@ -9,7 +9,7 @@ from torch import nn
 from structprune.models.configuration_structprune import layer_width
 from structprune.models.experts_structprune import SHARED, ExpertBlock, role_and_part, role_of
 from structprune.models.families import ROLES, Family, family_of
-from structprune.models.layers_structprune import Block, Sight
+from structprune.models.layers_structprune import AttentionContext, Block
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.placement import compute_device, compute_dtype
 
@@ -135,12 +135,12 @@ class BlockView:
         return self.mixture.seen(x, part) if self.mixture and part not in ("", SHARED) else None
 
     def read(
-        self, name: str, x: torch.Tensor, sight: Sight | None = None, tokens: torch.Tensor | None = None
+        self, name: str, x: torch.Tensor, context: AttentionContext | None = None, tokens: torch.Tensor | None = None
     ) -> torch.Tensor:
         """One input of the block's linears, a key of `readers`: (b, T, .), from the stream before their half (b, T, C).
 
         Args:
-            sight: for `mixed` only.
+            context: for `mixed` only.
             tokens: some of the b * T, (m,), for (m, .); for the MLP only.
         """
         base, part = role_and_part(name)
@@ -149,15 +149,15 @@ class BlockView:
             rows = self.module.part("mlp_norm")(own)  # (b, T, C) or (m, C)
             return self.mixture.gated(part, rows) if base == "activated" else rows
         if name == "mixed":
-            assert sight is not None, "attention needs positions and a mask"
-            return self.module.mix(x, *sight)
+            assert context is not None, "attention needs positions and a mask"
+            return self.module.mix(x, *context)
         if name == "activated":
             return self.module.activate(x)
         return self.module.part("attention_norm" if name == "attention_input" else "mlp_norm")(x)
 
-    def consumed(self, kind: str, x: torch.Tensor, sight: Sight) -> torch.Tensor:
+    def consumed(self, kind: str, x: torch.Tensor, context: AttentionContext) -> torch.Tensor:
         """What the consumer of a kind reads, (b, T, units), on the stream before its half of the block (b, T, C)."""
-        return self.read("mixed" if kind == "attention" else "activated", x, sight)
+        return self.read("mixed" if kind == "attention" else "activated", x, context)
 
 
 class Adapter:
@@ -206,9 +206,9 @@ class Adapter:
     def mask_id(self) -> int:
         return self.model.config.mask_token_id
 
-    def sight(self, shape: torch.Size) -> Sight:
-        """Where the tokens of rows of a pass (b, S) stand and which of them they see, by the model's layout."""
-        return self.model.layout.sight(self.model, shape, self.device)
+    def context(self, shape: torch.Size) -> AttentionContext:
+        """Positions of the tokens of rows of a pass (b, S), and which of them they see, by the model's layout."""
+        return self.model.layout.context(self.model, shape, self.device)
 
     @property
     def device(self) -> torch.device:

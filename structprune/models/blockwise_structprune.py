@@ -11,7 +11,7 @@ import torch
 from transformers.modeling_outputs import MaskedLMOutput
 
 from .generation_structprune import Sampling, check_counts, uniform_like
-from .layers_structprune import Layout, Sight, core_mask, positions_of
+from .layers_structprune import AttentionContext, Layout, core_mask, positions_of
 from .sampling_structprune import (
     gumbel_choice,
     reveal_counts,
@@ -60,13 +60,13 @@ class Pairs(Layout):
     def spread(self, values, other):
         return torch.cat((values, torch.full_like(values, other)), dim=-1)  # (..., 2 T)
 
-    def sight(self, model, shape, device, real=None) -> Sight:
-        """As `Layout.sight`; `real` (B, T), true or 1 at real tokens of a window."""
+    def context(self, model, shape, device, real=None) -> AttentionContext:
+        """As `Layout.context`; `real` (B, T), true or 1 at real tokens of a window."""
         positions = positions_of(shape[1] // 2, device, real)  # (B or 1, T)
         mask = pair_mask(positions, self.size)  # (B or 1, 1, S, S)
         if real is not None:
             mask = mask & core_mask(real.repeat(1, 2), tuple(shape), None)  # (B, 1, S, S)
-        return Sight(model.rotary(shape[1], device, position_ids=positions.repeat(1, 2)), mask)
+        return AttentionContext(model.rotary(shape[1], device, position_ids=positions.repeat(1, 2)), mask)
 
 
 class BlockSampling(Sampling):
@@ -162,15 +162,15 @@ class BlockDiffusion:
         super().__init__(config)  # type: ignore[call-arg]
         self.layout = Pairs(config.block_size)
 
-    def sight(self: Any, shape, device, attention_mask=None, position_ids=None, dtype=None) -> Sight:
-        """As `DiffusionLM.sight`; a token sees its block and those before. A 4-D mask replaces this."""
-        sight = super().sight(shape, device, attention_mask, position_ids, dtype)  # type: ignore[misc]
+    def context(self: Any, shape, device, attention_mask=None, position_ids=None, dtype=None) -> AttentionContext:
+        """As `DiffusionLM.context`; a token sees its block and those before. A 4-D mask replaces this."""
+        context = super().context(shape, device, attention_mask, position_ids, dtype)  # type: ignore[misc]
         tensor = isinstance(attention_mask, torch.Tensor)
         if tensor and attention_mask.dim() == 4:
-            return sight
+            return context
         positions = positions_of(shape[1], device, attention_mask if tensor else None, position_ids)  # (B or 1, T)
         mask = block_mask(positions, self.config.block_size)  # (B or 1, 1, T, T)
-        return Sight(sight.rotary, mask if sight.mask is None else mask & sight.mask)
+        return AttentionContext(context.rotary, mask if context.mask is None else mask & context.mask)
 
     def forward(
         self: Any, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None, labels=None,
@@ -192,7 +192,9 @@ class BlockDiffusion:
         noisy, masked, p = self.noise(input_ids, labels, mask_probability)  # (B, T) each, (B,) or (B, T)
         rows, length = self.layout.rows(noisy, clean), noisy.shape[1]  # (B, 2 T)
         states: Any = [] if output_hidden_states else None
-        hidden = self.encode(rows, sight=self.layout.sight(self, rows.shape, rows.device, attention_mask), keep=states)
+        hidden = self.encode(
+            rows, context=self.layout.context(self, rows.shape, rows.device, attention_mask), keep=states
+        )
         logits = self.output_head(hidden[:, :length])  # (B, T, V)
         loss = self.diffusion_loss(logits, labels, masked, p)
         output = MaskedLMOutput(

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from structprune.errors import UserError
-from structprune.models.layers_structprune import Sight
+from structprune.models.layers_structprune import AttentionContext
 from structprune.models.modeling_structprune import DiffusionLM
 
 CPU_TOKENS, CUDA_TOKENS = 2**10, 2**16  # on a CPU a forward pass is fastest while activations fit its caches
@@ -30,7 +30,7 @@ def encode_at(
     targets: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
     span: slice | None = None,
-    sight: Sight | None = None,
+    context: AttentionContext | None = None,
 ) -> torch.Tensor:
     """Hidden states that predict the tokens at the target positions, so that the LM head runs nowhere else.
 
@@ -42,7 +42,7 @@ def encode_at(
         attention_mask: (B, T), true at real tokens; None when every token is real.
         span: positions to run, those of the targets among them; keys and values of the others must come from a cache
             (`cached.KeyValueCache`). Default all.
-        sight: of all T tokens; default the model's own, of sequences.
+        context: of all T tokens; default the model's own, of sequences.
     Returns:
         (M, C) after the final norm, row by row from left to right.
     """
@@ -50,8 +50,8 @@ def encode_at(
     row, position = predicting(model, targets)  # 2 x (M,)
     position = position - span.start  # (M,) within the n positions that run
     x = model.embedding(input_ids[:, span])  # (B, n, C)
-    sight = sight or model.sight(input_ids.shape, input_ids.device, attention_mask)
-    return _finish(model, x, (row, position), sight.of(span))
+    context = context or model.context(input_ids.shape, input_ids.device, attention_mask)
+    return _finish(model, x, (row, position), context.of(span))
 
 
 def encode_rows(model: DiffusionLM, rows: torch.Tensor, keep: list[torch.Tensor] | None = None) -> torch.Tensor:
@@ -60,7 +60,7 @@ def encode_rows(model: DiffusionLM, rows: torch.Tensor, keep: list[torch.Tensor]
     Args:
         keep: collects every block's input, (b, S, C) each.
     """
-    return model.encode(rows, keep=keep, sight=model.layout.sight(model, rows.shape, rows.device))
+    return model.encode(rows, keep=keep, context=model.layout.context(model, rows.shape, rows.device))
 
 
 def encode_noisy(
@@ -69,8 +69,8 @@ def encode_noisy(
     """As `encode_at`, of noisy windows beside their clean text as the model's layout has them: 3 x (B, T) -> (M, C)."""
     layout = model.layout
     rows = layout.rows(noisy_ids, input_ids)  # (B, S)
-    sight = layout.sight(model, rows.shape, rows.device)
-    return encode_at(model, rows, targets, sight=sight)  # predictions are of a row's first T tokens
+    context = layout.context(model, rows.shape, rows.device)
+    return encode_at(model, rows, targets, context=context)  # predictions are of a row's first T tokens
 
 
 def encode_from(model: DiffusionLM, states: torch.Tensor, start: int, targets: torch.Tensor) -> torch.Tensor:
@@ -81,11 +81,13 @@ def encode_from(model: DiffusionLM, states: torch.Tensor, start: int, targets: t
     Returns:
         (M, C) after the final norm, row by row from left to right.
     """
-    sight = model.layout.sight(model, states.shape[:2], states.device)
-    return _finish(model, states, predicting(model, targets), sight, start)
+    context = model.layout.context(model, states.shape[:2], states.device)
+    return _finish(model, states, predicting(model, targets), context, start)
 
 
-def _finish(model: DiffusionLM, x: torch.Tensor, places: tuple, sight: Sight, start: int = 0) -> torch.Tensor:
+def _finish(
+    model: DiffusionLM, x: torch.Tensor, places: tuple, context: AttentionContext, start: int = 0
+) -> torch.Tensor:
     """Run blocks `start` and on over (B, n, C), from the last attention on at some places only: (M, C), normed.
 
     Args:
@@ -93,9 +95,9 @@ def _finish(model: DiffusionLM, x: torch.Tensor, places: tuple, sight: Sight, st
     """
     last = max(index for index, block in enumerate(model.blocks) if block.has_attention)
     for block in model.blocks[start:last]:
-        x = block(x, *sight)  # (B, n, C)
+        x = block(x, *context)  # (B, n, C)
     if start <= last:
-        mixed = model.blocks[last].mix(x, *sight)[places]  # (M, H*D)
+        mixed = model.blocks[last].mix(x, *context)[places]  # (M, H*D)
         x = x[places] + model.blocks[last].part("attention_output")(mixed)  # (M, C)
     else:
         x = x[places]  # (M, C)

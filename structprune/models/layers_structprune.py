@@ -131,8 +131,8 @@ def plain_attention(query, key, value, mask=None):
     return weights.to(value.dtype) @ value
 
 
-class Sight(NamedTuple):
-    """Where the tokens of a pass stand and which of them they see: all that a block reads beside hidden states.
+class AttentionContext(NamedTuple):
+    """Positions of a pass's tokens and which of them they see: all that attention reads beside hidden states.
 
     Attributes:
         rotary: RoPE tables, 2 x (1 or B, 1, T, D).
@@ -142,11 +142,11 @@ class Sight(NamedTuple):
     rotary: Any
     mask: Any = None
 
-    def of(self, queries: slice) -> "Sight":
+    def of(self, queries: slice) -> "AttentionContext":
         """That of some of the T tokens, which see as much as before."""
         rotary = tuple(table[:, :, queries] for table in self.rotary)  # 2 x (1 or B, 1, n, D)
         whole = self.mask is None or self.mask.shape[2] == 1
-        return Sight(rotary, self.mask if whole else self.mask[:, :, queries])  # (1 or B, 1, 1 or n, T)
+        return AttentionContext(rotary, self.mask if whole else self.mask[:, :, queries])  # (1 or B, 1, 1 or n, T)
 
 
 class Layout:
@@ -169,9 +169,9 @@ class Layout:
         """What belongs to tokens of rows, by window: (..., S) -> S / T of (..., T), the noisy one first."""
         return values.tensor_split(self.copies, dim=-1)
 
-    def sight(self, model, shape, device) -> Sight:
-        """Where the tokens of rows of a (B, S) shape stand, and which of them they see."""
-        return model.sight(shape, device)
+    def context(self, model, shape, device) -> AttentionContext:
+        """Positions of the tokens of rows of a (B, S) shape, and which of them they see."""
+        return model.context(shape, device)
 
 
 class AttentionCore(nn.Module):

@@ -18,11 +18,11 @@ from transformers.modeling_outputs import MaskedLMOutput
 from .configuration_structprune import StructpruneDreamConfig, StructpruneLLaDAConfig, check_packed
 from .generation_structprune import DreamSampling, LLaDASampling
 from .layers_structprune import (
+    AttentionContext,
     DreamBlock,
     Layout,
     LLaDABlock,
     RMSNorm,
-    Sight,
     check_attention,
     check_positions,
     core_mask,
@@ -130,8 +130,8 @@ class DiffusionLM(PreTrainedModel):
         scaling = getattr(self.config, "rotary_scaling", None)
         return rotary_tables(positions, self.config.head_dim, self.config.rope_theta, scaling)
 
-    def sight(self, shape, device, attention_mask=None, position_ids=None, dtype=None) -> Sight:
-        """Where the tokens of sequences of a (B, T) shape stand, and which of them they see.
+    def context(self, shape, device, attention_mask=None, position_ids=None, dtype=None) -> AttentionContext:
+        """Positions of the tokens of sequences of a (B, T) shape, and which of them they see.
 
         Args:
             attention_mask, position_ids: see `encode`, also for errors.
@@ -141,27 +141,29 @@ class DiffusionLM(PreTrainedModel):
         if position_ids is not None:
             check_positions(position_ids, tuple(shape))
         real = attention_mask if mask is not None and attention_mask.dim() == 2 else None  # (B, T)
-        return Sight(self.rotary(shape[1], device, real, position_ids), mask)
+        return AttentionContext(self.rotary(shape[1], device, real, position_ids), mask)
 
-    def encode(self, input_ids=None, attention_mask=None, inputs_embeds=None, keep=None, position_ids=None, sight=None):
+    def encode(
+        self, input_ids=None, attention_mask=None, inputs_embeds=None, keep=None, position_ids=None, context=None
+    ):
         """Hidden states after the final norm, (B, T) -> (B, T, C); `keep` collects every block's input.
 
         Args:
             attention_mask: see `core_mask`. A 2-D one says which tokens are real, and positions count those only.
             position_ids: (B, T) or (1, T) integers, instead of positions 0.. or those by a 2-D mask.
-            sight: from `sight` or a layout, instead of both.
+            context: from `context` or a layout, instead of both.
         Raises:
             ValueError: another shape of either; positions that are not integers.
         """
         x = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, C)
-        sight = sight or self.sight(x.shape[:2], x.device, attention_mask, position_ids, x.dtype)
+        context = context or self.context(x.shape[:2], x.device, attention_mask, position_ids, x.dtype)
         for block in self.blocks:
             if keep is not None:
                 keep.append(x)
             if self.gradient_checkpointing and self.training:
-                x = self._gradient_checkpointing_func(block.__call__, x, *sight)
+                x = self._gradient_checkpointing_func(block.__call__, x, *context)
             else:
-                x = block(x, *sight)  # (B, T, C)
+                x = block(x, *context)  # (B, T, C)
         return self.final_norm(x)
 
     def forward(

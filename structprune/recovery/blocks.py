@@ -201,7 +201,7 @@ class BlockStage:
         """The stream behind a block that is on the device, (b, T, C)."""
         x = states.read(rows).to(self._device, dtype)  # (b, T, C)
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._half and dtype is not None):
-            return block(x, *states.sight)
+            return block(x, *states.context)
 
     def _learn(self, block: BlockView, streams: Streams, masks: Masks | None) -> dict:
         """Train a block in place; returns its held-out error before and after, and which weights it has now."""

@@ -67,7 +67,7 @@ def certainties(scan: Scan, rows: Rows) -> torch.Tensor:
         part = slice(start, start + batch)
         masked = rows.masked[part]  # (b, T)
         ids, targets = (send(each, scan.adapter.device) for each in (rows.ids[part], masked))
-        hidden = encode_at(model, ids, targets, sight=scan.adapter.sight(ids.shape))  # (M, C)
+        hidden = encode_at(model, ids, targets, context=scan.adapter.context(ids.shape))  # (M, C)
         slices = logit_slices(len(hidden), model.output_head.weight.shape[0], kinds=2)
         if slices:
             likeliest = [model.output_head(hidden[each]).float().softmax(-1).amax(-1) for each in slices]  # (m,) each

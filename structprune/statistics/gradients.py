@@ -164,11 +164,11 @@ def _backward(adapter: Adapter, calibration: Calibration, rows: Rows, part: slic
 
 def _encode(model: DiffusionLM, ids: torch.Tensor, again: bool) -> torch.Tensor:
     """Hidden states after the final norm, (b, T) -> (b, T, C); `again` holds no more of a block than its input."""
-    x, sight = model.embedding(ids), model.layout.sight(model, ids.shape, ids.device)  # (b, T, C)
+    x, context = model.embedding(ids), model.layout.context(model, ids.shape, ids.device)  # (b, T, C)
     if not x.requires_grad:  # no parameter has a gradient, but activations do
         x.requires_grad_()
     for block in model.blocks:
-        x = checkpoint(block, x, *sight, use_reentrant=False) if again else block(x, *sight)  # (b, T, C)
+        x = checkpoint(block, x, *context, use_reentrant=False) if again else block(x, *context)  # (b, T, C)
     return model.final_norm(x)
 
 

@@ -44,7 +44,7 @@ class HiddenStates:
         lane = lane_to(adapter.device) if overlap else None
         self._staged = None if lane is None else StagedRows(self._states, lane, batch)
         self._used: slice | None = None  # rows, the last ones
-        self.sight = adapter.sight(ids.shape)
+        self.context = adapter.context(ids.shape)
         for rows in self.slices():
             self.write(rows, adapter.model.embedding(send(ids[rows], adapter.device)))
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from structprune.models.adapter import BlockView
 from structprune.models.experts_structprune import role_and_part
-from structprune.models.layers_structprune import Sight
+from structprune.models.layers_structprune import AttentionContext
 from structprune.statistics.activations import relative_weight, row_squares, squared_norms
 from structprune.statistics.capture import watch_inputs, watch_tokens
 from structprune.workers import ALONE, Workers
@@ -42,12 +42,12 @@ class Inputs:
         return self.tokens[name] // self.middle.shape[1] if name in self.tokens else None
 
 
-def block_inputs(block: BlockView, x: torch.Tensor, sight: Sight) -> Inputs:
+def block_inputs(block: BlockView, x: torch.Tensor, context: AttentionContext) -> Inputs:
     """Run a block on (b, T, C), except for its down projection."""
     read: dict[str, torch.Tensor] = {}
     if "mixed" in block.readers:
         with watch_inputs({"attention_input": block["query"]}, read.__setitem__):
-            read["mixed"] = block.module.mix(x, *sight)  # (b, T, H*D)
+            read["mixed"] = block.module.mix(x, *context)  # (b, T, H*D)
     return inputs_after_attention(block, x, read)
 
 

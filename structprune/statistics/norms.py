@@ -212,13 +212,13 @@ class _LatePass:
     def _run(self, ids: torch.Tensor, held: list[_Held], meter: MassMeter) -> Inputs:
         """Fill the buffers of all blocks but the last, whose inputs are returned."""
         x = self._adapter.model.embedding(ids)  # (b, T, C)
-        sight = self._adapter.sight(ids.shape)
+        context = self._adapter.context(ids.shape)
         for block, buffers in zip(self._adapter.blocks, held):
-            inputs = block_inputs(block, x, sight)
+            inputs = block_inputs(block, x, context)
             buffers.fill(inputs, x, meter.so_far, self._relative)
             x = block_output(block, inputs)  # (b, T, C)
             del inputs  # or they would be in memory beside the next block's
-        return block_inputs(self._adapter.blocks[-1], x, sight)
+        return block_inputs(self._adapter.blocks[-1], x, context)
 
     def _count(
         self, block: BlockView, held: _Held, weight: torch.Tensor, squared: torch.Tensor, mixed: torch.Tensor

@@ -31,7 +31,7 @@ class ResidualRun:
 
     def compute(self, kind: str, states: torch.Tensor, block: BlockView) -> torch.Tensor:
         """What a block's consumer reads on given hidden states (b, T, C); the block may be another model's."""
-        return block.consumed(kind, states, self._states.sight)
+        return block.consumed(kind, states, self._states.context)
 
     def _compute(self, key: UnitKey, rows: slice) -> torch.Tensor:
         return self.compute(key[1], self.states(rows), self._adapter.blocks[key[0]])

@@ -76,11 +76,11 @@ def mass_of(adapter: Adapter, ids: torch.Tensor) -> torch.Tensor:
     """
     last = adapter.attending[-1]
     x = adapter.model.embedding(send(ids, adapter.device))  # (b, T, C)
-    sight = adapter.sight(ids.shape)
+    context = adapter.context(ids.shape)
     with MassMeter().on(adapter.cores) as meter:
         for block in adapter.blocks[: last.index]:
-            x = block.module(x, *sight)  # (b, T, C)
-        last.module.mix(x, *sight)
+            x = block.module(x, *context)  # (b, T, C)
+        last.module.mix(x, *context)
     return meter.take()
 
 

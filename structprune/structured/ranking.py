@@ -182,7 +182,7 @@ def _advance(block: BlockView, states: HiddenStates) -> None:
     for part in states.slices():
         x = states.read(part)  # (b, T, C)
         for kind in block.kinds:
-            x = x + block[CONSUMER[kind]](block.consumed(kind, x, states.sight))  # (b, T, C)
+            x = x + block[CONSUMER[kind]](block.consumed(kind, x, states.context))  # (b, T, C)
         states.write(part, block.mixture.add_mlp(x) if block.mixture else x)
 
 
@@ -198,7 +198,7 @@ def _advance_with_grams(block: BlockView, states: HiddenStates, rows: Rows, rela
     for part in states.slices():
         x, omega = states.read(part), rows.part(part, device)  # (b, T, C), (b, T)
         for kind in block.kinds:
-            read = block.consumed(kind, x, states.sight)  # (b, T, .)
+            read = block.consumed(kind, x, states.context)  # (b, T, .)
             weight = relative_weight(x, omega) if relative else omega  # (b, T)
             add_gram(grams[kind], read, weight)
             totals[kind] += x.shape[0] * x.shape[1] if weight is None else weight.double().pow(2).sum()

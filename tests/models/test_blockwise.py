@@ -181,7 +181,7 @@ def test_statistics_see_the_rows_of_the_layout(model, windows, arm):
     states = HiddenStates(adapter, rows.ids, 2, 2**30)
     for block in adapter.blocks:
         for part in states.slices():
-            states.write(part, block.module(states.read(part), *states.sight))
+            states.write(part, block.module(states.read(part), *states.context))
     last = model.final_norm(states.read(slice(0, len(rows.ids))))  # (R, 2 T, C)
     clean = windows.input_ids.repeat_interleave(copies, 0)
     assert torch.allclose(last[:, :LENGTH], by_block(model, rows.ids[:, :LENGTH], clean), atol=1e-5)

@@ -158,10 +158,10 @@ def test_hidden_states_over_a_lane_are_the_same(queue, budget, tiny_model, monke
         with torch.inference_mode():
             states = HiddenStates(adapter, IDS, 2, budget, overlap)
             for rows in states.slices():
-                states.write(rows, adapter.blocks[0].module(states.read(rows), *states.sight))
+                states.write(rows, adapter.blocks[0].module(states.read(rows), *states.context))
         with torch.inference_mode():
             for rows in states.slices():
-                states.write(rows, adapter.blocks[1].module(states.read(rows), *states.sight))
+                states.write(rows, adapter.blocks[1].module(states.read(rows), *states.context))
             return torch.cat([states.read(rows) for rows in states.slices()])
 
     plain = after_two_blocks(False)

@@ -35,7 +35,7 @@ def streams(model, batch) -> list[torch.Tensor]:
     """Behind every block, (B, S, C) each; the last one normed."""
     ids, noisy, _ = batch
     rows, inputs = model.layout.rows(noisy, ids), []
-    final = model.encode(rows, keep=inputs, sight=model.layout.sight(model, rows.shape, rows.device))
+    final = model.encode(rows, keep=inputs, context=model.layout.context(model, rows.shape, rows.device))
     return [*inputs[1:], final]
 
 

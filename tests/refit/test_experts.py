@@ -46,7 +46,7 @@ def test_the_first_mixture_by_hand(scan, experts):
     fits = Reconstructor(scan, settings).refit(small, plan.remaining, experts=plan.experts)
     noisy = scan.calibration.noisy_ids[: scan.calibration.windows - 4].flatten(0, 1)  # (R, T) fitted rows
     x = dense.model.embedding(noisy)
-    x = dense.blocks[0].module.add_attention(x, *dense.sight(noisy.shape))  # (R, T, C)
+    x = dense.blocks[0].module.add_attention(x, *dense.context(noisy.shape))  # (R, T, C)
     h = dense.blocks[0].module.part("mlp_norm")(x).flatten(0, 1)  # (n, C)
     shares, chosen = small.blocks[0].part("router")(h)  # (n, k) each
     changed = 0

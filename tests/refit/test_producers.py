@@ -155,9 +155,9 @@ def test_a_consumer_makes_up_for_a_share_of_what_the_stream_lacks(tiny_model, ca
     ids = calibration.fit.noisy_ids.flatten(0, 1)
     sides = []
     for each in (model, small):
-        block, x, sight = Adapter(each).blocks[0], streams(each, 0, ids), each.sight(ids.shape, "cpu")
-        x = x + block[CONSUMER["attention"]](block.consumed("attention", x, sight))  # (R, T, C)
-        sides.append((x, block.consumed("channels", x, sight)))
+        block, x, context = Adapter(each).blocks[0], streams(each, 0, ids), each.context(ids.shape, "cpu")
+        x = x + block[CONSUMER["attention"]](block.consumed("attention", x, context))  # (R, T, C)
+        sides.append((x, block.consumed("channels", x, context)))
     (dense, dense_inputs), (pruned, inputs) = sides
     output = Adapter(model).blocks[0]["down"](dense_inputs)  # (R, T, C)
     lacking = dense - pruned

@@ -83,10 +83,10 @@ def test_a_whole_model(script, scripts, tmp_path):
 
 def test_each_linear_has_a_gram_of_its_own(script, tiny_model):
     model = tiny_model()
-    block, sight = Adapter(model).blocks[0], model.sight((1, 5), torch.device("cpu"))
+    block, context = Adapter(model).blocks[0], model.context((1, 5), torch.device("cpu"))
     states = [model.embedding(torch.arange(start, start + 5)[None]).detach() for start in (0, 3)]  # 2 x (1, 5, C)
     with torch.no_grad():
-        grams = script._grams(block, states, sight)
+        grams = script._grams(block, states, context)
         rows = torch.cat([block.module.part("attention_norm")(x)[0] for x in states])  # (10, C)
     assert set(grams) == set(block.names) and grams["query"].data_ptr() != grams["key"].data_ptr()
     assert torch.allclose(grams["query"], rows.T @ rows, atol=1e-5) and torch.equal(grams["query"], grams["value"])

@@ -24,11 +24,11 @@ def adapter(tiny_model) -> Adapter:
 def rows_by_hand(adapter: Adapter, ids: torch.Tensor, index: int) -> dict[str, list]:
     """Of one sequence (T,): input of an expert -> (position, its row (C,), RMS of the stream) of each token it sees."""
     x = adapter.model.embedding(ids[None])  # (1, T, C)
-    sight = adapter.sight(ids[None].shape)
+    context = adapter.context(ids[None].shape)
     for block in adapter.blocks[:index]:
-        x = block.module(x, *sight)
+        x = block.module(x, *context)
     block = adapter.blocks[index]
-    x = block.module.add_attention(x, *sight)[0]  # (T, C)
+    x = block.module.add_attention(x, *context)[0]  # (T, C)
     rows: dict[str, list] = {name: [] for name in block.readers if "." in name}
     for position, (stream, h) in enumerate(zip(x, block.module.part("mlp_norm")(x))):
         scale = stream.double().pow(2).mean().sqrt()

@@ -71,7 +71,7 @@ def test_norms_with_sink_weights(pair, calibration, arm, relative):
     expected, x = InputNorms(), whole.model.embedding(ids)  # (R, T, C)
     with torch.no_grad():
         for block in whole.blocks:
-            inputs = block_inputs(block, x, whole.model.sight(ids.shape, "cpu"))
+            inputs = block_inputs(block, x, whole.model.context(ids.shape, "cpu"))
             for name, read in inputs.read.items():
                 expected.add((block.index, name), read, inputs.weight(name, weight, relative))
             x = block_output(block, inputs)

@@ -27,7 +27,7 @@ def advanced(adapter: Adapter, budget: int, batch: int) -> torch.Tensor:
     states = HiddenStates(adapter, IDS, batch, budget)
     for block in adapter.blocks[:2]:
         for rows in states.slices():
-            states.write(rows, block.module(states.read(rows), *states.sight))
+            states.write(rows, block.module(states.read(rows), *states.context))
     return torch.cat([states.read(rows) for rows in states.slices()])
 
 

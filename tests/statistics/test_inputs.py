@@ -219,13 +219,13 @@ def test_a_block_hands_over_what_its_linears_read(tiny_model):
     adapter = Adapter(tiny_model("dream"))
     block, model = adapter.blocks[1], adapter.model
     x = torch.randn(2, LENGTH, 32, generator=torch.Generator().manual_seed(0))
-    sight = model.sight((2, LENGTH), "cpu")
-    inputs = block_inputs(block, x, sight)
+    context = model.context((2, LENGTH), "cpu")
+    inputs = block_inputs(block, x, context)
     assert set(inputs.read) == set(FIRST["dream"]) and set(inputs.stream) == {"mixed", "activated"}
     assert torch.equal(inputs.stream["mixed"], x)
     middle = x + block["attention_output"](inputs.read["mixed"])
     assert torch.allclose(inputs.stream["activated"], middle)
-    assert torch.allclose(middle + block["down"](inputs.read["activated"]), block.module(x, *sight), atol=1e-5)
+    assert torch.allclose(middle + block["down"](inputs.read["activated"]), block.module(x, *context), atol=1e-5)
     assert torch.allclose(inputs.read["attention_input"], block.module.part("attention_norm")(x))
     assert torch.allclose(inputs.read["mlp_input"], block.module.part("mlp_norm")(middle), atol=1e-6)
     weight = torch.rand(2, LENGTH)

@@ -44,10 +44,10 @@ def test_moments_of_every_arm_equal_plain_sums(tiny_model, calibration, family, 
     rows = arm_rows(calibration, arm, SINK, mass, MASK, adapter.model.layout)
     weight = torch.ones(rows.ids.shape) if rows.weight is None else rows.weight  # (R, T)
     squares = weight.double().flatten() ** 2
-    x, sight = adapter.model.embedding(rows.ids), adapter.sight(rows.ids.shape)
+    x, context = adapter.model.embedding(rows.ids), adapter.context(rows.ids.shape)
     for block in adapter.blocks:
         for role in ("attention_output", "down"):
-            read = block.module.mix(x, *sight) if role == "attention_output" else block.module.activate(x)
+            read = block.module.mix(x, *context) if role == "attention_output" else block.module.activate(x)
             x = x + block[role](read)
             flat = read.flatten(0, 1).double()  # (R*T, C)
             mean = squares @ flat / squares.sum()

@@ -137,7 +137,7 @@ def test_what_an_expert_adds_by_hand(tiny_model, calibration):
     scan = Scan(adapter, calibration, None, Limits(batch=2, budget=2**33))
     shares = expert_shares(scan, "masked")
     noisy, block = calibration.noisy_ids.flatten(0, 1), adapter.blocks[0]  # (R, T)
-    x = block.module.add_attention(adapter.model.embedding(noisy), *adapter.sight(noisy.shape))  # (R, T, C)
+    x = block.module.add_attention(adapter.model.embedding(noisy), *adapter.context(noisy.shape))  # (R, T, C)
     h = block.module.part("mlp_norm")(x).flatten(0, 1)  # (n, C)
     weights, chosen = block.module.part("router")(h)  # (n, k) each
     for expert in range(EXPERTS):
