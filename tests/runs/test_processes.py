@@ -78,11 +78,13 @@ def launched(*arguments, count=2):
 
 @pytest.fixture(scope="module")
 def runs(shared_checkpoint, tmp_path_factory):
-    """Directories of weights and reports of all cases: made by one process, and by two."""
-    folder, checkpoint = tmp_path_factory.mktemp("processes"), str(shared_checkpoint())
-    cases = {
-        name: KEYS | {"calibration.source": str(text_file("calibration.txt"))} | each for name, each in CASES.items()
-    }
+    return both_ways(CASES, tmp_path_factory.mktemp("processes"), str(shared_checkpoint()))
+
+
+def both_ways(cases, folder, checkpoint):
+    """Directories of weights and reports of cases: made by one process, and by two."""
+    text = {"calibration.source": str(text_file("calibration.txt"))}
+    cases = {name: KEYS | text | each for name, each in cases.items()}
     pruned(cases, folder / "one", checkpoint)
     done = launched(__file__, json.dumps(cases), str(folder / "two"), checkpoint)
     assert done.returncode == 0, done.stderr
@@ -103,7 +105,11 @@ def differences(one, two, close, place=""):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_prune_as_one(runs, name):
-    masks = "method" in CASES[name]
+    check_alike(runs, name, "method" in CASES[name])
+
+
+def check_alike(runs, name, masks):
+    """Weights, zeros and reports of a case are those of one process."""
     close = 1e-3 if masks else 1e-5  # conjugate gradients of a refit under a mask stop near the minimum
     one, two = (load_file(folder / f"{name}.st") for folder in runs)
     assert one.keys() == two.keys()

@@ -1,0 +1,23 @@
+"""Prunings of block diffusion models and of mixtures of experts that two processes share, against one."""
+
+import pytest
+
+from tests.runs.test_processes import CASES, ONE, both_ways, check_alike
+
+SINKS = {"structured.arm": "masked+sink", "structured.score": "wanda"}
+PRUNINGS = {
+    "llada-moe": {
+        "obs": ONE, "whole experts": ONE | SINKS | {"structured.experts": 1, "structured.ratio": 0.4},
+        "sparsegpt": CASES["sparsegpt"], "sink-wanda": CASES["sink-wanda"],
+    },
+    "sdar": {"obs": ONE, "wanda on a sink arm": ONE | SINKS, "sink-wanda": CASES["sink-wanda"]},
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", PRUNINGS)
+def test_two_processes_prune_as_one(family, tmp_path, tiny_checkpoint):
+    cases = PRUNINGS[family]
+    runs = both_ways(cases, tmp_path, str(tiny_checkpoint(family)))
+    for name, keys in cases.items():
+        check_alike(runs, name, "method" in keys)
