@@ -174,7 +174,7 @@ def test_work_that_cannot_be_is_refused(options, message, arguments, tmp_path, c
 
 
 def test_a_run_that_fails_before_its_first_part_leaves_nothing(arguments, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("structprune.runs.load.load_model", lambda *_: 1 / 0)
+    monkeypatch.setattr("structprune.runs.load.load_model", lambda *_, **__: 1 / 0)
     assert main(arguments(tmp_path / "out")) == 1
     assert "ZeroDivisionError" in capsys.readouterr().err and not list(tmp_path.glob("out*"))
 

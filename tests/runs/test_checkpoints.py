@@ -75,9 +75,9 @@ def test_a_disk_that_a_download_fills_is_known_before_the_long_work(way, tiny_ch
     name, function, config = way
     real, load_model = shutil.disk_usage, load.load_model
 
-    def loaded(*arguments):
+    def loaded(*arguments, **options):
         monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100_000))
-        return load_model(*arguments)
+        return load_model(*arguments, **options)
 
     monkeypatch.setattr(load, "load_model", loaded)
     for work in ("Pruner", "MaskRun"):

@@ -152,7 +152,7 @@ def test_blocks_that_differ_are_refused_before_weights_are_read(pruned, tmp_path
 def test_what_only_the_files_tell_is_refused_before_weights_are_read(pruned, tmp_path, monkeypatch):
     source = pruned()
     request = ExportRequest(str(source), gguf=tmp_path / "deep" / "model.gguf")
-    monkeypatch.setattr(module, "load_model", lambda *given: pytest.fail("weights were read"))
+    monkeypatch.setattr(module, "load_model", lambda *_, **__: pytest.fail("weights were read"))
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(UserError, match="--gguf needs the package gguf"):
         export_checkpoint(request)

@@ -120,7 +120,7 @@ def test_a_template_that_does_not_fit_the_name_is_told(tiny_checkpoint):
     ],
 )  # fmt: skip
 def test_bad_options_are_refused_before_weights_are_read(options, words, monkeypatch):
-    monkeypatch.setattr(module, "load_model", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr(module, "load_model", lambda *_, **__: pytest.fail("weights were read"))
     with pytest.raises(UserError) as error:
         generate(str(model_directory()), PROMPTS[0] * 3, **options)
     assert words in str(error.value)
@@ -140,7 +140,7 @@ def test_bad_options_are_refused_before_weights_are_read(options, words, monkeyp
     ],
 )
 def test_bad_prompts_are_refused_before_weights_are_read(prompts, words, monkeypatch):
-    monkeypatch.setattr(module, "load_model", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr(module, "load_model", lambda *_, **__: pytest.fail("weights were read"))
     with pytest.raises(UserError) as error:
         generate(str(model_directory()), prompts)
     assert words in str(error.value)
