@@ -31,7 +31,8 @@ STAGES = (
 )
 DRIVERS = ("runs", "cli", "__main__", "__init__")  # what knows several stages
 SELF_CONTAINED = tuple(
-    f"{name}_structprune.py" for name in ("modeling", "generation", "sampling", "layers", "configuration", "a2d")
+    f"{name}_structprune.py"
+    for name in ("modeling", "generation", "sampling", "layers", "rotary", "configuration", "a2d")
 )
 EXTRAS = ("datasets", "lm_eval", "matplotlib", "peft", "accelerate", "pandas", "pyarrow", "gguf")
 

@@ -38,3 +38,5 @@ VALUES = {
     "llada": LLADA, "mmada": MMADA, "dream": DREAM, "a2d-qwen3": A2D_QWEN3, "a2d-llama": A2D_LLAMA,
     "a2d-qwen2": A2D_QWEN2, "a2d-qwen3-blocks": A2D_QWEN3 | {"block_size": 4}, "sdar": SDAR, "llada-moe": LLADA_MOE,
 }  # fmt: skip
+DENSE = ["llada", "dream", "a2d-qwen3", "sdar"]  # one family for each kind of pass and layer
+GRAPHS = [*DENSE, "llada-moe"]

@@ -16,7 +16,7 @@ from structprune.models.configuration_structprune import published_values
 from structprune.models.families import FAMILIES, Family, family_of
 
 CODE_FILES = tuple(
-    f"{name}_structprune.py" for name in ("configuration", "layers", "sampling", "generation", "modeling")
+    f"{name}_structprune.py" for name in ("configuration", "rotary", "layers", "sampling", "generation", "modeling")
 )
 OUTDATED = ("dtype", "quantization_config", "per_layer_config")  # of a source's config.json
 STALE = (*OUTDATED, "_name_or_path", "transformers_version", "auto_map")  # of a config

@@ -16,6 +16,7 @@ from .configuration_structprune import layer_width  # noqa: F401
 from .generation_structprune import LLaDASampling  # noqa: F401
 from .layers_structprune import Layout  # noqa: F401
 from .modeling_structprune import DecoderLM  # noqa: F401
+from .rotary_structprune import rotary_tables  # noqa: F401
 from .sampling_structprune import gumbel_choice  # noqa: F401
 
 

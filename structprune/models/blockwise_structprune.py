@@ -11,7 +11,8 @@ import torch
 from transformers.modeling_outputs import MaskedLMOutput
 
 from .generation_structprune import Sampling, check_counts, uniform_like
-from .layers_structprune import AttentionContext, Layout, core_mask, positions_of
+from .layers_structprune import AttentionContext, Layout, core_mask
+from .rotary_structprune import positions_of
 from .sampling_structprune import (
     gumbel_choice,
     reveal_counts,

@@ -13,6 +13,7 @@ from .generation_structprune import LLaDASampling
 # transformers copies only the files that this one names, not those that they name
 from .layers_structprune import DreamBlock  # noqa: F401
 from .modeling_structprune import DecoderLM
+from .rotary_structprune import rotary_tables  # noqa: F401
 from .sampling_structprune import gumbel_choice  # noqa: F401
 
 

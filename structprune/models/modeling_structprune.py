@@ -17,18 +17,8 @@ from transformers.modeling_outputs import MaskedLMOutput
 
 from .configuration_structprune import StructpruneDreamConfig, StructpruneLLaDAConfig, check_packed
 from .generation_structprune import DreamSampling, LLaDASampling
-from .layers_structprune import (
-    AttentionContext,
-    DreamBlock,
-    Layout,
-    LLaDABlock,
-    RMSNorm,
-    check_attention,
-    check_positions,
-    core_mask,
-    positions_of,
-    rotary_tables,
-)
+from .layers_structprune import AttentionContext, DreamBlock, Layout, LLaDABlock, RMSNorm, check_attention, core_mask
+from .rotary_structprune import check_positions, positions_of, rotary_tables
 
 # transformers copies only the files that this one names, not those that they name
 from .sampling_structprune import gumbel_choice  # noqa: F401

@@ -17,7 +17,7 @@ from structprune.assets import model_directory
 from structprune.checkpoint.gguf_file import check_gguf, interleaved, write_gguf
 from structprune.checkpoint.gguf_tokens import Vocabulary
 from structprune.models.families import FAMILIES, family_of
-from structprune.models.layers_structprune import rotary_tables, rotate
+from structprune.models.rotary_structprune import rotary_tables, rotate
 
 PLACES = {
     "llada": {

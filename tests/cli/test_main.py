@@ -20,8 +20,8 @@ from structprune.structured.plan import Plan
 
 MADE = {
     "README.md", "calibration.safetensors", "config.json", "configuration_structprune.py", "model.safetensors",
-    "generation_structprune.py", "layers_structprune.py", "modeling_structprune.py", "sampling_structprune.py",
-    "plan.json", "report.json", "tokenizer.json", "tokenizer_config.json",
+    "generation_structprune.py", "layers_structprune.py", "modeling_structprune.py", "rotary_structprune.py",
+    "sampling_structprune.py", "plan.json", "report.json", "tokenizer.json", "tokenizer_config.json",
 }  # fmt: skip
 
 

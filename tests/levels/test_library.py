@@ -20,6 +20,7 @@ from structprune.statistics.scan import Limits, Scan
 from structprune.structured.plan import identity_plan, make_plan
 from structprune.structured.surgery import apply_plan
 from structprune.workers import Workers
+from tests.tiny_values import DENSE
 
 MASK, LENGTH = 2047, 12
 CHANNELS = (0, 8, 24, 48)
@@ -122,7 +123,7 @@ def test_what_keeps_all_units_is_not_ordered(tiny_model, calibration, tmp_path, 
     assert len(ordered) == 2 and bench.library.path((0, "channels")).removed(2) == [0, 1]
 
 
-@pytest.mark.parametrize("family", ["llada", "dream", "a2d-qwen3", "sdar"])
+@pytest.mark.parametrize("family", DENSE)
 def test_other_plans_are_measured_as_cut_models(tiny_model, calibration, tmp_path, family):
     """Also without an attention or MLP; the model is the current plan's again afterwards."""
     bench = Bench(tiny_model(family), calibration, tmp_path / "levels")

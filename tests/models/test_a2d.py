@@ -18,7 +18,7 @@ from structprune.evaluation.texts import Texts
 from structprune.generation.generate import generate
 from structprune.generation.samplers import generation_settings
 from structprune.models.families import family_named
-from structprune.models.layers_structprune import rotary_tables, scaled_frequencies
+from structprune.models.rotary_structprune import rotary_tables, scaled_frequencies
 from structprune.models.sampling_structprune import rounded_counts
 from structprune.runs.resolve import resolve_structured
 from structprune.structured.plan import BlockPlan, Plan

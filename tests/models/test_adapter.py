@@ -9,6 +9,7 @@ from torch import nn
 from structprune import load_model
 from structprune.models.adapter import CONSUMERS, Adapter, Widths, block_widths, set_widths
 from structprune.models.families import FAMILIES, ROLES, family_of
+from tests.tiny_values import DENSE
 
 WIDTHS = {"llada": Widths(4, 4, 48), "mmada": Widths(4, 4, 48), "dream": Widths(6, 2, 48)}
 LINEARS = {
@@ -128,7 +129,7 @@ def test_a_block_says_what_it_has(tiny_model, gaps, kind):
         blocks[0]["down"]
 
 
-@pytest.mark.parametrize("kind", ["llada", "dream", "a2d-qwen3", "a2d-qwen3-blocks", "sdar"])
+@pytest.mark.parametrize("kind", [*DENSE, "a2d-qwen3-blocks"])
 @torch.no_grad()
 def test_what_a_block_lacks_adds_nothing(tiny_model, gaps, kind):
     model = tiny_model(kind, **gaps(kind))

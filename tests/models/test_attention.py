@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from structprune.models.layers_structprune import AttentionCore, plain_attention
+from tests.tiny_values import GRAPHS
 
 IDS = torch.randint(0, 2047, (2, 9), generator=torch.Generator().manual_seed(2))  # (B, T)
 REAL = torch.ones(2, 9, dtype=torch.bool)  # (B, T)
@@ -24,7 +25,7 @@ def counted(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize("family", ["llada", "dream", "a2d-qwen3", "sdar", "llada-moe"])
+@pytest.mark.parametrize("family", GRAPHS)
 @pytest.mark.parametrize("mask", [None, REAL, BAND, torch.where(BAND, torch.linspace(0, 1, 9), -1e9)])
 def test_eager_attention_gives_what_sdpa_gives(tiny_model, counted, family, mask):
     model = tiny_model(family)
@@ -51,7 +52,7 @@ def test_a_query_that_attends_to_nothing_gets_zeros(dtype):
         assert (plain - sdpa).abs().max() < (1e-6 if dtype == torch.float32 else 2e-2)
 
 
-@pytest.mark.parametrize("family", ["llada", "dream", "a2d-qwen3", "sdar", "llada-moe"])
+@pytest.mark.parametrize("family", GRAPHS)
 def test_the_choice_at_loading(tiny_model, tmp_path, counted, family):
     model = tiny_model(family)
     assert model.config._attn_implementation == "sdpa"

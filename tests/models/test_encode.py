@@ -7,6 +7,7 @@ from structprune.errors import UserError
 from structprune.models import encode
 from structprune.models.adapter import Adapter
 from structprune.models.encode import Batches, encode_at
+from tests.tiny_values import DENSE, GRAPHS
 
 
 def full_logits(model, ids: torch.Tensor, attention_mask=None) -> torch.Tensor:
@@ -16,7 +17,7 @@ def full_logits(model, ids: torch.Tensor, attention_mask=None) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("family", ["llada", "mmada", "dream", "a2d-qwen3", "sdar", "llada-moe"])
+@pytest.mark.parametrize("family", ["mmada", *GRAPHS])
 @torch.inference_mode()
 def test_wanted_positions_equal_the_full_forward_pass(tiny_model, family, padded):
     model, generator = tiny_model(family), torch.Generator().manual_seed(0)
@@ -33,7 +34,7 @@ def test_wanted_positions_equal_the_full_forward_pass(tiny_model, family, padded
     assert encode_at(model, ids, torch.zeros_like(targets)).shape == (0, 32)
 
 
-@pytest.mark.parametrize("family", ["llada", "dream", "a2d-qwen3", "sdar"])
+@pytest.mark.parametrize("family", DENSE)
 @torch.inference_mode()
 def test_what_follows_the_last_attention_runs_at_the_wanted_positions(gap_pair, family):
     """The last attention is in the second of four blocks."""

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from structprune import UserError, load_model, load_tokenizer
 from structprune.assets import model_directory
+from tests.tiny_values import GRAPHS
 
 MASK_ID = 2047
 
@@ -41,7 +42,7 @@ def shard(directory, count: int, dtype=torch.float32):
     return directory
 
 
-@pytest.mark.parametrize("family", ["llada", "mmada", "dream", "a2d-qwen3", "sdar", "llada-moe"])
+@pytest.mark.parametrize("family", ["mmada", *GRAPHS])
 def test_shards_in_bf16_load_as_the_whole_file_does(tiny_checkpoint, family):
     directory = tiny_checkpoint(family)
     whole = load_model(directory)
@@ -107,7 +108,7 @@ def test_rope_parameters_of_transformers_5(tiny_checkpoint):
         load_model(directory)
 
 
-@pytest.mark.parametrize("family", ["llada", "dream", "a2d-qwen3", "sdar", "llada-moe"])
+@pytest.mark.parametrize("family", GRAPHS)
 def test_no_code_of_the_checkpoint_runs(tiny_checkpoint, family, tmp_path):
     directory, mark = tiny_checkpoint(family), tmp_path / "executed"
     poison = f"open({str(mark)!r}, 'w').close()\nraise RuntimeError('executed')\n"

@@ -5,10 +5,12 @@ import torch
 import torch.nn.functional as F
 
 from structprune.models.adapter import Adapter
-from structprune.models.layers_structprune import AttentionCore, rotary_tables, rotate
+from structprune.models.layers_structprune import AttentionCore
+from structprune.models.rotary_structprune import rotary_tables, rotate
+from tests.tiny_values import GRAPHS
 
 
-@pytest.mark.parametrize("family", ["llada", "dream", "a2d-qwen3", "sdar", "llada-moe"])
+@pytest.mark.parametrize("family", GRAPHS)
 @pytest.mark.parametrize("left", [True, False])
 def test_padding_is_inert(tiny_model, family, left):
     """Padded and attention-masked, the real tokens' logits are those of the sequence by itself."""
@@ -51,7 +53,7 @@ def test_padding_as_dreams_own_sampler_gives_it(tiny_model, family):
         assert (each[real] - expected[real]).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("family", ["llada", "dream", "a2d-qwen3", "sdar", "llada-moe"])
+@pytest.mark.parametrize("family", GRAPHS)
 def test_a_float_mask_is_added_to_the_scores(tiny_model, family):
     model = tiny_model(family)
     ids = torch.randint(0, 2047, (2, 9), generator=torch.Generator().manual_seed(2))  # (B, T)

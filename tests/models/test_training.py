@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from structprune import Plan, apply_plan, load_model, load_tokenizer
 from structprune.assets import model_directory, text_file
 from structprune.structured.plan import BlockPlan
+from tests.tiny_values import GRAPHS
 
 MASK_ID = 2047
 
@@ -42,7 +43,7 @@ def test_loss_is_the_nelbo_computed_by_hand(tiny_model, family):
         assert torch.equal(output.logits, model(ids).logits)
 
 
-@pytest.mark.parametrize("family", ["llada", "dream", "a2d-qwen3", "sdar", "llada-moe"])
+@pytest.mark.parametrize("family", GRAPHS)
 def test_loss_with_a_rate_per_token(tiny_model, family):
     """CE / p of each masked token's own p; equal rates along a row are a rate per row."""
     model = tiny_model(family)
@@ -110,7 +111,7 @@ def test_loss_needs_ids(tiny_model):
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing")  # renamed in transformers 5.24, in use everywhere
-@pytest.mark.parametrize("family", ["llada", "dream", "a2d-qwen3", "sdar", "llada-moe"])
+@pytest.mark.parametrize("family", GRAPHS)
 def test_gradient_checkpointing_gives_the_same_gradients(tiny_model, family):
     model = tiny_model(family).train()
     ids = torch.randint(0, 2047, (2, 12), generator=torch.Generator().manual_seed(7))  # (B, T)

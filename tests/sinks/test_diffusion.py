@@ -6,7 +6,7 @@ import torch
 from structprune.generation.generate import Options, generate
 from structprune.generation.samplers import generation_settings
 from structprune.models.adapter import Adapter
-from structprune.models.layers_structprune import rotate
+from structprune.models.rotary_structprune import rotate
 from structprune.sinks.diffusion import forward_trajectory, reverse_trajectory
 from structprune.statistics import capture, sinks
 from structprune.statistics.capture import HeadMeter

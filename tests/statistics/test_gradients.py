@@ -13,6 +13,7 @@ from structprune.statistics.gradients import gradient_sums, recomputes, saved_by
 from structprune.statistics.rows import scan_rows
 from structprune.statistics.scan import Limits, Scan
 from structprune.structured.units import block_tensors
+from tests.tiny_values import DENSE
 
 MASK, LENGTH, AMPLE = 2047, 12, 10**9
 
@@ -28,7 +29,7 @@ def linears(adapter):
     return [value for block in adapter.blocks for value in block_tensors(block).values()]
 
 
-@pytest.mark.parametrize("family", ["llada", "dream", "a2d-qwen3", "sdar"])
+@pytest.mark.parametrize("family", DENSE)
 def test_sums_do_not_depend_on_the_cut(tiny_model, calibration, family, monkeypatch):
     model = tiny_model(family)
     whole = sums_of(model, calibration)
@@ -132,7 +133,7 @@ def test_rows_without_a_masked_token_add_nothing(tiny_model, calibration):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", ["llada", "dream", "a2d-qwen3", "sdar"])
+@pytest.mark.parametrize("family", DENSE)
 def test_saved_bytes_are_those_autograd_saves(tiny_model, family, dtype):
     model = tiny_model(family).to(dtype)
     adapter, x = Adapter(model), torch.randn(2, LENGTH, 32, dtype=dtype).requires_grad_()  # (B, T, C)

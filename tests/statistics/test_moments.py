@@ -9,6 +9,7 @@ from structprune.models.adapter import Adapter
 from structprune.statistics.moments import consumer_moments, held_input_bytes
 from structprune.statistics.rows import arm_rows, measure_mass
 from structprune.statistics.scan import Limits, Scan
+from tests.tiny_values import DENSE
 
 MASK = 2047
 SINK = SinkSettings(alpha=0.7, kappa=0.5)
@@ -35,7 +36,7 @@ def forwards(adapter: Adapter, run) -> tuple:
 
 
 @pytest.mark.parametrize("arm", ARMS)
-@pytest.mark.parametrize("family", ["llada", "dream", "a2d-qwen3", "sdar"])
+@pytest.mark.parametrize("family", DENSE)
 @torch.inference_mode()
 def test_moments_of_every_arm_equal_plain_sums(tiny_model, calibration, family, arm):
     adapter = Adapter(tiny_model(family))
