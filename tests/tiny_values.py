@@ -34,9 +34,21 @@ LLADA_MOE = DREAM | {
     "qk_layernorm": True, "shared_expert_intermediate_size": None, "norm_topk_prob": None,
 }  # fmt: skip
 del LLADA_MOE["intermediate_size"]
+NEMOTRON = {
+    "model_type": "nemotron_labs_diffusion", "architectures": ["NemotronLabsDiffusionModel"], "hidden_size": 32,
+    "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8, "num_hidden_layers": 3, "intermediate_size": 48,
+    "vocab_size": 2048, "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "mask_token_id": 2047, "block_size": 4,
+    "rope_parameters": {
+        "rope_type": "yarn", "factor": 0.25, "original_max_position_embeddings": 16, "beta_fast": 2.0, "beta_slow": 0.1,
+        "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1, "rope_theta": 10000.0,
+    },
+    "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False, "sliding_window": None,
+    "attn_implementation": "sdpa", "dlm_paradigm": "bidirectional", "dlm_loss_weight": None, "torch_dtype": "float32",
+}  # fmt: skip
 VALUES = {
     "llada": LLADA, "mmada": MMADA, "dream": DREAM, "a2d-qwen3": A2D_QWEN3, "a2d-llama": A2D_LLAMA,
     "a2d-qwen2": A2D_QWEN2, "a2d-qwen3-blocks": A2D_QWEN3 | {"block_size": 4}, "sdar": SDAR, "llada-moe": LLADA_MOE,
+    "nemotron-labs": NEMOTRON,
 }  # fmt: skip
-DENSE = ["llada", "dream", "a2d-qwen3", "sdar"]  # one family for each kind of pass and layer
+DENSE = ["llada", "dream", "a2d-qwen3", "sdar", "nemotron-labs"]  # one family for each kind of pass and layer
 GRAPHS = [*DENSE, "llada-moe"]

@@ -40,7 +40,7 @@ class AlignedGeneration(Generation):
     single_block = "blocks see no later one"
     by_confidence = {"remasking": "low_confidence"}
     of_config = {"block_length": "block_size"}
-    aligned = True
+    sealed = aligned = True
 
     def __post_init__(self):
         super().__post_init__()

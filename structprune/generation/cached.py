@@ -7,7 +7,7 @@ only the rest runs: with `prefix`, which caches what precedes the block, from th
 also caches what follows, the block. Where the model is shifted, the block begins one position earlier, at the position
 that predicts its first token.
 
-Where blocks see none behind them (`aligned`), `prefix` is exact: keys and values of a finished block stay as they are.
+Where blocks see none behind them (`sealed`), `prefix` is exact: keys and values of a finished block stay as they are.
 The first step of a block then runs the finished one before it too, and nothing else.
 
 Shapes: R rows, B cached rows, T tokens, K key/value heads, D head dim, M target positions, C features.
@@ -31,7 +31,7 @@ CACHES = ("none", "prefix", "dual")
 def check_cache(cache: str, settings: Generation) -> None:
     """Raise UserError for a cache that is unknown, or would do the same as another."""
     check_one_of("cache", cache, CACHES)
-    if cache == "dual" and (settings.blocks == 1 or settings.aligned):
+    if cache == "dual" and (settings.blocks == 1 or settings.sealed):
         reason = settings.single_block
         raise UserError(f"cache 'dual' keeps what follows a block, but {reason}: use prefix, which does the same")
 
@@ -43,12 +43,12 @@ class KeyValueCache:
         form: `prefix` or `dual`.
         refresh: run the whole sequence again after so many steps in a block; None: at its first step only. With 1 the
             cache is never used, and tokens are those of full recomputation.
-        aligned: blocks see none behind them, so that what is finished stays cached over blocks; unless `refresh`.
+        sealed: blocks see none behind them, so that what is finished stays cached over blocks; unless `refresh`.
     """
 
-    def __init__(self, model: DiffusionLM, form: str, refresh: int | None = None, aligned: bool = False):
+    def __init__(self, model: DiffusionLM, form: str, refresh: int | None = None, sealed: bool = False):
         self._model, self._form, self._refresh = model, form, refresh
-        self._stays = aligned and refresh is None
+        self._stays = sealed and refresh is None
         self._cores = Adapter(model).cores
         self._layers: list[tuple[torch.Tensor, ...]] = []  # of each: keys before and after, values before and after
         self._block, self._steps = slice(0, 0), 0
@@ -66,8 +66,9 @@ class KeyValueCache:
 
         Args:
             rows: R names, which tell rows apart when some no longer run at a later step.
-            block: positions in [0, T) of the block, which holds all targets.
+            block: positions in [0, T) of the block, which holds all targets; empty at T where the text before it does.
         """
+        context = self._model.open_context(ids.shape, ids.device, attention_mask, block.start)
         span = slice(max(0, block.start - self._model.shifted), block.stop if self._form == "dual" else ids.shape[1])
         cached = self._block == block and set(rows) <= set(self._rows) and self._steps != self._refresh
         self._steps = self._steps + 1 if cached else 1
@@ -77,13 +78,13 @@ class KeyValueCache:
             grown = None if cached else block.start  # a finished block joins what is cached
             start, stop = (span.start, span.stop) if cached else (self._block.start, span.stop)
             with self._hooked(lambda layer, args: self._joined(layer, args, places, grown)):
-                states = encode_at(self._model, ids, targets, attention_mask, slice(start, stop))  # (M, C)
+                states = encode_at(self._model, ids, targets, span=slice(start, stop), context=context)  # (M, C)
             if grown is not None:
                 self._block, self._rows = block, list(rows)
             return states
         self._block, self._rows, self._layers = block, list(rows), []
         with self._hooked(lambda layer, args: self._store(args, span)):
-            return encode_at(self._model, ids, targets, attention_mask)
+            return encode_at(self._model, ids, targets, context=context)
 
     def _store(self, args: tuple, span: slice) -> None:
         """Cache a layer's keys and values outside `span`, (R, K, T, D) each; layers come in order."""

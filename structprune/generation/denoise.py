@@ -120,7 +120,7 @@ class Denoiser:
         self._cache = None
         if request.options.cache != "none":
             form, refresh = request.options.cache, request.options.refresh
-            self._cache = KeyValueCache(self._model, form, refresh, self._settings.aligned)
+            self._cache = KeyValueCache(self._model, form, refresh, self._settings.sealed)
         self._started = torch.tensor(started, device=self._device)  # (B,)
         self.generated = torch.full((len(rows), length), self._mask_id, device=self._device)  # (B, G)
         for row, (prompt, count) in enumerate(zip(whole, started)):
@@ -137,11 +137,13 @@ class Denoiser:
         block, within = divmod(step, steps)
         start, end = block * length, (block + 1) * length
         self._block = slice(self._width + start, self._width + end)  # among the T
+        if within == 0 and self._settings.begins:
+            self._begin(start)
         masked = self.generated == self._mask_id  # (B, G)
         if within == 0:
             self._began = masked[:, start:end].sum(1)  # (B,)
         masked[:, end:] = False
-        if self._settings.aligned:  # a mask token that the model itself wrote stays, as published
+        if self._settings.sealed:  # a mask token that the model itself wrote stays, as published
             masked[:, :start] = False
         counts = self._settings.counts(step, self._began, masked.sum(1))  # (B,)
         if self._settings.threshold is not None:
@@ -149,6 +151,22 @@ class Denoiser:
         self._reveal(step, masked & (counts > 0)[:, None], counts)
         if self._request.stop and within == steps - 1:
             self._end_rows(start, end)
+
+    def _begin(self, start: int) -> None:
+        """The first token of a block, predicted causally from what precedes it."""
+        running = self.generated[:, start] == self._mask_id  # (B,)
+        if not running.any():
+            return
+        place, rows = self._width + start, running.nonzero().flatten().tolist()  # b rows
+        ids = torch.cat((self._prompt[running], self.generated[running, :start]), dim=1)  # (b, t)
+        last = torch.zeros_like(ids, dtype=torch.bool)  # (b, t)
+        last[:, -1] = True
+        real = None if self._real is None else self._real[running, :place]  # (b, t)
+        logits = self._model.output_head(self._encode(ids, last, real, rows, slice(place, place))).float()  # (b, V)
+        temperature, uniform = self._settings.draw_temperature, None
+        if temperature:
+            uniform = torch.stack([self._noise.draw(row, logits.shape[1]) for row in rows])  # (b, V)
+        self.generated[running, start] = gumbel_choice(logits, temperature, uniform)
 
     def _end_rows(self, start: int, end: int) -> None:
         """Fill what follows a block that holds an EOS: no masks remain there, so it never runs again."""
@@ -212,12 +230,15 @@ class Denoiser:
         none = torch.zeros_like(prompt, dtype=torch.bool)  # (b, P)
         targets = torch.cat((none, targets[running]), dim=1).repeat(branches, 1)  # (1 or 2 x b, T)
         real = None if real is None else real.repeat(branches, 1)  # (1 or 2 x b, T)
-        if self._settings.aligned:  # nothing behind the block is seen
+        if self._settings.sealed:  # nothing behind the block is seen
             ids, targets = ids[:, : self._block.stop], targets[:, : self._block.stop]  # (1 or 2 x b, t) each
             real = None if real is None else real[:, : self._block.stop]  # (1 or 2 x b, t)
-        if self._cache is None:
-            states = encode_at(self._model, ids, targets, real)
-        else:
-            names = running.repeat(branches).nonzero().flatten().tolist()  # 1 or 2 x b
-            states = self._cache.encode(ids, targets, real, names, self._block)
-        return states.unflatten(0, (branches, -1))  # (1 or 2, M, C)
+        names = running.repeat(branches).nonzero().flatten().tolist()  # 1 or 2 x b
+        return self._encode(ids, targets, real, names, self._block).unflatten(0, (branches, -1))  # (1 or 2, M, C)
+
+    def _encode(self, ids, targets, real, names: list[int], block: slice) -> torch.Tensor:
+        """As `KeyValueCache.encode`, without a cache too."""
+        if self._cache is not None:
+            return self._cache.encode(ids, targets, real, names, block)
+        context = self._model.open_context(ids.shape, ids.device, real, block.start)
+        return encode_at(self._model, ids, targets, context=context)

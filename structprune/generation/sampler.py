@@ -34,7 +34,9 @@ class Generation(ABC):
     single_block: ClassVar[str]  # why there is only one block, where there is
     by_confidence: ClassVar[Mapping[str, Any]]  # options by which the most confident predictions are revealed first
     of_config: ClassVar[Mapping[str, str]] = {}  # options that a model decides -> the key of its config
-    aligned: ClassVar[bool] = False  # whether blocks count from the first token, and see none behind them
+    sealed: ClassVar[bool] = False  # whether blocks see none behind them
+    aligned: ClassVar[bool] = False  # whether blocks count from the first token
+    begins: ClassVar[bool] = False  # whether a block begins with a token that is predicted causally
 
     def __post_init__(self):
         check_whole(gen_length=self.gen_length, steps=self.steps)

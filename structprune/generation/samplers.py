@@ -16,6 +16,7 @@ from structprune.errors import UserError, nearest
 from structprune.generation.aligned import AlignedGeneration
 from structprune.generation.checks import check_not_negative, check_one_of, check_whole
 from structprune.generation.sampler import Generation as Generation  # re-exported
+from structprune.generation.twofold import TwofoldGeneration
 from structprune.models import sampling_structprune as sampling
 from structprune.models.families import family_of
 
@@ -180,6 +181,7 @@ SAMPLERS: dict[str, type[Generation]] = {
     "timesteps": DreamGeneration,
     "rounded": A2DGeneration,
     "aligned": AlignedGeneration,
+    "twofold": TwofoldGeneration,
 }
 
 

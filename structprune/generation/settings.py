@@ -23,11 +23,11 @@ class GenerationSettings(Section):
     gen_length: int = Field(128, ge=1)
     """Tokens generated after the prompt."""
     steps: int | None = Field(None, ge=1)
-    """Denoising steps, of which blocks have equal shares (SDAR, BD3LM: rounded up); with a threshold, at most so many.
-    Default: gen_length, a token a step."""
+    """Denoising steps, of which blocks have equal shares (block diffusion: rounded up); with a threshold, at most so
+    many. Default: gen_length, a token a step."""
     block_length: int | None = Field(None, ge=1)
     """LLaDA, A2D: tokens of a block; blocks are finished from left to right. Default: 32 where gen_length is a multiple
-    of it, else gen_length. SDAR, BD3LM: the model's own."""
+    of it, else gen_length. Block diffusion: the model's own."""
     threshold: float | None = Field(None, gt=0, le=1)
     """Also reveal every prediction with at least this probability: fewer steps. Dream's `alg` is then maskgit_plus
     where none is given."""
@@ -39,7 +39,8 @@ class GenerationSettings(Section):
     cfg_scale: float | None = Field(None, ge=0)
     """LLaDA, A2D: scale of classifier-free guidance, which doubles the cost. Default: 0, off."""
     stop_at_eos: bool | None = None
-    """LLaDA, A2D, SDAR, BD3LM: generate no block after one that holds an EOS. Default: false, as published."""
+    """All but Dream: generate no block after one that holds an EOS. Default: false; only Nemotron's own code ends
+    rows."""
     alg: Algorithm | None = None
     """Dream: which predictions are revealed first. Default: entropy."""
     alg_temp: float | None = Field(None, ge=0)
@@ -51,8 +52,8 @@ class GenerationSettings(Section):
     eps: float | None = Field(None, ge=0, lt=1)
     """Dream: the last time. Default: 0.001."""
     cache: Literal["none", "prefix", "dual"] = "none"
-    """Keys and values that are cached while a block is denoised: faster, and approximate, but of SDAR and
-    BD3LM exact. dual needs several blocks, and tokens that see what follows theirs."""
+    """Keys and values that are cached while a block is denoised: faster, and approximate, but exact in block
+    diffusion. dual needs several blocks, and tokens that see what follows theirs."""
     refresh: int | None = Field(None, ge=1)
     """Steps after which the cache is rebuilt within a block. Default: never."""
     chat: bool = False

@@ -29,15 +29,17 @@ def block_mask(positions, size: int):
     return (block[:, :, None] >= block[:, None, :])[:, None]
 
 
-def pair_mask(positions, size: int):
+def pair_mask(positions, size: int, causal: bool = False):
     """Which keys each query of a noisy window and its clean text sees: (B, T) -> (B, 1, 2 T, 2 T) bool.
 
-    A noisy token sees its noisy block and the clean blocks before it, a clean token clean blocks up to its own.
+    A noisy token sees its noisy block and the clean blocks before it, a clean token clean blocks up to its own; with
+    `causal` clean tokens up to itself.
     """
     block = positions // size  # (B, T)
     query, key = block[:, :, None], block[:, None, :]  # (B, T, 1), (B, 1, T)
     noisy = torch.cat((query == key, query > key), dim=-1)  # (B, T, 2 T)
-    clean = torch.cat((torch.zeros_like(query == key), query >= key), dim=-1)  # (B, T, 2 T)
+    before = positions[:, :, None] >= positions[:, None, :] if causal else query >= key  # (B, T, T)
+    clean = torch.cat((torch.zeros_like(before), before), dim=-1)  # (B, T, 2 T)
     return torch.cat((noisy, clean), dim=1)[:, None]
 
 
@@ -51,6 +53,7 @@ class Pairs(Layout):
     """
 
     copies = 2
+    causal = False  # whether clean tokens see none behind them
 
     def __init__(self, size: int):
         self.size = size
@@ -64,7 +67,7 @@ class Pairs(Layout):
     def context(self, model, shape, device, real=None) -> AttentionContext:
         """As `Layout.context`; `real` (B, T), true or 1 at real tokens of a window."""
         positions = positions_of(shape[1] // 2, device, real)  # (B or 1, T)
-        mask = pair_mask(positions, self.size)  # (B or 1, 1, S, S)
+        mask = pair_mask(positions, self.size, self.causal)  # (B or 1, 1, S, S)
         if real is not None:
             mask = mask & core_mask(real.repeat(1, 2), tuple(shape), None)  # (B, 1, S, S)
         return AttentionContext(model.rotary(shape[1], device, position_ids=positions.repeat(1, 2)), mask)
@@ -153,25 +156,26 @@ def aligned_texts(prompts, generated: int, size: int, mask_id: int):
     return ids, real, torch.tensor([width + start for start in starts], device=ids.device)
 
 
-class BlockDiffusion:
-    """What makes a `DiffusionLM` a block diffusion LM; stands before it among the bases of a class.
+class PairTraining:
+    """What trains a `DiffusionLM` on noisy windows beside their text; stands before it among the bases of a class.
 
     `config.block_size`: tokens of a block, counted from the first token of a sequence.
     """
 
+    pairs: type[Pairs] = Pairs
+
     def __init__(self, config):
         super().__init__(config)  # type: ignore[call-arg]
-        self.layout = Pairs(config.block_size)
+        self.layout = self.pairs(config.block_size)
 
-    def context(self: Any, shape, device, attention_mask=None, position_ids=None, dtype=None) -> AttentionContext:
-        """As `DiffusionLM.context`; a token sees its block and those before. A 4-D mask replaces this."""
-        context = super().context(shape, device, attention_mask, position_ids, dtype)  # type: ignore[misc]
-        tensor = isinstance(attention_mask, torch.Tensor)
-        if tensor and attention_mask.dim() == 4:
-            return context
-        positions = positions_of(shape[1], device, attention_mask if tensor else None, position_ids)  # (B or 1, T)
-        mask = block_mask(positions, self.config.block_size)  # (B or 1, 1, T, T)
-        return AttentionContext(context.rotary, mask if context.mask is None else mask & context.mask)
+    def pair_loss(self: Any, logits, text, labels, noise):
+        """The loss of a pass over pairs, ().
+
+        Args:
+            logits: (B, T, V) of noisy tokens. text: (B, T, C) hidden states of clean ones. labels: (B, T).
+            noise: where tokens are masked (B, T), and mask probabilities (B,) or (B, T).
+        """
+        return self.diffusion_loss(logits, labels, *noise)
 
     def forward(
         self: Any, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None, labels=None,
@@ -197,8 +201,22 @@ class BlockDiffusion:
             rows, context=self.layout.context(self, rows.shape, rows.device, attention_mask), keep=states
         )
         logits = self.output_head(hidden[:, :length])  # (B, T, V)
-        loss = self.diffusion_loss(logits, labels, masked, p)
+        loss = self.pair_loss(logits, hidden[:, length:], labels, (masked, p))
         output = MaskedLMOutput(
             loss=loss, logits=logits, hidden_states=states and (*states, hidden)
         )  # (B, 2 T, C) each
         return output if return_dict is None or return_dict else output.to_tuple()
+
+
+class BlockDiffusion(PairTraining):
+    """What makes a `DiffusionLM` a block diffusion LM, of sequences too; stands before it among a class's bases."""
+
+    def context(self: Any, shape, device, attention_mask=None, position_ids=None, dtype=None) -> AttentionContext:
+        """As `DiffusionLM.context`; a token sees its block and those before. A 4-D mask replaces this."""
+        context = super().context(shape, device, attention_mask, position_ids, dtype)  # type: ignore[misc]
+        tensor = isinstance(attention_mask, torch.Tensor)
+        if tensor and attention_mask.dim() == 4:
+            return context
+        positions = positions_of(shape[1], device, attention_mask if tensor else None, position_ids)  # (B or 1, T)
+        mask = block_mask(positions, self.config.block_size)  # (B or 1, 1, T, T)
+        return AttentionContext(context.rotary, mask if context.mask is None else mask & context.mask)

@@ -18,16 +18,26 @@ LIMITS = {  # role of a key -> smallest and largest whole number
     "shared": (0, 1 << 24),
 }
 WHOLE = {"vocab_size": (1, 1 << 24), "head_dim": (2, 1 << 16), "mask_token_id": (0, (1 << 24) - 1)}
-NUMBERS = {"rope_theta": (1.0, 1e12), "rms_norm_eps": (1e-20, 1.0), "initializer_range": (0.0, 10.0)}
+NUMBERS = {
+    "rope_theta": (1.0, 1e12), "rms_norm_eps": (1e-20, 1.0), "initializer_range": (0.0, 10.0),
+    "dlm_loss_weight": (1e-6, 1e6), "ar_loss_weight": (0.0, 1e6),
+}  # fmt: skip
 FLAGS = (
     "include_bias", "include_qkv_bias", "attention_output_bias", "mlp_output_bias", "tie_word_embeddings",
     "right_shift_logits",
 )  # fmt: skip
 ROPE_KEYS = ("rope_parameters", "rope_scaling", "rotary_scaling")
-ROPE = {  # numbers of scaled rotary positions -> bounds
-    "factor": (1.0, 1e6), "low_freq_factor": (1e-6, 1e6), "high_freq_factor": (1e-6, 1e6),
-    "original_max_position_embeddings": (1.0, 1e9),
+ROPE = {  # type of scaled rotary positions -> its numbers and their bounds
+    "llama3": {
+        "factor": (1.0, 1e6), "low_freq_factor": (1e-6, 1e6), "high_freq_factor": (1e-6, 1e6),
+        "original_max_position_embeddings": (1.0, 1e9),
+    },
+    "yarn": {
+        "factor": (1e-6, 1e6), "beta_slow": (1e-6, 1e6), "beta_fast": (1e-6, 1e6),
+        "original_max_position_embeddings": (1.0, 1e9), "llama_4_scaling_beta": (0.0, 1e3),
+    },
 }  # fmt: skip
+ROPE_ORDER = {"llama3": ("low_freq_factor", "high_freq_factor"), "yarn": ("beta_slow", "beta_fast")}  # the lower first
 USED = (*WHOLE, *NUMBERS, *FLAGS)
 
 
@@ -77,13 +87,28 @@ def check_rope(values: dict, family: Family, where: Path | str) -> dict:
         raise UserError(f"{where}: rope_type = {shown(kind)} is not supported (needs {needs})")
     if kind == "default":
         return rope
-    for name, bounds in ROPE.items():
+    for name, bounds in ROPE[kind].items():
         _check_number(f"{key}.{name}", rope.get(name), bounds, where)
-    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    if not low < high:
-        factors = f"{key}.low_freq_factor = {low:g} is not below high_freq_factor = {high:g}"
+    low, high = ROPE_ORDER[kind]
+    if not rope[low] < rope[high]:
+        factors = f"{key}.{low} = {rope[low]:g} is not below {high} = {rope[high]:g}"
         raise UserError(f"{where}: {factors}: correct it in config.json")
+    if kind == "yarn":
+        _check_yarn(key, rope, where)
     return rope
+
+
+def _check_yarn(key: str, rope: dict, where: Path | str) -> None:
+    """Raise UserError unless cosines and sines have the factor 1, by any key, and corrected dimensions are whole."""
+    given = rope.get("attention_factor")
+    equal = bool(rope.get("mscale")) and rope["mscale"] == rope.get("mscale_all_dim")
+    if given != 1 if given is not None else rope["factor"] > 1 and not equal:
+        names = ("attention_factor", "mscale", "mscale_all_dim")
+        values = [f"{name} = {shown(rope[name])}" for name in names if rope.get(name) is not None]
+        factor = f"{key} has {', '.join(values) or 'no mscale'}"
+        raise UserError(f"{where}: {factor}: only an attention factor of 1 is supported (mscale = mscale_all_dim)")
+    if rope.get("truncate", True) is not True:
+        raise UserError(f"{where}: {key}.truncate = {shown(rope['truncate'])} is not supported (needs true)")
 
 
 def check_whole(key: str, value: Any, low: int, high: int, where: Path | str) -> None:

@@ -83,7 +83,7 @@ class AttentionContext(NamedTuple):
     """Positions of a pass's tokens and which of them they see: all that attention reads beside hidden states.
 
     Attributes:
-        rotary: RoPE tables, 2 x (1 or B, 1, T, D).
+        rotary: RoPE tables, 2 x (1 or B, 1, T, D); for some models also a factor of queries (1 or B, 1, T, 1).
         mask: as `core_mask` gives it, (1 or B, 1, 1 or T, T); None where every token sees every other.
     """
 
@@ -92,7 +92,7 @@ class AttentionContext(NamedTuple):
 
     def of(self, queries: slice) -> "AttentionContext":
         """That of some of the T tokens, which see as much as before."""
-        rotary = tuple(table[:, :, queries] for table in self.rotary)  # 2 x (1 or B, 1, n, D)
+        rotary = tuple(table[:, :, queries] for table in self.rotary)  # (1 or B, 1, n, .) each
         whole = self.mask is None or self.mask.shape[2] == 1
         return AttentionContext(rotary, self.mask if whole else self.mask[:, :, queries])  # (1 or B, 1, 1 or n, T)
 
@@ -195,7 +195,7 @@ class Block(nn.Module):
         query, key, value = (p.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in projected)  # (B, ., T, D)
         if "query_norm" in self.roles:
             query, key = self.part("query_norm")(query), self.part("key_norm")(key)  # (B, H, T, D), (B, K, T, D)
-        mixed = self.part("core")(rotate(query, *rotary), rotate(key, *rotary), value, mask)  # (B, H, T, D)
+        mixed = self.part("core")(rotate(query, *rotary), rotate(key, *rotary[:2]), value, mask)  # (B, H, T, D)
         return mixed.transpose(1, 2).flatten(2)
 
     def activate(self, x):

@@ -133,6 +133,10 @@ class DiffusionLM(PreTrainedModel):
         real = attention_mask if mask is not None and attention_mask.dim() == 2 else None  # (B, T)
         return AttentionContext(self.rotary(shape[1], device, real, position_ids), mask)
 
+    def open_context(self, shape, device, attention_mask=None, start=0) -> AttentionContext:
+        """As `context`, in generation: the positions from `start` on are the last block, and those before are text."""
+        return self.context(shape, device, attention_mask)
+
     def encode(
         self, input_ids=None, attention_mask=None, inputs_embeds=None, keep=None, position_ids=None, context=None
     ):

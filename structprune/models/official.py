@@ -97,7 +97,7 @@ def build_config(values: dict, family: Family, mask_id: int, where: Path | str) 
     }
     if rope.get("rope_theta") is not None:
         arguments["rope_theta"] = rope["rope_theta"]
-    if len(family.rope_types) > 1:
+    if family.rope_types != ("default",):
         arguments["rope_scaling"] = rope
     vocabulary = arguments.get(family.keys["vocabulary"]) or arguments["vocab_size"]
     if not 0 <= mask_id < vocabulary:

@@ -7,6 +7,7 @@ Papers: RoPE arXiv 2104.09864, its frequencies in Llama 3.1 arXiv 2407.21783.
 """
 
 import math
+from typing import Any
 
 import torch
 
@@ -30,13 +31,16 @@ def positions_of(length: int, device, real=None, position_ids=None):
     return torch.arange(length, device=device)[None]  # (1, T)
 
 
-def rotary_tables(positions, head_dim: int, theta: float, scaling: dict | None = None):
-    """Cosines and sines of RoPE in fp32: positions (B, T) -> two (B, 1, T, D); `scaling`: see `scaled_frequencies`."""
+def rotary_tables(positions, head_dim: int, theta: float, scaling: Any = None):
+    """Cosines and sines of RoPE in fp32: positions (B, T) -> two (B, 1, T, D).
+
+    `scaling`: see `scaled_frequencies`; or a function of the frequencies, (D/2,) -> (D/2,).
+    """
     powers = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim  # (D/2,)
     # 1 / theta^p, not theta^-p: rounded as the checkpoints were trained, 3e-5 rad apart at position 512
     frequencies = 1.0 / theta**powers  # (D/2,)
     if scaling is not None:
-        frequencies = scaled_frequencies(frequencies, scaling)  # (D/2,)
+        frequencies = scaling(frequencies) if callable(scaling) else scaled_frequencies(frequencies, scaling)  # (D/2,)
     angles = positions[:, None, :, None].float() * frequencies  # (B, 1, T, D/2)
     angles = torch.cat((angles, angles), dim=-1)  # (B, 1, T, D)
     return angles.cos(), angles.sin()
@@ -55,9 +59,10 @@ def scaled_frequencies(frequencies, scaling: dict):
     return (1 - share) * frequencies / scaling["factor"] + share * frequencies
 
 
-def rotate(x, cos, sin):
-    """Rotate-half RoPE in fp32: (B, H, T, D) -> (B, H, T, D) in x's dtype."""
+def rotate(x, cos, sin, scale=None):
+    """Rotate-half RoPE in fp32, times `scale` (B, 1, T, 1): (B, H, T, D) -> (B, H, T, D) in x's dtype."""
     wide = x.float()
     half = wide.shape[-1] // 2
     turned = torch.cat((-wide[..., half:], wide[..., :half]), dim=-1)  # (B, H, T, D)
-    return (wide * cos + turned * sin).to(x.dtype)
+    x = (wide * cos + turned * sin).to(x.dtype)  # (B, H, T, D)
+    return x if scale is None else x * scale.to(x.dtype)

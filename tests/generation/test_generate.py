@@ -175,9 +175,9 @@ def test_guidance_masks_the_prompt_in_the_same_pass(tiny_model, monkeypatch):
     model, passes = tiny_model(), []
     encode_at = denoise.encode_at
 
-    def noted(model, ids, positions, mask=None):
-        passes.append((ids, mask))
-        return encode_at(model, ids, positions, mask)
+    def noted(model, ids, positions, context):
+        passes.append((ids, context.mask))
+        return encode_at(model, ids, positions, context=context)
 
     monkeypatch.setattr(denoise, "encode_at", noted)
     generate(model, PROMPTS[:2], LLaDAGeneration(12, 2, 12, cfg_scale=0.5))

@@ -43,7 +43,7 @@ def test_loss_is_the_nelbo_computed_by_hand(tiny_model, family):
         assert torch.equal(output.logits, model(ids).logits)
 
 
-@pytest.mark.parametrize("family", GRAPHS)
+@pytest.mark.parametrize("family", [family for family in GRAPHS if family != "nemotron-labs"])  # of two losses
 def test_loss_with_a_rate_per_token(tiny_model, family):
     """CE / p of each masked token's own p; equal rates along a row are a rate per row."""
     model = tiny_model(family)

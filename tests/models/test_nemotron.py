@@ -1,0 +1,175 @@
+"""Nemotron-Labs-Diffusion: both uses of one set of weights, by numbers recorded of its published code and by hand."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from structprune import load_model
+from structprune.errors import UserError
+from structprune.generation.generate import Options, generate
+from structprune.generation.samplers import generation_settings
+from structprune.models.blockwise_structprune import pair_mask
+from structprune.models.encode import encode_noisy
+from structprune.models.nemotron_structprune import query_scale, yarn_frequencies
+from structprune.models.rotary_structprune import rotate
+from tests.conftest import MASK_ID, PARITY
+from tests.tiny_values import NEMOTRON
+
+RECORDED, ROPE = PARITY / "nemotron-labs", NEMOTRON["rope_parameters"]
+CASES = json.loads((RECORDED / "cases.json").read_text())
+
+
+@pytest.fixture
+def expected() -> dict:
+    return load_file(RECORDED / "expected.safetensors")
+
+
+@pytest.fixture
+def model(tiny_model):
+    """A random model with blocks of four tokens."""
+    return tiny_model("nemotron-labs")
+
+
+@torch.no_grad()
+def causal_logits(model, ids: torch.Tensor) -> torch.Tensor:
+    """Of a sequence that is read causally: (B, T) -> (B, T, V)."""
+    context = model.open_context(ids.shape, ids.device, None, ids.shape[1])
+    return model.output_head(model.encode(ids, context=context))
+
+
+@torch.no_grad()
+def test_logits_of_both_uses_are_those_of_the_published_code(expected):
+    """Texts are longer than `original_max_position_embeddings`, so that the factor of queries counts."""
+    model, ids, noisy = load_model(RECORDED), expected["input_ids"], expected["noisy_ids"]
+    full, causal = model(noisy).logits, causal_logits(model, ids)  # (B, T, V) each
+    assert ids.shape[1] > ROPE["original_max_position_embeddings"]
+    assert torch.allclose(full, expected["bidirectional_logits"], atol=1e-5)
+    assert torch.allclose(causal, expected["causal_logits"], atol=1e-5)
+    rows = model.layout.rows(noisy, ids)  # (B, 2 T)
+    pair = model.output_head(model.encode(rows, context=model.layout.context(model, rows.shape, rows.device)))
+    assert torch.allclose(pair, torch.cat((expected["noisy_logits"], expected["clean_logits"]), 1), atol=1e-5)
+    assert torch.allclose(expected["clean_logits"], causal, atol=1e-5)
+    masked = noisy == model.config.mask_token_id
+    hidden = encode_noisy(model, noisy, ids, masked)  # (M, C)
+    assert torch.allclose(model.output_head(hidden), expected["noisy_logits"][masked], atol=1e-5)
+
+
+@pytest.mark.parametrize("weights", [(None, 1.0), (0.3, 1.0), (1.0, 0.0)])
+def test_the_loss_is_of_both_uses(expected, weights):
+    model, ids, p = load_model(RECORDED), expected["input_ids"], expected["mask_probability"]
+    model.config.dlm_loss_weight, model.config.ar_loss_weight = weights
+    loss = model(expected["noisy_ids"], labels=ids, mask_probability=p).loss
+    diffusion, causal = expected["diffusion_sum"] / ids.numel(), expected["causal_sum"] / ids[:, 1:].numel()
+    assert torch.allclose(loss, (weights[0] or 1) * diffusion + weights[1] * causal, rtol=1e-5)
+
+
+@pytest.mark.parametrize("cache", ["none", "prefix"])
+@pytest.mark.parametrize("case", CASES)
+def test_tokens_are_those_of_the_published_sampler(case, cache):
+    model, recorded = load_model(RECORDED), load_file(RECORDED / "sampling.safetensors")
+    prompt, output = recorded[f"{case}/prompt"], recorded[f"{case}/output"]  # (1, P), (1, P + G)
+    settings = generation_settings(model.config, CASES[case])
+    assert torch.equal(generate(model, prompt, settings, options=Options(cache=cache)), output)
+    assert torch.equal(model.generate(prompt, **CASES[case]), output)
+
+
+def test_rows_of_a_batch_are_generated_as_alone(model):
+    generator = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(0, 2000, (size,), generator=generator) for size in (3, 8, 10)]
+    settings = generation_settings(model.config, {"gen_length": 10, "steps": 5})  # the last block is cut
+    alone = [model.generate(prompt[None], gen_length=10, steps=5)[0].tolist() for prompt in prompts]
+    for cache in ("none", "prefix"):
+        assert [text.tolist() for text in generate(model, prompts, settings, options=Options(cache=cache))] == alone
+    pad = torch.nn.functional.pad
+    ids = torch.stack([pad(prompt, (10 - len(prompt), 0), value=5) for prompt in prompts])  # (B, P)
+    real = torch.stack([pad(torch.ones_like(prompt), (10 - len(prompt), 0)) for prompt in prompts])  # (B, P)
+    texts = model.generate(ids, real, gen_length=10, steps=5)  # (B, P + G)
+    assert [text[10 - len(prompt) :].tolist() for prompt, text in zip(prompts, texts)] == alone
+
+
+def test_a_finished_block_is_read_causally_once(model):
+    """The prompt runs once; a block's first token needs the one before it, its steps only itself."""
+    counts, prompt = [], torch.arange(6)
+    settings = generation_settings(model.config, {"gen_length": 8, "steps": 8})
+    handle = model.blocks[0].register_forward_pre_hook(lambda _, args: counts.append(args[0].shape[1]))
+    generate(model, [prompt], settings, options=Options(cache="prefix"))
+    handle.remove()
+    assert counts == [6, 4, 4, 4] + [4, 4, 4, 4]
+
+
+def test_draws_follow_the_seed_and_a_temperature_near_zero_is_greedy(model):
+    def draw(seed: int, temperature: float) -> list[int]:
+        torch.manual_seed(seed)
+        return model.generate(torch.arange(6)[None], gen_length=8, steps=8, temperature=temperature)[0].tolist()
+
+    assert draw(0, 1.0) == draw(0, 1.0) != draw(1, 1.0)
+    assert draw(0, 1e-6) == draw(1, 0.0)
+    settings = generation_settings(model.config, {"gen_length": 8, "steps": 8, "temperature": 1e-6})
+    options = Options(generator=torch.Generator().manual_seed(3))
+    assert generate(model, [torch.arange(6)], settings, options=options)[0].tolist() == draw(0, 0.0)
+
+
+def test_pairs_see_clean_text_causally_by_hand():
+    assert pair_mask(torch.arange(4)[None], 2, causal=True)[0, 0].int().tolist() == [
+        [1, 1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0, 0],
+        [0, 0, 1, 1, 1, 1, 0, 0],  # noisy, second block: its own and the clean one before
+        [0, 0, 1, 1, 1, 1, 0, 0],
+        [0, 0, 0, 0, 1, 0, 0, 0],  # clean: no token behind it
+        [0, 0, 0, 0, 1, 1, 0, 0],
+        [0, 0, 0, 0, 1, 1, 1, 0],
+        [0, 0, 0, 0, 1, 1, 1, 1],
+    ]
+
+
+def test_frequencies_by_hand():
+    """Of 1, 0.1, 0.01 and 0.001 (theta 10^4), 1 place apart by a factor of 10 in turns: kept, a half, divided, divided.
+
+    In 20 pi positions a frequency of 1 turns 10 times, so that 10 turns have place 0 and 0.1 turns place 2.
+    """
+    scaling = {"factor": 4.0, "original_max_position_embeddings": 20 * torch.pi, "beta_fast": 10.0, "beta_slow": 0.1001}
+    frequencies = torch.tensor([1.0, 0.1, 0.01, 0.001])  # (D/2,)
+    scaled = yarn_frequencies(frequencies, 1e4, scaling)  # (D/2,)
+    assert torch.allclose(scaled / frequencies, torch.tensor([1, (1 + 1 / 4) / 2, 1 / 4, 1 / 4]))
+
+
+def test_queries_grow_with_their_position():
+    scale = query_scale(torch.tensor([[0, 15, 16, 40]]), ROPE)  # (1, 1, T, 1)
+    logs = [1.0, 1.0, 1 + 0.1 * torch.tensor(2.0).log(), 1 + 0.1 * torch.tensor(3.0).log()]
+    assert torch.allclose(scale.flatten(), torch.tensor(logs))
+    x, cos, sin = torch.ones(1, 2, 4, 2), torch.ones(1, 1, 4, 2), torch.zeros(1, 1, 4, 2)
+    assert torch.allclose(rotate(x, cos, sin, scale)[0, 1, :, 0], torch.tensor(logs))
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"block_size": None}, "config.json has no positive integer 'block_size', which nemotron-labs needs"),
+    ({"dlm_paradigm": "autoregressive"}, "dlm_paradigm = 'autoregressive' is not supported"),
+    ({"sliding_window": 64}, "sliding_window = 64 is not supported"),
+    ({"ar_loss_weight": -1}, "ar_loss_weight = -1 is not a number from 0"),
+    ({"rope_parameters": None}, "rope_type = 'default' is not supported \\(needs 'yarn'\\)"),
+    ({"rope_parameters": ROPE | {"factor": 0}}, "rope_parameters.factor = 0 is not a number"),
+    ({"rope_parameters": ROPE | {"beta_slow": 3.0}}, "beta_slow = 3 is not below beta_fast = 2"),
+    ({"rope_parameters": ROPE | {"llama_4_scaling_beta": None}}, "llama_4_scaling_beta = None is not a number"),
+    ({"rope_parameters": ROPE | {"factor": 4.0, "mscale": 0.5}}, "mscale = 0.5, mscale_all_dim = 1.0: only an"),
+    ({"rope_parameters": ROPE | {"attention_factor": 2.0}}, "attention_factor = 2.0, mscale = 1.0"),
+    ({"rope_parameters": ROPE | {"truncate": False}}, "truncate = False is not supported"),
+])  # fmt: skip
+def test_what_is_not_computed_is_refused(tiny_checkpoint, changes, message):
+    directory = tiny_checkpoint("nemotron-labs")
+    values = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(values | changes))
+    with pytest.raises(UserError, match=message) as caught:
+        load_model(directory)
+    assert "\n" not in str(caught.value)
+
+
+def test_options_that_the_sampler_lacks_are_refused(model):
+    with pytest.raises(UserError, match="nemotron-labs's sampler has no option 'cfg_scale'"):
+        generation_settings(model.config, {"cfg_scale": 1.0})
+    settings = generation_settings(model.config, {"gen_length": 8, "steps": 8, "block_length": 8})
+    with pytest.raises(UserError, match="block_length = 8 is not the model's own, 4: leave it out"):
+        generate(model, [torch.arange(5)], settings)
+    with pytest.raises(UserError, match="holds the mask token"):
+        generate(model, [torch.tensor([MASK_ID])], generation_settings(model.config, {"gen_length": 8, "steps": 8}))
