@@ -96,6 +96,8 @@ def mask_card(report: dict) -> str:
             f" {nelbo['masked']:.4f} after ({plus_minus(nelbo['loss'])}, paired), with the weights as they were in"
             f" memory{note if reconstruct['enabled'] else ''}.\n"
         )
+        if causal := nelbo.get("causal"):
+            loss += f"\nNats of the next token there: {causal['dense']:.4f} before, {causal['pruned']:.4f} after.\n"
     text = "no calibration text was looked at"
     if calibration:
         text = (
@@ -210,4 +212,8 @@ def _rows(report: dict) -> list[str]:
         rows.append(f"| {title} | {before:.3f} | {after:.3f} | {change(before, after)} |")
     nelbo = report["held_out_nelbo"]
     dense, loss = nelbo["dense"], nelbo["loss"]
-    return [*rows, f"| NELBO, nats/token | {dense:.4f} | {dense + loss['mean']:.4f} | {plus_minus(loss)} |"]
+    rows.append(f"| NELBO, nats/token | {dense:.4f} | {dense + loss['mean']:.4f} | {plus_minus(loss)} |")
+    if causal := nelbo.get("causal"):
+        values = f"{causal['dense']:.4f} | {causal['pruned']:.4f} | {plus_minus(causal['loss'])}"
+        rows.append(f"| next token, nats | {values} |")
+    return rows

@@ -24,6 +24,7 @@ METRICS = {
         Metric("exact_match", higher_is_better=True, proportion=True, unit="%"),
         Metric("nelbo", higher_is_better=False, proportion=False),
         Metric("masked_ce", higher_is_better=False, proportion=False),
+        Metric("causal_ce", higher_is_better=False, proportion=False),
         Metric("masked_acc", higher_is_better=True, proportion=False, unit="%"),
         Metric("kl", higher_is_better=False, proportion=False, relative=True),
         Metric("agreement", higher_is_better=True, proportion=False, unit="%", relative=True),

@@ -1,12 +1,13 @@
 """Masked-diffusion NELBO per token, one estimator for every family (docs/methods.md section 6; arXiv 2502.09992)."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 
-from structprune.evaluation.masked import masked_sums
+from structprune.evaluation.causal import causal_nats
+from structprune.evaluation.masked import OFFLOAD, masked_sums
 from structprune.models.encode import Batches
 from structprune.models.modeling_structprune import DiffusionLM
 
@@ -18,6 +19,12 @@ class Nelbo:
     nelbo: torch.Tensor  # (N,) nats per maskable token
     masked_nats: torch.Tensor  # (N,) cross-entropy summed over masked tokens
     masked_tokens: torch.Tensor  # (N,)
+    causal: torch.Tensor | None = None  # (N,) mean nats of the next token; None of models that are not causal too
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What there is, by name."""
+        return {name: value for name, value in vars(self).items() if value is not None}
 
     @property
     def mean(self) -> float:
@@ -53,7 +60,16 @@ def masked_nelbo(
     """
     sums = masked_sums(model, (input_ids, noisy_ids), _cross_entropy, batch, track)  # (N, S, 2)
     tokens, nats = sums.unbind(2)  # 2 x (N, S)
-    return nelbo_of(nats, tokens, mask_probability, maskable_tokens(model, input_ids.shape[1]))
+    estimate = nelbo_of(nats, tokens, mask_probability, maskable_tokens(model, input_ids.shape[1]))
+    return with_causal(estimate, model, input_ids, batch)
+
+
+def with_causal(estimate: Nelbo, model: DiffusionLM, input_ids: torch.Tensor, batch: int | Batches) -> Nelbo:
+    """The estimate with what the next token costs, of a model that is causal too; arguments as `masked_nelbo`."""
+    if not model.layout.causal:
+        return estimate
+    batches = Batches(batch * input_ids.shape[1], OFFLOAD) if isinstance(batch, int) else batch
+    return replace(estimate, causal=causal_nats(model, input_ids, batches))
 
 
 def maskable_tokens(model: DiffusionLM, length: int) -> int:

@@ -82,9 +82,11 @@ class Window:
     correct: int | None = None  # masked tokens that were the likeliest; None where only the NELBO was asked for
     kl_nats: float | None = None  # KL(reference || model) summed like masked_nats; None of the reference itself
     agreed: int | None = None  # masked tokens whose likeliest prediction is the reference's; None likewise
+    causal_nats: float | None = None  # mean of the next token; None of a model that is not causal too
 
     def __post_init__(self) -> None:
-        _check_finite(self, (self.nelbo, self.masked_nats, self.masked_tokens, self.kl_nats or 0.0))
+        others = (self.kl_nats or 0.0, self.causal_nats or 0.0)
+        _check_finite(self, (self.nelbo, self.masked_nats, self.masked_tokens, *others))
 
     @property
     def parts(self) -> dict[str, tuple[float, float]]:
@@ -92,7 +94,8 @@ class Window:
         sums = (self.masked_nats, self.correct, self.kl_nats, self.agreed)
         of_tokens = zip(("masked_ce", "masked_acc", "kl", "agreement"), sums, strict=True)
         shares = {name: (float(value), float(self.masked_tokens)) for name, value in of_tokens if value is not None}
-        return {"nelbo": (self.nelbo, 1.0), **shares}
+        causal = {} if self.causal_nats is None else {"causal_ce": (self.causal_nats, 1.0)}
+        return {"nelbo": (self.nelbo, 1.0), **shares, **causal}
 
 
 @dataclass(frozen=True)

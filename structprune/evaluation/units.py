@@ -109,9 +109,10 @@ class TextUnit(Unit):
         noisy, probability = (torch.cat(parts) for parts in copies)  # (n, S, T), (n, S)
         estimate = masked_nelbo(model, ids, noisy, probability, batch)
         columns = (estimate.nelbo.tolist(), estimate.masked_nats.tolist(), estimate.masked_tokens.int().tolist())
+        causal = [None] * len(keys) if estimate.causal is None else estimate.causal.tolist()
         return [
-            results.Window(self.task, key, nelbo, nats, tokens, self.copies, self.copies)
-            for key, nelbo, nats, tokens in zip(keys, *columns, strict=True)
+            results.Window(self.task, key, nelbo, nats, tokens, self.copies, self.copies, causal_nats=nats_of_next)
+            for key, nelbo, nats, tokens, nats_of_next in zip(keys, *columns, causal, strict=True)
         ]
 
     def token_ids(self) -> Iterator[torch.Tensor]:

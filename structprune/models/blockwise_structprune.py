@@ -53,7 +53,6 @@ class Pairs(Layout):
     """
 
     copies = 2
-    causal = False  # whether clean tokens see none behind them
 
     def __init__(self, size: int):
         self.size = size

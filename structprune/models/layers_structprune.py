@@ -103,7 +103,7 @@ class Layout:
     A model says which layout it needs (`DiffusionLM.layout`). Predictions are always of the first T tokens of a row.
     """
 
-    copies = 1  # S / T
+    copies, causal = 1, False  # S / T; whether clean tokens see none behind them, as in another use of the model
 
     def rows(self, noisy, clean):
         """Rows of a pass: two (..., T), whose leading sizes may broadcast -> (..., S)."""

@@ -68,6 +68,9 @@ def run_table(report: dict, saved_bytes: tuple[int, int] | None = None) -> Table
     pruned = nelbo["refit"] if nelbo["kept"] == "refit" else nelbo["plain_removal"]
     title = f"NELBO, nats/token ({nelbo['windows']} held-out windows)"
     table.add_row(title, f"{nelbo['dense']:.4f}", f"{pruned:.4f}", plus_minus(nelbo["loss"]))
+    if causal := nelbo.get("causal"):
+        title = "next token, nats (the same windows)"
+        table.add_row(title, f"{causal['dense']:.4f}", f"{causal['pruned']:.4f}", plus_minus(causal["loss"]))
     table.caption = (
         f"kept: {nelbo['kept']} (plain removal {nelbo['plain_removal']:.4f}); "
         f"export class {report['export_class']}; {report['seconds']['total']:.1f} s; "
@@ -162,6 +165,9 @@ def _mask_notes(report: dict) -> list[str]:
     if nelbo := report["held_out_nelbo"]:
         loss = f"{nelbo['dense']:.4f} → {nelbo['masked']:.4f} ({plus_minus(nelbo['loss'])})"
         lines.append(f"NELBO, nats/token, {nelbo['windows']} held-out windows: {loss}")
+        if causal := nelbo.get("causal"):
+            change = f"{causal['dense']:.4f} → {causal['pruned']:.4f} ({plus_minus(causal['loss'])})"
+            lines.append(f"next token, nats, the same windows: {change}")
     if report["sinks"]:
         lines.append(sink_line(report))
     memory = gigabytes(report["peak_memory_bytes"]["host"])

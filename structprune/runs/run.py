@@ -197,7 +197,7 @@ class Run:
         windows = (ids[own], noisy[own], p[own])  # (n, T), (n, S, T), (n, S)
         with self.streamed(model):
             nelbo = self.timed("check", lambda: masked_nelbo(model, *windows, batch=batch, track=self._show_check))
-        return Nelbo(**{name: self.workers.rows(values) for name, values in vars(nelbo).items()})
+        return Nelbo(**{name: self.workers.rows(values) for name, values in nelbo.tensors.items()})
 
     def kept_nelbo(self, name: str, make: Callable[[], DiffusionLM]) -> Nelbo:
         """`nelbo` of the model that `make` gives, which is only called where the journal has no part of this name."""
@@ -206,7 +206,7 @@ class Run:
         if kept := self.journal.read(name):
             return Nelbo(**kept.tensors)
         nelbo = self.nelbo(make())
-        self.journal.keep(name, vars(nelbo))
+        self.journal.keep(name, nelbo.tensors)
         return nelbo
 
     def _show_check(self, items):
@@ -231,11 +231,16 @@ class Run:
         """
         self._check_finite("dense", dense)
         self._check_finite("pruned", pruned)
+        causal = {}
+        if dense.causal is not None and pruned.causal is not None:
+            losses = {"dense": dense.causal.mean().item(), "pruned": pruned.causal.mean().item()}
+            causal = {"causal": losses | {"loss": paired_difference(pruned.causal, dense.causal)}}
         return {
             "kept": kept,
             "dense": dense.mean,
             **means,
             "loss": paired_difference(pruned.nelbo, dense.nelbo),
+            **causal,
             "windows": self.calibration.held_out,
             "seed": CHECK_SEED + self.seed,
         }

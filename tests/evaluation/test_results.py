@@ -67,7 +67,7 @@ def test_metrics_of_kinds():
     assert metrics_of([]) == []
     result = metric_of("exact_match,strict-match")
     assert result.name == "exact_match,strict-match" and result.proportion and result.higher_is_better
-    assert {name for name in METRICS if not METRICS[name].higher_is_better} == {"nelbo", "masked_ce", "kl"}
+    assert {name for name in METRICS if not METRICS[name].higher_is_better} == {"nelbo", "masked_ce", "causal_ce", "kl"}
     assert {name for name in METRICS if METRICS[name].relative} == {"kl", "agreement", "kept"}
 
 

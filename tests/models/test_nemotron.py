@@ -6,14 +6,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from structprune import load_model
+from structprune import Config, load_model, prune
 from structprune.errors import UserError
+from structprune.evaluation.causal import causal_nats
+from structprune.evaluation.nelbo import masked_nelbo
 from structprune.generation.generate import Options, generate
 from structprune.generation.samplers import generation_settings
 from structprune.models.blockwise_structprune import pair_mask
-from structprune.models.encode import encode_noisy
+from structprune.models.encode import Batches, encode_noisy
 from structprune.models.nemotron_structprune import query_scale, yarn_frequencies
 from structprune.models.rotary_structprune import rotate
+from structprune.runs.evaluate import evaluate
 from tests.conftest import MASK_ID, PARITY
 from tests.tiny_values import NEMOTRON
 
@@ -173,3 +176,44 @@ def test_options_that_the_sampler_lacks_are_refused(model):
         generate(model, [torch.arange(5)], settings)
     with pytest.raises(UserError, match="holds the mask token"):
         generate(model, [torch.tensor([MASK_ID])], generation_settings(model.config, {"gen_length": 8, "steps": 8}))
+
+
+def test_what_the_next_token_costs(expected):
+    """Windows of two lengths of a batch, in slices of logits or not, cost what the recorded sum says."""
+    model, ids = load_model(RECORDED), expected["input_ids"]
+    for tokens in (22, 64):
+        nats = causal_nats(model, ids, Batches(tokens))  # (N,)
+        assert nats.shape == (2,) and torch.allclose(nats.sum() * 21, expected["causal_sum"], rtol=1e-5)
+    noise = (expected["noisy_ids"][:, None], expected["mask_probability"][:, None])
+    estimate = masked_nelbo(model, ids, *noise)
+    assert torch.allclose(estimate.causal, nats, rtol=1e-5)
+    assert torch.allclose(estimate.nelbo.sum() * 22, expected["diffusion_sum"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("fidelity", [False, True])
+def test_an_evaluation_reports_both_losses(tiny_checkpoint, text_path, eval_settings, tmp_path, fidelity):
+    checkpoints = [tiny_checkpoint("nemotron-labs"), tiny_checkpoint("nemotron-labs", 1, name="other")]
+    settings = eval_settings(text_path, evaluation__fidelity=fidelity)
+    result = evaluate(list(map(str, checkpoints)), settings, tmp_path / "results").summary["checkpoints"]
+    values = [result[name]["text.txt"]["metrics"]["causal_ce"]["value"] for name in ("nemotron-labs-tiny", "other")]
+    windows = result["other"]["text.txt"]
+    assert 7 < min(values) < max(values) < 30 and 7 < windows["metrics"]["nelbo"]["value"] < 30
+    assert ("kl" in windows["metrics"]) == fidelity
+
+
+@pytest.mark.parametrize("method, title", [
+    ("structured", "| next token, nats |"), ("unstructured", "Nats of the next token there: "),
+])  # fmt: skip
+def test_a_run_reports_both_losses(tiny_checkpoint, text_path, small_run, tmp_path, method, title):
+    """Of the dense model and the one that it makes, on the windows that it held out."""
+    pairs = [pair for pair in small_run if not pair.startswith("structured.") or method == "structured"]
+    config = Config.load(overrides=[*pairs, f"method={method}", f"calibration.source={text_path}"])
+    dense = load_model(tiny_checkpoint("nemotron-labs"))
+    pruned = prune(dense, config)
+    own, windows = pruned.report["held_out_nelbo"]["causal"], pruned.calibration.check.input_ids  # (n, T)
+    models = (load_model(dense.source.directory), pruned.model)
+    before, after = (causal_nats(model, windows, Batches(64)).mean().item() for model in models)
+    assert [own["dense"], own["pruned"]] == pytest.approx([before, after], rel=1e-5) and before != after
+    assert own["loss"]["mean"] == pytest.approx(after - before, rel=1e-3)
+    pruned.save(tmp_path / "out")
+    assert title in (tmp_path / "out" / "README.md").read_text()
