@@ -66,6 +66,9 @@ class CalibrationSettings(Section):
     windows. Default: S, every window at every level."""
     seed: int = Field(0, ge=0, lt=2**62)
     """Random seed of the windows, their noise and the noise of the held-out check."""
+    causal: float | None = Field(None, ge=0)
+    """Weight of rows that a model reads causally against those of block diffusion, in scores, refits and gradients;
+    of a model that is both (Nemotron-Labs-Diffusion). Default: that of the two losses in config.json, published 1."""
     batch: int = Field(1, ge=1)
     """Windows per forward pass, each with all its noisy copies. For methods unstructured and nm: sequences per pass."""
 

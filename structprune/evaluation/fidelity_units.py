@@ -61,4 +61,4 @@ class FidelityUnit(TextUnit):
         tokens, correct, agreed = (int(each.sum()) for each in (result.masked_tokens, result.correct, result.agreed))
         numbers = (estimate.nelbo.item(), estimate.masked_nats.item(), tokens, self.copies, self.copies, correct)
         apart = (None, None) if self.of.is_reference else (result.kl.double().sum().item(), agreed)
-        return results.Window(self.task, key, *numbers, *apart, causal)
+        return replace(results.Window(self.task, key, *numbers, *apart), causal_nats=causal)

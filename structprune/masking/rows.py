@@ -6,7 +6,7 @@ import torch
 
 from structprune.masking.request import MaskRequest
 from structprune.masking.walk import Use, WalkPlan
-from structprune.statistics.rows import Rows, arm_rows, measure_mass, needs_sinks
+from structprune.statistics.rows import Rows, arm_rows, both_uses, measure_mass, needs_sinks, predicted_weights
 from structprune.statistics.scan import Scan
 
 
@@ -28,6 +28,7 @@ def plan_walk(scan: Scan, request: MaskRequest) -> WalkPlan | None:
     if any(needs_sinks(arm, request.sink) for arm in arms):
         mass = measure_mass(replace(scan, calibration=fit_windows))  # (N, S, T)
     rows = {arm: arm_rows(fit_windows, arm, request.sink, mass, mask_id, scan.layout) for arm in arms}
+    rows = {arm: both_uses(each, scan) for arm, each in rows.items()}
     ids: list[torch.Tensor] = []
     score = _use(ids, rows[scored]) if scored is not None else None
     fit = check = None
@@ -35,7 +36,7 @@ def plan_walk(scan: Scan, request: MaskRequest) -> WalkPlan | None:
         same = score is not None and str(scored).split("+")[0] == fitted.split("+")[0]
         fit = Use(score.rows, rows[fitted].weight) if score is not None and same else _use(ids, rows[fitted])
         held_out = arm_rows(scan.calibration.check, "masked", request.sink, None, mask_id, scan.layout)
-        check = Use(_use(ids, held_out).rows, held_out.masked.float())
+        check = Use(_use(ids, held_out).rows, predicted_weights(held_out.masked, scan))
     return WalkPlan(
         ids=torch.cat(ids),
         score=score,

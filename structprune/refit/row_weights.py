@@ -11,7 +11,7 @@ from structprune.config import ReconstructSettings
 from structprune.models.adapter import UnitKey
 from structprune.models.transfer import send
 from structprune.refit.importance import Importance, importance, predicted_at
-from structprune.statistics.rows import arm_rows, scan_rows
+from structprune.statistics.rows import arm_rows, predicted_weights, scan_rows
 from structprune.statistics.scan import Scan
 
 
@@ -31,15 +31,16 @@ class WeightedRows:
         self.fitted = len(rows.ids)  # R1
         weight = torch.ones(rows.ids.shape) if rows.weight is None else rows.weight  # (R1, T)
         predicting, checked = (predicted_at(mask, shifted) for mask in (rows.masked, held_out.masked))
+        causal = predicted_weights(torch.zeros(len(rows.ids[0])), scan).bool()  # (S,), which predict too
         self._importance: Importance = {}
         visible, only = torch.ones(()), torch.ones(())  # rows of clean text are all alike
         if any(scan.workers.gather(bool(rows.masked.any()))):  # a process may have no masked token of its own
-            visible, only = torch.where(rows.masked | predicting, 1.0, settings.visible), predicting  # (R1, T)
+            visible, only = torch.where(rows.masked | predicting | causal, 1.0, settings.visible), predicting | causal
             self._importance = importance(fit, rows, settings.weighting)
         # whether only positions with a prediction are read -> (R, T)
         self._weights = {
-            False: torch.cat((weight * visible, held_out.masked.float())),
-            True: torch.cat((weight * only, checked.float())),
+            False: torch.cat((weight * visible, predicted_weights(held_out.masked, scan))),
+            True: torch.cat((weight * only, predicted_weights(checked, scan))),
         }
 
     def weight(self, part: slice, predicting: bool, device: torch.device, key: UnitKey | None = None) -> torch.Tensor:

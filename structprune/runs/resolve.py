@@ -49,7 +49,7 @@ def resolve_structured(config: Config, model: DiffusionLM, dry_run: bool = False
     check_choice(sizes, settings.model_copy(update={"ratio": 0.0}) if by_latency else settings)
     check_search(config)
     check_structured(config, Facts(settings.score, arm, SCORES, resources.accelerator))
-    config = with_length(config, model)
+    config = with_causal(with_length(config, model), model)
     if config.calibration.held_out < 1 and not config.calibration.replays:
         raise UserError("calibration.held_out = 0 leaves nothing to choose split and damping on: set it to 1 or more")
     check_levels(config)
@@ -79,6 +79,23 @@ def with_length(config: Config, model: DiffusionLM) -> Config:
     """The configuration with calibration windows that the model takes, where it names no length."""
     calibration = within_positions(config.calibration, Adapter(model).positions)
     return config.model_copy(update={"calibration": calibration})
+
+
+def with_causal(config: Config, model: DiffusionLM) -> Config:
+    """The configuration with the weight of causal reading that the model's config has, where it names none.
+
+    Raises:
+        UserError: it names one, and the model is not causal too.
+    """
+    given = config.calibration.causal
+    if not model.layout.causal:
+        if given is not None:
+            need = "a model that is causal too (Nemotron-Labs-Diffusion)"
+            raise UserError(f"calibration.causal = {given:g} has no effect without {need}: leave it out")
+        return config
+    if given is None:
+        given = model.config.ar_loss_weight / (model.config.dlm_loss_weight or 1.0)
+    return config.model_copy(update={"calibration": config.calibration.model_copy(update={"causal": given})})
 
 
 def backward_user(config: Config) -> str | None:
@@ -157,7 +174,7 @@ def resolve_masking(config: Config, model: DiffusionLM, dry_run: bool = False) -
             " reconstruct.enabled = false"
         )
     if reads:
-        config = with_length(config, model)
+        config = with_causal(with_length(config, model), model)
         check_levels(config)
     return MaskRequest(
         config=config, arm=arm, resources=resources, reads_text=reads, name=name, score=score, ratio=ratio, nm=nm

@@ -60,6 +60,7 @@ class Run:
         self.model, self.track, self.adapter, self.workers = model, track, Adapter(model), workers
         self.resources, self.limits = request.resources, request.limits
         self.sink, self.seed = request.sink, request.calibration.seed
+        self.causal = 1.0 if request.calibration.causal is None else request.calibration.causal
         self.seconds: dict[str, float] = {}
         self.journal: Journal = NOWHERE  # of finished parts: see `keep_in`
         if calibration is not None and not request.reads_text:
@@ -163,7 +164,7 @@ class Run:
         """The context of a measurement on the dense model with all windows, whose sink mass `log` keeps."""
         own = self.calibration.share(self.workers)
         return Scan(
-            self.adapter, own, self.sink, self.limits, self.track, log.observe, self.journal, self.workers
+            self.adapter, own, self.sink, self.limits, self.track, log.observe, self.journal, self.workers, self.causal
         )  # fmt: skip
 
     def fit_scan(self, log: SinkLog) -> Scan:

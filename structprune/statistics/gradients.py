@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from structprune.calibration.batches import Calibration
-from structprune.models.adapter import Adapter, BlockView
+from structprune.models.adapter import BlockView
 from structprune.models.encode import predicting
 from structprune.models.experts_structprune import ExpertBlock
 from structprune.models.logits import logit_slices
@@ -59,6 +58,8 @@ def gradient_sums(
 ) -> list[torch.Tensor]:
     """fp32 sums of the gradients of Σ ω CE / p over masked tokens, divided by the number of all tokens.
 
+    Where rows hold text that is read causally, `scan.causal` times Σ ω CE of its next tokens is added to that sum.
+
     Only one parameter's gradient is alive beside the sums, and the LM head runs on a slice of the masked tokens at a
     time. Sums in half precision would lose what each pass adds. Gradients that parameters already had are kept. Blocks
     whose saved activations exceed the scan's budget are computed again in the backward pass.
@@ -71,7 +72,7 @@ def gradient_sums(
     again = recomputes(adapter.blocks, tokens, adapter.model.dtype, scan.limits.budget)
     with torch.enable_grad(), _summed(adapter.model, parameters) as sums:
         for start in scan.track(range(0, len(rows.ids), batch), title):
-            _backward(adapter, scan.calibration, rows, slice(start, start + batch), again)
+            _backward(scan, rows, slice(start, start + batch), again)
     if scan.workers.several:
         share = own_share(rows, scan.workers)
         scan.workers.add_up(*(total.mul_(share) for total in sums))
@@ -106,7 +107,7 @@ def gradient_norms(
             stack.callback(linear.register_full_backward_hook(record(total)).remove)
         for start in scan.track(range(0, len(rows.ids), batch), title):
             part = slice(start, start + batch)
-            _backward(adapter, scan.calibration, rows, part, again)
+            _backward(scan, rows, part, again)
     share = own_share(rows, scan.workers)
     return norms if share == 1 else [norm.mul_(share**2) for norm in norms]
 
@@ -144,8 +145,9 @@ def _add_to(total: torch.Tensor):
     return fold
 
 
-def _backward(adapter: Adapter, calibration: Calibration, rows: Rows, part: slice, again: bool) -> None:
+def _backward(scan: Scan, rows: Rows, part: slice, again: bool) -> None:
     """One pass: the loss of some rows and its gradients; `again` computes every block twice."""
+    adapter, calibration = scan.adapter, scan.calibration
     model, masked = adapter.model, rows.masked[part]  # (b, T)
     row, source = predicting(model, masked)  # 2 x (M,), on the host, without a device sync
     window = torch.arange(len(rows.ids))[part] // rows.copies  # (b,)
@@ -155,11 +157,25 @@ def _backward(adapter: Adapter, calibration: Calibration, rows: Rows, part: slic
     weight = 1 / calibration.mask_probability.flatten()[part][row]  # (M,)
     if rows.weight is not None:
         weight = weight * rows.weight[part][masked]  # (M,)
+    if model.layout.causal:
+        own, (row_of, place) = rows.weight, _next_tokens(model, clean)  # 2 x (b (T - 1),)
+        # rows already have the root of the weight, for sums of squares
+        causal = torch.full(row_of.shape, scan.causal) if own is None else own[part][row_of, place] * scan.causal**0.5
+        row, source, weight = torch.cat((row, row_of)), torch.cat((source, place)), torch.cat((weight, causal))
+        target = torch.cat((target, clean[:, 1:].flatten()))  # (M,), from here on of both losses
     weight = weight / (len(rows.ids) * calibration.length)
     hidden = _encode(model, send(rows.ids[part], adapter.device), again)  # (b, T, C)
     read = hidden[send(row, adapter.device), send(source, adapter.device)]  # (M, C)
     slope = _head_slope(model.output_head, read.detach(), *(send(each, adapter.device) for each in (target, weight)))
     read.backward(slope)
+
+
+def _next_tokens(model: DiffusionLM, clean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows and positions that predict the next token of text read causally: (b, T) -> 2 x (b (T - 1),)."""
+    predicts = torch.ones_like(clean, dtype=torch.bool)  # (b, T)
+    predicts[:, -1] = False
+    row, place = model.layout.rows(torch.zeros_like(predicts), predicts).nonzero(as_tuple=True)
+    return row, place
 
 
 def _encode(model: DiffusionLM, ids: torch.Tensor, again: bool) -> torch.Tensor:

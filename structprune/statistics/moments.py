@@ -11,7 +11,7 @@ from structprune.models.transfer import send
 from structprune.statistics.activations import Moments, merge_moments, moments
 from structprune.statistics.capture import ConsumerKey, MassMeter, consumers, watch_inputs, watch_tokens
 from structprune.statistics.pass_parts import PassParts
-from structprune.statistics.rows import arm_ids, arm_weights, needs_sinks
+from structprune.statistics.rows import arm_ids, arm_weights, needs_sinks, use_weights
 from structprune.statistics.scan import Scan
 from structprune.workers import Workers
 
@@ -55,12 +55,13 @@ def consumer_moments(scan: Scan, arm: str) -> dict[ConsumerKey, Moments]:
 
     places = ExpertTokens()
 
-    def weigh(noisy: torch.Tensor) -> torch.Tensor:
+    def weigh(noisy: torch.Tensor) -> torch.Tensor | None:
         with (meter := MassMeter()).on(adapter.cores), watch_tokens(adapter.blocks, places.see):
             encode_rows(adapter.model, send(noisy.flatten(0, 1), adapter.device))
         mass = meter.take().view(noisy.shape)  # (b, S, T)
         parts.observe(mass)
-        return arm_weights(mass, arm, scan.sink).flatten(0, 1)  # (b*R, T)
+        weight = arm_weights(mass, arm, scan.sink).flatten(0, 1)  # (b*R, T)
+        return use_weights(weight, weight.shape, scan)
 
     ids, linears = arm_ids(calibration, arm, scan.layout), consumers(adapter.blocks)  # (N, R, S)
     measured = arm_ids(calibration, "masked", scan.layout)  # (N, L, S)
@@ -80,7 +81,8 @@ def consumer_moments(scan: Scan, arm: str) -> dict[ConsumerKey, Moments]:
             for key in list(inputs):
                 add(key, inputs.pop(key), weight)
         else:
-            weights = weigh(noisy) if needs_sinks(arm, scan.sink) else None  # (b*R, T)
+            # (b*R, T)
+            weights = weigh(noisy) if needs_sinks(arm, scan.sink) else use_weights(None, part.flatten(0, 1).shape, scan)
             watch = watch_inputs(linears, lambda key, x, weights=weights: add(key, x, weights))
             with watch, watch_tokens(adapter.blocks, places.see):
                 encode_rows(adapter.model, send(part.flatten(0, 1), adapter.device))

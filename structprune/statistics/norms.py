@@ -28,7 +28,7 @@ from structprune.statistics.inputs import (
     inputs_of_rows,
 )
 from structprune.statistics.pass_parts import PassParts
-from structprune.statistics.rows import arm_ids, arm_weights, mass_of, measure_mass, needs_sinks
+from structprune.statistics.rows import arm_ids, arm_weights, mass_of, measure_mass, needs_sinks, use_weights
 from structprune.statistics.scan import Scan
 
 SINGLE = 8  # one row in so many is a group of its own: those that may well weigh less than 1
@@ -52,8 +52,9 @@ def one_shot_norms(scan: Scan, arm: str, summed: bool = False, relative: bool = 
     late, weights = weighs_late(arm, scan.sink), None
     if needs_sinks(arm, scan.sink) and not late:
         weights = arm_weights(measure_mass(scan), arm, scan.sink).flatten(0, 1)  # (N*R, T)
+    weights = weights if late else use_weights(weights, ids.flatten(0, 1).shape, scan)  # (N*R, T)
     batch, ids = scan.sequences(ids.shape[1]), ids.flatten(0, 1)  # (R, T)
-    late_pass, starts = _LatePass(adapter, norms, scan.sink, relative), range(0, len(ids), batch)
+    late_pass, starts = _LatePass(scan, norms, relative), range(0, len(ids), batch)
     parts = PassParts(scan, f"norms-{arm}-{'summed' * summed}-{'relative' * relative}", ids, batch)
     done, sums = parts.restore()
     norms.restore(sums, adapter.device)
@@ -66,7 +67,7 @@ def one_shot_norms(scan: Scan, arm: str, summed: bool = False, relative: bool = 
             weight = None if weights is None else send(weights[rows], adapter.device)  # (b, T)
             if late:
                 parts.observe(mass := mass_of(adapter, part))  # (b, T)
-                weight = _late_weight(mass, scan.sink)  # (b, T)
+                weight = _late_weight(mass, scan)  # (b, T)
             _add(adapter, part, norms, weight, relative)
         parts.keep(number, norms.tensors)
     return norms.norms(scan.workers)
@@ -98,9 +99,11 @@ def late_input_bytes(adapter: Adapter, tokens: int, itemsize: int | None = None)
     return int(tokens * numbers)
 
 
-def _late_weight(mass: torch.Tensor, sink: SinkSettings) -> torch.Tensor:
+def _late_weight(mass: torch.Tensor, scan: Scan) -> torch.Tensor:
     """Row weights (b, T) of noisy sequences from their own mass (b, T)."""
-    return arm_weights(mass[:, None], "masked+sink", sink)[:, 0]
+    weight = use_weights(arm_weights(mass[:, None], "masked+sink", scan.sink)[:, 0], mass.shape, scan)  # (b, T)
+    assert weight is not None, "weights in, weights out"
+    return weight
 
 
 def _linears(adapter: Adapter) -> dict:
@@ -186,8 +189,8 @@ def _groups(length: int) -> tuple[int, int]:
 class _LatePass:
     """Forward passes over noisy sequences whose row weights come from the pass itself; they add rows to `norms`."""
 
-    def __init__(self, adapter: Adapter, norms: InputNorms, sink: SinkSettings, relative: bool):
-        self._adapter, self._norms, self._sink, self._relative = adapter, norms, sink, relative
+    def __init__(self, scan: Scan, norms: InputNorms, relative: bool):
+        self._scan, self._adapter, self._norms, self._relative = scan, scan.adapter, norms, relative
         self._buffers: list[_Held] = []
 
     def add(self, ids: torch.Tensor) -> torch.Tensor:
@@ -198,7 +201,7 @@ class _LatePass:
         with MassMeter().on(adapter.cores) as meter:
             inputs = self._run(ids, held, meter)
             mass = meter.take()  # (b, T)
-        weight = _late_weight(mass, self._sink)  # (b, T)
+        weight = _late_weight(mass, self._scan)  # (b, T)
         for name, value in inputs.read.items():
             self._norms.add((last.index, name), value, inputs.weight(name, weight, self._relative))
         grouped = [_by_group(weight, each.order) for each in held]  # ((b, G), (b, G)) each

@@ -48,6 +48,29 @@ def arm_weights(mass: torch.Tensor, arm: str, sink: SinkSettings) -> torch.Tenso
     return weights.mean(1, keepdim=True) if arm.startswith("clean") else weights
 
 
+def both_uses(rows: Rows, scan: Scan) -> Rows:
+    """Rows whose tokens that are read causally weigh as the scan says."""
+    return replace(rows, weight=use_weights(rows.weight, rows.ids.shape, scan))
+
+
+def use_weights(weight: torch.Tensor | None, shape: torch.Size, scan: Scan) -> torch.Tensor | None:
+    """Row weights times the root of `scan.causal` at tokens that are read causally, because they are squared in sums.
+
+    Args:
+        weight: (..., S), or None where every row has weight 1; so is what is returned. shape: of the rows' ids.
+    """
+    if not scan.layout.causal or scan.causal == 1:
+        return weight
+    factor = scan.layout.spread(torch.ones(scan.calibration.length), scan.causal**0.5)  # (S,)
+    return factor.expand(shape) if weight is None else weight * factor.to(weight.device)
+
+
+def predicted_weights(masked: torch.Tensor, scan: Scan) -> torch.Tensor:
+    """1 at masked tokens, the root of `scan.causal` at tokens read causally, which all predict, else 0: (R, S) fp32."""
+    causal = scan.layout.spread(torch.zeros(scan.calibration.length), scan.causal**0.5 * scan.layout.causal)
+    return masked + causal  # (R, S)
+
+
 def arm_rows(
     calibration: Calibration, arm: str, sink: SinkSettings, mass: torch.Tensor | None, mask_id: int, layout: Layout
 ) -> Rows:
@@ -65,7 +88,8 @@ def arm_rows(
 def scan_rows(scan: Scan, arm: str) -> Rows:
     """The rows of an arm; a sink arm measures its attention mass in a pass of its own first."""
     mass = measure_mass(scan) if needs_sinks(arm, scan.sink) else None
-    return arm_rows(scan.calibration, arm, scan.sink, mass, scan.adapter.mask_id, scan.layout)
+    rows = arm_rows(scan.calibration, arm, scan.sink, mass, scan.adapter.mask_id, scan.layout)
+    return both_uses(rows, scan)
 
 
 @torch.inference_mode()

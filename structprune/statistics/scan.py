@@ -55,6 +55,7 @@ class Scan:
     observe: Observe = unobserved  # called for every pass that sink weights come from, in the order of the sequences
     journal: Journal = NOWHERE  # of attention mass that an earlier run measured
     workers: Workers = ALONE
+    causal: float = 1.0  # weight of the rows' tokens that are read causally, where the layout has such
 
     def sequences(self, copies: int | None = None) -> int:
         """Sequences per forward pass, with `copies` of each window (default: all noise levels)."""

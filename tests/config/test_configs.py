@@ -24,7 +24,7 @@ SMALL = {
 
 def test_every_family_has_both_ratios():
     names = {file.stem for file in FILES}
-    families = ("llada", "llada-1.5", "mmada", "dream", "a2d", "sdar", "llada-moe")
+    families = ("llada", "llada-1.5", "mmada", "dream", "a2d", "sdar", "llada-moe", "nemotron-labs")
     assert names == {f"{family}-{ratio}" for family in families for ratio in (0.3, 0.5)}
 
 

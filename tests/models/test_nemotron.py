@@ -4,9 +4,11 @@ import json
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
-from structprune import Config, load_model, prune
+from structprune import Config, load_model, prune, save_pruned
+from structprune.config import ExportSettings
 from structprune.errors import UserError
 from structprune.evaluation.causal import causal_nats
 from structprune.evaluation.nelbo import masked_nelbo
@@ -17,6 +19,8 @@ from structprune.models.encode import Batches, encode_noisy
 from structprune.models.nemotron_structprune import query_scale, yarn_frequencies
 from structprune.models.rotary_structprune import rotate
 from structprune.runs.evaluate import evaluate
+from structprune.structured.plan import BlockPlan, Plan
+from structprune.structured.surgery import apply_plan
 from tests.conftest import MASK_ID, PARITY
 from tests.tiny_values import NEMOTRON
 
@@ -217,3 +221,24 @@ def test_a_run_reports_both_losses(tiny_checkpoint, text_path, small_run, tmp_pa
     assert own["loss"]["mean"] == pytest.approx(after - before, rel=1e-3)
     pruned.save(tmp_path / "out")
     assert title in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("compat", ["official", "free"])
+def test_exports_load_with_the_files_beside_them(tiny_checkpoint, tmp_path, compat):
+    """Heads go in the family's own layout too: its code reads `head_dim`."""
+    dense = load_model(tiny_checkpoint("nemotron-labs"))
+    block = BlockPlan((0, 1, 3, 4), (0, 1), tuple(range(32)))
+    first = block if compat == "official" else BlockPlan((2,), (0,), tuple(range(8)))
+    model = apply_plan(dense, Plan("nemotron-labs", (first, block, block)))
+    directory = save_pruned(model, tmp_path / "out", export=ExportSettings(compat=compat))
+    values = json.loads((directory / "config.json").read_text())
+    if compat == "official":
+        assert values["model_type"] == "nemotron_labs_diffusion" and values["rope_parameters"] == ROPE
+        assert values["num_attention_heads"] == 4 and values["intermediate_size"] == 32 and values["head_dim"] == 8
+        assert "attn_implementation" not in values
+    again = transformers.AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)
+    ids = torch.arange(40).view(2, 20)  # (B, T)
+    assert torch.equal(again.generate(ids, gen_length=8, steps=8), model.generate(ids, gen_length=8, steps=8))
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
+        assert torch.equal(load_model(directory)(ids).logits, model(ids).logits)
