@@ -216,6 +216,14 @@ def generation_settings(config, values: Mapping[str, object]) -> Generation:
     return sampler(**values)  # type: ignore[arg-type]  # checked on construction
 
 
+def check_states(config, option: str) -> None:
+    """Raise UserError where states of a generation are not denoised step by step, which `option` asks for."""
+    if sampler_of(config).begins:
+        family = family_of(config).name
+        reason = f"{family}'s blocks begin with a token that was never a mask"
+        raise UserError(f"{option} is not possible for {family}: {reason}, so use forward")
+
+
 def low_confidence(config, generated: int, steps: int, block_length: int | None = None) -> Generation:
     """Greedy low-confidence remasking in the terms of a family's sampler: how a model's own trajectory is made.
 

@@ -12,6 +12,7 @@ from structprune.config import Config
 from structprune.config.effects import Facts, check_masking, check_search, check_structured
 from structprune.config.sections import within_positions
 from structprune.errors import UserError
+from structprune.generation.samplers import check_states
 from structprune.masking.allocate import block_ratios
 from structprune.masking.patterns import check_pattern, parse_nm
 from structprune.masking.request import MaskRequest
@@ -85,8 +86,10 @@ def with_causal(config: Config, model: DiffusionLM) -> Config:
     """The configuration with the weight of causal reading that the model's config has, where it names none.
 
     Raises:
-        UserError: it names one, and the model is not causal too.
+        UserError: it names one, and the model is not causal too; a trajectory that the model does not have.
     """
+    if config.sink.trajectory == "reverse":
+        check_states(model.config, "sink.trajectory = reverse")
     given = config.calibration.causal
     if not model.layout.causal:
         if given is not None:

@@ -12,7 +12,7 @@ from structprune.assets import text_file
 from structprune.checkpoint.output import check_output, output_draft
 from structprune.config import ModelSettings
 from structprune.errors import UserError
-from structprune.generation.samplers import Generation, low_confidence
+from structprune.generation.samplers import Generation, check_states, low_confidence
 from structprune.models.placement import pick_device
 from structprune.report.plots import check_matplotlib
 from structprune.report.sink_plots import draw_all
@@ -176,6 +176,7 @@ def plan_run(subject: Subject, run: SinkRun) -> Plan:
         _check_compared(subject, prompts.shape[1] + run.generated_tokens, run)
     sampler = None
     if reverse and not subject.causal:
+        check_states(subject.config, "a reverse trajectory")
         steps = run.steps or run.generated_tokens
         sampler = low_confidence(subject.config, run.generated_tokens, steps, run.block_length)
     return Plan(windows if forward else None, prompts if reverse else None, sampler)

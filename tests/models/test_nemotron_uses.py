@@ -7,12 +7,14 @@ import torch
 
 from structprune import Config
 from structprune.calibration.batches import Calibration
-from structprune.config import ReconstructSettings, SinkSettings
+from structprune.config import ModelSettings, ReconstructSettings, SinkSettings
 from structprune.errors import UserError
 from structprune.models.adapter import Adapter
 from structprune.models.encode import encode_rows
 from structprune.refit.row_weights import WeightedRows
 from structprune.runs.resolve import resolve_structured, with_causal
+from structprune.runs.sinks import measure_sinks
+from structprune.sinks.settings import SinkRun
 from structprune.statistics.gradients import gradient_sums
 from structprune.statistics.moments import consumer_moments
 from structprune.statistics.norms import one_shot_norms
@@ -99,3 +101,15 @@ def test_refits_check_both_uses(model, windows):
     assert torch.equal(rows.weight(slice(0, 4), True, CPU), only[:4])
     for predicting in (False, True):
         assert torch.equal(rows.weight(slice(4, 6), predicting, CPU), only[4:])
+
+
+def test_reverse_trajectories_are_refused(tiny_checkpoint, model, tmp_path):
+    message = "is not possible for nemotron-labs: nemotron-labs's blocks begin with a token that was never a mask"
+    with pytest.raises(UserError, match=f"sink.trajectory = reverse {message}, so use forward"):
+        resolve_structured(Config.load(overrides={"sink.trajectory": "reverse"}), model)
+    source = [str(tiny_checkpoint("nemotron-labs"))]
+    small = {"sink": SinkSettings(), "windows": 2, "length": 16, "gen_length": 8}
+    with pytest.raises(UserError, match=f"a reverse trajectory {message}"):
+        measure_sinks(source, SinkRun(**small), tmp_path / "both", ModelSettings(device="cpu"))
+    small = {"sink": SinkSettings(), "windows": 2, "length": 16, "trajectory": "forward"}
+    assert measure_sinks(source, SinkRun(**small), tmp_path / "forward", ModelSettings(device="cpu"))
