@@ -11,6 +11,12 @@ from structprune.models.checkpoint_files import read_json
 
 CARRIED = ("plan.json", "calibration.safetensors", "masks.safetensors")  # of the input, as they are
 
+LOSSES = (
+    ("divergence, nats per token", "kl"),
+    ("NELBO, nats per token", "nelbo"),
+    ("divergence at next tokens, nats", "causal_kl"),  # of a model that is causal too
+    ("next tokens, nats", "causal_ce"),
+)
 KEPT = {  # a recovery's `kept` -> what its card says of the weights
     "trained": "",
     "blocks": "\n**The second stage gained nothing: the weights are those of the first, block by block.**\n",
@@ -43,7 +49,8 @@ def recovered_card(report: dict) -> str:
     goals = {"divergence from its predictions": loss["kl"], "cross-entropy of the text": loss["cross_entropy"]}
     rows = [
         f"| {name} | {report['teacher_figures'][key]:.4f} | {report['before'][key]:.4f} | {report['after'][key]:.4f} |"
-        for name, key in (("divergence, nats per token", "kl"), ("NELBO, nats per token", "nelbo"))
+        for name, key in LOSSES
+        if key in report["after"]
     ]
     rows += [
         f"| {name} | {report['teacher_figures'][key]:.1%} | {report['before'][key]:.1%} | {report['after'][key]:.1%} |"

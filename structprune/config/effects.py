@@ -18,6 +18,7 @@ from structprune.config.settings import (
 from structprune.errors import UserError
 
 DENSE_TARGETS = ("producers", "head", "stream")  # keys of a refit that compare with the dense model's hidden states
+CAUSAL = "a model that is causal too (Nemotron-Labs-Diffusion)"  # what some settings need
 Idle = tuple[str, tuple[str, ...], bool, str]  # section, keys, whether they have no effect, what would give them one
 
 

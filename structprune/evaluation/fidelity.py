@@ -43,6 +43,10 @@ class ReferencePredictions:
         tokens, log_p, rest = (each[places].to(device) for each in (self.tokens, self.log_p, self.rest))
         return ReferencePredictions(tokens, log_p, rest, self.vocabulary)
 
+    def write(self, places: slice, own: "ReferencePredictions") -> None:
+        """Put predictions of some positions in their places."""
+        self.tokens[places], self.log_p[places], self.rest[places] = own.tokens.cpu(), own.log_p.cpu(), own.rest.cpu()
+
     @classmethod
     def empty(cls, count: int, top: int, vocabulary: int) -> "ReferencePredictions":
         """Room for `count` positions, on CPU."""
@@ -142,8 +146,7 @@ def reference_predictions(
     kept = ReferencePredictions.empty(count, top, model.output_head.weight.shape[0])
 
     def measure(logits: torch.Tensor, labels: torch.Tensor, places: slice) -> torch.Tensor:
-        own = likeliest(logits, top)
-        kept.tokens[places], kept.log_p[places], kept.rest[places] = own.tokens.cpu(), own.log_p.cpu(), own.rest.cpu()
+        kept.write(places, likeliest(logits, top))
         none = torch.zeros_like(labels)  # (m,)
         return _columns(logits, labels, none, none + 1)
 

@@ -6,6 +6,7 @@ Shapes: B rows, T tokens, M target positions, C features, V vocabulary.
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 
 from structprune.errors import UserError
 from structprune.models.layers_structprune import AttentionContext
@@ -22,6 +23,25 @@ def predicting(model: DiffusionLM, targets: torch.Tensor) -> tuple[torch.Tensor,
     """
     row, position = targets.nonzero(as_tuple=True)  # 2 x (M,)
     return row, (position - 1).clamp(min=0) if model.shifted else position
+
+
+def next_tokens(model: DiffusionLM, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows and positions of a pass over pairs whose states predict the targets causally, from the clean text before
+    them, row by row; of a model that is causal too.
+
+    Args:
+        targets: (B, T) bool; the first token of a row, which nothing predicts, is none.
+    Returns:
+        2 x (M,).
+    """
+    predicts = F.pad(targets[:, 1:], (0, 1))  # (B, T)
+    row, place = model.layout.rows(torch.zeros_like(predicts), predicts).nonzero(as_tuple=True)
+    return row, place
+
+
+def causal_weight(model: DiffusionLM) -> float:
+    """Weight of the causal loss against that of block diffusion in the training of a model that is both."""
+    return model.config.ar_loss_weight / (model.config.dlm_loss_weight or 1.0)
 
 
 def encode_at(

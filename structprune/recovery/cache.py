@@ -89,7 +89,7 @@ class CachedTeacher:
     def __init__(self, directory: Path, device: torch.device):
         self._directory, self._device = directory, device
 
-    def predict(self, _windows: tuple, masked: torch.Tensor, items: torch.Tensor) -> Predictions:
+    def predict(self, _windows: tuple, masked: torch.Tensor, items: torch.Tensor, _learnt=None) -> Predictions:
         """Predictions at the masked positions (B, T) of items (B,)."""
         tokens, log_p = zip(*(self._item(int(item)) for item in items))
         assert sum(map(len, tokens)) == int(masked.sum()), "the cache has another number of masked positions"

@@ -2,8 +2,10 @@
 
 import torch
 
-from structprune.config.effects import refuse_idle
+from structprune.config.effects import CAUSAL, refuse_idle
 from structprune.errors import UserError, nearest
+from structprune.models.encode import causal_weight
+from structprune.models.modeling_structprune import DiffusionLM
 from structprune.recovery.settings import RecoverConfig
 
 
@@ -35,6 +37,25 @@ def check_settings(config: RecoverConfig) -> None:
     check_loggers(train.report_to)
 
 
+def with_causal(config: RecoverConfig, model: DiffusionLM) -> RecoverConfig:
+    """The configuration with the weight of the causal loss that the model's config has, where it names none.
+
+    Raises:
+        UserError: it names one, and the model is not causal too; a cache, which has no predictions of next tokens.
+    """
+    given, cache = config.loss.causal, config.teacher.cache
+    if not model.layout.causal:
+        if given is not None:
+            raise UserError(f"loss.causal = {given:g} has no effect without {CAUSAL}: leave it out")
+        return config
+    weight = causal_weight(model) if given is None else given
+    if cache is not None and weight > 0:
+        raise UserError(
+            f"teacher.cache = {cache} keeps predictions of masked tokens alone: leave it out, or set loss.causal = 0"
+        )
+    return config.model_copy(update={"loss": config.loss.model_copy(update={"causal": weight})})
+
+
 def check_stages(config: RecoverConfig) -> None:
     """Raise UserError where a stage has too few tokens for a step, or a choice of a stage that is left out is made."""
     blocks, train = config.blocks, config.train
@@ -51,7 +72,7 @@ def check_stages(config: RecoverConfig) -> None:
     only, need = train.tokens == 0, "train.tokens above 0"
     of_passes = ("tokens", "schedule", "warmup", "weight_decay", "clip", "batch", "pass_windows", "precision")
     of_training = tuple(key for key in type(train).model_fields if key not in of_passes)
-    of_loss = ("streams", "temperature", "weighting", "teacher_share", "noisy_share")
+    of_loss = ("streams", "causal", "temperature", "weighting", "teacher_share", "noisy_share")
     refuse_idle(
         config,
         [

@@ -56,6 +56,9 @@ class LossSettings(Section):
     streams: float = Field(0.0, ge=0)
     """Weight of the error of the residual streams behind all blocks but the last, in the second stage: of the first
     stage's error, the mean over tokens and blocks."""
+    causal: float | None = Field(None, ge=0)
+    """Weight of the same losses at the next token of the text without noise, of a model that is causal too
+    (Nemotron-Labs-Diffusion). Default: that of the two losses in config.json, published 1."""
     temperature: float = Field(1.0, gt=0)
     """Of both models' predictions in the divergence."""
     weighting: Literal["uniform", "nelbo"] = "uniform"
@@ -70,7 +73,10 @@ class LossSettings(Section):
 
     def goal(self, figures: Mapping[str, float]) -> float:
         """The held-out figure that decides what is best: what is learnt, in nats per token."""
-        return self.kl * figures["kl"] + self.cross_entropy * figures["nelbo"]
+        result = self.kl * figures["kl"] + self.cross_entropy * figures["nelbo"]
+        if not self.causal:
+            return result
+        return result + self.causal * (self.kl * figures["causal_kl"] + self.cross_entropy * figures["causal_ce"])
 
 
 class BlockSettings(Section):

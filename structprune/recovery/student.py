@@ -12,7 +12,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from structprune.evaluation.masked import masked_positions
-from structprune.models.encode import encode_rows, predicting
+from structprune.models.encode import encode_rows, next_tokens, predicting
 from structprune.models.logits import logit_slices
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.recovery.objectives import (
@@ -42,22 +42,61 @@ class Lesson:
     predictions: Predictions | None
     progress: float
 
-    def nats(self, part: slice, logits: torch.Tensor, labels: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-        """Both losses at some positions, weighted: (m, V), (m,), (m,) -> (m,).
-
-        Args:
-            part: of the batch's masked positions. p: their mask probabilities.
-        """
-        settings, logits, nats = self.settings, logits.float(), torch.zeros_like(p)  # (m, V), (m,)
-        if self.predictions is not None:
-            log_p, log_q = self.predictions.outcomes(part, logits, settings.temperature)  # (m, K) each
+    def nats(self, targets: "Targets", part: slice, logits: torch.Tensor) -> torch.Tensor:
+        """Both losses at some of the targets, weighted: (m, V) logits -> (m,)."""
+        settings, logits, p = self.settings, logits.float(), targets.rate[part]  # (m, V), (m,)
+        nats, labels = torch.zeros_like(p), targets.labels[part]  # (m,) each
+        if targets.predictions is not None:
+            log_p, log_q = targets.predictions.outcomes(part, logits, settings.temperature)  # (m, K) each
             if settings.teacher_share < 1 or settings.noisy_share > 0:
                 share = teacher_share(self.progress, p, settings.teacher_share, settings.noisy_share)  # (m,)
                 log_p = moving_target(log_p, log_q, share)  # (m, K)
             nats = nats + settings.kl * forward_kl(log_p, log_q, settings.temperature)
         if settings.cross_entropy > 0:
             nats = nats + settings.cross_entropy * cross_entropy(logits.log_softmax(-1), labels)
-        return nats * token_weights(p, settings.weighting, settings.least_rate)
+        return nats * targets.weight[part]
+
+
+@dataclass(frozen=True, eq=False)
+class Targets:
+    """Tokens of a batch that one use of the student predicts.
+
+    Attributes:
+        row, source: (M,) positions whose states predict them. labels: (M,) int64.
+        rate: (M,) mask probabilities; 0 where nothing is masked. weight: (M,) of their losses.
+        predictions: of the teacher; None where only the text itself is learnt.
+    """
+
+    row: torch.Tensor
+    source: torch.Tensor
+    labels: torch.Tensor
+    rate: torch.Tensor
+    weight: torch.Tensor
+    predictions: Predictions | None
+
+
+def masked_targets(
+    student: DiffusionLM, ids: tuple[torch.Tensor, torch.Tensor], rate: torch.Tensor, lesson: Lesson
+) -> Targets:
+    """What block diffusion, or diffusion, predicts: clean and noisy ids (B, T) each, mask probabilities (B,)."""
+    clean, settings, masked = ids[0], lesson.settings, masked_tokens(student, *ids)  # (B, T)
+    row, source = predicting(student, masked)  # 2 x (M,), of the first T tokens of a row
+    weight = token_weights(rate[row], settings.weighting, settings.least_rate)  # (M,)
+    return Targets(row, source, clean[masked], rate[row], weight, lesson.predictions)
+
+
+def causal_targets(student: DiffusionLM, clean: torch.Tensor, learnt: torch.Tensor | None, lesson: Lesson) -> Targets:
+    """What the causal use predicts, tokens of the text from what precedes them: (B, T) ids.
+
+    Args:
+        learnt: (B, T) bool; None: all tokens.
+    """
+    learnt = torch.ones_like(clean, dtype=torch.bool) if learnt is None else learnt  # (B, T)
+    row, source = next_tokens(student, learnt)  # 2 x (M,)
+    rate = torch.zeros(len(row), device=clean.device)  # (M,)
+    predictions = None if lesson.predictions is None else lesson.predictions.causal
+    labels = clean[:, 1:][learnt[:, 1:]]  # (M,)
+    return Targets(row, source, labels, rate, torch.full_like(rate, lesson.settings.causal or 0.0), predictions)
 
 
 @contextmanager
@@ -71,29 +110,38 @@ def learning(student: DiffusionLM) -> Iterator[None]:
 
 
 def loss_of(
-    student: DiffusionLM, input_ids: torch.Tensor, noisy_ids: torch.Tensor, rate: torch.Tensor, lesson: Lesson
+    student: DiffusionLM,
+    input_ids: torch.Tensor,
+    noisy_ids: torch.Tensor,
+    rate: torch.Tensor,
+    lesson: Lesson,
+    learnt: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
-    """The weighted sum of both losses in nats per token of the batch, masked or not, and of the streams' error.
+    """The weighted sum of both losses in nats per token of the batch, masked or not, and of the streams' error; with
+    `causal` in the lesson's settings also those of next tokens in the clean text.
 
     The LM head runs on a slice of the masked positions at a time, and again in the backward pass: at a vocabulary of
     126k the logits of a batch would be most of the memory.
 
     Args:
         input_ids, noisy_ids: (B, T). rate: (B,) mask probabilities.
+        learnt: (B, T) bool, tokens of the text that are learnt; None: all.
     """
-    masked = masked_tokens(student, input_ids, noisy_ids)  # (B, T)
     streams = () if lesson.predictions is None else lesson.predictions.streams
     inputs: list[torch.Tensor] | None = [] if streams else None  # (B, S, C) of every block
     hidden = encode_rows(student, student.layout.rows(noisy_ids, input_ids), inputs)  # (B, S, C)
-    row, source = predicting(student, masked)  # 2 x (M,), of the first T tokens of a row
-    read, labels, p = hidden[row, source], input_ids[masked], rate[row]  # (M, C), (M,), (M,)
+    uses = [masked_targets(student, (input_ids, noisy_ids), rate, lesson)]
+    if lesson.settings.causal:
+        uses.append(causal_targets(student, input_ids, learnt, lesson))
 
-    def nats(part: slice, states: torch.Tensor) -> torch.Tensor:
-        return lesson.nats(part, student.output_head(states), labels[part], p[part]).sum()
+    def nats(targets: Targets, part: slice, states: torch.Tensor) -> torch.Tensor:
+        return lesson.nats(targets, part, student.output_head(states)).sum()
 
     total = hidden.new_zeros((), dtype=torch.float32) + 0 * hidden[:1, :1].float().sum()  # also without a masked token
-    for part in logit_slices(len(read), student.output_head.weight.shape[0], KINDS):
-        total = total + checkpoint(nats, part, read[part], use_reentrant=False)
+    for targets in uses:
+        read = hidden[targets.row, targets.source]  # (M, C)
+        for part in logit_slices(len(read), student.output_head.weight.shape[0], KINDS):
+            total = total + checkpoint(nats, targets, part, read[part], use_reentrant=False)
     loss = total / noisy_ids.numel()
     if inputs:
         loss = loss + lesson.settings.streams * streams_error(inputs[1:], streams)

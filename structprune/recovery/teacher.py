@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from structprune.evaluation.fidelity import likeliest_and_rest
-from structprune.models.encode import encode_noisy, encode_rows, predicting
+from structprune.models.encode import encode_noisy, encode_rows, next_tokens, predicting
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.placement import compute_device
 
@@ -27,6 +27,7 @@ class Predictions:
         streams: (B, S, C) each, residual streams behind dense blocks of rows as the layout has them, where they are
             learnt.
         tokens: (M, k) int64, the likeliest. log_p: (M, k + 1) fp32, theirs and that of all others together.
+        causal: those of next tokens of the text without noise, where they are learnt.
     """
 
     states: torch.Tensor | None = None
@@ -34,6 +35,7 @@ class Predictions:
     streams: tuple[torch.Tensor, ...] = ()
     tokens: torch.Tensor | None = None
     log_p: torch.Tensor | None = None
+    causal: "Predictions | None" = None
 
     def outcomes(self, part: slice, logits: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities of the teacher and of a student over the same outcomes.
@@ -59,22 +61,33 @@ class LiveTeacher:
     Args:
         model: the dense one; it may compute on another device than the student.
         ends: blocks behind which the student learns from the residual stream too, but for the last.
+        causal: whether next tokens of the text without noise are learnt too.
     """
 
-    def __init__(self, model: DiffusionLM, ends: Sequence[int] = ()):
-        self._model, self._ends = model.eval().requires_grad_(False), ends
+    def __init__(self, model: DiffusionLM, ends: Sequence[int] = (), causal: bool = False):
+        self._model, self._ends, self._causal = model.eval().requires_grad_(False), ends, causal
 
     @torch.no_grad()
     def predict(
-        self, windows: tuple[torch.Tensor, torch.Tensor], masked: torch.Tensor, _items: torch.Tensor
+        self,
+        windows: tuple[torch.Tensor, torch.Tensor],
+        masked: torch.Tensor,
+        _items: torch.Tensor,
+        learnt: torch.Tensor | None = None,
     ) -> Predictions:
-        """Predictions at the masked positions (B, T) of windows: clean and noisy ids, (B, T) each."""
-        device = compute_device(self._model)
+        """Predictions at the masked positions (B, T) of windows: clean and noisy ids, (B, T) each.
+
+        Args:
+            learnt: (B, T) bool, tokens of the text that are learnt; None: all.
+        """
+        model, device = self._model, compute_device(self._model)
         clean, noisy, targets = (each.to(device) for each in (*windows, masked))  # (B, T) each
-        if not self._ends:
-            states = encode_noisy(self._model, noisy, clean, targets)  # (M, C)
-            return Predictions(states, self._model.output_head)
-        inputs: list[torch.Tensor] = []  # (B, S, C) of every block
-        hidden = encode_rows(self._model, self._model.layout.rows(noisy, clean), inputs)  # (B, S, C)
-        states = hidden[predicting(self._model, targets)]  # (M, C)
-        return Predictions(states, self._model.output_head, tuple(inputs[end + 1] for end in self._ends))
+        if not (self._ends or self._causal):
+            return Predictions(encode_noisy(model, noisy, clean, targets), model.output_head)  # (M, C)
+        inputs: list[torch.Tensor] | None = [] if self._ends else None  # (B, S, C) of every block
+        hidden = encode_rows(model, model.layout.rows(noisy, clean), inputs)  # (B, S, C)
+        streams, causal = tuple(inputs[end + 1] for end in self._ends) if inputs else (), None
+        if self._causal:
+            texts = torch.ones_like(targets) if learnt is None else learnt.to(device)  # (B, T)
+            causal = Predictions(hidden[next_tokens(model, texts)], model.output_head)  # (M, C)
+        return Predictions(hidden[predicting(model, targets)], model.output_head, streams, causal=causal)

@@ -12,6 +12,7 @@ from structprune.errors import UserError
 from structprune.recovery.settings import LossSettings, RecoverConfig, TrainSettings
 from structprune.recovery.sharded import ARGUMENTS, shard_on_cpus
 from structprune.recovery.student import Lesson, masked_tokens
+from structprune.recovery.teacher import Predictions
 
 LOGGED = 100  # lines of a logger, about
 
@@ -80,11 +81,7 @@ def make_trainer(
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             items = inputs.pop("index")
-            predictions = None
-            if teacher is not None:
-                student = self.accelerator.unwrap_model(model)
-                masked = masked_tokens(student, inputs["input_ids"], inputs["noisy_ids"])  # (B, T)
-                predictions = teacher.predict((inputs["input_ids"], inputs["noisy_ids"]), masked, items)
+            predictions = predicted(teacher, self.accelerator.unwrap_model(model), inputs, items)
             progress = self.state.global_step / max(1, self.state.max_steps)
             outputs = model(**inputs, lesson=Lesson(loss, predictions, progress))
             return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
@@ -101,6 +98,14 @@ def make_trainer(
     trainer.remove_callback(PrinterCallback)  # it prints every figure; the progress bar has the last ones
     trainer.model_accepts_loss_kwargs = False  # each pass is a mean, which a step's passes divide among them
     return trainer
+
+
+def predicted(teacher: Any, student: Any, batch: dict[str, torch.Tensor], items: torch.Tensor) -> Predictions | None:
+    """What a teacher predicts of a batch, items of `NoisyWindows`; None without a teacher."""
+    if teacher is None:
+        return None
+    windows = batch["input_ids"], batch["noisy_ids"]  # (B, T) each
+    return teacher.predict(windows, masked_tokens(student, *windows), items, batch.get("learnt"))
 
 
 def training_arguments(settings: TrainSettings, folder: Path, steps: int, passes: int, facts: dict[str, Any]) -> Any:

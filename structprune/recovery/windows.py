@@ -39,7 +39,8 @@ class NoisyWindows(Dataset):
         return len(self._rates)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """`input_ids` (T,) clean, `noisy_ids` (T,), the mask `rate` (), and the item's `index` ()."""
+        """`input_ids` (T,) clean, `noisy_ids` (T,), the mask `rate` (), the item's `index` (), and `learnt` (T,) where
+        not all tokens are."""
         number = self._numbers[index]
         epoch, place = divmod(number, len(self._windows))
         window = int(_order(self._seed, epoch, len(self._windows))[place])
@@ -50,7 +51,8 @@ class NoisyWindows(Dataset):
         if self._edges_visible:
             masked[0] = masked[-1] = False
         noisy = ids.masked_fill(masked, self._mask_id)  # (T,)
-        return {"input_ids": ids, "noisy_ids": noisy, "rate": rate, "index": torch.tensor(index)}
+        item = {"input_ids": ids, "noisy_ids": noisy, "rate": rate, "index": torch.tensor(index)}
+        return item if self._learnt is None else item | {"learnt": self._learnt[window]}
 
 
 def windows_of(numbers: range, windows: int, seed: int) -> torch.Tensor:

@@ -10,6 +10,8 @@ from structprune.report.tables import grid
 ROWS = (
     ("divergence from the teacher, nats per token", "kl", "{:.4f}"),
     ("NELBO, nats per token", "nelbo", "{:.4f}"),
+    ("divergence at next tokens, nats", "causal_kl", "{:.4f}"),
+    ("next tokens, nats", "causal_ce", "{:.4f}"),
     ("predictions as the teacher's", "agreement", "{:.1%}"),
     ("masked tokens right", "accuracy", "{:.1%}"),
 )
@@ -23,6 +25,8 @@ def recover_table(report: dict) -> Table:
     """
     table = grid(f"{report['student']}, {report['tokens']:,} tokens", "", "teacher", "before", "after", "change")
     for name, key, form in ROWS:
+        if key not in report["after"]:  # of a model that is not causal too
+            continue
         cells = [form.format(report[side][key]) for side in ("teacher_figures", "before", "after")]
         change = report["change"].get(key)
         table.add_row(name, *cells, f"{change['mean']:+.4f} ± {change['standard_error']:.4f}" if change else "")

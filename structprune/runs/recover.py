@@ -11,7 +11,7 @@ from structprune.checkpoint.output import check_apart, check_output, check_place
 from structprune.config.sections import within_positions
 from structprune.errors import UserError
 from structprune.recovery.blocks import remaining_blocks
-from structprune.recovery.checks import check_settings
+from structprune.recovery.checks import check_settings, with_causal
 from structprune.recovery.folder import LOGS, opened_folder, training_folder
 from structprune.recovery.settings import RecoverConfig
 from structprune.recovery.trainer import passes_of, require_training
@@ -114,6 +114,7 @@ def check_request(ghosts: tuple[Ghost, Ghost], config: RecoverConfig, session: S
         check_window(ghost, config.data.length)
     passes_of(config.train, session.workers.count)
     check_settings(config)
+    with_causal(config, ghosts[0].model)
     if config.blocks.tokens or config.loss.streams:
         remaining = remaining_blocks(ghosts[0].directory, ghosts[0].adapter, ghosts[1].adapter)
         if config.loss.streams and len(remaining) == 1:

@@ -9,7 +9,7 @@ from structprune.calibration.noise import check_copies, level_times
 from structprune.calibration.trajectories import check_trajectory
 from structprune.checkpoint.export import check_export, check_export_request
 from structprune.config import Config
-from structprune.config.effects import Facts, check_masking, check_search, check_structured
+from structprune.config.effects import CAUSAL, Facts, check_masking, check_search, check_structured
 from structprune.config.sections import within_positions
 from structprune.errors import UserError
 from structprune.generation.samplers import check_states
@@ -19,6 +19,7 @@ from structprune.masking.request import MaskRequest
 from structprune.masking.scores.table import SCORES as MASK_SCORES
 from structprune.masking.scores.table import resolve_score
 from structprune.models.adapter import Adapter
+from structprune.models.encode import causal_weight
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.resources import resolve_resources
 from structprune.structured.choose import check_choice, open_blocks
@@ -93,11 +94,10 @@ def with_causal(config: Config, model: DiffusionLM) -> Config:
     given = config.calibration.causal
     if not model.layout.causal:
         if given is not None:
-            need = "a model that is causal too (Nemotron-Labs-Diffusion)"
-            raise UserError(f"calibration.causal = {given:g} has no effect without {need}: leave it out")
+            raise UserError(f"calibration.causal = {given:g} has no effect without {CAUSAL}: leave it out")
         return config
     if given is None:
-        given = model.config.ar_loss_weight / (model.config.dlm_loss_weight or 1.0)
+        given = causal_weight(model)
     return config.model_copy(update={"calibration": config.calibration.model_copy(update={"causal": given})})
 
 

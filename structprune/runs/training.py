@@ -150,7 +150,7 @@ class Recovery(RecoveryPlan):
         if self.config.loss.kl == 0:
             return None
         if self._cache is None:
-            return LiveTeacher(dense, self._stream_ends())
+            return LiveTeacher(dense, self._stream_ends(), bool(self.config.loss.causal))
         identity = {key: self.identity[key] for key in ("teacher", "text")}
         identity |= {"seed": self.config.data.seed, "top": self.config.teacher.top, "dtype": str(dense.dtype)}
         identity |= {"int8": True} if self.config.teacher.int8 else {}

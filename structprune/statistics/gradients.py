@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from structprune.models.adapter import BlockView
-from structprune.models.encode import predicting
+from structprune.models.encode import next_tokens, predicting
 from structprune.models.experts_structprune import ExpertBlock
 from structprune.models.logits import logit_slices
 from structprune.models.modeling_structprune import DiffusionLM
@@ -158,7 +158,8 @@ def _backward(scan: Scan, rows: Rows, part: slice, again: bool) -> None:
     if rows.weight is not None:
         weight = weight * rows.weight[part][masked]  # (M,)
     if model.layout.causal:
-        own, (row_of, place) = rows.weight, _next_tokens(model, clean)  # 2 x (b (T - 1),)
+        row_of, place = next_tokens(model, torch.ones_like(clean, dtype=torch.bool))  # 2 x (b (T - 1),)
+        own = rows.weight
         # rows already have the root of the weight, for sums of squares
         causal = torch.full(row_of.shape, scan.causal) if own is None else own[part][row_of, place] * scan.causal**0.5
         row, source, weight = torch.cat((row, row_of)), torch.cat((source, place)), torch.cat((weight, causal))
@@ -168,14 +169,6 @@ def _backward(scan: Scan, rows: Rows, part: slice, again: bool) -> None:
     read = hidden[send(row, adapter.device), send(source, adapter.device)]  # (M, C)
     slope = _head_slope(model.output_head, read.detach(), *(send(each, adapter.device) for each in (target, weight)))
     read.backward(slope)
-
-
-def _next_tokens(model: DiffusionLM, clean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows and positions that predict the next token of text read causally: (b, T) -> 2 x (b (T - 1),)."""
-    predicts = torch.ones_like(clean, dtype=torch.bool)  # (b, T)
-    predicts[:, -1] = False
-    row, place = model.layout.rows(torch.zeros_like(predicts), predicts).nonzero(as_tuple=True)
-    return row, place
 
 
 def _encode(model: DiffusionLM, ids: torch.Tensor, again: bool) -> torch.Tensor:
