@@ -6,6 +6,7 @@ LLADA_TEXT = {"gen_length": 8, "block_length": 4, "steps": 8, "threshold": 0.9}
 TEXTS: dict[str, dict] = {  # family -> options of its sampler, where they are not LLaDA's
     "dream": {"max_new_tokens": 8, "steps": 4, "alg": "entropy"},
     "sdar": {"gen_length": 7, "steps": 7, "threshold": 0.9},
+    "nemotron-labs": {"gen_length": 7, "steps": 7, "threshold": 0.9},
     "a2d-qwen3-blocks": {"gen_length": 7, "steps": 7, "threshold": 0.9},
 }
 MASK_ID = 2047  # of the embedded tokenizer, which the tiny checkpoints use
@@ -37,6 +38,17 @@ A2D_VALUES = DREAM_VALUES | {"model_type": "a2d-qwen3", "head_dim": 12, "tie_wor
 SDAR_VALUES = DREAM_VALUES | {
     "model_type": "sdar", "architectures": ["SDARForCausalLM"], "head_dim": 12, "block_size": 4,
     "attention_bias": False, "attn_implementation": "flex_attention", "fuse_cross_entropy": True,
+}  # fmt: skip
+NEMOTRON_VALUES = COMMON | {
+    "model_type": "nemotron_labs_diffusion", "architectures": ["NemotronLabsDiffusionModel"], "hidden_size": 72,
+    "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 12, "num_hidden_layers": 3, "intermediate_size": 96,
+    "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "block_size": 4, "attention_bias": False, "mlp_bias": False,
+    "rope_parameters": {
+        "rope_type": "yarn", "factor": 0.25, "original_max_position_embeddings": 16, "beta_fast": 2.0, "beta_slow": 0.1,
+        "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1, "rope_theta": 10000.0,
+    },
+    "tie_word_embeddings": False, "sliding_window": None, "attn_implementation": "sdpa", "dlm_loss_weight": None,
+    "ar_loss_weight": 1.0, "dlm_paradigm": "bidirectional", "bos_token_id": 2046, "eos_token_id": 2046,
 }  # fmt: skip
 
 
@@ -80,4 +92,8 @@ CASES = {
     ),
     "sdar-free": (SDAR_VALUES, [block(range(3, 6), (1,), 40), block((), (), 24), block(*DREAM_ALL, 96)], True, "free"),
     "sdar-official": (SDAR_VALUES, [block((0, 1, 4, 5), (0, 1), 48)] * 3, False, "official"),
+    "nemotron-free": (
+        NEMOTRON_VALUES, [block(range(3, 6), (1,), 40), block((), (), 24), block(*DREAM_ALL, 96)], True, "free",
+    ),
+    "nemotron-uniform": (NEMOTRON_VALUES, [block((0, 1, 4, 5), (0, 1), 48)] * 3, False, "uniform"),
 }  # fmt: skip

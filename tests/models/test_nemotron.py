@@ -25,7 +25,7 @@ from tests.conftest import MASK_ID, PARITY
 from tests.tiny_values import NEMOTRON
 
 RECORDED, ROPE = PARITY / "nemotron-labs", NEMOTRON["rope_parameters"]
-CASES = json.loads((RECORDED / "cases.json").read_text())
+CASES = {each.pop("name"): each for each in json.loads((RECORDED / "cases.json").read_text())["generate"]}
 
 
 @pytest.fixture
