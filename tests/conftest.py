@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from structprune.assets import model_directory
 from structprune.calibration.batches import Calibration
 from structprune.models.adapter import set_depth
+from structprune.models.joined import join_state
 from structprune.models.layers_structprune import Block
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.official import detect_family
@@ -36,7 +37,7 @@ def build_model(values: dict, seed: int = 0, gain: float = 3.0):
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(std=0.1)
-            elif name.endswith(("q_norm.weight", "k_norm.weight")):
+            elif name.endswith(("q_norm.weight", "k_norm.weight", "query_layernorm.weight", "key_layernorm.weight")):
                 parameter.normal_(mean=1.0, std=0.3)
             elif parameter.dim() == 2:
                 small = ("wte" in name or "embed" in name) and not model.followers  # an embedding that is no head
@@ -49,7 +50,8 @@ def write_checkpoint(directory: Path, values: dict, seed: int = 0, tokenizer: bo
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(values))
     dtype = getattr(torch, values.get("torch_dtype", "float32"))
-    state = {name: value.to(dtype).clone() for name, value in build_model(values, seed).stored_state().items()}
+    model = build_model(values, seed)
+    state = {name: torch.cat(parts).to(dtype) for name, parts in join_state(model, model.stored_state()).items()}
     save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
     if tokenizer:
         for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -179,7 +181,7 @@ def published_config(tmp_path):
     return make
 
 
-@pytest.fixture(params=["llada", "dream", "a2d-qwen3", "a2d-llama", "a2d-qwen2", "sdar", "llada-moe"])
+@pytest.fixture(params=["llada", "dream", "a2d-qwen3", "a2d-llama", "a2d-qwen2", "sdar", "llada-moe", "llada2"])
 def parity(request) -> Path:
     """Directory of one family's parity fixture."""
     return PARITY / request.param

@@ -45,10 +45,16 @@ NEMOTRON = {
     "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False, "sliding_window": None,
     "attn_implementation": "sdpa", "dlm_paradigm": "bidirectional", "dlm_loss_weight": None, "torch_dtype": "float32",
 }  # fmt: skip
+LLADA2 = DREAM | {  # the first block has a plain MLP
+    "model_type": "llada2_moe", "architectures": ["LLaDA2MoeModelLM"], "num_attention_heads": 4, "block_size": 4,
+    "moe_intermediate_size": 16, "num_experts": 8, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1,
+    "num_shared_experts": 1, "first_k_dense_replace": 1, "partial_rotary_factor": 0.5, "routed_scaling_factor": 2.5,
+    "use_qk_norm": True, "use_bias": False, "use_qkv_bias": False, "score_function": "sigmoid",
+}  # fmt: skip
 VALUES = {
     "llada": LLADA, "mmada": MMADA, "dream": DREAM, "a2d-qwen3": A2D_QWEN3, "a2d-llama": A2D_LLAMA,
     "a2d-qwen2": A2D_QWEN2, "a2d-qwen3-blocks": A2D_QWEN3 | {"block_size": 4}, "sdar": SDAR, "llada-moe": LLADA_MOE,
-    "nemotron-labs": NEMOTRON,
+    "nemotron-labs": NEMOTRON, "llada2": LLADA2,
 }  # fmt: skip
 DENSE = ["llada", "dream", "a2d-qwen3", "sdar", "nemotron-labs"]  # one family for each kind of pass and layer
 GRAPHS = [*DENSE, "llada-moe"]

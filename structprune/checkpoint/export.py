@@ -11,8 +11,8 @@ from transformers import PretrainedConfig
 
 from structprune.config import Config
 from structprune.errors import UserError
-from structprune.models.adapter import block_widths, set_depth
-from structprune.models.configuration_structprune import published_values
+from structprune.models.adapter import Widths, block_widths, set_depth
+from structprune.models.configuration_structprune import LayoutConfig, published_values
 from structprune.models.families import FAMILIES, Family, family_of
 
 CODE_FILES = tuple(
@@ -38,13 +38,20 @@ def obstacles(config, source_values: dict | None) -> dict[str, str]:
         return dict.fromkeys(
             CLASSES[:2], "some blocks lack attention or MLP (remove both, so that the whole block goes)"
         )
-    if len(set(widths)) > 1:
-        return dict.fromkeys(CLASSES[:2], "its blocks differ in width (use allocation uniform, protect no block)")
+    if reason := _width_obstacle(config, widths):
+        return dict.fromkeys(CLASSES[:2], reason)
     if config.attention_output_bias or config.mlp_output_bias:
         reason = "the refit added biases (set reconstruct.constant false and mode least-squares)"
         return dict.fromkeys(CLASSES[:2], reason)
     removed = _head_obstacle(config, family, source_values) if widths else None
     return {"official": removed} if removed else {}
+
+
+def _width_obstacle(config, widths: list[Widths]) -> str | None:
+    """Why the family's own keys cannot say how wide the blocks are."""
+    if isinstance(config, LayoutConfig):
+        return config.layout_obstacle()
+    return "its blocks differ in width" if len(set(widths)) > 1 else None
 
 
 def _head_obstacle(config, family: Family, source_values: dict | None) -> str | None:
@@ -111,7 +118,7 @@ def check_export_request(config: Config, reads_head_dim: bool = False) -> None:
         raise UserError(f"export.compat = {compat} is not possible: {reason}; or export as {other}")
 
 
-def auto_map(family: Family, shifted: bool | None = None) -> dict[str, dict[str, str]]:
+def auto_map(family: Family, shifted: bool | None = None, own_layout: bool = False) -> dict[str, dict[str, str]]:
     """The entry `auto_map`, which leads transformers' auto classes to the files written beside the weights.
 
     Empty where none of the files defines the family's classes (`Family.code`).
@@ -119,9 +126,10 @@ def auto_map(family: Family, shifted: bool | None = None) -> dict[str, dict[str,
     Args:
         shifted: whether the logits at position i predict token i + 1, so that `AutoModelForMaskedLM` is left out;
             default as in the family.
+        own_layout: the weights are in the family's own layout.
     """
     files = {Path(name).stem for name in CODE_FILES} | {path.stem for path in family.code}
-    classes = (family.config_class, family.model_class)
+    classes = (family.config_class, (family.layout_class if own_layout else None) or family.model_class)
     places = [each.__module__.rpartition(".")[2] for each in classes]
     if not files.issuperset(places):
         return {}
@@ -171,12 +179,12 @@ def config_values(config, source_values: dict | None, compat: str, dtype: str, k
     else:
         values = _published_values(config, family, source_values)
     # torch_dtype is the name that transformers 4 and 5 both read
-    classes = {"auto_map": (source_values or {})["auto_map"]} if keeps_code else _classes(config, family)
+    classes = {"auto_map": (source_values or {})["auto_map"]} if keeps_code else _classes(config, family, compat)
     return values | {"torch_dtype": dtype} | classes
 
 
-def _classes(config, family: Family) -> dict[str, dict[str, str]]:
-    return auto_map(family, family.model_class.is_shifted(config))
+def _classes(config, family: Family, compat: str) -> dict[str, dict[str, str]]:
+    return auto_map(family, family.model_class.is_shifted(config), compat != "free")
 
 
 def _published_values(config, family: Family, source_values: dict | None) -> dict:
@@ -189,7 +197,7 @@ def _published_values(config, family: Family, source_values: dict | None) -> dic
         kind = {"architectures": [family.architecture], "model_type": family.model_types[0]}
         return {key: value for key, value in (fixed | values | kind).items() if key not in STALE}
     before = source_values | {kv: source_values.get(kv) or source_values[query]}
-    keys = (*family.width_keys.values(), "head_dim")
+    keys = (*family.width_keys.values(), "head_dim", *getattr(config, "layout_keys", ()))
     changes = {key: values[key] for key in keys if key in values and before.get(key) != values[key]}
     whole = set_depth(source_values | changes, family, getattr(config, family.keys["depth"]))
     # the weights that are written are not quantised, whatever the source's loader was to do with them

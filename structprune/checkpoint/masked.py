@@ -17,7 +17,8 @@ from structprune.checkpoint.output import Content, check_output, output_draft, w
 from structprune.errors import UserError
 from structprune.models.checkpoint_files import is_weights, read_json, shard_names
 from structprune.models.config_values import quantisation
-from structprune.models.headers import TensorHeader, read_header, read_headers
+from structprune.models.headers import TensorHeader, read_headers
+from structprune.models.joined import joined_names, split_stored
 from structprune.models.loading import DTYPES, read_pickle, source_of
 from structprune.models.maps import give_back_pages, map_shard, place_of
 from structprune.models.modeling_structprune import DiffusionLM
@@ -56,25 +57,25 @@ def save_masked(
     """
     source, changed = _intact_source(model), frozenset(changed)
     names = shard_names(source, allow_pickle=True)
-    stored, followers = _read_stored(source, names), model.followers
+    raw, followers = _read_stored(source, names), model.followers
+    stored = split_stored(model, raw, source)
     changed |= {name for name, leader in followers.items() if name in stored and leader in changed}
     state = {name: value for name, value in model.state_dict().items() if name in stored or name not in followers}
     _check(stored, state, changed, source)
-    copied = [
-        path
-        for path in _copied_files(source, source, tuple(source.resolve().parents))
-        if str(path) != INDEX or len(names) > 1 or names[0] != WHOLE  # else the index is left over from other shards
-    ]
+    copied = list(_copied_files(source, source, tuple(source.resolve().parents)))
+    if names == [WHOLE]:  # an index is left over from other shards
+        copied = [path for path in copied if str(path) != INDEX]
     needed = sum((source / path).stat().st_size for path in (*map(Path, names), *copied))
     needed -= sum(state[name].nbytes for name in changed if _goes(state[name], stored[name]))
     value = partial(_value, state)
     directory = check_output(directory, source, overwrite, needed)
     with output_draft(directory, overwrite, files, needed) as draft:
         if names[0].endswith(".bin"):
-            _convert(source, draft, stored, changed, value)
-        else:
-            for name in names:
-                _rewrite(source / name, draft / name, changed, value, partial(_move, model, state))
+            wholes = {name: tuple(parts) for name, parts in joined_names(model).items() if changed & parts.keys()}
+            _convert(source, draft, raw, {name: (name,) for name in changed} | wholes, value)
+        for name in names if names[0].endswith(".safetensors") else ():
+            headers = {key: stored[key] for key in changed if stored[key].shard == name}
+            _rewrite(source / name, draft / name, headers, value, partial(_move, model, state))
         _copy(copied, source, draft)
         _write_config(source_of(model).values, draft / "config.json")
     return directory
@@ -164,16 +165,15 @@ def _move(model: DiffusionLM, state: dict[str, torch.Tensor], name: str, header:
 def _rewrite(
     source: Path,
     target: Path,
-    changed: frozenset[str],
+    headers: dict[str, TensorHeader],
     value: Value,
     written: Callable[[str, TensorHeader, Path], None],
 ) -> None:
     """Copy a safetensors shard with its header, replacing the bytes of the changed tensors.
 
     Args:
-        written: called after each of them.
+        headers: of these. written: called after each of them.
     """
-    headers = {name: header for name, header in read_header(source).items() if name in changed}
     with source.open("rb") as old, target.open("wb") as new:
         for name, header in sorted(headers.items(), key=lambda item: item[1].span):
             begin, end = header.span
@@ -199,8 +199,14 @@ def _copy_bytes(old: BinaryIO, new: BinaryIO, count: int) -> None:
         count -= len(chunk)
 
 
-def _convert(source: Path, draft: Path, stored: dict[str, TensorHeader], changed: frozenset[str], value: Value) -> None:
-    """Write pickled shards as safetensors; unchanged tensors keep their values and dtypes."""
+def _convert(
+    source: Path, draft: Path, stored: dict[str, TensorHeader], changed: dict[str, tuple[str, ...]], value: Value
+) -> None:
+    """Write pickled shards as safetensors; unchanged tensors keep their values and dtypes.
+
+    Args:
+        changed: stored name -> the model's names of what it holds, row below row.
+    """
 
     @lru_cache(maxsize=1)
     def shard(name: str) -> dict[str, torch.Tensor]:
@@ -208,8 +214,9 @@ def _convert(source: Path, draft: Path, stored: dict[str, TensorHeader], changed
 
     def read(name: str) -> torch.Tensor:
         tensor = shard(stored[name].shard)[name]
-        # cloned, because safetensors refuses tensors that share memory
-        return value(name, tensor.dtype) if name in changed else tensor.contiguous().clone()
+        if name in changed:
+            return torch.cat([value(part, tensor.dtype) for part in changed[name]])  # (O, C)
+        return tensor.contiguous().clone()  # because safetensors refuses tensors that share memory
 
     headers = {key: torch.empty_like(shard(header.shard)[key], device="meta") for key, header in stored.items()}
     write_shards(draft, headers, read)

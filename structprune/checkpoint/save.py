@@ -13,6 +13,7 @@ from structprune.config import ExportSettings
 from structprune.models import modeling_structprune
 from structprune.models.checkpoint_files import TOKENIZER_FILES, is_byte_pair, read_json
 from structprune.models.families import family_of
+from structprune.models.joined import join_state
 from structprune.models.loading import as_dtype
 from structprune.models.modeling_structprune import DiffusionLM
 
@@ -53,7 +54,7 @@ def save_pruned(
     directory = check_output(directory, carried, overwrite, needed)
     family_files = own_code(carried, values) if export.compat == "official" else []
     with output_draft(directory, overwrite, files, needed) as draft:
-        _write_weights(model, draft, dtype, export.max_shard_size)
+        _write_weights(model, draft, dtype, export)
         name = str(dtype).removeprefix("torch.")
         write_json(draft / "config.json", config_values(model.config, values, export.compat, name, bool(family_files)))
         beside = [Path(modeling_structprune.__file__).with_name(name) for name in CODE_FILES]
@@ -66,10 +67,21 @@ def save_pruned(
     return directory
 
 
-def _write_weights(model: DiffusionLM, draft: Path, dtype: torch.dtype, max_shard_size: str) -> None:
+def _write_weights(model: DiffusionLM, draft: Path, dtype: torch.dtype, export: ExportSettings) -> None:
+    """Write all weights, under the names and in the pieces of the export class' layout."""
     state = model.stored_state()
-    headers = {name: torch.empty(tensor.shape, dtype=dtype, device="meta") for name, tensor in state.items()}
-    write_shards(draft, headers, lambda name: as_stored(name, state[name], dtype), max_shard_size)
+    joins = export.compat != "free"
+    pieces = join_state(model, state) if joins else {name: (tensor,) for name, tensor in state.items()}
+
+    def read(name: str) -> torch.Tensor:
+        parts = [as_stored(name, part, dtype) for part in pieces[name]]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    headers = {}
+    for name, parts in pieces.items():
+        shape = (sum(map(len, parts)), *parts[0].shape[1:]) if len(parts) > 1 else parts[0].shape
+        headers[name] = torch.empty(shape, dtype=dtype, device="meta")
+    write_shards(draft, headers, read, export.max_shard_size)
 
 
 def _carry(source: Path, draft: Path) -> None:

@@ -22,11 +22,13 @@ class LayoutConfig(PretrainedConfig):
     `published` has the `model_type` and `architectures` of that layout; None is structprune's own.
     `packed_layout` is the one of `UNPACKED_BY` that `quantization_config` names; None: the weights are plain.
     `reads_head_dim`: the family's own code takes the head size from the config, so that heads can go in its layout.
+    `layout_keys`: of that layout, which say how wide blocks are, beside the keys of widths.
     """
 
     published = None
     packed_layout = None
     reads_head_dim = False
+    layout_keys: tuple = ()
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
@@ -61,6 +63,11 @@ class LayoutConfig(PretrainedConfig):
             raise ValueError(f"tie_word_embeddings=True is not possible: {reason}")
         return False
 
+    def layout_obstacle(self):
+        """Why the family's own keys cannot say how wide the blocks are; None: they can."""
+        differs = self.to_dict().get("per_layer_config")
+        return "its blocks differ in width (use allocation uniform, protect no block)" if differs else None
+
     def in_own_layout(self, values: dict) -> dict:
         """`values` of this config, without what the family's own code lacks, under the keys that it reads."""
         return values
@@ -79,9 +86,9 @@ def layout_of(values: dict) -> dict:
 
 
 def is_publishable(config) -> bool:
-    """Whether a family's own keys can describe a model: blocks of one width, no biases that the family lacks."""
+    """Whether a family's own keys can describe a model: its widths, and no biases that the family lacks."""
     biases = config.attention_output_bias or config.mlp_output_bias
-    return not biases and not config.to_dict().get("per_layer_config")
+    return not biases and config.layout_obstacle() is None
 
 
 def published_values(config, heads: int, hidden: int) -> dict:

@@ -15,13 +15,14 @@ from structprune.models.dream import DREAM
 from structprune.models.family import ROLES as ROLES  # re-exported
 from structprune.models.family import Family
 from structprune.models.llada import LLADA
+from structprune.models.llada2 import LLADA2
 from structprune.models.llada_moe import LLADA_MOE
 from structprune.models.nemotron import NEMOTRON
 from structprune.models.sdar import SDAR
 
 FAMILIES: list[Family] = [
     LLADA, DREAM, A2D_QWEN3, A2D_LLAMA, A2D_QWEN2, A2D_QWEN3_BLOCKS, A2D_LLAMA_BLOCKS, A2D_QWEN2_BLOCKS, SDAR,
-    LLADA_MOE, NEMOTRON,
+    LLADA_MOE, LLADA2, NEMOTRON,
 ]  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from typing import Literal
 
 from transformers import PretrainedConfig
 
+from structprune.models.blockwise_structprune import BlockDiffusion
 from structprune.models.modeling_structprune import DiffusionLM
 
 Schedule = Literal["levels", "uniform"]
@@ -55,6 +56,8 @@ class Family:
         rope_types: `rope_type` values that the model class computes: "default", "llama3".
         ignored: keys of an official config.json that say nothing about the model.
         gguf: llama.cpp's loader; None: there is none.
+        joined: linears that are one, row below row, in official files: its path in a block there -> their roles.
+        layout_class: what reads these files without structprune, where `joined` names any; else `model_class` does.
         code: further files that define the classes, copied next to the weights beside `CODE_FILES`. Where
             they are not named, only `structprune.load_model` loads what is written, and `AutoModel` does not.
     """
@@ -78,9 +81,11 @@ class Family:
     rope_types: tuple[str, ...] = ("default",)
     ignored: tuple[str, ...] = ()
     gguf: GgufLoader | None = None
+    joined: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    layout_class: type[DiffusionLM] | None = None
     code: tuple[Path, ...] = ()
 
     @property
     def in_blocks(self) -> bool:
         """Whether its models are block diffusion LMs, of blocks of a known size."""
-        return "block_size" in self.required
+        return issubclass(self.model_class, BlockDiffusion)

@@ -144,8 +144,7 @@ class AttentionCore(nn.Module):
 class Block(nn.Module):
     """A pre-norm transformer block; `roles` places its parts under the family's names.
 
-    A block may lack attention, MLP or both. Then it has no parts for them, and in an instance `roles` names none; what
-    is absent adds nothing to the residual stream.
+    A block may lack attention, MLP or both: then `roles` of the instance names none of its parts, and it adds nothing.
     `mix` and `activate` end where the consumers (attention output, down projection) begin: a refit can stand between.
     """
 
@@ -188,10 +187,13 @@ class Block(nn.Module):
         if self.has_attention:
             self.place("core", AttentionCore(config))
 
+    def project(self, h):
+        """Queries, keys and values of the normed stream: (B, T, C) -> (B, T, H*D), 2 x (B, T, K*D)."""
+        return [self.part(role)(h) for role in ("query", "key", "value")]
+
     def mix(self, x, rotary, mask=None):
         """What attention hands to its output projection: (B, T, C) -> (B, T, H*D)."""
-        h = self.part("attention_norm")(x)  # (B, T, C)
-        projected = (self.part(role)(h) for role in ("query", "key", "value"))  # (B, T, H*D), 2 x (B, T, K*D)
+        projected = self.project(self.part("attention_norm")(x))  # (B, T, H*D), 2 x (B, T, K*D)
         query, key, value = (p.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in projected)  # (B, ., T, D)
         if "query_norm" in self.roles:
             query, key = self.part("query_norm")(query), self.part("key_norm")(key)  # (B, H, T, D), (B, K, T, D)

@@ -16,6 +16,7 @@ from structprune.models.checkpoint_files import locate, read_config, shard_names
 from structprune.models.config_values import quantisation
 from structprune.models.families import Family
 from structprune.models.headers import TensorHeader, read_headers
+from structprune.models.joined import split_stored
 from structprune.models.maps import DTYPES, give_back, map_shard
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.official import build_config, detect_family, find_mask_id, with_block_size
@@ -121,12 +122,12 @@ def load_model(
     if not names[0].endswith(".bin"):
         headers = read_headers(directory, names)
         check_dtypes(headers, values, directory)
-        check_shapes(model, headers, directory)
+        check_shapes(model, split_stored(model, headers, directory), directory)
     chosen = torch.float32 if dtype is None and device.type == "cpu" else as_dtype(None if dtype == "auto" else dtype)
     state: dict[str, torch.Tensor] = {}
     dtypes: list[torch.dtype] = []  # of the first shard's tensors as stored
     for name in names:  # cast shard by shard, so that no second copy of the whole model is in memory
-        shard = _read_shard(directory / name, values)
+        shard = split_stored(model, _read_shard(directory / name, values), directory / name)
         dtypes = dtypes or [tensor.dtype for tensor in shard.values()]
         stored = max(dtypes, key=dtypes.count)
         state |= {key: shard.pop(key).to(device, chosen or stored) for key in list(shard)}
@@ -160,7 +161,7 @@ def map_model(
     with torch.device("meta"):
         model = family.model_class(config)
     names = shard_names(directory)
-    headers = read_headers(directory, names)
+    headers = split_stored(model, read_headers(directory, names), directory)
     check_dtypes(headers, values, directory)
     check_shapes(model, headers, directory)
     needed = model.state_dict().keys()

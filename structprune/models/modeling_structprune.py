@@ -261,24 +261,25 @@ class DecoderLM(DiffusionLM):
 
     _no_split_modules = ["DreamBlock"]
     block_class: Any = DreamBlock
+    embedding_name = "embed_tokens"
 
     def __init__(self, config):
         super().__init__(config)
         self.model = nn.Module()
-        self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.model.add_module(self.embedding_name, nn.Embedding(config.vocab_size, config.hidden_size))
         self.model.layers = nn.ModuleList(self.block_class(config, index) for index in range(config.num_hidden_layers))
         self.model.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
         self.tie_head()
 
-    embedding = property(lambda self: self.model.embed_tokens)
+    embedding = property(lambda self: getattr(self.model, self.embedding_name))
     blocks = property(lambda self: self.model.layers)
     final_norm = property(lambda self: self.model.norm)
     output_head = property(lambda self: self.lm_head)
 
     def set_input_embeddings(self, value):
-        self.model.embed_tokens = value
+        setattr(self.model, self.embedding_name, value)
         self.config.vocab_size = value.weight.shape[0]
 
     def set_output_embeddings(self, new_embeddings):

@@ -1,6 +1,5 @@
 """Official config.json -> our configuration: what is supported is built, what is not is refused by name."""
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,6 @@ from structprune.models.configuration_structprune import LayoutConfig, layout_of
 from structprune.models.families import FAMILIES, Family
 from structprune.models.quiet import quiet_transformers
 
-REFUSED_TYPES = {  # start of a model type or architecture, in lower case -> reason
-    "llada2": "LLaDA2 fuses queries, keys and values, and groups its experts, which structprune cannot cut: prune a"
-    " LLaDA-MoE or SDAR checkpoint",
-}
 NOT_OURS = (
     "model_type", "architectures", "auto_map", "transformers_version", "torch_dtype", "dtype", "use_cache",
     "_name_or_path", "rope_scaling", "rope_parameters", "quantization_config",
@@ -39,10 +34,6 @@ def detect_family(values: dict, where: Path | str) -> Family:
         families = [family for family in families if family.architecture == architecture] or families
         blocks = values.get("block_size") is not None
         return next((family for family in families if family.in_blocks == blocks), families[0])
-    for marker in (kind.lower(), architecture.lower()):
-        for pattern, reason in REFUSED_TYPES.items():
-            if re.match(pattern, marker):
-                raise UserError(f"{where}: {reason}")
     known = list(dict.fromkeys(name for family in FAMILIES for name in family.model_types))
     raise UserError(f"{where}: unknown model_type '{kind}'{nearest(kind, known)}; supported: {', '.join(known)}")
 

@@ -60,9 +60,14 @@ def scaled_frequencies(frequencies, scaling: dict):
 
 
 def rotate(x, cos, sin, scale=None):
-    """Rotate-half RoPE in fp32, times `scale` (B, 1, T, 1): (B, H, T, D) -> (B, H, T, D) in x's dtype."""
-    wide = x.float()
-    half = wide.shape[-1] // 2
-    turned = torch.cat((-wide[..., half:], wide[..., :half]), dim=-1)  # (B, H, T, D)
-    x = (wide * cos + turned * sin).to(x.dtype)  # (B, H, T, D)
-    return x if scale is None else x * scale.to(x.dtype)
+    """Rotate-half RoPE in fp32, times `scale` (B, 1, T, 1): (B, H, T, D) -> (B, H, T, D) in x's dtype.
+
+    Where the tables have fewer features, only the first ones turn.
+    """
+    size = cos.shape[-1]
+    wide = x[..., :size].float()  # (B, H, T, size)
+    turned = torch.cat((-wide[..., size // 2 :], wide[..., : size // 2]), dim=-1)  # (B, H, T, size)
+    result = (wide * cos + turned * sin).to(x.dtype)  # (B, H, T, size)
+    if size < x.shape[-1]:
+        result = torch.cat((result, x[..., size:]), dim=-1)  # (B, H, T, D)
+    return result if scale is None else result * scale.to(x.dtype)

@@ -9,6 +9,7 @@ from structprune.config import ModelSettings
 from structprune.models.adapter import Adapter
 from structprune.models.fingerprint import fingerprint
 from structprune.models.headers import stored_headers
+from structprune.models.joined import split_stored
 from structprune.models.loading import DTYPES, as_dtype, check_dtypes, check_shapes, load_config, source_name
 from structprune.models.modeling_structprune import DiffusionLM
 
@@ -56,7 +57,7 @@ def read_ghost(source: str | Path, settings: ModelSettings) -> Ghost:
     directory, family, config, values = load_config(source, settings.mask_id, block_size=settings.block_size)
     with torch.device("meta"):
         model = family.model_class(config)
-    headers = stored_headers(source, directory, settings.allow_pickle)
+    headers = split_stored(model, stored_headers(source, directory, settings.allow_pickle), directory)
     if headers:
         check_dtypes(headers, values, directory)
         check_shapes(model, headers, directory)

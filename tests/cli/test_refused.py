@@ -33,7 +33,6 @@ def broken(tiny_checkpoint, name):
     else:
         values |= {
             "unknown-type": {"model_type": "lada"},
-            "moe": {"model_type": "llada2_moe"},
             "shapes": {"mlp_hidden_size": 64},
         }[name]
     settings.write_text(json.dumps(values))
@@ -47,7 +46,6 @@ CHECKPOINTS = {
     "pickled": "--allow-pickle",
     "no-mask-id": "--mask-id",
     "unknown-type": "unknown model_type 'lada' (did you mean 'llada'?); supported: llada, mmada, Dream",
-    "moe": "LLaDA2 fuses queries, keys and values",
     "shapes": "but config.json asks for (64, 32)",
 }
 

@@ -90,14 +90,6 @@ def test_unknown_model_type_names_what_is_supported(tiny_checkpoint, message, ch
     assert all(name in said for name in ("llada", "mmada", "Dream"))
 
 
-@pytest.mark.parametrize("kind, architecture, said", [
-    ("llada2_moe", "LLaDA2MoeModelLM", "LLaDA2"), ("llada2", "LLaDA2ModelLM", "LLaDA2"),
-    ("custom", "LLaDA2MoeModelLM", "LLaDA2"),
-])  # fmt: skip
-def test_mixtures_and_block_diffusion_are_refused(tiny_checkpoint, kind, architecture, said, message, change_config):
-    assert said in message(change_config(tiny_checkpoint("llada"), model_type=kind, architectures=[architecture]))
-
-
 @pytest.mark.parametrize("family, changes, name", [
     ("llada", {"mlp_hidden_size": 56}, "ff_proj.weight"), ("llada", {"n_kv_heads": 2}, "k_proj.weight"),
     ("dream", {"intermediate_size": 40}, "gate_proj.weight"), ("dream", {"num_key_value_heads": 3}, "k_proj.weight"),
