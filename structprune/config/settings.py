@@ -129,7 +129,11 @@ class StructuredSettings(Section):
     """Attention unit with grouped queries: one query head of every KV group, or one KV head with its query heads."""
     experts: int = Field(0, ge=0)
     """Of mixtures of experts: so many whole experts go from every block, those that add least to the stream. Channels
-    and heads make up the rest of the ratio; one channel goes from every expert of a block at a time."""
+    and heads make up the rest of the ratio; one channel goes from every expert of a block at a time. A multiple of the
+    groups that a token chooses among, where there are some (LLaDA2)."""
+    shared: int = Field(0, ge=0)
+    """Of shared experts, which all tokens go through (LLaDA2): so many channels go from every block, those of least
+    cost. They lose none otherwise."""
     protect_first: int = Field(0, ge=0)
     """This many first blocks stay whole and do not count in the ratio."""
     protect_last: int = Field(0, ge=0)

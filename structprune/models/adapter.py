@@ -108,7 +108,7 @@ class BlockView:
         Of `EXPERTS` the down projections alone, which a refit changes.
         """
         if kind == EXPERTS:
-            return {role: self[role] for role in (role_of("down", part) for part in self.expert_parts)}
+            return {role: self[role] for role in (role_of("down", part) for part in self.module.parts)}
         return {role: self[role] for role in (*self.readers[STREAM_READERS[kind]], CONSUMER[kind])}
 
     @property

@@ -28,7 +28,7 @@ class LayoutConfig(PretrainedConfig):
     published = None
     packed_layout = None
     reads_head_dim = False
-    layout_keys: tuple = ()
+    layout_keys = ()
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):

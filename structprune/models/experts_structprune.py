@@ -42,12 +42,17 @@ def tokens_by_expert(chosen, experts: int):
 
 
 class SoftmaxRouter(nn.Module):
-    """Shares of all experts by a softmax, of which the largest k count as they are: they need not sum to 1."""
+    """Shares of all experts by a softmax, of which the largest k count as they are: they need not sum to 1.
+
+    `groups`: of experts, which keep as many of each where some go; `least`: experts that must stay.
+    """
+
+    groups = 1
 
     def __init__(self, size: int, experts: int, config):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(experts, size).normal_(std=config.initializer_range))
-        self.top_k = min(config.num_experts_per_tok, experts)
+        self.top_k = self.least = min(config.num_experts_per_tok, experts)
 
     def forward(self, rows):  # (n, C) -> weights (n, k) fp32 and experts (n, k) int64, the likeliest first
         shares = F.linear(rows, self.weight).float().softmax(-1)  # (n, E)
@@ -95,10 +100,14 @@ class ExpertBlock(DreamBlock):
         return sum(part != SHARED for part in self.parts)
 
     @property
+    def router(self) -> Any:
+        """What picks the experts of a token; see `SoftmaxRouter`."""
+        return self.part("router")
+
+    @property
     def top_k(self) -> int:
         """Experts of a token."""
-        router: Any = self.part("router")
-        return router.top_k
+        return self.router.top_k
 
     def gated(self, part: str, rows):
         """What a part of the mixture hands to its down projection: normed (..., C) -> (..., M)."""

@@ -44,7 +44,7 @@ class StructpruneLLaDA2Config(StructpruneDreamConfig):
         "num_attention_heads", "num_key_value_heads", "moe_intermediate_size", "num_experts",
         "shared_intermediate_size",
     )  # fmt: skip
-    layout_keys = ("intermediate_size", "first_k_dense_replace", "num_shared_experts")  # beside those of widths
+    layout_keys = ("intermediate_size", "first_k_dense_replace", "num_shared_experts")  # type: ignore[assignment]
 
     def __init__(
         self, moe_intermediate_size=512, num_experts=256, num_experts_per_tok=8, num_shared_experts=0,

@@ -1,7 +1,8 @@
 """Refit of the down projections of experts whose channels were cut, or that work beside fewer experts.
 
 Every expert is fitted on the tokens that it sees in the pruned model: rows are weighted by the token's share of it, and
-targets make up for what the stream lacks, a part for each expert of the token (docs/methods.md section 5).
+targets make up for what the stream lacks, a part for each expert of the token (docs/methods.md section 5). What all
+tokens go through is fitted on all of them, and makes up for nothing else.
 Shapes: k experts of a token, b sequences of T tokens, m of them that an expert sees, O outputs, K remaining channels.
 """
 
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from structprune.models.adapter import EXPERTS, BlockView, UnitKey
-from structprune.models.experts_structprune import ExpertBlock, role_of, tokens_by_expert
+from structprune.models.experts_structprune import SHARED, ExpertBlock, role_of, tokens_by_expert
 from structprune.refit.products import LayerFit, Products, set_weight
 from structprune.refit.solve import choose
 from structprune.statistics.activations import add_gram, add_products, mirror, relative_weight
@@ -53,35 +54,41 @@ class MixturePlace:
         """Give every down projection new weights, where held-out rows gain by them."""
         fitted, checked = self._products()
         fits = []
-        for number, expert in enumerate(self.experts):
-            linear = self.small[role_of("down", str(number))]
+        for part, source in self.parts.items():
+            linear = self.small[role_of("down", part)]
             weight = linear.weight.to(self.walk.dense.device).double()  # (O, K)
             fit, check = (
-                Products(mirror(gram), cross, float(power)) for gram, cross, power in (fitted[number], checked[number])
+                Products(mirror(gram), cross, float(power)) for gram, cross, power in (fitted[part], checked[part])
             )
             choice = choose(self.walk.settings, weight, fit, check, linear.in_features, self.walk.workers)
             set_weight(linear, choice[0], constant=False)
-            fits.append(LayerFit.of(self.dense.index, role_of("down", str(expert)), weight, check, choice))
+            fits.append(LayerFit.of(self.dense.index, role_of("down", source), weight, check, choice))
         return fits
 
-    def _products(self) -> tuple[list[Sums], list[Sums]]:
-        """Of every expert, over the fitted rows and over the held-out ones."""
-        sums = {fitted: [self._empty(number) for number in range(len(self.experts))] for fitted in (True, False)}
+    @property
+    def parts(self) -> dict[str, str]:
+        """A part of what is left of the mixture -> the part of the dense one that it was."""
+        experts = {str(number): str(expert) for number, expert in enumerate(self.experts)}
+        return experts | {part: part for part in (SHARED,) if part in self.small.module.parts}
+
+    def _products(self) -> tuple[dict[str, Sums], dict[str, Sums]]:
+        """Of every part, over the fitted rows and over the held-out ones."""
+        sums = {fitted: {part: self._empty(part) for part in self.parts} for fitted in (True, False)}
         for rows in self.run.slices():
             for part, fitted in self.walk.parts(rows):
                 self._add(sums[fitted], part)
-        for each in (*sums[True], *sums[False]):
+        for each in (*sums[True].values(), *sums[False].values()):
             self.walk.workers.add_up(*each)
         return sums[True], sums[False]
 
-    def _empty(self, number: int) -> Sums:
-        outputs, inputs = self.small[role_of("down", str(number))].weight.shape
+    def _empty(self, part: str) -> Sums:
+        outputs, inputs = self.small[role_of("down", part)].weight.shape
         device = self.walk.dense.device
         gram, target = torch.zeros(inputs, inputs, device=device), torch.zeros(outputs, inputs, device=device)
         return [gram, target, torch.zeros((), dtype=torch.float64, device=device)]
 
-    def _add(self, sums: list[Sums], part: slice) -> None:
-        """Add the rows of some sequences to the sums of all experts, in place."""
+    def _add(self, sums: dict[str, Sums], part: slice) -> None:
+        """Add the rows of some sequences to the sums of all parts, in place."""
         settings, small, dense = self.walk.settings, *map(mixture_of, (self.small, self.dense))
         stream = self.run.states(part)  # (b, T, O)
         source = self.walk.targets.states(part) if settings.target != "layer" else stream  # (b, T, O)
@@ -97,11 +104,18 @@ class MixturePlace:
             x = small.gated(str(number), h[tokens])  # (m, K)
             output = sum(part * dense.expert(str(expert), rows[tokens]) for rows, part in read)  # (m, O)
             target = output + lacking[tokens].to(x.dtype)  # (m, O)
-            omega = weight[tokens] * shares[tokens, place]  # (m,)
-            gram, cross, power = sums[number]
-            add_gram(gram, x, omega)
-            add_products(cross, target, x, omega)
-            power += (target.float() * omega[:, None]).pow(2).sum()
+            _count(sums[str(number)], x, target, weight[tokens] * shares[tokens, place])
+        if SHARED in sums:
+            target = sum(part * dense.expert(SHARED, rows) for rows, part in read)  # (b * T, O)
+            _count(sums[SHARED], small.gated(SHARED, h), target, weight)
+
+
+def _count(sums: Sums, x: torch.Tensor, target: torch.Tensor, omega: torch.Tensor) -> None:
+    """Add rows (m, K), their targets (m, O) and weights (m,) to the sums of a part, in place."""
+    gram, cross, power = sums
+    add_gram(gram, x, omega)
+    add_products(cross, target, x, omega)
+    power += (target.float() * omega[:, None]).pow(2).sum()
 
 
 def mixture_of(block: BlockView) -> ExpertBlock:

@@ -189,8 +189,11 @@ def inspect_tables(result: dict) -> list[Table]:
         )
     _add_sizes(totals, result, result["tokens"])
     _add_change(totals, f"weights ({result['stored_dtype']})", result["bytes"], gigabytes)
-    widths = {"query_heads": "query heads", "kv_heads": "KV heads", "experts": "experts", "channels": "MLP channels"}
-    widths = {key: name for key, name in widths.items() if key in result["blocks"][0]["before"]}
+    widths = {
+        "query_heads": "query heads", "kv_heads": "KV heads", "experts": "experts", "channels": "MLP channels",
+        "shared": "shared channels",
+    }  # fmt: skip
+    widths = {key: name for key, name in widths.items() if any(row["before"].get(key) for row in result["blocks"])}
     columns = ("block", *widths.values(), "parameters")
     blocks = _table(f"units per block, {result['shown']}", *columns, named=False)
     for _, group in groupby(result["blocks"], key=lambda row: (row["before"], row["after"])):

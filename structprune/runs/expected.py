@@ -5,7 +5,7 @@ import torch
 from structprune.config import StructuredSettings
 from structprune.models.adapter import Adapter, set_widths
 from structprune.models.modeling_structprune import DiffusionLM
-from structprune.structured.allocate import Counts, chosen_heads, equal_heads, expert_counts
+from structprune.structured.allocate import Counts, chosen_heads, equal_heads, fixed_counts
 from structprune.structured.choose import candidates
 from structprune.structured.request import StructuredRequest
 from structprune.structured.sizes import BlockSize, widths_after
@@ -21,7 +21,7 @@ def even_choices(request: StructuredRequest) -> tuple[dict[int, Counts], int]:
     """Attention steps per block -> counts, spread evenly, and the number of steps to show."""
     settings, sizes = request.settings, request.sizes
     even = settings.model_copy(update={"allocation": "uniform"}) if settings.allocation == "global" else settings
-    choices = {heads: counts | expert_counts(sizes) for heads, counts in candidates(sizes, even).items()}
+    choices = {heads: counts | fixed_counts(sizes) for heads, counts in candidates(sizes, even).items()}
     return choices, _shown(settings, sizes, choices)
 
 

@@ -118,8 +118,8 @@ class HeadMeter(AttentionMeter):
 
 
 def consumers(blocks: list[BlockView]) -> dict[ConsumerKey, nn.Linear]:
-    """(block index, role) -> the linear that reads attention units or MLP channels, of each expert too."""
+    """(block index, role) -> the linear that reads attention units or MLP channels, of each part of a mixture too."""
     roles = {
-        block.index: [*block.consumers, *(role_of("down", part) for part in block.expert_parts)] for block in blocks
+        block.index: [*block.consumers, *(role_of("down", part) for part in block.module.parts)] for block in blocks
     }
     return {(block.index, role): block[role] for block in blocks for role in roles[block.index]}

@@ -5,6 +5,7 @@ import math
 
 from structprune.errors import UserError
 from structprune.models.adapter import EXPERTS, UNIT_KINDS, UnitKey
+from structprune.models.experts_structprune import SHARED
 from structprune.structured.paths import RemovalPath
 from structprune.structured.sizes import BlockSize
 
@@ -18,13 +19,14 @@ def ratio_of(sizes: list[BlockSize], counts: Counts) -> float:
 
 
 def _gone(sizes: list[BlockSize]) -> int:
-    """Parameters of the whole experts that go in any case."""
+    """Parameters that go in any case."""
     return sum(size.gone for size in sizes)
 
 
-def expert_counts(sizes: list[BlockSize]) -> Counts:
-    """The whole experts that go in any case, by block."""
-    return {(size.index, EXPERTS): size.experts for size in sizes if size.experts}
+def fixed_counts(sizes: list[BlockSize]) -> Counts:
+    """What goes in any case, by block: whole experts, and channels of what all tokens go through."""
+    experts = {(size.index, EXPERTS): size.experts for size in sizes if size.experts}
+    return experts | {(size.index, SHARED): size.shared for size in sizes if size.shared}
 
 
 def check_ratio(ratio: float) -> None:

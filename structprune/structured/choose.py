@@ -5,14 +5,15 @@ from dataclasses import dataclass
 
 from structprune.config import StructuredSettings
 from structprune.errors import UserError
-from structprune.models.adapter import EXPERTS, UNIT_KINDS, Adapter, BlockView, UnitKey
+from structprune.models.adapter import EXPERTS, UNIT_KINDS, Adapter, BlockView, ExpertWidths, UnitKey
+from structprune.models.experts_structprune import SHARED
 from structprune.structured.allocate import (
     Counts,
     check_ratio,
     chosen_heads,
     depth_ratios,
     equal_heads,
-    expert_counts,
+    fixed_counts,
     head_choices,
     joint_counts,
     most_heads,
@@ -42,8 +43,9 @@ class Choice:
         """As plain data: the rule, the measurements, the ratio met, and the removed steps per kind and block."""
         steps = {kind: [self.counts.get((size.index, kind), 0) for size in sizes] for kind in UNIT_KINDS}
         met = {"ratio": ratio_of(sizes, self.counts), "blocks": [size.index for size in sizes]}
-        if experts := expert_counts(sizes):
-            steps[EXPERTS] = [experts.get((size.index, EXPERTS), 0) for size in sizes]
+        fixed = fixed_counts(sizes)
+        for kind in dict.fromkeys(kind for _, kind in fixed):
+            steps[kind] = [fixed.get((size.index, kind), 0) for size in sizes]
         return {"split": self.split, "measured": self.measured, **met, **steps}
 
 
@@ -59,19 +61,38 @@ def open_blocks(adapter: Adapter, settings: StructuredSettings) -> list[BlockSiz
         raise UserError(f"protect_first {first} + protect_last {last} leave none of {count} blocks to prune")
     blocks = adapter.blocks[first : count - last]
     check_experts(blocks, settings.experts)
-    return [block_size(block, settings.gqa, settings.experts) for block in blocks]
+    check_shared(blocks, settings.shared)
+    return [block_size(block, settings.gqa, settings.experts, settings.shared) for block in blocks]
 
 
 def check_experts(blocks: list[BlockView], experts: int) -> None:
-    """Raise UserError where blocks have no `experts` to spare: a token must get as many as before."""
+    """Raise UserError where blocks have no `experts` to spare: a token must get as many as before.
+
+    Where it chooses among groups of experts, all groups lose as many.
+    """
     if not experts:
         return
     mixtures = [block.mixture for block in blocks if block.mixture]
     if not mixtures:
         raise UserError(f"structured.experts = {experts}, but no block to prune has experts: leave it out")
-    spare = min(each.experts - each.top_k for each in mixtures)
+    spare = min(each.experts - each.router.least for each in mixtures)
     if experts > spare:
         raise UserError(f"structured.experts = {experts} leaves a token too few to choose from: give 0 to {spare}")
+    groups = mixtures[0].router.groups
+    if experts % groups:
+        choice = f"structured.experts = {experts} does not take as many of each of the {groups} groups of experts"
+        raise UserError(f"{choice}: give a multiple of {groups} up to {spare}")
+
+
+def check_shared(blocks: list[BlockView], channels: int) -> None:
+    """Raise UserError where blocks have not so many `channels` that all tokens go through, beside experts."""
+    if not channels:
+        return
+    widths = [block.widths.shared for block in blocks if isinstance(block.widths, ExpertWidths) and block.mixture]
+    if not any(widths):
+        raise UserError(f"structured.shared = {channels}, but no block to prune has shared experts: leave it out")
+    if channels > (most := min(filter(None, widths))):
+        raise UserError(f"structured.shared = {channels} is more than shared experts have: give 0 to {most} channels")
 
 
 def channel_multiple(sizes: list[BlockSize], settings: StructuredSettings) -> int:
@@ -124,7 +145,9 @@ def check_choice(sizes: list[BlockSize], settings: StructuredSettings) -> None:
     check_split(settings)
     gone = sum(size.gone for size in sizes) / sum(size.total for size in sizes)
     if gone > settings.ratio:
-        choice = f"structured.experts = {settings.experts} takes a share of {gone:.4f}"
+        fixed = {f"structured.{kind}": getattr(settings, kind) for kind in (EXPERTS, SHARED)}
+        given = [f"{key} = {value}" for key, value in fixed.items() if value]
+        choice = f"{' and '.join(given)} {'takes' if len(given) == 1 else 'take'} a share of {gone:.4f}"
         raise UserError(f"{choice}, more than ratio {settings.ratio}: lower it, or raise the ratio")
     if settings.allocation != "global":
         choices = candidates(sizes, settings)
@@ -153,9 +176,9 @@ def choose_counts(
     if rule == "joint":
         check_ratio(settings.ratio)
         counts = joint_counts(sizes, paths, settings.ratio, channel_multiple(sizes, settings))
-        return Choice(counts | expert_counts(sizes), rule, {})
+        return Choice(counts | fixed_counts(sizes), rule, {})
     choices = candidates(sizes, settings, paths)
-    choices = {heads: counts | expert_counts(sizes) for heads, counts in choices.items()}
+    choices = {heads: counts | fixed_counts(sizes) for heads, counts in choices.items()}
     losses: dict[int, float] = {}
     if isinstance(rule, int):
         heads = chosen_heads(rule, choices)

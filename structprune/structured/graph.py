@@ -5,6 +5,7 @@ unchecked, so indices are ours (`structured.surgery`). The trace runs on the met
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -12,6 +13,7 @@ from structprune.models.adapter import CONSUMER, Adapter, BlockView, ExpertWidth
 from structprune.models.experts_structprune import role_and_part, role_of
 from structprune.models.layers_structprune import RMSNorm
 from structprune.models.modeling_structprune import DiffusionLM
+from structprune.models.rotary_structprune import rotary_tables
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Coupled:
     inputs: frozenset[str]  # they lose input columns
 
     def of_expert(self, traced: BlockView, block: BlockView, part: str) -> "Coupled":
-        """The same modules of another expert; itself for "" (not of a mixture).
+        """The same modules of another part of a mixture; itself for "" (not of a mixture).
 
         Args:
             traced: the block whose first expert's modules these are.
@@ -40,11 +42,13 @@ def coupled_units(model: DiffusionLM) -> dict[UnitKey, Coupled]:
 
     with torch.device("meta"), torch.inference_mode(False), torch.enable_grad():
         ghost = type(model)(_traced_config(model))
+        # whole heads turn: a head joined of two parts would double the library's index maps at every step
+        ghost.rotary = partial(_whole_heads, ghost.config.head_dim)  # type: ignore[method-assign]
         graph = tp.DependencyGraph()
         ids = torch.zeros(1, 4, dtype=torch.long)  # (1, 4)
         norms = [(module.weight, 0) for module in ghost.modules() if isinstance(module, RMSNorm)]
         routers = [block.mixture.part("router") for block in Adapter(ghost).blocks if block.mixture]
-        norms += [(weight, 1) for router in routers for weight in router.parameters()]
+        norms += [(weight, weight.dim() - 1) for router in routers for weight in router.parameters()]
         graph.build_dependency(
             ghost, {"input_ids": ids}, output_transform=lambda out: out.logits, unwrapped_parameters=norms
         )
@@ -68,9 +72,14 @@ def coupled_units(model: DiffusionLM) -> dict[UnitKey, Coupled]:
     return coupled
 
 
+def _whole_heads(head_dim: int, length: int, device, *_):
+    """RoPE tables of all features of a head, as `DiffusionLM.rotary` gives them to most models."""
+    return rotary_tables(torch.arange(length, device=device)[None], head_dim, 10000.0)
+
+
 def block_parts(block: BlockView, part: str) -> tuple[str, ...]:
-    """The experts that a traced one stands for; the MLP itself, "", of a plain one."""
-    return block.expert_parts if part else ("",)
+    """The parts of a mixture that a traced expert stands for; the MLP itself, "", of a plain one."""
+    return block.module.parts if part else ("",)
 
 
 def _traced_config(model: DiffusionLM):
@@ -83,6 +92,6 @@ def _traced_config(model: DiffusionLM):
     for block in adapter.blocks:
         own = replace(block.widths, kv_heads=block.widths.query_heads)
         if block.mixture and isinstance(own, ExpertWidths):  # as few experts as can be: a trace of all takes minutes
-            own = replace(own, experts=block.mixture.top_k)
+            own = replace(own, experts=block.mixture.router.least)
         widths.append(own)
     return adapter.family.config_class(**set_widths(model.config.to_dict(), adapter.family, widths))

@@ -62,6 +62,13 @@ def static_path(cost: torch.Tensor, groups: Sequence[Sequence[int]], rank: torch
     return path if rank is None else replace(path, rank=rank.double().cpu()[index].mean(1))
 
 
+def even_path(cost: torch.Tensor, groups: int) -> RemovalPath:
+    """One unit a step, in rounds that take the next cheapest of every one of so many equal runs of units: (E,)."""
+    rounds = static_path(cost, step_groups(len(cost), groups)).steps
+    steps = tuple((unit,) for each in rounds for unit in each)
+    return RemovalPath(steps, cost.double().cpu()[[unit for (unit,) in steps]])
+
+
 def per_unit(columns: torch.Tensor, width: int) -> torch.Tensor:
     """Sum over each unit's `width` neighbouring columns: (U * width,) -> (U,)."""
     return columns.view(-1, width).sum(1)

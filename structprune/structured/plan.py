@@ -3,28 +3,33 @@
 import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from structprune.errors import UserError
 from structprune.files import whole_file
 from structprune.models.adapter import EXPERTS, UNIT_KINDS, Adapter, BlockView, ExpertWidths, UnitKey, Widths
 from structprune.models.checkpoint_files import read_json
+from structprune.models.experts_structprune import SHARED
 from structprune.structured.allocate import Counts
 from structprune.structured.paths import RemovalPath
 
 FORMAT = 1
+OPTIONAL = (EXPERTS, SHARED)  # lists of mixtures alone
 
 
 @dataclass(frozen=True)
 class BlockPlan:
     """Kept indices of one block, sorted; without heads its attention goes, without channels its MLP.
 
-    Of a mixture, `experts` are those that stay, and channel c of expert e has number e M + c, M channels each.
+    Of a mixture, `experts` are those that stay, and channel c of expert e has number e M + c, M channels each; `shared`
+    are channels of what all tokens go through.
     """
 
     query_heads: tuple[int, ...]
     kv_heads: tuple[int, ...]
     channels: tuple[int, ...]
     experts: tuple[int, ...] = ()
+    shared: tuple[int, ...] = ()
 
     @property
     def widths(self) -> Widths:
@@ -37,7 +42,7 @@ class BlockPlan:
             return self.widths
         heads, kv_heads, channels = len(self.query_heads), len(self.kv_heads), len(self.channels)
         each = channels // max(1, len(self.experts))
-        return ExpertWidths(heads, kv_heads, each, experts=len(self.experts), shared=before.shared)
+        return ExpertWidths(heads, kv_heads, each, experts=len(self.experts), shared=len(self.shared))
 
     def of_expert(self, expert: int, size: int) -> tuple[int, ...]:
         """The kept channels of an expert of `size`, by their numbers in it."""
@@ -84,7 +89,7 @@ class Plan:
         head = {"format": FORMAT, "family": self.family, "notes": self.notes}
         lines = [json.dumps(head, indent=1)[:-2] + ',\n "blocks": [']
         for index, block in enumerate(self.blocks):
-            lists = {key: value for key, value in asdict(block).items() if key != "experts" or value}
+            lists = {key: value for key, value in asdict(block).items() if key not in OPTIONAL or value}
             body = ",\n   ".join(f'"{key}": {json.dumps(list(value))}' for key, value in lists.items())
             lines.append("  {" + body + "}" + ("," if index + 1 < len(self.blocks) else ""))
         return "\n".join(lines) + "\n ]\n}\n"
@@ -108,7 +113,7 @@ class Plan:
         for index, entry in enumerate(values["blocks"]):
             lists = {}
             for key in BlockPlan.__dataclass_fields__:
-                units = entry.get(key, [] if key == "experts" else None) if isinstance(entry, dict) else None
+                units = entry.get(key, [] if key in OPTIONAL else None) if isinstance(entry, dict) else None
                 if not isinstance(units, list) or not all(type(unit) is int for unit in units):
                     raise UserError(f"{path}: block {index} has no list of integers '{key}': add it")
                 lists[key] = tuple(units)
@@ -132,7 +137,7 @@ class Plan:
                 _check_indices(units, unit_count(block.widths, key), f"the plan's block {block.index}: {key}")
             _check_heads(kept, block.widths, block.index)
             if block.mixture:
-                _check_mixture(kept, block, block.mixture.top_k)
+                _check_mixture(kept, block, block.mixture.router)
         for kind, name in (("attention", "attention"), ("channels", "an MLP")):
             if not any(kind in kept.kinds for kept in self.blocks):
                 raise UserError(f"the plan leaves no block with {name}: keep it in one block at least")
@@ -141,11 +146,15 @@ class Plan:
 def unit_count(widths: Widths, key: str) -> int:
     """How many units a block has under a key of `BlockPlan`."""
     experts = getattr(widths, EXPERTS, 0)
-    return experts if key == EXPERTS else getattr(widths, key) * (max(1, experts) if key == "channels" else 1)
+    count = getattr(widths, key, 0)
+    return count * max(1, experts) if key == "channels" else count
 
 
-def _check_mixture(kept: BlockPlan, block: BlockView, least: int) -> None:
-    """Raise UserError where experts keep unequal numbers of channels, or a token has too few to choose from."""
+def _check_mixture(kept: BlockPlan, block: BlockView, router: Any) -> None:
+    """Raise UserError where experts keep unequal numbers of channels, or a token has too few to choose from.
+
+    Groups of experts, where the router has some, keep as many of each.
+    """
     where = f"the plan's block {block.index}"
     if not kept.channels:
         return
@@ -153,8 +162,13 @@ def _check_mixture(kept: BlockPlan, block: BlockView, least: int) -> None:
     counts = {expert: len(kept.of_expert(expert, size)) for expert in kept.experts}
     if len(set(counts.values())) != 1 or sum(counts.values()) != len(kept.channels):
         raise UserError(f"{where}: experts keep unequal numbers of channels, or channels of experts that go")
-    if len(counts) < least:
-        raise UserError(f"{where} keeps {len(counts)} experts, of which a token gets {least}: keep at least as many")
+    if len(counts) < router.least:
+        least = f"at least {router.least}" if router.least > router.top_k else "at least as many"
+        raise UserError(f"{where} keeps {len(counts)} experts, of which a token gets {router.top_k}: keep {least}")
+    size = len(block.expert_parts) // router.groups
+    groups = {group: sum(expert // size == group for expert in kept.experts) for group in range(router.groups)}
+    if len(set(groups.values())) != 1:
+        raise UserError(f"{where}: groups of experts keep unequal numbers ({groups}): keep as many of each")
 
 
 def _check_indices(units: tuple[int, ...], width: int, where: str) -> None:
@@ -207,6 +221,10 @@ def make_plan(
             continue
         if kind == EXPERTS:
             blocks[index] = _without_experts(blocks[index], units, widths.channels)
+            continue
+        if kind == SHARED:
+            shared = tuple(channel for channel in blocks[index].shared if channel not in units)
+            blocks[index] = replace(blocks[index], shared=shared)
             continue
         per = widths.query_heads // widths.kv_heads
         groups = per == 1 or form == "kv_groups"  # units are KV heads with all their query heads

@@ -10,7 +10,7 @@ import torch
 from structprune.config import StructuredSettings
 from structprune.errors import UserError
 from structprune.models.adapter import CONSUMER, EXPERTS, Adapter, BlockView, UnitKey
-from structprune.models.experts_structprune import MLP_ROLES, role_and_part, role_of
+from structprune.models.experts_structprune import MLP_ROLES, SHARED, role_and_part, role_of
 from structprune.models.journal import NOWHERE, Journal
 from structprune.models.placement import give_back_memory
 from structprune.statistics.activations import Moments, add_gram, mirror, relative_weight
@@ -23,7 +23,7 @@ from structprune.statistics.overflow import overflow, place
 from structprune.statistics.pass_parts import MASS
 from structprune.statistics.rows import Rows, observe_own, scan_rows, whole_mass
 from structprune.statistics.scan import Scan
-from structprune.structured.paths import RemovalPath, path_of, path_tensors, static_path
+from structprune.structured.paths import RemovalPath, even_path, path_of, path_tensors
 from structprune.structured.scores.table import SCORES
 from structprune.structured.units import Tensors, Units, all_units, block_tensors, coupled_slices
 
@@ -191,7 +191,7 @@ def _advance_with_grams(block: BlockView, states: HiddenStates, rows: Rows, rela
     device = scan.adapter.device
     sizes = {
         role_of(kind, part): block[role_of(CONSUMER[kind], part)].in_features
-        for kind, part in [(kind, "") for kind in block.kinds] + [("channels", part) for part in block.expert_parts]
+        for kind, part in [(kind, "") for kind in block.kinds] + [("channels", part) for part in block.module.parts]
     }
     grams = {kind: torch.zeros(size, size, device=device) for kind, size in sizes.items()}  # (C, C)
     totals = {kind: torch.zeros((), dtype=torch.float64, device=device) for kind in sizes}  # Σ ω², on the device
@@ -217,13 +217,14 @@ def _advance_with_grams(block: BlockView, states: HiddenStates, rows: Rows, rela
 def _add_expert_grams(
     block: BlockView, x: torch.Tensor, weight: torch.Tensor | None, grams: Grams, totals: Grams
 ) -> torch.Tensor:
-    """The stream (b, T, C) after a mixture; what the experts' down projections read is added to the sums, in place."""
+    """The stream (b, T, C) after a mixture; what its down projections read is added to the sums, in place."""
     inputs = inputs_after_attention(block, x)
-    for expert in block.expert_parts:
-        name, kind = role_of("activated", expert), role_of("channels", expert)
-        omega = None if weight is None else weight.flatten()[inputs.tokens[name]]  # (m,)
-        add_gram(grams[kind], inputs.read[name], omega)
-        totals[kind] += len(inputs.tokens[name]) if omega is None else omega.double().pow(2).sum()
+    for part in block.module.parts:
+        name, kind = role_of("activated", part), role_of("channels", part)
+        read = inputs.read[name]  # (m, M) of an expert, (b, T, M) of what all tokens go through
+        omega = inputs.weight(name, weight, relative=False)  # (m,) or (b, T)
+        add_gram(grams[kind], read, omega)
+        totals[kind] += read.shape[:-1].numel() if omega is None else omega.double().pow(2).sum()
     return block_output(block, inputs)
 
 
@@ -254,7 +255,8 @@ def expert_paths(scan: Scan, arm: str | None, journal: Journal) -> Paths:
     else:
         shares = expert_shares(scan, arm)
         journal.keep("shares", {str(index): value for index, value in shares.items()})
-    return {(index, EXPERTS): static_path(share, [range(len(share))]) for index, share in shares.items()}  # (E,)
+    routers = {block.index: block.mixture.router for block in scan.adapter.blocks if block.mixture}
+    return {(index, EXPERTS): even_path(share, routers[index].groups) for index, share in shares.items()}  # (E,)
 
 
 def _power(block: BlockView, part: str) -> float:
@@ -271,10 +273,13 @@ def even_moments(moments: Moments) -> Moments:
 def joined(paths: Paths, adapter: Adapter) -> Paths:
     """One path for the channels of all experts of a block: a step takes the next channel of each.
 
-    Channels of expert e of M each are numbered from e M on. Costs are added, ranks averaged.
+    Channels of expert e of M each are numbered from e M on. Costs are added, ranks averaged. Those of what all tokens
+    go through have a path of their own, under the kind `SHARED`.
     """
     result = {key: path for key, path in paths.items() if not role_and_part(key[1])[1]}
     for block in adapter.blocks:
+        if (common := (block.index, role_of("channels", SHARED))) in paths:
+            result[block.index, SHARED] = paths[common]
         own = [paths[key] for part in block.expert_parts if (key := (block.index, role_of("channels", part))) in paths]
         if own:
             size = block.widths.channels

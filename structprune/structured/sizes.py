@@ -14,7 +14,7 @@ from structprune.models.adapter import (
     UnitKey,
     Widths,
 )
-from structprune.models.experts_structprune import role_and_part
+from structprune.models.experts_structprune import SHARED, role_and_part, role_of
 from structprune.structured.units import block_groups, block_tensors
 
 WIDE_STEPS = 16  # rounding to n needs an MLP of at least this many times n
@@ -31,22 +31,25 @@ class BlockSize:
     steps: dict[str, int]  # kind -> number of steps; all of them take the whole attention or MLP
     whole: dict[str, int]  # kind -> parameters of the whole attention or MLP, keys and values of shared heads included
     experts: int = 0  # whole experts that go in any case
-    gone: int = 0  # their parameters
+    shared: int = 0  # channels of what all tokens go through that go in any case
+    gone: int = 0  # the parameters of both
 
     def removed(self, kind: str, steps: int) -> int:
         """Parameters that `steps` removal steps take."""
         return self.whole[kind] if steps == self.steps[kind] else steps * self.step[kind]
 
 
-def block_size(block: BlockView, form: str, experts: int = 0) -> BlockSize:
+def block_size(block: BlockView, form: str, experts: int = 0, shared: int = 0) -> BlockSize:
     """Sizes of one block for the attention unit `form` (`query_heads` or `kv_groups`).
 
     Args:
         experts: so many experts of a mixture go whole; a step then takes one channel of each of the others.
+        shared: so many channels go of what all its tokens go through.
     """
     groups = {kind: block_groups(block, kind, form) for kind in block.cut_kinds}
     steps = {kind: len(group[0]) for kind, group in groups.items()}
     step, whole, gone = {}, {}, 0
+    own: dict[str, int] = {}
     tensors = block_tensors(block)
     for kind in block.kinds:
         readers = READERS[STREAM_READERS[kind]]
@@ -56,11 +59,15 @@ def block_size(block: BlockView, form: str, experts: int = 0) -> BlockSize:
         step[kind] = (cut + block[CONSUMER[kind]].weight.numel()) // steps[kind]
         whole[kind] = sum(value.numel() for (role, _), value in tensors.items() if role in (*readers, CONSUMER[kind]))
     if block.mixture:
-        mlp = sum(value.numel() for (role, _), value in tensors.items() if role_and_part(role)[1])
-        expert = sum(value.numel() for (role, _), value in tensors.items() if role_and_part(role)[1] == "0")
-        gone, left = expert * experts, expert * (len(block.expert_parts) - experts)
-        step["channels"], whole["channels"] = left // steps["channels"], mlp - gone
-    return BlockSize(block.index, sum(whole.values()) + gone, step, steps, whole, experts if gone else 0, gone)
+        parts = dict.fromkeys(block.module.parts, 0)  # part -> its parameters
+        for (role, _), value in tensors.items():
+            if part := role_and_part(role)[1]:
+                parts[part] += value.numel()
+        common = shared * parts[SHARED] // block[role_of("down", SHARED)].in_features if SHARED in parts else 0
+        gone, left = parts["0"] * experts + common, parts["0"] * (len(block.expert_parts) - experts)
+        step["channels"], whole["channels"] = left // steps["channels"], sum(parts.values()) - gone
+        own = {"experts": experts, "shared": shared if SHARED in parts else 0}
+    return BlockSize(block.index, sum(whole.values()) + gone, step, steps, whole, gone=gone, **own)
 
 
 def widths_after(widths: Widths, counts: dict[UnitKey, int], index: int, form: str) -> Widths:
@@ -68,7 +75,8 @@ def widths_after(widths: Widths, counts: dict[UnitKey, int], index: int, form: s
     steps, channels = (counts.get((index, kind), 0) for kind in UNIT_KINDS)
     widths = replace(widths, channels=widths.channels - channels)
     if isinstance(widths, ExpertWidths):
-        widths = replace(widths, experts=widths.experts - counts.get((index, EXPERTS), 0))
+        experts, shared = (counts.get((index, kind), 0) for kind in (EXPERTS, SHARED))
+        widths = replace(widths, experts=widths.experts - experts, shared=widths.shared - shared)
     if not steps:
         return widths
     per = widths.query_heads // widths.kv_heads  # query heads per KV head

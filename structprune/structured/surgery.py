@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from structprune.models.adapter import Adapter, BlockView, UnitKey, set_widths
-from structprune.models.experts_structprune import MLP_ROLES, role_of
+from structprune.models.experts_structprune import MLP_ROLES, SHARED, role_of
 from structprune.models.maps import in_place_of
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.placement import give_back_memory
@@ -82,7 +82,8 @@ def _cut_block(
             module = model.get_submodule(name)
             assert isinstance(module, nn.Linear)
             units = kept.channels if kind == "channels" else _heads(module, name in members.inputs, block, kept)
-            units = kept.of_expert(int(part), block.widths.channels) if part else units
+            if part:
+                units = kept.shared if part == SHARED else kept.of_expert(int(part), block.widths.channels)
             index = expand(units, 1 if kind == "channels" else block.head_dim).to(module.weight.device)
             _cut(state, name, index, name in members.inputs)
     if block.mixture and kept.channels:
@@ -90,11 +91,11 @@ def _cut_block(
 
 
 def kept_parts(block: BlockView, kept: BlockPlan) -> list[tuple[str, str]]:
-    """(kind of unit, expert) of all that stays in part or whole; the expert is "" but for channels of a mixture."""
+    """(kind of unit, part) of all that stays in part or whole; the part is "" but for channels of a mixture."""
     if not block.mixture:
         return [(kind, "") for kind in kept.kinds]
-    experts = kept.experts if kept.channels else ()
-    return [(kind, "") for kind in kept.kinds if kind != "channels"] + [("channels", str(each)) for each in experts]
+    parts = [*map(str, kept.experts), *([SHARED] if kept.shared else [])] if kept.channels else []
+    return [(kind, "") for kind in kept.kinds if kind != "channels"] + [("channels", part) for part in parts]
 
 
 def _keep_experts(state: dict[str, torch.Tensor], block: BlockView, experts: tuple[int, ...]) -> None:

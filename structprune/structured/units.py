@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from structprune.models.adapter import CONSUMER, BlockView, UnitKey
-from structprune.models.experts_structprune import role_of
+from structprune.models.adapter import CONSUMER, BlockView, ExpertWidths, UnitKey
+from structprune.models.experts_structprune import SHARED, role_of
 from structprune.structured.paths import step_groups
 
 Tensors = dict[tuple[str, str], torch.Tensor]  # (role, "weight" or "bias") -> a tensor of that parameter's shape
@@ -19,11 +19,11 @@ class Units:
     kind: str  # "attention" or "channels"
     groups: list[list[int]]  # unit indices; a removal step takes one unit of every group (`paths.step_groups`)
     form: str  # the attention unit, `query_heads` or `kv_groups`
-    part: str = ""  # number of the expert that the channels are of
+    part: str = ""  # of a mixture that the channels are of: the number of an expert, or `SHARED`
 
     @classmethod
     def of(cls, block: BlockView, kind: str, form: str, part: str = "") -> "Units":
-        return cls(block, kind, block_groups(block, kind, form), form, part)
+        return cls(block, kind, block_groups(block, kind, form, part), form, part)
 
     @property
     def key(self) -> UnitKey:
@@ -52,20 +52,22 @@ class Units:
 
 
 def all_units(blocks: list[BlockView], form: str) -> list[Units]:
-    """The units of every block, kind and expert, in the order of the forward pass."""
+    """The units of every block, kind and part of a mixture, in the order of the forward pass."""
     units = []
     for block in blocks:
         units += [Units.of(block, kind, form) for kind in block.kinds]
-        units += [Units.of(block, "channels", form, part) for part in block.expert_parts]
+        units += [Units.of(block, "channels", form, part) for part in block.module.parts]
     return units
 
 
-def block_groups(block: BlockView, kind: str, form: str) -> list[list[int]]:
+def block_groups(block: BlockView, kind: str, form: str, part: str = "") -> list[list[int]]:
     """Units of one kind in step groups: one group per KV head for query heads of a GQA block, else one group.
 
-    Channels are those of the MLP, or of one expert.
+    Channels are those of the MLP, or of one part of a mixture.
     """
     widths = block.widths
+    if part == SHARED and isinstance(widths, ExpertWidths):
+        return step_groups(widths.shared, 1)
     if kind == "channels":
         return step_groups(widths.channels, 1)
     if form == "kv_groups":
