@@ -147,7 +147,7 @@ def gap_pair(gaps):
     def make(family: str = "llada", **changes):
         values = tiny_values(family, **changes)
         gapped, whole = build_model(values | gaps(family), 5), build_model(values | fourth(family), 6)
-        state, consumers = gapped.state_dict(), ("attn_out", "ff_out", "o_proj", "down_proj")
+        state, consumers = gapped.state_dict(), ("attn_out", "ff_out", "o_proj", "dense", "down_proj")
         with torch.no_grad():
             for name, parameter in whole.named_parameters():
                 if name in state:

@@ -57,4 +57,4 @@ VALUES = {
     "nemotron-labs": NEMOTRON, "llada2": LLADA2,
 }  # fmt: skip
 DENSE = ["llada", "dream", "a2d-qwen3", "sdar", "nemotron-labs"]  # one family for each kind of pass and layer
-GRAPHS = [*DENSE, "llada-moe"]
+GRAPHS = [*DENSE, "llada-moe", "llada2"]

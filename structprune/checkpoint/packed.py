@@ -66,7 +66,7 @@ def choose_packing(masks: Masks, model: DiffusionLM, itemsize: int) -> Packing:
     Raises:
         UserError: masks of another model, a family whose code refuses no release, or no weight that becomes smaller.
     """
-    adapter, state = Adapter(model), model.state_dict()
+    adapter, state, masks = Adapter(model), model.state_dict(), masks.split(model)
     if not auto_map(adapter.family) or not isinstance(model.config, LayoutConfig):
         reason = f"files that define family '{adapter.family.name}' and refuse releases that would misread it"
         raise UserError(f"--format {FORMAT} needs {reason}: leave it out")

@@ -91,7 +91,7 @@ def mask_adapters(peft_model: nn.Module, masks: Masks) -> Iterator[None]:
         UserError: as `keep_zeros`; or an adapter on a masked weight is merged already, or is not plain LoRA, such as
             DoRA, so that its delta cannot be masked.
     """
-    layers = _lora_layers(peft_model, masks)
+    layers, masks = _lora_layers(peft_model, masks), masks.split(peft_model)
     for name, layer in layers:
         if layer.merged:
             raise UserError(f"'{name}' has merged adapters, which have filled its zeros: call unmerge_adapter() first")
@@ -127,6 +127,7 @@ def _open(model: nn.Module, masks: Masks) -> dict[nn.Parameter, _Removed]:
     if not masks.packed:
         raise UserError("the masks name no weight: there is no zero to keep")
     masks.apply(model)
+    masks = masks.split(model)
     return {
         weight: _Removed(masks.packed[name], weight.shape[1])
         for name, weights in masks.find(model).items()

@@ -13,6 +13,8 @@ from torch import nn
 
 from structprune.errors import UserError, nearest
 from structprune.files import first_line
+from structprune.models.joined import joined_names
+from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.tensor_files import write_tensors
 
 FORMAT = "structprune-masks-1"
@@ -152,6 +154,34 @@ class Masks:
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
 
+    def split(self, model: nn.Module) -> "Masks":
+        """Under the names of a model, plain or wrapped, that has apart what files join (`Family.joined`)."""
+        bare = next((module for module in model.modules() if isinstance(module, DiffusionLM)), None)
+        packed, shapes = dict(self.packed), dict(self.shapes)
+        for name, parts in (joined_names(bare) if bare else {}).items():
+            if name not in packed or len(packed[name]) != sum(parts.values()):
+                continue
+            rows, (_, columns) = packed.pop(name).split(list(parts.values())), shapes.pop(name)
+            packed |= dict(zip(parts, rows))
+            shapes |= {part: (count, columns) for part, count in parts.items()}
+        return Masks(packed, shapes)
+
+    def joined(self, model: DiffusionLM) -> "Masks":
+        """The inverse of `split`: as in files of the family's own layout. A part without a mask is kept whole."""
+        packed, shapes = dict(self.packed), dict(self.shapes)
+        for name, parts in joined_names(model).items():
+            columns = next((self.shapes[part][1] for part in parts if part in self.shapes), None)
+            if columns is None:
+                continue
+            whole = [
+                packed.pop(part) if part in packed else pack_bits(torch.ones(count, columns, dtype=torch.bool))
+                for part, count in parts.items()
+            ]
+            packed[name] = torch.cat(whole)  # (O, ceil(C / 8))
+            shapes = {key: shape for key, shape in shapes.items() if key not in parts}
+            shapes[name] = (len(packed[name]), columns)
+        return Masks(packed, shapes)
+
     def find(self, model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
         """The weights of a model, plain or wrapped, that each mask is for, with their full names.
 
@@ -164,7 +194,7 @@ class Masks:
         for full, weight in model.named_parameters(remove_duplicate=False):
             known.setdefault(plain_name(full), []).append((full, weight))
         matches = {}
-        for name, shape in self.shapes.items():
+        for name, shape in self.split(model).shapes.items():
             matches[name] = known.get(plain_name(name), [])
             if not matches[name]:
                 hint = nearest(name, list(known))
@@ -182,9 +212,10 @@ class Masks:
         Raises:
             UserError: a weight is missing, has another shape, or is not in memory whole.
         """
+        packed = self.split(model).packed
         for name, weights in self.find(model).items():
             for _, weight in weights:
-                keep = unpack_bits(self.packed[name].to(weight.device), weight.shape[1])  # (O, C)
+                keep = unpack_bits(packed[name].to(weight.device), weight.shape[1])  # (O, C)
                 weight.masked_fill_(~keep, 0)  # a product would leave -0 and NaN
 
     def _check_name(self, name: str) -> None:

@@ -20,15 +20,17 @@ def joined_names(model: DiffusionLM) -> dict[str, dict[str, int]]:
 
     Empty of most families. Biases are joined as weights are.
     """
-    family, state = family_of(model.config), model.state_dict()
+    family = family_of(model.config)
     names: dict[str, dict[str, int]] = {}
     for index, block in enumerate(model.blocks):
         prefix = f"{family.blocks}.{index}"
         for path, roles in family.joined.items():
+            linears = {f"{prefix}.{block.roles[role]}": block.part(role) for role in roles if role in block.roles}
             for kind in ("weight", "bias"):
-                parts = [f"{prefix}.{block.roles[role]}.{kind}" for role in roles if role in block.roles]
-                if parts and all(part in state for part in parts):
-                    names[f"{prefix}.{path}.{kind}"] = {part: len(state[part]) for part in parts}
+                # of an adapter around a linear too, whose weight has another name
+                if linears and all(getattr(linear, kind, None) is not None for linear in linears.values()):
+                    rows = {f"{part}.{kind}": linear.out_features for part, linear in linears.items()}
+                    names[f"{prefix}.{path}.{kind}"] = rows
     return names
 
 

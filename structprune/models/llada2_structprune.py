@@ -54,19 +54,19 @@ class StructpruneLLaDA2Config(StructpruneDreamConfig):
     ):  # fmt: skip
         if shared_intermediate_size is None:
             shared_intermediate_size = (num_shared_experts or 0) * moe_intermediate_size
-        if kwargs.get("per_layer_config") is None and first_k_dense_replace:
-            plain = {"moe_intermediate_size": intermediate_size, "num_experts": 0, "shared_intermediate_size": 0}
-            kwargs["per_layer_config"] = {
-                str(index): dict(plain) for index in range(min(first_k_dense_replace, num_hidden_layers))
-            }
+        layers = {str(int(index)): widths for index, widths in (kwargs.pop("per_layer_config", None) or {}).items()}
+        plain = {"moe_intermediate_size": intermediate_size, "num_experts": 0, "shared_intermediate_size": 0}
+        for index in map(str, range(min(first_k_dense_replace or 0, num_hidden_layers))):
+            layers[index] = plain | layers.get(index, {})
+        if layers:
+            kwargs["per_layer_config"] = layers
         self.moe_intermediate_size, self.num_experts = moe_intermediate_size, num_experts
         self.shared_intermediate_size, self.num_experts_per_tok = shared_intermediate_size, num_experts_per_tok
         self.n_group, self.topk_group, self.routed_scaling_factor = n_group, topk_group, routed_scaling_factor
         self.partial_rotary_factor, self.block_size = partial_rotary_factor, 32 if block_size is None else block_size
         if type(self.block_size) is not int or self.block_size < 1:
             raise ValueError(f"block_size = {block_size!r} is no number of tokens")
-        own = [widths.get("num_experts", 0) for widths in (kwargs.get("per_layer_config") or {}).values()]
-        for experts in {num_experts, *own} - {0}:
+        for experts in {num_experts, *(widths.get("num_experts", 0) for widths in layers.values())} - {0}:
             check_groups(experts, num_experts_per_tok, n_group, topk_group)
         super().__init__(
             intermediate_size=intermediate_size or moe_intermediate_size, num_hidden_layers=num_hidden_layers,

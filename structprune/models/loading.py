@@ -35,6 +35,7 @@ class Source:
     values: dict  # contents of config.json
     dtype: torch.dtype  # of the stored weights
     name: str = ""  # the Hub id, or the directory's own name
+    joins: bool = False  # its files hold weights in one that the model has apart (`Family.joined`)
 
 
 def source_of(model: DiffusionLM) -> Source:
@@ -124,10 +125,11 @@ def load_model(
         check_dtypes(headers, values, directory)
         check_shapes(model, split_stored(model, headers, directory), directory)
     chosen = torch.float32 if dtype is None and device.type == "cpu" else as_dtype(None if dtype == "auto" else dtype)
-    state: dict[str, torch.Tensor] = {}
+    state, joins = dict[str, torch.Tensor](), False
     dtypes: list[torch.dtype] = []  # of the first shard's tensors as stored
     for name in names:  # cast shard by shard, so that no second copy of the whole model is in memory
-        shard = split_stored(model, _read_shard(directory / name, values), directory / name)
+        shard, joined = _read_split(model, directory / name, values)
+        joins |= joined
         dtypes = dtypes or [tensor.dtype for tensor in shard.values()]
         stored = max(dtypes, key=dtypes.count)
         state |= {key: shard.pop(key).to(device, chosen or stored) for key in list(shard)}
@@ -135,7 +137,7 @@ def load_model(
     check_followers(model, state, directory)
     model.load_state_dict({name: state.pop(name) for name in model.stored_state()}, assign=True)
     model.config.dtype = chosen or stored
-    model.source = Source(directory, values, stored, source_name(source, directory))
+    model.source = Source(directory, values, stored, source_name(source, directory), joins)
     return model.eval()
 
 
@@ -161,7 +163,8 @@ def map_model(
     with torch.device("meta"):
         model = family.model_class(config)
     names = shard_names(directory)
-    headers = split_stored(model, read_headers(directory, names), directory)
+    raw = read_headers(directory, names)
+    headers = split_stored(model, raw, directory)
     check_dtypes(headers, values, directory)
     check_shapes(model, headers, directory)
     needed = model.state_dict().keys()
@@ -177,7 +180,7 @@ def map_model(
     check_followers(model, state, directory)
     model.load_state_dict({name: state[name] for name in model.stored_state()}, assign=True)
     model.config.dtype = chosen
-    model.source = Source(directory, values, stored, source_name(source, directory))
+    model.source = Source(directory, values, stored, source_name(source, directory), headers.keys() != raw.keys())
     return model.eval()
 
 
@@ -231,6 +234,13 @@ def check_dtypes(
             f"{directory}: {shown(name)} is {kind}, but weights must be one of {', '.join(DTYPES)}: give the checkpoint"
             " as it was before it was quantised or converted"
         )
+
+
+def _read_split(model: DiffusionLM, path: Path, values: dict) -> tuple[dict[str, torch.Tensor], bool]:
+    """A shard's tensors under the model's own names, and whether it joins any."""
+    raw = _read_shard(path, values)
+    shard = split_stored(model, raw, path)
+    return shard, shard.keys() != raw.keys()
 
 
 def _read_shard(path: Path, values: dict) -> dict[str, torch.Tensor]:

@@ -21,6 +21,7 @@ from structprune.masking.request import MaskRequest
 from structprune.masking.scores.wanda import wanda_scores
 from structprune.models.adapter import Adapter, BlockView
 from structprune.models.journal import NOWHERE, Journal
+from structprune.models.loading import source_of
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.progress import Track, untracked
 from structprune.runs.budget import within_memory
@@ -54,8 +55,9 @@ class Masked:
         Raises:
             UserError: as `structprune.checkpoint.masked.save_masked`.
         """
+        masks = self.masks.joined(self.model) if source_of(self.model).joins else self.masks
         files: dict[str, Content] = {
-            "masks.safetensors": self.masks.save,
+            "masks.safetensors": masks.save,
             "report.json": self.report,
             "README.md": mask_card(self.report),
         }

@@ -165,4 +165,4 @@ class RecoveryPlan:
     def _masks(self) -> Masks | None:
         """The masks of a checkpoint whose zeros must stay."""
         path = self._ghosts[0].directory / "masks.safetensors"
-        return Masks.load(path) if path.exists() else None
+        return Masks.load(path).split(self._ghosts[0].model) if path.exists() else None

@@ -45,7 +45,7 @@ def test_every_score_and_refit(gap_pair, run, family, name):
     gapped, whole = gap_pair(family)
     ours, theirs = (run(model, RUNS[name]) for model in (gapped, whole))
     names = [block.names[role] for block in Adapter(gapped).blocks for role in block.names]
-    count, every = {"llada-moe": (44, 88)}.get(family, (14, 28))  # of experts, those of each
+    count, every = {"llada-moe": (44, 88), "llada2": (62, 100)}.get(family, (14, 28))  # of experts, those of each
     assert set(ours.masks.packed) == {f"{each}.weight" for each in names}
     assert (len(names), len(theirs.masks.packed)) == (count, every)
     for weight in ours.masks.packed:

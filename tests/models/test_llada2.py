@@ -1,15 +1,19 @@
 """LLaDA2: its router by hand, its own layout with projections in one weight, and config.json of other models."""
 
+import copy
 import json
 
 import pytest
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 from structprune import load_model, save_pruned
 from structprune.checkpoint.masked import save_masked
 from structprune.config import ExportSettings, ModelSettings
+from structprune.masking import Masks, mask_adapters, merge_adapters
+from structprune.masking.masks import pack_bits
 from structprune.models.adapter import Adapter
 from structprune.models.llada2_structprune import GroupedRouter, StructpruneLLaDA2Config
 from structprune.models.loading import map_model
@@ -98,6 +102,26 @@ def test_a_masked_weight_keeps_its_place_in_the_file(tiny_checkpoint, tmp_path, 
     assert before.keys() == after.keys() and torch.equal(after[JOINED], expected)
     assert all(torch.equal(after[name], before[name]) for name in before if name != JOINED)
     assert torch.equal(load_model(out).get_parameter(APART[1]), expected[rows].float())
+
+
+def test_masks_are_known_by_the_names_of_both_layouts(tiny_checkpoint, tmp_path):
+    """A file has those of the checkpoint beside it; a model that has the parts finds them, with adapters too."""
+    model = load_model(tiny_checkpoint("llada2"))
+    keep = torch.rand(16, 32, generator=torch.Generator().manual_seed(2)) > 0.5  # (O, C)
+    masks = Masks({APART[1]: pack_bits(keep)}, {APART[1]: (16, 32)})
+    joined = masks.joined(model)
+    assert joined.shapes == {JOINED: (64, 32)} and torch.equal(joined.kept(JOINED)[32:48], keep)
+    assert joined.kept(JOINED)[:32].all() and joined.kept(JOINED)[48:].all()
+    joined.save(tmp_path / "masks.safetensors")
+    read = Masks.load(tmp_path / "masks.safetensors")
+    assert torch.equal(read.split(model).kept(APART[1]), keep)
+    config = LoraConfig(r=2, target_modules=["k_proj"], init_lora_weights=False)
+    adapted = get_peft_model(copy.deepcopy(model), config)
+    with mask_adapters(adapted, read):
+        pass
+    merged = merge_adapters(adapted, read)
+    weight = merged.get_parameter(APART[1])
+    assert (weight[~keep] == 0).all() and (weight[keep] != model.get_parameter(APART[1])[keep]).all()
 
 
 def test_blocks_are_of_32_tokens_where_nothing_is_said(tiny_checkpoint):

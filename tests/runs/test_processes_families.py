@@ -10,6 +10,9 @@ PRUNINGS = {
         "obs": ONE, "whole experts": ONE | SINKS | {"structured.experts": 1, "structured.ratio": 0.4},
         "sparsegpt": CASES["sparsegpt"], "sink-wanda": CASES["sink-wanda"],
     },
+    "llada2": {
+        "groups and shared": ONE | {"structured.experts": 2, "structured.shared": 4}, "sparsegpt": CASES["sparsegpt"],
+    },
     "sdar": {"obs": ONE, "wanda on a sink arm": ONE | SINKS, "sink-wanda": CASES["sink-wanda"]},
 }  # fmt: skip
 
