@@ -172,6 +172,7 @@ def published_config(tmp_path):
             "dream": "Dream-7B",
             "a2d-qwen3": "A2D-Qwen3-0.6B",
             "llada-moe": "LLaDA-MoE-7B-A1B",
+            "llada2": "LLaDA2.0-mini",
         }
         directory = tmp_path / names[family]
         directory.mkdir()

@@ -9,7 +9,7 @@ import torch
 
 from structprune.bench.disk_memory import DiskWeights
 from structprune.levels.cost import search_cost
-from structprune.models.adapter import Adapter
+from structprune.models.adapter import Adapter, BlockView
 from structprune.models.logits import LOGIT_BYTES
 from structprune.models.resources import Resources
 from structprune.models.transfer import PINNED_BYTES
@@ -155,7 +155,7 @@ def _scoring_bytes(dense: Adapter, request: StructuredRequest, size: Tokens, dty
     if needs == "weights":
         return 0
     if needs == "grams":  # fp32 Grams of both consumers; and a pass, or fp64 copies while the wider is inverted
-        copies = [max(1, len(block.expert_parts)) for block in dense.blocks]  # of the MLP's, one for each expert
+        copies = [max(1, len(block.module.parts)) for block in dense.blocks]  # of the MLP's, one for each part
         return max(
             4 * (a * a + n * b * b) + max(at_once, _inversion_bytes(dense, max(a, b)))
             for (a, b), n in zip(widths, copies)
@@ -212,13 +212,18 @@ def _refit_bytes(
     # fp64: a factor beside what it is made of or its copy; the weight, the best one, and the gap, twice, with what it
     # becomes. Measured on CPU at K = 2048
     solve = 16 * remaining * remaining + 40 * remaining * outputs
-    copies = max(max(1, len(block.expert_parts)) for block in side.blocks)  # all experts of a block are summed at once
-    consumer = 8 * copies * remaining * (remaining + outputs) + max(at_once, solve) + one
+    consumer = 8 * max(_consumer_sums(block, outputs) for block in side.blocks) + max(at_once, solve) + one
     producers = _producer_bytes(side, at_once) if request.reconstruct.producers else 0
     walked = max(consumer, producers) + targets + split
     if request.reconstruct.weighting != "gradient":
         return walked
     return max(walked, _backward_bytes(dense, request, dtype))  # before the walk
+
+
+def _consumer_sums(block: BlockView, outputs: int) -> int:
+    """Numbers of a Gram matrix and a target of a block's MLP; all parts of a mixture are summed at once."""
+    width = block.widths.channels
+    return max(1, len(block.module.parts)) * width * (width + outputs)
 
 
 def _producer_bytes(side: Adapter, at_once: int) -> int:

@@ -92,7 +92,8 @@ def _latency(request: StructuredRequest) -> dict | None:
 
 
 def _choice_row(adapter: Adapter, sizes, steps: int, counts: Counts, form: str) -> dict:
-    index = max(sizes, key=lambda size: len(size.step)).index  # the first block with both kinds, if there is one
+    # a block with both kinds, if there is one; of several the first of the largest
+    index = max(sizes, key=lambda size: (len(size.step), size.total)).index
     widths = widths_after(adapter.blocks[index].widths, counts, index, form)
     return {"steps": steps, **asdict(widths), "ratio": ratio_of(sizes, counts)}
 

@@ -15,7 +15,11 @@ from structprune.structured.choose import open_blocks
 
 FOLDER = Path(__file__).parents[2] / "configs"
 FILES = sorted(FOLDER.glob("*.yaml"))
-TINY = {"llada-1.5": "llada", "a2d": "a2d-qwen3"}  # a file's name -> the tiny checkpoint's, where it is another
+TINY = {
+    "llada-1.5": "llada",
+    "a2d": "a2d-qwen3",
+    "llada2-mini": "llada2",
+}  # a file's name -> the tiny checkpoint's, where it is another
 SMALL = {
     "calibration.windows": 3, "calibration.held_out": 2, "calibration.length": 16, "calibration.interval": 25,
     "structured.split_candidates": 2, "structured.split_windows": 2, "structured.rounds": 8,
@@ -24,7 +28,9 @@ SMALL = {
 
 def test_every_family_has_both_ratios():
     names = {file.stem for file in FILES}
-    families = ("llada", "llada-1.5", "mmada", "dream", "a2d", "sdar", "llada-moe", "nemotron-labs")
+    families = (
+        "llada", "llada-1.5", "mmada", "dream", "a2d", "sdar", "llada-moe", "nemotron-labs", "llada2-mini",
+    )  # fmt: skip
     assert names == {f"{family}-{ratio}" for family in families for ratio in (0.3, 0.5)}
 
 
@@ -34,7 +40,7 @@ def test_a_config_prunes_a_tiny_checkpoint_of_its_family(file, tiny_checkpoint, 
     name = file.stem.rpartition("-")[0]
     family = TINY.get(name, name)
     shipped = Config.load(file)
-    experts = {"structured.experts": 2} if shipped.structured.experts else {}  # of six
+    experts = {"structured.experts": 2} if shipped.structured.experts else {}  # of six or eight
     config = Config.load(file, SMALL | experts | {"calibration.source": str(text_path)})
     assert shipped.structured.ratio == float(file.stem.rpartition("-")[2])
     model = structprune.load_model(tiny_checkpoint(family))

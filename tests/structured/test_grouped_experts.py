@@ -198,3 +198,25 @@ def test_shared_channels_of_a_model_without_any(tiny_checkpoint):
 def test_a_plan_keeps_its_shared_channels_in_a_file(tiny_model, tmp_path):
     plan = random_plan(Adapter(tiny_model("llada2")), 3)
     assert Plan.load(plan.save(tmp_path / "plan.json")) == plan
+
+
+def test_the_public_shape_at_half_its_size(published_config):
+    """LLaDA2.0-mini, from the values of its config.json alone."""
+    values = {
+        "structured.ratio": 0.5,
+        "structured.experts": 64,
+        "structured.allocation": "uniform",
+        "structured.split": 0,
+    }
+    values |= {"structured.shared": 160, "model.mask_id": 156895}
+    result = inspect_checkpoint(published_config("llada2"), Config.load(overrides=values))
+    embeddings, attention, expert = 157184 * 2048, 2048 * 128 * (16 + 2 * 4 + 16) + 2 * 128, 3 * 2048 * 512
+    mixture = 257 * expert + 256 * 2049
+    norms = 2 * 2048
+    total = 2 * embeddings + 2048 + 20 * (attention + norms) + 19 * mixture + 3 * 2048 * 5120
+    assert result["parameters"]["before"] == total == 16_255_643_392
+    first, last = (result["blocks"][index] for index in (0, 19))
+    assert (first["before"]["channels"], first["before"]["experts"], first["after"]["shared"]) == (5120, 0, 0)
+    assert (last["before"]["experts"], last["after"]["experts"], last["after"]["shared"]) == (256, 192, 352)
+    assert result["choices"][0]["channels"] == last["after"]["channels"] == 320
+    assert result["memory"]["refit"] < 10e9  # sums of all parts of a mixture, and not of as many plain MLPs
