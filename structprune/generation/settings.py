@@ -35,20 +35,20 @@ class GenerationSettings(Section):
     """Of the choice of tokens. Default: 0, the likeliest."""
     remasking: Literal["low_confidence", "random", "sequential"] | None = None
     """Which predictions are revealed: the surest, those at random positions (LLaDA, A2D), or the first
-    (sequential: SDAR, BD3LM). Default: low_confidence."""
+    (sequential: SDAR, LLaDA2, BD3LM). Default: low_confidence."""
     cfg_scale: float | None = Field(None, ge=0)
     """LLaDA, A2D: scale of classifier-free guidance, which doubles the cost. Default: 0, off."""
     stop_at_eos: bool | None = None
-    """All but Dream: generate no block after one that holds an EOS. Default: false; only Nemotron's own code ends
-    rows."""
+    """All but Dream: generate no block after one that holds an EOS. Default: false; Nemotron's and LLaDA2's own code
+    ends rows."""
     alg: Algorithm | None = None
     """Dream: which predictions are revealed first. Default: entropy."""
     alg_temp: float | None = Field(None, ge=0)
     """Dream: draw positions at this temperature of their confidence. Default: the surest."""
     top_p: float | None = Field(None, gt=0, le=1)
-    """Dream, SDAR, BD3LM: choose among the likeliest tokens that make up this probability. Default: all."""
+    """Dream, SDAR, LLaDA2, BD3LM: choose among the likeliest tokens that make up this probability. Default: all."""
     top_k: int | None = Field(None, ge=1)
-    """Dream, SDAR, BD3LM: choose among so many likeliest tokens. Default: all."""
+    """Dream, SDAR, LLaDA2, BD3LM: choose among so many likeliest tokens. Default: all."""
     eps: float | None = Field(None, ge=0, lt=1)
     """Dream: the last time. Default: 0.001."""
     cache: Literal["none", "prefix", "dual"] = "none"

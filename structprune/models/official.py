@@ -117,7 +117,7 @@ def find_mask_id(values: dict, directory: Path, mask_id: int | None = None) -> i
         return values["mask_token_id"]
     number = _mask_in_tokenizer(directory)
     if number is None:
-        known = "LLaDA 126336, Dream 151666, A2D of Qwen3 151669"
+        known = "LLaDA 126336, Dream 151666, A2D of Qwen3 151669, LLaDA2 156895"
         remedy = f"give it with --mask-id, in Python and lm-eval as mask_id ({known})"
         raise UserError(f"{directory}: no mask id in config.json or the tokenizer: {remedy}")
     return number

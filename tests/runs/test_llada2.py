@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 import structprune
 from structprune import load_model
 from structprune.config import Config
+from structprune.generation.generate import Options
 from structprune.generation.generate import generate as denoise
 from structprune.generation.samplers import generation_settings
 from structprune.masking import Masks
@@ -95,5 +96,7 @@ def test_text_is_the_samplers_blocks(tiny_checkpoint):
     prompt = torch.tensor(structprune.load_tokenizer(model.source.directory)("The server is")["input_ids"])
     settings = generation_settings(model.config, {"gen_length": 10, "steps": 10, "threshold": 0.02})
     (text,) = denoise(model, [prompt], settings)
+    (cached,) = denoise(model, [prompt], settings, options=Options(cache="prefix"))
+    assert torch.equal(cached, text)  # blocks that are finished do not see later ones
     assert torch.equal(text[len(prompt) :], result.ids)
     assert torch.equal(model.generate(prompt[None], gen_length=10, steps=10, threshold=0.02)[0], text)
