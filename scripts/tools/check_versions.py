@@ -38,6 +38,7 @@ from structprune.config import ExportSettings
 from structprune.generation.generate import generate
 from structprune.generation.samplers import generation_settings
 from structprune.models.families import DREAM
+from structprune.models.joined import join_state
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.official import detect_family
 
@@ -63,7 +64,8 @@ def write_dense(directory: Path, values: dict) -> None:
             parameter.data.normal_(std=0.1)  # (O,)
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(values))
-    save_file(model.stored_state(), directory / "model.safetensors", metadata={"format": "pt"})
+    state = {name: torch.cat(parts) for name, parts in join_state(model, model.stored_state()).items()}
+    save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
     write_tokenizer(directory, byte_pair=family is DREAM)
 
 

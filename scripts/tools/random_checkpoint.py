@@ -8,6 +8,7 @@ import torch
 from structprune.checkpoint.atomic import whole_directory
 from structprune.checkpoint.output import write_json, write_shards
 from structprune.models.families import FAMILIES
+from structprune.models.joined import join_state
 
 LLADA = {
     "model_type": "llada", "architectures": ["LLaDAModelLM"], "activation_type": "silu", "block_type": "llama",
@@ -51,7 +52,7 @@ def write_random(directory: Path, values: dict, seed: int = 0, device: str = "cp
     dtype = getattr(torch, values["torch_dtype"])
     with torch.device("meta"):
         model = family.model_class(family.config_class(**{k: v for k, v in values.items() if k not in skipped}))
-    headers = {name: tensor.to(dtype) for name, tensor in model.stored_state().items()}
+    headers = {name: torch.cat(parts).to(dtype) for name, parts in join_state(model, model.stored_state()).items()}
     generator = torch.Generator(device).manual_seed(seed)
 
     def draw(name: str) -> torch.Tensor:
