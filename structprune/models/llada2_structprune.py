@@ -52,20 +52,27 @@ class StructpruneLLaDA2Config(StructpruneDreamConfig):
         routed_scaling_factor=2.5, partial_rotary_factor=0.5, block_size=None, rope_theta=10000.0, rms_norm_eps=1e-5,
         max_position_embeddings=16384, mask_token_id=156895, num_hidden_layers=20, **kwargs,
     ):  # fmt: skip
+        first_k_dense_replace, num_shared_experts = first_k_dense_replace or 0, num_shared_experts or 0
+        block_size = 32 if block_size is None else block_size
+        check_counts(first_k_dense_replace=first_k_dense_replace, num_shared_experts=num_shared_experts)
+        check_counts(1, block_size=block_size, n_group=n_group, topk_group=topk_group)
+        if first_k_dense_replace:
+            check_counts(1, intermediate_size=intermediate_size)
         if shared_intermediate_size is None:
-            shared_intermediate_size = (num_shared_experts or 0) * moe_intermediate_size
+            shared_intermediate_size = num_shared_experts * moe_intermediate_size
         layers = {str(int(index)): widths for index, widths in (kwargs.pop("per_layer_config", None) or {}).items()}
         plain = {"moe_intermediate_size": intermediate_size, "num_experts": 0, "shared_intermediate_size": 0}
-        for index in map(str, range(min(first_k_dense_replace or 0, num_hidden_layers))):
+        for index in map(str, range(min(first_k_dense_replace, num_hidden_layers))):
             layers[index] = plain | layers.get(index, {})
         if layers:
             kwargs["per_layer_config"] = layers
         self.moe_intermediate_size, self.num_experts = moe_intermediate_size, num_experts
         self.shared_intermediate_size, self.num_experts_per_tok = shared_intermediate_size, num_experts_per_tok
-        self.n_group, self.topk_group, self.routed_scaling_factor = n_group, topk_group, routed_scaling_factor
-        self.partial_rotary_factor, self.block_size = partial_rotary_factor, 32 if block_size is None else block_size
-        if type(self.block_size) is not int or self.block_size < 1:
-            raise ValueError(f"block_size = {block_size!r} is no number of tokens")
+        self.n_group, self.topk_group = n_group, topk_group
+        self.partial_rotary_factor, self.block_size = partial_rotary_factor, block_size
+        self.routed_scaling_factor = routed_scaling_factor
+        if type(routed_scaling_factor) not in (int, float) or not 0 < routed_scaling_factor < 1e6:
+            raise ValueError(f"routed_scaling_factor = {routed_scaling_factor!r}")
         for experts in {num_experts, *(widths.get("num_experts", 0) for widths in layers.values())} - {0}:
             check_groups(experts, num_experts_per_tok, n_group, topk_group)
         super().__init__(
@@ -116,10 +123,17 @@ class StructpruneLLaDA2Config(StructpruneDreamConfig):
         return {key: value for key, value in values.items() if key not in absent} | own
 
 
+def check_counts(least: int = 0, **counts) -> None:
+    """Raise ValueError for a value that is no whole number from `least` on, by its key."""
+    for key, value in counts.items():
+        if type(value) is not int or value < least:
+            raise ValueError(f"{key} = {value!r} is not a whole number from {least}")
+
+
 def check_groups(experts: int, top_k: int, groups: int, top_groups: int) -> None:
     """Raise ValueError unless E experts fill their groups evenly, and enough are open to a token."""
-    if min(top_k, groups, top_groups) < 1 or top_groups > groups:
-        raise ValueError(f"topk_group = {top_groups} of n_group = {groups}, num_experts_per_tok = {top_k}")
+    if top_groups > groups:
+        raise ValueError(f"topk_group = {top_groups} of n_group = {groups}")
     if experts % groups or experts // groups < least_of_group(top_k, top_groups):
         choice = f"{top_k} of a token from {top_groups} groups"
         raise ValueError(f"num_experts = {experts} in n_group = {groups}, {choice}")
