@@ -218,5 +218,6 @@ def test_the_public_shape_at_half_its_size(published_config):
     first, last = (result["blocks"][index] for index in (0, 19))
     assert (first["before"]["channels"], first["before"]["experts"], first["after"]["shared"]) == (5120, 0, 0)
     assert (last["before"]["experts"], last["after"]["experts"], last["after"]["shared"]) == (256, 192, 352)
-    assert result["choices"][0]["channels"] == last["after"]["channels"] == 320
+    # half a block less what goes whole, by channels of 192 experts: 336.4 stay, as a multiple of 32
+    assert result["choices"][0]["channels"] == last["after"]["channels"] == 352
     assert result["memory"]["refit"] < 10e9  # sums of all parts of a mixture, and not of as many plain MLPs
