@@ -150,6 +150,8 @@ class GroupedRouter(nn.Module):
     `expert_bias` (E,) is added for the choice alone. A group is as good as the sum of its two largest biased scores.
     """
 
+    frozen = ("expert_bias",)  # no gradient reaches it
+
     def __init__(self, size: int, experts: int, config):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(experts, size).normal_(std=config.initializer_range))

@@ -27,6 +27,7 @@ from structprune.progress import Track
 from structprune.recovery.folder import block_path
 from structprune.recovery.objectives import stream_error, stream_weights
 from structprune.recovery.settings import RecoverConfig
+from structprune.recovery.student import learn_all
 from structprune.recovery.text import RecoveryText
 from structprune.recovery.trainer import in_bfloat16, steps_of
 from structprune.recovery.windows import NoisyWindows
@@ -207,7 +208,7 @@ class BlockStage:
         """Train a block in place; returns its held-out error before and after, and which weights it has now."""
         visitor = self._visiting(block.module, torch.float32)
         before = self._held_out(visitor, streams)
-        visitor.requires_grad_(True)
+        learn_all(visitor)
         zeros = None if masks is None else inside(masks, f"{block.name}.")
         with keep_zeros(visitor, zeros) if zeros is not None and zeros.packed else nullcontext():
             self._steps(visitor, streams)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from structprune.evaluation.masked import masked_positions
@@ -151,6 +152,13 @@ def loss_of(
 def masked_tokens(model: DiffusionLM, input_ids: torch.Tensor, noisy_ids: torch.Tensor) -> torch.Tensor:
     """Where a token is to be predicted, (B, T) bool."""
     return masked_positions(input_ids, noisy_ids[:, None], model.config.mask_token_id)[:, 0]
+
+
+def learn_all(module: nn.Module) -> None:
+    """Let all weights learn but those that no gradient reaches, which their modules name (`frozen`)."""
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            parameter.requires_grad_(name not in getattr(part, "frozen", ()))
 
 
 @torch.no_grad()

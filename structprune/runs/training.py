@@ -38,7 +38,7 @@ from structprune.recovery.folder import adopt, last_checkpoint
 from structprune.recovery.held_out import Figures, HeldOutStudy, paired
 from structprune.recovery.lora import add_adapters, merge
 from structprune.recovery.sharded import whole_state
-from structprune.recovery.student import learning, round_to
+from structprune.recovery.student import learn_all, learning, round_to
 from structprune.recovery.teacher import LiveTeacher
 from structprune.recovery.trainer import in_bfloat16, make_trainer, passes_of, training_arguments
 from structprune.recovery.watch import Watch
@@ -172,7 +172,10 @@ class Recovery(RecoveryPlan):
         student = self.student
         torch.manual_seed(seed)
         lora = settings.method == "lora"
-        student.requires_grad_(not lora)
+        if lora:
+            student.requires_grad_(False)
+        else:
+            learn_all(student)
         model = add_adapters(student, settings, seed) if lora else student
         facts = {"seed": seed % 2**32, "cpu": self.device.type == "cpu", "bf16": in_bfloat16(settings, self.device)}
         facts["sharded"] = self.sharded

@@ -8,7 +8,7 @@ from structprune.evaluation.fidelity import likeliest_and_rest
 from structprune.models import logits as slices
 from structprune.recovery.objectives import forward_kl
 from structprune.recovery.settings import LossSettings
-from structprune.recovery.student import Lesson, learning, masked_tokens
+from structprune.recovery.student import Lesson, learn_all, learning, masked_tokens
 from structprune.recovery.teacher import LiveTeacher, Predictions
 
 MASK, LENGTH = 2047, 12
@@ -135,3 +135,17 @@ def test_the_forward_pass_is_its_own_again_afterwards(tiny_model, batch):
     before = student(batch[1]).logits
     loss(student, {"kl": 0, "cross_entropy": 1}, batch, None)
     assert torch.equal(student(batch[1]).logits, before)
+
+
+def test_what_only_decides_a_choice_does_not_learn(tiny_model):
+    """DDP waits for a gradient of every weight that learns, and the biases of a router get none."""
+    model = tiny_model("llada2")
+    model.requires_grad_(False)
+    learn_all(model)
+    still = {name for name, each in model.named_parameters() if not each.requires_grad}
+    assert still == {f"model.layers.{index}.mlp.gate.expert_bias" for index in (1, 2)}
+    ids = torch.randint(0, 90, (4, LENGTH), generator=torch.Generator().manual_seed(1))
+    noisy = ids.masked_fill(torch.arange(LENGTH) % 2 == 0, MASK)
+    loss(model, {"kl": 0, "cross_entropy": 1}, (ids, noisy, torch.full((4,), 0.5)), None).backward()
+    weights = {name: each for name, each in model.named_parameters() if "experts." not in name}  # one may see no token
+    assert {name for name, each in weights.items() if each.grad is None} == still
