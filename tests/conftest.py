@@ -173,6 +173,8 @@ def published_config(tmp_path):
             "a2d-qwen3": "A2D-Qwen3-0.6B",
             "llada-moe": "LLaDA-MoE-7B-A1B",
             "llada2": "LLaDA2.0-mini",
+            "nemotron-labs": "Nemotron-Labs-Diffusion-3B",
+            "sdar": "SDAR-1.7B-Chat",
         }
         directory = tmp_path / names[family]
         directory.mkdir()

@@ -82,6 +82,34 @@ def test_dream_7b_by_whole_groups(published_config):
     assert abs(removed / DREAM_PROJECTIONS - 0.5) <= 128 * 3 * 3584 / DREAM_PROJECTIONS / 2
 
 
+def decoder_total(width, heads, kv_heads, channels, depth, vocabulary, norms):
+    """Parameters of a decoder without biases, heads of 128, the LM head apart; and those of a block's projections."""
+    projections = 2 * width * 128 * (heads + kv_heads) + 3 * width * channels
+    return depth * (projections + 2 * width + norms) + 2 * vocabulary * width + width, projections
+
+
+def test_sdar_and_nemotron(published_config):
+    """Half of the channels and of the KV groups of every block."""
+    shapes = {
+        "sdar": decoder_total(2048, 16, 8, 6144, 28, 151936, 2 * 128),
+        "nemotron-labs": decoder_total(3072, 32, 8, 9216, 26, 131072, 0),
+    }
+    assert [total for total, _ in shapes.values()] == [2_031_739_904, 3_831_659_520]
+    for family, (total, projections) in shapes.items():
+        config = settings(ratio=0.5, split=4, allocation="uniform", gqa="kv_groups", round_to=32)
+        result = inspect_checkpoint(published_config(family), config)
+        depth, after = len(result["blocks"]), result["blocks"][0]["after"]
+        assert result["parameters"]["before"] == total and after["kv_heads"] == 4
+        left = decoder_total(
+            *{
+                "sdar": (2048, 8, 4, after["channels"], 28, 151936, 2 * 128),
+                "nemotron-labs": (3072, 16, 4, after["channels"], 26, 131072, 0),
+            }[family]
+        )
+        assert result["parameters"]["after"] == left[0]
+        assert abs(left[1] / projections - 0.5) < 0.01 and result["block_parameters"]["before"] == depth * projections
+
+
 def sparse_shard(path, shapes):
     """A safetensors file with a true header whose gigabytes of bf16 weights are a hole in the file."""
     entries, end = {}, 0

@@ -13,6 +13,7 @@ PRUNINGS = {
     "llada2": {
         "groups and shared": ONE | {"structured.experts": 2, "structured.shared": 4}, "sparsegpt": CASES["sparsegpt"],
     },
+    "nemotron-labs": {"both uses": ONE | {"calibration.causal": 0.5}, "wanda": CASES["sink-wanda"]},
     "sdar": {"obs": ONE, "wanda on a sink arm": ONE | SINKS, "sink-wanda": CASES["sink-wanda"]},
 }  # fmt: skip
 
