@@ -19,6 +19,7 @@ from structprune.errors import UserError
 
 DENSE_TARGETS = ("producers", "head", "stream")  # keys of a refit that compare with the dense model's hidden states
 CAUSAL = "a model that is causal too (Nemotron-Labs-Diffusion)"  # what some settings need
+READING = "a score or refit that reads text"
 Idle = tuple[str, tuple[str, ...], bool, str]  # section, keys, whether they have no effect, what would give them one
 
 
@@ -54,6 +55,7 @@ def check_structured(config: Config, facts: Facts) -> None:
         ("reconstruct", ("visible", "weighting"), reconstruct.arm.startswith("clean"), "a masked reconstruct.arm"),
         ("structured", ("depth_slope",), structured.allocation != "depth", "structured.allocation = depth"),
         *_search_options(config),
+        ("calibration", ("causal",), facts.arm is None and not reconstruct.enabled, READING),
     )
     refuse_idle(config, (*idle, *_common(config, facts, facts.arm)))
 
@@ -144,6 +146,7 @@ def check_masking(config: Config, facts: Facts) -> None:
         ("masking", ("owl_threshold", "owl_spread"), masking.allocation != "owl", "masking.allocation = owl"),
         ("masking", ("depth_slope",), masking.allocation != "depth", "masking.allocation = depth"),
         ("calibration", text, not facts.reads_text, "a score, refit or held-out check that looks at text"),
+        ("calibration", ("causal",), measured is None and not reconstruct.enabled, READING),
         ("calibration", ("steps", "interval", "copies"), not noised and not calibration.replays,
          "a noisy arm, a refit or a held-out check"),
         ("memory", ("overlap", "rehearsal"), not facts.reads_text, "a forward pass"),

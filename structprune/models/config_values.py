@@ -107,6 +107,8 @@ def _check_yarn(key: str, rope: dict, where: Path | str) -> None:
         values = [f"{name} = {shown(rope[name])}" for name in names if rope.get(name) is not None]
         factor = f"{key} has {', '.join(values) or 'no mscale'}"
         raise UserError(f"{where}: {factor}: only an attention factor of 1 is supported (mscale = mscale_all_dim)")
+    if rope.get("rope_theta") is not None and not rope["rope_theta"] > 1:
+        raise UserError(f"{where}: {key}.rope_theta = {rope['rope_theta']:g} is not above 1: correct it in config.json")
     if rope.get("truncate", True) is not True:
         raise UserError(f"{where}: {key}.truncate = {shown(rope['truncate'])} is not supported (needs true)")
 

@@ -161,6 +161,7 @@ def test_queries_grow_with_their_position():
     ({"rope_parameters": ROPE | {"llama_4_scaling_beta": None}}, "llama_4_scaling_beta = None is not a number"),
     ({"rope_parameters": ROPE | {"factor": 4.0, "mscale": 0.5}}, "mscale = 0.5, mscale_all_dim = 1.0: only an"),
     ({"rope_parameters": ROPE | {"attention_factor": 2.0}}, "attention_factor = 2.0, mscale = 1.0"),
+    ({"rope_parameters": ROPE | {"rope_theta": 1.0}}, "rope_parameters.rope_theta = 1 is not above 1"),
     ({"rope_parameters": ROPE | {"truncate": False}}, "truncate = False is not supported"),
 ])  # fmt: skip
 def test_what_is_not_computed_is_refused(tiny_checkpoint, changes, message):
