@@ -34,7 +34,7 @@ INTERRUPTED = 130  # the shell's code for it, which typer returns too
 
 app = typer.Typer(
     name="structprune",
-    help="Prune masked diffusion language models (LLaDA, LLaDA-1.5, MMaDA, Dream, A2D) into smaller dense ones.",
+    help="Prune masked diffusion language models (LLaDA, Dream, A2D, SDAR, Nemotron, LLaDA2) into smaller dense ones.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",

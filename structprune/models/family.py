@@ -53,7 +53,7 @@ class Family:
         published: the key of its settings in the presets of evaluation tasks; None: there are none.
         supported: config key -> the values that the model class computes. Any other value is refused, because the
             checkpoint would load and be silently wrong.
-        rope_types: `rope_type` values that the model class computes: "default", "llama3".
+        rope_types: `rope_type` values that the model class computes: "default", "llama3", "yarn".
         ignored: keys of an official config.json that say nothing about the model.
         gguf: llama.cpp's loader; None: there is none.
         joined: linears that are one, row below row, in official files: its path in a block there -> their roles.
