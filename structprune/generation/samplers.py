@@ -216,9 +216,14 @@ def generation_settings(config, values: Mapping[str, object]) -> Generation:
     return sampler(**values)  # type: ignore[arg-type]  # checked on construction
 
 
+def begins(config) -> bool:
+    """Whether blocks of a generation begin with a token that is predicted causally, and was never a mask."""
+    return sampler_of(config).begins
+
+
 def check_states(config, option: str) -> None:
     """Raise UserError where states of a generation are not denoised step by step, which `option` asks for."""
-    if sampler_of(config).begins:
+    if begins(config):
         family = family_of(config).name
         reason = f"{family}'s blocks begin with a token that was never a mask"
         raise UserError(f"{option} is not possible for {family}: {reason}, so use forward")

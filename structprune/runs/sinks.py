@@ -12,7 +12,7 @@ from structprune.assets import text_file
 from structprune.checkpoint.output import check_output, output_draft
 from structprune.config import ModelSettings
 from structprune.errors import UserError
-from structprune.generation.samplers import Generation, check_states, low_confidence
+from structprune.generation.samplers import Generation, begins, check_states, low_confidence
 from structprune.models.placement import pick_device
 from structprune.report.plots import check_matplotlib
 from structprune.report.sink_plots import draw_all
@@ -156,7 +156,7 @@ def plan_run(subject: Subject, run: SinkRun) -> Plan:
     Raises:
         UserError: texts that are too long or too short for it, or sampler settings that it does not allow.
     """
-    forward, reverse = run.includes("forward") and not subject.causal, run.includes("reverse")
+    forward, reverse = run.includes("forward") and not subject.causal, reads_generation(subject, run)
     if run.prompt is not None:
         windows = prompts = prompt_of(subject, run.prompt, run.generated_tokens if reverse else 0)  # (1, P)
     else:
@@ -176,10 +176,17 @@ def plan_run(subject: Subject, run: SinkRun) -> Plan:
         _check_compared(subject, prompts.shape[1] + run.generated_tokens, run)
     sampler = None
     if reverse and not subject.causal:
-        check_states(subject.config, "a reverse trajectory")
+        check_states(subject.config, "a reverse trajectory (--trajectory)")
         steps = run.steps or run.generated_tokens
         sampler = low_confidence(subject.config, run.generated_tokens, steps, run.block_length)
     return Plan(windows if forward else None, prompts if reverse else None, sampler)
+
+
+def reads_generation(subject: Subject, run: SinkRun) -> bool:
+    """Whether a model's own generation is measured: by default, where its states are denoised step by step."""
+    if run.trajectory is None and not run.shapes_generation and not subject.causal and begins(subject.config):
+        return False
+    return run.includes("reverse")
 
 
 def _check_compared(subject: Subject, count: int, run: SinkRun) -> None:

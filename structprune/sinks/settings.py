@@ -30,7 +30,7 @@ class SinkRun:
     prompt: str | None = None
     """Generate from this instead of from the start of every window; noise levels are then those of the prompt."""
     trajectory: str | None = None
-    """forward, reverse or both; default both, for a causal LM reverse."""
+    """forward, reverse or both; default both, for a causal LM reverse, for Nemotron-Labs-Diffusion forward."""
     windows: int | None = None
     """Number N of text windows; default 8."""
     length: int | None = None
@@ -110,6 +110,11 @@ class SinkRun:
     @property
     def random_seed(self) -> int:
         return self.seed or 0
+
+    @property
+    def shapes_generation(self) -> bool:
+        """Whether an option of generation was given."""
+        return any(value is not None for value in (self.prompt, self.gen_length, self.steps, self.block_length))
 
     def includes(self, kind: str) -> bool:
         """Whether a trajectory, "forward" or "reverse", is measured."""

@@ -1,5 +1,6 @@
 """Nemotron-Labs-Diffusion: what its two uses weigh in statistics, refits and gradients."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,7 @@ from structprune.errors import UserError
 from structprune.models.adapter import Adapter
 from structprune.models.encode import encode_rows
 from structprune.refit.row_weights import WeightedRows
-from structprune.runs.resolve import resolve_structured, with_causal
+from structprune.runs.resolve import resolve_masking, resolve_structured, with_causal
 from structprune.runs.sinks import measure_sinks
 from structprune.sinks.settings import SinkRun
 from structprune.statistics.gradients import gradient_sums
@@ -109,7 +110,19 @@ def test_reverse_trajectories_are_refused(tiny_checkpoint, model, tmp_path):
         resolve_structured(Config.load(overrides={"sink.trajectory": "reverse"}), model)
     source = [str(tiny_checkpoint("nemotron-labs"))]
     small = {"sink": SinkSettings(), "windows": 2, "length": 16, "gen_length": 8}
-    with pytest.raises(UserError, match=f"a reverse trajectory {message}"):
+    with pytest.raises(UserError, match=rf"a reverse trajectory \(--trajectory\) {message}, so use forward"):
         measure_sinks(source, SinkRun(**small), tmp_path / "both", ModelSettings(device="cpu"))
-    small = {"sink": SinkSettings(), "windows": 2, "length": 16, "trajectory": "forward"}
-    assert measure_sinks(source, SinkRun(**small), tmp_path / "forward", ModelSettings(device="cpu"))
+    del small["gen_length"]  # by default, noise levels are measured alone
+    measure_sinks(source, SinkRun(**small), tmp_path / "forward", ModelSettings(device="cpu"))
+    runs = json.loads((tmp_path / "forward" / "sinks.json").read_text(encoding="utf-8"))["runs"]
+    assert [each["kind"] for each in runs] == ["forward"]
+
+
+def test_a_weight_of_the_causal_use_that_nothing_reads_is_refused(model):
+    keys = {"calibration.causal": 0.5, "reconstruct.enabled": False, "calibration.length": 11}
+    with pytest.raises(UserError, match="calibration.causal = 0.5 has no effect without a score or refit that reads"):
+        resolve_structured(Config.load(overrides=keys | {"structured.score": "magnitude"}), model)
+    masks = keys | {"method": "unstructured", "masking.score": "magnitude"}
+    with pytest.raises(UserError, match="calibration.causal = 0.5 has no effect without a score or refit that reads"):
+        resolve_masking(Config.load(overrides=masks), model)
+    assert resolve_structured(Config.load(overrides=keys | {"structured.score": "wanda"}), model)
