@@ -101,6 +101,8 @@ def check_export(config, source_values: dict | None, compat: str, option: str = 
 def check_export_request(config: Config, reads_head_dim: bool = False) -> None:
     """Raise UserError if a run's own choices rule out its export class, before the run starts.
 
+    What the model's shapes rule out is `runs.export_widths`' to find.
+
     Args:
         reads_head_dim: the family's own code takes the head size from the config, so that heads can be removed.
     """

@@ -22,6 +22,7 @@ from structprune.models.adapter import Adapter
 from structprune.models.encode import causal_weight
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.resources import resolve_resources
+from structprune.runs.export_widths import check_export_widths
 from structprune.structured.choose import check_choice, open_blocks
 from structprune.structured.depth import check_dropped
 from structprune.structured.plan import Plan
@@ -61,7 +62,7 @@ def resolve_structured(config: Config, model: DiffusionLM, dry_run: bool = False
         raise UserError(f"reconstruct.head = true is not possible for this model: {reason}: set it to false")
     return StructuredRequest(
         config=config, arm=arm, resources=resources, score=SCORES[settings.score], sizes=sizes,
-        reads_head_dim=getattr(model.config, "reads_head_dim", False),
+        dense=model.config,
     )  # fmt: skip
 
 
@@ -121,6 +122,7 @@ def at_ratio(request: StructuredRequest, ratio: float | None) -> StructuredReque
         request = with_ratio(request, ratio)
         check_choice(request.sizes, request.settings)
     check_export_request(request.config, request.reads_head_dim)
+    check_export_widths(request)
     if request.config.drops_blocks and request.settings.ratio > 0:
         check_dropped(request.sizes, request.settings)
     return request

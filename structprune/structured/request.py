@@ -1,6 +1,7 @@
 """A resolved structured run."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from structprune.config import StructuredSettings
 from structprune.statistics.request import Request
@@ -15,7 +16,12 @@ class StructuredRequest(Request):
 
     score: Score  # its row in the table
     sizes: list[BlockSize]  # of the blocks that may lose units
-    reads_head_dim: bool = False  # the family's own code takes the head size from the config
+    dense: Any  # the configuration of the model that is cut
+
+    @property
+    def reads_head_dim(self) -> bool:
+        """Whether the family's own code takes the head size from the config."""
+        return getattr(self.dense, "reads_head_dim", False)
 
     @property
     def settings(self) -> StructuredSettings:

@@ -13,7 +13,9 @@ from structprune import load_model, prune
 from structprune.config import Config
 from structprune.errors import UserError
 from structprune.models.adapter import Adapter, ExpertWidths
+from structprune.runs.checkpoints import prune_checkpoint
 from structprune.runs.inspect import inspect_checkpoint
+from structprune.runs.work import Work
 from structprune.structured.paths import even_path
 from structprune.structured.plan import Plan, identity_plan
 from structprune.structured.sizes import block_size
@@ -32,9 +34,7 @@ def random_plan(adapter: Adapter, seed: int) -> Plan:
     """Some heads of both KV heads or one of these, as many experts of each group, and channels of all that stays."""
     draw, blocks = random.Random(seed), []
     for block in identity_plan(adapter).blocks:
-        heads = draw.choice(
-            [((0, 1), (0,)), ((0, 2), (0, 1)), ((1, 3), (0, 1)), ((0, 1, 2, 3), (0, 1)), ((2, 3), (1,))]
-        )
+        heads = draw.choice(CHOICES)
         block = replace(block, query_heads=heads[0], kv_heads=heads[1])
         if not block.experts:
             channels = tuple(sorted(draw.sample(range(48), draw.randint(1, 48))))
@@ -173,6 +173,48 @@ def test_what_groups_rule_out(tiny_checkpoint, text_path, changes, said):
     values = SMALL | {"calibration.source": str(text_path), "structured.ratio": 0.3, "structured.score": "wanda"}
     with pytest.raises(UserError, match=said):
         prune(load_model(tiny_checkpoint("llada2")), Config.load(overrides=values | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "remedy"),
+    [
+        ({"structured.split": "measured"}, {"structured.split": "equal", "structured.shared": 5}),
+        ({"structured.split": 0}, {"structured.shared": 6}),
+        ({"structured.split": 1, "structured.ratio": 0.5}, {"structured.shared": 9}),
+        # 6 experts lose what two whole ones leave to lose: 9 channels of 16, of which 7 stay where 8 shared ones go
+        ({"structured.split": 0, "structured.experts": 2, "structured.ratio": 0.5}, {"structured.shared": 8}),
+    ],
+)
+@pytest.mark.parametrize("compat", ["uniform", "official"])
+def test_an_export_in_the_familys_own_keys_is_refused_with_a_remedy_that_works(
+    tiny_checkpoint, changes, remedy, compat
+):
+    """From shapes alone, before any work; what it says to set passes, and leaves shared experts as wide as others."""
+    source, values = tiny_checkpoint("llada2"), {"export.compat": compat, "structured.allocation": "uniform"}
+    values |= {"structured.ratio": 0.3} | changes
+    said = (
+        f"{compat} is not possible: its shared experts keep 16 channels, .*"
+        + r"\(set {}\); or export as free".format(" and ".join(f"{key} to {value}" for key, value in remedy.items()))
+    )
+    with pytest.raises(UserError, match=said):
+        inspect_checkpoint(source, Config.load(overrides=values))
+    after = inspect_checkpoint(source, Config.load(overrides=values | remedy))["blocks"][2]["after"]
+    assert after["channels"] == after["shared"] == SIZE - remedy["structured.shared"]
+
+
+def test_an_export_that_no_number_of_shared_channels_allows(tiny_checkpoint):
+    values = {"export.compat": "official", "structured.allocation": "uniform", "structured.ratio": 0.2}
+    values |= {"structured.split": 0, "structured.experts": 2}
+    with pytest.raises(UserError, match="no structured.shared mends that at this ratio: try one a little higher"):
+        inspect_checkpoint(tiny_checkpoint("llada2"), Config.load(overrides=values))
+
+
+def test_no_work_begins_for_an_export_that_shapes_rule_out(tiny_checkpoint, text_path, tmp_path):
+    values = SMALL | {"calibration.source": str(text_path), "structured.ratio": 0.3, "export.compat": "official"}
+    config, work = Config.load(overrides=values | {"structured.allocation": "uniform"}), tmp_path / "out.work"
+    with pytest.raises(UserError, match="its shared experts keep 16 channels"):
+        prune_checkpoint(str(tiny_checkpoint("llada2")), tmp_path / "out", config, work=Work(work))
+    assert not any(tmp_path.glob("out*"))
 
 
 @pytest.mark.parametrize(
