@@ -108,7 +108,8 @@ Dtype = Annotated[
 ]
 MaskId = Annotated[int | None, typer.Option(help="Mask token id, if the checkpoint does not name one.")]
 BlockSize = Annotated[
-    int | None, typer.Option(help="Tokens of a block, of an A2D checkpoint trained as BD3LM (dllm's: 32).")
+    int | None,
+    typer.Option(help="Tokens of a block, of a block diffusion checkpoint that does not say so (dllm's: 32)."),
 ]
 Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Also read .bin shards (weights only).")]
 Overwrite = Annotated[

@@ -30,8 +30,8 @@ class ModelSettings(Section):
     mask_id: int | None = None
     """The mask token's id, if neither config.json nor the tokenizer names one."""
     block_size: int | None = Field(None, ge=1)
-    """Tokens of a block, of an A2D checkpoint that was trained as BD3LM, whose config.json does not say so (dllm's:
-    32). Default: config.json's, and without one full attention."""
+    """Tokens of a block, of a block diffusion checkpoint whose config.json does not say so (dllm's A2D: 32). Default:
+    config.json's; without one A2D has full attention, and LLaDA2 blocks of 32."""
     allow_pickle: bool = False
     """Also read .bin shards (weights only)."""
 

@@ -49,7 +49,8 @@ def check_values(values: dict, family: Family, where: Path | str) -> None:
     """
     for key in family.required:
         if type(values.get(key)) is not int or values[key] < 1:
-            raise UserError(f"{where}: config.json has no positive integer '{key}', which {family.name} needs: add it")
+            reason = f"config.json has no positive integer '{key}', which {family.name} needs"
+            raise UserError(f"{where}: {reason}: add it" + ", or give it with --block-size" * (key == "block_size"))
     roles = {**family.width_keys, **family.keys}
     for key, (low, high) in ({key: LIMITS[role] for role, key in roles.items()} | WHOLE).items():
         if values.get(key) is not None:

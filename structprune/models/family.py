@@ -7,7 +7,7 @@ from typing import Literal
 
 from transformers import PretrainedConfig
 
-from structprune.models.blockwise_structprune import BlockDiffusion
+from structprune.models.blockwise_structprune import PairTraining
 from structprune.models.modeling_structprune import DiffusionLM
 
 Schedule = Literal["levels", "uniform"]
@@ -87,5 +87,8 @@ class Family:
 
     @property
     def in_blocks(self) -> bool:
-        """Whether its models are block diffusion LMs, of blocks of a known size."""
-        return issubclass(self.model_class, BlockDiffusion)
+        """Whether its models are block diffusion LMs, which `block_size` of the config belongs to.
+
+        A model may read a sequence in blocks or in one piece; it is trained, and generates, block by block.
+        """
+        return issubclass(self.model_class, PairTraining)

@@ -109,7 +109,7 @@ def load_model(
         mask_id: where neither config nor tokenizer has the mask token's id.
         allow_pickle: also read `.bin` shards, with `torch.load(weights_only=True)`.
         code: also download a Hub id's Python and other files (`locate`), for outputs that keep them.
-        block_size: tokens of a block, of a checkpoint that was trained in blocks and does not say so (A2D's BD3LM).
+        block_size: tokens of a block, of a block diffusion checkpoint whose config.json does not say so.
     Returns:
         A `transformers.PreTrainedModel` in eval mode; `model.source` says where it came from.
     Raises:

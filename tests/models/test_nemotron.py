@@ -16,6 +16,7 @@ from structprune.generation.generate import Options, generate
 from structprune.generation.samplers import generation_settings
 from structprune.models.blockwise_structprune import pair_mask
 from structprune.models.encode import Batches, encode_noisy
+from structprune.models.families import FAMILIES, family_of
 from structprune.models.nemotron_structprune import query_scale, yarn_frequencies
 from structprune.models.rotary_structprune import rotate
 from structprune.runs.evaluate import evaluate
@@ -150,8 +151,22 @@ def test_queries_grow_with_their_position():
     assert torch.allclose(rotate(x, cos, sin, scale)[0, 1, :, 0], torch.tensor(logs))
 
 
+def test_the_size_of_blocks_can_be_given(tiny_checkpoint, tmp_path):
+    """Where config.json says none, as of any block diffusion family; what is written says it."""
+    source = tiny_checkpoint("nemotron-labs", block_size=None)
+    model = load_model(source, block_size=8)
+    assert model.layout.size == model.config.block_size == 8 and family_of(model.config).in_blocks
+    sized = {family.name for family in FAMILIES if "block_size" in family.config_class().to_dict()}
+    assert sized == {family.name for family in FAMILIES if family.in_blocks} > {"nemotron-labs", "sdar", "llada2"}
+    assert load_model(save_pruned(model, tmp_path / "out")).layout.size == 8
+    with pytest.raises(UserError, match="--block-size 64 .* is not a number of tokens below the model's 64 positions"):
+        load_model(source, block_size=64)
+    with pytest.raises(UserError, match="config.json has block_size = 4: leave out --block-size 8"):
+        load_model(tiny_checkpoint("nemotron-labs", name="said"), block_size=8)
+
+
 @pytest.mark.parametrize("changes, message", [
-    ({"block_size": None}, "config.json has no positive integer 'block_size', which nemotron-labs needs"),
+    ({"block_size": None}, "no positive integer 'block_size', which nemotron-labs needs: .*--block-size"),
     ({"dlm_paradigm": "autoregressive"}, "dlm_paradigm = 'autoregressive' is not supported"),
     ({"sliding_window": 64}, "sliding_window = 64 is not supported"),
     ({"ar_loss_weight": -1}, "ar_loss_weight = -1 is not a number from 0"),
