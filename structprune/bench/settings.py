@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from structprune.errors import UserError, nearest
-from structprune.generation.cached import CACHES, check_cache
+from structprune.generation.cached import CACHES, caches_of, check_cache
 from structprune.generation.samplers import Generation, free_options, generation_settings
 from structprune.generation.settings import BLOCK_LENGTH
 
@@ -123,7 +123,7 @@ class BenchSettings:
             UserError: one that does not work with the sampler.
         """
         if ALL in self.caches:
-            return CACHES if generation.blocks > 1 else CACHES[:-1]
+            return caches_of(generation)
         for name in self.caches:
             check_cache(name, generation)
         return tuple(name for name in CACHES if name in self.caches)

@@ -34,7 +34,10 @@ Lengths = Annotated[
     str, typer.Option(metavar="LIST", help="Tokens per sequence, generated ones included; commas between.")
 ]
 Compile = Annotated[bool, typer.Option("--compile", help="Also measure with torch.compile (without caches).")]
-CACHES = "Caches of generation: none (full recomputation), prefix, dual, or all. Caches are approximate."
+CACHES = (
+    "Caches of generation: none (full recomputation), prefix, dual, or all that apply to the model. Caches are"
+    " approximate, but exact in block diffusion."
+)
 Cache = Annotated[str, typer.Option(metavar="LIST", help=CACHES)]
 GenLength = Annotated[int, typer.Option(help="Tokens to generate; 0 measures no generation.")]
 Steps = Annotated[int, typer.Option(help="Denoising steps of a generation.")]

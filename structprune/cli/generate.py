@@ -34,7 +34,12 @@ Threshold = Annotated[
     float | None, typer.Option(help="Also reveal every prediction with at least this probability: fewer steps.")
 ]
 Temperature = Annotated[float | None, typer.Option(help="Of the choice of tokens.", show_default="0, the likeliest")]
-Cache = Annotated[str | None, typer.Option(help="none, prefix or dual: faster, and approximate.", show_default="none")]
+Cache = Annotated[
+    str | None,
+    typer.Option(
+        help="none, prefix or dual: faster, and approximate, but exact in block diffusion.", show_default="none"
+    ),
+]
 Seed = Annotated[int | None, typer.Option(help="Random seed, where anything is drawn.", show_default="0")]
 Json = Annotated[bool, typer.Option("--json", help="A line of JSON for every prompt.")]
 ConfigFile = Annotated[

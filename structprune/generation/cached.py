@@ -28,10 +28,15 @@ from structprune.models.modeling_structprune import DiffusionLM
 CACHES = ("none", "prefix", "dual")
 
 
+def caches_of(settings: Generation) -> tuple[str, ...]:
+    """The caches that a sampler can use, `none` first: without `dual` where nothing behind a block is seen."""
+    return CACHES[:-1] if settings.blocks == 1 or settings.sealed else CACHES
+
+
 def check_cache(cache: str, settings: Generation) -> None:
     """Raise UserError for a cache that is unknown, or would do the same as another."""
     check_one_of("cache", cache, CACHES)
-    if cache == "dual" and (settings.blocks == 1 or settings.sealed):
+    if cache not in caches_of(settings):
         reason = settings.single_block
         raise UserError(f"cache 'dual' keeps what follows a block, but {reason}: use prefix, which does the same")
 

@@ -44,7 +44,8 @@ class Options:
     record: Callable[[Step], None] | None = None
     """Called before every forward pass."""
     cache: str = "none"
-    """`none`; `prefix` or `dual` cache keys and values while a block is denoised: faster, and approximate."""
+    """`none`; `prefix` or `dual` cache keys and values while a block is denoised: faster, and approximate, but exact in
+    block diffusion."""
     refresh: int | None = None
     """Steps after which the cache is rebuilt within a block; default never."""
 

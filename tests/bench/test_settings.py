@@ -43,11 +43,14 @@ def test_generation_of_a_family(tiny_model):
         BenchSettings(steps=6).generation(llada)
 
 
-def test_caches_of_a_sampler():
+def test_caches_of_a_sampler(tiny_model):
     blocks, one = LLaDAGeneration(16, 4, 8), LLaDAGeneration(16, 4, 16)
     everything = BenchSettings(caches=("all",))
     assert everything.caches_of(blocks) == ("none", "prefix", "dual")
     assert everything.caches_of(one) == everything.caches_of(DreamGeneration(16, 4)) == ("none", "prefix")
+    for family in ("sdar", "llada2", "a2d-qwen3-blocks", "nemotron-labs"):  # of blocks that see none behind them
+        several = BenchSettings(gen_length=16, steps=4).generation(tiny_model(family).config)
+        assert several.blocks == 4 and everything.caches_of(several) == ("none", "prefix")
     assert BenchSettings(caches=("dual", "none")).caches_of(blocks) == ("none", "dual")
     with pytest.raises(UserError, match="this sampler has no blocks"):
         BenchSettings(caches=("dual",)).caches_of(DreamGeneration(16, 4))
