@@ -57,8 +57,10 @@ class Texts:
         start = () if chat else start
         for name in (*start, *end):
             if getattr(tokenizer, name) is None:
+                sides = {"behind": start, "before": end}
+                places = " and ".join(f"{side} {', '.join(names)}" for side, names in sides.items() if names)
                 raise UserError(
-                    f"this family's text is scored between BOS and EOS, and the tokenizer names no {name}: add it to"
+                    f"this family's text is scored {places}, and the tokenizer names no {name}: add it to"
                     " tokenizer_config.json"
                 )
         before, after = (tuple(getattr(tokenizer, f"{name}_id") for name in names) for names in (start, end))

@@ -70,9 +70,19 @@ def test_dream_with_a_template_has_no_bos_of_its_own(dream_tokenizer):
     assert texts.start == () and texts.end == (EOS,)
 
 
-def test_dream_needs_a_bos(tokenizer):
-    with pytest.raises(UserError, match="names no bos_token"):
-        Texts.of(tokenizer, "bos_eos")
+@pytest.mark.parametrize(
+    "edges, places", [("bos_eos", "behind bos_token and before eos_token"), ("bos", "behind bos_token")]
+)
+def test_a_bos_that_is_missing(tokenizer, edges, places):
+    with pytest.raises(UserError, match=f"text is scored {places}, and the tokenizer names no bos_token: add it to"):
+        Texts.of(tokenizer, edges)
+
+
+def test_an_eos_that_is_missing(tokenizer):
+    """Which a chat template does not replace, as it does the BOS."""
+    tokenizer.chat_template, tokenizer.eos_token = TEMPLATE, None
+    with pytest.raises(UserError, match="text is scored before eos_token, and the tokenizer names no eos_token"):
+        Texts.of(tokenizer, "bos_eos", chat=True)
 
 
 def test_the_template_opens_the_answer(tokenizer):
