@@ -167,12 +167,13 @@ class PairTraining:
         super().__init__(config)  # type: ignore[call-arg]
         self.layout = self.pairs(config.block_size)
 
-    def pair_loss(self: Any, logits, text, labels, noise):
+    def pair_loss(self: Any, logits, text, labels, noise, real=None):
         """The loss of a pass over pairs, ().
 
         Args:
             logits: (B, T, V) of noisy tokens. text: (B, T, C) hidden states of clean ones. labels: (B, T).
             noise: where tokens are masked (B, T), and mask probabilities (B,) or (B, T).
+            real: (B, T), true or 1 at real tokens of padded rows; None: all are.
         """
         return self.diffusion_loss(logits, labels, *noise)
 
@@ -200,7 +201,7 @@ class PairTraining:
             rows, context=self.layout.context(self, rows.shape, rows.device, attention_mask), keep=states
         )
         logits = self.output_head(hidden[:, :length])  # (B, T, V)
-        loss = self.pair_loss(logits, hidden[:, length:], labels, (masked, p))
+        loss = self.pair_loss(logits, hidden[:, length:], labels, (masked, p), attention_mask)
         output = MaskedLMOutput(
             loss=loss, logits=logits, hidden_states=states and (*states, hidden)
         )  # (B, 2 T, C) each

@@ -191,17 +191,23 @@ class StructpruneNemotron(PairTraining, TwofoldSampling, DiffusionLM):  # type: 
         mask = ((places[:, None] >= places) | (places[:, None] >= start))[None, None]  # (1, 1, T, T)
         return AttentionContext(context.rotary, mask if context.mask is None else mask & context.mask)
 
-    def causal_loss(self, text, labels):
+    def causal_loss(self, text, labels, real=None):
         """Mean nats of tokens that are predicted from the text before them: (B, T, C), (B, T) -> ().
 
-        Tokens with the label -100 have no loss; nor does the first, which nothing predicts.
-        """
-        logits = self.output_head(text[:, :-1]).float()  # (B, T - 1, V)
-        nats = F.cross_entropy(logits.transpose(1, 2), labels[:, 1:], reduction="sum")  # ()
-        return nats / (labels[:, 1:] != -100).sum().clamp(min=1)
+        Tokens with the label -100 have no loss; nor does the first of a row, which nothing predicts.
 
-    def pair_loss(self, logits, text, labels, noise):
+        Args:
+            real: (B, T), true or 1 at real tokens of padded rows; None: all are.
+        """
+        labels = labels[:, 1:]  # (B, T - 1)
+        if real is not None:  # a token behind padding is the first
+            labels = labels.masked_fill(~real[:, :-1].bool(), -100)
+        logits = self.output_head(text[:, :-1]).float()  # (B, T - 1, V)
+        nats = F.cross_entropy(logits.transpose(1, 2), labels, reduction="sum")  # ()
+        return nats / (labels != -100).sum().clamp(min=1)
+
+    def pair_loss(self, logits, text, labels, noise, real=None):
         """As there: the diffusion loss and the causal one, with the weights of the config."""
         weight = 1.0 if self.config.dlm_loss_weight is None else self.config.dlm_loss_weight
         loss = weight * self.diffusion_loss(logits, labels, *noise)
-        return loss + self.config.ar_loss_weight * self.causal_loss(text, labels)
+        return loss + self.config.ar_loss_weight * self.causal_loss(text, labels, real)

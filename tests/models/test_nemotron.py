@@ -151,6 +151,30 @@ def test_queries_grow_with_their_position():
     assert torch.allclose(rotate(x, cos, sin, scale)[0, 1, :, 0], torch.tensor(logs))
 
 
+@torch.no_grad()
+def test_the_first_token_behind_padding_has_no_causal_loss(model):
+    """By hand: state 0 gives token 5 half of the probability, state 1 gives all 2048 tokens the same."""
+    model.output_head.weight.zero_()[5, 0] = torch.tensor(2047.0).log()
+    text = torch.zeros(1, 3, model.config.hidden_size)  # (1, 3, C)
+    text[0, 0, 0] = text[0, 1, 1] = 1
+    labels, real = torch.tensor([[-100, 5, 9]]), torch.tensor([[0, 1, 1]])
+    half, one = (torch.tensor(float(odds)).log() for odds in (2, 2048))
+    assert torch.allclose(model.causal_loss(text, labels), (half + one) / 2)
+    assert torch.allclose(model.causal_loss(text, labels, real), one)
+
+
+@torch.no_grad()
+def test_padding_on_the_left_leaves_the_training_loss_as_it_is(model):
+    ids = torch.randint(0, 2000, (1, 12), generator=torch.Generator().manual_seed(0))  # (1, T)
+    noisy = ids.clone()
+    noisy[:, [1, 4, 6, 11]] = MASK_ID
+    expected = model(noisy, labels=ids, mask_probability=torch.tensor([0.4])).loss
+    pads = torch.full((1, 3), 7)
+    padded = {"labels": torch.cat((torch.full_like(pads, -100), ids), 1), "mask_probability": torch.tensor([0.4])}
+    padded["attention_mask"] = torch.cat((torch.zeros_like(pads), torch.ones_like(ids)), 1)
+    assert torch.allclose(model(torch.cat((pads, noisy), 1), **padded).loss, expected, atol=1e-5)
+
+
 def test_the_size_of_blocks_can_be_given(tiny_checkpoint, tmp_path):
     """Where config.json says none, as of any block diffusion family; what is written says it."""
     source = tiny_checkpoint("nemotron-labs", block_size=None)
