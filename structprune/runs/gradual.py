@@ -184,7 +184,7 @@ class ScheduleRun:
         """Raise UserError where a share of what an earlier ratio leaves cannot go, on the dense model's shapes."""
         request, ratios = resolve_structured(self._schedule.config, self._dense.model), sorted(self._schedule.ratios)
         for before, ratio in zip(ratios, ratios[1:]):
-            at_ratio(request, relative_ratio(ratio, before))
+            at_ratio(request, relative_ratio(ratio, before), cut_before=True)
 
     def plan(self) -> list[tuple[Path, dict, dict]]:
         """For every output what inspection says of the pruning and `Recovery.plan` of the training.

@@ -110,9 +110,11 @@ def backward_user(config: Config) -> str | None:
     return "reconstruct.weighting = gradient" if weighs else None
 
 
-def at_ratio(request: StructuredRequest, ratio: float | None) -> StructuredRequest:
+def at_ratio(request: StructuredRequest, ratio: float | None, cut_before: bool = False) -> StructuredRequest:
     """The request at another removed ratio (None: its own), without a plan to apply.
 
+    Args:
+        cut_before: the run will get a smaller model than the one of the request, of widths that are not known yet.
     Raises:
         UserError: no plan meets the ratio, the export class rules it out, or it leaves a search nothing to compare.
     """
@@ -122,7 +124,8 @@ def at_ratio(request: StructuredRequest, ratio: float | None) -> StructuredReque
         request = with_ratio(request, ratio)
         check_choice(request.sizes, request.settings)
     check_export_request(request.config, request.reads_head_dim)
-    check_export_widths(request)
+    if not cut_before:
+        check_export_widths(request)
     if request.config.drops_blocks and request.settings.ratio > 0:
         check_dropped(request.sizes, request.settings)
     return request

@@ -15,6 +15,7 @@ from structprune.errors import UserError
 from structprune.models.adapter import Adapter, ExpertWidths
 from structprune.runs.checkpoints import prune_checkpoint
 from structprune.runs.inspect import inspect_checkpoint
+from structprune.runs.resolve import at_ratio, resolve_structured
 from structprune.runs.work import Work
 from structprune.structured.paths import even_path
 from structprune.structured.plan import Plan, identity_plan
@@ -207,6 +208,16 @@ def test_an_export_that_no_number_of_shared_channels_allows(tiny_checkpoint):
     values |= {"structured.split": 0, "structured.experts": 2}
     with pytest.raises(UserError, match="no structured.shared mends that at this ratio: try one a little higher"):
         inspect_checkpoint(tiny_checkpoint("llada2"), Config.load(overrides=values))
+
+
+def test_widths_of_a_model_that_is_cut_before_are_left_to_its_own_run(tiny_model):
+    """A later step of a gradual run has other shapes than the dense model, by which it is checked beforehand."""
+    values = {"export.compat": "official", "structured.allocation": "uniform", "structured.split": 1}
+    request = resolve_structured(Config.load(overrides=values | {"structured.shared": 5}), tiny_model("llada2"))
+    assert at_ratio(request, 0.3).settings.ratio == 0.3  # 11 channels of each stay
+    with pytest.raises(UserError, match="its shared experts keep 11 channels, no multiple of the .* of others"):
+        at_ratio(request, 0.4)
+    assert at_ratio(request, 0.4, cut_before=True).settings.ratio == 0.4
 
 
 def test_no_work_begins_for_an_export_that_shapes_rule_out(tiny_checkpoint, text_path, tmp_path):
