@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from structprune.evaluation import results
 from structprune.evaluation.fidelity import masked_kl, reference_predictions
-from structprune.evaluation.nelbo import maskable_tokens, nelbo_of, with_causal
+from structprune.evaluation.nelbo import maskable_tokens, nelbo_of, with_next_tokens
 from structprune.evaluation.prediction_files import PredictionFiles
 from structprune.evaluation.units import TextUnit
 from structprune.models.encode import Batches
@@ -56,7 +56,7 @@ class FidelityUnit(TextUnit):
         else:
             result = masked_kl(model, ids, noisy, self.of.files.load(key, noisy[0]), batch)
         estimate = nelbo_of(result.nats, result.masked_tokens, probability, maskable_tokens(model, ids.shape[1]))
-        estimate = with_causal(estimate, model, ids, batch)
+        estimate = with_next_tokens(estimate, model, ids, batch)
         causal = None if estimate.causal is None else estimate.causal.item()
         tokens, correct, agreed = (int(each.sum()) for each in (result.masked_tokens, result.correct, result.agreed))
         numbers = (estimate.nelbo.item(), estimate.masked_nats.item(), tokens, self.copies, self.copies, correct)

@@ -61,10 +61,10 @@ def masked_nelbo(
     sums = masked_sums(model, (input_ids, noisy_ids), _cross_entropy, batch, track)  # (N, S, 2)
     tokens, nats = sums.unbind(2)  # 2 x (N, S)
     estimate = nelbo_of(nats, tokens, mask_probability, maskable_tokens(model, input_ids.shape[1]))
-    return with_causal(estimate, model, input_ids, batch)
+    return with_next_tokens(estimate, model, input_ids, batch)
 
 
-def with_causal(estimate: Nelbo, model: DiffusionLM, input_ids: torch.Tensor, batch: int | Batches) -> Nelbo:
+def with_next_tokens(estimate: Nelbo, model: DiffusionLM, input_ids: torch.Tensor, batch: int | Batches) -> Nelbo:
     """The estimate with what the next token costs, of a model that is causal too; arguments as `masked_nelbo`."""
     if not model.layout.causal:
         return estimate

@@ -102,11 +102,11 @@ class ScheduleRun:
         self._dense = read_ghost(source, schedule.config.model)
         self._schedule = schedule = replace(schedule, recovery=with_length(schedule.recovery, [self._dense]))
         ghosts = (self._dense, self._dense)  # no training changes shapes of its text or settings
-        self._cache = check_request(ghosts, schedule.recovery, session)
+        settings, self._cache = check_request(ghosts, schedule.recovery, session)
         if is_sharded():  # what is masked has zeros that the dense model, in the student's place here, has not
             train, windows = schedule.recovery.train, schedule.recovery.data.held_out
             check_sharded(train.method, schedule.config.method != "structured", session.workers.count, windows)
-        recovery = Recovery(ghosts, schedule.recovery, self._cache, session)
+        recovery = Recovery(ghosts, settings, self._cache, session)
         count = schedule.parts
         self._trainings = {
             ratio: recovery.part(index % count, count) for index, ratio in enumerate(self._outputs)

@@ -98,23 +98,26 @@ def checked(
     """A recovery that can be run, or planned with; no weights are read. Arguments and errors as `recover`."""
     ghosts = read_ghost(pruned, config.model), read_ghost(teacher, config.model)
     config = with_length(config, ghosts)
-    cache = check_request(ghosts, config, session)
+    config, cache = check_request(ghosts, config, session)
     session.workers.first(lambda: check_places(out, ghosts, overwrite, cache))
     return Recovery(ghosts, config, cache, session)
 
 
-def check_request(ghosts: tuple[Ghost, Ghost], config: RecoverConfig, session: Session) -> Path | None:
+def check_request(
+    ghosts: tuple[Ghost, Ghost], config: RecoverConfig, session: Session
+) -> tuple[RecoverConfig, Path | None]:
     """Raise UserError for models and settings that do not go together, wherever the output is.
 
     Returns:
-        The directory of the teacher's predictions; None: it predicts on the way.
+        The configuration with what these models decide of it, and the directory of the teacher's predictions; None: it
+        predicts on the way.
     """
     check_pair(*ghosts)
     for ghost in ghosts:
         check_window(ghost, config.data.length)
     passes_of(config.train, session.workers.count)
     check_settings(config)
-    with_causal(config, ghosts[0].model)
+    config = with_causal(config, ghosts[0].model)
     if config.blocks.tokens or config.loss.streams:
         remaining = remaining_blocks(ghosts[0].directory, ghosts[0].adapter, ghosts[1].adapter)
         if config.loss.streams and len(remaining) == 1:
@@ -122,7 +125,7 @@ def check_request(ghosts: tuple[Ghost, Ghost], config: RecoverConfig, session: S
                 f"loss.streams = {config.loss.streams:g} is of all blocks but the last, and '{ghosts[0].name}' has one:"
                 " leave it out"
             )
-    return None if config.teacher.cache is None else output_place(config.teacher.cache)
+    return config, None if config.teacher.cache is None else output_place(config.teacher.cache)
 
 
 def check_places(out: Path, ghosts: tuple[Ghost, Ghost], overwrite: bool, cache: Path | None) -> None:

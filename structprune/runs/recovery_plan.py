@@ -22,7 +22,7 @@ from structprune.models.tokenizer import load_tokenizer
 from structprune.recovery.blocks import row_counts
 from structprune.recovery.breadth import breadth_of, narrow_line
 from structprune.recovery.cache import cache_bytes
-from structprune.recovery.checks import check_device, with_causal
+from structprune.recovery.checks import check_device
 from structprune.recovery.settings import RecoverConfig
 from structprune.recovery.sharded import check_apart, check_sharded, is_sharded
 from structprune.recovery.text import RecoveryText, read_recovery_text
@@ -49,8 +49,7 @@ class RecoveryPlan:
     """
 
     def __init__(self, ghosts: tuple[Ghost, Ghost], config: RecoverConfig, cache: Path | None, session: Session):
-        self.config = config = with_causal(config, ghosts[0].model)
-        self._ghosts, self._cache = ghosts, cache
+        self.config, self._ghosts, self._cache = config, ghosts, cache
         self._track, self._place = session.track, session.workers
         place = self._place
         self.device = pick_device(config.model.device or place.device)

@@ -55,7 +55,7 @@ def resolve_structured(config: Config, model: DiffusionLM, dry_run: bool = False
     config = with_causal(with_length(config, model), model)
     if config.calibration.held_out < 1 and not config.calibration.replays:
         raise UserError("calibration.held_out = 0 leaves nothing to choose split and damping on: set it to 1 or more")
-    check_levels(config)
+    check_levels(config, model)
     check_latency_length(config, model)
     if config.reconstruct.enabled and config.reconstruct.head and model.followers:
         reason = "the head follows the embedding, which a refit of the head would change"
@@ -88,10 +88,8 @@ def with_causal(config: Config, model: DiffusionLM) -> Config:
     """The configuration with the weight of causal reading that the model's config has, where it names none.
 
     Raises:
-        UserError: it names one, and the model is not causal too; a trajectory that the model does not have.
+        UserError: it names one, and the model is not causal too.
     """
-    if config.sink.trajectory == "reverse":
-        check_states(model.config, "sink.trajectory = reverse")
     given = config.calibration.causal
     if not model.layout.causal:
         if given is not None:
@@ -183,14 +181,16 @@ def resolve_masking(config: Config, model: DiffusionLM, dry_run: bool = False) -
         )
     if reads:
         config = with_causal(with_length(config, model), model)
-        check_levels(config)
+        check_levels(config, model)
     return MaskRequest(
         config=config, arm=arm, resources=resources, reads_text=reads, name=name, score=score, ratio=ratio, nm=nm
     )
 
 
-def check_levels(config: Config) -> None:
-    """Raise UserError for noise levels or trajectories that the settings rule out."""
+def check_levels(config: Config, model: DiffusionLM) -> None:
+    """Raise UserError for noise levels or trajectories that the settings rule out, or that the model does not have."""
+    if config.sink.trajectory == "reverse":
+        check_states(model.config, "sink.trajectory = reverse")
     settings = config.calibration
     if not settings.replays:
         level_times(settings.steps, settings.interval)
