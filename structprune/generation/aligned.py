@@ -8,44 +8,33 @@ from typing import Literal, get_args
 
 import torch
 
-from structprune.generation.checks import check_not_negative, check_one_of, check_share, check_whole
-from structprune.generation.sampler import Generation
+from structprune.generation.blockwise import BlockGeneration
+from structprune.generation.checks import check_one_of, check_share, check_whole
 from structprune.models import sampling_structprune as sampling
 
 Order = Literal["low_confidence", "sequential"]
 
 
 @dataclass(frozen=True)
-class AlignedGeneration(Generation):
+class AlignedGeneration(BlockGeneration):
     """A block diffusion model's sampler; by default one token a step, the likeliest.
 
-    The published default is a temperature of 1 and a threshold of 0.85. The tokens of a prompt behind its last whole
-    block are the first ones of the first block; the last block is generated whole, and cut to `gen_length`. Every
-    block has its share of the steps, `steps · block_length / gen_length` rounded up.
+    The published default is a temperature of 1, which divides the logits, and a threshold of 0.85; rows do not end at
+    an EOS. The tokens of a prompt behind its last whole block are the first ones of the first block.
     """
 
-    block_length: int = 4
-    """Tokens of a block; the model's own by default, and no other."""
-    temperature: float = 0.0
-    """Divides the logits before tokens are drawn; 0 takes the likeliest."""
     top_k: int | None = None
     """Keep only so many likeliest tokens, for the choice and for confidence."""
     top_p: float | None = None
     """Keep only the likeliest tokens that make up this probability, after top_k."""
     remasking: Order = "low_confidence"
     """Which predictions are kept: the likeliest ones, or the first ones from the left (sequential)."""
-    stop_at_eos: bool = False
-    """Generate no further block of a row once a finished one holds an EOS: the rest becomes EOS. Published: off."""
 
-    single_block = "blocks see no later one"
     by_confidence = {"remasking": "low_confidence"}
-    of_config = {"block_length": "block_size"}
-    sealed = aligned = True
+    aligned = True
 
     def __post_init__(self):
         super().__post_init__()
-        check_whole(block_length=self.block_length)
-        check_not_negative(temperature=self.temperature)
         check_one_of("remasking", self.remasking, get_args(Order))
         if self.top_k is not None:
             check_whole(top_k=self.top_k)
@@ -57,26 +46,9 @@ class AlignedGeneration(Generation):
         return "remasking = sequential" if self.remasking == "sequential" else None
 
     @property
-    def blocks(self) -> int:
-        return -(-self.gen_length // self.block_length)
-
-    @property
-    def block_tokens(self) -> int:
-        return self.block_length
-
-    @property
-    def steps_of_block(self) -> int:
-        """A block's share of the steps of `gen_length` tokens, rounded up."""
-        return -(-self.steps * self.block_length // self.gen_length)
-
-    @property
     def draw_temperature(self) -> float:
         """1, because `shape_logits` divides by the temperature."""
         return 1.0 if self.temperature else 0.0
-
-    @property
-    def blind(self) -> bool:
-        return False
 
     def counts(self, step: int, began: torch.Tensor, remaining: torch.Tensor) -> torch.Tensor:
         """As many as of a block of masks, also where a prompt fills a part of the block."""
