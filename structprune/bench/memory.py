@@ -9,7 +9,7 @@ import torch
 
 from structprune.bench.disk_memory import DiskWeights
 from structprune.levels.cost import search_cost
-from structprune.models.adapter import Adapter, BlockView
+from structprune.models.adapter import Adapter, BlockView, ExpertWidths
 from structprune.models.logits import LOGIT_BYTES
 from structprune.models.resources import Resources
 from structprune.models.transfer import PINNED_BYTES
@@ -155,10 +155,10 @@ def _scoring_bytes(dense: Adapter, request: StructuredRequest, size: Tokens, dty
     if needs == "weights":
         return 0
     if needs == "grams":  # fp32 Grams of both consumers; and a pass, or fp64 copies while the wider is inverted
-        copies = [max(1, len(block.module.parts)) for block in dense.blocks]  # of the MLP's, one for each part
+        parts = [(mixed, *_mlp_widths(block)) for (mixed, _), block in zip(widths, dense.blocks)]
         return max(
-            4 * (a * a + n * b * b) + max(at_once, _inversion_bytes(dense, max(a, b)))
-            for (a, b), n in zip(widths, copies)
+            4 * sum(width * width for width in each) + max(at_once, _inversion_bytes(dense, max(each)))
+            for each in parts
         )
     if needs == "gradients":
         return _gradient_bytes(dense, request, dtype)
@@ -202,7 +202,7 @@ def _refit_bytes(
     windows = text.windows + text.held_out
     # under `global` a block may keep everything
     side = dense if settings.allocation == "global" else pruned
-    remaining, outputs = max(block.widths.channels for block in side.blocks), dense.hidden_size
+    remaining, outputs = max(max(_mlp_widths(block)) for block in side.blocks), dense.hidden_size
     targets = size.all * sum(len(block.kinds) for block in dense.blocks) * dense.hidden_size
     one = size.all * max(max(pair) for pair in _consumer_widths(side))
     split = 0  # the measured split holds targets of its own, as does a search for blocks to drop
@@ -222,8 +222,15 @@ def _refit_bytes(
 
 def _consumer_sums(block: BlockView, outputs: int) -> int:
     """Numbers of a Gram matrix and a target of a block's MLP; all parts of a mixture are summed at once."""
-    width = block.widths.channels
-    return max(1, len(block.module.parts)) * width * (width + outputs)
+    return sum(width * (width + outputs) for width in _mlp_widths(block))
+
+
+def _mlp_widths(block: BlockView) -> list[int]:
+    """Channels of a block's MLP, or of every part of its mixture; 0 where there is none."""
+    widths = block.widths
+    if not isinstance(widths, ExpertWidths) or not block.mixture:
+        return [widths.channels]
+    return [widths.channels] * widths.experts + [widths.shared] * (widths.shared > 0)
 
 
 def _producer_bytes(side: Adapter, at_once: int) -> int:

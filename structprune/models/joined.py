@@ -48,7 +48,7 @@ def split_stored(model: DiffusionLM, stored: Mapping[str, Stored], where: Path |
             continue
         whole, rows = result.pop(name), sum(parts.values())
         if not whole.shape or whole.shape[0] != rows:
-            asked = f"config.json asks for {rows} rows of queries, keys and values"
+            asked = f"config.json asks for {rows} rows, {' + '.join(map(str, parts.values()))} of what it joins"
             raise UserError(f"{where}: {name} is {tuple(whole.shape)}, but {asked}")
         start = 0
         for part, count in parts.items():
