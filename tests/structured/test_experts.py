@@ -20,13 +20,9 @@ from structprune.structured.plan import Plan, identity_plan, make_plan
 from structprune.structured.ranking import joined
 from structprune.structured.sizes import block_size, forward_macs
 from structprune.structured.surgery import apply_plan
+from tests.structured.mixtures import IDS, SIZE, SMALL, drawn_channels
 
-IDS = torch.randint(0, 2048, (2, 11), generator=torch.Generator().manual_seed(0))
-SIZE, EXPERTS = 16, 6
-SMALL = {
-    "calibration.windows": 3, "calibration.held_out": 2, "calibration.length": 16, "calibration.interval": 25,
-    "structured.split_candidates": 2, "structured.split_windows": 2,
-}  # fmt: skip
+EXPERTS = 6
 
 
 def random_plan(adapter: Adapter, seed: int) -> Plan:
@@ -34,12 +30,9 @@ def random_plan(adapter: Adapter, seed: int) -> Plan:
     draw, blocks = random.Random(seed), []
     for block in identity_plan(adapter).blocks:
         experts = sorted(draw.sample(range(EXPERTS), draw.randint(2, EXPERTS)))
-        count = draw.randint(1, SIZE - 1)
-        channels = [e * SIZE + channel for e in experts for channel in sorted(draw.sample(range(SIZE), count))]
+        channels = drawn_channels(draw, experts)
         heads = tuple(sorted(draw.sample(range(4), draw.randint(1, 4))))
-        blocks.append(
-            replace(block, query_heads=heads, kv_heads=heads, channels=tuple(channels), experts=tuple(experts))
-        )
+        blocks.append(replace(block, query_heads=heads, kv_heads=heads, channels=channels, experts=tuple(experts)))
     return Plan(adapter.family.name, tuple(blocks))
 
 

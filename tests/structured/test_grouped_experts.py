@@ -21,14 +21,10 @@ from structprune.structured.paths import even_path
 from structprune.structured.plan import Plan, identity_plan
 from structprune.structured.sizes import block_size
 from structprune.structured.surgery import apply_plan
+from tests.structured.mixtures import IDS, SIZE, SMALL, drawn_channels
 
-IDS = torch.randint(0, 2048, (2, 11), generator=torch.Generator().manual_seed(0))
-SIZE, EXPERTS, GROUPS, HEADS = 16, 8, 2, 4
+EXPERTS, GROUPS, HEADS = 8, 2, 4
 CHOICES = [((0, 1), (0,)), ((0, 2), (0, 1)), ((1, 3), (0, 1)), ((0, 1, 2, 3), (0, 1)), ((2, 3), (1,))]  # of heads
-SMALL = {
-    "calibration.windows": 3, "calibration.held_out": 2, "calibration.length": 16, "calibration.interval": 25,
-    "structured.split_candidates": 2, "structured.split_windows": 2,
-}  # fmt: skip
 
 
 def random_plan(adapter: Adapter, seed: int) -> Plan:
@@ -44,8 +40,7 @@ def random_plan(adapter: Adapter, seed: int) -> Plan:
         each = draw.randint(2, EXPERTS // GROUPS)
         half = EXPERTS // GROUPS
         experts = [group * half + e for group in range(GROUPS) for e in sorted(draw.sample(range(half), each))]
-        count = draw.randint(1, SIZE - 1)
-        channels = tuple(e * SIZE + c for e in experts for c in sorted(draw.sample(range(SIZE), count)))
+        channels = drawn_channels(draw, experts)
         shared = tuple(sorted(draw.sample(range(SIZE), draw.randint(0, SIZE))))
         blocks.append(replace(block, channels=channels, experts=tuple(experts), shared=shared))
     return Plan(adapter.family.name, tuple(blocks))
