@@ -8,9 +8,10 @@ from typing import Any
 
 from .configuration_structprune import StructpruneDreamConfig
 from .generation_structprune import A2DSampling
-from .modeling_structprune import DecoderLM
 
 # transformers copies only the files that this one names, not those that they name
+from .layers_structprune import Layout  # noqa: F401
+from .modeling_structprune import DecoderLM
 from .rotary_structprune import LLAMA3_ROPE
 from .sampling_structprune import rounded_counts  # noqa: F401
 

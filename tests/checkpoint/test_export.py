@@ -1,13 +1,17 @@
 """Export classes: which model is of which, why not, and the config.json each is written with."""
 
+import inspect
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from transformers.dynamic_module_utils import get_relative_import_files, get_relative_imports
 
 from structprune import Plan, UserError, apply_plan, load_model
 from structprune.checkpoint.export import (
+    CODE_FILES,
     auto_map,
     check_export,
     check_export_request,
@@ -17,7 +21,7 @@ from structprune.checkpoint.export import (
 )
 from structprune.checkpoint.save import save_pruned
 from structprune.config import Config, ExportSettings
-from structprune.models.families import DREAM, LLADA
+from structprune.models.families import DREAM, FAMILIES, LLADA
 from structprune.structured.plan import BlockPlan
 
 IDS = torch.arange(1, 13).reshape(2, 6)  # (B, T)
@@ -235,6 +239,16 @@ def test_auto_map_leads_to_the_files_beside_the_weights(family):
     assert set(entries.values()) == {f"modeling_structprune.{name}"}
     masked = {"AutoModelForMaskedLM"} if family is LLADA else set()  # whose logits Dream's are not: they are shifted
     assert set(entries) == {"AutoModel", "AutoModelForCausalLM"} | masked
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_every_file_that_a_class_needs_is_named_by_its_own(family):
+    """transformers 4 copies a local checkpoint's files by the imports of the class's file alone, not by theirs."""
+    for cls in (family.config_class, family.model_class, family.layout_class or family.model_class):
+        file = inspect.getfile(cls)
+        named = {Path(file).with_name(f"{name}.py") for name in get_relative_imports(file)}
+        assert {Path(path) for path in get_relative_import_files(file)} == named
+        assert {path.name for path in named} <= {*CODE_FILES, *(path.name for path in family.code)}
 
 
 @pytest.mark.parametrize("compat", ["official", "free"])
