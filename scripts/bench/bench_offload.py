@@ -4,7 +4,8 @@ Checkpoints have random weights. Each run is a process of its own, on one thread
 
     python -m scripts.bench.bench_offload [--sizes 0.1B,1B] [--runs structured,wanda] [--ways held,disk] [--work DIR]
 
-Rows of other sizes, runs and ways in an earlier result are kept. 8B takes 50 GB of disk, and held 40 GB of memory.
+Rows of other sizes, runs and ways in an earlier result are kept; each names its machine. 8B takes 50 GB of disk, and
+held 40 GB of memory.
 """
 
 import argparse
@@ -132,19 +133,20 @@ def measure(size: str, name: str, way: str, folder: Path) -> dict:
     command = [sys.executable, "-c", PROGRAM, checkpoint, out, json.dumps(values | source)]
     environment = os.environ | {"TMPDIR": str(folder), "OMP_NUM_THREADS": "1"}
     row = run_json(command, f"{name} at {size}, {way}, failed", "see the message", env=environment)
-    row |= {"size": size, "run": name, "way": way, "predicted_bytes": predicted(checkpoint, values)}
+    row |= {"size": size, "run": name, "way": way, "machine": describe_machine()}
+    row |= {"predicted_bytes": predicted(checkpoint, values)}
     row |= {"digest": digest(out), "checkpoint_bytes": sum(p.stat().st_size for p in checkpoint.glob("*.safetensors"))}
     shutil.rmtree(out)
     return row
 
 
 def compared(rows: list[dict]) -> list[dict]:
-    """Of every size and run that was made both ways: ratios of disk to held, and whether the weights are the same."""
+    """Of every size and run made both ways on a machine: ratios of disk to held, and whether the bytes are the same."""
     by_way = {(row["size"], row["run"], row["way"]): row for row in rows}
     result = []
     for row in rows:
         other = by_way.get((row["size"], row["run"], "held"))
-        if row["way"] == "disk" and other is not None:
+        if row["way"] == "disk" and other is not None and row["machine"] == other["machine"]:
             ratios = {f"{key}_ratio": row[key] / other[key] for key in ("seconds", "core_seconds", "peak_bytes")}
             result.append({"size": row["size"], "run": row["run"], "same": row["digest"] == other["digest"], **ratios})
     return result
@@ -180,7 +182,7 @@ def run(arguments: list[str] | None) -> None:
             new = measure(size, name, way, folder.absolute())
             rows = [row for row in rows if (row["size"], row["run"], row["way"]) != (size, name, way)] + [new]
             rows.sort(key=lambda row: ([*SHAPES].index(row["size"]), [*RUNS].index(row["run"]), row["way"] == "disk"))
-            result = {"machine": describe_machine(), "volume": VOLUME, "rows": rows, "compared": compared(rows)}
+            result = {"volume": VOLUME, "rows": rows, "compared": compared(rows)}
             write_result(options.out, result)
     show_result(table_of(rows), out=options.out, width=120)
 

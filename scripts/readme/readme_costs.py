@@ -56,12 +56,21 @@ def offload(results: dict) -> str:
     volume = results["volume"]
     note = (
         "`python -m scripts.bench.bench_offload`, from [`offload.json`](scripts/results/offload.json): LLaDA shapes"
-        f" with random bf16 weights, computed in fp32 on one thread of a shared core; {machine(results['machine'])}."
+        f" with random bf16 weights, computed in fp32 on one thread of a shared core; {_machines(results['rows'])}."
         f" {volume['windows']} windows of {volume['window']} tokens at {volume['levels']} levels. Time: with the wait"
         " for the core, which others used too; waiting for the disk: of the time, what is neither that nor"
         " computation. Read: from the disk, beyond what the system's cache held."
     )
     return f"{table(header, rows)}\n\n{table(names, pairs)}\n\n{note}"
+
+
+def _machines(rows: list[dict]) -> str:
+    """The machine of most rows, then the others, each with its rows."""
+    groups: dict[str, list[str]] = {}
+    for row in rows:
+        groups.setdefault(machine(row["machine"]), []).append(f"{row['size']} {row['run']} {row['way']}")
+    first, *others = sorted(groups, key=lambda name: -len(groups[name]))
+    return "; ".join([first, *(f"{', '.join(groups[name])}: {name}" for name in others)])
 
 
 def _search(result: dict) -> str:

@@ -16,7 +16,7 @@ def bench(scripts, monkeypatch):
 def row(way, seconds, peak, digest="same"):
     return {
         "size": "1B", "run": "wanda", "way": way, "seconds": seconds, "core_seconds": seconds / 2, "peak_bytes": peak,
-        "digest": digest,
+        "digest": digest, "machine": {"processor": "a"},
     }  # fmt: skip
 
 
@@ -38,6 +38,7 @@ def test_ratios_are_of_the_same_size_and_run(bench):
     rows = [row("held", 10.0, 800), row("disk", 15.0, 200), row("disk", 3.0, 100) | {"size": "8B"}]
     (only,) = bench.compared(rows)
     assert (only["seconds_ratio"], only["core_seconds_ratio"], only["peak_bytes_ratio"]) == (1.5, 1.5, 0.25)
+    assert not bench.compared([rows[0], rows[1] | {"machine": {"processor": "b"}}])
     assert only["same"] and not bench.compared([rows[0], row("disk", 1.0, 1, "other")])[0]["same"]
 
 

@@ -14,3 +14,16 @@ def test_prunings_of_one_process_and_of_two(scripts):
     text = scripts("readme_costs").processes({"runs": {"masks": run}, "settings": settings, "machine": machine})
     assert "| masks | 10.0 s | 7.0 s | 1.43x | 60% | 1.80x |" in text
     assert "refit 8.0 s to 6.0 s, check 2.0 s to 1.0 s" in text and "64 windows of 128 tokens" in text
+
+
+def test_rows_of_another_machine_are_named_under_the_table(scripts):
+    first, second = ({"processor": name, "cores": 1, "torch": "2.13.0"} for name in ("CPU", "other CPU"))
+    row = {
+        "size": "8B", "way": "disk", "peak_bytes": 2e9, "predicted_bytes": 2.2e9, "seconds": 10.0,
+        "core_seconds": 6.0, "queued_seconds": 3.0, "read_bytes": 1e9,
+    }  # fmt: skip
+    rows = [row | {"run": name, "machine": own} for name, own in (("a", first), ("b", second), ("c", first))]
+    volume = {"windows": 2, "window": 64, "levels": 2}
+    text = scripts("readme_costs").offload({"rows": rows, "compared": [], "volume": volume})
+    assert "| 8B | a | disk | 2.00 GB | 2.20 GB | 1.10x | 10 s | 6 s | 10% | 1.0 GB |" in text
+    assert "CPU, 1 core, torch 2.13.0; 8B b disk: other CPU, 1 core, torch 2.13.0." in text
