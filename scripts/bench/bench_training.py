@@ -1,11 +1,13 @@
-"""A training of `structprune recover` on CPU, with denormal numbers computed and with them flushed to 0.
+"""A training of `structprune recover` on CPU: with denormal numbers computed, with them flushed to 0, and in bfloat16.
 
-Both train the same pruned embedded model on the same windows, each in a process of its own, as worker threads keep the
-setting they begin with.
+All train the same pruned embedded model on the same windows, each in a process of its own, as worker threads keep the
+setting they begin with. In bfloat16 the dense model computes too. All depends on the processor: the result has a run of
+each that it was made on.
 
     python -m scripts.bench.bench_training [--tokens N] [--out scripts/results/training_speed.json]
 """
 
+import json
 import multiprocessing
 import sys
 import tempfile
@@ -25,7 +27,10 @@ from structprune.recovery.settings import RecoverConfig
 from structprune.runs.recover import recover
 
 RATIO = "0.5"
-OPTIONS = {"tokens": (100_000, "learnt by either"), "threads": (1, "of either")}
+OPTIONS = {"tokens": (100_000, "learnt by each"), "threads": (1, "of each")}
+COMPUTED, FLUSHED, HALF = "computed", "flushed", "bfloat16"
+TITLES = {COMPUTED: "float32, denormals computed", FLUSHED: "float32", HALF: HALF}
+IN_HALF = {"train.precision": "bfloat16", "teacher.dtype": "bfloat16"}
 
 
 def train(keys: dict, flush: bool, threads: int) -> dict:
@@ -48,31 +53,36 @@ def in_own_process(work: partial) -> dict:
 
 
 def measure(tokens: int, threads: int) -> dict:
-    """Both trainings, and how much faster the one that flushes is."""
+    """All trainings, and how much faster flushing is than computing, and bfloat16 than float32."""
     keys = TRAIN | {"data.source": str(text_file("calibration.txt")), "train.tokens": tokens, "train.evaluations": 1}
     results = {
-        name: in_own_process(partial(train, keys, flush, threads))
-        for name, flush in (("computed", False), ("flushed", True))
+        COMPUTED: in_own_process(partial(train, keys, False, threads)),
+        FLUSHED: in_own_process(partial(train, keys, True, threads)),
+        HALF: in_own_process(partial(train, keys | IN_HALF, True, threads)),
     }
-    return results | {"ratio": results["computed"]["seconds"] / results["flushed"]["seconds"]}
+    computed, flushed, half = (result["seconds"] for result in results.values())
+    return results | {"ratio": computed / flushed, "bfloat16_ratio": flushed / half}
 
 
 def table_of(result: dict) -> Table:
-    """Speed and result of both, and the ratio."""
-    table = Table(title=f"training on CPU: flushing denormal numbers is {result['ratio']:.2f}x as fast")
-    for name in ("denormal numbers", "tokens / s", "held-out divergence after it"):
-        table.add_column(name, justify="left" if name == "denormal numbers" else "right")
-    for name in ("computed", "flushed"):
+    """Speed and result of each, and the ratios."""
+    gains = f"flushing denormals is {result['ratio']:.2f}x as fast, bfloat16 {result['bfloat16_ratio']:.2f}x more"
+    table = Table(title=f"training on CPU: {gains}")
+    for name in ("computation", "tokens / s", "held-out divergence after it"):
+        table.add_column(name, justify="left" if name == "computation" else "right")
+    for name, title in TITLES.items():
         row = result[name]
-        table.add_row(name, f"{row['tokens'] / row['seconds']:,.0f}", f"{row['kl']:.4f}")
+        table.add_row(title, f"{row['tokens'] / row['seconds']:,.0f}", f"{row['kl']:.4f}")
     return table
 
 
 def run(arguments: list[str] | None) -> None:
     options = parse_counts(__doc__, OPTIONS, "scripts/results/training_speed.json", arguments)
-    settings = {"tokens": options.tokens, "threads": options.threads, "ratio": RATIO}
-    result = {"machine": describe_machine(), "settings": settings} | measure(options.tokens, options.threads)
-    write_result(options.out, result)
+    settings, machine = {"tokens": options.tokens, "threads": options.threads, "ratio": RATIO}, describe_machine()
+    earlier = json.loads(options.out.read_text(encoding="utf-8"))["runs"] if options.out.is_file() else []
+    result = {"machine": machine, "settings": settings} | measure(options.tokens, options.threads)
+    others = [each for each in earlier if each["machine"]["processor"] != machine["processor"]]
+    write_result(options.out, {"runs": [*others, result]})
     show_result(table_of(result), out=options.out, width=100)
 
 

@@ -31,9 +31,12 @@ def test_what_is_said_of_a_search_from_kept_heads():
 
 
 def test_what_is_said_of_flushed_numbers_and_of_finished_parts():
-    ratio = results("training_speed")["ratio"]
+    intel, amd = results("training_speed")["runs"]
+    assert "Intel" in intel["machine"]["processor"] and "AMD" in amd["machine"]["processor"]
     recovery, pruning = (" ".join((ROOT / "docs" / name).read_text(encoding="utf-8").split()) for name in PAGES)
-    assert f"made a training {ratio:.1f} times as fast" in recovery
+    assert f"made a training {intel['ratio']:.1f} times as fast on an Intel Xeon" in recovery
+    assert f"an AMD EPYC ({amd['ratio']:.2f} times" in recovery
+    assert f"`teacher.dtype=bfloat16`: {amd['bfloat16_ratio']:.1f} times as fast on the embedded model" in recovery
     ratios = [row["ratio"] for row in results("work_cost")["runs"].values()]
     keeping, kept = ({f"{each[way]:.2f}" for each in ratios} for way in ("keeping", "kept before"))
     [most], share = keeping, max(kept)

@@ -1,4 +1,4 @@
-"""The speed of a training with denormal numbers computed and flushed, on a training of a moment."""
+"""The speed of a training with denormal numbers computed and flushed, and in bfloat16, on a training of a moment."""
 
 import json
 
@@ -11,13 +11,18 @@ def bench(scripts):
 
 
 @pytest.mark.slow
-def test_both_trainings_learn_the_same_and_the_ratio_is_of_their_seconds(bench, tmp_path):
+def test_all_trainings_learn_the_same_and_the_ratios_are_of_their_seconds(bench, tmp_path):
     out = tmp_path / "x.json"
+    other = {"machine": {"processor": "another"}, "ratio": 2.0}
+    out.write_text(json.dumps({"runs": [other, {"machine": bench.describe_machine(), "ratio": 3.0}]}), encoding="utf-8")
     assert bench.main(["--tokens", "2048", "--out", str(out)]) == 0
-    result = json.loads(out.read_text(encoding="utf-8"))
-    computed, flushed = result["computed"], result["flushed"]
-    assert computed["tokens"] == flushed["tokens"] == 2048
+    kept, result = json.loads(out.read_text(encoding="utf-8"))["runs"]
+    assert kept == other  # of another processor; the earlier one of this is replaced
+    computed, flushed, half = result["computed"], result["flushed"], result["bfloat16"]
+    assert computed["tokens"] == flushed["tokens"] == half["tokens"] == 2048
     assert result["ratio"] == computed["seconds"] / flushed["seconds"]
+    assert result["bfloat16_ratio"] == flushed["seconds"] / half["seconds"]
+    assert half["kl"] == pytest.approx(flushed["kl"], rel=0.05) and half["kl"] != flushed["kl"]
     assert computed["kl"] == pytest.approx(flushed["kl"], rel=1e-3)
 
 
