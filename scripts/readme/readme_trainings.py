@@ -51,17 +51,17 @@ def gradual(results: dict) -> str:
     return f"{table(header, lines)}\n\n{note}\n\n{paired(results['contrasts'], ratios)}"
 
 
-def checkpoint_trainings(results: dict) -> str:
+def checkpoint_trainings(results: dict, file: str = "checkpoint_recovery") -> str:
     """A table per evaluation text of a pretrained checkpoint, before and after, what it generates, and differences.
 
     Args:
-        results: of scripts/studies/checkpoint_recovery.py.
+        results: of scripts/studies/checkpoint_recovery.py. file: their name.
     """
     settings = results["settings"]
     rows = {(row["variant"], row["text"], row["ratio"]): row for row in results["losses"]}
     variants, texts, ratios = (list(dict.fromkeys(each)) for each in zip(*rows, strict=True))
     parts = [part for text in texts for part in (heading(results, text), loss_table(rows, variants, text, ratios))]
-    parts += [_checkpoint_note(results), generation_table(results["generation"], ratios)]
+    parts += [_checkpoint_note(results, file, ratios), generation_table(results["generation"], ratios)]
     parts.append(generation_note(results["generation"]))
     if len(settings["seeds"]) == 1:
         parts.append("With one seed there is no interval, and no difference below is shown.")
@@ -164,12 +164,15 @@ def _generated(results: dict) -> str:
     )
 
 
-def _checkpoint_note(results: dict) -> str:
+def _checkpoint_note(results: dict, file: str, ratios: list[str]) -> str:
     settings = results["settings"]
     names = " ".join(f"--eval {name}={file}" for name, file in settings["texts"].items())
     counts = [keys["blocks.tokens"] + keys["train.tokens"] for keys in results["variants"].values() if keys]
     tokens = " ".join(f"--tokens {count}" for count in counts)
     name, text = settings["checkpoint"]["name"], settings["base"]["calibration.source"]
+    precision = settings["train"].get("train.precision")
+    options = "".join(f" --ratio {ratio}" for ratio in ratios if len(ratios) == 1)
+    options += f" --precision {precision}" if precision else ""
     seconds = {
         f"{row['variant']} at {row['ratio']}": median(each["training"] for each in row["seconds"])
         for row in results["losses"]
@@ -178,8 +181,8 @@ def _checkpoint_note(results: dict) -> str:
     times = ", ".join(f"{title} {value / 60:.0f} min" for title, value in seconds.items())
     return (
         f"`python -m scripts.studies.checkpoint_recovery --checkpoint DIR --name {name} --text {text} {names} {tokens}"
-        f" --seeds {len(settings['seeds'])}`, from"
-        f" [`checkpoint_recovery.json`](scripts/results/checkpoint_recovery.json): loss of NELBO on {name} against"
+        f"{options} --seeds {len(settings['seeds'])}`, from"
+        f" [`{file}.json`](scripts/results/{file}.json): loss of NELBO on {name} against"
         f" dense, nats per token, {over_seeds(settings)}. KL and agreement as above. A training with its checks, on one"
         f" thread beside other work ({machine(results['machine'])}): {times}."
     )

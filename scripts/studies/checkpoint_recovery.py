@@ -14,6 +14,7 @@ import json
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
@@ -50,6 +51,23 @@ TRAIN = {
     "train.batch": 8, "train.pass_windows": 8, "train.learning_rate": 3e-4, "train.evaluations": 4,
     "blocks.learning_rate": 1e-3,
 }  # fmt: skip
+PRECISIONS: dict[str, dict] = {
+    "float32": {}, "bfloat16": {"train.precision": "bfloat16", "teacher.dtype": "bfloat16"},
+}  # fmt: skip
+
+
+class Trainings(NamedTuple):
+    """What a run of the study trains.
+
+    Attributes:
+        variants: name -> keys of its training. ratios: at which each is made. train: keys of all.
+        work: directory of the models.
+    """
+
+    variants: dict[str, dict]
+    ratios: list[str]
+    train: dict[str, Any]
+    work: Path
 
 
 def variants_of(tokens: list[int]) -> dict[str, dict]:
@@ -72,11 +90,12 @@ def pruned_model(subject: Subject, seed: int, ratio: str, work: Path) -> Path:
     return place
 
 
-def trained_model(subject: Subject, seed: int, ratio: str, training: dict, work: Path) -> Path:
-    """The pruned checkpoint, trained back by keys of `recover`; an interrupted training goes on."""
+def trained_model(trainings: Trainings, name: str, subject: Subject, seed: int, ratio: str) -> Path:
+    """The pruned checkpoint, trained back by a variant's keys of `recover`; an interrupted training goes on."""
+    training, work = trainings.variants[name], trainings.work
     student, place = pruned_model(subject, seed, ratio, work), work / f"{sum(training.values())}-{ratio}-{seed}"
     if not place.exists():
-        keys = TRAIN | {"data.seed": seed, "data.source": str(subject.text)} | training
+        keys = trainings.train | {"data.seed": seed, "data.source": str(subject.text)} | training
         recover(str(student), str(subject.checkpoint), place, RecoverConfig.load(overrides=keys))
     return place
 
@@ -89,16 +108,16 @@ def costs_of(checkpoint: Path) -> dict:
 
 
 @flushed_denormals()  # before anything is computed, for all threads
-def measure(variants: dict[str, dict], work: Path, name: str, seed: int, subject: Subject, threads: int) -> dict:
+def measure(trainings: Trainings, name: str, seed: int, subject: Subject, threads: int) -> dict:
     """One variant at one seed: for each ratio loss and fidelity per text, generation, and what the training took."""
     torch.set_num_threads(threads)
     texts, results = held_out_texts(subject, seed), {}
-    for ratio in RECIPES:
-        if variants[name]:
-            checkpoint = trained_model(subject, seed, ratio, variants[name], work)
+    for ratio in trainings.ratios:
+        if trainings.variants[name]:
+            checkpoint = trained_model(trainings, name, subject, seed, ratio)
             costs = costs_of(checkpoint)
         else:
-            checkpoint, costs = pruned_model(subject, seed, ratio, work), {}
+            checkpoint, costs = pruned_model(subject, seed, ratio, trainings.work), {}
         model = load_model(checkpoint, device="cpu")
         measured = {text: held_out.compare(model) for text, held_out in texts.items()}
         results[ratio] = {
@@ -116,20 +135,19 @@ def heads_of(dense: DiffusionLM, pruned: DiffusionLM) -> int:
     return counts[0] - counts[1]
 
 
-def study_of(tokens: list[int], work: Path) -> Study:
-    """The study of trainings on so many tokens each, whose models lie in a work directory."""
-    variants = variants_of(tokens)
-    names = list(variants)
+def study_of(trainings: Trainings) -> Study:
+    """The study of some trainings, the untrained model first."""
+    variants, names = trainings.variants, list(trainings.variants)
     contrasts = [(name, UNTRAINED) for name in names[1:]] + list(zip(names[2:], names[1:]))  # then the shorter one
     return Study(
         "checkpoint_recovery", __doc__.splitlines()[0], "scripts/results/checkpoint_recovery.json", BASE,
-        list(RECIPES), variants, partial(measure, variants, work), partial(summarise, variants, contrasts), tables, 190,
+        trainings.ratios, variants, partial(measure, trainings), partial(summarise, variants, contrasts), tables, 190,
     )  # fmt: skip
 
 
 def arguments_of(arguments: list[str] | None) -> argparse.Namespace:
     """The options of this study, checked."""
-    parser = study_parser(study_of([], Path()))
+    parser = study_parser(study_of(Trainings({}, [*RECIPES], TRAIN, Path())))
     parser.add_argument("--checkpoint", type=Path, required=True, help="directory of the dense model")
     parser.add_argument("--name", help="of the model in tables (default: of its directory)")
     parser.add_argument("--text", type=Path, required=True, help="calibration text, which is also learnt")
@@ -137,11 +155,14 @@ def arguments_of(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--eval", action="append", required=True, metavar="NAME=FILE", help=text)
     text = "of a training, both stages together; may be repeated (default 300000)"
     parser.add_argument("--tokens", type=int, action="append", metavar="N", help=text)
+    parser.add_argument("--ratio", action="append", choices=[*RECIPES], help="may be repeated (default: both)")
+    text = "of the trainings; bfloat16 is several times as fast on a CPU that has it in hardware (default float32)"
+    parser.add_argument("--precision", choices=[*PRECISIONS], default="float32", help=text)
     text = "of the models that are pruned and trained; they stay there (default: beside --out, with '.work')"
     parser.add_argument("--work", type=Path, metavar="DIR", help=text)
     parser.set_defaults(windows=64, jobs=1)
     options = parse_options(parser, arguments)
-    options.tokens = options.tokens or [300_000]
+    options.tokens, options.ratio = options.tokens or [300_000], options.ratio or [*RECIPES]
     if options.jobs > 1:
         raise UserError(f"--jobs = {options.jobs}: trainings of one seed share its pruned models; leave it at 1")
     for count in options.tokens:
@@ -167,9 +188,11 @@ def run(arguments: list[str] | None) -> None:
     """Run, resume or summarise the study that the arguments describe."""
     options = arguments_of(arguments)
     subject = subject_of(options)
-    settings = facts(subject, options.name, BASE) | {"train": TRAIN}
+    train = TRAIN | PRECISIONS[options.precision]
+    settings = facts(subject, options.name, BASE) | {"train": train}
     work = (options.work or options.out.with_suffix(".work")) / models_digest(settings, subject.text.name)
-    run_study(study_of(options.tokens, work), options, (subject,), settings)
+    trainings = Trainings(variants_of(options.tokens), options.ratio, train, work)
+    run_study(study_of(trainings), options, (subject,), settings)
 
 
 def main(arguments: list[str] | None = None) -> int:

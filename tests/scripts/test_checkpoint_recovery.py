@@ -31,29 +31,30 @@ def test_both_stages_of_a_training_learn_its_tokens(study, tmp_path):
     assert (config.blocks.tokens, config.train.tokens) == (1600, 2400)
     assert config.train.batch % config.train.pass_windows == 0
     pairs = [("1,000 tokens", "not trained"), ("4,000 tokens", "not trained"), ("4,000 tokens", "1,000 tokens")]
-    assert study.study_of([1000, 4000], tmp_path).summarise.args[1] == pairs
+    made = study.study_of(study.Trainings(variants, ["0.5"], study.TRAIN, tmp_path))
+    assert made.summarise.args[1] == pairs and made.ratios == ["0.5"]
 
 
 @pytest.mark.slow
 def test_a_run_prunes_trains_and_compares(study, command, monkeypatch, tmp_path):
     few = {"calibration.windows": 20, "calibration.held_out": 10}
     monkeypatch.setattr(study, "VARIANTS", {name: keys | few for name, keys in study.VARIANTS.items()})
-    monkeypatch.setattr(study, "RECIPES", {"0.5": study.SINKS})
     arguments, out = command
-    options = study.arguments_of(arguments)
+    options = study.arguments_of([*arguments, "--ratio", "0.5"])
     subject = study.subject_of(options)
-    variants = study.variants_of(options.tokens)
-    rows = {name: study.measure(variants, tmp_path, name, 0, subject, 1)["ratios"]["0.5"] for name in variants}
-    before, after = rows.values()
+    trainings = study.Trainings(study.variants_of(options.tokens), options.ratio, study.TRAIN, tmp_path)
+    rows = {name: study.measure(trainings, name, 0, subject, 1)["ratios"] for name in trainings.variants}
+    assert all(list(ratios) == ["0.5"] for ratios in rows.values())
+    before, after = (ratios["0.5"] for ratios in rows.values())
     assert before["texts"]["held-out"]["loss"] != after["texts"]["held-out"]["loss"]
     assert before["heads_removed"] == after["heads_removed"] > 0 and not before["seconds"]
     assert after["seconds"]["training"] > 0 and 0 <= after["generation"]["tokens_kept"] <= 1
     monkeypatch.setattr(study, "recover", None)  # what is there is not made again
-    assert study.measure(variants, tmp_path, "2,560 tokens", 0, subject, 1)["ratios"]["0.5"] == after
+    assert study.measure(trainings, "2,560 tokens", 0, subject, 1)["ratios"]["0.5"] == after
 
 
 def test_the_summary_is_paired_and_has_what_both_generate(study, tmp_path):
-    tokens, runs = [1000], {}
+    runs: dict = {}
     for name, loss in (("not trained", [1.0, 3.0]), ("1,000 tokens", [0.5, 1.0])):
         for seed in (0, 1):
             row = {
@@ -65,7 +66,7 @@ def test_the_summary_is_paired_and_has_what_both_generate(study, tmp_path):
             runs[name, seed] = {
                 "variant": name, "seed": seed, "dense": dense, "ratios": ratios, "generated_nelbo": 2.0,
             }  # fmt: skip
-    made = study.study_of(tokens, tmp_path)
+    made = study.study_of(study.Trainings(study.variants_of([1000]), [*study.RECIPES], study.TRAIN, tmp_path))
     result = json.loads(json.dumps(made.summarise(runs, [0, 1])))
     gaps = {row["ratio"]: row["by_seed"] for row in result["contrasts"]}
     assert gaps == {"0.3": [-1.25, -1.25], "0.5": [-1.25, -1.25]}
@@ -81,6 +82,15 @@ def test_models_are_known_by_what_decides_them(study, command):
     assert study.models_digest(named, OTHER.name) == digest
     trained = settings | {"train": study.TRAIN | {"train.batch": 4}}
     assert study.models_digest(trained, OTHER.name) != digest != study.models_digest(settings, HELD_OUT.name)
+
+
+def test_precision_and_ratios_are_options(study, command):
+    arguments, _ = command
+    options = study.arguments_of([*arguments, "--precision", "bfloat16", "--ratio", "0.3"])
+    assert (options.precision, options.ratio) == ("bfloat16", ["0.3"])
+    config = RecoverConfig.load(overrides=study.TRAIN | study.PRECISIONS[options.precision])
+    assert config.train.precision == config.teacher.dtype == "bfloat16"
+    assert study.arguments_of(arguments).ratio == ["0.5", "0.3"]
 
 
 def test_several_jobs_are_refused(study, command, capsys):

@@ -54,12 +54,15 @@ def test_a_checkpoint_has_a_table_per_text(pages, results):
     results["dense"] = {"a": [{"nelbo": 4.0, "accuracy": 0.2}] * 2}
     results["variants"] = {"not trained": {}, trained: {"blocks.tokens": 400, "train.tokens": 600}}
     results["settings"] = SETTINGS | {"checkpoint": {"name": "mine"}, "base": {"calibration.source": "notes.txt"}}
+    results["settings"]["train"] = {"train.precision": "bfloat16"}
     made = {"ratio": "0.5", "tokens_kept": [0.2, 0.4], "generated_nelbo": [3.0, 4.0]}
     rows = [made | {"variant": name} for name in ("not trained", trained)]
     results["generation"] = {"rows": rows, "dense": [2.0, 2.0], "openings": 8, "tokens": 32}
-    text = pages.checkpoint_trainings(results)
+    text = pages.checkpoint_trainings(results, "longer")
+    assert "[`longer.json`](scripts/results/longer.json)" in text
     assert "| 1,000 tokens | +0.250 ± 0.050 | 0.200 | 60.0% |" in text
-    assert "--name mine --text notes.txt --eval a=a.txt --tokens 1000 --seeds 2`" in text
+    assert "--name mine --text notes.txt --eval a=a.txt --tokens 1000" in text
+    assert " --tokens 1000 --ratio 0.5 --precision bfloat16 --seeds 2`" in text
     assert "1,000 tokens at 0.5 15 min." in text and "| 1,000 tokens | 30.0% | 3.50 |" in text
     assert "| 1,000 tokens - not trained | **+0.2500 ± 0.0500** |" in text
 
