@@ -195,7 +195,7 @@ class Pruner(Run):
             if ratio is not None:
                 raise UserError(f"a plan says what goes already: leave out ratio {ratio}")
             check_given_plan(self.request, self.model, plan, self.model.source.values)
-            start, self.seconds = time.perf_counter(), {}
+            start = self.begin()
             return self._pruned(self.request, self._refit_and_check(plan), start)
         [pruned] = self.prune_each([ratio])
         return pruned
@@ -210,7 +210,7 @@ class Pruner(Run):
         Raises:
             UserError: a ratio, export class or levels that will not do, when the first result is asked for.
         """
-        start, self.seconds = time.perf_counter(), {}
+        start = self.begin()
         for ratio in ratios:
             request = at_ratio(self.request, ratio)
             if self._levels is not None:
@@ -227,7 +227,7 @@ class Pruner(Run):
                     result, choice, search = self._searched(request, choice, result, shared)
                 yield self._pruned(request, result, start, choice, search)
                 del result  # two pruned models at once would be the peak of memory
-                start, self.seconds = time.perf_counter(), {}
+                start = self.begin()
 
     def _checked(self, plan: Plan) -> Plan:
         check_plan(self.request, self.model, plan, self.model.source.values)

@@ -5,6 +5,7 @@ solves, a dtype that overflows, an operation that the device does not have.
 """
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -49,7 +50,7 @@ def rehearse(run: Run, request: StructuredRequest | MaskRequest, journal: Journa
         return
     for _ in run.track([0], "rehearsal"):
         try:
-            _one_block(run, request)
+            run.timed("rehearsal", partial(_one_block, run, request))
         except UserError as error:
             raise UserError(f"in a rehearsal with one block, {error}") from error
         except (torch.OutOfMemoryError, MemoryError) as error:

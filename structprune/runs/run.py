@@ -175,6 +175,16 @@ class Run:
         """What the sink policy did to a calibration's fit windows; None where no mass was measured."""
         return log.report(calibration.fit, self.sink, self.adapter.mask_id, self.model.layout, self.workers)
 
+    def begin(self) -> float:
+        """Start the phases of a new result, to which of what was timed before only a rehearsal belongs.
+
+        Returns:
+            The time, in seconds of the clock.
+        """
+        if self.seconds.keys() != {"rehearsal"}:
+            self.seconds = {}
+        return time.perf_counter()
+
     def timed(self, name: str, work: Callable[[], T]) -> T:
         """Do some work and add its time to phase `name`, in seconds, device included."""
         synchronise(self.device)

@@ -49,6 +49,7 @@ def test_a_rehearsal_changes_nothing(prune, tmp_path, keys):
     plain, rehearsed = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "rehearsed"))
     assert plain.keys() == rehearsed.keys() and all(torch.equal(plain[key], rehearsed[key]) for key in plain)
     plain, rehearsed = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("plain", "rehearsed"))
+    assert rehearsed["seconds"].pop("rehearsal") > 0 and plain["seconds"].keys() == rehearsed["seconds"].keys()
     assert plain["sinks"] == rehearsed["sinks"] and plain["held_out_nelbo"] == rehearsed["held_out_nelbo"]
 
 
@@ -119,7 +120,9 @@ def test_a_model_without_a_whole_block_needs_none(tiny_model, monkeypatch):
     calls: list = []
     monkeypatch.setattr(rehearsal, "_one_block", lambda run, request: calls.append(run.model))
     for each in (halves, model):
-        run = SimpleNamespace(model=each, adapter=Adapter(each), track=lambda items, title: items)
+        run = SimpleNamespace(
+            model=each, adapter=Adapter(each), track=lambda items, title: items, timed=lambda name, work: work()
+        )
         rehearsal.rehearse(run, request, Journal())
     assert calls == [model]
 
