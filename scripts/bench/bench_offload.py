@@ -32,6 +32,7 @@ from scripts.tools.script_line import (
 )
 from structprune.bench.machine import describe_machine
 from structprune.config import Config, ModelSettings
+from structprune.errors import UserError
 from structprune.runs.ghost import read_ghost
 from structprune.runs.inspect import inspect_checkpoint, inspect_masking
 
@@ -152,6 +153,18 @@ def compared(rows: list[dict]) -> list[dict]:
     return result
 
 
+def earlier_rows(path: Path) -> list[dict]:
+    """The rows of an earlier result, none where there is no file.
+
+    Raises:
+        UserError: they do not name their machine: better now than after an hour of measuring.
+    """
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
+    if not all("machine" in row for row in rows):
+        raise UserError(f"{path} has rows without a machine, of another version: give another --out")
+    return rows
+
+
 def table_of(rows: list[dict]) -> Table:
     """A row per run."""
     table = Table(title="weights held in memory, and left on disk")
@@ -174,7 +187,7 @@ def run(arguments: list[str] | None) -> None:
     options = parser.parse_args(arguments)
     sizes = parse_names("--sizes", options.sizes, SHAPES)
     runs, ways = parse_names("--runs", options.runs, RUNS), parse_names("--ways", options.ways, WAYS)
-    rows = json.loads(options.out.read_text(encoding="utf-8"))["rows"] if options.out.is_file() else []
+    rows = earlier_rows(options.out)
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.work or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)

@@ -51,3 +51,11 @@ def test_every_default_is_known(bench):
 def test_unknown_names_are_refused(bench, option, value, tmp_path, capsys):
     assert bench.main([option, value, "--out", str(tmp_path / "x.json")]) == 2
     assert f"{option} '{value}': give " in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_rows_of_another_version_are_refused_before_anything_is_measured(bench, tmp_path, capsys):
+    out = tmp_path / "x.json"
+    out.write_text(json.dumps({"rows": [row("disk", 1.0, 1), {"size": "1B"}]}), encoding="utf-8")
+    assert bench.main(["--sizes", "0.1B", "--work", str(tmp_path / "work"), "--out", str(out)]) == 2
+    assert f"{out} has rows without a machine, of another version: give another --out" in capsys.readouterr().err
+    assert not (tmp_path / "work").exists()
