@@ -67,6 +67,9 @@ PAGES: dict[str, Makers] = {
         "checkpoint": made_of(checkpoint, "checkpoint"),
         "checkpoint-kept": made_of(kept_heads, "checkpoint_kept", "checkpoint"),
         "checkpoint-recovery": made_of(checkpoint_trainings, "checkpoint_recovery"),
+        "checkpoint-recovery-1m": made_of(
+            partial(checkpoint_trainings, file="checkpoint_recovery_1m"), "checkpoint_recovery_1m"
+        ),
         "checkpoint-factors": made_of(checkpoint, "checkpoint_factors"),
         "masks": made_of(masks, "masks"),
         "speed": made_of(speed, "masking_speed"),

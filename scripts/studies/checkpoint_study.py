@@ -195,7 +195,7 @@ def generation_rows(names: list[str], runs: dict, seeds: list[int]) -> dict:
     rows = [
         {"variant": name, "ratio": ratio}
         | {key: [runs[name, seed]["ratios"][ratio]["generation"][key] for seed in seeds] for key in GENERATION}
-        for ratio in sorted(RATIOS)
+        for ratio in sorted(runs[names[0], seeds[0]]["ratios"])
         for name in names
     ]
     dense = [runs[names[0], seed]["generated_nelbo"] for seed in seeds]

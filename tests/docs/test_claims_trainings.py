@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from statistics import fmean, median
 
+import pytest
+
 ROOT, PAGES = Path(__file__).parents[2], ("recovery.md", "pruning.md")
 
 
@@ -114,6 +116,26 @@ def test_what_is_said_of_a_training_on_a_pretrained_checkpoint():
     shares = [f"{100 * kept[name, '0.5']:.1f}%" for name in result["variants"]]
     assert f"comes out rises from {shares[0]} to {shares[1]}; at 0.3 it hardly moves" in text
     assert abs(kept["300,000 tokens", "0.3"] - kept["not trained", "0.3"]) < 0.01
+
+
+def test_what_is_said_of_more_tokens_on_a_pretrained_checkpoint():
+    result, shorter, text = results("checkpoint_recovery_1m"), results("checkpoint_recovery"), prose()
+    name = "1,000,000 tokens"
+    loss = {(row["variant"], row["text"]): row for row in result["losses"]}
+    own, other = (loss[name, place]["mean"] for place in ("docs-valid", "wikitext2-test"))
+    assert f"loss is {own:.3f} nats on `docs-valid`, a quarter" in text
+    assert f"on `wikitext2-test` it is {other:.3f}" in text
+    [before] = [
+        row["mean"] for row in shorter["losses"]
+        if (row["variant"], row["text"], row["ratio"]) == ("300,000 tokens", "docs-valid", "0.5")
+    ]  # fmt: skip
+    assert own < before / 2 and own / loss["not trained", "docs-valid"]["mean"] == pytest.approx(0.25, abs=0.02)
+    [seconds] = loss[name, "docs-valid"]["seconds"]
+    assert f"in bfloat16 ({seconds['training'] / 60:.0f} minutes on one core" in text
+    [kept] = [row["tokens_kept"][0] for row in result["generation"]["rows"] if row["variant"] == name]
+    assert f"Of the greedy text {100 * kept:.1f}% comes out" in text
+    sizes = result["generation"]
+    assert sizes["openings"] * sizes["tokens"] == 256 and {row["ratio"] for row in result["losses"]} == {"0.5"}
 
 
 def test_what_is_said_of_a_gradual_schedule():

@@ -53,7 +53,8 @@ def test_a_run_prunes_trains_and_compares(study, command, monkeypatch, tmp_path)
     assert study.measure(trainings, "2,560 tokens", 0, subject, 1)["ratios"]["0.5"] == after
 
 
-def test_the_summary_is_paired_and_has_what_both_generate(study, tmp_path):
+@pytest.mark.parametrize("ratios", [["0.3", "0.5"], ["0.5"]])
+def test_the_summary_is_paired_and_has_what_both_generate(study, tmp_path, ratios):
     runs: dict = {}
     for name, loss in (("not trained", [1.0, 3.0]), ("1,000 tokens", [0.5, 1.0])):
         for seed in (0, 1):
@@ -61,16 +62,16 @@ def test_the_summary_is_paired_and_has_what_both_generate(study, tmp_path):
                 "texts": {"a": {"loss": loss, "kl": 0.5, "agreement": 0.5}}, "seconds": {}, "heads_removed": 3,
                 "generation": {"tokens_kept": 0.25, "generated_nelbo": 3.0},
             }  # fmt: skip
-            ratios = dict.fromkeys(study.RECIPES, row)
             dense = {"a": {"nelbo": 4.0, "accuracy": 0.2}}
             runs[name, seed] = {
-                "variant": name, "seed": seed, "dense": dense, "ratios": ratios, "generated_nelbo": 2.0,
+                "variant": name, "seed": seed, "dense": dense, "ratios": dict.fromkeys(ratios, row),
+                "generated_nelbo": 2.0,
             }  # fmt: skip
-    made = study.study_of(study.Trainings(study.variants_of([1000]), [*study.RECIPES], study.TRAIN, tmp_path))
+    made = study.study_of(study.Trainings(study.variants_of([1000]), ratios, study.TRAIN, tmp_path))
     result = json.loads(json.dumps(made.summarise(runs, [0, 1])))
     gaps = {row["ratio"]: row["by_seed"] for row in result["contrasts"]}
-    assert gaps == {"0.3": [-1.25, -1.25], "0.5": [-1.25, -1.25]}
-    assert len(result["generation"]["rows"]) == 4 and len(made.tables(result)) == 3
+    assert gaps == dict.fromkeys(ratios, [-1.25, -1.25])
+    assert len(result["generation"]["rows"]) == 2 * len(ratios) and len(made.tables(result)) == 3
 
 
 def test_models_are_known_by_what_decides_them(study, command):
