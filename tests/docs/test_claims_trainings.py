@@ -1,4 +1,5 @@
-"""Figures that the prose states of trainings and of a search from kept heads are those of scripts/results."""
+"""Figures that the prose states of trainings, of runs from disk and of a search from kept heads are those of
+scripts/results."""
 
 import json
 from pathlib import Path
@@ -6,16 +7,16 @@ from statistics import fmean, median
 
 import pytest
 
-ROOT, PAGES = Path(__file__).parents[2], ("recovery.md", "pruning.md")
+ROOT = Path(__file__).parents[2]
 
 
 def results(name):
     return json.loads((ROOT / "scripts" / "results" / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def prose():
-    """The page as one line."""
-    return " ".join((ROOT / "docs" / "results.md").read_text(encoding="utf-8").split())
+def prose(page="results"):
+    """A page of docs as one line."""
+    return " ".join((ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8").split())
 
 
 def test_what_is_said_of_a_search_from_kept_heads():
@@ -35,7 +36,7 @@ def test_what_is_said_of_a_search_from_kept_heads():
 def test_what_is_said_of_flushed_numbers_and_of_finished_parts():
     intel, amd = results("training_speed")["runs"]
     assert "Intel" in intel["machine"]["processor"] and "AMD" in amd["machine"]["processor"]
-    recovery, pruning = (" ".join((ROOT / "docs" / name).read_text(encoding="utf-8").split()) for name in PAGES)
+    recovery, pruning = prose("recovery"), prose("pruning")
     assert f"made a training {intel['ratio']:.1f} times as fast on an Intel Xeon" in recovery
     assert f"an AMD EPYC ({amd['ratio']:.2f} times" in recovery
     assert f"`teacher.dtype=bfloat16`: {amd['bfloat16_ratio']:.1f} times as fast on the embedded model" in recovery
@@ -43,6 +44,16 @@ def test_what_is_said_of_flushed_numbers_and_of_finished_parts():
     keeping, kept = ({f"{each[way]:.2f}" for each in ratios} for way in ("keeping", "kept before"))
     [most], share = keeping, max(kept)
     assert f"took {most} times as long" in pruning and share == "0.02" and "took 2% of the time" in pruning
+
+
+def test_what_is_said_of_8b_from_disk():
+    rows = {row["run"]: row for row in results("offload")["rows"] if row["size"] == "8B"}
+    assert max(row["peak_bytes"] for row in rows.values()) < 8e9 and {row["way"] for row in rows.values()} == {"disk"}
+    assert all(0.8 < row["predicted_bytes"] / row["peak_bytes"] < 1.2 for row in rows.values())
+    cut, masks = (rows[name]["phases"]["rehearsal"] for name in ("structured without refit", "magnitude"))
+    assert f"{cut:.0f} seconds of a cut and {masks:.0f} of masks at LLaDA-8B's shape, from disk" in prose("pruning")
+    assert set(rows) == {"structured without refit", "magnitude", "wanda", "sink-wanda"}
+    assert "cut and masked (magnitude, Wanda, sink-aware Wanda) from disk" in prose("verification")
 
 
 def minutes(row):
