@@ -166,13 +166,14 @@ def _generated(results: dict) -> str:
 
 def _checkpoint_note(results: dict, file: str, ratios: list[str]) -> str:
     settings = results["settings"]
-    names = " ".join(f"--eval {name}={file}" for name, file in settings["texts"].items())
+    names = " ".join(f"--eval {name}={path}" for name, path in settings["texts"].items())
     counts = [keys["blocks.tokens"] + keys["train.tokens"] for keys in results["variants"].values() if keys]
     tokens = " ".join(f"--tokens {count}" for count in counts)
     name, text = settings["checkpoint"]["name"], settings["base"]["calibration.source"]
     precision = settings["train"].get("train.precision")
     options = "".join(f" --ratio {ratio}" for ratio in ratios if len(ratios) == 1)
     options += f" --precision {precision}" if precision else ""
+    options += f" --out scripts/results/{file}.json" if file != "checkpoint_recovery" else ""
     seconds = {
         f"{row['variant']} at {row['ratio']}": median(each["training"] for each in row["seconds"])
         for row in results["losses"]

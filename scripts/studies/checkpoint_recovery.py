@@ -156,13 +156,13 @@ def arguments_of(arguments: list[str] | None) -> argparse.Namespace:
     text = "of a training, both stages together; may be repeated (default 300000)"
     parser.add_argument("--tokens", type=int, action="append", metavar="N", help=text)
     parser.add_argument("--ratio", action="append", choices=[*RECIPES], help="may be repeated (default: both)")
-    text = "of the trainings; bfloat16 is several times as fast on a CPU that has it in hardware (default float32)"
+    text = "of the trainings; bfloat16 is faster on a CPU that has it in hardware (default float32)"
     parser.add_argument("--precision", choices=[*PRECISIONS], default="float32", help=text)
     text = "of the models that are pruned and trained; they stay there (default: beside --out, with '.work')"
     parser.add_argument("--work", type=Path, metavar="DIR", help=text)
     parser.set_defaults(windows=64, jobs=1)
     options = parse_options(parser, arguments)
-    options.tokens, options.ratio = options.tokens or [300_000], options.ratio or [*RECIPES]
+    options.tokens, options.ratio = options.tokens or [300_000], list(dict.fromkeys(options.ratio or RECIPES))
     if options.jobs > 1:
         raise UserError(f"--jobs = {options.jobs}: trainings of one seed share its pruned models; leave it at 1")
     for count in options.tokens:

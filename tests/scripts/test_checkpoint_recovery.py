@@ -87,7 +87,7 @@ def test_models_are_known_by_what_decides_them(study, command):
 
 def test_precision_and_ratios_are_options(study, command):
     arguments, _ = command
-    options = study.arguments_of([*arguments, "--precision", "bfloat16", "--ratio", "0.3"])
+    options = study.arguments_of([*arguments, "--precision", "bfloat16", "--ratio", "0.3", "--ratio", "0.3"])
     assert (options.precision, options.ratio) == ("bfloat16", ["0.3"])
     config = RecoverConfig.load(overrides=study.TRAIN | study.PRECISIONS[options.precision])
     assert config.train.precision == config.teacher.dtype == "bfloat16"

@@ -62,7 +62,7 @@ def test_a_checkpoint_has_a_table_per_text(pages, results):
     assert "[`longer.json`](scripts/results/longer.json)" in text
     assert "| 1,000 tokens | +0.250 ± 0.050 | 0.200 | 60.0% |" in text
     assert "--name mine --text notes.txt --eval a=a.txt --tokens 1000" in text
-    assert " --tokens 1000 --ratio 0.5 --precision bfloat16 --seeds 2`" in text
+    assert " --tokens 1000 --ratio 0.5 --precision bfloat16 --out scripts/results/longer.json --seeds 2`" in text
     assert "1,000 tokens at 0.5 15 min." in text and "| 1,000 tokens | 30.0% | 3.50 |" in text
     assert "| 1,000 tokens - not trained | **+0.2500 ± 0.0500** |" in text
 
