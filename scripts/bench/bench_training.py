@@ -22,6 +22,7 @@ from scripts.studies.recovery_study import TRAIN, pruned_model
 from scripts.tools.script_line import one_line, parse_counts, show_result, write_result
 from structprune.assets import model_directory, text_file
 from structprune.bench.machine import describe_machine
+from structprune.errors import UserError
 from structprune.models.denormals import flushed_denormals
 from structprune.recovery.settings import RecoverConfig
 from structprune.runs.recover import recover
@@ -76,10 +77,22 @@ def table_of(result: dict) -> Table:
     return table
 
 
+def earlier_runs(path: Path) -> list[dict]:
+    """The runs of an earlier result, none where there is no file.
+
+    Raises:
+        UserError: the file is of another form: better now than after the trainings.
+    """
+    result = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"runs": []}
+    if "runs" not in result:
+        raise UserError(f"{path} has no runs, it is of another version: give another --out")
+    return result["runs"]
+
+
 def run(arguments: list[str] | None) -> None:
     options = parse_counts(__doc__, OPTIONS, "scripts/results/training_speed.json", arguments)
     settings, machine = {"tokens": options.tokens, "threads": options.threads, "ratio": RATIO}, describe_machine()
-    earlier = json.loads(options.out.read_text(encoding="utf-8"))["runs"] if options.out.is_file() else []
+    earlier = earlier_runs(options.out)
     result = {"machine": machine, "settings": settings} | measure(options.tokens, options.threads)
     others = [each for each in earlier if each["machine"]["processor"] != machine["processor"]]
     write_result(options.out, {"runs": [*others, result]})

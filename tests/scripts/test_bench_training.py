@@ -29,3 +29,11 @@ def test_all_trainings_learn_the_same_and_the_ratios_are_of_their_seconds(bench,
 def test_no_tokens_are_refused(bench, tmp_path, capsys):
     assert bench.main(["--tokens", "0", "--out", str(tmp_path / "x.json")]) == 2
     assert "--tokens = 0: give at least 1" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_results_of_another_form_are_refused_before_training(bench, tmp_path, capsys):
+    out = tmp_path / "x.json"
+    out.write_text('{"machine": {}, "ratio": 2.0}', encoding="utf-8")
+    assert bench.main(["--out", str(out)]) == 2
+    assert f"{out} has no runs, it is of another version: give another --out" in capsys.readouterr().err
+    assert out.read_text(encoding="utf-8") == '{"machine": {}, "ratio": 2.0}'
