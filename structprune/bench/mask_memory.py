@@ -45,7 +45,7 @@ def predicted_mask_peak(adapter: Adapter, request: MaskRequest, stored: torch.dt
     files = {"temporary files": sum(size for size in stores if size > budget)}
     files["temporary files"] += before_refit if before_refit > budget or resources.on_disk else 0
     if resources.on_disk:
-        files["temporary files"] += projections * _kept_in(request, stored).itemsize
+        files["temporary files"] += projections * kept_in(request, stored).itemsize
         parts |= transfers(adapter, resources, states, sum(map(bool, stores)), dtype)
         return _disk_peak(parts, DiskWeights(adapter, dtype, stored), request) | files
     if not resources.accelerator:
@@ -74,7 +74,7 @@ def _disk_peak(parts: dict[str, int], weights: DiskWeights, request: MaskRequest
     return parts | weights.peaks(request.resources, working + moved, check + moved, aside)
 
 
-def _kept_in(request: MaskRequest, stored: torch.dtype) -> torch.dtype:
+def kept_in(request: MaskRequest, stored: torch.dtype) -> torch.dtype:
     """The dtype of new weights in files: as stored, where a mask changes no other number."""
     changes = request.reconstruct.enabled or request.score.needs == "grams"
     return request.resources.weight_dtype(stored) if changes else stored

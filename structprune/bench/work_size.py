@@ -7,6 +7,9 @@ there too, and are predicted with the search.
 import math
 from collections.abc import Sequence
 
+import torch
+
+from structprune.bench.mask_memory import kept_in
 from structprune.masking.request import MaskRequest
 from structprune.models.adapter import Adapter
 from structprune.statistics.rows import needs_sinks
@@ -42,8 +45,14 @@ def _refit_bytes(adapter: Adapter, request: StructuredRequest, itemsize: int) ->
     return math.ceil(plans * (weights - gone) * itemsize * request.reconstruct.enabled)
 
 
-def mask_work_bytes(adapter: Adapter, request: MaskRequest, itemsize: int) -> int:
-    """Of a run for masks; with a refit, weights are kept as they were before it too."""
+def mask_work_bytes(adapter: Adapter, request: MaskRequest, stored: torch.dtype) -> int:
+    """Of a run for masks; with a refit, weights are kept as they were before it too.
+
+    Args:
+        stored: dtype of the checkpoint's weights, in which those from disk stay if a mask changes no other number.
+    """
+    on_disk = request.resources.on_disk
+    itemsize = (kept_in(request, stored) if on_disk else request.resources.weight_dtype(stored)).itemsize
     arms = [request.arm] + [request.reconstruct.arm] * request.reconstruct.enabled
     weights = sum(block[role].weight.numel() for block in adapter.blocks for role in block.names)
     kept = weights * itemsize * (1 + request.reconstruct.enabled) + weights // 8

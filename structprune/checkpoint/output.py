@@ -3,8 +3,9 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -76,19 +77,57 @@ def check_apart(directory: str | Path, source: str | Path, overwrite: bool = Fal
         raise UserError(f"output '{directory}' holds the input checkpoint '{source}': --overwrite would erase it")
 
 
-def check_space(path: str | Path, needed_bytes: int, what: str = "output", lower: str = "") -> None:
-    """Check that the disk of an output has room for so many bytes.
+@dataclass(frozen=True)
+class Room:
+    """Bytes that something takes on a disk.
 
-    Args:
-        what: lies there, for the message. lower: what makes it smaller.
-    Raises:
-        UserError: it has less.
+    Attributes:
+        what: lies at `path`, for messages. lower: what makes it smaller.
     """
-    path = Path(path).absolute()
-    needed, free = needed_bytes / 1e9, shutil.disk_usage(_anchor(path)).free / 1e9
-    if needed > free:
-        remedy = "free some space, " + (f"lower {lower}, or" if lower else "or") + " choose another place"
-        raise UserError(f"{what} '{path}' needs {needed:.2f} GB, but {free:.2f} GB are free there: {remedy}")
+
+    path: Path
+    needed: int
+    what: str = "output"
+    lower: str = ""
+
+
+def check_space(path: str | Path, needed_bytes: int) -> None:
+    """`check_rooms` for an output."""
+    check_rooms([Room(Path(path), needed_bytes)])
+
+
+def check_rooms(rooms: Iterable[Room]) -> None:
+    """Check that every disk has room for all that goes to it together.
+
+    Raises:
+        UserError: one has less.
+    """
+    disks: dict[int, list[Room]] = {}
+    for room in rooms:
+        if room.needed > 0:
+            disks.setdefault(_disk(room.path), []).append(room)
+    for group in disks.values():
+        needed = sum(room.needed for room in group) / 1e9
+        free = shutil.disk_usage(_anchor(group[0].path.absolute())).free / 1e9
+        if needed > free:
+            remedies = ["free some space", *(f"lower {room.lower}" for room in group if room.lower)]
+            raise UserError(
+                f"{_sizes(group, needed)}, but {free:.2f} GB are free there: {', '.join(remedies)}, or choose another"
+                " place"
+            )
+
+
+def _disk(path: Path) -> int:
+    """The number of the disk that something would lie on."""
+    return _anchor(path.absolute()).stat().st_dev
+
+
+def _sizes(rooms: list[Room], needed: float) -> str:
+    """What takes the room of a disk; `needed` in GB."""
+    if len(rooms) == 1:
+        return f"{rooms[0].what} '{rooms[0].path}' needs {needed:.2f} GB"
+    *first, last = [f"{room.what} '{room.path}' ({room.needed / 1e9:.2f} GB)" for room in rooms]
+    return f"{', '.join(first)} and {last} need {needed:.2f} GB of one disk together"
 
 
 def _anchor(path: Path) -> Path:

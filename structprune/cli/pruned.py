@@ -32,7 +32,7 @@ def closing(report: dict, out: Path, source_bytes: int) -> list:
 def show_dry_run(request: "Request", work: "Work") -> None:
     """Check all that the run would check before it reads weights, and show what inspection says of each ratio."""
     from structprune.cli.console import show
-    from structprune.runs.checkpoints import checked_prune
+    from structprune.runs.checks import checked_prune
     from structprune.runs.inspect import inspect_checkpoint, inspect_masking
     from structprune.runs.schedule import Schedule
 

@@ -16,6 +16,7 @@ from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.resources import Resources
 from structprune.runs.expected import expected_model
 from structprune.runs.resolve import backward_user
+from structprune.structured.plan import Plan
 from structprune.structured.request import StructuredRequest
 
 AnyRequest = TypeVar("AnyRequest", StructuredRequest, MaskRequest)
@@ -41,7 +42,7 @@ def within_memory(request: AnyRequest, model: DiffusionLM, stored: torch.dtype |
     ways, dtype = [], source_of(model).dtype if stored is None else stored
     for resources in _ways(request, stored is None):
         changed = replace(request, resources=resources)
-        peaks = {name: size / 1e9 for name, size in _predicted(changed, model, dtype).items() if name in limits}
+        peaks = {name: size / 1e9 for name, size in predicted_memory(changed, model, dtype).items() if name in limits}
         if all(peaks[name] <= limits[name] for name in peaks):
             return changed
         ways.append((max(peaks[name] / limits[name] for name in peaks), resources, peaks))
@@ -76,8 +77,16 @@ def _places(request: StructuredRequest | MaskRequest) -> list:
     return [False, *streams, *reads]
 
 
-def _predicted(request: StructuredRequest | MaskRequest, model: DiffusionLM, stored: torch.dtype) -> dict[str, int]:
-    """Bytes by part, the peaks among them."""
+def predicted_memory(
+    request: StructuredRequest | MaskRequest, model: DiffusionLM, stored: torch.dtype, plan: Plan | None = None
+) -> dict[str, int]:
+    """Bytes by part, the peaks and "temporary files" among them.
+
+    Args:
+        model: of the checkpoint's shapes. stored: dtype of its weights.
+        plan: what a structured run applies; it counts as if nothing were cut.
+    """
     if isinstance(request, MaskRequest):
         return predicted_mask_peak(Adapter(model), request, stored)
-    return predicted_peak(Adapter(model), Adapter(expected_model(model, request)), request, stored)
+    small = expected_model(model, request) if plan is None else model
+    return predicted_peak(Adapter(model), Adapter(small), request, stored)

@@ -7,43 +7,33 @@ from pathlib import Path
 
 import torch
 
-from structprune.bench.work_size import mask_work_bytes, structured_work_bytes
-from structprune.calibration.build import check_length, check_source
-from structprune.calibration.trajectories import check_calibration
-from structprune.checkpoint.output import check_output, check_space, save_finished
+from structprune.checkpoint.output import check_space, save_finished
 from structprune.config import Config
 from structprune.errors import UserError
 from structprune.masking.request import MaskRequest
 from structprune.models.adapter import Adapter
 from structprune.progress import Track, untracked
-from structprune.runs.budget import within_memory
-from structprune.runs.depth import check_levels_use
-from structprune.runs.ghost import Ghost, read_ghost
+from structprune.runs.checks import checked_prune, run_identity
+from structprune.runs.ghost import read_ghost
 from structprune.runs.load import load_dense
 from structprune.runs.mask import Masked, MaskRun
 from structprune.runs.pruned import Pruned
 from structprune.runs.pruner import Pruner
 from structprune.runs.rehearsal import rehearse
-from structprune.runs.resolve import at_ratio, block_weights, check_given_plan, resolve_masking, resolve_structured
-from structprune.runs.search import check_levels_directory
+from structprune.runs.resolve import block_weights
 from structprune.runs.work import (
     NO_WORK,
     WRITTEN,
     Work,
-    check_work,
     clear,
     is_written,
-    kept_bytes,
     output_notes,
     output_part,
-    work_identity,
     working,
 )
 from structprune.structured.plan import Plan
 from structprune.structured.request import StructuredRequest
 from structprune.workers import Workers
-
-MANY = 4  # times a checkpoint's bytes: more finished parts than that are of the text
 
 
 @dataclass(frozen=True)
@@ -117,12 +107,7 @@ def _together(
 def _journal(source: str, request: StructuredRequest | MaskRequest, work: Work):
     """Of a run that was checked: `working`."""
     config = request.config
-    return working(work, lambda: _identity(read_ghost(source, config.model), request, work))
-
-
-def _identity(ghost: Ghost, request: StructuredRequest | MaskRequest, work: Work) -> dict:
-    """What decides all parts of a run: `work_identity`."""
-    return work_identity(ghost, request.config, request.resources.device, work.workers.count)
+    return working(work, lambda: run_identity(read_ghost(source, config.model), request, work))
 
 
 def prune_at_ratios(
@@ -171,83 +156,6 @@ def prune_at_ratios(
             del pruned  # two pruned models at once would be the peak of memory
 
 
-def checked_prune(
-    source: str,
-    outputs: Mapping[float | None, Path],
-    config: Config,
-    overwrite: bool = False,
-    *,
-    plan: Plan | None = None,
-    work: Work = NO_WORK,
-) -> StructuredRequest | MaskRequest:
-    """A run by any method that can begin, of which no weights were read; arguments as `prune_at_ratios`.
-
-    Args:
-        outputs: for masks or a plan, one.
-        plan: what a structured run applies.
-    Raises:
-        UserError: all that can be refused by now.
-    """
-    ghost = read_ghost(source, config.model)
-    if config.method != "structured":
-        masks = within_memory(_checked_mask(ghost, outputs, config, overwrite), ghost.model, ghost.stored)
-        _check_work(work, ghost, masks, outputs)
-        return masks
-    request = resolve_structured(config, ghost.model)
-    if plan is not None:
-        check_given_plan(request, ghost.model, plan, ghost.values)
-    least = at_ratio(request, min(outputs, key=lambda ratio: ratio or 0)) if plan is None else request  # the largest
-    request = replace(request, resources=within_memory(least, ghost.model, ghost.stored).resources)
-    for count, (ratio, out) in enumerate(outputs.items(), start=1):
-        if plan is None:
-            at_ratio(request, ratio)
-        check_output(out, ghost.directory, overwrite, count * ghost.stored_bytes)
-        if len(outputs) > 1 and (out.parent / "config.json").exists():
-            raise UserError(f"'{out.parent}' is a checkpoint, which cannot hold others: give another directory")
-    if work.levels is not None:
-        check_levels_use(config, work.levels)
-        check_levels_directory(work.levels)
-        check_levels_place(work.levels, list(outputs.values()))
-    _check_text(request.config, ghost)
-    _check_work(work, ghost, request, outputs)
-    return request
-
-
-def _check_work(
-    work: Work,
-    ghost: Ghost,
-    request: StructuredRequest | MaskRequest,
-    outputs: Mapping[float | None, Path],
-) -> None:
-    """Refuse parts that cannot be kept or gone on from, before weights are read."""
-    if work.directory is None:
-        return
-    others = [Path(request.config.calibration.source), *([] if work.levels is None else [work.levels])]
-    places = [*outputs.values(), *(place for place in others if place.exists() or place == work.levels)]
-    check_work(work, _identity(ghost, request, work), places, ghost.directory)
-    itemsize = request.resources.weight_dtype(ghost.stored).itemsize
-    if isinstance(request, MaskRequest):
-        size = mask_work_bytes(ghost.adapter, request, itemsize)
-    else:
-        each = [request if ratio is None else at_ratio(request, ratio) for ratio in outputs]
-        size = structured_work_bytes(ghost.adapter, each, itemsize)
-    there = kept_bytes(work.directory) if work.resume != "never" else 0
-    many = size > MANY * len(outputs) * ghost.stored_bytes
-    lower = f"calibration.windows = {request.calibration.windows}" if many else ""
-    check_space(work.directory, max(0, size - there), "finished parts in", lower)
-
-
-def _checked_mask(ghost: Ghost, outputs: Mapping[float | None, Path], config: Config, overwrite: bool) -> MaskRequest:
-    """`checked_prune` for masks."""
-    request = resolve_masking(config, ghost.model)
-    mask_bytes = sum(block_weights(ghost.adapter)) // 8
-    for out in outputs.values():
-        check_output(out, ghost.directory, overwrite, ghost.stored_bytes + mask_bytes)
-    if request.reads_text:
-        _check_text(request.config, ghost)
-    return request
-
-
 def mask_checkpoint(
     source: str,
     out: Path,
@@ -274,19 +182,3 @@ def mask_checkpoint(
         masked = run.run(in_place=True)
         work.workers.first(lambda: save_finished(masked.save, out, overwrite))
     return Written(masked, out, source_bytes)
-
-
-def check_levels_place(levels: Path, outputs: list[Path]) -> None:
-    """Raise UserError for levels and an output that would lie in each other."""
-    for out in outputs:
-        one, other = levels.resolve(), out.resolve()
-        if one == other or one in other.parents or other in one.parents:
-            raise UserError(f"--levels {levels} and output '{out}' lie in each other: give them places of their own")
-
-
-def _check_text(config: Config, ghost: Ghost) -> None:
-    """Refuse windows, a saved calibration or a tokenizer that cannot be used, before weights are read."""
-    saved = check_source(config.calibration, ghost.directory)
-    check_length(ghost.model, config, saved)
-    if saved is not None:
-        check_calibration(saved, config)

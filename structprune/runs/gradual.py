@@ -17,13 +17,8 @@ from structprune.models.placement import give_back_memory
 from structprune.recovery.folder import check_folder, training_folder
 from structprune.recovery.sharded import check_sharded, is_sharded
 from structprune.recovery.trainer import require_training
-from structprune.runs.checkpoints import (
-    check_levels_place,
-    checked_prune,
-    mask_checkpoint,
-    prune_at_ratios,
-    prune_checkpoint,
-)
+from structprune.runs.checkpoints import mask_checkpoint, prune_at_ratios, prune_checkpoint
+from structprune.runs.checks import check_levels_place, checked_prune
 from structprune.runs.evaluate import ALONE, Session
 from structprune.runs.expected import expected_model
 from structprune.runs.ghost import read_ghost

@@ -147,7 +147,7 @@ def inspect_masking(source: str | Path, config: Config) -> dict:
         "bytes": ghost.stored_bytes,
         "mask_bytes": sum(kinds.values()) // 8,
         "memory": predicted_mask_peak(adapter, request, ghost.stored),
-        "work": mask_work_bytes(adapter, request, request.resources.weight_dtype(ghost.stored).itemsize),
+        "work": mask_work_bytes(adapter, request, ghost.stored),
     }
 
 

@@ -1,12 +1,13 @@
 """The predicted size of finished parts, against what runs keep."""
 
 import pytest
+import torch
 
 from structprune.bench.work_size import mask_work_bytes, structured_work_bytes
 from structprune.config import Config
 from structprune.models.adapter import Adapter
 from structprune.models.journal import Journal
-from structprune.models.loading import load_model
+from structprune.models.loading import load_model, map_model
 from structprune.runs.mask import MaskRun
 from structprune.runs.pruner import Pruner
 from structprune.runs.resolve import at_ratio, resolve_masking, resolve_structured
@@ -72,4 +73,18 @@ def test_a_run_for_masks(keys, model, text_path, tmp_path):
     run = MaskRun(model, request, None, lambda items, title: items)
     run.keep_in(Journal(tmp_path / "work"))
     run.run()
-    assert size_of(tmp_path / "work") == pytest.approx(mask_work_bytes(Adapter(model), request, 4), rel=0.1)
+    assert size_of(tmp_path / "work") == pytest.approx(mask_work_bytes(Adapter(model), request, torch.float32), rel=0.1)
+
+
+@pytest.mark.parametrize("keys", [{"masking.score": "wanda", "reconstruct.enabled": False}, {}])
+def test_masks_of_weights_on_disk(keys, tiny_checkpoint, text_path, tmp_path):
+    """In parts too, weights that only lose numbers stay in the dtype of their files."""
+    words = {"method": "unstructured", "calibration.source": str(text_path), "memory.offload": "disk"}
+    mapped = map_model(tiny_checkpoint("llada", torch_dtype="bfloat16", **WIDE))
+    request = resolve_masking(Config.load(overrides=SMALL | words | keys), mapped)
+    run = MaskRun(mapped, request, None, lambda items, title: items)
+    run.keep_in(Journal(tmp_path / "work"))
+    run.run(in_place=True)
+    assert size_of(tmp_path / "work") == pytest.approx(
+        mask_work_bytes(Adapter(mapped), request, torch.bfloat16), rel=0.1
+    )

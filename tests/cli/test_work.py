@@ -14,7 +14,7 @@ from structprune.cli.work import stoppable
 from structprune.config import ModelSettings
 from structprune.errors import Interrupted, UserError
 from structprune.models.journal import Journal
-from structprune.runs import checkpoints
+from structprune.runs import checks
 from structprune.runs.ghost import read_ghost
 from structprune.runs.run import CALIBRATION
 from structprune.runs.work import FORMAT, IDENTITY, Work, clear, kept_bytes, work_beside, working
@@ -143,14 +143,17 @@ def test_windows_of_a_text_that_changed_under_its_name_are_refused(arguments, ki
     assert "has parts of a run on other calibration windows" in capsys.readouterr().err
 
 
-def test_another_version_is_refused(arguments, killed, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "key", ["device", "version of structprune", "version of torch", "version of transformers", "calibration.length"]
+)
+def test_another_machine_or_version_is_refused(key, arguments, killed, tmp_path, capsys):
     killed(arguments(tmp_path / "out"), 2)
     path = tmp_path / "out.work" / IDENTITY
     identity = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps(identity | {"version of torch": "1.0", "device": "cuda"}), encoding="utf-8")
+    path.write_text(json.dumps(identity | {key: "other"}), encoding="utf-8")
     capsys.readouterr()
     assert main(arguments(tmp_path / "out")) == 2
-    assert "parts of a run with device = 'cuda', not 'cpu'" in capsys.readouterr().err
+    assert f"parts of a run with {key} = 'other', not {identity[key]!r}" in capsys.readouterr().err
 
 
 WRONG = {
@@ -234,14 +237,12 @@ def test_two_runs_in_one_work_do_not_meet(arguments, tmp_path, capsys):
 def test_room_is_asked_for_what_is_missing(arguments, killed, tmp_path, monkeypatch, capsys):
     command = arguments(tmp_path / "out", "--method", "unstructured")
     killed(command, 3)
-    asked = []
-    check = checkpoints.check_space
-    monkeypatch.setattr(
-        checkpoints, "check_space", lambda path, size, *what: asked.append((path, size)) or check(path, size)
-    )
+    asked: list = []
+    check = checks.check_rooms
+    monkeypatch.setattr(checks, "check_rooms", lambda rooms: asked.extend(rooms) or check(rooms))
     assert main(command) == 0
-    sizes = [size for path, size in asked if path == tmp_path / "out.work"]
-    assert sizes and 0 < sizes[0] < kept_bytes(tmp_path) + 10**6
+    [size] = [room.needed for room in asked if room.path == tmp_path / "out.work"]
+    assert 0 < size < kept_bytes(tmp_path) + 10**6
 
 
 def test_a_hub_id_is_known_by_its_revision(tiny_checkpoint, text_path, prune_command, killed, tmp_path, monkeypatch):

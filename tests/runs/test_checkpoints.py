@@ -9,7 +9,7 @@ import torch
 from structprune import Config, UserError, load_model
 from structprune.models import loading
 from structprune.models.adapter import Adapter
-from structprune.runs import checkpoints, load
+from structprune.runs import checkpoints, checks, load
 from structprune.runs.checkpoints import mask_checkpoint, prune_checkpoint
 from structprune.workers import Workers
 
@@ -54,8 +54,8 @@ def test_the_output_is_checked_once_with_its_size(way, tiny_checkpoint, tmp_path
         sizes.append(needed)
         return checked(directory, source, overwrite, needed)
 
-    checked = checkpoints.check_output
-    monkeypatch.setattr(checkpoints, "check_output", check)
+    checked = checks.check_output
+    monkeypatch.setattr(checks, "check_output", check)
     written = function(str(checkpoint), out, config())
     assert sizes == [output_bytes(checkpoint, name)]
     assert written.source_bytes == 4 * load_model(checkpoint).num_parameters()
