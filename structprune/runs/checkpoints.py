@@ -20,12 +20,12 @@ from structprune.runs.mask import Masked, MaskRun
 from structprune.runs.pruned import Pruned
 from structprune.runs.pruner import Pruner
 from structprune.runs.rehearsal import rehearse
-from structprune.runs.resolve import block_weights
+from structprune.runs.resolve import block_weights, resolve_structured
 from structprune.runs.work import (
     NO_WORK,
     WRITTEN,
     Work,
-    clear,
+    check_work,
     is_written,
     output_notes,
     output_part,
@@ -134,8 +134,8 @@ def prune_at_ratios(
         lambda: [ratio for ratio, out in outputs.items() if several and is_written(work, ratio, out, config)]
     )
     left = {ratio: out for ratio, out in outputs.items() if ratio not in written}
-    if not left and (directory := work.directory) is not None:  # a kill came between the last output and the end
-        workers.first(lambda: clear(directory))
+    if outputs and not left:  # a kill came between the last output and the end
+        _end(source, config, work)
         return
     request = _together(workers, partial(checked_prune, source, left, config, overwrite, work=work))
     assert isinstance(request, StructuredRequest)
@@ -154,6 +154,23 @@ def prune_at_ratios(
                 journal.mark(WRITTEN, output_part(ratio, config), workers.from_first(partial(output_notes, out)))
             yield Written(pruned, out, source_bytes)
             del pruned  # two pruned models at once would be the peak of memory
+
+
+def _end(source: str, config: Config, work: Work) -> None:
+    """The end of a run whose outputs an earlier one has all written.
+
+    Raises:
+        UserError: they are another run's.
+    """
+
+    def check() -> StructuredRequest:
+        ghost = read_ghost(source, config.model)
+        request = resolve_structured(config, ghost.model)
+        check_work(work, run_identity(ghost, request, work), [], ghost.directory)
+        return request
+
+    with _journal(source, _together(work.workers, check), work):
+        pass
 
 
 def mask_checkpoint(

@@ -10,7 +10,8 @@ from structprune import Config, UserError, load_model
 from structprune.models import loading
 from structprune.models.adapter import Adapter
 from structprune.runs import checkpoints, checks, load
-from structprune.runs.checkpoints import mask_checkpoint, prune_checkpoint
+from structprune.runs.checkpoints import mask_checkpoint, prune_at_ratios, prune_checkpoint
+from structprune.runs.work import WRITTEN, Work
 from structprune.workers import Workers
 
 SMALL = {
@@ -103,6 +104,25 @@ def test_configuration_and_headers_come_before_the_output(way, tiny_checkpoint, 
     with pytest.raises(UserError, match="cut short"):
         function(str(checkpoint), out, config())
     assert [path.name for path in out.iterdir()] == ["report.json"]
+
+
+@pytest.mark.parametrize("stays", [True, False])
+def test_a_run_killed_after_its_last_output_ends(tiny_checkpoint, text_path, tmp_path, stays):
+    """Only as the run that it was: parts of another one are refused, and stay."""
+    config = Config.load(overrides=STRUCTURED | {"calibration.source": str(text_path)})
+    work, outputs = Work(tmp_path / "parts", stays=stays), {0.3: tmp_path / "a", 0.4: tmp_path / "b"}
+    run = prune_at_ratios(str(tiny_checkpoint()), outputs, config, work=work)
+    next(run), next(run)
+    run.close()
+    parts = sorted((tmp_path / "parts").rglob("*.safetensors"))
+    assert len(list((tmp_path / "parts" / WRITTEN).iterdir())) == 2
+    other = str(tiny_checkpoint(name="other", seed=1))
+    with pytest.raises(UserError, match="has parts of a run with another checkpoint"):
+        list(prune_at_ratios(other, outputs, config, work=work))
+    assert sorted((tmp_path / "parts").rglob("*.safetensors")) == parts
+    assert list(prune_at_ratios(str(tiny_checkpoint()), outputs, config, work=work)) == []
+    left = [path for path in parts if path.parent.name != WRITTEN] if stays else []
+    assert sorted((tmp_path / "parts").rglob("*.safetensors")) == left and (tmp_path / "parts").exists() == stays
 
 
 @pytest.mark.parametrize("named, device", [(None, "cuda:1"), ("cuda", "cuda:1"), ("cpu", "cpu")])
