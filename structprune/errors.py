@@ -57,3 +57,10 @@ def shown(value: Any) -> str:
         text = f"a number of {value.bit_length():,} bits" if isinstance(value, int) else f"a {type(value).__name__}"
     text = text if text.isprintable() else text.encode("ascii", "backslashreplace").decode()
     return text if len(text) <= 120 else f"{text[:80]} ... {text[-30:]}"
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an exception says that the memory of any device is full; torch has no class for that of a CPU."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)

@@ -20,7 +20,7 @@ from structprune.cli.inspect import inspect
 from structprune.cli.prune import prune
 from structprune.cli.recover import recover
 from structprune.cli.sinks import sinks
-from structprune.errors import Elsewhere, Interrupted, UserError
+from structprune.errors import Elsewhere, Interrupted, UserError, lacks_memory
 from structprune.files import first_line
 
 OUT_OF_MEMORY = {  # verb -> remedy
@@ -127,7 +127,7 @@ def _explain(error: BaseException, verb: str) -> tuple[str, int]:
         return str(error), getattr(error, "code", 2)
     if hasattr(error, "format_message"):  # usage errors of typer, whichever click it carries
         return f"{error.format_message()} (see structprune --help)", 2
-    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+    if lacks_memory(error):
         return f"out of memory: {OUT_OF_MEMORY.get(verb, 'use a machine with more')}", 1
     name, line = type(error).__name__, first_line(error)
     return f"{name if line == name else f'{name}: {line}'} (--debug shows where)", 1

@@ -58,12 +58,6 @@ class Journal:
     made: set[Path] = field(default_factory=set, compare=False)
     taken: set[str] = field(default_factory=set, compare=False)
 
-    @property
-    def has_parts(self) -> bool:
-        """Whether anything was kept, here or within."""
-        directory = self.directory
-        return directory is not None and self.workers.from_first(lambda: any(directory.rglob("*.safetensors")))
-
     def within(self, *names: str) -> "Journal":
         """The journal of a stage, in a directory of its own."""
         stage = self.stage or names[0]

@@ -15,7 +15,7 @@ from structprune.bench.settings import BenchSettings, Size
 from structprune.bench.workloads import GenerationWork, Models, forward_rows, generation_rows
 from structprune.checkpoint.output import check_apart, check_output, output_draft, write_json
 from structprune.config import ModelSettings
-from structprune.errors import UserError
+from structprune.errors import UserError, lacks_memory
 from structprune.evaluation.labels import checkpoint_labels
 from structprune.generation.samplers import Generation
 from structprune.models.adapter import Adapter
@@ -206,7 +206,9 @@ def _fitting(subject: str, count: int, remedy: str) -> Iterator[None]:
     """
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
+    except (RuntimeError, MemoryError) as error:
+        if not lacks_memory(error):
+            raise
         raise torch.OutOfMemoryError(f"{subject} does not fit the memory beside {count} models: {remedy}") from error
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from structprune.checkpoint.output import check_apart
-from structprune.errors import UserError
+from structprune.errors import UserError, lacks_memory
 from structprune.evaluation.continuations import ContinuationUnit
 from structprune.evaluation.labels import safe_names
 from structprune.evaluation.result_files import Results, ResultStore, read_results
@@ -228,7 +228,9 @@ def _memory_errors(subject: Subject, dtype: str | None) -> Iterator[None]:
     """Running out of memory where no smaller batch helps is a UserError."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
+    except (RuntimeError, MemoryError) as error:
+        if not lacks_memory(error):
+            raise
         remedies = ["lower evaluation.prompts"] if any(isinstance(unit, GENERATING) for unit in subject.units) else []
         remedies += ["set model.dtype=bfloat16"] if dtype in (None, "float32") else []
         remedy = " or ".join([*remedies, "use another --device"])

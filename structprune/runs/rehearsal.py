@@ -6,12 +6,13 @@ solves, a dtype that overflows, an operation that the device does not have.
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 
 from structprune.calibration.batches import Calibration
 from structprune.calibration.build import held_out_noise
-from structprune.errors import UserError
+from structprune.errors import UserError, lacks_memory
 from structprune.evaluation.nelbo import masked_nelbo
 from structprune.masking.request import MaskRequest
 from structprune.models.adapter import Adapter
@@ -21,6 +22,8 @@ from structprune.models.placement import give_back_memory
 from structprune.refit.reconstruct import Reconstructor
 from structprune.runs.mask import MaskRun
 from structprune.runs.run import Run
+from structprune.runs.stages import digest
+from structprune.runs.work import REHEARSED
 from structprune.statistics.scan import Scan
 from structprune.structured.plan import BlockPlan, identity_plan, make_plan
 from structprune.structured.ranking import rank_units
@@ -30,33 +33,45 @@ from structprune.structured.surgery import apply_plan
 WORTH = 10**9  # bytes of weights; a run on fewer fails as early without
 DAMPING = 0.01  # at least, of the score of few windows
 NOTHING = BlockPlan((), (), ())
+DECISIVE: Any = {"method": True, "structured": True, "masking": True, "reconstruct": True, "memory": True}
 
 
 def rehearse(run: Run, request: StructuredRequest | MaskRequest, journal: Journal) -> None:
-    """Let one block go through every stage, unless parts of the run are there already: then it has gone through them.
+    """Let one block go through every stage, unless an earlier run with these parts did so, with the same settings.
 
-    Each process does it alone, with its own windows.
+    Each process does it alone, with its own windows. `memory.rehearsal = true` asks for it in every run.
 
     Args:
         run: that has read its text. request: of it. journal: where its parts will be kept.
     Raises:
         UserError: what the run would end with at that block.
     """
-    enabled = request.config.memory.rehearsal
+    enabled, name = request.config.memory.rehearsal, _settings_of(request)
     if enabled is None:
-        enabled = sum(each.numel() * each.element_size() for each in run.model.parameters()) >= WORTH
+        heavy = sum(each.numel() * each.element_size() for each in run.model.parameters()) >= WORTH
+        enabled = heavy and not journal.within(REHEARSED).has(name)
     whole = any(len(block.cut_kinds) == 2 for block in run.adapter.blocks)  # else no block is a model of its own
-    if not enabled or not whole or not request.reads_text or journal.has_parts:
+    if not enabled or not whole or not request.reads_text:
         return
     for _ in run.track([0], "rehearsal"):
         try:
             run.timed("rehearsal", partial(_one_block, run, request))
         except UserError as error:
             raise UserError(f"in a rehearsal with one block, {error}") from error
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            remedy = "lower calibration.batch or memory.budget_gb, or set memory.offload = true"
+        except (RuntimeError, MemoryError) as error:
+            if not lacks_memory(error):
+                raise
+            place = "true" if request.resources.accelerator else "disk"
+            remedy = f"lower calibration.batch or memory.budget_gb, or set memory.offload = {place}"
             raise UserError(f"in a rehearsal with one block the memory of {run.device} is full: {remedy}") from error
     give_back_memory()
+    journal.mark(REHEARSED, name, None)
+
+
+def _settings_of(request: StructuredRequest | MaskRequest) -> str:
+    """A digest of what decides the work on a block, beside what all parts share."""
+    values = request.config.model_dump(mode="json", include=DECISIVE | {"calibration": {"batch"}})
+    return digest(values, str(request.resources.device))
 
 
 def _one_block(run: Run, request: StructuredRequest | MaskRequest) -> None:

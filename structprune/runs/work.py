@@ -24,9 +24,9 @@ from structprune.runs.run import CALIBRATION
 from structprune.runs.stages import digest, text_digest
 from structprune.workers import ALONE, Workers
 
-IDENTITY, LOCK, WRITTEN = "identity.json", ".lock", "written"
+IDENTITY, LOCK, WRITTEN, REHEARSED = "identity.json", ".lock", "written", "rehearsed"
 # of a work directory, beside parts of its own
-FOLDERS = ("scores", "refits", "masks", "levels", "reverse", "drops", WRITTEN)
+FOLDERS = ("scores", "refits", "masks", "levels", "reverse", "drops", WRITTEN, REHEARSED)
 SUFFIX = ".safetensors"
 FORMAT = "structprune-work-1"
 Resume = Literal["auto", "required", "never"]
@@ -221,8 +221,11 @@ def _remove(folder: Path) -> None:
 
 
 def has_parts(directory: Path | None) -> bool:
-    """Whether a run has finished any part there; its calibration, which is made in a moment, does not count."""
-    return directory is not None and any(path.stem != CALIBRATION for path in directory.rglob(f"*{SUFFIX}"))
+    """Whether a run has finished any part there; its calibration, which is made in a moment, does not count, and
+    neither does a rehearsal."""
+    if directory is None:
+        return False
+    return any(path.stem != CALIBRATION and path.parent.name != REHEARSED for path in directory.rglob(f"*{SUFFIX}"))
 
 
 def kept_bytes(directory: Path) -> int:

@@ -70,15 +70,26 @@ def test_what_a_block_ends_with_ends_the_run_before_the_first_pass(prune, tmp_pa
     assert set(layers) <= {1} and [path.name for path in tmp_path.iterdir() if "out" in path.name] == []
 
 
-def test_small_models_and_runs_that_go_on_need_none(prune, tmp_path, monkeypatch, tiny_checkpoint, text_path):
+def test_small_models_and_what_was_rehearsed_need_none(prune, tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(rehearsal, "_one_block", lambda run, request: calls.append(type(run).__name__))
     assert prune({}, "out") == 0 and not calls
     monkeypatch.setattr(rehearsal, "WORTH", 1000)
     assert prune({}, "two") == 0 and calls == ["Pruner"]
     assert prune({"memory.rehearsal": "false"}, "three") == 0 and calls == ["Pruner"]
-    assert prune({}, "four", "--work", str(tmp_path / "work")) == 0 and len(calls) == 2
-    assert prune({}, "five", "--work", str(tmp_path / "work")) == 0 and len(calls) == 2  # its parts are there
+    work = ("--work", str(tmp_path / "work"))
+    assert prune({}, "four", *work) == 0 and len(calls) == 2
+    assert prune({}, "five", *work) == 0 and len(calls) == 2
+    assert prune({"calibration.batch": 3}, "six", *work) == 0 and len(calls) == 3  # other settings, on the same parts
+    assert prune({"reconstruct.enabled": "false"}, "seven", *work) == 0 and len(calls) == 4
+    assert prune({"memory.rehearsal": "true"}, "eight", *work) == 0 and len(calls) == 5  # as asked
+
+
+def test_a_rehearsal_alone_is_no_finished_part(prune, tmp_path, monkeypatch):
+    """A run that fails after it leaves nothing behind."""
+    monkeypatch.setattr("structprune.runs.pruner.Pruner.prune_each", None)
+    assert prune({"memory.rehearsal": "true"}, "out") == 1
+    assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == []
 
 
 def test_a_run_that_reads_nothing_rehearses_nothing(tiny_checkpoint, tmp_path, capsys):
@@ -102,13 +113,26 @@ def test_few_rows_do_not_refuse_a_small_damping(prune):
     assert prune(few, "out") == 0
 
 
-def test_a_full_memory_is_named(prune, monkeypatch, capsys):
-    def fill(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+def cpu_is_full(*_):
+    torch.empty(10**14)
 
-    monkeypatch.setattr(rehearsal, "rank_units", fill)
+
+def gpu_is_full(*_):
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize("full", [cpu_is_full, gpu_is_full])
+def test_a_full_memory_is_named(prune, monkeypatch, capsys, full):
+    monkeypatch.setattr(rehearsal, "rank_units", full)
     assert prune({"memory.rehearsal": "true"}, "out") == 2
-    assert "in a rehearsal with one block the memory of cpu is full: lower" in capsys.readouterr().err
+    remedy = "lower calibration.batch or memory.budget_gb, or set memory.offload = disk"
+    assert f"in a rehearsal with one block the memory of cpu is full: {remedy}" in capsys.readouterr().err
+
+
+def test_other_errors_of_torch_are_no_lack_of_memory(prune, monkeypatch, capsys):
+    monkeypatch.setattr(rehearsal, "rank_units", lambda *_: torch.ones(2) @ torch.ones(3))
+    assert prune({"memory.rehearsal": "true"}, "out") == 1
+    assert "memory" not in capsys.readouterr().err
 
 
 def test_a_model_without_a_whole_block_needs_none(tiny_model, monkeypatch):
@@ -134,10 +158,3 @@ def test_windows_are_those_of_a_pass(prune, tiny_checkpoint, text_path):
     assert (few.windows, few.held_out) == (4, 2)
     assert torch.equal(few.input_ids, whole.input_ids[[0, 1, 6, 7]])
     assert (few_windows(whole, 9).windows, few_windows(whole, 9).held_out) == (10, 4)
-
-
-def test_a_journal_knows_whether_anything_is_kept(tmp_path):
-    journal = Journal(tmp_path / "work")
-    assert not journal.has_parts and not Journal().has_parts
-    journal.within("scores").keep("one")
-    assert journal.has_parts
