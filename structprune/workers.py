@@ -203,7 +203,7 @@ def join(reduces: bool = False) -> Workers:
         return ALONE
     local, devices = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if reduces and devices:
-        if (here := int(os.environ.get("LOCAL_WORLD_SIZE", 1))) > devices:
+        if (here := processes_here()) > devices:
             raise UserError(f"{here} processes cannot share {devices} GPUs: start one for each")
         torch.cuda.set_device(local)
     _joined = True
@@ -224,6 +224,11 @@ def _launched() -> tuple[int, int]:
     if not all(name in os.environ for name in LAUNCHED):
         return 1, 0
     return int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+
+
+def processes_here() -> int:
+    """How many processes a launcher started on this machine, which share its memory."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if _launched()[0] > 1 else 1
 
 
 def leave() -> None:

@@ -18,17 +18,22 @@ from structprune.runs.expected import expected_model
 from structprune.runs.resolve import backward_user
 from structprune.structured.plan import Plan
 from structprune.structured.request import StructuredRequest
+from structprune.workers import processes_here
 
 AnyRequest = TypeVar("AnyRequest", StructuredRequest, MaskRequest)
 BUDGETS_GB = (4.0, 2.0, 1.0, 0.5, 0.25, 0.1)  # of hidden states and held activations, where the user names none
+# free beside a predicted peak from disk: a share of the weights in files, whose pages are resident for a while, and
+# some bytes; at most 3.6% of 16 GB and 30 MB of 0.2 GB were measured (scripts/results/offload.json)
+SPARE_SHARE, SPARE_BYTES = 0.04, 30_000_000
 PLACES = {False: "all weights where it computes", True: "weights in host memory", "disk": "weights on disk"}
 
 
 def within_memory(request: AnyRequest, model: DiffusionLM, stored: torch.dtype | None = None) -> AnyRequest:
     """The request with the fastest resources whose predicted peaks are within `memory.host_gb` and `memory.device_gb`.
 
-    Weights are held where they fit, else streamed from host memory to an accelerator, else read from disk; before that,
-    hidden states and held activations go to files or are computed again. Keys that the user has set stay as they are.
+    Weights are held where they fit, else streamed from host memory to an accelerator, else read from disk, where
+    a little more than predicted must fit; before that, hidden states and held activations go to files or are computed
+    again. Keys that the user has set stay as they are.
 
     Args:
         model: of the checkpoint's shapes. stored: dtype of its weights; None: it is loaded, and stays where it is.
@@ -39,19 +44,24 @@ def within_memory(request: AnyRequest, model: DiffusionLM, stored: torch.dtype |
     limits = {f"peak {name}": gb for name, gb in (("host", memory.host_gb), ("device", memory.device_gb)) if gb}
     if not limits:
         return request
-    ways, dtype = [], source_of(model).dtype if stored is None else stored
+    ways, processes = [], processes_here()
+    dtype = source_of(model).dtype if stored is None else stored
     for resources in _ways(request, stored is None):
         changed = replace(request, resources=resources)
-        peaks = {name: size / 1e9 for name, size in predicted_memory(changed, model, dtype).items() if name in limits}
+        sizes = predicted_memory(changed, model, dtype)
+        spare = SPARE_BYTES + round(SPARE_SHARE * sizes["weights on disk"]) if resources.on_disk else 0
+        sizes["peak host"] = processes * (sizes["peak host"] + spare)
+        peaks = {name: sizes[name] / 1e9 for name in limits}
         if all(peaks[name] <= limits[name] for name in peaks):
             return changed
         ways.append((max(peaks[name] / limits[name] for name in peaks), resources, peaks))
     _, resources, peaks = min(ways, key=lambda way: way[0])
     name = max(peaks, key=lambda name: peaks[name] / limits[name])
     least = " and ".join(f"{size:.2f} GB ({name.removeprefix('peak ')})" for name, size in peaks.items())
+    place = f" in {processes} processes" * (processes > 1) + f", with {PLACES[resources.offload]}"
     raise UserError(
         f"memory.{name.removeprefix('peak ')}_gb = {limits[name]:g} is too little: the least that this run takes is"
-        f" {least}, with {PLACES[resources.offload]}: raise it, lower calibration.batch, or choose a smaller model"
+        f" {least}{place}: raise it, lower calibration.batch, or choose a smaller model"
     )
 
 
