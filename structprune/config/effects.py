@@ -149,7 +149,7 @@ def check_masking(config: Config, facts: Facts) -> None:
         ("calibration", ("causal",), measured is None and not reconstruct.enabled, READING),
         ("calibration", ("steps", "interval", "copies"), not noised and not calibration.replays,
          "a noisy arm, a refit or a held-out check"),
-        ("memory", ("overlap", "rehearsal"), not facts.reads_text, "a forward pass"),
+        ("memory", ("budget_gb", "overlap", "rehearsal"), not facts.reads_text, "a forward pass"),
         ("memory", ("offload",), not facts.reads_text and config.memory.offload is True, "a forward pass"),
     )  # fmt: skip
     refuse_idle(config, (*idle, *_common(config, facts, measured)))
