@@ -5,6 +5,7 @@ import signal
 import sys
 import threading
 import traceback
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -31,6 +32,7 @@ OUT_OF_MEMORY = {  # verb -> remedy
     "sinks": "lower --length, --gen-length or --windows, or give a half-precision --dtype",
 }
 INTERRUPTED = 130  # the shell's code for it, which typer returns too
+_signals: list[int] = []  # that ended the command
 
 app = typer.Typer(
     name="structprune",
@@ -71,15 +73,16 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        Exit code: 0; 2 for what the user can mend (one line on stderr); 130 when interrupted, 143 where SIGTERM ended a
-        run after the part under way; 1 otherwise.
+        Exit code: 0; 2 for what the user can mend (one line on stderr); 128 plus the signal's number when interrupted
+        (130 by Ctrl-C, 143 by SIGTERM); 1 otherwise.
     """
     arguments = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    _signals.clear()
     if threading.current_thread() is threading.main_thread():
         for name in ("SIGTERM", "SIGHUP"):  # a run that is ended from outside also removes its drafts
             number = getattr(signal, name, None)
             if number is not None and signal.getsignal(number) is signal.SIG_DFL:  # nohup's SIG_IGN stays
-                signal.signal(number, signal.default_int_handler)
+                signal.signal(number, _interrupt)
     try:
         code = app(arguments, standalone_mode=False)
         return _interrupted() if code == INTERRUPTED else code if isinstance(code, int) else 0
@@ -110,9 +113,15 @@ def _repeated() -> bool:
     return repeats()
 
 
+def _interrupt(number: int, _: FrameType | None) -> None:
+    """The handler of signals that end a command as Ctrl-C does."""
+    _signals.append(number)
+    raise KeyboardInterrupt
+
+
 def _interrupted(note: str = "nothing was written", code: int = INTERRUPTED) -> int:
     print(f"structprune: interrupted; {note}", file=sys.stderr)
-    return code
+    return 128 + _signals[0] if _signals and code == INTERRUPTED else code
 
 
 def _printable(message: str) -> str:

@@ -181,8 +181,7 @@ def test_a_signal_during_the_swap(verb, number, command, tmp_path, capsys, monke
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where the tests run under nohup
         arguments = command(verb, out)
-        ends = 143 if arguments[0] == "prune" and number == signal.SIGTERM else 130
-        line = said(capsys, arguments, code=ends)
+        line = said(capsys, arguments, code=128 + number)
     finally:
         for each, handler in handlers.items():
             signal.signal(each, handler)
