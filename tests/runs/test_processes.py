@@ -1,32 +1,19 @@
 """Prunings that two processes share, against one: the same plans, masks and figures, weights up to rounding."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from structprune.assets import text_file
 from structprune.cli.main import main
 from structprune.config import Config
 from structprune.models.journal import Journal
 from structprune.models.loading import load_model
-from structprune.progress import untracked
-from structprune.runs.mask import MaskRun
 from structprune.runs.pruner import Pruner
-from structprune.runs.resolve import resolve_masking
-from structprune.workers import ALONE, workers
+from tests.runs.processes import KEYS, LAUNCHERS, ONE, SPLIT, both_ways, check_alike, differences, launched
 
-KEYS = {
-    "calibration.windows": 11, "calibration.held_out": 5, "calibration.length": 32, "calibration.interval": 25,
-    "calibration.batch": 2,
-}  # fmt: skip
-SPLIT = {"structured.split_windows": 5, "structured.split_candidates": 2}
-ONE = SPLIT | {"reconstruct.damping": [1.0]}  # of several, two that are nearly as good change places by rounding
 HEAD = {"reconstruct.head": True, "reconstruct.producers": True, "reconstruct.stream": 1.0}
 SEARCH = {"search.enabled": True, "search.sequences": 5}
 WIDTHS = {"search.levels": 3, "search.generations": 2, "search.offspring": 3, "search.rounds": 1}
@@ -45,6 +32,8 @@ CASES = {
     "reverse": ONE | {"sink.trajectory": "reverse", "sink.policy": "unstable", "structured.arm": "masked+sink"},
     "no masked token": RARE | {"reconstruct.weighting": "noise", "reconstruct.visible": 0.1},
     "search": ONE | SEARCH | WIDTHS, "dropped blocks": ONE | SEARCH | EQUAL,
+    "wanda, no refit": MASKS | {"masking.score": "wanda", "reconstruct.enabled": False},
+    "sparsegpt, no refit": MASKS | {"reconstruct.enabled": False, "masking.arm": "masked+sink"},
     "sparsegpt": MASKS | {"masking.arm": "masked+sink"}, "2:4": {"method": "nm"},
     "wanda": MASKS | {"masking.score": "wanda", "masking.order": "one-shot", "masking.allocation": "owl"},
     "ria, refit": MASKS | {"masking.score": "ria", "reconstruct.enabled": True},
@@ -52,82 +41,15 @@ CASES = {
 }  # fmt: skip
 
 
-def pruned(cases, out, checkpoint, place=ALONE):
-    """Save weights and report of every case, from the first process."""
-    for name, keys in cases.items():
-        model, config = load_model(checkpoint), Config.load(overrides=keys)
-        if config.method == "structured":
-            run = Pruner(model, config, workers=place)
-            run.keep_in(Journal(out / f"work {name}", workers=place))
-            result = run.prune()
-        else:
-            result = MaskRun(model, resolve_masking(config, model), None, untracked, place).run()
-        if place.main:
-            out.mkdir(exist_ok=True)
-            save_file({key: value.clone() for key, value in result.model.state_dict().items()}, out / f"{name}.st")
-            plan = result.plan.to_json() if config.method == "structured" else None
-            (out / f"{name}.json").write_text(json.dumps(result.report | ({"plan": plan} if plan else {})))
-
-
-def launched(*arguments, count=2):
-    """A command that `torchrun` starts so many times."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count), "--standalone"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.run([*launch, *arguments], env=environment, capture_output=True, text=True, timeout=180)
-
-
 @pytest.fixture(scope="module")
 def runs(shared_checkpoint, tmp_path_factory):
     return both_ways(CASES, tmp_path_factory.mktemp("processes"), str(shared_checkpoint()))
-
-
-def both_ways(cases, folder, checkpoint):
-    """Directories of weights and reports of cases: made by one process, and by two."""
-    text = {"calibration.source": str(text_file("calibration.txt"))}
-    cases = {name: KEYS | text | each for name, each in cases.items()}
-    pruned(cases, folder / "one", checkpoint)
-    done = launched(__file__, json.dumps(cases), str(folder / "two"), checkpoint)
-    assert done.returncode == 0, done.stderr
-    return folder / "one", folder / "two"
-
-
-def differences(one, two, close, place=""):
-    """Where two reports differ by more than rounding; time and memory do not count, nor does the damping of a refit
-    that has the same error with either."""
-    if isinstance(one, dict):
-        uncounted = {"seconds", "peak_memory_bytes"}
-        if not differences(one.get("error"), two.get("error"), close):
-            uncounted.add("damping")
-        keys = (one.keys() | two.keys()) - uncounted
-        return [line for key in keys for line in differences(one.get(key), two.get(key), close, f"{place}.{key}")]
-    if isinstance(one, list) and isinstance(two, list) and len(one) == len(two):
-        return [line for i, pair in enumerate(zip(one, two)) for line in differences(*pair, close, f"{place}[{i}]")]
-    alike = one == pytest.approx(two, rel=100 * close, abs=close) if isinstance(one, float) else one == two
-    return [] if alike else [f"{place}: {one} and {two}"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_prune_as_one(runs, name):
     check_alike(runs, name, CASES[name])
-
-
-def closeness(keys):
-    """How near the weights of two runs of a case are."""
-    if "method" in keys:
-        return 1e-3  # conjugate gradients of a refit under a mask stop near the minimum
-    return 5e-5 if keys.get("reconstruct.mode") == "bias" else 1e-5  # a mean residual is a difference of large sums
-
-
-def check_alike(runs, name, keys):
-    """Weights, zeros and reports of a case are those of one process."""
-    close, masks = closeness(keys), "method" in keys
-    one, two = (load_file(folder / f"{name}.st") for folder in runs)
-    assert one.keys() == two.keys()
-    for key, weight in one.items():
-        assert torch.equal(weight == 0, two[key] == 0) or not masks, key
-        assert (weight - two[key]).abs().max() <= close, key
-    assert not differences(*(json.loads((folder / f"{name}.json").read_text()) for folder in runs), close)
 
 
 def test_a_run_of_two_goes_on_in_one(runs, tmp_path, monkeypatch, shared_checkpoint):
@@ -154,9 +76,10 @@ def command(source, out, *more):
 
 
 @pytest.mark.slow
-def test_one_of_two_processes_reports_and_writes(tiny_checkpoint, tmp_path):
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_one_of_two_processes_reports_and_writes(launcher, tiny_checkpoint, tmp_path):
     source, out = tiny_checkpoint(), tmp_path / "out"
-    done = launched(*command(source, out))
+    done = launched(*command(source, out), launcher=launcher)
     assert done.returncode == 0 and done.stdout.count("Wrote") == 1, done.stderr
     assert done.stdout.count("Load it anywhere") == 1 and not (tmp_path / "out.work").exists()
     again = launched(*command(source, out))
@@ -298,8 +221,3 @@ def test_a_signal_to_one_of_two_ends_a_search_after_the_step_under_way(tiny_chec
     assert sum(len(record["losses"]) for record in records) == losses and not out.exists()
     blocks = list((tmp_path / "out.work" / "levels").rglob("block-*.safetensors"))
     assert len(blocks) == (1 if losses == 0 else len(load_model(source).blocks))
-
-
-if __name__ == "__main__":
-    with workers() as place:
-        pruned(json.loads(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], place)

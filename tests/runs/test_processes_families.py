@@ -2,7 +2,8 @@
 
 import pytest
 
-from tests.runs.test_processes import CASES, ONE, both_ways, check_alike
+from tests.runs.processes import ONE, both_ways, check_alike
+from tests.runs.test_processes import CASES
 
 SINKS = {"structured.arm": "masked+sink", "structured.score": "wanda"}
 PRUNINGS = {

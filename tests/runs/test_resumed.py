@@ -176,12 +176,33 @@ def test_scores_and_refits_of_one_work_share_the_attention_mass(prune, tmp_path)
     assert len(list((tmp_path / "work").rglob("mass-*"))) == 1
 
 
-def test_a_signal_ends_a_pass_too(prune, tmp_path):
-    """Between the steps of a part that has not been kept."""
+def test_a_signal_ends_a_pass_too(prune, tmp_path, monkeypatch):
+    """Between the steps of a part that has not been kept: the calls of the watcher that are not those of `keep`."""
+    calls, keeping = [], []
+    watch_all = Journal.watch_all
 
-    def watch():
-        raise Interrupted("stopped")
+    def marked(self):
+        keeping.append(True)
+        watch_all(self)
+        keeping.pop()
 
+    monkeypatch.setattr(Journal, "watch_all", marked)
+
+    def run(name, last=None):
+        calls.clear()
+
+        def watch():
+            calls.append(bool(keeping))
+            if len(calls) == last:
+                raise Interrupted("stopped")
+
+        prune({}, Journal(tmp_path / name, watch))
+
+    run("whole")
+    assert calls[0] and calls.count(False) > 20
+    step = calls.index(False, 10) + 1  # a batch, after some parts
+    parts = sum(calls[:step])
     with pytest.raises(Interrupted):
-        prune({}, Journal(tmp_path / "work", watch))
-    assert [path.name for path in (tmp_path / "work").rglob("*.safetensors")] == ["calibration.safetensors"]
+        run("stopped", step)
+    keeping.clear()
+    assert len(calls) == step and len(list((tmp_path / "stopped").rglob("*.safetensors"))) == parts
