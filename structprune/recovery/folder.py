@@ -17,7 +17,8 @@ IDENTITY = "identity.json"  # in the folder: what its checkpoints were made of
 LOCK = ".lock"  # in the folder: held by the process that trains
 LOGS = "runs"  # in the folder: what loggers write there
 BLOCKS = "blocks"  # in the folder: what the first stage finished
-NEEDED = ("trainer_state.json", "optimizer.*", "scheduler.pt", "*.safetensors", "rng_state*.pth")  # of a checkpoint
+STATE = "trainer_state.json"  # of a checkpoint
+NEEDED = (STATE, "optimizer.*", "scheduler.pt", "*.safetensors", "rng_state*.pth")  # of a checkpoint
 
 
 def training_folder(out: Path) -> Path:
@@ -129,6 +130,11 @@ def last_checkpoint(folder: Path) -> Path | None:
     return max(whole)[1] if whole else None
 
 
+def state_of(checkpoint: Path) -> dict:
+    """What the Trainer wrote of itself in a checkpoint."""
+    return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+
+
 def adopt(checkpoint: Path, windows: int) -> None:
     """Let a training go on from a checkpoint with other windows in a pass, of which transformers may read the old
     number there.
@@ -136,10 +142,9 @@ def adopt(checkpoint: Path, windows: int) -> None:
     Args:
         windows: in a pass of a process.
     """
-    path = checkpoint / "trainer_state.json"
-    state = json.loads(path.read_text(encoding="utf-8"))
+    state = state_of(checkpoint)
     if state.get("train_batch_size") not in (None, windows):
-        write_whole(path, json.dumps(state | {"train_batch_size": windows}, indent=2).encode())
+        write_whole(checkpoint / STATE, json.dumps(state | {"train_batch_size": windows}, indent=2).encode())
 
 
 def finished_step(checkpoint: Path) -> int | None:
@@ -150,6 +155,6 @@ def finished_step(checkpoint: Path) -> int | None:
         for weights in checkpoint.glob("*.safetensors"):
             with safe_open(weights, framework="pt"):
                 pass
-        return json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+        return state_of(checkpoint)["global_step"]
     except (OSError, ValueError, KeyError, SafetensorError):
         return None

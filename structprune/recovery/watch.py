@@ -1,5 +1,7 @@
-"""What a training shows while it runs, and remembers: progress with the time left, and the held-out figures."""
+"""What a training shows while it runs, and remembers: progress with the time left, the held-out figures, and the end of
+patience with them."""
 
+import math
 from collections.abc import Iterator
 
 from transformers import TrainerCallback
@@ -60,3 +62,27 @@ class Watch(TrainerCallback):
         if not self._shown:
             return "learning"
         return f"learning, divergence {self._shown[-1]:.3f}, best {min(self._shown):.3f}"
+
+
+class Patience(TrainerCallback):
+    """Ends a training after so many evaluations without a gain, as transformers' EarlyStoppingCallback does, which
+    counts from 0 again in a run that goes on.
+
+    Args:
+        evaluations: without a gain.
+    """
+
+    def __init__(self, evaluations: int):
+        self._evaluations = evaluations
+
+    def ended(self, log: list[dict]) -> bool:
+        """Whether it ended with the last evaluation of the Trainer's log, which a killed run keeps."""
+        best, waited = math.inf, 0
+        for number, goal in enumerate(entry["eval_goal"] for entry in log if "eval_goal" in entry):
+            waited = 0 if number == 0 or goal < best else waited + 1
+            best = min(best, goal)  # of a goal that is no number too
+        return waited >= self._evaluations
+
+    def on_evaluate(self, args, state, control, **_):
+        if self.ended(state.log_history):
+            control.should_training_stop = True

@@ -147,10 +147,11 @@ class RecoveryPlan:
             edges_visible=student.edges_visible,
         )  # fmt: skip
 
-    def _learnt_windows(self) -> Subset:
-        """What this part learns; items keep their numbers, by which a cache knows them."""
-        count = self.steps * self.config.train.batch
-        return Subset(self._windows(), range(self._part[0] * count, (self._part[0] + 1) * count))
+    def _learnt_windows(self, steps: int) -> Subset:
+        """What so many steps of this part learn; items keep their numbers, by which a cache knows them."""
+        batch = self.config.train.batch
+        first = self._part[0] * self.steps * batch
+        return Subset(self._windows(), range(first, first + steps * batch))
 
     def _learnt_text(self, steps: int) -> torch.Tensor:
         """Which windows of the text the first stage and so many steps of this part learn, (n,) int64."""

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import EarlyStoppingCallback
 
 from structprune.checkpoint.learnt_text import LEARNT, write_learnt
 from structprune.checkpoint.masked import save_masked
@@ -34,14 +33,14 @@ from structprune.recovery.blocks import (
     stream_ends,
 )
 from structprune.recovery.cache import CachedTeacher, write_cache
-from structprune.recovery.folder import adopt, last_checkpoint
+from structprune.recovery.folder import adopt, last_checkpoint, state_of
 from structprune.recovery.held_out import Figures, HeldOutStudy, paired
 from structprune.recovery.lora import add_adapters, merge
 from structprune.recovery.sharded import whole_state
 from structprune.recovery.student import learn_all, learning, round_to
 from structprune.recovery.teacher import LiveTeacher
 from structprune.recovery.trainer import in_bfloat16, make_trainer, passes_of, training_arguments
-from structprune.recovery.watch import Watch
+from structprune.recovery.watch import Patience, Watch
 from structprune.runs.recovery_plan import RecoveryPlan
 
 REMEDY = "lower train.pass_windows or data.length, or set train.checkpointing, teacher.int8 or teacher.offload = true"
@@ -180,21 +179,19 @@ class Recovery(RecoveryPlan):
         facts = {"seed": seed % 2**32, "cpu": self.device.type == "cpu", "bf16": in_bfloat16(settings, self.device)}
         facts["sharded"] = self.sharded
         arguments = training_arguments(settings, folder, self.steps, passes_of(settings, self._place.count), facts)
+        checkpoint, arguments.max_steps = self._going_on(folder)
         watch = Watch(self.steps, config, self._track)
-        callbacks = [watch] if settings.patience is None else [watch, EarlyStoppingCallback(settings.patience)]
+        callbacks = [watch] if settings.patience is None else [watch, Patience(settings.patience)]
         with quiet_transformers(), self._masked(model, lora), learning(student):
             trainer = make_trainer(
                 model,
-                self._learnt_windows(),
+                self._learnt_windows(arguments.max_steps),
                 (config.loss, teacher),
                 lambda: watch.note(study.measure(student)),
                 arguments,
                 callbacks,
             )
-            start, checkpoint = time.perf_counter(), last_checkpoint(folder) if self._place.main else None
-            if checkpoint is not None:
-                adopt(checkpoint, settings.pass_windows)
-            checkpoint = self._place.gather(checkpoint)[0]  # the first process removes what a kill left unfinished
+            start = time.perf_counter()
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             steps = trainer.state.global_step
             self.learnt = {
@@ -210,6 +207,19 @@ class Recovery(RecoveryPlan):
             student.load_state_dict(whole, assign=True)
         student.requires_grad_(False)
         student.eval()
+
+    def _going_on(self, folder: Path) -> tuple[Path | None, int]:
+        """The checkpoint that all processes go on from, and the step that the training ends with, which is that
+        checkpoint's own where patience had ended."""
+        settings, checkpoint, end = self.config.train, None, self.steps
+        if self._place.main:  # it removes what a kill left unfinished
+            checkpoint = last_checkpoint(folder)
+        if checkpoint is not None:
+            adopt(checkpoint, settings.pass_windows)
+            state = state_of(checkpoint)
+            if settings.patience is not None and Patience(settings.patience).ended(state["log_history"]):
+                end = state["global_step"]
+        return self._place.gather((checkpoint, end))[0]
 
     @contextmanager
     def _masked(self, model: Any, lora: bool) -> Iterator[None]:

@@ -226,9 +226,9 @@ def test_parts_of_a_training_follow_each_other(pair, recover_config, tmp_path):
     whole = checked(str(small), str(dense), tmp_path / "out", recover_config(train__tokens=STEP * 7))
     parts = [whole.part(index, 3) for index in range(3)]
     assert [part.steps for part in parts] == [2, 2, 2] and whole.steps == 7
-    items = [[window["index"].item() for window in part._learnt_windows()] for part in parts]
+    items = [[window["index"].item() for window in part._learnt_windows(part.steps)] for part in parts]
     assert sum(items, []) == list(range(48))
-    ours, theirs = parts[1]._learnt_windows()[5], whole._learnt_windows()[21]
+    ours, theirs = parts[1]._learnt_windows(parts[1].steps)[5], whole._learnt_windows(whole.steps)[21]
     assert torch.equal(ours["noisy_ids"], theirs["noisy_ids"]) and ours["rate"] == theirs["rate"]
     assert len({json.dumps(each.identity) for each in (whole, *parts)}) == 4
     assert whole.part(0, 1).identity == whole.identity

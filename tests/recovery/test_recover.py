@@ -219,14 +219,6 @@ def test_another_training_in_the_folder_is_refused(pair, recover_config, tmp_pat
 
 
 @pytest.mark.slow
-def test_patience_ends_a_training_that_gains_no_more(pair, recover_config, tmp_path):
-    dense, small = pair()
-    config = recover_config(train__learning_rate=3.0, train__patience=1, train__evaluations=12, train__clip=100.0)
-    report = recover(str(small), str(dense), tmp_path / "out", config).report
-    assert report["learnt"]["steps"] < 12 and report["tokens"] == 16 * 8 * report["learnt"]["steps"]
-
-
-@pytest.mark.slow
 def test_what_is_measured_is_what_is_written(pair, recover_config, tmp_path, monkeypatch):
     """A half-precision checkpoint is trained in fp32; its figures are those of the rounded weights."""
     dense, _ = pair()
