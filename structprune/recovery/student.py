@@ -143,6 +143,8 @@ def loss_of(
         read = hidden[targets.row, targets.source]  # (M, C)
         for part in logit_slices(len(read), student.output_head.weight.shape[0], KINDS):
             total = total + checkpoint(nats, targets, part, read[part], use_reentrant=False)
+    if not any(len(targets.row) for targets in uses):  # DDP waits for a gradient of the head too
+        total = total + 0 * student.output_head(hidden[:1, 0]).float().sum()  # (1, V)
     loss = total / noisy_ids.numel()
     if inputs:
         loss = loss + lesson.settings.streams * streams_error(inputs[1:], streams)

@@ -14,6 +14,7 @@ from structprune.recovery.folder import training_folder
 
 FEW = ["--set", "data.held_out=6"]  # windows: fewer than one process measures at a time
 BLOCKS = ["--set", "blocks.tokens=256", "--set", "blocks.learning_rate=1e-3"]  # a first stage
+SHORT = ["--set", "data.length=4", "--set", "train.pass_windows=1"]  # passes without a masked token
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def figures(out):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("more", [[], BLOCKS])
+@pytest.mark.parametrize("more", [[], BLOCKS, SHORT])
 def test_two_processes_learn_what_one_learns(command, tmp_path, capsys, more):
     alone, both = tmp_path / "alone", tmp_path / "both"
     assert main(command(alone, *more)) == 0
