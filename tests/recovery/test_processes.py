@@ -9,8 +9,11 @@ import pytest
 import torch
 
 from structprune.cli.main import main
+from structprune.config import Config
+from structprune.masking.masks import Masks
 from structprune.models.loading import load_model
 from structprune.recovery.folder import training_folder
+from structprune.runs.checkpoints import mask_checkpoint
 
 FEW = ["--set", "data.held_out=6"]  # windows: fewer than one process measures at a time
 BLOCKS = ["--set", "blocks.tokens=256", "--set", "blocks.learning_rate=1e-3"]  # a first stage
@@ -34,21 +37,32 @@ def command(pair, text_path):
     return make
 
 
+@pytest.fixture
+def together():
+    """`together(arguments)` -> that command, done by two processes."""
+
+    def run(arguments):
+        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+        done = subprocess.run(
+            [*launch, "structprune", *arguments], env=environment, capture_output=True, text=True, timeout=180
+        )
+        assert done.returncode == 0, done.stderr
+        return done
+
+    return run
+
+
 def figures(out):
     return json.loads((out / "report.json").read_text(encoding="utf-8"))["recoveries"][0]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [[], BLOCKS, SHORT])
-def test_two_processes_learn_what_one_learns(command, tmp_path, capsys, more):
+def test_two_processes_learn_what_one_learns(command, together, tmp_path, more):
     alone, both = tmp_path / "alone", tmp_path / "both"
     assert main(command(alone, *more)) == 0
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [*launch, "structprune", *command(both, *more)], env=environment, capture_output=True, text=True, timeout=180
-    )
-    assert done.returncode == 0, done.stderr
+    done = together(command(both, *more))
     ours, theirs = figures(both), figures(alone)
     assert ours["before"] == theirs["before"] and ours["tokens"] == theirs["tokens"] == 768 + 256 * (more is BLOCKS)
     layers = [each["blocks"] and each["blocks"]["layers"] for each in (ours, theirs)]
@@ -60,6 +74,31 @@ def test_two_processes_learn_what_one_learns(command, tmp_path, capsys, more):
     moved = load_model(tmp_path / "llada-small", device="cpu").state_dict()
     assert max((one[name] - moved[name]).abs().max().item() for name in one) > 1e-3
     assert done.stdout.count("Wrote") == 1 and not training_folder(both).exists()
+
+
+@pytest.mark.slow
+def test_two_processes_learn_the_updates_of_a_masked_model_that_one_learns(command, together, text_path, tmp_path):
+    """LoRA of whole weights, merged where the masks are; the zeros stay."""
+    alone, both, sparse = tmp_path / "alone", tmp_path / "both", tmp_path / "sparse"
+    keys = {"method": "unstructured", "masking.score": "magnitude", "model.device": "cpu"}
+    keys |= {"calibration.source": str(text_path), "calibration.length": 16}
+    keys |= {"calibration.windows": 3, "calibration.held_out": 2}
+    more = ["--set", "train.method=lora", "--set", "train.rank=4"]
+    first = command(alone, *more)
+    mask_checkpoint(str(tmp_path / "llada-tiny"), sparse, Config.load(overrides=keys))
+    second = command(both, *more)
+    first[1] = second[1] = str(sparse)
+    assert main(first) == 0
+    together(second)
+    ours, theirs = figures(both), figures(alone)
+    assert ours["kept"] == theirs["kept"] == "trained" and ours["tokens"] == theirs["tokens"] == 768
+    for one, other in zip(ours["history"], theirs["history"], strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+    one, other, before = (load_model(out, device="cpu").state_dict() for out in (both, alone, sparse))
+    assert max((one[name] - other[name]).abs().max().item() for name in one) < 1e-4
+    for name in Masks.load(both / "masks.safetensors").packed:
+        assert torch.equal(one[name] == 0, before[name] == 0)
+        assert (one[name] - before[name]).abs().max() > 1e-3
 
 
 KILLED = """
