@@ -7,6 +7,7 @@ Shapes: M masked positions, k tokens that are kept of each prediction.
 import json
 from functools import lru_cache
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -47,7 +48,7 @@ def write_cache(
     chunks = range(0, len(windows), CHUNK)
     for start in track(chunks, "teacher's predictions"):
         path = _chunk_path(directory, start)
-        if path.exists() and len(_chunk(directory, start)[0]) > min(CHUNK, len(windows) - start):
+        if _windows_in(directory, start) >= min(CHUNK, len(windows) - start):
             continue  # it has all of them; a shorter training may have written fewer
         items = default_collate([windows[index] for index in range(start, min(start + CHUNK, len(windows)))])
         noisy = items["noisy_ids"][:, None]  # (n, 1, T)
@@ -90,7 +91,11 @@ class CachedTeacher:
         self._directory, self._device = directory, device
 
     def predict(self, _windows: tuple, masked: torch.Tensor, items: torch.Tensor, _learnt=None) -> Predictions:
-        """Predictions at the masked positions (B, T) of items (B,)."""
+        """Predictions at the masked positions (B, T) of items (B,).
+
+        Raises:
+            UserError: a file of the cache was damaged since.
+        """
         tokens, log_p = zip(*(self._item(int(item)) for item in items))
         assert sum(map(len, tokens)) == int(masked.sum()), "the cache has another number of masked positions"
         return Predictions(
@@ -105,12 +110,27 @@ class CachedTeacher:
         return tokens[first:last], log_p[first:last]
 
 
+def _windows_in(directory: Path, start: int) -> int:
+    """How many windows a file has; 0 where it is missing or damaged."""
+    try:
+        return len(_chunk(directory, start)[0]) - 1 if _chunk_path(directory, start).exists() else 0
+    except UserError:
+        return 0
+
+
 @lru_cache(maxsize=2)
 def _chunk(directory: Path, start: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Where items begin and end (n + 1,), and their predictions."""
-    with np.load(_chunk_path(directory, start)) as file:
-        ends = np.concatenate(([0], np.cumsum(file["counts"])))
-        return ends, file["tokens"], file["log_p"]
+    path = _chunk_path(directory, start)
+    try:
+        with np.load(path) as file:
+            ends = np.concatenate(([0], np.cumsum(file["counts"])))
+            return ends, file["tokens"], file["log_p"]
+    except (BadZipFile, ValueError, KeyError, EOFError, FileNotFoundError) as error:
+        raise UserError(
+            f"'{path}', predictions of the teacher, is missing or damaged: give the same command again, which writes"
+            " it anew"
+        ) from error
 
 
 def _chunk_path(directory: Path, start: int) -> Path:

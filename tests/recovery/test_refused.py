@@ -3,6 +3,7 @@
 import pytest
 
 from structprune.errors import UserError
+from structprune.recovery import cache as module
 from structprune.recovery.sharded import check_apart, check_sharded, is_sharded
 from structprune.runs.recover import recover
 
@@ -56,6 +57,31 @@ def test_a_longer_training_completes_a_cache(pair, recover_config, tmp_path):
         (tmp_path / "short.txt").write_text("One sentence of some length, for windows of tokens. " * 20)
         report = recover(str(small), str(dense), tmp_path / f"out-{steps}", config).report
         assert report["learnt"]["steps"] == steps
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", [lambda data: data[:-30], lambda data: b"", lambda data: b"no such file" * 9])
+def test_a_damaged_file_of_a_cache_is_written_anew(pair, recover_config, tmp_path, monkeypatch, damage):
+    dense, small = pair()
+    config = recover_config(train__tokens=16 * 8 * 2, teacher__cache=str(tmp_path / "cache"))
+    first = recover(str(small), str(dense), tmp_path / "first", config).report
+    file = tmp_path / "cache" / "windows-00000000.npz"
+    whole = file.read_bytes()
+    module._chunk.cache_clear()
+    file.write_bytes(damage(whole))
+    assert recover(str(small), str(dense), tmp_path / "again", config).report["after"] == first["after"]
+    assert file.read_bytes() == whole
+
+    def damaged(*given):  # once it was complete
+        module.write_cache(*given)
+        module._chunk.cache_clear()
+        file.write_bytes(damage(whole))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("structprune.runs.training.write_cache", damaged)
+        with pytest.raises(UserError, match=r"windows-00000000.npz', .* give the same command again"):
+            recover(str(small), str(dense), tmp_path / "out", config)
+    assert recover(str(small), str(dense), tmp_path / "out", config).report["after"] == first["after"]
 
 
 @pytest.mark.parametrize("name", ["out", "out.training", "out/inside", "llada-small/cache", "file"])
