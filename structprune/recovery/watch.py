@@ -3,6 +3,7 @@ patience with them."""
 
 import math
 from collections.abc import Iterator
+from time import perf_counter
 
 from transformers import TrainerCallback
 
@@ -19,17 +20,19 @@ class Watch(TrainerCallback):
     """
 
     def __init__(self, steps: int, config: RecoverConfig, track: Track):
-        self._shown: list[float] = []
+        self._shown: list[dict[str, float]] = []
         self._steps, self._track, self._goal = steps, track, config.loss.goal
         self._tokens = config.train.batch * config.data.length  # of a step
-        self.first = 0  # the step that this run goes on from
+        self.first = self._done = 0  # the step that this run goes on from, and the last one
+        self._start = perf_counter()
         self._bar: Iterator | None = None
 
     def note(self, figures: Figures) -> dict[str, float]:
         """Show held-out figures; returns them for the Trainer, which keeps the best checkpoint by one of them."""
         means = figures.means()
-        self._shown.append(means["kl"])
-        return means | {"goal": self._goal(means)}
+        means["goal"] = self._goal(means)
+        self._shown.append(means)
+        return means
 
     def history(self, log: list[dict]) -> list[dict]:
         """The held-out figures of the Trainer's log, which a killed run keeps, by tokens learnt."""
@@ -41,15 +44,17 @@ class Watch(TrainerCallback):
         ]
 
     def on_train_begin(self, args, state, control, **_):
-        self.first = state.global_step
+        self.first = self._done = state.global_step
+        self._start = perf_counter()
         self._bar = iter(self._track(range(self._steps), self._title))
         for _step in range(state.global_step + 1):  # those of an earlier run, and the first one, which begins
             next(self._bar, None)
-        self._shown = [each["kl"] for each in self.history(state.log_history)]
+        self._shown = self.history(state.log_history)
 
     def on_step_end(self, args, state, control, **_):
         if state.global_step >= self._steps:  # the Trainer saves then, but measures at its own steps only
             control.should_evaluate = True
+        self._done = state.global_step
         if self._bar is not None:
             next(self._bar, None)
 
@@ -59,9 +64,16 @@ class Watch(TrainerCallback):
             self._bar = None
 
     def _title(self) -> str:
-        if not self._shown:
-            return "learning"
-        return f"learning, divergence {self._shown[-1]:.3f}, best {min(self._shown):.3f}"
+        """The speed of this run, and the last held-out figures; the best are those whose weights are kept."""
+        parts = ["learning"]
+        if self._done > self.first:
+            speed = (self._done - self.first) * self._tokens / max(perf_counter() - self._start, 1e-9)
+            parts.append(f"{speed:,.0f} tokens/s")
+        if self._shown:
+            last, best = self._shown[-1], min(each["goal"] for each in self._shown)
+            parts.append(f"held-out loss {last['goal']:.3f} (best {best:.3f})")
+            parts.append(f"divergence {last['kl']:.3f}, NELBO {last['nelbo']:.3f}")
+        return ", ".join(parts)
 
 
 class Patience(TrainerCallback):
