@@ -57,6 +57,7 @@ def test_a_recovery_gains_and_keeps_the_layout(pair, recover_config, tmp_path, f
     assert [each["teacher"] for each in written["recoveries"]] == [f"{family}-tiny"]
     card = (out / "README.md").read_text(encoding="utf-8")
     assert "## Trained back" in card and "1,536 tokens of `text.txt`" in card and str(tmp_path) not in card
+    assert f"\nin {report['seconds']:.0f} s.\n" in card
     assert not training_folder(out).exists()
 
 
@@ -133,6 +134,7 @@ def test_a_run_killed_while_it_writes_learns_nothing_again(pair, recover_config,
     again = recover(str(small), str(dense), cut, config).report
     assert steps == [*range(1, 13)] and again["history"] == report["history"] and again["kept"] == report["kept"]
     assert (again["learnt"]["resumed_at"], again["learnt"]["steps"]) == (12, 12)
+    assert " s from step 12 on, after an interrupted run.\n" in (cut / "README.md").read_text(encoding="utf-8")
     ours, theirs = weights(cut), weights(whole)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
