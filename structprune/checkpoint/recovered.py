@@ -8,6 +8,7 @@ from structprune.assets import card_template
 from structprune.checkpoint.lineage import RECOVERIES
 from structprune.checkpoint.output import Content
 from structprune.models.checkpoint_files import read_json
+from structprune.report.recover_table import rises
 
 CARRIED = ("plan.json", "calibration.safetensors", "masks.safetensors")  # of the input, as they are
 
@@ -68,7 +69,7 @@ def recovered_card(report: dict) -> str:
         windows=report["held_out_windows"],
         rows="\n".join(rows),
         last="after" if report["kept"] != "input" else "trained, not written",
-        kept=KEPT[report["kept"]],
+        kept=KEPT[report["kept"]] + "".join(f"\n**{line}**\n" for line in rises(report)),
     )
 
 

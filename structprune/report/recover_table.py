@@ -17,6 +17,14 @@ ROWS = (
 )
 
 
+WEIGHED = (  # held-out losses, and what weighs each in what decides
+    ("The divergence from the teacher", "kl", "loss.kl"),
+    ("The NELBO", "nelbo", "loss.cross_entropy"),
+    ("The divergence at next tokens", "causal_kl", "loss.causal"),
+    ("The loss of next tokens", "causal_ce", "loss.causal"),
+)
+
+
 def recover_table(report: dict) -> Table:
     """Figures of the teacher, and of the student before and after; changes are paired, with standard errors.
 
@@ -46,7 +54,8 @@ def recover_table(report: dict) -> Table:
 
 
 def no_gain(report: dict, before: str) -> list[str]:
-    """A line where the weights written are not those that were learnt last.
+    """A line where the weights written are not those that were learnt last, and one for each held-out loss that is
+    worse than the input's.
 
     Args:
         before: which weights the recovery began with: "of the input".
@@ -55,7 +64,20 @@ def no_gain(report: dict, before: str) -> list[str]:
         "input": f"No gain on the held-out text: the weights written are those {before}.",
         "blocks": "No gain of the second stage on the held-out text: the weights written are those of the first.",
     }
-    return [lines[report["kept"]]] if report["kept"] in lines else []
+    return ([lines[report["kept"]]] if report["kept"] in lines else []) + rises(report)
+
+
+def rises(report: dict) -> list[str]:
+    """A line for each held-out loss that rose while what decides fell."""
+    if report["kept"] == "input":  # what was trained is not written
+        return []
+    changes = [(name, report["change"].get(key, {"mean": 0.0}), weight) for name, key, weight in WEIGHED]
+    return [
+        f"{name} of the held-out text rose by {change['mean']:.4f} ± {change['standard_error']:.4f} nats per token:"
+        f" raise {weight} to weigh it more."
+        for name, change, weight in changes
+        if round(change["mean"], 4) > 0
+    ]
 
 
 def plan_lines(plan: dict, title: str = "predicted memory", place: str = "") -> list[Table | str]:

@@ -14,7 +14,6 @@ from structprune.progress import untracked
 from structprune.recovery.blocks import BlockStage, block_rows, load_blocks
 from structprune.recovery.folder import block_path, training_folder
 from structprune.recovery.text import RecoveryText
-from structprune.report.recover_table import no_gain
 from structprune.runs import gradual as module
 from structprune.runs.gradual import ScheduleRun, prune_and_recover
 from structprune.runs.recover import checked, recover
@@ -140,14 +139,6 @@ def test_a_dry_run_of_pruning_and_training_predicts_both_stages(tiny_checkpoint,
     assert "predicted memory of the training, block by block" in shown and "residual streams, on the host" in shown
     assert f"{tmp_path / 'out'}: 5 steps over 640 tokens for every block, block by block" in shown
     assert f"{tmp_path / 'out'}: 10 steps over 1,280 tokens; with those," in shown
-
-
-def test_a_line_says_where_the_weights_are_not_those_learnt_last():
-    assert no_gain({"kept": "trained"}, "of the input") == []
-    [line] = no_gain({"kept": "input"}, "that were pruned")
-    assert line.endswith("the weights written are those that were pruned.")
-    [line] = no_gain({"kept": "blocks"}, "of the input")
-    assert line.startswith("No gain of the second stage") and line.endswith("are those of the first.")
 
 
 def test_several_ratios_may_each_have_a_first_stage(tiny_checkpoint, schedule, tmp_path):
