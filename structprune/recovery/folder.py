@@ -15,7 +15,8 @@ from structprune.models.checkpoint_files import read_json
 
 IDENTITY = "identity.json"  # in the folder: what its checkpoints were made of
 LOCK = ".lock"  # in the folder: held by the process that trains
-LOGS = "runs"  # in the folder: what loggers write there
+LOGS = "runs"  # in the folder: what TensorBoard writes there
+EMISSIONS = "emissions*.csv"  # in the folder: what CodeCarbon writes there
 BLOCKS = "blocks"  # in the folder: what the first stage finished
 STATE = "trainer_state.json"  # of a checkpoint
 NEEDED = (STATE, "optimizer.*", "scheduler.pt", "*.safetensors", "rng_state*.pth")  # of a checkpoint
@@ -98,14 +99,22 @@ def opened_folder(out: Path, identity: dict, overwrite: bool) -> Iterator[Path]:
             raise
 
 
+def logs_of(folder: Path) -> Path | None:
+    """The directory of what loggers wrote in a folder; None where they wrote nothing."""
+    logs = folder / LOGS
+    for path in folder.glob(EMISSIONS):
+        logs.mkdir(exist_ok=True)
+        path.replace(logs / path.name)
+    return logs if logs.exists() else None
+
+
 def is_training(folder: Path) -> bool:
     """Whether a directory holds nothing but what a training of ours leaves there."""
     if not folder.is_dir() or folder.is_symlink():
         return False
     names = {path.name for path in folder.iterdir()} - {LOCK}
-    others = {
-        name for name in names if name not in (IDENTITY, LOGS, BLOCKS) and not name.startswith(("checkpoint-", "."))
-    }
+    own = {IDENTITY, LOGS, BLOCKS, *(path.name for path in folder.glob(EMISSIONS))}
+    others = {name for name in names - own if not name.startswith(("checkpoint-", "."))}
     return not others and (IDENTITY in names or not names)
 
 

@@ -126,7 +126,8 @@ class TrainSettings(Section):
     patience: int | None = Field(None, ge=1)
     """Stop after so many evaluations without a gain. Default: never."""
     report_to: tuple[Annotated[str, Field(min_length=1)], ...] = ()
-    """Loggers of transformers, such as tensorboard or wandb. TensorBoard's files stay in OUT.runs."""
+    """Loggers of transformers, such as tensorboard or wandb. TensorBoard's and CodeCarbon's files stay in
+    OUT.runs."""
 
     @field_validator("targets", "report_to", mode="before")
     @classmethod

@@ -1,5 +1,6 @@
 """Train a pruned checkpoint back against the dense one: `structprune recover`, without a console."""
 
+import os
 import shutil
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -12,7 +13,7 @@ from structprune.config.sections import within_positions
 from structprune.errors import UserError
 from structprune.recovery.blocks import remaining_blocks
 from structprune.recovery.checks import check_settings, with_causal
-from structprune.recovery.folder import LOGS, opened_folder, training_folder
+from structprune.recovery.folder import LOGS, logs_of, opened_folder, training_folder
 from structprune.recovery.settings import RecoverConfig
 from structprune.recovery.trainer import passes_of, require_training
 from structprune.runs.evaluate import ALONE, Session
@@ -82,8 +83,9 @@ def _finish(recovery: Recovery, out: Path, report: dict, overwrite: bool) -> Non
     """Write the output, and remove what the training needed."""
     folder = training_folder(out)
     save_finished(lambda path, replace: recovery.save(path, report, replace), out, overwrite)
-    if (folder / LOGS).exists():  # of TensorBoard; they outlive the training
-        shutil.move(folder / LOGS, free_place(out.absolute().with_name(f"{out.name}.{LOGS}")))
+    if (logs := logs_of(folder)) is not None:  # they outlive the training
+        place = out.absolute().with_name(f"{out.name}.{LOGS}")
+        shutil.move(logs, free_place(place) if os.path.lexists(place) else place)
     shutil.rmtree(folder)
 
 

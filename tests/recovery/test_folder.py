@@ -3,7 +3,7 @@
 import pytest
 
 from structprune.errors import UserError
-from structprune.recovery.folder import open_folder, opened_folder, training_folder
+from structprune.recovery.folder import is_training, open_folder, opened_folder, training_folder
 from structprune.runs.recover import recover
 
 
@@ -24,6 +24,16 @@ def test_overwrite_forgets_another_training_and_nothing_else(tmp_path):
         open_folder(tmp_path / "out", {"of": identity}, True)
         assert [path.name for path in folder.iterdir()] == ["identity.json"]
     open_folder(tmp_path / "out", {"of": "another"}, False)  # nothing was learnt there
+
+
+def test_a_file_that_a_logger_leaves_in_another_folder_is_not_ours(tmp_path):
+    folder = training_folder(tmp_path / "out")
+    folder.mkdir()
+    (folder / "emissions.csv").write_text("mine")
+    with pytest.raises(UserError, match=r"is something else"):
+        open_folder(tmp_path / "out", {"of": "this"}, True)
+    (folder / "identity.json").write_text("{}")
+    assert is_training(folder)
 
 
 def test_two_trainings_of_one_output_do_not_meet(pair, recover_config, tmp_path):
