@@ -1,4 +1,4 @@
-"""Memory and time of the recoveries in configs/recover at true size, as dry runs predict them, from shapes alone.
+"""Memory and time of recoveries in configs/recover at true size, as dry runs predict them, from shapes alone.
 
 python -m scripts.bench.predict_recovery [--ratio 0.5] [--out scripts/results/recovery_plan.json]
 """
@@ -24,8 +24,21 @@ from structprune.runs.expected import expected_model
 from structprune.runs.ghost import read_ghost
 from structprune.runs.resolve import resolve_structured
 
-CONFIGS = Path(__file__).parents[2] / "configs" / "recover"
-FILES = {"LLaDA-8B": "llada.yaml", "Dream-7B": "dream.yaml"}
+HOME = Path(__file__).parents[2]
+CONFIGS = HOME / "configs" / "recover"
+FILES = {  # dense models without experts, used in one way: what else a pass of others computes is not all counted
+    "LLaDA-8B": "llada.yaml",
+    "Dream-7B": "dream.yaml",
+    "A2D-Qwen3-0.6B": "a2d.yaml",
+    "SDAR-1.7B-Chat": "sdar.yaml",
+}
+
+
+def values_of(name: str) -> dict:
+    """config.json of a public checkpoint."""
+    if name in SHAPES:
+        return SHAPES[name]
+    return json.loads((HOME / "tests" / "published" / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def predict(values: dict, file: str, ratio: float) -> dict:
@@ -65,7 +78,7 @@ def run(arguments: list[str] | None) -> None:
     options = parser.parse_args(arguments)
     if not 0 < options.ratio < 1:
         raise UserError(f"--ratio {options.ratio}: give a number between 0 and 1")
-    shapes = {name: predict(SHAPES[name], file, options.ratio) for name, file in FILES.items()}
+    shapes = {name: predict(values_of(name), file, options.ratio) for name, file in FILES.items()}
     rate = next(iter(shapes.values()))["cost"]["rate"]
     result = {"ratio": options.ratio, "rate": rate, "shapes": shapes}
     write_result(options.out, result)

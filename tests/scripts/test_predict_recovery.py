@@ -10,7 +10,7 @@ def script(scripts):
     return scripts("predict_recovery")
 
 
-def test_both_recipes_fit_one_gpu_of_80_gb(script, tmp_path):
+def test_recipes_fit_one_gpu_of_80_gb(script, tmp_path):
     out = tmp_path / "x.json"
     assert script.main(["--out", str(out)]) == 0
     result = json.loads(out.read_text(encoding="utf-8"))
@@ -23,6 +23,12 @@ def test_both_recipes_fit_one_gpu_of_80_gb(script, tmp_path):
         assert row["tokens"] == pytest.approx(50e6, rel=1e-2)
         # teacher 2, student 2 forward, again and backward, operations a weight and token
         assert 30e9 < sum(row["cost"]["operations"].values()) / row["tokens"] < 60e9
+    a2d, sdar = (result["shapes"][name] for name in ("A2D-Qwen3-0.6B", "SDAR-1.7B-Chat"))
+    assert a2d["parameters"]["dense"] == 596_049_920  # the head is the embedding
+    assert sdar["parameters"]["dense"] == 2_031_739_904
+    for row in (a2d, sdar):
+        assert row["memory"]["teacher weights"] == 2 * row["parameters"]["dense"]
+        assert row["memory"]["peak"] < 20e9 and row["tokens"] == pytest.approx(50e6, rel=1e-2)
 
 
 def test_a_ratio_out_of_range_is_refused(script, tmp_path, capsys):
