@@ -9,6 +9,7 @@ from structprune.calibration.build import calibrate
 from structprune.cli.main import main
 from structprune.config import Config
 from structprune.models.loading import load_model
+from structprune.report import plots
 from structprune.runs import demo
 from structprune.runs.pruner import Pruner
 
@@ -79,8 +80,22 @@ def test_the_default_recipe_finds_the_split_by_itself():
     assert heads[0.3] < heads[0.5] < 20  # the equal split would take 12 and 20 of 40
 
 
+@pytest.fixture
+def drawn(monkeypatch):
+    """The points (ratio, loss) of each line of the pictures that are written, by name."""
+    lines, save = {}, plots.save_figure
+
+    def look(figure, *given):
+        for line in figure.axes[0].containers:
+            lines[line.get_label()] = [tuple(point) for point in line.lines[0].get_xydata().tolist()]
+        return save(figure, *given)
+
+    monkeypatch.setattr(plots, "save_figure", look)
+    return lines
+
+
 @pytest.mark.slow
-def test_the_demo_can_train_its_model_back(small_demo, tmp_path, monkeypatch, capsys):
+def test_the_demo_can_train_its_model_back(small_demo, drawn, tmp_path, monkeypatch, capsys):
     few = {"blocks.tokens": 8 * 128 * 2, "train.tokens": 8 * 128 * 6, "train.learning_rate": 1e-3}
     few |= {"train.evaluations": 1, "data.held_out": 8}
     monkeypatch.setattr(demo, "RECOVER", demo.RECOVER | few)
@@ -90,6 +105,9 @@ def test_the_demo_can_train_its_model_back(small_demo, tmp_path, monkeypatch, ca
     before, after = rows[demo.OURS, 0.5], rows["trained back", 0.5]
     assert after["tokens"] == 8 * 128 * 8 and after["loss"]["mean"] != before["loss"]["mean"]
     assert all(after[key] == before[key] for key in ("parameters", "macs", "bytes", "latency_ms"))
+    assert set(drawn) == {*demo.METHODS, "trained back"} and len(drawn[demo.OURS]) == 2
+    assert drawn["trained back"] == [(after["ratio_met"], after["loss"]["mean"])]
+    assert (out / "nelbo.png").read_bytes().startswith(b"\x89PNG")
     report = json.loads((out / "structprune-0.5-recovered" / "report.json").read_text())
     assert [each["student"] for each in report["recoveries"]] == ["structprune-0.5"]
     assert not list(out.glob("*.training"))
