@@ -77,6 +77,28 @@ def test_two_processes_learn_what_one_learns(command, together, tmp_path, more):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_two_processes_learn_a_mixture_whose_experts_do_not_all_see_tokens(pair, text_path, together, tmp_path, method):
+    """A pass of one window of 4 tokens leaves experts without any, in one process and in the other."""
+    dense, small = pair("llada-moe")
+    keys = {
+        "data.length": 4, "data.held_out": 20, "data.noise": 2, "train.method": method, "train.batch": 8,
+        "train.pass_windows": 1, "train.learning_rate": 2e-3, "train.evaluations": 2, "train.tokens": 4 * 8 * 6,
+        "data.source": text_path, "model.device": "cpu", "train.rank": 2,
+    }  # fmt: skip
+    sets = [f"--set={key}={value}" for key, value in keys.items() if method == "lora" or key != "train.rank"]
+    alone, both = (["recover", str(small), "--teacher", str(dense), "--out", str(tmp_path / name), *sets]
+                   for name in ("alone", "both"))  # fmt: skip
+    assert main(alone) == 0
+    together(both)
+    ours, theirs = figures(tmp_path / "both"), figures(tmp_path / "alone")
+    for one, other in zip(ours["history"], theirs["history"], strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+    one, other = (load_model(tmp_path / name, device="cpu").state_dict() for name in ("both", "alone"))
+    assert max((one[name] - other[name]).abs().max().item() for name in one) < 1e-4
+
+
+@pytest.mark.slow
 def test_two_processes_learn_the_updates_of_a_masked_model_that_one_learns(command, together, text_path, tmp_path):
     """LoRA of whole weights, merged where the masks are; the zeros stay."""
     alone, both, sparse = tmp_path / "alone", tmp_path / "both", tmp_path / "sparse"
