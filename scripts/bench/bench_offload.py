@@ -56,7 +56,9 @@ RUNS: dict[str, dict] = {
     score: MASKS | {"masking.score": score}
     for score in ("magnitude", "wanda", "sink-wanda", "sparsegpt", "sink-sparsegpt")
 }  # fmt: skip
-WAYS = {"held": False, "disk": "disk"}  # memory.offload
+KEPT = "disk with parts"  # as the command does by default
+WAYS = {"held": False, "disk": "disk", KEPT: "disk"}  # memory.offload
+DEFAULT_WAYS = ("held", "disk")
 
 PROGRAM = """
 import json, resource, sys, time
@@ -65,6 +67,7 @@ import torch
 from structprune.bench.memory import peak_memory_bytes
 from structprune.config import Config
 from structprune.runs.checkpoints import mask_checkpoint, prune_checkpoint
+from structprune.runs.work import NO_WORK, Work
 
 def waiting():
     try:
@@ -73,14 +76,17 @@ def waiting():
         return 0.0
 
 torch.set_num_threads(1)
-config, start, queued = Config.load(overrides=json.loads(sys.argv[3])), time.perf_counter(), waiting()
+config, work = Config.load(overrides=json.loads(sys.argv[3])), Work(Path(sys.argv[4])) if sys.argv[4:] else NO_WORK
+before, start, queued = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter(), waiting()
 run = prune_checkpoint if config.method == "structured" else mask_checkpoint
-report = run(sys.argv[1], Path(sys.argv[2]), config).result.report
-seconds, used = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF)
+report = run(sys.argv[1], Path(sys.argv[2]), config, work=work).result.report
+seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF)
+used = {name: getattr(after, f"ru_{name}") - getattr(before, f"ru_{name}") for name in ("utime", "stime", "inblock",
+                                                                                     "oublock")}
 print(json.dumps({
-    "seconds": seconds, "core_seconds": used.ru_utime + used.ru_stime, "queued_seconds": waiting() - queued,
-    "peak_bytes": peak_memory_bytes()["host"], "read_bytes": used.ru_inblock * 512,
-    "written_bytes": used.ru_oublock * 512, "phases": report["seconds"],
+    "seconds": seconds, "core_seconds": used["utime"] + used["stime"], "queued_seconds": waiting() - queued,
+    "peak_bytes": peak_memory_bytes()["host"], "read_bytes": used["inblock"] * 512,
+    "written_bytes": used["oublock"] * 512, "phases": report["seconds"],
 }))
 """
 
@@ -132,6 +138,9 @@ def measure(size: str, name: str, way: str, folder: Path) -> dict:
     shutil.rmtree(out, ignore_errors=True)
     source = {"calibration.source": str(text)} if reads_text(values) else {}
     command = [sys.executable, "-c", PROGRAM, checkpoint, out, json.dumps(values | source)]
+    if way == KEPT:
+        shutil.rmtree(folder / "parts", ignore_errors=True)
+        command.append(folder / "parts")
     environment = os.environ | {"TMPDIR": str(folder), "OMP_NUM_THREADS": "1"}
     row = run_json(command, f"{name} at {size}, {way}, failed", "see the message", env=environment)
     row |= {"size": size, "run": name, "way": way, "machine": describe_machine()}
@@ -181,7 +190,7 @@ def run(arguments: list[str] | None) -> None:
     parser = OneLineParser(__doc__)
     parser.add_argument("--sizes", default="0.1B,1B", help="default %(default)s")
     parser.add_argument("--runs", default=",".join(RUNS), help="default %(default)s")
-    parser.add_argument("--ways", default=",".join(WAYS), help="default %(default)s")
+    parser.add_argument("--ways", default=",".join(DEFAULT_WAYS), help=f"also {KEPT!r}; default %(default)s")
     parser.add_argument("--work", type=Path, help="checkpoints lie there, and stay (default: a temporary directory)")
     parser.add_argument("--out", type=result_file, default=Path("scripts/results/offload.json"))
     options = parser.parse_args(arguments)
@@ -194,7 +203,9 @@ def run(arguments: list[str] | None) -> None:
         for size, name, way in ((size, name, way) for size in sizes for name in runs for way in ways):
             new = measure(size, name, way, folder.absolute())
             rows = [row for row in rows if (row["size"], row["run"], row["way"]) != (size, name, way)] + [new]
-            rows.sort(key=lambda row: ([*SHAPES].index(row["size"]), [*RUNS].index(row["run"]), row["way"] == "disk"))
+            rows.sort(
+                key=lambda row: ([*SHAPES].index(row["size"]), [*RUNS].index(row["run"]), [*WAYS].index(row["way"]))
+            )
             result = {"volume": VOLUME, "rows": rows, "compared": compared(rows)}
             write_result(options.out, result)
     show_result(table_of(rows), out=options.out, width=120)

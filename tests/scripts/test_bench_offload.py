@@ -26,8 +26,10 @@ def test_both_ways_of_a_run_write_the_same(bench, tmp_path):
     arguments = ["--sizes", "0.1B", "--work", str(tmp_path / "work"), "--out", str(out)]
     assert bench.main([*arguments, "--runs", "sink-sparsegpt", "--ways", "disk"]) == 0
     assert bench.main([*arguments, "--runs", "sink-sparsegpt", "--ways", "held"]) == 0
+    assert bench.main([*arguments, "--runs", "sink-sparsegpt", "--ways", "disk with parts"]) == 0
     result = json.loads(out.read_text(encoding="utf-8"))
-    assert [each["way"] for each in result["rows"]] == ["held", "disk"]  # the earlier row is kept
+    assert [each["way"] for each in result["rows"]] == ["held", "disk", "disk with parts"]  # the earlier row is kept
+    assert len({each["digest"] for each in result["rows"]}) == 1 and len(result["compared"]) == 1
     assert result["compared"][0]["same"] and result["compared"][0]["seconds_ratio"] > 0
     for each in result["rows"]:
         assert each["peak_bytes"] > 1e8 < each["predicted_bytes"] and each["core_seconds"] > 0
