@@ -111,10 +111,18 @@ def kills(results: dict) -> str:
     note = (
         "`python -m scripts.tools.check_kills`, from [`kills.json`](scripts/results/kills.json): commands on the"
         " embedded model, killed with SIGKILL at random moments before their output was there, and given again. Seconds"
-        f" with start-up, beside other work ({machine(results['machine'])}). Bytes: of all files but those that tell"
+        f" with start-up, beside other work ({_machines(results['commands'])}). Bytes: of all files but those that tell"
         " seconds. Figures: of the report, without seconds."
     )
     return f"{table(header, lines)}\n\n{note}"
+
+
+def _machines(results: dict[str, dict]) -> str:
+    """The machines that commands were measured on, each with its commands where there are several."""
+    groups: dict[str, list[str]] = {}
+    for name, result in results.items():
+        groups.setdefault(machine(result["machine"]), []).append(name)
+    return next(iter(groups)) if len(groups) == 1 else "; ".join(f"{', '.join(v)}: {k}" for k, v in groups.items())
 
 
 def _amount(kept: str) -> tuple[int, int]:

@@ -1,9 +1,10 @@
 """Commands that are killed at several moments and go on, against undisturbed ones: are the bytes the same?
 
-Structured pruning, a search, masks, 2:4 masks and a training of the embedded model, in processes of their own. Each is
-killed with SIGKILL at a random moment of its undisturbed time, and the same command is given again.
+Structured prunings, a search, masks and a training of the embedded model, in processes of their own. Each is killed
+with SIGKILL at a random moment of its undisturbed time, and the same command is given again. Commands that --commands
+leaves out keep what an earlier result has of them.
 
-    python -m scripts.tools.check_kills [--kills 20] [--out scripts/results/kills.json]
+    python -m scripts.tools.check_kills [--kills 20] [--commands NAME,...] [--out scripts/results/kills.json]
 """
 
 import json
@@ -17,7 +18,15 @@ from pathlib import Path
 from rich.table import Table
 
 from scripts.studies.recovery_study import TRAIN, pruned_model
-from scripts.tools.script_line import one_line, parse_counts, show_result, write_result
+from scripts.tools.script_line import (
+    OneLineParser,
+    check_counts,
+    one_line,
+    parse_names,
+    result_file,
+    show_result,
+    write_result,
+)
 from structprune.assets import model_directory, text_file
 from structprune.bench.machine import describe_machine
 from structprune.errors import UserError
@@ -26,20 +35,26 @@ from structprune.runs.work import work_beside
 
 RATIO, TEXT = "0.5", text_file("calibration.txt")
 TIMED = ("report.json", "README.md")  # files with seconds
-OPTIONS = {"kills": (20, "moments of each command, drawn over the undisturbed run")}
 SEED = 0  # of the moments
 CALIBRATION = {"windows": 16, "copies": 2, "length": 64, "held_out": 8, "batch": 8}
 PRUNING = {f"calibration.{key}": value for key, value in CALIBRATION.items()}
 SPLIT = {"structured.split_candidates": 2, "structured.split_windows": 8}
+REVERSE = {"structured.arm": "masked+sink", "sink.trajectory": "reverse"}
 SEARCH = {"search.enabled": True, "search.levels": 3, "search.rounds": 1, "search.generations": 2}
 RECOVERY = TRAIN | {"blocks.tokens": 4_096, "train.tokens": 16_384, "train.evaluations": 8}
-COMMANDS = {  # name -> options of `structprune prune`, and keys
+COMMANDS: dict[str, tuple[list[str], dict]] = {  # name -> options of `structprune prune`, and keys
     "structured": (["--ratio", RATIO], PRUNING | SPLIT | {"reconstruct.head": True}),
+    "wanda along reverse trajectories": (["--ratio", RATIO, "--score", "wanda"], PRUNING | SPLIT | REVERSE),
     "search": (["--ratio", RATIO], PRUNING | SPLIT | SEARCH | {"search.offspring": 4, "search.sequences": 8}),
     "masks": (["--method", "unstructured"], PRUNING),
+    "wanda masks from disk": (
+        ["--method", "unstructured", "--score", "wanda", "--no-refit"],
+        PRUNING | {"memory.offload": "disk"},
+    ),
     "2:4 masks, refit": (["--method", "nm", "--score", "wanda"], PRUNING | {"reconstruct.enabled": True}),
 }
 TRAINING = "recover"
+NAMES = (*COMMANDS, TRAINING)
 
 
 def command(name: str, pruned: Path, out: Path) -> list[str]:
@@ -50,7 +65,7 @@ def command(name: str, pruned: Path, out: Path) -> list[str]:
     """
     if name == TRAINING:
         given = ["recover", str(pruned), "--teacher", str(model_directory()), "--data", str(TEXT)]
-        keys: dict = RECOVERY
+        keys = RECOVERY
     else:
         options, keys = COMMANDS[name]
         given = ["prune", str(model_directory()), "--calibration", str(TEXT), *options]
@@ -137,16 +152,42 @@ def table_of(name: str, result: dict) -> Table:
     return table
 
 
+def settings_of(name: str) -> dict:
+    """What a command is given, as plain data."""
+    options, keys = COMMANDS.get(name, ([], RECOVERY))
+    return {"options": options, "keys": keys, "seed": SEED}
+
+
+def earlier_results(path: Path) -> dict[str, dict]:
+    """Results of commands in an earlier file that are given the same now.
+
+    Raises:
+        UserError: the file is of another form: better now than after an hour of kills.
+    """
+    results = json.loads(path.read_text(encoding="utf-8"))["commands"] if path.is_file() else {}
+    if not all("machine" in result for result in results.values()):
+        raise UserError(f"{path} has commands without a machine, of another version: give another --out")
+    plain = {name: json.loads(json.dumps(settings_of(name))) for name in NAMES}
+    return {name: result for name, result in results.items() if result["settings"] == plain.get(name)}
+
+
 def check(arguments: list[str] | None) -> None:
-    options = parse_counts(__doc__, OPTIONS, "scripts/results/kills.json", arguments)
-    pruned, results = Path(pruned_model(0, RATIO).name) / "pruned", {}
-    for name in (*COMMANDS, TRAINING):
+    parser = OneLineParser(__doc__)
+    parser.add_counts({"kills": 20})
+    parser.add_argument("--commands", default=",".join(NAMES), help="default: all")
+    parser.add_argument("--out", type=result_file, default=Path("scripts/results/kills.json"))
+    options = parser.parse_args(arguments)
+    check_counts(options, ("kills",))
+    results, names = earlier_results(options.out), parse_names("--commands", options.commands, NAMES)
+    pruned = Path(pruned_model(0, RATIO).name) / "pruned"
+    for name in names:
         with tempfile.TemporaryDirectory() as folder:
-            results[name] = compare(name, pruned, Path(folder), options.kills)
-    settings = {"commands": COMMANDS, "recovery": RECOVERY, "seed": SEED}
-    write_result(options.out, {"machine": describe_machine(), "settings": settings, "commands": results})
-    show_result(*(table_of(name, result) for name, result in results.items()), out=options.out, width=100)
-    rows = [row for result in results.values() for row in result["rows"]]
+            result = compare(name, pruned, Path(folder), options.kills)
+        results[name] = result | {"settings": settings_of(name), "machine": describe_machine()}
+        results = {known: results[known] for known in NAMES if known in results}
+        write_result(options.out, {"commands": results})
+    show_result(*(table_of(name, results[name]) for name in names), out=options.out, width=100)
+    rows = [row for name in names for row in results[name]["rows"]]
     if not all(row["same_bytes"] and row["same_figures"] for row in rows):
         raise UserError("what went on is not what an undisturbed command makes: see the tables")
 

@@ -66,3 +66,30 @@ def test_a_command_is_killed_and_compared(check, monkeypatch, tmp_path):
 def test_no_kills_are_refused(check, tmp_path, capsys):
     assert check.main(["--kills", "0", "--out", str(tmp_path / "x.json")]) == 2
     assert "--kills = 0: give at least 1" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_commands_that_are_left_out_keep_their_results(check, monkeypatch, tmp_path):
+    out, row = tmp_path / "x.json", {"moment": 1.0, "killed": True, "kept": "nothing", "again": 1.0, "lost": 1.0}
+    result = {"undisturbed": 2.0, "rows": [row | {"same_bytes": True, "same_figures": True}]}
+    monkeypatch.setattr(check, "compare", lambda *_: result)
+    monkeypatch.setattr(check, "pruned_model", lambda *_: tmp_path)
+    assert check.main(["--commands", "recover,masks", "--out", str(out)]) == 0
+    assert check.main(["--commands", "structured", "--out", str(out)]) == 0
+    assert list(json.loads(out.read_text())["commands"]) == ["structured", "masks", "recover"]
+    monkeypatch.setitem(check.COMMANDS, "masks", (["--method", "nm"], {}))  # is given other options now
+    assert list(check.earlier_results(out)) == ["structured", "recover"]
+
+
+@pytest.mark.parametrize(
+    "arguments, text, message",
+    [
+        (["--commands", "odd"], None, "--commands 'odd': give structured, "),
+        ([], '{"commands": {"masks": {}}}', "has commands without a machine, of another version: give another --out"),
+    ],
+)
+def test_what_cannot_be_merged_is_refused(check, tmp_path, capsys, arguments, text, message):
+    out = tmp_path / "x.json"
+    if text:
+        out.write_text(text)
+    assert check.main([*arguments, "--out", str(out)]) == 2
+    assert message in capsys.readouterr().err and out.exists() == bool(text)

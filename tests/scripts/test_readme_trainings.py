@@ -70,8 +70,11 @@ def test_a_checkpoint_has_a_table_per_text(pages, results):
 def test_kills_and_plans(pages):
     row = {"moment": 5.0, "killed": True, "kept": "step 8", "again": 7.0, "lost": 2.0}
     row |= {"same_bytes": True, "same_figures": False}
-    text = pages.kills({"machine": MACHINE, "commands": {"masks": {"undisturbed": 10.0, "rows": [row, row]}}})
-    assert "| masks | 10 s | 2 | step 8 to step 8 | 2 s | 2 of 2 | 0 of 2 |" in text
+    masks = {"undisturbed": 10.0, "rows": [row, row], "machine": MACHINE}
+    text = pages.kills({"commands": {"masks": masks}})
+    assert "| masks | 10 s | 2 | step 8 to step 8 | 2 s | 2 of 2 | 0 of 2 |" in text and "; masks: " not in text
+    text = pages.kills({"commands": {"search": masks, "masks": masks | {"machine": MACHINE | {"processor": "other"}}}})
+    assert "(search: " in text and "; masks: other, " in text
     memory = dict.fromkeys(pages.PARTS, 2e9) | {"peak": 9e9}
     cost = {"operations": {"student": 3e17}, "seconds": {"student": 7200.0}}
     shapes = {"8B": {"config": "x.yaml", "memory": memory, "tokens": 5e6, "cost": cost}}
