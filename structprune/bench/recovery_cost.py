@@ -1,15 +1,17 @@
 """What a recovery computes, predicted from the shapes of both models.
 
 Products of matrices only, an addition and a multiplication being two operations. Training takes three forward passes'
-worth of them: the pass, the gradient of what went in, and that of the weights.
+worth of them: the pass, the gradient of what went in, and that of the weights. Of a mixture those experts count that a
+token gets.
 """
 
-from structprune.bench.recovery_memory import lora_numbers
+from structprune.bench.recovery_memory import lora_sizes
 from structprune.levels.cost import RATE
 from structprune.models.adapter import Adapter
 from structprune.recovery.blocks import row_counts
 from structprune.recovery.settings import RecoverConfig
 from structprune.recovery.trainer import steps_of
+from structprune.structured.sizes import active_share, active_weights
 
 MASKED = 0.5  # mean share of the tokens that are predicted
 
@@ -19,6 +21,7 @@ def recovery_cost(student: Adapter, teacher: Adapter, config: RecoverConfig, ste
 
     Args:
         student, teacher: adapters of meta models.
+        config: with the weight of the causal loss, where the model is causal too (`checks.with_causal`).
         steps: optimiser steps of the second stage; None: what `train.tokens` are enough for.
     """
     data, train = config.data, config.train
@@ -26,12 +29,12 @@ def recovery_cost(student: Adapter, teacher: Adapter, config: RecoverConfig, ste
     learnt, judged = (count * data.length for count in (steps * train.batch, data.held_out * data.noise))
     first = row_counts(config)[0] * data.length
     measured = 2 + bool(first) + min(train.evaluations, steps)  # before, between both stages, during and after
-    both = forward(student, data.length) + predicted(student), forward(teacher, data.length) + predicted(teacher)
+    lesson = forward(teacher, data.length) + predicted(teacher) + _following(teacher, config)
     parts = {
         "block by block": _blocks(student, teacher, config, first, judged) if first else 0.0,
-        "teacher": learnt * both[1] * (config.loss.kl > 0),
+        "teacher": learnt * lesson * (config.loss.kl > 0),
         "student": learnt * _learning(student, config),
-        "held-out text": judged * (measured * both[0] + both[1]),
+        "held-out text": measured * _measuring(student, config) + _measuring(teacher, config),
     }
     parts = {name: operations for name, operations in parts.items() if operations}
     return {"operations": parts, "seconds": {name: each / RATE for name, each in parts.items()}, "rate": RATE}
@@ -48,8 +51,26 @@ def predicted(model: Adapter) -> float:
     return MASKED * 2.0 * model.vocabulary * model.hidden_size
 
 
+def predicted_next(model: Adapter, length: int) -> float:
+    """Operations of the LM head, for a token of a window of which all but the first are predicted causally."""
+    return (1 - 1 / length) * 2.0 * model.vocabulary * model.hidden_size
+
+
+def _following(model: Adapter, config: RecoverConfig) -> float:
+    """Operations of the causal loss for a token: its blocks' pass is that of the noisy window."""
+    return predicted_next(model, config.data.length) if config.loss.causal else 0.0
+
+
+def _measuring(model: Adapter, config: RecoverConfig) -> float:
+    """Operations of one measurement on the held-out text; a model that is causal too also reads it without noise."""
+    data, length = config.data, config.data.length
+    noisy = data.noise * (forward(model, length) + predicted(model))
+    clean = _weights(model) + _attention(model, length) + predicted_next(model, length)
+    return data.held_out * length * (noisy + clean * model.model.layout.causal)
+
+
 def _weights(model: Adapter) -> float:
-    return 2.0 * sum(block[role].weight.numel() for block in model.blocks for role in block.names)
+    return 2.0 * sum(active_weights(block) for block in model.blocks)
 
 
 def _attention(model: Adapter, length: int) -> float:
@@ -60,12 +81,12 @@ def _attention(model: Adapter, length: int) -> float:
 def _learning(student: Adapter, config: RecoverConfig) -> float:
     """Operations of a step for a token; the LM head runs once more in the backward pass (`student.loss_of`)."""
     copies = student.model.layout.copies
-    weights, head = copies * _weights(student), predicted(student)
+    weights, head = copies * _weights(student), predicted(student) + _following(student, config)
     attention = copies * _attention(student, copies * config.data.length)
     again = config.train.checkpointing * (weights + attention)
     if config.train.method == "full":
         return 3 * weights + 3 * attention + 4 * head + again
-    updates = 2.0 * copies * lora_numbers(student, config)
+    updates = 2.0 * copies * sum(active_share(block, lora_sizes(block, config)) for block in student.blocks)
     return 2 * weights + 3 * attention + 3 * head + (3 + config.train.checkpointing) * updates + again
 
 

@@ -4,7 +4,7 @@ import torch
 
 from structprune.bench.memory import RUNTIME_BYTES
 from structprune.evaluation.fidelity import TOP
-from structprune.models.adapter import Adapter
+from structprune.models.adapter import Adapter, BlockView
 from structprune.models.experts_structprune import role_and_part
 from structprune.models.logits import LOGIT_BYTES
 from structprune.recovery.settings import RecoverConfig, TeacherSettings
@@ -16,9 +16,13 @@ OUTCOME = 8  # bytes of a kept prediction: a token and its log-probability
 
 def lora_numbers(student: Adapter, config: RecoverConfig) -> int:
     """Numbers in the low-rank updates of a student."""
-    places = [(block, role) for block in student.blocks for role in block.names]
-    shapes = [block[role].weight.shape for block, role in places if role_and_part(role)[0] in config.train.targets]
-    return sum(config.train.rank * (outputs + inputs) for outputs, inputs in shapes)
+    return sum(sum(lora_sizes(block, config).values()) for block in student.blocks)
+
+
+def lora_sizes(block: BlockView, config: RecoverConfig) -> dict[str, int]:
+    """Numbers in the low-rank updates of a block, by the role of what they update."""
+    roles = [role for role in block.names if role_and_part(role)[0] in config.train.targets]
+    return {role: config.train.rank * sum(block[role].weight.shape) for role in roles}
 
 
 def held_bytes(teacher: Adapter, settings: TeacherSettings, dtype: torch.dtype) -> dict[int, int]:

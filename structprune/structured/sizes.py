@@ -104,7 +104,11 @@ def forward_macs(adapter: Adapter, length: int) -> int:
 
 def active_weights(block: BlockView) -> int:
     """Weights of a block's linears that a token goes through: of experts, those of as many as it gets."""
-    sizes = {role: block[role].weight.numel() for role in block.names}
+    return active_share(block, {role: block[role].weight.numel() for role in block.names})
+
+
+def active_share(block: BlockView, sizes: dict[str, int]) -> int:
+    """What a token goes through of numbers that belong to a block's linears, by role."""
     if block.mixture is None:
         return sum(sizes.values())
     own = sum(size for role, size in sizes.items() if role_and_part(role)[1] in block.expert_parts)

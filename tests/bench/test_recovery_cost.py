@@ -4,12 +4,19 @@ import pytest
 import torch
 
 from structprune.bench.macs import counted_macs
-from structprune.bench.recovery_cost import forward, predicted, recovery_cost
+from structprune.bench.recovery_cost import forward, predicted, predicted_next, recovery_cost
 from structprune.levels.cost import RATE
 from structprune.models.adapter import Adapter
-from structprune.recovery.settings import RecoverConfig
+from structprune.recovery.held_out import HeldOutStudy
+from structprune.recovery.lora import add_adapters
+from structprune.recovery.settings import LossSettings, RecoverConfig
+from structprune.recovery.student import Lesson, learning
+from structprune.recovery.text import RecoveryText
+from structprune.workers import Workers
+from tests.tiny_values import MASK_ID
 
 LENGTH = 16
+MIXTURES = ["llada-moe", "llada2"]
 
 
 def cost(student, teacher, **changes):
@@ -21,13 +28,59 @@ def cost(student, teacher, **changes):
     return recovery_cost(Adapter(student), Adapter(teacher), RecoverConfig.load(overrides=keys))["operations"]
 
 
-def test_a_forward_pass_is_what_a_model_runs(tiny_model):
-    model = tiny_model(mlp_hidden_size=24)
-    with counted_macs(model) as macs, torch.no_grad():
-        model(torch.zeros(3, LENGTH, dtype=torch.long))
+def learnt_pass(model, **settings) -> int:
+    """MACs of the forward pass of a loss over three windows, of which every other token is masked."""
+    ids = torch.randint(0, 90, (3, LENGTH), generator=torch.Generator().manual_seed(0))
+    noisy = ids.clone()
+    noisy[:, ::2] = MASK_ID
+    lesson = Lesson(LossSettings(kl=0, cross_entropy=1, **settings), None, 0.5)
+    with counted_macs(model) as macs, torch.no_grad(), learning(model):
+        model(input_ids=ids, noisy_ids=noisy, rate=torch.full((3,), 0.5), lesson=lesson)
+    return macs.total
+
+
+@pytest.mark.parametrize("family, changes", [("llada", {"mlp_hidden_size": 24}), *((name, {}) for name in MIXTURES)])
+def test_a_forward_pass_is_what_a_model_runs(tiny_model, family, changes):
+    model = tiny_model(family, **changes)
     adapter = Adapter(model)
-    counted = 3 * LENGTH * (forward(adapter, LENGTH) + 2 * predicted(adapter))  # here all tokens are predicted
-    assert counted == 2 * macs.total
+    counted = 3 * LENGTH * (forward(adapter, LENGTH) + predicted(adapter))
+    assert counted == 2 * learnt_pass(model)
+
+
+def test_next_tokens_too_where_they_are_learnt(tiny_model):
+    model = tiny_model("nemotron-labs")
+    adapter = Adapter(model)
+    both = forward(adapter, LENGTH) + predicted(adapter) + predicted_next(adapter, LENGTH)
+    assert 3 * LENGTH * both == 2 * learnt_pass(model, causal=0.5)
+    following = 320 * predicted_next(adapter, LENGTH)
+    parts, plain = (cost(model, model, loss__causal=causal) for causal in (0.5, 0))
+    assert parts["teacher"] - plain["teacher"] == following and parts["held-out text"] == plain["held-out text"]
+    assert parts["student"] - plain["student"] == 4 * following  # the pass, again in the backward pass, two gradients
+    low, alone = (cost(model, model, loss__causal=causal, train__method="lora") for causal in (0.5, 0))
+    assert low["student"] - alone["student"] == 3 * following  # no gradient of the head's weights
+
+
+def test_held_out_text_of_a_causal_model_is_what_it_runs(tiny_model):
+    """Up to what the noise masks, and the last block, which runs at predicted positions alone."""
+    model = tiny_model("nemotron-labs", num_hidden_layers=24)
+    text = torch.randint(0, 90, (4, LENGTH), generator=torch.Generator().manual_seed(0))
+    with counted_macs(model) as macs:
+        HeldOutStudy(model, RecoveryText(text, text), 2, 0, Workers())
+    parts = cost(model, model, train__evaluations=1, train__tokens=32)
+    assert parts["held-out text"] / 4 == pytest.approx(2 * macs.total, rel=0.05)  # before, then, after, and the teacher
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_updates_of_the_experts_that_a_token_gets(tiny_model, family):
+    pytest.importorskip("peft")
+    model = tiny_model(family)
+    changes = {"train__method": "lora", "train__checkpointing": True}
+    one, two = (cost(model, model, train__rank=rank, **changes)["student"] for rank in (1, 2))
+    plain = learnt_pass(model)
+    settings = RecoverConfig.load(overrides={"train.rank": 1}).train
+    add_adapters(model, settings, 0)
+    # a row more of rank: four passes of 320 tokens, where three windows ran one
+    assert two - one == 4 * (320 / (3 * LENGTH)) * 2 * (learnt_pass(model) - plain)
 
 
 def test_parts_by_hand(tiny_model):
