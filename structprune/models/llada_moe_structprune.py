@@ -47,8 +47,9 @@ class StructpruneLLaDAMoEConfig(StructpruneDreamConfig):
         )  # fmt: skip
 
     def in_own_layout(self, values: dict) -> dict:
-        own: dict[str, Any] = {"moe_layer_freq": [1] * self.num_hidden_layers, "shared_expert_intermediate_size": None}
-        return values | own
+        own: dict[str, Any] = {"moe_layer_freq": [1] * self.num_hidden_layers}
+        # the family's own code tests for None
+        return values | own | {"shared_expert_intermediate_size": self.shared_expert_intermediate_size or None}
 
 
 class LLaDAMoEBlock(ExpertBlock):

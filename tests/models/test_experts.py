@@ -1,12 +1,19 @@
 """Mixtures of experts: what a block computes by hand, and which config.json describes one."""
 
+import json
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 
-from structprune import load_model
+from structprune import apply_plan, load_model, save_pruned
+from structprune.config import ExportSettings
 from structprune.models.adapter import Adapter, ExpertWidths
 from structprune.models.experts_structprune import tokens_by_expert, tokens_of
+from structprune.structured.plan import identity_plan
+from tests.models.alike import assert_alike
 
 
 def by_hand(block, x: torch.Tensor) -> torch.Tensor:
@@ -92,3 +99,22 @@ def test_a_pass_without_data_sends_all_tokens_to_all_experts(tiny_model):
     model.blocks[0].part("down.3").register_forward_pre_hook(lambda module, args: rows.append(args[0].shape))
     assert model(torch.zeros(2, 5, dtype=torch.long, device="meta")).logits.shape == (2, 5, 2048)
     assert rows == [(10, 16)]
+
+
+@pytest.mark.parametrize("compat", ["official", "uniform", "free"])
+@pytest.mark.parametrize("kept", [12, 0])
+@torch.no_grad()
+def test_a_shared_expert_is_written_as_wide_as_it_is(tiny_checkpoint, tmp_path, compat, kept):
+    """Of 12 channels, or cut off as a whole: the family's own key then says that there is none."""
+    dense = load_model(tiny_checkpoint("llada-moe", shared_expert_intermediate_size=12))
+    whole = identity_plan(Adapter(dense))
+    blocks = tuple(replace(block, shared=block.shared[:kept]) for block in whole.blocks)
+    model, ids = apply_plan(dense, replace(whole, blocks=blocks)), torch.arange(22).view(2, 11)
+    out = save_pruned(model, tmp_path / "out", ExportSettings(compat=compat))
+    written = json.loads((out / "config.json").read_text())["shared_expert_intermediate_size"]
+    assert written == (kept or (0 if compat == "free" else None))
+    assert_alike(load_model(out), model, ids)
+    elsewhere = transformers.AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
+    assert (elsewhere(ids).logits - model(ids).logits).abs().max() <= 1e-5
+    elsewhere.save_pretrained(tmp_path / "again")
+    assert_alike(load_model(tmp_path / "again"), model, ids)
