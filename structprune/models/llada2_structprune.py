@@ -162,7 +162,9 @@ class GroupedRouter(nn.Module):
         self.scaling = config.routed_scaling_factor
 
     def forward(self, rows):  # (n, C) -> weights (n, k) fp32 and experts (n, k) int64, the likeliest first
-        scores = F.linear(rows.float(), self.weight.float()).sigmoid()  # (n, E)
+        device = "cpu" if rows.is_meta else rows.device.type
+        with torch.autocast(device, enabled=False):  # autocast would round both sides of the product again
+            scores = F.linear(rows.float(), self.weight.float()).sigmoid()  # (n, E)
         grouped = (scores + self.expert_bias.float()).unflatten(-1, (self.groups, -1))  # (n, G, E/G)
         merit = grouped.topk(TOP_OF_GROUP, dim=-1).values.sum(-1)  # (n, G)
         best = merit.topk(self.top_groups, dim=-1, sorted=False).indices  # (n, top groups)

@@ -40,6 +40,19 @@ def test_the_router_by_hand():
     assert chosen.tolist() == [[0, 2, 3]] and torch.allclose(weights, 2.5 * torch.tensor([[0.9, 0.6, 0.55]]) / 2.05)
 
 
+@torch.no_grad()
+def test_the_router_is_exact_under_autocast():
+    config = StructpruneLLaDA2Config(num_experts=64, num_experts_per_tok=8)
+    torch.manual_seed(0)
+    router, rows = GroupedRouter(32, 64, config), torch.randn(200, 32)
+    weights, chosen = router(rows)
+    with torch.autocast("cpu", torch.bfloat16):
+        again, same = router(rows)
+        assert torch.nn.functional.linear(rows, router.weight).dtype == torch.bfloat16
+    assert torch.equal(same, chosen) and torch.equal(again, weights) and weights.dtype == torch.float32
+    assert router.to("meta")(rows.to("meta"))[0].shape == (200, 8)  # shapes alone, for which there is no autocast
+
+
 def test_a_part_of_a_head_turns():
     x = torch.randn(1, 2, 5, 8, generator=torch.Generator().manual_seed(0))  # (B, H, T, D)
     tables = rotary_tables(torch.arange(5)[None], 4, 10000.0)
