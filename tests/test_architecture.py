@@ -10,6 +10,7 @@ import pytest
 
 import structprune
 from structprune.assets import model_directory, text_file
+from structprune.checkpoint.export import code_files
 
 ROOT, HOME = Path(structprune.__file__).parent, Path(__file__).parents[1]
 BASE = ("errors", "files", "progress", "workers", "config", "assets")  # what every stage may use
@@ -30,10 +31,7 @@ STAGES = (
     "checkpoint",
 )
 DRIVERS = ("runs", "cli", "__main__", "__init__")  # what knows several stages
-SELF_CONTAINED = tuple(
-    f"{name}_structprune.py"
-    for name in ("modeling", "generation", "sampling", "layers", "rotary", "configuration", "a2d")
-)
+SELF_CONTAINED = tuple(sorted(code_files()))  # of all families
 EXTRAS = ("datasets", "lm_eval", "matplotlib", "peft", "accelerate", "pandas", "pyarrow", "gguf")
 
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from structprune import Plan, apply_plan, load_model, save_pruned
-from structprune.checkpoint.export import CODE_FILES
+from structprune.checkpoint.export import code_files
 from structprune.config import ExportSettings
 from structprune.generation.generate import generate
 from structprune.generation.samplers import DreamGeneration, LLaDAGeneration
@@ -144,10 +144,10 @@ def test_code_files_stand_alone():
 
     from structprune.models import modeling_structprune
 
-    for name in CODE_FILES:
+    for name in sorted(code_files()):
         lines = Path(modeling_structprune.__file__).with_name(name).read_text().splitlines()
         imports = [line.split()[1] for line in lines if line.lstrip().startswith(("import ", "from "))]
-        beside = tuple(f".{file.removesuffix('.py')}" for file in CODE_FILES)
+        beside = tuple(f".{file.removesuffix('.py')}" for file in code_files())
         allowed = {"torch", "transformers"} | sys.stdlib_module_names
         assert imports
         assert all(module.startswith(beside) or module.split(".")[0] in allowed for module in imports), imports
