@@ -21,7 +21,12 @@ MODELS = {
     "gqa of dream": ("dream", {}),
     "mha of a2d": ("a2d-llama", {}),
     "gqa of a2d, heads normed": ("a2d-qwen3", {}),
+    "gqa of a2d, biases of projections": ("a2d-qwen2", {}),
+    "gqa of a2d in blocks": ("a2d-qwen3-blocks", {}),
+    "gqa of sdar": ("sdar", {}),
+    "gqa of nemotron": ("nemotron-labs", {}),
 }
+ROUNDED = {"sdar": 2e-5, "nemotron-labs": 2e-5}  # sums in another order come near 1e-5 here
 BOTH = ("attention", "channels")
 FORMS = ("query_heads", "kv_groups", "both")
 IDS = torch.randint(0, 2048, (2, 11), generator=torch.Generator().manual_seed(0))
@@ -74,7 +79,7 @@ def test_random_plans_cut_exactly(tiny_model, name, form):
         plan = random_plan(Adapter(model), form, seed)
         small = apply_plan(model, plan)
         assert [block.widths for block in Adapter(small).blocks] == [block.widths for block in plan.blocks]
-        assert difference(small, model, plan) <= 1e-5, (seed, plan)
+        assert difference(small, model, plan) <= ROUNDED.get(family, 1e-5), (seed, plan)
         with torch.inference_mode():
             assert (small(IDS).logits - dense).abs().max() > 1e-3  # the plan does remove something that counts
 
@@ -102,7 +107,7 @@ def test_what_goes_as_a_whole_is_cut_exactly(tiny_model, name, kept, output_bias
             if block[role].bias is not None:
                 block[role].bias.normal_(generator=torch.Generator().manual_seed(1))
     whole, narrower = identity_plan(Adapter(model)), random_plan(Adapter(model), "both", 4)
-    for plan, tolerance in ((whole, 1e-6), (narrower, 1e-5)):
+    for plan, tolerance in ((whole, 1e-6), (narrower, ROUNDED.get(family, 1e-5))):
         plan = keeping(plan, KEPT[kept])
         small, expected = apply_plan(model, plan, output_bias), with_zeroed_columns(model, plan)
         assert [block.kinds for block in Adapter(small).blocks] == [kinds for kinds in KEPT[kept] if kinds]
