@@ -239,7 +239,8 @@ def set_depth(values: dict, family: Family, depth: int) -> dict:
 def set_widths(values: dict, family: Family, widths: list[Widths]) -> dict:
     """A copy of the config dictionary `values` for blocks of `widths`: global where all agree, else per layer.
 
-    A global width is never 0, which engines would divide by; blocks that lack something say so themselves.
+    A global width is never 0, which engines would divide by; blocks that lack something say so themselves. Global heads
+    are those of one block, so that query heads are a multiple of key/value heads.
     """
     roles = {*family.keys.values(), *family.width_keys.values()}
     other_names = set(family.config_class.attribute_map) - roles  # of the same values, which would contradict them
@@ -249,6 +250,9 @@ def set_widths(values: dict, family: Family, widths: list[Widths]) -> dict:
         sizes = [size for block in widths if (size := getattr(block, role))]
         # the commonest width, so that overrides stay few; 0 of what no block has
         values[key] = max(set(sizes), key=sizes.count) if sizes else 0
+    pairs = [(block.query_heads, block.kv_heads) for block in widths if block.query_heads]
+    heads = max(set(pairs), key=pairs.count) if pairs else (0, 0)
+    values |= {family.width_keys[role]: count for role, count in zip(("query_heads", "kv_heads"), heads)}
     overrides: dict[str, dict[str, int]] = {}
     for index, block in enumerate(widths):
         sizes_here = {key: getattr(block, role) for role, key in family.width_keys.items()}

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from structprune import load_model
+from structprune import Plan, apply_plan, load_model, save_pruned
 from structprune.models.adapter import CONSUMERS, Adapter, Widths, block_widths, set_widths
 from structprune.models.families import FAMILIES, ROLES, family_of
+from structprune.structured.plan import BlockPlan
 from tests.tiny_values import DENSE
 
 WIDTHS = {"llada": Widths(4, 4, 48), "mmada": Widths(4, 4, 48), "dream": Widths(6, 2, 48)}
@@ -153,3 +154,16 @@ def test_equal_widths_become_the_global_value(tiny_model):
     assert mixed["per_layer_config"] == {"2": {"mlp_hidden_size": 20}} and mixed["mlp_hidden_size"] == 16
     back = set_widths(mixed, family, [Widths(3, 3, 16)] * 3)  # overrides of an earlier prune do not linger
     assert "per_layer_config" not in back
+
+
+def test_global_heads_are_those_of_one_block(tiny_checkpoint, tmp_path):
+    """Else they need not divide each other, and config.json would be refused."""
+    dense, keep = load_model(tiny_checkpoint("dream")), tuple(range(48))
+    blocks = [BlockPlan((3, 4, 5), (1,), keep), BlockPlan((0, 1, 3, 4), (0, 1), keep), BlockPlan((0, 3), (0, 1), keep)]
+    out = save_pruned(apply_plan(dense, Plan("dream", tuple(blocks))), tmp_path / "out")
+    again = Adapter(load_model(out))
+    assert [block.widths for block in again.blocks] == [Widths(3, 1, 48), Widths(4, 2, 48), Widths(2, 2, 48)]
+    values = set_widths(
+        again.model.config.to_dict(), again.family, [Widths(3, 1, 48), Widths(4, 2, 48), Widths(6, 2, 48)]
+    )
+    assert (values["num_attention_heads"], values["num_key_value_heads"]) in {(3, 1), (4, 2), (6, 2)}
