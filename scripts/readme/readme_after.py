@@ -120,7 +120,7 @@ def exports(results: dict) -> str:
     ]
     rows = [
         [
-            row["case"].replace("-", ", "), f"`{row['class']}`", "the same" if row["layout_kept"] else "another",
+            ", ".join(row["case"].rsplit("-", 1)), f"`{row['class']}`", "the same" if row["layout_kept"] else "another",
             *(f"{value:g}" for value in row["differences"].values()), "written" if row["gguf"] == "written" else "no",
         ]
         for row in results["rows"]

@@ -1,4 +1,4 @@
-"""Every export class of both families on its way: prune, load elsewhere, train two steps, save, export, convert.
+"""Every family in its export classes on their way: prune, load elsewhere, train two steps, save, export, convert.
 
 Tiny random checkpoints of the official layouts are pruned and written; transformers loads them with the code beside the
 weights, trains them, and saves them; `export` writes them again, and llama.cpp's file where its loader reads the class.
@@ -58,39 +58,41 @@ def walk(name: str, folder: Path) -> dict:
     """One case: what every step changes, as plain data."""
     values, blocks, biases, compat = CASES[name]
     family = detect_family(values, folder).name
-    write_dense(folder / "dense", values)
-    model = apply_plan(load_model(folder / "dense"), Plan(family, tuple(blocks)), output_bias=biases)
-    pruned = save_pruned(model, folder / "pruned", ExportSettings(compat=compat))
+    # with the case's name, because transformers gives a later directory of one name the class of an earlier one
+    dense, pruned, after, exported = (folder / f"{name}-{step}" for step in ("dense", "pruned", "trained", "exported"))
+    write_dense(dense, values)
+    model = apply_plan(load_model(dense), Plan(family, tuple(blocks)), output_bias=biases)
+    save_pruned(model, pruned, ExportSettings(compat=compat))
     ids = torch.randint(0, MASK_ID, (2, 24), generator=torch.Generator().manual_seed(1))  # (B, T)
     trained = load(pruned)
     before = logits(trained, ids)
     train(trained, ids)
     expected = logits(trained, ids)
-    trained.save_pretrained(folder / "trained")
+    trained.save_pretrained(after)
     for file in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"):
         if (pruned / file).exists():
-            (folder / "trained" / file).write_bytes((pruned / file).read_bytes())
-    kinds = [json.loads((folder / each / "config.json").read_text())["model_type"] for each in ("pruned", "trained")]
-    exported = export_checkpoint(ExportRequest(str(folder / "trained"), folder / "exported", compat))
+            (after / file).write_bytes((pruned / file).read_bytes())
+    kinds = [json.loads((each / "config.json").read_text())["model_type"] for each in (pruned, after)]
+    facts = export_checkpoint(ExportRequest(str(after), exported, compat)).facts
     return {
         "case": name,
         "class": compat,
-        "strictest_class": exported.facts["class"],
+        "strictest_class": facts["class"],
         "changed_by_training": (expected - before).abs().max().item(),
         "layout_kept": kinds[0] == kinds[1],
         "differences": {
-            "structprune": (logits(load_model(folder / "trained"), ids) - expected).abs().max().item(),
-            "exported": exported.facts["difference"],
-            "elsewhere": (logits(load(folder / "exported"), ids) - expected).abs().max().item(),
+            "structprune": (logits(load_model(after), ids) - expected).abs().max().item(),
+            "exported": facts["difference"],
+            "elsewhere": (logits(load(exported), ids) - expected).abs().max().item(),
         },
-        "gguf": converted(folder),
+        "gguf": converted(after, folder / "model.gguf"),
     }
 
 
-def converted(folder: Path) -> str:
-    """Whether the trained model becomes a file for llama.cpp, or why not."""
+def converted(directory: Path, out: Path) -> str:
+    """Whether a trained model becomes a file for llama.cpp, or why not."""
     try:
-        write_gguf(load_model(folder / "trained"), folder / "model.gguf")
+        write_gguf(load_model(directory), out)
     except UserError as error:
         return str(error)
     return "written"

@@ -31,16 +31,18 @@ from rich.markup import escape
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 
-from scripts.tools.reload_cases import CASES, LLADA_TEXT, MASK_ID, TEXTS
+from scripts.tools.reload_cases import CASES, LLADA_TEXT, MASK_ID, RECOVERED, TEXTS
 from structprune import Plan, apply_plan, load_model, load_tokenizer, save_pruned
-from structprune.assets import model_directory
+from structprune.assets import model_directory, text_file
 from structprune.config import ExportSettings
 from structprune.generation.generate import generate
 from structprune.generation.samplers import generation_settings
-from structprune.models.families import DREAM
+from structprune.models.families import DREAM, family_of
 from structprune.models.joined import join_state
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.official import detect_family
+from structprune.recovery.settings import RecoverConfig
+from structprune.runs.recover import recover
 
 HERE = Path(__file__).parent
 PARITY = HERE.parents[1] / "tests" / "parity"
@@ -86,28 +88,54 @@ def write_tokenizer(directory: Path, byte_pair: bool) -> None:
 
 
 def make_cases(work: Path) -> list[dict]:
-    """Pruned directories, with the logits of their models and the ids of their tokenizers."""
-    cases = []
-    for name, (values, blocks, biases, compat) in CASES.items():
-        write_dense(work / "dense" / name, values)
-        dense = load_model(work / "dense" / name)
-        family = detect_family(values, work).name
-        model = apply_plan(dense, Plan(family, tuple(blocks)), output_bias=biases)
-        if biases:
-            for key, parameter in model.named_parameters():
-                if key.endswith(("attn_out.bias", "ff_out.bias", "o_proj.bias", "down_proj.bias")):
-                    parameter.data.normal_(std=0.1)  # (C,)
-        shards = "100KB" if name == "llada-free" else "5GB"
-        directory = save_pruned(model, work / "pruned" / name, ExportSettings(compat=compat, max_shard_size=shards))
-        ids = torch.randint(0, MASK_ID, (2, 24), generator=torch.Generator().manual_seed(1))  # (B, T)
-        ids[:, 5:15] = MASK_ID
-        options = TEXTS.get(family, LLADA_TEXT)
-        settings = generation_settings(model.config, {PUBLISHED.get(key, key): value for key, value in options.items()})
-        texts = {"own/prompt": ids[:, :5], "own/output": torch.stack(list(generate(model, ids[:, :5], settings)))}
-        case = write_expected(work, name, model, ids, texts, [{"name": "own", **options}])
-        case |= {"directory": str(directory), "export": compat, "text": TEXT}
-        cases.append(case | {"text_ids": load_tokenizer(work / "dense" / name)(TEXT)["input_ids"]})
-    return cases
+    """Pruned and trained directories, with the logits of their models and the ids of their tokenizers."""
+    cases = [pruned_case(work, name) for name in CASES]
+    return [*cases, *(recovered_case(work, name) for name in RECOVERED)]
+
+
+def pruned_case(work: Path, name: str) -> dict:
+    """One of `CASES`."""
+    values, blocks, biases, compat = CASES[name]
+    write_dense(work / "dense" / name, values)
+    dense = load_model(work / "dense" / name)
+    model = apply_plan(dense, Plan(detect_family(values, work).name, tuple(blocks)), output_bias=biases)
+    if biases:
+        for key, parameter in model.named_parameters():
+            if key.endswith(("attn_out.bias", "ff_out.bias", "o_proj.bias", "down_proj.bias")):
+                parameter.data.normal_(std=0.1)  # (C,)
+    shards = "100KB" if name == "llada-free" else "5GB"
+    settings = ExportSettings(compat=compat, max_shard_size=shards)
+    directory = save_pruned(model, work / "pruned" / name, settings)
+    return described(work, name, model, directory) | {"export": compat}
+
+
+def recovered_case(work: Path, name: str) -> dict:
+    """One of `CASES`, written before, that a training then gave low-rank updates, which are merged into its weights.
+
+    Raises:
+        RuntimeError: the training gained nothing, so that it wrote the weights that there were.
+    """
+    keys = {
+        "data.source": str(text_file("calibration.txt")), "data.length": 16, "data.held_out": 4, "data.noise": 2,
+        "train.method": "lora", "train.rank": 4, "train.batch": 8, "train.pass_windows": 4, "train.tokens": 16 * 8 * 8,
+        "train.learning_rate": 2e-3, "train.evaluations": 2, "model.device": "cpu",
+    }  # fmt: skip
+    small, dense, out = (work / folder / name for folder in ("pruned", "dense", "recovered"))
+    if recover(str(small), str(dense), out, RecoverConfig.load(overrides=keys)).report["kept"] != "trained":
+        raise RuntimeError(f"{name}: the training gained nothing")
+    return described(work, f"{name}-recovered", load_model(out), out) | {"export": CASES[name][3]}
+
+
+def described(work: Path, name: str, model: DiffusionLM, directory: Path) -> dict:
+    """The case of a model in memory and the directory that it was written to, named as that of the dense one."""
+    ids = torch.randint(0, MASK_ID, (2, 24), generator=torch.Generator().manual_seed(1))  # (B, T)
+    ids[:, 5:15] = MASK_ID
+    options = TEXTS.get(family_of(model.config).name, LLADA_TEXT)
+    settings = generation_settings(model.config, {PUBLISHED.get(key, key): value for key, value in options.items()})
+    texts = {"own/prompt": ids[:, :5], "own/output": torch.stack(list(generate(model, ids[:, :5], settings)))}
+    case = write_expected(work, name, model, ids, texts, [{"name": "own", **options}])
+    case |= {"directory": str(directory), "text": TEXT}
+    return case | {"text_ids": load_tokenizer(work / "dense" / directory.name)(TEXT)["input_ids"]}
 
 
 def write_expected(

@@ -8,6 +8,7 @@ TEXTS: dict[str, dict] = {  # family -> options of its sampler, where they are n
     "sdar": {"gen_length": 7, "steps": 7, "threshold": 0.9},
     "nemotron-labs": {"gen_length": 7, "steps": 7, "threshold": 0.9},
     "a2d-qwen3-blocks": {"gen_length": 7, "steps": 7, "threshold": 0.9},
+    "llada2": {"gen_length": 7, "steps": 7, "threshold": 0.9},
 }
 MASK_ID = 2047  # of the embedded tokenizer, which the tiny checkpoints use
 COMMON = {
@@ -35,6 +36,23 @@ DREAM_VALUES = COMMON | {
 }  # fmt: skip
 
 A2D_VALUES = DREAM_VALUES | {"model_type": "a2d-qwen3", "head_dim": 12, "tie_word_embeddings": True}
+A2D_LLAMA_VALUES = DREAM_VALUES | {
+    "model_type": "a2d-llama", "architectures": ["A2DLlamaLMHeadModel"], "head_dim": 12, "mlp_bias": False,
+    "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                     "original_max_position_embeddings": 32},
+}  # fmt: skip
+A2D_QWEN2_VALUES = DREAM_VALUES | {"model_type": "a2d-qwen2", "architectures": ["A2DQwen2LMHeadModel"]}
+LLADA_MOE_VALUES = {key: value for key, value in DREAM_VALUES.items() if key != "intermediate_size"} | {
+    "model_type": "llada", "architectures": ["LLaDAMoEModelLM"], "expert_intermediate_size": 16, "num_experts": 6,
+    "num_experts_per_tok": 2, "moe_layer_freq": [1] * 3, "qk_layernorm": True, "norm_topk_prob": None,
+    "shared_expert_intermediate_size": None,
+}  # fmt: skip
+LLADA2_VALUES = DREAM_VALUES | {  # the first block has a plain MLP
+    "model_type": "llada2_moe", "architectures": ["LLaDA2MoeModelLM"], "head_dim": 12, "block_size": 4,
+    "moe_intermediate_size": 16, "num_experts": 8, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1,
+    "num_shared_experts": 1, "first_k_dense_replace": 1, "partial_rotary_factor": 0.5, "routed_scaling_factor": 2.5,
+    "use_qk_norm": True, "use_bias": False, "use_qkv_bias": False, "score_function": "sigmoid",
+}  # fmt: skip
 SDAR_VALUES = DREAM_VALUES | {
     "model_type": "sdar", "architectures": ["SDARForCausalLM"], "head_dim": 12, "block_size": 4,
     "attention_bias": False, "attn_implementation": "flex_attention", "fuse_cross_entropy": True,
@@ -56,6 +74,17 @@ def block(queries, kv_heads, channels: int) -> BlockPlan:
     """Keep these heads and every other one of the first 2 * `channels` MLP channels (or all 96)."""
     indices = tuple(range(96)) if channels == 96 else tuple(range(0, 96, 2))[:channels]
     return BlockPlan(tuple(queries), tuple(kv_heads), indices)
+
+
+def mixture(heads: tuple, experts, channels: int, shared: int = 0) -> BlockPlan:
+    """Keep these heads, these experts, and of 16 channels the last so many of each and of what all tokens go through.
+
+    Args:
+        heads: query and KV heads.
+    """
+    (queries, kv_heads), kept = heads, range(16 - channels, 16)
+    indices = tuple(16 * expert + channel for expert in experts for channel in kept)
+    return BlockPlan(tuple(queries), tuple(kv_heads), indices, tuple(experts), tuple(range(16 - shared, 16)))
 
 
 ALL = (range(4), range(4))
@@ -96,4 +125,33 @@ CASES = {
         NEMOTRON_VALUES, [block(range(3, 6), (1,), 40), block((), (), 24), block(*DREAM_ALL, 96)], True, "free",
     ),
     "nemotron-uniform": (NEMOTRON_VALUES, [block((0, 1, 4, 5), (0, 1), 48)] * 3, False, "uniform"),
+    # not uniform: transformers 5's AutoTokenizer fails at the scaled positions of that layout, the source's too
+    "a2d-llama-free": (
+        A2D_LLAMA_VALUES, [block(range(3, 6), (1,), 40), block((), (), 24), block(*DREAM_ALL, 96)], True, "free",
+    ),
+    "a2d-qwen2-free": (
+        A2D_QWEN2_VALUES, [block(range(3, 6), (1,), 40), block((), (), 24), block(*DREAM_ALL, 96)], True, "free",
+    ),
+    "a2d-qwen2-uniform": (A2D_QWEN2_VALUES, [block((0, 1, 4, 5), (0, 1), 48)] * 3, False, "uniform"),
+    "llada-moe-free": (
+        LLADA_MOE_VALUES,
+        [mixture(((3, 4, 5), (1,)), (0, 2, 5), 7), mixture(((), ()), (1, 3), 16), mixture(DREAM_ALL, (), 0)],
+        False, "free",
+    ),
+    "llada-moe-uniform": (
+        LLADA_MOE_VALUES, [mixture(((0, 1, 4, 5), (0, 1)), (0, 1, 2, 4), 8)] * 3, False, "uniform",
+    ),
+    "llada-moe-official": (LLADA_MOE_VALUES, [mixture(DREAM_ALL, (1, 2, 3, 5), 12)] * 3, False, "official"),
+    "llada2-free": (
+        LLADA2_VALUES,
+        [block(range(3, 6), (1,), 40), mixture(((0, 1, 4, 5), (0, 1)), (0, 1, 3, 4, 6, 7), 9, 5),
+         mixture(DREAM_ALL, (2, 3, 4, 5), 16)],
+        False, "free",
+    ),
+    "llada2-official": (
+        LLADA2_VALUES,
+        [block((0, 1, 4, 5), (0, 1), 40), *[mixture(((0, 1, 4, 5), (0, 1)), (0, 1, 3, 4, 6, 7), 8, 8)] * 2],
+        False, "official",
+    ),
 }  # fmt: skip
+RECOVERED = ("llada-free", "llada2-official")  # of these also a model that was trained with low-rank updates
