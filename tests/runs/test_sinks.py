@@ -61,6 +61,19 @@ def test_two_models_side_by_side(tiny_checkpoint, causal, tmp_path, capsys):
             assert getattr(image, "n_frames", 1) == (16 if name == "drift.gif" else 1)
 
 
+def test_block_diffusion(tiny_checkpoint, tmp_path):
+    """Steps of a generation have mass up to the end of the block under way, and figures have all of them."""
+    out = tmp_path / "sinks"
+    assert main(["sinks", str(tiny_checkpoint("sdar")), "--out", str(out), *SMALL, "--levels", "3"]) == 0
+    forward, reverse = json.loads((out / "sinks.json").read_text(encoding="utf-8"))["runs"]
+    assert (forward["steps"], forward["positions"], reverse["positions"]) == (3, 32, 32)
+    assert None not in forward["detail"]["mass"][0][0]
+    seen = [sum(value is not None for value in step) for step in reverse["detail"]["mass"][0]]
+    assert seen == sorted(seen) and seen[0] == reverse["prompt"] + 4 and seen[-1] == 32
+    with Image.open(out / "drift.gif") as image:
+        assert image.n_frames == reverse["steps"] and {path.name for path in out.iterdir()} == MADE
+
+
 def test_dream_from_a_prompt(tiny_checkpoint, tmp_path):
     out = tmp_path / "sinks"
     checkpoint = tiny_checkpoint("dream")

@@ -15,17 +15,25 @@ PLAIN = lambda items, title: items  # noqa: E731
 
 
 @torch.no_grad()
-def full_mass(model, ids):
-    """(B, T) incoming attention over all layers and heads, from whole matrices."""
-    x, rotary, mass = model.embedding(ids), model.rotary(ids.shape[1], ids.device), 0
+def full_mass(model, ids, visible=None, positions=None):
+    """(B, T) incoming attention over all layers and heads, from whole matrices, in shares of what a position would get
+    if every query looked at all that it sees alike.
+
+    Args:
+        visible: (T, T) bool, keys that queries see; None: all. positions: (1, T); None: 0..
+    """
+    x, rotary, mass = model.embedding(ids), model.rotary(ids.shape[1], ids.device, position_ids=positions), 0
+    visible = torch.ones(2 * (ids.shape[1],), dtype=torch.bool) if visible is None else visible
     for view in Adapter(model).blocks:
         h = view.module.part("attention_norm")(x)  # (B, T, C)
         query, key = (view[role](h).unflatten(-1, (-1, view.head_dim)).transpose(1, 2) for role in ("query", "key"))
+        if "query_norm" in view.module.roles:
+            query, key = view.module.part("query_norm")(query), view.module.part("key_norm")(key)
         key = rotate(key, *rotary).repeat_interleave(query.shape[1] // key.shape[1], dim=1)  # (B, H, T, D)
         scores = rotate(query, *rotary) @ key.transpose(2, 3) / view.head_dim**0.5  # (B, H, T, T)
-        mass = mass + scores.softmax(-1).sum((1, 2))  # (B, T)
-        x = view.module(x, rotary)
-    return mass
+        mass = mass + scores.masked_fill(~visible, -torch.inf).softmax(-1).sum((1, 2))  # (B, T)
+        x = view.module(x, rotary, visible[None, None])
+    return mass / (visible / visible.sum(-1, keepdim=True)).sum(0)
 
 
 @pytest.fixture(params=["llada", "dream"])
@@ -47,6 +55,38 @@ def test_noise_levels_go_from_noise_to_text(model):
     assert torch.allclose(result.mass.flatten(0, 1), full_mass(model, result.ids.flatten(0, 1)), rtol=1e-4)
     again = forward_trajectory(model, windows, 5, 0, PLAIN)
     assert torch.equal(result.ids, again.ids)
+
+
+@pytest.mark.parametrize("family", ["sdar", "a2d-qwen3-blocks", "llada2"])
+def test_noise_levels_of_block_diffusion_see_clean_text_before_their_block(tiny_model, family):
+    """A position gets the mass of both its tokens, the noisy and the clean one, half of each."""
+    model, size = tiny_model(family), 4
+    windows = torch.randint(0, 2000, (3, 10), generator=torch.Generator().manual_seed(0))
+    result = forward_trajectory(model, windows, 4, 0, PLAIN)
+    noisy = result.ids.flatten(0, 1)  # (N * S, T)
+    block = torch.arange(10) // size  # (T,)
+    same, before = block[:, None] == block, block[:, None] > block
+    visible = torch.cat((torch.cat((same, before), 1), torch.cat((torch.zeros_like(same), same | before), 1)))
+    rows = torch.cat((noisy, windows.repeat_interleave(4, 0)), dim=1)  # (N * S, 2 T)
+    whole = full_mass(model, rows, visible, torch.arange(10).repeat(2)[None])
+    assert torch.allclose(result.mass.flatten(0, 1), (whole[:, :10] + whole[:, 10:]) / 2, rtol=1e-4)
+    assert not torch.allclose(result.mass.flatten(0, 1), full_mass(model, noisy), rtol=0.1)
+
+
+@pytest.mark.parametrize("family", ["sdar", "a2d-qwen3-blocks", "llada2"])
+def test_generation_in_blocks_sees_none_behind_the_block_under_way(tiny_model, family):
+    """Positions behind it have no mass yet, and text before it does not see it."""
+    model, size = tiny_model(family), 4
+    prompts = torch.randint(0, 2000, (3, 7), generator=torch.Generator().manual_seed(1))
+    settings = generation_settings(model.config, {"gen_length": 6, "steps": 6})
+    result = reverse_trajectory(model, prompts, settings, 0, PLAIN)
+    ends = (~result.mass[0].isnan()).sum(-1)  # (S,)
+    assert set(ends.tolist()) <= {8, 12, 16} and len(set(ends.tolist())) > 1 and (ends.diff() >= 0).all()
+    for step, end in enumerate(ends.tolist()):
+        block, mass = torch.arange(end) // size, result.mass[:, step]  # (t,), (N, T)
+        expected = full_mass(model, result.ids[:, step, :end], block[:, None] >= block)
+        assert torch.allclose(mass[:, :end], expected, rtol=1e-4) and mass[:, end:].isnan().all()
+        assert (result.ids[:, step, end:] == model.config.mask_token_id).all()
 
 
 @pytest.mark.parametrize("family", ["llada", "dream"])
