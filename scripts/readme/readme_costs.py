@@ -13,17 +13,19 @@ def cost(inspected: dict, search: dict, mass: dict) -> str:
         mass: of scripts/bench/bench_attention_mass.py.
     """
     rows = [
-        [name, f"{row['seconds']:.1f} s", f"{row['peak_memory_bytes'] / 1e9:.2f} GB",
+        [name, f"{row['core_seconds']:.1f} s", f"{row['peak_memory_bytes'] / 1e9:.2f} GB",
          f"{row['parameters']['before'] / 1e9:.3f} B → {row['parameters']['after'] / 1e9:.3f} B",
          *(f"{peak / 1e9:.0f} GB" for peak in row["predicted_device_peak_bytes"].values())]
         for name, row in inspected["shapes"].items()
     ]  # fmt: skip
     scores = next(iter(inspected["shapes"].values()))["predicted_device_peak_bytes"]
-    header = ["`structprune inspect --ratio 0.5`", "time", "its peak memory", "parameters"]
+    header = ["`structprune inspect --ratio 0.5`", "of a core", "its peak memory", "parameters"]
     header += [f"predicted peak of a run on a GPU, `{score}`" for score in scores]
     note = (
         "`python -m scripts.bench.measure_inspect`, from [`inspect.json`](scripts/results/inspect.json);"
-        f" {machine(inspected['machine'])}. Predicted, not measured: bf16, 128 windows of 4,096 tokens, 10 levels."
+        f" {machine(inspected['machine'])}. From config.json alone;"
+        " LLaDA2.0-mini has its mask id from `--mask-id`. Peaks are predicted, not measured: bf16, 128 windows of"
+        " 4,096 tokens, 10 levels."
     )
     return f"{table(header, rows)}\n\n{note}\n\n{_search(search)}\n\n{_attention_mass(mass)}"
 

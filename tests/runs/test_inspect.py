@@ -110,6 +110,17 @@ def test_sdar_and_nemotron(published_config):
         assert abs(left[1] / projections - 0.5) < 0.01 and result["block_parameters"]["before"] == depth * projections
 
 
+def test_a2d_counts_its_tied_embedding_once(published_config):
+    """A2D-Qwen3-0.6B at 0.3: one query head of both of every group, and 7 steps of 128 channels."""
+    total, projections = decoder_total(1024, 16, 8, 3072, 28, 151936, 2 * 128)
+    total, removed = total - 151936 * 1024, 2 * 8 * 128 * 1024 + 3 * 7 * 128 * 1024
+    result = inspect_checkpoint(published_config("a2d-qwen3"), settings(ratio=0.3, split="equal"))
+    assert result["parameters"] == {"before": 596_049_920, "after": 460_259_328}
+    assert result["parameters"] == {"before": total, "after": total - 28 * removed}
+    assert result["blocks"][27]["after"] == {"query_heads": 8, "kv_heads": 8, "channels": 2176}
+    assert abs(removed / projections - 0.3) <= 128 * 3 * 1024 / projections / 2
+
+
 def sparse_shard(path, shapes):
     """A safetensors file with a true header whose gigabytes of bf16 weights are a hole in the file."""
     entries, end = {}, 0

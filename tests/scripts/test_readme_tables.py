@@ -234,7 +234,7 @@ def test_kept_intervals_are_over_seeds():
 def test_peaks_that_are_not_known_are_left_open(scripts):
     row = {"length": 64, "peak_bytes": {"naive": None, "tiled": 5e6}, "memory_ratio": None, "time_ratio": SPREAD}
     row |= {"median_ms": {"naive": 2.0, "tiled": 1.0}, "forward_ratio": SPREAD}
-    shape = {"seconds": 4.0, "peak_memory_bytes": 4e8, "parameters": {"before": 8e9, "after": 4e9}}
+    shape = {"core_seconds": 4.0, "peak_memory_bytes": 4e8, "parameters": {"before": 8e9, "after": 4e9}}
     shape |= {"predicted_device_peak_bytes": {"obs": 29e9, "taylor": 56e9}}
     sides = {"predicted": 4e6, "measured": 8e6}
     search = {"name": "model", "settings": {"structured.ratio": 0.5}, "machine": MACHINE, "rate": 3e11}
