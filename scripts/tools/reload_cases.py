@@ -45,7 +45,8 @@ A2D_QWEN2_VALUES = DREAM_VALUES | {"model_type": "a2d-qwen2", "architectures": [
 LLADA_MOE_VALUES = {key: value for key, value in DREAM_VALUES.items() if key != "intermediate_size"} | {
     "model_type": "llada", "architectures": ["LLaDAMoEModelLM"], "expert_intermediate_size": 16, "num_experts": 6,
     "num_experts_per_tok": 2, "moe_layer_freq": [1] * 3, "qk_layernorm": True, "norm_topk_prob": None,
-    "shared_expert_intermediate_size": None,
+    "shared_expert_intermediate_size": None, "dense_intermediate_size": 96, "partial_rotary_factor": 1,
+    "moe_router_score_function": "softmax",
 }  # fmt: skip
 LLADA2_VALUES = DREAM_VALUES | {  # the first block has a plain MLP
     "model_type": "llada2_moe", "architectures": ["LLaDA2MoeModelLM"], "head_dim": 12, "block_size": 4,
