@@ -18,6 +18,7 @@ from structprune.bench.recovery_memory import recovery_memory
 from structprune.config import Config, ModelSettings
 from structprune.errors import UserError
 from structprune.models.adapter import Adapter
+from structprune.recovery.checks import with_causal
 from structprune.recovery.settings import RecoverConfig
 from structprune.recovery.trainer import steps_of
 from structprune.runs.expected import expected_model
@@ -26,19 +27,15 @@ from structprune.runs.resolve import resolve_structured
 
 HOME = Path(__file__).parents[2]
 CONFIGS = HOME / "configs" / "recover"
-FILES = {  # dense models without experts, used in one way: what else a pass of others computes is not all counted
+FILES = {
     "LLaDA-8B": "llada.yaml",
     "Dream-7B": "dream.yaml",
     "A2D-Qwen3-0.6B": "a2d.yaml",
     "SDAR-1.7B-Chat": "sdar.yaml",
+    "Nemotron-Labs-Diffusion-3B": "nemotron-labs.yaml",
+    "LLaDA-MoE-7B-A1B": "llada-moe.yaml",
+    "LLaDA2.0-mini": "llada2-mini.yaml",
 }
-
-
-def values_of(name: str) -> dict:
-    """config.json of a public checkpoint."""
-    if name in SHAPES:
-        return SHAPES[name]
-    return json.loads((HOME / "tests" / "published" / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def predict(values: dict, file: str, ratio: float) -> dict:
@@ -48,7 +45,7 @@ def predict(values: dict, file: str, ratio: float) -> dict:
         dense = read_ghost(folder, ModelSettings()).model
     pruning = Config.load(overrides={"structured.ratio": ratio, "model.device": "cpu"})
     student = Adapter(expected_model(dense, resolve_structured(pruning, dense, dry_run=True)))
-    teacher, config = Adapter(dense), RecoverConfig.load(str(CONFIGS / file))
+    teacher, config = Adapter(dense), with_causal(RecoverConfig.load(str(CONFIGS / file)), dense)
     return {
         "config": file,
         "parameters": {"dense": dense.num_parameters(), "pruned": student.model.num_parameters()},
@@ -78,7 +75,7 @@ def run(arguments: list[str] | None) -> None:
     options = parser.parse_args(arguments)
     if not 0 < options.ratio < 1:
         raise UserError(f"--ratio {options.ratio}: give a number between 0 and 1")
-    shapes = {name: predict(values_of(name), file, options.ratio) for name, file in FILES.items()}
+    shapes = {name: predict(SHAPES[name], file, options.ratio) for name, file in FILES.items()}
     rate = next(iter(shapes.values()))["cost"]["rate"]
     result = {"ratio": options.ratio, "rate": rate, "shapes": shapes}
     write_result(options.out, result)

@@ -29,6 +29,16 @@ def test_recipes_fit_one_gpu_of_80_gb(script, tmp_path):
     for row in (a2d, sdar):
         assert row["memory"]["teacher weights"] == 2 * row["parameters"]["dense"]
         assert row["memory"]["peak"] < 20e9 and row["tokens"] == pytest.approx(50e6, rel=1e-2)
+    nemotron, moe, llada2 = (
+        result["shapes"][name] for name in ("Nemotron-Labs-Diffusion-3B", "LLaDA-MoE-7B-A1B", "LLaDA2.0-mini")
+    )
+    assert nemotron["memory"]["peak"] < 40e9 and llada2["memory"]["peak"] < 70e9  # all experts are on the device
+    each = {row["config"]: sum(row["cost"]["operations"].values()) / row["tokens"] for row in result["shapes"].values()}
+    assert each["llada-moe.yaml"] < each["llada.yaml"] / 4  # a token sees 8 of 64 experts
+    assert moe["memory"]["teacher weights"] == 2 * moe["parameters"]["dense"] > 14e9
+    assert (
+        each["llada2-mini.yaml"] / llada2["parameters"]["dense"] < each["sdar.yaml"] / sdar["parameters"]["dense"] / 5
+    )
 
 
 def test_a_ratio_out_of_range_is_refused(script, tmp_path, capsys):
