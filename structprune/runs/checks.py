@@ -16,7 +16,14 @@ from structprune.masking.request import MaskRequest
 from structprune.runs.budget import predicted_memory, within_memory
 from structprune.runs.depth import check_levels_use
 from structprune.runs.ghost import Ghost, read_ghost
-from structprune.runs.resolve import at_ratio, block_weights, check_given_plan, resolve_masking, resolve_structured
+from structprune.runs.resolve import (
+    at_ratio,
+    block_weights,
+    check_given_plan,
+    resolve_masking,
+    resolve_structured,
+    with_ratio,
+)
 from structprune.runs.search import check_levels_directory
 from structprune.runs.work import NO_WORK, Work, check_work, kept_bytes, work_identity
 from structprune.structured.plan import Plan
@@ -64,6 +71,8 @@ def checked_prune(
     requests = [at_ratio(request, ratio) for ratio in outputs] if plan is None else [request]
     largest = min(requests, key=lambda each: each.settings.ratio)  # of what it leaves
     largest = within_memory(largest, ghost.model, ghost.stored)
+    if plan is not None:  # room is asked for as if nothing were cut
+        requests = [with_ratio(request, 0.0)]
     requests = [replace(each, resources=largest.resources) for each in requests]
     for count, out in enumerate(outputs.values(), start=1):
         check_output(out, ghost.directory, overwrite, count * ghost.stored_bytes)

@@ -17,8 +17,9 @@ from structprune.runs import checks
 from structprune.runs.budget import predicted_memory
 from structprune.runs.checks import checked_prune
 from structprune.runs.ghost import read_ghost
-from structprune.runs.resolve import at_ratio
+from structprune.runs.resolve import at_ratio, with_ratio
 from structprune.runs.work import Work
+from structprune.structured.plan import identity_plan
 
 SMALL = {
     "calibration.windows": 6, "calibration.held_out": 2, "calibration.length": 16, "calibration.interval": 25,
@@ -101,3 +102,14 @@ def test_weights_on_disk_that_a_run_changes_are_temporary_files(tiny_checkpoint,
     weights = sum(block[role].weight.numel() for block in ghost.adapter.blocks for role in block.names)
     assert request.resources.on_disk and rooms[Path(tempfile.gettempdir())] == 2 * weights
     assert rooms[tmp_path / "out"] == ghost.stored_bytes + weights // 8
+
+
+def test_a_plan_asks_for_room_as_if_nothing_were_cut(tiny_checkpoint, text_path, tmp_path, rooms):
+    source, config = str(tiny_checkpoint()), config_of(text_path, **{"memory.budget_gb": 1e-6})
+    ghost = read_ghost(source, ModelSettings())
+    plan = identity_plan(ghost.adapter)
+    request = checked_prune(source, {None: tmp_path / "out"}, config, plan=plan, work=Work(tmp_path / "parts"))
+    assert rooms[tmp_path / "out"] == ghost.stored_bytes
+    whole = structured_work_bytes(ghost.adapter, [with_ratio(request, 0.0)], 4)
+    assert rooms[tmp_path / "parts"] == whole > structured_work_bytes(ghost.adapter, [request], 4)
+    assert rooms[Path(tempfile.gettempdir())] > 0
