@@ -46,17 +46,25 @@ def _refit_bytes(adapter: Adapter, request: StructuredRequest, itemsize: int) ->
 
 
 def mask_work_bytes(adapter: Adapter, request: MaskRequest, stored: torch.dtype) -> int:
-    """Of a run for masks; with a refit, weights are kept as they were before it too.
+    """Of a run for masks.
 
     Args:
-        stored: dtype of the checkpoint's weights, in which those from disk stay if a mask changes no other number.
+        stored: dtype of the checkpoint's weights.
     """
-    on_disk = request.resources.on_disk
-    itemsize = (kept_in(request, stored) if on_disk else request.resources.weight_dtype(stored)).itemsize
     arms = [request.arm] + [request.reconstruct.arm] * request.reconstruct.enabled
     weights = sum(block[role].weight.numel() for block in adapter.blocks for role in block.names)
-    kept = weights * itemsize * (1 + request.reconstruct.enabled) + weights // 8
-    return kept + _text_bytes(adapter, arms, request)
+    return weight_bytes(adapter, request, stored) + weights // 8 + _text_bytes(adapter, arms, request)
+
+
+def weight_bytes(adapter: Adapter, request: StructuredRequest | MaskRequest, stored: torch.dtype) -> int:
+    """Of the weights alone; of masks with a refit, those before it too. From disk, weights stay as `stored` if a mask
+    changes no other number."""
+    dtype = request.resources.weight_dtype(stored)
+    if isinstance(request, StructuredRequest):
+        return _refit_bytes(adapter, request, dtype.itemsize)
+    dtype = kept_in(request, stored) if request.resources.on_disk else dtype
+    weights = sum(block[role].weight.numel() for block in adapter.blocks for role in block.names)
+    return weights * dtype.itemsize * (1 + request.reconstruct.enabled)
 
 
 def _units(adapter: Adapter) -> dict[int, int]:

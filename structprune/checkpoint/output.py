@@ -82,13 +82,13 @@ class Room:
     """Bytes that something takes on a disk.
 
     Attributes:
-        what: lies at `path`, for messages. lower: what makes it smaller.
+        what: lies at `path`, for messages. remedy: what the user can do beside freeing space.
     """
 
     path: Path
     needed: int
     what: str = "output"
-    lower: str = ""
+    remedy: str = ""
 
 
 def check_space(path: str | Path, needed_bytes: int) -> None:
@@ -108,9 +108,9 @@ def check_rooms(rooms: Iterable[Room]) -> None:
             disks.setdefault(_disk(room.path), []).append(room)
     for group in disks.values():
         needed = sum(room.needed for room in group) / 1e9
-        free = shutil.disk_usage(_anchor(group[0].path.absolute())).free / 1e9
+        free = shutil.disk_usage(_home(group[0].path)).free / 1e9
         if needed > free:
-            remedies = ["free some space", *(f"lower {room.lower}" for room in group if room.lower)]
+            remedies = ["free some space", *(room.remedy for room in group if room.remedy)]
             raise UserError(
                 f"{_sizes(group, needed)}, but {free:.2f} GB are free there: {', '.join(remedies)}, or choose another"
                 " place"
@@ -119,7 +119,13 @@ def check_rooms(rooms: Iterable[Room]) -> None:
 
 def _disk(path: Path) -> int:
     """The number of the disk that something would lie on."""
-    return _anchor(path.absolute()).stat().st_dev
+    return _home(path).stat().st_dev
+
+
+def _home(path: Path) -> Path:
+    """What exists of a path: itself, which may be a mount point, or its nearest parent."""
+    path = path.absolute()
+    return path if path.exists() else _anchor(path)
 
 
 def _sizes(rooms: list[Room], needed: float) -> str:

@@ -28,7 +28,9 @@ SPARE_SHARE, SPARE_BYTES = 0.04, 30_000_000
 PLACES = {False: "all weights where it computes", True: "weights in host memory", "disk": "weights on disk"}
 
 
-def within_memory(request: AnyRequest, model: DiffusionLM, stored: torch.dtype | None = None) -> AnyRequest:
+def within_memory(
+    request: AnyRequest, model: DiffusionLM, stored: torch.dtype | None = None, plan: Plan | None = None
+) -> AnyRequest:
     """The request with the fastest resources whose predicted peaks are within `memory.host_gb` and `memory.device_gb`.
 
     Weights are held where they fit, else streamed from host memory to an accelerator, else read from disk, where
@@ -37,6 +39,7 @@ def within_memory(request: AnyRequest, model: DiffusionLM, stored: torch.dtype |
 
     Args:
         model: of the checkpoint's shapes. stored: dtype of its weights; None: it is loaded, and stays where it is.
+        plan: what a structured run applies; it counts as if nothing were cut.
     Raises:
         UserError: no way of running takes so little, in one line with the least that one takes.
     """
@@ -48,7 +51,7 @@ def within_memory(request: AnyRequest, model: DiffusionLM, stored: torch.dtype |
     dtype = source_of(model).dtype if stored is None else stored
     for resources in _ways(request, stored is None):
         changed = replace(request, resources=resources)
-        sizes = predicted_memory(changed, model, dtype)
+        sizes = predicted_memory(changed, model, dtype, plan)
         spare = SPARE_BYTES + round(SPARE_SHARE * sizes["weights on disk"]) if resources.on_disk else 0
         sizes["peak host"] = processes * (sizes["peak host"] + spare)
         peaks = {name: sizes[name] / 1e9 for name in limits}

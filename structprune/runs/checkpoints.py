@@ -1,17 +1,17 @@
 """From a checkpoint directory or Hub id to an output directory: `structprune prune`, without a console."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from structprune.checkpoint.output import check_space, save_finished
+from structprune.checkpoint.output import save_finished
 from structprune.config import Config
 from structprune.errors import UserError
 from structprune.masking.request import MaskRequest
-from structprune.models.adapter import Adapter
+from structprune.models.modeling_structprune import DiffusionLM
 from structprune.progress import Track, untracked
 from structprune.runs.checks import checked_prune, run_identity
 from structprune.runs.ghost import read_ghost
@@ -20,7 +20,8 @@ from structprune.runs.mask import Masked, MaskRun
 from structprune.runs.pruned import Pruned
 from structprune.runs.pruner import Pruner
 from structprune.runs.rehearsal import rehearse
-from structprune.runs.resolve import block_weights, resolve_structured
+from structprune.runs.resolve import resolve_structured
+from structprune.runs.rooms import AnyRequest, Outputs, check_room
 from structprune.runs.work import (
     NO_WORK,
     WRITTEN,
@@ -77,8 +78,7 @@ def prune_checkpoint(
     )
     assert isinstance(request, StructuredRequest)
     with _journal(source, request, work) as journal:
-        model, source_bytes = load_dense(source, request, work.workers)
-        work.workers.first(lambda: check_space(out, source_bytes))  # again: a download may have filled the disk
+        model, source_bytes = _loaded(source, request, {None: out}, work, plan)
         pruner = Pruner(model, request, track=track, workers=work.workers)
         rehearse(pruner, request, journal)
         pruner.keep_in(journal)
@@ -87,9 +87,7 @@ def prune_checkpoint(
     return Written(pruned, out, source_bytes)
 
 
-def _together(
-    workers: Workers, check: Callable[[], StructuredRequest | MaskRequest]
-) -> StructuredRequest | MaskRequest:
+def _together(workers: Workers, check: Callable[[], AnyRequest]) -> AnyRequest:
     """A checked run in every process, each on an accelerator of its own.
 
     Raises:
@@ -104,15 +102,29 @@ def _together(
     return replace(request, resources=replace(request.resources, device=torch.device(workers.device)))
 
 
-def _journal(source: str, request: StructuredRequest | MaskRequest, work: Work):
+def _journal(source: str, request: AnyRequest, work: Work):
     """Of a run that was checked: `working`."""
     config = request.config
     return working(work, lambda: run_identity(read_ghost(source, config.model), request, work))
 
 
+def _loaded(
+    source: str, request: AnyRequest, outputs: Outputs, work: Work, plan: Plan | None = None
+) -> tuple[DiffusionLM, int]:
+    """The dense model and the bytes of its weights as stored; arguments as `check_room`.
+
+    Raises:
+        UserError: its download has left a disk too little room.
+    """
+    loaded = load_dense(source, request, work.workers)
+    ghost = partial(read_ghost, source, request.config.model)
+    work.workers.first(lambda: check_room(ghost(), request, outputs, work, plan))
+    return loaded
+
+
 def prune_at_ratios(
     source: str,
-    outputs: Mapping[float | None, Path],
+    outputs: Outputs,
     config: Config,
     overwrite: bool = False,
     track: Track = untracked,
@@ -140,9 +152,7 @@ def prune_at_ratios(
     request = _together(workers, partial(checked_prune, source, left, config, overwrite, work=work))
     assert isinstance(request, StructuredRequest)
     with _journal(source, request, work) as journal:
-        model, source_bytes = load_dense(source, request, workers)
-        for out in left.values():  # again: a download may have filled the disk
-            workers.first(partial(check_space, out, len(left) * source_bytes))
+        model, source_bytes = _loaded(source, request, left, work)
         pruner = Pruner(model, request, track=track, levels=work.levels, workers=workers)
         rehearse(pruner, request, journal)
         pruner.keep_in(journal)
@@ -190,9 +200,7 @@ def mask_checkpoint(
     request = _together(work.workers, partial(checked_prune, source, {None: out}, config, overwrite, work=work))
     assert isinstance(request, MaskRequest)
     with _journal(source, request, work) as journal:
-        model, source_bytes = load_dense(source, request, work.workers)
-        mask_bytes = sum(block_weights(Adapter(model))) // 8
-        work.workers.first(lambda: check_space(out, source_bytes + mask_bytes))
+        model, source_bytes = _loaded(source, request, {None: out}, work)
         run = MaskRun(model, request, None, track, work.workers)
         rehearse(run, request, journal)
         run.keep_in(journal)

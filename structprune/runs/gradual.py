@@ -25,6 +25,7 @@ from structprune.runs.ghost import read_ghost
 from structprune.runs.inspect import inspect_checkpoint, inspect_masking
 from structprune.runs.recover import check_places, check_request, checked, train_back, with_length
 from structprune.runs.resolve import at_ratio, resolve_structured
+from structprune.runs.rooms import check_room
 from structprune.runs.schedule import Schedule, relative_ratio
 from structprune.runs.stages import (
     REQUEST,
@@ -157,9 +158,15 @@ class ScheduleRun:
         if not pending:
             return
         first, dense = next(iter(pending)), self._dense
-        # of a later ratio, parts are of the recovered model before it
-        work = self._work([first]) if self._origin(first)[0] == self._source else Work(levels=schedule.levels)
-        checked_prune(self._source, pending, schedule.at(first), self._overwrite, plan=schedule.plan, work=work)
+        begins = self._origin(first)[0] == self._source  # of a later ratio, parts are of the recovered model before it
+        work = self._work([first]) if begins else Work(levels=schedule.levels)
+        request = checked_prune(
+            self._source, pending, schedule.at(first), self._overwrite, plan=schedule.plan, work=work, room=False
+        )
+        asked = {first: pending[first]} if schedule.gradual else pending  # each of a gradual one clears its own parts
+        asked = {ratio: out for ratio, out in asked.items() if not is_pruned(out)}
+        if begins and asked:
+            check_room(dense, request, asked, work, schedule.plan)
         if schedule.gradual:
             self._check_ratios()
         for ratio, out in pending.items():

@@ -48,7 +48,7 @@ def inspect_checkpoint(source: str | Path, config: Config, plan: Plan | None = N
         request = at_ratio(request, None)
     else:
         check_given_plan(request, model, plan, ghost.values)
-    request = within_memory(request, model, stored)
+    request = within_memory(request, model, stored, plan)
     settings, sizes, length = request.settings, request.sizes, request.calibration.length
     choices, shown = even_choices(request)
     after = Adapter(pruned_ghost(model, adapter, choices[shown], settings.gqa))

@@ -14,7 +14,7 @@ from structprune.cli.work import stoppable
 from structprune.config import ModelSettings
 from structprune.errors import Interrupted, UserError
 from structprune.models.journal import Journal
-from structprune.runs import checks
+from structprune.runs import rooms
 from structprune.runs.ghost import read_ghost
 from structprune.runs.run import CALIBRATION
 from structprune.runs.work import FORMAT, IDENTITY, Work, clear, kept_bytes, work_beside, working
@@ -238,11 +238,11 @@ def test_room_is_asked_for_what_is_missing(arguments, killed, tmp_path, monkeypa
     command = arguments(tmp_path / "out", "--method", "unstructured")
     killed(command, 3)
     asked: list = []
-    check = checks.check_rooms
-    monkeypatch.setattr(checks, "check_rooms", lambda rooms: asked.extend(rooms) or check(rooms))
+    check = rooms.check_rooms
+    monkeypatch.setattr(rooms, "check_rooms", lambda each: asked.extend(each) or check(each))
     assert main(command) == 0
-    [size] = [room.needed for room in asked if room.path == tmp_path / "out.work"]
-    assert 0 < size < kept_bytes(tmp_path) + 10**6
+    size, again = [room.needed for room in asked if room.path == tmp_path / "out.work"]  # before and after loading
+    assert size == again and 0 < size < kept_bytes(tmp_path) + 10**6
 
 
 def test_a_hub_id_is_known_by_its_revision(tiny_checkpoint, text_path, prune_command, killed, tmp_path, monkeypatch):

@@ -13,13 +13,15 @@ from structprune.checkpoint.output import Room, check_rooms
 from structprune.config import Config, ModelSettings
 from structprune.errors import UserError
 from structprune.levels.cost import search_cost
-from structprune.runs import checks
+from structprune.runs import rooms as module
 from structprune.runs.budget import predicted_memory
 from structprune.runs.checks import checked_prune
 from structprune.runs.ghost import read_ghost
 from structprune.runs.resolve import at_ratio, with_ratio
+from structprune.runs.rooms import check_room
 from structprune.runs.work import Work
 from structprune.structured.plan import identity_plan
+from structprune.workers import Workers
 
 SMALL = {
     "calibration.windows": 6, "calibration.held_out": 2, "calibration.length": 16, "calibration.interval": 25,
@@ -32,7 +34,7 @@ SEARCH = {"search.enabled": True, "search.rounds": 2}
 def rooms(monkeypatch):
     """What disks are asked for, by its place."""
     asked: dict = {}
-    monkeypatch.setattr(checks, "check_rooms", lambda rooms: asked.update({room.path: room.needed for room in rooms}))
+    monkeypatch.setattr(module, "check_rooms", lambda rooms: asked.update({room.path: room.needed for room in rooms}))
     return asked
 
 
@@ -42,7 +44,10 @@ def config_of(text_path, **keys):
 
 def test_what_lies_on_one_disk_is_added_up(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10 * 10**9))
-    rooms = [Room(tmp_path / "out", 6 * 10**9), Room(tmp_path / "work", 3 * 10**9, "finished parts in", "windows = 9")]
+    rooms = [
+        Room(tmp_path / "out", 6 * 10**9),
+        Room(tmp_path / "work", 3 * 10**9, "finished parts in", "lower windows = 9"),
+    ]
     check_rooms(rooms)
     check_rooms([*rooms, Room(tmp_path / "levels", -5, "levels in")])  # more than that is there already
     with pytest.raises(UserError) as refused:
@@ -92,16 +97,46 @@ def test_levels_of_a_search_are_asked_for_where_they_lie(tiny_checkpoint, text_p
     assert rooms[tmp_path / "parts"] == apart[tmp_path / "parts"] + apart[tmp_path / "levels"]
 
 
-def test_weights_on_disk_that_a_run_changes_are_temporary_files(tiny_checkpoint, text_path, tmp_path, rooms):
+def test_changed_weights_from_disk_are_parts_or_temporary_files(
+    tiny_checkpoint, text_path, tmp_path, rooms, monkeypatch
+):
     source = str(tiny_checkpoint(torch_dtype="bfloat16"))
     keys = {"method": "unstructured", "masking.score": "wanda", "reconstruct.enabled": False, "memory.offload": "disk"}
     sizes = {key: value for key, value in SMALL.items() if not key.startswith("structured.")}
     config = Config.load(overrides=sizes | {"calibration.source": str(text_path)} | keys)
-    request = checked_prune(source, {None: tmp_path / "out"}, config)
-    ghost = read_ghost(source, ModelSettings())
+    ghost, temporary = read_ghost(source, ModelSettings()), Path(tempfile.gettempdir())
     weights = sum(block[role].weight.numel() for block in ghost.adapter.blocks for role in block.names)
-    assert request.resources.on_disk and rooms[Path(tempfile.gettempdir())] == 2 * weights
+    request = checked_prune(source, {None: tmp_path / "out"}, config)
+    assert request.resources.on_disk and rooms[temporary] == 2 * weights
     assert rooms[tmp_path / "out"] == ghost.stored_bytes + weights // 8
+    rooms.clear()
+    checked_prune(source, {None: tmp_path / "out"}, config, work=Work(tmp_path / "parts"))
+    assert temporary not in rooms and rooms[tmp_path / "parts"] == 2 * weights + weights // 8
+    monkeypatch.setattr(module, "processes_here", lambda: 3)  # each has its own
+    work = Work(tmp_path / "parts", workers=Workers(0, 3))
+    check_room(ghost, request, {None: tmp_path / "out"}, work)
+    assert rooms[temporary] == 3 * 2 * weights
+
+
+def test_a_mount_point_is_its_own_disk(tmp_path, monkeypatch):
+    """A directory that exists counts itself, not its parent."""
+    asked = []
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: asked.append(path) or SimpleNamespace(free=10))
+    check_rooms([Room(tmp_path, 5), Room(tmp_path / "new" / "out", 5)])
+    assert asked == [tmp_path]
+    with pytest.raises(UserError, match="needs 0.00 GB, but 0.00 GB are free there: free some space, set X, or choose"):
+        check_rooms([Room(tmp_path, 11, remedy="set X")])
+
+
+def test_no_place_for_temporary_files_is_said_where_some_are_written(tiny_checkpoint, text_path, tmp_path, monkeypatch):
+    def nowhere():
+        raise FileNotFoundError("No usable temporary directory found")
+
+    monkeypatch.setattr(module, "gettempdir", nowhere)
+    source, outputs = str(tiny_checkpoint()), {None: tmp_path / "out"}
+    checked_prune(source, outputs, config_of(text_path))  # writes none
+    with pytest.raises(UserError, match="temporary files cannot be written anywhere: set TMPDIR to a directory"):
+        checked_prune(source, outputs, config_of(text_path, **{"memory.budget_gb": 1e-6}))
 
 
 def test_a_plan_asks_for_room_as_if_nothing_were_cut(tiny_checkpoint, text_path, tmp_path, rooms):
