@@ -17,12 +17,13 @@ ROWS = (
 )
 
 
-WEIGHED = (  # held-out losses, and what weighs each in what decides
-    ("The divergence from the teacher", "kl", "loss.kl"),
-    ("The NELBO", "nelbo", "loss.cross_entropy"),
-    ("The divergence at next tokens", "causal_kl", "loss.causal"),
-    ("The loss of next tokens", "causal_ce", "loss.causal"),
+WEIGHED = (  # held-out losses, and the keys of `loss` whose product weighs each in what decides
+    ("The divergence from the teacher", "kl", ("kl",)),
+    ("The NELBO", "nelbo", ("cross_entropy",)),
+    ("The divergence at next tokens", "causal_kl", ("kl", "causal")),
+    ("The loss of next tokens", "causal_ce", ("cross_entropy", "causal")),
 )
+SURE = 2  # standard errors of a mean over windows that a rise must exceed
 
 
 def recover_table(report: dict) -> Table:
@@ -68,16 +69,20 @@ def no_gain(report: dict, before: str) -> list[str]:
 
 
 def rises(report: dict) -> list[str]:
-    """A line for each held-out loss that rose while what decides fell."""
+    """A line for each held-out loss that rose, by more than chance would have it, while what decides fell."""
     if report["kept"] == "input":  # what was trained is not written
         return []
-    changes = [(name, report["change"].get(key, {"mean": 0.0}), weight) for name, key, weight in WEIGHED]
-    return [
-        f"{name} of the held-out text rose by {change['mean']:.4f} ± {change['standard_error']:.4f} nats per token:"
-        f" raise {weight} to weigh it more."
-        for name, change, weight in changes
-        if round(change["mean"], 4) > 0
-    ]
+    lines = []
+    for name, key, keys in WEIGHED:
+        change = report["change"].get(key)
+        if change and change["mean"] > max(5e-5, SURE * change["standard_error"]):
+            weights = report["config"]["loss"]
+            weight = min(keys, key=lambda each: weights[each] or 0)  # the one that holds the product down
+            lines.append(
+                f"{name} of the held-out text rose by {change['mean']:.4f} ± {change['standard_error']:.4f} nats per"
+                f" token: raise loss.{weight} to weigh it more."
+            )
+    return lines
 
 
 def plan_lines(plan: dict, title: str = "predicted memory", place: str = "") -> list[Table | str]:
