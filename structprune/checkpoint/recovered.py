@@ -48,6 +48,10 @@ def recovered_card(report: dict) -> str:
         own = f"{blocks['tokens']:,} of them block by block, in all weights of each"
         learnt = f"{own}; then {learnt}" if report["learnt"]["steps"] else own
     seconds, since = f"{report['seconds']:,.0f} s", report["learnt"]["resumed_at"]
+    if since:
+        seconds += f" from step {since} on, after an interrupted run"
+    elif blocks and blocks["resumed_at"]:
+        seconds += f" from block {blocks['resumed_at']} on, after an interrupted run"
     goals = {"divergence from its predictions": loss["kl"], "cross-entropy of the text": loss["cross_entropy"]}
     rows = [
         f"| {name} | {report['teacher_figures'][key]:.4f} | {report['before'][key]:.4f} | {report['after'][key]:.4f} |"
@@ -65,7 +69,7 @@ def recovered_card(report: dict) -> str:
         goals=" and ".join(name for name, weight in goals.items() if weight > 0),
         tokens=f"{report['tokens']:,}",
         text=report["text"],
-        seconds=f"{seconds} from step {since} on, after an interrupted run" if since else seconds,
+        seconds=seconds,
         windows=report["held_out_windows"],
         rows="\n".join(rows),
         last="after" if report["kept"] != "input" else "trained, not written",

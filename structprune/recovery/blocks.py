@@ -272,6 +272,11 @@ def inside(masks: Masks, prefix: str) -> Masks:
     return Masks(packed, {short: masks.shapes[name] for name, short in names.items()})
 
 
+def finished_blocks(folder: Path) -> int:
+    """How many blocks an earlier run has finished."""
+    return len(list(block_path(folder, 0).parent.glob("block-*.safetensors")))
+
+
 def load_blocks(folder: Path, student: Adapter) -> list[dict]:
     """Give the student the blocks that an earlier run finished, the first ones; returns their figures."""
     finished = []

@@ -13,7 +13,7 @@ from torch import nn
 from structprune.checkpoint.learnt_text import LEARNT, write_learnt
 from structprune.checkpoint.masked import save_masked
 from structprune.checkpoint.recovered import recovered_files
-from structprune.errors import UserError
+from structprune.errors import UserError, lacks_memory
 from structprune.evaluation.overlap import marks
 from structprune.masking.finetune import keep_zeros, mask_adapters, merge_adapters
 from structprune.models.adapter import Adapter
@@ -27,6 +27,7 @@ from structprune.recovery.blocks import (
     BlockStage,
     block_rows,
     block_tokens,
+    finished_blocks,
     load_blocks,
     remaining_blocks,
     row_counts,
@@ -59,7 +60,9 @@ class Recovery(RecoveryPlan):
         try:
             with flushed_denormals():
                 return self._run(folder)
-        except torch.OutOfMemoryError as error:
+        except (RuntimeError, MemoryError) as error:
+            if not lacks_memory(error):
+                raise
             raise UserError(f"the training does not fit the memory of {self.device}: {REMEDY}") from error
 
     def _run(self, folder: Path) -> dict:
@@ -127,6 +130,7 @@ class Recovery(RecoveryPlan):
     def _train_blocks(self, folder: Path, dense: DiffusionLM, study: HeldOutStudy) -> None:
         """Train the student block by block, going on from what the folder holds; one process does it for all."""
         start, (student, teacher) = time.perf_counter(), (ghost.adapter for ghost in self._ghosts)
+        earlier = self._place.from_first(lambda: finished_blocks(folder))
 
         def complete() -> None:
             remaining = remaining_blocks(self._ghosts[0].directory, student, teacher)
@@ -134,13 +138,15 @@ class Recovery(RecoveryPlan):
             stage = BlockStage((self.student, dense), remaining, rows, self.config, self.device)
             try:
                 stage.complete(folder, self._masks, self._track)
-            except torch.OutOfMemoryError as error:
+            except (RuntimeError, MemoryError) as error:
+                if not lacks_memory(error):
+                    raise
                 raise UserError(f"a block does not fit the memory of {self.device}: {BLOCK_REMEDY}") from error
 
         self._place.first(complete)
         layers = load_blocks(folder, Adapter(self.student))
         self.blocks = {
-            "tokens": block_tokens(self.config), "seconds": time.perf_counter() - start,
+            "tokens": block_tokens(self.config), "seconds": time.perf_counter() - start, "resumed_at": earlier,
             "held_out": self._measure(study).means(), "layers": layers,
         }  # fmt: skip
 

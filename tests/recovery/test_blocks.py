@@ -184,7 +184,9 @@ def test_a_killed_stage_goes_on_at_its_block_to_the_same_weights(pair, recover_c
     again = recover(str(small), str(dense), cut, config).report
     assert learnt == [*range(block), "killed", *range(block, 3)]
     assert again["blocks"]["layers"] == report["blocks"]["layers"] and again["history"] == report["history"]
-    assert again["after"] == report["after"]
+    assert again["after"] == report["after"] and again["blocks"]["resumed_at"] == block
+    card = (cut / "README.md").read_text(encoding="utf-8")
+    assert (f" s from block {block} on, after an interrupted run.\n" in card) == (block > 0)
     ours, theirs = weights(cut), weights(whole)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
