@@ -21,6 +21,7 @@ from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.placement import give_back_memory
 from structprune.refit.reconstruct import Reconstructor
 from structprune.runs.mask import MaskRun
+from structprune.runs.resolve import backward_user
 from structprune.runs.run import Run
 from structprune.runs.stages import digest
 from structprune.runs.work import REHEARSED
@@ -61,11 +62,20 @@ def rehearse(run: Run, request: StructuredRequest | MaskRequest, journal: Journa
         except (RuntimeError, MemoryError) as error:
             if not lacks_memory(error):
                 raise
-            place = "true" if request.resources.accelerator else "disk"
-            remedy = f"lower calibration.batch or memory.budget_gb, or set memory.offload = {place}"
+            remedy = "lower calibration.batch or memory.budget_gb" + _elsewhere(request)
             raise UserError(f"in a rehearsal with one block the memory of {run.device} is full: {remedy}") from error
     give_back_memory()
     journal.mark(REHEARSED, name, None)
+
+
+def _elsewhere(request: StructuredRequest | MaskRequest) -> str:
+    """The remedy of weights that lie elsewhere, where the run can have that and has not."""
+    config, resources = request.config, request.resources
+    if resources.offload or config.search.enabled or config.model.allow_pickle:
+        return ""
+    if config.method == "structured" and backward_user(config):
+        return ""
+    return f", or set memory.offload = {'true' if resources.accelerator else 'disk'}"
 
 
 def _settings_of(request: StructuredRequest | MaskRequest) -> str:
