@@ -61,9 +61,10 @@ def offload(results: dict) -> str:
         f" with random bf16 weights, computed in fp32 on one thread of a shared core; {_machines(results['rows'])}."
         f" {volume['windows']} windows of {volume['window']} tokens at {volume['levels']} levels. Time: with the wait"
         " for the core, which others used too; waiting for the disk: of the time, what is neither that nor"
-        " computation. Read: from the disk, beyond what the system's cache held. With parts: finished ones are kept"
-        " beside the output, as the command does by default."
+        " computation. Read: from the disk, beyond what the system's cache held."
     )
+    if any(row["way"].endswith("parts") for row in results["rows"]):
+        note += " With parts: finished ones are kept beside the output, as the command does by default."
     return f"{table(header, rows)}\n\n{table(names, pairs)}\n\n{note}"
 
 

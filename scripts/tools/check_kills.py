@@ -164,9 +164,9 @@ def earlier_results(path: Path) -> dict[str, dict]:
     Raises:
         UserError: the file is of another form: better now than after an hour of kills.
     """
-    results = json.loads(path.read_text(encoding="utf-8"))["commands"] if path.is_file() else {}
-    if not all("machine" in result for result in results.values()):
-        raise UserError(f"{path} has commands without a machine, of another version: give another --out")
+    results = json.loads(path.read_text(encoding="utf-8")).get("commands") if path.is_file() else {}
+    if results is None or not all({"machine", "settings"} <= result.keys() for result in results.values()):
+        raise UserError(f"{path} has no commands with a machine, it is of another version: give another --out")
     plain = {name: json.loads(json.dumps(settings_of(name))) for name in NAMES}
     return {name: result for name, result in results.items() if result["settings"] == plain.get(name)}
 

@@ -74,7 +74,7 @@ def differences(one, two, close, place=""):
     that has the same error with either."""
     if isinstance(one, dict):
         uncounted = {"seconds", "peak_memory_bytes"}
-        if not differences(one.get("error"), two.get("error"), close):
+        if "error" in one and not differences(one["error"], two.get("error"), close):
             uncounted.add("damping")
         keys = (one.keys() | two.keys()) - uncounted
         return [line for key in keys for line in differences(one.get(key), two.get(key), close, f"{place}.{key}")]

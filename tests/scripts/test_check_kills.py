@@ -84,7 +84,8 @@ def test_commands_that_are_left_out_keep_their_results(check, monkeypatch, tmp_p
     "arguments, text, message",
     [
         (["--commands", "odd"], None, "--commands 'odd': give structured, "),
-        ([], '{"commands": {"masks": {}}}', "has commands without a machine, of another version: give another --out"),
+        ([], '{"commands": {"masks": {}}}', "has no commands with a machine, it is of another version: give another"),
+        ([], "{}", "has no commands with a machine, it is of another version: give another --out"),
     ],
 )
 def test_what_cannot_be_merged_is_refused(check, tmp_path, capsys, arguments, text, message):
