@@ -24,6 +24,7 @@ from structprune.evaluation.settings import EvaluationConfig
 from structprune.models.tensor_files import write_tensors
 from structprune.runs import evaluate as evaluation
 from structprune.runs.evaluation_request import Subject
+from structprune.runs.work import FORMAT, Work, working
 
 CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.chmod", "os.link", "os.symlink")
 MOST = 300  # changes of a run; more would mean that leavings pile up
@@ -220,3 +221,36 @@ def test_rows(earlier, evaluate, tmp_path, monkeypatch):
         if end:
             break
     assert 10 < step < MOST - 1 and stored == {0, 3}  # writing a chunk changes no name
+
+
+def test_parts_of_a_run_are_there_whole_or_not_at_all(tmp_path):
+    """Killed at every change from its work directory to the end, a run goes on from the parts that are there."""
+    tensors = {"weight": torch.arange(6.0)}
+
+    def run(work, made=None):
+        with working(work, lambda: {"format": FORMAT}) as journal:
+            for name in ("one", "two"):
+                if (entry := journal.within("scores").read(name)) is None:
+                    journal.within("scores").keep(name, tensors, {"of": name})
+                    [] if made is None else made.append(name)
+                else:
+                    assert torch.equal(entry.tensors["weight"], tensors["weight"]) and entry.notes == {"of": name}
+
+    seen = set()
+    for step in range(1, MOST):
+        work = Work(tmp_path / f"work-{step}")
+        done, made = survives(lambda work=work: run(work), step), []
+        there = frozenset(
+            name for name in ("one", "two") if (work.directory / "scores" / f"{name}.safetensors").exists()
+        )
+        run(work, made)
+        assert frozenset(made) == {"one", "two"} - there and not work.directory.exists()
+        seen.add(there)
+        if done:
+            break
+    assert step > 10 and seen >= {frozenset(), frozenset({"one"}), frozenset({"one", "two"})}  # others while they go
+    run(Work(tmp_path / "kept", stays=True))
+    assert sorted(path.name for path in (tmp_path / "kept" / "scores").iterdir()) == [
+        "one.safetensors",
+        "two.safetensors",
+    ]
