@@ -50,7 +50,7 @@ def structprune(*arguments: str) -> tuple[str, int]:
     lines = process.stderr.strip().splitlines()
     if process.returncode:
         raise UserError(f"structprune {arguments[0]} failed: {lines[-2] if len(lines) > 1 else process.stderr}")
-    return process.stdout, int(lines[-1])
+    return process.stdout, int(lines[-1].split()[0])  # before the seconds
 
 
 def measure(checkpoint: Path, options: list[str], folder: Path) -> dict:
