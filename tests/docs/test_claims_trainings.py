@@ -48,10 +48,15 @@ def test_what_is_said_of_8b_from_disk():
     rows = {row["run"]: row for row in results("offload")["rows"] if row["size"] == "8B"}
     assert max(row["peak_bytes"] for row in rows.values()) < 8e9 and {row["way"] for row in rows.values()} == {"disk"}
     assert all(0.8 < row["predicted_bytes"] / row["peak_bytes"] < 1.2 for row in rows.values())
-    cut, masks = (rows[name]["phases"]["rehearsal"] for name in ("structured without refit", "magnitude"))
+    cut, masks, factored = (
+        rows[name]["phases"]["rehearsal"] for name in ("structured without refit", "magnitude", "sparsegpt")
+    )
     assert f"{cut:.0f} seconds of a cut and {masks:.0f} of masks at LLaDA-8B's shape, from disk" in prose("pruning")
-    assert set(rows) == {"structured without refit", "magnitude", "wanda", "sink-wanda"}
-    assert "cut and masked (magnitude, Wanda, sink-aware Wanda) from disk" in prose("verification")
+    assert f"{factored:.0f} where SparseGPT factors" in prose("pruning")
+    assert set(rows) == {"structured without refit", "magnitude", "wanda", "sink-wanda", "sparsegpt"}
+    assert "was cut (without a refit) and masked (magnitude, Wanda, sink-aware Wanda, SparseGPT, without" in prose(
+        "verification"
+    )
 
 
 def minutes(row):
