@@ -101,8 +101,9 @@ def _one_block(run: Run, request: StructuredRequest | MaskRequest) -> None:
         plan = make_plan(scan.adapter, paths, counts, request.settings.gqa)
         small = apply_plan(block, plan, request.reconstruct.adds_bias)
         with run.streamed(small):
-            if request.reconstruct.enabled:
-                Reconstructor(scan, request.reconstruct).refit(small)
+            if request.reconstruct.enabled:  # one damping takes the memory of all, which are solved one by one
+                damping = (max(request.reconstruct.damping),)
+                Reconstructor(scan, request.reconstruct.model_copy(update={"damping": damping})).refit(small)
             ids, noisy, p = held_out_noise(windows, block, run.seed)
             masked_nelbo(small, ids, noisy, p, batch=run.limits.sequences(windows.levels, windows.length))
 

@@ -158,3 +158,16 @@ def test_windows_are_those_of_a_pass(prune, tiny_checkpoint, text_path):
     assert (few.windows, few.held_out) == (4, 2)
     assert torch.equal(few.input_ids, whole.input_ids[[0, 1, 6, 7]])
     assert (few_windows(whole, 9).windows, few_windows(whole, 9).held_out) == (10, 4)
+
+
+def test_a_refit_is_rehearsed_with_one_damping(prune, monkeypatch):
+    dampings = []
+
+    class Noted(rehearsal.Reconstructor):
+        def __init__(self, scan, settings):
+            dampings.append(settings.damping)
+            super().__init__(scan, settings)
+
+    monkeypatch.setattr(rehearsal, "Reconstructor", Noted)
+    assert prune({"memory.rehearsal": "true", "reconstruct.damping": "[0.01, 0.3, 0.1]"}, "out") == 0
+    assert dampings == [(0.3,)]
