@@ -48,15 +48,16 @@ def test_what_is_said_of_8b_from_disk():
     rows = {row["run"]: row for row in results("offload")["rows"] if row["size"] == "8B"}
     assert max(row["peak_bytes"] for row in rows.values()) < 8e9 and {row["way"] for row in rows.values()} == {"disk"}
     assert all(0.8 < row["predicted_bytes"] / row["peak_bytes"] < 1.2 for row in rows.values())
-    cut, masks, factored = (
-        rows[name]["phases"]["rehearsal"] for name in ("structured without refit", "magnitude", "sparsegpt")
+    cut, masks, factored, refit = (
+        rows[name]["phases"]["rehearsal"]
+        for name in ("structured without refit", "magnitude", "sparsegpt", "structured")
     )
     assert f"{cut:.0f} seconds of a cut and {masks:.0f} of masks at LLaDA-8B's shape, from disk" in prose("pruning")
-    assert f"{factored:.0f} where SparseGPT factors" in prose("pruning")
-    assert set(rows) == {"structured without refit", "magnitude", "wanda", "sink-wanda", "sparsegpt"}
-    assert "was cut (without a refit) and masked (magnitude, Wanda, sink-aware Wanda, SparseGPT, without" in prose(
-        "verification"
-    )
+    assert f"{factored:.0f} where SparseGPT factors and {refit:.0f} of a refit" in prose("pruning")
+    assert set(rows) == {"structured without refit", "magnitude", "wanda", "sink-wanda", "sparsegpt", "structured"}
+    said = prose("verification")
+    assert "was cut (with and without a refit of what reads the units) and masked (magnitude, Wanda, sink-aware" in said
+    assert "Wanda, SparseGPT, without a refit) from disk on a CPU" in said
 
 
 def minutes(row):
