@@ -1,5 +1,6 @@
 """A dense tiny checkpoint, and one that lost channels of it."""
 
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from structprune.config import Config
 from structprune.models.adapter import Adapter
 from structprune.models.loading import load_model
 from structprune.recovery.settings import RecoverConfig
+from structprune.runs import training
 from structprune.runs.schedule import Schedule
 from structprune.structured.plan import identity_plan
 from structprune.structured.surgery import apply_plan
@@ -27,6 +29,29 @@ def pair(tiny_checkpoint, tmp_path):
         return dense, save_pruned(apply_plan(model, half), tmp_path / f"{family}-small")
 
     return make
+
+
+class Killed(BaseException):
+    """What stands for a kill."""
+
+
+@pytest.fixture
+def dying_at(monkeypatch):
+    """`dying_at(step)` -> a context in which a training is killed after that step."""
+
+    @contextmanager
+    def die(step: int):
+        class Mortal(training.Watch):
+            def on_step_end(self, args, state, control, **kwargs):
+                super().on_step_end(args, state, control, **kwargs)
+                if state.global_step == step:
+                    raise Killed
+
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(training, "Watch", Mortal)
+            yield
+
+    return die
 
 
 @pytest.fixture

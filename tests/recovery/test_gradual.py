@@ -10,7 +10,6 @@ from structprune.models.fingerprint import fingerprint
 from structprune.models.loading import load_model
 from structprune.recovery.folder import training_folder
 from structprune.runs import gradual as module
-from structprune.runs import training
 from structprune.runs.checkpoints import prune_checkpoint
 from structprune.runs.gradual import ScheduleRun, prune_and_recover
 from structprune.runs.recover import recover
@@ -161,19 +160,14 @@ def test_a_run_killed_between_stages_goes_on(tiny_checkpoint, schedule, tmp_path
 
 
 @pytest.mark.slow
-def test_a_run_killed_in_a_training_goes_on_with_less_memory(tiny_checkpoint, schedule, tmp_path, monkeypatch):
+def test_a_run_killed_in_a_training_goes_on_with_less_memory(
+    tiny_checkpoint, schedule, tmp_path, dying_at, monkeypatch
+):
     """Settings that decide no weights may change; the pruning is not done again."""
     dense, out = str(tiny_checkpoint()), tmp_path / "out"
     whole = prune_and_recover(dense, tmp_path / "whole", schedule(0.5, steps=6))
 
-    class Mortal(training.Watch):
-        def on_step_end(self, args, state, control, **kwargs):
-            super().on_step_end(args, state, control, **kwargs)
-            if state.global_step == 5:
-                raise Killed
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(training, "Watch", Mortal)
+    with dying_at(5):
         prune_and_recover(dense, out, schedule(0.5, steps=6))
     assert pruned_model(out).exists() and training_folder(out).exists() and not out.exists()
     with pytest.raises(UserError, match="holds another training"):

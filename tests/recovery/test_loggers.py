@@ -9,12 +9,7 @@ import pytest
 from transformers.integrations import integration_utils
 
 from structprune.recovery.folder import is_training, training_folder
-from structprune.runs import training as module
 from structprune.runs.recover import recover
-
-
-class Killed(BaseException):
-    """A run that ends at once."""
 
 
 class Writer:
@@ -78,18 +73,11 @@ def test_tensorboard_gets_every_figure_and_its_files_stay(pair, recover_config, 
 
 
 @pytest.mark.slow
-def test_a_killed_training_goes_on_beside_a_file_of_its_logger(pair, recover_config, tmp_path, stand_ins, monkeypatch):
+def test_a_killed_training_goes_on_beside_a_file_of_its_logger(pair, recover_config, tmp_path, stand_ins, dying_at):
     dense, small = pair()
     out, config = tmp_path / "out", recover_config(train__report_to="codecarbon")
 
-    class Mortal(module.Watch):
-        def on_step_end(self, args, state, control, **kwargs):
-            super().on_step_end(args, state, control, **kwargs)
-            if state.global_step == 6:
-                raise Killed
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(module, "Watch", Mortal)
+    with dying_at(6):
         recover(str(small), str(dense), out, config)
     folder = training_folder(out)
     assert (folder / "emissions.csv").exists() and is_training(folder)

@@ -140,19 +140,12 @@ def test_a_run_killed_while_it_writes_learns_nothing_again(pair, recover_config,
 
 
 @pytest.mark.slow
-def test_a_killed_training_goes_on_with_other_windows_in_a_pass(pair, recover_config, tmp_path, monkeypatch):
+def test_a_killed_training_goes_on_with_other_windows_in_a_pass(pair, recover_config, tmp_path, dying_at):
     """As many windows make a step, so that the weights are the same but for rounding."""
     dense, small = pair()
     whole = recover(str(small), str(dense), tmp_path / "whole", recover_config()).report
 
-    class Mortal(module.Watch):
-        def on_step_end(self, args, state, control, **kwargs):
-            super().on_step_end(args, state, control, **kwargs)
-            if state.global_step == 6:
-                raise Killed
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(module, "Watch", Mortal)
+    with dying_at(6):
         recover(str(small), str(dense), tmp_path / "cut", recover_config())
     report = recover(str(small), str(dense), tmp_path / "cut", recover_config(train__pass_windows=2)).report
     assert (report["learnt"]["resumed_at"], report["learnt"]["steps"]) == (4, 12)
