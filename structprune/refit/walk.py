@@ -17,7 +17,7 @@ from structprune.models.placement import give_back_memory
 from structprune.refit.experts import MixturePlace
 from structprune.refit.products import InputProducts, Products, RowSums
 from structprune.refit.row_weights import WeightedRows
-from structprune.statistics.activations import add_gram, add_products, mirror, relative_weight
+from structprune.statistics.activations import add_gram, add_products, add_rows, mirror, relative_weight
 from structprune.statistics.residual import ResidualRun, TargetRun
 from structprune.statistics.scan import Scan
 
@@ -164,7 +164,8 @@ class Place:
     def products(self) -> tuple[Products, Products]:
         """Of the consumer: over the fit rows (weighted by ω²) and over the held-out masked tokens, fp32.
 
-        With a constant feature it is the last one; for a refit of the bias alone only its column is summed.
+        With a constant feature it is the last one. A refit of the bias alone needs no more than its column, which is
+        fp64: the mean residual is a small difference of large sums.
         """
         settings, walk, run = self.walk.settings, self.walk, self.run
         sums: dict[bool, list] = {}
@@ -178,17 +179,18 @@ class Place:
                 weight = walk.rows.weight(part, self.predicting, x.device, self.key)  # (b, T)
                 if settings.relative:
                     weight = relative_weight(run.states(part), weight)  # (b, T)
-                # a bias alone is fitted to the mean
-                right = x[..., -1:] if fitted and settings.mode == "bias" else x  # (b, T, K or 1)
+                mean = fitted and settings.mode == "bias"  # a bias alone is fitted to it
                 if fitted not in sums:
-                    shapes = [(side.shape[-1], right.shape[-1]) for side in (x, target)]
+                    columns, dtype = (1, torch.float64) if mean else (x.shape[-1], torch.float32)
                     power = torch.zeros((), dtype=torch.float64, device=x.device)  # read only after the last batch
-                    sums[fitted] = [*(torch.zeros(shape, device=x.device) for shape in shapes), power]
-                if right is x:
-                    add_gram(sums[fitted][0], x, weight)
+                    sides = (torch.zeros(side.shape[-1], columns, dtype=dtype, device=x.device) for side in (x, target))
+                    sums[fitted] = [*sides, power]
+                if mean:
+                    add_rows(sums[fitted][0], x, weight)
+                    add_rows(sums[fitted][1], target, weight)
                 else:
-                    add_products(sums[fitted][0], x, right, weight)
-                add_products(sums[fitted][1], target, right, weight)
+                    add_gram(sums[fitted][0], x, weight)
+                    add_products(sums[fitted][1], target, x, weight)
                 if not fitted:
                     sums[fitted][2] += (target.float() * weight[..., None]).pow(2).sum()
         walk.workers.add_up(*sums[True], *sums[False])

@@ -66,6 +66,15 @@ def add_products(
     return total
 
 
+def add_rows(total: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """total (C, 1) fp64 += Σ ω² x, in place: rows x (..., C), ω (...).
+
+    Products are fp32 and their sum fp64: neither the order of rows nor how processes share them shows.
+    """
+    terms = x.flatten(0, -2).float() * weight.reshape(-1, 1).float() ** 2  # (R, C)
+    return total.add_(terms.sum(0, dtype=torch.float64)[:, None])
+
+
 def _half_terms(left: torch.Tensor, right: torch.Tensor, weight: torch.Tensor | None):
     """How to multiply rows in their own half-precision dtype: the terms that sum to ω² left, right, and the product.
 

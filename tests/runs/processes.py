@@ -88,7 +88,7 @@ def closeness(keys):
     """How near the weights of two runs of a case are."""
     if "method" in keys and keys.get("reconstruct.enabled", True):
         return 1e-3  # conjugate gradients of a refit under a mask stop near the minimum
-    return 5e-5 if keys.get("reconstruct.mode") == "bias" else 1e-5  # a mean residual is a difference of large sums
+    return 1e-5
 
 
 def check_alike(runs, name, keys):

@@ -7,6 +7,7 @@ from structprune.statistics import activations
 from structprune.statistics.activations import (
     add_gram,
     add_products,
+    add_rows,
     merge_moments,
     mirror,
     moments,
@@ -68,6 +69,20 @@ def test_products_by_hand():
     assert total.tolist() == [[1 + 5 + 18], [1 + 10 + 24]]
     weighted = add_products(torch.zeros(2, 1), left, right, torch.tensor([0.5, 2.0]))  # squares 1/4, 4
     assert weighted.tolist() == [[0.25 * 5 + 4 * 18], [0.25 * 10 + 4 * 24]]
+
+
+def test_weighted_rows_by_hand():
+    x, weight = torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]), torch.tensor([[0.5, 2.0]])  # squares 1/4, 4
+    total = torch.ones(2, 1, dtype=torch.float64)
+    assert add_rows(total, x, weight) is total
+    assert total.tolist() == [[1 + 0.25 + 12], [1 + 0.5 + 16]]
+
+
+def test_the_sum_of_rows_does_not_round_where_it_is_large():
+    total, one = torch.full((1, 1), 2.0**24, dtype=torch.float64), torch.ones(1)
+    for _ in range(3):  # an fp32 sum would stay where it is
+        add_rows(total, one[None], one)
+    assert total.item() == 2**24 + 3
 
 
 def test_products_leave_their_inputs_alone():
