@@ -2,8 +2,11 @@
 
 import hashlib
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -55,6 +58,12 @@ class Calibration:
     @property
     def length(self) -> int:
         return self.input_ids.shape[1]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """As values of `calibration.*`: windows to fit on, held-out ones, tokens, copies, and the steps and interval of
+        their levels."""
+        return _sizes(tuple(self.noisy_ids.shape), self.held_out, self.metadata)
 
     @property
     def fit(self) -> "Calibration":
@@ -145,22 +154,65 @@ class Calibration:
         return cls(ids, noisy, tensors.get("mask_probability"), metadata, held_out)
 
 
-def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The tensors a calibration file has of those we know, and its metadata."""
+def saved_sizes(path: str | Path, held_out: int) -> dict[str, int]:
+    """`Calibration.sizes` of a file, of which no tensor is read.
+
+    Args:
+        held_out: held-out windows where the file's metadata names none.
+    Raises:
+        UserError: the file is missing, unreadable, none of a calibration, or has no window to fit on.
+    """
+    path = Path(path)
+    with _opened(path) as (file, metadata):
+        shape = tuple(file.get_slice("noisy_ids").get_shape())
+    if len(shape) != 3:
+        raise UserError(f"{path}: noisy_ids has shape {shape}, not ({TENSORS['noisy_ids'][1]})")
+    recorded = _integer(metadata, "held_out", path)
+    held_out = held_out if recorded is None else recorded
+    check_fitted(shape[0], held_out, path)
+    _check_dealt(shape[1], metadata, path)
+    return _sizes(shape, held_out, metadata)
+
+
+def _sizes(shape: tuple[int, ...], held_out: int, metadata: dict[str, str]) -> dict[str, int]:
+    """`Calibration.sizes`, of noisy ids of a shape (N, S, T)."""
+    windows, copies, length = shape
+    levels = {"steps": copies, "interval": 1}
+    if "copies" in metadata:  # they were dealt from so many levels
+        levels = {name: int(metadata[name]) for name in levels}
+    return {"windows": windows - held_out, "held_out": held_out, "length": length, "copies": copies, **levels}
+
+
+def check_fitted(windows: int, held_out: int, path: str | Path) -> None:
+    """Raise UserError where a calibration file has no window that is not held out."""
+    if held_out >= windows:
+        raise UserError(
+            f"{path} has {windows} windows and {held_out} are to be held out, which leaves none to fit on"
+            ": lower calibration.held_out"
+        )
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, dict[str, str]]]:
+    """A file that has the tensors of a calibration, open, and its metadata."""
     if not path.is_file():
         raise UserError(f"no calibration file at '{path}'")
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in TENSORS if name in file.keys()}  # noqa: SIM118
-            metadata = dict(file.metadata() or {})
+            for name in ("input_ids", "noisy_ids"):
+                if name not in file.keys():  # noqa: SIM118
+                    raise UserError(f"{path} has no tensor '{name}' ({TENSORS[name][1]}): it is not a calibration file")
+            yield file, dict(file.metadata() or {})
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"{path} cannot be read as safetensors ({first_line(error)}): calibrate anew from text"
         ) from error
-    for name in ("input_ids", "noisy_ids"):
-        if name not in tensors:
-            raise UserError(f"{path} has no tensor '{name}' ({TENSORS[name][1]}): it is not a calibration file")
-    return tensors, metadata
+
+
+def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors a calibration file has of those we know, and its metadata."""
+    with _opened(path) as (file, metadata):
+        return {name: file.get_tensor(name) for name in TENSORS if name in file.keys()}, metadata  # noqa: SIM118
 
 
 def _check_shapes(tensors: dict[str, torch.Tensor], path: str | Path) -> None:

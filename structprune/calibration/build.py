@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from structprune.calibration.batches import Calibration
+from structprune.calibration.batches import Calibration, check_fitted
 from structprune.calibration.noise import (
     apply_mask,
     check_copies,
@@ -122,11 +122,7 @@ def replay(settings: CalibrationSettings, mask_id: int | None = None) -> Calibra
             f"calibration.seed = {settings.seed} has no effect: {source} is replayed as it is, and no window is held"
             " out that it would draw noise for; leave it out"
         )
-    if held_out >= calibration.windows:
-        raise UserError(
-            f"{source} has {calibration.windows} windows and {held_out} are to be held out, which leaves none to fit on"
-            ": lower calibration.held_out"
-        )
+    check_fitted(calibration.windows, held_out, source)
     return calibration
 
 

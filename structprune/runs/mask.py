@@ -87,7 +87,8 @@ def mask(
         UserError: a request that cannot be met, in one line, before any forward pass.
     """
     if not isinstance(config, MaskRequest):
-        config = within_memory(resolve_masking(config or Config(method="unstructured"), model), model)
+        request = resolve_masking(config or Config(method="unstructured"), model, calibration=calibration)
+        config = within_memory(request, model)
     run = MaskRun(model, config, calibration, track)
     run.keep_in(journal)
     return run.run(in_place)

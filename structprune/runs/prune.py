@@ -36,7 +36,7 @@ def prune(
         if plan is not None:
             raise UserError(f"a plan removes heads and channels: leave it out, or method = {config.method}")
         return mask(model, config, calibration, track)
-    request = within_memory(resolve_structured(config, model), model, plan=plan)
+    request = within_memory(resolve_structured(config, model, calibration=calibration), model, plan=plan)
     if plan is not None:
         check_given_plan(request, model, plan, model.source.values)
     return Pruner(model, request, calibration, track).prune(plan=plan)

@@ -67,7 +67,7 @@ class Pruner(Run):
         workers: Workers = ALONE,
     ):
         if not isinstance(config, StructuredRequest):
-            config = within_memory(resolve_structured(config or Config(), model), model)
+            config = within_memory(resolve_structured(config or Config(), model, calibration=calibration), model)
         super().__init__(model, config, calibration, track, workers)
         self.request, self._levels = config, levels
         if levels is not None:

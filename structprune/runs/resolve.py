@@ -5,6 +5,7 @@ The dry run and the run share it. The model may be on the meta device.
 
 from dataclasses import replace
 
+from structprune.calibration.batches import Calibration, saved_sizes
 from structprune.calibration.noise import check_copies, level_times
 from structprune.calibration.trajectories import check_trajectory
 from structprune.checkpoint.export import check_export, check_export_request
@@ -31,11 +32,14 @@ from structprune.structured.scores.table import SCORES, resolve_arm
 from structprune.structured.surgery import pruned_config
 
 
-def resolve_structured(config: Config, model: DiffusionLM, dry_run: bool = False) -> StructuredRequest:
+def resolve_structured(
+    config: Config, model: DiffusionLM, dry_run: bool = False, calibration: Calibration | None = None
+) -> StructuredRequest:
     """A structured run, before any forward pass.
 
     Args:
         dry_run: the device need not be on this machine.
+        calibration: that the run is given, in place of what `config` describes.
     Raises:
         UserError: the first choice that cannot be met or has no effect.
     """
@@ -62,7 +66,7 @@ def resolve_structured(config: Config, model: DiffusionLM, dry_run: bool = False
         raise UserError(f"reconstruct.head = true is not possible for this model: {reason}: set it to false")
     return StructuredRequest(
         config=config, arm=arm, resources=resources, score=SCORES[settings.score], sizes=sizes,
-        dense=model.config,
+        dense=model.config, saved=sizes_of_saved(config, calibration),
     )  # fmt: skip
 
 
@@ -148,11 +152,11 @@ def check_plan(request: StructuredRequest, model: DiffusionLM, plan: Plan, sourc
     check_export(pruned_config(model, plan, request.reconstruct.adds_bias), source_values, request.config.export.compat)
 
 
-def resolve_masking(config: Config, model: DiffusionLM, dry_run: bool = False) -> MaskRequest:
-    """An unstructured or N:M run, before any forward pass.
+def resolve_masking(
+    config: Config, model: DiffusionLM, dry_run: bool = False, calibration: Calibration | None = None
+) -> MaskRequest:
+    """An unstructured or N:M run, before any forward pass; arguments as `resolve_structured`.
 
-    Args:
-        dry_run: the device need not be on this machine.
     Raises:
         UserError: the first choice that cannot be met or has no effect.
     """
@@ -183,8 +187,21 @@ def resolve_masking(config: Config, model: DiffusionLM, dry_run: bool = False) -
         config = with_causal(with_length(config, model), model)
         check_levels(config, model)
     return MaskRequest(
-        config=config, arm=arm, resources=resources, reads_text=reads, name=name, score=score, ratio=ratio, nm=nm
-    )
+        config=config, arm=arm, resources=resources, reads_text=reads, name=name, score=score, ratio=ratio, nm=nm,
+        saved=sizes_of_saved(config, calibration) if reads else None,
+    )  # fmt: skip
+
+
+def sizes_of_saved(config: Config, calibration: Calibration | None) -> dict[str, int] | None:
+    """`Calibration.sizes` of one that is given, or saved in the file that the configuration names; None for text.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    if calibration is not None:
+        return calibration.sizes
+    settings = config.calibration
+    return saved_sizes(settings.source, settings.held_out) if settings.replays else None
 
 
 def check_levels(config: Config, model: DiffusionLM) -> None:

@@ -14,6 +14,7 @@ class Request:
     arm: str | None  # the calibration arm the score runs on; None for a score of weights alone
     resources: Resources  # device, dtype and memory
     reads_text: bool = True  # by score, allocation, refit or held-out check
+    saved: dict[str, int] | None = None  # of a saved calibration, its sizes in place of the configuration's
 
     @property
     def reconstruct(self) -> ReconstructSettings:
@@ -21,7 +22,8 @@ class Request:
 
     @property
     def calibration(self) -> CalibrationSettings:
-        return self.config.calibration
+        settings = self.config.calibration
+        return settings if self.saved is None else settings.model_copy(update=self.saved)
 
     @property
     def sink(self) -> SinkSettings:

@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from structprune.calibration.batches import Calibration
+from structprune.calibration.batches import Calibration, saved_sizes
 from structprune.calibration.noise import level_times, noise_windows
 from structprune.errors import UserError
 from structprune.workers import Workers
@@ -122,6 +122,25 @@ DEALT = {
     "too many": ({"copies": "3", "steps": "100001", "interval": "1"}, "'steps' and 'interval' give no noise levels"),
     "words": ({"copies": "few", "steps": "50", "interval": "5"}, "metadata 'copies' is 'few', not an integer"),
 }
+
+
+def test_sizes_of_a_file(calibration, tmp_path):
+    path = tmp_path / "calibration.safetensors"
+    calibration.save(path)
+    sizes = {"windows": 3, "held_out": 2, "length": 12, "copies": 3, "steps": 3, "interval": 1}
+    assert saved_sizes(path, held_out=4) == sizes == calibration.sizes  # the file says 2
+    dealt = {"copies": "3", "steps": "50", "interval": "5"}
+    replace(calibration, metadata=calibration.metadata | dealt).save(path)
+    assert saved_sizes(path, held_out=4) == sizes | {"steps": 50, "interval": 5}
+    save_file(stored(calibration), path)
+    assert saved_sizes(path, held_out=1) == sizes | {"windows": 4, "held_out": 1}
+    with pytest.raises(UserError, match="5 windows and 5 are to be held out"):
+        saved_sizes(path, held_out=5)
+    save_file(stored(calibration) | {"noisy_ids": torch.zeros(2, 3)}, path)
+    with pytest.raises(UserError, match=r"noisy_ids has shape \(2, 3\), not \(N, S, T\)"):
+        saved_sizes(path, held_out=0)
+    with pytest.raises(UserError, match="no calibration file at"):
+        saved_sizes(tmp_path / "none.safetensors", held_out=0)
 
 
 @pytest.mark.parametrize("case", DEALT)

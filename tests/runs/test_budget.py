@@ -15,6 +15,7 @@ from structprune.runs.checkpoints import mask_checkpoint, prune_checkpoint
 from structprune.runs.ghost import read_ghost
 from structprune.runs.inspect import inspect_checkpoint, inspect_masking
 from structprune.runs.mask import mask
+from structprune.runs.pruner import Pruner
 from structprune.runs.resolve import resolve_masking, resolve_structured
 
 EQUAL = {"structured.split": "equal", "structured.score": "wanda"}
@@ -170,3 +171,14 @@ def test_grams_are_freed_input_by_input(published_config):
         memory["statistics (sparsegpt)"] == 4 * (3 * narrow + wide)
         and memory["peak host"] < 8e9 + memory["hidden states"]
     )
+
+
+def test_a_calibration_that_is_given_counts_with_its_own_sizes(tiny_checkpoint, tiny_calibration):
+    model = load_model(tiny_checkpoint())
+    given = tiny_calibration(model, windows=3, length=24)
+    structured = Pruner(model, Config.load(overrides=EQUAL), given).request
+    masks = resolve_masking(Config.load(overrides=MASKS), model, calibration=given)
+    for request in (structured, masks):
+        text = request.calibration
+        assert (text.windows, text.held_out, text.length, text.noisy_copies) == (3, 2, 24, 2)
+        assert request.config.calibration.windows == 128  # what was asked for stays in the report

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from structprune import Config
-from structprune.runs.inspect import inspect_checkpoint
+from structprune.calibration.batches import Calibration
+from structprune.models.loading import load_model
+from structprune.runs.inspect import inspect_checkpoint, inspect_masking
 
 PROJECTIONS, TOTAL = 4 * 4096**2 + 3 * 4096 * 12288, 8_015_581_184  # parameters of a block's projections, of the model
 
@@ -38,6 +40,22 @@ def test_predicted_peak(published_config):
     assert memory(**{"reconstruct.enabled": False})["temporary files"] == stream
     assert memory(**{"calibration.batch": 2}) == default  # a pass has 8,192 tokens already
     assert default["held-out check"] == 4 * 8192 * (3 * 12288 + 4 * 4096) + 8 * 126464 * 265
+
+
+@pytest.mark.parametrize("method", ["structured", "unstructured"])
+def test_a_saved_calibration_counts_with_its_own_sizes(tiny_checkpoint, tiny_calibration, tmp_path, method):
+    directory, path = tiny_checkpoint(), tmp_path / "calibration.safetensors"
+    tiny_calibration(load_model(directory), windows=7, length=24).save(path)
+    saved = Calibration.load(path)
+    inspect = inspect_checkpoint if method == "structured" else inspect_masking
+
+    def memory(**calibration):
+        keys = {f"calibration.{key}": value for key, value in calibration.items()} | {"memory.budget_gb": 1e-6}
+        return inspect(directory, Config.load(None, keys | {"method": method, "model.device": "cpu"}))["memory"]
+
+    sizes = {"windows": saved.fit.windows, "held_out": saved.held_out, "length": 24}
+    text = sizes | {"steps": saved.levels, "interval": 1, "copies": saved.levels}
+    assert memory(source=str(path)) == memory(**text) != memory(**text | {"windows": 40})
 
 
 def test_predicted_peak_on_an_accelerator(monkeypatch, published_config):
