@@ -17,6 +17,7 @@ from structprune.checkpoint.output import Content, check_output, output_draft, w
 from structprune.errors import UserError
 from structprune.models.checkpoint_files import is_weights, read_json, shard_names
 from structprune.models.config_values import quantisation
+from structprune.models.finite import all_finite
 from structprune.models.headers import TensorHeader, read_headers
 from structprune.models.joined import joined_names, split_stored
 from structprune.models.loading import DTYPES, read_pickle, source_of
@@ -143,7 +144,7 @@ def _check(
 
 def _value(state: dict[str, torch.Tensor], name: str, dtype: torch.dtype) -> torch.Tensor:
     tensor = state[name].detach().to("cpu", dtype).contiguous()
-    if not tensor.isfinite().all():
+    if not all_finite(tensor):
         kind = str(dtype).removeprefix("torch.")
         raise UserError(f"{name} has values that {kind}, its stored dtype, cannot hold (NaN, Inf or too large)")
     return tensor

@@ -16,6 +16,7 @@ from structprune.checkpoint.drafts import clean_up, new_draft
 from structprune.checkpoint.export import CODE_FILES
 from structprune.errors import UserError
 from structprune.files import full_disk_errors
+from structprune.models.finite import all_finite
 from structprune.models.tensor_files import write_streamed
 
 OURS = (CODE_FILES[-1], "demo.json", "masks.safetensors")  # every output of ours has one of them
@@ -223,7 +224,7 @@ def as_stored(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tens
         UserError: float16 cannot hold it.
     """
     stored = tensor.detach().to("cpu", dtype).contiguous()
-    if dtype == torch.float16 and not torch.isfinite(stored).all():
+    if dtype == torch.float16 and not all_finite(stored):
         largest = f"{tensor.abs().max().item():.3g}"
         raise UserError(f"float16 cannot hold {name} (largest {largest}): write bfloat16 or float32")
     return stored

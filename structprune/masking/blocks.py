@@ -9,6 +9,7 @@ from structprune.masking.request import MaskRequest
 from structprune.masking.scores.linears import Linears, Masked, Removal
 from structprune.models.adapter import BlockView
 from structprune.models.experts_structprune import role_of
+from structprune.models.finite import all_finite
 from structprune.models.maps import in_place_of
 from structprune.refit.masked import choose_refit
 from structprune.refit.products import InputProducts, LayerFit
@@ -62,7 +63,7 @@ def mask_readers(
     roles = block.readers[name]
     weights = [block[role].weight.detach().to(device).float() for role in roles]  # (O, C) each
     where = f"block {block.index}, input of {' and '.join(roles)}"
-    if name in statistics and not torch.isfinite(statistics[name]).all():
+    if name in statistics and not all_finite(statistics[name]):
         raise overflow(where, "activations", block[roles[0]].weight.dtype)
     linears = Linears(weights, removal, statistics.pop(name, None))
     try:

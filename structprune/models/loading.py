@@ -15,6 +15,7 @@ from structprune.files import check_regular
 from structprune.models.checkpoint_files import locate, read_config, shard_names
 from structprune.models.config_values import quantisation
 from structprune.models.families import Family
+from structprune.models.finite import all_finite
 from structprune.models.headers import TensorHeader, read_headers
 from structprune.models.joined import split_stored
 from structprune.models.maps import DTYPES, give_back, map_shard
@@ -258,7 +259,7 @@ def _check_finite(path: Path, name: str, tensor: torch.Tensor) -> None:
     """Raise UserError for a weight that holds NaN or Inf, some rows of it at a time."""
     if tensor.is_floating_point():
         for part in tensor.detach().flatten().split(CHECKED):
-            if not torch.isfinite(part).all():
+            if not all_finite(part):
                 raise UserError(f"{path}: {name} holds NaN or Inf: the shard is damaged, download it again")
             give_back(part)
 

@@ -11,6 +11,7 @@ from structprune.config import StructuredSettings
 from structprune.errors import UserError
 from structprune.models.adapter import CONSUMER, EXPERTS, Adapter, BlockView, UnitKey
 from structprune.models.experts_structprune import MLP_ROLES, SHARED, role_and_part, role_of
+from structprune.models.finite import all_finite
 from structprune.models.journal import NOWHERE, Journal
 from structprune.models.placement import give_back_memory
 from structprune.statistics.activations import Moments, add_gram, mirror, relative_weight
@@ -100,7 +101,7 @@ def _failure(scan: Scan, settings: StructuredSettings, units: Units, statistic: 
     tensors = [part.squared_norm if isinstance(part, Moments) else part for part in parts]
     if score.needs == "weights":
         tensors = [tensor.float().square() for tensor in tensors]
-    if not all(tensor.isfinite().all() for tensor in tensors):
+    if not all(map(all_finite, tensors)):
         dtype = torch.float32 if score.needs == "weights" else units.weight.dtype
         return overflow(where, MEASURED[score.needs], dtype, scan.adapter.model)
     if "damping" in score.options:
