@@ -10,8 +10,10 @@ import torch
 from structprune.config import MaskingSettings
 from structprune.masking.patterns import group_mask, pooled_mask
 from structprune.masking.scores.linears import Linears, Outcome
+from structprune.models.finite import all_finite
 
 MOST_DAMPING = 1e6  # far above what any finite Gram matrix needs
+SOLVED = 256  # most rows of a triangular matrix that are inverted without dividing it
 INNER = 32  # columns whose updates reach the rest of their block as one product
 
 
@@ -37,7 +39,7 @@ def factorise(gram: torch.Tensor, damping: float = 0.01) -> Factor:
         ValueError: the Gram matrix holds NaN or infinity.
         torch.linalg.LinAlgError: its numbers are so large that damping overflows.
     """
-    if not torch.isfinite(gram).all():  # one device sync per input, as for `failed` below
+    if not all_finite(gram):  # one device sync per input, as for `failed` below
         raise ValueError("a Gram matrix holds NaN or infinity: the activations overflow in this dtype, use float32")
     turned = gram.float().flip(0, 1)  # (C, C), a copy
     del gram  # where the caller dropped it too, at most three matrices are alive
@@ -56,10 +58,28 @@ def factorise(gram: torch.Tensor, damping: float = 0.01) -> Factor:
             raise torch.linalg.LinAlgError("the Gram matrix cannot be factored")
         damping = max(10 * damping, 1e-4)
     del turned
-    inverse = torch.eye(len(lower), dtype=lower.dtype, device=lower.device).T  # (C, C), columns first: no copy inside
-    torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
+    inverse = torch.zeros_like(lower)  # (C, C)
+    invert_lower(lower, inverse)
     del lower
     return Factor(inverse.flip(0, 1), dead.flip(0), damping)
+
+
+def invert_lower(lower: torch.Tensor, inverse: torch.Tensor) -> None:
+    """Write L⁻¹ into `inverse` (C, C), which holds zeros; lower (C, C) L.
+
+    Half by half: with L = [[A, 0], [B, D]], L⁻¹ = [[A⁻¹, 0], [-D⁻¹ B A⁻¹, D⁻¹]]. Solving for the columns of the
+    identity instead takes 1.5 times the operations, and twice the time on a CPU.
+    """
+    size = len(lower)
+    if size <= SOLVED:
+        identity = torch.eye(size, dtype=lower.dtype, device=lower.device)  # (C, C)
+        inverse.copy_(torch.linalg.solve_triangular(lower, identity, upper=False))
+        return
+    first, second = slice(0, size // 2), slice(size // 2, size)
+    for half in (first, second):
+        invert_lower(lower[half, half], inverse[half, half])
+    corner = lower[second, first] @ inverse[first, first]  # (C / 2, C / 2)
+    inverse[second, first] = torch.mm(inverse[second, second], corner).neg_()
 
 
 def sparsegpt(

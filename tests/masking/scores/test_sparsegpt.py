@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from structprune.masking.scores.sparsegpt import factorise, sparsegpt
+from structprune.masking.scores import sparsegpt as module
+from structprune.masking.scores.sparsegpt import factorise, invert_lower, sparsegpt
 
 LAYER = Path(__file__).parents[2] / "parity" / "sparsegpt-layer"
 CASES = json.loads((LAYER / "cases.json").read_text())
@@ -238,3 +239,20 @@ def test_what_is_not_finite_is_refused(value):
 def test_damping_that_overflows_ends():
     with pytest.raises(torch.linalg.LinAlgError, match="cannot be factored"):
         factorise(torch.eye(4) * torch.finfo(torch.float32).max)
+
+
+@pytest.mark.parametrize("size", [1, 3, 4, 7, 16])
+def test_a_triangular_matrix_is_inverted_half_by_half(monkeypatch, size):
+    monkeypatch.setattr(module, "SOLVED", 3)
+    generator = torch.Generator().manual_seed(size)
+    lower = torch.randn(size, size, generator=generator).tril(-1) + torch.diag(torch.arange(1.0, size + 1))  # (C, C)
+    inverse = torch.zeros_like(lower)
+    invert_lower(lower, inverse)
+    assert torch.allclose(inverse @ lower, torch.eye(size), atol=1e-5) and torch.equal(inverse, inverse.tril())
+
+
+def test_the_inverse_of_a_triangular_matrix_by_hand(monkeypatch):
+    monkeypatch.setattr(module, "SOLVED", 1)
+    lower, inverse = torch.tensor([[2.0, 0.0], [3.0, 4.0]]), torch.zeros(2, 2)
+    invert_lower(lower, inverse)
+    assert inverse.tolist() == [[0.5, 0.0], [-0.375, 0.25]]
