@@ -76,6 +76,11 @@ def remove_folders(made: list[Path]) -> None:
             folder.rmdir()
 
 
+def bytes_in(folder: Path, pattern: str = "*") -> int:
+    """Bytes of the files in a folder and below it whose names have a pattern; 0 where there is none."""
+    return sum(path.stat().st_size for path in folder.rglob(pattern) if path.is_file())
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """A draft beside `path` to write: renamed into place at the end, removed when anything is raised.

@@ -3,7 +3,7 @@
 import torch
 
 from structprune.bench.memory import RUNTIME_BYTES
-from structprune.bench.recovery_memory import held_bytes
+from structprune.bench.recovery_memory import held_bytes, numbers
 from structprune.models.adapter import Adapter, BlockView
 from structprune.recovery.blocks import block_steps, block_tokens, row_counts
 from structprune.recovery.settings import RecoverConfig
@@ -58,8 +58,3 @@ def block_memory(
     width = student.hidden_size * sum(dtype.itemsize for dtype in dtypes)
     parts["residual streams, on the host"] = rows * width
     return parts
-
-
-def numbers(block: BlockView) -> int:
-    """Weights of a block."""
-    return sum(parameter.numel() for parameter in block.module.parameters())

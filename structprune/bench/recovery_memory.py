@@ -1,4 +1,4 @@
-"""Predicted peak memory of a recovery, from the shapes of both models."""
+"""Predicted peak memory of a recovery, and what its folder takes on disk, from the shapes of both models."""
 
 import torch
 
@@ -11,6 +11,7 @@ from structprune.recovery.settings import RecoverConfig, TeacherSettings
 from structprune.statistics.gradients import saved_bytes
 
 FLOAT = 4  # bytes of a gradient, and of each of AdamW's two moments
+CHECKPOINTS = 3  # most at once: the best, the last, and the next while it is written
 OUTCOME = 8  # bytes of a kept prediction: a token and its log-probability
 
 
@@ -86,3 +87,22 @@ def recovery_memory(
     held_out = config.data.held_out * config.data.noise * config.data.length // 2  # masked tokens, on average
     parts["held-out predictions, in host memory"] = held_out * (OUTCOME * TOP + FLOAT)
     return parts
+
+
+def folder_bytes(student: Adapter, config: RecoverConfig, dtype: torch.dtype, steps: int) -> int:
+    """Bytes on disk of a training's folder: checkpoints of what is learnt, with AdamW's two moments in fp32, and the
+    blocks of a first stage.
+
+    Args:
+        student: adapter of a meta model. dtype: of its weights in memory. steps: of the second stage.
+    """
+    full = config.train.method == "full"
+    learnt = student.model.num_parameters() if full else lora_numbers(student, config)
+    checkpoint = learnt * ((dtype.itemsize if full else FLOAT) + 2 * FLOAT)
+    blocks = sum(map(numbers, student.blocks)) * dtype.itemsize if config.blocks.tokens else 0
+    return min(CHECKPOINTS, config.train.evaluations, steps) * checkpoint + blocks
+
+
+def numbers(block: BlockView) -> int:
+    """Weights of a block."""
+    return sum(parameter.numel() for parameter in block.module.parameters())

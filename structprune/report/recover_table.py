@@ -100,8 +100,8 @@ def plan_lines(plan: dict, title: str = "predicted memory", place: str = "") -> 
         end = " for every block, block by block" + ("" if plan["steps"] else f", {epochs}")
         lines.append(f"{place}{first['steps']:,} steps over {first['tokens']:,} tokens{end}")
     if plan["steps"]:
-        cache = {"teacher's predictions, on disk": plan["cache"]} if plan["cache"] else {}
-        lines.append(memory_table(title, plan["memory"] | cache))
+        disk = {"checkpoints, on disk": plan["folder"], "teacher's predictions, on disk": plan["cache"]}
+        lines.append(memory_table(title, plan["memory"] | {name: size for name, size in disk.items() if size}))
         end = f"; with those, {epochs}" if first else f", {epochs}"
         lines.append(f"{place}{plan['steps']:,} steps over {plan['tokens']:,} tokens{end}")
     lines.append(cost_table("predicted time" + title.removeprefix("predicted memory"), plan["cost"]))

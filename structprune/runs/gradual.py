@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from structprune.checkpoint.output import check_apart, check_place, check_space
+from structprune.checkpoint.output import Room, check_apart, check_place, check_rooms
 from structprune.errors import UserError
 from structprune.files import remove_folders
 from structprune.models.checkpoint_files import read_json
@@ -20,9 +20,8 @@ from structprune.recovery.trainer import require_training
 from structprune.runs.checkpoints import mask_checkpoint, prune_at_ratios, prune_checkpoint
 from structprune.runs.checks import check_levels_place, checked_prune
 from structprune.runs.evaluate import ALONE, Session
-from structprune.runs.expected import expected_model
 from structprune.runs.ghost import read_ghost
-from structprune.runs.inspect import inspect_checkpoint, inspect_masking
+from structprune.runs.inspect import inspect_checkpoint, inspect_masking, left_by
 from structprune.runs.recover import check_places, check_request, checked, train_back, with_length
 from structprune.runs.resolve import at_ratio, resolve_structured
 from structprune.runs.rooms import check_room
@@ -180,7 +179,9 @@ class ScheduleRun:
             known = not schedule.gradual or ratio == first
             check_pruned(out, self._identity(ratio) if known else None, self._overwrite)
             check_folder(out, self._trainings[ratio].identity, self._overwrite, aside=("student",))
-        check_space(pending[first], (len(pending) + 1) * dense.stored_bytes)  # and what is pruned, for a while
+        output = Room(pending[first], (len(pending) + 1) * dense.stored_bytes)  # and what is pruned, for a while
+        small = None if schedule.plan else left_by(schedule.at(first), dense.model)
+        check_rooms([output, *self._trainings[first].rooms(pending[first], small)])
 
     def _check_ratios(self) -> None:
         """Raise UserError where a share of what an earlier ratio leaves cannot go, on the dense model's shapes."""
@@ -194,17 +195,15 @@ class ScheduleRun:
         Raises:
             UserError: a plan decides what goes.
         """
-        schedule, dense, plans = self._schedule, self._dense, []
+        schedule, plans = self._schedule, []
         if schedule.plan is not None:
             raise UserError("a dry run counts what a ratio removes, not what a plan does: leave out one of them")
         for ratio, out in self._outputs.items():
-            config, small = schedule.at(ratio), None
-            if config.method == "structured":
-                inspection = inspect_checkpoint(self._source, config)
-                small = expected_model(dense.model, resolve_structured(config, dense.model, dry_run=True))
-            else:
-                inspection = inspect_masking(self._source, config)
-            plans.append((out, inspection, self._trainings[ratio].plan(small)))
+            config = schedule.at(ratio)
+            inspect = inspect_checkpoint if config.method == "structured" else inspect_masking
+            plans.append(
+                (out, inspect(self._source, config), self._trainings[ratio].plan(left_by(config, self._dense.model)))
+            )
         return plans
 
     @property

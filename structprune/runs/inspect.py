@@ -14,9 +14,10 @@ from structprune.levels.cost import search_cost
 from structprune.models.adapter import Adapter
 from structprune.models.experts_structprune import role_and_part
 from structprune.models.families import ROLES
+from structprune.models.modeling_structprune import DiffusionLM
 from structprune.refit.masked import STEPS
 from structprune.runs.budget import within_memory
-from structprune.runs.expected import even_choices, pruned_ghost
+from structprune.runs.expected import even_choices, expected_model, pruned_ghost
 from structprune.runs.ghost import read_ghost
 from structprune.runs.resolve import at_ratio, check_given_plan, resolve_masking, resolve_structured
 from structprune.structured.allocate import Counts, ratio_of
@@ -155,3 +156,10 @@ def refit_operations(adapter: Adapter) -> float:
     """Most floating-point operations of a refit under masks: `STEPS` products of every matrix with a Gram matrix."""
     shapes = [block[role].weight.shape for block in adapter.blocks for role in block.names]
     return sum(2.0 * STEPS * rows * columns**2 for rows, columns in shapes)
+
+
+def left_by(config: Config, model: DiffusionLM) -> DiffusionLM | None:
+    """A meta model of about the shapes that a run leaves of `model`; None where it makes masks."""
+    if config.method != "structured":
+        return None
+    return expected_model(model, resolve_structured(config, model, dry_run=True))

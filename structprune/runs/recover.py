@@ -102,7 +102,9 @@ def checked(
     config = with_length(config, ghosts)
     config, cache = check_request(ghosts, config, session)
     session.workers.first(lambda: check_places(out, ghosts, overwrite, cache))
-    return Recovery(ghosts, config, cache, session)
+    recovery = Recovery(ghosts, config, cache, session)
+    session.workers.first(lambda: recovery.check_room(out))
+    return recovery
 
 
 def check_request(

@@ -11,8 +11,10 @@ from typing_extensions import Self
 
 from structprune.bench.block_memory import block_plan
 from structprune.bench.recovery_cost import recovery_cost
-from structprune.bench.recovery_memory import recovery_memory
+from structprune.bench.recovery_memory import folder_bytes, recovery_memory
+from structprune.checkpoint.output import Room, check_rooms
 from structprune.errors import UserError
+from structprune.files import bytes_in
 from structprune.masking.masks import Masks
 from structprune.models.adapter import Adapter
 from structprune.models.loading import as_dtype
@@ -23,6 +25,7 @@ from structprune.recovery.blocks import row_counts
 from structprune.recovery.breadth import breadth_of, narrow_line
 from structprune.recovery.cache import cache_bytes
 from structprune.recovery.checks import check_device
+from structprune.recovery.folder import training_folder
 from structprune.recovery.settings import RecoverConfig
 from structprune.recovery.sharded import check_apart, check_sharded, is_sharded
 from structprune.recovery.text import RecoveryText, read_recovery_text
@@ -134,8 +137,30 @@ class RecoveryPlan:
             "breadth": self.breadth,
             "memory": recovery_memory(student, teacher, self.config, self.dtypes),
             "cost": recovery_cost(student, teacher, self.config, self.steps),
+            "folder": folder_bytes(student, self.config, self.dtypes[0], self.steps),
             "cache": cache_bytes(cached, data.length, self.config.teacher.top),
         }
+
+    def check_room(self, out: Path) -> None:
+        """Check that disks have room for the output, and for what the training keeps meanwhile, together.
+
+        Raises:
+            UserError: one has less.
+        """
+        check_rooms([Room(out, self._ghosts[0].stored_bytes), *self.rooms(out)])
+
+    def rooms(self, out: Path, small: DiffusionLM | None = None) -> list[Room]:
+        """Room for the training's folder and for the teacher's predictions, as far as they are not there yet.
+
+        Args:
+            out: of the training. small: as in `plan`.
+        """
+        plan, folder = self.plan(small), training_folder(out)
+        remedy = "set train.method = lora" if self.config.train.method == "full" else ""
+        rooms = [Room(folder, plan["folder"] - bytes_in(folder), "checkpoints of the training in", remedy)]
+        if self._cache is not None:
+            rooms.append(Room(self._cache, plan["cache"] - bytes_in(self._cache), "the teacher's predictions in"))
+        return rooms
 
     def _windows(self) -> NoisyWindows:
         """What all parts learn in the second stage, in its order; the first stage learns what comes before."""

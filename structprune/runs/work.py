@@ -16,7 +16,16 @@ from structprune import __version__
 from structprune.checkpoint.output import check_apart, check_place
 from structprune.config import Config
 from structprune.errors import UserError, shown
-from structprune.files import first_line, full_disk_errors, is_draft, lock, make_folders, remove_folders, write_whole
+from structprune.files import (
+    bytes_in,
+    first_line,
+    full_disk_errors,
+    is_draft,
+    lock,
+    make_folders,
+    remove_folders,
+    write_whole,
+)
 from structprune.models.fingerprint import fingerprint
 from structprune.models.journal import NOWHERE, Journal, unwatched
 from structprune.runs.ghost import Ghost
@@ -230,7 +239,7 @@ def has_parts(directory: Path | None) -> bool:
 
 def kept_bytes(directory: Path) -> int:
     """Bytes of the parts there."""
-    return sum(path.stat().st_size for path in directory.rglob(f"*{SUFFIX}"))
+    return bytes_in(directory, f"*{SUFFIX}")
 
 
 def output_part(ratio: float | None, config: Config) -> str:

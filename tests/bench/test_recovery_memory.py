@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from structprune.bench.memory import RUNTIME_BYTES
-from structprune.bench.recovery_memory import lora_numbers, recovery_memory
+from structprune.bench.recovery_memory import folder_bytes, lora_numbers, recovery_memory
 from structprune.cli.main import main
 from structprune.models.adapter import Adapter
 from structprune.models.int8 import to_int8
@@ -65,9 +65,22 @@ def test_a_dry_run_writes_nothing(tiny_checkpoint, text_path, tmp_path, capsys):
     assert main(command) == 0
     shown = capsys.readouterr().out
     assert "10 steps over 1,280 tokens, 1.0 times each window" in shown and "peak" in shown
-    assert "Nothing was written." in shown and "on disk" not in shown and not list(tmp_path.glob("out*"))
+    assert "checkpoints, on disk" in shown and "teacher's predictions" not in shown
+    assert "Nothing was written." in shown and not list(tmp_path.glob("out*"))
     assert main([*command, "--teacher-cache", str(tmp_path / "cache")]) == 0
     assert "teacher's predictions, on disk" in capsys.readouterr().out and not (tmp_path / "cache").exists()
+
+
+def test_bytes_of_a_folder(tiny_model):
+    student = Adapter(tiny_model(mlp_hidden_size=24))
+    whole, updates = student.model.num_parameters(), 3 * 2 * (4 * (32 + 32) + 3 * (32 + 24))
+    full, lora = config(train__method="full"), config(train__rank=2)
+    assert folder_bytes(student, full, FP32, steps=100) == 3 * 12 * whole  # weights and two moments, three times
+    assert folder_bytes(student, lora, BF16, steps=100) == 3 * 12 * updates  # updates are fp32
+    assert folder_bytes(student, lora, BF16, steps=2) == 2 * 12 * updates
+    blocks = 3 * (4 * 32 * 32 + 3 * 32 * 24 + 2 * 32)  # projections and norms
+    assert folder_bytes(student, config(blocks__tokens=64), BF16, steps=0) == 2 * blocks
+    assert folder_bytes(student, config(train__method="full", train__evaluations=1), FP32, steps=9) == 12 * whole
 
 
 @pytest.mark.parametrize("length", [16, 32])
