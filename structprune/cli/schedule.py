@@ -113,7 +113,10 @@ def _plan_lines(run: "ScheduleRun", schedule: "Schedule") -> list:
 
 def _run(request: "Request") -> None:
     """Progress goes to stderr; what was written is shown at the end, also after a failure, by the first process."""
+    from functools import partial
+
     from structprune.cli.console import progress_of, show, warner
+    from structprune.cli.work import stoppable
     from structprune.errors import Interrupted
     from structprune.models.denormals import flushed_denormals
     from structprune.runs.evaluate import Session
@@ -122,21 +125,21 @@ def _run(request: "Request") -> None:
 
     lines: list = []
     run = None
+    goes_on = f"the same command {'begins anew, as --overwrite says' if request[3] else 'goes on'}"
+    ending = partial(stoppable, then=f": {goes_on}")
     try:
         with (
             flushed_denormals(),  # the first: worker threads keep what they begin with
             workers(reduces=True) as place,
             progress_of(place) as track,
         ):
-            run = ScheduleRun(*request, Session(track, place, warner(place.main)))
+            run = ScheduleRun(*request, Session(track, place, warner(place.main), ending))
             for step in run.steps():
                 lines += _step_lines(step) if place.main else []
     except KeyboardInterrupt as error:
         if run is None or not (kept := run.kept()):
             raise
-        next_time = "begins anew, as --overwrite says" if request[3] else "goes on"
-        places = ", ".join(map(str, kept))
-        raise Interrupted(f"what is done is kept in {places}: the same command {next_time}") from error
+        raise Interrupted(f"what is done is kept in {', '.join(map(str, kept))}: {goes_on}") from error
     finally:
         show(*lines)
 

@@ -70,16 +70,18 @@ class Stopper:
 
         if not has_parts(self._work.directory):
             return "nothing was written"
-        same = "the same command goes on" if self._work.resume != "never" else "without --resume never it goes on"
+        anew = self._work.resume == "never"
+        same = f"without {self._work.restart} it goes on" if anew else "the same command goes on"
         return f"finished parts are kept in {self._work.directory}: {same}"
 
 
 @contextmanager
-def stoppable(work: "Work", outputs: Iterable[Path]) -> Iterator["Work"]:
+def stoppable(work: "Work", outputs: Iterable[Path], then: str = "") -> Iterator["Work"]:
     """The work of a run that Ctrl-C and SIGTERM end after the part under way, while open.
 
     Args:
         outputs: that it writes.
+        then: what is said of them where the end comes after the last part.
     """
     from dataclasses import replace
 
@@ -99,7 +101,7 @@ def stoppable(work: "Work", outputs: Iterable[Path]) -> Iterator["Work"]:
     else:
         if stopper.number:
             names = ", ".join(f"'{out}'" for out in outputs)
-            raise stopper.interrupted(f"{names} was complete by then")
+            raise stopper.interrupted(f"{names} was complete by then{then}")
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

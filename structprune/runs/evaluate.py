@@ -1,9 +1,10 @@
 """An evaluation run: checkpoints x tasks -> rows per item, stored chunk by chunk, summarised and compared."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,13 +30,23 @@ from structprune.runs.fidelity import bound, comparable, reference_content
 from structprune.workers import Workers
 
 
+def unstopped(work: Any, outputs: Iterable[Path]) -> AbstractContextManager:
+    """The work of a pruning that nothing ends early."""
+    return nullcontext(work)
+
+
 @dataclass(frozen=True)
 class Session:
-    """The surroundings of a run: progress, this process's place among several, and `say`, called with each warning."""
+    """The surroundings of a run: progress, this process's place among several, and `say`, called with each warning.
+
+    Attributes:
+        stoppable: `stoppable(work, outputs)` is open while a pruning runs, and may end it after the part under way.
+    """
 
     track: Track = untracked
     workers: Workers = Workers()
     say: Callable[[str], None] = lambda line: None
+    stoppable: Callable[[Any, Iterable[Path]], AbstractContextManager] = unstopped
 
 
 ALONE = Session()

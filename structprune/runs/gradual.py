@@ -244,7 +244,8 @@ class ScheduleRun:
         try:
             places = {self._origin(ratio)[1]: pruned_model(self._outputs[ratio]) for ratio in missing}
             if missing:
-                self._prune_to(self._origin(missing[0])[0], places, self._work(ratios))
+                with self._session.stoppable(self._work(ratios), places.values()) as work:
+                    self._prune_to(self._origin(missing[0])[0], places, work)
             if ratios:
                 workers.first(lambda: clear(work_beside(self._outputs[ratios[0]])))
         finally:
