@@ -3,6 +3,7 @@
 from scripts.readme.readme_common import machine, ranged, table
 
 SIDES = ("predicted", "measured")
+SECONDS = ("seconds", "core_seconds")
 
 
 def cost(inspected: dict, search: dict, mass: dict) -> str:
@@ -66,6 +67,27 @@ def offload(results: dict) -> str:
     if any(row["way"].endswith("parts") for row in results["rows"]):
         note += " With parts: finished ones are kept beside the output, as the command does by default."
     return f"{table(header, rows)}\n\n{table(names, pairs)}\n\n{note}"
+
+
+def rehearsal(results: dict) -> str:
+    """How soon the rehearsal of every run is over.
+
+    Args:
+        results: of scripts/bench/bench_rehearsal.py.
+    """
+    rows = [
+        [row["run"], *(f"{row[span][key]:.0f} s" for span in ("until_over", "rehearsal") for key in SECONDS)]
+        for row in results["rows"]
+    ]
+    header = ["run", "from the start until over", "of a core", "the rehearsal", "of a core"]
+    volume = results["volume"]
+    note = (
+        f"`python -m scripts.bench.bench_rehearsal --size {results['size']}`, from"
+        " [`rehearsal.json`](scripts/results/rehearsal.json): a LLaDA shape with random bf16 weights, which stay on"
+        f" disk, computed in fp32; windows of {volume['window']} tokens at {volume['levels']} levels;"
+        f" {machine(results['machine'])}."
+    )
+    return f"{table(header, rows)}\n\n{note}"
 
 
 def _machines(rows: list[dict]) -> str:

@@ -16,7 +16,7 @@ from scripts.readme.readme_after import exports, gguf, packed, quantised
 from scripts.readme.readme_baselines import baselines
 from scripts.readme.readme_bench import bench, decoding, note, widths, widths_note
 from scripts.readme.readme_checkpoint import checkpoint, kept_heads
-from scripts.readme.readme_costs import cost, offload, processes, speed
+from scripts.readme.readme_costs import cost, offload, processes, rehearsal, speed
 from scripts.readme.readme_evaluation import evaluation, evaluation_speed
 from scripts.readme.readme_gpu import gpu
 from scripts.readme.readme_keys import keys
@@ -83,6 +83,7 @@ PAGES: dict[str, Makers] = {
     },
     "docs/pruning.md": {
         "kills": made_of(kills, "kills"),
+        "rehearsal": made_of(rehearsal, "rehearsal"),
         "offload": made_of(offload, "offload"),
         "processes": made_of(processes, "processes"),
         **key_sections(

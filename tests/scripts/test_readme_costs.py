@@ -27,3 +27,14 @@ def test_rows_of_another_machine_are_named_under_the_table(scripts):
     text = scripts("readme_costs").offload({"rows": rows, "compared": [], "volume": volume})
     assert "| 8B | a | disk | 2.00 GB | 2.20 GB | 1.10x | 10 s | 6 s | 10% | 1.0 GB |" in text
     assert "CPU, 1 core, torch 2.13.0; 8B b disk: other CPU, 1 core, torch 2.13.0." in text
+
+
+def test_how_soon_a_rehearsal_is_over(scripts):
+    row = {
+        "run": "sparsegpt", "until_over": {"seconds": 61.2, "core_seconds": 50.0},
+        "rehearsal": {"seconds": 59.6, "core_seconds": 48.4},
+    }  # fmt: skip
+    result = {"size": "8B", "volume": {"windows": 2, "window": 64, "levels": 2}, "rows": [row]}
+    text = scripts("readme_costs").rehearsal(result | {"machine": {"processor": "CPU", "cores": 1, "torch": "2.13.0"}})
+    assert "| sparsegpt | 61 s | 50 s | 60 s | 48 s |" in text
+    assert "--size 8B" in text and "windows of 64 tokens at 2 levels; CPU, 1 core" in text
