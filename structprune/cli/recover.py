@@ -102,7 +102,7 @@ def _recover_and_show(request: "Request") -> None:
         request: the first arguments of `structprune.runs.recover.recover`.
     """
     from structprune.cli.console import progress_of, show, warner
-    from structprune.errors import Interrupted
+    from structprune.cli.work import stopping
     from structprune.models.denormals import flushed_denormals
     from structprune.recovery.folder import has_learnt, training_folder
     from structprune.report.recover_table import no_gain, recover_table
@@ -110,19 +110,19 @@ def _recover_and_show(request: "Request") -> None:
     from structprune.runs.recover import recover as run
     from structprune.workers import workers
 
-    out = request[2]
-    try:
-        with (
-            flushed_denormals(),  # the first: worker threads keep what they begin with
-            workers(reduces=True) as place,
-            progress_of(place) as track,
-        ):
-            recovered = run(*request, Session(track, place, warner(place.main)))
-    except KeyboardInterrupt as error:
-        if not has_learnt(training_folder(out)):
-            raise
+    out, folder = request[2], training_folder(request[2])
+
+    def kept() -> str:
         next_time = "begins anew, as --overwrite says" if request[4] else "goes on"
-        raise Interrupted(f"what is learnt is kept in {training_folder(out)}: the same command {next_time}") from error
+        return f"what is learnt is kept in {folder}: the same command {next_time}" if has_learnt(folder) else ""
+
+    with (
+        flushed_denormals(),  # the first: worker threads keep what they begin with
+        workers(reduces=True) as place,
+        progress_of(place) as track,
+        stopping(kept, lambda: [out]) as stopper,
+    ):
+        recovered = run(*request, Session(track, place, warner(place.main), stopper.watch))
     if not place.main:
         return
     show(recover_table(recovered.report))

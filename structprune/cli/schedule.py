@@ -113,33 +113,31 @@ def _plan_lines(run: "ScheduleRun", schedule: "Schedule") -> list:
 
 def _run(request: "Request") -> None:
     """Progress goes to stderr; what was written is shown at the end, also after a failure, by the first process."""
-    from functools import partial
-
     from structprune.cli.console import progress_of, show, warner
-    from structprune.cli.work import stoppable
-    from structprune.errors import Interrupted
+    from structprune.cli.work import stopping
     from structprune.models.denormals import flushed_denormals
     from structprune.runs.evaluate import Session
     from structprune.runs.gradual import ScheduleRun
     from structprune.workers import workers
 
     lines: list = []
-    run = None
-    goes_on = f"the same command {'begins anew, as --overwrite says' if request[3] else 'goes on'}"
-    ending = partial(stoppable, then=f": {goes_on}")
+    runs: list[ScheduleRun] = []  # at most one, once it could begin
+
+    def kept() -> str:
+        places = [place for run in runs for place in run.kept()]
+        next_time = "begins anew, as --overwrite says" if request[3] else "goes on"
+        return f"what is done is kept in {', '.join(map(str, places))}: the same command {next_time}" if places else ""
+
     try:
         with (
             flushed_denormals(),  # the first: worker threads keep what they begin with
             workers(reduces=True) as place,
             progress_of(place) as track,
+            stopping(kept, lambda: runs[0].places) as stopper,
         ):
-            run = ScheduleRun(*request, Session(track, place, warner(place.main), ending))
-            for step in run.steps():
+            runs.append(ScheduleRun(*request, Session(track, place, warner(place.main), stopper.watch)))
+            for step in runs[0].steps():
                 lines += _step_lines(step) if place.main else []
-    except KeyboardInterrupt as error:
-        if run is None or not (kept := run.kept()):
-            raise
-        raise Interrupted(f"what is done is kept in {', '.join(map(str, kept))}: {goes_on}") from error
     finally:
         show(*lines)
 

@@ -3,7 +3,7 @@
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -42,11 +42,11 @@ class Stopper:
     """Ends a run after the part that is under way; a second signal ends it at once.
 
     Args:
-        work: of the run.
+        kept: says what the run has kept by then, and how to go on; nothing where nothing is.
     """
 
-    def __init__(self, work: "Work"):
-        self._work, self.number = work, 0
+    def __init__(self, kept: Callable[[], str]):
+        self.kept, self.number = kept, 0
 
     def handle(self, number: int, _: FrameType | None) -> None:
         """The handler of a signal."""
@@ -62,49 +62,56 @@ class Stopper:
             raise self.interrupted()
 
     def interrupted(self, note: str = "") -> Interrupted:
-        """What the run says when it is ended: the note, or where its parts are."""
-        return Interrupted(note or self._kept(), HALT + (self.number or signal.SIGINT))
-
-    def _kept(self) -> str:
-        from structprune.runs.work import has_parts
-
-        if not has_parts(self._work.directory):
-            return "nothing was written"
-        anew = self._work.resume == "never"
-        same = f"without {self._work.restart} it goes on" if anew else "the same command goes on"
-        return f"finished parts are kept in {self._work.directory}: {same}"
+        """What the run says when it is ended: the note, or what is kept."""
+        return Interrupted(note or self.kept() or "nothing was written", HALT + (self.number or signal.SIGINT))
 
 
 @contextmanager
-def stoppable(work: "Work", outputs: Iterable[Path], then: str = "") -> Iterator["Work"]:
-    """The work of a run that Ctrl-C and SIGTERM end after the part under way, while open.
+def stopping(kept: Callable[[], str], outputs: Callable[[], Iterable[Path]]) -> Iterator[Stopper]:
+    """While open, Ctrl-C and SIGTERM end a run that calls `watch` after the part under way.
 
     Args:
-        outputs: that it writes.
-        then: what is said of them where the end comes after the last part.
+        kept: as `Stopper`. outputs: of the run, which are complete at the end.
     """
-    from dataclasses import replace
-
-    from structprune.runs.work import has_parts
-
-    stopper, before = Stopper(work), {}
+    stopper, before = Stopper(kept), {}
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
             if signal.getsignal(number) not in (signal.SIG_IGN, None):  # a job in the background keeps what it ignores
                 before[number] = signal.signal(number, stopper.handle)
     try:
-        yield replace(work, watch=stopper.watch)
+        yield stopper
     except KeyboardInterrupt as error:
-        if not has_parts(work.directory):
-            raise
-        raise stopper.interrupted() from error
+        if note := kept():
+            raise stopper.interrupted(note) from error
+        raise
     else:
         if stopper.number:
-            names = ", ".join(f"'{out}'" for out in outputs)
-            raise stopper.interrupted(f"{names} was complete by then{then}")
+            names = ", ".join(f"'{out}'" for out in outputs())
+            raise stopper.interrupted(f"{names} was complete by then")
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def stoppable(work: "Work", outputs: Iterable[Path]) -> Iterator["Work"]:
+    """The work of a run that Ctrl-C and SIGTERM end after the part under way, while open.
+
+    Args:
+        outputs: that it writes.
+    """
+    from dataclasses import replace
+
+    from structprune.runs.work import has_parts
+
+    def kept() -> str:
+        if not has_parts(work.directory):
+            return ""
+        same = "the same command goes on" if work.resume != "never" else f"without {work.restart} it goes on"
+        return f"finished parts are kept in {work.directory}: {same}"
+
+    with stopping(kept, lambda: outputs) as stopper:
+        yield replace(work, watch=stopper.watch)
 
 
 def work_of(out: Path, place: Path | None, levels: Path | None, resume: str) -> "Work":

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from structprune.errors import UserError
+from structprune.errors import Interrupted, UserError
 from structprune.files import lock, make_folders, remove_folders, write_whole
 from structprune.models.checkpoint_files import read_json
 
@@ -92,7 +92,7 @@ def opened_folder(out: Path, identity: dict, overwrite: bool) -> Iterator[Path]:
             raise UserError(f"another training works in '{folder}': wait for it, or choose another --out")
         try:
             yield open_folder(out, identity, overwrite)
-        except (UserError, KeyboardInterrupt):
+        except (UserError, KeyboardInterrupt, Interrupted):
             if made and not has_learnt(folder):  # it is as if this had not begun
                 shutil.rmtree(folder, ignore_errors=True)
                 remove_folders(made[1:])

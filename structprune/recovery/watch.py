@@ -1,15 +1,17 @@
-"""What a training shows while it runs, and remembers: progress with the time left, the held-out figures, and the end of
-patience with them."""
+"""What a training shows while it runs, and remembers: progress with the time left, the held-out figures, the end of
+patience with them, and the end that a signal asks for."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from time import perf_counter
 
 from transformers import TrainerCallback
 
+from structprune.errors import Interrupted
 from structprune.progress import Track
 from structprune.recovery.held_out import Figures
 from structprune.recovery.settings import RecoverConfig
+from structprune.workers import Workers
 
 
 class Watch(TrainerCallback):
@@ -98,3 +100,34 @@ class Patience(TrainerCallback):
     def on_evaluate(self, args, state, control, **_):
         if self.ended(state.log_history):
             control.should_training_stop = True
+
+
+class Halt(TrainerCallback):
+    """Ends a training with a checkpoint after the step under way, where `watch` raises `Interrupted` in any process.
+
+    Args:
+        workers: the processes that share the training.
+    """
+
+    def __init__(self, watch: Callable[[], None], workers: Workers):
+        self._watch, self._workers = watch, workers
+        self._ends = False
+
+    def on_step_end(self, args, state, control, **_):
+        if self._reason() is not None:
+            self._ends = control.should_save = control.should_training_stop = True
+
+    def end(self) -> None:
+        """Raise what ended the training, if anything did: now that its checkpoint is there, which the message names."""
+        if self._ends and (reason := self._reason()) is not None:
+            raise reason
+
+    def _reason(self) -> Interrupted | None:
+        """What ends this process, or else the first one that something ends."""
+        own = None
+        try:
+            self._watch()
+        except Interrupted as error:
+            own = error
+        reasons = self._workers.gather(own)
+        return own or next(filter(None, reasons), None)

@@ -1,10 +1,9 @@
 """An evaluation run: checkpoints x tasks -> rows per item, stored chunk by chunk, summarised and compared."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -22,6 +21,7 @@ from structprune.files import write_whole
 from structprune.models.checkpoint_files import locate
 from structprune.models.encode import Batches
 from structprune.models.fingerprint import fingerprint
+from structprune.models.journal import unwatched
 from structprune.models.loading import load_model
 from structprune.models.placement import compute_device, give_back_memory, pick_device
 from structprune.progress import Track, untracked
@@ -30,23 +30,18 @@ from structprune.runs.fidelity import bound, comparable, reference_content
 from structprune.workers import Workers
 
 
-def unstopped(work: Any, outputs: Iterable[Path]) -> AbstractContextManager:
-    """The work of a pruning that nothing ends early."""
-    return nullcontext(work)
-
-
 @dataclass(frozen=True)
 class Session:
     """The surroundings of a run: progress, this process's place among several, and `say`, called with each warning.
 
     Attributes:
-        stoppable: `stoppable(work, outputs)` is open while a pruning runs, and may end it after the part under way.
+        watch: called after every part of a pruning or training that is kept; what it raises ends the run.
     """
 
     track: Track = untracked
     workers: Workers = Workers()
     say: Callable[[str], None] = lambda line: None
-    stoppable: Callable[[Any, Iterable[Path]], AbstractContextManager] = unstopped
+    watch: Callable[[], None] = unwatched
 
 
 ALONE = Session()

@@ -244,8 +244,7 @@ class ScheduleRun:
         try:
             places = {self._origin(ratio)[1]: pruned_model(self._outputs[ratio]) for ratio in missing}
             if missing:
-                with self._session.stoppable(self._work(ratios), places.values()) as work:
-                    self._prune_to(self._origin(missing[0])[0], places, work)
+                self._prune_to(self._origin(missing[0])[0], places, self._work(ratios))
             if ratios:
                 workers.first(lambda: clear(work_beside(self._outputs[ratios[0]])))
         finally:
@@ -283,7 +282,8 @@ class ScheduleRun:
         out = self._outputs[ratios[0]]
         resume: Resume = "never" if self._overwrite else "auto"
         place, workers = work_beside(out), self._session.workers
-        return Work(place, self._schedule.levels, resume, restart="--overwrite", workers=workers)
+        watch = self._session.watch
+        return Work(place, self._schedule.levels, resume, watch=watch, restart="--overwrite", workers=workers)
 
     def _train(self, ratio: float | None, request: str) -> None:
         """Train a pruned model back, write it, and remove what it was made of."""

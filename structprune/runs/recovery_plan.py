@@ -53,7 +53,7 @@ class RecoveryPlan:
 
     def __init__(self, ghosts: tuple[Ghost, Ghost], config: RecoverConfig, cache: Path | None, session: Session):
         self.config, self._ghosts, self._cache = config, ghosts, cache
-        self._track, self._place = session.track, session.workers
+        self._session, self._track, self._place = session, session.track, session.workers
         place = self._place
         self.device = pick_device(config.model.device or place.device)
         check_device(config, self.device, launched=place.count > 1)

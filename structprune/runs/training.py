@@ -23,6 +23,7 @@ from structprune.models.loading import load_model, source_of
 from structprune.models.modeling_structprune import DiffusionLM
 from structprune.models.placement import compute_device, streamed
 from structprune.models.quiet import quiet_transformers
+from structprune.progress import Track, watched
 from structprune.recovery.blocks import (
     BlockStage,
     block_rows,
@@ -41,7 +42,7 @@ from structprune.recovery.sharded import whole_state
 from structprune.recovery.student import learn_all, learning, round_to
 from structprune.recovery.teacher import LiveTeacher
 from structprune.recovery.trainer import in_bfloat16, make_trainer, passes_of, training_arguments
-from structprune.recovery.watch import Patience, Watch
+from structprune.recovery.watch import Halt, Patience, Watch
 from structprune.runs.recovery_plan import RecoveryPlan
 
 REMEDY = "lower train.pass_windows or data.length, or set train.checkpointing, teacher.int8 or teacher.offload = true"
@@ -137,7 +138,7 @@ class Recovery(RecoveryPlan):
             rows = block_rows(self.text, self.student, self.config)
             stage = BlockStage((self.student, dense), remaining, rows, self.config, self.device)
             try:
-                stage.complete(folder, self._masks, self._track)
+                stage.complete(folder, self._masks, self._between)
             except (RuntimeError, MemoryError) as error:
                 if not lacks_memory(error):
                     raise
@@ -150,6 +151,11 @@ class Recovery(RecoveryPlan):
             "held_out": self._measure(study).means(), "layers": layers,
         }  # fmt: skip
 
+    @property
+    def _between(self) -> Track:
+        """Progress over items that are kept one by one; behind any of them a signal may end a run of one process."""
+        return self._track if self._place.several else watched(self._track, self._session.watch)
+
     def _teacher(self, dense: DiffusionLM) -> LiveTeacher | CachedTeacher | None:
         """What predicts beside the student; a cache is completed first."""
         if self.config.loss.kl == 0:
@@ -161,7 +167,7 @@ class Recovery(RecoveryPlan):
         identity |= {"int8": True} if self.config.teacher.int8 else {}
         identity |= {"first": first} if (first := row_counts(self.config)[0]) else {}  # number of the first window
         cache, top = self._cache, self.config.teacher.top
-        self._place.first(lambda: write_cache(cache, identity, dense, self._windows(), top, self._track))
+        self._place.first(lambda: write_cache(cache, identity, dense, self._windows(), top, self._between))
         return CachedTeacher(cache, self.device)
 
     def _stream_ends(self) -> list[int]:
@@ -186,8 +192,8 @@ class Recovery(RecoveryPlan):
         facts["sharded"] = self.sharded
         arguments = training_arguments(settings, folder, self.steps, passes_of(settings, self._place.count), facts)
         checkpoint, arguments.max_steps = self._going_on(folder)
-        watch = Watch(self.steps, config, self._track)
-        callbacks = [watch] if settings.patience is None else [watch, Patience(settings.patience)]
+        watch, halt = Watch(self.steps, config, self._track), Halt(self._session.watch, self._place)
+        callbacks = [watch, halt] if settings.patience is None else [watch, halt, Patience(settings.patience)]
         with quiet_transformers(), self._masked(model, lora), learning(student):
             trainer = make_trainer(
                 model,
@@ -199,6 +205,7 @@ class Recovery(RecoveryPlan):
             )
             start = time.perf_counter()
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            halt.end()
             steps = trainer.state.global_step
             self.learnt = {
                 "seconds": time.perf_counter() - start, "steps": steps, "resumed_at": watch.first,

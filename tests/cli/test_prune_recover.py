@@ -1,17 +1,12 @@
 """`structprune prune` with --recover and --dry-run: what it prints, and what it refuses in one line."""
 
 import json
-import os
-import signal
-from contextlib import contextmanager
 
 import pytest
 
 from structprune.cli.main import main
-from structprune.models.journal import Journal
-from structprune.runs import checkpoints, gradual
+from structprune.runs import gradual
 from structprune.runs.gradual import ScheduleRun
-from structprune.runs.stages import pruned_model
 
 SMALL = [
     "data.length=16", "data.held_out=4", "data.noise=2", "train.method=full", "train.batch=4", "train.evaluations=1",
@@ -73,53 +68,6 @@ def test_an_interrupted_run_says_what_it_keeps(tiny_checkpoint, command, tmp_pat
     assert "the same command begins anew, as --overwrite says" in capsys.readouterr().err
     monkeypatch.setattr(gradual, "prune_at_ratios", None)  # is not called again
     monkeypatch.setattr(gradual, "check_room", None)  # of a pruning that is done
-    assert main(run) == 0 and [path.name for path in tmp_path.glob("out*")] == ["out"]
-
-
-@pytest.fixture
-def signalled(monkeypatch):
-    """`signalled(number, module, name, when)` -> a context in which a call gets the process a signal before it begins.
-
-    As long as the handler is ours: a shell in the background hands down one that ignores SIGINT.
-    """
-
-    @contextmanager
-    def make(number, owner, name, when=lambda *given: True):
-        original, before = getattr(owner, name), signal.signal(number, signal.default_int_handler)
-
-        def call(*given, **named):
-            if when(*given):
-                os.kill(os.getpid(), number)
-            return original(*given, **named)
-
-        try:
-            with monkeypatch.context() as patch:
-                patch.setattr(owner, name, call)
-                yield
-        finally:
-            signal.signal(number, before)
-
-    return make
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_a_pruning_where_its_parts_are_kept(
-    number, tiny_checkpoint, command, signalled, tmp_path, capsys
-):
-    run, work = command(tiny_checkpoint(), "--ratio", "0.3", "--recover"), tmp_path / "out.work"
-    with signalled(number, Journal, "keep", lambda journal, name, *_: name == "block-001"):
-        assert main(run) == 128 + number
-    line = f"structprune: interrupted; finished parts are kept in {work}: the same command goes on"
-    assert capsys.readouterr().err.splitlines()[-1] == line
-    assert len(list(work.rglob("block-001*"))) == 1  # it was finished
-    with signalled(number, Journal, "keep", lambda journal, name, *_: name == "block-001"):
-        assert main([*run, "--overwrite"]) == 128 + number
-    assert f"kept in {work}: without --overwrite it goes on" in capsys.readouterr().err
-    with signalled(number, checkpoints, "save_finished"):
-        assert main(run) == 128 + number
-    pruned = pruned_model(tmp_path / "out")
-    assert f"interrupted; '{pruned}' was complete by then: the same command goes on" in capsys.readouterr().err
     assert main(run) == 0 and [path.name for path in tmp_path.glob("out*")] == ["out"]
 
 
