@@ -143,13 +143,7 @@ class Calibration:
             )
         _check_values(tensors, mask_id if stored is None else stored, path)
         _check_dealt(tensors["noisy_ids"].shape[1], metadata, path)
-        recorded = _integer(metadata, "held_out", path)
-        held_out = (held_out or 0) if recorded is None else recorded
-        windows = len(tensors["input_ids"])
-        if not 0 <= held_out <= windows:
-            raise UserError(
-                f"{path} has {windows} windows, of which {held_out} cannot be held out: lower calibration.held_out"
-            )
+        held_out = _held_out(metadata, held_out or 0, len(tensors["input_ids"]), path)
         ids, noisy = tensors["input_ids"], tensors["noisy_ids"]  # (N, T), (N, S, T)
         return cls(ids, noisy, tensors.get("mask_probability"), metadata, held_out)
 
@@ -167,9 +161,8 @@ def saved_sizes(path: str | Path, held_out: int) -> dict[str, int]:
         shape = tuple(file.get_slice("noisy_ids").get_shape())
     if len(shape) != 3:
         raise UserError(f"{path}: noisy_ids has shape {shape}, not ({TENSORS['noisy_ids'][1]})")
-    recorded = _integer(metadata, "held_out", path)
-    held_out = held_out if recorded is None else recorded
-    check_fitted(shape[0], held_out, path)
+    held_out = _held_out(metadata, held_out, shape[0], path)
+    check_fitted(shape[0], held_out, metadata, path)
     _check_dealt(shape[1], metadata, path)
     return _sizes(shape, held_out, metadata)
 
@@ -183,13 +176,32 @@ def _sizes(shape: tuple[int, ...], held_out: int, metadata: dict[str, str]) -> d
     return {"windows": windows - held_out, "held_out": held_out, "length": length, "copies": copies, **levels}
 
 
-def check_fitted(windows: int, held_out: int, path: str | Path) -> None:
+def _held_out(metadata: dict[str, str], configured: int, windows: int, path: str | Path) -> int:
+    """Held-out windows of a file: those that its metadata name, or the configured ones.
+
+    Raises:
+        UserError: it has no such number of windows.
+    """
+    recorded = _integer(metadata, "held_out", path)
+    held_out = configured if recorded is None else recorded
+    if not 0 <= held_out <= windows:
+        remedy = _fewer(metadata)
+        raise UserError(f"{path} has {windows} windows, of which {held_out} cannot be held out: {remedy}")
+    return held_out
+
+
+def check_fitted(windows: int, held_out: int, metadata: dict[str, str], path: str | Path) -> None:
     """Raise UserError where a calibration file has no window that is not held out."""
     if held_out >= windows:
         raise UserError(
             f"{path} has {windows} windows and {held_out} are to be held out, which leaves none to fit on"
-            ": lower calibration.held_out"
+            f": {_fewer(metadata)}"
         )
+
+
+def _fewer(metadata: dict[str, str]) -> str:
+    """How to hold out fewer windows of a file."""
+    return "calibrate anew from text" if "held_out" in metadata else "lower calibration.held_out"
 
 
 @contextmanager

@@ -122,7 +122,7 @@ def replay(settings: CalibrationSettings, mask_id: int | None = None) -> Calibra
             f"calibration.seed = {settings.seed} has no effect: {source} is replayed as it is, and no window is held"
             " out that it would draw noise for; leave it out"
         )
-    check_fitted(calibration.windows, held_out, source)
+    check_fitted(calibration.windows, held_out, calibration.metadata, source)
     return calibration
 
 
