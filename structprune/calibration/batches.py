@@ -159,8 +159,7 @@ def saved_sizes(path: str | Path, held_out: int) -> dict[str, int]:
     path = Path(path)
     with _opened(path) as (file, metadata):
         shape = tuple(file.get_slice("noisy_ids").get_shape())
-    if len(shape) != 3:
-        raise UserError(f"{path}: noisy_ids has shape {shape}, not ({TENSORS['noisy_ids'][1]})")
+    _check_shape("noisy_ids", shape, path)
     held_out = _held_out(metadata, held_out, shape[0], path)
     check_fitted(shape[0], held_out, metadata, path)
     _check_dealt(shape[1], metadata, path)
@@ -227,6 +226,13 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         return {name: file.get_tensor(name) for name in TENSORS if name in file.keys()}, metadata  # noqa: SIM118
 
 
+def _check_shape(name: str, shape: tuple[int, ...], path: str | Path) -> None:
+    """Raise UserError for a tensor that lacks a dimension, or has nothing in one."""
+    names = TENSORS[name][1]
+    if len(shape) != len(names.split(", ")) or 0 in shape:
+        raise UserError(f"{path}: {name} has shape {shape}, not ({names}) with all of them positive")
+
+
 def _check_shapes(tensors: dict[str, torch.Tensor], path: str | Path) -> None:
     """Raise UserError unless every tensor is non-empty and has the dtype and shape that the others imply."""
     sizes: dict[str, int] = {}  # N, S and T, as the first tensor with that dimension has it
@@ -234,10 +240,8 @@ def _check_shapes(tensors: dict[str, torch.Tensor], path: str | Path) -> None:
         (dtype, dimensions), shape = TENSORS[name], tuple(value.shape)
         if str(value.dtype) != f"torch.{dtype}":
             raise UserError(f"{path}: {name} is {str(value.dtype).removeprefix('torch.')}, not {dtype}")
-        names = dimensions.split(", ")
-        if len(shape) != len(names) or 0 in shape:
-            raise UserError(f"{path}: {name} has shape {shape}, not ({dimensions}) with all of them positive")
-        expected = tuple(sizes.setdefault(key, size) for key, size in zip(names, shape))
+        _check_shape(name, shape, path)
+        expected = tuple(sizes.setdefault(key, size) for key, size in zip(dimensions.split(", "), shape))
         if shape != expected:
             raise UserError(f"{path}: {name} has shape {shape}, not {expected} as the other tensors imply")
 

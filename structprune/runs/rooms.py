@@ -59,8 +59,9 @@ def _part_rooms(ghost: Ghost, requests: Sequence[AnyRequest], work: Work) -> lis
     else:
         size += levels
     if work.directory is not None:  # a run that begins anew removes what is there
-        many = size - levels > MANY * len(requests) * ghost.stored_bytes
-        remedy = f"lower calibration.windows = {requests[0].calibration.windows}" if many else ""
+        text = requests[0].calibration
+        many = size - levels > MANY * len(requests) * ghost.stored_bytes and not text.replays
+        remedy = f"lower calibration.windows = {text.windows}" if many else ""
         rooms.append(Room(work.directory, size - kept_bytes(work.directory), "finished parts in", remedy))
     return rooms
 

@@ -139,6 +139,9 @@ def test_sizes_of_a_file(calibration, tmp_path):
     save_file(stored(calibration) | {"noisy_ids": torch.zeros(2, 3)}, path)
     with pytest.raises(UserError, match=r"noisy_ids has shape \(2, 3\), not \(N, S, T\)"):
         saved_sizes(path, held_out=0)
+    save_file(stored(calibration) | {"noisy_ids": torch.zeros(5, 3, 0)}, path)
+    with pytest.raises(UserError, match="with all of them positive"):
+        saved_sizes(path, held_out=0)
     with pytest.raises(UserError, match="no calibration file at"):
         saved_sizes(tmp_path / "none.safetensors", held_out=0)
 
