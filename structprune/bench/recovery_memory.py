@@ -90,7 +90,7 @@ def recovery_memory(
 
 
 def folder_bytes(student: Adapter, config: RecoverConfig, dtype: torch.dtype, steps: int) -> int:
-    """Bytes on disk of a training's folder: checkpoints of what is learnt, with AdamW's two moments in fp32, and the
+    """Bytes on disk of a training's folder: checkpoints of what is learnt, with AdamW's two moments, and the
     blocks of a first stage.
 
     Args:
@@ -98,9 +98,9 @@ def folder_bytes(student: Adapter, config: RecoverConfig, dtype: torch.dtype, st
     """
     full = config.train.method == "full"
     learnt = student.model.num_parameters() if full else lora_numbers(student, config)
-    checkpoint = learnt * ((dtype.itemsize if full else FLOAT) + 2 * FLOAT)
+    checkpoint = learnt * 3 * (dtype.itemsize if full else FLOAT)  # moments are in the dtype of what is learnt
     blocks = sum(map(numbers, student.blocks)) * dtype.itemsize if config.blocks.tokens else 0
-    return min(CHECKPOINTS, config.train.evaluations, steps) * checkpoint + blocks
+    return min(CHECKPOINTS, config.train.evaluations + 1, steps) * checkpoint + blocks  # a signal adds one
 
 
 def numbers(block: BlockView) -> int:

@@ -67,10 +67,12 @@ def train_back(
         out, overwrite, session: as it was checked with.
         notes: further entries of its report.
     Raises:
-        UserError: the training folder is another training's, or another process trains there; see `Recovery.run`.
+        UserError: a disk lacks the room, the training folder is another training's, or another process trains there;
+            see `Recovery.run`.
     """
     if recovery.breadth["warning"] is not None:
         session.say(recovery.breadth["warning"])
+    session.workers.first(lambda: recovery.check_room(out))
     with ExitStack() as stack:
         opening = opened_folder(out, recovery.identity, overwrite)
         session.workers.first(lambda: stack.enter_context(opening))
@@ -102,9 +104,7 @@ def checked(
     config = with_length(config, ghosts)
     config, cache = check_request(ghosts, config, session)
     session.workers.first(lambda: check_places(out, ghosts, overwrite, cache))
-    recovery = Recovery(ghosts, config, cache, session)
-    session.workers.first(lambda: recovery.check_room(out))
-    return recovery
+    return Recovery(ghosts, config, cache, session)
 
 
 def check_request(

@@ -80,7 +80,9 @@ def test_bytes_of_a_folder(tiny_model):
     assert folder_bytes(student, lora, BF16, steps=2) == 2 * 12 * updates
     blocks = 3 * (4 * 32 * 32 + 3 * 32 * 24 + 2 * 32)  # projections and norms
     assert folder_bytes(student, config(blocks__tokens=64), BF16, steps=0) == 2 * blocks
-    assert folder_bytes(student, config(train__method="full", train__evaluations=1), FP32, steps=9) == 12 * whole
+    once = config(train__method="full", train__evaluations=1)  # and a checkpoint that a signal asks for
+    assert folder_bytes(student, once, FP32, steps=9) == 2 * 12 * whole
+    assert folder_bytes(student, full, BF16, steps=100) == 3 * 6 * whole  # so are its moments
 
 
 @pytest.mark.parametrize("length", [16, 32])

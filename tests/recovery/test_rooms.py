@@ -8,6 +8,7 @@ import pytest
 from structprune.errors import UserError
 from structprune.files import bytes_in
 from structprune.recovery.folder import training_folder
+from structprune.runs import training
 from structprune.runs.gradual import ScheduleRun
 from structprune.runs.recover import checked, recover
 
@@ -33,24 +34,27 @@ def test_the_folder_takes_what_is_predicted(pair, recover_config, tmp_path, dyin
     student = sum(path.stat().st_size for path in small.glob("*.safetensors"))
     left = plan["folder"] - bytes_in(folder)
     assert 0 < left < plan["folder"] / 2
+    recovery = checked(str(small), str(dense), out, config)
     free(monkeypatch, student + left)
-    checked(str(small), str(dense), out, config)  # what is there is not asked for again
+    recovery.check_room(out)  # what is there is not asked for again
     free(monkeypatch, left)
     with pytest.raises(UserError, match="checkpoints of the training in"):
-        checked(str(small), str(dense), out, config)
+        recovery.check_room(out)
 
 
-def test_a_disk_that_is_too_small_is_refused_before_anything_is_read(pair, recover_config, tmp_path, monkeypatch):
+def test_a_disk_that_is_too_small_is_refused_before_weights_are_read(pair, recover_config, tmp_path, monkeypatch):
     dense, small = pair()
     config = recover_config(teacher__cache=str(tmp_path / "cache"))
     recovery = checked(str(small), str(dense), tmp_path / "out", config)
     plan, stored = recovery.plan(), recovery._ghosts[0].stored_bytes
     whole = stored + plan["folder"] + plan["cache"]
     free(monkeypatch, whole)
-    checked(str(small), str(dense), tmp_path / "out", config)
+    recovery.check_room(tmp_path / "out")
     free(monkeypatch, whole - 1)
+    checked(str(small), str(dense), tmp_path / "out", config)  # as a dry run does, which says how much it would be
+    monkeypatch.setattr(training, "load_model", None)
     with pytest.raises(UserError) as caught:
-        checked(str(small), str(dense), tmp_path / "out", config)
+        recover(str(small), str(dense), tmp_path / "out", config)
     line = str(caught.value)
     assert f"checkpoints of the training in '{tmp_path / 'out.training'}' ({plan['folder'] / 1e9:.2f} GB)" in line
     assert f"the teacher's predictions in '{tmp_path / 'cache'}'" in line and "set train.method = lora" in line
