@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed
 
-from structprune.errors import Elsewhere, UserError
+from structprune.errors import Elsewhere, Interrupted, UserError
 
 LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # set by both launchers
 PATIENCE = timedelta(days=30)  # one process may have much more work than another
@@ -45,14 +45,16 @@ class Workers:
         """This process's part of `size` things in a row; the parts of all processes follow each other."""
         return slice(self.rank * size // self.count, (self.rank + 1) * size // self.count)
 
-    def agree(self, problem: UserError | None) -> None:
+    def agree(self, problem: UserError | Interrupted | None) -> None:
         """Raise the first process's problem in every process, so that none waits for a process that has ended."""
-        messages = [None if problem is None else str(problem)]
+        own = None if problem is None else (str(problem), problem.code if isinstance(problem, Interrupted) else None)
+        problems = [own]
         if self.several:
             with connected():
-                torch.distributed.broadcast_object_list(messages, src=0)
-        if messages[0] is not None:
-            raise problem or Elsewhere(messages[0])
+                torch.distributed.broadcast_object_list(problems, src=0)
+        if problems[0] is not None:
+            message, code = problems[0]
+            raise problem or (Elsewhere(message) if code is None else Interrupted(message, code))
 
     def first(self, work: Callable[[], object]) -> None:
         """Work of the first process, for whose end the others wait.
@@ -70,16 +72,16 @@ class Workers:
         """What the first process's `work` returns, in every process.
 
         Raises:
-            UserError: in all processes, what was raised in the first one.
+            UserError, Interrupted: in all processes, what was raised in the first one.
         """
         if not self.several:
             return work()
-        problem: UserError | None = None
+        problem: UserError | Interrupted | None = None
         values: list[Any] = [None]
         if self.main:
             try:
                 values = [work()]
-            except UserError as error:
+            except (UserError, Interrupted) as error:
                 problem = error
         self.agree(problem)
         with connected():

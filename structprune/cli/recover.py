@@ -104,27 +104,35 @@ def _recover_and_show(request: "Request") -> None:
     from structprune.cli.console import progress_of, show, warner
     from structprune.cli.work import stopping
     from structprune.models.denormals import flushed_denormals
+    from structprune.recovery.cache import begun
     from structprune.recovery.folder import has_learnt, training_folder
     from structprune.report.recover_table import no_gain, recover_table
     from structprune.runs.evaluate import Session
+    from structprune.runs.recover import Recovered
     from structprune.runs.recover import recover as run
     from structprune.workers import workers
 
-    out, folder = request[2], training_folder(request[2])
+    out, cache, results = request[2], request[3].teacher.cache, list[Recovered]()
 
     def kept() -> str:
+        folder = training_folder(out)
+        places = [*([folder] if has_learnt(folder) else []), *begun(None if cache is None else Path(cache))]
         next_time = "begins anew, as --overwrite says" if request[4] else "goes on"
-        return f"what is learnt is kept in {folder}: the same command {next_time}" if has_learnt(folder) else ""
+        names = " and ".join(map(str, places))
+        return f"what is learnt is kept in {names}: the same command {next_time}" if places else ""
 
-    with (
-        flushed_denormals(),  # the first: worker threads keep what they begin with
-        workers(reduces=True) as place,
-        progress_of(place) as track,
-        stopping(kept, lambda: [out]) as stopper,
-    ):
-        recovered = run(*request, Session(track, place, warner(place.main), stopper.watch))
-    if not place.main:
-        return
-    show(recover_table(recovered.report))
-    show(*no_gain(recovered.report, "of the input"))
-    show(f"Wrote {out} (model, report.json, README.md)")
+    main = False
+    try:
+        with (
+            flushed_denormals(),  # the first: worker threads keep what they begin with
+            workers(reduces=True) as place,
+            progress_of(place) as track,
+            stopping(kept, lambda: [out]) as stopper,
+        ):
+            main = place.main
+            results.append(run(*request, Session(track, place, warner(main), stopper.watch)))
+    finally:  # also where a signal came while the output was written
+        for recovered in results if main else ():
+            show(recover_table(recovered.report))
+            show(*no_gain(recovered.report, "of the input"))
+            show(f"Wrote {out} (model, report.json, README.md)")

@@ -81,8 +81,8 @@ def stopping(kept: Callable[[], str], outputs: Callable[[], Iterable[Path]]) -> 
     try:
         yield stopper
     except KeyboardInterrupt as error:
-        if note := kept():
-            raise stopper.interrupted(note) from error
+        if stopper.number or kept():  # else it is another signal's
+            raise stopper.interrupted() from error
         raise
     else:
         if stopper.number:

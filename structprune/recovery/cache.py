@@ -33,6 +33,11 @@ def cache_bytes(windows: int, length: int, top: int) -> int:
     return windows * length // 2 * (8 * top + 4)
 
 
+def begun(directory: Path | None) -> list[Path]:
+    """The directory of a cache that holds predictions; none where it does not, or there is no cache."""
+    return [directory] if directory is not None and any(directory.glob("*.npz")) else []
+
+
 def write_cache(
     directory: Path, identity: dict, model: DiffusionLM, windows: NoisyWindows, top: int, track: Track = untracked
 ) -> None:

@@ -34,7 +34,8 @@ def block_path(folder: Path, index: int) -> Path:
 
 def has_learnt(folder: Path) -> bool:
     """Whether a folder keeps something of a training that a later run goes on from."""
-    return any(folder.glob("checkpoint-*")) or any((folder / BLOCKS).glob("block-*"))
+    whole = (finished_step(path) is not None for path in folder.glob("checkpoint-*"))  # a kill leaves others too
+    return any((folder / BLOCKS).glob("block-*")) or any(whole)
 
 
 def check_folder(out: Path, identity: dict, overwrite: bool, aside: tuple[str, ...] = ()) -> Path:

@@ -102,11 +102,26 @@ class Patience(TrainerCallback):
             control.should_training_stop = True
 
 
-class Halt(TrainerCallback):
-    """Ends a training with a checkpoint after the step under way, where `watch` raises `Interrupted` in any process.
+def ending(watch: Callable[[], None], workers: Workers) -> Interrupted | None:
+    """What `watch` ends this process with, or else the first one that it ends; all processes ask together.
 
     Args:
-        workers: the processes that share the training.
+        watch: raises `Interrupted`, and nothing else, where a run is to end.
+    """
+    own = None
+    try:
+        watch()
+    except Interrupted as error:
+        own = error
+    reasons = workers.gather(own)
+    return own or next(filter(None, reasons), None)
+
+
+class Halt(TrainerCallback):
+    """Ends a training with a checkpoint after the step under way, where `watch` ends any of the processes.
+
+    Args:
+        watch: as in `ending`. workers: the processes that share the training.
     """
 
     def __init__(self, watch: Callable[[], None], workers: Workers):
@@ -114,20 +129,10 @@ class Halt(TrainerCallback):
         self._ends = False
 
     def on_step_end(self, args, state, control, **_):
-        if self._reason() is not None:
+        if ending(self._watch, self._workers) is not None:
             self._ends = control.should_save = control.should_training_stop = True
 
     def end(self) -> None:
         """Raise what ended the training, if anything did: now that its checkpoint is there, which the message names."""
-        if self._ends and (reason := self._reason()) is not None:
+        if self._ends and (reason := ending(self._watch, self._workers)) is not None:
             raise reason
-
-    def _reason(self) -> Interrupted | None:
-        """What ends this process, or else the first one that something ends."""
-        own = None
-        try:
-            self._watch()
-        except Interrupted as error:
-            own = error
-        reasons = self._workers.gather(own)
-        return own or next(filter(None, reasons), None)

@@ -35,7 +35,8 @@ class Session:
     """The surroundings of a run: progress, this process's place among several, and `say`, called with each warning.
 
     Attributes:
-        watch: called after every part of a pruning or training that is kept; what it raises ends the run.
+        watch: called after every part of a pruning, and after the steps of a training and between its phases; ends the
+            run by `Interrupted`, and raises nothing else.
     """
 
     track: Track = untracked

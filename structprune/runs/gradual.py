@@ -14,6 +14,7 @@ from structprune.files import remove_folders
 from structprune.models.checkpoint_files import read_json
 from structprune.models.fingerprint import fingerprint
 from structprune.models.placement import give_back_memory
+from structprune.recovery.cache import begun
 from structprune.recovery.folder import check_folder, training_folder
 from structprune.recovery.sharded import check_sharded, is_sharded
 from structprune.recovery.trainer import require_training
@@ -215,7 +216,7 @@ class ScheduleRun:
         """What there is of a run that was ended, for the next one: outputs, pruned models, folders of checkpoints."""
         folders = [folder for ratio in self._pending for folder in left_behind(self._outputs[ratio])]
         parts = [work_beside(self._outputs[ratio]) for ratio in self._pending]
-        folders += [folder for folder in parts if has_parts(folder)]
+        folders += [folder for folder in parts if has_parts(folder)] + begun(self._cache)
         return [self._outputs[ratio] for ratio in self._reports] + folders
 
     def steps(self) -> Iterator[Step]:

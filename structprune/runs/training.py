@@ -42,7 +42,7 @@ from structprune.recovery.sharded import whole_state
 from structprune.recovery.student import learn_all, learning, round_to
 from structprune.recovery.teacher import LiveTeacher
 from structprune.recovery.trainer import in_bfloat16, make_trainer, passes_of, training_arguments
-from structprune.recovery.watch import Halt, Patience, Watch
+from structprune.recovery.watch import Halt, Patience, Watch, ending
 from structprune.runs.recovery_plan import RecoveryPlan
 
 REMEDY = "lower train.pass_windows or data.length, or set train.checkpointing, teacher.int8 or teacher.offload = true"
@@ -95,10 +95,14 @@ class Recovery(RecoveryPlan):
     def _measure_and_train(self, folder: Path) -> tuple[HeldOutStudy, Figures]:
         """The held-out text, and the student's figures on it before it was trained."""
         config, offload = self.config, self.config.teacher.offload
+        self._pause()
         dense = self._load(1, offload or config.blocks.offload)
+        self._pause()
         with self._computing(dense):
             study = HeldOutStudy(dense, self.text, config.data.noise, config.data.seed, self._place)
+        self._pause()
         before = self._measure(study)
+        self._pause()
         if block_tokens(config):
             self._train_blocks(folder, dense, study)
         if not self.steps:
@@ -113,6 +117,11 @@ class Recovery(RecoveryPlan):
             del dense  # what it predicts is on disk, or not asked for
             self._train(folder, teacher, study)
         return study, before
+
+    def _pause(self) -> None:
+        """End the run, between its phases, where a signal came to any process."""
+        if (reason := ending(self._session.watch, self._place)) is not None:
+            raise reason
 
     def _computing(self, model: DiffusionLM) -> AbstractContextManager:
         """While open, a model computes on the run's device, also from host memory."""
@@ -153,8 +162,8 @@ class Recovery(RecoveryPlan):
 
     @property
     def _between(self) -> Track:
-        """Progress over items that are kept one by one; behind any of them a signal may end a run of one process."""
-        return self._track if self._place.several else watched(self._track, self._session.watch)
+        """Progress over items that are kept one by one; behind any of them a signal may end the run."""
+        return watched(self._track, self._session.watch)
 
     def _teacher(self, dense: DiffusionLM) -> LiveTeacher | CachedTeacher | None:
         """What predicts beside the student; a cache is completed first."""

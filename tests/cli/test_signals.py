@@ -5,13 +5,17 @@ import signal
 from contextlib import contextmanager
 
 import pytest
+from transformers import Trainer
 
 from structprune.cli.main import main
 from structprune.models.journal import Journal
+from structprune.recovery import cache
 from structprune.recovery.blocks import BlockStage
+from structprune.recovery.held_out import HeldOutStudy
 from structprune.recovery.watch import Watch
 from structprune.runs import checkpoints, recover
 from structprune.runs.stages import pruned_model
+from structprune.runs.training import Recovery
 
 KEYS = [
     "data.length=16", "data.held_out=4", "data.noise=2", "train.method=full", "train.batch=4", "train.evaluations=2",
@@ -95,10 +99,12 @@ def test_a_first_stage_ends_after_the_block_under_way(number, training, signalle
 
 
 @pytest.mark.slow
-def test_an_output_that_is_being_written_is_completed(number, training, signalled, tmp_path, capsys):
+def test_an_output_that_is_being_written_is_completed_and_shown(number, training, signalled, tmp_path, capsys):
     with signalled(recover, "save_finished"):
         assert main(training("out")) == 128 + number
-    assert f"interrupted; '{tmp_path / 'out'}' was complete by then" in capsys.readouterr().err
+    shown = capsys.readouterr()
+    assert f"interrupted; '{tmp_path / 'out'}' was complete by then" in shown.err
+    assert f"Wrote {tmp_path / 'out'} " in shown.out
     assert [path.name for path in tmp_path.glob("out*")] == ["out"]
 
 
@@ -125,8 +131,45 @@ def test_a_pruning_that_is_trained_back_ends_where_it_is_kept(
     assert f"kept in {work}: the same command begins anew, as --overwrite says" in capsys.readouterr().err
     with signalled(checkpoints, "save_finished"):  # nothing is left of the pruning to end
         assert main(run("out")) == 128 + number
-    assert pruned_model(tmp_path / "out").exists() and (tmp_path / "out.training" / "checkpoint-1").exists()
-    assert f"kept in {tmp_path / 'out.pruned'}, {tmp_path / 'out.training'}: the same" in capsys.readouterr().err
+    assert pruned_model(tmp_path / "out").exists() and not (tmp_path / "out.training").exists()
+    assert f"kept in {tmp_path / 'out.pruned'}: the same command goes on" in capsys.readouterr().err
     assert main(run("out")) == 0 and main(run("whole")) == 0
     assert weights(tmp_path / "out") == weights(tmp_path / "whole")
     assert [path.name for path in tmp_path.glob("out*")] == ["out"]
+
+
+@pytest.mark.parametrize("owner, name", [(HeldOutStudy, "__init__"), (HeldOutStudy, "measure")])
+def test_a_signal_before_the_first_step_ends_a_run_before_it(
+    owner, name, number, training, signalled, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(Recovery, "_train", None)  # is not reached
+    with signalled(owner, name):
+        assert main(training("out")) == 128 + number
+    assert "structprune: interrupted; nothing was written" in capsys.readouterr().err
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_second_signal_ends_a_run_at_once(number, training, signalled, tmp_path, monkeypatch, capsys):
+    with signalled(HeldOutStudy, "__init__"), signalled(HeldOutStudy, "__init__"):
+        assert main(training("out")) == 128 + number
+    assert "structprune: interrupted; nothing was written" in capsys.readouterr().err
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_is_not_whole_is_not_kept(number, training, signalled, tmp_path, capsys):
+    """Of a second signal while the first one's checkpoint is written."""
+    with signalled(Watch, "on_step_end", at_step(1)), signalled(Trainer, "_save_optimizer_and_scheduler"):
+        assert main(training("out")) == 128 + number
+    assert "structprune: interrupted; nothing was written" in capsys.readouterr().err
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.slow
+def test_predictions_that_are_cached_are_named(number, training, signalled, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cache, "CHUNK", 16)
+    arguments = [*training("out", "loss.kl=1"), "--teacher-cache", str(tmp_path / "cache")]
+    with signalled(cache, "reference_predictions"):
+        assert main(arguments) == 128 + number
+    assert f"what is learnt is kept in {tmp_path / 'cache'}: the same command goes on" in capsys.readouterr().err
+    assert len(list((tmp_path / "cache").glob("*.npz"))) == 1 and not list(tmp_path.glob("out*"))
