@@ -5,6 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from structprune.checkpoint.save import save_pruned
 from structprune.config import Config
@@ -27,6 +29,22 @@ def pair(tiny_checkpoint, tmp_path):
         plan = identity_plan(Adapter(model))
         half = replace(plan, blocks=tuple(replace(each, channels=each.channels[::2]) for each in plan.blocks))
         return dense, save_pruned(apply_plan(model, half), tmp_path / f"{family}-small")
+
+    return make
+
+
+@pytest.fixture
+def whole_checkpoint():
+    """`whole_checkpoint(folder, *missing)`: a checkpoint of step 4, with the files that a training goes on from but for
+    some."""
+
+    def make(folder: Path, *missing: str) -> None:
+        place = folder / "checkpoint-4"
+        place.mkdir(parents=True, exist_ok=True)
+        save_file({"weight": torch.ones(1)}, place / "model.safetensors")
+        (place / "trainer_state.json").write_text('{"global_step": 4}')
+        for name in {"optimizer.pt", "scheduler.pt", "rng_state.pth"} - {*missing}:
+            (place / name).write_bytes(b"x")
 
     return make
 

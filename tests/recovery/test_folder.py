@@ -3,11 +3,18 @@
 import pytest
 
 from structprune.errors import UserError
-from structprune.recovery.folder import is_training, open_folder, opened_folder, training_folder
+from structprune.recovery.folder import has_learnt, is_training, open_folder, opened_folder, training_folder
 from structprune.runs.recover import recover
 
 
-def test_overwrite_forgets_another_training_and_nothing_else(tmp_path):
+def test_a_checkpoint_that_a_kill_left_unfinished_was_not_learnt(whole_checkpoint, tmp_path):
+    whole_checkpoint(tmp_path, "optimizer.pt")
+    assert not has_learnt(tmp_path)
+    whole_checkpoint(tmp_path)
+    assert has_learnt(tmp_path)
+
+
+def test_overwrite_forgets_another_training_and_nothing_else(whole_checkpoint, tmp_path):
     folder = training_folder(tmp_path / "out")
     folder.mkdir()
     (folder / "thesis.txt").write_text("mine")
@@ -16,11 +23,11 @@ def test_overwrite_forgets_another_training_and_nothing_else(tmp_path):
             open_folder(tmp_path / "out", {"of": "this"}, overwrite)
     (folder / "thesis.txt").unlink()
     assert open_folder(tmp_path / "out", {"of": "that"}, False) == folder
-    (folder / "checkpoint-4").mkdir()
+    whole_checkpoint(folder)
     open_folder(tmp_path / "out", {"of": "that"}, False)
     assert (folder / "checkpoint-4").exists()  # the same training goes on
     for identity in ("that", "this"):
-        (folder / "checkpoint-4").mkdir(exist_ok=True)
+        whole_checkpoint(folder)
         open_folder(tmp_path / "out", {"of": identity}, True)
         assert [path.name for path in folder.iterdir()] == ["identity.json"]
     open_folder(tmp_path / "out", {"of": "another"}, False)  # nothing was learnt there
@@ -50,11 +57,11 @@ def test_two_trainings_of_one_output_do_not_meet(pair, recover_config, tmp_path)
 
 
 @pytest.mark.parametrize("learnt", [False, True])
-def test_a_training_that_fails_leaves_what_it_learnt(tmp_path, learnt):
+def test_a_training_that_fails_leaves_what_it_learnt(whole_checkpoint, tmp_path, learnt):
     out = tmp_path / "runs" / "out"
     with pytest.raises(UserError, match="no memory"), opened_folder(out, {"of": "this"}, False) as folder:
         if learnt:
-            (folder / "checkpoint-4").mkdir()
+            whole_checkpoint(folder)
         raise UserError("no memory")
     assert folder.exists() == learnt and out.parent.exists() == learnt
 

@@ -202,10 +202,10 @@ def test_lineage_grows(pair, recover_config, tmp_path):
     assert (second / "README.md").read_text(encoding="utf-8").count("## Trained back") == 2
 
 
-def test_another_training_in_the_folder_is_refused(pair, recover_config, tmp_path):
+def test_another_training_in_the_folder_is_refused(pair, recover_config, whole_checkpoint, tmp_path):
     dense, small = pair()
     folder = training_folder(tmp_path / "out")
-    (folder / "checkpoint-4").mkdir(parents=True)
+    whole_checkpoint(folder)
     for identity in ("{}", "half of a"):
         (folder / "identity.json").write_text(identity)
         with pytest.raises(UserError, match=r"holds another training: .* add --overwrite, or delete it"):
