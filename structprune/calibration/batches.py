@@ -258,7 +258,9 @@ def _check_values(tensors: dict[str, torch.Tensor], mask_id: int | None, path: s
     if wrong:
         raise UserError(f"{path}: mask_probability holds {wrong[0]}, not a probability in (0, 1]")
     changed = noisy[noisy != clean[:, None]]  # (number of masked positions,)
-    if mask_id is None and len(changed):
+    if not len(changed):
+        return
+    if mask_id is None:
         mask_id = int(changed[0])
     others = changed[changed != mask_id]  # (number of positions with another id,)
     if len(others):

@@ -124,6 +124,12 @@ DEALT = {
 }
 
 
+def test_a_file_without_noise_needs_no_mask_id(calibration, tmp_path):
+    path, tensors = tmp_path / "calibration.safetensors", stored(calibration)
+    save_file(tensors | {"noisy_ids": tensors["input_ids"][:, None].repeat(1, 3, 1)}, path)
+    assert Calibration.load(path).levels == 3
+
+
 def test_sizes_of_a_file(calibration, tmp_path):
     path = tmp_path / "calibration.safetensors"
     calibration.save(path)
