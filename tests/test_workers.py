@@ -1,5 +1,7 @@
 """A process's place among several."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -112,6 +114,24 @@ def test_the_first_process_works_before_the_others(monkeypatch):
     monkeypatch.setattr(Workers, "gather", lambda self, own: [own, UserError("the other's")])
     with pytest.raises(Elsewhere, match="the other's"):
         Workers(0, 2).in_turn(lambda: 5)
+
+
+def test_an_end_of_the_first_process_ends_the_others(monkeypatch):
+    sent = []
+
+    def broadcast(values, src):
+        sent.extend(values if not sent else [])  # of the first process, which comes first here
+        values[:] = sent
+
+    def halt():
+        raise Interrupted("parts are kept", 143)
+
+    monkeypatch.setattr(module, "connected", nullcontext)
+    monkeypatch.setattr(module.torch.distributed, "broadcast_object_list", broadcast)
+    for rank, work in enumerate((halt, None)):
+        with pytest.raises(Interrupted, match="parts are kept") as caught:
+            Workers(rank, 2).from_first(work)
+        assert caught.value.code == 143
 
 
 @pytest.mark.parametrize("first", [True, False])

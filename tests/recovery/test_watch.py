@@ -1,11 +1,15 @@
 """What a training shows while it runs."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import TrainerControl, TrainerState
 
+from structprune.errors import Interrupted
 from structprune.recovery.held_out import Figures
-from structprune.recovery.watch import Watch
+from structprune.recovery.watch import Halt, Watch
+from structprune.workers import Workers
 
 
 @pytest.fixture
@@ -54,3 +58,25 @@ def test_a_run_that_goes_on_shows_the_best_before_and_its_own_speed(titles):
         "learning, 64 tokens/s, held-out loss 0.500 (best 0.500), divergence 0.500, NELBO 3.000",
         "learning, 64 tokens/s, held-out loss 0.750 (best 0.500), divergence 0.750, NELBO 3.250",
     ]
+
+
+def test_a_process_that_ends_lets_the_others_save_and_end(monkeypatch):
+    """At the same step: a checkpoint is written by all of them."""
+    own, other = Interrupted("mine", 143), Interrupted("the other's", 130)
+
+    def stop():
+        raise own
+
+    for watch, reasons, expected in (
+        (lambda: None, [None, None], None), (lambda: None, [None, other], other), (stop, [own, other], own),
+    ):  # fmt: skip
+        monkeypatch.setattr(Workers, "gather", lambda self, value, reasons=reasons: reasons)
+        control, halt = SimpleNamespace(should_save=False, should_training_stop=False), Halt(watch, Workers(0, 2))
+        halt.on_step_end(None, None, control)
+        assert control.should_save == control.should_training_stop == (expected is not None)
+        if expected is None:
+            halt.end()
+        else:
+            with pytest.raises(Interrupted) as caught:
+                halt.end()
+            assert caught.value is expected
