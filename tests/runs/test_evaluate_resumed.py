@@ -112,7 +112,7 @@ def test_a_problem_of_the_first_process_is_everybodys(monkeypatch):
     from structprune import workers as module
 
     def broadcast(told, src):
-        told[0] = "no room"
+        told[0] = ("no room", None)
 
     monkeypatch.setattr(module.torch.distributed, "broadcast_object_list", broadcast)
     with pytest.raises(UserError, match="no room"):
