@@ -26,19 +26,20 @@ def predicted_mask_peak(adapter: Adapter, request: MaskRequest, stored: torch.dt
     projections = sum(block[role].weight.numel() for block in adapter.blocks for role in block.names)
     sequence = request.calibration.length * adapter.model.layout.copies * dtype.itemsize  # bytes of a row's feature
     stores = [count * sequence * adapter.hidden_size for count in _stored_sequences(request)]
+    statistics = f"statistics ({request.settings.score})"
     parts = {
         "weights": weights,
         "activations of one batch": batch * sequence * live_features(adapter) if request.reads_text else 0,
-        f"statistics ({request.settings.score})": _statistics_bytes(adapter, request, dtype.itemsize),
-        "one block's masks": _disk_mask_bytes(adapter, request)
-        if resources.on_disk
-        else _mask_bytes(adapter, request, dtype.itemsize),
+        statistics: _statistics_bytes(adapter, request, dtype.itemsize),
+        "one block's masks": _mask_bytes(adapter, request, dtype.itemsize),
         "refit": _refit_bytes(adapter) if refits else 0,
         "hidden states": sum(min(size, budget) for size in stores),
         "weights before the refit": min(projections * dtype.itemsize, budget) if refits else 0,
         "packed masks": projections // 8,
     }
-    states, working = batch * sequence * adapter.hidden_size, sum(list(parts.values())[1:5])
+    states = batch * sequence * adapter.hidden_size
+    # one block's masks count the statistics that are left
+    working = parts["activations of one batch"] + max(parts[statistics], parts["one block's masks"]) + parts["refit"]
     stored_aside = sum(list(parts.values())[5:])
     shard = min(adapter.model.num_parameters() * stored.itemsize, LARGEST_SHARD)
     before_refit = projections * dtype.itemsize if refits else 0
@@ -47,7 +48,7 @@ def predicted_mask_peak(adapter: Adapter, request: MaskRequest, stored: torch.dt
     if resources.on_disk:
         files["temporary files"] += projections * kept_in(request, stored).itemsize
         parts |= transfers(adapter, resources, states, sum(map(bool, stores)), dtype)
-        return _disk_peak(parts, DiskWeights(adapter, dtype, stored), request) | files
+        return _disk_peak(parts, working, DiskWeights(adapter, dtype, stored), request) | files
     if not resources.accelerator:
         parts["peak host"] = weights + max(shard, stored_aside + working) + RUNTIME_BYTES
         return parts | files
@@ -59,15 +60,14 @@ def predicted_mask_peak(adapter: Adapter, request: MaskRequest, stored: torch.dt
     return parts | files
 
 
-def _disk_peak(parts: dict[str, int], weights: DiskWeights, request: MaskRequest) -> dict[str, int]:
+def _disk_peak(parts: dict[str, int], working: int, weights: DiskWeights, request: MaskRequest) -> dict[str, int]:
     """The parts and peaks of a run whose weights stay on disk.
 
     Args:
         parts: those of a run that holds its weights, with what copies to an accelerator hold.
+        working: bytes of a block's work.
     """
-    statistics = parts[f"statistics ({request.settings.score})"]  # of which masks count those that are left
     check, moved = parts["activations of one batch"], parts["batches under way"]
-    working = check + max(statistics, parts["one block's masks"]) + parts["refit"]
     held = ("weights", "weights before the refit")
     parts = {name: size for name, size in (parts | weights.parts).items() if name not in held}
     aside = parts["hidden states"] + parts["packed masks"] + parts["pinned buffers"] + RUNTIME_BYTES
@@ -109,10 +109,12 @@ def _widths(adapter: Adapter) -> list[list[int]]:
 
 
 def _statistics_bytes(adapter: Adapter, request: MaskRequest, itemsize: int) -> int:
-    """One block's Grams; or what the norms of the noisy sink arm hold until a batch's pass has ended."""
+    """One block's Grams in fp64, with the widest's fp32 copy; or what the norms of the noisy sink arm hold until a
+    batch's pass has ended."""
     grams, held = 0, 0
     if request.score.needs == "grams":
-        grams = max(4 * sum(width * width for width in block) for block in _widths(adapter))
+        squares = [[width * width for width in block] for block in _widths(adapter)]
+        grams = max(8 * sum(block) + 4 * max(block) for block in squares)
     if request.measures_dense and weighs_late(request.arm, request.sink):
         tokens = request.calibration.batch * request.calibration.length * adapter.model.layout.copies
         if holds_inputs(adapter, tokens, request.resources.budget, itemsize):
@@ -121,12 +123,17 @@ def _statistics_bytes(adapter: Adapter, request: MaskRequest, itemsize: int) -> 
 
 
 def _mask_bytes(adapter: Adapter, request: MaskRequest, itemsize: int) -> int:
-    """A block's new weights, those and masks of its largest input in fp32, their scores or errors, and four factors."""
+    """A block's new weights, those and masks of its largest input in fp32, their scores or errors, fp32 Grams and four
+    factors; where weights stay on disk as `_disk_mask_bytes`."""
+    if request.resources.on_disk:
+        return _disk_mask_bytes(adapter, request)
     block = max(adapter.blocks, key=lambda each: sum(each[role].weight.numel() for role in each.names))
     numbers = sum(block[role].weight.numel() for role in block.names)
     largest = max(sum(block[role].weight.numel() for role in roles) for roles in block.readers.values())
-    factor = 16 * max(map(max, _widths(adapter))) ** 2 if request.score.needs == "grams" else 0
-    return itemsize * numbers + 21 * largest + factor
+    if request.score.needs != "grams":
+        return itemsize * numbers + 21 * largest
+    squares = [[width * width for width in widths] for widths in _widths(adapter)]
+    return itemsize * numbers + 21 * largest + 4 * max(map(sum, squares)) + 16 * max(map(max, squares))
 
 
 def _disk_mask_bytes(adapter: Adapter, request: MaskRequest) -> int:

@@ -2,6 +2,7 @@
 
 import resource
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -154,12 +155,9 @@ def _scoring_bytes(dense: Adapter, request: StructuredRequest, size: Tokens, dty
     widths, needs = _consumer_widths(dense), request.score.needs
     if needs == "weights":
         return 0
-    if needs == "grams":  # fp32 Grams of both consumers; and a pass, or fp64 copies while the wider is inverted
+    if needs == "grams":
         parts = [(mixed, *_mlp_widths(block)) for (mixed, _), block in zip(widths, dense.blocks)]
-        return max(
-            4 * sum(width * width for width in each) + max(at_once, _inversion_bytes(dense, max(each)))
-            for each in parts
-        )
+        return max(_gram_bytes(dense, each, at_once) for each in parts)
     if needs == "gradients":
         return _gradient_bytes(dense, request, dtype)
     whole = size.batch * _pass_features(dense, dtype)
@@ -167,6 +165,12 @@ def _scoring_bytes(dense: Adapter, request: StructuredRequest, size: Tokens, dty
         held = held_input_bytes(dense, size.batch // dtype.itemsize, dtype.itemsize)
         return whole + (held if held <= request.resources.budget else 0)
     return whole
+
+
+def _gram_bytes(dense: Adapter, widths: Sequence[int], at_once: int) -> int:
+    """The Grams of a block: in fp64 beside a pass or the widest's fp32 copy, then in fp32 while it is inverted."""
+    numbers, widest = sum(width * width for width in widths), max(widths)
+    return max(8 * numbers + max(at_once, 4 * widest * widest), 4 * numbers + _inversion_bytes(dense, widest))
 
 
 def _gradient_bytes(dense: Adapter, request: StructuredRequest, dtype: torch.dtype) -> int:
@@ -196,8 +200,8 @@ def _inversion_bytes(adapter: Adapter, width: int) -> int:
 def _refit_bytes(
     dense: Adapter, pruned: Adapter, request: StructuredRequest, size: Tokens, at_once: int, dtype: torch.dtype
 ) -> int:
-    """The larger of what a consumer needs, fp32 products of fit and held-out rows, a pass or a solve, and its input;
-    and what producers need, where they are refitted. Beside either, held targets."""
+    """The larger of what a consumer needs, products of fit and held-out rows (fp64 beside a pass, fp32 beside a solve)
+    and its input; and what producers need, where they are refitted. Beside either, held targets."""
     settings, text = request.settings, request.calibration
     windows = text.windows + text.held_out
     # under `global` a block may keep everything
@@ -212,7 +216,8 @@ def _refit_bytes(
     # fp64: a factor beside what it is made of or its copy; the weight, the best one, and the gap, twice, with what it
     # becomes. Measured on CPU at K = 2048
     solve = 16 * remaining * remaining + 40 * remaining * outputs
-    consumer = 8 * max(_consumer_sums(block, outputs) for block in side.blocks) + max(at_once, solve) + one
+    sums = max(_consumer_sums(block, outputs) for block in side.blocks)
+    consumer = max(16 * sums + max(at_once, 4 * remaining * remaining), 8 * sums + solve) + one
     producers = _producer_bytes(side, at_once) if request.reconstruct.producers else 0
     walked = max(consumer, producers) + targets + split
     if request.reconstruct.weighting != "gradient":
@@ -234,10 +239,10 @@ def _mlp_widths(block: BlockView) -> list[int]:
 
 
 def _producer_bytes(side: Adapter, at_once: int) -> int:
-    """fp32 Gram and cross products, C x C, of fit and held-out rows, which linears share; and a pass, or a solve with
-    its fp64 products. Measured on CPU at C = 1536 and 2048, O from C / 3 to 3 C."""
+    """Gram and cross products, C x C, of fit and held-out rows, which linears share: in fp64 beside a pass, then in
+    fp32 beside a solve with its fp64 products. Measured on CPU at C = 1536 and 2048, O from C / 3 to 3 C."""
     inputs, outputs = side.hidden_size, max(max(pair) for pair in _consumer_widths(side))
-    return 16 * inputs * inputs + max(at_once, 32 * inputs * inputs + 64 * inputs * outputs)
+    return max(32 * inputs * inputs + at_once, 48 * inputs * inputs + 64 * inputs * outputs)
 
 
 def _logit_bytes(pruned: Adapter, dtype: torch.dtype, tokens: int) -> int:

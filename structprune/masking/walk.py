@@ -13,7 +13,7 @@ from structprune.models.adapter import Adapter, BlockView
 from structprune.models.experts_structprune import role_and_part
 from structprune.models.transfer import send
 from structprune.refit.products import InputProducts, RowSums
-from structprune.statistics.activations import add_gram, mirror, relative_weight
+from structprune.statistics.activations import add_gram, empty_sum, mirror, relative_weight
 from structprune.statistics.hidden import HiddenStates
 from structprune.statistics.inputs import STREAM, InputNorms, Inputs, block_inputs, block_output
 from structprune.statistics.scan import Limits
@@ -96,7 +96,7 @@ class Walk:
 
     @torch.inference_mode()
     def measure(self, index: int) -> dict[str, torch.Tensor]:
-        """Statistics of the score for a block that is still dense: input -> norms (C,) or Gram matrix (C, C).
+        """Statistics of the score for a block that is still dense: input -> norms (C,) or Gram matrix (C, C) fp32.
 
         Empty where nothing is scored.
         """
@@ -118,11 +118,13 @@ class Walk:
                     norms.add(name, x, omega, inputs.sequences(name))
                 else:
                     size = x.shape[-1]
-                    add_gram(grams.setdefault(name, torch.zeros(size, size, device=device)), x, omega)
+                    add_gram(grams.setdefault(name, empty_sum(size, size, device)), x, omega)
         if norms:
             return norms.norms(self._workers)
         self._workers.add_up(*grams.values())
-        return {name: mirror(gram) for name, gram in grams.items()}
+        for name, gram in grams.items():  # one by one: a copy of all in fp32 would add to the peak of memory
+            grams[name] = mirror(gram).float()
+        return grams
 
     @torch.inference_mode()
     def products(self, index: int, name: str) -> tuple[InputProducts, InputProducts]:

@@ -16,13 +16,13 @@ from structprune.models.adapter import EXPERTS, BlockView, UnitKey
 from structprune.models.experts_structprune import SHARED, ExpertBlock, role_of, tokens_by_expert
 from structprune.refit.products import LayerFit, Products, set_weight
 from structprune.refit.solve import choose
-from structprune.statistics.activations import add_gram, add_products, mirror, relative_weight
+from structprune.statistics.activations import add_gram, add_products, empty_sum, relative_weight
 from structprune.statistics.residual import ResidualRun
 
 if TYPE_CHECKING:
     from structprune.refit.walk import Walk
 
-Sums = list[torch.Tensor]  # fp32 Gram matrix (K, K) and target (O, K), and the power of the target output, () fp64
+Sums = list[torch.Tensor]  # fp64 Gram matrix (K, K), target (O, K), and the power of the target output (1, 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,9 +57,7 @@ class MixturePlace:
         for part, source in self.parts.items():
             linear = self.small[role_of("down", part)]
             weight = linear.weight.to(self.walk.dense.device).double()  # (O, K)
-            fit, check = (
-                Products(mirror(gram), cross, float(power)) for gram, cross, power in (fitted[part], checked[part])
-            )
+            fit, check = Products.of_sums(fitted[part]), Products.of_sums(checked[part])
             choice = choose(self.walk.settings, weight, fit, check, linear.in_features, self.walk.workers)
             set_weight(linear, choice[0], constant=False)
             fits.append(LayerFit.of(self.dense.index, role_of("down", source), weight, check, choice))
@@ -84,8 +82,7 @@ class MixturePlace:
     def _empty(self, part: str) -> Sums:
         outputs, inputs = self.small[role_of("down", part)].weight.shape
         device = self.walk.dense.device
-        gram, target = torch.zeros(inputs, inputs, device=device), torch.zeros(outputs, inputs, device=device)
-        return [gram, target, torch.zeros((), dtype=torch.float64, device=device)]
+        return [empty_sum(inputs, inputs, device), empty_sum(outputs, inputs, device), empty_sum(1, 1, device)]
 
     def _add(self, sums: dict[str, Sums], part: slice) -> None:
         """Add the rows of some sequences to the sums of all parts, in place."""

@@ -77,8 +77,6 @@ def certainties(scan: Scan, rows: Rows) -> torch.Tensor:
 
 def mean_over_all(own: torch.Tensor, workers: Workers) -> torch.Tensor:
     """The mean of the values (n,) or (R, T) of all processes, () at least the smallest normal number; NaN of none."""
-    if not workers.several:
-        return own.mean().clamp(min=torch.finfo(own.dtype).tiny)
     sums = torch.tensor([float(own.sum(dtype=torch.float64)), own.numel()], dtype=torch.float64)  # (2,)
     workers.add_up(sums)
     return (sums[0] / sums[1]).to(own.dtype).clamp(min=torch.finfo(own.dtype).tiny)

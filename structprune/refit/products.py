@@ -8,7 +8,7 @@ from torch import nn
 
 from structprune.errors import UserError
 from structprune.models.maps import in_place_of
-from structprune.statistics.activations import add_gram, add_products, mirror
+from structprune.statistics.activations import add_gram, add_products, empty_sum, mirror
 from structprune.statistics.overflow import place
 from structprune.workers import ALONE, Workers
 
@@ -23,12 +23,27 @@ Choice = tuple[torch.Tensor, float, float]  # weight, damping, held-out output e
 class Products:
     """Second moments of one linear: Gram matrix (K, K), target W XᵀX̂ (O, K), and power ‖W Xᵀ‖² of the target output.
 
-    They may stay the fp32 sums that were collected: fp64 copies of all would be the peak of memory.
+    They may be fp32: fp64 copies of all would be the peak of memory.
     """
 
     gram: torch.Tensor
     target: torch.Tensor
     power: float
+
+    @classmethod
+    def of_sums(cls, sums: list[torch.Tensor]) -> "Products":
+        """Of finished sums, which it takes from the list: Gram matrix (K, K), target (O, K), and power (1, 1).
+
+        Their fp64 digits have done their work, so these become fp32, one after the other. A constant's column alone
+        (K, 1) stays as it is: a mean residual is a small difference of large sums.
+        """
+        gram, target, power = sums
+        sums.clear()
+        if gram.shape[0] != gram.shape[1]:
+            return cls(gram, target, float(power))
+        gram = mirror(gram).float()
+        target = target.float()
+        return cls(gram, target, float(power))
 
 
 @dataclass(frozen=True)
@@ -94,8 +109,8 @@ class RowSums:
     def __init__(self, linears: dict[str, nn.Linear], device: torch.device, cross: bool, power: bool):
         size = next(iter(linears.values())).in_features
         self._linears = linears
-        self._gram = torch.zeros(size, size, device=device)  # (C, C)
-        self._cross = torch.zeros_like(self._gram) if cross else None
+        self._gram = empty_sum(size, size, device)  # (C, C)
+        self._cross = empty_sum(size, size, device) if cross else None  # (C, C)
         # sums stay on the device until the last batch: reading one earlier would be a device sync
         self._power = {role: torch.zeros((), dtype=torch.float64, device=device) for role in linears if power}
 
@@ -112,10 +127,12 @@ class RowSums:
             self._power[role] += output.pow(2).sum()
 
     def finish(self, workers: Workers = ALONE) -> InputProducts:
-        """The sums over the rows of all processes."""
+        """The sums over the rows of all processes; to be called once, since it frees them one by one."""
         cross = [] if self._cross is None else [self._cross]
         workers.add_up(self._gram, *cross, *self._power.values())
-        gram = mirror(self._gram)
+        self._gram = gram = mirror(self._gram).float()
+        if self._cross is not None:
+            self._cross = self._cross.float()
         power = {role: float(total) for role, total in self._power.items()}
         return InputProducts(gram, gram if self._cross is None else self._cross, power)
 

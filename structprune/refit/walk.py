@@ -4,7 +4,6 @@ Attention first, then the MLP on the refitted attention's output, each on activa
 Shapes: R sequences of T tokens, b of a batch, O outputs, C input channels, K remaining ones.
 """
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,7 +16,7 @@ from structprune.models.placement import give_back_memory
 from structprune.refit.experts import MixturePlace
 from structprune.refit.products import InputProducts, Products, RowSums
 from structprune.refit.row_weights import WeightedRows
-from structprune.statistics.activations import add_gram, add_products, add_rows, mirror, relative_weight
+from structprune.statistics.activations import add_gram, add_products, add_rows, empty_sum, relative_weight
 from structprune.statistics.residual import ResidualRun, TargetRun
 from structprune.statistics.scan import Scan
 
@@ -99,8 +98,10 @@ class Walk:
         """Of what the LM head reads, at positions with a prediction, after all places; the target is the dense
         model's. Over fitted and over held-out rows: Gram matrix (C, C) and cross products (C, C), fp32."""
         device, size = self.dense.device, self.dense.hidden_size
-        sums = {fitted: [torch.zeros(size, size, device=device) for _ in range(2)] for fitted in (True, False)}
-        power = torch.zeros((), dtype=torch.float64, device=device)
+        sums = {
+            fitted: [empty_sum(size, size, device), empty_sum(size, size, device), empty_sum(1, 1, device)]
+            for fitted in (True, False)
+        }
         for rows in run.slices():
             for part, fitted in self.parts(rows):
                 weight = self.rows.weight(part, True, device)  # (b, T)
@@ -109,10 +110,9 @@ class Walk:
                 add_gram(sums[fitted][0], pruned, weight)
                 add_products(sums[fitted][1], dense, pruned, weight)
                 if not fitted:
-                    power += (dense.float() * weight[..., None]).pow(2).sum()
-        self.workers.add_up(*sums[True], *sums[False], power)
-        (fit, cross), (check, check_cross) = sums[True], sums[False]
-        return Products(mirror(fit), cross, math.nan), Products(mirror(check), check_cross, float(power))
+                    sums[fitted][2] += (dense.float() * weight[..., None]).pow(2).sum()
+        self.workers.add_up(*sums[True], *sums[False])
+        return Products.of_sums(sums[True]), Products.of_sums(sums[False])
 
     def parts(self, rows: slice) -> list[tuple[slice, bool]]:
         """A batch's rows split into fit and held-out parts: (rows, whether they are fitted)."""
@@ -181,9 +181,9 @@ class Place:
                     weight = relative_weight(run.states(part), weight)  # (b, T)
                 mean = fitted and settings.mode == "bias"  # a bias alone is fitted to it
                 if fitted not in sums:
-                    columns, dtype = (1, torch.float64) if mean else (x.shape[-1], torch.float32)
-                    power = torch.zeros((), dtype=torch.float64, device=x.device)  # read only after the last batch
-                    sides = (torch.zeros(side.shape[-1], columns, dtype=dtype, device=x.device) for side in (x, target))
+                    power = empty_sum(1, 1, x.device)  # read only after the last batch
+                    columns = 1 if mean else x.shape[-1]
+                    sides = (empty_sum(side.shape[-1], columns, x.device) for side in (x, target))
                     sums[fitted] = [*sides, power]
                 if mean:
                     add_rows(sums[fitted][0], x, weight)
@@ -194,11 +194,7 @@ class Place:
                 if not fitted:
                     sums[fitted][2] += (target.float() * weight[..., None]).pow(2).sum()
         walk.workers.add_up(*sums[True], *sums[False])
-        fit, check = (
-            Products(mirror(gram) if len(gram) == gram.shape[1] else gram, target, float(power))
-            for gram, target, power in (sums[True], sums[False])
-        )
-        return fit, check
+        return Products.of_sums(sums[True]), Products.of_sums(sums[False])
 
     def _target(self, rows: slice) -> torch.Tensor:
         """The target output: the dense model's, the dense layer's on this prefix, or between them, (b, T, O).

@@ -1,11 +1,12 @@
-"""Weighted moments and Gram matrices of activations: pure functions, fp32 products merged in fp64."""
+"""Weighted moments and Gram matrices of activations: pure functions, fp32 products summed in fp64."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from structprune.statistics.half import half_product, split_terms
+from structprune.statistics.half import Product, half_product, split_terms
 
 
 @dataclass(frozen=True)
@@ -52,17 +53,28 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
     return Moments(total, a.mean + share * gap, a.spread + b.spread + a.weight * share * gap**2)
 
 
+def empty_sum(rows: int, columns: int, device: torch.device) -> torch.Tensor:
+    """(rows, columns) zeros that `add_products` and `add_gram` add to: fp64.
+
+    A refit with a small damping λ amplifies the rounding of its sums by up to 1 / λ. In fp32 the weights of several
+    processes, which add rows in another order, would differ from one process's by that.
+    """
+    return torch.zeros(rows, columns, dtype=torch.float64, device=device)
+
+
 def add_products(
     total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, weight: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """total (A, C) += Σ ω² left rightᵀ, in place, in fp32: rows left (..., A), right (..., C), ω (...)."""
-    left, right = left.flatten(0, -2), right.flatten(0, -2)  # (R, A), (R, C)
-    terms, right, product = _half_terms(left, right, weight)
-    if product is None:
-        left, right = left.float(), right.float()  # (R, A), (R, C)
-        terms, product = [left if weight is None else left * weight.reshape(-1, 1).float() ** 2], Tensor.addmm_
-    for term in terms:  # (R, A)
-        product(total, term.T, right)
+    """total (A, C) += Σ ω² left rightᵀ, in place: rows left (..., A), right (..., C), ω (...).
+
+    Products are fp32, and so are their sums over the rows that `_batches` gives; these are added in the total's dtype.
+    """
+    for a, b, omega in _batches(left, right, weight):  # (r, A), (r, C), (r,)
+        terms, b, product = _half_terms(a, b, omega)
+        if product is None:
+            a, b = a.float(), b.float()  # (r, A), (r, C)
+            terms, product = [a if omega is None else a * omega[:, None].float() ** 2], Tensor.addmm_
+        _add_tiles(total, terms, b, product)
     return total
 
 
@@ -94,25 +106,58 @@ def _half_terms(left: torch.Tensor, right: torch.Tensor, weight: torch.Tensor | 
 
 
 LEAST_POWER = 1e-10  # of the residual stream, far below the norms' epsilon: a stream of zeros gets a finite weight
-GRAM_TILE = {"cpu": 384}  # rows of a Gram matrix computed at a time; elsewhere `DEVICE_GRAM_TILE`
-DEVICE_GRAM_TILE = 2048
+# rows and columns of a matrix product computed at a time: beside the rest of a sum they stay in a CPU's cache
+PRODUCT_TILE = {"cpu": (384, 4096)}
+DEVICE_PRODUCT_TILE = (2048, 8192)
+
+
+def _batches(
+    left: torch.Tensor, right: torch.Tensor, weight: torch.Tensor | None
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+    """Rows whose products one fp32 sum takes: left (r, A), right (r, C), ω (r,).
+
+    On a CPU those of one sequence, so that the sum does not depend on which sequences share a pass, and several
+    processes have one's sums bit for bit. On an accelerator all: adding such small sums would take longer than the
+    products.
+    """
+    if left.dim() < 3 or left.device.type != "cpu":
+        yield left.flatten(0, -2), right.flatten(0, -2), None if weight is None else weight.reshape(-1)
+        return
+    for index, (a, b) in enumerate(zip(left, right, strict=True)):
+        yield a, b, None if weight is None else weight[index]
+
+
+def _add_tiles(
+    total: torch.Tensor, terms: Sequence[torch.Tensor], right: torch.Tensor, product: Product, upper: bool = False
+) -> None:
+    """total (A, C) += Σ termᵀ right, tile by tile: terms (r, A) each, right (r, C); with `upper` none of the tiles that
+    lie below the diagonal."""
+    rows, columns = _tile(total.device)
+    for top in range(0, len(total), rows):
+        bottom = min(top + rows, len(total))
+        for start in range(top if upper else 0, total.shape[1], columns):
+            stop = min(start + columns, total.shape[1])
+            tile = torch.zeros(bottom - top, stop - start, device=total.device)  # (t, c)
+            for term in terms:
+                product(tile, term[:, top:bottom].T, right[:, start:stop])
+            total[top:bottom, start:stop] += tile
+
+
+def _tile(device: torch.device) -> tuple[int, int]:
+    return PRODUCT_TILE.get(device.type, DEVICE_PRODUCT_TILE)
 
 
 def add_gram(total: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
-    """total (C, C) += Σ ω² x xᵀ, in place and in fp32: rows x (..., C), ω (...) or None for ones.
+    """total (C, C) += Σ ω² x xᵀ, in place and as `add_products` does: rows x (..., C), ω (...) or None for ones.
 
     On and above the diagonal only, half the work of the whole; `mirror` completes the matrix.
     """
-    rows = x.flatten(0, -2)  # (R, C)
-    terms, right, product = _half_terms(rows, rows, weight)
-    if product is None:
-        right = rows.float() if weight is None else rows.float() * weight.reshape(-1, 1).float()  # (R, C)
-        terms, product = [right], Tensor.addmm_
-    tile = GRAM_TILE.get(x.device.type, DEVICE_GRAM_TILE)
-    for start in range(0, len(total), tile):
-        stop = min(start + tile, len(total))
-        for term in terms:  # (R, C)
-            product(total[start:stop, start:], term[:, start:stop].T, right[:, start:])  # (t, C - start)
+    for rows, _, omega in _batches(x, x, weight):  # (r, C), (r,)
+        terms, right, product = _half_terms(rows, rows, omega)
+        if product is None:
+            right = rows.float() if omega is None else rows.float() * omega[:, None].float()  # (r, C)
+            terms, product = [right], Tensor.addmm_
+        _add_tiles(total, terms, right, product, upper=True)
     return total
 
 
@@ -121,7 +166,7 @@ def mirror(total: torch.Tensor) -> torch.Tensor:
 
     A copy of the whole matrix would be the peak of memory at the width of an MLP.
     """
-    tile = GRAM_TILE.get(total.device.type, DEVICE_GRAM_TILE)
+    tile, _ = _tile(total.device)
     for start in range(0, len(total), tile):
         stop = min(start + tile, len(total))
         corner = total[start:stop, start:stop]  # (t, t)

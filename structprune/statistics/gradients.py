@@ -70,12 +70,11 @@ def gradient_sums(
     adapter, batch = scan.adapter, scan.sequences(rows.copies)
     tokens = min(batch, len(rows.ids)) * rows.ids.shape[1]
     again = recomputes(adapter.blocks, tokens, adapter.model.dtype, scan.limits.budget)
+    count = _count_all(rows, scan.workers)
     with torch.enable_grad(), _summed(adapter.model, parameters) as sums:
         for start in scan.track(range(0, len(rows.ids), batch), title):
-            _backward(scan, rows, slice(start, start + batch), again)
-    if scan.workers.several:
-        share = own_share(rows, scan.workers)
-        scan.workers.add_up(*(total.mul_(share) for total in sums))
+            _backward(scan, rows, slice(start, start + batch), again, count)
+    scan.workers.add_up(*sums)
     return sums
 
 
@@ -94,7 +93,7 @@ def gradient_norms(
     tokens = min(batch, len(rows.ids)) * rows.ids.shape[1]
     again = recomputes(adapter.blocks, tokens, adapter.model.dtype, scan.limits.budget)
     norms = [torch.zeros(rows.ids.shape) for _ in linears]  # (R, T) each
-    part = slice(0)
+    part, count = slice(0), _count_all(rows, scan.workers)
 
     def record(total: torch.Tensor):
         def read(_module: nn.Module, _inputs: object, outputs: tuple) -> None:
@@ -107,14 +106,13 @@ def gradient_norms(
             stack.callback(linear.register_full_backward_hook(record(total)).remove)
         for start in scan.track(range(0, len(rows.ids), batch), title):
             part = slice(start, start + batch)
-            _backward(scan, rows, part, again)
-    share = own_share(rows, scan.workers)
-    return norms if share == 1 else [norm.mul_(share**2) for norm in norms]
+            _backward(scan, rows, part, again, count)
+    return norms
 
 
-def own_share(rows: Rows, workers: Workers) -> float:
-    """Of the rows of all processes, the part that are this one's."""
-    return len(rows.ids) / sum(workers.gather(len(rows.ids)))
+def _count_all(rows: Rows, workers: Workers) -> int:
+    """The number of rows of all processes, of which these are one's."""
+    return sum(workers.gather(len(rows.ids)))
 
 
 @contextmanager
@@ -145,8 +143,12 @@ def _add_to(total: torch.Tensor):
     return fold
 
 
-def _backward(scan: Scan, rows: Rows, part: slice, again: bool) -> None:
-    """One pass: the loss of some rows and its gradients; `again` computes every block twice."""
+def _backward(scan: Scan, rows: Rows, part: slice, again: bool, count: int) -> None:
+    """One pass: the loss of some rows and its gradients.
+
+    Args:
+        again: compute every block twice. count: rows of all processes, over which the loss is a mean.
+    """
     adapter, calibration = scan.adapter, scan.calibration
     model, masked = adapter.model, rows.masked[part]  # (b, T)
     row, source = predicting(model, masked)  # 2 x (M,), on the host, without a device sync
@@ -164,7 +166,7 @@ def _backward(scan: Scan, rows: Rows, part: slice, again: bool) -> None:
         causal = torch.full(row_of.shape, scan.causal) if own is None else own[part][row_of, place] * scan.causal**0.5
         row, source, weight = torch.cat((row, row_of)), torch.cat((source, place)), torch.cat((weight, causal))
         target = torch.cat((target, clean[:, 1:].flatten()))  # (M,), from here on of both losses
-    weight = weight / (len(rows.ids) * calibration.length)
+    weight = weight / (count * calibration.length)
     hidden = _encode(model, send(rows.ids[part], adapter.device), again)  # (b, T, C)
     read = hidden[send(row, adapter.device), send(source, adapter.device)]  # (M, C)
     slope = _head_slope(model.output_head, read.detach(), *(send(each, adapter.device) for each in (target, weight)))

@@ -14,7 +14,7 @@ from structprune.models.experts_structprune import MLP_ROLES, SHARED, role_and_p
 from structprune.models.finite import all_finite
 from structprune.models.journal import NOWHERE, Journal
 from structprune.models.placement import give_back_memory
-from structprune.statistics.activations import Moments, add_gram, mirror, relative_weight
+from structprune.statistics.activations import Moments, add_gram, empty_sum, mirror, relative_weight
 from structprune.statistics.experts import expert_shares
 from structprune.statistics.gradients import gradient_sums
 from structprune.statistics.hidden import HiddenStates
@@ -194,7 +194,7 @@ def _advance_with_grams(block: BlockView, states: HiddenStates, rows: Rows, rela
         role_of(kind, part): block[role_of(CONSUMER[kind], part)].in_features
         for kind, part in [(kind, "") for kind in block.kinds] + [("channels", part) for part in block.module.parts]
     }
-    grams = {kind: torch.zeros(size, size, device=device) for kind, size in sizes.items()}  # (C, C)
+    grams = {kind: empty_sum(size, size, device) for kind, size in sizes.items()}  # (C, C)
     totals = {kind: torch.zeros((), dtype=torch.float64, device=device) for kind in sizes}  # Σ ω², on the device
     for part in states.slices():
         x, omega = states.read(part), rows.part(part, device)  # (b, T, C), (b, T)
@@ -211,8 +211,9 @@ def _advance_with_grams(block: BlockView, states: HiddenStates, rows: Rows, rela
     scan.workers.add_up(*grams.values(), *totals.values())
     # of experts that see no token; of others it is not asked, which would be a device sync
     empty = {kind for kind, total in totals.items() if role_and_part(kind)[1] and total == 0}
-    return {kind: torch.eye(len(gram), device=device) if kind in empty else mirror(gram).div_(totals[kind])
-            for kind, gram in grams.items()}  # fmt: skip
+    for kind, gram in grams.items():  # one by one: a copy of all in fp32 would add to the peak of memory
+        grams[kind] = torch.eye(len(gram), device=device) if kind in empty else mirror(gram).div_(totals[kind]).float()
+    return grams
 
 
 def _add_expert_grams(

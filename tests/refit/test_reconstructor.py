@@ -185,8 +185,8 @@ def test_small_budgets_and_other_batches_give_the_same(tiny_model, calibration, 
 def test_half_of_a_gram_is_enough_for_a_refit(tiny_model, calibration, monkeypatch):
     model = tiny_model()
     plan, logits, dampings = half_plan(Adapter(model)), [], []
-    for tile in (384, 4):  # at 4, tiles below the diagonal are not computed
-        monkeypatch.setitem(activations.GRAM_TILE, "cpu", tile)
+    for tile in ((384, 4096), (4, 64)):  # at 4, tiles below the diagonal are not computed
+        monkeypatch.setitem(activations.PRODUCT_TILE, "cpu", tile)
         small = apply_plan(model, plan)
         fits = reconstructor(model, calibration).refit(small)
         logits.append(small(calibration.noisy_ids[0]).logits)

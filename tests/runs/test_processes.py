@@ -12,7 +12,7 @@ from structprune.config import Config
 from structprune.models.journal import Journal
 from structprune.models.loading import load_model
 from structprune.runs.pruner import Pruner
-from tests.runs.processes import KEYS, LAUNCHERS, ONE, SPLIT, both_ways, check_alike, differences, launched
+from tests.runs.processes import CLOSE, KEYS, LAUNCHERS, ONE, SPLIT, both_ways, check_alike, differences, launched
 
 HEAD = {"reconstruct.head": True, "reconstruct.producers": True, "reconstruct.stream": 1.0}
 SEARCH = {"search.enabled": True, "search.sequences": 5}
@@ -22,7 +22,7 @@ MASKS = {"method": "unstructured"}
 # seed 38 masks no token of the second window, which is the second process's
 RARE = {"calibration.windows": 2, "calibration.held_out": 4, "calibration.interval": 1, "calibration.copies": 1,
         "calibration.batch": 1, "calibration.seed": 38, "structured.split": "by-cost",
-        "reconstruct.damping": [1.0]}  # fmt: skip
+        "reconstruct.damping": [0.01]}  # fmt: skip
 CASES = {
     "obs": ONE, "obs on a sink arm": ONE | {"structured.arm": "masked+sink"}, "head": ONE | HEAD,
     "wanda on a sink arm": ONE | {"structured.score": "wanda", "structured.arm": "masked+sink"},
@@ -117,7 +117,7 @@ COMMANDS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("more", COMMANDS.values(), ids=COMMANDS)
 def test_commands_of_two_processes_write_what_one_writes(tiny_checkpoint, tmp_path, capsys, more):
-    source, single = tiny_checkpoint(), ["--set", "reconstruct.damping=[1.0]"]
+    source, single = tiny_checkpoint(), ["--set", "reconstruct.damping=[0.01]"]
     arguments = {
         out: [each.replace("LEVELS", str(tmp_path / f"levels-{out}")) for each in [*more, *single]]
         for out in ("one", "two")
@@ -131,7 +131,8 @@ def test_commands_of_two_processes_write_what_one_writes(tiny_checkpoint, tmp_pa
     for file in files:
         one, two = (load_file(tmp_path / out / file) for out in ("one", "two"))
         assert one.keys() == two.keys()
-        assert max((weight - two[key]).abs().max() for key, weight in one.items()) <= 1e-4, file
+        close = 1e-4 if "--recover" in more else CLOSE  # steps of a training add up their rounding
+        assert max((weight - two[key]).abs().max() for key, weight in one.items()) <= close, file
     levels = [sorted(path.name for path in (tmp_path / f"levels-{out}").glob("*")) for out in ("one", "two")]
     assert levels[0] == levels[1] and bool(levels[0]) == ("--levels" in more)
 

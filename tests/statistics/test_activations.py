@@ -8,6 +8,7 @@ from structprune.statistics.activations import (
     add_gram,
     add_products,
     add_rows,
+    empty_sum,
     merge_moments,
     mirror,
     moments,
@@ -102,9 +103,9 @@ def test_relative_weight_of_a_stream_of_zeros_is_finite():
     assert relative_weight(states, None).tolist() == pytest.approx([1e5, 1e5, 1e4])
 
 
-@pytest.mark.parametrize("size, tile", [(8, 3), (8, 8), (7, 384), (9, 1)])
+@pytest.mark.parametrize("size, tile", [(8, (3, 9)), (8, (3, 2)), (8, (8, 8)), (7, (384, 4096)), (9, (1, 4))])
 def test_gram_in_tiles_equals_all_products(monkeypatch, size, tile):
-    monkeypatch.setitem(activations.GRAM_TILE, "cpu", tile)
+    monkeypatch.setitem(activations.PRODUCT_TILE, "cpu", tile)
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(2, 5, size, generator=generator), torch.rand(2, 5, generator=generator)
     total = torch.zeros(size, size)
@@ -113,9 +114,41 @@ def test_gram_in_tiles_equals_all_products(monkeypatch, size, tile):
     rows, weighted = x.flatten(0, 1), x[0] * weight[0, :, None]
     expected = rows.T @ rows + weighted.T @ weighted
     assert torch.allclose(total.triu(), expected.triu(), atol=1e-5)
-    if tile < size:
+    if tile[0] < size:
         assert total[-1, 0] == 0  # half the work
     assert mirror(total) is total and torch.allclose(total, expected, atol=1e-5) and torch.equal(total, total.T)
+
+
+@pytest.mark.parametrize("tile", [(2, 3), (384, 4096)])
+def test_products_in_tiles_equal_all(monkeypatch, tile):
+    monkeypatch.setitem(activations.PRODUCT_TILE, "cpu", tile)
+    generator = torch.Generator().manual_seed(0)
+    left, right = torch.randn(2, 6, 5, generator=generator), torch.randn(2, 6, 7, generator=generator)
+    total = add_products(empty_sum(5, 7, torch.device("cpu")), left, right)
+    assert torch.allclose(total, (left.flatten(0, 1).T @ right.flatten(0, 1)).double(), atol=1e-5)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_sums_do_not_depend_on_which_sequences_share_a_pass(weighted):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(7, 40, 6, generator=generator) + 2
+    y = torch.randn(7, 40, 5, generator=generator)
+    weight = torch.rand(7, 40, generator=generator) if weighted else None
+
+    def added(parts, x=x, y=y):
+        """The fp32 Gram matrix and products, summed part by part in totals of their own, as processes do."""
+        gram, cross = empty_sum(6, 6, x.device), empty_sum(5, 6, x.device)
+        for part in parts:
+            omega = None if weight is None else weight.flatten()[part] if x.dim() == 2 else weight[part]
+            gram += add_gram(empty_sum(6, 6, x.device), x[part], omega)
+            cross += add_products(empty_sum(5, 6, x.device), y[part], x[part], omega)
+        return mirror(gram).float(), cross.float()
+
+    whole = added([slice(7)])
+    for parts in ([slice(3), slice(3, 7)], [slice(2), slice(2, 4), slice(4, 7)]):
+        assert all(torch.equal(*pair) for pair in zip(whole, added(parts)))
+    rows = added([slice(280)], x.flatten(0, 1), y.flatten(0, 1))  # one fp32 sum over all rounds otherwise
+    assert not any(torch.equal(*pair) for pair in zip(whole, rows))
 
 
 def test_gram_by_hand():
@@ -134,11 +167,11 @@ def test_mirror_takes_what_is_above_the_diagonal():
     ]
 
 
-def test_gram_of_low_precision_rows_is_summed_in_fp32():
+def test_gram_of_low_precision_rows_is_not_summed_in_it():
     x = torch.full((4096, 2), 0.1).bfloat16()
-    total = mirror(add_gram(torch.zeros(2, 2), x))
+    total = mirror(add_gram(empty_sum(2, 2, x.device), x))
     expected = torch.full((2, 2), 4096 * x[0, 0].item() ** 2)  # bf16 would stop growing on the way
-    assert total.dtype == torch.float32 and torch.allclose(total, expected, rtol=1e-3)
+    assert total.dtype == torch.float64 and torch.allclose(total.float(), expected, rtol=1e-3)
 
 
 def test_squared_norms_by_hand():

@@ -141,7 +141,7 @@ def test_obs_needs_half_of_a_gram(tiny_model, calibration, monkeypatch):
     """Tiles below the diagonal are not computed, and filled in before anything is scored."""
     scan, settings, tiles = Scan(Adapter(tiny_model()), calibration, SINK), StructuredSettings(score="obs"), []
     whole = rank_units(scan, settings, "masked+sink")
-    monkeypatch.setitem(activations.GRAM_TILE, "cpu", 8)
+    monkeypatch.setitem(activations.PRODUCT_TILE, "cpu", (8, 64))
     add = torch.Tensor.addmm_
     monkeypatch.setattr(
         torch.Tensor, "addmm_", lambda total, *args, **more: tiles.append(total.shape) or add(total, *args, **more)
