@@ -168,9 +168,9 @@ def _scoring_bytes(dense: Adapter, request: StructuredRequest, size: Tokens, dty
 
 
 def _gram_bytes(dense: Adapter, widths: Sequence[int], at_once: int) -> int:
-    """The Grams of a block: in fp64 beside a pass or the widest's fp32 copy, then in fp32 while it is inverted."""
+    """The Grams of a block: in fp64 beside a pass and the widest's fp32 copy, then in fp32 while it is inverted."""
     numbers, widest = sum(width * width for width in widths), max(widths)
-    return max(8 * numbers + max(at_once, 4 * widest * widest), 4 * numbers + _inversion_bytes(dense, widest))
+    return max(8 * numbers + at_once + 4 * widest * widest, 4 * numbers + _inversion_bytes(dense, widest))
 
 
 def _gradient_bytes(dense: Adapter, request: StructuredRequest, dtype: torch.dtype) -> int:
@@ -217,7 +217,7 @@ def _refit_bytes(
     # becomes. Measured on CPU at K = 2048
     solve = 16 * remaining * remaining + 40 * remaining * outputs
     sums = max(_consumer_sums(block, outputs) for block in side.blocks)
-    consumer = max(16 * sums + max(at_once, 4 * remaining * remaining), 8 * sums + solve) + one
+    consumer = max(16 * sums + at_once + 4 * remaining * remaining, 8 * sums + solve) + one
     producers = _producer_bytes(side, at_once) if request.reconstruct.producers else 0
     walked = max(consumer, producers) + targets + split
     if request.reconstruct.weighting != "gradient":

@@ -53,11 +53,12 @@ class MixturePlace:
     def refit(self) -> list[LayerFit]:
         """Give every down projection new weights, where held-out rows gain by them."""
         fitted, checked = self._products()
+        products = {part: (Products.of_sums(fitted[part]), Products.of_sums(checked[part])) for part in self.parts}
         fits = []
         for part, source in self.parts.items():
             linear = self.small[role_of("down", part)]
             weight = linear.weight.to(self.walk.dense.device).double()  # (O, K)
-            fit, check = Products.of_sums(fitted[part]), Products.of_sums(checked[part])
+            fit, check = products[part]
             choice = choose(self.walk.settings, weight, fit, check, linear.in_features, self.walk.workers)
             set_weight(linear, choice[0], constant=False)
             fits.append(LayerFit.of(self.dense.index, role_of("down", source), weight, check, choice))

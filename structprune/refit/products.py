@@ -13,7 +13,7 @@ from structprune.statistics.overflow import place
 from structprune.workers import ALONE, Workers
 
 UNCHANGED = float("inf")  # the damping at which no weight changes
-NOISE = 1e-6  # smaller gains are below the accuracy of fp32 sums, relative to the power of the output
+NOISE = 1e-6  # smaller gains are below the accuracy of fp32 products, relative to the power of the output
 
 
 Choice = tuple[torch.Tensor, float, float]  # weight, damping, held-out output error minus the unchanged weight's
@@ -127,7 +127,7 @@ class RowSums:
             self._power[role] += output.pow(2).sum()
 
     def finish(self, workers: Workers = ALONE) -> InputProducts:
-        """The sums over the rows of all processes; to be called once, since it frees them one by one."""
+        """The sums over the rows of all processes; to be called once, since it replaces them one by one."""
         cross = [] if self._cross is None else [self._cross]
         workers.add_up(self._gram, *cross, *self._power.values())
         self._gram = gram = mirror(self._gram).float()

@@ -1,4 +1,4 @@
-"""Weighted moments and Gram matrices of activations: pure functions, fp32 products summed in fp64."""
+"""Weighted moments and Gram matrices of activations: pure functions, fp32 sums over a pass merged in fp64."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -65,7 +65,7 @@ def empty_sum(rows: int, columns: int, device: torch.device) -> torch.Tensor:
 def add_products(
     total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, weight: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """total (A, C) += Σ ω² left rightᵀ, in place: rows left (..., A), right (..., C), ω (...).
+    """total (A, C) += Σ ω² left rightᵀ, in place: rows left (..., T, A), right (..., T, C), ω (..., T).
 
     Products are fp32, and so are their sums over the rows that `_batches` gives; these are added in the total's dtype.
     """
@@ -109,22 +109,28 @@ LEAST_POWER = 1e-10  # of the residual stream, far below the norms' epsilon: a s
 # rows and columns of a matrix product computed at a time: beside the rest of a sum they stay in a CPU's cache
 PRODUCT_TILE = {"cpu": (384, 4096)}
 DEVICE_PRODUCT_TILE = (2048, 8192)
+# devices that sum products sequence by sequence; an accelerator would take longer to add such small sums than to
+# multiply, and its half-precision activations depend on who shares a pass all the same
+BY_SEQUENCE = {"cpu"}
 
 
 def _batches(
     left: torch.Tensor, right: torch.Tensor, weight: torch.Tensor | None
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
-    """Rows whose products one fp32 sum takes: left (r, A), right (r, C), ω (r,).
+    """Rows whose products are one fp32 sum: left (r, A), right (r, C), ω (r,).
 
-    On a CPU those of one sequence, so that the sum does not depend on which sequences share a pass, and several
-    processes have one's sums bit for bit. On an accelerator all: adding such small sums would take longer than the
-    products.
+    Those of one sequence on a device of `BY_SEQUENCE`, so that it does not show which sequences share a pass or a
+    process; else all, as are the single rows (r, .) of an expert, whose last bits depend on who shares its pass anyway.
     """
-    if left.dim() < 3 or left.device.type != "cpu":
-        yield left.flatten(0, -2), right.flatten(0, -2), None if weight is None else weight.reshape(-1)
+    rows = left.flatten(0, -2), right.flatten(0, -2)  # (R, A), (R, C)
+    omega = None if weight is None else weight.reshape(-1)  # (R,)
+    if left.dim() < 3 or left.device.type not in BY_SEQUENCE:
+        yield *rows, omega
         return
-    for index, (a, b) in enumerate(zip(left, right, strict=True)):
-        yield a, b, None if weight is None else weight[index]
+    size = left.shape[-2]
+    for start in range(0, len(rows[0]), size):
+        part = slice(start, start + size)
+        yield rows[0][part], rows[1][part], None if omega is None else omega[part]
 
 
 def _add_tiles(
@@ -148,7 +154,7 @@ def _tile(device: torch.device) -> tuple[int, int]:
 
 
 def add_gram(total: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
-    """total (C, C) += Σ ω² x xᵀ, in place and as `add_products` does: rows x (..., C), ω (...) or None for ones.
+    """total (C, C) += Σ ω² x xᵀ, in place and as `add_products` does: rows x (..., T, C), ω (..., T), None for ones.
 
     On and above the diagonal only, half the work of the whole; `mirror` completes the matrix.
     """

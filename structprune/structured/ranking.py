@@ -156,6 +156,7 @@ def _rank_grams(scan: Scan, given: tuple[StructuredSettings, str], rank: Rank, j
         else:
             grams = _advance_with_grams(block, states, rows, settings.relative is not False, scan)
             group.append((block, grams if scan.workers.mine(len(group)) else {}))
+            del grams  # others' would stay until the next block's are there
         if group and (len(group) == scan.workers.count or block is scan.adapter.blocks[-1]):
             # each process ranks a block of its own; its Gram matrices are the only ones it still has
             ranked = scan.workers.share(partial(_rank_blocks, settings, rank), group)

@@ -26,7 +26,8 @@ KEYS = {
 }  # fmt: skip
 SPLIT = {"structured.split_windows": 5, "structured.split_candidates": 2}
 # one small damping: it amplifies the rounding of sums; of several, two that are nearly as good may change places
-ONE = SPLIT | {"reconstruct.damping": [0.01]}
+SMALL = {"reconstruct.damping": [0.01]}
+ONE = SPLIT | SMALL
 CLOSE = 1e-5  # of the weights of two runs
 
 

@@ -106,6 +106,17 @@ def test_predicted_peak_covers_what_a_block_may_keep(published_config):
     assert refit(**uniform) == 24 * 6144**2 + 48 * 6144 * 4096 + targets + one // 2
 
 
+def test_predicted_peak_of_sums_beside_a_long_pass(published_config):
+    """fp64 sums of fitted and held-out rows, a pass of 8,192 tokens and one fp32 copy need more than the solve."""
+    keys = {"structured.ratio": 0.5, "model.device": "cpu", "memory.budget_gb": 100.0, "structured.split": "equal"}
+    keys |= {"calibration.windows": 2, "calibration.held_out": 2, "calibration.length": 2048}
+    keys |= {"structured.allocation": "uniform", "reconstruct.producers": False}
+    refit = inspect_checkpoint(published_config("llada"), Config.load(None, keys))["memory"]["refit"]
+    sums, tokens = 6144 * (6144 + 4096), 4 * 10 * 2048
+    targets, one = tokens * 4 * 2 * 32 * 4096, tokens * 4 * 6144
+    assert refit == 16 * sums + 4 * 8192 * (3 * 12288 + 4 * 4096) + 4 * 6144**2 + targets + one
+
+
 def test_predicted_peak_of_the_refit_of_producers(published_config):
     """Where every block keeps 6,144 channels, their solve needs more than the consumer's and its input."""
     directory = published_config("llada")
