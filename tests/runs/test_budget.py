@@ -167,10 +167,8 @@ def test_grams_are_freed_input_by_input(published_config):
     narrow, wide = 4096**2, 12288**2
     assert memory["one block's masks"] == 17 * 2 * 4096 * 12288 + 4 * (narrow + wide) + 6 * narrow
     assert memory["one block's masks"] > 17 * 4096 * 12288 + 10 * wide
-    assert (
-        memory["statistics (sparsegpt)"] == 4 * (3 * narrow + wide)
-        and memory["peak host"] < 8e9 + memory["hidden states"]
-    )
+    assert memory["statistics (sparsegpt)"] == 8 * (3 * narrow + wide) + 4 * wide  # fp64 sums, one as fp32
+    assert memory["peak host"] < 8e9 + memory["hidden states"]
 
 
 def test_a_calibration_that_is_given_counts_with_its_own_sizes(tiny_checkpoint, tiny_calibration):
