@@ -111,8 +111,8 @@ def kills(results: dict) -> str:
     note = (
         "`python -m scripts.tools.check_kills`, from [`kills.json`](scripts/results/kills.json): commands on the"
         " embedded model, killed with SIGKILL at random moments before their output was there, and given again. Seconds"
-        f" with start-up, beside other work ({_machines(results['commands'])}). Bytes: of all files but those that tell"
-        " seconds. Figures: of the report, without seconds."
+        f" with start-up, beside other work ({_machines(results['commands'])}); time lost counts what that"
+        " grew by. Bytes: of all files but those that tell seconds. Figures: of the report, without seconds."
     )
     return f"{table(header, lines)}\n\n{note}"
 
