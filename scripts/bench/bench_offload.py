@@ -59,6 +59,7 @@ RUNS: dict[str, dict] = {
 KEPT = "disk with parts"  # as the command does by default
 WAYS = {"held": False, "disk": "disk", KEPT: "disk"}  # memory.offload
 DEFAULT_WAYS = ("held", "disk")
+PAIRS = {"disk": "held", KEPT: "disk"}  # what a way is compared with
 
 PROGRAM = """
 import json, resource, sys, time
@@ -151,14 +152,16 @@ def measure(size: str, name: str, way: str, folder: Path) -> dict:
 
 
 def compared(rows: list[dict]) -> list[dict]:
-    """Of every size and run made both ways on a machine: ratios of disk to held, and whether the bytes are the same."""
+    """Of every size and run made both ways of a pair on a machine: ratios, and whether the bytes are the same."""
     by_way = {(row["size"], row["run"], row["way"]): row for row in rows}
     result = []
     for row in rows:
-        other = by_way.get((row["size"], row["run"], "held"))
-        if row["way"] == "disk" and other is not None and row["machine"] == other["machine"]:
+        against = PAIRS.get(row["way"])
+        other = by_way.get((row["size"], row["run"], against))
+        if other is not None and row["machine"] == other["machine"]:
             ratios = {f"{key}_ratio": row[key] / other[key] for key in ("seconds", "core_seconds", "peak_bytes")}
-            result.append({"size": row["size"], "run": row["run"], "same": row["digest"] == other["digest"], **ratios})
+            names = {key: row[key] for key in ("size", "run", "way")} | {"against": against}
+            result.append({**names, "same": row["digest"] == other["digest"], **ratios})
     return result
 
 

@@ -1,9 +1,9 @@
 """How soon a rehearsal tells what a run's stages need: seconds until it is over, and of which the rehearsal itself.
 
-Checkpoints have random weights, which stay on disk. Each run is a process of its own, on one thread, and ends where
-the long work would begin.
+Checkpoints have random weights, which stay on disk. Each run is a process of its own, and ends where the long work
+would begin.
 
-    python -m scripts.bench.bench_rehearsal [--size 1B] [--runs structured,wanda] [--work DIR]
+    python -m scripts.bench.bench_rehearsal [--size 1B] [--runs structured,wanda] [--threads 1] [--work DIR]
 """
 
 import json
@@ -18,6 +18,7 @@ from rich.table import Table
 from scripts.bench.bench_offload import RUNS, SHAPES, VOLUME, make, reads_text
 from scripts.tools.script_line import (
     OneLineParser,
+    check_counts,
     one_line,
     parse_names,
     result_file,
@@ -52,7 +53,7 @@ def track(items, title):
                       "rehearsal": dict(zip(names, [b - a for a, b in zip(before, after)]))})
         print(json.dumps(spans[0]))
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(sys.argv[4]))
 config = Config.load(overrides=json.loads(sys.argv[3]) | {"memory.rehearsal": True})
 start = clock()
 run = prune_checkpoint if config.method == "structured" else mask_checkpoint
@@ -60,12 +61,12 @@ run(sys.argv[1], Path(sys.argv[2]), config, track=track)
 """
 
 
-def measure(name: str, size: str, folder: Path) -> dict:
+def measure(name: str, size: str, folder: Path, threads: int) -> dict:
     """One run up to the end of its rehearsal, in a process of its own."""
     checkpoint, text = make(size, folder)
     values = REHEARSED[name] | {"memory.offload": "disk", "model.device": "cpu", "calibration.source": str(text)}
-    command = [sys.executable, "-c", PROGRAM, checkpoint, folder / "out", json.dumps(values)]
-    environment = os.environ | {"TMPDIR": str(folder), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", PROGRAM, checkpoint, folder / "out", json.dumps(values), str(threads)]
+    environment = os.environ | {"TMPDIR": str(folder), "OMP_NUM_THREADS": str(threads)}
     row = run_json(command, f"{name} at {size} failed", "see the message", env=environment)
     shutil.rmtree(folder / "out", ignore_errors=True)
     return {"run": name} | row
@@ -83,18 +84,22 @@ def table_of(rows: list[dict], size: str) -> Table:
 
 
 def run(arguments: list[str] | None) -> None:
-    parser = OneLineParser(__doc__)
+    machine = describe_machine()
+    parser, cores = OneLineParser(__doc__), machine["cores"]
     parser.add_argument("--size", default="1B", choices=[*SHAPES], help="default %(default)s")
     parser.add_argument("--runs", default=",".join(REHEARSED), help="default %(default)s")
+    parser.add_argument("--threads", type=int, default=cores, help="of a run (default: a thread for each core)")
     parser.add_argument("--work", type=Path, help="checkpoints lie there, and stay (default: a temporary directory)")
     parser.add_argument("--out", type=result_file, default=Path("scripts/results/rehearsal.json"))
     options = parser.parse_args(arguments)
+    check_counts(options, ["threads"])
     size, names = options.size, parse_names("--runs", options.runs, REHEARSED)
     with tempfile.TemporaryDirectory() as temporary:
         folder = (options.work or Path(temporary)).absolute()
         folder.mkdir(parents=True, exist_ok=True)
-        rows = [measure(name, size, folder) for name in names]
-    write_result(options.out, {"size": size, "volume": VOLUME, "machine": describe_machine(), "rows": rows})
+        rows = [measure(name, size, folder, options.threads) for name in names]
+    machine["threads"] = options.threads
+    write_result(options.out, {"size": size, "volume": VOLUME, "machine": machine, "rows": rows})
     show_result(table_of(rows, size), out=options.out, width=120)
 
 

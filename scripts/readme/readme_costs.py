@@ -51,11 +51,11 @@ def offload(results: dict) -> str:
             f"{row['read_bytes'] / 1e9:.1f} GB",
         ])  # fmt: skip
     pairs = [
-        [each["size"], each["run"], f"{each['peak_bytes_ratio']:.2f}x", f"{each['core_seconds_ratio']:.2f}x",
-         f"{each['seconds_ratio']:.2f}x", "yes" if each["same"] else "no"]
+        [each["size"], each["run"], f"{each['way']} / {each['against']}", f"{each['peak_bytes_ratio']:.2f}x",
+         f"{each['core_seconds_ratio']:.2f}x", f"{each['seconds_ratio']:.2f}x", "yes" if each["same"] else "no"]
         for each in results["compared"]
     ]  # fmt: skip
-    names = ["size", "run", "disk / held: peak memory", "seconds of a core", "time", "same bytes"]
+    names = ["size", "run", "compared", "peak memory", "seconds of a core", "time", "same bytes"]
     volume = results["volume"]
     note = (
         "`python -m scripts.bench.bench_offload`, from [`offload.json`](scripts/results/offload.json): LLaDA shapes"
@@ -80,9 +80,9 @@ def rehearsal(results: dict) -> str:
         for row in results["rows"]
     ]
     header = ["run", "from the start until over", "of a core", "the rehearsal", "of a core"]
-    volume = results["volume"]
+    volume, threads = results["volume"], results["machine"]["threads"]
     note = (
-        f"`python -m scripts.bench.bench_rehearsal --size {results['size']}`, from"
+        f"`python -m scripts.bench.bench_rehearsal --size {results['size']} --threads {threads}`, from"
         " [`rehearsal.json`](scripts/results/rehearsal.json): a LLaDA shape with random bf16 weights, which stay on"
         f" disk, computed in fp32; windows of {volume['window']} tokens at {volume['levels']} levels;"
         f" {machine(results['machine'])}."
@@ -196,21 +196,24 @@ def processes(results: dict) -> str:
         results: of scripts/bench/bench_processes.py.
     """
     counts = list(next(iter(results["runs"].values()))["predicted"])
-    header = ["a pruning", "one process", "two", "faster", "shared out", *(f"{count} would" for count in counts)]
+    header = ["a pruning", "one process", "two", "faster", "weights differ", "shared out"]
+    header += [f"{count} would" for count in counts]
     rows, phases = [], []
     for name, row in results["runs"].items():
         one, two = row["median"]["1"], row["median"]["2"]
         shared = f"{100 * sum(row['shared'].values()) / one['total']:.0f}%"
         more = [f"{row['predicted'][count]:.2f}x" for count in counts]
-        rows.append([name, f"{one['total']:.1f} s", f"{two['total']:.1f} s", f"{row['ratio']:.2f}x", shared, *more])
-        times = (f"{phase} {one[phase]:.1f} s to {two.get(phase, 0.0):.1f} s" for phase in one if one[phase] >= 1)
-        phases.append(f"{name}: {', '.join(times)}")
+        times = [f"{one['total']:.1f} s", f"{two['total']:.1f} s", f"{row['ratio']:.2f}x"]
+        rows.append([name, *times, f"{max(row['farthest']):.1g}", shared, *more])
+        changes = (f"{phase} {one[phase]:.1f} s to {two.get(phase, 0.0):.1f} s" for phase in one if one[phase] >= 1)
+        phases.append(f"{name}: {', '.join(changes)}")
     settings = results["settings"]
     note = (
         "`python -m scripts.bench.bench_processes`, from [`processes.json`](scripts/results/processes.json): the"
         f" embedded model, {settings['calibration.windows']} windows of {settings['calibration.length']} tokens, one"
-        f" core for each process, medians of {settings['rounds']} rounds ({machine(results['machine'])}). Shared out:"
-        " twice what the second process saves of every phase; from it the time of more follows, without their"
+        f" core for each process, medians of {settings['rounds']} rounds ({machine(results['machine'])}). Weights"
+        " differ: the largest relative distance of a tensor, in any round. Shared out: twice what the second process"
+        " saves of every phase; from it the time of more follows, without their"
         f" messages. Phases: {'; '.join(phases)}."
     )
     return f"{table(header, rows)}\n\n{note}"

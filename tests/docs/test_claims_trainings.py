@@ -39,9 +39,9 @@ def test_what_is_said_of_flushed_numbers_and_of_finished_parts():
     assert f"an AMD EPYC ({amd['ratio']:.2f} times" in recovery
     assert f"`teacher.dtype=bfloat16`: {amd['bfloat16_ratio']:.1f} times as fast on the embedded model" in recovery
     ratios = [row["ratio"] for row in results("work_cost")["runs"].values()]
-    keeping, kept = ({f"{each[way]:.2f}" for each in ratios} for way in ("keeping", "kept before"))
-    [most], share = keeping, max(kept)
-    assert f"took {most} times as long" in pruning and share == "0.02" and "took 2% of the time" in pruning
+    keeping, kept = ([f"{each[way]:.2f}" for each in ratios] for way in ("keeping", "kept before"))
+    assert f"took {' and '.join(keeping)} times as long" in pruning
+    assert max(kept) == "0.02" and "took 2% of the time" in pruning
 
 
 def test_what_is_said_of_the_disk_that_a_training_takes():
@@ -53,10 +53,17 @@ def test_what_is_said_of_the_disk_that_a_training_takes():
 
 
 def test_what_is_said_of_8b_from_disk():
-    rows = {row["run"]: row for row in results("offload")["rows"] if row["size"] == "8B"}
-    assert max(row["peak_bytes"] for row in rows.values()) < 8e9 and {row["way"] for row in rows.values()} == {"disk"}
-    assert all(0.8 < row["predicted_bytes"] / row["peak_bytes"] < 1.2 for row in rows.values())
-    assert set(rows) == {"structured without refit", "magnitude", "wanda", "sink-wanda", "sparsegpt", "structured"}
+    rows = [row for row in results("offload")["rows"] if row["size"] == "8B"]
+    assert max(row["peak_bytes"] for row in rows) < 8e9 and {row["way"] for row in rows} == {"disk", "disk with parts"}
+    assert all(0.8 < row["predicted_bytes"] / row["peak_bytes"] < 1.2 for row in rows)
+    assert {row["run"] for row in rows} == {
+        "structured without refit",
+        "magnitude",
+        "wanda",
+        "sink-wanda",
+        "sparsegpt",
+        "structured",
+    }
     said = prose("verification")
     assert "was cut (with and without a refit of what reads the units) and masked (magnitude, Wanda, sink-aware" in said
     assert "Wanda, SparseGPT, without a refit) from disk on a CPU" in said

@@ -29,8 +29,10 @@ def test_both_ways_of_a_run_write_the_same(bench, tmp_path):
     assert bench.main([*arguments, "--runs", "sink-sparsegpt", "--ways", "disk with parts"]) == 0
     result = json.loads(out.read_text(encoding="utf-8"))
     assert [each["way"] for each in result["rows"]] == ["held", "disk", "disk with parts"]  # the earlier row is kept
-    assert len({each["digest"] for each in result["rows"]}) == 1 and len(result["compared"]) == 1
-    assert result["compared"][0]["same"] and result["compared"][0]["seconds_ratio"] > 0
+    assert len({each["digest"] for each in result["rows"]}) == 1
+    pairs = [(each["way"], each["against"]) for each in result["compared"]]
+    assert pairs == [("disk", "held"), ("disk with parts", "disk")]
+    assert all(each["same"] and each["seconds_ratio"] > 0 for each in result["compared"])
     for each in result["rows"]:
         assert each["peak_bytes"] > 1e8 < each["predicted_bytes"] and each["core_seconds"] > 0
     assert sorted(path.name for path in (tmp_path / "work").iterdir()) == ["0.1B", "0.1B.safetensors"]
@@ -39,9 +41,12 @@ def test_both_ways_of_a_run_write_the_same(bench, tmp_path):
 def test_ratios_are_of_the_same_size_and_run(bench):
     rows = [row("held", 10.0, 800), row("disk", 15.0, 200), row("disk", 3.0, 100) | {"size": "8B"}]
     (only,) = bench.compared(rows)
+    assert (only["way"], only["against"]) == ("disk", "held")
     assert (only["seconds_ratio"], only["core_seconds_ratio"], only["peak_bytes_ratio"]) == (1.5, 1.5, 0.25)
     assert not bench.compared([rows[0], rows[1] | {"machine": {"processor": "b"}}])
     assert only["same"] and not bench.compared([rows[0], row("disk", 1.0, 1, "other")])[0]["same"]
+    (only,) = bench.compared([rows[1], row("disk with parts", 18.0, 220)])
+    assert (only["way"], only["against"], only["seconds_ratio"]) == ("disk with parts", "disk", 1.2)
 
 
 def test_every_default_is_known(bench):

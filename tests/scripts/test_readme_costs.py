@@ -7,12 +7,13 @@ def test_prunings_of_one_process_and_of_two(scripts):
         "median": {"1": one, "2": two},
         "shared": {"refit": 4.0, "check": 2.0},
         "ratio": 10 / 7,
+        "farthest": [0.0, 2e-6],
         "predicted": {"4": 1.8},
     }
     settings = {"calibration.windows": 64, "calibration.length": 128, "rounds": 3}
     machine = {"processor": "CPU", "cores": 2, "torch": "2.13.0"}
     text = scripts("readme_costs").processes({"runs": {"masks": run}, "settings": settings, "machine": machine})
-    assert "| masks | 10.0 s | 7.0 s | 1.43x | 60% | 1.80x |" in text
+    assert "| masks | 10.0 s | 7.0 s | 1.43x | 2e-06 | 60% | 1.80x |" in text
     assert "refit 8.0 s to 6.0 s, check 2.0 s to 1.0 s" in text and "64 windows of 128 tokens" in text
 
 
@@ -35,6 +36,7 @@ def test_how_soon_a_rehearsal_is_over(scripts):
         "rehearsal": {"seconds": 59.6, "core_seconds": 48.4},
     }  # fmt: skip
     result = {"size": "8B", "volume": {"windows": 2, "window": 64, "levels": 2}, "rows": [row]}
-    text = scripts("readme_costs").rehearsal(result | {"machine": {"processor": "CPU", "cores": 1, "torch": "2.13.0"}})
+    own = {"processor": "CPU", "cores": 2, "threads": 1, "torch": "2.13.0"}
+    text = scripts("readme_costs").rehearsal(result | {"machine": own})
     assert "| sparsegpt | 61 s | 50 s | 60 s | 48 s |" in text
-    assert "--size 8B" in text and "windows of 64 tokens at 2 levels; CPU, 1 core" in text
+    assert "--size 8B --threads 1`" in text and "windows of 64 tokens at 2 levels; CPU, 2 cores" in text

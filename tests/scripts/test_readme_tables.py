@@ -252,10 +252,13 @@ def test_runs_from_disk_show_predictions_and_what_the_disk_took(scripts):
         "machine": {"cores": 2, "processor": "P", "torch": "2"},
     }  # fmt: skip
     pair = {
-        "size": "1B", "run": "wanda", "peak_bytes_ratio": 0.25, "core_seconds_ratio": 1.5, "seconds_ratio": 2.0,
-        "same": True,
+        "size": "1B", "run": "wanda", "way": "disk", "against": "held", "peak_bytes_ratio": 0.25,
+        "core_seconds_ratio": 1.5, "seconds_ratio": 2.0, "same": True,
     }  # fmt: skip
     volume = {"windows": 2, "window": 64, "levels": 2}
     text = scripts("readme_costs").offload({"volume": volume, "rows": [row], "compared": [pair]})
     assert "| 1B | wanda | disk | 2.00 GB | 2.20 GB | 1.10x | 100 s | 50 s | 10% | 3.2 GB |" in text
-    assert "| 1B | wanda | 0.25x | 1.50x | 2.00x | yes |" in text and "2 windows of 64 tokens at 2 levels" in text
+    assert (
+        "| 1B | wanda | disk / held | 0.25x | 1.50x | 2.00x | yes |" in text
+        and "2 windows of 64 tokens at 2 levels" in text
+    )
