@@ -65,6 +65,14 @@ def test_what_is_said_of_8b_from_disk():
     assert "the sink-aware forms of both, without a refit) from disk on a CPU" in said
 
 
+def test_what_is_said_of_rehearsals():
+    result = results("rehearsal")
+    assert (result["size"], result["machine"]["threads"], result["machine"]["cores"]) == ("8B", 2, 2)
+    assert max(row["until_over"]["seconds"] for row in result["rows"]) < 60
+    said = prose("pruning")
+    assert "From disk on two CPU cores, at LLaDA-8B's shape, it is over within a minute" in said
+
+
 def minutes(row):
     return median(row["seconds"]) / 60
 
